@@ -1,0 +1,1 @@
+"""polytrace: many traces, one forward pass."""

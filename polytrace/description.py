@@ -1,0 +1,120 @@
+"""What a deployment tells of its model: module tree, sites in the model's order, parameters, limits. Pure data.
+
+One object serves three readers: the client (paths, shapes, nearest names), the planner (orders, stages) and
+`engine.shapes` (view shapes). It is made once, at load, by probing (`engine.sites`), and is JSON on the wire.
+
+Invariants
+- `sites` is sorted by `order`; orders are unique and grow along the forward, so also along stages.
+- The view of a leaf by a request is `[sequences, longest, *tail]`, full size on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from polytrace.graph import Port, Site
+
+
+class Rows(Enum):
+    """Which rows of the packed stream a site has."""
+
+    ALL = "all"
+    KEPT = "kept"  # only the positions that the plan keeps for the head (final norm's consumers: lm_head, logits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaf:
+    """One tensor behind a port: the port's value itself, or a member of a tuple, dict or ModelOutput."""
+
+    selector: tuple[int | str, ...]
+    tail: tuple[int, ...]  # dimensions after [sequences, tokens], unsharded
+    dtype: str
+    sharded_dim: int | None = None  # index into `tail` that tensor-parallel ranks split evenly; None: every rank has all
+    mutated: bool = False  # the model changes this tensor in place later: reads must copy
+    read_refusal: str | None = None  # why the site cannot be read, None when it can
+    write_refusal: str | None = None  # why the site cannot be written, None when it can
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteInfo:
+    """One port of one module, at its place in the model's order."""
+
+    module: str
+    port: Port
+    visit: int
+    order: int  # place in the model's order of events within one forward
+    stage: int  # the stage whose window owns the module
+    structure: str  # "tensor", "tuple", "list", "dict" (ModelOutput too) or "other"
+    rows: Rows
+    leaves: tuple[Leaf, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleInfo:
+    """One module of the tree, in `named_modules` order."""
+
+    path: str
+    class_name: str
+    is_list: bool  # a ModuleList: indexed, sliced and iterated, never called
+    is_decoder_layer: bool  # `.output[0]` on it means the hidden states
+    first_stage: int  # the first stage that has it: a module called on a value runs there
+    call_refusal: str | None = None  # why it cannot be called on a value, None when it can
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterInfo:
+    """One parameter or buffer, unsharded."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    stage: int  # its home stage
+    sharded_dim: int | None  # dimension that tensor-parallel ranks split evenly; None: every rank has all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one request may be. Checked when it is submitted, before memory is taken."""
+
+    max_sequence_tokens: int  # the model's context length
+    max_request_tokens: int = 16_384  # all sequences of all invokes
+    max_request_bytes: int = 1 << 30  # the request as a file
+    max_nodes: int = 100_000
+    max_value_bytes: int = 1 << 30  # any one value of the graph
+    max_live_bytes: int = 4 << 30  # all values of the graph together
+    max_result_bytes: int = 1 << 30  # all saves together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescription:
+    """All that anyone outside the shards knows of a deployed model."""
+
+    name: str  # the deployment's name
+    class_name: str  # the Hugging Face class
+    dtype: str  # of the served weights
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    layers: str  # path of the decoder layers' ModuleList
+    stages: int
+    ranks: int
+    fingerprint: str  # of configuration, dtype and probing: two descriptions with one fingerprint agree in every shape
+    config: Mapping[str, Any]  # the Hugging Face configuration as plain JSON
+    modules: tuple[ModuleInfo, ...]
+    sites: tuple[SiteInfo, ...]
+    parameters: tuple[ParameterInfo, ...]
+    limits: Limits
+    has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only
+    notes: tuple[str, ...] = field(default=())  # what the gate found, for people
+
+    def find(self, site: Site) -> tuple[SiteInfo, Leaf] | None:
+        """The table's entry for a site and its leaf, or None."""
+        for info in self.sites:
+            if info.module == site.module and info.port is site.port and info.visit == site.visit:
+                for leaf in info.leaves:
+                    if leaf.selector == site.selector:
+                        return info, leaf
+        return None

@@ -1,0 +1,102 @@
+"""Every error polytrace raises, in one short tree.
+
+    PolytraceError
+    ├── UserError            the request is wrong: mend it and send it again
+    │   ├── GraphError       the program cannot be honoured (unknown op, site, shape, cycle)
+    │   ├── WireError        the bytes are not a request, or of another schema version
+    │   ├── TooLargeError    the request exceeds a limit; the message has the number and the limit
+    │   ├── NotFoundError    no such model, job or result
+    │   ├── KeyRefusedError  no key, or not one the service knows
+    │   ├── CancelledError   the owner cancelled the request
+    │   └── RunError         the program failed while it ran (its own rows only)
+    ├── CapacityError        the service is full or not ready: try again later
+    └── ServiceError         ours: the service failed, the request is not to blame
+
+An error is also data: `to_fields` and `from_fields` carry it over HTTP and between processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class PolytraceError(Exception):
+    """Base of all. `where` is the user's own `file:line` when one line is to blame, else None."""
+
+    code = "error"
+
+    def __init__(self, message: str, *, where: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.where})" if self.where else self.message
+
+    def to_fields(self) -> dict[str, str]:
+        """The error as plain strings: `code`, `message` and, when known, `where`."""
+        fields = {"code": self.code, "message": self.message}
+        return fields | {"where": self.where} if self.where else fields
+
+
+class UserError(PolytraceError):
+    code = "user"
+
+
+class GraphError(UserError):
+    code = "graph"
+
+
+class WireError(UserError):
+    code = "wire"
+
+
+class TooLargeError(UserError):
+    code = "too-large"
+
+
+class NotFoundError(UserError):
+    code = "not-found"
+
+
+class KeyRefusedError(UserError):
+    code = "key-refused"
+
+
+class CancelledError(UserError):
+    code = "cancelled"
+
+
+class RunError(UserError):
+    code = "run"
+
+
+class CapacityError(PolytraceError):
+    code = "capacity"
+
+
+class ServiceError(PolytraceError):
+    code = "service"
+
+
+_BY_CODE: dict[str, type[PolytraceError]] = {
+    kind.code: kind
+    for kind in (
+        UserError,
+        GraphError,
+        WireError,
+        TooLargeError,
+        NotFoundError,
+        KeyRefusedError,
+        CancelledError,
+        RunError,
+        CapacityError,
+        ServiceError,
+    )
+}
+
+
+def from_fields(fields: Mapping[str, str]) -> PolytraceError:
+    """The error that `to_fields` described; an unknown code becomes a ServiceError."""
+    kind = _BY_CODE.get(fields.get("code", ""), ServiceError)
+    return kind(fields.get("message", "unknown failure"), where=fields.get("where"))

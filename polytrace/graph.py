@@ -1,0 +1,217 @@
+"""The intervention graph: one user's program as plain data. No torch, no I/O.
+
+Owns the node kinds and what a request is made of. Knows nothing of models, plans or bytes on a wire
+(`polytrace.wire` encodes it) and nothing of what an op does (`polytrace.ops` names it, `engine.ops` runs it).
+
+Invariants
+- A node's id is its position in `Graph.nodes`, and an operand only refers to earlier nodes: no cycles by form.
+- Values are functional: in-place code was recorded as new values plus a `Write`.
+- A node says where the user wrote it (`file:line`), so every error can name the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import EllipsisType
+from typing import NewType, TypeAlias
+
+from polytrace.tensors import RawTensor
+
+NodeId = NewType("NodeId", int)
+
+
+class Port(Enum):
+    """Which side of a module a site is on."""
+
+    INPUT = "input"  # the first positional argument, else the first keyword argument, of the module's call
+    OUTPUT = "output"  # what the module's call returned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """An addressable tensor in the model."""
+
+    module: str  # path in the Hugging Face model, "" is the root
+    port: Port
+    selector: tuple[int | str, ...] = ()  # way into a tuple, dict or ModelOutput; () is the value itself
+    visit: int = 0  # which call of the module within one forward
+
+    def __str__(self) -> str:
+        path = f"{self.module}.{self.port.value}" if self.module else self.port.value
+        return path + "".join(f".{key}" if isinstance(key, str) else f"[{key}]" for key in self.selector)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An operand that is the value of an earlier node."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An operand that is a dtype, by torch's name without the prefix ("float32")."""
+
+    name: str
+
+
+# What an argument of an op may be. Tuples and lists nest; slices hold operands (ints or None, or Refs).
+Operand: TypeAlias = "Ref | DType | None | bool | int | float | str | slice | EllipsisType | tuple[Operand, ...] | list[Operand]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """The site's rows of one invoke, `[sequences, longest, *tail]`, left-padded with zeros: a snapshot."""
+
+    site: Site
+    invoke: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """Hands a value back to the model, exact shape of the read.
+
+    `in_place=False` replaces what the port hands on (`site = v`): only that edge changes. `in_place=True` changes the
+    tensor for everyone in the model who holds it from then on (`site[...] = v`, `+=`), as in torch.
+    """
+
+    site: Site
+    invoke: int
+    value: Ref
+    in_place: bool
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """A call of the closed op table (`polytrace.ops.OPS`)."""
+
+    name: str
+    args: tuple[Operand, ...]
+    kwargs: Mapping[str, Operand] = field(default_factory=dict)
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A module of the model called on values: `model.lm_head(h)`. Runs where the module lives."""
+
+    module: str
+    args: tuple[Operand, ...]
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """A parameter or buffer of the model by its full path, unsharded."""
+
+    path: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constant:
+    """A tensor that came with the request, by its name in `Request.constants`."""
+
+    name: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mask:
+    """`[sequences, longest]` bool: True where the invoke's left-padded view has a token."""
+
+    invoke: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """Returns a value to the user under a name."""
+
+    name: str
+    value: Ref
+    where: str
+
+
+Node: TypeAlias = Read | Write | Op | Call | Parameter | Constant | Mask | Save
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """Nodes in the order the user wrote them; ids are positions."""
+
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invoke:
+    """The prompts of one `tracer.invoke(...)`, as token ids."""
+
+    sequences: tuple[tuple[int, ...], ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: the width of the left-padded view."""
+        return max(len(sequence) for sequence in self.sequences)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences, pads not counted."""
+        return sum(len(sequence) for sequence in self.sequences)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the view has pad rows."""
+        return len({len(sequence) for sequence in self.sequences}) > 1
+
+
+class Sharing(Enum):
+    """Whose rows a request may share where they are equal by construction."""
+
+    TENANT = "tenant"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a request asks of the run beside its graph."""
+
+    seed: int = 0  # of random ops; their draws depend on (seed, node, prompt) only
+    sharing: Sharing = Sharing.TENANT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A graph, its prompts and its constants: all that a user sends."""
+
+    graph: Graph
+    invokes: tuple[Invoke, ...]
+    constants: Mapping[str, RawTensor]
+    options: Options = field(default_factory=Options)
+
+
+def refs(operand: Operand) -> Iterator[NodeId]:
+    """The nodes an operand refers to, in the order they stand."""
+    if isinstance(operand, Ref):
+        yield operand.node
+    elif isinstance(operand, (tuple, list)):
+        for part in operand:
+            yield from refs(part)
+    elif isinstance(operand, slice):
+        for part in (operand.start, operand.stop, operand.step):
+            yield from refs(part)
+
+
+def operands(node: Node) -> tuple[NodeId, ...]:
+    """The nodes whose values a node needs, in the order they stand."""
+    if isinstance(node, (Write, Save)):
+        return (node.value.node,)
+    if isinstance(node, Op):
+        return (*refs(node.args), *refs(tuple(node.kwargs.values())))
+    if isinstance(node, Call):
+        return tuple(refs(node.args))
+    return ()

@@ -1,0 +1,44 @@
+"""A tensor as bytes with a shape, so that the client and the wire need neither torch nor numpy.
+
+Owns dtype names (torch's, without the prefix), their sizes and safetensors codes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# name -> (bytes an element, code in a safetensors header)
+DTYPES: dict[str, tuple[int, str]] = {
+    "float64": (8, "F64"),
+    "float32": (4, "F32"),
+    "float16": (2, "F16"),
+    "bfloat16": (2, "BF16"),
+    "int64": (8, "I64"),
+    "int32": (4, "I32"),
+    "int16": (2, "I16"),
+    "int8": (1, "I8"),
+    "uint8": (1, "U8"),
+    "bool": (1, "BOOL"),
+}
+
+NAME_OF_CODE: dict[str, str] = {code: name for name, (_, code) in DTYPES.items()}
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element."""
+    return DTYPES[dtype][0]
+
+
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a dense tensor."""
+    return math.prod(shape) * itemsize(dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawTensor:
+    """Dense, row-major, little-endian. `data` is borrowed: the maker keeps it alive and unchanged."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview  # format "B", `num_bytes(dtype, shape)` long
