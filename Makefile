@@ -1,0 +1,58 @@
+# Every command sets itself up: the first one makes .venv, later ones only when what it was made from has changed.
+# PYTHON=... names the interpreter to make it with (3.11 or later).
+
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+
+# One thread a process: several test workers and shards share the cores, and one thread gives the same bits everywhere.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TEST_WORKERS ?= 2
+
+.PHONY: help setup demo test check bench gpu-test format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      a small real model on 2 stages x 2 ranks, 8 users at once, two pictures in out/"
+	@echo "make test      all tests"
+	@echo "make check     ruff, mypy --strict, import-linter"
+	@echo "make bench     the benchmarks; one JSON line each in bench/results/"
+	@echo "make gpu-test  the tests that need a CUDA device"
+	@echo "make format    put the sources into the house format"
+	@echo "make clean     remove everything that was made here"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt scripts/install.py
+	@test -n "$(PYTHON)" || { echo "polytrace needs Python 3.11 or later: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) scripts/install.py .venv
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/polytrace demo
+
+test: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m bench.run
+
+gpu-test: $(READY)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "no CUDA device here: there is nothing that gpu-test could test"; exit 1; }
+	$(TEST_ENV) $(BIN)/python -m pytest -m gpu
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv out build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
