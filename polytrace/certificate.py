@@ -1,0 +1,70 @@
+"""The certificate (what a request will cost and return) and the receipt (what it did). Pure data, JSON on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueShape:
+    """Shape and dtype of a value that does not exist yet."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What a request will cost and return, before it is admitted. Nothing ran."""
+
+    nodes: tuple[ValueShape | None, ...]  # per node of the graph; None for writes and saves
+    saves: Mapping[str, ValueShape]
+    passes: int  # waves: merged passes the request takes part in
+    tokens: int  # rows it adds to them, all waves together
+    token_layers: int  # rows x decoder layers that they run through
+    result_bytes: int  # all saves
+    read_bytes: int  # all values read from the model, what a client-side analysis would have to move
+    carried_bytes: int  # values that cross from stage to stage
+    live_bytes: int  # all values of the graph together, the most it can hold at once
+    notes: tuple[str, ...]  # for people: reads that see later lines' writes, pad rows written, ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fired:
+    """One read or write that happened."""
+
+    site: str
+    invoke: int
+    kind: str  # "read", "write" or "write in place"
+    passes: int  # in how many of the request's passes
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassEntry:
+    """One merged pass that the request was part of."""
+
+    pass_id: int
+    requests: int  # that shared it
+    tokens: int  # rows of all of them
+    seconds: float  # from the first shard's start to the last shard's end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a request did cost and touch."""
+
+    request: str
+    model: str
+    passes: tuple[PassEntry, ...]
+    tokens: int
+    token_layers: int
+    fired: tuple[Fired, ...]
+    pad_rows_written: int  # rows of writes that fell on left padding and vanished
+    read_bytes: int
+    result_bytes: int  # all that left the shards towards the user
+    carried_bytes: int
+    queue_seconds: float
+    run_seconds: float
+    notes: tuple[str, ...]

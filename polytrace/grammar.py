@@ -1,0 +1,133 @@
+"""What makes a graph well formed, whatever the model: ops of the table, operands backwards, names that exist.
+
+Checked when a request is decoded, so the rooms behind the wire rely on it. Shapes and sites are not its business
+(`engine.shapes`, the site table). Every refusal is a `GraphError` with the user's own line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+from polytrace.errors import GraphError
+from polytrace.graph import Call, Constant, DType, Graph, Mask, Node, Op, Operand, Read, Ref, Save, Write, operands
+from polytrace.ops import BY_TORCH_NAME, OPS, Results
+from polytrace.tensors import DTYPES
+
+MAX_ARGS = 16  # of one op; a list that is joined (cat, stack) is one argument
+MAX_CALL_ARGS = 8
+
+
+def check_graph(graph: Graph, *, num_invokes: int, constants: Collection[str]) -> None:
+    """Raises GraphError at the first node that is not well formed."""
+    save_names: set[str] = set()
+    for position, node in enumerate(graph.nodes):
+        _check_operands(graph, position, node)
+        if isinstance(node, (Read, Write, Mask)) and not 0 <= node.invoke < num_invokes:
+            raise GraphError(f"there is no invoke {node.invoke}; this request has {num_invokes}", where=node.where)
+        if isinstance(node, Op):
+            _check_op(graph, node)
+        elif isinstance(node, Call) and not 1 <= len(node.args) <= MAX_CALL_ARGS:
+            raise GraphError(
+                f"a module is called with 1 to {MAX_CALL_ARGS} values, not {len(node.args)}", where=node.where
+            )
+        elif isinstance(node, Constant) and node.name not in constants:
+            raise GraphError(f"there is no constant {node.name!r} in the request", where=node.where)
+        elif isinstance(node, Save):
+            if node.name in save_names:
+                raise GraphError(f"two values are saved as {node.name!r}", where=node.where)
+            save_names.add(node.name)
+
+
+def returns_several(op: Op) -> bool:
+    """Whether the op's value is a tuple, of which each `item` takes a member."""
+    results = OPS[op.name].results
+    if results is Results.TWO_WITH_DIM:  # max(dim) is a pair, max() and max(other) are one value
+        return "dim" in op.kwargs or (len(op.args) > 1 and not isinstance(op.args[1], Ref))
+    return results is not Results.ONE
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """'; did you mean a or b?' for the names nearest to one that is not known, else nothing."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def unknown_op(name: str, where: str) -> GraphError:
+    """The refusal of an op that is not in the table."""
+    short = {full.removeprefix("Tensor.").removeprefix("torch.") for full in BY_TORCH_NAME if "__" not in full}
+    return GraphError(f"polytrace has no operation {name!r}{nearest(name, sorted(short | OPS.keys()))}", where=where)
+
+
+def _check_operands(graph: Graph, position: int, node: Node) -> None:
+    for target in operands(node):
+        if not 0 <= target < position:
+            raise GraphError(f"node {position} refers to node {target}, which is not before it", where=node.where)
+        value = graph.nodes[target]
+        if isinstance(value, (Write, Save)):
+            raise GraphError(f"node {position} refers to node {target}, which has no value", where=node.where)
+        is_item = isinstance(node, Op) and node.name == "item"
+        if isinstance(value, Op) and value.name in OPS and returns_several(value) and not is_item:
+            raise GraphError(f"{value.name} returns several values: take one of them", where=node.where)
+
+
+def _check_op(graph: Graph, op: Op) -> None:
+    spec = OPS.get(op.name)
+    if spec is None:
+        raise unknown_op(op.name, op.where)
+    if unknown := op.kwargs.keys() - spec.kwargs:
+        names = ", ".join(sorted(unknown))
+        raise GraphError(
+            f"{op.name} takes no argument {names} here{nearest(min(unknown), spec.kwargs)}", where=op.where
+        )
+    if not 1 <= len(op.args) <= MAX_ARGS:
+        raise GraphError(f"{op.name} takes 1 to {MAX_ARGS} positional arguments, not {len(op.args)}", where=op.where)
+    _check_dtypes((*op.args, *op.kwargs.values()), op.where)
+    if op.name == "getitem" and len(op.args) != 2:
+        raise GraphError("getitem takes a value and an index", where=op.where)
+    if op.name in ("getitem", "setitem", "set_view", "item") and not isinstance(op.args[0], Ref):
+        raise GraphError(f"{op.name} begins with a recorded value", where=op.where)
+    if op.name == "item":
+        _check_item(graph, op)
+    if op.name in ("setitem", "set_view") and len(op.args) != 3:
+        raise GraphError(f"{op.name} takes a value, the part of it and the new part", where=op.where)
+    if op.name == "set_view":
+        _check_steps(op.args[1], op.where)
+
+
+def _check_item(graph: Graph, op: Op) -> None:
+    position = op.args[1] if len(op.args) == 2 else None
+    if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+        raise GraphError("item takes the value of a call that returns several, and a position", where=op.where)
+    assert isinstance(op.args[0], Ref)
+    call = graph.nodes[op.args[0].node]
+    if not (isinstance(call, Op) and call.name in OPS and returns_several(call)):
+        raise GraphError("item takes a member of what an op that returns several values returned", where=op.where)
+    if OPS[call.name].results is not Results.LIST and position > 1:
+        raise GraphError(f"{call.name} returns two values; there is no third", where=op.where)
+
+
+def _check_steps(steps: Operand, where: str) -> None:
+    """The way from a value to a view of it: ((op name, args, ((key, operand), ...)), ...), outermost first."""
+    if not isinstance(steps, tuple) or not 1 <= len(steps) <= MAX_ARGS:
+        raise GraphError(f"set_view takes 1 to {MAX_ARGS} view steps", where=where)
+    for step in steps:
+        if not (
+            isinstance(step, tuple) and len(step) == 3 and isinstance(step[1], tuple) and isinstance(step[2], tuple)
+        ):
+            raise GraphError("a view step is an op's name, its arguments and its keyword arguments", where=where)
+        name, kwargs = step[0], step[2]
+        assert isinstance(kwargs, tuple)
+        if not (isinstance(name, str) and (name == "item" or name in OPS and OPS[name].is_view)):
+            raise GraphError(f"{name!r} is not an operation that returns a view", where=where)
+        for pair in kwargs:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and pair[0] in OPS[name].kwargs):
+                raise GraphError(f"{name} does not take the keyword argument {pair!r}", where=where)
+
+
+def _check_dtypes(operand: Operand, where: str) -> None:
+    if isinstance(operand, DType) and operand.name not in DTYPES:
+        raise GraphError(f"polytrace has no dtype {operand.name!r}{nearest(operand.name, DTYPES)}", where=where)
+    if isinstance(operand, (tuple, list)):
+        for part in operand:
+            _check_dtypes(part, where)

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polytrace.certificate import Fired, PassEntry, Receipt
+from polytrace.errors import GraphError, WireError
+from polytrace.graph import (
+    Call,
+    Constant,
+    DType,
+    Graph,
+    Invoke,
+    Mask,
+    Node,
+    NodeId,
+    Op,
+    Options,
+    Parameter,
+    Port,
+    Read,
+    Ref,
+    Request,
+    Save,
+    Sharing,
+    Site,
+    Write,
+)
+from polytrace.tensors import DTYPES, RawTensor, num_bytes
+from polytrace.wire import decode_request, decode_result, encode_request, result_header, result_room
+
+names = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
+counts = st.integers(0, 2**31 - 1)
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(sorted(DTYPES)).map(DType),
+    st.just(Ellipsis),
+    st.builds(slice, st.none() | st.integers(-9, 9), st.none() | st.integers(-9, 9), st.none() | st.integers(1, 3)),
+)
+
+
+def operands(refs: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.recursive(
+        scalars | refs,
+        lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple),
+        max_leaves=6,
+    )
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> RawTensor:
+    dtype = draw(st.sampled_from(sorted(DTYPES)))
+    shape = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+    size = num_bytes(dtype, shape)
+    return RawTensor(dtype=dtype, shape=shape, data=memoryview(draw(st.binary(min_size=size, max_size=size))))
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    constants = draw(st.dictionaries(names, tensors(), max_size=3))
+    invokes = draw(
+        st.lists(
+            st.lists(st.lists(counts, min_size=1, max_size=4).map(tuple), min_size=1, max_size=3).map(
+                lambda sequences: Invoke(sequences=tuple(sequences))
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    where = st.sampled_from(["experiment.py:12", "<ipython>:3", "é.py:1"])
+    site = st.builds(
+        Site,
+        module=st.text(max_size=8),
+        port=st.sampled_from(Port),
+        selector=st.lists(st.text(max_size=4) | st.integers(0, 5), max_size=3).map(tuple),
+        visit=st.integers(0, 2),
+    )
+    nodes: list[Node] = []
+    valued: list[Ref] = []
+    for _ in range(draw(st.integers(0, 8))):
+        refs = st.sampled_from(valued) if valued else st.none()
+        invoke = st.integers(0, len(invokes) - 1)
+        kinds: list[st.SearchStrategy[Any]] = [
+            st.builds(Read, site=site, invoke=invoke, where=where),
+            st.builds(Mask, invoke=invoke, where=where),
+            st.builds(Parameter, path=st.text(max_size=8), where=where),
+        ]
+        if constants:
+            kinds.append(st.builds(Constant, name=st.sampled_from(sorted(constants)), where=where))
+        if valued:
+            name = st.just(f"save {len(nodes)}")
+            kinds += [
+                st.builds(Write, site=site, invoke=invoke, value=refs, in_place=st.booleans(), where=where),
+                st.builds(Save, name=name, value=refs, where=where),
+                st.builds(Call, module=st.text(max_size=8), args=refs.map(lambda ref: (ref,)), where=where),
+                st.builds(
+                    Op,
+                    name=st.sampled_from(["add", "mean", "where", "cat"]),
+                    args=st.lists(operands(refs), min_size=1, max_size=3).map(tuple),
+                    where=where,
+                ),
+                st.builds(
+                    Op,
+                    name=st.just("sum"),
+                    args=refs.map(lambda ref: (ref,)),
+                    kwargs=st.just({"dim": (0, 1)}),
+                    where=where,
+                ),
+                st.builds(Op, name=st.just("getitem"), args=st.tuples(refs, operands(refs)), where=where),
+            ]
+        node = draw(st.one_of(kinds))
+        if not isinstance(node, (Write, Save)):
+            valued.append(Ref(NodeId(len(nodes))))
+        nodes.append(node)
+    return Request(
+        graph=Graph(nodes=tuple(nodes)),
+        invokes=tuple(invokes),
+        constants=constants,
+        options=Options(seed=draw(st.integers(0, 2**63 - 1)), sharing=draw(st.sampled_from(Sharing))),
+    )
+
+
+def file_of(request: Request) -> bytes:
+    return b"".join(encode_request(request))
+
+
+SMALL = Request(
+    graph=Graph(
+        nodes=(
+            Read(site=Site(module="model.layers.5", port=Port.OUTPUT), invoke=0, where="a.py:1"),
+            Constant(name="c", where="a.py:2"),
+            Op(name="add", args=(Ref(NodeId(0)), Ref(NodeId(1))), where="a.py:3"),
+            Save(name="s", value=Ref(NodeId(2)), where="a.py:3"),
+        )
+    ),
+    invokes=(Invoke(sequences=((1, 2, 3), (4,))),),
+    constants={"c": RawTensor(dtype="float32", shape=(2,), data=memoryview(b"12345678"))},
+)
+
+
+@settings(max_examples=50)
+@given(requests())
+def test_a_request_survives_its_file(request: Request) -> None:
+    back = decode_request(file_of(request))
+    assert repr(back.graph) == repr(request.graph)  # by text: nan is not itself
+    assert back.invokes == request.invokes
+    assert back.options == request.options
+    assert back.constants == dict(request.constants)
+
+
+@settings(max_examples=100)
+@given(request=requests(), data=st.data())
+def test_damaged_bytes_give_a_wire_or_graph_error_or_a_request(request: Request, data: st.DataObject) -> None:
+    damaged = bytearray(file_of(request))
+    for _ in range(data.draw(st.integers(1, 4))):
+        kind = data.draw(st.sampled_from(["flip", "cut", "splice"]))
+        place = data.draw(st.integers(0, max(0, len(damaged) - 1)))
+        if kind == "cut":
+            del damaged[place:]
+        elif kind == "flip" and damaged:
+            damaged[place] = data.draw(st.integers(0, 255))
+        else:
+            damaged[place:place] = data.draw(
+                st.sampled_from([b"[", b"{", b'"', b"-1", b"null", b"1e999", b"NaN", b"\\ud800"])
+            )
+    with contextlib.suppress(WireError, GraphError):
+        decode_request(bytes(damaged))
+
+
+@settings(max_examples=100)
+@given(request=requests(), data=st.data())
+def test_any_json_in_place_of_a_part_is_refused_cleanly(request: Request, data: st.DataObject) -> None:
+    file = file_of(request)
+    (length,) = struct.unpack("<Q", file[:8])
+    header = json.loads(file[8 : 8 + length])
+    body = json.loads(header["__metadata__"]["request"])
+    junk = st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=4),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["ref", "tuple", "slice", "x"]), inner)
+        ),
+        max_leaves=5,
+    )
+    spot: Any = body
+    while True:
+        key = data.draw(st.sampled_from(sorted(spot) if isinstance(spot, dict) else range(len(spot))))
+        if not isinstance(spot[key], (dict, list)) or not spot[key] or data.draw(st.booleans()):
+            break
+        spot = spot[key]
+    spot[key] = data.draw(junk)
+    header["__metadata__"]["request"] = json.dumps(body)
+    text = json.dumps(header).encode()
+    with contextlib.suppress(WireError, GraphError):
+        decode_request(struct.pack("<Q", len(text)) + text + file[8 + length :])
+
+
+@given(st.binary(max_size=64))
+def test_random_bytes_are_never_a_request(noise: bytes) -> None:
+    with pytest.raises(WireError):
+        decode_request(noise)
+    with pytest.raises(WireError):
+        decode_result(noise)
+
+
+def test_every_cut_of_a_request_is_refused() -> None:
+    file = file_of(SMALL)
+    for stop in range(len(file)):
+        with pytest.raises(WireError):
+            decode_request(file[:stop])
+
+
+def test_constants_are_views_of_the_buffer() -> None:
+    buffer = bytearray(file_of(SMALL))
+    constant = decode_request(buffer).constants["c"]
+    buffer[-1] = 0
+    assert bytes(constant.data) == b"1234567\0"
+
+
+def test_an_official_reader_reads_a_request() -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    assert safetensors.load(file_of(SMALL))["c"].tobytes() == b"12345678"
+
+
+def test_a_huge_header_length_takes_no_memory() -> None:
+    with pytest.raises(WireError, match="at most"):
+        decode_request(struct.pack("<Q", 2**60) + b"{}")
+
+
+def test_deep_nesting_is_refused() -> None:
+    text = b"[" * 100_000
+    with pytest.raises(WireError):
+        decode_request(struct.pack("<Q", len(text)) + text)
+
+
+def test_another_schema_version_is_named() -> None:
+    with pytest.raises(WireError, match="version '2'; version 1 is spoken here"):
+        decode_request(file_of(SMALL).replace(b'"polytrace":"1"', b'"polytrace":"2"'))
+
+
+def test_too_many_nodes_are_refused_with_the_number() -> None:
+    with pytest.raises(WireError, match="4 nodes; at most 3"):
+        decode_request(file_of(SMALL), max_nodes=3)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (Op(name="softmux", args=(Ref(NodeId(0)),), where="a.py:9"), "no operation 'softmux'; did you mean softmax"),
+        (Op(name="sum", args=(Ref(NodeId(0)),), kwargs={"dims": 1}, where="a.py:9"), "no argument dims.*mean dim"),
+        (Op(name="sum", args=(Ref(NodeId(4)),), where="a.py:9"), "not before it"),
+        (Op(name="sum", args=(Ref(NodeId(3)),), where="a.py:9"), "has no value"),
+        (Op(name="item", args=(Ref(NodeId(0)), 0), where="a.py:9"), "returns several values"),
+        (Op(name="to", args=(Ref(NodeId(0)), DType("float99")), where="a.py:9"), "no dtype 'float99'"),
+        (Op(name="set_view", args=(Ref(NodeId(0)), (("exp", (), ()),), 1), where="a.py:9"), "'exp' is not an op"),
+        (Read(site=Site(module="m", port=Port.INPUT), invoke=1, where="a.py:9"), "no invoke 1"),
+        (Constant(name="d", where="a.py:9"), "no constant 'd'"),
+        (Save(name="s", value=Ref(NodeId(0)), where="a.py:9"), "saved as 's'"),
+    ],
+)
+def test_a_graph_that_is_not_well_formed_names_the_line(node: Node, message: str) -> None:
+    graph = Graph(nodes=(*SMALL.graph.nodes, node))
+    request = Request(graph=graph, invokes=SMALL.invokes, constants=SMALL.constants)
+    with pytest.raises(GraphError, match=message) as caught:
+        decode_request(file_of(request))
+    assert caught.value.where == "a.py:9"
+
+
+@dataclass(frozen=True)
+class Shaped:
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    name: str
+    facts: Shaped
+    offset: int
+
+
+def receipt(**changes: Any) -> Receipt:
+    fields: dict[str, Any] = {
+        "request": "r1",
+        "model": "m",
+        "passes": (PassEntry(pass_id=1, requests=2, tokens=30, seconds=math.inf),),
+        "tokens": 4,
+        "token_layers": 8,
+        "fired": (Fired(site="model.layers.5.output", invoke=0, kind="read", passes=1, where="a.py:1"),),
+        "pad_rows_written": 0,
+        "read_bytes": 10,
+        "result_bytes": 8,
+        "carried_bytes": 0,
+        "queue_seconds": 0.5,
+        "run_seconds": 0.25,
+        "notes": (),
+    }
+    return Receipt(**fields | changes)
+
+
+SLOTS = [Slot("a", Shaped((2,), "float32"), 0), Slot("b", Shaped((1, 3), "uint8"), 64)]
+
+
+def test_a_result_survives_its_file() -> None:
+    room = result_room(SLOTS, SMALL.graph)
+    header = result_header(SLOTS, receipt(), room)
+    assert len(header) == room and room % 64 == 0
+    data = np.arange(2, dtype=np.float32).tobytes().ljust(64, b"\0") + b"xyz"
+    values, back = decode_result(header + data)
+    assert back == receipt()
+    assert values["a"].shape == (2,) and bytes(values["b"].data) == b"xyz"
+
+
+def test_a_receipt_that_does_not_fit_says_so() -> None:
+    fired = receipt().fired * 5000
+    room = result_room(SLOTS, SMALL.graph)
+    _, back = decode_result(result_header(SLOTS, receipt(fired=fired), room) + bytes(67))
+    assert back.fired == () and "did not fit" in back.notes[0]
+
+
+def test_the_room_for_a_result_suffices_when_everything_fires() -> None:
+    read = Read(site=Site(module="é" * 40, port=Port.OUTPUT), invoke=0, where="a.py:1")
+    fired = Fired(site=str(read.site), invoke=0, kind="read", passes=3, where="a.py:1")
+    room = result_room(SLOTS, Graph(nodes=(read,) * 3000))
+    _, back = decode_result(result_header(SLOTS, receipt(fired=(fired,) * 3000), room) + bytes(67))
+    assert len(back.fired) == 3000
