@@ -1,0 +1,271 @@
+"""From a folder or a hub id to one shard's model: its stage's layers, its rank's slices, nothing else read.
+
+Together with `engine.parallel` this is the only file that knows transformers' private surface. Weights are read by
+transformers' own loader (renamings, merged experts, slices of DTensor placeholders); what it may see is decided here: it
+gets a state dict of lazy slices, made of the files that hold weights of this shard, and a run-time subclass of the
+model's class puts the stubs in and applies the tensor-parallel plan on the meta device, before anything is read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig
+from transformers.distributed import DistributedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import cached_file
+
+from engine.links import Links
+from engine.windows import Layout, Window, find_layout, keep_window
+from polytrace.errors import ServiceError
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardConfig:
+    """One shard of a deployment: which model, which part of it, where."""
+
+    source: str  # a folder, or a hub id (HF_HUB_OFFLINE is respected)
+    dtype: str = "auto"  # "auto": the configuration's, else the checkpoint's; or a torch name such as "bfloat16"
+    stage: int = 0
+    stages: int = 1
+    rank: int = 0
+    ranks: int = 1
+    device: str = "cpu"
+    threads: int | None = None  # torch threads of this process; None leaves torch's choice
+    random_weights_seed: int | None = None  # read no weights: draw them, the same ones on every shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A shard's model, in eval mode, on its device, without gradients."""
+
+    model: nn.Module
+    window: Window
+    layout: Layout
+    sharded: Mapping[str, int] = field(default_factory=dict)  # parameter path -> dimension split over the ranks
+    packed: Mapping[str, int] = field(default_factory=dict)  # module path -> blocks its last output dimension holds
+    weight_bytes: int  # of this shard
+    seconds: float  # the load took
+
+
+def meta_model(source: str, dtype: str = "auto") -> nn.Module:
+    """The whole unsharded model on the meta device, in eval mode: for probing and shapes."""
+    config, kind = _config_and_class(source)
+    config.dtype = resolve_dtype(source, dtype)
+    with torch.device("meta"):
+        return kind._from_config(config, dtype=config.dtype).eval().requires_grad_(False)
+
+
+def resolve_dtype(source: str, dtype: str) -> torch.dtype:
+    """The dtype that "auto" means for a model, or the named one."""
+    if dtype == "auto":
+        config, _ = _config_and_class(source)
+        found = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+        if found is None:
+            found = _checkpoint_dtype(source)
+        return getattr(torch, found) if isinstance(found, str) else found
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ServiceError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16, float64")
+    return named
+
+
+def load_model(config: ShardConfig, links: Links, report: Report = lambda _: None) -> LoadedModel:
+    """Read this shard's part of the model. Every shard of the deployment calls it; they leave it together."""
+    start = time.perf_counter()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    whole = meta_model(config.source, config.dtype)
+    layout = find_layout(whole)
+    window = layout.window(config.stage, config.stages)
+    every_key = set(whole.state_dict())
+    keep_window(whole, window, layout)
+    owned_keys = set(whole.state_dict())
+    tied = {t: s for t, s in whole.all_tied_weights_keys.items() if t in owned_keys and s not in owned_keys}
+    report(f"layers {window.first}-{window.stop - 1} of {window.num_layers}: {len(owned_keys)} weights")
+
+    with ExitStack() as files:
+        if config.random_weights_seed is None:
+            needs = _Needs(window=window, dropped=every_key - owned_keys - set(tied.values()))
+            state = _lazy_state(config.source, needs, files, report)
+        else:
+            state = _random_state(whole, config.random_weights_seed)
+        for target, source in tied.items():
+            # The embedding is on the first stage, the head tied to it on the last: both read the same tensor.
+            found = state.get(source) or next((v for k, v in state.items() if source.endswith(f".{k}")), None)
+            if target not in state and found is not None:
+                state[target] = found
+        model = _from_state(config, state, window, layout)
+
+    model.eval().requires_grad_(False)
+    weight_bytes = sum(t.nbytes for t in {id(t): t for t in model.parameters()}.values())
+    seconds = time.perf_counter() - start
+    report(f"loaded {weight_bytes / 1e6:.1f} MB in {seconds:.1f} s")
+    links.barrier()
+    return LoadedModel(model=model, window=window, layout=layout, weight_bytes=weight_bytes, seconds=seconds)
+
+
+def _from_state(config: ShardConfig, state: dict[str, Any], window: Window, layout: Layout) -> nn.Module:
+    """Let transformers load `state` into a run-time subclass whose window is applied before weights are read."""
+    model_config, kind = _config_and_class(config.source)
+
+    class Windowed(kind):  # type: ignore[misc, valid-type]
+        @classmethod
+        def prepare_distribute_model(cls, distributed_config: Any, device_map: Any = None) -> tuple[Any, Any, Any]:
+            return distributed_config, device_map, None
+
+        @classmethod
+        def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> nn.Module:
+            keep_window(model, window, layout)
+            if window.stages > 1:
+                owned = dict(model.named_parameters(remove_duplicate=False))
+                tied = model.all_tied_weights_keys
+                model.all_tied_weights_keys = {t: s for t, s in tied.items() if t in owned and s in owned}
+            return model
+
+    Windowed.__name__ = Windowed.__qualname__ = kind.__name__
+    Windowed.__module__ = kind.__module__
+    dtype = resolve_dtype(config.source, config.dtype)
+    with _quiet_transformers():
+        model, info = Windowed.from_pretrained(
+            None,
+            config=model_config,
+            state_dict=state,
+            dtype=dtype,
+            device_map={"": config.device},
+            distributed_config=DistributedConfig(),
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing or info["mismatched_keys"]:
+        raise ServiceError(
+            f"the checkpoint of {config.source} does not fit {kind.__name__}: "
+            f"missing {missing[:5]}, of another shape {sorted(map(str, info['mismatched_keys']))[:5]}"
+        )
+    if hasattr(model.config, "distributed_config"):
+        del model.config.distributed_config
+    return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Needs:
+    """Which checkpoint keys a shard may need. In doubt it may: transformers decides about what it is given."""
+
+    window: Window
+    dropped: set[str]  # keys of the whole model that the shard does not own
+
+    def has(self, key: str) -> bool:
+        layer = self._layer_of(key)
+        if layer is not None:
+            return self.window.first <= layer < self.window.stop
+        # A checkpoint may lack the base model's prefix ("wte.weight" for "transformer.wte.weight").
+        return not any(name == key or name.endswith(f".{key}") for name in self.dropped)
+
+    def _layer_of(self, key: str) -> int | None:
+        parts = key.split(".")
+        names = self.window.layers.split(".")
+        for depth in range(len(names)):  # the full path of the layers' list, or without leading prefixes
+            tail = names[depth:]
+            if parts[: len(tail)] == tail and len(parts) > len(tail) and parts[len(tail)].isdigit():
+                return int(parts[len(tail)])
+        return None
+
+
+def _lazy_state(source: str, needs: _Needs, files: ExitStack, report: Report) -> dict[str, Any]:
+    """Checkpoint key -> lazy slice, from the files that hold a needed key; the others are not opened."""
+    where = _weight_files(source)
+    wanted = sorted({file for key, file in where.items() if needs.has(key)}) if where else ["model.safetensors"]
+    state: dict[str, Any] = {}
+    for number, name in enumerate(wanted, start=1):
+        report(f"opening {name} ({number} of {len(wanted)})")
+        try:
+            opened = files.enter_context(safe_open(_file(source, name), framework="pt", device="cpu"))
+        except (OSError, SafetensorError) as error:
+            raise ServiceError(f"cannot read {name} of {source}: {error}") from error
+        state.update({key: opened.get_slice(key) for key in opened.keys() if needs.has(key)})  # noqa: SIM118
+    return state
+
+
+def _weight_files(source: str) -> dict[str, str]:
+    """Checkpoint key -> file name, from the index; empty when the checkpoint is one file."""
+    index = _file(source, "model.safetensors.index.json", is_required=False)
+    if index is None:
+        return {}
+    return dict(json.loads(Path(index).read_text())["weight_map"])
+
+
+def _file(source: str, name: str, *, is_required: bool = True) -> str | None:
+    try:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise ServiceError(f"cannot get {name} of {source}: {error}") from error
+    if path is None and is_required:
+        raise ServiceError(f"{source} has no {name}: polytrace reads weights in the safetensors format")
+    return path
+
+
+def _checkpoint_dtype(source: str) -> torch.dtype:
+    """The dtype of the first floating-point weight, as transformers' own "auto" takes it."""
+    where = _weight_files(source)
+    name = where[min(where)] if where else "model.safetensors"
+    with safe_open(_file(source, name), framework="pt", device="cpu") as opened:
+        for key in opened.keys():  # noqa: SIM118
+            dtype = opened.get_slice(key)[...].dtype
+            if dtype.is_floating_point:
+                return dtype
+    raise ServiceError(f"{name} of {source} has no floating-point weights")
+
+
+def _config_and_class(source: str) -> tuple[Any, Any]:
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ServiceError(f"cannot read a model configuration from {source}: {error}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ServiceError(f"{source} is a {config.model_type} model, which transformers has no causal language model for")
+    return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _random_state(windowed: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Weights by the model's own initialisation, each module's drawn from (seed, its path): the same on every shard."""
+    state: dict[str, torch.Tensor] = {}
+    for path, module in windowed.named_modules(remove_duplicate=False):
+        if not module._parameters and not module._buffers:
+            continue
+        module.to_empty(device="cpu", recurse=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((seed << 32) ^ zlib.crc32(path.encode()))
+            windowed._init_weights(module)
+        prefix = f"{path}." if path else ""
+        state.update({prefix + name: tensor.detach() for name, tensor in module.state_dict().items() if "." not in name})
+    return state
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no reports of the keys that other shards own."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
