@@ -3,7 +3,8 @@
 Owns names, which torch callables are recorded as which op, how many values an op returns and whether its result is a
 true view of its first operand. `engine.ops` holds what runs, one callable a name; a test keeps the two in step.
 
-An op's arguments travel as the user wrote them (positional and keyword), and torch's own shape rules decide whether they fit.
+An op's arguments travel as the user wrote them (positional and keyword), and torch's own shape rules decide whether
+they fit.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class OpSpec:
 
 def _op(name: str, *kwargs: str, torch: str = "both", **more: object) -> OpSpec:
     """A row; `torch` is "both" (method and function), "method", "function" or a comma-separated list of names."""
-    places = {"both": (f"Tensor.{name}", f"torch.{name}"), "method": (f"Tensor.{name}",), "function": (f"torch.{name}",)}
+    places = {
+        "both": (f"Tensor.{name}", f"torch.{name}"),
+        "method": (f"Tensor.{name}",),
+        "function": (f"torch.{name}",),
+    }
     names = places.get(torch) or tuple(torch.split(","))
     return OpSpec(name=name, torch=names, kwargs=frozenset(kwargs), **more)  # type: ignore[arg-type]
 
@@ -48,15 +53,17 @@ def _dunder(name: str, *kwargs: str, dunders: str, aliases: str = "") -> OpSpec:
 
 _ROWS: tuple[OpSpec, ...] = (
     # arithmetic; reflected forms (rsub, rdiv, ...) are their own ops where order matters
-    _dunder("add", "alpha", dunders="add radd"),
-    _dunder("sub", "alpha", dunders="sub", aliases="Tensor.subtract torch.subtract"),
+    _dunder("add", "other", "alpha", dunders="add radd"),
+    _dunder("sub", "other", "alpha", dunders="sub", aliases="Tensor.subtract torch.subtract"),
     _op("rsub", torch="Tensor.__rsub__"),
-    _dunder("mul", dunders="mul rmul", aliases="Tensor.multiply torch.multiply"),
-    _dunder("div", "rounding_mode", dunders="truediv div", aliases="Tensor.true_divide torch.true_divide"),
+    _dunder("mul", "other", dunders="mul rmul", aliases="Tensor.multiply torch.multiply"),
+    _dunder("div", "other", "rounding_mode", dunders="truediv div", aliases="Tensor.true_divide torch.true_divide"),
     _op("rdiv", torch="Tensor.__rtruediv__,Tensor.__rdiv__"),
     _dunder("floor_divide", dunders="floordiv"),
+    _op("rfloor_divide", torch="Tensor.__rfloordiv__"),
     _dunder("remainder", dunders="mod"),
-    _dunder("pow", dunders="pow"),
+    _op("rremainder", torch="Tensor.__rmod__"),
+    _dunder("pow", "exponent", dunders="pow"),
     _op("rpow", torch="Tensor.__rpow__"),
     _dunder("neg", dunders="neg", aliases="Tensor.negative torch.negative"),
     _dunder("abs", dunders="abs", aliases="Tensor.absolute torch.absolute"),
@@ -76,18 +83,18 @@ _ROWS: tuple[OpSpec, ...] = (
     _op("round", "decimals"),
     _op("floor"),
     _op("ceil"),
-    _op("maximum"),
-    _op("minimum"),
+    _op("maximum", "other"),
+    _op("minimum", "other"),
     _op("relu", torch="Tensor.relu,torch.relu,functional.relu"),
     _op("gelu", "approximate", torch="functional.gelu"),
     _op("silu", torch="functional.silu"),
     # comparison and logic
-    _dunder("eq", dunders="eq"),
-    _dunder("ne", dunders="ne"),
-    _dunder("lt", dunders="lt"),
-    _dunder("le", dunders="le"),
-    _dunder("gt", dunders="gt"),
-    _dunder("ge", dunders="ge"),
+    _dunder("eq", "other", dunders="eq"),
+    _dunder("ne", "other", dunders="ne"),
+    _dunder("lt", "other", dunders="lt"),
+    _dunder("le", "other", dunders="le"),
+    _dunder("gt", "other", dunders="gt"),
+    _dunder("ge", "other", dunders="ge"),
     _op("isfinite"),
     _op("isnan"),
     _dunder("bitwise_and", dunders="and rand"),
@@ -97,8 +104,10 @@ _ROWS: tuple[OpSpec, ...] = (
     _op("logical_and"),
     _op("logical_or"),
     _op("logical_not"),
-    _op("where"),
-    _op("masked_fill"),
+    _op("where", "condition", "input", "other", torch="torch.where"),
+    # (input, condition, other), in the order in which the method takes them
+    _op("where_method", "condition", "other", torch="Tensor.where"),
+    _op("masked_fill", "mask", "value"),
     # reductions
     _op("sum", "dim", "keepdim", "dtype", reduces=True),
     _op("mean", "dim", "keepdim", "dtype", reduces=True),
@@ -114,31 +123,34 @@ _ROWS: tuple[OpSpec, ...] = (
     _op("all", "dim", "keepdim", reduces=True),
     _op("any", "dim", "keepdim", reduces=True),
     _op("logsumexp", "dim", "keepdim", reduces=True),
-    _op("norm", "p", "dim", "keepdim", "dtype", torch="Tensor.norm,torch.norm"),
-    _op("vector_norm", "ord", "dim", "keepdim", "dtype", torch="linalg.norm,linalg.vector_norm"),
+    _op("norm", "p", "dim", "keepdim", "dtype", torch="Tensor.norm,torch.norm", reduces=True),
+    _op("linalg_norm", "ord", "dim", "keepdim", "dtype", torch="linalg.norm", reduces=True),  # of a matrix for two dims
+    _op("vector_norm", "ord", "dim", "keepdim", "dtype", torch="linalg.vector_norm", reduces=True),
     _op("cumsum", "dim", "dtype", reduces=True),
     # products
-    _dunder("matmul", dunders="matmul"),
+    _dunder("matmul", "other", dunders="matmul"),
     _op("rmatmul", torch="Tensor.__rmatmul__"),
     _op("bmm"),
     _op("mm"),
     _op("dot"),
     _op("outer"),
     _op("einsum", torch="function"),
-    _op("linear", "bias", torch="functional.linear"),
+    _op("linear", "weight", "bias", torch="functional.linear"),
     _op("cosine_similarity", "dim", "eps", torch="torch.cosine_similarity,functional.cosine_similarity"),
     # softmax and normalisation
     _op("softmax", "dim", "dtype", torch="Tensor.softmax,torch.softmax,functional.softmax", reduces=True),
-    _op("log_softmax", "dim", "dtype", torch="Tensor.log_softmax,torch.log_softmax,functional.log_softmax", reduces=True),
-    _op("layer_norm", "weight", "bias", "eps", torch="functional.layer_norm"),
+    _op(
+        "log_softmax", "dim", "dtype", torch="Tensor.log_softmax,torch.log_softmax,functional.log_softmax", reduces=True
+    ),
+    _op("layer_norm", "normalized_shape", "weight", "bias", "eps", torch="functional.layer_norm"),
     _op("normalize", "p", "dim", "eps", torch="functional.normalize"),
     # selection
-    _op("topk", "dim", "largest", "sorted", results=Results.TWO, reduces=True),
+    _op("topk", "k", "dim", "largest", "sorted", results=Results.TWO, reduces=True),
     _op("sort", "dim", "descending", "stable", results=Results.TWO, reduces=True),
     _op("argsort", "dim", "descending", "stable", reduces=True),
     _op("gather", "dim", "index"),
     _op("index_select", "dim", "index"),
-    _op("take_along_dim", "dim"),
+    _op("take_along_dim", "indices", "dim"),
     _op("scatter", "dim", "index", "src", "value"),
     _op("scatter_add", "dim", "index", "src"),
     _op("index_add", "dim", "index", "source", "alpha"),
@@ -154,10 +166,10 @@ _ROWS: tuple[OpSpec, ...] = (
     _op("reshape", "shape"),
     _op("flatten", "start_dim", "end_dim"),
     _op("unflatten", "dim", "sizes", is_view=True),
-    _op("transpose", is_view=True),
+    _op("transpose", "dim0", "dim1", is_view=True),
     _op("permute", "dims", is_view=True),
     _op("t", is_view=True),
-    _op("movedim", is_view=True),
+    _op("movedim", "source", "destination", is_view=True),
     _op("squeeze", "dim", is_view=True),
     _op("unsqueeze", "dim", is_view=True),
     _op("expand", torch="method"),
@@ -165,12 +177,12 @@ _ROWS: tuple[OpSpec, ...] = (
     _op("narrow", "dim", "start", "length", is_view=True),
     _op("diagonal", "offset", "dim1", "dim2"),
     _op("unbind", "dim", results=Results.LIST, is_view=True),
-    _op("split", "dim", results=Results.LIST, is_view=True),
-    _op("chunk", "dim", results=Results.LIST, is_view=True),
+    _op("split", "split_size", "split_size_or_sections", "dim", results=Results.LIST, is_view=True),
+    _op("chunk", "chunks", "dim", results=Results.LIST, is_view=True),
     _op("repeat", torch="method"),
-    _op("repeat_interleave", "dim"),
+    _op("repeat_interleave", "repeats", "dim"),
     _op("flip", "dims"),
-    _op("roll", "dims"),
+    _op("roll", "shifts", "dims"),
     # dtype and copies
     _op("to", "dtype", torch="method"),
     _op("float", torch="method"),
@@ -186,14 +198,15 @@ _ROWS: tuple[OpSpec, ...] = (
     _op("detach"),
     _op("zeros_like", "dtype", torch="function"),
     _op("ones_like", "dtype", torch="function"),
-    _op("full_like", "dtype", torch="function"),
+    _op("full_like", "fill_value", "dtype", torch="function"),
     _op("randn_like", "dtype", torch="function"),
     _op("rand_like", "dtype", torch="function"),
     # recorded by the client, not torch callables
     _op("item", torch="polytrace.item"),  # (pair or list, position): one value of a call that returns several
     # (base, index, value): base with the indexed part replaced, as a new value
     _op("setitem", torch="polytrace.setitem"),
-    # (base, steps, value): base with the part reached by view steps replaced; steps = ((op name, args), ...)
+    # (base, steps, value): base with the part reached by view steps replaced;
+    # steps = ((op name, args, ((key, operand), ...)), ...)
     _op("set_view", torch="polytrace.set_view"),
 )
 
