@@ -46,13 +46,15 @@ def run_op(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seed:
     `seed` is (request seed, node id); random ops need it and their draws depend on nothing else, so they are equal on
     every rank, stage and device. Raises GraphError for a name or keyword outside the table, torch's errors otherwise.
     """
-    if kwargs and not kwargs.keys() <= OPS[name].kwargs:
+    if kwargs and name in OPS and not kwargs.keys() <= OPS[name].kwargs:
         unknown = ", ".join(sorted(kwargs.keys() - OPS[name].kwargs))
         raise GraphError(f"{name} does not take {unknown} here")
     run = CALLABLES.get(name)
-    if run is None:
+    if run is not None:
+        return run(*args, **kwargs)
+    if name in _RANDOM:
         return _draw(name, args, kwargs, seed)
-    return run(*args, **kwargs)
+    raise GraphError(f"there is no operation {name!r}")
 
 
 def resolve(operand: Operand, values: Mapping[int, Any] | Sequence[Any]) -> Any:
