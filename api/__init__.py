@@ -1,0 +1,1 @@
+"""The HTTP gateway, the store and the command line."""

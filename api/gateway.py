@@ -1,0 +1,284 @@
+"""The HTTP gateway: takes requests, tells how they do, and sends results. A process of its own that never touches Ray.
+
+Owns the routes and their rules. Requests are checked by `api.worker`, kept by `api.store` and run by the controller;
+bodies stream between socket and file, 4 MB at a time.
+
+A submit may wait for its result (`Prefer: wait=SECONDS`). A client that disconnects while it waits this way cancels its
+request: nobody else knows its id. One that has the id (202) may come and go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, FastAPI, Query
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from api import problems
+from api.served import Checker, Deployments, Served
+from api.settings import GatewaySettings
+from api.store import RequestState, RequestStatus, Store
+from api.uploads import receive
+from api.waiting import Waiting
+from api.worker import Verdict
+from polytrace.errors import CapacityError, KeyRefusedError, NotFoundError, ServiceError
+from scheduling.plan import RequestId
+
+MEDIA_TYPE = "application/vnd.safetensors"
+CLIENT_GONE = 499  # of answers that nobody hears: for the log
+
+
+class Gateway:
+    """The routes' state. `app()` makes the ASGI application; its lifespan starts and ends what this holds."""
+
+    def __init__(self, store: Store, settings: GatewaySettings, checker: Checker, key: str | None = None) -> None:
+        self._store = store
+        self._settings = settings
+        self._checker = checker
+        self._key = key
+        self._deployments = Deployments(store, checker)
+        self._waiting = Waiting(store)
+
+    def app(self) -> FastAPI:
+        app = FastAPI(
+            title="polytrace", docs_url=None, redoc_url=None, lifespan=self._lifespan, responses=problems.RESPONSES
+        )
+        problems.install(app)
+        v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
+        v1.add_api_route("/models", self.list_models)
+        v1.add_api_route("/models/{name}", self.describe)
+        v1.add_api_route("/models/{name}/tokenizer", self.tokenizer)
+        v1.add_api_route("/models/{name}/validate", self.validate, methods=["POST"])
+        v1.add_api_route("/models/{name}/requests", self.submit, methods=["POST"])
+        v1.add_api_route("/requests/{request_id}", self.status)
+        v1.add_api_route("/requests/{request_id}", self.cancel, methods=["DELETE"])
+        v1.add_api_route("/requests/{request_id}/result", self.result, methods=["GET"])
+        v1.add_api_route("/requests/{request_id}/result", self.result, methods=["HEAD"], include_in_schema=False)
+        app.include_router(v1)
+        app.add_api_route("/healthz", self.healthz)
+        app.add_api_route("/readyz", self.readyz)
+        return app
+
+    def release(self) -> None:
+        """Ends every wait now, so that the process can stop: waiting submits get 202 and go on in the store."""
+        self._waiting.release()
+
+    # --- routes
+
+    async def healthz(self) -> dict[str, str]:
+        """The gateway runs; nothing is said of the deployments."""
+        return {"status": "ok"}
+
+    async def readyz(self) -> dict[str, str]:
+        """Every deployment is loaded, self-tested and takes requests."""
+        if (reason := self._deployments.not_ready()) is not None:
+            raise CapacityError(reason)
+        return {"status": "ready"}
+
+    async def list_models(self) -> dict[str, Any]:
+        """The deployments: what they are, how far, and how many requests wait and run."""
+        counts = await to_thread.run_sync(self._store.open_requests)
+        models = []
+        for known, served in self._deployments.all():
+            count = counts.get(known.model, {})
+            entry = {
+                "name": known.model,
+                "state": known.state.value,
+                "is_ready": served is not None,
+                "progress": known.progress,
+                "queued": count.get(RequestState.QUEUED, 0),
+                "running": count.get(RequestState.RUNNING, 0),
+            }
+            models.append(entry | (_facts(served) if served else {}))
+        return {"models": models}
+
+    async def describe(self, name: str, request: Request) -> Response:
+        """The model description: module tree, sites, parameters, limits."""
+        served = self._deployments.get(name)
+        headers = {"ETag": f'"{served.version}"', "Vary": "Accept-Encoding", "Cache-Control": "private, no-cache"}
+        if served.version in re.findall(r'"([^"]*)"', request.headers.get("if-none-match", "")):
+            return Response(status_code=304, headers=headers)
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            headers["Content-Encoding"] = "gzip"
+            return Response(served.zipped, media_type="application/json", headers=headers)
+        return Response(served.body, media_type="application/json", headers=headers)
+
+    async def tokenizer(self, name: str) -> Response:
+        """The model's tokenizer.json."""
+        served = self._deployments.get(name)
+        if served.tokenizer is None:
+            raise NotFoundError(f"{name} came without a tokenizer; send token ids")
+        return Response(served.tokenizer, media_type="application/json")
+
+    async def validate(self, name: str, request: Request) -> Response:
+        """The certificate of a request: what it would cost and return. Nothing runs, nothing is kept."""
+        served = self._deployments.get(name)
+        request_id = self._store.new_id()
+        try:
+            await self._receive(request_id, request, served)
+            verdict = await self._check(request_id, name, served, certify=True)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        finally:
+            self._store.discard(request_id)
+        if verdict.certificate is None:
+            raise ServiceError("the request was checked, but no certificate came of it")
+        return Response(verdict.certificate, media_type="application/json")
+
+    async def submit(self, name: str, request: Request) -> Response:
+        """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""
+        served = self._deployments.get(name)
+        request_id = self._store.new_id()
+        try:
+            await self._receive(request_id, request, served)
+            verdict, _ = await asyncio.gather(
+                self._check(request_id, name, served, certify=False),
+                to_thread.run_sync(self._store.sync_request, request_id),
+            )
+            assert verdict.facts is not None
+        except ClientDisconnect:
+            self._store.discard(request_id)
+            return Response(status_code=CLIENT_GONE)
+        except BaseException:
+            self._store.discard(request_id)
+            raise
+        try:
+            status = await to_thread.run_sync(self._add, request_id, name, verdict.facts)
+        except CapacityError:
+            self._store.discard(request_id)
+            raise
+        if (wait_s := self._preferred_wait(request)) > 0:
+            waited = await self._wait_for_caller(request_id, request, wait_s)
+            if waited is None:
+                return Response(status_code=CLIENT_GONE)
+            status = waited
+        return self._answer(status)
+
+    async def status(self, request_id: str, wait: Annotated[float, Query(ge=0)] = 0.0) -> Response:
+        """How a request does; with `wait`, once it has ended or the seconds are over."""
+        status = await self._waiting.until_final(RequestId(request_id), min(wait, self._settings.max_wait_s))
+        return JSONResponse(_plain(status))
+
+    async def result(self, request_id: str) -> Response:
+        """The result file of a finished request; 202 and the status while there is none."""
+        return self._answer(await self._waiting.until_final(RequestId(request_id), 0.0))
+
+    async def cancel(self, request_id: str) -> Response:
+        """Cancels a request that has not ended; says how it stands then."""
+        status = await to_thread.run_sync(self._store.cancel, RequestId(request_id))
+        if status is None:
+            raise NotFoundError(f"there is no request {request_id[:100]}")
+        return JSONResponse(_plain(status))
+
+    # --- inside
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        bell = self._store.gateway_bell
+        loop.add_reader(bell.listen(), self._on_bell)
+        self._deployments.ring()
+        try:
+            yield
+        finally:
+            loop.remove_reader(bell.listen())
+            self._checker.close()
+
+    def _on_bell(self) -> None:
+        self._store.gateway_bell.quiet()
+        self._waiting.ring()
+        self._deployments.ring()
+
+    async def _require_key(self, request: Request) -> None:
+        if self._key is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
+            raise KeyRefusedError("this service needs its key: `Authorization: Bearer KEY`")
+
+    async def _receive(self, request_id: RequestId, request: Request, served: Served) -> None:
+        limit = served.description.limits.max_request_bytes
+        path = self._store.request_path(request_id)
+        await receive(request, path, max_bytes=limit, idle_s=self._settings.upload_idle_s)
+
+    async def _check(self, request_id: RequestId, name: str, served: Served, *, certify: bool) -> Verdict:
+        path = self._store.request_path(request_id)
+        verdict = await self._checker.check(name, served.version, path, certify=certify)
+        verdict.raise_error()
+        return verdict
+
+    def _add(self, request_id: RequestId, name: str, facts: bytes) -> RequestStatus:
+        return self._store.add(request_id, name, facts, max_open=self._settings.max_open)
+
+    def _preferred_wait(self, request: Request) -> float:
+        """Seconds of `Prefer: wait=N` (RFC 7240), at most what the settings allow; 0 when there is none."""
+        found = re.search(r'(?:^|[,;\s])wait\s*=\s*"?(\d{1,9}(?:\.\d+)?)', request.headers.get("prefer", ""))
+        return min(float(found[1]), self._settings.max_wait_s) if found else 0.0
+
+    async def _wait_for_caller(self, request_id: RequestId, request: Request, wait_s: float) -> RequestStatus | None:
+        """The status after waiting; None, and the request cancelled, when the caller left."""
+        ended = asyncio.ensure_future(self._waiting.until_final(request_id, wait_s))
+        left = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                return ended.result()
+            await to_thread.run_sync(self._store.cancel, request_id)
+            return None
+        finally:
+            ended.cancel()
+            left.cancel()
+
+    def _answer(self, status: RequestStatus) -> Response:
+        """The result of a finished request, the problem of a failed one, else 202 with the status."""
+        headers: dict[str, str] = {"X-Request-Id": status.id}
+        if status.state is RequestState.DONE:
+            return ResultResponse(self._store.result_path(status.id), media_type=MEDIA_TYPE, headers=headers)
+        if status.error is not None:
+            return problems.problem(status.error, headers)
+        headers["Location"] = f"/v1/requests/{status.id}"
+        return JSONResponse(_plain(status), status_code=202, headers=headers)
+
+
+class ResultResponse(FileResponse):
+    """Ranges, ETag, If-Range and HEAD are starlette's; its 64 KB reads cost three times as much."""
+
+    chunk_size = 4 << 20
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the caller has left; the body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _facts(served: Served) -> dict[str, Any]:
+    about = served.description
+    return {
+        "class_name": about.class_name,
+        "dtype": about.dtype,
+        "num_layers": about.num_layers,
+        "stages": about.stages,
+        "ranks": about.ranks,
+        "fingerprint": about.fingerprint,
+    }
+
+
+def _plain(status: RequestStatus) -> dict[str, Any]:
+    return {
+        "id": status.id,
+        "model": status.model,
+        "state": status.state.value,
+        "created": status.created,
+        "started": status.started,
+        "finished": status.finished,
+        "error": status.error.to_fields() if status.error else None,
+        "result": f"/v1/requests/{status.id}/result" if status.state is RequestState.DONE else None,
+    }

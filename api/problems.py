@@ -1,0 +1,123 @@
+"""Every error as an HTTP answer: `application/problem+json` (RFC 9457), from one table.
+
+`detail` is the message with its numbers, `code` is what `polytrace.errors.from_fields` reads, `where` the user's own
+line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from polytrace.errors import (
+    CancelledError,
+    CapacityError,
+    GraphError,
+    KeyRefusedError,
+    NotFoundError,
+    PolytraceError,
+    RunError,
+    ServiceError,
+    TooLargeError,
+    UserError,
+    WireError,
+)
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 2
+
+# exception -> status, title; the first that fits
+_TABLE: tuple[tuple[type[PolytraceError], HTTPStatus, str], ...] = (
+    (GraphError, HTTPStatus.UNPROCESSABLE_ENTITY, "The program cannot be honoured"),
+    (RunError, HTTPStatus.UNPROCESSABLE_ENTITY, "The program failed while it ran"),
+    (WireError, HTTPStatus.BAD_REQUEST, "The bytes are not a request"),
+    (TooLargeError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too large"),
+    (NotFoundError, HTTPStatus.NOT_FOUND, "Not found"),
+    (KeyRefusedError, HTTPStatus.UNAUTHORIZED, "The key is missing or unknown"),
+    (CancelledError, HTTPStatus.CONFLICT, "The request was cancelled"),
+    (UserError, HTTPStatus.BAD_REQUEST, "The request is wrong"),
+    (CapacityError, HTTPStatus.SERVICE_UNAVAILABLE, "The service cannot take the request now"),
+    (ServiceError, HTTPStatus.INTERNAL_SERVER_ERROR, "The service failed"),
+)
+
+_HEADERS: dict[HTTPStatus, dict[str, str]] = {
+    HTTPStatus.UNAUTHORIZED: {"WWW-Authenticate": "Bearer"},
+    HTTPStatus.SERVICE_UNAVAILABLE: {"Retry-After": str(RETRY_AFTER_S)},
+}
+
+# What the web framework refuses by itself: its statuses as our codes.
+_CODES: dict[int, str] = {404: NotFoundError.code, 413: TooLargeError.code, 503: CapacityError.code}
+
+
+def problem(error: PolytraceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer for one of our own errors."""
+    status, title = next(
+        ((status, title) for kind, status, title in _TABLE if isinstance(error, kind)),
+        (HTTPStatus.INTERNAL_SERVER_ERROR, "The service failed"),
+    )
+    return _answer(status, title, error.message, error.code, error.where, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of the app a problem: ours, the framework's, and whatever nobody foresaw."""
+    app.add_exception_handler(PolytraceError, _on_ours)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(Exception, _on_unforeseen)
+
+
+# How the errors are declared in the OpenAPI document.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "The request is at fault; the problem says how.", "content": {MEDIA_TYPE: {}}},
+    "5XX": {"description": "The service is at fault, or full; the problem says which.", "content": {MEDIA_TYPE: {}}},
+}
+
+
+async def _on_ours(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, PolytraceError)
+    return problem(error)
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    status = HTTPStatus(error.status_code)
+    detail = str(error.detail)
+    if status is HTTPStatus.NOT_FOUND:
+        detail = f"nothing is at {request.url.path}"
+    elif status is HTTPStatus.METHOD_NOT_ALLOWED:
+        detail = f"{request.method} is not possible on {request.url.path}"
+    code = _CODES.get(status, UserError.code if status < 500 else ServiceError.code)
+    return _answer(status, status.phrase, detail, code, None, error.headers)
+
+
+async def _on_validation(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    detail = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
+    return _answer(HTTPStatus.BAD_REQUEST, "A parameter is wrong", detail, UserError.code, None, None)
+
+
+async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
+    # the server's log has the traceback; what the user sees names no internals
+    return problem(ServiceError("the gateway failed on this call; it is in the service's log"))
+
+
+def _answer(
+    status: HTTPStatus, title: str, detail: str, code: str, where: str | None, headers: Mapping[str, str] | None
+) -> JSONResponse:
+    body = {
+        "type": f"urn:polytrace:problem:{code}",
+        "title": title,
+        "status": int(status),
+        "detail": detail,
+        "code": code,
+        "where": where,
+    }
+    return JSONResponse(
+        body, status_code=int(status), media_type=MEDIA_TYPE, headers={**_HEADERS.get(status, {}), **(headers or {})}
+    )

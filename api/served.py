@@ -1,0 +1,110 @@
+"""The deployments as the gateway answers for them: read from the store at every ring, kept ready to send."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from anyio import to_thread
+
+from api.store import Deployment, Store
+from api.worker import Verdict
+from cluster.requests import DeploymentState, Published
+from polytrace.codec import from_json
+from polytrace.description import ModelDescription
+from polytrace.errors import CapacityError, NotFoundError
+
+
+class Checker(Protocol):
+    """Who says whether a stored request can be honoured: `api.worker.CheckerPool`."""
+
+    async def warm(self, model: str, version: str) -> None: ...
+    async def check(self, model: str, version: str, path: Path, *, certify: bool) -> Verdict: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A deployment that requests can be sent to."""
+
+    description: ModelDescription
+    body: bytes  # the description as JSON
+    zipped: bytes  # the same, gzip
+    version: str  # of the body: its ETag, and the name that the workers know it by
+    tokenizer: bytes | None
+
+
+class Deployments:
+    """All that the store knows of, and those of them that are ready. Belongs to one event loop."""
+
+    def __init__(self, store: Store, checker: Checker) -> None:
+        self._store = store
+        self._checker = checker
+        self._known: dict[str, Deployment] = {}
+        self._served: dict[str, Served] = {}
+        self._refresh: asyncio.Task[None] | None = None
+        self._rung = False
+
+    def ring(self) -> None:
+        """Something may have changed."""
+        self._rung = True
+        if self._refresh is None:
+            self._refresh = asyncio.get_running_loop().create_task(self._refresh_until_quiet())
+
+    def all(self) -> list[tuple[Deployment, Served | None]]:
+        """What is known, by name; what is served of it."""
+        return [(self._known[name], self._served.get(name)) for name in sorted(self._known)]
+
+    def get(self, name: str) -> Served:
+        """A ready deployment. Raises NotFoundError, or CapacityError while it is not ready."""
+        if name in self._served:
+            return self._served[name]
+        if name in self._known:
+            raise CapacityError(f"{name} is not ready ({_progress(self._known[name])})")
+        names = ", ".join(sorted(self._known)) or "none yet"
+        raise NotFoundError(f"there is no model {name[:100]!r} here; there is {names}")
+
+    def not_ready(self) -> str | None:
+        """What the service is still waiting for, None when every deployment is ready."""
+        names = sorted(self._known.keys() - self._served.keys())
+        waiting = [f"{name}: {_progress(self._known[name])}" for name in names]
+        return "; ".join(waiting) or (None if self._known else "no deployment has begun to load")
+
+    async def _refresh_until_quiet(self) -> None:
+        try:
+            while self._rung:
+                self._rung = False
+                known = {one.model: one for one in await to_thread.run_sync(self._store.deployments)}
+                self._known = known
+                ready = {name for name, one in known.items() if one.state is DeploymentState.READY}
+                self._served = {name: one for name, one in self._served.items() if name in ready}
+                for name in ready - self._served.keys():
+                    published = await to_thread.run_sync(self._store.published, name)
+                    if published is not None:
+                        served = await to_thread.run_sync(_serve, published)
+                        await self._checker.warm(name, served.version)
+                        self._served[name] = served
+        finally:
+            self._refresh = None
+
+
+def _serve(published: Published) -> Served:
+    body = published.description
+    return Served(
+        description=from_json(ModelDescription, json.loads(body)),
+        body=body,
+        zipped=gzip.compress(body, compresslevel=6, mtime=0),
+        version=hashlib.sha256(body).hexdigest()[:32],
+        tokenizer=published.tokenizer,
+    )
+
+
+def _progress(deployment: Deployment) -> str:
+    if deployment.state is DeploymentState.READY:
+        return "getting ready to check requests"
+    return f"{deployment.state.value}: {deployment.progress}"

@@ -1,0 +1,99 @@
+"""The service's settings: one dataclass a component, made once at the edge of a process.
+
+Owns the environment variables that the service reads, all of them, and what their values may be. A flag of the
+command line is stronger than a variable, a variable stronger than the default here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from polytrace.errors import UserError
+
+T = TypeVar("T")
+
+# variable -> what it sets. RAY_AUTH_MODE is Ray's own: the service sets it to "token" where the user's environment
+# does not.
+VARIABLES: Mapping[str, str] = {
+    "POLYTRACE_KEY": "key that every call must bring as `Authorization: Bearer KEY`; empty: no key is asked for",
+    "POLYTRACE_STORE": "folder for requests and results",
+    "POLYTRACE_CHECKERS": "processes that check requests before they are accepted",
+    "POLYTRACE_MAX_WAIT_S": "longest time that one call may wait for a result",
+    "POLYTRACE_MAX_OPEN": "unfinished requests that one deployment takes before it answers 503",
+    "POLYTRACE_UPLOAD_IDLE_S": "silence after which an upload is given up",
+    "POLYTRACE_BUDGET_TOKENS": "most rows in one merged pass",
+    "RAY_AUTH_MODE": "`token` (what the service sets) or `disabled` (only for a test cluster on one machine)",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """What the gateway needs beside its listening socket. The key travels apart from it: in the environment."""
+
+    store: str
+    checkers: int = 1
+    max_wait_s: float = 60.0
+    max_open: int = 4096
+    upload_idle_s: float = 60.0
+    shutdown_s: float = 5.0  # for answers under way when the gateway is told to stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """One service: what `polytrace serve` was asked for."""
+
+    source: str  # folder or hub id
+    name: str
+    stages: int = 1
+    ranks: int = 1
+    dtype: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8765
+    address: str | None = None  # of a Ray cluster to join; None: an own one
+    store: str | None = None  # None: a fresh folder that goes when the service ends
+    key: str | None = None
+    budget_tokens: int = 4096
+    random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
+
+
+def from_environment(name: str, kind: Callable[[str], T], default: T, *, at_least: Any = None) -> T:
+    """One variable's value. Raises UserError with its name and value when it is not one."""
+    if name not in VARIABLES:
+        raise KeyError(name)
+    text = os.environ.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UserError(f"{name} is {text!r}, which is not {_KINDS.get(kind, 'a value of it')}") from None
+    if at_least is not None and not value >= at_least:
+        raise UserError(f"{name} is {text!r}; at least {at_least} is needed")
+    return value
+
+
+def gateway_settings(store: str) -> GatewaySettings:
+    """The gateway's settings from the environment."""
+    default = GatewaySettings(store=store)
+    return GatewaySettings(
+        store=store,
+        checkers=from_environment("POLYTRACE_CHECKERS", int, default.checkers, at_least=1),
+        max_wait_s=from_environment("POLYTRACE_MAX_WAIT_S", float, default.max_wait_s, at_least=0),
+        max_open=from_environment("POLYTRACE_MAX_OPEN", int, default.max_open, at_least=1),
+        upload_idle_s=from_environment("POLYTRACE_UPLOAD_IDLE_S", float, default.upload_idle_s, at_least=1),
+        shutdown_s=default.shutdown_s,
+    )
+
+
+def ray_auth_mode() -> str:
+    """How the service's Ray cluster knows its own: by token, unless the user's environment says otherwise."""
+    mode = os.environ.get("RAY_AUTH_MODE") or "token"
+    if mode not in ("token", "disabled"):
+        raise UserError(f"RAY_AUTH_MODE is {mode!r}; it is token or disabled")
+    return mode
+
+
+_KINDS: dict[Any, str] = {int: "an integer", float: "a number"}

@@ -1,0 +1,431 @@
+"""Where requests and results are kept: one SQLite file and a folder. The gateway and the controller share it.
+
+    store.db                      states, checked facts, what deployments published
+    requests/<id>.safetensors     as received; gone once the request has ended
+    results/<id>.part             its full size, filled by the shards; renamed to <id>.safetensors when it is complete
+    controller.bell, gateway.bell who wakes whom
+
+Owns durability and the states: queued -> running -> done | failed | cancelled. Knows nothing of graphs and plans.
+
+Invariants
+- A request is on disk (file, folder entry, row) before `add` returns, a result before its state says done.
+- A state changes in one transaction whose WHERE names the state it leaves, so each request ends exactly once.
+- Ids are 128 random bits: who knows one may have its result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from api.doorbell import Doorbell
+from cluster.requests import Claimed, DeploymentState, Finished, Published, ResultPlace
+from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError, from_fields
+from scheduling.plan import RequestId
+
+SCHEMA_VERSION = 1
+MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
+
+_SCHEMA = """
+CREATE TABLE requests (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    model TEXT NOT NULL,
+    state TEXT NOT NULL,
+    created REAL NOT NULL,
+    started REAL,
+    finished REAL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    cancelled INTEGER NOT NULL DEFAULT 0,
+    error TEXT
+);
+CREATE INDEX requests_open ON requests (model, state, seq) WHERE state IN ('queued', 'running');
+CREATE TABLE facts (id TEXT PRIMARY KEY, json BLOB NOT NULL);
+CREATE TABLE deployments (
+    model TEXT PRIMARY KEY,
+    state TEXT NOT NULL,
+    progress TEXT NOT NULL,
+    updated REAL NOT NULL,
+    source TEXT,
+    dtype TEXT,
+    description BLOB,
+    tokenizer BLOB
+);
+"""
+
+
+class RequestState(Enum):
+    QUEUED = "queued"
+    RUNNING = "running"  # the controller has it
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (RequestState.DONE, RequestState.FAILED, RequestState.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestStatus:
+    """What is known of a request."""
+
+    id: RequestId
+    model: str
+    state: RequestState
+    created: float  # seconds since the epoch, as all times here
+    started: float | None
+    finished: float | None
+    error: PolytraceError | None  # when it failed or was cancelled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What is known of a deployment, without its larger parts."""
+
+    model: str
+    state: DeploymentState
+    progress: str
+    updated: float
+
+
+class Store:
+    """One per process; its methods may be called from any thread. Construction makes the folder when there is none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        for path in (self.folder, self._requests, self._results):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.controller_bell = Doorbell(self.folder / "controller.bell")
+        self.gateway_bell = Doorbell(self.folder / "gateway.bell")
+        self._lock = threading.Lock()  # one connection, one user at a time
+        self._connection = _connect(self.folder / "store.db")
+        self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
+
+    def close(self) -> None:
+        """Gives the files back. Nothing is lost without it."""
+        self._syncers.shutdown()
+        with self._lock:
+            self._connection.close()
+        self.controller_bell.close()
+        self.gateway_bell.close()
+
+    # --- the gateway's half
+
+    def new_id(self) -> RequestId:
+        return RequestId(secrets.token_hex(16))
+
+    def request_path(self, request: RequestId) -> Path:
+        """Where the gateway writes a request as it arrives. Without `add` it is swept at the next start."""
+        return self._requests / f"{request}.safetensors"
+
+    def result_path(self, request: RequestId) -> Path:
+        """The complete result; there when the state says done."""
+        return self._results / f"{request}.safetensors"
+
+    def sync_request(self, request: RequestId) -> None:
+        """Makes the received file durable; `add` follows."""
+        _sync(self.request_path(request))
+        _sync(self._requests)
+
+    def add(self, request: RequestId, model: str, facts: bytes, *, max_open: int) -> RequestStatus:
+        """Accepts a request whose file is durable and wakes the controller.
+
+        Raises CapacityError when the deployment has `max_open` unfinished requests already.
+        """
+        now = time.time()
+        with self._transaction() as db:
+            (waiting,) = db.execute(
+                "SELECT count(*) FROM requests WHERE model = ? AND state IN ('queued', 'running')", (model,)
+            ).fetchone()
+            if waiting >= max_open:
+                raise CapacityError(f"{waiting} requests are waiting for {model}, the most it takes; try again later")
+            db.execute(
+                "INSERT INTO requests (id, model, state, created) VALUES (?, ?, 'queued', ?)", (request, model, now)
+            )
+            db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
+        self.controller_bell.ring()
+        return RequestStatus(
+            id=request, model=model, state=RequestState.QUEUED, created=now, started=None, finished=None, error=None
+        )
+
+    def discard(self, request: RequestId) -> None:
+        """Drops a received file that was not accepted."""
+        self.request_path(request).unlink(missing_ok=True)
+
+    def statuses(self, requests: Iterable[RequestId]) -> dict[RequestId, RequestStatus]:
+        """Of those that exist."""
+        found: dict[RequestId, RequestStatus] = {}
+        ids = list(requests)
+        for first in range(0, len(ids), 500):
+            some = ids[first : first + 500]
+            rows = self._rows(
+                "SELECT id, model, state, created, started, finished, error FROM requests "
+                f"WHERE id IN ({','.join('?' * len(some))})",
+                some,
+            )
+            found |= {row[0]: _status(row) for row in rows}
+        return found
+
+    def status(self, request: RequestId) -> RequestStatus | None:
+        return self.statuses([request]).get(request)
+
+    def cancel(self, request: RequestId) -> RequestStatus | None:
+        """Cancels a waiting request at once and asks the controller to cancel a running one; a finished one stays."""
+        error = json.dumps(CancelledError("the request was cancelled before it ran").to_fields())
+        with self._transaction() as db:
+            gone = db.execute(
+                "UPDATE requests SET state = 'cancelled', finished = ?, error = ? WHERE id = ? AND state = 'queued'",
+                (time.time(), error, request),
+            ).rowcount
+            asked = db.execute(
+                "UPDATE requests SET cancelled = 1 WHERE id = ? AND state = 'running'", (request,)
+            ).rowcount
+            if gone:
+                db.execute("DELETE FROM facts WHERE id = ?", (request,))
+        if gone:
+            self.discard(request)
+            self.gateway_bell.ring()
+        if asked:
+            self.controller_bell.ring()
+        return self.status(request)
+
+    def deployments(self) -> list[Deployment]:
+        rows = self._rows("SELECT model, state, progress, updated FROM deployments ORDER BY model", ())
+        return [
+            Deployment(model=row[0], state=DeploymentState(row[1]), progress=row[2], updated=row[3]) for row in rows
+        ]
+
+    def published(self, model: str) -> Published | None:
+        """What the deployment serves, None before it was ready for the first time."""
+        rows = self._rows(
+            "SELECT source, dtype, description, tokenizer FROM deployments WHERE model = ? AND description IS NOT NULL",
+            (model,),
+        )
+        if not rows:
+            return None
+        source, dtype, description, tokenizer = rows[0]
+        return Published(source=source, dtype=dtype, description=description, tokenizer=tokenizer)
+
+    def open_requests(self) -> dict[str, dict[RequestState, int]]:
+        """How many requests wait and run, by model."""
+        counts: dict[str, dict[RequestState, int]] = {}
+        query = "SELECT model, state, count(*) FROM requests WHERE state IN ('queued', 'running') GROUP BY model, state"
+        for model, state, count in self._rows(query, ()):
+            counts.setdefault(model, {})[RequestState(state)] = count
+        return counts
+
+    def sweep(self) -> int:
+        """Removes files that belong to no request: uploads and results that a crash cut off. How many.
+
+        Only at the start, while nobody else has the store open.
+        """
+        is_open = {row[0] for row in self._rows("SELECT id FROM requests WHERE state IN ('queued', 'running')", ())}
+        is_done = {row[0] for row in self._rows("SELECT id FROM requests WHERE state = 'done'", ())}
+        stale = [path for path in self._requests.iterdir() if path.stem not in is_open]
+        stale += [path for path in self._results.iterdir() if path.suffix == ".part" or path.stem not in is_done]
+        for path in stale:
+            path.unlink(missing_ok=True)
+        return len(stale)
+
+    # --- the controller's half (cluster.requests.RequestStore)
+
+    def set_state(self, model: str, state: DeploymentState, progress: str) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO deployments (model, state, progress, updated) VALUES (?, ?, ?, ?) ON CONFLICT (model) DO "
+                "UPDATE SET state = excluded.state, progress = excluded.progress, updated = excluded.updated",
+                (model, state.value, progress, time.time()),
+            )
+        self.gateway_bell.ring()
+
+    def publish(self, model: str, published: Published) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE deployments SET source = ?, dtype = ?, description = ?, tokenizer = ? WHERE model = ?",
+                (published.source, published.dtype, published.description, published.tokenizer, model),
+            )
+
+    def requeue(self, model: str) -> int:
+        worn_out = ServiceError(
+            f"the service broke down {MAX_ATTEMPTS} times while it ran this request; it is given up"
+        )
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE requests SET state = 'failed', finished = ?, error = ? "
+                "WHERE model = ? AND state = 'running' AND attempts >= ?",
+                (time.time(), json.dumps(worn_out.to_fields()), model, MAX_ATTEMPTS),
+            )
+            count = db.execute(
+                "UPDATE requests SET state = 'queued', started = NULL WHERE model = ? AND state = 'running'", (model,)
+            ).rowcount
+        self.gateway_bell.ring()
+        return count
+
+    def claim(self, model: str, limit: int) -> list[Claimed]:
+        if limit <= 0:
+            return []
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT requests.id, created, json FROM requests JOIN facts USING (id) "
+                "WHERE model = ? AND state = 'queued' ORDER BY seq LIMIT ?",
+                (model, limit),
+            ).fetchall()
+            db.executemany(
+                "UPDATE requests SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
+                [(time.time(), row[0]) for row in rows],
+            )
+        return [Claimed(request=row[0], path=self.request_path(row[0]), accepted=row[1], facts=row[2]) for row in rows]
+
+    def cancellations(self, model: str) -> list[RequestId]:
+        rows = self._rows("SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled", (model,))
+        return [row[0] for row in rows]
+
+    def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
+        path = self._part(request)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            _allocate(fd, room + data_bytes)  # a full disk shows here, not in a shard's write
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            num_bytes = room + data_bytes
+            raise CapacityError(
+                f"the service has no room for a result of {num_bytes} bytes: {error.strerror}"
+            ) from error
+        finally:
+            os.close(fd)
+        return ResultPlace(path=path, start=room)
+
+    def finish(self, finished: Sequence[Finished]) -> None:
+        # 1) the files, all of a burst at once; a result that cannot be kept fails its own request only
+        ended = list(self._syncers.map(self._commit, finished))
+        if any(end.header is not None for end in ended):
+            _sync(self._results)
+        # 2) the states
+        now = time.time()
+        with self._transaction() as db:
+            for end in ended:
+                state = (
+                    RequestState.DONE
+                    if end.error is None
+                    else RequestState.CANCELLED
+                    if isinstance(end.error, CancelledError)
+                    else RequestState.FAILED
+                )
+                db.execute(
+                    "UPDATE requests SET state = ?, finished = ?, error = ? WHERE id = ? AND state = 'running'",
+                    (state.value, now, end.error and json.dumps(end.error.to_fields()), end.request),
+                )
+                db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
+        self.gateway_bell.ring()
+        # 3) what is no longer needed
+        for end in ended:
+            self.discard(end.request)
+            if end.error is not None:
+                self._part(end.request).unlink(missing_ok=True)
+
+    def wait_for_requests(self, timeout_s: float) -> None:
+        self.controller_bell.wait(timeout_s)
+
+    def interrupt(self) -> None:
+        self.controller_bell.ring()
+
+    # --- inside
+
+    @property
+    def _requests(self) -> Path:
+        return self.folder / "requests"
+
+    @property
+    def _results(self) -> Path:
+        return self.folder / "results"
+
+    def _part(self, request: RequestId) -> Path:
+        return self._results / f"{request}.part"
+
+    def _commit(self, end: Finished) -> Finished:
+        """Writes the header of a complete result, makes the file durable and gives it its name."""
+        if end.header is None:
+            return end
+        try:
+            fd = os.open(self._part(end.request), os.O_RDWR)
+            try:
+                if os.pwrite(fd, end.header, 0) != len(end.header):
+                    raise OSError("short write")
+                os.fsync(fd)  # the shards' writes too: they went into the same file
+            finally:
+                os.close(fd)
+            os.rename(self._part(end.request), self.result_path(end.request))
+        except OSError as error:
+            return Finished(request=end.request, error=ServiceError(f"the result could not be kept: {error}"))
+        return end
+
+    def _rows(self, query: str, values: Sequence[Any]) -> list[Any]:
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    os.chmod(path, 0o600)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")  # in WAL mode NORMAL would lose the last commits with the power
+    connection.execute("BEGIN IMMEDIATE")  # two processes may open a new store at once
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        for statement in filter(str.strip, _SCHEMA.split(";")):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+    if version not in (0, SCHEMA_VERSION):
+        raise ServiceError(f"{path} has version {version} of the store; this program has version {SCHEMA_VERSION}")
+    return connection
+
+
+def _status(row: Sequence[Any]) -> RequestStatus:
+    return RequestStatus(
+        id=row[0],
+        model=row[1],
+        state=RequestState(row[2]),
+        created=row[3],
+        started=row[4],
+        finished=row[5],
+        error=from_fields(json.loads(row[6])) if row[6] else None,
+    )
+
+
+def _allocate(fd: int, num_bytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, num_bytes)
+    else:  # macOS
+        os.ftruncate(fd, num_bytes)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

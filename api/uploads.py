@@ -1,0 +1,62 @@
+"""Receiving a request into its file, as it arrives, under a hard limit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from anyio import to_thread
+from starlette.requests import Request
+
+from polytrace.errors import CapacityError, TooLargeError, WireError
+
+_PART_BYTES = 1 << 20  # gathered before a write, which then leaves the event loop
+
+
+async def receive(request: Request, path: Path, *, max_bytes: int, idle_s: float) -> int:
+    """Writes the call's body to a new file; how many bytes. Never holds more than about 1 MiB of it.
+
+    Raises TooLargeError beyond `max_bytes`: at once when the call announces it, else when it happens. Raises
+    WireError when the sender falls silent for `idle_s`, CapacityError when the disk is full, starlette's
+    ClientDisconnect when it leaves. What was written stays: the caller discards it.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(f"has {int(announced)} bytes", max_bytes)
+    num_bytes = 0
+    parts: list[bytes] = []
+    gathered = 0
+    chunks = aiter(request.stream())
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(chunks, None), idle_s)
+            except TimeoutError:
+                raise WireError(f"the upload fell silent for {idle_s:g} s after {num_bytes} bytes") from None
+            if chunk:
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    raise _too_large(f"is longer than {max_bytes} bytes", max_bytes)
+                parts.append(chunk)
+                gathered += len(chunk)
+            if gathered >= _PART_BYTES or (chunk is None and parts):
+                await to_thread.run_sync(_write, fd, b"".join(parts))
+                parts, gathered = [], 0
+            if chunk is None:
+                return num_bytes
+    except OSError as error:
+        raise CapacityError(f"the service has no room for the request: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _too_large(what: str, max_bytes: int) -> TooLargeError:
+    return TooLargeError(f"the request {what}; this deployment takes at most {max_bytes}")

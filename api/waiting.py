@@ -1,0 +1,73 @@
+"""Calls that wait for requests to end: one look into the store for all of them whenever the controller rings."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from anyio import to_thread
+
+from api.store import RequestStatus, Store
+from polytrace.errors import NotFoundError
+from scheduling.plan import RequestId
+
+RECHECK_S = 5.0  # looks again without a ring, in case one was lost
+
+
+class Waiting:
+    """Belongs to one event loop; `ring` is called on it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._futures: dict[RequestId, set[asyncio.Future[RequestStatus | None]]] = {}
+        self._look: asyncio.Task[None] | None = None
+        self._rung = False
+        self._is_released = False
+
+    async def until_final(self, request: RequestId, timeout_s: float) -> RequestStatus:
+        """The request's status once it has ended, or when the time is over. Raises NotFoundError."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            future: asyncio.Future[RequestStatus | None] = asyncio.get_running_loop().create_future()
+            self._futures.setdefault(request, set()).add(future)  # before looking, so that no ring falls between
+            try:
+                status = await to_thread.run_sync(self._store.status, request)
+                if status is None:
+                    raise NotFoundError(f"there is no request {request}")
+                left = deadline - asyncio.get_running_loop().time()
+                if status.state.is_final or left <= 0 or self._is_released:
+                    return status
+                await asyncio.wait([future], timeout=min(left, RECHECK_S))
+                if future.done() and (ended := future.result()) is not None:
+                    return ended
+            finally:
+                future.cancel()
+                self._futures[request].discard(future)
+                if not self._futures[request]:
+                    del self._futures[request]
+
+    def ring(self) -> None:
+        """Something may have ended."""
+        self._rung = True
+        if self._look is None and self._futures:
+            self._look = asyncio.get_running_loop().create_task(self._look_until_quiet())
+
+    def release(self) -> None:
+        """Ends every wait now, and later ones at once: the gateway stops."""
+        self._is_released = True
+        self._wake(dict.fromkeys(self._futures))
+
+    async def _look_until_quiet(self) -> None:
+        try:
+            while self._rung:
+                self._rung = False
+                statuses = await to_thread.run_sync(self._store.statuses, list(self._futures))
+                self._wake({request: status for request, status in statuses.items() if status.state.is_final})
+        finally:
+            self._look = None
+
+    def _wake(self, ended: Mapping[RequestId, RequestStatus | None]) -> None:
+        for request, status in ended.items():
+            for future in self._futures.get(request, ()):
+                if not future.done():
+                    future.set_result(status)

@@ -1,0 +1,185 @@
+"""Checks requests in processes of their own, so that the gateway holds no torch and stays quick.
+
+A worker has the model without weights (on the meta device) and says of a stored file whether its request can be
+honoured: decoding, shapes, placement, limits. An error is a value in the answer. A worker that dies takes nobody with
+it: the requests it had are checked once more, each in a process of its own, and the one that ends that process too is
+refused.
+
+Nothing at the top of this module may import torch: the gateway imports it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import mmap
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from polytrace.errors import PolytraceError, ServiceError, WireError, from_fields
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from polytrace.description import ModelDescription
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a worker found out about one request. Exactly one of `error` and the other two is set."""
+
+    facts: bytes | None = None  # JSON for the controller: per node its ValueFacts or null
+    certificate: bytes | None = None  # JSON for the user; only when it was asked for
+    error: Mapping[str, str] | None = None  # PolytraceError.to_fields()
+
+    def raise_error(self) -> None:
+        """Raises what is wrong with the request, if anything is."""
+        if self.error is not None:
+            raise from_fields(self.error)
+
+
+class CheckerPool:
+    """The gateway's side: a pool of workers. Construction starts none."""
+
+    def __init__(self, store: Path, workers: int) -> None:
+        self._store = store
+        self._workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    async def warm(self, model: str, version: str) -> None:
+        """Gets every worker ready for a deployment, so that no user waits for it."""
+        await asyncio.gather(*(self._run(_prepare, model, version) for _ in range(self._workers)))
+
+    async def check(self, model: str, version: str, path: Path, *, certify: bool) -> Verdict:
+        """What is to be said of the request in a file. `version` names the description that it is checked against."""
+        return await self._run(_check, model, version, str(path), certify)
+
+    def close(self) -> None:
+        """Ends the workers, whatever they are doing."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        loop = asyncio.get_running_loop()
+        if self._pool is None:
+            self._pool = self._make_pool(self._workers)
+        pool = self._pool
+        try:
+            return await loop.run_in_executor(pool, function, *arguments)
+        except BrokenProcessPool:
+            if self._pool is pool:  # the first to notice
+                self._pool = None
+        _log.warning("a checking process ended; its requests are checked once more, each alone")
+        alone = self._make_pool(1)
+        try:
+            return await loop.run_in_executor(alone, function, *arguments)
+        except BrokenProcessPool:
+            raise ServiceError("checking the request ended the process that did it, twice; it is refused") from None
+        finally:
+            alone.shutdown(wait=False, cancel_futures=True)
+
+    def _make_pool(self, workers: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start,
+            initargs=(str(self._store),),
+        )
+
+
+class _Worker:
+    """The state of a worker process: the model it has at hand."""
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
+        self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
+
+    def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
+        if model in self._loaded and self._loaded[model][0] == version:
+            return self._loaded[model][1:]
+        from api.store import Store
+        from engine.loading import meta_model
+        from polytrace.codec import from_json
+        from polytrace.description import ModelDescription
+
+        store = Store(self._store)
+        published = store.published(model)
+        store.close()
+        if published is None:
+            raise ServiceError(f"{model} has published nothing that requests could be checked against")
+        description = from_json(ModelDescription, json.loads(published.description))
+        self._loaded[model] = (version, description, meta_model(published.source, published.dtype))
+        return self._loaded[model][1:]
+
+
+# A pool's tasks find their process' state here; there is no other way to hand it to them.
+_worker: _Worker | None = None
+
+
+def _start(store: str) -> None:
+    """First thing in a new worker process."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's business
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(1)
+    _worker = _Worker(Path(store))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _prepare(model: str, version: str) -> None:
+    assert _worker is not None
+    _worker.load(model, version)
+
+
+def _check(model: str, version: str, path: str, certify: bool) -> Verdict:
+    assert _worker is not None
+    try:
+        return _verdict(*_worker.load(model, version), Path(path), certify)
+    except PolytraceError as error:
+        return Verdict(error=error.to_fields())
+    except Exception as error:  # noqa: BLE001  the edge of the process: record and answer
+        _log.exception("checking a request failed")
+        return Verdict(error=ServiceError(f"checking the request failed: {type(error).__name__}").to_fields())
+
+
+def _verdict(description: ModelDescription, meta: nn.Module, path: Path, certify: bool) -> Verdict:
+    from engine.shapes import infer
+    from polytrace.codec import to_json
+    from polytrace.wire import decode_request
+    from scheduling.plan import RequestId
+    from scheduling.program import certify as make_certificate
+    from scheduling.program import compile_program
+
+    if path.stat().st_size == 0:
+        raise WireError("the request is empty")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        view = memoryview(mapped)
+        request = decode_request(view, max_nodes=description.limits.max_nodes)
+        facts = infer(description, request, meta)
+        program = compile_program(RequestId(path.stem), request, description, facts)
+        certificate = json.dumps(to_json(make_certificate(program, request, description))).encode() if certify else None
+    return Verdict(facts=json.dumps(to_json(facts)).encode(), certificate=certificate)

@@ -1,0 +1,93 @@
+"""What the controller needs of the place where requests are kept, and what crosses between them. No I/O, no Ray.
+
+The store itself is `api.store.Store`. A claimed request belongs to the controller until it is finished or given back;
+whatever the controller has in memory can be made again from the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+from polytrace.errors import PolytraceError
+from scheduling.plan import RequestId
+
+
+class DeploymentState(Enum):
+    """How far a deployment is."""
+
+    STARTING = "starting"
+    READY = "ready"  # every shard is loaded and self-tested
+    FAILED = "failed"  # it will not come up by itself; the progress text says why
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What a ready deployment tells the gateway."""
+
+    source: str  # folder or hub id of the weights, which the gateway's workers build the shape model from
+    dtype: str  # as asked for, "auto" included
+    description: bytes  # ModelDescription as JSON
+    tokenizer: bytes | None  # tokenizer.json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """A request that the controller took."""
+
+    request: RequestId
+    path: Path  # the request as it was received
+    facts: bytes  # JSON: per node its ValueFacts or null, worked out when the request was checked
+    accepted: float  # when it was stored, seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultPlace:
+    """A result file that is there at its full size, without its header."""
+
+    path: Path
+    start: int  # bytes before the data section, kept free for the header
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """How a request ended."""
+
+    request: RequestId
+    header: bytes | None = None  # of its result file, exactly as long as the room kept free; None when it failed
+    error: PolytraceError | None = None  # CancelledError when its owner cancelled it
+
+
+class RequestStore(Protocol):
+    """The controller's half of the store. Every method may be called from any thread."""
+
+    def set_state(self, model: str, state: DeploymentState, progress: str) -> None:
+        """Tells the gateway and whoever watches the start."""
+
+    def publish(self, model: str, published: Published) -> None:
+        """Puts down what a ready deployment serves; `set_state(READY)` follows."""
+
+    def requeue(self, model: str) -> int:
+        """Gives back every request that an earlier controller had claimed; how many."""
+
+    def claim(self, model: str, limit: int) -> list[Claimed]:
+        """Takes the oldest waiting requests."""
+
+    def cancellations(self, model: str) -> list[RequestId]:
+        """Claimed requests whose owners asked to cancel them."""
+
+    def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
+        """Makes the result file. Raises CapacityError when the disk has no room."""
+
+    def finish(self, finished: Sequence[Finished]) -> None:
+        """Commits the results and flips the states: first the files, then one transaction."""
+
+    def wait_for_requests(self, timeout_s: float) -> None:
+        """Blocks until something may have changed for the controller, or the time is over. One thread only."""
+
+    def interrupt(self) -> None:
+        """Ends `wait_for_requests` early."""
