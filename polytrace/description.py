@@ -33,6 +33,7 @@ class Leaf:
     tail: tuple[int, ...]  # dimensions after [sequences, tokens], unsharded
     dtype: str
     sharded_dim: int | None = None  # index into `tail` that tensor-parallel ranks split evenly; None: every rank has all
+    sharded_blocks: int = 1  # that dimension is this many equal blocks, each split over the ranks (GPT-2's fused q|k|v)
     mutated: bool = False  # the model changes this tensor in place later: reads must copy
     read_refusal: str | None = None  # why the site cannot be read, None when it can
     write_refusal: str | None = None  # why the site cannot be written, None when it can
@@ -110,11 +111,11 @@ class ModelDescription:
     has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
 
-    def find(self, site: Site) -> tuple[SiteInfo, Leaf] | None:
-        """The table's entry for a site and its leaf, or None."""
-        for info in self.sites:
-            if info.module == site.module and info.port is site.port and info.visit == site.visit:
-                for leaf in info.leaves:
-                    if leaf.selector == site.selector:
-                        return info, leaf
-        return None
+
+def index_sites(description: ModelDescription) -> dict[Site, tuple[SiteInfo, Leaf]]:
+    """Every leaf by the site that names it. Make it once and keep it."""
+    return {
+        Site(module=info.module, port=info.port, selector=leaf.selector, visit=info.visit): (info, leaf)
+        for info in description.sites
+        for leaf in info.leaves
+    }

@@ -1,0 +1,1 @@
+"""Ray: placement, driving the pipeline, deployments."""

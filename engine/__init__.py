@@ -1,0 +1,1 @@
+"""One shard running plans: sites, packed attention, key/value store, fragments."""

@@ -1,0 +1,307 @@
+"""One shard: a window of layers on one rank, running plans.
+
+Owns the order of things inside a pass on one shard. A pass is a straight story: take what other stages hold for it, run the
+prologue, run the window with every graph's fragments at their visits, hand on hidden rows and carried values, report.
+It never waits for the controller inside a pass, and every shard runs every transfer of the plan whatever happens.
+
+Knows nothing of Ray, queues or HTTP. A plain class: `cluster.actors` makes it remote where it is launched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionPass, use_packed_attention
+from engine.fragments import InvokeRows, PortValue, RequestState, ShardContext
+from engine.gate import run_gate
+from engine.links import Links
+from engine.loading import ShardConfig, load_model, meta_model
+from engine.results import MemorySink, sink_for
+from engine.sites import GateReport, Probe, describe_model, probe_model
+from engine.spans import SpanStore
+from engine.stage import PackedRows, StageRunner, Visit
+from engine.views import all_rows, kept_rows
+from polytrace.description import ModelDescription, index_sites
+from polytrace.graph import Port
+from scheduling.plan import (
+    PROLOGUE,
+    Fragment,
+    Plan,
+    RequestId,
+    ShardResult,
+    StageWork,
+    Transfer,
+)
+
+_ALIGN = 16  # bytes: every value of a message starts where any dtype may
+
+
+class Shard:
+    """The process that holds one (stage, rank) of a deployment. Construction is cheap; `start` loads weights."""
+
+    def __init__(self, config: ShardConfig, links: Links) -> None:
+        self.config = config
+        self.links = links
+        self.device = torch.device(config.device)
+        self._states: dict[RequestId, RequestState] = {}
+
+    def start(self, report: Callable[[str], None]) -> None:
+        """Reads this shard's weights; collective over the deployment. `report` gets lines of progress for people."""
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        self.probe: Probe = probe_model(meta_model(self.config.source, self.config.dtype))
+        self.loaded = load_model(self.config, self.links, report)
+        use_packed_attention(self.loaded.model)
+        self.store = SpanStore(self.config.kv_bytes)
+        self.runner = StageRunner(self.loaded.model, self.loaded.window)
+
+    def gate(self) -> GateReport:
+        """Proves on the served weights that rows are their own; collective. ServiceError when they are not."""
+        return run_gate(
+            self.probe,
+            self.runner,
+            self.links,
+            self.store,
+            self.device,
+            sharded=self.loaded.sharded,
+            packed=self.loaded.packed,
+        )
+
+    def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
+        """The deployment's description from every shard's gate report; any shard can make it."""
+        return describe_model(
+            self.probe, tuple(reports), name=name, stages=self.links.stages, ranks=self.links.ranks
+        )
+
+    def open(self, description: ModelDescription) -> None:
+        """Takes the deployment's description; plans can run from now on."""
+        model = self.loaded.model
+        self.context = ShardContext(
+            runner=self.runner,
+            links=self.links,
+            sites=index_sites(description),
+            parameters=dict([*model.named_parameters(), *model.named_buffers()]),
+            parameter_infos={info.path: info for info in description.parameters},
+            packed_blocks=self.loaded.packed,
+            device=self.device,
+        )
+        self._ports = {info.order: (info.module, info.port) for info in description.sites}
+        self._hidden_size = description.hidden_size
+
+    def run(self, plan: Plan) -> ShardResult:
+        """Runs this shard's part of a pass. Raises only when the shard itself is no longer to be trusted."""
+        began = time.perf_counter()
+        waited = 0.0
+        sent_before, gathered_before = self.links.bytes.sent, self.links.bytes.gathered
+        # 1) forget requests that ended early, take the members of this pass
+        for request in plan.ended:
+            self._states.pop(request, None)
+        states = self._enter(plan)
+        works = [member.program.waves[member.wave].stages[self.links.stage] for member in plan.members]
+        # 2) values that other stages hold from earlier waves
+        waited += self._exchange(states, [work.held for work in works])
+        # 3) values of this pass from earlier stages, with what has failed there
+        hidden_in, waiting = self._receive_forward(plan, states, works)
+        waited += waiting
+        # 4) the prologue, then the window with every fragment at its visit
+        for state, work in zip(states, works, strict=True):
+            for fragment in work.fragments:
+                if fragment.order == PROLOGUE:
+                    state.run(fragment, None)
+        hidden_out = self._run_window(plan, states, works, hidden_in)
+        # 5) hidden rows and carried values go on
+        hidden_bytes = self._send_forward(plan, states, works, hidden_out)
+        # 6) drop what no later wave needs
+        result = self._result(plan, states)
+        for member, state, work in zip(plan.members, states, works, strict=True):
+            for node in work.drops:
+                state.values.pop(node, None)
+            if member.is_last_wave:
+                self._states.pop(member.program.request, None)
+        seconds = time.perf_counter() - began
+        return ShardResult(
+            pass_id=plan.pass_id,
+            stage=self.links.stage,
+            rank=self.links.rank,
+            failures=tuple(state.failure for state in states if state.failure is not None),
+            fired={state.program.request: tuple(state.fired) for state in states},
+            saved_bytes={state.program.request: state.sink.saved_bytes for state in states},
+            carried_bytes=self.links.bytes.sent - sent_before - hidden_bytes,
+            gathered_bytes=self.links.bytes.gathered - gathered_before,
+            seconds=seconds,
+            busy_seconds=seconds - waited,
+            values=result,
+        )
+
+    def stop(self) -> None:
+        """Leaves the deployment, once everything sent has gone."""
+        self.links.flush()
+        self._states.clear()
+        self.links.close()
+
+    # 1) members
+
+    def _enter(self, plan: Plan) -> list[RequestState]:
+        rows: dict[int, dict[int, InvokeRows]] = defaultdict(dict)
+        for view in plan.views:
+            rows[view.member][view.invoke] = InvokeRows(
+                all=all_rows(view, self.device),
+                kept=kept_rows(view, self.device) if view.kept_columns else None,
+            )
+        states = []
+        for place, member in enumerate(plan.members):
+            request = member.program.request
+            state = self._states.get(request)
+            if state is None:
+                state = RequestState(member.program, self.context, sink_for(member.program))
+                self._states[request] = state
+            state.begin_wave(member.wave, rows[place])
+            states.append(state)
+        return states
+
+    # 2), 3), 5) messages: all values that go from one stage to another in one flat message, flags first
+
+    def _exchange(self, states: list[RequestState], transfers: list[tuple[Transfer, ...]]) -> float:
+        """Held values, in any direction; returns seconds spent waiting."""
+        here = self.links.stage
+        targets = sorted({t.target for each in transfers for t in each if t.source == here})
+        sources = sorted({t.source for each in transfers for t in each if t.target == here})
+        for target in targets:
+            self._send_values(states, transfers, target)
+        began = time.perf_counter()
+        for source in sources:
+            self._receive_values(states, transfers, source)
+        return time.perf_counter() - began
+
+    def _receive_forward(
+        self, plan: Plan, states: list[RequestState], works: list[StageWork]
+    ) -> tuple[Tensor | None, float]:
+        began = time.perf_counter()
+        hidden = None
+        if 0 < self.links.stage < plan.num_stages:
+            shape = (1, len(plan.tokens), self._hidden_size)
+            hidden = self.links.receive(shape, self.runner.model.dtype, self.links.stage - 1)
+        arriving = [work.arriving for work in works]
+        sources = {t.source for each in arriving for t in each}
+        if hidden is not None:
+            sources.add(self.links.stage - 1)  # its flags come even when no value does
+        for source in sorted(sources):
+            self._receive_values(states, arriving, source)
+        return hidden, time.perf_counter() - began
+
+    def _send_forward(
+        self, plan: Plan, states: list[RequestState], works: list[StageWork], hidden: Tensor | None
+    ) -> int:
+        """Returns the bytes of hidden rows sent."""
+        leaving = [work.leaving for work in works]
+        targets = {t.target for each in leaving for t in each}
+        hidden_bytes = 0
+        if self.links.stage + 1 < plan.num_stages:
+            assert hidden is not None, "the window ended before its last layer, but a later stage has rows to run"
+            self.links.send(hidden, self.links.stage + 1)
+            hidden_bytes = hidden.nbytes
+            targets.add(self.links.stage + 1)
+        for target in sorted(targets):
+            self._send_values(states, leaving, target)
+        return hidden_bytes
+
+    def _send_values(
+        self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], target: int
+    ) -> None:
+        values = [
+            state.held(transfer.node, transfer.facts)
+            for state, each in zip(states, transfers, strict=True)
+            for transfer in each
+            if transfer.source == self.links.stage and transfer.target == target
+        ]
+        flags = torch.tensor([state.has_failed for state in states], dtype=torch.uint8, device=self.device)
+        parts = [_padded(flags), *(_padded(value) for value in values)]
+        self.links.send(torch.cat(parts), target)
+
+    def _receive_values(
+        self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], source: int
+    ) -> None:
+        expected = [
+            (state, transfer)
+            for state, each in zip(states, transfers, strict=True)
+            for transfer in each
+            if transfer.source == source and transfer.target == self.links.stage
+        ]
+        sizes = [_aligned(transfer.facts.num_bytes) for _, transfer in expected]
+        head = _aligned(len(states))
+        message = self.links.receive((head + sum(sizes),), torch.uint8, source)
+        for state, has_failed in zip(states, message[: len(states)].tolist(), strict=True):
+            if has_failed:
+                state.fail(None, _FAILED_ELSEWHERE)
+        start = head
+        for (state, transfer), size in zip(expected, sizes, strict=True):
+            raw = message[start : start + transfer.facts.num_bytes]
+            dtype = getattr(torch, transfer.facts.dtype)
+            state.values[transfer.node] = raw.view(dtype).reshape(transfer.facts.shape)
+            start += size
+
+    # 4) the window
+
+    def _run_window(
+        self, plan: Plan, states: list[RequestState], works: list[StageWork], hidden: Tensor | None
+    ) -> Tensor | None:
+        if self.links.stage >= plan.num_stages:
+            return None
+        at: dict[int, list[tuple[RequestState, Fragment]]] = defaultdict(list)
+        for state, work in zip(states, works, strict=True):
+            for fragment in work.fragments:
+                if fragment.order != PROLOGUE:
+                    at[fragment.order].append((state, fragment))
+        visits = [
+            Visit(order=order, module=module, port=port, visitor=_visitor(fragments))
+            for order, fragments in at.items()
+            for module, port in (self._port(order),)
+        ]
+        rows = PackedRows(
+            tokens_1T=torch.tensor([plan.tokens], device=self.device),
+            positions_1T=torch.tensor([plan.positions], device=self.device),
+            kept_K=torch.tensor(plan.kept, device=self.device) if plan.kept else None,
+            attention=AttentionPass(plan.pass_id, plan.segments, self.store),
+        )
+        is_last = self.links.stage == plan.num_stages - 1
+        return self.runner.run(rows, hidden, visits, stop_after=plan.until if is_last else None)
+
+    def _port(self, order: int) -> tuple[str, Port]:
+        return self._ports[order]
+
+    def _result(self, plan: Plan, states: list[RequestState]) -> dict[tuple[RequestId, str], Tensor]:
+        values: dict[tuple[RequestId, str], Tensor] = {}
+        for member, state in zip(plan.members, states, strict=True):
+            if isinstance(state.sink, MemorySink):
+                values.update({(member.program.request, name): value for name, value in state.sink.values.items()})
+                state.sink.values = {}
+        return values
+
+
+_FAILED_ELSEWHERE = "it failed on an earlier stage"
+
+
+def _visitor(fragments: list[tuple[RequestState, Fragment]]) -> Callable[[object], object]:
+    def visit(value: object) -> object:
+        port = PortValue(value)
+        for state, fragment in fragments:
+            state.run(fragment, port)
+        return port.result()
+
+    return visit
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGN) * _ALIGN
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return torch.nn.functional.pad(raw, (0, _aligned(raw.numel()) - raw.numel()))
+
+

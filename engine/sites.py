@@ -1,0 +1,393 @@
+"""Finds a model's sites by running it: two forwards on the meta device with different numbers of rows.
+
+Owns how sites are discovered and how a `ModelDescription` is put together from the probe of the whole model and what each
+shard reports of its part. A dimension that follows the number of rows in both forwards is the token dimension; a local
+shape that is smaller than the full one says which dimension tensor-parallel ranks split. No family is named here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engine.attention import use_packed_attention
+from engine.windows import Layout, find_layout
+from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
+from polytrace.graph import Port
+
+# Row counts that no model dimension is likely to have, so that shapes tell rows from features.
+_PROBES = ((1511, 307), (1523, 311))  # (rows of the stream, rows the head keeps)
+
+Selector = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One port of one module as it fired in a forward."""
+
+    module: str
+    port: Port
+    visit: int
+    structure: str
+    leaves: Mapping[Selector, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What the whole model looks like, without weights."""
+
+    class_name: str
+    dtype: str
+    config: Mapping[str, Any]
+    layout: Layout
+    hidden_size: int
+    vocab_size: int
+    max_tokens: int
+    has_kept_rows: bool
+    sites: tuple[SiteInfo, ...]  # stage 0 everywhere; `describe_model` places them
+    modules: tuple[ModuleInfo, ...]
+    parameters: tuple[ParameterInfo, ...]
+    first_layer_order: int  # orders below are before the decoder layers
+    last_layer_order: int  # orders above are after them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeafReport:
+    """What a shard's gate saw of one leaf that its stage owns."""
+
+    module: str
+    port: Port
+    selector: Selector
+    local_tail: tuple[int, ...]
+    mutated: bool
+    refusal: str | None  # why its rows are not the request's own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateReport:
+    """What one shard found when it ran the gate."""
+
+    stage: int
+    rank: int
+    leaves: tuple[LeafReport, ...]
+    sharded: Mapping[str, int]  # parameter path -> dimension split over the ranks
+    packed: Mapping[str, int]  # module path -> number of equal blocks whose columns are split one by one
+    notes: tuple[str, ...]
+
+
+def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
+    """The structure of a port's value and the tensors in it, two levels deep."""
+    if isinstance(value, Tensor):
+        return "tensor", {(): value}
+    if isinstance(value, Mapping):
+        return "dict", dict(_members(value.items()))
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__ if type(value) in (tuple, list) else "tuple", dict(_members(enumerate(value)))
+    return "other", {}
+
+
+def _members(items: Any) -> Iterator[tuple[Selector, Tensor]]:
+    for key, member in items:
+        if isinstance(member, Tensor):
+            yield (key,), member
+        elif isinstance(member, (tuple, list)):
+            yield from (((key, place), leaf) for place, leaf in enumerate(member) if isinstance(leaf, Tensor))
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What the `input` port of a module's call holds: its first positional argument, else its first keyword argument."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def probe_model(model: PreTrainedModel) -> Probe:
+    """Runs the meta model twice and reads sites, modules and parameters off it. Takes seconds for the largest models."""
+    layout = find_layout(model)
+    layers = layout.layers
+    use_packed_attention(model)
+    has_kept_rows = "logits_to_keep" in _forward_names(model)
+    first, second = (_Recorder(model, layers).run(*sizes, has_kept_rows) for sizes in _PROBES)
+    config = model.config.get_text_config()
+    sites = tuple(_site(order, a, b, first) for order, (a, b) in enumerate(zip(first.events, second.events, strict=True)))
+    layer_orders = [s.order for s in sites if s.module.startswith(layers + ".")]
+    return Probe(
+        class_name=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        config=json.loads(model.config.to_json_string(use_diff=False)),
+        layout=layout,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_tokens=getattr(config, "max_position_embeddings", None) or 1 << 20,
+        has_kept_rows=has_kept_rows,
+        sites=_refuse_repeated_visits(sites),
+        modules=tuple(_modules(model, layers, first)),
+        parameters=tuple(
+            ParameterInfo(path=path, shape=tuple(t.shape), dtype=_name(t.dtype), stage=0, sharded_dim=None)
+            for path, t in (*model.named_parameters(), *model.named_buffers())
+        ),
+        first_layer_order=min(layer_orders),
+        last_layer_order=max(layer_orders),
+    )
+
+
+def describe_model(
+    probe: Probe, reports: Sequence[GateReport], *, name: str, stages: int, ranks: int, limits: Limits | None = None
+) -> ModelDescription:
+    """Places the probe's sites on stages and adds what every shard's gate reported."""
+    place = _Placement(probe, stages)
+    leaf_reports = {
+        (leaf.module, leaf.port, leaf.selector): leaf for r in reports if r.rank == 0 for leaf in r.leaves
+    }
+    packed = {path: blocks for r in reports for path, blocks in r.packed.items()}
+    sharded = {path: dim for r in reports for path, dim in r.sharded.items()}
+    sites = tuple(
+        replace(
+            site,
+            stage=place.stage(site),
+            leaves=tuple(_placed_leaf(site, leaf, place, leaf_reports, ranks, packed) for leaf in site.leaves),
+        )
+        for site in probe.sites
+    )
+    modules = tuple(replace(module, first_stage=place.home(module.path)) for module in probe.modules)
+    parameters = tuple(
+        replace(p, stage=place.home(p.path), sharded_dim=sharded.get(p.path))
+        for p in probe.parameters
+    )
+    shape_facts = json.dumps([probe.config, probe.dtype, stages, ranks, repr(sites)], sort_keys=True, default=str)
+    return ModelDescription(
+        name=name,
+        class_name=probe.class_name,
+        dtype=probe.dtype,
+        vocab_size=probe.vocab_size,
+        hidden_size=probe.hidden_size,
+        num_layers=probe.layout.num_layers,
+        layers=probe.layout.layers,
+        stages=stages,
+        ranks=ranks,
+        fingerprint=hashlib.sha256(shape_facts.encode()).hexdigest()[:16],
+        config=probe.config,
+        modules=modules,
+        sites=sites,
+        parameters=parameters,
+        limits=limits or Limits(max_sequence_tokens=probe.max_tokens),
+        has_kept_rows=probe.has_kept_rows,
+        notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
+    )
+
+
+class _Recorder:
+    """One forward on the meta device with a hook on every port."""
+
+    def __init__(self, model: PreTrainedModel, layers: str) -> None:
+        self.model = model
+        self.layers = layers
+        self.events: list[Event] = []
+        self.layer_arguments: set[int] = set()  # ids of tensors that reach layers beside the hidden states
+        self.single_argument: set[str] = set()  # modules that were called with one tensor and nothing else
+        self.attending: set[str] = set()  # modules that attend, or hold one that does
+        self.rows = 0
+        self.kept = 0
+        self._visits: dict[tuple[str, Port], int] = {}
+        self._alive: list[Any] = []  # keeps ids unique
+
+    def run(self, rows: int, kept: int, has_kept_rows: bool) -> _Recorder:
+        self.rows, self.kept = rows, kept
+        handles = [handle for path, module in self.model.named_modules() for handle in self._hook(path, module)]
+        ids = torch.zeros(1, rows, dtype=torch.long, device="meta")
+        keep = {"logits_to_keep": torch.zeros(kept, dtype=torch.long, device="meta")} if has_kept_rows else {}
+        try:
+            with torch.no_grad():
+                self.model(input_ids=ids, position_ids=ids, use_cache=False, **keep)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self
+
+    def _hook(self, path: str, module: nn.Module) -> Iterator[Any]:
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._record(path, Port.INPUT, first_argument(args, kwargs))
+            others = (*args[1:], *kwargs.values()) if args else (*list(kwargs.values())[1:],)
+            tensors = [leaf for value in others for leaf in _tensors(value)]
+            if path.rpartition(".")[0] == self.layers:
+                self.layer_arguments.update(map(id, tensors))
+            if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+                self.single_argument.add(path)
+
+        def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            self._record(path, Port.OUTPUT, output)
+
+        if hasattr(module, "is_causal"):
+            parts = path.split(".")
+            self.attending.update(".".join(parts[:depth]) for depth in range(len(parts) + 1))
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after)
+
+    def _record(self, path: str, port: Port, value: Any) -> None:
+        visit = self._visits.get((path, port), 0)
+        self._visits[path, port] = visit + 1
+        structure, leaves = port_leaves(value)
+        self._alive.append(value)
+        self.events.append(Event(module=path, port=port, visit=visit, structure=structure, leaves=leaves))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for member in value.values():
+            yield from _tensors(member)
+    elif isinstance(value, (tuple, list)):
+        for member in value:
+            yield from _tensors(member)
+
+
+def _site(order: int, a: Event, b: Event, recorder: _Recorder) -> SiteInfo:
+    """Merges what two forwards saw of one port."""
+    (rows_a, kept_a), (rows_b, kept_b) = _PROBES
+    rows = Rows.ALL
+    leaves = []
+    for selector, tensor in a.leaves.items():
+        shape_a, shape_b = tuple(tensor.shape), tuple(b.leaves[selector].shape)
+        follows = {Rows.ALL: (rows_a, rows_b), Rows.KEPT: (kept_a, kept_b)}
+        kind = next((k for k, sizes in follows.items() if (shape_a[1:2], shape_b[1:2]) == ((sizes[0],), (sizes[1],))), None)
+        is_packed = kind is not None and shape_a[0] == 1 and shape_a[2:] == shape_b[2:]
+        if is_packed and kind is not None:
+            rows = kind
+        refusal = None if is_packed else f"its rows are not laid out as [1, tokens, ...] but as {list(shape_a)}"
+        write_refusal = refusal
+        if refusal is None and 0 in tensor.stride()[1:] and tensor.numel() > 0:
+            write_refusal = "it is an expanded view whose rows share memory"
+        if id(tensor) in recorder.layer_arguments:
+            write_refusal = write_refusal or _EVERY_LAYER
+        leaves.append(
+            Leaf(
+                selector=selector,
+                tail=shape_a[2:] if is_packed else (),
+                dtype=_name(tensor.dtype),
+                read_refusal=refusal,
+                write_refusal=write_refusal,
+            )
+        )
+    return SiteInfo(
+        module=a.module,
+        port=a.port,
+        visit=a.visit,
+        order=order,
+        stage=0,
+        structure=a.structure,
+        rows=rows,
+        leaves=tuple(leaves),
+    )
+
+
+# A marker that `describe_model` turns into a refusal where there are several stages, and clears where there is one.
+_EVERY_LAYER = "every layer takes it beside the hidden states"
+
+
+def _refuse_repeated_visits(sites: tuple[SiteInfo, ...]) -> tuple[SiteInfo, ...]:
+    """A module that runs several times in a forward has sites nobody can name by path alone."""
+    repeated = {(site.module, site.port) for site in sites if site.visit > 0}
+    reason = "its module runs several times in one forward"
+    return tuple(
+        replace(
+            site,
+            leaves=tuple(replace(leaf, read_refusal=reason, write_refusal=reason) for leaf in site.leaves),
+        )
+        if (site.module, site.port) in repeated
+        else site
+        for site in sites
+    )
+
+
+def _modules(model: PreTrainedModel, layers: str, recorder: _Recorder) -> Iterator[ModuleInfo]:
+    for path, module in model.named_modules():
+        is_list = isinstance(module, nn.ModuleList)
+        refusal = None
+        if is_list:
+            refusal = "it is a list of modules"
+        elif path in recorder.attending:
+            refusal = "it attends, which needs the rows of a pass"
+        elif path not in recorder.single_argument:
+            refusal = "the model does not call it with one tensor"
+        yield ModuleInfo(
+            path=path,
+            class_name=type(module).__name__,
+            is_list=is_list,
+            is_decoder_layer=path.rpartition(".")[0] == layers,
+            first_stage=0,
+            call_refusal=refusal,
+        )
+
+
+class _Placement:
+    """Which stage owns a site, a module or a parameter."""
+
+    def __init__(self, probe: Probe, stages: int) -> None:
+        self.probe = probe
+        self.stages = stages
+
+    def is_before_layers(self, site: SiteInfo) -> bool:
+        return site.order < self.probe.first_layer_order
+
+    def stage(self, site: SiteInfo) -> int:
+        if site.module.startswith(self.probe.layout.layers + "."):
+            return self.home(site.module)
+        return 0 if self.is_before_layers(site) else self.stages - 1
+
+    def home(self, path: str) -> int:
+        return self.probe.layout.home(path, self.stages)
+
+
+def _placed_leaf(
+    site: SiteInfo,
+    leaf: Leaf,
+    place: _Placement,
+    reports: Mapping[tuple[str, Port, Selector], LeafReport],
+    ranks: int,
+    packed: Mapping[str, int],
+) -> Leaf:
+    report = reports.get((site.module, site.port, leaf.selector))
+    read_refusal, write_refusal = leaf.read_refusal, leaf.write_refusal
+    if write_refusal == _EVERY_LAYER:
+        write_refusal = None
+        if place.stages > 1:
+            write_refusal = f"{_EVERY_LAYER}, and the layers are on {place.stages} stages"
+    elif place.stages > 1 and place.is_before_layers(site) and leaf.tail != (place.probe.hidden_size,):
+        write_refusal = write_refusal or f"it acts before the layers, which are on {place.stages} stages"
+    if report is None:
+        read_refusal = read_refusal or "the gate did not reach it"
+    elif report.refusal is not None:
+        read_refusal = report.refusal
+    sharded_dim = None
+    if report is not None and read_refusal is None and report.local_tail != leaf.tail:
+        split = [d for d, (full, part) in enumerate(zip(leaf.tail, report.local_tail, strict=True)) if full != part]
+        if len(split) == 1 and report.local_tail[split[0]] * ranks == leaf.tail[split[0]]:
+            sharded_dim = split[0]
+        else:
+            read_refusal = f"its parts of shape {list(report.local_tail)} on {ranks} ranks do not make up {list(leaf.tail)}"
+    return replace(
+        leaf,
+        sharded_dim=sharded_dim,
+        sharded_blocks=packed.get(site.module, 1) if site.port is Port.OUTPUT else 1,
+        mutated=report.mutated if report else False,
+        read_refusal=read_refusal,
+        write_refusal=read_refusal or write_refusal,
+    )
+
+
+def _forward_names(model: PreTrainedModel) -> tuple[str, ...]:
+    forward: Callable[..., Any] = type(model).forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    code = forward.__code__
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

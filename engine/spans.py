@@ -1,0 +1,60 @@
+"""Keys and values by layer, read only through spans, within a byte budget.
+
+Owns what attention may look back at. A *block* is what one pass put down at one layer: all its rows, in the order of the
+packed stream. A segment names the spans (block, start, stop) that it attends to, in token order; within one pass that is
+its own rows, and a fork, a later wave or a decode step will name rows of others by the same means.
+
+Invariant: bytes held never exceed the budget; a block that nobody retains is gone as soon as its layer has attended.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polytrace.errors import CapacityError
+from scheduling.plan import PassId, Span
+
+# R = rows of a block, H = key/value heads, C = head dimension
+
+
+class SpanStore:
+    """The key/value store of one shard."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.held_bytes = 0
+        self._blocks: dict[tuple[int, PassId], tuple[Tensor, Tensor]] = {}
+
+    def put(self, layer: int, block: PassId, key_1HRC: Tensor, value_1HRC: Tensor) -> None:
+        """Takes (no copy) the keys and values of a pass at a layer; CapacityError when the budget would be exceeded."""
+        num_bytes = key_1HRC.nbytes + value_1HRC.nbytes
+        if self.held_bytes + num_bytes > self.budget_bytes:
+            raise CapacityError(
+                f"keys and values of this pass need {num_bytes:,} bytes a layer; the store holds {self.held_bytes:,} "
+                f"of {self.budget_bytes:,}: lower the pass's token budget or raise the store's"
+            )
+        self.held_bytes += num_bytes
+        self._blocks[layer, block] = (key_1HRC, value_1HRC)
+
+    def read(self, layer: int, spans: tuple[Span, ...]) -> tuple[Tensor, Tensor]:
+        """Keys and values `[1, H, rows, C]` of the spans one after another; one span is a view, several are joined."""
+        parts = [
+            (key_1HRC[:, :, span.start : span.stop], value_1HRC[:, :, span.start : span.stop])
+            for span in spans
+            for key_1HRC, value_1HRC in (self._blocks[layer, span.block],)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([key for key, _ in parts], 2), torch.cat([value for _, value in parts], 2)
+
+    def drop(self, layer: int, block: PassId) -> None:
+        """Forgets a block at a layer; unknown blocks are fine."""
+        held = self._blocks.pop((layer, block), None)
+        if held is not None:
+            self.held_bytes -= held[0].nbytes + held[1].nbytes
+
+    def clear(self) -> None:
+        """Forgets everything: the end of a pass, however it ended."""
+        self._blocks.clear()
+        self.held_bytes = 0

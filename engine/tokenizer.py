@@ -1,0 +1,26 @@
+"""The tokenizer file of a served model, which clients tokenise with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+
+def tokenizer_json(source: str) -> bytes | None:
+    """Bytes of the model's `tokenizer.json`, made by transformers when only older files exist; None when there is none."""
+    folder = Path(source)
+    if folder.is_dir():
+        file = folder / "tokenizer.json"
+        found = str(file) if file.is_file() else None
+    else:
+        found = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if found is not None:
+        return Path(found).read_bytes()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str().encode() if backend is not None else None
