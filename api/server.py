@@ -1,0 +1,45 @@
+"""uvicorn around the gateway's application, with the settings that this service needs."""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+
+from api.gateway import Gateway
+from api.settings import GatewaySettings
+
+
+class GatewayServer(uvicorn.Server):
+    """Serves until told to stop; then lets waiting calls answer before it closes their connections."""
+
+    def __init__(self, gateway: Gateway, settings: GatewaySettings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                gateway.app(),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,  # longer than the pauses of a notebook's client pool
+                timeout_graceful_shutdown=max(1, round(settings.shutdown_s)),
+            )
+        )
+        self._gateway = gateway
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._gateway.release()
+        await super().shutdown(sockets)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Bound before anything is started, so that a taken port is known at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
