@@ -1,0 +1,96 @@
+"""Two pictures: a logit lens and a map of what patching restores. Takes plain numbers, writes PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+
+_INK = "#1f2430"
+_PROBABILITY = LinearSegmentedColormap.from_list("probability", ["#f7f5ef", "#f3d9a4", "#e58f4e", "#a8323a", "#4a1134"])
+_RESTORED = LinearSegmentedColormap.from_list("restored", ["#2b5c8a", "#a9c8de", "#f7f5ef", "#eca66a", "#9e2a2b"])
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": "#c9c5ba",
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "figure.dpi": 160,
+}
+
+
+def draw_logit_lens(
+    path: Path, *, tokens: Sequence[str], guesses: Sequence[Sequence[str]], probabilities: Sequence[Sequence[float]]
+) -> None:
+    """What each layer would say next at each token: `guesses[layer][token]`, shaded by its probability."""
+    with pyplot.rc_context(_STYLE):
+        figure, axes = _canvas(columns=len(tokens), rows=len(guesses))
+        image = axes.imshow(probabilities, cmap=_PROBABILITY, vmin=0, vmax=1, aspect="auto", origin="lower")
+        for layer, row in enumerate(guesses):
+            for column, guess in enumerate(row):
+                color = "white" if probabilities[layer][column] > 0.5 else _INK
+                axes.text(column, layer, _shown(guess), ha="center", va="center", color=color, fontsize=7.5)
+        _label(axes, tokens=tokens, rows=[f"{layer}" for layer in range(len(guesses))])
+        axes.set_title("Logit lens: the next token each layer would say", loc="left", pad=12, fontsize=11)
+        _finish(figure, image, "probability of the guess", path)
+
+
+def draw_patching(
+    path: Path, *, tokens: Sequence[str], restored: Sequence[Sequence[float]], clean: str, corrupt: str
+) -> None:
+    """How much of the answer comes back when one residual of the clean run is put in: `restored[layer][token]`.
+
+    1 is the clean run's logit difference, 0 the corrupt run's. `tokens` name the columns (clean above corrupt).
+    """
+    with pyplot.rc_context(_STYLE):
+        figure, axes = _canvas(columns=len(tokens), rows=len(restored))
+        limit = max(1.0, *(abs(value) for row in restored for value in row))
+        norm = TwoSlopeNorm(vmin=-limit, vcenter=0, vmax=limit)
+        image = axes.imshow(restored, cmap=_RESTORED, norm=norm, aspect="auto", origin="lower")
+        for layer, row in enumerate(restored):
+            for column, value in enumerate(row):
+                if abs(value) >= 0.05:
+                    color = "white" if abs(value) > 0.7 * limit else _INK
+                    axes.text(column, layer, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7.5)
+        _label(axes, tokens=tokens, rows=[f"{layer}" for layer in range(len(restored))])
+        title = f"Activation patching: the residual of “{clean}”\nput into “{corrupt}”, one layer and token at a time"
+        axes.set_title(title, loc="left", pad=12, fontsize=11)
+        _finish(figure, image, "logit difference restored", path)
+
+
+def _canvas(*, columns: int, rows: int) -> tuple[Any, Any]:
+    return pyplot.subplots(figsize=(2.2 + 0.78 * columns, 1.9 + 0.42 * rows), layout="constrained")
+
+
+def _label(axes: Any, *, tokens: Sequence[str], rows: Sequence[str]) -> None:
+    axes.set_xticks(range(len(tokens)), [_shown(token) for token in tokens], rotation=35, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylabel("layer")
+    axes.tick_params(length=0)
+    axes.set_xticks([column - 0.5 for column in range(1, len(tokens))], minor=True)
+    axes.set_yticks([row - 0.5 for row in range(1, len(rows))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="minor", length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _finish(figure: Any, image: Any, label: str, path: Path) -> None:
+    bar = figure.colorbar(image, label=label, pad=0.015, aspect=30)
+    bar.outline.set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _shown(token: str) -> str:
+    """The token as a person reads it: a leading space as a small mark, `$` not as mathematics."""
+    return token.replace(" ", "·").replace("\n", "⏎").replace("$", r"\$") or "∅"
