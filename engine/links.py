@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import ProcessGroup, Store, TCPStore, Work
 
 from polytrace.errors import ServiceError
 
@@ -48,14 +49,15 @@ class Links(Protocol):
     bytes: LinkBytes
 
     def ordered_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the stage's ranks, added in rank order; the same bits on every rank."""
+        """The sum of floating-point tensors over the ranks, added in rank order; the same bits on every rank."""
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor:
         """The ranks' tensors, equal in shape, concatenated along `dim` in rank order."""
 
     def send(self, tensor: Tensor, stage: int) -> None:
         """Start sending to the same rank of another stage; returns at once. The tensor must not change until
-        `flush`; it is kept alive until it has gone."""
+        `flush`; it is kept alive until it has gone.
+        """
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, stage: int) -> Tensor:
         """The next tensor that the same rank of `stage` sent here. Blocks; ServiceError when that shard is gone."""
@@ -99,14 +101,14 @@ class Solo:
         pass
 
 
-def open_store(host: str, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> dist.TCPStore:
+def open_store(host: str, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> TCPStore:
     """The meeting point of a world, listening on a free port of `host`; read the port from the store's `.port`."""
-    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
-def join_store(host: str, port: int, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> dist.TCPStore:
+def join_store(host: str, port: int, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> TCPStore:
     """A client of the store that another shard opened."""
-    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
 class Distributed:
@@ -114,7 +116,7 @@ class Distributed:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         *,
         stage: int,
         stages: int,
@@ -128,7 +130,7 @@ class Distributed:
         self.bytes = LinkBytes()
         self._store = store
         self._timeout = timedelta(seconds=timeout_s)
-        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sending: deque[tuple[Work, Tensor]] = deque()
         self._barriers = 0
         on_gpu = self.device.type == "cuda"
         if on_gpu:
@@ -151,10 +153,11 @@ class Distributed:
             return tensor
         parts = self._all_gather(tensor)
         self.bytes.summed += (self.ranks - 1) * tensor.nbytes
-        total = parts[0].clone()
+        # Half precision is rounded once, after the sum: closer to one matrix product than a rounding at every rank.
+        total = parts[0].to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
         for part in parts[1:]:
             total += part
-        return total
+        return total.to(tensor.dtype)
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor:
         if self.ranks == 1:
@@ -216,14 +219,15 @@ class Distributed:
             return (tensor,) * self.ranks
         gathered = torch.empty(self.ranks * raw.numel(), dtype=torch.uint8, device=raw.device)
         try:
-            dist.all_gather_into_tensor(gathered, raw, group=self.rank_group)
+            dist.all_gather_single(gathered, raw, group=self.rank_group)
         except RuntimeError as error:
             raise ServiceError(f"stage {self.stage} rank {self.rank} lost a rank of its stage: {error}") from error
         return gathered.view(tensor.dtype).view(self.ranks, *tensor.shape).unbind(0)
 
-    def _group(self, members: list[int]) -> dist.ProcessGroup:
+    def _group(self, members: list[int]) -> ProcessGroup:
         # Every process makes every group, in the same order, as torch demands.
-        return dist.new_group(members, timeout=self._timeout)
+        group: ProcessGroup = dist.new_group(members, timeout=self._timeout)
+        return group
 
     def _peer(self, stage: int) -> int:
         return stage * self.ranks + self.rank

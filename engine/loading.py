@@ -1,8 +1,8 @@
 """From a folder or a hub id to one shard's model: its stage's layers, its rank's slices, nothing else read.
 
 Together with `engine.parallel` this is the only file that knows transformers' private surface. Weights are read by
-transformers' own loader (renamings, merged experts, slices of DTensor placeholders); what it may see is decided here: it
-gets a state dict of lazy slices, made of the files that hold weights of this shard, and a run-time subclass of the
+transformers' own loader (renamings, merged experts, slices of DTensor placeholders); what it may see is decided here:
+it gets a state dict of lazy slices, made of the files that hold weights of this shard, and a run-time subclass of the
 model's class puts the stubs in and applies the tensor-parallel plan on the meta device, before anything is read.
 """
 
@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoConfig
-from transformers.distributed import DistributedConfig
+from transformers import AutoConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from engine.links import Links
+from engine.parallel import Split, install_splits, place_splits, plan_splits
 from engine.windows import Layout, Window, find_layout, keep_window
 from polytrace.errors import ServiceError
 
@@ -46,6 +46,7 @@ class ShardConfig:
     ranks: int = 1
     device: str = "cpu"
     threads: int | None = None  # torch threads of this process; None leaves torch's choice
+    kv_bytes: int = 4 << 30  # budget of the key/value store
     random_weights_seed: int | None = None  # read no weights: draw them, the same ones on every shard
 
 
@@ -53,7 +54,7 @@ class ShardConfig:
 class LoadedModel:
     """A shard's model, in eval mode, on its device, without gradients."""
 
-    model: nn.Module
+    model: PreTrainedModel
     window: Window
     layout: Layout
     sharded: Mapping[str, int] = field(default_factory=dict)  # parameter path -> dimension split over the ranks
@@ -62,22 +63,24 @@ class LoadedModel:
     seconds: float  # the load took
 
 
-def meta_model(source: str, dtype: str = "auto") -> nn.Module:
+def meta_model(source: str, dtype: str = "auto") -> PreTrainedModel:
     """The whole unsharded model on the meta device, in eval mode: for probing and shapes."""
     config, kind = _config_and_class(source)
     config.dtype = resolve_dtype(source, dtype)
     with torch.device("meta"):
-        return kind._from_config(config, dtype=config.dtype).eval().requires_grad_(False)
+        model: PreTrainedModel = kind._from_config(config, dtype=config.dtype).eval().requires_grad_(False)
+    return model
 
 
 def resolve_dtype(source: str, dtype: str) -> torch.dtype:
     """The dtype that "auto" means for a model, or the named one."""
     if dtype == "auto":
         config, _ = _config_and_class(source)
-        found = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+        found: Any = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
         if found is None:
             found = _checkpoint_dtype(source)
-        return getattr(torch, found) if isinstance(found, str) else found
+        resolved: torch.dtype = getattr(torch, found) if isinstance(found, str) else found
+        return resolved
     named = getattr(torch, dtype, None)
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ServiceError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16, float64")
@@ -95,7 +98,9 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
     every_key = set(whole.state_dict())
     keep_window(whole, window, layout)
     owned_keys = set(whole.state_dict())
-    tied = {t: s for t, s in whole.all_tied_weights_keys.items() if t in owned_keys and s not in owned_keys}
+    tied: dict[str, str] = {
+        t: s for t, s in whole.all_tied_weights_keys.items() if t in owned_keys and s not in owned_keys
+    }
     report(f"layers {window.first}-{window.stop - 1} of {window.num_layers}: {len(owned_keys)} weights")
 
     with ExitStack() as files:
@@ -109,19 +114,31 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
             found = state.get(source) or next((v for k, v in state.items() if source.endswith(f".{k}")), None)
             if target not in state and found is not None:
                 state[target] = found
-        model = _from_state(config, state, window, layout)
+        model, splits = _from_state(config, state, window, layout, links)
+    install_splits(model, splits, links)
 
     model.eval().requires_grad_(False)
     weight_bytes = sum(t.nbytes for t in {id(t): t for t in model.parameters()}.values())
     seconds = time.perf_counter() - start
     report(f"loaded {weight_bytes / 1e6:.1f} MB in {seconds:.1f} s")
     links.barrier()
-    return LoadedModel(model=model, window=window, layout=layout, weight_bytes=weight_bytes, seconds=seconds)
+    return LoadedModel(
+        model=model,
+        window=window,
+        layout=layout,
+        sharded={f"{s.module}.{name}": dim for s in splits for name, dim in s.dims.items() if dim is not None},
+        packed={s.module: s.blocks for s in splits if s.blocks > 1},
+        weight_bytes=weight_bytes,
+        seconds=seconds,
+    )
 
 
-def _from_state(config: ShardConfig, state: dict[str, Any], window: Window, layout: Layout) -> nn.Module:
-    """Let transformers load `state` into a run-time subclass whose window is applied before weights are read."""
+def _from_state(
+    config: ShardConfig, state: dict[str, Any], window: Window, layout: Layout, links: Links
+) -> tuple[PreTrainedModel, tuple[Split, ...]]:
+    """Let transformers load `state` into a run-time subclass that is cut to size before weights are read."""
     model_config, kind = _config_and_class(config.source)
+    applied: list[tuple[Split, ...]] = []
 
     class Windowed(kind):  # type: ignore[misc, valid-type]
         @classmethod
@@ -129,12 +146,14 @@ def _from_state(config: ShardConfig, state: dict[str, Any], window: Window, layo
             return distributed_config, device_map, None
 
         @classmethod
-        def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> nn.Module:
+        def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
             keep_window(model, window, layout)
             if window.stages > 1:
                 owned = dict(model.named_parameters(remove_duplicate=False))
                 tied = model.all_tied_weights_keys
                 model.all_tied_weights_keys = {t: s for t, s in tied.items() if t in owned and s in owned}
+            applied.append(plan_splits(model, config.ranks))
+            place_splits(model, applied[0], links)
             return model
 
     Windowed.__name__ = Windowed.__qualname__ = kind.__name__
@@ -156,9 +175,11 @@ def _from_state(config: ShardConfig, state: dict[str, Any], window: Window, layo
             f"the checkpoint of {config.source} does not fit {kind.__name__}: "
             f"missing {missing[:5]}, of another shape {sorted(map(str, info['mismatched_keys']))[:5]}"
         )
+    if not applied:
+        raise ServiceError(f"transformers {transformers.__version__} loaded {kind.__name__} without calling our hook")
     if hasattr(model.config, "distributed_config"):
         del model.config.distributed_config
-    return model
+    return model, applied[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +245,7 @@ def _checkpoint_dtype(source: str) -> torch.dtype:
     name = where[min(where)] if where else "model.safetensors"
     with safe_open(_file(source, name), framework="pt", device="cpu") as opened:
         for key in opened.keys():  # noqa: SIM118
-            dtype = opened.get_slice(key)[...].dtype
+            dtype: torch.dtype = opened.get_slice(key)[:0].dtype
             if dtype.is_floating_point:
                 return dtype
     raise ServiceError(f"{name} of {source} has no floating-point weights")
@@ -236,11 +257,13 @@ def _config_and_class(source: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise ServiceError(f"cannot read a model configuration from {source}: {error}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ServiceError(f"{source} is a {config.model_type} model, which transformers has no causal language model for")
+        raise ServiceError(
+            f"{source} is a {config.model_type} model, which transformers has no causal language model for"
+        )
     return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _random_state(windowed: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+def _random_state(windowed: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
     """Weights by the model's own initialisation, each module's drawn from (seed, its path): the same on every shard."""
     state: dict[str, torch.Tensor] = {}
     for path, module in windowed.named_modules(remove_duplicate=False):
@@ -248,10 +271,12 @@ def _random_state(windowed: nn.Module, seed: int) -> dict[str, torch.Tensor]:
             continue
         module.to_empty(device="cpu", recurse=False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((seed << 32) ^ zlib.crc32(path.encode()))
+            torch.manual_seed((seed % 2**31 << 32) ^ zlib.crc32(path.encode()))
             windowed._init_weights(module)
         prefix = f"{path}." if path else ""
-        state.update({prefix + name: tensor.detach() for name, tensor in module.state_dict().items() if "." not in name})
+        state.update(
+            {prefix + name: tensor.detach() for name, tensor in module.state_dict().items() if "." not in name}
+        )
     return state
 
 

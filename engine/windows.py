@@ -85,7 +85,7 @@ class Layout:
 class PassThrough(nn.Module):
     """Stands for a module that the stage does not own: returns its first argument.
 
-    Carries the plain attributes of the module it replaces (`layer_idx`, `attention_type`, ...): root forwards read them.
+    Carries the plain attributes of the module it replaces: root forwards read `layer_idx`, `attention_type` and such.
     """
 
     def __init__(self, original: nn.Module, *, returns_tuple: bool = False) -> None:
@@ -118,7 +118,7 @@ def find_layers(model: nn.Module) -> str:
     """Path of the ModuleList of decoder layers: as long as the configuration says, and heaviest of those."""
     config: Any = model.config
     num_layers: int = config.get_text_config(decoder=True).num_hidden_layers
-    lists = [
+    lists: list[tuple[int, str]] = [
         (sum(p.numel() for p in module.parameters()), path)
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
@@ -126,7 +126,8 @@ def find_layers(model: nn.Module) -> str:
     if not lists:
         name = type(model).__name__
         raise ServiceError(f"{name} has no list of {num_layers} decoder layers, so polytrace cannot serve it")
-    return max(lists, key=lambda item: item[0])[1]
+    _, path = max(lists, key=lambda item: item[0])
+    return path
 
 
 def split_layers(num_layers: int, stages: int) -> tuple[range, ...]:
@@ -192,7 +193,7 @@ class _Event:
 
 
 def _probe(model: nn.Module, layers: str, tokens: int, *, returns_tuples: bool) -> dict[str, list[_Event]] | None:
-    """Calls of the topmost modules with weights beside the layers; None when the forward fails or mangles the stream."""
+    """Calls of the topmost modules with weights beside the layers; None when the forward cannot run with such stubs."""
     events: dict[str, list[_Event]] = {}
     shapes_in: list[tuple[int, ...] | None] = []
     layer_list = _as_list(model, layers)
@@ -264,7 +265,7 @@ def _output_shape(path: str, short: _Event, long: _Event) -> OutputShape:
 @contextmanager
 def _without_masks(model: nn.Module) -> Iterator[None]:
     """Run with an attention implementation that nobody registered, for which transformers makes no masks."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     kept = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs.values()]
     try:
         for config, _ in kept:
