@@ -26,14 +26,30 @@ from engine.spans import SpanStore
 from polytrace.errors import ServiceError
 from scheduling.plan import PassId, Segment
 
-# T = packed rows, H = query heads, G = key/value heads, C = head dimension, B = segments of one group, Q / K = their rows
+# T = packed rows, H = query heads, G = key/value heads, C = head dimension
+# B = segments of one group, Q = query rows of each, K = keys of each
 
 NAME = "polytrace"
 
 # What models pass beside the tensors and what has no effect on a causal, packed, dropout-free pass.
 _HARMLESS = frozenset(
-    "dropout is_causal position_ids cache_position output_attentions output_hidden_states use_cache position_embeddings "
-    "past_key_values past_key_value layer_idx target_dtype training return_dict output_router_logits".split()
+    {
+        "cache_position",
+        "dropout",
+        "is_causal",
+        "layer_idx",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_value",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "target_dtype",
+        "training",
+        "use_cache",
+    }
 )
 
 
@@ -123,7 +139,7 @@ def packed_attention(
     softcap: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: `[1, H, T, C]` queries, `[1, G, T, C]` keys and values to `[1, T, H, C]`.
+    """The interface of transformers: `[1, H, T, C]` queries and `[1, G, T, C]` keys and values to `[1, T, H, C]`.
 
     Raises ServiceError on anything a model passes that would change the numbers and is not understood here.
     """
@@ -145,7 +161,8 @@ def packed_attention(
 
 
 def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, rest: dict[str, Any]) -> None:
-    unknown = sorted(name for name, given in rest.items() if given is not None and given is not False and name not in _HARMLESS)
+    given = {name for name, value in rest.items() if value is not None and value is not False}
+    unknown = sorted(given - _HARMLESS)
     if unknown or attention_mask is not None:
         names = ", ".join(unknown) or "attention_mask"
         raise ServiceError(f"{type(module).__name__} passes {names} to attention, which packed rows do not support yet")
@@ -211,7 +228,8 @@ def _attend(
     scale = scaling if scaling is not None else q_BHQC.shape[-1] ** -0.5
     scores_BHQK = torch.tanh((q_BHQC @ k_BGKC.transpose(2, 3)) * scale / softcap) * softcap
     scores_BHQK = scores_BHQK.masked_fill(~_visible(num_rows, num_keys, window, q_BHQC.device), -torch.inf)
-    return torch.softmax(scores_BHQK, -1, dtype=torch.float32).to(q_BHQC.dtype) @ v_BGKC
+    pattern_BHQK = torch.softmax(scores_BHQK, -1, dtype=torch.float32).to(q_BHQC.dtype)
+    return pattern_BHQK @ v_BGKC
 
 
 def _visible(num_rows: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

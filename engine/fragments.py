@@ -1,8 +1,8 @@
 """Runs the nodes of one request, visit by visit, and keeps its failures to itself.
 
-Owns a request's values on one shard from its first wave to its last. A node that fails marks the request as failed here:
+Owns a request's values on one shard from its first wave to its last. A node that fails marks the request as failed:
 its later nodes do nothing and its rows go on unmodified, but what other ranks wait for (gathers of sharded sites and
-parameters, calls of modules that communicate) still happens, so that every shard runs every transfer whatever happens.
+parameters, calls of modules that communicate) still happens, so that every shard runs every transfer of the plan.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from engine.links import Links
 from engine.ops import resolve, run_op
 from engine.results import ResultSink
 from engine.sites import port_leaves
+from engine.slices import gather_whole, take_part
 from engine.stage import StageRunner
 from engine.views import RowView
 from polytrace.description import Leaf, ParameterInfo, Rows, SiteInfo
@@ -81,7 +82,7 @@ class RequestState:
         self.program = program
         self.context = context
         self.sink = sink
-        self.values: dict[NodeId, Any] = {}
+        self.values: dict[int, Any] = {}  # by node id
         self.failure: Failure | None = None
         self.fired: list[NodeId] = []  # reads, writes and saves of this pass
         self.rows: dict[int, InvokeRows] = {}  # of this pass, by invoke
@@ -120,7 +121,7 @@ class RequestState:
         for node_id in fragment.nodes:
             try:
                 self._run_node(node_id, fragment.order, port)
-            except Exception as error:  # the edge between a user's program and the shared pass
+            except Exception as error:  # noqa: BLE001 - the edge between a user's program and the shared pass
                 self.fail(node_id, _told(error))
         for node_id in fragment.drops:
             self.values.pop(node_id, None)
@@ -176,7 +177,7 @@ class RequestState:
         leaf, rows = self._leaf(node)
         value = rows.read(port.current(node.site.selector))
         if leaf.sharded_dim is not None:
-            return self._gather(value, 2 + leaf.sharded_dim, leaf.sharded_blocks)
+            return gather_whole(self.context.links, value, 2 + leaf.sharded_dim, leaf.sharded_blocks)
         is_written_later = self._in_place_until.get(node.invoke, -1) >= order or (node.invoke, order) in self._assigns
         if rows.rows is None and (leaf.mutated or is_written_later):
             return value.clone()  # a snapshot: something may still write to this memory
@@ -191,7 +192,7 @@ class RequestState:
             raise ValueError(f"the value has shape {list(value.shape)}, the site {list(planned)}")
         value = value.to(port.tensors[selector].dtype)
         if leaf.sharded_dim is not None:
-            value = self._own_part(value, 2 + leaf.sharded_dim, leaf.sharded_blocks)
+            value = take_part(self.context.links, value, 2 + leaf.sharded_dim, leaf.sharded_blocks)
         key = (node.site.port.value, repr(selector), node.invoke)
         if node.in_place and key not in self._assigned:
             rows.write(port.tensors[selector], value)
@@ -209,22 +210,8 @@ class RequestState:
             raise ValueError(f"no rows were kept for {node.site}")
         return leaf, view
 
-    def _gather(self, local: Tensor, dim: int, blocks: int) -> Tensor:
-        """The full tensor of a part that the ranks split along `dim`, block by block."""
-        full = self.context.links.gather(local.contiguous(), dim)
-        if blocks == 1 or self.context.links.ranks == 1:
-            return full
-        width = full.shape[dim] // (blocks * self.context.links.ranks)
-        return full.unflatten(dim, (self.context.links.ranks, blocks, width)).transpose(dim, dim + 1).flatten(dim, dim + 2)
-
-    def _own_part(self, full: Tensor, dim: int, blocks: int) -> Tensor:
-        """This rank's part of a full tensor."""
-        ranks, rank = self.context.links.ranks, self.context.links.rank
-        width = full.shape[dim] // (blocks * ranks)
-        return full.unflatten(dim, (blocks, ranks, width)).select(dim + 1, rank).flatten(dim, dim + 1)
-
     def _own_what_stays(self, fragment: Fragment, port: PortValue) -> None:
-        """Copies values that outlive the visit out of the packed stream, so that they do not keep all its rows alive."""
+        """Copies values that outlive the visit out of the stream, so that they do not keep all its rows alive."""
         packed = {tensor.untyped_storage().data_ptr() for tensor in (*port.tensors.values(), *port.handed_on.values())}
         for node_id in fragment.nodes:
             value = self.values.get(node_id)
@@ -239,7 +226,7 @@ class RequestState:
         if info.sharded_dim is None:
             return local.detach()
         blocks = self.context.packed_blocks.get(node.path.rpartition(".")[0], 1)
-        return self._gather(local.detach(), info.sharded_dim, blocks)
+        return gather_whole(self.context.links, local.detach(), info.sharded_dim, blocks)
 
     def _call(self, node_id: NodeId, node: Call) -> Any:
         module = self.context.runner.model.get_submodule(node.module)

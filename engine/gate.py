@@ -1,10 +1,10 @@
 """The gate: is a row's value its own, at every site, whatever lies beside it in the stream?
 
-Using the attention interface is not enough to be packed: convolutions and recurrences mix neighbours, and experts sort rows.
-So before a model serves, every shard runs three streams on the served weights, [A, B], [A', B] and B alone, and compares B's
-rows at every site bit for bit. A model that fails at its logits is refused; a site that fails is refused by name.
-
-The same run shows each site's local shape (which dimension the ranks split) and which tensors the model changes in place.
+Using the attention interface is not enough to be packed: convolutions and recurrences mix neighbours, and experts sort
+rows. So before a model serves, every shard runs three streams on the served weights, [A, B], [A', B] and B alone, and
+compares B's rows at every site bit for bit. A model that fails at its logits is refused; a site that fails is refused
+by name. The same run shows each site's local shape (which dimension the ranks split) and which tensors the model
+changes in place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.links import Links
 from engine.sites import GateReport, LeafReport, Probe, Selector, port_leaves
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
-from polytrace.description import Rows, SiteInfo
+from polytrace.description import SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
 from scheduling.plan import MIN_ROWS, PassId, Segment, Span
@@ -74,7 +74,12 @@ def run_gate(
     refused = [f"{leaf.module}.{leaf.port.value}" for leaf in leaves if leaf.refusal]
     notes = (f"refused by the gate: {', '.join(refused)}",) if refused else ()
     return GateReport(
-        stage=links.stage, rank=links.rank, leaves=tuple(leaves), sharded=dict(sharded), packed=dict(packed), notes=notes
+        stage=links.stage,
+        rank=links.rank,
+        leaves=tuple(leaves),
+        sharded=dict(sharded),
+        packed=dict(packed),
+        notes=notes,
     )
 
 
@@ -144,9 +149,8 @@ def _watching(
     seen: _Seen,
     originals: dict[tuple[str, Port, Selector], tuple[Tensor, int]],
 ) -> Callable[[Any], Any]:
-    """Copies the last sequence's rows of every leaf; rows of both spaces are all rows here."""
+    """Copies the last sequence's rows of every leaf. The gate keeps all rows for the head, so both row spaces agree."""
     readable = {leaf.selector for leaf in site.leaves if leaf.read_refusal is None}
-    assert site.rows in Rows
 
     def visitor(value: Any) -> Any:
         for selector, tensor in port_leaves(value)[1].items():

@@ -44,7 +44,7 @@ class FileSink:
     def put(self, slot: SaveSlot, value: Any) -> None:
         tensor = _planned(slot, value).contiguous().cpu()
         if tensor.nbytes:
-            written = memoryview(tensor.flatten().view(torch.uint8).numpy())
+            written = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
             descriptor = os.open(self.path, os.O_WRONLY)
             try:
                 offset = self.data_start + slot.offset
@@ -69,6 +69,7 @@ def _planned(slot: SaveSlot, value: Any) -> Tensor:
     dtype = str(value.dtype).removeprefix("torch.")
     if tuple(value.shape) != slot.facts.shape or dtype != slot.facts.dtype:
         raise ValueError(
-            f"{slot.name} came out as {dtype} {list(value.shape)}, planned was {slot.facts.dtype} {list(slot.facts.shape)}"
+            f"{slot.name} came out as {dtype} {list(value.shape)}, "
+            f"planned was {slot.facts.dtype} {list(slot.facts.shape)}"
         )
     return value.detach()

@@ -1,8 +1,8 @@
 """One shard: a window of layers on one rank, running plans.
 
-Owns the order of things inside a pass on one shard. A pass is a straight story: take what other stages hold for it, run the
-prologue, run the window with every graph's fragments at their visits, hand on hidden rows and carried values, report.
-It never waits for the controller inside a pass, and every shard runs every transfer of the plan whatever happens.
+Owns the order of things inside a pass on one shard. A pass is a straight story: take what other stages hold for it,
+run the prologue, run the window with every graph's fragments at their visits, hand on hidden rows and carried values,
+report. It never waits for the controller inside a pass, and every shard runs every transfer whatever happens.
 
 Knows nothing of Ray, queues or HTTP. A plain class: `cluster.actors` makes it remote where it is launched.
 """
@@ -74,9 +74,7 @@ class Shard:
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""
-        return describe_model(
-            self.probe, tuple(reports), name=name, stages=self.links.stages, ranks=self.links.ranks
-        )
+        return describe_model(self.probe, tuple(reports), name=name, stages=self.links.stages, ranks=self.links.ranks)
 
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""
@@ -210,9 +208,7 @@ class Shard:
             self._send_values(states, leaving, target)
         return hidden_bytes
 
-    def _send_values(
-        self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], target: int
-    ) -> None:
+    def _send_values(self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], target: int) -> None:
         values = [
             state.held(transfer.node, transfer.facts)
             for state, each in zip(states, transfers, strict=True)
@@ -223,9 +219,7 @@ class Shard:
         parts = [_padded(flags), *(_padded(value) for value in values)]
         self.links.send(torch.cat(parts), target)
 
-    def _receive_values(
-        self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], source: int
-    ) -> None:
+    def _receive_values(self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], source: int) -> None:
         expected = [
             (state, transfer)
             for state, each in zip(states, transfers, strict=True)
@@ -303,5 +297,3 @@ def _aligned(num_bytes: int) -> int:
 def _padded(tensor: Tensor) -> Tensor:
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return torch.nn.functional.pad(raw, (0, _aligned(raw.numel()) - raw.numel()))
-
-

@@ -1,8 +1,8 @@
 """Finds a model's sites by running it: two forwards on the meta device with different numbers of rows.
 
-Owns how sites are discovered and how a `ModelDescription` is put together from the probe of the whole model and what each
-shard reports of its part. A dimension that follows the number of rows in both forwards is the token dimension; a local
-shape that is smaller than the full one says which dimension tensor-parallel ranks split. No family is named here.
+Owns how sites are discovered and how a `ModelDescription` is put together from the probe of the whole model and what
+each shard reports of its part. A dimension that follows the number of rows in both forwards is the token dimension; a
+local shape that is smaller than the full one says which dimension tensor-parallel ranks split. No family is named here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from engine.attention import use_packed_attention
 from engine.windows import Layout, find_layout
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
+from polytrace.errors import ServiceError
 from polytrace.graph import Port
 
 # Row counts that no model dimension is likely to have, so that shapes tell rows from features.
@@ -102,19 +103,20 @@ def _members(items: Any) -> Iterator[tuple[Selector, Tensor]]:
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What the `input` port of a module's call holds: its first positional argument, else its first keyword argument."""
+    """What the `input` port of a call holds: its first positional argument, else its first keyword argument."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def probe_model(model: PreTrainedModel) -> Probe:
-    """Runs the meta model twice and reads sites, modules and parameters off it. Takes seconds for the largest models."""
+    """Runs the meta model twice and reads sites, modules and parameters off it: seconds for the largest models."""
     layout = find_layout(model)
     layers = layout.layers
     use_packed_attention(model)
     has_kept_rows = "logits_to_keep" in _forward_names(model)
     first, second = (_Recorder(model, layers).run(*sizes, has_kept_rows) for sizes in _PROBES)
     config = model.config.get_text_config()
-    sites = tuple(_site(order, a, b, first) for order, (a, b) in enumerate(zip(first.events, second.events, strict=True)))
+    events = zip(first.events, second.events, strict=True)
+    sites = tuple(_site(order, a, b, first) for order, (a, b) in enumerate(events))
     layer_orders = [s.order for s in sites if s.module.startswith(layers + ".")]
     return Probe(
         class_name=type(model).__name__,
@@ -141,9 +143,7 @@ def describe_model(
 ) -> ModelDescription:
     """Places the probe's sites on stages and adds what every shard's gate reported."""
     place = _Placement(probe, stages)
-    leaf_reports = {
-        (leaf.module, leaf.port, leaf.selector): leaf for r in reports if r.rank == 0 for leaf in r.leaves
-    }
+    leaf_reports = {(leaf.module, leaf.port, leaf.selector): leaf for r in reports if r.rank == 0 for leaf in r.leaves}
     packed = {path: blocks for r in reports for path, blocks in r.packed.items()}
     sharded = {path: dim for r in reports for path, dim in r.sharded.items()}
     sites = tuple(
@@ -155,10 +155,7 @@ def describe_model(
         for site in probe.sites
     )
     modules = tuple(replace(module, first_stage=place.home(module.path)) for module in probe.modules)
-    parameters = tuple(
-        replace(p, stage=place.home(p.path), sharded_dim=sharded.get(p.path))
-        for p in probe.parameters
-    )
+    parameters = tuple(replace(p, stage=place.home(p.path), sharded_dim=sharded.get(p.path)) for p in probe.parameters)
     shape_facts = json.dumps([probe.config, probe.dtype, stages, ranks, repr(sites)], sort_keys=True, default=str)
     return ModelDescription(
         name=name,
@@ -204,6 +201,11 @@ class _Recorder:
         try:
             with torch.no_grad():
                 self.model(input_ids=ids, position_ids=ids, use_cache=False, **keep)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            name, reason = type(self.model).__name__, str(error).split("\n")[0]
+            raise ServiceError(
+                f"{name} cannot be served yet: its forward does not run without data: {reason}"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -254,8 +256,8 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder) -> SiteInfo:
     leaves = []
     for selector, tensor in a.leaves.items():
         shape_a, shape_b = tuple(tensor.shape), tuple(b.leaves[selector].shape)
-        follows = {Rows.ALL: (rows_a, rows_b), Rows.KEPT: (kept_a, kept_b)}
-        kind = next((k for k, sizes in follows.items() if (shape_a[1:2], shape_b[1:2]) == ((sizes[0],), (sizes[1],))), None)
+        row_spaces = {((rows_a,), (rows_b,)): Rows.ALL, ((kept_a,), (kept_b,)): Rows.KEPT}
+        kind = row_spaces.get((shape_a[1:2], shape_b[1:2]))
         is_packed = kind is not None and shape_a[0] == 1 and shape_a[2:] == shape_b[2:]
         if is_packed and kind is not None:
             rows = kind
@@ -370,7 +372,8 @@ def _placed_leaf(
         if len(split) == 1 and report.local_tail[split[0]] * ranks == leaf.tail[split[0]]:
             sharded_dim = split[0]
         else:
-            read_refusal = f"its parts of shape {list(report.local_tail)} on {ranks} ranks do not make up {list(leaf.tail)}"
+            parts, whole = list(report.local_tail), list(leaf.tail)
+            read_refusal = f"its parts of shape {parts} on {ranks} ranks do not make up {whole}"
     return replace(
         leaf,
         sharded_dim=sharded_dim,

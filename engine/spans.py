@@ -1,8 +1,8 @@
 """Keys and values by layer, read only through spans, within a byte budget.
 
-Owns what attention may look back at. A *block* is what one pass put down at one layer: all its rows, in the order of the
-packed stream. A segment names the spans (block, start, stop) that it attends to, in token order; within one pass that is
-its own rows, and a fork, a later wave or a decode step will name rows of others by the same means.
+Owns what attention may look back at. A *block* is what one pass put down at one layer: all its rows, in the order of
+the packed stream. A segment names the spans (block, start, stop) that it attends to, in token order; within one pass
+that is its own rows, and a fork, a later wave or a decode step names rows of others by the same means.
 
 Invariant: bytes held never exceed the budget; a block that nobody retains is gone as soon as its layer has attended.
 """

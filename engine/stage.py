@@ -1,14 +1,14 @@
 """Runs one stage's window of the unmodified model over packed rows, and stops at the sites that somebody visits.
 
-Owns the hooks. Around one forward it puts received hidden states in at the first layer of the window, hands every visited
-port to its callback in the model's order, takes hidden states out behind the last layer and stops as soon as the last needed
-visit is done. Knows nothing of requests: `engine.shard` and `engine.gate` bring the callbacks.
+Owns the hooks. Around one forward it puts received hidden states in at the first layer of the window, hands every
+visited port to its callback in the model's order, takes hidden states out behind the last layer and stops as soon as
+the last needed visit is done. Knows nothing of requests: `engine.shard` and `engine.gate` bring the callbacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,18 +63,16 @@ class StageRunner:
         """One forward of the window.
 
         `hidden_1TD` enters at the first layer (None on the first stage). `stop_after` is the order of the visit to stop
-        behind, None to go to the window's end. Returns the hidden states behind the last layer when there is a next stage
-        and the forward got there, else None. Whatever the model raises comes through.
+        behind, None to go to the window's end. Returns the hidden states behind the last layer when there is a next
+        stage and the forward got there, else None. Whatever the model raises comes through.
         """
         left: list[Tensor] = []
         options: dict[str, Any] = {} if rows.kept_K is None else {"logits_to_keep": rows.kept_K}
         with ExitStack() as hooks, attending(rows.attention), torch.no_grad():
             for handle in self._install(hidden_1TD, visits, stop_after, left):
                 hooks.callback(handle.remove)
-            try:
+            with suppress(_Done):
                 self.model(input_ids=rows.tokens_1T, position_ids=rows.positions_1T, use_cache=False, **options)
-            except _Done:
-                pass
         return left[0] if left else None
 
     @contextmanager
@@ -137,8 +135,8 @@ def replace_first_argument(
     return args, {**kwargs, first: value}
 
 
-class _Done(Exception):  # noqa: N818 - not an error: the forward has nothing left to do
-    """Ends a forward early."""
+class _Done(Exception):
+    """Ends a forward early: not an error, there is nothing left to do."""
 
 
 def _putting_in(hidden_1TD: Tensor) -> Callable[..., Any]:

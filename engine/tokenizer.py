@@ -9,7 +9,7 @@ from transformers.utils import cached_file
 
 
 def tokenizer_json(source: str) -> bytes | None:
-    """Bytes of the model's `tokenizer.json`, made by transformers when only older files exist; None when there is none."""
+    """Bytes of the model's `tokenizer.json`, made by transformers when only older files exist; None without any."""
     folder = Path(source)
     if folder.is_dir():
         file = folder / "tokenizer.json"

@@ -1,8 +1,8 @@
 """How a request sees its rows: views of the packed stream shaped as if it ran alone.
 
-Owns the way from packed rows `[1, R, *tail]` to `[sequences, columns, *tail]` and back, for one invoke of one member and
-for one of the two row spaces (all rows, or the rows kept for the head). Sequences of equal length need no copy; ragged ones
-are left-padded with zeros, and what is written on pads vanishes.
+Owns the way from packed rows `[1, R, *tail]` to `[sequences, columns, *tail]` and back, for one invoke of one member
+and for one of the two row spaces (all rows, or the rows kept for the head). Sequences of equal length need no copy;
+ragged ones are left-padded with zeros, and what is written on pads vanishes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class RowView:
         """`[sequences, columns, *tail]`: aliases `packed` when nothing is padded, else a padded copy."""
         if self.rows is None or self.cells is None:
             rows = packed[0, self.start : self.start + self.num_sequences * self.num_columns]
-            return rows.unflatten(0, (self.num_sequences, self.num_columns))
+            return rows.view(self.num_sequences, self.num_columns, *packed.shape[2:])
         out = packed.new_zeros(self.num_sequences * self.num_columns, *packed.shape[2:])
         out.index_copy_(0, self.cells, packed[0].index_select(0, self.rows))
-        return out.unflatten(0, (self.num_sequences, self.num_columns))
+        return out.view(self.num_sequences, self.num_columns, *packed.shape[2:])
 
     def write(self, packed: Tensor, value: Tensor) -> None:
         """Puts a value of the view's shape into the packed rows, in place."""

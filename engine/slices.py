@@ -1,0 +1,25 @@
+"""A dimension that tensor-parallel ranks split: the whole from the parts, and a rank's part of a whole.
+
+Fused projections (GPT-2's q|k|v) are several equal blocks side by side, each split over the ranks by itself, so a rank
+holds `[q_r | k_r | v_r]` and joining the ranks' parts means joining block by block.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engine.links import Links
+
+
+def gather_whole(links: Links, part: Tensor, dim: int, blocks: int = 1) -> Tensor:
+    """The whole of a tensor whose dimension `dim` the stage's ranks split; collective over the stage."""
+    if links.ranks == 1 or blocks == 1:
+        return links.gather(part, dim)
+    return links.gather(part.unflatten(dim, (blocks, -1)), dim + 1).flatten(dim, dim + 1)
+
+
+def take_part(links: Links, whole: Tensor, dim: int, blocks: int = 1) -> Tensor:
+    """This rank's part of a whole tensor: the inverse of `gather_whole`."""
+    if links.ranks == 1:
+        return whole
+    return whole.unflatten(dim, (blocks, links.ranks, -1)).select(dim + 1, links.rank).flatten(dim, dim + 1)
