@@ -1,0 +1,55 @@
+"""The benchmarks in one command.
+
+    python -m bench.run [merged] [overhead] [--quick] [--model FOLDER]
+
+Each prints its figures and appends one JSON line to `bench/results/`. A row whose numbers are wrong is an error, not a
+result: nothing is recorded then. `--quick` shows that a benchmark works and records nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from bench import merged, overhead, record, tinyworld
+
+# Each has `config_for(folder, quick=)`, `run(config)`, `is_right(figures)` and `tell(figures)`.
+BENCHMARKS: Mapping[str, Any] = {"merged": merged, "overhead": overhead}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="polytrace's benchmarks")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; none: all")
+    parser.add_argument("--model", type=Path, default=tinyworld.FOLDER, help="folder of a Llama-shaped model")
+    parser.add_argument("--quick", action="store_true", help="few rounds, nothing recorded")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - BENCHMARKS.keys():
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    transformers.utils.logging.disable_progress_bar()
+    for name in arguments.names or BENCHMARKS:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        run_one(name, arguments.model, quick=arguments.quick)
+
+
+def run_one(name: str, folder: Path, *, quick: bool) -> None:
+    """Runs, prints and records one benchmark; ends the program when its numbers are wrong."""
+    benchmark = BENCHMARKS[name]
+    config = benchmark.config_for(folder, quick=quick)
+    figures = benchmark.run(config)
+    print(benchmark.tell(figures), flush=True)
+    if not benchmark.is_right(figures):
+        sys.exit(f"{name}: the numbers are wrong, so the times mean nothing")
+    if not quick:
+        path = record.append(name, config=asdict(config) | {"folder": folder.name}, figures=figures)
+        print(f"recorded in {path.relative_to(record.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
