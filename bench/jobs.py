@@ -1,4 +1,4 @@
-"""Users' requests as a service gets them: recorded once through the client, run alone, held against plain Hugging Face."""
+"""Users' requests as a service gets them: recorded once through the client, run alone, held against Hugging Face."""
 
 from __future__ import annotations
 
