@@ -76,7 +76,7 @@ class Wave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveSlot:
-    """Where a saved value goes."""
+    """Where a saved value goes. Slots lie without holes, larger elements first, so each is aligned to its own size."""
 
     name: str
     node: NodeId  # of the Save
@@ -156,7 +156,8 @@ class Plan:
     views: tuple[View, ...]  # by start
     members: tuple[Member, ...]
     until: int  # order of the last visit that any member needs
-    num_stages: int  # stages from this one on have no rows to run; they still do their transfers
+    num_stages: int  # stages from this one on have no rows to run; they still do their prologues and transfers
+    ended: tuple[RequestId, ...] = ()  # stopped between two waves: shards forget them before anything else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,4 +183,4 @@ class ShardResult:
     gathered_bytes: int  # received from other ranks to complete sharded sites and parameters
     seconds: float  # from the first transfer to the last save
     busy_seconds: float  # of those, not waiting for another shard
-    values: Mapping[tuple[RequestId, str], Any] = field(default_factory=dict)  # saves, when the program has no result file
+    values: Mapping[tuple[RequestId, str], Any] = field(default_factory=dict)  # saves, when there is no result file

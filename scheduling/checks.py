@@ -1,0 +1,206 @@
+"""Whether a request fits a model, before anything is planned: sites, modules, prompts, tokens, counts.
+
+Owns the messages a user sees when one of these is wrong, with the user's own line. Knows nothing of shapes beyond what
+the description says (`engine.shapes` infers them) and nothing of stages or waves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+from polytrace.description import Leaf, ModelDescription, SiteInfo
+from polytrace.errors import GraphError, TooLargeError
+from polytrace.graph import (
+    Call,
+    Constant,
+    Graph,
+    Mask,
+    NodeId,
+    Op,
+    Parameter,
+    Port,
+    Read,
+    Request,
+    Save,
+    Site,
+    Write,
+    operands,
+)
+from polytrace.ops import OPS
+
+
+class ModelTable:
+    """A description, indexed for looking up what a graph names."""
+
+    def __init__(self, description: ModelDescription) -> None:
+        self.description = description
+        self.modules = {module.path: module for module in description.modules}
+        self.parameters = {parameter.path: parameter for parameter in description.parameters}
+        self.sites: dict[tuple[str, Port], list[SiteInfo]] = {}  # by visit
+        for info in description.sites:
+            self.sites.setdefault((info.module, info.port), []).append(info)
+
+    def site(self, site: Site, verb: str, where: str) -> tuple[SiteInfo, Leaf]:
+        """The site's entry and its leaf. Raises GraphError that says what there is instead."""
+        visits = self.sites.get((site.module, site.port), [])
+        found = next((info for info in visits if info.visit == site.visit), None)
+        if found is None:
+            self._check_module(site.module, verb, where)
+            if not visits:
+                raise GraphError(f"graph {verb} {site}, but no forward of this model visits it", where=where)
+            raise GraphError(
+                f"graph {verb} visit {site.visit} of {site}; one forward visits it {len(visits)} times, counted from 0",
+                where=where,
+            )
+        for leaf in found.leaves:
+            if leaf.selector == site.selector:
+                return found, leaf
+        port = Site(module=site.module, port=site.port)
+        known = ", ".join(str(replace(port, selector=leaf.selector)) for leaf in found.leaves)
+        raise GraphError(f"graph {verb} {site}; {port} is a {found.structure} with these tensors: {known}", where=where)
+
+    def call_stage(self, call: Call) -> int:
+        """The home stage of a called module. Raises GraphError when it cannot be called."""
+        if call.module not in self.modules:
+            self._check_module(call.module, "calls", call.where)
+        module = self.modules[call.module]
+        if module.is_list:
+            raise GraphError(f"{call.module} is a list of modules: index it before calling it", where=call.where)
+        if module.call_refusal is not None:
+            raise GraphError(f"{call.module} cannot be called on a value: {module.call_refusal}", where=call.where)
+        return module.first_stage
+
+    def parameter_stage(self, node: Parameter) -> int:
+        """The home stage of a parameter. Raises GraphError when there is none of that path."""
+        info = self.parameters.get(node.path)
+        if info is None:
+            self._check_layer(node.path, "reads", node.where)
+            close = _nearest(node.path, self.parameters)
+            raise GraphError(f"this model has no parameter {node.path}{close}", where=node.where)
+        return info.stage
+
+    def _check_module(self, path: str, verb: str, where: str) -> None:
+        if path not in self.modules:
+            self._check_layer(path, verb, where)
+            raise GraphError(f"this model has no module {path}{_nearest(path, self.modules)}", where=where)
+
+    def _check_layer(self, path: str, verb: str, where: str) -> None:
+        prefix = self.description.layers + "."
+        layer = path.removeprefix(prefix).partition(".")[0]
+        last = self.description.num_layers - 1
+        if path.startswith(prefix) and layer.isascii() and layer.isdigit() and int(layer[:9]) > last:
+            raise GraphError(f"graph {verb} layer {layer}; this model has layers 0-{last}", where=where)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A checked graph with its names looked up. Lists are indexed by node id."""
+
+    operands: list[tuple[NodeId, ...]]  # the nodes whose values a node needs, each once
+    sites: list[tuple[SiteInfo, Leaf] | None]  # of reads and writes
+    homes: list[int]  # home stage of calls and parameters, 0 for the others
+
+
+def resolve(request: Request, table: ModelTable) -> Resolved:
+    """Checks a request against a model and looks its names up. Raises GraphError or TooLargeError."""
+    limits = table.description.limits
+    if len(request.graph.nodes) > limits.max_nodes:
+        raise TooLargeError(f"the graph has {len(request.graph.nodes)} nodes; the limit is {limits.max_nodes}")
+    _check_prompts(request, table.description)
+    resolved = _resolve_nodes(request, table)
+    _check_saves(request.graph)
+    return resolved
+
+
+def check_request(request: Request, description: ModelDescription) -> None:
+    """`resolve` for those who only want to know. Raises GraphError or TooLargeError."""
+    resolve(request, ModelTable(description))
+
+
+def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
+    nodes = request.graph.nodes
+    needed: list[tuple[NodeId, ...]] = []
+    homes = [0] * len(nodes)
+    sites: list[tuple[SiteInfo, Leaf] | None] = [None] * len(nodes)
+    found: dict[tuple[Site, bool], tuple[SiteInfo, Leaf]] = {}
+    for position, node in enumerate(nodes):
+        parts = operands(node)
+        needed.append(parts if len(parts) < 2 else tuple(dict.fromkeys(parts)))
+        for part in parts:
+            if not 0 <= part < position or isinstance(nodes[part], (Write, Save)):
+                raise GraphError(f"node {position} uses node {part}, which is no earlier value", where=node.where)
+        if isinstance(node, Op):
+            if node.name not in OPS:
+                raise GraphError(f"there is no operation {node.name}{_nearest(node.name, OPS)}", where=node.where)
+        elif isinstance(node, (Read, Write)):
+            key = (node.site, isinstance(node, Write))
+            entry = found.get(key)
+            if entry is None:
+                entry = found[key] = _allowed_site(node, table)
+            sites[position] = entry
+            _check_invoke(node.invoke, request, node.where)
+        elif isinstance(node, Call):
+            homes[position] = table.call_stage(node)
+        elif isinstance(node, Parameter):
+            homes[position] = table.parameter_stage(node)
+        elif isinstance(node, Mask):
+            _check_invoke(node.invoke, request, node.where)
+        elif isinstance(node, Constant) and node.name not in request.constants:
+            raise GraphError(f"the request brings no constant {node.name}", where=node.where)
+    return Resolved(operands=needed, sites=sites, homes=homes)
+
+
+def _allowed_site(node: Read | Write, table: ModelTable) -> tuple[SiteInfo, Leaf]:
+    verb = "reads" if isinstance(node, Read) else "writes"
+    info, leaf = table.site(node.site, verb, node.where)
+    refusal = leaf.read_refusal if isinstance(node, Read) else leaf.write_refusal
+    if refusal is not None:
+        done = "read" if isinstance(node, Read) else "written"
+        raise GraphError(f"{node.site} cannot be {done}: {refusal}", where=node.where)
+    return info, leaf
+
+
+def _check_invoke(invoke: int, request: Request, where: str) -> None:
+    if not 0 <= invoke < len(request.invokes):
+        raise GraphError(f"graph names invoke {invoke}; the request has {len(request.invokes)}", where=where)
+
+
+def _check_prompts(request: Request, description: ModelDescription) -> None:
+    limits = description.limits
+    for index, invoke in enumerate(request.invokes):
+        if not invoke.sequences:
+            raise GraphError(f"invoke {index} has no prompt")
+        for prompt, sequence in enumerate(invoke.sequences):
+            place = f"prompt {prompt} of invoke {index}"
+            if not sequence:
+                raise GraphError(f"{place} has no tokens")
+            if len(sequence) > limits.max_sequence_tokens:
+                raise TooLargeError(
+                    f"{place} has {len(sequence)} tokens; the model's context takes {limits.max_sequence_tokens}"
+                )
+            if not (min(sequence) >= 0 and max(sequence) < description.vocab_size):
+                wrong = next(token for token in sequence if not 0 <= token < description.vocab_size)
+                raise GraphError(f"{place} has the token id {wrong}; ids are 0-{description.vocab_size - 1}")
+    tokens = sum(invoke.num_tokens for invoke in request.invokes)
+    if tokens > limits.max_request_tokens:
+        raise TooLargeError(f"all prompts have {tokens} tokens together; the limit is {limits.max_request_tokens}")
+
+
+def _check_saves(graph: Graph) -> None:
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        if isinstance(node, Save):
+            if node.name in names:
+                other = names[node.name]
+                raise GraphError(f"two values are saved as {node.name!r}, the other at {other}", where=node.where)
+            names[node.name] = node.where
+    if not names:
+        raise GraphError("nothing is saved: call .save() on the values to get back")
+
+
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    """The end of a sentence about a name that is not known."""
+    close = get_close_matches(name[:200], known, n=3, cutoff=0.5)
+    return f"; the nearest are {', '.join(close)}" if close else ""

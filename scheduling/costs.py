@@ -1,0 +1,95 @@
+"""What a program takes and moves, counted from the plan, for certificates before the run and receipts after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from polytrace.description import ModelDescription
+from polytrace.graph import NodeId, Port, Read, Write
+from scheduling.plan import PROLOGUE, Program, Wave
+
+MAX_NOTES = 16  # of one kind
+
+
+def wave_tokens(program: Program, wave: Wave) -> int:
+    """Rows that a wave adds to its pass."""
+    return sum(program.invokes[invoke].num_tokens for invoke in wave.invokes)
+
+
+def token_layers(program: Program, description: ModelDescription) -> int:
+    """Rows x decoder layers that they run through, each wave up to what the request itself needs."""
+    layers = {module.path for module in description.modules if module.is_decoder_layer}
+    starts = [site.order for site in description.sites if site.module in layers and site.port is Port.INPUT]
+    return sum(wave_tokens(program, wave) * sum(start <= wave.until for start in starts) for wave in program.waves)
+
+
+def carried_bytes(program: Program, description: ModelDescription) -> int:
+    """Bytes of carried values on the links between stages, all ranks together."""
+    works = [(stage, work) for wave in program.waves for stage, work in enumerate(wave.stages)]
+    sent = sum(
+        move.facts.num_bytes for stage, work in works for move in (*work.held, *work.leaving) if move.source == stage
+    )
+    return sent * description.ranks
+
+
+def read_bytes(program: Program) -> int:
+    """Bytes of the values that reads give, all of them once."""
+    read = {node for wave in program.waves for node in nodes_of(wave) if isinstance(program.graph.nodes[node], Read)}
+    return sum(known.num_bytes for node in read if (known := program.facts[node]) is not None)
+
+
+def pad_rows_written(program: Program) -> int:
+    """Rows of writes that fall on left padding, each write once."""
+    written = {node for wave in program.waves for node in nodes_of(wave)}
+    writes = [node for node in map(program.graph.nodes.__getitem__, written) if isinstance(node, Write)]
+    return sum(_num_pads(program, write.invoke) for write in writes)
+
+
+def nodes_of(wave: Wave) -> Iterator[NodeId]:
+    """All nodes that run in a wave, stage by stage."""
+    for work in wave.stages:
+        for fragment in work.fragments:
+            yield from fragment.nodes
+
+
+def find_notes(program: Program, description: ModelDescription) -> tuple[str, ...]:
+    """What a person should know: reads that see writes of later lines, and rows written to padding."""
+    orders = {(site.module, site.port, site.visit): site.order for site in description.sites}
+    events: dict[int, list[tuple[int, int]]] = {}  # invoke -> (order, node)
+    for node in {node for wave in program.waves for node in nodes_of(wave)}:
+        event = program.graph.nodes[node]
+        if isinstance(event, (Read, Write)):
+            place = event.site.module, event.site.port, event.site.visit
+            events.setdefault(event.invoke, []).append((orders[place], node))
+    seen = [note for invoke in sorted(events) for note in _late_writes(program, sorted(events[invoke]))]
+    padded = [
+        f"the write at {write.where} writes {pads} rows of left padding, which vanish"
+        for invoke in sorted(events)
+        if (pads := _num_pads(program, invoke))
+        for _, node in sorted(events[invoke])
+        if isinstance(write := program.graph.nodes[node], Write)
+    ]
+    return (*_capped(seen), *_capped(padded))
+
+
+def _late_writes(program: Program, events: list[tuple[int, int]]) -> Iterator[str]:
+    """One note a read that sees a write of a later line: the last such."""
+    latest = PROLOGUE
+    for _, node in events:
+        event = program.graph.nodes[node]
+        if isinstance(event, Write):
+            latest = max(latest, node)
+        elif isinstance(event, Read) and latest > node:
+            seen = program.graph.nodes[latest].where
+            yield f"the read at {event.where} sees the write at {seen}, which stands later but acts at an earlier layer"
+
+
+def _capped(notes: list[str]) -> tuple[str, ...]:
+    distinct = tuple(dict.fromkeys(notes))
+    more = len(distinct) - MAX_NOTES
+    return distinct if more <= 0 else (*distinct[:MAX_NOTES], f"... and {more} more of this kind")
+
+
+def _num_pads(program: Program, invoke: int) -> int:
+    prompts = program.invokes[invoke]
+    return len(prompts.sequences) * prompts.longest - prompts.num_tokens

@@ -1,0 +1,51 @@
+"""Who goes into the next pass. Owns the choice only: what a pass looks like is `scheduling.packing`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassPolicy:
+    """How large a pass may be."""
+
+    budget_tokens: int = 4096  # rows of all members; a wave that alone has more goes alone
+    max_members: int = 256
+
+
+class Candidate(Protocol):
+    """A wave that is ready to go."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows it adds to a pass."""
+
+
+AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
+
+
+class FirstComeFirstServed:
+    """In order of arrival; a smaller one may fill the room that a larger one before it does not fit into.
+
+    The first candidate always goes, so nobody waits for ever. Waves without rows cost nothing and always fit.
+    """
+
+    def __init__(self, policy: PassPolicy) -> None:
+        self.policy = policy
+
+    def choose(self, candidates: Iterable[AnyCandidate]) -> list[AnyCandidate]:
+        """Those of the candidates, given in order of arrival, that go now."""
+        chosen: list[AnyCandidate] = []
+        room = self.policy.budget_tokens
+        has_rows = False
+        for candidate in candidates:
+            if len(chosen) == self.policy.max_members:
+                break
+            tokens = candidate.num_tokens
+            if tokens == 0 or tokens <= room or not has_rows:
+                chosen.append(candidate)
+                room -= tokens
+                has_rows = has_rows or tokens > 0
+        return chosen

@@ -1,0 +1,163 @@
+"""The queue of a deployment: which waves are ready, which pass they are in, how each request ends.
+
+Owns the life of a request between `add` and its one `Outcome`. Who goes into a pass is `scheduling.policy`'s, what the
+pass looks like is `scheduling.packing`'s, what its results say is `scheduling.receipts`'.
+
+Invariants
+- A request is in one pass at a time; its waves go in order.
+- Every request that was added ends in exactly one outcome.
+- Requests that end between two waves are named in the next plan (`Plan.ended`), so that shards forget them.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from polytrace.certificate import Receipt
+from polytrace.description import ModelDescription
+from polytrace.errors import CancelledError, PolytraceError
+from scheduling.costs import wave_tokens
+from scheduling.packing import Packer
+from scheduling.plan import PassId, Plan, Program, RequestId, ShardResult
+from scheduling.policy import FirstComeFirstServed, PassPolicy
+from scheduling.receipts import Account, find_error
+
+__all__ = ["Outcome", "PassPolicy", "Scheduler"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a request ended: with a receipt or with an error."""
+
+    request: RequestId
+    receipt: Receipt | None = None
+    error: PolytraceError | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)  # saves, when the program has no result file
+
+
+class _Job:
+    """A request on its way through its waves."""
+
+    def __init__(self, program: Program, number: int, now: float) -> None:
+        self.program = program
+        self.number = number  # of arrival
+        self.tokens = [wave_tokens(program, wave) for wave in program.waves]
+        self.added = now
+        self.is_cancelled = False
+        self.restart()
+
+    def restart(self) -> None:
+        self.wave = 0
+        self.started: float | None = None
+        self.account = Account(self.program)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens[self.wave]
+
+    @property
+    def is_last_wave(self) -> bool:
+        return self.wave == len(self.tokens) - 1
+
+
+class Scheduler:
+    """One deployment's queue. Not thread-safe: its owner's loop calls it."""
+
+    def __init__(
+        self, description: ModelDescription, policy: PassPolicy, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._description = description
+        self._choice = FirstComeFirstServed(policy)
+        self._packer = Packer(description)
+        self._clock = clock
+        self._jobs: dict[RequestId, _Job] = {}
+        self._ready: list[_Job] = []  # by arrival: those whose next wave may go
+        self._ended: list[RequestId] = []  # shards hold values of these; the next plan says to drop them
+        self._outcomes: list[Outcome] = []
+        self._arrivals = 0
+        self._passes = 0
+
+    def add(self, program: Program) -> None:
+        """Takes a request. Its id must not be one that is still on its way."""
+        assert program.request not in self._jobs, f"request {program.request} was added twice"
+        self._arrivals += 1
+        job = _Job(program, self._arrivals, self._clock())
+        self._jobs[program.request] = job
+        self._ready.append(job)
+
+    def cancel(self, request: RequestId) -> None:
+        """Ends a request: at once when it is in no pass, else after its pass. Unknown and ended ones are left alone."""
+        job = self._jobs.get(request)
+        if job is None:
+            return
+        job.is_cancelled = True
+        if job in self._ready:
+            self._ready.remove(job)
+            self._end(job, CancelledError("the request was cancelled"), is_held=job.wave > 0)
+
+    def has_work(self) -> bool:
+        """Whether a wave is ready to go into a pass."""
+        return bool(self._ready)
+
+    def next_pass(self) -> Plan:
+        """The next pass. Call it only when there is work; its waves are then in flight until `complete` or `lost`."""
+        assert self._ready, "a pass needs a wave that is ready"
+        chosen = self._choice.choose(self._ready)
+        going = {job.number for job in chosen}
+        self._ready = [job for job in self._ready if job.number not in going]
+        now = self._clock()
+        for job in chosen:
+            job.started = now if job.started is None else job.started
+        self._passes += 1
+        ended, self._ended = tuple(self._ended), []
+        return self._packer.pack(PassId(self._passes), [(job.program, job.wave) for job in chosen], ended)
+
+    def complete(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
+        """Takes in what all shards answered to a plan: members end or become ready for their next wave."""
+        for member in plan.members:
+            job = self._jobs[member.program.request]
+            error: PolytraceError | None = find_error(job.program, job.wave, results)
+            if job.is_cancelled:
+                error = CancelledError("the request was cancelled")
+            if error is not None:
+                self._end(job, error, is_held=not job.is_last_wave)
+                continue
+            job.account.enter(plan, results)
+            if job.is_last_wave:
+                self._finish(job)
+            else:
+                job.wave += 1
+                insort(self._ready, job, key=lambda ready: ready.number)
+
+    def lost(self, plan: Plan, error: PolytraceError) -> None:
+        """The pass died with its shards: its members end with `error`, requests between two waves start again."""
+        for member in plan.members:
+            job = self._jobs[member.program.request]
+            self._end(job, CancelledError("the request was cancelled") if job.is_cancelled else error, is_held=False)
+        for job in self._ready:
+            job.restart()
+        self._ended = []
+
+    def take_outcomes(self) -> list[Outcome]:
+        """The requests that ended since the last call, in that order."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def _finish(self, job: _Job) -> None:
+        started = job.added if job.started is None else job.started
+        receipt = job.account.receipt(
+            self._description, queue_seconds=started - job.added, run_seconds=self._clock() - started
+        )
+        del self._jobs[job.program.request]
+        self._outcomes.append(Outcome(request=job.program.request, receipt=receipt, values=job.account.values))
+
+    def _end(self, job: _Job, error: PolytraceError, *, is_held: bool) -> None:
+        """Without a result; `is_held` when shards may keep values for a wave that will not come."""
+        if is_held:
+            self._ended.append(job.program.request)
+        del self._jobs[job.program.request]
+        self._outcomes.append(Outcome(request=job.program.request, error=error))

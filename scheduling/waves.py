@@ -1,0 +1,75 @@
+"""Which invokes run in which waves, how far, and which writes are applied there.
+
+Owns the rule: an invoke runs in a wave iff a read of it belongs to the wave, or a write does and no later wave runs
+the invoke. There, all its writes of this and earlier waves are applied, up to the last order that the wave needs. Every
+write fires at least once: the invoke's last wave goes on until each has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from polytrace.graph import Graph, NodeId, Read, Write
+from scheduling.checks import Resolved
+from scheduling.placement import PURE, Scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One invoke in one wave."""
+
+    invoke: int
+    wave: int
+    until: int  # order of the last visit that the invoke needs in this wave
+    writes: tuple[NodeId, ...]  # applied in this wave, in the order they act
+
+
+def find_runs(graph: Graph, resolved: Resolved, live: list[bool], points: list[int], scale: Scale) -> list[Run]:
+    """Every run of every invoke, by wave, then invoke."""
+    reads: dict[int, dict[int, int]] = {}  # invoke -> wave -> order of its last read
+    writes: dict[int, list[tuple[int, int, int]]] = {}  # invoke -> (order, node, wave)
+    for node, entry in enumerate(resolved.sites):
+        if entry is None or not live[node]:
+            continue
+        event = graph.nodes[node]
+        wave, order = scale.wave(points[node]), entry[0].order
+        if isinstance(event, Read):
+            last = reads.setdefault(event.invoke, {})
+            last[wave] = max(last.get(wave, order), order)
+        elif isinstance(event, Write):
+            writes.setdefault(event.invoke, []).append((order, node, wave))
+    runs = [
+        run
+        for invoke in reads.keys() | writes.keys()
+        for run in _runs_of(invoke, reads.get(invoke, {}), sorted(writes.get(invoke, ())))
+    ]
+    return sorted(runs, key=lambda run: (run.wave, run.invoke))
+
+
+def _runs_of(invoke: int, reads: dict[int, int], writes: list[tuple[int, int, int]]) -> Iterator[Run]:
+    final = max((*reads, *(wave for _, _, wave in writes)))
+    fired: set[int] = set()
+    for wave in sorted({*reads, final}):
+        until = reads.get(wave, -1)
+        if wave == final:
+            until = max((until, *(order for order, node, _ in writes if node not in fired)))
+        applied = tuple(NodeId(node) for order, node, first in writes if first <= wave and order <= until)
+        fired.update(applied)
+        yield Run(invoke=invoke, wave=wave, until=until, writes=applied)
+
+
+def executions(
+    graph: Graph, live: list[bool], points: list[int], runs: list[Run], scale: Scale
+) -> list[tuple[int, int]]:
+    """(point, node) of everything that runs but floating nodes, sorted: writes once a run, all others once."""
+    found = [
+        (points[node], node)
+        for node, is_live in enumerate(live)
+        if is_live and points[node] != PURE and not isinstance(graph.nodes[node], Write)
+    ]
+    period = scale.stages * scale.width
+    for run in runs:
+        found.extend((run.wave * period + points[write] % period, write) for write in run.writes)
+    found.sort()
+    return found
