@@ -7,13 +7,17 @@ command line is stronger than a variable, a variable stronger than the default h
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from polytrace.errors import UserError
 
 T = TypeVar("T")
+
+DEFAULT_BUDGET_TOKENS = 4096
 
 # variable -> what it sets. RAY_AUTH_MODE is Ray's own: the service sets it to "token" where the user's environment
 # does not.
@@ -55,7 +59,7 @@ class ServeSettings:
     address: str | None = None  # of a Ray cluster to join; None: an own one
     store: str | None = None  # None: a fresh folder that goes when the service ends
     key: str | None = None
-    budget_tokens: int = 4096
+    budget_tokens: int = DEFAULT_BUDGET_TOKENS
     random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
 
 
@@ -86,6 +90,17 @@ def gateway_settings(store: str) -> GatewaySettings:
         upload_idle_s=from_environment("POLYTRACE_UPLOAD_IDLE_S", float, default.upload_idle_s, at_least=1),
         shutdown_s=default.shutdown_s,
     )
+
+
+def serve_settings(*, source: str, name: str | None, key: str | None, **flags: Any) -> ServeSettings:
+    """What `polytrace serve` was asked for, with the environment where a flag is silent."""
+    name = name or Path(source).resolve().name if Path(source).is_dir() else name or source.rpartition("/")[2]
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(f"{name!r} cannot be a deployment's name: letters, digits, '.', '_' and '-'; choose --name")
+    flags["store"] = flags.get("store") or from_environment("POLYTRACE_STORE", str, None)
+    budget = from_environment("POLYTRACE_BUDGET_TOKENS", int, DEFAULT_BUDGET_TOKENS, at_least=16)
+    key = key or from_environment("POLYTRACE_KEY", str, None)
+    return ServeSettings(source=source, name=name, key=key, budget_tokens=budget, **flags)
 
 
 def ray_auth_mode() -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from polytrace.errors import PolytraceError, ServiceError, WireError, from_fields
+from polytrace.errors import PolytraceError, ServiceError, from_fields
 
 if TYPE_CHECKING:
     from torch import nn
@@ -167,19 +166,15 @@ def _check(model: str, version: str, path: str, certify: bool) -> Verdict:
 
 
 def _verdict(description: ModelDescription, meta: nn.Module, path: Path, certify: bool) -> Verdict:
+    from cluster.requests import read_request
     from engine.shapes import infer
     from polytrace.codec import to_json
-    from polytrace.wire import decode_request
     from scheduling.plan import RequestId
     from scheduling.program import certify as make_certificate
     from scheduling.program import compile_program
 
-    if path.stat().st_size == 0:
-        raise WireError("the request is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        view = memoryview(mapped)
-        request = decode_request(view, max_nodes=description.limits.max_nodes)
-        facts = infer(description, request, meta)
-        program = compile_program(RequestId(path.stem), request, description, facts)
-        certificate = json.dumps(to_json(make_certificate(program, request, description))).encode() if certify else None
+    request = read_request(path, max_nodes=description.limits.max_nodes)
+    facts = infer(description, request, meta)
+    program = compile_program(RequestId(path.stem), request, description, facts)
+    certificate = json.dumps(to_json(make_certificate(program, request, description))).encode() if certify else None
     return Verdict(facts=json.dumps(to_json(facts)).encode(), certificate=certificate)

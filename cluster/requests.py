@@ -1,4 +1,4 @@
-"""What the controller needs of the place where requests are kept, and what crosses between them. No I/O, no Ray.
+"""What the controller needs of the place where requests are kept, and what crosses between them. No Ray.
 
 The store itself is `api.store.Store`. A claimed request belongs to the controller until it is finished or given back;
 whatever the controller has in memory can be made again from the store.
@@ -6,13 +6,16 @@ whatever the controller has in memory can be made again from the store.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from polytrace.errors import PolytraceError
+from polytrace.errors import PolytraceError, WireError
+from polytrace.graph import Request
+from polytrace.wire import decode_request
 from scheduling.plan import RequestId
 
 
@@ -91,3 +94,11 @@ class RequestStore(Protocol):
 
     def interrupt(self) -> None:
         """Ends `wait_for_requests` early."""
+
+
+def read_request(path: Path, *, max_nodes: int) -> Request:
+    """A stored request. Its constants stay in the file: they are views of a mapping that lives as long as they do."""
+    if path.stat().st_size == 0:
+        raise WireError("the request is empty")
+    with path.open("rb") as file:
+        return decode_request(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), max_nodes=max_nodes)

@@ -1,0 +1,155 @@
+"""The command line: `polytrace serve`, `polytrace status`, and what rooms above add to it.
+
+Other packages add commands through the entry-point group `polytrace.commands`: a name and a function that typer can
+run. Everything heavy is imported inside the command that needs it, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Many traces, one forward pass: serve a model to many interpretability experiments at once.",
+)
+
+
+def main() -> None:
+    """The console script."""
+    asked = {argument for argument in sys.argv[1:] if not argument.startswith("-")}
+    for entry in importlib.metadata.entry_points(group="polytrace.commands"):
+        # its module is imported when the command is meant, or when help lists all
+        app.command(entry.name, help=None if entry.name in asked else f"From {entry.module}.")(_loaded(entry, asked))
+    app()
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A folder with a Hugging Face model, or a hub id.")],
+    stages: Annotated[int, typer.Option(min=1, help="Pipeline stages: blocks of layers.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of every stage.")] = 1,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8765,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
+    name: Annotated[str | None, typer.Option(help="Name of the deployment; default: the model's last part.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to join; default: an own one.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder for requests and results; default: a temporary one.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Key that callers must bring; better set as POLYTRACE_KEY.")] = None,
+) -> None:
+    """Serve MODEL over HTTP until SIGTERM or Ctrl-C."""
+    with _errors():
+        from api.settings import serve_settings
+        from api.supervisor import Supervisor
+
+        settings = serve_settings(
+            source=model,
+            name=name,
+            stages=stages,
+            ranks=ranks,
+            dtype=dtype,
+            host=host,
+            port=port,
+            address=address,
+            store=None if store is None else str(store),
+            key=key,
+        )
+        with _progress(f"starting {settings.name} on {stages} x {ranks} shards") as report:
+            Supervisor(settings, report).run(lambda url: report(f"ready: {url} serves {settings.name}"))
+
+
+@app.command()
+def status(
+    url: Annotated[str, typer.Argument(help="Of a service.")] = "http://127.0.0.1:8765",
+    key: Annotated[str | None, typer.Option(help="The service's key; default: POLYTRACE_KEY.")] = None,
+) -> None:
+    """Show a service's models, their state and their queues."""
+    with _errors():
+        import httpx
+        from rich.console import Console
+        from rich.table import Table
+
+        from polytrace.errors import ServiceError, from_fields
+
+        key = key or os.environ.get("POLYTRACE_KEY")
+        try:
+            answer = httpx.get(
+                f"{url.rstrip('/')}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {}
+            )
+        except httpx.HTTPError as error:
+            raise ServiceError(f"no service answers at {url}: {error}") from error
+        if answer.status_code != 200:
+            problem = answer.json() if "json" in answer.headers.get("content-type", "") else {}
+            code, message = problem.get("code", ""), problem.get("detail", f"{url} answered {answer.status_code}")
+            raise from_fields({"code": code, "message": message})
+        table = Table("model", "state", "class", "dtype", "layers", "stages x ranks", "queued", "running", "progress")
+        for one in answer.json()["models"]:
+            shape = f"{one['stages']} x {one['ranks']}" if "stages" in one else ""
+            about = (one.get("class_name", ""), one.get("dtype", ""), str(one.get("num_layers", "")), shape)
+            table.add_row(one["name"], one["state"], *about, str(one["queued"]), str(one["running"]), one["progress"])
+        Console().print(table)
+
+
+def _loaded(entry: importlib.metadata.EntryPoint, asked: set[str]) -> Callable[..., Any]:
+    """The command itself when it is the one asked for; else a stand-in that only has a name."""
+    if entry.name in asked:
+        command: Callable[..., Any] = entry.load()
+        return command
+
+    def stand_in() -> None:
+        raise typer.Exit(code=2)
+
+    return stand_in
+
+
+@contextlib.contextmanager
+def _progress(first: str) -> Iterator[Callable[[str], None]]:
+    """Lines of progress: with their time on a terminal's spinner, one a line elsewhere."""
+    import time
+
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    began = time.monotonic()
+    with console.status(first) as spinner:
+
+        def report(line: str) -> None:
+            console.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}", highlight=False)
+            if line.startswith(("ready", "stopping")):
+                spinner.stop()
+            else:
+                spinner.update(line)
+
+        report(first)
+        yield report
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Our own errors as one line and exit code 1, without a traceback."""
+    from polytrace.errors import PolytraceError
+
+    try:
+        yield
+    except PolytraceError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho(f"polytrace: {message}", err=True, fg="red")
+    raise typer.Exit(code=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""One service as a family of processes: this one, the gateway, and the controller with its Ray cluster.
+
+Owns their lives: starts them, restarts one that breaks, ends all of them on SIGTERM or Ctrl-C, and leaves none
+behind. The listening socket, the store's folder and Ray's scratch folder are made here and outlive a restart of
+either child. Serves nothing itself and never imports torch or Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import httpx
+
+from api.children import GRACE_S
+from api.processes import adopt_orphans, end_descendants
+from api.server import bind
+from api.settings import ServeSettings, gateway_settings, ray_auth_mode
+from api.store import Store
+from cluster.config import ControllerConfig
+from cluster.requests import DeploymentState
+from polytrace.codec import to_json
+from polytrace.errors import ServiceError, UserError
+
+MAX_RESTARTS = 3  # of children within the window below; then the service gives up
+RESTART_WINDOW_S = 600.0
+POLL_S = 0.1
+
+Report = Callable[[str], None]
+
+
+class Supervisor:
+    """Runs one service until it is told to stop. `report` gets lines of progress for people."""
+
+    def __init__(self, settings: ServeSettings, report: Report) -> None:
+        self._settings = settings
+        self._report = report
+        self._stop_signal: int | None = None
+        self._was_ready = False
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._restarts: list[float] = []  # when, lately
+
+    @property
+    def url(self) -> str:
+        """Where the gateway is reached from this machine; known once `run` has the socket."""
+        host, port = self._listener.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self, on_ready: Callable[[str], None]) -> None:
+        """Blocks until SIGTERM or Ctrl-C, or until the service cannot go on: ServiceError. Main thread only."""
+        adopt_orphans()
+        with self._signals(), self._socket(), self._folders():
+            try:
+                for role in ("gateway", "controller"):
+                    self._children[role] = self._start(role)
+                self._watch(on_ready)
+            finally:
+                self._end_all()
+
+    # --- what the children share
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self._stop_signal = number
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _socket(self) -> Iterator[None]:
+        host, port = self._settings.host, self._settings.port
+        try:
+            self._listener = bind(host, port)
+        except OSError as error:
+            raise UserError(f"{host}:{port} cannot be listened on: {error.strerror}; choose another --port") from error
+        self._lifeline, self._lifeline_end = os.pipe()  # nobody writes: it closes when this process is gone
+        try:
+            yield
+        finally:
+            self._listener.close()
+            os.close(self._lifeline)
+            os.close(self._lifeline_end)
+
+    @contextlib.contextmanager
+    def _folders(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self._settings.store is None:
+                made = stack.enter_context(tempfile.TemporaryDirectory(prefix="polytrace-", ignore_cleanup_errors=True))
+                folder = Path(made)
+            else:
+                folder = Path(self._settings.store)
+            self._store = Store(folder)
+            stack.callback(self._store.close)
+            lock = stack.enter_context((folder / "lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"the store {folder} is in use by another service; choose another --store") from None
+            self._store.sweep()
+            # Ray puts sockets in there, and their paths may have 107 bytes
+            root = tempfile.gettempdir() if len(tempfile.gettempdir()) < 32 else "/tmp"
+            self._ray_folder = tempfile.mkdtemp(prefix="ptray-", dir=root)
+            stack.callback(shutil.rmtree, self._ray_folder, ignore_errors=True)
+            yield
+
+    # --- the children
+
+    def _start(self, role: str) -> subprocess.Popen[bytes]:
+        folder = str(self._store.folder)
+        listener = self._listener.fileno()
+        descriptors: tuple[int, ...]
+        if role == "gateway":
+            settings, extra, descriptors = to_json(gateway_settings(folder)), str(listener), (self._lifeline, listener)
+        else:
+            settings, extra, descriptors = to_json(self._controller_config()), folder, (self._lifeline,)
+        command = [sys.executable, "-P", "-m", "api.children", role, json.dumps(settings), str(self._lifeline), extra]
+        with self._log(role).open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=descriptors,
+                env=self._environment(role),
+                start_new_session=True,  # a terminal's Ctrl-C reaches this process only
+            )
+
+    def _controller_config(self) -> ControllerConfig:
+        ask = self._settings
+        return ControllerConfig(
+            name=ask.name,
+            source=ask.source,
+            stages=ask.stages,
+            ranks=ask.ranks,
+            dtype=ask.dtype,
+            address=ask.address,
+            ray_folder=self._ray_folder,
+            url=self.url,
+            budget_tokens=ask.budget_tokens,
+            random_weights_seed=ask.random_weights_seed,
+        )
+
+    def _environment(self, role: str) -> dict[str, str]:
+        environment = dict(os.environ)
+        environment.pop("POLYTRACE_KEY", None)
+        if role == "gateway" and self._settings.key:
+            environment["POLYTRACE_KEY"] = self._settings.key
+        environment["RAY_AUTH_MODE"] = ray_auth_mode()
+        # the packages may lie in a checkout; the user's own folder must not come before them (-P)
+        root = str(Path(__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        return environment
+
+    def _watch(self, on_ready: Callable[[str], None]) -> None:
+        told = ""
+        while self._stop_signal is None:
+            for role in ("gateway", "controller"):
+                self._mend(role)
+            if not self._was_ready:
+                progress = next((one.progress for one in self._store.deployments()), "")
+                if progress != told:
+                    told = progress
+                    self._report(progress)
+                if self._is_ready():
+                    self._was_ready = True
+                    on_ready(self.url)
+            time.sleep(POLL_S)
+        self._report("stopping")
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _mend(self, role: str) -> None:
+        """Starts a child again that broke; ServiceError when that has not helped, or it never came up."""
+        code = self._children[role].poll()
+        if code is None:
+            return
+        now = time.monotonic()
+        self._restarts = [then for then in self._restarts if now - then < RESTART_WINDOW_S] + [now]
+        if not self._was_ready or len(self._restarts) > MAX_RESTARTS:
+            raise ServiceError(f"the {role} ended with code {code}:\n{self._last_words(role)}")
+        self._report(f"the {role} ended with code {code}; it is started again")
+        if role == "controller":
+            self._store.set_state(self._settings.name, DeploymentState.STARTING, "the controller is started again")
+        others = [child.pid for other, child in self._children.items() if other != role]
+        end_descendants(0.0, keep=others)  # what it had started: shards, Ray
+        self._children[role] = self._start(role)
+
+    def _end_all(self) -> None:
+        for child in self._children.values():
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_S + 2.0
+        for child in self._children.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, deadline - time.monotonic()))
+        end_descendants(2.0)
+        for child in self._children.values():
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            child.wait()
+        self._store.set_state(self._settings.name, DeploymentState.STOPPED, "the service was stopped")
+
+    def _log(self, role: str) -> Path:
+        return self._store.folder / f"{role}.log"
+
+    def _last_words(self, role: str) -> str:
+        lines = self._log(role).read_text(errors="replace").splitlines()
+        return "\n".join(lines[-20:]) or "it said nothing"

@@ -1,0 +1,109 @@
+"""The loop of a deployment: stored requests become programs, programs share passes, outcomes become results.
+
+Three threads. The loop owns the scheduler and the shards and never touches a file; intake and delivery do. The loop
+sleeps until one of them, or a finished pass, wakes it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+from cluster.delivery import Delivery, Done
+from cluster.intake import Cancel, Intake, IntakeEvent
+from cluster.requests import Finished, RequestStore
+from polytrace.description import ModelDescription
+from polytrace.errors import ServiceError
+from scheduling.loop import Shards, step
+from scheduling.plan import Program, RequestId
+from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+
+
+class Dispatcher:
+    """One deployment's loop. `wake` is for the shards: a pass has finished."""
+
+    def __init__(
+        self,
+        store: RequestStore,
+        description: ModelDescription,
+        shards: Shards,
+        policy: PassPolicy,
+        *,
+        max_active: int = 1024,  # programs in memory; the rest waits in the store
+    ) -> None:
+        self._shards = shards
+        self._scheduler = Scheduler(description, policy)
+        self._events: queue.SimpleQueue[IntakeEvent] = queue.SimpleQueue()
+        self._awake = threading.Event()
+        self._programs: dict[RequestId, Program] = {}
+        self._intake = Intake(store, description, self._on_event, max_active=max_active)
+        self._delivery = Delivery(store, self._intake.ended)
+        self._threads = [
+            self._thread("intake", self._intake.run_forever),
+            self._thread("delivery", self._delivery.run_forever),
+        ]
+        self._failure: BaseException | None = None
+        self._is_stopped = False
+
+    def run_forever(self) -> None:
+        """Until `stop`. Raises what ended one of its threads, or what the shards raise when they are lost."""
+        for thread in self._threads:
+            thread.start()
+        try:
+            while not self._is_stopped:
+                self._awake.clear()  # before looking: what comes from now on is another round
+                self._take_events()
+                step(self._scheduler, self._shards)
+                for outcome in self._scheduler.take_outcomes():
+                    self._delivery.put(self._end(outcome))
+                if self._failure is not None:
+                    raise self._failure
+                if not (self._scheduler.has_work() and self._shards.have_room()):
+                    self._awake.wait()
+        finally:
+            self._intake.stop()
+            self._delivery.stop()
+            for thread in self._threads:
+                thread.join(timeout=10)
+
+    def wake(self) -> None:
+        """Something happened that the loop should see. Any thread, any signal handler."""
+        self._awake.set()
+
+    def stop(self) -> None:
+        """Ends `run_forever` after the round it is in; unfinished requests stay claimed in the store."""
+        self._is_stopped = True
+        self._awake.set()
+
+    def _on_event(self, event: IntakeEvent) -> None:
+        self._events.put(event)
+        self._awake.set()
+
+    def _take_events(self) -> None:
+        while not self._events.empty():
+            event = self._events.get()
+            if isinstance(event, Finished):
+                self._delivery.put(event)
+            elif isinstance(event, Cancel):
+                if event.request in self._programs:
+                    self._scheduler.cancel(event.request)
+            else:
+                self._programs[event.request] = event
+                self._scheduler.add(event)
+
+    def _end(self, outcome: Outcome) -> Done | Finished:
+        program = self._programs.pop(outcome.request)
+        if outcome.receipt is not None and outcome.error is None:
+            return Done(program=program, receipt=outcome.receipt)
+        return Finished(request=outcome.request, error=outcome.error or ServiceError("it ended without a receipt"))
+
+    def _thread(self, name: str, body: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                body()
+            except BaseException as error:  # noqa: BLE001  the edge of the thread: the loop raises it
+                self._failure = error
+                self._awake.set()
+
+        return threading.Thread(target=run, name=name, daemon=True)

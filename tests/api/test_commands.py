@@ -1,0 +1,105 @@
+"""The command line comes at once, says what is wrong in one line, and takes commands from other packages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from api.server import bind
+from api.settings import from_environment, gateway_settings, ray_auth_mode, serve_settings
+from polytrace.errors import UserError
+
+
+def polytrace(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "api.commands", *arguments]
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("POLYTRACE_")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=inherited | environment, check=False)
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    answer = polytrace("--help")
+    assert answer.returncode == 0
+    assert "serve" in answer.stdout and "status" in answer.stdout
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "api.commands", "--help"], capture_output=True, text=True, check=True
+    ).stderr
+    for heavy in ("torch", "ray", "fastapi", "transformers", "numpy", "httpx"):
+        assert f"| {heavy}\n" not in loaded.replace(" ", "").replace("|", "| ")
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        polytrace("--help")
+        seconds.append(time.perf_counter() - start)
+    bare = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import typer, typer.rich_utils"], check=True)
+        bare.append(time.perf_counter() - start)
+    assert min(seconds) < min(bare) + 0.2  # this machine's pace is in both
+
+
+def test_a_service_that_is_not_there_is_one_line() -> None:
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    listener.close()
+    answer = polytrace("status", f"http://127.0.0.1:{port}")
+    assert answer.returncode == 1
+    assert "no service answers" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_taken_port_is_known_before_anything_is_started(tmp_path: Path) -> None:
+    listener = bind("127.0.0.1", 0)
+    answer = polytrace("serve", str(tmp_path), "--port", str(listener.getsockname()[1]), "--name", "m")
+    listener.close()
+    assert answer.returncode == 1
+    assert "another --port" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_store_serves_one_service_at_a_time(tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "store").mkdir()
+    with (tmp_path / "store" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        answer = polytrace("serve", str(tmp_path), "--port", "0", "--name", "m", "--store", str(tmp_path / "store"))
+    assert answer.returncode == 1
+    assert "in use by another service" in answer.stderr
+
+
+def test_a_bad_variable_is_refused_with_its_name_and_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYTRACE_MAX_OPEN", "many")
+    with pytest.raises(UserError, match="POLYTRACE_MAX_OPEN is 'many'"):
+        gateway_settings("store")
+    monkeypatch.setenv("POLYTRACE_MAX_OPEN", "0")
+    with pytest.raises(UserError, match="at least 1"):
+        gateway_settings("store")
+    monkeypatch.setenv("POLYTRACE_MAX_OPEN", "7")
+    assert gateway_settings("store").max_open == 7
+    monkeypatch.setenv("RAY_AUTH_MODE", "maybe")
+    with pytest.raises(UserError, match="RAY_AUTH_MODE is 'maybe'"):
+        ray_auth_mode()
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    assert ray_auth_mode() == "token"
+
+
+def test_a_variable_that_is_not_declared_cannot_be_read() -> None:
+    with pytest.raises(KeyError):
+        from_environment("POLYTRACE_NOSUCH", str, "")
+
+
+def test_a_deployment_is_named_after_its_model(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    assert serve_settings(source=str(folder), name=None, key=None).name == "tiny"
+    assert serve_settings(source="openai-community/gpt2", name=None, key=None).name == "gpt2"
+    assert serve_settings(source=str(folder), name="mine", key=None).name == "mine"
+    with pytest.raises(UserError, match="--name"):
+        serve_settings(source=str(folder), name="a/b", key=None)
