@@ -240,10 +240,13 @@ def _file(source: str, name: str, *, is_required: bool = True) -> str | None:
 
 
 def _checkpoint_dtype(source: str) -> torch.dtype:
-    """The dtype of the first floating-point weight, as transformers' own "auto" takes it."""
+    """The dtype of the first floating-point weight, as transformers' own "auto" takes it; float32 without weights."""
     where = _weight_files(source)
     name = where[min(where)] if where else "model.safetensors"
-    with safe_open(_file(source, name), framework="pt", device="cpu") as opened:
+    path = _file(source, name, is_required=bool(where))
+    if path is None:
+        return torch.float32
+    with safe_open(path, framework="pt", device="cpu") as opened:
         for key in opened.keys():  # noqa: SIM118
             dtype: torch.dtype = opened.get_slice(key)[:0].dtype
             if dtype.is_floating_point:
@@ -271,7 +274,7 @@ def _random_state(windowed: PreTrainedModel, seed: int) -> dict[str, torch.Tenso
             continue
         module.to_empty(device="cpu", recurse=False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((seed % 2**31 << 32) ^ zlib.crc32(path.encode()))
+            torch.manual_seed(zlib.crc32(f"{seed} {path}".encode()))  # the generator takes 32 bits
             windowed._init_weights(module)
         prefix = f"{path}." if path else ""
         state.update(

@@ -165,7 +165,7 @@ def _wanted(model: nn.Module, ranks: int) -> dict[str, tuple[Style, int]]:
                 continue  # a stub: the stage does not own it
             kind = type(module).__name__ if module is not None else "a parameter"
             raise ServiceError(
-                f"{type(model).__name__} cannot be split over {ranks} ranks: {path} ({kind}) has the style {name!r} and "
+                f"{type(model).__name__} cannot be split over ranks: {path} ({kind}) has the style {name!r} and "
                 f"supported are {', '.join(_STYLES)}; use ranks=1 and split it into stages instead"
             )
         wanted[path] = _STYLES[name]
