@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.links import Links
 from engine.ops import resolve, run_op
@@ -236,6 +236,8 @@ class RequestState:
             args = tuple(self._placeholder(arg) for arg in node.args)  # other ranks wait inside the module
         else:
             args = tuple(self._resolve(arg) for arg in node.args)
+        if isinstance(module, nn.Embedding):
+            _check_ids(module, args)
         with self.context.runner.calling(), torch.no_grad():
             return module(*args)
 
@@ -275,6 +277,19 @@ def from_raw(raw: RawTensor) -> Tensor:
     if raw.data.nbytes == 0:
         return torch.empty(raw.shape, dtype=dtype)
     return torch.frombuffer(bytearray(raw.data), dtype=torch.uint8).view(dtype).reshape(raw.shape)
+
+
+def _check_ids(module: nn.Embedding, args: tuple[Any, ...]) -> None:
+    """An id out of range must fail its request here: on a GPU it would take the whole shard down."""
+    for ids in args:
+        if (
+            isinstance(ids, Tensor)
+            and ids.numel()
+            and not 0 <= int(ids.min()) <= int(ids.max()) < module.num_embeddings
+        ):
+            raise IndexError(
+                f"ids from {int(ids.min())} to {int(ids.max())}, the embedding has {module.num_embeddings}"
+            )
 
 
 def _visited(port: PortValue | None) -> PortValue:

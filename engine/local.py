@@ -1,6 +1,7 @@
-"""The whole engine in one process: the same plans and the same loop as on a cluster, with one shard and no Ray.
+"""Requests straight to shards, with no service between: the same plans and the same loop as on a cluster.
 
-`LocalShards` is the loop's view of that shard (depth 1); `LocalBackend` is what `polytrace.load` talks to.
+`DirectBackend` drives any shards; `LocalBackend` drives one shard in this process (`LocalShards`, depth 1) and is what
+`polytrace.load` talks to.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from engine.links import Solo
 from engine.loading import ShardConfig, meta_model
@@ -21,12 +22,12 @@ from engine.tokenizer import tokenizer_json
 from polytrace.backend import Result
 from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
-from polytrace.errors import ServiceError
+from polytrace.errors import PolytraceError, ServiceError
 from polytrace.graph import Request
-from scheduling.loop import step
+from scheduling.loop import Shards, step
 from scheduling.plan import Plan, Program, RequestId, ShardResult
 from scheduling.program import certify, compile_program
-from scheduling.scheduler import PassPolicy, Scheduler
+from scheduling.scheduler import Outcome, PassPolicy, Scheduler
 
 
 class LocalShards:
@@ -34,43 +35,40 @@ class LocalShards:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        self._finished: list[tuple[Plan, tuple[ShardResult, ...]]] = []
+        self._finished: list[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]] = []
 
     def have_room(self) -> bool:
         return not self._finished
 
     def submit(self, plan: Plan) -> None:
-        self._finished.append((plan, (self.shard.run(plan),)))
+        try:
+            self._finished.append((plan, (self.shard.run(plan),)))
+        except PolytraceError as error:
+            self._finished.append((plan, error))
+        except RuntimeError as error:  # torch's: out of memory, a kernel that failed
+            self._finished.append((plan, ServiceError(f"the pass failed: {error}")))
 
-    def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...]]]:
+    def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:
         finished, self._finished = self._finished, []
         yield from finished
 
 
-class LocalBackend:
-    """A model in this process. Threads may share it; their requests take turns."""
+class DirectBackend:
+    """Compiles requests and drives shards with them. Threads may share it; their requests take turns."""
 
     def __init__(
         self,
         source: str,
-        *,
-        dtype: str = "auto",
-        name: str | None = None,
-        threads: int | None = None,
-        device: str | None = None,
+        shards: Shards,
+        description: ModelDescription,
+        meta: nn.Module,
         policy: PassPolicy | None = None,
-        report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.source = source
-        self.shard = Shard(
-            ShardConfig(source=source, dtype=dtype, threads=threads, device=device or best_device()), Solo()
-        )
-        self.shard.start(report)
-        self.description = self.shard.describe(name or source, [self.shard.gate()])
-        self.shard.open(self.description)
-        self.shards = LocalShards(self.shard)
-        self.scheduler = Scheduler(self.description, policy or PassPolicy())
-        self._meta: PreTrainedModel = meta_model(source, dtype)
+        self.shards = shards
+        self.description = description
+        self.scheduler = Scheduler(description, policy or PassPolicy())
+        self._meta = meta
         self._lock = threading.Lock()
 
     def describe(self) -> ModelDescription:
@@ -90,19 +88,48 @@ class LocalBackend:
 
     def run(self, request: Request) -> Result:
         """Runs one request to its end, in as many passes as it has waves."""
-        program = self.compile(request)
+        (outcome,) = self.run_together([self.compile(request)])
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.receipt is None:
+            raise ServiceError(f"request {outcome.request} ended without a receipt")
+        return Result(values=outcome.values, receipt=outcome.receipt)
+
+    def run_together(self, programs: Sequence[Program]) -> list[Outcome]:
+        """Runs programs merged, as far as the pass policy lets them; their outcomes, in order. Each can only run once."""
+        outcomes: dict[RequestId, Outcome] = {}
         with self._lock:
-            self.scheduler.add(program)
-            while True:
-                for outcome in self.scheduler.take_outcomes():
-                    if outcome.request != program.request:
-                        continue
-                    if outcome.error is not None:
-                        raise outcome.error
-                    if outcome.receipt is None:
-                        raise ServiceError(f"request {program.request} ended without a receipt")
-                    return Result(values=outcome.values, receipt=outcome.receipt)
+            for program in programs:
+                self.scheduler.add(program)
+            while len(outcomes) < len(programs):
                 step(self.scheduler, self.shards)
+                outcomes.update((outcome.request, outcome) for outcome in self.scheduler.take_outcomes())
+        return [outcomes[program.request] for program in programs]
+
+    def close(self) -> None:
+        """Nothing is held here: the shards are their maker's."""
+
+
+class LocalBackend(DirectBackend):
+    """A model in this process."""
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        dtype: str = "auto",
+        name: str | None = None,
+        threads: int | None = None,
+        device: str | None = None,
+        policy: PassPolicy | None = None,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        config = ShardConfig(source=source, dtype=dtype, threads=threads, device=device or best_device())
+        self.shard = Shard(config, Solo())
+        self.shard.start(report)
+        description = self.shard.describe(name or source, [self.shard.gate()])
+        self.shard.open(description)
+        super().__init__(source, LocalShards(self.shard), description, meta_model(source, dtype), policy)
 
     def close(self) -> None:
         self.shard.stop()

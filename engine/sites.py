@@ -265,6 +265,8 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder) -> SiteInfo:
         write_refusal = refusal
         if refusal is None and 0 in tensor.stride()[1:] and tensor.numel() > 0:
             write_refusal = "it is an expanded view whose rows share memory"
+        if refusal is None and not tensor.is_floating_point():
+            write_refusal = "it holds token ids or positions, which the model uses as indices"
         if id(tensor) in recorder.layer_arguments:
             write_refusal = write_refusal or _EVERY_LAYER
         leaves.append(

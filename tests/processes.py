@@ -1,0 +1,109 @@
+"""Shards as plain processes over pipes and gloo: what Ray actors are to a cluster, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.multiprocessing as mp
+
+from engine.links import Distributed, join_store, open_store
+from engine.loading import ShardConfig, meta_model
+from engine.local import DirectBackend
+from engine.shard import Shard
+from polytrace.errors import PolytraceError, ServiceError
+from scheduling.plan import Plan, ShardResult
+from scheduling.scheduler import PassPolicy
+
+
+def _serve(pipe: Connection, kind: type[Shard], config: ShardConfig, port: int) -> None:
+    try:
+        store = join_store("127.0.0.1", port, timeout_s=60)
+        place = {name: getattr(config, name) for name in ("stage", "stages", "rank", "ranks")}
+        shard = kind(config, Distributed(store, **place, timeout_s=60))
+        shard.start(lambda line: None)
+        pipe.send(shard.gate())
+        name, reports = pipe.recv()
+        description = shard.describe(name, reports)
+        shard.open(description)
+        pipe.send(description)
+        while (plan := pipe.recv()) is not None:
+            pipe.send(shard.run(plan))
+        shard.stop()
+    except Exception:
+        pipe.send(traceback.format_exc())
+        raise
+
+
+class ProcessShards:
+    """The loop's view of a deployment of processes: as many passes in flight as there are stages."""
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        stages: int,
+        ranks: int,
+        dtype: str = "auto",
+        kinds: dict[tuple[int, int], type[Shard]] | None = None,
+    ) -> None:
+        context = mp.get_context("spawn")
+        self._store = open_store("127.0.0.1", timeout_s=60)
+        self.stages = stages
+        self._pipes: list[Connection] = []
+        self._processes = []
+        config = ShardConfig(source=source, dtype=dtype, stages=stages, ranks=ranks, threads=1)
+        for stage in range(stages):
+            for rank in range(ranks):
+                ours, theirs = context.Pipe()
+                own = dataclasses.replace(config, stage=stage, rank=rank)
+                kind = (kinds or {}).get((stage, rank), Shard)
+                process = context.Process(target=_serve, args=(theirs, kind, own, self._store.port), daemon=True)
+                process.start()
+                self._pipes.append(ours)
+                self._processes.append(process)
+        reports = self._collect()
+        for pipe in self._pipes:
+            pipe.send(("tiny", reports))
+        descriptions = self._collect()
+        assert all(description == descriptions[0] for description in descriptions)
+        self.description = descriptions[0]
+        self._in_flight: list[Plan] = []
+
+    def have_room(self) -> bool:
+        return len(self._in_flight) < self.stages
+
+    def submit(self, plan: Plan) -> None:
+        self._in_flight.append(plan)
+        for pipe in self._pipes:
+            pipe.send(plan)
+
+    def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:
+        if self._in_flight:
+            yield self._in_flight.pop(0), tuple(self._collect())
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(20)
+            assert process.exitcode == 0
+
+    def _collect(self) -> list[Any]:
+        answers = []
+        for pipe in self._pipes:
+            if not pipe.poll(120):
+                raise ServiceError("a shard process did not answer in two minutes")
+            answers.append(pipe.recv())
+        for answer in answers:
+            if isinstance(answer, str):
+                raise ServiceError(f"a shard process failed:\n{answer}")
+        return answers
+
+
+def process_backend(source: str, shards: ProcessShards, policy: PassPolicy | None = None) -> DirectBackend:
+    """A backend over process shards, for `polytrace.model.Model`."""
+    return DirectBackend(source, shards, shards.description, meta_model(source), policy)
