@@ -96,7 +96,7 @@ class DirectBackend:
         return Result(values=outcome.values, receipt=outcome.receipt)
 
     def run_together(self, programs: Sequence[Program]) -> list[Outcome]:
-        """Runs programs merged, as far as the pass policy lets them; their outcomes, in order. Each can only run once."""
+        """Runs programs merged, as far as the pass policy lets them; their outcomes, in order. A program runs once."""
         outcomes: dict[RequestId, Outcome] = {}
         with self._lock:
             for program in programs:

@@ -322,7 +322,7 @@ def _on_input(hook: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def by_prompt(value: Tensor, program_prompts: tuple[tuple[int, ...], ...], like: list[Tensor]) -> list[Tensor]:
-    """Our left-padded value cut into one tensor a prompt; pad rows must be zero where the value has a token dimension."""
+    """Our left-padded value cut into one tensor a prompt, without its pad rows."""
     longest = max(map(len, program_prompts))
     parts = []
     for row, (prompt, expected) in enumerate(zip(program_prompts, like, strict=True)):
