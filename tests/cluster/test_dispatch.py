@@ -1,0 +1,251 @@
+"""Stored requests go through the loop and come out as result files: real store, engine and scheduler, one process."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from api.store import RequestState, RequestStatus, Store
+from cluster.dispatch import Dispatcher
+from cluster.requests import DeploymentState
+from engine.loading import meta_model
+from engine.local import LocalBackend
+from engine.shapes import infer
+from polytrace.codec import to_json
+from polytrace.errors import CancelledError, RunError, ServiceError
+from polytrace.graph import Constant, Graph, Invoke, NodeId, Op, Port, Read, Ref, Request, Save, Site
+from polytrace.tensors import RawTensor
+from polytrace.wire import decode_result, encode_request
+from scheduling.plan import Plan, RequestId, ShardResult
+from scheduling.scheduler import PassPolicy
+
+PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
+WHERE = "experiment.py:7"
+
+
+class World:
+    """A tiny model with its store and its loop."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        )
+        self.plain = LlamaForCausalLM(config).eval()
+        self.plain.save_pretrained(folder / "model")
+        self.backend = LocalBackend(str(folder / "model"), name="m", threads=1)
+        self.meta = meta_model(str(folder / "model"))
+        self.store = Store(folder / "store")
+        self.store.set_state("m", DeploymentState.READY, "ready")
+
+    def submit(self, request: Request) -> RequestId:
+        name = self.store.new_id()
+        self.store.request_path(name).write_bytes(b"".join(encode_request(request)))
+        facts = json.dumps(to_json(infer(self.backend.description, request, self.meta))).encode()
+        self.store.add(name, "m", facts, max_open=1000)
+        return name
+
+    def wait(self, *names: RequestId) -> list[RequestStatus]:
+        deadline = time.monotonic() + 30
+        while True:
+            statuses = self.store.statuses(names)
+            if all(status.state.is_final for status in statuses.values()):
+                return [statuses[name] for name in names]
+            assert time.monotonic() < deadline, statuses
+            time.sleep(0.005)
+
+    def hidden(self, name: RequestId) -> torch.Tensor:
+        values, receipt = decode_result(self.store.result_path(name).read_bytes())
+        assert receipt.request == name and receipt.model == "m"
+        raw = values["out"]
+        return torch.frombuffer(bytearray(raw.data), dtype=torch.float32).reshape(raw.shape)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("dispatch"))
+    yield world
+    world.store.close()
+    world.backend.close()
+
+
+@pytest.fixture
+def run(world: World) -> Iterator[Callable[..., Dispatcher]]:
+    """Starts loops over the world's store; they are stopped at the end."""
+    started: list[tuple[Dispatcher, threading.Thread]] = []
+
+    def start(shards: object | None = None, max_active: int = 100) -> Dispatcher:
+        dispatcher = Dispatcher(
+            world.store,
+            world.backend.description,
+            shards or world.backend.shards,  # type: ignore[arg-type]
+            PassPolicy(),
+            max_active=max_active,
+        )
+        thread = threading.Thread(target=dispatcher.run_forever)
+        thread.start()
+        started.append((dispatcher, thread))
+        return dispatcher
+
+    yield start
+    for dispatcher, thread in started:
+        dispatcher.stop()
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def read_layer(layer: int, *more: Op) -> Request:
+    site = Site(module=f"model.layers.{layer}", port=Port.OUTPUT)
+    nodes = (Read(site=site, invoke=0, where=WHERE), *more)
+    return Request(
+        graph=Graph(nodes=(*nodes, Save(name="out", value=Ref(NodeId(len(nodes) - 1)), where=WHERE))),
+        invokes=(Invoke(sequences=(PROMPT,)),),
+        constants={},
+    )
+
+
+def read_token_out_of_range() -> Request:
+    """Fails while it runs: which row it wants is in a constant, so nobody knows before."""
+    site = Site(module="model.layers.1", port=Port.OUTPUT)
+    return Request(
+        graph=Graph(
+            nodes=(
+                Read(site=site, invoke=0, where=WHERE),
+                Constant(name="row", where=WHERE),
+                Op(name="index_select", args=(Ref(NodeId(0)), 1, Ref(NodeId(1))), where=WHERE),
+                Save(name="out", value=Ref(NodeId(2)), where=WHERE),
+            )
+        ),
+        invokes=(Invoke(sequences=(PROMPT,)),),
+        constants={"row": RawTensor(dtype="int64", shape=(1,), data=memoryview(struct.pack("<q", 500)))},
+    )
+
+
+def plain_hidden(world: World, layer: int) -> torch.Tensor:
+    with torch.no_grad():
+        hidden = world.plain(torch.tensor([PROMPT]), output_hidden_states=True, use_cache=False).hidden_states
+    return hidden[layer + 1]
+
+
+def test_stored_requests_come_out_as_result_files_equal_to_plain_hugging_face(
+    world: World, run: Callable[..., Dispatcher]
+) -> None:
+    before = [world.submit(read_layer(layer)) for layer in range(3)]  # waiting when the loop begins
+    run()
+    after = [world.submit(read_layer(layer)) for layer in range(3)]
+    for status in world.wait(*before, *after):
+        assert status.state is RequestState.DONE, status.error
+    for layer in range(3):
+        expected = plain_hidden(world, layer)
+        for name in (before[layer], after[layer]):
+            assert (world.hidden(name) - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_a_failing_request_keeps_its_line_and_leaves_its_neighbours_unchanged(
+    world: World, run: Callable[..., Dispatcher]
+) -> None:
+    alone = world.submit(read_layer(2))
+    run()
+    world.wait(alone)
+    good, bad, also_good = (
+        world.submit(read_layer(2)),
+        world.submit(read_token_out_of_range()),
+        world.submit(read_layer(2)),
+    )
+    statuses = world.wait(good, bad, also_good)
+    assert isinstance(statuses[1].error, RunError)
+    assert statuses[1].error.where == WHERE
+    assert torch.equal(world.hidden(good), world.hidden(alone))
+    assert torch.equal(world.hidden(also_good), world.hidden(alone))
+
+
+def test_more_requests_than_fit_into_memory_wait_in_the_store(world: World, run: Callable[..., Dispatcher]) -> None:
+    names = [world.submit(read_layer(1)) for _ in range(9)]
+    run(max_active=2)
+    assert {status.state for status in world.wait(*names)} == {RequestState.DONE}
+
+
+def test_a_stored_request_that_was_damaged_fails_alone(world: World, run: Callable[..., Dispatcher]) -> None:
+    damaged, good = world.submit(read_layer(1)), world.submit(read_layer(1))
+    world.store.request_path(damaged).write_bytes(b"not a request any more")
+    run()
+    first, second = world.wait(damaged, good)
+    assert isinstance(first.error, ServiceError) and "cannot be read" in first.error.message
+    assert second.state is RequestState.DONE
+
+
+class Stuck:
+    """Shards whose passes do not end until they are told to."""
+
+    def __init__(self, world: World) -> None:
+        self.inner = world.backend.shards
+        self.plans: list[Plan] = []
+        self.is_open = threading.Event()
+
+    def have_room(self) -> bool:
+        return not self.plans
+
+    def submit(self, plan: Plan) -> None:
+        self.plans.append(plan)
+
+    def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...]]]:
+        if self.is_open.is_set():
+            for plan in self.plans:
+                self.inner.submit(plan)
+                yield from self.inner.finished()
+            self.plans = []
+
+
+def test_a_running_request_is_cancelled_and_its_neighbour_is_not(world: World, run: Callable[..., Dispatcher]) -> None:
+    cancelled, kept = world.submit(read_layer(1)), world.submit(read_layer(1))
+    shards = Stuck(world)
+    dispatcher = run(shards)
+    while not shards.plans:
+        time.sleep(0.005)
+    waiting = world.submit(read_layer(1))  # claimed, but in no pass
+    while world.store.open_requests()["m"].get(RequestState.QUEUED):
+        time.sleep(0.005)
+    world.store.cancel(waiting)
+    assert isinstance(world.wait(waiting)[0].error, CancelledError)
+    world.store.cancel(cancelled)
+    time.sleep(0.05)
+    shards.is_open.set()
+    dispatcher.wake()
+    first, second = world.wait(cancelled, kept)
+    assert first.state is RequestState.CANCELLED
+    assert second.state is RequestState.DONE
+
+
+def test_a_loop_that_sleeps_uses_no_time(world: World, run: Callable[..., Dispatcher]) -> None:
+    run()
+    world.wait(world.submit(read_layer(1)))
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
+
+
+def test_what_the_loop_cannot_mend_ends_it(world: World) -> None:
+    class Broken(Stuck):
+        def submit(self, plan: Plan) -> None:
+            raise ServiceError("the shards are gone")
+
+    dispatcher = Dispatcher(world.store, world.backend.description, Broken(world), PassPolicy())
+    name = world.submit(read_layer(1))
+    with pytest.raises(ServiceError, match="gone"):
+        dispatcher.run_forever()
+    assert world.store.status(name) is not None and world.store.requeue("m") == 1  # the next controller has it
+    world.store.cancel(name)
