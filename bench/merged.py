@@ -28,7 +28,8 @@ from bench.race import race, ratio
 from engine.local import LocalBackend
 from polytrace.model import Model
 from scheduling.loop import step
-from scheduling.plan import Program, RequestId
+from scheduling.plan import PassId, Program, RequestId
+from scheduling.scheduler import Outcome
 
 _AIM = 1.25
 
@@ -102,11 +103,11 @@ class Engine:
         requests = [RequestId(f"bench-{next(self._numbers)}") for _ in programs]
         for request, program in zip(requests, programs, strict=True):
             self._backend.scheduler.add(dataclasses.replace(program, request=request))
-        outcomes = {}
+        outcomes: dict[RequestId, Outcome] = {}
         while len(outcomes) < len(programs):
             step(self._backend.scheduler, self._backend.shards)
             outcomes.update({outcome.request: outcome for outcome in self._backend.scheduler.take_outcomes()})
-        passes = set()
+        passes: set[PassId] = set()
         for outcome in outcomes.values():
             if outcome.error is not None:
                 raise outcome.error
@@ -145,7 +146,7 @@ def same_bits(job: Job, values: Mapping[str, Any]) -> bool:
 def is_right(figures: Mapping[str, Any]) -> bool:
     """Whether every value was what it should be."""
     correct = figures["correct"]
-    return correct["merged_is_alone_bit_for_bit"] and correct["largest_difference_to_plain"] <= TOLERANCE
+    return bool(correct["merged_is_alone_bit_for_bit"]) and correct["largest_difference_to_plain"] <= TOLERANCE
 
 
 def tell(figures: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 _INK = "#1f2430"
 _PROBABILITY = LinearSegmentedColormap.from_list("probability", ["#f7f5ef", "#f3d9a4", "#e58f4e", "#a8323a", "#4a1134"])
 _RESTORED = LinearSegmentedColormap.from_list("restored", ["#2b5c8a", "#a9c8de", "#f7f5ef", "#eca66a", "#9e2a2b"])
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": "#c9c5ba",

@@ -27,7 +27,7 @@ class Plain:
     def __init__(self, folder: str | Path, *, device: str = "cpu") -> None:
         self.device = device
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model.eval().to(device)  # type: ignore[arg-type]
+        self.model.eval().to(device)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 
     def ids(self, text: str) -> list[int]:
@@ -48,7 +48,8 @@ class Plain:
     ) -> Tensor:
         """One forward of one sequence, `[1, tokens, vocabulary]`, with edits at outputs and inputs of modules."""
         with hooked(self.model, outputs=outputs or {}, inputs=inputs or {}):
-            return self.model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False).logits
+            logits: Tensor = self.model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False).logits
+            return logits
 
     def read(self, ids: Sequence[int], *, outputs: Sequence[str] = (), inputs: Sequence[str] = ()) -> dict[str, Tensor]:
         """What stood at outputs and inputs of modules in one forward, by the module's name."""

@@ -35,14 +35,18 @@ def race(contenders: Mapping[str, Callable[[], object]], *, rounds: int, seed: i
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
         contender()
-    for _ in range(rounds):
-        order = list(contenders)
-        rng.shuffle(order)
-        gc.collect()
-        for name in order:
-            start = time.perf_counter()
-            contenders[name]()
-            seconds[name].append(time.perf_counter() - start)
+    gc.collect()
+    gc.disable()  # a collection would fall on whoever's turn it is
+    try:
+        for _ in range(rounds):
+            order = list(contenders)
+            rng.shuffle(order)
+            for name in order:
+                start = time.perf_counter()
+                contenders[name]()
+                seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
     return seconds
 
 
