@@ -57,6 +57,8 @@ class CheckerPool:
         self._store = store
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
+        self._careful: ProcessPoolExecutor | None = None  # one process that checks one request at a time
+        self._careful_turn = asyncio.Lock()
 
     async def warm(self, model: str, version: str) -> None:
         """Gets every worker ready for a deployment, so that no user waits for it."""
@@ -68,9 +70,10 @@ class CheckerPool:
 
     def close(self) -> None:
         """Ends the workers, whatever they are doing."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+        for pool in (self._pool, self._careful):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = self._careful = None
         for child in multiprocessing.active_children():
             child.kill()
 
@@ -85,13 +88,14 @@ class CheckerPool:
             if self._pool is pool:  # the first to notice
                 self._pool = None
         _log.warning("a checking process ended; its requests are checked once more, each alone")
-        alone = self._make_pool(1)
-        try:
-            return await loop.run_in_executor(alone, function, *arguments)
-        except BrokenProcessPool:
-            raise ServiceError("checking the request ended the process that did it, twice; it is refused") from None
-        finally:
-            alone.shutdown(wait=False, cancel_futures=True)
+        async with self._careful_turn:
+            if self._careful is None:
+                self._careful = self._make_pool(1)
+            try:
+                return await loop.run_in_executor(self._careful, function, *arguments)
+            except BrokenProcessPool:
+                self._careful = None
+                raise ServiceError("checking the request ended the process that did it, twice; it is refused") from None
 
     def _make_pool(self, workers: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from cluster.delivery import Delivery, Done
 from cluster.intake import Cancel, Intake, IntakeEvent
 from cluster.requests import Finished, RequestStore
 from polytrace.description import ModelDescription
-from polytrace.errors import ServiceError
+from polytrace.errors import PolytraceError, ServiceError
 from scheduling.loop import Shards, step
-from scheduling.plan import Program, RequestId
+from scheduling.plan import Plan, Program, RequestId, ShardResult
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
 
 
 class Dispatcher:
-    """One deployment's loop. `wake` is for the shards: a pass has finished."""
+    """One deployment's loop."""
 
     def __init__(
         self,
@@ -30,12 +30,13 @@ class Dispatcher:
         shards: Shards,
         policy: PassPolicy,
         *,
+        awake: threading.Event,  # the shards set it when a pass has ended
         max_active: int = 1024,  # programs in memory; the rest waits in the store
     ) -> None:
-        self._shards = shards
+        self._shards = _UntilLost(shards)
         self._scheduler = Scheduler(description, policy)
         self._events: queue.SimpleQueue[IntakeEvent] = queue.SimpleQueue()
-        self._awake = threading.Event()
+        self._awake = awake
         self._programs: dict[RequestId, Program] = {}
         self._intake = Intake(store, description, self._on_event, max_active=max_active)
         self._delivery = Delivery(store, self._intake.ended)
@@ -55,24 +56,20 @@ class Dispatcher:
                 self._awake.clear()  # before looking: what comes from now on is another round
                 self._take_events()
                 step(self._scheduler, self._shards)
-                for outcome in self._scheduler.take_outcomes():
-                    self._delivery.put(self._end(outcome))
+                self._deliver()
                 if self._failure is not None:
                     raise self._failure
                 if not (self._scheduler.has_work() and self._shards.have_room()):
                     self._awake.wait()
         finally:
+            self._deliver()
             self._intake.stop()
             self._delivery.stop()
             for thread in self._threads:
                 thread.join(timeout=10)
 
-    def wake(self) -> None:
-        """Something happened that the loop should see. Any thread, any signal handler."""
-        self._awake.set()
-
     def stop(self) -> None:
-        """Ends `run_forever` after the round it is in; unfinished requests stay claimed in the store."""
+        """Ends `run_forever` after the round it is in; unfinished requests stay claimed in the store. Any thread."""
         self._is_stopped = True
         self._awake.set()
 
@@ -92,6 +89,10 @@ class Dispatcher:
                 self._programs[event.request] = event
                 self._scheduler.add(event)
 
+    def _deliver(self) -> None:
+        for outcome in self._scheduler.take_outcomes():
+            self._delivery.put(self._end(outcome))
+
     def _end(self, outcome: Outcome) -> Done | Finished:
         program = self._programs.pop(outcome.request)
         if outcome.receipt is not None and outcome.error is None:
@@ -107,3 +108,21 @@ class Dispatcher:
                 self._awake.set()
 
         return threading.Thread(target=run, name=name, daemon=True)
+
+
+class _UntilLost:
+    """Shards whose loss ends the loop, before the scheduler hears of it.
+
+    The requests of the lost passes are still claimed in the store then: the next controller runs them again.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        self.have_room = shards.have_room
+        self.submit = shards.submit
+        self._finished = shards.finished
+
+    def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...]]]:
+        for plan, results in self._finished():
+            if isinstance(results, PolytraceError):
+                raise results
+            yield plan, results

@@ -88,12 +88,13 @@ def run(world: World) -> Iterator[Callable[..., Dispatcher]]:
     """Starts loops over the world's store; they are stopped at the end."""
     started: list[tuple[Dispatcher, threading.Thread]] = []
 
-    def start(shards: object | None = None, max_active: int = 100) -> Dispatcher:
+    def start(shards: object | None = None, max_active: int = 100, awake: threading.Event | None = None) -> Dispatcher:
         dispatcher = Dispatcher(
             world.store,
             world.backend.description,
             shards or world.backend.shards,  # type: ignore[arg-type]
             PassPolicy(),
+            awake=threading.Event() if awake is None else awake,
             max_active=max_active,
         )
         thread = threading.Thread(target=dispatcher.run_forever)
@@ -213,7 +214,8 @@ class Stuck:
 def test_a_running_request_is_cancelled_and_its_neighbour_is_not(world: World, run: Callable[..., Dispatcher]) -> None:
     cancelled, kept = world.submit(read_layer(1)), world.submit(read_layer(1))
     shards = Stuck(world)
-    dispatcher = run(shards)
+    awake = threading.Event()
+    run(shards, awake=awake)
     while not shards.plans:
         time.sleep(0.005)
     waiting = world.submit(read_layer(1))  # claimed, but in no pass
@@ -224,7 +226,7 @@ def test_a_running_request_is_cancelled_and_its_neighbour_is_not(world: World, r
     world.store.cancel(cancelled)
     time.sleep(0.05)
     shards.is_open.set()
-    dispatcher.wake()
+    awake.set()
     first, second = world.wait(cancelled, kept)
     assert first.state is RequestState.CANCELLED
     assert second.state is RequestState.DONE
@@ -243,7 +245,9 @@ def test_what_the_loop_cannot_mend_ends_it(world: World) -> None:
         def submit(self, plan: Plan) -> None:
             raise ServiceError("the shards are gone")
 
-    dispatcher = Dispatcher(world.store, world.backend.description, Broken(world), PassPolicy())
+    dispatcher = Dispatcher(
+        world.store, world.backend.description, Broken(world), PassPolicy(), awake=threading.Event()
+    )
     name = world.submit(read_layer(1))
     with pytest.raises(ServiceError, match="gone"):
         dispatcher.run_forever()

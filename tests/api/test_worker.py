@@ -1,0 +1,145 @@
+"""Requests are checked in processes of their own: clear refusals, and a worker that dies takes nobody with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from api.store import Store
+from api.worker import CheckerPool, Verdict
+from cluster.requests import DeploymentState, Published
+from engine.local import LocalBackend
+from polytrace.certificate import Certificate
+from polytrace.codec import from_json, to_json
+from polytrace.errors import GraphError, PolytraceError, TooLargeError, WireError, from_fields
+from polytrace.graph import Graph, Invoke, NodeId, Op, Port, Read, Ref, Request, Save, Site
+from polytrace.wire import encode_request
+
+WHERE = "experiment.py:12"
+
+
+@dataclass
+class World:
+    store: Store
+    pool: CheckerPool
+    loop: asyncio.AbstractEventLoop
+
+    def check(self, content: bytes | Request, certify: bool = False) -> Verdict:
+        return self.loop.run_until_complete(self.checking(content, certify))
+
+    async def checking(self, content: bytes | Request, certify: bool = False) -> Verdict:
+        path = self.store.request_path(self.store.new_id())
+        path.write_bytes(content if isinstance(content, bytes) else b"".join(encode_request(content)))
+        return await self.pool.check("m", "1", path, certify=certify)
+
+    def refusal(self, content: bytes | Request) -> PolytraceError:
+        verdict = self.check(content)
+        assert verdict.error is not None
+        return from_fields(verdict.error)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("worker")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    backend = LocalBackend(str(folder / "model"), name="m", threads=1)
+    store = Store(folder / "store")
+    body = json.dumps(to_json(backend.describe())).encode()
+    backend.close()
+    store.set_state("m", DeploymentState.STARTING, "")
+    store.publish("m", Published(source=str(folder / "model"), dtype="auto", description=body, tokenizer=None))
+    world = World(store, CheckerPool(store.folder, 1), asyncio.new_event_loop())
+    yield world
+    world.pool.close()
+    world.loop.close()
+    store.close()
+
+
+def test_a_good_request_gets_facts_and_on_demand_a_certificate(world: World) -> None:
+    verdict = world.check(read("model.layers.2"))
+    assert verdict.error is None and verdict.certificate is None
+    facts = json.loads(verdict.facts or b"")
+    assert facts[0]["shape"] == [1, 3, 32] and facts[1] is None
+    certificate = from_json(
+        Certificate, json.loads(world.check(read("model.layers.2"), certify=True).certificate or b"")
+    )
+    assert certificate.saves["out"].shape == (1, 3, 32) and certificate.passes == 1
+
+
+def test_a_layer_that_is_not_there_is_refused_with_the_line_and_what_there_is(world: World) -> None:
+    error = world.refusal(read("model.layers.96"))
+    assert isinstance(error, GraphError) and error.where == WHERE
+    assert "96" in error.message
+
+
+def test_a_misspelt_module_is_refused_with_the_nearest_name(world: World) -> None:
+    error = world.refusal(read("model.layers.2.self_atn"))
+    assert isinstance(error, GraphError)
+    assert "self_attn" in error.message
+
+
+def test_shapes_that_do_not_fit_are_refused(world: World) -> None:
+    error = world.refusal(read("model.layers.2", Op(name="reshape", args=(Ref(NodeId(0)), (7, 7)), where="a.py:9")))
+    assert isinstance(error, GraphError) and error.where == "a.py:9"
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(world: World) -> None:
+    error = world.refusal(read("model.layers.2", tokens=(1,) * 129))
+    assert isinstance(error, TooLargeError | GraphError)
+    assert "129" in error.message and "128" in error.message
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(world: World) -> None:
+    error = world.refusal(read("model.layers.2", tokens=(1, 64)))
+    assert isinstance(error, GraphError)
+    assert "64" in error.message
+
+
+def test_bytes_that_are_no_request_are_refused(world: World) -> None:
+    good = b"".join(encode_request(read("model.layers.2")))
+    for bad in (b"", b"hello", b"\xff" * 100, good[:50]):
+        assert isinstance(world.refusal(bad), WireError)
+
+
+def test_a_worker_that_dies_takes_no_request_with_it(world: World) -> None:
+    world.check(read("model.layers.2"))
+
+    async def kill_while_busy() -> list[Verdict]:
+        checks = [asyncio.ensure_future(world.checking(read("model.layers.2"))) for _ in range(8)]
+        await asyncio.sleep(0)
+        for child in multiprocessing.active_children():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+        return await asyncio.gather(*checks)
+
+    verdicts = world.loop.run_until_complete(kill_while_busy())
+    assert [verdict.error for verdict in verdicts] == [None] * 8
+    assert world.check(read("model.layers.2")).error is None
+
+
+def read(module: str, *more: Op, tokens: tuple[int, ...] = (1, 2, 3)) -> Request:
+    nodes = (Read(site=Site(module=module, port=Port.OUTPUT), invoke=0, where=WHERE), *more)
+    return Request(
+        graph=Graph(nodes=(*nodes, Save(name="out", value=Ref(NodeId(len(nodes) - 1)), where=WHERE))),
+        invokes=(Invoke(sequences=(tokens,)),),
+        constants={},
+    )
