@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 
 from polytrace.description import Leaf, ModelDescription, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
@@ -32,7 +33,7 @@ from polytrace.ops import OPS
 
 
 class ModelTable:
-    """A description, indexed for looking up what a graph names."""
+    """A description, indexed for looking up what a graph names. Make it once and keep it where requests are many."""
 
     def __init__(self, description: ModelDescription) -> None:
         self.description = description
@@ -41,6 +42,17 @@ class ModelTable:
         self.sites: dict[tuple[str, Port], list[SiteInfo]] = {}  # by visit
         for info in description.sites:
             self.sites.setdefault((info.module, info.port), []).append(info)
+
+    @cached_property
+    def orders(self) -> dict[tuple[str, Port, int], int]:
+        """(module, port, visit) -> order."""
+        return {(info.module, info.port, info.visit): info.order for info in self.description.sites}
+
+    @cached_property
+    def layer_starts(self) -> tuple[int, ...]:
+        """The order at which each decoder layer begins, ascending."""
+        layers = {path for path, module in self.modules.items() if module.is_decoder_layer}
+        return tuple(info.order for info in self.description.sites if info.port is Port.INPUT and info.module in layers)
 
     def site(self, site: Site, verb: str, where: str) -> tuple[SiteInfo, Leaf]:
         """The site's entry and its leaf. Raises GraphError that says what there is instead."""

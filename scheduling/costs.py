@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 
-from polytrace.description import ModelDescription
-from polytrace.graph import NodeId, Port, Read, Write
+from polytrace.graph import NodeId, Read, Write
+from scheduling.checks import ModelTable
 from scheduling.plan import PROLOGUE, Program, Wave
 
 MAX_NOTES = 16  # of one kind
@@ -16,20 +17,18 @@ def wave_tokens(program: Program, wave: Wave) -> int:
     return sum(program.invokes[invoke].num_tokens for invoke in wave.invokes)
 
 
-def token_layers(program: Program, description: ModelDescription) -> int:
+def token_layers(program: Program, table: ModelTable) -> int:
     """Rows x decoder layers that they run through, each wave up to what the request itself needs."""
-    layers = {module.path for module in description.modules if module.is_decoder_layer}
-    starts = [site.order for site in description.sites if site.module in layers and site.port is Port.INPUT]
-    return sum(wave_tokens(program, wave) * sum(start <= wave.until for start in starts) for wave in program.waves)
+    return sum(wave_tokens(program, wave) * bisect_right(table.layer_starts, wave.until) for wave in program.waves)
 
 
-def carried_bytes(program: Program, description: ModelDescription) -> int:
+def carried_bytes(program: Program, table: ModelTable) -> int:
     """Bytes of carried values on the links between stages, all ranks together."""
     works = [(stage, work) for wave in program.waves for stage, work in enumerate(wave.stages)]
     sent = sum(
         move.facts.num_bytes for stage, work in works for move in (*work.held, *work.leaving) if move.source == stage
     )
-    return sent * description.ranks
+    return sent * table.description.ranks
 
 
 def read_bytes(program: Program) -> int:
@@ -52,15 +51,14 @@ def nodes_of(wave: Wave) -> Iterator[NodeId]:
             yield from fragment.nodes
 
 
-def find_notes(program: Program, description: ModelDescription) -> tuple[str, ...]:
+def find_notes(program: Program, table: ModelTable) -> tuple[str, ...]:
     """What a person should know: reads that see writes of later lines, and rows written to padding."""
-    orders = {(site.module, site.port, site.visit): site.order for site in description.sites}
     events: dict[int, list[tuple[int, int]]] = {}  # invoke -> (order, node)
     for node in {node for wave in program.waves for node in nodes_of(wave)}:
         event = program.graph.nodes[node]
         if isinstance(event, (Read, Write)):
             place = event.site.module, event.site.port, event.site.visit
-            events.setdefault(event.invoke, []).append((orders[place], node))
+            events.setdefault(event.invoke, []).append((table.orders[place], node))
     seen = [note for invoke in sorted(events) for note in _late_writes(program, sorted(events[invoke]))]
     padded = [
         f"the write at {write.where} writes {pads} rows of left padding, which vanish"

@@ -63,19 +63,20 @@ def compile_program(
 
 def certify(program: Program, request: Request, description: ModelDescription) -> Certificate:
     """What the request of a compiled program will cost and return."""
-    resolved = resolve(request, ModelTable(description))
+    table = ModelTable(description)
+    resolved = resolve(request, table)
     facts = full_facts(program.graph, program.invokes, resolved, program.facts)
     return Certificate(
         nodes=tuple(None if known is None else _shape(known) for known in facts),
         saves={slot.name: _shape(slot.facts) for slot in program.saves},
         passes=len(program.waves),
         tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-        token_layers=token_layers(program, description),
+        token_layers=token_layers(program, table),
         result_bytes=sum(slot.facts.num_bytes for slot in program.saves),
         read_bytes=read_bytes(program),
-        carried_bytes=carried_bytes(program, description),
+        carried_bytes=carried_bytes(program, table),
         live_bytes=sum(known.num_bytes for known in program.facts if known is not None),
-        notes=find_notes(program, description),
+        notes=find_notes(program, table),
     )
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from polytrace.certificate import Fired, PassEntry, Receipt
-from polytrace.description import ModelDescription
 from polytrace.errors import RunError
 from polytrace.graph import NodeId, Read, Save, Write
+from scheduling.checks import ModelTable
 from scheduling.costs import carried_bytes, find_notes, pad_rows_written, read_bytes, token_layers, wave_tokens
 from scheduling.plan import Failure, Plan, Program, ShardResult
 
@@ -66,23 +66,23 @@ class Account:
                     if isinstance(nodes[node], (Read, Write)):
                         self._passes_of[node] = self._passes_of.get(node, 0) + 1
 
-    def receipt(self, description: ModelDescription, *, queue_seconds: float, run_seconds: float) -> Receipt:
+    def receipt(self, table: ModelTable, *, queue_seconds: float, run_seconds: float) -> Receipt:
         """The books, closed."""
         program = self.program
         return Receipt(
             request=program.request,
-            model=description.name,
+            model=table.description.name,
             passes=tuple(self._entries),
             tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-            token_layers=token_layers(program, description),
+            token_layers=token_layers(program, table),
             fired=tuple(_fired(program, sorted(self._passes_of.items()))),
             pad_rows_written=pad_rows_written(program),
             read_bytes=read_bytes(program),
             result_bytes=self._saved_bytes,
-            carried_bytes=carried_bytes(program, description),
+            carried_bytes=carried_bytes(program, table),
             queue_seconds=queue_seconds,
             run_seconds=run_seconds,
-            notes=find_notes(program, description),
+            notes=find_notes(program, table),
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from polytrace.certificate import Receipt
 from polytrace.description import ModelDescription
 from polytrace.errors import CancelledError, PolytraceError
+from scheduling.checks import ModelTable
 from scheduling.costs import wave_tokens
 from scheduling.packing import Packer
 from scheduling.plan import PassId, Plan, Program, RequestId, ShardResult
@@ -70,7 +71,7 @@ class Scheduler:
     def __init__(
         self, description: ModelDescription, policy: PassPolicy, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._description = description
+        self._table = ModelTable(description)
         self._choice = FirstComeFirstServed(policy)
         self._packer = Packer(description)
         self._clock = clock
@@ -150,7 +151,7 @@ class Scheduler:
     def _finish(self, job: _Job) -> None:
         started = job.added if job.started is None else job.started
         receipt = job.account.receipt(
-            self._description, queue_seconds=started - job.added, run_seconds=self._clock() - started
+            self._table, queue_seconds=started - job.added, run_seconds=self._clock() - started
         )
         del self._jobs[job.program.request]
         self._outcomes.append(Outcome(request=job.program.request, receipt=receipt, values=job.account.values))
