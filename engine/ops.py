@@ -19,7 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from polytrace.errors import GraphError
-from polytrace.graph import DType, Operand, Ref
+from polytrace.graph import DType, NodeId, Operand, Ref
 from polytrace.ops import OPS
 from polytrace.tensors import DTYPES
 
@@ -57,7 +57,7 @@ def run_op(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seed:
     raise GraphError(f"there is no operation {name!r}")
 
 
-def resolve(operand: Operand, values: Mapping[int, Any] | Sequence[Any]) -> Any:
+def resolve(operand: Operand, values: Mapping[NodeId, Any] | Sequence[Any]) -> Any:
     """An operand as an argument for `run_op`: `values[node id]` for a Ref, the torch dtype for a DType, itself else."""
     if isinstance(operand, Ref):
         return values[operand.node]
@@ -91,6 +91,8 @@ def _item(results: Any, position: int) -> Tensor:
 def _setitem(base: Tensor, index: Any, value: Any) -> Tensor:
     if base.is_cuda:
         _check_index(base, index)
+    if isinstance(value, Tensor) and value.dtype is not base.dtype:
+        value = value.to(base.dtype)  # torch does so for slices and refuses it for lists; an assignment is cast, always
     changed = base.clone()
     changed[index] = value
     return changed

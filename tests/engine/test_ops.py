@@ -337,7 +337,7 @@ def test_setitem_is_in_place_code_on_a_clone(index: Any, base: str, kind: str) -
     expected: Any = original.clone()
     failure = None
     try:
-        expected[index] = value
+        expected[index] = value.to(original.dtype) if isinstance(value, Tensor) else value
     except (RuntimeError, IndexError) as error:
         failure = str(error)
     if failure is not None:

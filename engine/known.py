@@ -1,0 +1,81 @@
+"""Values that are known before the run: what is made of constants and masks only.
+
+Where a shape depends on values (a boolean index, a slice to a recorded bound), a constant's or a mask's values decide
+it at submit. Values are made on demand and small; what is read from the model or from a parameter is not known.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from engine.ops import TORCH_DTYPES, resolve, run_op
+from polytrace.graph import Constant, Mask, NodeId, Op, Request, operands
+from polytrace.tensors import RawTensor
+
+_MAX_ELEMENTS = 1 << 18  # of one known value
+_MAX_OPS = 4_096  # values made for one request
+_RANDOM = frozenset({"randn_like", "rand_like"})
+
+
+class KnownValues:
+    """The data behind nodes of one request, as far as it is known."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._data: dict[NodeId, Tensor] = {}
+        self._is_known: list[bool] = []
+        self._ops_left = _MAX_OPS
+
+    def note(self, node: NodeId, num_elements: int) -> None:
+        """Takes in the next node, in order."""
+        kind = self._request.graph.nodes[node]
+        is_pure = isinstance(kind, (Constant, Mask)) or (isinstance(kind, Op) and kind.name not in _RANDOM)
+        is_small = num_elements <= _MAX_ELEMENTS
+        self._is_known.append(is_pure and is_small and all(self._is_known[part] for part in operands(kind)))
+
+    def data(self, node: NodeId) -> Tensor | None:
+        """The node's value on the CPU, or None when it depends on the model, is drawn, or is large."""
+        if not self._is_known[node]:
+            return None
+        needed = {node}
+        pending = [node]
+        while pending:
+            fresh = [part for part in operands(self._request.graph.nodes[pending.pop()]) if part not in needed]
+            needed.update(fresh)
+            pending.extend(part for part in fresh if part not in self._data)
+        for current in sorted(needed - self._data.keys()):  # operands come before their users
+            if not self._ops_left:
+                return None
+            self._ops_left -= 1
+            self._data[current] = self._run(current)
+        return self._data[node]
+
+    def _run(self, position: NodeId) -> Tensor:
+        node = self._request.graph.nodes[position]
+        if isinstance(node, Constant):
+            return tensor_of_raw(self._request.constants[node.name])
+        if isinstance(node, Mask):
+            return mask_of(self._request, node.invoke)
+        assert isinstance(node, Op)
+        args = tuple([resolve(argument, self._data) for argument in node.args])
+        kwargs = {key: resolve(argument, self._data) for key, argument in node.kwargs.items()}
+        value: Tensor = run_op(node.name, args, kwargs)
+        return value
+
+
+def mask_of(request: Request, invoke: int) -> Tensor:
+    """`[sequences, longest]` bool, True where the left-padded view has a token."""
+    prompts = request.invokes[invoke]
+    lengths = torch.tensor([len(sequence) for sequence in prompts.sequences])
+    return torch.arange(prompts.longest) >= prompts.longest - lengths[:, None]
+
+
+def tensor_of_raw(raw: RawTensor) -> Tensor:
+    """A constant as a tensor of its own memory."""
+    dtype = TORCH_DTYPES[raw.dtype]
+    if not math.prod(raw.shape):
+        return torch.empty(raw.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape)
