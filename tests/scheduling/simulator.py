@@ -1,7 +1,7 @@
-"""Runs programs with symbols for values: once as planned, stage by stage and wave by wave, and once by the bare semantics.
+"""Runs programs with symbols for values: once as planned, by stages and waves, and once by the bare semantics.
 
-The planned run checks on its way that every operand is where it is needed, that both sides of a transfer agree, and that
-nothing is left behind. A symbol is an integer that stands for how a value came about, so equal symbols mean equal values.
+The planned run checks on its way that every operand is where it is needed, that both sides of a transfer agree, and
+that nothing is left behind. A symbol is an integer for how a value came about: equal symbols mean equal values.
 """
 
 from __future__ import annotations

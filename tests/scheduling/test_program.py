@@ -218,7 +218,9 @@ def test_a_cycle_is_refused_with_both_lines() -> None:
     r = Recorder(TINY, [[1, 2, 3]])
     r.write(layer(1), r.op("mul", r.read(layer(3)), 2.0))
     r.save(r.read("lm_head"))
-    with pytest.raises(GraphError, match=r"write to model\.layers\.1\.output \(a\.py:2\).*read of .*3\.output \(a\.py:0\)"):
+    with pytest.raises(
+        GraphError, match=r"write to model\.layers\.1\.output \(a\.py:2\).*read of .*3\.output \(a\.py:0\)"
+    ):
         r.compile()
 
 
@@ -239,7 +241,9 @@ def test_saves_lie_without_holes_and_aligned_to_their_elements() -> None:
     slots = r.compile().saves
     offset = 0
     for slot in slots:
-        assert slot.offset == offset and offset % {"float64": 8, "float32": 4, "bfloat16": 2}.get(slot.facts.dtype, 1) == 0
+        assert (
+            slot.offset == offset and offset % {"float64": 8, "float32": 4, "bfloat16": 2}.get(slot.facts.dtype, 1) == 0
+        )
         offset += slot.facts.num_bytes
     assert [slot.name for slot in slots] == ["c", "d", "b", "a", "e"]
 

@@ -16,7 +16,21 @@ from scheduling.program import certify
 from tests.scheduling.simulator import CycleFoundError, Ran, Semantics, Symbols, run
 from tests.scheduling.tiny import HIDDEN, Recorder, tiny_llama
 
-STEPS = ["read", "read", "read", "write", "write", "write", "op", "grow", "call", "parameter", "constant", "mask", "save"]
+STEPS = [
+    "read",
+    "read",
+    "read",
+    "write",
+    "write",
+    "write",
+    "op",
+    "grow",
+    "call",
+    "parameter",
+    "constant",
+    "mask",
+    "save",
+]
 
 
 @st.composite
@@ -86,7 +100,7 @@ def has_cycle(semantics: Semantics) -> bool:
     return False
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(recorded())
 def test_a_planned_run_gives_what_the_order_rules_say(recorder: Recorder) -> None:
     symbols = Symbols()
@@ -106,7 +120,7 @@ def test_a_planned_run_gives_what_the_order_rules_say(recorder: Recorder) -> Non
     assert ran.ran.keys() == semantics.needed()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(recorded())
 def test_only_writes_and_floating_values_run_more_than_once(recorder: Recorder) -> None:
     assume(not has_cycle(Semantics(recorder.request.graph, orders_of(recorder), Symbols())))
@@ -119,7 +133,7 @@ def test_only_writes_and_floating_values_run_more_than_once(recorder: Recorder) 
     assert all(count <= recorder.description.stages for node, count in ran.ran.items() if node in floating)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(recorded())
 def test_a_value_goes_to_a_stage_once_and_a_floating_one_never(recorder: Recorder) -> None:
     assume(not has_cycle(Semantics(recorder.request.graph, orders_of(recorder), Symbols())))
@@ -128,7 +142,7 @@ def test_a_value_goes_to_a_stage_once_and_a_floating_one_never(recorder: Recorde
     assert not {node for node, _ in moves} & floating_nodes(recorder)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(recorded())
 def test_the_number_of_waves_is_what_the_rules_ask_for(recorder: Recorder) -> None:
     semantics = Semantics(recorder.request.graph, orders_of(recorder), Symbols())
@@ -137,7 +151,7 @@ def test_the_number_of_waves_is_what_the_rules_ask_for(recorder: Recorder) -> No
     assert len(recorder.compile().waves) == 1 + max(rules.point(node)[0] for node in semantics.needed())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(recorded())
 def test_a_certificate_adds_up(recorder: Recorder) -> None:
     assume(not has_cycle(Semantics(recorder.request.graph, orders_of(recorder), Symbols())))
