@@ -112,7 +112,10 @@ def join_store(host: str, port: int, *, timeout_s: float = COLLECTIVE_TIMEOUT_S)
 
 
 class Distributed:
-    """The links of one shard among stages x ranks processes. Constructing it meets the others (collective)."""
+    """The links of one shard among stages x ranks processes. Constructing it meets the others (collective).
+
+    The backend is NCCL for GPUs and gloo else, unless one is named: gloo also serves shards that share a GPU.
+    """
 
     def __init__(
         self,
@@ -123,6 +126,7 @@ class Distributed:
         rank: int,
         ranks: int,
         device: str = "cpu",
+        backend: str | None = None,
         timeout_s: float = COLLECTIVE_TIMEOUT_S,
     ) -> None:
         self.stage, self.stages, self.rank, self.ranks = stage, stages, rank, ranks
@@ -132,16 +136,17 @@ class Distributed:
         self._timeout = timedelta(seconds=timeout_s)
         self._sending: deque[tuple[Work, Tensor]] = deque()
         self._barriers = 0
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
+        backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
+        self._wire = torch.device("cpu") if backend == "gloo" else self.device  # where bytes lie when they travel
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
+            backend,
             store=store,
             rank=stage * ranks + rank,
             world_size=stages * ranks,
             timeout=self._timeout,
-            device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
+            device_id=torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None,
         )
         groups = [self._group([s * ranks + r for r in range(ranks)]) for s in range(stages)]
         self.rank_group = groups[stage]  # the ranks of this stage
@@ -168,7 +173,7 @@ class Distributed:
     def send(self, tensor: Tensor, stage: int) -> None:
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
-        raw = _as_bytes(tensor)
+        raw = _as_bytes(tensor).to(self._wire)
         if raw.numel() == 0:
             return
         group = self._forward if stage > self.stage else self._backward
@@ -178,16 +183,16 @@ class Distributed:
         self.bytes.sent += raw.numel()
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, stage: int) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        tensor = torch.empty(shape, dtype=dtype, device=self._wire)
         raw = _as_bytes(tensor)
         if raw.numel() == 0:
-            return tensor
+            return tensor.to(self.device)
         group = self._backward if stage > self.stage else self._forward
         try:
             dist.recv(raw, self._peer(stage), group=group)
         except RuntimeError as error:
             raise ServiceError(f"stage {self.stage} rank {self.rank} lost stage {stage}: {error}") from error
-        return tensor
+        return tensor.to(self.device)
 
     def flush(self) -> None:
         while self._sending:
@@ -214,7 +219,7 @@ class Distributed:
             dist.destroy_process_group()
 
     def _all_gather(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        raw = _as_bytes(tensor)
+        raw = _as_bytes(tensor).to(self._wire)
         if raw.numel() == 0:
             return (tensor,) * self.ranks
         gathered = torch.empty(self.ranks * raw.numel(), dtype=torch.uint8, device=raw.device)
@@ -222,7 +227,7 @@ class Distributed:
             dist.all_gather_single(gathered, raw, group=self.rank_group)
         except RuntimeError as error:
             raise ServiceError(f"stage {self.stage} rank {self.rank} lost a rank of its stage: {error}") from error
-        return gathered.view(tensor.dtype).view(self.ranks, *tensor.shape).unbind(0)
+        return gathered.to(self.device).view(tensor.dtype).view(self.ranks, *tensor.shape).unbind(0)
 
     def _group(self, members: list[int]) -> ProcessGroup:
         # Every process makes every group, in the same order, as torch demands.

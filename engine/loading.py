@@ -87,6 +87,13 @@ def resolve_dtype(source: str, dtype: str) -> torch.dtype:
     return named
 
 
+def check_split(source: str, dtype: str, *, stages: int, ranks: int) -> None:
+    """ServiceError with the way out when the model cannot be served so; reads a configuration and no weights."""
+    whole = meta_model(source, dtype)
+    find_layout(whole).window(stages - 1, stages)
+    plan_splits(whole, ranks)
+
+
 def load_model(config: ShardConfig, links: Links, report: Report = lambda _: None) -> LoadedModel:
     """Read this shard's part of the model. Every shard of the deployment calls it; they leave it together."""
     start = time.perf_counter()

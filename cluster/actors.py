@@ -1,0 +1,130 @@
+"""The process edge of a shard: what `cluster.deployment` calls from afar. Made remote where it is launched.
+
+A thin class over `engine.shard.Shard`: it meets the other shards, turns progress into a stream of lines, and does one
+call after the other in the order they were made. Tensors between shards never come through here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+
+from engine.links import Distributed, join_store, open_store
+from engine.loading import ShardConfig
+from engine.shard import Shard
+from engine.sites import GateReport
+from polytrace.description import ModelDescription
+from scheduling.plan import Plan, ShardResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeetingPoint:
+    """Where the shards of one deployment find each other."""
+
+    host: str
+    port: int
+
+
+class ShardActor:
+    """One shard in a process of its own. Construction is cheap; call `meet`, `load`, `gate`, `open`, then `run`."""
+
+    def __init__(self, config: ShardConfig, backend: str) -> None:
+        self._config = config
+        self._backend = backend
+
+    def host_meeting(self) -> MeetingPoint:
+        """Opens the meeting point on this node; one shard of the deployment does."""
+        host = _own_address()
+        self._meeting = open_store(host)  # lives as long as this process
+        return MeetingPoint(host=host, port=self._meeting.port)
+
+    def meet(self, point: MeetingPoint) -> int:
+        """Connects to the other shards (collective). The process id."""
+        interface = _interface_of(_own_address())
+        if interface is not None:  # gloo would look the host's name up, which many machines resolve to loopback
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        config = self._config
+        links = Distributed(
+            join_store(point.host, point.port),
+            stage=config.stage,
+            stages=config.stages,
+            rank=config.rank,
+            ranks=config.ranks,
+            device=config.device,
+            backend=self._backend,
+        )
+        self._shard = Shard(config, links)
+        return os.getpid()
+
+    def load(self) -> Iterator[str]:
+        """Reads this shard's weights (collective at its end); yields lines of progress as they come."""
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        failure: list[Exception] = []
+
+        def start() -> None:
+            try:
+                self._shard.start(lines.put)
+            except Exception as error:  # noqa: BLE001  the edge of the thread: raised below
+                failure.append(error)
+            finally:
+                lines.put(None)
+
+        thread = threading.Thread(target=start, name="load")
+        thread.start()
+        while (line := lines.get()) is not None:
+            yield line
+        thread.join()
+        if failure:
+            raise failure[0]
+
+    def gate(self) -> GateReport:
+        """Proves on the served weights that rows are their own (collective)."""
+        return self._shard.gate()
+
+    def describe(self, name: str, reports: list[GateReport]) -> ModelDescription:
+        """The deployment's description from every shard's report."""
+        return self._shard.describe(name, reports)
+
+    def open(self, description: ModelDescription) -> None:
+        """Takes the description; plans can run from now on."""
+        self._shard.open(description)
+
+    def run(self, plan: Plan) -> ShardResult:
+        """This shard's part of a pass."""
+        return self._shard.run(plan)
+
+    def ping(self) -> int:
+        """Answers when the shard has done everything before: the process id."""
+        return os.getpid()
+
+    def stop(self) -> None:
+        """Leaves the deployment."""
+        if hasattr(self, "_shard"):
+            self._shard.stop()
+
+
+def _own_address() -> str:
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address, None when none has (or the machine is no Linux)."""
+    get_address = 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), get_address, struct.pack("256s", name.encode()[:15]))
+            except OSError:
+                continue  # an interface without an IPv4 address
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

@@ -1,0 +1,231 @@
+"""A deployment on a real Ray cluster of this machine: starts, runs merged passes, loses a shard, leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray.util import placement_group_table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from cluster.deployment import Deployment, DeploymentConfig, RayShards, plan_placement
+from engine.loading import meta_model
+from engine.local import DirectBackend
+from polytrace.description import ModelDescription
+from polytrace.errors import PolytraceError, ServiceError
+from polytrace.graph import Graph, Invoke, NodeId, Op, Port, Read, Ref, Request, Save, Site, Write
+from scheduling.loop import step
+from scheduling.plan import Program
+from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+
+LAYER, LATER = "model.layers.1", "model.layers.3"
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A deployment that has started, and what it said on the way."""
+
+    source: str
+    deployment: Deployment
+    description: ModelDescription
+    lines: list[str]
+    awake: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.shards = self.deployment.shards(self.awake.set)
+
+    def programs(self, prompts: list[tuple[int, ...]], scale: float) -> list[Program]:
+        compiler = DirectBackend(self.source, self.shards, self.description, meta_model(self.source))
+        return [compiler.compile(request(prompt, scale)) for prompt in prompts]
+
+    def run(self, programs: list[Program], *, budget_tokens: int) -> tuple[list[Outcome], int]:
+        """Outcomes in the programs' order, and the most passes that were in flight at once."""
+        scheduler = Scheduler(self.description, PassPolicy(budget_tokens=budget_tokens))
+        counting = CountingShards(self.shards)
+        for program in programs:
+            scheduler.add(program)
+        outcomes: dict[str, Outcome] = {}
+        while len(outcomes) < len(programs):
+            self.awake.clear()
+            step(scheduler, counting)
+            outcomes.update((outcome.request, outcome) for outcome in scheduler.take_outcomes())
+            if len(outcomes) < len(programs) and not (scheduler.has_work() and counting.have_room()):
+                assert self.awake.wait(60)
+        return [outcomes[program.request] for program in programs], counting.most_in_flight
+
+
+class CountingShards:
+    """Shards that count."""
+
+    def __init__(self, shards: RayShards) -> None:
+        self._shards = shards
+        self._in_flight = self.most_in_flight = 0
+        self.have_room = shards.have_room
+
+    def submit(self, plan):  # type: ignore[no-untyped-def]
+        self._in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self._in_flight)
+        self._shards.submit(plan)
+
+    def finished(self):  # type: ignore[no-untyped-def]
+        for each in self._shards.finished():
+            self._in_flight -= 1
+            yield each
+
+
+def request(prompt: tuple[int, ...], scale: float) -> Request:
+    """Scales one layer's output; saves a later layer's and the logits."""
+    nodes = (
+        Read(site=Site(module=LAYER, port=Port.OUTPUT), invoke=0, where="t:1"),
+        Op(name="mul", args=(Ref(NodeId(0)), scale), where="t:1"),
+        Write(site=Site(module=LAYER, port=Port.OUTPUT), invoke=0, value=Ref(NodeId(1)), in_place=False, where="t:1"),
+        Read(site=Site(module=LATER, port=Port.OUTPUT), invoke=0, where="t:2"),
+        Save(name="later", value=Ref(NodeId(3)), where="t:2"),
+        Read(site=Site(module="lm_head", port=Port.OUTPUT), invoke=0, where="t:3"),
+        Save(name="logits", value=Ref(NodeId(5)), where="t:3"),
+    )
+    return Request(graph=Graph(nodes=nodes), invokes=(Invoke(sequences=(prompt,)),), constants={})
+
+
+def by_hand(source: str, prompt: tuple[int, ...], scale: float) -> dict[str, Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(source)
+    seen: dict[str, Tensor] = {}
+    model.get_submodule(LAYER).register_forward_hook(lambda _m, _a, output: output * scale)
+    model.get_submodule(LATER).register_forward_hook(lambda _m, _a, output: seen.update(later=output))
+    with torch.no_grad():
+        seen["logits"] = model(torch.tensor([prompt]), use_cache=False).logits
+    return seen
+
+
+def group_states() -> set[str]:
+    return {group["state"] for group in placement_group_table().values()}
+
+
+def comes_true(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
+    until = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.1)
+    return condition()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster of this machine's loopback, gone after the tests
+    with tempfile.TemporaryDirectory(prefix="pt", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        ray.init(num_cpus=4, include_dashboard=False, _temp_dir=folder, object_store_memory=128 << 20)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def running(cluster: None, source: str) -> Iterator[Running]:
+    lines: list[str] = []
+    deployment = Deployment(DeploymentConfig(name="tiny", source=source, stages=2, ranks=2, device="cpu"))
+    description = deployment.start(lines.append)
+    yield Running(source=source, deployment=deployment, description=description, lines=lines)
+    deployment.stop()
+
+
+def test_a_deployment_says_how_far_it_is_and_what_it_serves(running: Running) -> None:
+    assert (running.description.stages, running.description.ranks) == (2, 2)
+    assert {info.stage for info in running.description.sites} == {0, 1}
+    assert any("4 of 4 shard processes are up" in line for line in running.lines)
+    for place in ("stage 0 rank 0", "stage 0 rank 1", "stage 1 rank 0", "stage 1 rank 1"):
+        assert any(line.startswith(f"{place}: loaded") for line in running.lines)
+    assert len({os.getpid(), *running.deployment.process_ids()}) == 5
+
+
+def test_merged_requests_over_two_stages_and_two_ranks_equal_plain_hugging_face(running: Running) -> None:
+    prompts = [tuple(range(3 + i, 12 + 2 * i)) for i in range(5)]
+    outcomes, _ = running.run(running.programs(prompts, 3.0), budget_tokens=4096)
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        expected, unedited = by_hand(running.source, prompt, 3.0), by_hand(running.source, prompt, 1.0)
+        for name, value in expected.items():
+            assert (outcome.values[name] - value).abs().max() <= 1e-5 * max(1, value.abs().max())
+            assert (unedited[name] - value).abs().max() > 1e-3
+
+
+def test_two_passes_are_in_flight_over_two_stages_with_the_bits_of_one(running: Running) -> None:
+    prompts = [tuple(range(2 + i, 22 + i)) for i in range(8)]
+    together, _ = running.run(running.programs(prompts, 0.5), budget_tokens=4096)
+    apart, most_in_flight = running.run(running.programs(prompts, 0.5), budget_tokens=20)
+    assert most_in_flight == 2
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one.values["logits"], other.values["logits"])
+
+
+def test_a_model_that_cannot_be_split_so_is_refused_before_anything_starts(cluster: None, source: str) -> None:
+    for stages, ranks, message in ((5, 1, "use 1 to 4"), (1, 3, "use ranks 1, 2, 4")):
+        with pytest.raises(ServiceError, match=message):
+            Deployment(DeploymentConfig(name="no", source=source, stages=stages, ranks=ranks)).start()
+    too_large = Deployment(DeploymentConfig(name="no", source=source, device="cpu", placement_timeout_s=0.5, cpus=99))
+    with pytest.raises(ServiceError, match="no room for 1 shards"):
+        too_large.start()
+    assert comes_true(lambda: group_states() <= {"CREATED", "REMOVED"})
+
+
+def test_a_killed_shard_fails_its_passes_by_name_and_ends_the_deployment(running: Running) -> None:
+    pids = running.deployment.process_ids()
+    programs = running.programs([tuple(range(2, 40))] * 2, 1.0)
+    os.kill(pids[3], signal.SIGKILL)
+    outcomes, _ = running.run(programs, budget_tokens=38)
+    for outcome in outcomes:
+        assert isinstance(outcome.error, PolytraceError)
+        assert "stage 1 rank 1 died" in str(outcome.error)
+    assert not running.shards.have_room()
+    with pytest.raises(ServiceError, match="stage 1 rank 1 died"):
+        list(running.shards.finished())
+    running.deployment.stop()
+    assert comes_true(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    assert comes_true(lambda: group_states() == {"REMOVED"})
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "device", "expected"),
+    [
+        (2, 0, "auto", ("cpu", "gloo", 0, 0.25, 1)),
+        (64, 0, "auto", ("cpu", "gloo", 0, 1.0, 16)),
+        (16, 8, "auto", ("cuda", "nccl", 1, 1.0, 4)),
+        (16, 1, "auto", ("cuda", "gloo", 0.25, 1.0, 4)),
+        (16, 3, "auto", ("cuda", "gloo", 0.5, 1.0, 4)),
+        (16, 8, "cpu", ("cpu", "gloo", 0, 1.0, 4)),
+    ],
+)
+def test_shards_get_gpus_when_there_are_any_and_little_of_the_cpus(
+    cpus: float, gpus: float, device: str, expected: tuple[object, ...]
+) -> None:
+    config = DeploymentConfig(name="tiny", source="-", stages=2, ranks=2, device=device)
+    found = plan_placement(config, cluster_cpus=cpus, cluster_gpus=gpus)
+    assert (found.device, found.backend, found.gpus, found.cpus, found.threads) == expected
+
+
+def test_a_gpu_that_is_not_there_is_said_so() -> None:
+    wanted = DeploymentConfig(name="tiny", source="-", device="cuda")
+    with pytest.raises(ServiceError, match="no GPU"):
+        plan_placement(wanted, cluster_cpus=4, cluster_gpus=0)
