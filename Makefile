@@ -19,7 +19,7 @@ help:
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make bench     the benchmarks; one JSON line each in bench/results/"
 	@echo "make gpu-test  the tests that need a CUDA device"
-	@echo "make format    put the sources into the house format"
+	@echo "make format    put the sources into the house format, and the file tree into README.md"
 	@echo "make clean     remove everything that was made here"
 
 setup: $(READY)
@@ -52,6 +52,7 @@ gpu-test: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/python scripts/tree.py
 
 clean:
 	rm -rf .venv out build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,1 +1,1 @@
-"""Workloads, peers, the load generator, the cluster simulator and the demo model's recipe."""
+"""The demo, the experiments it runs, the benchmarks, and the demo model's recipe."""

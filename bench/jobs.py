@@ -44,7 +44,9 @@ class Recorder:
 
     def run(self, request: Request) -> Result:
         result = self._backend.run(request)
-        self.seen.append((request, result))
+        # a copy: a saved value takes over the tensor that it is given
+        copies = {name: torch.as_tensor(value).clone() for name, value in result.values.items()}
+        self.seen.append((request, Result(values=copies, receipt=result.receipt)))
         return result
 
     def close(self) -> None:

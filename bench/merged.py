@@ -12,7 +12,7 @@ Requests are recorded and worked out beforehand, as a service does it at admissi
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import secrets
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +27,7 @@ from bench.plain import TOLERANCE, Plain
 from bench.race import race, ratio
 from engine.local import LocalBackend
 from polytrace.model import Model
-from scheduling.loop import step
-from scheduling.plan import PassId, Program, RequestId
+from scheduling.plan import Program, RequestId
 from scheduling.scheduler import Outcome
 
 _AIM = 1.25
@@ -53,7 +52,6 @@ def run(config: MergedConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
         recorder = Recorder(backend)
         jobs = make_jobs(Model(recorder), recorder, plain, num_users=config.num_users)
-        engine = Engine(backend)
         start = time.perf_counter()
         programs = [backend.compile(job.request) for job in jobs]
         admission_s = time.perf_counter() - start
@@ -62,12 +60,13 @@ def run(config: MergedConfig) -> dict[str, Any]:
             {
                 "plain": forward,
                 "plain again": forward,
-                "merged": lambda: engine.run_together(programs),
-                "one by one": lambda: engine.run_one_by_one(programs),
+                "merged": lambda: run_together(backend, programs),
+                "one by one": lambda: run_one_by_one(backend, programs),
             },
             rounds=config.rounds,
         )
-        merged, passes = engine.run_together(programs)
+        merged = run_together(backend, programs)
+        receipts = [outcome.receipt for outcome in merged if outcome.receipt is not None]
         return {
             "merged / plain": asdict(ratio(seconds["merged"], seconds["plain"])),
             "one by one / merged": asdict(ratio(seconds["one by one"], seconds["merged"])),
@@ -77,12 +76,10 @@ def run(config: MergedConfig) -> dict[str, Any]:
             "requests": len(jobs),
             "sequences": len(sequences(jobs)),
             "tokens": sum(len(sequence) for sequence in sequences(jobs)),
-            "passes": passes,
+            "passes": len({entry.pass_id for receipt in receipts for entry in receipt.passes}),
             "admission_ms_per_request": 1e3 * admission_s / len(jobs),
             "correct": {
-                "merged_is_alone_bit_for_bit": all(
-                    same_bits(job, values) for job, values in zip(jobs, merged, strict=True)
-                ),
+                "merged_is_alone_bit_for_bit": all(map(same_bits, jobs, (outcome.values for outcome in merged))),
                 "largest_difference_to_plain": max(job.off for job in jobs),
                 "allowed": TOLERANCE,
             },
@@ -91,34 +88,20 @@ def run(config: MergedConfig) -> dict[str, Any]:
         backend.close()
 
 
-class Engine:
-    """The scheduler's loop of a local backend, driven with programs that are ready."""
+def run_together(backend: LocalBackend, programs: Sequence[Program]) -> list[Outcome]:
+    """The outcomes of programs that share passes. Raises the first error."""
+    fresh = [dataclasses.replace(program, request=RequestId(secrets.token_hex(8))) for program in programs]
+    outcomes = backend.run_together(fresh)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return outcomes
 
-    def __init__(self, backend: LocalBackend) -> None:
-        self._backend = backend
-        self._numbers = itertools.count()
 
-    def run_together(self, programs: Sequence[Program]) -> tuple[list[Mapping[str, Any]], int]:
-        """Each program's values, and the number of passes that it took. Raises the first request's error."""
-        requests = [RequestId(f"bench-{next(self._numbers)}") for _ in programs]
-        for request, program in zip(requests, programs, strict=True):
-            self._backend.scheduler.add(dataclasses.replace(program, request=request))
-        outcomes: dict[RequestId, Outcome] = {}
-        while len(outcomes) < len(programs):
-            step(self._backend.scheduler, self._backend.shards)
-            outcomes.update({outcome.request: outcome for outcome in self._backend.scheduler.take_outcomes()})
-        passes: set[PassId] = set()
-        for outcome in outcomes.values():
-            if outcome.error is not None:
-                raise outcome.error
-            if outcome.receipt is not None:
-                passes.update(entry.pass_id for entry in outcome.receipt.passes)
-        return [outcomes[request].values for request in requests], len(passes)
-
-    def run_one_by_one(self, programs: Sequence[Program]) -> None:
-        """Each program in passes of its own."""
-        for program in programs:
-            self.run_together([program])
+def run_one_by_one(backend: LocalBackend, programs: Sequence[Program]) -> None:
+    """Each program in passes of its own."""
+    for program in programs:
+        run_together(backend, [program])
 
 
 def plain_forward(plain: Plain, rows: Sequence[Sequence[int]]) -> Callable[[], torch.Tensor]:

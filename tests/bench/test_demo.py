@@ -1,0 +1,64 @@
+"""The demo as a user runs it: a service of its own on 2 x 2 shards, eight users at once, all numbers right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import tinyworld
+from bench.demo import NAME, draw, largest_difference, size, totals_table, users_table, visit_all
+from bench.plain import TOLERANCE, Plain
+from bench.service import Service, ServiceDidNotStartError, running_service
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    log = tmp_path_factory.mktemp("demo") / "service.log"
+    with running_service(tinyworld.FOLDER, name=NAME, stages=2, ranks=2, log=log) as service:
+        yield service
+
+
+@pytest.mark.timeout(600)
+def test_eight_users_share_passes_and_every_number_is_right(service: Service, tmp_path: Path) -> None:
+    visits = visit_all(service.url, turns=2)
+    plain = Plain(tinyworld.FOLDER)
+    differences = [largest_difference(visit, plain) for visit in visits]
+    assert max(differences) <= TOLERANCE
+    entries = [entry for visit in visits for receipt in visit.receipts for entry in receipt.passes]
+    assert max(entry.requests for entry in entries) > 1, "users shared passes"
+
+    text = StringIO()
+    console = Console(file=text, width=160)
+    console.print(users_table(visits, differences), totals_table(visits, differences, 1.0))
+    for visit in visits:
+        assert visit.user in text.getvalue()
+    assert all(path.stat().st_size > 10_000 for path in draw(visits, plain, tmp_path))
+
+
+def test_the_service_example_of_the_readme_runs(service: Service) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "polytrace.connect(" in b)
+    names: dict[str, object] = {}
+    exec(compile(block.replace("http://127.0.0.1:8765", service.url), "README.md", "exec"), names)
+    logits = names["logits"]
+    assert isinstance(logits, torch.Tensor)
+    plain = Plain(tinyworld.FOLDER)
+    assert plain.text([int(logits.argmax())]) == " Rome"
+
+
+def test_a_service_that_cannot_start_says_why(tmp_path: Path) -> None:
+    starting = running_service(tmp_path / "nothing", name="x", stages=1, ranks=1, log=tmp_path / "log")
+    with pytest.raises(ServiceDidNotStartError, match="nothing"), starting:
+        pass
+
+
+def test_sizes_read_well() -> None:
+    assert [size(n) for n in (0, 999, 1000, 1_250_000, 3.2e9)] == ["0 B", "999 B", "1.0 KB", "1.2 MB", "3.2 GB"]
