@@ -1,1 +1,67 @@
-"""polytrace: many traces, one forward pass."""
+"""polytrace: many traces, one forward pass.
+
+    model = polytrace.connect("http://127.0.0.1:8765")    # or polytrace.load("openai-community/gpt2")
+    with model.trace("The Eiffel Tower is in") as tracer:
+        hidden = model.model.layers[5].output[0].save()
+
+Importing this imports neither torch, numpy, transformers nor Ray.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from polytrace.errors import (
+    CancelledError,
+    CapacityError,
+    GraphError,
+    KeyRefusedError,
+    NotFoundError,
+    PolytraceError,
+    RunError,
+    ServiceError,
+    TooLargeError,
+    UserError,
+    WireError,
+)
+
+if TYPE_CHECKING:
+    from polytrace.client import connect, load, models
+    from polytrace.model import Model
+    from polytrace.tracing import Tracer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CancelledError",
+    "CapacityError",
+    "GraphError",
+    "KeyRefusedError",
+    "Model",
+    "NotFoundError",
+    "PolytraceError",
+    "RunError",
+    "ServiceError",
+    "TooLargeError",
+    "Tracer",
+    "UserError",
+    "WireError",
+    "connect",
+    "load",
+    "models",
+]
+
+_ROOMS = {"connect": "client", "load": "client", "models": "client", "Model": "model", "Tracer": "tracing"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs more than a moment to import comes when it is asked for."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'polytrace' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"polytrace.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

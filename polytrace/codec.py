@@ -1,7 +1,8 @@
 """Frozen dataclasses to plain JSON values and back, strictly.
 
-Owns the table of what a field may be: bool, int, float, str, None, enums, `NewType`s, nested dataclasses, tuples, string-keyed
-mappings, unions of these that JSON can tell apart, and `Any` for JSON itself. Knows nothing of what the dataclasses mean.
+Owns the table of what a field may be: bool, int, float, str, None, enums, `NewType`s, nested dataclasses, tuples,
+string-keyed mappings, unions of these that JSON can tell apart, and `Any` for JSON itself. Knows nothing of what the
+dataclasses mean.
 
 Invariants
 - `from_json(type(x), to_json(x)) == x`, also for non-finite floats, which travel as strings: the output is strict JSON.
@@ -15,7 +16,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from polytrace.errors import WireError
@@ -29,7 +30,7 @@ MAX_JSON_DEPTH = 64
 
 def to_json(value: Any) -> Any:
     """The value as dicts, lists, strings, finite numbers, booleans and None."""
-    if value is None or isinstance(value, (bool, int, str)) and not isinstance(value, Enum):
+    if value is None or (isinstance(value, (bool, int, str)) and not isinstance(value, Enum)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else name_of_float(value)
@@ -47,7 +48,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], plain: Any) -> T:
-    """The `kind` that `plain` describes: every field checked, unknown and missing fields refused (defaults may miss)."""
+    """The `kind` that `plain` describes: every field checked; unknown and missing ones refused (defaults may miss)."""
     return _decoder(kind)(plain, kind.__name__)  # type: ignore[no-any-return,arg-type]
 
 
@@ -64,7 +65,7 @@ def brief(plain: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-@lru_cache(maxsize=None)
+@cache
 def _decoder(kind: Any) -> Decoder:
     """The function that checks and builds one kind of value, made once a kind."""
     if hasattr(kind, "__supertype__"):

@@ -32,7 +32,7 @@ class Leaf:
     selector: tuple[int | str, ...]
     tail: tuple[int, ...]  # dimensions after [sequences, tokens], unsharded
     dtype: str
-    sharded_dim: int | None = None  # index into `tail` that tensor-parallel ranks split evenly; None: every rank has all
+    sharded_dim: int | None = None  # index into `tail` that tensor-parallel ranks split evenly; None: all have all
     sharded_blocks: int = 1  # that dimension is this many equal blocks, each split over the ranks (GPT-2's fused q|k|v)
     mutated: bool = False  # the model changes this tensor in place later: reads must copy
     read_refusal: str | None = None  # why the site cannot be read, None when it can

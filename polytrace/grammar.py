@@ -118,7 +118,7 @@ def _check_steps(steps: Operand, where: str) -> None:
             raise GraphError("a view step is an op's name, its arguments and its keyword arguments", where=where)
         name, kwargs = step[0], step[2]
         assert isinstance(kwargs, tuple)
-        if not (isinstance(name, str) and (name == "item" or name in OPS and OPS[name].is_view)):
+        if not (isinstance(name, str) and (name == "item" or (name in OPS and OPS[name].is_view))):
             raise GraphError(f"{name!r} is not an operation that returns a view", where=where)
         for pair in kwargs:
             if not (isinstance(pair, tuple) and len(pair) == 2 and pair[0] in OPS[name].kwargs):

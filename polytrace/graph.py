@@ -58,7 +58,9 @@ class DType:
 
 
 # What an argument of an op may be. Tuples and lists nest; slices hold operands (ints or None, or Refs).
-Operand: TypeAlias = "Ref | DType | None | bool | int | float | str | slice | EllipsisType | tuple[Operand, ...] | list[Operand]"
+Operand: TypeAlias = (
+    "Ref | DType | bool | int | float | str | slice | EllipsisType | tuple[Operand, ...] | list[Operand] | None"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Nodes and operands as JSON, by two explicit tables.
 
-A node is `[kind, where, ...]` with its line and its site as indices into tables. An operand that JSON spells alike stands
-as it is (null, booleans, integers, finite floats, strings, lists); everything else is an object with one key.
+A node is `[kind, where, ...]` with its line and its site as indices into tables. An operand that JSON spells alike
+stands as it is (null, booleans, integers, finite floats, strings, lists); everything else is an object with one key.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Requests and results as bytes: one safetensors file each way.
 
-A file is 8 bytes of header length, a JSON header, and the tensors' bytes. A request's constants are its tensors and its graph is
-JSON in the header's metadata; a result's saves are its tensors and its receipt is in the metadata. Owns the layout and every
-check of it: sizes and offsets are compared with the buffer before memory is taken, and decoding raises `WireError` or
-`GraphError`, whatever the bytes are. Knows nothing of models, and of files only that they are buffers.
+A file is 8 bytes of header length, a JSON header, and the tensors' bytes. A request's constants are its tensors and its
+graph is JSON in the header's metadata; a result's saves are its tensors and its receipt is in the metadata. Owns the
+layout and every check of it: sizes and offsets are compared with the buffer before memory is taken, and decoding raises
+`WireError` or `GraphError`, whatever the bytes are. Knows nothing of models, and of files only that they are buffers.
 
-Version "1" of a request: {"seed", "sharing", "invokes": [[[id, ...], ...], ...], "sites": [[module, port, selector, visit], ...],
-"wheres": ["file:line", ...], "nodes": [[kind, where, ...], ...]}, where nodes name sites and lines by their index.
+Version "1" of a request: {"seed", "sharing", "invokes": [[[id, ...], ...], ...], "sites": [[module, port, selector,
+visit], ...], "wheres": ["file:line", ...], "nodes": [[kind, where, ...], ...]}, where nodes name sites and lines by
+their index.
 """
 
 from __future__ import annotations

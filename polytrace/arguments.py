@@ -1,0 +1,49 @@
+"""torch's many ways to write an argument, brought to the one that the op table takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polytrace.errors import GraphError
+from polytrace.graph import DType
+from polytrace.lines import user_line
+from polytrace.ops import OPS
+
+# Arguments that say where or how a result lies, not what it is.
+_MEANINGLESS = frozenset(
+    (
+        "_stacklevel",
+        "memory_format",
+        "device",
+        "non_blocking",
+        "layout",
+        "pin_memory",
+        "copy",
+        "requires_grad",
+        "inplace",
+        "out",
+    )
+)
+_SYNONYMS = {"axis": "dim", "keepdims": "keepdim"}  # numpy's names, which torch takes too
+_FIRST = ("input", "self", "tensor", "tensors")
+
+
+def normalised(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments without what is None by default or means nothing to a recorded value.
+
+    Raises GraphError for `inplace=True` and `requires_grad=True`.
+    """
+    plain = tuple(args)
+    named: dict[str, Any] = {}
+    for key, value in kwargs.items():
+        key = _SYNONYMS.get(key, key)
+        if key == "requires_grad" and value:
+            raise GraphError("gradients are not part of polytrace yet", where=user_line())
+        if value is None or key in _MEANINGLESS:
+            continue
+        if key in _FIRST and name in OPS and key not in OPS[name].kwargs:
+            plain = (value, *plain)
+        else:
+            named[key] = DType(value) if key == "dtype" and isinstance(value, str) else value
+    return plain, named

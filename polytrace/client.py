@@ -1,0 +1,45 @@
+"""How a model is reached: in this process, or over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polytrace import environment
+from polytrace.http_backend import HttpBackend, list_models
+from polytrace.model import Model
+
+DEFAULT_TIMEOUT_S = 3600.0
+
+
+def load(
+    source: str, *, dtype: str = "auto", name: str | None = None, threads: int | None = None, device: str | None = None
+) -> Model:
+    """A model of the Hugging Face hub or a local folder, run in this process by a service's engine."""
+    from engine.local import LocalBackend
+
+    return Model(LocalBackend(str(source), dtype=dtype, name=name, threads=threads, device=device))
+
+
+def connect(url: str, name: str | None = None, *, key: str | None = None, timeout: float = DEFAULT_TIMEOUT_S) -> Model:
+    """A model that a service runs; no weights come here.
+
+    `url`: http://, https://, or ray://auto from inside a Ray job. `name` may miss where the service has one model. `key`
+    defaults to the environment's POLYTRACE_KEY. `timeout`: the seconds that one trace may take, queueing included.
+    """
+    return Model(HttpBackend(gateway_url(url), name, key=key or environment.key(), timeout_s=timeout))
+
+
+def models(url: str, *, key: str | None = None) -> list[dict[str, Any]]:
+    """The models of a service: a dict each with name, state and, once it is ready, class, dtype, layers and shards."""
+    return list_models(gateway_url(url), key=key or environment.key())
+
+
+def gateway_url(url: str) -> str:
+    """Where the service's gateway listens. Raises ValueError for an address that is none."""
+    if url.startswith("ray://"):
+        from cluster.discovery import find_gateway
+
+        return find_gateway().rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url!r} is no address of a service: it begins with http://, https:// or ray://")
+    return url.rstrip("/")

@@ -1,0 +1,15 @@
+"""Every environment variable that the client reads."""
+
+from __future__ import annotations
+
+import os
+
+KEY = "POLYTRACE_KEY"  # the key that a service asks for, when `connect(key=...)` is not given
+
+
+def key() -> str | None:
+    """The user's key, None when it is not set or empty."""
+    value = os.environ.get(KEY, "").strip()
+    if not value.isascii() or not value.isprintable():
+        raise ValueError(f"{KEY} is {value!r}: a key has printable ASCII characters only")
+    return value or None

@@ -1,0 +1,111 @@
+"""Shapes by torch's own rules: the same function on tensors that have no data. Needs torch, and no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polytrace.certificate import ValueShape
+from polytrace.errors import GraphError, PolytraceError
+from polytrace.graph import Call, Constant, DType, Node, NodeId, Op, Operand, Ref, operands
+from polytrace.ops import OPS
+from polytrace.recording import Recording
+from polytrace.tensor_values import TORCH_DTYPES, find
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class MetaShapes:
+    """Shape and dtype of every node of one recording, worked out when somebody asks."""
+
+    def __init__(
+        self, recording: Recording, leaf: Callable[[Node], ValueShape | None], ask: Callable[[NodeId], ValueShape]
+    ) -> None:
+        self._recording = recording
+        self._leaf = leaf  # what the model's description says of a node
+        self._ask = ask  # what only the service knows: the shapes of called modules
+        self._metas: dict[NodeId, Any] = {}
+
+    def of(self, node: NodeId) -> ValueShape:
+        """Raises GraphError with the user's line when the op does not fit its operands."""
+        meta = self._meta(node)
+        return ValueShape(shape=tuple(meta.shape), dtype=_NAMES[meta.dtype])
+
+    def _meta(self, wanted: NodeId) -> Any:
+        """Depth first without recursion: graphs are longer than Python's stack is deep."""
+        waiting = [wanted]
+        while waiting:
+            node = waiting[-1]
+            if node in self._metas:
+                waiting.pop()
+                continue
+            missing = [part for part in self._parts(node) if part not in self._metas]
+            if missing:
+                waiting += missing
+                continue
+            self._metas[node] = self._make(node)
+        return self._metas[wanted]
+
+    def _parts(self, node: NodeId) -> tuple[NodeId, ...]:
+        made = self._recording.nodes[node]
+        if not isinstance(made, Op):
+            return ()
+        if made.name in ("setitem", "set_view"):
+            return operands(made)[:1]  # the base says it all
+        return operands(made)
+
+    def _make(self, node: NodeId) -> Any:
+        made = self._recording.nodes[node]
+        if isinstance(made, Op):
+            try:
+                return self._run(made)
+            except PolytraceError:
+                raise
+            except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+                first = str(error).strip().split("\n", 1)[0]
+                raise GraphError(f"{made.name}: {first}", where=made.where) from error
+        known = self._leaf(made) or (self._ask(node) if isinstance(made, Call) else None)
+        assert known is not None, "only values are asked for their shape"
+        return torch.empty(known.shape, dtype=TORCH_DTYPES[known.dtype], device="meta")
+
+    def _run(self, op: Op) -> Any:
+        if op.name in ("setitem", "set_view"):
+            return self._resolve(op.args[0])
+        args = [self._resolve(arg) for arg in op.args]
+        kwargs = {key: self._resolve(value) for key, value in op.kwargs.items()}
+        if op.name == "getitem":  # a mask of the user's own has data, so what it selects has a shape
+            args[1] = self._resolve(op.args[1], with_masks=True)
+        if op.name == "item":
+            return args[0][args[1]]
+        failure: TypeError | None = None
+        for name in OPS[op.name].torch:  # the method and the function may take other forms of the same arguments
+            function = find(name)
+            if function is None:
+                continue
+            try:
+                result = function(*args, **kwargs)
+            except TypeError as error:
+                failure = failure or error
+                continue
+            if isinstance(result, (Tensor, tuple)):
+                return result
+        raise failure or TypeError("these operands do not fit")
+
+    def _resolve(self, operand: Operand, *, with_masks: bool = False) -> Any:
+        if isinstance(operand, Ref):
+            made = self._recording.nodes[operand.node]
+            if with_masks and isinstance(made, Constant):
+                raw = self._recording.constants.tensors[made.name]
+                if raw.dtype == "bool" and raw.data.nbytes:
+                    return torch.frombuffer(bytearray(raw.data), dtype=torch.bool).reshape(raw.shape)
+            return self._metas[operand.node]
+        if isinstance(operand, DType):
+            return TORCH_DTYPES[operand.name]
+        if isinstance(operand, tuple):
+            return tuple([self._resolve(part, with_masks=with_masks) for part in operand])
+        if isinstance(operand, list):
+            return [self._resolve(part, with_masks=with_masks) for part in operand]
+        return operand

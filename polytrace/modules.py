@@ -1,0 +1,155 @@
+"""The model's module tree as researchers know it: attributes, lists, `.output`, `.input`, parameters, calls.
+
+A `Module` is a path; it holds no weights. What it reads and writes goes to the trace that is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from polytrace.description import ModuleInfo, SiteInfo
+from polytrace.errors import GraphError
+from polytrace.grammar import nearest
+from polytrace.graph import Port
+from polytrace.lines import user_line
+from polytrace.literals import scalar
+from polytrace.ports import OpenPort
+from polytrace.tree import NoSuchLayerError, NoSuchNameError, Table, draw, join
+
+if TYPE_CHECKING:
+    from polytrace.model import Model
+
+
+class Module:
+    """One module of the model."""
+
+    __slots__ = ("_model", "_path")
+    _model: Model
+    _path: str
+
+    def __init__(self, model: Model, path: str) -> None:
+        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "_path", path)
+
+    @property
+    def output(self) -> Any:
+        """What the module returned: a recorded value, or its members for tuples, dicts and ModelOutputs."""
+        return self._port(Port.OUTPUT).read()
+
+    @property
+    def input(self) -> Any:
+        """The first argument that the module was called with."""
+        return self._port(Port.INPUT).read()
+
+    def get_submodule(self, path: str) -> Module:
+        """A module by its dotted path from here, also where its name is one of ours (`output`)."""
+        full = join(self._path, path)
+        self._table.module(full)
+        return Module(self._model, full)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        table, path = self._table, self._path
+        if name in table.children.get(path, ()):
+            return Module(self._model, join(path, name))
+        if name in table.own_parameters.get(path, ()):
+            tracer = self._model._tracer(f"the parameter {join(path, name)}")
+            return tracer.wrap(tracer.recording.parameter(join(path, name)))
+        known = [*table.children.get(path, ()), *table.own_parameters.get(path, ()), "output", "input"]
+        close = nearest(name, known) or f"; it has {', '.join(known)}"
+        raise NoSuchNameError(
+            f"{path or 'the model'} ({self._info.class_name}) has no {name!r}{close}", where=user_line()
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("output", "input"):
+            self._port(Port(name)).write(value)
+            return
+        raise GraphError(
+            f"{join(self._path, name)} cannot be set: a trace changes what modules receive and return "
+            "(`.input`, `.output`), never the model itself",
+            where=user_line(),
+        )
+
+    def __getitem__(self, index: int | slice | str) -> Any:
+        names = self._table.children.get(self._path, ())
+        if isinstance(index, slice):
+            return [Module(self._model, join(self._path, name)) for name in names[index]]
+        number = scalar(index)
+        if isinstance(index, str) or not isinstance(number, int) or not self._is_indexed:
+            raise GraphError(
+                f"{self._path or 'the model'} ({self._info.class_name}) has no [{index!r}]", where=user_line()
+            )
+        if not -len(names) <= number < len(names):
+            noun = "layers" if self._path == self._table.description.layers else f"{self._path}"
+            span = f"has {noun} 0-{len(names) - 1}" if names else f"has no {noun}"
+            raise NoSuchLayerError(f"there is no {self._path}[{number}]; this model {span}", where=user_line())
+        return Module(self._model, join(self._path, names[number]))
+
+    def __iter__(self) -> Iterator[Module]:
+        if not self._is_indexed:
+            raise GraphError(f"{self._path or 'the model'} is not a list of modules", where=user_line())
+        return (Module(self._model, join(self._path, name)) for name in self._table.children.get(self._path, ()))
+
+    def __len__(self) -> int:
+        return len(self._table.children.get(self._path, ()))
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module applied to values of the trace, with the weights that are served."""
+        path = self._path or "the model"
+        refusal = self._info.call_refusal or ("it is a list of modules: index it" if self._info.is_list else None)
+        if refusal is not None:
+            raise GraphError(f"{path} cannot be called on a value: {refusal}", where=user_line())
+        if kwargs or not args:
+            raise GraphError(f"{path} is called with values alone, without keywords: {path}(value)", where=user_line())
+        tracer = self._model._tracer(path)
+        return tracer.wrap(tracer.recording.call(self._path, args))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Module) and (other._model, other._path) == (self._model, self._path)
+
+    def __hash__(self) -> int:
+        return hash((id(self._model), self._path))
+
+    def __dir__(self) -> list[str]:
+        table = self._table
+        own = [*table.children.get(self._path, ()), *table.own_parameters.get(self._path, ())]
+        return sorted({*own, *(name for name in dir(type(self)) if not name.startswith("_"))})
+
+    def __repr__(self) -> str:
+        return draw(self._table, self._path)
+
+    @property
+    def _table(self) -> Table:
+        return self._model._index
+
+    @property
+    def _info(self) -> ModuleInfo:
+        return self._table.modules[self._path]
+
+    @property
+    def _is_indexed(self) -> bool:
+        """A ModuleList, or another module whose children are numbers (Sequential)."""
+        names = self._table.children.get(self._path, ())
+        return self._info.is_list or (bool(names) and all(name.isdigit() for name in names))
+
+    def _port(self, port: Port) -> OpenPort:
+        site = self._site(port)
+        return OpenPort(self._model._tracer(f"{join(self._path, port.value)}"), site, self._info.is_decoder_layer)
+
+    def _site(self, port: Port) -> SiteInfo:
+        found = self._table.sites.get((self._path, port))
+        if found is not None:
+            return found
+        path = self._path or "the model"
+        if self._info.is_list:
+            raise GraphError(f"{path} is a list of modules: index it, as in {path}[0].{port.value}", where=user_line())
+        raise GraphError(
+            f"{path} has no {port.value}: this model's forward does not call it, or hands it no tensors",
+            where=user_line(),
+        )

@@ -1,0 +1,105 @@
+"""Prompts as users give them, brought to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from polytrace.description import ModelDescription
+from polytrace.errors import GraphError, TooLargeError
+from polytrace.graph import Invoke
+from polytrace.lines import user_line
+from polytrace.literals import scalar
+
+
+class Encoder(Protocol):
+    """A tokenizer, as far as prompts need it."""
+
+    def encode(self, text: str) -> Any:
+        """Has `.ids`, special tokens included."""
+
+
+def make_invoke(prompts: Any, description: ModelDescription, tokenizer: Encoder | None) -> Invoke:
+    """Prompts as token ids: a string, strings, ids, lists of ids, or 1-D and 2-D integer tensors and arrays.
+
+    Raises GraphError for anything else, TooLargeError for a prompt beyond the model's context.
+    """
+    where = user_line()
+    sequences = tuple(_sequences(prompts, tokenizer, where))
+    if not sequences:
+        raise GraphError("there are no prompts", where=where)
+    limit = description.limits.max_sequence_tokens
+    for number, sequence in enumerate(sequences):
+        if not sequence:
+            raise GraphError(f"prompt {number} has no tokens", where=where)
+        if len(sequence) > limit:
+            raise TooLargeError(f"prompt {number} has {len(sequence)} tokens; this model takes {limit}", where=where)
+        if not (min(sequence) >= 0 and max(sequence) < description.vocab_size):
+            wrong = next(token for token in sequence if not 0 <= token < description.vocab_size)
+            raise GraphError(f"prompt {number} has token {wrong}; ids are 0-{description.vocab_size - 1}", where=where)
+    return Invoke(sequences=sequences)
+
+
+def _sequences(prompts: Any, tokenizer: Encoder | None, where: str) -> Iterable[tuple[int, ...]]:
+    if isinstance(prompts, str):
+        return [_encoded(prompts, tokenizer, where)]
+    if isinstance(prompts, Mapping):
+        return _batch(prompts, tokenizer, where)
+    plain = _plain(prompts, where)
+    if all(isinstance(one, str) for one in plain):
+        return [_encoded(one, tokenizer, where) for one in plain]
+    if any(isinstance(one, str) for one in plain):
+        raise GraphError("prompts are all strings or all token ids, not some of each", where=where)
+    if any(scalar(one) is not None for one in plain):
+        return [_ids(plain, where)]
+    return [_ids(_plain(one, where), where) for one in plain]
+
+
+def _batch(batch: Mapping[str, Any], tokenizer: Encoder | None, where: str) -> list[tuple[int, ...]]:
+    """What a Hugging Face tokenizer returns: padding is taken out by its own mask."""
+    if "input_ids" not in batch:
+        raise GraphError(f"a batch needs input_ids; this one has {', '.join(map(str, batch))}", where=where)
+    rows = list(_sequences(batch["input_ids"], tokenizer, where))
+    if batch.get("attention_mask") is None:
+        return rows
+    masks = [_ids(_plain(row, where), where) for row in _rows(_plain(batch["attention_mask"], where))]
+    if [len(mask) for mask in masks] != [len(row) for row in rows]:
+        raise GraphError("attention_mask and input_ids have different shapes", where=where)
+    return [
+        tuple(token for token, is_kept in zip(row, mask, strict=True) if is_kept)
+        for row, mask in zip(rows, masks, strict=True)
+    ]
+
+
+def _rows(plain: list[Any]) -> list[Any]:
+    return [plain] if plain and scalar(plain[0]) is not None else plain
+
+
+def _plain(value: Any, where: str) -> list[Any]:
+    if hasattr(value, "ids") and not isinstance(value, (list, tuple)):  # a tokenizers.Encoding
+        value = value.ids
+    if hasattr(value, "tolist") and hasattr(value, "dtype"):
+        if not any(kind in str(value.dtype) for kind in ("int", "bool")):
+            raise GraphError(f"token ids are integers, not {value.dtype}", where=where)
+        if len(value.shape) not in (1, 2):
+            raise GraphError(f"token ids are 1-D or 2-D, not of shape {list(value.shape)}", where=where)
+        value = value.tolist()
+    if not isinstance(value, (list, tuple, range)):
+        raise GraphError(
+            f"prompts are a string, strings, token ids or lists of token ids, not a {type(value).__name__}", where=where
+        )
+    return list(value)
+
+
+def _ids(plain: list[Any], where: str) -> tuple[int, ...]:
+    numbers = [scalar(one) for one in plain]
+    for one, number in zip(plain, numbers, strict=True):
+        if not isinstance(number, int):
+            raise GraphError(f"a token id is an integer, not a {type(one).__name__}", where=where)
+    return tuple(int(number) for number in numbers if number is not None)
+
+
+def _encoded(text: str, tokenizer: Encoder | None, where: str) -> tuple[int, ...]:
+    if tokenizer is None:
+        raise GraphError("this model came without a tokenizer: give token ids instead of text", where=where)
+    return tuple(tokenizer.encode(text).ids)

@@ -1,0 +1,382 @@
+"""A program while it is written: nodes, constants, and what in-place code means for them.
+
+Owns the rules that turn Python's mutable tensors into functional nodes. Knows nothing of torch
+(`polytrace.tensor_values`) and nothing of modules (`polytrace.modules`).
+
+In-place code makes a new root node of its storage and raises the storage's version; values that share the storage
+follow when they are used next. A storage that was read from a site hands every new root back to the model by a `Write`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from polytrace.certificate import ValueShape
+from polytrace.constants import Constants
+from polytrace.description import ModelDescription
+from polytrace.errors import GraphError
+from polytrace.grammar import nearest, returns_several, unknown_op
+from polytrace.graph import (
+    Call,
+    Constant,
+    DType,
+    Mask,
+    Node,
+    NodeId,
+    Op,
+    Operand,
+    Parameter,
+    Read,
+    Ref,
+    Save,
+    Site,
+    Write,
+)
+from polytrace.lines import user_line
+from polytrace.literals import dtype_name, is_basic, scalar
+from polytrace.ops import OPS
+from polytrace.pruning import effects, needed, renumber
+from polytrace.storage import Place, Several, State, Step, Storage, invoke_of, is_recorded, state_of
+from polytrace.tensors import DTYPES
+
+
+class Session(Protocol):
+    """What values ask of the trace that they belong to."""
+
+    def wrap(self, state: State) -> Any:
+        """The Python object for a value."""
+
+    def shape_of(self, node: NodeId) -> ValueShape:
+        """Shape and dtype of a node's value."""
+
+    def lengths_of(self, invoke: int) -> tuple[int, ...]:
+        """Tokens of each prompt of an invoke."""
+
+
+class Recording:
+    """The nodes of one trace, in the order the user wrote them."""
+
+    def __init__(self, description: ModelDescription, session: Session) -> None:
+        self.description = description
+        self.session = session
+        self.nodes: list[Node] = []
+        self.constants = Constants()
+        self.saved: list[tuple[State, Any, str]] = []  # with the Python object and the line of its `.save()`
+        self.closed: str | None = None  # why its values cannot be used any more
+        self._shared: dict[tuple[type, str | int], NodeId] = {}  # constants, parameters and masks, each once
+        self._writes: dict[Place, tuple[int, str, Storage | None]] = {}  # how many, the last line, who wrote last
+        self._edited: list[Storage] = []  # those without a place
+        self._dtypes: list[str | None] = []  # per node
+
+    # what a graph begins with
+
+    def read(self, site: Site, invoke: int, dtype: str) -> State:
+        """A fresh snapshot of a site."""
+        where = user_line()
+        node = self._add(Read(site=site, invoke=invoke, where=where))
+        self._dtypes[node] = dtype
+        state = self._fresh(node, invoke, where)
+        state.storage.place = (site, invoke)
+        state.storage.writes_seen = self._writes.get((site, invoke), (0, "", None))[0]
+        return state
+
+    def mask(self, invoke: int) -> State:
+        """Where the invoke's view has tokens."""
+        where = user_line()
+        return self._fresh(self._once(Mask(invoke=invoke, where=where), invoke), invoke, where)
+
+    def parameter(self, path: str) -> State:
+        """A parameter or buffer of the model."""
+        where = user_line()
+        return self._fresh(self._once(Parameter(path=path, where=where), path), None, where)
+
+    # computing
+
+    def call(self, module: str, args: Sequence[Any]) -> State:
+        """A module of the model called on values."""
+        where = user_line()
+        operands = tuple(self.operand(arg, where) for arg in args)
+        return self._fresh(self._add(Call(module=module, args=operands, where=where)), invoke_of(tuple(args)), where)
+
+    def op(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], count: int = 2) -> State | Several:
+        """A call of the op table on values as the user wrote them. `count`: members of an op that returns several."""
+        where = user_line()
+        self.check_kwargs(name, kwargs, where)
+        operands = tuple(self.operand(arg, where) for arg in args)
+        named = {key: self.operand(value, where) for key, value in kwargs.items()}
+        call = Op(name=name, args=operands, kwargs=named, where=where)
+        node = self._add(call)
+        way: tuple[Step, ...] = ()
+        base = state_of(args[0]) if args and is_recorded(args[0]) else None
+        if base is not None and OPS[name].is_view and (name != "getitem" or is_basic(operands[1])):
+            way = (Step(name, operands[1:], tuple(named.items())),)
+        invoke = invoke_of((*args, *kwargs.values()))
+        if not returns_several(call):
+            return self._view(base, way, node, where) if base and way else self._fresh(node, invoke, where)
+        items = []
+        for position in range(count):
+            item = self._add(Op(name="item", args=(Ref(node), position), where=where))
+            if base and way:
+                items.append(self._view(base, (*way, Step("item", (position,))), item, where))
+            else:
+                items.append(self._fresh(item, invoke, where))
+        return Several(name, tuple(items))
+
+    def at(self, base: State, index: Any) -> State:
+        """Rows by their place in each prompt: a view to in-place code, also where the index is lists."""
+        where = user_line()
+        operand = self.operand(index, where)
+        node = self._add(Op(name="getitem", args=(Ref(self.node_of(base)), operand), where=where))
+        return self._view(base, (Step("getitem", (operand,), (), is_basic(operand)),), node, where)
+
+    def alias(self, base: State) -> State:
+        """Another name for the same value."""
+        return self._view(base, (), self.node_of(base), user_line())
+
+    # writing
+
+    def write_edge(self, site: Site, invoke: int, value: Any) -> None:
+        """`site = value`."""
+        where = user_line()
+        place = (site, invoke)
+        if is_recorded(value) and not state_of(value).steps:
+            # `site += v` is get, iadd, set: the iadd has written, and the set only hands the same value back
+            writer = self._writes.get(place, (0, "", None))[2]
+            if writer is not None and state_of(value).storage is writer:
+                return
+        operand = self.operand(value, where)
+        if not isinstance(operand, Ref):
+            raise GraphError(
+                f"{site} takes a tensor of its own shape, not a {type(value).__name__}; "
+                "write `site[...] = value` to fill it with one value",
+                where=where,
+            )
+        self._add(Write(site=site, invoke=invoke, value=operand, in_place=False, where=where))
+        self._note_write(place, where, None)
+
+    def set_item(self, base: State, index: Any, value: Any) -> None:
+        """`base[index] = value`; the index Ellipsis is the whole value."""
+        where = user_line()
+        operand = self.operand(index, where)
+        way = base.steps
+        if not (way and operand is Ellipsis):
+            way = (*way, Step("getitem", (operand,), (), is_basic(operand)))
+        if is_recorded(value) and state_of(value).storage is base.storage and state_of(value).steps == way:
+            return  # `h[i] += v` is getitem, iadd, setitem: the iadd has changed the place, and this hands it back
+        self._edit(base.storage, way, self.operand(value, where), where)
+
+    def replace(self, state: State, computed: State) -> None:
+        """In-place code gave a value its new content; its shape and dtype stay."""
+        where = user_line()
+        old, new = self.node_of(state), self.node_of(computed)
+        if state.steps:
+            self._edit(state.storage, state.steps, Ref(new), where)
+            return
+        dtype = self.dtype_of(old)
+        if state.storage.place is None or dtype is None or dtype != self.dtype_of(new):
+            new = self._add(Op(name="setitem", args=(Ref(old), Ellipsis, Ref(new)), where=where))
+        self._new_root(state.storage, new, where)
+
+    def save(self, state: State, value: Any) -> None:
+        """Marks a value to be returned; in-place code after this still changes it, as it would a tensor."""
+        self.node_of(state)
+        if not state.is_saved:
+            state.is_saved = True
+            self.saved.append((state, value, user_line()))
+
+    # finishing
+
+    def finish(self) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+        """The graph without what nothing needs, and for each of `saved` the name that its value comes back under.
+
+        Raises GraphError when nothing is saved, or when in-place code changed a value that nothing uses.
+        """
+        if not self.saved:
+            raise GraphError(
+                "this trace saves nothing, so it would return nothing: call .save() on the values to keep",
+                where=user_line(),
+            )
+        targets = [self.node_of(state) for state, _, _ in self.saved]
+        nodes = list(self.nodes)
+        names: dict[NodeId, str] = {}
+        for node, (_, _, where) in zip(targets, self.saved, strict=True):
+            if node not in names:
+                names[node] = str(len(names))
+                nodes.append(Save(name=names[node], value=Ref(node), where=where))
+        live = needed(nodes, effects(nodes))
+        for storage in self._edited:
+            if not any(node in live for node, _ in storage.edits):
+                raise GraphError(
+                    "this in-place change reaches nothing: the value is a copy, not a view of the model's tensor, "
+                    "and nothing uses it. Write to the site itself (`site[...] = value`), or save the value",
+                    where=storage.edits[0][1],
+                )
+        return renumber(nodes, live)[0], tuple(names[node] for node in targets)
+
+    def part(self, node: NodeId) -> tuple[tuple[Node, ...], dict[NodeId, NodeId]]:
+        """A graph that saves one node's value, and the places in it of the nodes that it has."""
+        nodes = [*self.nodes[: node + 1], Save(name="0", value=Ref(node), where=self.nodes[node].where)]
+        return renumber(nodes, needed(nodes, [NodeId(len(nodes) - 1)]))
+
+    # operands
+
+    def operand(self, value: Any, where: str) -> Operand:
+        """The operand that a Python value is: recorded values become references, tensors and arrays constants."""
+        if value is None or value is Ellipsis or type(value) in (bool, float, str, DType):
+            return value  # type: ignore[no-any-return]
+        if is_recorded(value):
+            return Ref(self._own(state_of(value), where))
+        if isinstance(value, tuple):
+            return tuple(self.operand(part, where) for part in value)
+        if isinstance(value, (list, range)):
+            return [self.operand(part, where) for part in value]
+        if isinstance(value, slice):
+            return slice(*(self.operand(part, where) for part in (value.start, value.stop, value.step)))
+        if (number := scalar(value)) is not None:
+            if isinstance(number, int) and not -(1 << 63) <= number < 1 << 63:
+                raise GraphError(f"{number} does not fit into 64 bits", where=where)
+            return number
+        if (dtype := dtype_name(value)) is not None:
+            if dtype not in DTYPES:
+                raise GraphError(f"polytrace has no dtype {dtype!r}{nearest(dtype, DTYPES)}", where=where)
+            return DType(dtype)
+        name = self.constants.add(value, where)
+        return Ref(self._once(Constant(name=name, where=where), name))
+
+    def node_of(self, state: State) -> NodeId:
+        """The node of a value as it is now: in-place code may have changed its storage since it was made."""
+        if self.closed is not None:
+            raise GraphError(f"{self.closed}; it was made at {state.where}", where=user_line())
+        if state.version != state.storage.version:
+            node = state.storage.node
+            for step in state.steps:
+                node = self._apply(node, step, state.where)
+            state.node, state.version = node, state.storage.version
+        return state.node
+
+    def check_kwargs(self, name: str, kwargs: Iterable[str], where: str) -> None:
+        """Raises GraphError for an op or a keyword argument that the table does not have."""
+        if name not in OPS:
+            raise unknown_op(name, where)
+        for key in kwargs:
+            if key not in OPS[name].kwargs:
+                raise GraphError(f"{name} takes no argument {key!r} here{nearest(key, OPS[name].kwargs)}", where=where)
+
+    def dtype_of(self, node: NodeId) -> str | None:
+        """A node's dtype as far as the nodes alone tell it, without asking anyone; None when they do not."""
+        return self._dtypes[node]
+
+    def _find_dtype(self, node: Node) -> str | None:
+        if isinstance(node, Constant):
+            return self.constants.tensors[node.name].dtype
+        if isinstance(node, Parameter):
+            return next((info.dtype for info in self.description.parameters if info.path == node.path), None)
+        if not isinstance(node, Op) or not isinstance(node.args[0], Ref):
+            return None
+        if node.name in _KEEPS_DTYPE:
+            return self._dtypes[node.args[0].node]
+        if node.name in _AGREES_ON_DTYPE:
+            kinds = {self._dtypes[arg.node] for arg in node.args if isinstance(arg, Ref)}
+            is_plain = all(isinstance(arg, (Ref, bool, int, float)) for arg in node.args)
+            dtype = kinds.pop() if len(kinds) == 1 and is_plain else None
+            return dtype if dtype is not None and "float" in dtype else None
+        return None
+
+    # the mechanics of in-place code
+
+    def _edit(self, storage: Storage, way: tuple[Step, ...], part: Operand, where: str) -> None:
+        """The part of a storage that `way` leads to gets new content."""
+        self._check_fresh(storage, where)
+        self._new_root(storage, self._put(storage.node, way, part, where), where)
+
+    def _put(self, root: NodeId, way: tuple[Step, ...], part: Operand, where: str) -> NodeId:
+        """`root` with the part at the end of `way` replaced."""
+        if len(way) == 1 and way[0].name == "getitem":
+            return self._add(Op(name="setitem", args=(Ref(root), way[0].args[0], part), where=where))
+        copy = next((position for position, step in enumerate(way) if not step.is_view), None)
+        if copy is None:
+            steps = tuple((step.name, step.args, step.kwargs) for step in way)
+            return self._add(Op(name="set_view", args=(Ref(root), steps, part), where=where))
+        # an index that copies stands in the way: change what it gave, then put that back
+        cut = copy if copy == len(way) - 1 else copy + 1
+        inner = root
+        for step in way[:cut]:
+            inner = self._apply(inner, step, where)
+        return self._put(root, way[:cut], Ref(self._put(inner, way[cut:], part, where)), where)
+
+    def _apply(self, node: NodeId, step: Step, where: str) -> NodeId:
+        return self._add(Op(name=step.name, args=(Ref(node), *step.args), kwargs=dict(step.kwargs), where=where))
+
+    def _new_root(self, storage: Storage, node: NodeId, where: str) -> None:
+        self._check_fresh(storage, where)
+        storage.node = node
+        storage.version += 1
+        if storage.place is None:
+            if not storage.edits:
+                self._edited.append(storage)
+            storage.edits.append((node, where))
+            return
+        site, invoke = storage.place
+        self._add(Write(site=site, invoke=invoke, value=Ref(node), in_place=True, where=where))
+        storage.writes_seen = self._note_write(storage.place, where, storage)
+
+    def _note_write(self, place: Place, where: str, writer: Storage | None) -> int:
+        count = self._writes.get(place, (0, "", None))[0] + 1
+        self._writes[place] = (count, where, writer)
+        return count
+
+    def _check_fresh(self, storage: Storage, where: str) -> None:
+        """Handing back a value that lacks another line's write would silently undo that write."""
+        if storage.place is None:
+            return
+        count, line, _ = self._writes.get(storage.place, (0, "", None))
+        if count != storage.writes_seen:
+            site = storage.place[0]
+            raise GraphError(
+                f"this value was read before {line} changed {site}, and changing it now would undo that: "
+                f"read {site} again",
+                where=where,
+            )
+
+    def _view(self, base: State, way: tuple[Step, ...], node: NodeId, where: str) -> State:
+        return State(self, base.storage, base.steps + way, node, base.storage.version, base.invoke, where)
+
+    def _fresh(self, node: NodeId, invoke: int | None, where: str) -> State:
+        return State(self, Storage(node), (), node, 0, invoke, where)
+
+    def _own(self, state: State, where: str) -> NodeId:
+        if state.recording is not self:
+            raise GraphError(
+                state.recording.closed or "this value belongs to another trace: save it there first", where=where
+            )
+        return self.node_of(state)
+
+    def _once(self, node: Node, key: str | int) -> NodeId:
+        if (type(node), key) not in self._shared:
+            self._shared[type(node), key] = self._add(node)
+        return self._shared[type(node), key]
+
+    def _add(self, node: Node) -> NodeId:
+        if self.closed is not None:
+            raise GraphError(self.closed, where=node.where)
+        self.nodes.append(node)
+        self._dtypes.append(self._find_dtype(node))
+        return NodeId(len(self.nodes) - 1)
+
+
+# ops whose result has the dtype of their first argument
+_KEEPS_DTYPE = frozenset(
+    {
+        *("setitem", "set_view", "getitem", "transpose", "permute", "squeeze", "unsqueeze", "select", "narrow"),
+        *("movedim", "t", "unflatten", "reshape", "flatten", "expand", "repeat", "roll", "flip"),
+        *("clone", "detach", "contiguous", "masked_fill", "tril", "triu"),
+    }
+)
+# ops whose result has the dtype of their tensors where these agree on a float
+_AGREES_ON_DTYPE = frozenset(
+    {
+        *("add", "sub", "rsub", "mul", "div", "rdiv", "pow", "matmul", "rmatmul", "maximum", "minimum", "clamp"),
+        *("neg", "abs", "relu", "tanh", "sigmoid", "exp", "log", "sqrt", "rsqrt"),
+    }
+)

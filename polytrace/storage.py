@@ -1,0 +1,93 @@
+"""What a recorded value is: a part of a storage, which in-place code may change.
+
+A `Storage` is one tensor as the user sees it: a root value, which follows in-place code. A `State` is a place in it:
+view steps (getitem with slices, transpose, ...) from the root. Values that share a storage see each other's edits, as
+in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from polytrace.graph import NodeId, Operand, Site
+
+if TYPE_CHECKING:
+    from polytrace.recording import Recording
+
+Place: TypeAlias = tuple[Site, int]  # a site and the invoke whose rows are meant
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One view taken of another: a call of a view op without its first argument."""
+
+    name: str
+    args: tuple[Operand, ...]
+    kwargs: tuple[tuple[str, Operand], ...] = ()
+    is_view: bool = True  # False: an index that copies (lists, masks), which only `setitem` can write back
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """What several values may share."""
+
+    node: NodeId  # the root's newest value
+    place: Place | None = None  # the site that edits are handed back to; None: the root was computed
+    writes_seen: int = 0  # writes at that place which the root's value has in it
+    version: int = 0  # edits so far
+    edits: list[tuple[NodeId, str]] = field(default_factory=list)  # and their lines, where there is no place
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """What a recorded value is."""
+
+    recording: Recording
+    storage: Storage
+    steps: tuple[Step, ...]
+    node: NodeId  # the value at `version` of the storage
+    version: int
+    invoke: int | None  # whose rows it has; None: nobody's, or several's
+    where: str
+    is_layer_output: bool = False  # a decoder layer's `.output`, where a literal index 0 means the hidden states
+    is_hidden_states: bool = False  # ... and what that index gave
+    is_saved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """What an op returned that returns several values."""
+
+    name: str
+    states: tuple[State, ...]
+
+
+def is_recorded(value: Any) -> bool:
+    """Whether a Python object is a value of a trace."""
+    return hasattr(type(value), "polytrace_value") and "_state" in value.__dict__
+
+
+def state_of(value: Any) -> State:
+    """The state of a recorded value."""
+    state = value.__dict__["_state"]
+    assert isinstance(state, State)
+    return state
+
+
+def recorded_in(values: Any) -> Iterator[State]:
+    """The recorded values among (nested) arguments."""
+    if isinstance(values, (tuple, list)):
+        for value in values:
+            yield from recorded_in(value)
+    elif isinstance(values, slice):
+        yield from recorded_in((values.start, values.stop, values.step))
+    elif is_recorded(values):
+        yield state_of(values)
+
+
+def invoke_of(values: Any) -> int | None:
+    """The one invoke whose rows the recorded values among `values` have, else None."""
+    found = {state.invoke for state in recorded_in(values) if state.invoke is not None}
+    return found.pop() if len(found) == 1 else None

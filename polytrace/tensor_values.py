@@ -1,0 +1,218 @@
+"""Recorded values where torch is importable: a subclass of torch.Tensor.
+
+Every torch function called on a recorded value arrives in `__torch_function__` and is recorded when the op table has
+it. The tensor itself is an empty placeholder; when the trace ends it becomes the plain result
+(`torch.utils.swap_tensors`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional
+from torch import Tensor
+
+from polytrace.arguments import normalised
+from polytrace.errors import GraphError
+from polytrace.grammar import unknown_op
+from polytrace.lines import user_line
+from polytrace.ops import BY_TORCH_NAME
+from polytrace.storage import State, is_recorded
+from polytrace.tensors import DTYPES, RawTensor
+from polytrace.values import Recorded, record, record_in_place, refuse_client_change, shape_of
+
+Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+class TensorValue(Recorded, Tensor):  # type: ignore[misc]
+    """A recorded value that is a torch.Tensor to every library. Made by `tensor_value`."""
+
+    _state: State
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(args, kwargs)
+        if kwargs.get("out") is not None:
+            refuse_client_change("`out=`")
+        return _unknown(func, args)
+
+    # torch's getters would ask the placeholder
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size(shape_of(self).shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return TORCH_DTYPES[shape_of(self).dtype]
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        return self.dim()
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cpu")
+
+    @property
+    def layout(self) -> torch.layout:  # type: ignore[override]
+        return torch.strided
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def T(self) -> Any:  # type: ignore[override]
+        if self.dim() > 2:
+            raise GraphError(".T is for matrices: write .mT or .transpose(a, b)", where=user_line())
+        return record("t", (self,), {})
+
+    @property
+    def mT(self) -> Any:  # type: ignore[override]
+        return record("transpose", (self, -2, -1), {})
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return self
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def is_complex(self) -> bool:
+        return False
+
+
+def tensor_value(state: State) -> TensorValue:
+    """The Python object for a value."""
+    value = Tensor._make_subclass(TensorValue, torch.empty(0))
+    value._state = state
+    return value
+
+
+def become(value: Any, result: Any) -> None:
+    """The recorded value is the plain result from now on, for everyone who holds it."""
+    torch.utils.swap_tensors(value, result)
+
+
+def another(result: Any) -> Any:
+    """A second tensor of the same content: two values were the same one."""
+    return result.clone()
+
+
+def decode(raw: RawTensor) -> Tensor:
+    """The bytes of a result as a tensor that shares them."""
+    if not raw.data.nbytes:
+        return torch.empty(raw.shape, dtype=TORCH_DTYPES[raw.dtype])
+    data = bytearray(raw.data) if raw.data.readonly else raw.data
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[raw.dtype]).reshape(raw.shape)
+
+
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+
+
+# --- what each torch function is recorded as
+
+
+def find(name: str) -> Any:
+    """The callable that a name of the op table stands for, None when this torch has none."""
+    room, _, function = name.partition(".")
+    places = {
+        "Tensor": Tensor,
+        "torch": torch,
+        "functional": torch.nn.functional,
+        "linalg": torch.linalg,
+    }
+    return getattr(places.get(room), function, None)
+
+
+def _recorder(op: str) -> Handler:
+    def handle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("out") is not None:
+            refuse_client_change("`out=`")
+        if kwargs.get("inplace"):
+            plain, named = normalised(op, args, kwargs | {"inplace": False})
+            return record_in_place(op, plain[0], plain[1:], named)
+        plain, named = normalised(op, args, kwargs)
+        return record(op, plain, named)
+
+    return handle
+
+
+def _in_place_recorder(op: str) -> Handler:
+    def handle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not is_recorded(args[0]):
+            refuse_client_change("in-place code")
+        plain, named = normalised(op, args, kwargs)
+        return record_in_place(op, plain[0], plain[1:], named)
+
+    return handle
+
+
+def _getitem(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return record("getitem", args, {})
+
+
+def _setitem(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not is_recorded(args[0]):
+        refuse_client_change("`tensor[...] = value`")
+    args[0].__setitem__(args[1], args[2])
+
+
+def _to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`.to(...)` in all its forms; devices mean nothing here, so what remains is a dtype, or nothing."""
+    value, *rest = args
+    wanted = [
+        part for part in (*rest, kwargs.get("dtype"), kwargs.get("other")) if isinstance(part, (torch.dtype, Tensor))
+    ]
+    return record("to", (value, wanted[0]), {}) if wanted else value
+
+
+def _itself(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0]
+
+
+def _handlers() -> dict[Any, Handler]:
+    found: dict[Any, Handler] = {}
+    for name, spec in BY_TORCH_NAME.items():
+        function = find(name)
+        if function is None:
+            continue
+        found.setdefault(function, _recorder(spec.name))
+        room, _, method = name.partition(".")
+        if room == "Tensor":
+            bare = method.strip("_")
+            changing = f"__i{bare}__" if method.startswith("__") else f"{method}_"
+            if (in_place := getattr(Tensor, changing, None)) is not None:
+                found.setdefault(in_place, _in_place_recorder(spec.name))
+    for name in ("fill_", "zero_", "copy_"):
+        found[getattr(Tensor, name)] = _in_place_recorder(name.strip("_"))
+    for name in ("cpu", "cuda", "requires_grad_", "pin_memory"):
+        found[getattr(Tensor, name)] = _itself
+    found |= {Tensor.__getitem__: _getitem, Tensor.__setitem__: _setitem, Tensor.to: _to, Tensor.type: _to}
+    return found
+
+
+_HANDLERS: dict[Any, Handler] = _handlers()
+
+
+def _unknown(func: Any, args: Sequence[Any]) -> Any:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+        raise GraphError(f"a recorded value does not know its .{name} before it ran", where=user_line())
+    if name.endswith("_") and not name.endswith("__") and args and not is_recorded(args[0]):
+        refuse_client_change("in-place code")
+    raise unknown_op(name, user_line())

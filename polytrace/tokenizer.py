@@ -1,0 +1,23 @@
+"""The service's tokenizer on the client, so that token counts are known when a prompt is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def load_tokenizer(data: bytes) -> Any:
+    """A `tokenizers.Tokenizer` of the model's own file, which neither pads nor cuts."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_buffer(data)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """Each token as text, special ones included; the id itself where there is no tokenizer."""
+    if tokenizer is None:
+        return tuple(str(token) for token in ids)
+    return tuple(tokenizer.decode([token], skip_special_tokens=False) for token in ids)

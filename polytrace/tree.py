@@ -1,0 +1,91 @@
+"""A model's description indexed for a client: children, sites and parameters by path, and refusals of unknown names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polytrace.description import Leaf, ModelDescription, ModuleInfo, ParameterInfo, SiteInfo
+from polytrace.errors import GraphError
+from polytrace.grammar import nearest
+from polytrace.graph import Port, Site
+from polytrace.lines import user_line
+
+
+class NoSuchNameError(GraphError, AttributeError):
+    """Also an AttributeError: `hasattr` and completion ask for names that are not there."""
+
+
+class NoSuchLayerError(GraphError, IndexError):
+    """Also an IndexError, as of any list."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What a dotted path leads to."""
+
+    description: ModelDescription
+    modules: dict[str, ModuleInfo]
+    children: dict[str, tuple[str, ...]]  # path -> names, in the model's order
+    own_parameters: dict[str, tuple[str, ...]]  # path of a module -> names of its own
+    parameters: dict[str, ParameterInfo]
+    sites: dict[tuple[str, Port], SiteInfo]  # first visits
+
+    def module(self, path: str) -> ModuleInfo:
+        """Raises NoSuchNameError with the nearest paths."""
+        if path not in self.modules:
+            raise NoSuchNameError(f"this model has no module {path!r}{nearest(path, self.modules)}", where=user_line())
+        return self.modules[path]
+
+    def leaf(self, site: Site) -> Leaf:
+        """The tensor that a site is; the site is one of the table's."""
+        return next(leaf for leaf in self.sites[site.module, site.port].leaves if leaf.selector == site.selector)
+
+
+def index_description(description: ModelDescription) -> Table:
+    """The table of a description, made once."""
+    children: dict[str, list[str]] = {}
+    for info in description.modules:
+        if info.path:
+            parent, _, name = info.path.rpartition(".")
+            children.setdefault(parent, []).append(name)
+    own: dict[str, list[str]] = {}
+    for parameter in description.parameters:
+        parent, _, name = parameter.path.rpartition(".")
+        own.setdefault(parent, []).append(name)
+    sites: dict[tuple[str, Port], SiteInfo] = {}
+    for site in description.sites:
+        if site.visit == 0:
+            sites[site.module, site.port] = site
+    return Table(
+        description=description,
+        modules={info.path: info for info in description.modules},
+        children={path: tuple(names) for path, names in children.items()},
+        own_parameters={path: tuple(names) for path, names in own.items()},
+        parameters={parameter.path: parameter for parameter in description.parameters},
+        sites=sites,
+    )
+
+
+def join(path: str, name: str) -> str:
+    """A child's path."""
+    return f"{path}.{name}" if path else name
+
+
+def draw(table: Table, path: str) -> str:
+    """The module tree below a path, as torch prints it, with equal neighbours in a list folded into one line."""
+    info = table.modules[path]
+    lines = []
+    groups: list[tuple[str, str, str]] = []  # first name, last name, text
+    for name in table.children.get(path, ()):
+        text = draw(table, join(path, name))
+        if info.is_list and groups and groups[-1][2] == text:
+            groups[-1] = (groups[-1][0], name, text)
+        else:
+            groups.append((name, name, text))
+    for first, last, text in groups:
+        indented = text.replace("\n", "\n  ")
+        if first == last:
+            lines.append(f"  ({first}): {indented}")
+        else:
+            lines.append(f"  ({first}-{last}): {int(last) - int(first) + 1} x {indented}")
+    return f"{info.class_name}(" + ("\n" + "\n".join(lines) + "\n" if lines else "") + ")"
