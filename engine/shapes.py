@@ -202,7 +202,7 @@ class _Walk:
     def _assigned(
         self, node: Op, base: Meta, unknown_count: int | None
     ) -> tuple[tuple[Any, ...], Meta | tuple[Meta, ...]]:
-        """The assignment with an index that needs no data. The meta device does not compare the new part with the old."""
+        """The assignment, with an index that needs no data. The meta device does not hold the new part to the old."""
         index = normalise(base, node.args[1], self.values, self.known.data, unknown_count=unknown_count)
         part = result_of("getitem", (base, freeze(index, self.values)), ())
         value = freeze(node.args[2], self.values)
