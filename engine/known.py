@@ -7,12 +7,13 @@ it at submit. Values are made on demand and small; what is read from the model o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from engine.ops import TORCH_DTYPES, resolve, run_op
-from polytrace.graph import Constant, Mask, NodeId, Op, Request, operands
+from polytrace.graph import Constant, Mask, NodeId, Op, Request
 from polytrace.tensors import RawTensor
 
 _MAX_ELEMENTS = 1 << 18  # of one known value
@@ -23,8 +24,9 @@ _RANDOM = frozenset({"randn_like", "rand_like"})
 class KnownValues:
     """The data behind nodes of one request, as far as it is known."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, needs: Sequence[tuple[NodeId, ...]]) -> None:
         self._request = request
+        self._needs = needs  # per node, the nodes whose values it needs
         self._data: dict[NodeId, Tensor] = {}
         self._is_known: list[bool] = []
         self._ops_left = _MAX_OPS
@@ -34,7 +36,7 @@ class KnownValues:
         kind = self._request.graph.nodes[node]
         is_pure = isinstance(kind, (Constant, Mask)) or (isinstance(kind, Op) and kind.name not in _RANDOM)
         is_small = num_elements <= _MAX_ELEMENTS
-        self._is_known.append(is_pure and is_small and all(self._is_known[part] for part in operands(kind)))
+        self._is_known.append(is_pure and is_small and all(self._is_known[part] for part in self._needs[node]))
 
     def data(self, node: NodeId) -> Tensor | None:
         """The node's value on the CPU, or None when it depends on the model, is drawn, or is large."""
@@ -43,7 +45,7 @@ class KnownValues:
         needed = {node}
         pending = [node]
         while pending:
-            fresh = [part for part in operands(self._request.graph.nodes[pending.pop()]) if part not in needed]
+            fresh = [part for part in self._needs[pending.pop()] if part not in needed]
             needed.update(fresh)
             pending.extend(part for part in fresh if part not in self._data)
         for current in sorted(needed - self._data.keys()):  # operands come before their users

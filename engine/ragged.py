@@ -9,6 +9,7 @@ Invariant: requests whose prompts have one length cost nothing here and are neve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -69,8 +70,9 @@ class Tokens:
 class TokenDimensions:
     """Token dimensions of one request's values, node by node."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, needs: Sequence[tuple[NodeId, ...]]) -> None:
         self._invokes = request.invokes
+        self._needs = needs  # per node, the nodes whose values it needs
         self._found: dict[NodeId, tuple[Tokens | None, ...]] = {}  # per node and member; absent: no token dimension
 
     def read(self, position: NodeId, invoke: int, view: Meta) -> None:
@@ -83,7 +85,7 @@ class TokenDimensions:
 
     def op(self, position: NodeId, op: Op, args: tuple[Any, ...], values: list[Any], value: Value) -> None:
         """Notes the op's token dimensions. Raises GraphError when it would count pad rows."""
-        if not self._found or not any(part in self._found for part in operands_of(op)):
+        if not self._found or self._found.keys().isdisjoint(self._needs[position]):
             return
         self._refuse(op, args, values)
         if op.name == "item":

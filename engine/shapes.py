@@ -23,12 +23,12 @@ from engine.known import KnownValues
 from engine.meta import MISFITS, Frozen, Meta, contiguous, freeze, meta_of, result_of, tensor_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.ragged import TokenDimensions
-from polytrace.description import Leaf, ModelDescription, Rows, SiteInfo
+from polytrace.description import ModelDescription, Rows
 from polytrace.errors import GraphError, PolytraceError, TooLargeError
 from polytrace.graph import Call, Constant, Mask, Node, NodeId, Op, Operand, Parameter, Read, Ref, Request, Write
 from polytrace.graph import operands as operands_of
 from polytrace.ops import OPS, Results
-from scheduling.checks import ModelTable, resolve
+from scheduling.checks import ModelTable, Resolved, resolve
 from scheduling.plan import ValueFacts
 
 _MAX_DEPTH = 8  # of nested tuples and lists in an operand
@@ -47,11 +47,16 @@ def infer(description: ModelDescription, request: Request, meta: nn.Module) -> t
         if isinstance(node, (Op, Call)):
             _check_depth(node)
     names = resolve(request, ModelTable(description))
-    walk = _Walk(description, request, meta, names.sites)
+    walk = _Walk(description, request, meta, names)
     with torch.no_grad():
         for position, node in enumerate(request.graph.nodes):
             walk.visit(NodeId(position), node)
     return tuple(walk.facts)
+
+
+def warm_up() -> None:
+    """Loads torch's shape rules: 1.7 s, once a process, that the first request would wait for."""
+    _ = torch.empty(1, device="meta") + 1
 
 
 class _Walk:
@@ -62,19 +67,20 @@ class _Walk:
         description: ModelDescription,
         request: Request,
         meta: nn.Module,
-        sites: list[tuple[SiteInfo, Leaf] | None],
+        names: Resolved,
     ) -> None:
         self.limits = description.limits
         self.request = request
         self.meta = meta
-        self.sites = sites
+        self.sites = names.sites
+        self.needs = names.operands
         self.parameters = {info.path: info for info in description.parameters}
         self.values: list[Meta | tuple[Meta, ...] | None] = []  # per node; a tuple for several values
         self.facts: list[ValueFacts | None] = []
         self.live_bytes = 0
-        self.known = KnownValues(request)
-        self.tokens = TokenDimensions(request)
-        self.uncounted = _compacted(request, sites) if description.has_kept_rows else frozenset()
+        self.known = KnownValues(request, names.operands)
+        self.tokens = TokenDimensions(request, names.operands)
+        self.uncounted = _compacted(request, names) if description.has_kept_rows else frozenset()
         self.calls: dict[tuple[str, tuple[Frozen, ...]], Meta] = {}
 
     def visit(self, position: NodeId, node: Node) -> None:
@@ -313,17 +319,19 @@ class _Walk:
         return f"{_title(node)}: {reason}" + (f" (on {', '.join(met)})" if met else "")
 
 
-def _compacted(request: Request, sites: list[tuple[SiteInfo, Leaf] | None]) -> frozenset[NodeId]:
+def _compacted(request: Request, names: Resolved) -> frozenset[NodeId]:
     """Reads behind the head whose every use picks columns: the head runs on those only, so the picks are what costs."""
+    kept = {place for place, entry in enumerate(names.sites) if entry is not None and entry[0].rows is Rows.KEPT}
+    if not kept:
+        return frozenset()
     users: dict[NodeId, list[Node]] = {}
-    for node in request.graph.nodes:
-        for part in operands_of(node):
+    for node, parts in zip(request.graph.nodes, names.operands, strict=True):
+        for part in parts:
             users.setdefault(part, []).append(node)
     found: set[NodeId] = set()
     for place, node in enumerate(request.graph.nodes):
         position = NodeId(place)
-        entry = sites[place]
-        is_read = isinstance(node, Read) and entry is not None and entry[0].rows is Rows.KEPT
+        is_read = isinstance(node, Read) and place in kept
         if isinstance(node, Op) and node.name == "getitem" and isinstance(node.args[0], Ref):
             is_read = node.args[0].node in found
         indexings = users.get(position, [])
