@@ -4,7 +4,9 @@ Owns how packed rows attend. A model whose attention implementation is `NAME` an
 computes, for every segment of the pass, exactly what it would compute for that sequence alone; rows that belong to no
 segment (padding to the floor) get zeros. No mask function is registered under `NAME`, so transformers builds no mask.
 
-Segments of equal length are computed in one call: batched and alone gave the same bits for every shape tried.
+Segments of equal length are computed in one call where the kernel gives the bits it gives alone: torch's fused
+attention does for every shape tried; batched matrix products of the explicit path (soft-capped scores) do not for short
+sequences, so there each segment is computed by itself.
 """
 
 from __future__ import annotations
@@ -81,27 +83,37 @@ class AttentionPass:
         self.pass_id = pass_id
         self.segments = segments
         self.store = store
-        self._rows: dict[int, Tensor] = {}  # group index -> its rows in the stream, for groups that are not adjacent
+        self._rows: dict[int, Tensor] = {}  # batch -> its rows in the stream, where they are not adjacent
 
     @cached_property
-    def groups(self) -> tuple[SegmentGroup, ...]:
+    def batches(self) -> tuple[SegmentGroup, ...]:
+        """Segments of like shape together."""
         by_shape: dict[tuple[int, int, bool], list[Segment]] = {}
         for segment in self.segments:
-            num_keys = sum(span.stop - span.start for span in segment.spans)
             is_own = len(segment.spans) == 1 and segment.spans[0].block == self.pass_id
-            key = (segment.stop - segment.start, num_keys, is_own)
-            by_shape.setdefault(key, []).append(segment)
+            by_shape.setdefault((*_sizes(segment), is_own), []).append(segment)
         return tuple(
             SegmentGroup(segments=tuple(group), num_rows=rows, num_keys=keys)
             for (rows, keys, _), group in by_shape.items()
         )
 
+    @cached_property
+    def singles(self) -> tuple[SegmentGroup, ...]:
+        """Each segment by itself."""
+        sizes = [(segment, *_sizes(segment)) for segment in self.segments]
+        return tuple(SegmentGroup(segments=(s,), num_rows=rows, num_keys=keys) for s, rows, keys in sizes)
+
     def rows(self, index: int, device: torch.device) -> Tensor:
-        """Stream rows of a group's segments, `[B * Q]`."""
+        """Stream rows of a batch's segments, `[B * Q]`."""
         if index not in self._rows:
-            spans = [torch.arange(s.start, s.stop) for s in self.groups[index].segments]
+            spans = [torch.arange(s.start, s.stop) for s in self.batches[index].segments]
             self._rows[index] = torch.cat(spans).to(device)
         return self._rows[index]
+
+
+def _sizes(segment: Segment) -> tuple[int, int]:
+    """Query rows of a segment and the keys it attends to."""
+    return segment.stop - segment.start, sum(span.stop - span.start for span in segment.spans)
 
 
 _current: ContextVar[AttentionPass | None] = ContextVar("attention_pass", default=None)
@@ -152,7 +164,7 @@ def packed_attention(
     layer = id(module)
     current.store.put(layer, current.pass_id, key, value)
     out_1THC = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-    for index, group in enumerate(current.groups):
+    for index, group in enumerate(current.batches if softcap is None else current.singles):
         q_BHQC, k_BGKC, v_BGKC = _gather(current, layer, index, group, query, key, value)
         o_BHQC = _attend(q_BHQC, k_BGKC, v_BGKC, scaling, sliding_window, softcap)
         _scatter(current, index, group, out_1THC, o_BHQC)

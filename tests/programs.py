@@ -5,7 +5,7 @@ The hooks are the oracle: one sequence at a time, eager attention, torch's own i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, PreTrainedModel
+
+from polytrace.graph import Save
 
 VOCABULARY = 96
 WIDTH = 32
@@ -173,7 +175,7 @@ def get(model: Any, place: Place) -> Any:
     return value
 
 
-def record(model: Any, program: Program, dtype: torch.dtype, **options: Any) -> tuple[Any, list[Any]]:
+def record(model: Any, program: Program, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, list[Any]]:
     """Writes the program as a user would; returns the tracer and the saved values, in the oracle's order."""
     saved: list[Any] = []
     sources: dict[int, Any] = {}
@@ -331,6 +333,11 @@ def by_prompt(value: Tensor, program_prompts: tuple[tuple[int, ...], ...], like:
             part = part[:, longest - len(prompt) :]
         parts.append(part)
     return parts
+
+
+def ours_in_order(tracer: Any, values: Mapping[str, Tensor]) -> list[Tensor]:
+    """The values of a request that ran without its tracer, in the order its saves were written."""
+    return [values[node.name] for node in tracer.request.graph.nodes if isinstance(node, Save)]
 
 
 def saved_invokes(program: Program) -> list[int]:

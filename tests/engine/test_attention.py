@@ -15,7 +15,7 @@ from polytrace.errors import CapacityError, ServiceError
 from scheduling.plan import PassId, Segment, Span
 
 torch.set_num_threads(1)
-LENGTHS = (7, 1, 12, 7, 3, 12, 12, 30)
+LENGTHS = (7, 1, 12, 7, 3, 12, 9, 9, 12, 30, 5, 5)
 HEADS, GROUPS, WIDTH = 8, 4, 16
 PASS = PassId(1)
 
