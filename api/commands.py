@@ -93,11 +93,12 @@ def status(
             problem = answer.json() if "json" in answer.headers.get("content-type", "") else {}
             code, message = problem.get("code", ""), problem.get("detail", f"{url} answered {answer.status_code}")
             raise from_fields({"code": code, "message": message})
-        table = Table("model", "state", "class", "dtype", "layers", "stages x ranks", "queued", "running", "progress")
+        table = Table("model", "state", "what", "stages x ranks", "queued", "running")
         for one in answer.json()["models"]:
-            shape = f"{one['stages']} x {one['ranks']}" if "stages" in one else ""
-            about = (one.get("class_name", ""), one.get("dtype", ""), str(one.get("num_layers", "")), shape)
-            table.add_row(one["name"], one["state"], *about, str(one["queued"]), str(one["running"]), one["progress"])
+            is_known = "class_name" in one
+            what = f"{one['class_name']}, {one['num_layers']} layers, {one['dtype']}" if is_known else one["progress"]
+            shards = f"{one['stages']} x {one['ranks']}" if is_known else ""
+            table.add_row(one["name"], one["state"], what, shards, str(one["queued"]), str(one["running"]))
         Console().print(table)
 
 

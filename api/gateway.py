@@ -185,6 +185,7 @@ class Gateway:
         bell = self._store.gateway_bell
         loop.add_reader(bell.listen(), self._on_bell)
         self._deployments.ring()
+        self._checker.start()
         try:
             yield
         finally:

@@ -60,6 +60,13 @@ class CheckerPool:
         self._careful: ProcessPoolExecutor | None = None  # one process that checks one request at a time
         self._careful_turn = asyncio.Lock()
 
+    def start(self) -> None:
+        """Starts the workers' imports, which take seconds, while the deployment still loads."""
+        if self._pool is None:
+            self._pool = self._make_pool(self._workers)
+        for _ in range(self._workers):
+            self._pool.submit(_import_engine)
+
     async def warm(self, model: str, version: str) -> None:
         """Gets every worker ready for a deployment, so that no user waits for it."""
         await asyncio.gather(*(self._run(_prepare, model, version) for _ in range(self._workers)))
@@ -151,6 +158,11 @@ def _end_with_parent() -> None:
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
+
+
+def _import_engine() -> None:
+    import engine.loading
+    import engine.shapes  # noqa: F401  imported to be there
 
 
 def _prepare(model: str, version: str) -> None:

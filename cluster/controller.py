@@ -1,4 +1,4 @@
-"""The controller: the only Ray driver. Starts a deployment, runs its loop, can be made again from the store at any time.
+"""The controller: the only Ray driver. Starts a deployment, runs its loop, and can be rebuilt from the store any time.
 
 Whatever it cannot mend it does not survive: it ends, its supervisor starts another one, and the requests it had claimed
 run again.

@@ -35,6 +35,9 @@ MAX_BYTES = 1 << 20
 class StandInChecker:
     """Decodes the file as the real workers do and knows one refusal."""
 
+    def start(self) -> None:
+        pass
+
     async def warm(self, model: str, version: str) -> None:
         pass
 

@@ -1,0 +1,197 @@
+"""The whole service as a user starts it: `polytrace serve` of a tiny model, through HTTP, breakdowns and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from api.server import bind
+from polytrace.graph import Graph, Invoke, NodeId, Port, Read, Ref, Request, Save, Site
+from polytrace.wire import decode_result, encode_request
+
+PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
+LAYER = 2
+MARK = "SERVE_TEST_MARK"  # every process of a service inherits it
+
+
+class Service:
+    """One `polytrace serve` and what belongs to it."""
+
+    def __init__(self, model: Path, folder: Path, *flags: str) -> None:
+        self.mark = secrets.token_hex(8)
+        listener = bind("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
+        listener.close()
+        self.store = folder / "store"
+        command = [sys.executable, "-m", "api.commands", "serve", str(model), "--name", "tiny"]
+        command += ["--port", str(self.port), "--store", str(self.store), *flags]
+        environment = {**os.environ, MARK: self.mark, "POLYTRACE_KEY": "sesame"}
+        self.log = (folder / "serve.log").open("wb")
+        self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
+        headers = {"Authorization": "Bearer sesame"}
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=60)
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.words()
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get("/readyz").status_code == 200
+        return False
+
+    def processes(self) -> dict[int, str]:
+        """Everything that this service started and that still lives, by process id."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
+                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+        return found
+
+    def child(self, role: str) -> int | None:
+        pids = (pid for pid, command in self.processes().items() if f"api.children {role}" in command)
+        return next(pids, None)
+
+    def words(self) -> str:
+        logs = (Path(self.log.name), *self.store.glob("*.log"))
+        return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists())
+
+    def kill_all(self) -> None:
+        self.http.close()
+        self.log.close()
+        for pid in (self.process.pid, *self.processes()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path_factory.mktemp("serve") / "model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    service = Service(model, tmp_path_factory.mktemp("service"), "--stages", "2")
+    try:
+        wait_until(service.is_ready, 150, service)
+        yield service
+    finally:
+        service.kill_all()
+
+
+def test_a_request_over_http_equals_plain_hugging_face(service: Service, model: Path) -> None:
+    answer = service.http.post("/v1/models/tiny/requests", content=body(), headers={"Prefer": "wait=30"})
+    assert answer.status_code == 200, answer.text
+    values, receipt = decode_result(answer.content)
+    out = torch.frombuffer(bytearray(values["out"].data), dtype=torch.float32).reshape(values["out"].shape)
+    with torch.no_grad():
+        plain = LlamaForCausalLM.from_pretrained(model).eval()
+        expected = plain(torch.tensor([PROMPT]), output_hidden_states=True, use_cache=False).hidden_states[LAYER + 1]
+    assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+    assert receipt.result_bytes == out.nbytes
+
+
+def test_a_wrong_request_is_refused_with_its_line_before_it_is_accepted(service: Service) -> None:
+    answer = service.http.post("/v1/models/tiny/requests", content=body(layer=7))
+    assert answer.status_code == 422
+    assert answer.json()["where"] == "experiment.py:1"
+
+
+def test_status_shows_the_model_and_its_queue(service: Service) -> None:
+    command = [sys.executable, "-m", "api.commands", "status", str(service.http.base_url), "--key", "sesame"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "tiny" in shown and "ready" in shown and "2 x 1" in shown
+
+
+def test_an_accepted_request_is_finished_by_the_next_controller(service: Service) -> None:
+    controller = service.child("controller")
+    assert controller is not None
+    os.kill(controller, signal.SIGSTOP)  # it can claim nothing any more
+    accepted = service.http.post("/v1/models/tiny/requests", content=body()).json()
+    os.kill(controller, signal.SIGKILL)
+    wait_until(lambda: service.child("controller") not in (controller, None), 60, service)
+    wait_until(service.is_ready, 150, service)
+    status = service.http.get(f"/v1/requests/{accepted['id']}", params={"wait": 30}).json()
+    assert status["state"] == "done", status
+    assert service.http.get(status["result"]).status_code == 200
+
+
+def test_sigterm_ends_the_service_and_leaves_no_process_behind(service: Service) -> None:
+    assert len(service.processes()) > 5
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(timeout=60) == 0, service.words()
+    assert service.processes() == {}
+    with pytest.raises(httpx.ConnectError):
+        service.http.get("/healthz")
+
+
+def test_a_killed_supervisor_leaves_no_process_behind(model: Path, tmp_path: Path) -> None:
+    service = Service(model, tmp_path)
+    try:
+        wait_until(lambda: any("raylet" in command for command in service.processes().values()), 60, service)
+        service.process.kill()
+        service.process.wait()
+        wait_until(lambda: not service.processes(), 40, service)
+    finally:
+        service.kill_all()
+
+
+def test_ctrl_c_while_it_starts_ends_it_at_once(model: Path, tmp_path: Path) -> None:
+    service = Service(model, tmp_path)
+    try:
+        wait_until(lambda: any("api.children" in command for command in service.processes().values()), 60, service)
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(timeout=40) == 0, service.words()
+        assert service.processes() == {}
+    finally:
+        service.kill_all()
+
+
+def test_a_model_that_cannot_be_loaded_is_told_and_nothing_stays(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    service = Service(tmp_path / "empty", tmp_path)
+    try:
+        assert service.process.wait(timeout=120) == 1
+        assert "empty" in service.words()
+        assert service.processes() == {}
+    finally:
+        service.kill_all()
+
+
+def body(layer: int = LAYER) -> bytes:
+    where = "experiment.py:1"
+    site = Site(module=f"model.layers.{layer}", port=Port.OUTPUT)
+    nodes = (Read(site=site, invoke=0, where=where), Save(name="out", value=Ref(NodeId(0)), where=where))
+    request = Request(graph=Graph(nodes=nodes), invokes=(Invoke(sequences=(PROMPT,)),), constants={})
+    return b"".join(encode_request(request))
+
+
+def wait_until(condition: object, timeout_s: float, service: Service) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not happen in {timeout_s} s\n{service.words()}"
+        time.sleep(0.2)
