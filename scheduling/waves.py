@@ -22,7 +22,7 @@ class Run:
     invoke: int
     wave: int
     until: int  # order of the last visit that the invoke needs in this wave
-    writes: tuple[NodeId, ...]  # applied in this wave, in the order they act
+    writes: tuple[NodeId, ...]  # applied in this wave
 
 
 def find_runs(graph: Graph, resolved: Resolved, live: list[bool], points: list[int], scale: Scale) -> list[Run]:
@@ -42,7 +42,7 @@ def find_runs(graph: Graph, resolved: Resolved, live: list[bool], points: list[i
     runs = [
         run
         for invoke in reads.keys() | writes.keys()
-        for run in _runs_of(invoke, reads.get(invoke, {}), sorted(writes.get(invoke, ())))
+        for run in _runs_of(invoke, reads.get(invoke, {}), writes.get(invoke, []))
     ]
     return sorted(runs, key=lambda run: (run.wave, run.invoke))
 

@@ -64,6 +64,18 @@ def test_a_value_needed_at_an_earlier_layer_opens_a_second_wave() -> None:
     assert program.waves[1].stages[1].drops == (0,)
 
 
+def test_a_value_stays_at_home_until_it_has_gone_to_every_stage_that_needs_it() -> None:
+    r = Recorder(tiny_llama(num_layers=3, stages=3), [[1, 2, 3]], [[4, 5, 6]], [[7, 8, 9]])
+    value = r.read(layer(1), invoke=0)
+    r.write(layer(2), value, invoke=1)  # a later stage, in the same wave
+    r.write(layer(0), value, invoke=2)  # an earlier stage, in the next wave
+    r.save(r.read(layer(2), invoke=1))
+    r.save(r.read(layer(2), invoke=2))
+    first, second = r.compile().waves
+    assert moved(first.stages[1].leaving) == [(0, 1, 2)] and first.stages[1].drops == ()
+    assert moved(second.stages[1].held) == [(0, 1, 0)] and second.stages[1].drops == (0,)
+
+
 def test_an_invoke_runs_only_as_far_as_it_is_needed() -> None:
     r = Recorder(TINY, [[1, 2, 3]])
     r.save(r.read(layer(1)))
