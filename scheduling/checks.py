@@ -126,11 +126,6 @@ def resolve(request: Request, table: ModelTable) -> Resolved:
     return resolved
 
 
-def check_request(request: Request, description: ModelDescription) -> None:
-    """`resolve` for those who only want to know. Raises GraphError or TooLargeError."""
-    resolve(request, ModelTable(description))
-
-
 def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
     nodes = request.graph.nodes
     needed: list[tuple[NodeId, ...]] = []
