@@ -16,7 +16,9 @@ from types import EllipsisType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES, run_op
 from polytrace.graph import DType, Ref
@@ -47,6 +49,7 @@ _MAX_REHEARSED = 1 << 14  # elements of an op's operands and results together
 _NO_KERNEL = re.compile(r"not implemented for|not support|only support|same dtype")
 _ONE_DTYPE = frozenset({"matmul", "rmatmul", "mm", "bmm", "dot", "linear"})  # the meta device does not always insist
 _TAKES_SCALARS = frozenset({"full_like"})  # as operands that are tensors elsewhere
+_KERNELS_OF_ONE_DTYPE = (functional.linear, functional.layer_norm, torch.matmul, torch.bmm, torch.addmm, torch.mm)
 _HALF = re.compile(r"Half|BFloat16")
 
 
@@ -58,6 +61,20 @@ def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Meta:
         strides.append(step)
         step *= max(size, 1)
     return Meta(shape, tuple(reversed(strides)), dtype)
+
+
+class OneDtype(TorchFunctionMode):
+    """Within it, products and layer norms of tensors of several dtypes are refused, as on every device but meta."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _KERNELS_OF_ONE_DTYPE:
+            dtypes = {part.dtype for part in (*args, *kwargs.values()) if isinstance(part, Tensor)}
+            is_half = args[0].dtype in (torch.float16, torch.bfloat16)
+            if len(dtypes) > 1 and not (func is functional.layer_norm and is_half):  # its weights may be float32 then
+                names = " and ".join(sorted(DTYPE_NAMES[dtype] for dtype in dtypes))
+                raise TypeError(f"its value and the weights must have one dtype, not {names}")
+        return func(*args, **kwargs)
 
 
 def meta_of(value: Any) -> Meta | tuple[Meta, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engine.indexing import DependsOnValues, normalise
 from engine.known import KnownValues
-from engine.meta import MISFITS, Frozen, Meta, contiguous, freeze, meta_of, result_of, tensor_of
+from engine.meta import MISFITS, Frozen, Meta, OneDtype, contiguous, freeze, meta_of, result_of, tensor_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.ragged import TokenDimensions
 from polytrace.description import ModelDescription, Rows
@@ -276,7 +276,7 @@ class _Walk:
         key = (node.module, frozen)
         value = self.calls.get(key)
         if value is None:
-            with torch.device("meta"):
+            with torch.device("meta"), OneDtype():
                 returned = self.meta.get_submodule(node.module)(*[_thawed(argument) for argument in frozen])
             found = meta_of(returned)
             if not isinstance(found, Meta):

@@ -476,6 +476,14 @@ def test_a_module_that_cannot_be_called_is_refused(meta: TinyModel) -> None:
     assert "lm_head" in program.refusal(meta) and f"[1, 5, {V}]" in program.refusal(meta)
 
 
+def test_a_module_takes_values_of_its_own_dtype(meta: TinyModel) -> None:
+    for path in ("model.norm", "lm_head"):
+        program = Program()
+        hidden = program.op("double", program.read())
+        program.add(Call(module=path, args=(hidden,), where=program.where))
+        assert "one dtype, not float32 and float64" in program.refusal(meta)
+
+
 def test_a_write_needs_the_exact_shape(meta: TinyModel) -> None:
     program = Program()
     hidden = program.read()
