@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 # Sees a tensor `[1, tokens, features]`; returns what stands in its place, or None to leave it.
 Edit = Callable[[Tensor], Tensor | None]
@@ -25,6 +26,7 @@ class Plain:
     """A model in float32 and its tokenizer."""
 
     def __init__(self, folder: str | Path, *, device: str = "cpu") -> None:
+        logging.disable_progress_bar()  # a second of loading would draw over the caller's own progress
         self.device = device
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.eval().to(device)

@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from bench import merged, overhead, record, tinyworld
 
 # Each has `config_for(folder, quick=)`, `run(config)`, `is_right(figures)` and `tell(figures)`.
@@ -32,7 +30,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - BENCHMARKS.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    transformers.utils.logging.disable_progress_bar()
     for name in arguments.names or BENCHMARKS:
         print(f"{name} ...", file=sys.stderr, flush=True)
         run_one(name, arguments.model, quick=arguments.quick)

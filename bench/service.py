@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-_START_TIMEOUT_S = 180.0
+_START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 30.0
 
 

@@ -76,7 +76,7 @@ def tell(values: Values, model: Any, turn: int) -> str:
     arrived = int((last > 0.5).nonzero()[0]) if bool((last > 0.5).any()) else len(last)
     subject = int(restored[0, 1:-1].argmax()) + 1
     token = pieces(model, patching_pair(lambda text: model.tokenizer.encode(text).ids, turn)[0])[subject]
-    return f"before layer 0 has run the fact hangs on {token!r}; from layer {arrived} on the last token has it"
+    return f"after layer 0 the fact still sits on {token!r}; after layer {arrived} the last token has it"
 
 
 def restored_share(values: Values) -> Tensor:
