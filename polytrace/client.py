@@ -14,7 +14,7 @@ DEFAULT_TIMEOUT_S = 3600.0
 def load(
     source: str, *, dtype: str = "auto", name: str | None = None, threads: int | None = None, device: str | None = None
 ) -> Model:
-    """A model of the Hugging Face hub or a local folder, run in this process by a service's engine."""
+    """A model of the Hugging Face hub or a local folder, run in this process by the engine of a service."""
     from engine.local import LocalBackend
 
     return Model(LocalBackend(str(source), dtype=dtype, name=name, threads=threads, device=device))
@@ -23,8 +23,8 @@ def load(
 def connect(url: str, name: str | None = None, *, key: str | None = None, timeout: float = DEFAULT_TIMEOUT_S) -> Model:
     """A model that a service runs; no weights come here.
 
-    `url`: http://, https://, or ray://auto from inside a Ray job. `name` may miss where the service has one model. `key`
-    defaults to the environment's POLYTRACE_KEY. `timeout`: the seconds that one trace may take, queueing included.
+    `url`: http://, https://, or ray://auto from inside a Ray job. `name` may miss where the service has one model.
+    `key` defaults to the environment's POLYTRACE_KEY. `timeout`: seconds that one trace may take, queueing included.
     """
     return Model(HttpBackend(gateway_url(url), name, key=key or environment.key(), timeout_s=timeout))
 

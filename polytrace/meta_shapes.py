@@ -31,6 +31,9 @@ class MetaShapes:
 
     def of(self, node: NodeId) -> ValueShape:
         """Raises GraphError with the user's line when the op does not fit its operands."""
+        leaf = self._leaf(self._recording.nodes[node])
+        if leaf is not None:
+            return leaf
         meta = self._meta(node)
         return ValueShape(shape=tuple(meta.shape), dtype=_NAMES[meta.dtype])
 
@@ -80,6 +83,8 @@ class MetaShapes:
             args[1] = self._resolve(op.args[1], with_masks=True)
         if op.name == "item":
             return args[0][args[1]]
+        if (result := _pointwise(op.name, args)) is not None:
+            return result
         failure: TypeError | None = None
         for name in OPS[op.name].torch:  # the method and the function may take other forms of the same arguments
             function = find(name)
@@ -109,3 +114,19 @@ class MetaShapes:
         if isinstance(operand, list):
             return [self._resolve(part, with_masks=with_masks) for part in operand]
         return operand
+
+
+# torch works these out in Python, behind a second of imports; among floats of one kind the answer is short
+_ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "div", "rdiv", "pow", "maximum", "minimum"})
+_COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
+
+
+def _pointwise(name: str, args: list[Any]) -> Tensor | None:
+    """Broadcasting by hand; None where torch's promotion has to be asked."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if name not in _ARITHMETIC | _COMPARISONS or not tensors[0].is_floating_point():
+        return None
+    if not all(isinstance(arg, (Tensor, int, float)) for arg in args) or len({arg.dtype for arg in tensors}) != 1:
+        return None
+    shape = torch.broadcast_shapes(*(arg.shape for arg in tensors))
+    return torch.empty(shape, dtype=torch.bool if name in _COMPARISONS else tensors[0].dtype, device="meta")

@@ -63,11 +63,11 @@ class Model(Module):
     def trace(
         self, prompts: Any = None, *, seed: int = 0, sharing: str | Sharing = Sharing.TENANT, run: bool = True
     ) -> Tracer:
-        """A block whose code is recorded, sent and run when it ends; then its saved values are tensors.
+        """A block whose code is recorded, then sent and run; saved values become the tensors that they are.
 
-        `prompts`: a string, strings, token ids, lists of ids, or integer tensors; without them, `tracer.invoke(prompts)`
-        gives several sets. `seed`: of random operations. `sharing="off"`: no rows are shared, not even with your own
-        requests. `run=False`: nothing is sent; `validate(tracer)` tells what it would cost.
+        `prompts`: a string, strings, token ids, lists of ids, or integer tensors; without them,
+        `tracer.invoke(prompts)` gives several sets. `seed`: of random operations. `sharing="off"`: no rows are shared,
+        not even with your own requests. `run=False`: nothing is sent; `validate(tracer)` tells what it would cost.
         """
         if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
             raise GraphError(f"the seed is an integer from 0 to 2**63 - 1, not {seed!r}", where=user_line())

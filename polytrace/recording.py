@@ -33,11 +33,12 @@ from polytrace.graph import (
     Site,
     Write,
 )
+from polytrace.graph import operands as node_operands
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name, is_basic, scalar
 from polytrace.ops import OPS
 from polytrace.pruning import effects, needed, renumber
-from polytrace.storage import Place, Several, State, Step, Storage, invoke_of, is_recorded, state_of
+from polytrace.storage import Place, Several, State, Step, Storage, is_recorded, state_of
 from polytrace.tensors import DTYPES
 
 
@@ -67,7 +68,8 @@ class Recording:
         self._shared: dict[tuple[type, str | int], NodeId] = {}  # constants, parameters and masks, each once
         self._writes: dict[Place, tuple[int, str, Storage | None]] = {}  # how many, the last line, who wrote last
         self._edited: list[Storage] = []  # those without a place
-        self._dtypes: list[str | None] = []  # per node
+        self._dtypes: list[str | None] = []  # per node, as far as the nodes tell
+        self._invokes: list[int | None] = []  # per node: whose rows it has, if one's
 
     # what a graph begins with
 
@@ -76,7 +78,7 @@ class Recording:
         where = user_line()
         node = self._add(Read(site=site, invoke=invoke, where=where))
         self._dtypes[node] = dtype
-        state = self._fresh(node, invoke, where)
+        state = self._fresh(node, where)
         state.storage.place = (site, invoke)
         state.storage.writes_seen = self._writes.get((site, invoke), (0, "", None))[0]
         return state
@@ -84,12 +86,12 @@ class Recording:
     def mask(self, invoke: int) -> State:
         """Where the invoke's view has tokens."""
         where = user_line()
-        return self._fresh(self._once(Mask(invoke=invoke, where=where), invoke), invoke, where)
+        return self._fresh(self._once(Mask(invoke=invoke, where=where), invoke), where)
 
     def parameter(self, path: str) -> State:
         """A parameter or buffer of the model."""
         where = user_line()
-        return self._fresh(self._once(Parameter(path=path, where=where), path), None, where)
+        return self._fresh(self._once(Parameter(path=path, where=where), path), where)
 
     # computing
 
@@ -97,7 +99,7 @@ class Recording:
         """A module of the model called on values."""
         where = user_line()
         operands = tuple(self.operand(arg, where) for arg in args)
-        return self._fresh(self._add(Call(module=module, args=operands, where=where)), invoke_of(tuple(args)), where)
+        return self._fresh(self._add(Call(module=module, args=operands, where=where)), where)
 
     def op(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], count: int = 2) -> State | Several:
         """A call of the op table on values as the user wrote them. `count`: members of an op that returns several."""
@@ -111,16 +113,15 @@ class Recording:
         base = state_of(args[0]) if args and is_recorded(args[0]) else None
         if base is not None and OPS[name].is_view and (name != "getitem" or is_basic(operands[1])):
             way = (Step(name, operands[1:], tuple(named.items())),)
-        invoke = invoke_of((*args, *kwargs.values()))
         if not returns_several(call):
-            return self._view(base, way, node, where) if base and way else self._fresh(node, invoke, where)
+            return self._view(base, way, node, where) if base and way else self._fresh(node, where)
         items = []
         for position in range(count):
             item = self._add(Op(name="item", args=(Ref(node), position), where=where))
             if base and way:
                 items.append(self._view(base, (*way, Step("item", (position,))), item, where))
             else:
-                items.append(self._fresh(item, invoke, where))
+                items.append(self._fresh(item, where))
         return Several(name, tuple(items))
 
     def at(self, base: State, index: Any) -> State:
@@ -283,6 +284,12 @@ class Recording:
             return dtype if dtype is not None and "float" in dtype else None
         return None
 
+    def _find_invoke(self, node: Node) -> int | None:
+        if isinstance(node, (Read, Mask)):
+            return node.invoke
+        found = {self._invokes[part] for part in node_operands(node)} - {None}
+        return found.pop() if len(found) == 1 else None
+
     # the mechanics of in-place code
 
     def _edit(self, storage: Storage, way: tuple[Step, ...], part: Operand, where: str) -> None:
@@ -342,8 +349,8 @@ class Recording:
     def _view(self, base: State, way: tuple[Step, ...], node: NodeId, where: str) -> State:
         return State(self, base.storage, base.steps + way, node, base.storage.version, base.invoke, where)
 
-    def _fresh(self, node: NodeId, invoke: int | None, where: str) -> State:
-        return State(self, Storage(node), (), node, 0, invoke, where)
+    def _fresh(self, node: NodeId, where: str) -> State:
+        return State(self, Storage(node), (), node, 0, self._invokes[node], where)
 
     def _own(self, state: State, where: str) -> NodeId:
         if state.recording is not self:
@@ -362,6 +369,7 @@ class Recording:
             raise GraphError(self.closed, where=node.where)
         self.nodes.append(node)
         self._dtypes.append(self._find_dtype(node))
+        self._invokes.append(self._find_invoke(node))
         return NodeId(len(self.nodes) - 1)
 
 

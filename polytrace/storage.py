@@ -85,9 +85,3 @@ def recorded_in(values: Any) -> Iterator[State]:
         yield from recorded_in((values.start, values.stop, values.step))
     elif is_recorded(values):
         yield state_of(values)
-
-
-def invoke_of(values: Any) -> int | None:
-    """The one invoke whose rows the recorded values among `values` have, else None."""
-    found = {state.invoke for state in recorded_in(values) if state.invoke is not None}
-    return found.pop() if len(found) == 1 else None

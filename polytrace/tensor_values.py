@@ -95,9 +95,12 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
         return False
 
 
+_PLACEHOLDER = torch.empty(0)
+
+
 def tensor_value(state: State) -> TensorValue:
     """The Python object for a value."""
-    value = Tensor._make_subclass(TensorValue, torch.empty(0))
+    value = Tensor._make_subclass(TensorValue, _PLACEHOLDER)
     value._state = state
     return value
 

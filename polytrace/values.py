@@ -176,11 +176,12 @@ def describe(state: State) -> str:
 
 def record(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """A call of the op table on values as the user wrote them: one value, a Pair or a tuple of values."""
-    state = next(recorded_in((tuple(args), tuple(kwargs.values()))), None)
-    assert state is not None, "an op is recorded on a recorded value"
+    first = args[0] if args else None
+    found = state_of(first) if is_recorded(first) else next(recorded_in((tuple(args), tuple(kwargs.values()))), None)
+    assert found is not None, "an op is recorded on a recorded value"
     is_list = name in OPS and OPS[name].results is Results.LIST
-    made = state.recording.op(name, args, kwargs, _count(name, args, kwargs) if is_list else 2)
-    wrap = state.recording.session.wrap
+    made = found.recording.op(name, args, kwargs, _count(name, args, kwargs) if is_list else 2)
+    wrap = found.recording.session.wrap
     if not isinstance(made, Several):
         return wrap(made)
     values = tuple(wrap(part) for part in made.states)
