@@ -1,0 +1,31 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_logit_lens_ends_with_the_answer() -> None:
+    lines = output_of("logit_lens.py").splitlines()
+    assert re.fullmatch(r"  layer \d+: ' Paris' at \d+%", lines[-2])
+    assert re.fullmatch(r"\d+ bytes came back; [\d,]+ were read", lines[-1])
+
+
+def test_patching_moves_the_fact_from_its_subject_to_the_last_token() -> None:
+    rows = [line.split()[2:] for line in output_of("patching.py").splitlines() if line.startswith("layer")]
+    last_layer, first_layer = ([float(value) for value in row] for row in (rows[0], rows[-1]))
+    assert last_layer[-1] == pytest.approx(1, abs=0.01)
+    assert max(last_layer[:-1], key=abs) == pytest.approx(0, abs=0.01)
+    assert first_layer[-1] < 0.5
+
+
+def output_of(name: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
