@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,10 @@ from cluster.requests import DeploymentState, Published
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription
 from polytrace.errors import CapacityError, NotFoundError
+
+RETRY_S = 5.0
+
+_log = logging.getLogger(__name__)
 
 
 class Checker(Protocol):
@@ -85,13 +90,23 @@ class Deployments:
                 ready = {name for name, one in known.items() if one.state is DeploymentState.READY}
                 self._served = {name: one for name, one in self._served.items() if name in ready}
                 for name in ready - self._served.keys():
-                    published = await to_thread.run_sync(self._store.published, name)
-                    if published is not None:
-                        served = await to_thread.run_sync(_serve, published)
-                        await self._checker.warm(name, served.version)
-                        self._served[name] = served
+                    await self._take_in(name)
         finally:
             self._refresh = None
+
+    async def _take_in(self, name: str) -> None:
+        """Makes a deployment that has become ready one that requests can be sent to."""
+        try:
+            published = await to_thread.run_sync(self._store.published, name)
+            if published is None:
+                return
+            served = await to_thread.run_sync(_serve, published)
+            await self._checker.warm(name, served.version)
+        except Exception:  # noqa: BLE001  the edge of a task: it stays unready, and is tried again
+            _log.exception("%s cannot be served yet", name)
+            asyncio.get_running_loop().call_later(RETRY_S, self.ring)
+        else:
+            self._served[name] = served
 
 
 def _serve(published: Published) -> Served:

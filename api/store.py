@@ -2,7 +2,7 @@
 
     store.db                      states, checked facts, what deployments published
     requests/<id>.safetensors     as received; gone once the request has ended
-    results/<id>.part             its full size, filled by the shards; renamed to <id>.safetensors when it is complete
+    results/<id>.safetensors      its full size from the start, filled by the shards; complete when the state says done
     controller.bell, gateway.bell who wakes whom
 
 Owns durability and the states: queued -> running -> done | failed | cancelled. Knows nothing of graphs and plans.
@@ -131,7 +131,7 @@ class Store:
         return self._requests / f"{request}.safetensors"
 
     def result_path(self, request: RequestId) -> Path:
-        """The complete result; there when the state says done."""
+        """The result; complete when the state says done, and not to be read before."""
         return self._results / f"{request}.safetensors"
 
     def sync_request(self, request: RequestId) -> None:
@@ -234,7 +234,7 @@ class Store:
         is_open = {row[0] for row in self._rows("SELECT id FROM requests WHERE state IN ('queued', 'running')", ())}
         is_done = {row[0] for row in self._rows("SELECT id FROM requests WHERE state = 'done'", ())}
         stale = [path for path in self._requests.iterdir() if path.stem not in is_open]
-        stale += [path for path in self._results.iterdir() if path.suffix == ".part" or path.stem not in is_done]
+        stale += [path for path in self._results.iterdir() if path.stem not in is_done]
         for path in stale:
             path.unlink(missing_ok=True)
         return len(stale)
@@ -242,7 +242,7 @@ class Store:
     # --- the controller's half (cluster.requests.RequestStore)
 
     def set_state(self, model: str, state: DeploymentState, progress: str) -> None:
-        with self._transaction() as db:
+        with self._transaction(is_durable=False) as db:
             db.execute(
                 "INSERT INTO deployments (model, state, progress, updated) VALUES (?, ?, ?, ?) ON CONFLICT (model) DO "
                 "UPDATE SET state = excluded.state, progress = excluded.progress, updated = excluded.updated",
@@ -257,11 +257,13 @@ class Store:
                 (published.source, published.dtype, published.description, published.tokenizer, model),
             )
 
-    def requeue(self, model: str) -> int:
-        worn_out = ServiceError(
-            f"the service broke down {MAX_ATTEMPTS} times while it ran this request; it is given up"
-        )
+    def requeue(self, model: str, *, is_clean: bool) -> int:
+        worn_out = ServiceError(f"the service broke down {MAX_ATTEMPTS} times while it ran this request")
         with self._transaction() as db:
+            if is_clean:
+                db.execute(
+                    "UPDATE requests SET attempts = attempts - 1 WHERE model = ? AND state = 'running'", (model,)
+                )
             db.execute(
                 "UPDATE requests SET state = 'failed', finished = ?, error = ? "
                 "WHERE model = ? AND state = 'running' AND attempts >= ?",
@@ -276,24 +278,31 @@ class Store:
     def claim(self, model: str, limit: int) -> list[Claimed]:
         if limit <= 0:
             return []
-        with self._transaction() as db:
+        with self._transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
             rows = db.execute(
-                "SELECT requests.id, created, json FROM requests JOIN facts USING (id) "
+                "SELECT requests.id, created, json, attempts FROM requests JOIN facts USING (id) "
                 "WHERE model = ? AND state = 'queued' ORDER BY seq LIMIT ?",
                 (model, limit),
             ).fetchall()
+            if any(row[3] for row in rows):
+                rows = rows[: max(1, next(i for i, row in enumerate(rows) if row[3]))]
             db.executemany(
                 "UPDATE requests SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
                 [(time.time(), row[0]) for row in rows],
             )
-        return [Claimed(request=row[0], path=self.request_path(row[0]), accepted=row[1], facts=row[2]) for row in rows]
+        return [
+            Claimed(
+                request=row[0], path=self.request_path(row[0]), accepted=row[1], facts=row[2], is_suspect=row[3] > 0
+            )
+            for row in rows
+        ]
 
     def cancellations(self, model: str) -> list[RequestId]:
         rows = self._rows("SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled", (model,))
         return [row[0] for row in rows]
 
     def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
-        path = self._part(request)
+        path = self.result_path(request)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             _allocate(fd, room + data_bytes)  # a full disk shows here, not in a shard's write
@@ -314,6 +323,7 @@ class Store:
             _sync(self._results)
         # 2) the states
         now = time.time()
+        changed: list[Finished] = []
         with self._transaction() as db:
             for end in ended:
                 state = (
@@ -323,17 +333,19 @@ class Store:
                     if isinstance(end.error, CancelledError)
                     else RequestState.FAILED
                 )
-                db.execute(
+                count = db.execute(
                     "UPDATE requests SET state = ?, finished = ?, error = ? WHERE id = ? AND state = 'running'",
                     (state.value, now, end.error and json.dumps(end.error.to_fields()), end.request),
-                )
-                db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
+                ).rowcount
+                if count:
+                    db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
+                    changed.append(end)
         self.gateway_bell.ring()
         # 3) what is no longer needed
-        for end in ended:
+        for end in changed:
             self.discard(end.request)
             if end.error is not None:
-                self._part(end.request).unlink(missing_ok=True)
+                self.result_path(end.request).unlink(missing_ok=True)
 
     def wait_for_requests(self, timeout_s: float) -> None:
         self.controller_bell.wait(timeout_s)
@@ -351,22 +363,18 @@ class Store:
     def _results(self) -> Path:
         return self.folder / "results"
 
-    def _part(self, request: RequestId) -> Path:
-        return self._results / f"{request}.part"
-
     def _commit(self, end: Finished) -> Finished:
-        """Writes the header of a complete result, makes the file durable and gives it its name."""
+        """Writes the header of a complete result and makes the file durable."""
         if end.header is None:
             return end
         try:
-            fd = os.open(self._part(end.request), os.O_RDWR)
+            fd = os.open(self.result_path(end.request), os.O_RDWR)
             try:
                 if os.pwrite(fd, end.header, 0) != len(end.header):
                     raise OSError("short write")
                 os.fsync(fd)  # the shards' writes too: they went into the same file
             finally:
                 os.close(fd)
-            os.rename(self._part(end.request), self.result_path(end.request))
         except OSError as error:
             return Finished(request=end.request, error=ServiceError(f"the result could not be kept: {error}"))
         return end
@@ -376,8 +384,10 @@ class Store:
             return self._connection.execute(query, values).fetchall()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, *, is_durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """All or nothing, for every process; on the disk when it returns unless that does not matter."""
         with self._lock:
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -391,7 +401,6 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
     os.chmod(path, 0o600)
     connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")  # in WAL mode NORMAL would lose the last commits with the power
     connection.execute("BEGIN IMMEDIATE")  # two processes may open a new store at once
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:

@@ -198,7 +198,7 @@ class Supervisor:
         now = time.monotonic()
         self._restarts = [then for then in self._restarts if now - then < RESTART_WINDOW_S] + [now]
         if not self._was_ready or len(self._restarts) > MAX_RESTARTS:
-            raise ServiceError(f"the {role} ended with code {code}:\n{self._last_words(role)}")
+            raise ServiceError(self._last_words(role) or f"the {role} ended with code {code} and said nothing")
         self._report(f"the {role} ended with code {code}; it is started again")
         if role == "controller":
             self._store.set_state(self._settings.name, DeploymentState.STARTING, "the controller is started again")
@@ -225,5 +225,8 @@ class Supervisor:
         return self._store.folder / f"{role}.log"
 
     def _last_words(self, role: str) -> str:
-        lines = self._log(role).read_text(errors="replace").splitlines()
-        return "\n".join(lines[-20:]) or "it said nothing"
+        """Why a child ended: what the controller told, else the end of its log."""
+        for one in self._store.deployments():
+            if role == "controller" and one.state is DeploymentState.FAILED:
+                return f"{one.model} did not start: {one.progress}"
+        return "\n".join(self._log(role).read_text(errors="replace").splitlines()[-20:])

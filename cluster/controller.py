@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import traceback
 from urllib.parse import urlsplit
 
 import ray
@@ -42,8 +43,11 @@ class Controller:
         self._say(DeploymentState.STARTING, "starting")
         try:
             self._start()
+        except PolytraceError as error:
+            self._say(DeploymentState.FAILED, str(error))
+            raise
         except Exception as error:
-            self._say(DeploymentState.FAILED, str(error) if isinstance(error, PolytraceError) else repr(error))
+            self._say(DeploymentState.FAILED, "".join(traceback.format_exception(error)[-3:]).strip())
             raise
 
     def run_forever(self) -> None:
@@ -51,6 +55,7 @@ class Controller:
         assert self._dispatcher is not None, "start() first"
         try:
             self._dispatcher.run_forever()
+            self._store.requeue(self._config.name, is_clean=True)
         finally:
             self._say(DeploymentState.STOPPED, "stopping")
             self._deployment.stop()
@@ -66,7 +71,7 @@ class Controller:
     def _start(self) -> None:
         config = self._config
         # 1) what an earlier controller had claimed waits again
-        count = self._store.requeue(config.name)
+        count = self._store.requeue(config.name, is_clean=False)
         if count:
             _log.warning("%d requests of an earlier controller are queued again", count)
         # 2) Ray

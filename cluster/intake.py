@@ -1,7 +1,8 @@
 """From stored requests to programs: a thread, so that working out a large graph does not hold up the passes of others.
 
-Owns what the controller has claimed and not yet ended: never more than `max_active`, the rest waits in the store.
-What comes out are events for the loop: a program to add, a request to cancel, or one that ended before it began.
+Owns what the controller has claimed and not yet ended: never more than `max_active`, the rest waits in the store. A
+request that an earlier controller broke down with runs alone: the one that breaks shards takes no neighbour along. What
+comes out are events for the loop: a program to add, a request to cancel, or one that ended before it began.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TypeAlias
 from cluster.requests import Claimed, Finished, RequestStore, read_request
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription
-from polytrace.errors import PolytraceError, ServiceError, WireError
+from polytrace.errors import CancelledError, PolytraceError, ServiceError, WireError
 from polytrace.wire import result_room
 from scheduling.plan import Program, RequestId, ValueFacts
 from scheduling.program import compile_program
@@ -53,38 +54,66 @@ class Intake:
         self._max_active = max_active
         self._active: set[RequestId] = set()
         self._cancelled: set[RequestId] = set()
+        self._suspect: Claimed | None = None  # claimed, and waiting to be alone
+        self._alone: RequestId | None = None  # while it is active nothing else is taken
         self._lock = threading.Lock()
         self._is_stopped = False
 
     def run_forever(self) -> None:
         """Until `stop`."""
-        name = self._description.name
         self._store.wait_for_requests(0.0)  # listens from now on: what came before is seen by the first look
         while not self._is_stopped:
-            for claimed in self._store.claim(name, self._max_active - len(self._active)):
-                with self._lock:
-                    self._active.add(claimed.request)
-                self._emit(self._work_out(claimed))
-            for request in self._store.cancellations(name):
-                with self._lock:
-                    is_news = request in self._active and request not in self._cancelled
-                    self._cancelled.add(request)
-                if is_news:
-                    self._emit(Cancel(request=request))
+            self._take_requests()
+            self._see_cancellations()
             self._store.wait_for_requests(RECHECK_S)
 
     def ended(self, requests: set[RequestId]) -> None:
         """Makes room for others. Any thread."""
         with self._lock:
-            was_full = len(self._active) >= self._max_active
+            had_no_room = self._room() <= 0
             self._active -= requests
             self._cancelled -= requests
-        if was_full:
+        if had_no_room:
             self._store.interrupt()
 
     def stop(self) -> None:
         self._is_stopped = True
         self._store.interrupt()
+
+    def _take_requests(self) -> None:
+        """Claims what there is room for. A suspect waits until it is alone, and everything else until it has ended."""
+        while True:
+            with self._lock:
+                if self._suspect is not None and self._active == {self._suspect.request}:
+                    claims, self._suspect = [self._suspect], None
+                elif (room := self._room()) > 0:
+                    claims = self._store.claim(self._description.name, room)
+                    self._active.update(claimed.request for claimed in claims)
+                    if claims and claims[0].is_suspect:
+                        self._suspect, self._alone = claims[0], claims[0].request
+                        continue
+                else:
+                    return
+            if not claims:
+                return
+            for claimed in claims:
+                self._emit(self._work_out(claimed))
+
+    def _room(self) -> int:
+        return 0 if self._alone in self._active else self._max_active - len(self._active)
+
+    def _see_cancellations(self) -> None:
+        for request in self._store.cancellations(self._description.name):
+            with self._lock:
+                is_news = request in self._active and request not in self._cancelled
+                self._cancelled.add(request)
+                is_waiting = self._suspect is not None and self._suspect.request == request
+                if is_waiting:
+                    self._suspect = None
+            if is_waiting:
+                self._emit(Finished(request=request, error=CancelledError("the request was cancelled")))
+            elif is_news:
+                self._emit(Cancel(request=request))
 
     def _work_out(self, claimed: Claimed) -> Program | Finished:
         try:

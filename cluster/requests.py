@@ -46,6 +46,7 @@ class Claimed:
     path: Path  # the request as it was received
     facts: bytes  # JSON: per node its ValueFacts or null, worked out when the request was checked
     accepted: float  # when it was stored, seconds since the epoch
+    is_suspect: bool  # a controller broke down while it had this request: to be run alone, in case it was the cause
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +75,14 @@ class RequestStore(Protocol):
     def publish(self, model: str, published: Published) -> None:
         """Puts down what a ready deployment serves; `set_state(READY)` follows."""
 
-    def requeue(self, model: str) -> int:
-        """Gives back every request that an earlier controller had claimed; how many."""
+    def requeue(self, model: str, *, is_clean: bool) -> int:
+        """Gives back every request that is claimed; how many.
+
+        `is_clean`: nothing broke. Else each becomes a suspect, and one that saw several breakdowns fails.
+        """
 
     def claim(self, model: str, limit: int) -> list[Claimed]:
-        """Takes the oldest waiting requests."""
+        """Takes the oldest waiting requests, at most `limit`; a suspect is never taken together with another one."""
 
     def cancellations(self, model: str) -> list[RequestId]:
         """Claimed requests whose owners asked to cancel them."""

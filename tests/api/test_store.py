@@ -59,11 +59,9 @@ def test_a_result_is_there_in_full_when_its_state_says_done(store: Store) -> Non
     with place.path.open("r+b") as file:  # a shard's part
         file.seek(place.start)
         file.write(b"x" * 100)
-    assert not store.result_path(request).exists()
     store.finish([Finished(request=request, header=b"h" * 64)])
     assert state(store, request) is RequestState.DONE
     assert store.result_path(request).read_bytes() == b"h" * 64 + b"x" * 100
-    assert not place.path.exists()
     assert not claimed.path.exists()
 
 
@@ -125,11 +123,29 @@ def test_a_new_controller_gets_the_old_ones_requests_but_not_for_ever(store: Sto
     request = add(store)
     for _ in range(MAX_ATTEMPTS):
         assert [claimed.request for claimed in store.claim("m", 1)] == [request]
-        store.requeue("m")
+        store.requeue("m", is_clean=False)
     status = store.status(request)
     assert status is not None and status.state is RequestState.FAILED
     assert isinstance(status.error, ServiceError)
     assert store.claim("m", 1) == []
+
+
+def test_a_controller_that_stops_cleanly_blames_nobody(store: Store) -> None:
+    request = add(store)
+    for _ in range(2 * MAX_ATTEMPTS):
+        assert not store.claim("m", 1)[0].is_suspect
+        assert store.requeue("m", is_clean=True) == 1
+    assert state(store, request) is RequestState.QUEUED
+
+
+def test_suspects_are_claimed_one_at_a_time(store: Store) -> None:
+    first, second = add(store), add(store)
+    store.claim("m", 2)
+    store.requeue("m", is_clean=False)
+    third = add(store)
+    assert [(one.request, one.is_suspect) for one in store.claim("m", 9)] == [(first, True)]
+    assert [(one.request, one.is_suspect) for one in store.claim("m", 9)] == [(second, True)]
+    assert [(one.request, one.is_suspect) for one in store.claim("m", 9)] == [(third, False)]
 
 
 def test_what_a_deployment_published_is_read_back(store: Store) -> None:
@@ -199,7 +215,7 @@ from pathlib import Path
 from api.store import Store
 from cluster.requests import Finished
 store = Store(Path(sys.argv[1]))
-store.requeue("m")
+store.requeue("m", is_clean=True)
 while True:
     for claimed in store.claim("m", 4):
         place = store.place_result(claimed.request, 64, 32)
@@ -230,7 +246,7 @@ def test_nothing_acknowledged_is_lost_when_both_sides_are_killed(tmp_path: Path)
         acknowledged += writer.communicate()[0].decode().split()
         answered += runner.communicate()[0].decode().split()
     store = Store(folder)
-    store.requeue("m")
+    store.requeue("m", is_clean=True)
     store.sweep()
     statuses = store.statuses([RequestId(request) for request in acknowledged])
     assert len(acknowledged) > 10 and len(answered) > 10

@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from api.store import RequestState, RequestStatus, Store
+from api.store import MAX_ATTEMPTS, RequestState, RequestStatus, Store
 from cluster.dispatch import Dispatcher
 from cluster.requests import DeploymentState
 from engine.loading import meta_model
 from engine.local import LocalBackend
 from engine.shapes import infer
 from polytrace.codec import to_json
-from polytrace.errors import CancelledError, RunError, ServiceError
+from polytrace.errors import CancelledError, PolytraceError, RunError, ServiceError
 from polytrace.graph import Constant, Graph, Invoke, NodeId, Op, Port, Read, Ref, Request, Save, Site
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_result, encode_request
@@ -251,5 +251,37 @@ def test_what_the_loop_cannot_mend_ends_it(world: World) -> None:
     name = world.submit(read_layer(1))
     with pytest.raises(ServiceError, match="gone"):
         dispatcher.run_forever()
-    assert world.store.status(name) is not None and world.store.requeue("m") == 1  # the next controller has it
+    assert (
+        world.store.status(name) is not None and world.store.requeue("m", is_clean=True) == 1
+    )  # for the next controller
     world.store.cancel(name)
+
+
+def test_a_request_that_breaks_the_shards_takes_no_neighbour_along(world: World) -> None:
+    class Breakable(Stuck):
+        def submit(self, plan: Plan) -> None:
+            if any(member.program.request == poison for member in plan.members):
+                self.broken = True
+            self.is_open.set()
+            super().submit(plan)
+
+        def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:  # type: ignore[override]
+            if getattr(self, "broken", False):
+                yield self.plans[0], ServiceError("the shard stage 0 rank 0 died")
+            yield from super().finished()
+
+    before, poison, after = (world.submit(read_layer(1)) for _ in range(3))
+    description = world.backend.description
+    for _ in range(MAX_ATTEMPTS):  # each a controller, until nothing breaks any more
+        dispatcher = Dispatcher(world.store, description, Breakable(world), PassPolicy(), awake=threading.Event())
+        with pytest.raises(ServiceError, match="died"):
+            dispatcher.run_forever()
+        world.store.requeue("m", is_clean=False)
+    dispatcher = Dispatcher(world.store, description, Breakable(world), PassPolicy(), awake=threading.Event())
+    thread = threading.Thread(target=dispatcher.run_forever)
+    thread.start()
+    statuses = world.wait(before, poison, after)
+    dispatcher.stop()
+    thread.join()
+    assert [status.state for status in statuses] == [RequestState.DONE, RequestState.FAILED, RequestState.DONE]
+    assert isinstance(statuses[1].error, ServiceError)
