@@ -30,7 +30,7 @@ def normalise(base: Meta, index: Any, metas: list[Any], data: Data, *, unknown_c
 
     `unknown_count` stands for the number of True in masks that are not known (assignment does not depend on it).
     """
-    parts = list(index) if isinstance(index, tuple) else [index]
+    parts = [_literal(part) for part in (index if isinstance(index, tuple) else (index,))]
     taken = sum(_dims_taken(part, metas) for part in parts)
     if taken > len(base.shape):
         raise IndexError(f"too many indices: {taken} for a value of {len(base.shape)} dimensions")
@@ -89,7 +89,7 @@ def _normalise_part(
         meta, known = metas[part.node], None
         if meta.dtype in _MASKS or not meta.shape or meta.dtype in (torch.int64, torch.int32):
             known = data(part.node)
-    elif isinstance(part, list) and not _has_refs(part):
+    elif isinstance(part, list):
         known = torch.tensor(part, dtype=None if part else torch.int64)
         meta = contiguous(tuple(known.shape), known.dtype)
     elif isinstance(part, slice):
@@ -139,13 +139,24 @@ def _dims_taken(part: Any, metas: list[Any]) -> int:
         return 0
     if isinstance(part, Ref) and isinstance(metas[part.node], Meta) and metas[part.node].dtype in _MASKS:
         return len(metas[part.node].shape)
-    if isinstance(part, list) and not _has_refs(part):
+    if isinstance(part, list):
         literal = torch.tensor(part)
         return literal.dim() if literal.dtype is torch.bool else 1
     return 1
 
 
-def _has_refs(part: Any) -> bool:
-    if isinstance(part, list):
-        return any(_has_refs(member) for member in part)
-    return isinstance(part, Ref)
+def _literal(part: Any) -> Any:
+    """The part, a sequence in it as a list of numbers. torch has several meanings for anything else there."""
+    if isinstance(part, bool):
+        raise TypeError("True and False are not indices here: use None for a new dimension")
+    if isinstance(part, (list, tuple)):
+        return [_numbers(member) for member in part]
+    return part
+
+
+def _numbers(part: Any) -> Any:
+    if isinstance(part, (list, tuple)):
+        return [_numbers(member) for member in part]
+    if not isinstance(part, int):
+        raise TypeError("a list in an index holds numbers: use torch.stack for values")
+    return part

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from engine.ranges import check_along, check_index, check_range
 from polytrace.errors import GraphError
 from polytrace.graph import DType, NodeId, Operand, Ref
 from polytrace.ops import OPS
@@ -77,7 +78,7 @@ def resolve(operand: Operand, values: Mapping[NodeId, Any] | Sequence[Any]) -> A
 
 def _getitem(base: Tensor, index: Any) -> Tensor:
     if base.is_cuda:
-        _check_index(base, index)
+        check_index(base, index)
     return _TENSOR_GETITEM(base, index)
 
 
@@ -90,7 +91,7 @@ def _item(results: Any, position: int) -> Tensor:
 
 def _setitem(base: Tensor, index: Any, value: Any) -> Tensor:
     if base.is_cuda:
-        _check_index(base, index)
+        check_index(base, index)
     if isinstance(value, Tensor) and value.dtype is not base.dtype:
         value = value.to(base.dtype)  # torch does so for slices and refuses it for lists; an assignment is cast, always
     changed = base.clone()
@@ -155,82 +156,51 @@ def _where_method(base: Tensor, condition: Tensor, other: Any) -> Tensor:
     return torch.where(condition, base, other)
 
 
-# --- index ops: the range is checked here where the kernel would not raise
+# --- index ops: the range is checked first, because a GPU kernel does not raise
 
 
 def _gather(input: Tensor, dim: int, index: Tensor) -> Tensor:
-    _check_along(input, dim, index)
+    if index.is_cuda:
+        check_along(input, dim, index)
     return torch.gather(input, dim, index)
 
 
 def _index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
-    _check_along(input, dim, index)
+    if index.is_cuda:
+        check_along(input, dim, index)
     return torch.index_select(input, dim, index)
 
 
 def _take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
-    if dim is None:
-        _check_range(indices, input.numel(), is_signed=False)
-    else:
-        _check_along(input, dim, indices)
+    if indices.is_cuda and dim is None:
+        check_range(indices, input.numel(), is_signed=False)
+    elif indices.is_cuda and dim is not None:
+        check_along(input, dim, indices)
     return torch.take_along_dim(input, indices, dim)
 
 
 def _scatter(input: Tensor, dim: int, index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    _check_along(input, dim, index)
+    if index.is_cuda:
+        check_along(input, dim, index)
     return torch.scatter(input, dim, index, *args, **kwargs)
 
 
 def _scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
-    _check_along(input, dim, index)
+    if index.is_cuda:
+        check_along(input, dim, index)
     return torch.scatter_add(input, dim, index, src)
 
 
 def _index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
-    _check_along(input, dim, index)
+    if index.is_cuda:
+        check_along(input, dim, index)
     return torch.index_add(input, dim, index, source, alpha=alpha)
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
-    if num_classes >= 0:
-        _check_range(tensor, num_classes, is_signed=False)
+    if tensor.is_cuda:
+        check_range(tensor, num_classes if num_classes >= 0 else None, is_signed=False)
     return functional.one_hot(tensor, num_classes)
-
-
-def _check_index(base: Tensor, index: Any) -> None:
-    """Ranges of the integer tensors in an index; torch checks everything else itself."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if not any(isinstance(part, Tensor) and part.dtype is not torch.bool for part in parts):
-        return
-    taken = sum(_dims_taken(part) for part in parts)
-    dim = 0
-    for part in parts:
-        if part is Ellipsis:
-            dim += base.dim() - taken
-            continue
-        if isinstance(part, Tensor) and part.dtype is not torch.bool and dim < base.dim():
-            _check_range(part, base.shape[dim], is_signed=True)
-        dim += _dims_taken(part)
-
-
-def _dims_taken(part: Any) -> int:
-    """How many dimensions of the base one part of an index stands for; an Ellipsis counts 0."""
-    if part is None or part is Ellipsis or isinstance(part, bool):
-        return 0
-    return part.dim() if isinstance(part, Tensor) and part.dtype is torch.bool else 1
-
-
-def _check_along(input: Tensor, dim: int, index: Tensor) -> None:
-    if index.is_cuda:
-        _check_range(index, input.shape[dim] if input.dim() else 1, is_signed=False)
-
-
-def _check_range(index: Tensor, size: int, *, is_signed: bool) -> None:
-    if not index.is_cuda or not index.numel():
-        return
-    low, high = (int(bound) for bound in torch.stack(torch.aminmax(index)).tolist())
-    if low < (-size if is_signed else 0) or high >= size:
-        raise IndexError(f"index {low if high < size else high} is out of bounds for dimension with size {size}")
 
 
 # --- random ops
@@ -278,7 +248,11 @@ CALLABLES: dict[str, Callable[..., Any]] = {
     "neg": torch.neg,
     "abs": torch.abs,
     "exp": torch.exp,
+    "expm1": torch.expm1,
     "log": torch.log,
+    "log2": torch.log2,
+    "log10": torch.log10,
+    "log1p": torch.log1p,
     "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt,
     "square": torch.square,
@@ -298,6 +272,9 @@ CALLABLES: dict[str, Callable[..., Any]] = {
     "relu": torch.relu,
     "gelu": functional.gelu,
     "silu": _silu,
+    "softplus": functional.softplus,
+    "nan_to_num": torch.nan_to_num,
+    "lerp": torch.lerp,
     # comparison and logic
     "eq": torch.eq,
     "ne": torch.ne,
@@ -306,6 +283,7 @@ CALLABLES: dict[str, Callable[..., Any]] = {
     "gt": torch.gt,
     "ge": torch.ge,
     "isfinite": torch.isfinite,
+    "isinf": torch.isinf,
     "isnan": torch.isnan,
     "bitwise_and": torch.bitwise_and,
     "bitwise_or": torch.bitwise_or,
@@ -325,10 +303,12 @@ CALLABLES: dict[str, Callable[..., Any]] = {
     "var": torch.var,
     "amax": torch.amax,
     "amin": torch.amin,
+    "median": torch.median,
     "max": torch.max,
     "min": torch.min,
     "argmax": torch.argmax,
     "argmin": torch.argmin,
+    "count_nonzero": torch.count_nonzero,
     "all": torch.all,
     "any": torch.any,
     "logsumexp": torch.logsumexp,
@@ -336,6 +316,7 @@ CALLABLES: dict[str, Callable[..., Any]] = {
     "linalg_norm": torch.linalg.norm,
     "vector_norm": torch.linalg.vector_norm,
     "cumsum": torch.cumsum,
+    "cumprod": torch.cumprod,
     # products
     "matmul": torch.matmul,
     "rmatmul": Tensor.__rmatmul__,
@@ -380,6 +361,7 @@ CALLABLES: dict[str, Callable[..., Any]] = {
     "squeeze": torch.squeeze,
     "unsqueeze": torch.unsqueeze,
     "expand": Tensor.expand,
+    "expand_as": Tensor.expand_as,
     "select": torch.select,
     "narrow": torch.narrow,
     "diagonal": torch.diagonal,

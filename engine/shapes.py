@@ -12,7 +12,6 @@ Invariants
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
@@ -23,18 +22,15 @@ from engine.known import KnownValues
 from engine.meta import MISFITS, Frozen, Meta, OneDtype, contiguous, freeze, meta_of, result_of, tensor_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.ragged import TokenDimensions
+from engine.refusals import VALUES_HINT, check_depth, explain, title
 from polytrace.description import ModelDescription, Rows
 from polytrace.errors import GraphError, PolytraceError, TooLargeError
 from polytrace.graph import Call, Constant, Mask, Node, NodeId, Op, Operand, Parameter, Read, Ref, Request, Write
-from polytrace.graph import operands as operands_of
 from polytrace.ops import OPS, Results
 from scheduling.checks import ModelTable, Resolved, resolve
 from scheduling.plan import ValueFacts
 
-_MAX_DEPTH = 8  # of nested tuples and lists in an operand
 _MAX_PARTS = 4_096  # values that split, chunk or unbind may return
-_DATA_NEEDED = ("meta tensor", "nonzero", "data-dependent", "data dependent", "_local_scalar_dense", "output_size")
-_HINT = "its shape depends on values; use torch.where or topk"
 
 
 def infer(description: ModelDescription, request: Request, meta: nn.Module) -> tuple[ValueFacts | None, ...]:
@@ -45,7 +41,7 @@ def infer(description: ModelDescription, request: Request, meta: nn.Module) -> t
     """
     for node in request.graph.nodes:
         if isinstance(node, (Op, Call)):
-            _check_depth(node)
+            check_depth(node)
     names = resolve(request, ModelTable(description))
     walk = _Walk(description, request, meta, names)
     with torch.no_grad():
@@ -92,9 +88,11 @@ class _Walk:
                 error.where = node.where
             raise
         except DependsOnValues:
-            raise GraphError(f"{_title(node)}: {_HINT}", where=node.where) from None
+            raise GraphError(f"{title(node)}: {VALUES_HINT}", where=node.where) from None
         except MISFITS as error:
-            raise GraphError(self._explain(node, error), where=node.where) from None
+            raise GraphError(
+                explain(node, error, [self.values[part] for part in self.needs[position]]), where=node.where
+            ) from None
         self.values.append(value)
         self.facts.append(_facts(value) if isinstance(value, Meta) else None)
         self.known.note(position, self._count(position, node, value) if value is not None else 0)
@@ -297,26 +295,18 @@ class _Walk:
         if num_bytes > self.limits.max_value_bytes:
             shape = list(value.shape) if isinstance(value, Meta) else [list(member.shape) for member in members[:3]]
             raise TooLargeError(
-                f"{_title(node)} would make a value of {num_bytes} bytes ({shape}); the limit is "
+                f"{title(node)} would make a value of {num_bytes} bytes ({shape}); the limit is "
                 f"{self.limits.max_value_bytes}",
                 where=node.where,
             )
         self.live_bytes += num_bytes
         if self.live_bytes > self.limits.max_live_bytes:
             raise TooLargeError(
-                f"the values of the graph up to {_title(node)} take {self.live_bytes} bytes; the limit is "
+                f"the values of the graph up to {title(node)} take {self.live_bytes} bytes; the limit is "
                 f"{self.limits.max_live_bytes}",
                 where=node.where,
             )
         return num_elements
-
-    def _explain(self, node: Node, error: Exception) -> str:
-        """What is wrong, in torch's words, with the shapes that met."""
-        reason = _clean(str(error))
-        if any(sign in str(error) for sign in _DATA_NEEDED) or isinstance(error, NotImplementedError):
-            reason = _HINT
-        met = [_describe(self.values[part]) for part in dict.fromkeys(operands_of(node))][:4]
-        return f"{_title(node)}: {reason}" + (f" (on {', '.join(met)})" if met else "")
 
 
 def _compacted(request: Request, names: Resolved) -> frozenset[NodeId]:
@@ -340,16 +330,6 @@ def _compacted(request: Request, names: Resolved) -> frozenset[NodeId]:
     return frozenset(found)
 
 
-def _check_depth(node: Op | Call) -> None:
-    arguments: tuple[Operand, ...] = (*node.args, *node.kwargs.values()) if isinstance(node, Op) else node.args
-    level: list[Any] = [part for part in arguments if isinstance(part, (tuple, list))]
-    for _ in range(_MAX_DEPTH):
-        if not level:
-            return
-        level = [member for part in level for member in part if isinstance(member, (tuple, list))]
-    raise GraphError(f"{_title(node)} has an argument nested more than {_MAX_DEPTH} deep", where=node.where)
-
-
 def _thawed(frozen: Frozen) -> Tensor:
     if not isinstance(frozen, Meta):
         raise TypeError("a module is called with values only")
@@ -366,27 +346,3 @@ def _fits(value: tuple[int, ...], part: tuple[int, ...]) -> bool:
 
 def _facts(value: Meta) -> ValueFacts:
     return ValueFacts(shape=value.shape, dtype=DTYPE_NAMES[value.dtype], num_bytes=value.num_bytes)
-
-
-def _title(node: Node) -> str:
-    if isinstance(node, Op):
-        return node.name
-    if isinstance(node, Call):
-        return f"calling {node.module}"
-    if isinstance(node, (Read, Write)):
-        return str(node.site)
-    return type(node).__name__.lower()
-
-
-def _describe(value: Meta | tuple[Meta, ...] | None) -> str:
-    if isinstance(value, Meta):
-        return f"{DTYPE_NAMES.get(value.dtype, str(value.dtype))}{list(value.shape)}"
-    return f"{len(value)} values" if value is not None else "nothing"
-
-
-def _clean(message: str) -> str:
-    """torch's reason in one line, without its machinery."""
-    first = message.strip().split("\n")[0].strip()
-    first = re.sub(r"\s*\(?[Tt]his (error )?is (a )?bug.*|Exception raised from.*|on (the )?meta device", "", first)
-    first = first.replace("device='meta', ", "").replace(", device='meta'", "")
-    return first[:300].rstrip(" :") or "its operands do not fit"

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.ops import CALLABLES, DTYPE_NAMES, resolve, run_op
+from engine.ranges import check_along, check_index, check_range
 from polytrace.errors import GraphError
 from polytrace.graph import DType, NodeId, Operand, Ref
 from polytrace.ops import OPS, Results
@@ -33,15 +34,32 @@ def call(*args: Any, **kwargs: Any) -> Call:
     return args, kwargs
 
 
-UNARY = ["neg", "abs", "exp", "sign", "sin", "cos", "tanh", "sigmoid", "erf", "floor", "ceil", "relu", "silu", "square"]
-LOGIC = ["isfinite", "isnan", "logical_not"]
+UNARY = [
+    "neg",
+    "abs",
+    "exp",
+    "sign",
+    "sin",
+    "cos",
+    "tanh",
+    "sigmoid",
+    "erf",
+    "floor",
+    "ceil",
+    "relu",
+    "silu",
+    "square",
+    "expm1",
+    "log1p",
+]
+LOGIC = ["isinf", "isfinite", "isnan", "logical_not"]
 CASTS = ["float", "double", "half", "bfloat16", "long", "int", "bool", "contiguous"]
 COMPARISONS = ["eq", "ne", "lt", "le", "gt", "ge"]
 
 EXAMPLES: dict[str, list[Call]] = {
     **{name: [call(X)] for name in UNARY + LOGIC},
     **{name: [call(X)] for name in CASTS},
-    **{name: [call(POSITIVE)] for name in ("log", "sqrt", "rsqrt", "reciprocal")},
+    **{name: [call(POSITIVE)] for name in ("log", "log2", "log10", "sqrt", "rsqrt", "reciprocal")},
     **{name: [call(X, Y), call(X, 0.5), call(X, other=Y)] for name in COMPARISONS},
     **{name: [call(BITS, X > 1)] for name in ("bitwise_and", "bitwise_or", "bitwise_xor", "logical_and", "logical_or")},
     "add": [call(X, Y), call(X, 2), call(X, Y, alpha=0.5), call(X, other=ROW)],
@@ -61,6 +79,9 @@ EXAMPLES: dict[str, list[Call]] = {
     "maximum": [call(X, Y), call(X, other=Y)],
     "minimum": [call(X, Y), call(X, other=Y)],
     "gelu": [call(X), call(X, approximate="tanh")],
+    "softplus": [call(X), call(X, beta=2, threshold=1)],
+    "nan_to_num": [call(X / 0 * BITS), call(X / 0, nan=1.0, posinf=2.0, neginf=3.0)],
+    "lerp": [call(X, Y, 0.5), call(X, end=Y, weight=POSITIVE)],
     "bitwise_not": [call(BITS), call(IDS)],
     "where": [call(BITS, X, Y), call(BITS, X, 0.0), call(BITS, 1.0, X)],
     "where_method": [call(X, BITS, Y), call(X, BITS, other=0.0)],
@@ -74,6 +95,8 @@ EXAMPLES: dict[str, list[Call]] = {
     "amin": [call(X), call(X, dim=(0, 1), keepdim=True)],
     "max": [call(X), call(X, 1), call(X, dim=1, keepdim=True), call(X, Y)],
     "min": [call(X), call(X, 1), call(X, dim=1, keepdim=True), call(X, Y)],
+    "median": [call(X), call(X, 1), call(X, dim=1, keepdim=True)],
+    "count_nonzero": [call(X), call(X, dim=1)],
     "argmax": [call(X), call(X, -1), call(X, dim=1, keepdim=True)],
     "argmin": [call(X), call(X, -1), call(X, dim=1, keepdim=True)],
     "all": [call(BITS), call(BITS, dim=1, keepdim=True)],
@@ -88,6 +111,7 @@ EXAMPLES: dict[str, list[Call]] = {
     ],
     "vector_norm": [call(X), call(X, 1, -1), call(X, ord=3, dim=(0, 1), keepdim=True, dtype=torch.float64)],
     "cumsum": [call(X, 1), call(IDS, dim=-1, dtype=torch.float32)],
+    "cumprod": [call(X, 1), call(IDS, dim=-1, dtype=torch.float32)],
     "matmul": [call(X, SQUARE), call(X, ROW), call(X, other=SQUARE)],
     "rmatmul": [call(SQUARE, X), call(SQUARE, ROW)],
     "bmm": [call(X, Y.transpose(1, 2))],
@@ -130,6 +154,7 @@ EXAMPLES: dict[str, list[Call]] = {
     "squeeze": [call(X[:1]), call(X[:1], 0), call(X[:1], dim=0)],
     "unsqueeze": [call(X, 1), call(X, dim=-1)],
     "expand": [call(ROW, 2, 3, 4), call(X[:1], (5, -1, -1))],
+    "expand_as": [call(ROW, X), call(X[:1], other=X)],
     "select": [call(X, 1, 2), call(X, dim=1, index=-1)],
     "narrow": [call(X, 1, 0, 2), call(X, dim=1, start=1, length=2)],
     "diagonal": [call(X), call(X, offset=1, dim1=1, dim2=2)],
@@ -189,8 +214,8 @@ def test_the_table_and_the_callables_have_the_same_names() -> None:
 def test_an_op_is_the_plain_torch_call(name: str) -> None:
     for torch_name in OPS[name].torch:
         for args, kwargs in EXAMPLES[name]:
-            if kwargs and ("__" in torch_name or "true_divide" in torch_name):
-                continue  # an operator has no keywords
+            if kwargs and ("__" in torch_name or torch_name.split(".")[1] in ("true_divide", "swapaxes", "swapdims")):
+                continue  # an operator has no keywords, an alias other ones
             if torch_name in ("torch.permute", "torch.reshape", "torch.flip") and len(args) > 2:
                 continue  # only the method takes sizes and dims one by one
             if torch_name in ("torch.permute", "torch.flip") and isinstance((*args, None)[1], int):
@@ -205,7 +230,7 @@ def test_an_op_changes_no_operand_and_returns_tensors(name: str) -> None:
         operands = tensors([args, kwargs])
         before = [operand.clone() for operand in operands]
         result = run_op(name, args, kwargs, seed=None)
-        assert all(map(torch.equal, operands, before))
+        assert all(map(equal, operands, before))
         several = OPS[name].results
         is_many = several in (Results.TWO, Results.LIST) or (
             several is Results.TWO_WITH_DIM and not isinstance(result, Tensor)
@@ -252,10 +277,10 @@ def test_positional_forms_that_write_or_move_are_refused() -> None:
 
 
 def test_operands_resolve_at_any_depth() -> None:
-    values = {3: X, 5: torch.tensor(1)}
+    values = {NodeId(3): X, NodeId(5): torch.tensor(1)}
     operand: Operand = [Ref(NodeId(3)), (slice(Ref(NodeId(5)), None), Ellipsis, DType("bfloat16")), 1.5, "x", True]
     first, (cut, dots, dtype), *rest = resolve(operand, values)
-    assert first is X and cut == slice(values[5], None) and dots is Ellipsis
+    assert first is X and cut == slice(values[NodeId(5)], None) and dots is Ellipsis
     assert dtype is torch.bfloat16 and rest == [1.5, "x", True]
     assert DTYPE_NAMES[dtype] == "bfloat16"
 
@@ -315,11 +340,13 @@ BASES = {
 }
 
 
+@settings(deadline=None)
 @given(index=indices(), base=st.sampled_from(sorted(BASES)))
 def test_getitem_is_torchs(index: Any, base: str) -> None:
     assert equal(run_op("getitem", (BASES[base], index), {}), BASES[base][index])
 
 
+@settings(deadline=None)
 @given(
     index=indices(), base=st.sampled_from(sorted(BASES)), kind=st.sampled_from(["scalar", "tensor", "row", "float64"])
 )
@@ -361,6 +388,7 @@ STEPS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 }
 
 
+@settings(deadline=None)
 @given(
     chain=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4),
     base=st.sampled_from(sorted(BASES)),
@@ -383,6 +411,7 @@ def test_set_view_is_in_place_code_on_a_view_of_a_clone(chain: list[str], base: 
     assert torch.equal(original, before)
 
 
+@settings(deadline=None)
 @given(index=indices(basic=True), more=st.sampled_from(["t", "view", "none"]))
 def test_set_view_walks_getitem_steps(index: Any, more: str) -> None:
     expected = X.clone()
@@ -411,6 +440,35 @@ def test_set_view_refuses_steps_that_copy() -> None:
             run_op("set_view", (X, ((name, (), ()),), 0), {})
     with pytest.raises(TypeError, match="one tensor"):
         run_op("set_view", (X, (("unbind", (), ()),), 0), {})
+
+
+# --- ranges, which a GPU kernel does not check
+
+
+@settings(deadline=None)
+@given(parts=st.lists(st.integers(-4, 4), min_size=1, max_size=3), lists=st.integers(0, 7), ends=st.booleans())
+def test_an_index_is_in_range_where_torch_says_so(parts: list[int], lists: int, ends: bool) -> None:
+    index: tuple[Any, ...] = tuple(
+        torch.tensor([0, part]) if lists >> i & 1 else slice(None) for i, part in enumerate(parts)
+    )
+    index = (Ellipsis, *index) if ends else (None, *index)
+    try:
+        _ = X[index]
+    except IndexError:
+        with pytest.raises(IndexError, match="out of bounds"):
+            check_index(X, index)
+    else:
+        check_index(X, index)
+
+
+def test_indices_along_a_dimension_have_no_signs() -> None:
+    check_along(X, 1, torch.tensor([0, 2]))
+    check_along(X, 1, torch.tensor([], dtype=torch.int64))
+    for wrong in (-1, 3):
+        with pytest.raises(IndexError, match=f"index {wrong} is out of bounds for a dimension with size 3"):
+            check_along(X, 1, torch.tensor([0, wrong]))
+    with pytest.raises(IndexError):
+        check_range(torch.tensor([-1]), None, is_signed=False)
 
 
 # --- random ops

@@ -340,7 +340,11 @@ def test_inferred_shapes_and_dtypes_are_those_of_the_run(data: st.DataObject, me
         if not values[-1].numel():
             return  # torch checks less where there is nothing to do
         index = args[1][-1] if name in ("getitem", "setitem") and isinstance(args[1], tuple) else None
-        if is_unknown_mask(program, values, index) and (name == "getitem" or not values[index.node].dim()):
+        if (
+            isinstance(index, Ref)
+            and is_unknown_mask(program, values, index)
+            and (name == "getitem" or not values[index.node].dim())
+        ):
             assert "depends on values" in program.refusal(meta)
             return
     facts = program.facts(meta)
@@ -443,6 +447,8 @@ def test_operands_that_do_not_fit_are_refused_with_their_shapes(meta: TinyModel)
     assert "index 5 is out of bounds" in refused(meta, "setitem", (0, Ref(NodeId(2))), 0.0)
     assert "too many indices" in refused(meta, "getitem", (0, 0, 0, 0))
     assert "mask" in refused(meta, "getitem", [True, False, True])
+    assert "holds numbers" in refused(meta, "getitem", [Ref(NodeId(2))])
+    assert "None" in refused(meta, "getitem", True)
     assert refused(meta, "view", 7, -1)
     assert refused(meta, "sum", DType("int64"))
     assert refused(meta, "topk", 99)
