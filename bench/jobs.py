@@ -60,7 +60,7 @@ def make_jobs(model: Any, recorder: Recorder, plain: Plain, *, num_users: int) -
         kind, at = KINDS[user % len(KINDS)], choice(user, plain)
         ours, theirs = kind.ask(model, at), kind.check(plain, at)
         request, result = recorder.seen[-1]
-        off = max(difference(torch.as_tensor(ours[name]), theirs[name].cpu()) for name in theirs)
+        off = max(difference(ours[name], theirs[name]) for name in theirs)
         jobs.append(Job(kind=kind.name, request=request, alone=result, off=off))
     return jobs
 

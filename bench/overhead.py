@@ -51,7 +51,7 @@ def run(config: OverheadConfig) -> dict[str, Any]:
         beyond_ms = [1e3 * (a - _FACTOR * b) for a, b in zip(seconds["one"], seconds["bare"], strict=True)]
         low, high = interval(beyond_ms)
         name = f"model.layers.{layer}"
-        kept = plain.read(ids, outputs=[name])[name].cpu()
+        kept = plain.read(ids, outputs=[name])[name]
         rows.append(
             {
                 "tokens": num_tokens,

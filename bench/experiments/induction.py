@@ -38,7 +38,8 @@ def check(plain: Plain, turn: int) -> Values:
     before = plain.model.config._attn_implementation
     plain.model.set_attn_implementation("eager")
     with torch.inference_mode():
-        patterns = plain.model(input_ids=torch.tensor([ids]), use_cache=False, output_attentions=True).attentions
+        batch = torch.tensor([ids], device=plain.device)
+        patterns = plain.model(input_ids=batch, use_cache=False, output_attentions=True).attentions
     plain.model.set_attn_implementation(before)
     return {"scores": torch.cat([pattern[:, :, rows, columns].mean(-1) for pattern in patterns])}
 
