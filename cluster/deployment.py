@@ -2,7 +2,7 @@
 
 Ray places the shards, starts their processes and notices their deaths; nothing else. Plans go to the actors as calls,
 and answers come back as their results. A deployment is one gang: when a shard is lost, the passes in flight are lost
-with it and the deployment is over; `RayShards` then says so and its owner starts another one.
+with it and the deployment is over; its shards then say so (`cluster.gang`) and its owner starts another one.
 
 Expects a process that has joined Ray. Knows nothing of requests, the store or HTTP.
 """
@@ -10,25 +10,24 @@ Expects a process that has joined Ray. Knows nothing of requests, the store or H
 from __future__ import annotations
 
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import ShardActor
+from cluster.gang import Gang, RayShards
 from engine.loading import ShardConfig, check_split
 from polytrace.description import ModelDescription
-from polytrace.errors import PolytraceError, ServiceError
-from scheduling.plan import Plan, ShardResult
+from polytrace.errors import ServiceError
 
 Report = Callable[[str], None]
 
+_LEAVING_S = 2.0  # for a shard to leave by itself before it is killed
 _INHERITED = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN")  # where and whether to look for weights
 
 
@@ -89,7 +88,7 @@ class Deployment:
 
     def __init__(self, config: DeploymentConfig) -> None:
         self.config = config
-        self._actors: list[Any] = []  # by stage, then rank
+        self._gang = Gang([], stages=config.stages, ranks=config.ranks)
         self._group: PlacementGroup | None = None
         self._description: ModelDescription | None = None
         self._views: list[RayShards] = []
@@ -112,21 +111,21 @@ class Deployment:
 
     def shards(self, wake: Callable[[], None] = lambda: None) -> RayShards:
         """The loop's view of the shards. `wake` is called from another thread when a pass has ended."""
-        self._views.append(RayShards(self._actors, self.config, wake))
+        self._views.append(RayShards(self._gang, wake))
         return self._views[-1]
 
     def process_ids(self) -> list[int]:
         """Of the shards, by stage, then rank; waits until each has done what it was given."""
-        return self._call("ping")
+        return self._gang.call("ping")
 
     def stop(self) -> None:
         """Ends the shards' processes and gives their place back. May be called at any time, also twice."""
         for view in self._views:
             view.close()
-        actors, self._actors = self._actors, []
+        actors, self._gang.actors = self._gang.actors, []
         if actors and ray.is_initialized():
             leaving = [actor.stop.remote() for actor in actors]
-            ray.wait(leaving, num_returns=len(leaving), timeout=2)
+            ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVING_S)
             for actor in actors:
                 ray.kill(actor)
         group, self._group = self._group, None
@@ -142,21 +141,20 @@ class Deployment:
         group = self._reserve(placement, report)
         # 2) a process for each, which meet
         report(f"starting {config.num_shards} shards on {placement.device}, {placement.threads} threads each")
-        self._actors = [
+        self._gang.actors = [
             self._launch(placement, group, stage, rank)
             for stage in range(config.stages)
             for rank in range(config.ranks)
         ]
         self._await_processes(report)
-        point = self._get([self._actors[0].host_meeting.remote()])[0]
-        self._call("meet", point)
+        self._gang.call("meet", self._gang.call_first("host_meeting"))
         # 3) weights
         self._load(report)
         # 4) self-test, and the description that follows from it
         report("self-testing: a row must be the same bits beside neighbours and alone")
-        reports = self._call("gate")
-        description: ModelDescription = self._get([self._actors[0].describe.remote(config.name, reports)])[0]
-        self._call("open", description)
+        reports = self._gang.call("gate")
+        description: ModelDescription = self._gang.call_first("describe", config.name, reports)
+        self._gang.call("open", description)
         self._description = description
         report(f"{config.name} is ready: {config.stages} stages x {config.ranks} ranks")
         return description
@@ -208,122 +206,26 @@ class Deployment:
         return remote.remote(shard, placement.backend)
 
     def _await_processes(self, report: Report) -> None:
-        waiting: list[Any] = [actor.ping.remote() for actor in self._actors]
-        while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1)
-            self._get(ready)
-            report(f"{self.config.num_shards - len(waiting)} of {self.config.num_shards} shard processes are up")
+        # A process imports torch and transformers first: many seconds on few cores.
+        calls = self._gang.start("ping")
+        for count in range(1, len(calls) + 1):
+            ray.wait(calls, num_returns=count)
+            report(f"{count} of {len(calls)} shard processes are up")
+        failure = self._gang.first_failure(calls)
+        if failure is not None:
+            raise failure
 
     def _load(self, report: Report) -> None:
         streams: dict[Any, int] = {
-            actor.load.options(num_returns="streaming").remote(): index for index, actor in enumerate(self._actors)
+            actor.load.options(num_returns="streaming").remote(): index for index, actor in enumerate(self._gang.actors)
         }
         while streams:
             ready: list[Any] = ray.wait(list(streams), num_returns=1)[0]
             for stream in ready:
+                index = streams[stream]
                 try:
-                    line = ray.get(next(stream))
+                    report(f"{self._gang.name(index)}: {ray.get(next(stream))}")
                 except StopIteration:
                     del streams[stream]
                 except RayError as error:
-                    _raise(error, shard_name(streams[stream], self.config))
-                else:
-                    report(f"{shard_name(streams[stream], self.config)}: {line}")
-
-    def _call(self, method: str, *args: Any) -> list[Any]:
-        """Calls every shard at once and waits for all answers."""
-        return self._get([getattr(actor, method).remote(*args) for actor in self._actors])
-
-    def _get(self, calls: list[Any]) -> list[Any]:
-        failure = _first_failure(calls, self.config)
-        if failure is not None:
-            raise failure
-        return ray.get(calls)
-
-
-class RayShards:
-    """The loop's shards (`scheduling.loop.Shards`): as many passes in flight as there are stages.
-
-    After a loss `finished` hands every pass in flight back with the reason, and raises it from then on.
-    """
-
-    def __init__(self, actors: list[Any], config: DeploymentConfig, wake: Callable[[], None]) -> None:
-        self._actors = actors
-        self._config = config
-        self._wake = wake
-        self._num_in_flight = 0
-        self._submitted: queue.SimpleQueue[tuple[Plan, list[Any]] | None] = queue.SimpleQueue()
-        self._ended: queue.SimpleQueue[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]] = queue.SimpleQueue()
-        self._loss: PolytraceError | None = None
-        threading.Thread(target=self._watch, name="passes", daemon=True).start()
-
-    def have_room(self) -> bool:
-        return self._loss is None and self._num_in_flight < self._config.stages
-
-    def submit(self, plan: Plan) -> None:
-        handle = ray.put(plan)  # serialised once for all shards
-        self._num_in_flight += 1
-        self._submitted.put((plan, [actor.run.remote(handle) for actor in self._actors]))
-
-    def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:
-        if self._loss is not None and self._num_in_flight == 0:
-            raise self._loss
-        while not self._ended.empty():
-            plan, results = self._ended.get()
-            self._num_in_flight -= 1
-            yield plan, results
-        if self._loss is not None:
-            self._wake()  # so that the loop comes again and hears of it
-
-    def close(self) -> None:
-        """Nothing is submitted from now on."""
-        self._submitted.put(None)
-
-    def _watch(self) -> None:
-        while (submitted := self._submitted.get()) is not None:
-            plan, calls = submitted
-            if self._loss is None:
-                self._loss = _first_failure(calls, self._config)
-            self._ended.put((plan, self._loss or tuple(ray.get(calls))))
-            self._wake()
-
-
-def shard_name(index: int, config: DeploymentConfig) -> str:
-    """What a shard is called in progress lines and errors."""
-    return f"stage {index // config.ranks} rank {index % config.ranks}"
-
-
-def _first_failure(calls: list[Any], config: DeploymentConfig) -> PolytraceError | None:
-    """Waits for all calls or the first to fail; the error of the shard that died, rather than of its neighbours."""
-    waiting: list[Any] = list(calls)
-    failed: dict[int, RayError] = {}
-    while waiting:
-        # After a failure the others hear of it within moments: gloo and NCCL notice a dead peer.
-        ready, waiting = ray.wait(waiting, num_returns=1, timeout=1.0 if failed else None)
-        if not ready:
-            break
-        try:
-            ray.get(ready[0])
-        except RayError as error:
-            failed[calls.index(ready[0])] = error
-    if not failed:
-        return None
-    index = next((i for i, error in failed.items() if isinstance(error, RayActorError)), next(iter(failed)))
-    return _as_polytrace(failed[index], shard_name(index, config))
-
-
-def _as_polytrace(error: RayError, name: str) -> PolytraceError:
-    cause = error.cause if isinstance(error, RayTaskError) else None
-    if isinstance(cause, PolytraceError):
-        return type(cause)(f"{name}: {cause.message}", where=cause.where)
-    if isinstance(error, RayActorError):
-        return ServiceError(f"the shard {name} died: {_first_line(error)}")
-    return ServiceError(f"the shard {name} failed: {_first_line(cause or error)}")
-
-
-def _raise(error: RayError, name: str) -> NoReturn:
-    raise _as_polytrace(error, name) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+                    raise self._gang.explain(index, error) from error

@@ -130,7 +130,7 @@ class Distributed:
         timeout_s: float = COLLECTIVE_TIMEOUT_S,
     ) -> None:
         self.stage, self.stages, self.rank, self.ranks = stage, stages, rank, ranks
-        self.device = torch.device(device)
+        self.device = _with_index(torch.device(device))
         self.bytes = LinkBytes()
         self._store = store
         self._timeout = timedelta(seconds=timeout_s)
@@ -138,15 +138,13 @@ class Distributed:
         self._barriers = 0
         backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
         self._wire = torch.device("cpu") if backend == "gloo" else self.device  # where bytes lie when they travel
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         dist.init_process_group(
             backend,
             store=store,
             rank=stage * ranks + rank,
             world_size=stages * ranks,
             timeout=self._timeout,
-            device_id=torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None,
+            device_id=self.device if backend == "nccl" else None,
         )
         groups = [self._group([s * ranks + r for r in range(ranks)]) for s in range(stages)]
         self.rank_group = groups[stage]  # the ranks of this stage
@@ -236,6 +234,15 @@ class Distributed:
 
     def _peer(self, stage: int) -> int:
         return stage * self.ranks + self.rank
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The device that "cuda" means here, made current: NCCL wants it by number."""
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

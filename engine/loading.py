@@ -8,24 +8,21 @@ model's class puts the stubs in and applies the tensor-parallel plan on the meta
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils.hub import cached_file
 
+from engine.checkpoint import Needs, checkpoint_dtype, lazy_state
 from engine.links import Links
 from engine.parallel import Split, install_splits, place_splits, plan_splits
 from engine.windows import Layout, Window, find_layout, keep_window
@@ -78,7 +75,7 @@ def resolve_dtype(source: str, dtype: str) -> torch.dtype:
         config, _ = _config_and_class(source)
         found: Any = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
         if found is None:
-            found = _checkpoint_dtype(source)
+            found = checkpoint_dtype(source)
         resolved: torch.dtype = getattr(torch, found) if isinstance(found, str) else found
         return resolved
     named = getattr(torch, dtype, None)
@@ -112,8 +109,8 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
 
     with ExitStack() as files:
         if config.random_weights_seed is None:
-            needs = _Needs(window=window, dropped=every_key - owned_keys - set(tied.values()))
-            state = _lazy_state(config.source, needs, files, report)
+            needs = Needs(window=window, dropped=every_key - owned_keys - set(tied.values()))
+            state = lazy_state(config.source, needs, files, report)
         else:
             state = _random_state(whole, config.random_weights_seed)
         for target, source in tied.items():
@@ -187,78 +184,6 @@ def _from_state(
     if hasattr(model.config, "distributed_config"):
         del model.config.distributed_config
     return model, applied[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Needs:
-    """Which checkpoint keys a shard may need. In doubt it may: transformers decides about what it is given."""
-
-    window: Window
-    dropped: set[str]  # keys of the whole model that the shard does not own
-
-    def has(self, key: str) -> bool:
-        layer = self._layer_of(key)
-        if layer is not None:
-            return self.window.first <= layer < self.window.stop
-        # A checkpoint may lack the base model's prefix ("wte.weight" for "transformer.wte.weight").
-        return not any(name == key or name.endswith(f".{key}") for name in self.dropped)
-
-    def _layer_of(self, key: str) -> int | None:
-        parts = key.split(".")
-        names = self.window.layers.split(".")
-        for depth in range(len(names)):  # the full path of the layers' list, or without leading prefixes
-            tail = names[depth:]
-            if parts[: len(tail)] == tail and len(parts) > len(tail) and parts[len(tail)].isdigit():
-                return int(parts[len(tail)])
-        return None
-
-
-def _lazy_state(source: str, needs: _Needs, files: ExitStack, report: Report) -> dict[str, Any]:
-    """Checkpoint key -> lazy slice, from the files that hold a needed key; the others are not opened."""
-    where = _weight_files(source)
-    wanted = sorted({file for key, file in where.items() if needs.has(key)}) if where else ["model.safetensors"]
-    state: dict[str, Any] = {}
-    for number, name in enumerate(wanted, start=1):
-        report(f"opening {name} ({number} of {len(wanted)})")
-        try:
-            opened = files.enter_context(safe_open(_file(source, name), framework="pt", device="cpu"))
-        except (OSError, SafetensorError) as error:
-            raise ServiceError(f"cannot read {name} of {source}: {error}") from error
-        state.update({key: opened.get_slice(key) for key in opened.keys() if needs.has(key)})  # noqa: SIM118
-    return state
-
-
-def _weight_files(source: str) -> dict[str, str]:
-    """Checkpoint key -> file name, from the index; empty when the checkpoint is one file."""
-    index = _file(source, "model.safetensors.index.json", is_required=False)
-    if index is None:
-        return {}
-    return dict(json.loads(Path(index).read_text())["weight_map"])
-
-
-def _file(source: str, name: str, *, is_required: bool = True) -> str | None:
-    try:
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise ServiceError(f"cannot get {name} of {source}: {error}") from error
-    if path is None and is_required:
-        raise ServiceError(f"{source} has no {name}: polytrace reads weights in the safetensors format")
-    return path
-
-
-def _checkpoint_dtype(source: str) -> torch.dtype:
-    """The dtype of the first floating-point weight, as transformers' own "auto" takes it; float32 without weights."""
-    where = _weight_files(source)
-    name = where[min(where)] if where else "model.safetensors"
-    path = _file(source, name, is_required=bool(where))
-    if path is None:
-        return torch.float32
-    with safe_open(path, framework="pt", device="cpu") as opened:
-        for key in opened.keys():  # noqa: SIM118
-            dtype: torch.dtype = opened.get_slice(key)[:0].dtype
-            if dtype.is_floating_point:
-                return dtype
-    raise ServiceError(f"{name} of {source} has no floating-point weights")
 
 
 def _config_and_class(source: str) -> tuple[Any, Any]:

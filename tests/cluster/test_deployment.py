@@ -18,7 +18,8 @@ from ray.util import placement_group_table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cluster.deployment import Deployment, DeploymentConfig, RayShards, plan_placement
+from cluster.deployment import Deployment, DeploymentConfig, plan_placement
+from cluster.gang import RayShards
 from engine.loading import meta_model
 from engine.local import DirectBackend
 from polytrace.description import ModelDescription

@@ -54,7 +54,7 @@ def shard(index: int, port: int, out: str) -> None:
 
 
 def survivor(index: int, port: int, out: str) -> None:
-    links = Distributed(join_store("127.0.0.1", port), stage=index, stages=2, rank=0, ranks=1, timeout_s=20)
+    links = Distributed(join_store("127.0.0.1", port), stage=index, stages=2, rank=0, ranks=1, timeout_s=60)
     links.barrier()
     if index == 1:
         return  # dies without a word
