@@ -15,7 +15,8 @@ from engine.loading import ShardConfig, meta_model
 from engine.local import DirectBackend
 from engine.shard import Shard
 from polytrace.errors import PolytraceError, ServiceError
-from scheduling.plan import Plan, ShardResult
+from polytrace.graph import Graph, Op
+from scheduling.plan import Plan, Program, ShardResult
 from scheduling.scheduler import PassPolicy
 
 
@@ -107,3 +108,29 @@ class ProcessShards:
 def process_backend(source: str, shards: ProcessShards, policy: PassPolicy | None = None) -> DirectBackend:
     """A backend over process shards, for `polytrace.model.Model`."""
     return DirectBackend(source, shards, shards.description, meta_model(source), policy)
+
+
+BROKEN_SEED = 666
+
+
+class FaultyShard(Shard):
+    """A shard on which every arithmetic op of requests with `BROKEN_SEED` fails, and of no other."""
+
+    def run(self, plan: Plan) -> ShardResult:
+        members = tuple(
+            dataclasses.replace(member, program=_broken(member.program))
+            if member.program.seed == BROKEN_SEED
+            else member
+            for member in plan.members
+        )
+        return super().run(dataclasses.replace(plan, members=members))
+
+
+def _broken(program: Program) -> Program:
+    nodes = tuple(
+        dataclasses.replace(node, args=(*node.args, "not a number"))
+        if isinstance(node, Op) and node.name == "mul"
+        else node
+        for node in program.graph.nodes
+    )
+    return dataclasses.replace(program, graph=Graph(nodes=nodes))

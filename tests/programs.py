@@ -108,6 +108,16 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     return model.to(dtype)
 
 
+def served_together(model: Any, backend: Any, users: list[Program], dtype: torch.dtype) -> list[list[Tensor]]:
+    """The saved values of each user's program, all merged as far as the backend's pass policy lets them."""
+    tracers = [record(model, program, dtype, run=False)[0] for program in users]
+    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [ours_in_order(tracer, outcome.values) for tracer, outcome in zip(tracers, outcomes, strict=True)]
+
+
 def places(family: str) -> st.SearchStrategy[Place]:
     def at(layer: int, part: tuple[str, str, tuple[int, ...], int]) -> Place:
         path, port, selector, width = part

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from programs import CONFIGS, Program, difference, model_of, ours_in_order, programs, record, run_by_hand
+from programs import CONFIGS, Program, difference, model_of, programs, run_by_hand, served_together
 from transformers import PreTrainedModel
 
 from engine.local import LocalBackend
@@ -30,12 +30,7 @@ class Served:
         self.model = Model(self.backend)
 
     def run_together(self, users: list[Program]) -> list[list[torch.Tensor]]:
-        tracers = [record(self.model, program, self.dtype, run=False)[0] for program in users]
-        outcomes = self.backend.run_together([self.backend.compile(tracer.built_request()) for tracer in tracers])
-        for outcome in outcomes:
-            if outcome.error is not None:
-                raise outcome.error
-        return [ours_in_order(tracer, outcome.values) for tracer, outcome in zip(tracers, outcomes, strict=True)]
+        return served_together(self.model, self.backend, users, self.dtype)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

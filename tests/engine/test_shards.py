@@ -1,0 +1,98 @@
+"""Promises 1 to 3 over real shard processes: stages, ranks and both, against one request alone and Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from processes import BROKEN_SEED, FaultyShard, ProcessShards, process_backend
+from programs import Program, difference, model_of, ours_in_order, programs, record, run_by_hand, served_together
+
+from engine.local import DirectBackend, LocalBackend
+from polytrace.errors import RunError
+from polytrace.model import Model
+from scheduling.scheduler import PassPolicy
+
+FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
+EVERYONE = PassPolicy(budget_tokens=1 << 20, max_members=1000)
+# The first example that hypothesis tries is the smallest one; the second is a random one.
+TWICE = settings(
+    max_examples=2,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+GRIDS = [("llama", 2, 2), ("gpt2", 2, 2), ("gemma2", 2, 2), ("llama", 1, 4), ("gemma2", 4, 1)]
+
+
+class Deployed:
+    """A tiny model on shard processes, and the plain model beside it."""
+
+    def __init__(self, family: str, stages: int, ranks: int, folder: Path) -> None:
+        self.family, self.stages, self.ranks, self.folder = family, stages, ranks, str(folder)
+        self.plain = model_of(family)
+        self.plain.save_pretrained(folder)
+        self.shards = ProcessShards(
+            self.folder, stages=stages, ranks=ranks, kinds={(stages - 1, ranks - 1): FaultyShard}
+        )
+        self.backend: DirectBackend = process_backend(self.folder, self.shards, EVERYONE)
+        self.model = Model(self.backend)
+
+    def run(self, users: list[Program]) -> list[list[torch.Tensor]]:
+        return served_together(self.model, self.backend, users, torch.float32)
+
+
+@pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: "-".join(map(str, grid)))
+def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    family, stages, ranks = request.param
+    deployment = Deployed(family, stages, ranks, tmp_path_factory.mktemp("model"))
+    yield deployment
+    deployment.shards.close()
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@TWICE
+@given(data=st.data())
+def test_32_random_programs_merged_get_their_own_bits_and_hugging_faces_numbers(
+    deployed: Deployed, data: st.DataObject
+) -> None:
+    users = [data.draw(programs(deployed.family)) for _ in range(32)]
+    merged = deployed.run(users)
+    for program, ours in zip(users, merged, strict=True):
+        assert same(ours, deployed.run([program])[0]), program
+        assert difference(ours, run_by_hand(deployed.plain, program), program) <= FLOAT32_TOLERANCE, program
+    if deployed.ranks == 1:  # stages change no bit
+        one = LocalBackend(deployed.folder, threads=1, policy=EVERYONE)
+        for ours, theirs in zip(merged, served_together(Model(one), one, users, torch.float32), strict=True):
+            assert same(ours, theirs)
+
+
+@TWICE
+@given(data=st.data())
+def test_a_graph_that_fails_on_one_shard_leaves_its_31_neighbours_unchanged(
+    deployed: Deployed, data: st.DataObject
+) -> None:
+    users = [data.draw(programs(deployed.family)) for _ in range(31)]
+    undisturbed = deployed.run(users)
+    norm = "transformer.ln_f" if deployed.family == "gpt2" else "model.norm"
+    with deployed.model.trace([5, 6, 7], seed=BROKEN_SEED, run=False) as failing:
+        last = deployed.model.get_submodule(norm).input
+        last[:] = last * 2.0
+        deployed.model.lm_head.output[:, -1].save()
+    tracers = [record(deployed.model, program, run=False)[0] for program in users]
+    requests = [*(tracer.built_request() for tracer in tracers[:15]), failing.built_request()]
+    requests += [tracer.built_request() for tracer in tracers[15:]]
+    outcomes = deployed.backend.run_together([deployed.backend.compile(request) for request in requests])
+    failed = outcomes.pop(15)
+    assert isinstance(failed.error, RunError)
+    assert failed.error.where is not None and failed.error.where.startswith("test_shards.py:")
+    for tracer, outcome, expected in zip(tracers, outcomes, undisturbed, strict=True):
+        assert outcome.error is None
+        assert same(ours_in_order(tracer, outcome.values), expected)
