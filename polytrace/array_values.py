@@ -9,22 +9,26 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from polytrace.arguments import normalised
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import DType
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name
-from polytrace.ops import BY_TORCH_NAME
+from polytrace.methods import install
 from polytrace.storage import State
 from polytrace.tensors import DTYPES, RawTensor
 from polytrace.values import Recorded, record, record_in_place, shape_of
 
 
-class ArrayValue(Recorded):
+class _Held:
+    """First base of both classes, so that Python lets an object of the one become one of the other."""
+
+    __slots__ = ()
+
+
+class ArrayValue(_Held, Recorded):
     """A recorded value; once saved and returned, what its numpy array is."""
 
-    __slots__ = ("__dict__",)
     __array_ufunc__ = None  # numpy arrays leave `array * value` to us
     __array_priority__ = 1000
 
@@ -86,10 +90,9 @@ class UnknownMethodError(GraphError, AttributeError):
     """Python's own protocols look for attributes and expect an AttributeError."""
 
 
-class ReturnedValue:
+class ReturnedValue(_Held):
     """A saved value after its trace: stands for the numpy array that it became."""
 
-    __slots__ = ("__dict__",)
     __array_priority__ = 1000
 
     @property
@@ -153,22 +156,6 @@ def plain(value: Any) -> Any:
     return value.value if isinstance(value, ReturnedValue) else value
 
 
-def _method(op: str) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        positional, named = normalised(op, (self, *args), kwargs)
-        return record(op, positional, named)
-
-    return method
-
-
-def _in_place_method(op: str) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        positional, named = normalised(op, args, kwargs)
-        return record_in_place(op, self, positional, named)
-
-    return method
-
-
 def _delegate(name: str) -> Callable[..., Any]:
     function = getattr(operator, name)
 
@@ -188,17 +175,7 @@ def _reflected(name: str) -> Callable[..., Any]:
 
 
 def _install() -> None:
-    """Gives both classes their methods and operators."""
-    for name, spec in BY_TORCH_NAME.items():
-        room, _, method = name.partition(".")
-        if room != "Tensor" or method in vars(ArrayValue) or method in vars(Recorded):
-            continue
-        setattr(ArrayValue, method, _method(spec.name))
-        bare = method.strip("_")
-        if not method.startswith("__"):
-            setattr(ArrayValue, f"{method}_", _in_place_method(spec.name))
-        elif f"i{bare}" in _IN_PLACE_OPERATORS:
-            setattr(ArrayValue, f"__i{bare}__", _in_place_method(spec.name))
+    """Gives a returned value its array's operators."""
     for binary in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor"]:
         bare = binary.strip("_")
         setattr(ReturnedValue, f"__{bare}__", _delegate(binary))
@@ -213,8 +190,5 @@ def _converted(converter: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda self: converter(self.value)
 
 
-_IN_PLACE_OPERATORS = frozenset(
-    ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
-)
-
+install(ArrayValue, frozenset(vars(Recorded)) | frozenset(vars(ArrayValue)))
 _install()

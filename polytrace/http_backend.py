@@ -7,6 +7,7 @@ waiting (Ctrl-C, a time-out) cancels it.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -35,6 +36,7 @@ class HttpBackend:
         self._url = url
         self._timeout_s = timeout_s
         self._client = make_client(url, key)
+        weakref.finalize(self, self._client.close)  # notebooks rarely close what they opened
         try:
             self.name = name if name is not None else self._only_name()
             self._base = f"/v1/models/{quote(self.name, safe='')}"

@@ -18,6 +18,8 @@ from polytrace.arguments import normalised
 from polytrace.errors import GraphError
 from polytrace.grammar import unknown_op
 from polytrace.lines import user_line
+from polytrace.literals import dtype_name
+from polytrace.methods import install
 from polytrace.ops import BY_TORCH_NAME
 from polytrace.storage import State, is_recorded
 from polytrace.tensors import DTYPES, RawTensor
@@ -30,6 +32,8 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
     """A recorded value that is a torch.Tensor to every library. Made by `tensor_value`."""
 
     _state: State
+    __array_ufunc__ = None  # numpy leaves `array * value` to us
+    __array_priority__ = 1000
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,6 +98,13 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
     def is_complex(self) -> bool:
         return False
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """A dtype, or a tensor whose dtype is meant; devices mean nothing here."""
+        wanted = [part for part in (*args, kwargs.get("dtype"), kwargs.get("other")) if _is_dtype_like(part)]
+        return record("to", (self, wanted[0]), {}) if wanted else self
+
+    type = to
+
 
 _PLACEHOLDER = torch.empty(0)
 
@@ -124,6 +135,9 @@ def decode(raw: RawTensor) -> Tensor:
 
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+
+
+install(TensorValue, frozenset(vars(Recorded)) | frozenset(vars(TensorValue)))
 
 
 # --- what each torch function is recorded as
@@ -174,13 +188,14 @@ def _setitem(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args[0].__setitem__(args[1], args[2])
 
 
-def _to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`.to(...)` in all its forms; devices mean nothing here, so what remains is a dtype, or nothing."""
-    value, *rest = args
-    wanted = [
-        part for part in (*rest, kwargs.get("dtype"), kwargs.get("other")) if isinstance(part, (torch.dtype, Tensor))
-    ]
-    return record("to", (value, wanted[0]), {}) if wanted else value
+def _to_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if is_recorded(args[0]):
+        return TensorValue.to(*args, **kwargs)
+    return record("to", args[:2], {})  # client_tensor.to(value)
+
+
+def _is_dtype_like(part: Any) -> bool:
+    return isinstance(part, (torch.dtype, Tensor)) or dtype_name(part) is not None
 
 
 def _itself(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -204,7 +219,7 @@ def _handlers() -> dict[Any, Handler]:
         found[getattr(Tensor, name)] = _in_place_recorder(name.strip("_"))
     for name in ("cpu", "cuda", "requires_grad_", "pin_memory"):
         found[getattr(Tensor, name)] = _itself
-    found |= {Tensor.__getitem__: _getitem, Tensor.__setitem__: _setitem, Tensor.to: _to, Tensor.type: _to}
+    found |= {Tensor.__getitem__: _getitem, Tensor.__setitem__: _setitem, Tensor.to: _to_first, Tensor.type: _to_first}
     return found
 
 

@@ -178,11 +178,11 @@ class Tracer:
 
     def _hand_out(self, names: tuple[str, ...], results: dict[str, Any]) -> None:
         """Every saved value becomes its result."""
-        given: set[str] = set()
-        for (_, value, _), name in zip(self.recording.saved, names, strict=True):
-            result = results[name] if name not in given else self.model.kind.another(results[name])
-            given.add(name)
-            self.model.kind.become(value, result)
+        kind, own = self.model.kind, []
+        for place, name in enumerate(names):
+            own.append(kind.another(results[name]) if name in names[:place] else results[name])
+        for (_, value, _), result in zip(self.recording.saved, own, strict=True):
+            kind.become(value, result)
 
     def _check_open(self) -> None:
         if _open.get() is not self:

@@ -254,5 +254,5 @@ def _refuse(message: str) -> NoReturn:
 def _refuse_number(what: str) -> NoReturn:
     _refuse(
         f"a recorded value has no data yet, so {what} cannot have its number: keep computing with the value itself, "
-        "or save it and use it after the block"
+        "or save it and use it after the block (several: `results.append(value.save())`)"
     )

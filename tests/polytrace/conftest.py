@@ -152,3 +152,13 @@ def backend() -> FakeBackend:
 @pytest.fixture
 def model(backend: FakeBackend) -> Model:
     return Model(backend)
+
+
+@pytest.fixture
+def other_model() -> Model:
+    return Model(FakeBackend())
+
+
+@pytest.fixture
+def receipt_of_a_run() -> Receipt:
+    return receipt()

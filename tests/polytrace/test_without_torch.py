@@ -1,0 +1,140 @@
+"""The client where torch is not installed: in a process of its own, where importing torch fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROLOGUE = """
+import sys
+for name in ("torch", "transformers", "ray"):
+    sys.modules[name] = None
+import numpy as np
+from conftest import FakeBackend
+from polytrace import functions
+from polytrace.certificate import ValueShape
+from polytrace.errors import GraphError
+from polytrace.graph import Op, Write
+from polytrace.model import Model
+
+backend = FakeBackend()
+model = Model(backend)
+layer = model.model.layers[1]
+
+def refused(use, *words):
+    try:
+        use()
+    except GraphError as error:
+        assert all(word in str(error) for word in words), str(error)
+    else:
+        raise AssertionError("not refused")
+
+def ops():
+    return [node.name for node in backend.requests[-1].graph.nodes if isinstance(node, Op)]
+"""
+
+
+def run(program: str) -> None:
+    """Runs a program behind the prologue; its asserts are the test's."""
+    here = Path(__file__).parent
+    environment = {"PYTHONPATH": f"{here}:{here.parents[1]}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROLOGUE + program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_values_record_and_become_arrays() -> None:
+    run("""
+backend.results = {"0": np.arange(6, dtype=np.float32).reshape(2, 3), "1": np.array(2.0)}
+with model.trace("the Eiffel Tower") as tracer:
+    hidden = layer.output[0].save()
+    layer.output[0][:, -1] += np.ones(8, np.float32)
+    logits = model.lm_head(model.model.norm(hidden * 2 - 1))
+    best = (np.float32(1) - functions.softmax(logits, dim=-1).mean(-1).to("float64")).save()
+    assert hidden.shape == (1, 4, 8) and hidden.dtype == "float32" and len(hidden) == 1
+    assert "model.layers.1.output" in repr(hidden)
+assert ops() == ["getitem", "add", "setitem", "mul", "sub", "softmax", "mean", "to", "rsub"], ops()
+assert sum(isinstance(node, Write) for node in backend.requests[-1].graph.nodes) == 1
+assert type(hidden.value) is np.ndarray and hidden.shape == (2, 3) and hidden.mean() == 2.5
+assert np.array_equal(hidden, np.arange(6).reshape(2, 3))
+assert np.stack([hidden, hidden]).shape == (2, 2, 3)
+assert ((hidden + 1) * hidden)[0, 1] == 2 and (1 - hidden)[1, 2] == -4 and (hidden == 3).sum() == 1
+assert float(best) == 2.0 and np.exp(best) > 7 and [row.sum() for row in hidden] == [3, 12]
+assert tracer.receipt.tokens == 3 and tracer.tokens[0][0] == "<s>"
+""")
+
+
+def test_in_place_code_is_recorded() -> None:
+    run("""
+with model.trace([1, 2, 3]):
+    h = layer.mlp.output
+    h[:, 0] = 0
+    h.mul_(2)
+    last = h[:, -1]
+    last -= 1
+    last.zero_()
+    h.at(0).fill_(3)
+    h.save()
+assert ops().count("setitem") == 4, ops()
+assert sum(isinstance(node, Write) for node in backend.requests[-1].graph.nodes) == 5
+""")
+
+
+def test_shapes_are_asked_of_the_service_once() -> None:
+    run("""
+backend.shape = ValueShape(shape=(1, 3, 32), dtype="bfloat16")
+for _ in range(3):
+    with model.trace([1, 2, 3]):
+        value = model.lm_head.output * 2
+        assert value.shape == (1, 3, 32) and value.dtype == "bfloat16"
+        left, right = value.chunk(2, dim=-1)
+        first, *_ = value.unbind(1)
+        left.save()
+assert len(backend.validated) == 1
+""")
+
+
+def test_refusals_are_the_same() -> None:
+    run("""
+with model.trace([1, 2, 3]):
+    h = layer.output[0].save()
+    refused(lambda: bool(h), "torch.where")
+    refused(lambda: float(h), "float()")
+    refused(lambda: h.item(), ".item()")
+    refused(lambda: h.softmux(-1), "did you mean softmax")
+    refused(lambda: h.sum(dims=1), "did you mean dim")
+    refused(lambda: h[0], "output[0][:, -1]")
+    refused(lambda: np.asarray(h), "results.append")
+    refused(lambda: functions.fft(h), "no operation 'fft'")
+    refused(lambda: functions.exp(1), "none among these")
+    unsaved = h + 1
+refused(lambda: unsaved + 1, "was not saved")
+""")
+
+
+def test_results_decode_to_arrays_with_bfloat16_widened() -> None:
+    run("""
+from polytrace.kinds import value_kind
+from polytrace.tensors import RawTensor
+decode = value_kind().decode
+bits = np.array([0x3F80, 0xC000], np.uint16)
+wide = decode(RawTensor(dtype="bfloat16", shape=(2,), data=memoryview(bits.tobytes())))
+assert wide.dtype == np.float32 and wide.tolist() == [1.0, -2.0]
+buffer = np.array([[1, 2]], np.int64).tobytes()
+assert decode(RawTensor(dtype="int64", shape=(1, 2), data=memoryview(buffer))).tolist() == [[1, 2]]
+""")
+
+
+def test_importing_polytrace_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, polytrace; print(sorted({'torch', 'numpy', 'httpx', 'transformers', 'ray'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
