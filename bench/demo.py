@@ -152,7 +152,7 @@ def users_table(visits: Sequence[Visit], differences: Sequence[float]) -> Table:
     table = Table(title="Eight users at once", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("user\n", no_wrap=True)
     table.add_column("experiment\n", no_wrap=True)
-    for heading in ("traces\n", "passes\n", "users\na pass", "tokens\n", "bytes\nreturned", "bytes\nread"):
+    for heading in ("passes\n", "users\na pass", "tokens\n", "bytes\nreturned", "bytes\nread"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("off from\nplain", justify="right", no_wrap=True)
     for visit, worst in zip(visits, differences, strict=True):
@@ -160,7 +160,6 @@ def users_table(visits: Sequence[Visit], differences: Sequence[float]) -> Table:
         table.add_row(
             visit.user,
             visit.experiment.name,
-            str(len(visit.receipts)),
             str(len({entry.pass_id for entry in entries})),
             f"{sum(entry.requests for entry in entries) / len(entries):.1f}",
             f"{sum(receipt.tokens for receipt in visit.receipts):,}",

@@ -27,7 +27,7 @@ from polytrace.description import ModelDescription, Rows
 from polytrace.errors import GraphError, PolytraceError, TooLargeError
 from polytrace.graph import Call, Constant, Mask, Node, NodeId, Op, Operand, Parameter, Read, Ref, Request, Write
 from polytrace.ops import OPS, Results
-from scheduling.checks import ModelTable, Resolved, resolve
+from scheduling.checks import Resolved, resolve, table_of
 from scheduling.plan import ValueFacts
 
 _MAX_PARTS = 4_096  # values that split, chunk or unbind may return
@@ -42,7 +42,7 @@ def infer(description: ModelDescription, request: Request, meta: nn.Module) -> t
     for node in request.graph.nodes:
         if isinstance(node, (Op, Call)):
             check_depth(node)
-    names = resolve(request, ModelTable(description))
+    names = resolve(request, table_of(description))
     walk = _Walk(description, request, meta, names)
     with torch.no_grad():
         for position, node in enumerate(request.graph.nodes):

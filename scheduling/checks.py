@@ -33,7 +33,7 @@ from polytrace.ops import OPS
 
 
 class ModelTable:
-    """A description, indexed for looking up what a graph names. Make it once and keep it where requests are many."""
+    """A description, indexed for looking up what a graph names. `table_of` makes it once."""
 
     def __init__(self, description: ModelDescription) -> None:
         self.description = description
@@ -104,6 +104,23 @@ class ModelTable:
         last = self.description.num_layers - 1
         if path.startswith(prefix) and layer.isascii() and layer.isdigit() and int(layer[:9]) > last:
             raise GraphError(f"graph {verb} layer {layer}; this model has layers 0-{last}", where=where)
+
+
+def table_of(description: ModelDescription) -> ModelTable:
+    """The description's table, made once for each description object; the last few are kept.
+
+    A table holds its description, so the id of one in here cannot be another object's.
+    """
+    table = _tables.get(id(description))
+    if table is None:
+        if len(_tables) >= _KEPT_TABLES:
+            _tables.pop(next(iter(_tables), 0), None)
+        table = _tables[id(description)] = ModelTable(description)
+    return table
+
+
+_KEPT_TABLES = 8
+_tables: dict[int, ModelTable] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

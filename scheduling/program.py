@@ -11,7 +11,7 @@ from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Graph, NodeId, Request, Save, Write
 from polytrace.tensors import itemsize
-from scheduling.checks import ModelTable, Resolved, resolve
+from scheduling.checks import Resolved, resolve, table_of
 from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers, wave_tokens
 from scheduling.kept import Kept, full_facts, keep_columns
 from scheduling.placement import Scale, find_live, place, scale_of
@@ -29,7 +29,7 @@ def compile_program(
     """
     # 1) Refuse what does not fit the model.
     graph = request.graph
-    resolved = resolve(request, ModelTable(description))
+    resolved = resolve(request, table_of(description))
     _check_writes(request, resolved, facts)
 
     # 2) Give each node that a save or a write needs its point (wave, stage, order).
@@ -63,7 +63,7 @@ def compile_program(
 
 def certify(program: Program, request: Request, description: ModelDescription) -> Certificate:
     """What the request of a compiled program will cost and return."""
-    table = ModelTable(description)
+    table = table_of(description)
     resolved = resolve(request, table)
     facts = full_facts(program.graph, program.invokes, resolved, program.facts)
     return Certificate(

@@ -20,7 +20,7 @@ from typing import Any
 from polytrace.certificate import Receipt
 from polytrace.description import ModelDescription
 from polytrace.errors import CancelledError, PolytraceError
-from scheduling.checks import ModelTable
+from scheduling.checks import table_of
 from scheduling.costs import wave_tokens
 from scheduling.packing import Packer
 from scheduling.plan import PassId, Plan, Program, RequestId, ShardResult
@@ -71,7 +71,7 @@ class Scheduler:
     def __init__(
         self, description: ModelDescription, policy: PassPolicy, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._table = ModelTable(description)
+        self._table = table_of(description)
         self._choice = FirstComeFirstServed(policy)
         self._packer = Packer(description)
         self._clock = clock
