@@ -29,16 +29,26 @@ def main() -> None:
     if not works(python):
         say(f"making {folder} with Python {sys.version.split()[0]}")
         make_environment(folder)
-    torch = pinned("torch", CONSTRAINTS.read_text())
-    if has_nvidia_gpu() or not brings_cuda(resolved_names(python, torch)):
-        say(f"installing {torch}")
-        pip(python, "install", torch)
-    else:
-        say(f"installing {torch}, the build for CPUs")
-        pip(python, "install", "--constraint", str(CONSTRAINTS), "uv")
-        run(python, "-m", "uv", "pip", "install", "--python", str(python), "--torch-backend=cpu", torch)
+    install_torch(python, pinned("torch", CONSTRAINTS.read_text()))
     say("installing polytrace and what it needs")
     pip(python, "install", "--constraint", str(CONSTRAINTS), "--editable", f"{ROOT}[all,dev]")
+
+
+def install_torch(python: Path, torch: str) -> None:
+    """The pinned torch, in the build for this machine."""
+    if is_installed(python, torch):
+        return
+    if not has_nvidia_gpu():
+        say("no NVIDIA GPU here: asking the package index whether its torch is a build for CPUs")
+        if brings_cuda(resolved_names(python, torch)):
+            say(f"installing {torch}, the build for CPUs")
+            pip(python, "install", "--constraint", str(CONSTRAINTS), "uv")
+            uv = [str(python), "-m", "uv", "pip", "install", "--python", str(python)]
+            if subprocess.run([*uv, "--torch-backend=cpu", torch], check=False).returncode == 0:
+                return
+            say("that build cannot be reached from here: the one with CUDA works too, and is larger")
+    say(f"installing {torch}")
+    pip(python, "install", torch)
 
 
 def make_environment(folder: Path) -> None:
@@ -54,6 +64,13 @@ def make_environment(folder: Path) -> None:
 def works(python: Path) -> bool:
     """Whether the environment's interpreter starts and has pip."""
     return python.exists() and succeeds([str(python), "-m", "pip", "--version"])
+
+
+def is_installed(python: Path, requirement: str) -> bool:
+    """Whether a `name==version` is there already, in any build of that version."""
+    name, _, version = requirement.partition("==")
+    program = f"from importlib.metadata import version as v; raise SystemExit(v({name!r}).split('+')[0] != {version!r})"
+    return succeeds([str(python), "-c", program])
 
 
 def has_nvidia_gpu() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_constraints_pin_every_runtime_dependency_inside_its_bounds() -> None:
 def test_a_package_that_is_not_pinned_is_an_error_that_names_it() -> None:
     with pytest.raises(SystemExit, match="does not pin torch"):
         install.pinned("torch", "numpy==2.4.6\ntorchvision==0.29.0\n")
+
+
+def test_what_is_installed_is_known_whatever_its_build() -> None:
+    numpy = install.pinned("numpy", (ROOT / "constraints.txt").read_text())
+    assert install.is_installed(Path(sys.executable), numpy)
+    assert not install.is_installed(Path(sys.executable), "numpy==1.0")
+    assert not install.is_installed(Path(sys.executable), "no-such-package==1.0")
 
 
 def version(text: str) -> tuple[int, ...]:
