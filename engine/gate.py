@@ -17,15 +17,16 @@ from torch import Tensor
 
 from engine.attention import AttentionPass
 from engine.links import Links
-from engine.sites import GateReport, LeafReport, Probe, Selector, port_leaves
+from engine.sites import GateReport, LeafReport, Probe, Selector, port_leaves, row_multiple
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
 from polytrace.description import SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
-from scheduling.plan import MIN_ROWS, PassId, Segment, Span
+from scheduling.packing import padded
+from scheduling.plan import PassId, Segment, Span
 
-_LENGTHS = (9, 21)  # of A and B: together above the floor of rows, B alone above it too
+_LENGTHS = (9, 21)  # tokens of A and B
 _Seen = dict[tuple[str, Port, Selector], Tensor]
 
 
@@ -45,10 +46,11 @@ def run_gate(
         torch.randint(0, probe.vocab_size, (length,), generator=generator).tolist()
         for length in (_LENGTHS[0], _LENGTHS[0], _LENGTHS[1])
     )
+    multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
     owned = [site for site in probe.sites if _stage_of(site, probe, links) == links.stage and site.visit == 0]
     streams = ([a, b], [other, b], [b])
     together, changed, alone = (
-        _run_stream(sequences, probe, owned, runner, links, store, device) for sequences in streams
+        _run_stream(sequences, multiple, probe, owned, runner, links, store, device) for sequences in streams
     )
     leaves = []
     for (module, port, selector), rows_b in together[0].items():
@@ -72,13 +74,14 @@ def run_gate(
             )
         )
     refused = [f"{leaf.module}.{leaf.port.value}" for leaf in leaves if leaf.refusal]
-    notes = (f"refused by the gate: {', '.join(refused)}",) if refused else ()
+    notes = (*machine_notes, *([f"refused by the gate: {', '.join(refused)}"] if refused else []))
     return GateReport(
         stage=links.stage,
         rank=links.rank,
         leaves=tuple(leaves),
         sharded=dict(sharded),
         packed=dict(packed),
+        row_multiple=multiple,
         notes=notes,
     )
 
@@ -91,6 +94,7 @@ def _stage_of(site: SiteInfo, probe: Probe, links: Links) -> int:
 
 def _run_stream(
     sequences: list[list[int]],
+    multiple: int,
     probe: Probe,
     owned: list[SiteInfo],
     runner: StageRunner,
@@ -100,8 +104,9 @@ def _run_stream(
 ) -> tuple[_Seen, set[tuple[str, Port, Selector]]]:
     """Runs one stream over all stages; returns the last sequence's rows at every owned leaf and which were mutated."""
     tokens = [token for sequence in sequences for token in sequence]
-    positions = [position for sequence in sequences for position in range(len(sequence))]
-    start = len(tokens) - len(sequences[-1])
+    start, stop = len(tokens) - len(sequences[-1]), len(tokens)
+    tokens = list(padded(tokens, multiple))
+    positions = padded([position for sequence in sequences for position in range(len(sequence))], multiple)
     segments = tuple(_segments(sequences))
     rows = PackedRows(
         tokens_1T=torch.tensor([tokens], device=device),
@@ -109,7 +114,6 @@ def _run_stream(
         kept_K=torch.arange(len(tokens), device=device) if probe.has_kept_rows else None,
         attention=AttentionPass(PassId(-1), segments, store),
     )
-    assert len(sequences[-1]) >= MIN_ROWS
     seen: _Seen = {}
     originals: dict[tuple[str, Port, Selector], tuple[Tensor, int]] = {}
     visits = [
@@ -117,7 +121,7 @@ def _run_stream(
             order=site.order,
             module=site.module,
             port=site.port,
-            visitor=_watching(site, len(tokens), start, seen, originals),
+            visitor=_watching(site, len(tokens), slice(start, stop), seen, originals),
         )
         for site in owned
     ]
@@ -145,7 +149,7 @@ def _segments(sequences: list[list[int]]) -> list[Segment]:
 def _watching(
     site: SiteInfo,
     num_rows: int,
-    start: int,
+    last: slice,
     seen: _Seen,
     originals: dict[tuple[str, Port, Selector], tuple[Tensor, int]],
 ) -> Callable[[Any], Any]:
@@ -156,7 +160,7 @@ def _watching(
         for selector, tensor in port_leaves(value)[1].items():
             if selector in readable and tensor.ndim >= 2 and tensor.shape[1] == num_rows:
                 key = (site.module, site.port, selector)
-                seen[key] = tensor[0, start:].clone()
+                seen[key] = tensor[0, last].clone()
                 originals[key] = (tensor, tensor._version)
         return value
 

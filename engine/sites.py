@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,6 +53,7 @@ class Probe:
     vocab_size: int
     max_tokens: int
     has_kept_rows: bool
+    widths: frozenset[int]  # elements a row has at some port, unsharded
     sites: tuple[SiteInfo, ...]  # stage 0 everywhere; `describe_model` places them
     modules: tuple[ModuleInfo, ...]
     parameters: tuple[ParameterInfo, ...]
@@ -80,6 +82,7 @@ class GateReport:
     leaves: tuple[LeafReport, ...]
     sharded: Mapping[str, int]  # parameter path -> dimension split over the ranks
     packed: Mapping[str, int]  # module path -> number of equal blocks whose columns are split one by one
+    row_multiple: int  # see `row_multiple`; the same on every shard
     notes: tuple[str, ...]
 
 
@@ -127,6 +130,13 @@ def probe_model(model: PreTrainedModel) -> Probe:
         vocab_size=config.vocab_size,
         max_tokens=getattr(config, "max_position_embeddings", None) or 1 << 20,
         has_kept_rows=has_kept_rows,
+        widths=frozenset(
+            math.prod(leaf.tail)
+            for site in sites
+            if site.rows is Rows.ALL  # behind the head nothing but a soft-cap is left, and vocabularies may be odd
+            for leaf in site.leaves
+            if leaf.read_refusal is None
+        ),
         sites=_refuse_repeated_visits(sites),
         modules=tuple(_modules(model, layers, first)),
         parameters=tuple(
@@ -173,9 +183,31 @@ def describe_model(
         sites=sites,
         parameters=parameters,
         limits=limits or Limits(max_sequence_tokens=probe.max_tokens),
+        row_multiple=reports[0].row_multiple,
         has_kept_rows=probe.has_kept_rows,
         notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
     )
+
+
+# On a CPU an element-wise kernel takes this many floats at a time (two vectors of 512 bits) and what is left at the end
+# of a thread's share one by one, where exp, tanh or cos have other last bits.
+_LANES = 32
+_MAX_THREADS = 4  # shares for more threads would ask for absurd numbers of rows
+
+
+def row_multiple(probe: Probe, ranks: int, threads: int, device: str) -> tuple[int, tuple[str, ...]]:
+    """The number of rows of which streams must be a multiple so that no thread's share ends inside a vector.
+
+    With it come notes for people: what cannot be promised on this machine. A GPU computes every element alike: 1.
+    """
+    if device != "cpu":
+        return 1, ()
+    shares = math.lcm(*range(1, min(threads, _MAX_THREADS) + 1)) * _LANES
+    parts = {width // ranks for width in probe.widths if width % ranks == 0}
+    multiple = math.lcm(*(shares // math.gcd(shares, width) for width in probe.widths | parts if width > 1))
+    if threads <= _MAX_THREADS:
+        return multiple, ()
+    return multiple, (f"with {threads} threads a CPU may round differently beside neighbours; up to 4 it does not",)
 
 
 class _Recorder:
@@ -256,7 +288,10 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder) -> SiteInfo:
     leaves = []
     for selector, tensor in a.leaves.items():
         shape_a, shape_b = tuple(tensor.shape), tuple(b.leaves[selector].shape)
-        row_spaces = {((rows_a,), (rows_b,)): Rows.ALL, ((kept_a,), (kept_b,)): Rows.KEPT}
+        row_spaces: dict[tuple[tuple[int, ...], tuple[int, ...]], Rows] = {
+            ((rows_a,), (rows_b,)): Rows.ALL,
+            ((kept_a,), (kept_b,)): Rows.KEPT,
+        }
         kind = row_spaces.get((shape_a[1:2], shape_b[1:2]))
         is_packed = kind is not None and shape_a[0] == 1 and shape_a[2:] == shape_b[2:]
         if is_packed and kind is not None:

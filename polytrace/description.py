@@ -108,6 +108,7 @@ class ModelDescription:
     sites: tuple[SiteInfo, ...]
     parameters: tuple[ParameterInfo, ...]
     limits: Limits
+    row_multiple: int  # a pass's rows are padded to a multiple of it, so that bits do not depend on their number
     has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
 

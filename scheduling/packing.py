@@ -18,6 +18,7 @@ class Packer:
     def __init__(self, description: ModelDescription) -> None:
         self._orders = [site.order for site in description.sites]
         self._stages = [site.stage for site in description.sites]
+        self._row_multiple = description.row_multiple
 
     def pack(self, pass_id: PassId, waves: list[tuple[Program, int]], ended: tuple[RequestId, ...] = ()) -> Plan:
         """The plan of a pass in which each program runs one of its waves. Members stand in the order given."""
@@ -33,10 +34,10 @@ class Packer:
         until = max((program.waves[wave].until for program, wave in waves), default=PROLOGUE)
         return Plan(
             pass_id=pass_id,
-            tokens=_filled(stream.tokens),
-            positions=_filled(stream.positions),
+            tokens=padded(stream.tokens, self._row_multiple),
+            positions=padded(stream.positions, self._row_multiple),
             segments=tuple(stream.segments),
-            kept=_filled(stream.kept),
+            kept=padded(stream.kept, self._row_multiple),
             views=tuple(stream.views),
             members=tuple(
                 Member(program=program, wave=wave, is_last_wave=wave == len(program.waves) - 1)
@@ -84,6 +85,8 @@ class _Stream:
             self.kept.extend(start + column - pads for column in kept_columns if column >= pads)
 
 
-def _filled(rows: list[int]) -> tuple[int, ...]:
-    """Rows up to the floor from which on bits do not depend on their number; nothing stays nothing."""
-    return (*rows, *[0] * (MIN_ROWS - len(rows))) if rows else ()
+def padded(rows: list[int], multiple: int) -> tuple[int, ...]:
+    """Rows with zeros up to a number from which on bits do not depend on it; nothing stays nothing."""
+    if not rows:
+        return ()
+    return (*rows, *[0] * (-(-max(len(rows), MIN_ROWS) // multiple) * multiple - len(rows)))

@@ -22,6 +22,7 @@ PassId = NewType("PassId", int)
 PROLOGUE = -1  # order of the nodes that run at the start of a stage's visit
 
 # Matrix kernels take another path for very few rows; from this many on, a row's bits do not depend on its neighbours.
+# `ModelDescription.row_multiple` says what number of rows element-wise kernels need besides.
 MIN_ROWS = 16
 
 
@@ -149,10 +150,10 @@ class Plan:
     """One merged pass. Every shard gets the same plan and does its own part of it."""
 
     pass_id: PassId
-    tokens: tuple[int, ...]  # the packed stream, padded with token 0 to MIN_ROWS; empty when no member has rows
+    tokens: tuple[int, ...]  # the packed stream, padded with token 0; empty when no member has rows
     positions: tuple[int, ...]  # per row, as if its sequence ran alone; pads 0
     segments: tuple[Segment, ...]  # by start; pad rows belong to one segment of no member, which is not listed
-    kept: tuple[int, ...]  # rows the head runs on, padded to MIN_ROWS by repeating row 0; empty: no head needed
+    kept: tuple[int, ...]  # rows the head runs on, padded with row 0; empty: no head needed
     views: tuple[View, ...]  # by start
     members: tuple[Member, ...]
     until: int  # order of the last visit that any member needs

@@ -6,6 +6,7 @@ import dataclasses
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -15,7 +16,8 @@ from engine.loading import ShardConfig, meta_model
 from engine.local import DirectBackend
 from engine.shard import Shard
 from polytrace.errors import PolytraceError, ServiceError
-from polytrace.graph import Graph, Op
+from polytrace.graph import Graph, Op, Request
+from polytrace.wire import encode_request
 from scheduling.plan import Plan, Program, ShardResult
 from scheduling.scheduler import PassPolicy
 
@@ -105,9 +107,18 @@ class ProcessShards:
         return answers
 
 
-def process_backend(source: str, shards: ProcessShards, policy: PassPolicy | None = None) -> DirectBackend:
-    """A backend over process shards, for `polytrace.model.Model`."""
-    return DirectBackend(source, shards, shards.description, meta_model(source), policy)
+class ProcessBackend(DirectBackend):
+    """A backend over process shards: constants reach them as on a cluster, through the stored request file."""
+
+    def __init__(self, source: str, shards: ProcessShards, folder: Path, policy: PassPolicy | None = None) -> None:
+        super().__init__(source, shards, shards.description, meta_model(source), policy)
+        self._folder = folder
+
+    def compile(self, request: Request) -> Program:
+        program = super().compile(request)
+        file = self._folder / f"{program.request}.safetensors"
+        file.write_bytes(b"".join(encode_request(request)))
+        return dataclasses.replace(program, constants={}, request_file=str(file))
 
 
 BROKEN_SEED = 666

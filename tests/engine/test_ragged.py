@@ -55,6 +55,7 @@ DESCRIPTION = ModelDescription(
     ),
     parameters=(),
     limits=Limits(max_sequence_tokens=64),
+    row_multiple=1,
     has_kept_rows=True,
 )
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from processes import BROKEN_SEED, FaultyShard, ProcessShards, process_backend
+from processes import BROKEN_SEED, FaultyShard, ProcessBackend, ProcessShards
 from programs import Program, difference, model_of, ours_in_order, programs, record, run_by_hand, served_together
 
-from engine.local import DirectBackend, LocalBackend
+from engine.local import LocalBackend
 from polytrace.errors import RunError
 from polytrace.model import Model
 from scheduling.scheduler import PassPolicy
@@ -39,7 +39,7 @@ class Deployed:
         self.shards = ProcessShards(
             self.folder, stages=stages, ranks=ranks, kinds={(stages - 1, ranks - 1): FaultyShard}
         )
-        self.backend: DirectBackend = process_backend(self.folder, self.shards, EVERYONE)
+        self.backend = ProcessBackend(self.folder, self.shards, folder, EVERYONE)
         self.model = Model(self.backend)
 
     def run(self, users: list[Program]) -> list[list[torch.Tensor]]:

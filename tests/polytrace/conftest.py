@@ -76,6 +76,7 @@ def describe_llama() -> ModelDescription:
         sites=tuple(sites),
         parameters=tuple(parameters),
         limits=Limits(max_sequence_tokens=16),
+        row_multiple=1,
         has_kept_rows=True,
     )
 

@@ -116,6 +116,7 @@ def tiny_llama(
         sites=tuple(sites),
         parameters=tuple(parameters),
         limits=limits or Limits(max_sequence_tokens=64),
+        row_multiple=1,
         has_kept_rows=has_kept_rows,
     )
 
