@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: importing rich for it takes as long as everything else
     help="Many traces, one forward pass: serve a model to many interpretability experiments at once.",
 )
 
@@ -27,10 +28,16 @@ app = typer.Typer(
 def main() -> None:
     """The console script."""
     asked = {argument for argument in sys.argv[1:] if not argument.startswith("-")}
-    for entry in importlib.metadata.entry_points(group="polytrace.commands"):
-        # its module is imported when the command is meant, or when help lists all
-        app.command(entry.name, help=None if entry.name in asked else f"From {entry.module}.")(_loaded(entry, asked))
-    app()
+    try:
+        for entry in importlib.metadata.entry_points(group="polytrace.commands"):
+            # its module is imported when the command is meant, or when help lists all
+            help_ = None if entry.name in asked else f"See `polytrace {entry.name} --help`."
+            app.command(entry.name, help=help_)(_loaded(entry, asked))
+        app()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("polytrace", "engine", "cluster", "api"):
+            raise
+        sys.exit(f"polytrace: this needs {error.name}, which the client alone does without: pip install polytrace[all]")
 
 
 @app.command()

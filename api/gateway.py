@@ -14,6 +14,7 @@ import contextlib
 import hmac
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -32,6 +33,7 @@ from polytrace.errors import CapacityError, KeyRefusedError, NotFoundError, Serv
 from scheduling.plan import RequestId
 
 MEDIA_TYPE = "application/vnd.safetensors"
+SMALL_BYTES = 256 << 10
 CLIENT_GONE = 499  # of answers that nobody hears: for the log
 
 
@@ -48,7 +50,12 @@ class Gateway:
 
     def app(self) -> FastAPI:
         app = FastAPI(
-            title="polytrace", docs_url=None, redoc_url=None, lifespan=self._lifespan, responses=problems.RESPONSES
+            title="polytrace",
+            docs_url=None,  # its pages load scripts from elsewhere
+            redoc_url=None,
+            lifespan=self._lifespan,
+            responses=problems.RESPONSES,
+            telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         problems.install(app)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
@@ -159,7 +166,7 @@ class Gateway:
             if waited is None:
                 return Response(status_code=CLIENT_GONE)
             status = waited
-        return self._answer(status)
+        return await self._answer(status)
 
     async def status(self, request_id: str, wait: Annotated[float, Query(ge=0)] = 0.0) -> Response:
         """How a request does; with `wait`, once it has ended or the seconds are over."""
@@ -168,7 +175,7 @@ class Gateway:
 
     async def result(self, request_id: str) -> Response:
         """The result file of a finished request; 202 and the status while there is none."""
-        return self._answer(await self._waiting.until_final(RequestId(request_id), 0.0))
+        return await self._answer(await self._waiting.until_final(RequestId(request_id), 0.0), is_whole=False)
 
     async def cancel(self, request_id: str) -> Response:
         """Cancels a request that has not ended; says how it stands then."""
@@ -237,11 +244,17 @@ class Gateway:
             ended.cancel()
             left.cancel()
 
-    def _answer(self, status: RequestStatus) -> Response:
-        """The result of a finished request, the problem of a failed one, else 202 with the status."""
+    async def _answer(self, status: RequestStatus, *, is_whole: bool = True) -> Response:
+        """The result of a finished request, the problem of a failed one, else 202 with the status.
+
+        `is_whole`: nobody can have asked for a part of the result, so a small one needs no machinery for that.
+        """
         headers: dict[str, str] = {"X-Request-Id": status.id}
         if status.state is RequestState.DONE:
-            return ResultResponse(self._store.result_path(status.id), media_type=MEDIA_TYPE, headers=headers)
+            path = self._store.result_path(status.id)
+            if is_whole and (content := await to_thread.run_sync(_read_small, path)) is not None:
+                return Response(content, media_type=MEDIA_TYPE, headers=headers)
+            return ResultResponse(path, media_type=MEDIA_TYPE, headers=headers)
         if status.error is not None:
             return problems.problem(status.error, headers)
         headers["Location"] = f"/v1/requests/{status.id}"
@@ -252,6 +265,13 @@ class ResultResponse(FileResponse):
     """Ranges, ETag, If-Range and HEAD are starlette's; its 64 KB reads cost three times as much."""
 
     chunk_size = 4 << 20
+
+
+def _read_small(path: Path) -> bytes | None:
+    """A file in one go; None when it is too large for that."""
+    with path.open("rb", buffering=0) as file:
+        content = file.read(SMALL_BYTES + 1)
+    return content if len(content) <= SMALL_BYTES else None
 
 
 async def _disconnected(request: Request) -> None:

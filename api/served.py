@@ -21,6 +21,7 @@ from polytrace.description import ModelDescription
 from polytrace.errors import CapacityError, NotFoundError
 
 RETRY_S = 5.0
+PAUSE_S = 0.05  # between two looks: most rings are about requests, not deployments
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Deployments:
     async def _refresh_until_quiet(self) -> None:
         try:
             while self._rung:
+                await asyncio.sleep(PAUSE_S)
                 self._rung = False
                 known = {one.model: one for one in await to_thread.run_sync(self._store.deployments)}
                 self._known = known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from anyio import to_thread
 from starlette.requests import Request
@@ -28,7 +29,7 @@ async def receive(request: Request, path: Path, *, max_bytes: int, idle_s: float
     parts: list[bytes] = []
     gathered = 0
     chunks = aiter(request.stream())
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    file: BinaryIO | None = None
     try:
         while True:
             try:
@@ -41,21 +42,27 @@ async def receive(request: Request, path: Path, *, max_bytes: int, idle_s: float
                     raise _too_large(f"is longer than {max_bytes} bytes", max_bytes)
                 parts.append(chunk)
                 gathered += len(chunk)
-            if gathered >= _PART_BYTES or (chunk is None and parts):
-                await to_thread.run_sync(_write, fd, b"".join(parts))
+            if gathered >= _PART_BYTES or chunk is None:
+                file = await to_thread.run_sync(_write, path, file, parts)
                 parts, gathered = [], 0
             if chunk is None:
                 return num_bytes
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _write(path: Path, file: BinaryIO | None, parts: list[bytes]) -> BinaryIO:
+    """Appends to the file, which the first call makes."""
+    try:
+        if file is None:
+            file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)  # noqa: SIM115
+        view = memoryview(b"".join(parts))
+        while view:
+            view = view[file.write(view) :]
     except OSError as error:
         raise CapacityError(f"the service has no room for the request: {error.strerror}") from error
-    finally:
-        os.close(fd)
-
-
-def _write(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+    return file
 
 
 def _too_large(what: str, max_bytes: int) -> TooLargeError:

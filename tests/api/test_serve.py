@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -96,7 +97,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     service = Service(model, tmp_path_factory.mktemp("service"), "--stages", "2")
     try:
-        wait_until(service.is_ready, 150, service)
+        wait_until(service.is_ready, 240, service)
         yield service
     finally:
         service.kill_all()
@@ -126,6 +127,18 @@ def test_status_shows_the_model_and_its_queue(service: Service) -> None:
     assert "tiny" in shown and "ready" in shown and "2 x 1" in shown
 
 
+def test_a_ray_job_finds_the_gateway_of_its_cluster(service: Service) -> None:
+    raylet = next(command for command in service.processes().values() if "/raylet " in command)
+    address = re.search(r"--gcs-address=(\S+)", raylet)
+    assert address is not None
+    job = "import polytrace; print(polytrace.models('ray://auto', key='sesame'))"
+    environment = {**os.environ, "RAY_ADDRESS": address[1], "RAY_AUTH_MODE": "token"}
+    command = [sys.executable, "-c", job]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert "'tiny'" in answer.stdout
+
+
 def test_an_accepted_request_is_finished_by_the_next_controller(service: Service) -> None:
     controller = service.child("controller")
     assert controller is not None
@@ -133,7 +146,7 @@ def test_an_accepted_request_is_finished_by_the_next_controller(service: Service
     accepted = service.http.post("/v1/models/tiny/requests", content=body()).json()
     os.kill(controller, signal.SIGKILL)
     wait_until(lambda: service.child("controller") not in (controller, None), 60, service)
-    wait_until(service.is_ready, 150, service)
+    wait_until(service.is_ready, 240, service)
     status = service.http.get(f"/v1/requests/{accepted['id']}", params={"wait": 30}).json()
     assert status["state"] == "done", status
     assert service.http.get(status["result"]).status_code == 200
