@@ -201,7 +201,8 @@ def _batch(current: AttentionPass, index: int, group: SegmentGroup, stream_1HTC:
         rows_1HRC = stream_1HTC[:, :, group.segments[0].start : group.segments[-1].stop]
     else:
         rows_1HRC = stream_1HTC.index_select(2, current.rows(index, stream_1HTC.device))
-    return rows_1HRC[0].unflatten(1, (len(group.segments), group.num_rows)).transpose(0, 1)
+    rows_HBQC: Tensor = rows_1HRC[0].unflatten(1, (len(group.segments), group.num_rows))
+    return rows_HBQC.transpose(0, 1)
 
 
 def _scatter(current: AttentionPass, index: int, group: SegmentGroup, out_1THC: Tensor, o_BHQC: Tensor) -> None:

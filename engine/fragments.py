@@ -82,7 +82,7 @@ class RequestState:
         self.program = program
         self.context = context
         self.sink = sink
-        self.values: dict[int, Any] = {}  # by node id
+        self.values: dict[NodeId, Any] = {}
         self.failure: Failure | None = None
         self.fired: list[NodeId] = []  # reads, writes and saves of this pass
         self.rows: dict[int, InvokeRows] = {}  # of this pass, by invoke

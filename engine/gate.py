@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.attention import AttentionPass
 from engine.links import Links
-from engine.sites import GateReport, LeafReport, Probe, Selector, port_leaves, row_multiple
+from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors, port_leaves, row_multiple
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
 from polytrace.description import SiteInfo
@@ -37,7 +37,6 @@ def run_gate(
     store: SpanStore,
     device: torch.device,
     *,
-    sharded: Mapping[str, int],
     packed: Mapping[str, int],
 ) -> GateReport:
     """Collective: every shard of the deployment calls it at once. ServiceError when the model cannot be packed."""
@@ -79,11 +78,22 @@ def run_gate(
         stage=links.stage,
         rank=links.rank,
         leaves=tuple(leaves),
-        sharded=dict(sharded),
+        sharded=_split_dimensions(probe, runner.model),
         packed=dict(packed),
         row_multiple=multiple,
         notes=notes,
     )
+
+
+def _split_dimensions(probe: Probe, model: nn.Module) -> dict[str, int]:
+    """Which dimension of each parameter is smaller here than in the whole model."""
+    whole = {info.path: info.shape for info in probe.parameters}
+    split = {}
+    for path, tensor in named_tensors(model):
+        differing = [dim for dim, size in enumerate(tensor.shape) if path in whole and size != whole[path][dim]]
+        if differing:
+            (split[path],) = differing
+    return split
 
 
 def _stage_of(site: SiteInfo, probe: Probe, links: Links) -> int:

@@ -22,7 +22,7 @@ from engine.gate import run_gate
 from engine.links import Links
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.results import MemorySink, sink_for
-from engine.sites import GateReport, Probe, describe_model, probe_model
+from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.views import all_rows, kept_rows
@@ -68,7 +68,6 @@ class Shard:
             self.links,
             self.store,
             self.device,
-            sharded=self.loaded.sharded,
             packed=self.loaded.packed,
         )
 
@@ -83,7 +82,7 @@ class Shard:
             runner=self.runner,
             links=self.links,
             sites=index_sites(description),
-            parameters=dict([*model.named_parameters(), *model.named_buffers()]),
+            parameters=dict(named_tensors(model)),
             parameter_infos={info.path: info for info in description.parameters},
             packed_blocks=self.loaded.packed,
             device=self.device,

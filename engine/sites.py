@@ -80,7 +80,7 @@ class GateReport:
     stage: int
     rank: int
     leaves: tuple[LeafReport, ...]
-    sharded: Mapping[str, int]  # parameter path -> dimension split over the ranks
+    sharded: Mapping[str, int]  # path of a parameter held here -> dimension split over the ranks
     packed: Mapping[str, int]  # module path -> number of equal blocks whose columns are split one by one
     row_multiple: int  # see `row_multiple`; the same on every shard
     notes: tuple[str, ...]
@@ -108,6 +108,12 @@ def _members(items: Any) -> Iterator[tuple[Selector, Tensor]]:
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What the `input` port of a call holds: its first positional argument, else its first keyword argument."""
     return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by every path they have: tied weights are known by each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def probe_model(model: PreTrainedModel) -> Probe:
@@ -141,7 +147,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
         modules=tuple(_modules(model, layers, first)),
         parameters=tuple(
             ParameterInfo(path=path, shape=tuple(t.shape), dtype=_name(t.dtype), stage=0, sharded_dim=None)
-            for path, t in (*model.named_parameters(), *model.named_buffers())
+            for path, t in named_tensors(model)
         ),
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),

@@ -15,11 +15,13 @@ def gather_whole(links: Links, part: Tensor, dim: int, blocks: int = 1) -> Tenso
     """The whole of a tensor whose dimension `dim` the stage's ranks split; collective over the stage."""
     if links.ranks == 1 or blocks == 1:
         return links.gather(part, dim)
-    return links.gather(part.unflatten(dim, (blocks, -1)), dim + 1).flatten(dim, dim + 1)
+    split: Tensor = part.unflatten(dim, (blocks, -1))
+    return links.gather(split, dim + 1).flatten(dim, dim + 1)
 
 
 def take_part(links: Links, whole: Tensor, dim: int, blocks: int = 1) -> Tensor:
     """This rank's part of a whole tensor: the inverse of `gather_whole`."""
     if links.ranks == 1:
         return whole
-    return whole.unflatten(dim, (blocks, links.ranks, -1)).select(dim + 1, links.rank).flatten(dim, dim + 1)
+    split: Tensor = whole.unflatten(dim, (blocks, links.ranks, -1))
+    return split.select(dim + 1, links.rank).flatten(dim, dim + 1)

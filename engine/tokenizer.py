@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 
 def tokenizer_json(source: str) -> bytes | None:

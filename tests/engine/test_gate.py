@@ -70,3 +70,8 @@ def test_calls_that_need_a_pass_are_refused_with_the_reason(tmp_path: Path) -> N
     assert modules["model.norm"].call_refusal is None
     assert "attends" in str(modules["model.layers.0"].call_refusal)
     assert "list" in str(modules["model.layers"].call_refusal)
+
+
+def test_tied_weights_are_known_by_each_of_their_names(tmp_path: Path) -> None:
+    parameters = {info.path: info for info in described(FAMILIES["gpt2"], tmp_path).parameters}
+    assert parameters["lm_head.weight"].shape == parameters["transformer.wte.weight"].shape == (96, 32)
