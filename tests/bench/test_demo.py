@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import polytrace
 from bench import tinyworld
 from bench.demo import NAME, draw, largest_difference, size, totals_table, users_table, visit_all
 from bench.plain import TOLERANCE, Plain
@@ -46,7 +47,7 @@ def test_eight_users_share_passes_and_every_number_is_right(service: Service, tm
 def test_the_service_example_of_the_readme_runs(service: Service) -> None:
     readme = (ROOT / "README.md").read_text()
     (block,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "polytrace.connect(" in b)
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"polytrace": polytrace}
     exec(compile(block.replace("http://127.0.0.1:8765", service.url), "README.md", "exec"), names)
     logits = names["logits"]
     assert isinstance(logits, torch.Tensor)
@@ -54,9 +55,9 @@ def test_the_service_example_of_the_readme_runs(service: Service) -> None:
     assert plain.text([int(logits.argmax())]) == " Rome"
 
 
-def test_a_service_that_cannot_start_says_why(tmp_path: Path) -> None:
-    starting = running_service(tmp_path / "nothing", name="x", stages=1, ranks=1, log=tmp_path / "log")
-    with pytest.raises(ServiceDidNotStartError, match="nothing"), starting:
+def test_a_service_that_does_not_start_says_why(tmp_path: Path) -> None:
+    starting = running_service(tinyworld.FOLDER, name="x", stages=1, ranks=0, log=tmp_path / "log")
+    with pytest.raises(ServiceDidNotStartError, match="--ranks"), starting:
         pass
 
 
