@@ -92,7 +92,7 @@ class ProcessShards:
         for pipe in self._pipes:
             pipe.send(None)
         for process in self._processes:
-            process.join(20)
+            process.join(60)
             assert process.exitcode == 0
 
     def _collect(self) -> list[Any]:
