@@ -17,50 +17,69 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from polytrace.graph import Save
 
-VOCABULARY = 96
-WIDTH = 32
-NUM_LAYERS = 4
-_SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": NUM_LAYERS}
+_SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
 CONFIGS = {
-    "llama": LlamaConfig(**_SIZES, **{**_HEADS, "num_key_value_heads": 4}),
-    "gpt2": GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=WIDTH,
-        n_layer=NUM_LAYERS,
-        n_head=4,
-        n_positions=64,
-        bos_token_id=0,
-        eos_token_id=0,
-    ),
+    "llama": LlamaConfig(**_SIZES, **_HEADS),
+    "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0),
     "gemma2": Gemma2Config(**_SIZES, **_HEADS, head_dim=8, sliding_window=5, query_pre_attn_scalar=8),
 }
-LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "gemma2": "model.layers"}
-_PARTS = {  # (path inside a layer, port, way into the port's value, width)
-    "llama": [
-        ("", "output", (), WIDTH),
-        ("", "input", (), WIDTH),
-        ("input_layernorm", "input", (), WIDTH),
-        ("post_attention_layernorm", "output", (), WIDTH),
-        ("self_attn", "output", (0,), WIDTH),
-        ("self_attn.q_proj", "output", (), WIDTH),
-        ("self_attn.o_proj", "input", (), WIDTH),
-        ("mlp", "output", (), WIDTH),
-        ("mlp.down_proj", "input", (), 64),
-    ],
-    "gpt2": [
-        ("", "output", (), WIDTH),
-        ("ln_1", "input", (), WIDTH),
-        ("ln_2", "output", (), WIDTH),
-        ("attn", "output", (0,), WIDTH),
-        ("attn.c_attn", "output", (), 3 * WIDTH),
-        ("attn.c_proj", "input", (), WIDTH),
-        ("mlp", "output", (), WIDTH),
-        ("mlp.c_proj", "input", (), 4 * WIDTH),
-    ],
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where things are in a model, and how wide."""
+
+    layers: str
+    norm: str
+    num_layers: int
+    vocabulary: int
+    width: int
+    parts: tuple[tuple[str, str, tuple[int, ...], int], ...]  # path in a layer, port, way into the value, width
+
+
+def llama_like(num_layers: int, vocabulary: int, width: int, neurons: int) -> Family:
+    return Family(
+        "model.layers",
+        "model.norm",
+        num_layers,
+        vocabulary,
+        width,
+        (
+            ("", "output", (), width),
+            ("", "input", (), width),
+            ("input_layernorm", "input", (), width),
+            ("post_attention_layernorm", "output", (), width),
+            ("self_attn", "output", (0,), width),
+            ("self_attn.q_proj", "output", (), width),
+            ("self_attn.o_proj", "input", (), width),
+            ("mlp", "output", (), width),
+            ("mlp.down_proj", "input", (), neurons),
+        ),
+    )
+
+
+FAMILIES = {
+    "llama": llama_like(4, 96, 32, 64),
+    "gemma2": llama_like(4, 96, 32, 64),
+    "gpt2": Family(
+        "transformer.h",
+        "transformer.ln_f",
+        4,
+        96,
+        32,
+        (
+            ("", "output", (), 32),
+            ("ln_1", "input", (), 32),
+            ("ln_2", "output", (), 32),
+            ("attn", "output", (0,), 32),
+            ("attn.c_attn", "output", (), 96),
+            ("attn.c_proj", "input", (), 32),
+            ("mlp", "output", (), 32),
+            ("mlp.c_proj", "input", (), 128),
+        ),
+    ),
 }
-_PARTS["gemma2"] = _PARTS["llama"]
-_NORM = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gemma2": "model.norm"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +107,7 @@ class Action:
 class Program:
     """Prompts and actions of each invoke; the last logits of every invoke are saved besides."""
 
-    family: str
+    family: Family
     prompts: tuple[tuple[tuple[int, ...], ...], ...]
     actions: tuple[tuple[Action, ...], ...]
 
@@ -118,23 +137,22 @@ def served_together(model: Any, backend: Any, users: list[Program], dtype: torch
     return [ours_in_order(tracer, outcome.values) for tracer, outcome in zip(tracers, outcomes, strict=True)]
 
 
-def places(family: str) -> st.SearchStrategy[Place]:
+def places(family: Family) -> st.SearchStrategy[Place]:
+    """Sites of the layers mostly, the final norm's input and the logits sometimes."""
+
     def at(layer: int, part: tuple[str, str, tuple[int, ...], int]) -> Place:
         path, port, selector, width = part
-        return Place(f"{LAYERS[family]}.{layer}" + (f".{path}" if path else ""), port, selector, width)
+        return Place(f"{family.layers}.{layer}" + (f".{path}" if path else ""), port, selector, width)
 
-    in_layers = st.builds(at, st.integers(0, NUM_LAYERS - 1), st.sampled_from(_PARTS[family]))
-    around = [Place(_NORM[family], "input", (), WIDTH), Place("lm_head", "output", (), VOCABULARY)]
+    in_layers = st.builds(at, st.integers(0, family.num_layers - 1), st.sampled_from(family.parts))
+    around = [Place(family.norm, "input", (), family.width), Place("lm_head", "output", (), family.vocabulary)]
     return st.one_of(in_layers, in_layers, in_layers, st.sampled_from(around))
 
 
-def programs(family: str) -> st.SearchStrategy[Program]:
-    return _programs(family)
-
-
 @st.composite
-def _programs(draw: st.DrawFn, family: str) -> Program:
-    token = st.integers(1, VOCABULARY - 1)
+def programs(draw: st.DrawFn, family: Family) -> Program:
+    """One user's program: one or two invokes of one to three prompts, each with one to four actions."""
+    token = st.integers(1, family.vocabulary - 1)
     num_invokes = draw(st.integers(1, 2))
     prompts = tuple(
         tuple(
@@ -161,8 +179,8 @@ def _programs(draw: st.DrawFn, family: str) -> Program:
     return Program(family, prompts, tuple(actions))
 
 
-def _residual(draw: st.DrawFn, family: str) -> Place:
-    return Place(f"{LAYERS[family]}.{draw(st.integers(0, NUM_LAYERS - 1))}", "output", (), WIDTH)
+def _residual(draw: st.DrawFn, family: Family) -> Place:
+    return Place(f"{family.layers}.{draw(st.integers(0, family.num_layers - 1))}", "output", (), family.width)
 
 
 def vector(seed: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -213,7 +231,7 @@ def _act(model: Any, program: Program, action: Action, source: Any, dtype: torch
     elif action.kind == "patch":
         get(model, place)[:, -1] = source
     elif action.kind == "lens":
-        norm = find(model, _NORM[program.family])
+        norm = find(model, program.family.norm)
         yield model.lm_head(norm(get(model, place)[:, -1:])).save()
     elif not place.selector:
         setattr(find(model, place.module), place.port, get(model, place) * 1.5)
@@ -288,7 +306,7 @@ class _HandRun:
 
     def _lens(self, hidden: Tensor) -> Tensor:
         with torch.no_grad():
-            norm = self.model.get_submodule(_NORM[self.program.family])
+            norm = self.model.get_submodule(self.program.family.norm)
             return self.model.get_submodule("lm_head")(norm(hidden[:, -1:]))
 
     def _hook(self, todo: list[tuple[int, Action, bool]]) -> Callable[[Any], Any]:

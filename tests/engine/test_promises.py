@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from programs import CONFIGS, Program, difference, model_of, programs, run_by_hand, served_together
+from programs import CONFIGS, FAMILIES, Program, difference, model_of, programs, run_by_hand, served_together
 from transformers import PreTrainedModel
 
 from engine.local import LocalBackend
@@ -65,7 +65,7 @@ many = settings(
 def test_32_random_programs_merged_get_their_own_bits_and_hugging_faces_numbers(
     served: Served, data: st.DataObject
 ) -> None:
-    users = [data.draw(programs(served.family)) for _ in range(NUM_USERS)]
+    users = [data.draw(programs(FAMILIES[served.family])) for _ in range(NUM_USERS)]
     for program, ours in zip(users, check_merged_is_alone(served, users), strict=True):
         assert difference(ours, run_by_hand(served.plain, program), program) <= TOLERANCE[torch.float32], program
 
@@ -73,14 +73,14 @@ def test_32_random_programs_merged_get_their_own_bits_and_hugging_faces_numbers(
 @settings(many, max_examples=2)
 @given(data=st.data())
 def test_32_random_programs_merged_get_their_own_bits_in_bf16(served_bf16: Served, data: st.DataObject) -> None:
-    check_merged_is_alone(served_bf16, [data.draw(programs(served_bf16.family)) for _ in range(NUM_USERS)])
+    check_merged_is_alone(served_bf16, [data.draw(programs(FAMILIES[served_bf16.family])) for _ in range(NUM_USERS)])
 
 
 @settings(many, max_examples=20)
 @given(data=st.data())
 def test_edits_matter(served: Served, data: st.DataObject) -> None:
     """The oracle itself would notice a dropped edit: edited programs move their last logits."""
-    program = data.draw(programs(served.family).filter(lambda program: program.has_edits))
+    program = data.draw(programs(FAMILIES[served.family]).filter(lambda program: program.has_edits))
     edited, plain = (run_by_hand(served.plain, program, without_edits=flag) for flag in (False, True))
     adds = [
         action

@@ -10,7 +10,17 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from processes import BROKEN_SEED, FaultyShard, ProcessBackend, ProcessShards
-from programs import Program, difference, model_of, ours_in_order, programs, record, run_by_hand, served_together
+from programs import (
+    FAMILIES,
+    Program,
+    difference,
+    model_of,
+    ours_in_order,
+    programs,
+    record,
+    run_by_hand,
+    served_together,
+)
 
 from engine.local import LocalBackend
 from polytrace.errors import RunError
@@ -63,7 +73,7 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 def test_32_random_programs_merged_get_their_own_bits_and_hugging_faces_numbers(
     deployed: Deployed, data: st.DataObject
 ) -> None:
-    users = [data.draw(programs(deployed.family)) for _ in range(32)]
+    users = [data.draw(programs(FAMILIES[deployed.family])) for _ in range(32)]
     merged = deployed.run(users)
     for program, ours in zip(users, merged, strict=True):
         assert same(ours, deployed.run([program])[0]), program
@@ -79,11 +89,10 @@ def test_32_random_programs_merged_get_their_own_bits_and_hugging_faces_numbers(
 def test_a_graph_that_fails_on_one_shard_leaves_its_31_neighbours_unchanged(
     deployed: Deployed, data: st.DataObject
 ) -> None:
-    users = [data.draw(programs(deployed.family)) for _ in range(31)]
+    users = [data.draw(programs(FAMILIES[deployed.family])) for _ in range(31)]
     undisturbed = deployed.run(users)
-    norm = "transformer.ln_f" if deployed.family == "gpt2" else "model.norm"
     with deployed.model.trace([5, 6, 7], seed=BROKEN_SEED, run=False) as failing:
-        last = deployed.model.get_submodule(norm).input
+        last = deployed.model.get_submodule(FAMILIES[deployed.family].norm).input
         last[:] = last * 2.0
         deployed.model.lm_head.output[:, -1].save()
     tracers = [record(deployed.model, program, run=False)[0] for program in users]
