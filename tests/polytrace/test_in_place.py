@@ -235,7 +235,9 @@ EDITS: list[Callable[[Any], Any]] = [
 ]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.data())
 def test_any_mix_of_views_and_edits_is_torch_s(model: Model, data: st.DataObject) -> None:
     plan = data.draw(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polytrace.certificate import Fired, PassEntry, Receipt
@@ -52,12 +52,28 @@ scalars = st.one_of(
 )
 
 
-def operands(refs: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.recursive(
-        scalars | refs,
-        lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple),
-        max_leaves=6,
-    )
+PROMPTS = st.lists(st.lists(counts, min_size=1, max_size=3), min_size=1, max_size=2)
+OPERANDS: st.SearchStrategy[Any] = st.recursive(
+    scalars | st.integers(0, 99).map(lambda number: Ref(NodeId(number))),
+    lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple),
+    max_leaves=5,
+)
+SITES = st.builds(
+    Site,
+    module=st.text(max_size=8),
+    port=st.sampled_from(Port),
+    selector=st.lists(st.text(max_size=4) | st.integers(0, 5), max_size=3).map(tuple),
+    visit=st.integers(0, 2),
+)
+
+
+def earlier(operand: Any, valued: list[Ref]) -> Any:
+    """An operand whose references are to nodes that have values."""
+    if isinstance(operand, Ref):
+        return valued[operand.node % len(valued)] if valued else None
+    if isinstance(operand, (tuple, list)):
+        return type(operand)(earlier(part, valued) for part in operand)
+    return operand
 
 
 @st.composite
@@ -70,64 +86,48 @@ def tensors(draw: st.DrawFn) -> RawTensor:
 
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
-    constants = draw(st.dictionaries(names, tensors(), max_size=3))
-    invokes = draw(
-        st.lists(
-            st.lists(st.lists(counts, min_size=1, max_size=4).map(tuple), min_size=1, max_size=3).map(
-                lambda sequences: Invoke(sequences=tuple(sequences))
-            ),
-            min_size=1,
-            max_size=3,
-        )
-    )
-    where = st.sampled_from(["experiment.py:12", "<ipython>:3", "é.py:1"])
-    site = st.builds(
-        Site,
-        module=st.text(max_size=8),
-        port=st.sampled_from(Port),
-        selector=st.lists(st.text(max_size=4) | st.integers(0, 5), max_size=3).map(tuple),
-        visit=st.integers(0, 2),
+    """Every kind of node, over few prompts and constants. Plain draws: strategies made anew for each node are slow."""
+    constants = draw(st.dictionaries(names, tensors(), max_size=2))
+    invokes = tuple(
+        Invoke(sequences=tuple(tuple(sequence) for sequence in draw(PROMPTS))) for _ in range(draw(st.integers(1, 2)))
     )
     nodes: list[Node] = []
     valued: list[Ref] = []
-    for _ in range(draw(st.integers(0, 8))):
-        refs = st.sampled_from(valued) if valued else st.none()
-        invoke = st.integers(0, len(invokes) - 1)
-        kinds: list[st.SearchStrategy[Any]] = [
-            st.builds(Read, site=site, invoke=invoke, where=where),
-            st.builds(Mask, invoke=invoke, where=where),
-            st.builds(Parameter, path=st.text(max_size=8), where=where),
-        ]
-        if constants:
-            kinds.append(st.builds(Constant, name=st.sampled_from(sorted(constants)), where=where))
-        if valued:
-            name = st.just(f"save {len(nodes)}")
-            kinds += [
-                st.builds(Write, site=site, invoke=invoke, value=refs, in_place=st.booleans(), where=where),
-                st.builds(Save, name=name, value=refs, where=where),
-                st.builds(Call, module=st.text(max_size=8), args=refs.map(lambda ref: (ref,)), where=where),
-                st.builds(
-                    Op,
-                    name=st.sampled_from(["add", "mean", "where", "cat"]),
-                    args=st.lists(operands(refs), min_size=1, max_size=3).map(tuple),
-                    where=where,
-                ),
-                st.builds(
-                    Op,
-                    name=st.just("sum"),
-                    args=refs.map(lambda ref: (ref,)),
-                    kwargs=st.just({"dim": (0, 1)}),
-                    where=where,
-                ),
-                st.builds(Op, name=st.just("getitem"), args=st.tuples(refs, operands(refs)), where=where),
-            ]
-        node = draw(st.one_of(kinds))
+    leaves = ["read", "mask", "parameter", *(["constant"] if constants else [])]
+    for number in range(draw(st.integers(0, 6))):
+        where = draw(st.sampled_from(["experiment.py:12", "<ipython>:3", "é.py:1"]))
+        invoke = draw(st.integers(0, len(invokes) - 1))
+        kind = draw(st.sampled_from([*leaves, *(["write", "save", "call", "op", "sum", "getitem"] if valued else [])]))
+        ref = draw(st.sampled_from(valued)) if valued else Ref(NodeId(0))
+        node: Node
+        match kind:
+            case "read":
+                node = Read(site=draw(SITES), invoke=invoke, where=where)
+            case "mask":
+                node = Mask(invoke=invoke, where=where)
+            case "parameter":
+                node = Parameter(path=draw(st.text(max_size=8)), where=where)
+            case "constant":
+                node = Constant(name=draw(st.sampled_from(sorted(constants))), where=where)
+            case "write":
+                node = Write(site=draw(SITES), invoke=invoke, value=ref, in_place=draw(st.booleans()), where=where)
+            case "save":
+                node = Save(name=f"save {number}", value=ref, where=where)
+            case "call":
+                node = Call(module=draw(st.text(max_size=8)), args=(ref,), where=where)
+            case "sum":
+                node = Op(name="sum", args=(ref,), kwargs={"dim": (0, 1)}, where=where)
+            case "getitem":
+                node = Op(name="getitem", args=(ref, earlier(draw(OPERANDS), valued)), where=where)
+            case _:
+                args = [earlier(draw(OPERANDS), valued) for _ in range(draw(st.integers(1, 3)))]
+                node = Op(name=draw(st.sampled_from(["add", "where", "cat"])), args=tuple(args), where=where)
         if not isinstance(node, (Write, Save)):
-            valued.append(Ref(NodeId(len(nodes))))
+            valued.append(Ref(NodeId(number)))
         nodes.append(node)
     return Request(
         graph=Graph(nodes=tuple(nodes)),
-        invokes=tuple(invokes),
+        invokes=invokes,
         constants=constants,
         options=Options(seed=draw(st.integers(0, 2**63 - 1)), sharing=draw(st.sampled_from(Sharing))),
     )
@@ -151,7 +151,7 @@ SMALL = Request(
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(requests())
 def test_a_request_survives_its_file(request: Request) -> None:
     back = decode_request(file_of(request))
@@ -161,7 +161,7 @@ def test_a_request_survives_its_file(request: Request) -> None:
     assert back.constants == dict(request.constants)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(request=requests(), data=st.data())
 def test_damaged_bytes_give_a_wire_or_graph_error_or_a_request(request: Request, data: st.DataObject) -> None:
     damaged = bytearray(file_of(request))
@@ -180,7 +180,7 @@ def test_damaged_bytes_give_a_wire_or_graph_error_or_a_request(request: Request,
         decode_request(bytes(damaged))
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(request=requests(), data=st.data())
 def test_any_json_in_place_of_a_part_is_refused_cleanly(request: Request, data: st.DataObject) -> None:
     file = file_of(request)
