@@ -15,54 +15,24 @@ Invariants
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
-import sqlite3
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from api.database import Database
 from api.doorbell import Doorbell
 from cluster.requests import Claimed, DeploymentState, Finished, Published, ResultPlace
 from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError, from_fields
 from scheduling.plan import RequestId
 
-SCHEMA_VERSION = 1
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
-
-_SCHEMA = """
-CREATE TABLE requests (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    model TEXT NOT NULL,
-    state TEXT NOT NULL,
-    created REAL NOT NULL,
-    started REAL,
-    finished REAL,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    cancelled INTEGER NOT NULL DEFAULT 0,
-    error TEXT
-);
-CREATE INDEX requests_open ON requests (model, state, seq) WHERE state IN ('queued', 'running');
-CREATE TABLE facts (id TEXT PRIMARY KEY, json BLOB NOT NULL);
-CREATE TABLE deployments (
-    model TEXT PRIMARY KEY,
-    state TEXT NOT NULL,
-    progress TEXT NOT NULL,
-    updated REAL NOT NULL,
-    source TEXT,
-    dtype TEXT,
-    description BLOB,
-    tokenizer BLOB
-);
-"""
 
 
 class RequestState(Enum):
@@ -109,15 +79,13 @@ class Store:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.controller_bell = Doorbell(self.folder / "controller.bell")
         self.gateway_bell = Doorbell(self.folder / "gateway.bell")
-        self._lock = threading.Lock()  # one connection, one user at a time
-        self._connection = _connect(self.folder / "store.db")
+        self._db = Database(self.folder / "store.db")
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
 
     def close(self) -> None:
         """Gives the files back. Nothing is lost without it."""
         self._syncers.shutdown()
-        with self._lock:
-            self._connection.close()
+        self._db.close()
         self.controller_bell.close()
         self.gateway_bell.close()
 
@@ -145,7 +113,7 @@ class Store:
         Raises CapacityError when the deployment has `max_open` unfinished requests already.
         """
         now = time.time()
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             (waiting,) = db.execute(
                 "SELECT count(*) FROM requests WHERE model = ? AND state IN ('queued', 'running')", (model,)
             ).fetchone()
@@ -170,7 +138,7 @@ class Store:
         ids = list(requests)
         for first in range(0, len(ids), 500):
             some = ids[first : first + 500]
-            rows = self._rows(
+            rows = self._db.rows(
                 "SELECT id, model, state, created, started, finished, error FROM requests "
                 f"WHERE id IN ({','.join('?' * len(some))})",
                 some,
@@ -184,7 +152,7 @@ class Store:
     def cancel(self, request: RequestId) -> RequestStatus | None:
         """Cancels a waiting request at once and asks the controller to cancel a running one; a finished one stays."""
         error = json.dumps(CancelledError("the request was cancelled before it ran").to_fields())
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             gone = db.execute(
                 "UPDATE requests SET state = 'cancelled', finished = ?, error = ? WHERE id = ? AND state = 'queued'",
                 (time.time(), error, request),
@@ -202,14 +170,14 @@ class Store:
         return self.status(request)
 
     def deployments(self) -> list[Deployment]:
-        rows = self._rows("SELECT model, state, progress, updated FROM deployments ORDER BY model", ())
+        rows = self._db.rows("SELECT model, state, progress, updated FROM deployments ORDER BY model")
         return [
             Deployment(model=row[0], state=DeploymentState(row[1]), progress=row[2], updated=row[3]) for row in rows
         ]
 
     def published(self, model: str) -> Published | None:
         """What the deployment serves, None before it was ready for the first time."""
-        rows = self._rows(
+        rows = self._db.rows(
             "SELECT source, dtype, description, tokenizer FROM deployments WHERE model = ? AND description IS NOT NULL",
             (model,),
         )
@@ -222,7 +190,9 @@ class Store:
         """How many requests wait and run, by model."""
         counts: dict[str, dict[RequestState, int]] = {}
         query = "SELECT model, state, count(*) FROM requests WHERE state IN ('queued', 'running') GROUP BY model, state"
-        for model, state, count in self._rows(query, ()):
+        for model, state, count in self._db.rows(
+            query,
+        ):
             counts.setdefault(model, {})[RequestState(state)] = count
         return counts
 
@@ -231,8 +201,8 @@ class Store:
 
         Only at the start, while nobody else has the store open.
         """
-        is_open = {row[0] for row in self._rows("SELECT id FROM requests WHERE state IN ('queued', 'running')", ())}
-        is_done = {row[0] for row in self._rows("SELECT id FROM requests WHERE state = 'done'", ())}
+        is_open = {row[0] for row in self._db.rows("SELECT id FROM requests WHERE state IN ('queued', 'running')")}
+        is_done = {row[0] for row in self._db.rows("SELECT id FROM requests WHERE state = 'done'")}
         stale = [path for path in self._requests.iterdir() if path.stem not in is_open]
         stale += [path for path in self._results.iterdir() if path.stem not in is_done]
         for path in stale:
@@ -242,7 +212,7 @@ class Store:
     # --- the controller's half (cluster.requests.RequestStore)
 
     def set_state(self, model: str, state: DeploymentState, progress: str) -> None:
-        with self._transaction(is_durable=False) as db:
+        with self._db.transaction(is_durable=False) as db:
             db.execute(
                 "INSERT INTO deployments (model, state, progress, updated) VALUES (?, ?, ?, ?) ON CONFLICT (model) DO "
                 "UPDATE SET state = excluded.state, progress = excluded.progress, updated = excluded.updated",
@@ -251,7 +221,7 @@ class Store:
         self.gateway_bell.ring()
 
     def publish(self, model: str, published: Published) -> None:
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             db.execute(
                 "UPDATE deployments SET source = ?, dtype = ?, description = ?, tokenizer = ? WHERE model = ?",
                 (published.source, published.dtype, published.description, published.tokenizer, model),
@@ -259,7 +229,7 @@ class Store:
 
     def requeue(self, model: str, *, is_clean: bool) -> int:
         worn_out = ServiceError(f"the service broke down {MAX_ATTEMPTS} times while it ran this request")
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             if is_clean:
                 db.execute(
                     "UPDATE requests SET attempts = attempts - 1 WHERE model = ? AND state = 'running'", (model,)
@@ -278,7 +248,7 @@ class Store:
     def claim(self, model: str, limit: int) -> list[Claimed]:
         if limit <= 0:
             return []
-        with self._transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
+        with self._db.transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
             rows = db.execute(
                 "SELECT requests.id, created, json, attempts FROM requests JOIN facts USING (id) "
                 "WHERE model = ? AND state = 'queued' ORDER BY seq LIMIT ?",
@@ -298,7 +268,7 @@ class Store:
         ]
 
     def cancellations(self, model: str) -> list[RequestId]:
-        rows = self._rows("SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled", (model,))
+        rows = self._db.rows("SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled", (model,))
         return [row[0] for row in rows]
 
     def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
@@ -324,7 +294,7 @@ class Store:
         # 2) the states
         now = time.time()
         changed: list[Finished] = []
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             for end in ended:
                 state = (
                     RequestState.DONE
@@ -378,39 +348,6 @@ class Store:
         except OSError as error:
             return Finished(request=end.request, error=ServiceError(f"the result could not be kept: {error}"))
         return end
-
-    def _rows(self, query: str, values: Sequence[Any]) -> list[Any]:
-        with self._lock:
-            return self._connection.execute(query, values).fetchall()
-
-    @contextlib.contextmanager
-    def _transaction(self, *, is_durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """All or nothing, for every process; on the disk when it returns unless that does not matter."""
-        with self._lock:
-            self._connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-    os.chmod(path, 0o600)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("BEGIN IMMEDIATE")  # two processes may open a new store at once
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0:
-        for statement in filter(str.strip, _SCHEMA.split(";")):
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    connection.execute("COMMIT")
-    if version not in (0, SCHEMA_VERSION):
-        raise ServiceError(f"{path} has version {version} of the store; this program has version {SCHEMA_VERSION}")
-    return connection
 
 
 def _status(row: Sequence[Any]) -> RequestStatus:

@@ -19,6 +19,7 @@ from cluster.config import ControllerConfig
 from cluster.deployment import Deployment, DeploymentConfig
 from cluster.dispatch import Dispatcher
 from cluster.requests import DeploymentState, Published, RequestStore
+from engine.loading import meta_model
 from engine.tokenizer import tokenizer_json
 from polytrace.codec import to_json
 from polytrace.description import ModelDescription
@@ -74,10 +75,13 @@ class Controller:
         count = self._store.requeue(config.name, is_clean=False)
         if count:
             _log.warning("%d requests of an earlier controller are queued again", count)
-        # 2) Ray
+        # 2) a model that cannot be built is known before anything is started
+        self._report(f"looking at {config.source}")
+        meta_model(config.source, config.dtype)
+        # 3) Ray
         self._report("joining Ray" if config.address else "starting Ray")
         _connect(config)
-        # 3) the shards: load, self-test
+        # 4) the shards: load, self-test
         self._deployment = Deployment(
             DeploymentConfig(
                 name=config.name,
@@ -89,7 +93,7 @@ class Controller:
             )
         )
         description = self._deployment.start(self._report)
-        # 4) the loop, not running yet, and the word to the gateway
+        # 5) the loop, not running yet, and the word to the gateway
         awake = threading.Event()
         self._dispatcher = Dispatcher(
             self._store,

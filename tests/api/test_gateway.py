@@ -288,6 +288,13 @@ def test_models_and_their_descriptions(service: Service) -> None:
     assert service.http.get("/v1/models/m/tokenizer").json() == {"t": 1}
 
 
+def test_the_interface_describes_itself(service: Service) -> None:
+    described = service.http.get("/openapi.json").json()
+    assert "/v1/models/{name}/requests" in described["paths"]
+    responses = described["paths"]["/v1/requests/{request_id}"]["get"]["responses"]
+    assert "application/problem+json" in responses["4XX"]["content"]
+
+
 def test_what_is_not_there_is_a_problem_too(service: Service) -> None:
     assert "'nosuch'" in problem_of(service.http.get("/v1/models/nosuch"), 404)["detail"]
     problem_of(service.http.post("/v1/models/nosuch/requests", content=body(SUCCEED)), 404)

@@ -1,0 +1,83 @@
+"""The store's SQLite file: its tables, and transactions that several processes and threads may use at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from polytrace.errors import ServiceError
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE requests (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    model TEXT NOT NULL,
+    state TEXT NOT NULL,
+    created REAL NOT NULL,
+    started REAL,
+    finished REAL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    cancelled INTEGER NOT NULL DEFAULT 0,
+    error TEXT
+);
+CREATE INDEX requests_open ON requests (model, state, seq) WHERE state IN ('queued', 'running');
+CREATE TABLE facts (id TEXT PRIMARY KEY, json BLOB NOT NULL);
+CREATE TABLE deployments (
+    model TEXT PRIMARY KEY,
+    state TEXT NOT NULL,
+    progress TEXT NOT NULL,
+    updated REAL NOT NULL,
+    source TEXT,
+    dtype TEXT,
+    description BLOB,
+    tokenizer BLOB
+);
+"""
+
+
+class Database:
+    """One connection, which its threads use in turn. Construction makes the tables when there are none."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        os.chmod(path, 0o600)
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        with self.transaction() as db:  # two processes may open a new store at once
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                for statement in filter(str.strip, _SCHEMA.split(";")):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if version not in (0, SCHEMA_VERSION):
+            raise ServiceError(f"{path} has version {version} of the store; this program has version {SCHEMA_VERSION}")
+
+    def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        """What a query finds now."""
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def transaction(self, *, is_durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """All or nothing, for every process; on the disk when it returns unless that does not matter."""
+        with self._lock:
+            # in WAL mode NORMAL keeps the order of commits but may lose the last ones with the power
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
