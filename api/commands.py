@@ -133,7 +133,7 @@ def _progress(first: str) -> Iterator[Callable[[str], None]]:
     with console.status(first) as spinner:
 
         def report(line: str) -> None:
-            console.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}", highlight=False)
+            console.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}", highlight=False, soft_wrap=True)
             if line.startswith(("ready", "stopping")):
                 spinner.stop()
             else:
