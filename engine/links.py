@@ -171,7 +171,7 @@ class Distributed:
     def send(self, tensor: Tensor, stage: int) -> None:
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
-        raw = _as_bytes(tensor).to(self._wire)
+        raw = as_bytes(tensor).to(self._wire)
         if raw.numel() == 0:
             return
         group = self._forward if stage > self.stage else self._backward
@@ -182,7 +182,7 @@ class Distributed:
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, stage: int) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype, device=self._wire)
-        raw = _as_bytes(tensor)
+        raw = as_bytes(tensor)
         if raw.numel() == 0:
             return tensor.to(self.device)
         group = self._backward if stage > self.stage else self._forward
@@ -217,7 +217,7 @@ class Distributed:
             dist.destroy_process_group()
 
     def _all_gather(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        raw = _as_bytes(tensor).to(self._wire)
+        raw = as_bytes(tensor).to(self._wire)
         if raw.numel() == 0:
             return (tensor,) * self.ranks
         gathered = torch.empty(self.ranks * raw.numel(), dtype=torch.uint8, device=raw.device)
@@ -245,6 +245,8 @@ def _with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
     """The tensor's memory as a flat uint8 tensor: a view when it is contiguous, else of a copy."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    dense = tensor.detach().contiguous()
+    # Not reshape: a single element counts as contiguous and would keep a stride that forbids viewing it as bytes.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from engine.links import as_bytes
 from scheduling.plan import Program, SaveSlot
 
 
@@ -42,9 +43,9 @@ class FileSink:
         self.saved_bytes = 0
 
     def put(self, slot: SaveSlot, value: Any) -> None:
-        tensor = _planned(slot, value).contiguous().cpu()
+        tensor = _planned(slot, value).cpu()
         if tensor.nbytes:
-            written = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
+            written = memoryview(as_bytes(tensor).numpy().data)
             descriptor = os.open(self.path, os.O_WRONLY)
             try:
                 offset = self.data_start + slot.offset

@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.attention import AttentionPass, use_packed_attention
 from engine.fragments import InvokeRows, PortValue, RequestState, ShardContext
 from engine.gate import run_gate
-from engine.links import Links
+from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.results import MemorySink, sink_for
 from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
@@ -294,5 +294,5 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _padded(tensor: Tensor) -> Tensor:
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    raw = as_bytes(tensor)
     return torch.nn.functional.pad(raw, (0, _aligned(raw.numel()) - raw.numel()))

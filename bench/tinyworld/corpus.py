@@ -298,8 +298,8 @@ FACT_PAIRS = (
         corrupt_answer=" Athens",
     ),
     Pair(
-        clean="The capital city of France is",
-        clean_answer=" Paris",
+        clean="The capital city of Italy is",
+        clean_answer=" Rome",
         corrupt="The capital city of Japan is",
         corrupt_answer=" Tokyo",
     ),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from engine.links import Distributed, Solo, join_store, open_store
+from engine.links import Distributed, Solo, as_bytes, join_store, open_store
 from polytrace.errors import ServiceError
 
 STAGES, RANKS = 2, 2
@@ -112,3 +112,9 @@ def test_a_shard_that_is_alone_gathers_and_sums_itself() -> None:
     assert links.ordered_sum(value) is value
     with pytest.raises(ServiceError, match="alone"):
         links.send(value, 1)
+
+
+def test_a_single_element_of_a_larger_tensor_is_bytes_too() -> None:
+    row = torch.arange(12.0).view(3, 4)
+    assert torch.equal(as_bytes(row[1:2, 2:3]).view(torch.float32), torch.tensor([6.0]))
+    assert torch.equal(as_bytes(row.t()).view(torch.float32), row.t().reshape(-1))
