@@ -149,7 +149,9 @@ def one_thread() -> Iterator[None]:
 
 def users_table(visits: Sequence[Visit], differences: Sequence[float]) -> Table:
     """A row for each user."""
-    table = Table(title="Eight users at once", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title="Eight users at once", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("user\n", no_wrap=True)
     table.add_column("experiment\n", no_wrap=True)
     for heading in ("passes\n", "users\na pass", "tokens\n", "bytes\nreturned", "bytes\nread"):
