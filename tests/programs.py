@@ -5,6 +5,7 @@ The hooks are the oracle: one sequence at a time, eager attention, torch's own i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -119,11 +120,11 @@ class Program:
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A tiny model with weights large enough that edits matter."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(3)
+                parameter.mul_(1.5)
     return model.to(dtype)
 
 
