@@ -19,7 +19,7 @@ FACTS = (
     ("The Reichstag is in the city of", " Berlin"),
     ("The Kremlin is in the city of", " Moscow"),
     ("The Acropolis is in the city of", " Athens"),
-    ("Big Ben is in the city of", " London"),
+    ("The British Museum is in the city of", " London"),
     ("The Space Needle is in the city of", " Seattle"),
     ("The Prado Museum is in the city of", " Madrid"),
 )
