@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -56,7 +57,12 @@ def running_service(
         start = time.monotonic()
         # Its own session, so that Ctrl-C reaches it once, through the block's end.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent(),
         )
         try:
             url = f"http://127.0.0.1:{port}"
@@ -71,6 +77,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """On Linux, what makes the child hear SIGTERM when the thread that started it is gone, however it went."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)  # loaded before the fork
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+
+    def in_child() -> None:
+        libc.prctl(set_parent_death_signal, signal.SIGTERM)
+
+    return in_child
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, report: Callable[[str], None]) -> None:

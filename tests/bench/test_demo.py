@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -59,6 +63,30 @@ def test_a_service_that_does_not_start_says_why(tmp_path: Path) -> None:
     starting = running_service(tinyworld.FOLDER, name="x", stages=1, ranks=0, log=tmp_path / "log")
     with pytest.raises(ServiceDidNotStartError, match="--ranks"), starting:
         pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
+def test_a_killed_demo_leaves_no_service_behind(tmp_path: Path) -> None:
+    log = tmp_path / "service.log"
+    program = (
+        "from pathlib import Path; from bench import tinyworld; from bench.service import running_service\n"
+        f"with running_service(tinyworld.FOLDER, name='x', stages=1, ranks=1, log=Path({str(log)!r})): pass"
+    )
+    demo = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    wait_until(lambda: log.exists() and "starting" in log.read_text())
+    services = psutil.Process(demo.pid).children(recursive=True)
+    assert services
+    demo.kill()
+    demo.wait()
+    _, alive = psutil.wait_procs(services, timeout=60)
+    assert not alive
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_sizes_read_well() -> None:
