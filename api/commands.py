@@ -49,7 +49,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     name: Annotated[str | None, typer.Option(help="Name of the deployment; default: the model's last part.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    address: Annotated[str | None, typer.Option(help="A Ray cluster to join; default: an own one.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster to join, HOST:PORT or auto; default: an own one.")
+    ] = None,
     store: Annotated[
         Path | None, typer.Option(help="Folder for requests and results; default: a temporary one.")
     ] = None,

@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 DEFAULT_BUDGET_TOKENS = 4096
 
-# variable -> what it sets. RAY_AUTH_MODE is Ray's own: the service sets it to "token" where the user's environment
-# does not.
+# variable -> what it sets. Those of RAY_AUTH are Ray's own: where the user's environment says nothing, the service sets
+# the mode to "token", and for a cluster that it starts itself makes the token too.
 VARIABLES: Mapping[str, str] = {
     "POLYTRACE_KEY": "key that every call must bring as `Authorization: Bearer KEY`; empty: no key is asked for",
     "POLYTRACE_STORE": "folder for requests and results",
@@ -30,6 +30,8 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_UPLOAD_IDLE_S": "silence after which an upload is given up",
     "POLYTRACE_BUDGET_TOKENS": "most rows in one merged pass",
     "RAY_AUTH_MODE": "`token` (what the service sets) or `disabled` (only for a test cluster on one machine)",
+    "RAY_AUTH_TOKEN_PATH": "file with the Ray cluster's token; needed with --address, else the service makes one",
+    "RAY_AUTH_TOKEN": "the Ray cluster's token itself",
 }
 
 
@@ -97,6 +99,9 @@ def serve_settings(*, source: str, name: str | None, key: str | None, **flags: A
     name = name or Path(source).resolve().name if Path(source).is_dir() else name or source.rpartition("/")[2]
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(f"{name!r} cannot be a deployment's name: letters, digits, '.', '_' and '-'; choose --name")
+    address = flags.get("address")
+    if address is not None and not re.fullmatch(r"auto|\S+:\d{1,5}", address):
+        raise UserError(f"--address {address!r} is not that of a Ray cluster: HOST:PORT of its head, or auto")
     flags["store"] = flags.get("store") or from_environment("POLYTRACE_STORE", str, None)
     budget = from_environment("POLYTRACE_BUDGET_TOKENS", int, DEFAULT_BUDGET_TOKENS, at_least=16)
     key = key or from_environment("POLYTRACE_KEY", str, None)
@@ -109,6 +114,11 @@ def ray_auth_mode() -> str:
     if mode not in ("token", "disabled"):
         raise UserError(f"RAY_AUTH_MODE is {mode!r}; it is token or disabled")
     return mode
+
+
+def is_ray_token_given() -> bool:
+    """Whether the user's environment names a token for Ray, which then holds for an own cluster too."""
+    return any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
 
 
 _KINDS: dict[Any, str] = {int: "an integer", float: "a number"}

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -26,9 +27,9 @@ import httpx
 from api.children import GRACE_S
 from api.processes import adopt_orphans, end_descendants
 from api.server import bind
-from api.settings import ServeSettings, gateway_settings, ray_auth_mode
+from api.settings import ServeSettings, gateway_settings, is_ray_token_given, ray_auth_mode
 from api.store import Store
-from cluster.config import ControllerConfig
+from cluster.config import ControllerConfig, address_file
 from cluster.requests import DeploymentState
 from polytrace.codec import to_json
 from polytrace.errors import ServiceError, UserError
@@ -36,6 +37,7 @@ from polytrace.errors import ServiceError, UserError
 MAX_RESTARTS = 3  # of children within the window below; then the service gives up
 RESTART_WINDOW_S = 600.0
 POLL_S = 0.1
+SCRATCH_MIN_AGE_S = 60.0  # a younger folder without an owner may be about to be locked
 
 Report = Callable[[str], None]
 
@@ -102,8 +104,7 @@ class Supervisor:
     def _folders(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if self._settings.store is None:
-                made = stack.enter_context(tempfile.TemporaryDirectory(prefix="polytrace-", ignore_cleanup_errors=True))
-                folder = Path(made)
+                folder = stack.enter_context(scratch("polytrace-scratch-", tempfile.gettempdir())) / "store"
             else:
                 folder = Path(self._settings.store)
             self._store = Store(folder)
@@ -114,10 +115,14 @@ class Supervisor:
             except OSError:
                 raise UserError(f"the store {folder} is in use by another service; choose another --store") from None
             self._store.sweep()
-            # Ray puts sockets in there, and their paths may have 107 bytes
-            root = tempfile.gettempdir() if len(tempfile.gettempdir()) < 32 else "/tmp"
-            self._ray_folder = tempfile.mkdtemp(prefix="ptray-", dir=root)
-            stack.callback(shutil.rmtree, self._ray_folder, ignore_errors=True)
+            # Ray puts sockets in there, 81 bytes further down, and their paths may have 107. It opens its folder to all
+            # users, so it gets one inside one of ours.
+            root = tempfile.gettempdir() if len(tempfile.gettempdir()) < 26 else "/tmp"
+            private = stack.enter_context(scratch("ptray-", root))
+            self._ray_folder = str(private / "r")
+            self._ray_auth = {"RAY_AUTH_MODE": ray_auth_mode()}
+            if self._settings.address is None and ray_auth_mode() == "token" and not is_ray_token_given():
+                self._ray_auth["RAY_AUTH_TOKEN_PATH"] = _new_token(private)
             yield
 
     # --- the children
@@ -162,14 +167,14 @@ class Supervisor:
         environment.pop("POLYTRACE_KEY", None)
         if role == "gateway" and self._settings.key:
             environment["POLYTRACE_KEY"] = self._settings.key
-        environment["RAY_AUTH_MODE"] = ray_auth_mode()
+        environment |= self._ray_auth
         # the packages may lie in a checkout; the user's own folder must not come before them (-P)
         root = str(Path(__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         return environment
 
     def _watch(self, on_ready: Callable[[str], None]) -> None:
-        told = ""
+        told = told_address = ""
         while self._stop_signal is None:
             for role in ("gateway", "controller"):
                 self._mend(role)
@@ -181,8 +186,18 @@ class Supervisor:
                 if self._is_ready():
                     self._was_ready = True
                     on_ready(self.url)
+            address = self._ray_address()
+            if self._was_ready and address != told_address:  # another one after every start of the controller
+                told_address = address
+                joining = " ".join(f"{name}={value}" for name, value in self._ray_auth.items())
+                self._report(f"Ray programs on this machine join with RAY_ADDRESS={address} {joining}")
             time.sleep(POLL_S)
         self._report("stopping")
+
+    def _ray_address(self) -> str:
+        """Of the own cluster; empty before there is one."""
+        file = address_file(self._ray_folder)
+        return file.read_text() if file.exists() else ""
 
     def _is_ready(self) -> bool:
         try:
@@ -230,3 +245,29 @@ class Supervisor:
             if role == "controller" and one.state is DeploymentState.FAILED:
                 return f"{one.model} did not start: {one.progress}"
         return "\n".join(self._log(role).read_text(errors="replace").splitlines()[-20:])
+
+
+@contextlib.contextmanager
+def scratch(prefix: str, root: str) -> Iterator[Path]:
+    """A folder of this user alone that goes when the block ends. Those that killed services left behind go first."""
+    for old in Path(root).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), (old / "lock").open("r+") as lock:
+            if time.time() - old.stat().st_mtime > SCRATCH_MIN_AGE_S:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as made,
+        (Path(made) / "lock").open("w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(made)
+
+
+def _new_token(folder: Path) -> str:
+    """The path of a file with a new Ray token that only this user can read. Left alone, Ray would keep one in the home
+    folder, readable by all, and use it for every cluster.
+    """
+    path = folder / "auth_token"
+    with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(secrets.token_hex(32))
+    return str(path)

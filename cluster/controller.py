@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import traceback
 from urllib.parse import urlsplit
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from cluster import discovery
-from cluster.config import ControllerConfig
+from cluster.config import ControllerConfig, address_file
 from cluster.deployment import Deployment, DeploymentConfig
 from cluster.dispatch import Dispatcher
 from cluster.requests import DeploymentState, Published, RequestStore
@@ -23,12 +25,13 @@ from engine.loading import meta_model
 from engine.tokenizer import tokenizer_json
 from polytrace.codec import to_json
 from polytrace.description import ModelDescription
-from polytrace.errors import PolytraceError
+from polytrace.errors import PolytraceError, UserError
 from scheduling.scheduler import PassPolicy
 
 _log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 128 << 20  # plans only: tensors never go through it
+_REACH_S = 10.0  # for the head of a cluster to answer at all
 
 
 class Controller:
@@ -117,7 +120,7 @@ class Controller:
 def _connect(config: ControllerConfig) -> None:
     """Joins a cluster, or starts one that ends with this process."""
     if config.address is not None:
-        ray.init(address=config.address, namespace=discovery.NAMESPACE, log_to_driver=False)
+        _join(config.address)
         return
     ray.init(
         address="local",  # whatever RAY_ADDRESS says: joining is asked for by name
@@ -127,6 +130,23 @@ def _connect(config: ControllerConfig) -> None:
         object_store_memory=_OBJECT_STORE_BYTES,
         _temp_dir=config.ray_folder,
     )
+    if config.ray_folder is not None:
+        address_file(config.ray_folder).write_text(ray.get_runtime_context().gcs_address)
+
+
+def _join(address: str) -> None:
+    if address != "auto":  # Ray itself would try for minutes
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+        except OSError as error:
+            raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+    try:
+        ray.init(address=address, namespace=discovery.NAMESPACE, log_to_driver=False)
+    except AuthenticationError as error:
+        raise UserError(f"the Ray cluster at {address} asks for its token: {discovery.TOKEN_HINT}") from error
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(f"{error} If its token is another one, {discovery.TOKEN_HINT}") from error
 
 
 def _published(config: ControllerConfig, description: ModelDescription) -> Published:

@@ -6,11 +6,16 @@ import logging
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
-from polytrace.errors import NotFoundError
+from polytrace.errors import KeyRefusedError, NotFoundError
 
 NAMESPACE = "polytrace"
 ACTOR = "polytrace-gateway"
+TOKEN_HINT = (
+    "set RAY_AUTH_TOKEN_PATH to the file that holds it (`polytrace serve` prints its own), "
+    "or RAY_AUTH_MODE=disabled where the cluster takes none"
+)
 _TIMEOUT_S = 30.0
 
 _log = logging.getLogger(__name__)
@@ -41,9 +46,17 @@ def publish(url: str) -> Any:
 
 
 def find_gateway() -> str:
-    """The gateway's URL, from inside a Ray job. Raises NotFoundError when the cluster has none."""
+    """The gateway's URL, from inside a Ray job or a program that may join its cluster.
+
+    Raises NotFoundError when there is no cluster or it has no service, KeyRefusedError without the cluster's token.
+    """
     if not ray.is_initialized():
-        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)
+        try:
+            ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)
+        except AuthenticationError as error:
+            raise KeyRefusedError(f"the Ray cluster asks for its token: {TOKEN_HINT}") from error
+        except ConnectionError as error:
+            raise NotFoundError(f"no Ray cluster runs here: {error}") from error
     try:
         actor = ray.get_actor(ACTOR, namespace=NAMESPACE)
     except ValueError:

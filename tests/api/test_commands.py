@@ -90,6 +90,12 @@ def test_a_bad_variable_is_refused_with_its_name_and_value(monkeypatch: pytest.M
     assert ray_auth_mode() == "token"
 
 
+def test_an_address_that_is_none_is_refused_before_anything_is_started() -> None:
+    answer = polytrace("serve", "model", "--address", "ray://somewhere")
+    assert answer.returncode == 1
+    assert "HOST:PORT" in answer.stderr and "Traceback" not in answer.stderr
+
+
 def test_a_variable_that_is_not_declared_cannot_be_read() -> None:
     with pytest.raises(KeyError):
         from_environment("POLYTRACE_NOSUCH", str, "")

@@ -6,9 +6,11 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,8 @@ from polytrace.wire import decode_result, encode_request
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
 LAYER = 2
+TASK = "__import__('polytrace').models('ray://auto', key='sesame')"  # what a Ray job may do at any place
+JOB = f"print({TASK})"
 MARK = "SERVE_TEST_MARK"  # every process of a service inherits it
 
 
@@ -35,10 +39,12 @@ class Service:
         listener = bind("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         listener.close()
+        self.folder = folder
         self.store = folder / "store"
         command = [sys.executable, "-m", "api.commands", "serve", str(model), "--name", "tiny"]
         command += ["--port", str(self.port), "--store", str(self.store), *flags]
-        environment = {**os.environ, MARK: self.mark, "POLYTRACE_KEY": "sesame"}
+        self.scratch = tempfile.mkdtemp(prefix="pt", dir="/tmp")  # a short path, as Ray's sockets need it
+        environment = fresh_environment(folder) | {MARK: self.mark, "POLYTRACE_KEY": "sesame", "TMPDIR": self.scratch}
         self.log = (folder / "serve.log").open("wb")
         self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
         headers = {"Authorization": "Bearer sesame"}
@@ -63,6 +69,12 @@ class Service:
         pids = (pid for pid, command in self.processes().items() if f"api.children {role}" in command)
         return next(pids, None)
 
+    def told_for_ray(self) -> dict[str, str]:
+        """What a Ray program sets to join, from the last line that says so."""
+        lines = Path(self.log.name).read_text().splitlines()
+        told = next(line for line in reversed(lines) if "RAY_ADDRESS=" in line)
+        return dict(re.findall(r"(RAY_\w+)=(\S+)", told))
+
     def words(self) -> str:
         logs = (Path(self.log.name), *self.store.glob("*.log"))
         return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists())
@@ -74,6 +86,7 @@ class Service:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +141,29 @@ def test_status_shows_the_model_and_its_queue(service: Service) -> None:
 
 
 def test_a_ray_job_finds_the_gateway_of_its_cluster(service: Service) -> None:
-    raylet = next(command for command in service.processes().values() if "/raylet " in command)
-    address = re.search(r"--gcs-address=(\S+)", raylet)
-    assert address is not None
-    job = "import polytrace; print(polytrace.models('ray://auto', key='sesame'))"
-    environment = {**os.environ, "RAY_ADDRESS": address[1], "RAY_AUTH_MODE": "token"}
-    command = [sys.executable, "-c", job]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+    answer = ray_program(service, JOB, service.told_for_ray())
     assert answer.returncode == 0, answer.stderr
     assert "'tiny'" in answer.stdout
+
+
+def test_a_task_in_the_cluster_finds_the_gateway_too(service: Service) -> None:
+    outer = f"import ray; ray.init(log_to_driver=False); print(ray.get(ray.remote(lambda: {TASK}).remote()))"
+    answer = ray_program(service, outer, service.told_for_ray())
+    assert answer.returncode == 0, answer.stderr
+    assert "'tiny'" in answer.stdout
+
+
+def test_without_the_token_the_cluster_stays_closed_and_the_error_tells_what_to_set(service: Service) -> None:
+    told = service.told_for_ray()
+    answer = ray_program(service, JOB, {name: told[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE")})
+    assert answer.returncode == 1
+    assert "RAY_AUTH_TOKEN_PATH" in answer.stderr.splitlines()[-1]
+
+
+def test_the_token_is_the_users_alone_and_nothing_is_left_in_the_home_folder(service: Service) -> None:
+    token = Path(service.told_for_ray()["RAY_AUTH_TOKEN_PATH"])
+    assert token.stat().st_mode & 0o077 == 0 and token.parent.stat().st_mode & 0o077 == 0
+    assert list((service.folder / "home").iterdir()) == []
 
 
 def test_an_accepted_request_is_finished_by_the_next_controller(service: Service) -> None:
@@ -154,9 +181,11 @@ def test_an_accepted_request_is_finished_by_the_next_controller(service: Service
 
 def test_sigterm_ends_the_service_and_leaves_no_process_behind(service: Service) -> None:
     assert len(service.processes()) > 5
+    assert list(Path(service.scratch).iterdir()) != []
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(timeout=60) == 0, service.words()
     assert service.processes() == {}
+    assert list(Path(service.scratch).iterdir()) == []
     with pytest.raises(httpx.ConnectError):
         service.http.get("/healthz")
 
@@ -192,6 +221,19 @@ def test_a_model_that_cannot_be_loaded_is_told_and_nothing_stays(tmp_path: Path)
         assert service.processes() == {}
     finally:
         service.kill_all()
+
+
+def fresh_environment(folder: Path) -> dict[str, str]:
+    """As on a machine where Ray has never run: an empty home folder, and nothing set for Ray."""
+    (folder / "home").mkdir(exist_ok=True)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return inherited | {"HOME": str(folder / "home")}
+
+
+def ray_program(service: Service, program: str, told: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    environment = fresh_environment(service.folder) | told
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
 
 
 def body(layer: int = LAYER) -> bytes:

@@ -137,8 +137,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster of this machine's loopback, gone after the tests
-    with tempfile.TemporaryDirectory(prefix="pt", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="pt", dir="/tmp", ignore_cleanup_errors=True) as folder,
+    ):
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # a cluster of this machine's loopback, gone after the tests
         ray.init(num_cpus=4, include_dashboard=False, _temp_dir=folder, object_store_memory=128 << 20)
         yield
         ray.shutdown()

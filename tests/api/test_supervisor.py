@@ -1,0 +1,33 @@
+"""What a service keeps outside its store: scratch folders that go with it, also when it was killed."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from api.supervisor import SCRATCH_MIN_AGE_S, scratch
+
+
+def test_a_scratch_folder_is_this_users_alone_and_goes_with_its_block(tmp_path: Path) -> None:
+    with scratch("some-", str(tmp_path)) as folder:
+        assert folder.stat().st_mode & 0o077 == 0
+        (folder / "file").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_service_left_goes_and_what_a_living_one_has_stays(tmp_path: Path) -> None:
+    left, unlocked, other = (tmp_path / name for name in ("some-left", "some-young", "other-left"))
+    for folder in (left, unlocked, other):
+        folder.mkdir()
+        (folder / "lock").touch()
+    with scratch("some-", str(tmp_path)) as living:
+        for folder in (left, living, other):
+            age(folder)
+        with scratch("some-", str(tmp_path)) as next_one:
+            assert set(tmp_path.iterdir()) == {unlocked, other, living, next_one}
+
+
+def age(folder: Path) -> None:
+    then = time.time() - 2 * SCRATCH_MIN_AGE_S
+    os.utime(folder, (then, then))
