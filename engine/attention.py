@@ -1,22 +1,27 @@
-"""The one attention function, registered with transformers: attends segment by segment through the span store.
+"""The one attention function, registered with transformers: every row attends to the keys that its sequence has.
 
 Owns how packed rows attend. A model whose attention implementation is `NAME` and whose forward runs inside `attending`
 computes, for every segment of the pass, exactly what it would compute for that sequence alone; rows that belong to no
-segment (padding to the floor) get zeros. No mask function is registered under `NAME`, so transformers builds no mask.
+segment (padding) get zeros. No mask function is registered under `NAME`, so transformers builds no mask.
 
-Segments of equal length are computed in one call where the kernel gives the bits it gives alone: torch's fused
-attention does for every shape tried; batched matrix products of the explicit path (soft-capped scores) do not for short
-sequences, so there each segment is computed by itself.
+A row's bits depend on its query and on the keys and values at positions up to its own, and on nothing else: not on which
+rows run beside it, nor on whether its earlier rows are its segment's own or a parent's. To that end keys are taken in
+*pages* of `PAGE` positions counted from position 0 (as in paged attention; Kwon et al., SOSP 2023): scores are products
+over the head dimension, the softmax of a row is taken over whole pages, and values are added up page by page, always in
+products of the same inner size. What a page gives to a row that sees none of it is an exact zero.
+
+Whole pages of a parent are read where they are, however many forks look at them; only the page in which a fork begins
+is copied for it. Segments of like geometry over one prefix are one *chunk* and go through the kernels together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,14 +29,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from engine.spans import SpanStore
+from engine.streams import Stream
+from engine.spans import Span, SpanStore
 from polytrace.errors import ServiceError
-from scheduling.plan import PassId, Segment
+from scheduling.plan import PassId
 
-# T = packed rows, H = query heads, G = key/value heads, C = head dimension
-# B = segments of one group, Q = query rows of each, K = keys of each
+# T = packed rows, H = query heads, G = key/value heads, E = query heads to a key/value head (H = G E), C = head dimension
+# B = tiles of a chunk, Q = query rows of each, N = B Q E: query vectors of a chunk, P = columns of the prefix,
+# O = columns of a tile's own pages, W = P + O
 
 NAME = "polytrace"
+
+PAGE = 32  # positions; also what element-wise kernels take at a time, so that no tail falls on a row's end
+TILE = 128  # most query rows of a tile; longer segments are cut at multiples of it
+_MIN_ROWS = 16  # of a matrix product: with fewer, kernels take another path
+_MAX_SCORES = 1 << 22  # floats of scores at a time: what stays in a cache near the core
 
 # What models pass beside the tensors and what has no effect on a causal, packed, dropout-free pass.
 _HARMLESS = frozenset(
@@ -56,64 +68,126 @@ _HARMLESS = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentGroup:
-    """Segments computed in one call: as many query rows and as many keys each."""
+class Tile:
+    """Some rows of one segment: positions from `start` to `stop`."""
 
-    segments: tuple[Segment, ...]
-    num_rows: int  # query rows of each
-    num_keys: int
+    row: int  # of its first position
+    start: int
+    stop: int
+    own: tuple[tuple[int, int], ...]  # rows of the positions from its first page's begin to `stop`
 
-    @property
-    def is_own(self) -> bool:
-        """Whether every segment attends to its own rows of this pass only."""
-        return all(
-            len(s.spans) == 1 and (s.spans[0].start, s.spans[0].stop) == (s.start, s.stop) for s in self.segments
-        )
 
-    @property
-    def is_adjacent(self) -> bool:
-        """Whether the segments lie one after another, so that a reshape is enough to batch them."""
-        return all(a.stop == b.start for a, b in pairwise(self.segments))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """What tiles have in common that are computed together."""
+
+    prefix: tuple[tuple[int, int], ...]  # rows of all positions before the tiles' first page
+    num_rows: int
+    num_pages: int  # from the tiles' first page to their last
+
+
+class Chunk:
+    """Tiles of one geometry, and the indices that they need. Made once a level, used by every layer that has it."""
+
+    def __init__(self, geometry: Geometry, tiles: list[Tile], device: torch.device) -> None:
+        self.geometry = geometry
+        self.tiles = tiles
+        self.device = device
+        self.prefix_columns = sum(stop - start for start, stop in geometry.prefix)
+        self.own_columns = geometry.num_pages * PAGE
+        self._parts: dict[int, list[Chunk]] = {}
+        self._hidden: dict[int | None, tuple[Tensor | None, Tensor]] = {}  # by window
+
+    def parts(self, most: int) -> list[Chunk]:
+        """The chunk in parts of at most so many tiles."""
+        if most >= len(self.tiles):
+            return [self]
+        if most not in self._parts:
+            starts = range(0, len(self.tiles), most)
+            self._parts[most] = [Chunk(self.geometry, self.tiles[i : i + most], self.device) for i in starts]
+        return self._parts[most]
+
+    @cached_property
+    def rows(self) -> slice | Tensor:
+        """The stream's rows of the tiles' queries, tile after tile."""
+        num = self.geometry.num_rows
+        first = self.tiles[0].row
+        if all(tile.row == first + place * num for place, tile in enumerate(self.tiles)):
+            return slice(first, first + len(self.tiles) * num)
+        return torch.cat([torch.arange(tile.row, tile.row + num) for tile in self.tiles]).to(self.device)
+
+    @cached_property
+    def own_rows(self) -> slice | Tensor:
+        """`[B O]` rows of the tiles' own pages; what lies behind a tile's end repeats its last row and is never seen."""
+        if len(self.tiles) == 1 and len(self.tiles[0].own) == 1:
+            ((start, stop),) = self.tiles[0].own
+            if stop - start == self.own_columns:
+                return slice(start, stop)
+        parts = []
+        for tile in self.tiles:
+            parts.extend(torch.arange(start, stop) for start, stop in tile.own)
+            missing = self.own_columns - sum(stop - start for start, stop in tile.own)
+            parts.append(torch.full((missing,), tile.own[-1][1] - 1))
+        return torch.cat(parts).to(self.device)
+
+    def hidden(self, window: int | None) -> tuple[Tensor | None, Tensor]:
+        """Which columns a row does not see: `[B, Q, 1, P]` of the prefix (None: it sees all), `[B, Q, 1, O]` of its own."""
+        if window not in self._hidden:
+            starts = torch.tensor([tile.start for tile in self.tiles])
+            position = (starts[:, None] + torch.arange(self.geometry.num_rows))[:, :, None, None]
+            own = torch.arange(self.prefix_columns, self.prefix_columns + self.own_columns)
+            prefix = None
+            out = own > position
+            if window is not None:
+                out |= position - own >= window
+                if self.prefix_columns and max(tile.stop for tile in self.tiles) > window:
+                    prefix = (position - torch.arange(self.prefix_columns) >= window).to(self.device)
+            self._hidden[window] = prefix, out.to(self.device)
+        return self._hidden[window]
 
 
 class AttentionPass:
-    """The segments of one pass and the store they attend through. Made once a pass, used by every layer."""
+    """How the rows of a pass attend at the level that runs now, and the store they attend through."""
 
-    def __init__(self, pass_id: PassId, segments: tuple[Segment, ...], store: SpanStore) -> None:
+    def __init__(self, pass_id: PassId, store: SpanStore, device: torch.device) -> None:
         self.pass_id = pass_id
-        self.segments = segments
         self.store = store
-        self._rows: dict[int, Tensor] = {}  # batch -> its rows in the stream, where they are not adjacent
+        self.device = device
+        self._chunks: list[Chunk] = []
+        self._stream: Stream | None = None
 
-    @cached_property
-    def batches(self) -> tuple[SegmentGroup, ...]:
-        """Segments of like shape together."""
-        by_shape: dict[tuple[int, int, bool], list[Segment]] = {}
-        for segment in self.segments:
-            is_own = len(segment.spans) == 1 and segment.spans[0].block == self.pass_id
-            by_shape.setdefault((*_sizes(segment), is_own), []).append(segment)
-        return tuple(
-            SegmentGroup(segments=tuple(group), num_rows=rows, num_keys=keys)
-            for (rows, keys, _), group in by_shape.items()
-        )
+    def enter(self, stream: Stream) -> None:
+        """The layers that run from now on have these rows."""
+        if stream is not self._stream:
+            self._stream = stream
+            self._chunks = list(chunks_of(stream, self.device))
 
-    @cached_property
-    def singles(self) -> tuple[SegmentGroup, ...]:
-        """Each segment by itself."""
-        sizes = [(segment, *_sizes(segment)) for segment in self.segments]
-        return tuple(SegmentGroup(segments=(s,), num_rows=rows, num_keys=keys) for s, rows, keys in sizes)
-
-    def rows(self, index: int, device: torch.device) -> Tensor:
-        """Stream rows of a batch's segments, `[B * Q]`."""
-        if index not in self._rows:
-            spans = [torch.arange(s.start, s.stop) for s in self.batches[index].segments]
-            self._rows[index] = torch.cat(spans).to(device)
-        return self._rows[index]
+    @property
+    def chunks(self) -> list[Chunk]:
+        """The chunks of the level."""
+        return self._chunks
 
 
-def _sizes(segment: Segment) -> tuple[int, int]:
-    """Query rows of a segment and the keys it attends to."""
-    return segment.stop - segment.start, sum(span.stop - span.start for span in segment.spans)
+def chunks_of(stream: Stream, device: torch.device) -> Iterator[Chunk]:
+    """All tiles of a level, those of like geometry together."""
+    groups: dict[Geometry, list[Tile]] = {}
+    for segment in range(len(stream.segments)):
+        own = stream.own(segment)
+        start = own.start
+        while start < own.stop:
+            stop = min(own.stop, (start // TILE + 1) * TILE)
+            page = start - start % PAGE
+            geometry = Geometry(
+                prefix=tuple(stream.runs(segment, 0, page)),
+                num_rows=stop - start,
+                num_pages=-(-(stop - page) // PAGE),
+            )
+            row = stream.bases[segment] + start - own.start
+            tile = Tile(row=row, start=start, stop=stop, own=tuple(stream.runs(segment, page, stop)))
+            groups.setdefault(geometry, []).append(tile)
+            start = stop
+    for geometry, tiles in groups.items():
+        yield Chunk(geometry, tiles, device)
 
 
 _current: ContextVar[AttentionPass | None] = ContextVar("attention_pass", default=None)
@@ -149,11 +223,14 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """The interface of transformers: `[1, H, T, C]` queries and `[1, G, T, C]` keys and values to `[1, T, H, C]`.
 
-    Raises ServiceError on anything a model passes that would change the numbers and is not understood here.
+    Computed in float32 whatever the dtype. `s_aux` are attention sinks, a logit a head that takes its share of the
+    softmax and gives nothing. Raises ServiceError on anything a model passes that would change the numbers and is not
+    understood here.
     """
     _refuse_unknown(module, attention_mask, rest)
     if query.is_meta:  # probing: only shapes matter
@@ -161,15 +238,11 @@ def packed_attention(
     current = _current.get()
     if current is None:
         raise ServiceError("the model was run outside a pass: its attention only knows the rows of a plan")
-    layer = id(module)
-    current.store.put(layer, current.pass_id, key, value)
-    out_1THC = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-    for index, group in enumerate(current.batches if softcap is None else current.singles):
-        q_BHQC, k_BGKC, v_BGKC = _gather(current, layer, index, group, query, key, value)
-        o_BHQC = _attend(q_BHQC, k_BGKC, v_BGKC, scaling, sliding_window, softcap)
-        _scatter(current, index, group, out_1THC, o_BHQC)
-    current.store.drop(layer, current.pass_id)
-    return out_1THC, None
+    layer = _Layer(current, id(module), query, key, value, scaling, sliding_window, softcap, s_aux)
+    for chunk in current.chunks:
+        layer.attend(chunk)
+    current.store.drop(id(module), current.pass_id)
+    return layer.result(query.dtype), None
 
 
 def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, rest: dict[str, Any]) -> None:
@@ -182,72 +255,162 @@ def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, rest: dict
         raise ServiceError(f"{type(module).__name__} is not causal: packed rows attend to earlier tokens only")
 
 
-def _gather(
-    current: AttentionPass, layer: int, index: int, group: SegmentGroup, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Batches a group: `[B, heads, rows, C]` of queries, keys and values; views where the layout allows."""
-    if len(group.segments) == 1:
-        (segment,) = group.segments
-        return query[:, :, segment.start : segment.stop], *current.store.read(layer, segment.spans)
-    q_BHQC = _batch(current, index, group, query)
-    if group.is_own:
-        return q_BHQC, _batch(current, index, group, key), _batch(current, index, group, value)
-    spans = [current.store.read(layer, segment.spans) for segment in group.segments]
-    return q_BHQC, torch.cat([k for k, _ in spans]), torch.cat([v for _, v in spans])
+class _Layer:
+    """One layer's attention in one pass."""
+
+    def __init__(
+        self,
+        current: AttentionPass,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> None:
+        self.current, self.layer, self.window, self.softcap = current, layer, window, softcap
+        num_heads, self.num_groups, self.num_rows = query.shape[1], key.shape[1], query.shape[2]
+        self.share = num_heads // self.num_groups
+        self.sinks_GE = None if sinks_H is None else sinks_H.float().view(self.num_groups, self.share)
+        queries_GETC = query[0].unflatten(0, (self.num_groups, self.share))
+        scaled = torch.empty(self.num_groups, self.num_rows, self.share, query.shape[3], device=query.device)
+        torch.mul(queries_GETC.transpose(1, 2), query.shape[3] ** -0.5 if scaling is None else scaling, out=scaled)
+        self.queries_GTEC = scaled
+        values_GTC = value[0].float()
+        # A value that is not finite must not reach rows that do not see it, and zero times infinity is no zero.
+        self.odd_GTC: Tensor | None = None
+        if query.device.type == "cpu" and not bool(torch.isfinite(values_GTC.sum())):
+            self.odd_GTC = values_GTC
+            values_GTC = torch.where(torch.isfinite(values_GTC), values_GTC, 0.0)
+        current.store.put(layer, current.pass_id, key[0].float(), values_GTC)
+        self.out_GTEC = scaled.new_zeros(self.num_groups, self.num_rows, self.share, value.shape[3])
+
+    def attend(self, chunk: Chunk) -> None:
+        """Computes a chunk's rows, as many tiles at a time as the scores' memory allows."""
+        width = chunk.prefix_columns + chunk.own_columns
+        per_tile = self.num_groups * chunk.geometry.num_rows * self.share * width
+        step = max(1, _MAX_SCORES // per_tile)
+        prefix = None
+        if chunk.prefix_columns:
+            spans = tuple(Span(self.current.pass_id, start, stop) for start, stop in chunk.geometry.prefix)
+            prefix = self.current.store.read(self.layer, spans)
+        for part in chunk.parts(step):
+            self._attend(part, prefix)
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """`[1, T, H, C]`."""
+        return self.out_GTEC.transpose(0, 1).flatten(1, 2)[None].to(dtype)
+
+    def _attend(self, chunk: Chunk, prefix: tuple[Tensor, Tensor] | None) -> None:
+        num_tiles, num_rows = len(chunk.tiles), chunk.geometry.num_rows
+        if isinstance(chunk.rows, slice):
+            q_GREC = self.queries_GTEC[:, chunk.rows]
+        else:
+            q_GREC = self.queries_GTEC.index_select(1, chunk.rows)
+        q_GNC = q_GREC.flatten(1, 2)
+        keys, values = self._own(chunk)  # [G B, O, C]
+        # 1) scores over the prefix and over the tiles' own pages, and what a row does not see taken out
+        own_GNO = _product(_grouped(q_GNC, num_tiles), keys.transpose(1, 2)).view(self.num_groups, -1, chunk.own_columns)
+        parts = [own_GNO]
+        if prefix is not None:
+            parts.insert(0, _product(q_GNC, prefix[0].transpose(1, 2)))
+        if self.softcap is not None:
+            parts = [_capped(part, self.softcap) for part in parts]
+        hidden = chunk.hidden(self.window)
+        for part, out in zip(reversed(parts), reversed(hidden), strict=False):
+            if out is not None:
+                part.view(self.num_groups, num_tiles, num_rows, self.share, -1).masked_fill_(out, -math.inf)
+        if self.sinks_GE is not None:
+            parts.insert(0, self._sink_page(q_GNC.shape[1]))
+        # 2) the softmax over whole pages
+        scores_GNW = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        pattern_GNW = torch.softmax(scores_GNW, 2)
+        if self.sinks_GE is not None:
+            pattern_GNW = pattern_GNW[:, :, PAGE:]
+        # 3) values, page by page
+        own = _grouped(pattern_GNW[:, :, chunk.prefix_columns :], num_tiles)
+        out_GNC = q_GNC.new_zeros(self.num_groups, q_GNC.shape[1], values.shape[2])
+        if prefix is not None:
+            out_GNC = _add_pages(out_GNC, pattern_GNW[:, :, : chunk.prefix_columns], prefix[1])
+        out = _add_pages(_grouped(out_GNC, num_tiles), own, values).reshape(self.num_groups, -1, values.shape[2])
+        if self.odd_GTC is not None:
+            out = self._with_odd(chunk, out, pattern_GNW, hidden)
+        out_GREC = out.unflatten(1, (-1, self.share))
+        if isinstance(chunk.rows, slice):
+            self.out_GTEC[:, chunk.rows] = out_GREC
+        else:
+            self.out_GTEC.index_copy_(1, chunk.rows, out_GREC)
+
+    def _own(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tiles' own pages, `[G B, O, C]`."""
+        rows, block = chunk.own_rows, self.current.pass_id
+        if isinstance(rows, slice):
+            return self.current.store.read(self.layer, (Span(block, rows.start, rows.stop),))
+        keys, values = self.current.store.take(self.layer, block, rows)
+        return _grouped(keys, len(chunk.tiles)), _grouped(values, len(chunk.tiles))
+
+    def _sink_page(self, num_vectors: int) -> Tensor:
+        """A page before all others, `[G, N, PAGE]`: the sink's logit, and columns that nobody sees."""
+        assert self.sinks_GE is not None
+        page = self.queries_GTEC.new_full((self.num_groups, num_vectors, PAGE), -math.inf)
+        page.view(self.num_groups, -1, self.share, PAGE)[..., 0] = self.sinks_GE[:, None]
+        return page
+
+    def _with_odd(
+        self, chunk: Chunk, out_GNC: Tensor, pattern_GNW: Tensor, hidden: tuple[Tensor | None, Tensor]
+    ) -> Tensor:
+        """Adds what values that are not finite give to the rows that see them. Rare, so column by column."""
+        assert self.odd_GTC is not None
+        num_tiles = len(chunk.tiles)
+        rows = chunk.own_rows
+        stream = torch.arange(self.num_rows)
+        own = (stream[rows] if isinstance(rows, slice) else rows).view(num_tiles, -1)
+        before = torch.cat([stream[start:stop] for start, stop in chunk.geometry.prefix] or [stream[:0]])
+        columns = torch.cat([before.expand(num_tiles, -1), own], 1)  # [B, W] rows of the stream
+        is_odd = ~torch.isfinite(self.odd_GTC).all(2).all(0)
+        shape = (self.num_groups, num_tiles, chunk.geometry.num_rows, self.share, -1)
+        out, pattern = out_GNC.view(shape).clone(), pattern_GNW.reshape(shape)
+        for column in is_odd[columns].any(0).nonzero().flatten().tolist():
+            place = column - chunk.prefix_columns
+            unseen = hidden[1][..., place] if place >= 0 else None if hidden[0] is None else hidden[0][..., column]
+            value = self.odd_GTC[:, columns[:, column]][:, :, None, None]  # [G, B, 1, 1, C]
+            given = torch.where(torch.isfinite(value), 0.0, pattern[..., column, None] * value)
+            out += given if unseen is None else given.masked_fill(unseen[..., None], 0.0)
+        return out.view(out_GNC.shape)
 
 
-def _batch(current: AttentionPass, index: int, group: SegmentGroup, stream_1HTC: Tensor) -> Tensor:
-    if group.is_adjacent:
-        rows_1HRC = stream_1HTC[:, :, group.segments[0].start : group.segments[-1].stop]
-    else:
-        rows_1HRC = stream_1HTC.index_select(2, current.rows(index, stream_1HTC.device))
-    rows_HBQC: Tensor = rows_1HRC[0].unflatten(1, (len(group.segments), group.num_rows))
-    return rows_HBQC.transpose(0, 1)
+def _grouped(tensor_GNC: Tensor, num_tiles: int) -> Tensor:
+    """`[G, B N, C]` as `[G B, N, C]`."""
+    if num_tiles == 1:
+        return tensor_GNC
+    return tensor_GNC.unflatten(1, (num_tiles, -1)).flatten(0, 1)
 
 
-def _scatter(current: AttentionPass, index: int, group: SegmentGroup, out_1THC: Tensor, o_BHQC: Tensor) -> None:
-    o_BQHC = o_BHQC.transpose(1, 2)
-    if group.is_adjacent:
-        rows_RHC = out_1THC[0, group.segments[0].start : group.segments[-1].stop]
-        rows_RHC.unflatten(0, (len(group.segments), group.num_rows)).copy_(o_BQHC)
-    else:
-        out_1THC[0].index_copy_(0, current.rows(index, out_1THC.device), o_BQHC.flatten(0, 1))
+def _product(a_BNC: Tensor, b_BCM: Tensor) -> Tensor:
+    """`[B, N, M]`; with at least as many rows as keep a row's bits from their number."""
+    rows = a_BNC.shape[1]
+    if rows < _MIN_ROWS:
+        return torch.bmm(F.pad(a_BNC, (0, 0, 0, _MIN_ROWS - rows)), b_BCM)[:, :rows].contiguous()
+    return torch.bmm(a_BNC, b_BCM)
 
 
-def _attend(
-    q_BHQC: Tensor,
-    k_BGKC: Tensor,
-    v_BGKC: Tensor,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Causal attention where the queries are the last rows of the keys' sequence."""
-    num_rows, num_keys = q_BHQC.shape[2], k_BGKC.shape[2]
-    window = sliding_window if sliding_window is not None and sliding_window < num_keys else None
-    is_grouped = q_BHQC.shape[1] != k_BGKC.shape[1]
-    if softcap is None:
-        if window is None and num_rows in (1, num_keys):
-            return F.scaled_dot_product_attention(
-                q_BHQC, k_BGKC, v_BGKC, is_causal=num_rows > 1, scale=scaling, enable_gqa=is_grouped
-            )
-        mask = _visible(num_rows, num_keys, window, q_BHQC.device)
-        return F.scaled_dot_product_attention(
-            q_BHQC, k_BGKC, v_BGKC, attn_mask=mask, scale=scaling, enable_gqa=is_grouped
-        )
-    if is_grouped:
-        repeats = q_BHQC.shape[1] // k_BGKC.shape[1]
-        k_BGKC, v_BGKC = k_BGKC.repeat_interleave(repeats, 1), v_BGKC.repeat_interleave(repeats, 1)
-    scale = scaling if scaling is not None else q_BHQC.shape[-1] ** -0.5
-    scores_BHQK = torch.tanh((q_BHQC @ k_BGKC.transpose(2, 3)) * scale / softcap) * softcap
-    scores_BHQK = scores_BHQK.masked_fill(~_visible(num_rows, num_keys, window, q_BHQC.device), -torch.inf)
-    pattern_BHQK = torch.softmax(scores_BHQK, -1, dtype=torch.float32).to(q_BHQC.dtype)
-    return pattern_BHQK @ v_BGKC
+def _add_pages(sum_BNC: Tensor, pattern_BNP: Tensor, values_BPC: Tensor) -> Tensor:
+    """Adds a pattern's values to a sum in place, page by page, in order; returns the sum."""
+    rows = sum_BNC.shape[1]
+    if rows < _MIN_ROWS:
+        more = (0, 0, 0, _MIN_ROWS - rows)
+        return _add_pages(F.pad(sum_BNC, more), F.pad(pattern_BNP, more), values_BPC)[:, :rows]
+    for first in range(0, pattern_BNP.shape[2], PAGE):
+        sum_BNC.baddbmm_(pattern_BNP[:, :, first : first + PAGE], values_BPC[:, first : first + PAGE])
+    return sum_BNC
 
 
-def _visible(num_rows: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
-    """`[Q, K]` bool: which keys a query row sees. Windows count the row itself, as transformers does."""
-    query = torch.arange(num_keys - num_rows, num_keys, device=device)[:, None]
-    key = torch.arange(num_keys, device=device)[None]
-    visible = key <= query
-    return visible if window is None else visible & (query - key < window)
+_LANES = 32 * 12  # elements of which a flat tensor must be a multiple, so that up to 4 threads end at whole vectors
+
+
+def _capped(scores: Tensor, cap: float) -> Tensor:
+    """`cap * tanh(scores / cap)`, with bits that do not depend on how many scores there are."""
+    flat = F.pad(scores.flatten(), (0, -scores.numel() % _LANES))
+    return flat.div_(cap).tanh_().mul_(cap)[: scores.numel()].view(scores.shape)

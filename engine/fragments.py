@@ -21,45 +21,76 @@ from engine.results import ResultSink
 from engine.sites import port_leaves
 from engine.slices import gather_whole, take_part
 from engine.stage import StageRunner
-from engine.views import RowView
+from engine.views import InvokeRows, RowView
 from polytrace.description import Leaf, ParameterInfo, Rows, SiteInfo
 from polytrace.graph import Call, Constant, Mask, NodeId, Op, Operand, Parameter, Read, Ref, Save, Site, Write
 from polytrace.tensors import RawTensor
+from scheduling.cones import Levels
 from scheduling.plan import Failure, Fragment, Program, ValueFacts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InvokeRows:
-    """One invoke's rows in the pass, in both row spaces."""
+Selector = tuple[int | str, ...]
 
-    all: RowView
-    kept: RowView | None
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowWrite:
+    """Rows that one write gives to a tensor."""
+
+    rows: RowView
+    value: Tensor  # of the view's shape and the tensor's dtype
+    in_place: bool  # False: only what the port hands on, and after that all writes of its invoke
+    turn: int  # how many writes of its invoke to the same tensor came before, at the same visit
 
 
 class PortValue:
-    """A port's value during one visit: what was there, and what is handed on."""
+    """A port's value during one visit. Writes are collected and applied behind it, so that every read of the visit
+    sees what the model made: rows may be several requests', which all write the same to them.
+    """
 
     def __init__(self, value: Any) -> None:
         self.original = value
-        self.tensors = port_leaves(value)[1]  # as the model made them; in-place writes land here
-        self.handed_on: dict[tuple[int | str, ...], Tensor] = {}  # copies that carry assigned rows
+        self.tensors = port_leaves(value)[1]  # as the model made them
+        self._writes: dict[Selector, list[RowWrite]] = {}
 
-    def current(self, selector: tuple[int | str, ...]) -> Tensor:
-        """What the port hands on at the moment."""
-        return self.handed_on.get(selector, self.tensors[selector])
+    def write(self, selector: Selector, write: RowWrite) -> None:
+        """Takes a write."""
+        self._writes.setdefault(selector, []).append(write)
 
-    def for_assignment(self, selector: tuple[int | str, ...]) -> Tensor:
-        """The copy that takes assigned rows; made once a visit, shared by all requests."""
-        if selector not in self.handed_on:
-            self.handed_on[selector] = self.tensors[selector].clone()
-        return self.handed_on[selector]
+    def take_writes(self, selector: Selector) -> list[RowWrite]:
+        """Takes a tensor's writes away, for whoever applies them in the next level's rows."""
+        return self._writes.pop(selector, [])
 
     def result(self) -> Any:
-        """What the hook returns: the original object when nothing was assigned."""
+        """Applies the writes; what the hook returns: the original object when nothing was assigned."""
         value = self.original
-        for selector, tensor in self.handed_on.items():
-            value = _with_member(value, selector, tensor)
+        for selector, writes in self._writes.items():
+            tensor = self.tensors[selector]
+            written = apply_writes(tensor, writes)
+            if written is not tensor:
+                value = _with_member(value, selector, written)
         return value
+
+
+def apply_writes(packed: Tensor, writes: list[RowWrite]) -> Tensor:
+    """Applies writes in place where they are, and on a copy where one is assigned; returns what is handed on."""
+    if all(write.in_place for write in writes):
+        _put_rows(packed, writes)
+        return packed
+    handed_on = packed.clone()
+    _put_rows(handed_on, writes)
+    _put_rows(packed, [write for write in writes if write.in_place])
+    return handed_on
+
+
+def _put_rows(packed: Tensor, writes: list[RowWrite]) -> None:
+    """In turns: within one, rows that occur twice get the same values."""
+    for turn in range(max((write.turn for write in writes), default=-1) + 1):
+        own = [write for write in writes if write.turn == turn and write.rows.num_rows]
+        if len(own) == 1 and own[0].rows.is_run:
+            own[0].rows.read(packed).copy_(own[0].value)
+        elif own:
+            rows = torch.cat([write.rows.rows for write in own])
+            packed[0].index_copy_(0, rows, torch.cat([write.rows.part(write.value) for write in own]))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,6 +103,7 @@ class ShardContext:
     parameters: Mapping[str, Tensor]  # local parts, by path
     parameter_infos: Mapping[str, ParameterInfo]
     packed_blocks: Mapping[str, int]  # module path -> blocks of its fused output dimension
+    levels: Levels
     device: torch.device
 
 
@@ -86,9 +118,8 @@ class RequestState:
         self.failure: Failure | None = None
         self.fired: list[NodeId] = []  # reads, writes and saves of this pass
         self.rows: dict[int, InvokeRows] = {}  # of this pass, by invoke
-        self._assigned: set[tuple[str, str, int]] = set()  # (port, selector, invoke) assigned at this visit
+        self._written: dict[tuple[Selector, int], list[tuple[NodeId, Tensor]]] = {}  # at this visit, by invoke
         self._in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
-        self._assigns: set[tuple[int, int]] = set()  # (invoke, order) of this wave's assignments
         self._constants: dict[str, Tensor] = {}
 
     @property
@@ -99,7 +130,7 @@ class RequestState:
         """Takes the rows of this pass and notes which writes can reach a read's memory."""
         self.rows = rows
         self.fired = []
-        self._in_place_until, self._assigns = {}, set()
+        self._in_place_until = {}
         for work in self.program.waves[wave].stages:
             for fragment in work.fragments:
                 for node_id in fragment.nodes:
@@ -107,8 +138,6 @@ class RequestState:
                     if isinstance(node, Write) and node.in_place:
                         reach = max(self._in_place_until.get(node.invoke, fragment.order), fragment.order)
                         self._in_place_until[node.invoke] = reach
-                    elif isinstance(node, Write):
-                        self._assigns.add((node.invoke, fragment.order))
 
     def fail(self, node: NodeId | None, message: str) -> None:
         """Marks the request as failed; the first failure stands."""
@@ -117,7 +146,7 @@ class RequestState:
 
     def run(self, fragment: Fragment, port: PortValue | None) -> None:
         """Runs a fragment at a visit (None at the prologue), then drops what the stage no longer needs."""
-        self._assigned = set()
+        self._written = {}
         for node_id in fragment.nodes:
             try:
                 self._run_node(node_id, fragment.order, port)
@@ -140,7 +169,7 @@ class RequestState:
     def _run_node(self, node_id: NodeId, order: int, port: PortValue | None) -> None:
         node = self.program.graph.nodes[node_id]
         if isinstance(node, Read):
-            value = self._read(node, order, _visited(port))
+            value = self._read(node_id, node, order, _visited(port))
         elif isinstance(node, Parameter):
             value = self._parameter(node)
         elif isinstance(node, Call):
@@ -159,7 +188,7 @@ class RequestState:
         elif isinstance(node, Mask):
             value = self._mask(node.invoke)
         elif isinstance(node, Write):
-            self._write(node, _visited(port))
+            self._write(node_id, node, _visited(port))
             self.fired.append(node_id)
             return
         else:
@@ -173,46 +202,69 @@ class RequestState:
 
     # Reading and writing
 
-    def _read(self, node: Read, order: int, port: PortValue) -> Tensor:
-        leaf, rows = self._leaf(node)
-        value = rows.read(port.current(node.site.selector))
+    def _read(self, node_id: NodeId, node: Read, order: int, port: PortValue) -> Tensor:
+        info, leaf = self.context.sites[node.site]
+        rows = self._rows(node_id, node, info, self.context.levels.of(info.order))
+        value = rows.read(port.tensors[node.site.selector])
         if leaf.sharded_dim is not None:
-            return gather_whole(self.context.links, value, 2 + leaf.sharded_dim, leaf.sharded_blocks)
-        is_written_later = self._in_place_until.get(node.invoke, -1) >= order or (node.invoke, order) in self._assigns
-        if rows.rows is None and (leaf.mutated or is_written_later):
-            return value.clone()  # a snapshot: something may still write to this memory
-        return value
+            value = gather_whole(self.context.links, value, 2 + leaf.sharded_dim, leaf.sharded_blocks)
+        elif rows.is_run and (leaf.mutated or self._in_place_until.get(node.invoke, -1) >= order):
+            value = value.clone()  # a snapshot: something may still write to this memory
+        written = self._written.get((node.site.selector, node.invoke), ())
+        return self._with_own_writes(node_id, value, written, rows) if written else value
 
-    def _write(self, node: Write, port: PortValue) -> None:
-        leaf, rows = self._leaf(node)
+    def _with_own_writes(
+        self, node_id: NodeId, value: Tensor, written: list[tuple[NodeId, Tensor]], rows: RowView
+    ) -> Tensor:
+        """What a read of this visit sees behind its own invoke's writes of the same visit."""
+        value = value.clone()
+        columns = self._columns(node_id, rows)
+        for write, given in written:
+            theirs = {column: place for place, column in enumerate(self._columns(write, rows))}
+            common = [(place, theirs[column]) for place, column in enumerate(columns) if column in theirs]
+            if common:
+                here, there = (list(places) for places in zip(*common, strict=True))
+                value[:, here] = given[:, there]
+        if rows.is_whole:
+            return value
+        real = torch.zeros(rows.shape, dtype=torch.bool, device=value.device)
+        real.view(-1)[rows.cells] = True
+        return value.masked_fill(~real.view(*rows.shape, *[1] * (value.ndim - 2)), 0)
+
+    def _columns(self, node_id: NodeId, rows: RowView) -> tuple[int, ...]:
+        """The columns that a read gives or a write hands back; `rows` are the same invoke's."""
+        return self.program.narrowed.get(node_id) or tuple(range(max(rows.lengths)))
+
+    def _write(self, node_id: NodeId, node: Write, port: PortValue) -> None:
+        info, leaf = self.context.sites[node.site]
+        rows = self._rows(node_id, node, info, self.context.levels.acts_from(info.order))
         selector = node.site.selector
         value: Tensor = self.values[node.value.node]
-        planned = (rows.num_sequences, rows.num_columns, *leaf.tail)
+        planned = (*rows.shape, *leaf.tail)
         if tuple(value.shape) != planned:
             raise ValueError(f"the value has shape {list(value.shape)}, the site {list(planned)}")
         value = value.to(port.tensors[selector].dtype)
+        written = self._written.setdefault((selector, node.invoke), [])
+        is_assigned = any(not self._is_in_place(other) for other, _ in written)
+        turn = len(written)
+        written.append((node_id, value))
         if leaf.sharded_dim is not None:
             value = take_part(self.context.links, value, 2 + leaf.sharded_dim, leaf.sharded_blocks)
-        key = (node.site.port.value, repr(selector), node.invoke)
-        if node.in_place and key not in self._assigned:
-            rows.write(port.tensors[selector], value)
-            if selector in port.handed_on:
-                rows.write(port.handed_on[selector], value)
-            return
-        rows.write(port.for_assignment(selector), value)
-        self._assigned.add(key)
+        in_place = node.in_place and not is_assigned
+        port.write(selector, RowWrite(rows=rows, value=value, in_place=in_place, turn=turn))
 
-    def _leaf(self, node: Read | Write) -> tuple[Leaf, RowView]:
-        info, leaf = self.context.sites[node.site]
+    def _is_in_place(self, write: NodeId) -> bool:
+        node = self.program.graph.nodes[write]
+        return isinstance(node, Write) and node.in_place
+
+    def _rows(self, node_id: NodeId, node: Read | Write, info: SiteInfo, level: int) -> RowView:
+        columns = self.program.narrowed.get(node_id)
         rows = self.rows[node.invoke]
-        view = rows.all if info.rows is Rows.ALL else rows.kept
-        if view is None:
-            raise ValueError(f"no rows were kept for {node.site}")
-        return leaf, view
+        return rows.at(level, columns) if info.rows is Rows.ALL else rows.kept(columns)
 
     def _own_what_stays(self, fragment: Fragment, port: PortValue) -> None:
         """Copies values that outlive the visit out of the stream, so that they do not keep all its rows alive."""
-        packed = {tensor.untyped_storage().data_ptr() for tensor in (*port.tensors.values(), *port.handed_on.values())}
+        packed = {tensor.untyped_storage().data_ptr() for tensor in port.tensors.values()}
         for node_id in fragment.nodes:
             value = self.values.get(node_id)
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in packed:

@@ -20,14 +20,15 @@ from engine.links import Links
 from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors, port_leaves, row_multiple
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
+from engine.streams import Streams
 from polytrace.description import SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
-from scheduling.packing import padded
-from scheduling.plan import PassId, Segment, Span
+from scheduling.plan import PROLOGUE, PassId, Plan, Segment
 
 _LENGTHS = (9, 21)  # tokens of A and B
-_Seen = dict[tuple[str, Port, Selector], Tensor]
+_Place = tuple[str, Port, Selector]
+_Seen = dict[_Place, Tensor]
 
 
 def run_gate(
@@ -111,33 +112,51 @@ def _run_stream(
     links: Links,
     store: SpanStore,
     device: torch.device,
-) -> tuple[_Seen, set[tuple[str, Port, Selector]]]:
+) -> tuple[_Seen, set[_Place]]:
     """Runs one stream over all stages; returns the last sequence's rows at every owned leaf and which were mutated."""
-    tokens = [token for sequence in sequences for token in sequence]
-    start, stop = len(tokens) - len(sequences[-1]), len(tokens)
-    tokens = list(padded(tokens, multiple))
-    positions = padded([position for sequence in sequences for position in range(len(sequence))], multiple)
-    segments = tuple(_segments(sequences))
-    rows = PackedRows(
-        tokens_1T=torch.tensor([tokens], device=device),
-        positions_1T=torch.tensor([positions], device=device),
-        kept_K=torch.arange(len(tokens), device=device) if probe.has_kept_rows else None,
-        attention=AttentionPass(PassId(-1), segments, store),
+    start, stop = sum(map(len, sequences[:-1])), sum(map(len, sequences))
+    segments = tuple(_root(sequence, probe.layout.num_layers) for sequence in sequences)
+    return _run_segments(segments, multiple, slice(start, stop), probe, owned, runner, links, store, device)
+
+
+def _run_segments(
+    segments: tuple[Segment, ...],
+    multiple: int,
+    watched: slice,
+    probe: Probe,
+    owned: list[SiteInfo],
+    runner: StageRunner,
+    links: Links,
+    store: SpanStore,
+    device: torch.device,
+) -> tuple[_Seen, set[_Place]]:
+    num_layers = probe.layout.num_layers
+    plan = Plan(
+        pass_id=PassId(-1),
+        segments=segments,
+        layer_rows=(0,) * num_layers,
+        views=(),
+        members=(),
+        until=PROLOGUE,
+        num_stages=links.stages,
     )
+    streams = Streams(plan, multiple, device, is_fixed=probe.has_fixed_rows)
+    rows = PackedRows(streams=streams, attention=AttentionPass(PassId(-1), store, device))
     seen: _Seen = {}
-    originals: dict[tuple[str, Port, Selector], tuple[Tensor, int]] = {}
+    originals: dict[_Place, tuple[Tensor, int]] = {}
     visits = [
         Visit(
             order=site.order,
             module=site.module,
             port=site.port,
-            visitor=_watching(site, len(tokens), slice(start, stop), seen, originals),
+            visitor=_watching(site, streams.at(0).num_padded, watched, seen, originals),
         )
         for site in owned
     ]
     hidden = None
     if links.stage > 0:
-        hidden = links.receive((1, len(tokens), probe.hidden_size), runner.model.dtype, links.stage - 1)
+        shape = (1, streams.at(runner.window.first).num_padded, probe.hidden_size)
+        hidden = links.receive(shape, runner.model.dtype, links.stage - 1)
     left = runner.run(rows, hidden, visits, stop_after=None)
     if left is not None:
         links.send(left, links.stage + 1)
@@ -146,14 +165,15 @@ def _run_stream(
     return seen, mutated
 
 
-def _segments(sequences: list[list[int]]) -> list[Segment]:
-    segments, start = [], 0
-    for place, sequence in enumerate(sequences):
-        stop = start + len(sequence)
-        span = Span(block=PassId(-1), start=start, stop=stop)
-        segments.append(Segment(member=0, invoke=0, sequence=place, start=start, stop=stop, spans=(span,)))
-        start = stop
-    return segments
+def _root(sequence: list[int], num_layers: int) -> Segment:
+    """A sequence that shares nothing and keeps all its rows to the end."""
+    return Segment(
+        parent=None,
+        starts=(0,) * (num_layers + 1),
+        stops=(len(sequence),) * num_layers,
+        head=tuple(range(len(sequence))),
+        tokens=tuple(sequence),
+    )
 
 
 def _watching(
@@ -161,7 +181,7 @@ def _watching(
     num_rows: int,
     last: slice,
     seen: _Seen,
-    originals: dict[tuple[str, Port, Selector], tuple[Tensor, int]],
+    originals: dict[_Place, tuple[Tensor, int]],
 ) -> Callable[[Any], Any]:
     """Copies the last sequence's rows of every leaf. The gate keeps all rows for the head, so both row spaces agree."""
     readable = {leaf.selector for leaf in site.leaves if leaf.read_refusal is None}

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError, ServiceError
 from polytrace.graph import Request
 from scheduling.loop import Shards, step
-from scheduling.plan import Plan, Program, RequestId, ShardResult
+from scheduling.plan import Plan, Program, RequestId, ShardResult, ValueFacts
 from scheduling.program import certify, compile_program
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
 
@@ -78,13 +77,15 @@ class DirectBackend:
         return tokenizer_json(self.source)
 
     def validate(self, request: Request) -> Certificate:
-        return certify(self.compile(request), request, self.description)
+        facts = infer(self.description, request, self._meta)
+        return certify(self._compile(request, facts), facts, self.description)
 
     def compile(self, request: Request) -> Program:
         """The request worked out, ready for the scheduler; GraphError and TooLargeError as at a service's submit."""
-        facts = infer(self.description, request, self._meta)
-        program = compile_program(RequestId(secrets.token_hex(8)), request, self.description, facts)
-        return dataclasses.replace(program, constants=request.constants)
+        return self._compile(request, infer(self.description, request, self._meta))
+
+    def _compile(self, request: Request, facts: tuple[ValueFacts | None, ...]) -> Program:
+        return compile_program(RequestId(secrets.token_hex(8)), request, self.description, facts)
 
     def run(self, request: Request) -> Result:
         """Runs one request to its end, in as many passes as it has waves."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionPass, use_packed_attention
-from engine.fragments import InvokeRows, PortValue, RequestState, ShardContext
+from engine.fragments import PortValue, RequestState, Selector, ShardContext, apply_writes
 from engine.gate import run_gate
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
@@ -25,9 +25,11 @@ from engine.results import MemorySink, sink_for
 from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
-from engine.views import all_rows, kept_rows
+from engine.streams import Streams
+from engine.views import InvokeRows
 from polytrace.description import ModelDescription, index_sites
 from polytrace.graph import Port
+from scheduling.cones import levels_of
 from scheduling.plan import (
     PROLOGUE,
     Fragment,
@@ -58,7 +60,7 @@ class Shard:
         self.loaded = load_model(self.config, self.links, report)
         use_packed_attention(self.loaded.model)
         self.store = SpanStore(self.config.kv_bytes)
-        self.runner = StageRunner(self.loaded.model, self.loaded.window)
+        self.runner = StageRunner(self.loaded.model, self.loaded.window, keeps_rows=self.probe.has_kept_rows)
 
     def gate(self) -> GateReport:
         """Proves on the served weights that rows are their own; collective. ServiceError when they are not."""
@@ -85,8 +87,10 @@ class Shard:
             parameters=dict(named_tensors(model)),
             parameter_infos={info.path: info for info in description.parameters},
             packed_blocks=self.loaded.packed,
+            levels=levels_of(description),
             device=self.device,
         )
+        self._row_multiple = description.row_multiple
         self._ports = {info.order: (info.module, info.port) for info in description.sites}
         self._hidden_size = description.hidden_size
 
@@ -98,19 +102,20 @@ class Shard:
         # 1) forget requests that ended early, take the members of this pass
         for request in plan.ended:
             self._states.pop(request, None)
-        states = self._enter(plan)
+        streams = Streams(plan, self._row_multiple, self.device, is_fixed=self.probe.has_fixed_rows)
+        states = self._enter(plan, streams)
         works = [member.program.waves[member.wave].stages[self.links.stage] for member in plan.members]
         # 2) values that other stages hold from earlier waves
         waited += self._exchange(states, [work.held for work in works])
         # 3) values of this pass from earlier stages, with what has failed there
-        hidden_in, waiting = self._receive_forward(plan, states, works)
+        hidden_in, waiting = self._receive_forward(plan, streams, states, works)
         waited += waiting
         # 4) the prologue, then the window with every fragment at its visit
         for state, work in zip(states, works, strict=True):
             for fragment in work.fragments:
                 if fragment.order == PROLOGUE:
                     state.run(fragment, None)
-        hidden_out = self._run_window(plan, states, works, hidden_in)
+        hidden_out = self._run_window(plan, streams, states, works, hidden_in)
         # 5) hidden rows and carried values go on
         hidden_bytes = self._send_forward(plan, states, works, hidden_out)
         # 6) drop what no later wave needs
@@ -143,13 +148,10 @@ class Shard:
 
     # 1) members
 
-    def _enter(self, plan: Plan) -> list[RequestState]:
+    def _enter(self, plan: Plan, streams: Streams) -> list[RequestState]:
         rows: dict[int, dict[int, InvokeRows]] = defaultdict(dict)
         for view in plan.views:
-            rows[view.member][view.invoke] = InvokeRows(
-                all=all_rows(view, self.device),
-                kept=kept_rows(view, self.device) if view.kept_columns else None,
-            )
+            rows[view.member][view.invoke] = InvokeRows(view, streams)
         states = []
         for place, member in enumerate(plan.members):
             request = member.program.request
@@ -176,12 +178,12 @@ class Shard:
         return time.perf_counter() - began
 
     def _receive_forward(
-        self, plan: Plan, states: list[RequestState], works: list[StageWork]
+        self, plan: Plan, streams: Streams, states: list[RequestState], works: list[StageWork]
     ) -> tuple[Tensor | None, float]:
         began = time.perf_counter()
         hidden = None
         if 0 < self.links.stage < plan.num_stages:
-            shape = (1, len(plan.tokens), self._hidden_size)
+            shape = (1, streams.at(self.loaded.window.first).num_padded, self._hidden_size)
             hidden = self.links.receive(shape, self.runner.model.dtype, self.links.stage - 1)
         arriving = [work.arriving for work in works]
         sources = {t.source for each in arriving for t in each}
@@ -241,7 +243,12 @@ class Shard:
     # 4) the window
 
     def _run_window(
-        self, plan: Plan, states: list[RequestState], works: list[StageWork], hidden: Tensor | None
+        self,
+        plan: Plan,
+        streams: Streams,
+        states: list[RequestState],
+        works: list[StageWork],
+        hidden: Tensor | None,
     ) -> Tensor | None:
         if self.links.stage >= plan.num_stages:
             return None
@@ -250,19 +257,33 @@ class Shard:
             for fragment in work.fragments:
                 if fragment.order != PROLOGUE:
                     at[fragment.order].append((state, fragment))
+        rows = PackedRows(streams=streams, attention=AttentionPass(plan.pass_id, self.store, self.device))
         visits = [
-            Visit(order=order, module=module, port=port, visitor=_visitor(fragments))
+            Visit(order=order, module=module, port=port, visitor=self._visitor(fragments, rows, order))
             for order, fragments in at.items()
             for module, port in (self._port(order),)
         ]
-        rows = PackedRows(
-            tokens_1T=torch.tensor([plan.tokens], device=self.device),
-            positions_1T=torch.tensor([plan.positions], device=self.device),
-            kept_K=torch.tensor(plan.kept, device=self.device) if plan.kept else None,
-            attention=AttentionPass(plan.pass_id, plan.segments, self.store),
-        )
         is_last = self.links.stage == plan.num_stages - 1
         return self.runner.run(rows, hidden, visits, stop_after=plan.until if is_last else None)
+
+    def _visitor(
+        self, fragments: list[tuple[RequestState, Fragment]], rows: PackedRows, order: int
+    ) -> Callable[[object], object]:
+        levels = self.context.levels
+        level, next_level = levels.of(order), levels.acts_from(order)
+
+        def visit(value: object) -> object:
+            port = PortValue(value)
+            for state, fragment in fragments:
+                state.run(fragment, port)
+            if next_level > level:  # a layer's output: what is written to it belongs to the next level's rows
+                hidden: Selector = () if isinstance(value, Tensor) else (0,)
+                writes = port.take_writes(hidden)
+                if writes:
+                    rows.landing.setdefault(next_level, []).append(lambda after: apply_writes(after, writes))
+            return port.result()
+
+        return visit
 
     def _port(self, order: int) -> tuple[str, Port]:
         return self._ports[order]
@@ -277,16 +298,6 @@ class Shard:
 
 
 _FAILED_ELSEWHERE = "it failed on an earlier stage"
-
-
-def _visitor(fragments: list[tuple[RequestState, Fragment]]) -> Callable[[object], object]:
-    def visit(value: object) -> object:
-        port = PortValue(value)
-        for state, fragment in fragments:
-            state.run(fragment, port)
-        return port.result()
-
-    return visit
 
 
 def _aligned(num_bytes: int) -> int:

@@ -53,6 +53,7 @@ class Probe:
     vocab_size: int
     max_tokens: int
     has_kept_rows: bool
+    has_fixed_rows: bool  # the root's forward insists on as many rows behind the layers as it was called with
     widths: frozenset[int]  # elements a row has at some port, unsharded
     sites: tuple[SiteInfo, ...]  # stage 0 everywhere; `describe_model` places them
     modules: tuple[ModuleInfo, ...]
@@ -136,6 +137,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
         vocab_size=config.vocab_size,
         max_tokens=getattr(config, "max_position_embeddings", None) or 1 << 20,
         has_kept_rows=has_kept_rows,
+        has_fixed_rows=not _takes_other_rows(model, layers),
         widths=frozenset(
             math.prod(leaf.tail)
             for site in sites
@@ -152,6 +154,26 @@ def probe_model(model: PreTrainedModel) -> Probe:
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),
     )
+
+
+def _takes_other_rows(model: PreTrainedModel, layers: str) -> bool:
+    """Whether the root's forward runs on when its last layer hands on fewer rows than it was called with."""
+
+    def shorten(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        return output[:, :-1] if isinstance(output, Tensor) else (output[0][:, :-1], *output[1:])
+
+    decoder_layers = model.get_submodule(layers)
+    assert isinstance(decoder_layers, nn.ModuleList)
+    handle = decoder_layers[-1].register_forward_hook(shorten)
+    ids = torch.zeros(1, _PROBES[0][1], dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, position_ids=ids, use_cache=False)
+    except RuntimeError:
+        return False
+    finally:
+        handle.remove()
+    return True
 
 
 def describe_model(

@@ -1,21 +1,32 @@
 """Keys and values by layer, read only through spans, within a byte budget.
 
 Owns what attention may look back at. A *block* is what one pass put down at one layer: all its rows, in the order of
-the packed stream. A segment names the spans (block, start, stop) that it attends to, in token order; within one pass
-that is its own rows, and a fork, a later wave or a decode step names rows of others by the same means.
+the packed stream. Whoever attends names spans of it (block, start, stop), in token order: of its own rows and of those
+that it forks from.
 
 Invariant: bytes held never exceed the budget; a block that nobody retains is gone as soon as its layer has attended.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from polytrace.errors import CapacityError
-from scheduling.plan import PassId, Span
+from scheduling.plan import PassId
 
-# R = rows of a block, H = key/value heads, C = head dimension
+# R = rows of a block, G = key/value heads, C = head dimension
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of one block."""
+
+    block: PassId  # the pass that put them there
+    start: int  # row
+    stop: int
 
 
 class SpanStore:
@@ -26,27 +37,32 @@ class SpanStore:
         self.held_bytes = 0
         self._blocks: dict[tuple[int, PassId], tuple[Tensor, Tensor]] = {}
 
-    def put(self, layer: int, block: PassId, key_1HRC: Tensor, value_1HRC: Tensor) -> None:
+    def put(self, layer: int, block: PassId, key_GRC: Tensor, value_GRC: Tensor) -> None:
         """Takes (no copy) the keys and values of a pass at a layer; CapacityError when the budget would be exceeded."""
-        num_bytes = key_1HRC.nbytes + value_1HRC.nbytes
+        num_bytes = key_GRC.nbytes + value_GRC.nbytes
         if self.held_bytes + num_bytes > self.budget_bytes:
             raise CapacityError(
                 f"keys and values of this pass need {num_bytes:,} bytes a layer; the store holds {self.held_bytes:,} "
                 f"of {self.budget_bytes:,}: lower the pass's token budget or raise the store's"
             )
         self.held_bytes += num_bytes
-        self._blocks[layer, block] = (key_1HRC, value_1HRC)
+        self._blocks[layer, block] = (key_GRC, value_GRC)
 
     def read(self, layer: int, spans: tuple[Span, ...]) -> tuple[Tensor, Tensor]:
-        """Keys and values `[1, H, rows, C]` of the spans one after another; one span is a view, several are joined."""
+        """Keys and values `[G, rows, C]` of the spans one after another; one span is a view, several are joined."""
         parts = [
-            (key_1HRC[:, :, span.start : span.stop], value_1HRC[:, :, span.start : span.stop])
+            (key_GRC[:, span.start : span.stop], value_GRC[:, span.start : span.stop])
             for span in spans
-            for key_1HRC, value_1HRC in (self._blocks[layer, span.block],)
+            for key_GRC, value_GRC in (self._blocks[layer, span.block],)
         ]
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([key for key, _ in parts], 2), torch.cat([value for _, value in parts], 2)
+        return torch.cat([key for key, _ in parts], 1), torch.cat([value for _, value in parts], 1)
+
+    def take(self, layer: int, block: PassId, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[G, rows, C]` of chosen rows of one block, copied."""
+        key_GRC, value_GRC = self._blocks[layer, block]
+        return key_GRC.index_select(1, rows), value_GRC.index_select(1, rows)
 
     def drop(self, layer: int, block: PassId) -> None:
         """Forgets a block at a layer; unknown blocks are fine."""

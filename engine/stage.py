@@ -2,14 +2,16 @@
 
 Owns the hooks. Around one forward it puts received hidden states in at the first layer of the window, hands every
 visited port to its callback in the model's order, takes hidden states out behind the last layer and stops as soon as
-the last needed visit is done. Knows nothing of requests: `engine.shard` and `engine.gate` bring the callbacks.
+the last needed visit is done. Behind every layer it brings the hidden states to the rows of the next level, and before
+every layer what else depends on tokens and positions (rotary tables, per-layer inputs). Knows nothing of requests:
+`engine.shard` and `engine.gate` bring the callbacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from transformers import PreTrainedModel
 
 from engine.attention import AttentionPass, attending
 from engine.sites import first_argument
+from engine.streams import Streams
 from engine.windows import Window
 from polytrace.graph import Port
 
-# T = packed rows, K = kept rows, D = hidden
+# T = packed rows of a level, K = kept rows, D = hidden
 
 # Gets a port's value in the forward and returns what the port hands on: the same object when nothing was replaced.
 Visitor = Callable[[Any], Any]
@@ -42,18 +45,18 @@ class Visit:
 class PackedRows:
     """The stream of one pass on the device."""
 
-    tokens_1T: Tensor
-    positions_1T: Tensor
-    kept_K: Tensor | None  # None: the head takes all rows
+    streams: Streams
     attention: AttentionPass
+    landing: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)  # see `StageRunner.run`
 
 
 class StageRunner:
     """The window of one shard."""
 
-    def __init__(self, model: PreTrainedModel, window: Window) -> None:
+    def __init__(self, model: PreTrainedModel, window: Window, *, keeps_rows: bool) -> None:
         self.model = model
         self.window = window
+        self._keeps_rows = keeps_rows  # whether the head can run on chosen rows
         self._layers: Any = model.get_submodule(window.layers)
         self._is_calling = False
 
@@ -62,17 +65,23 @@ class StageRunner:
     ) -> Tensor | None:
         """One forward of the window.
 
-        `hidden_1TD` enters at the first layer (None on the first stage). `stop_after` is the order of the visit to stop
+        `rows.landing` has, by level, what visitors of a layer's output left to be done to the hidden states of the next
+        level, whose rows are not there at their visit. `hidden_1TD` enters at the first layer (None on the first stage). `stop_after` is the order of the visit to stop
         behind, None to go to the window's end. Returns the hidden states behind the last layer when there is a next
         stage and the forward got there, else None. Whatever the model raises comes through.
         """
         left: list[Tensor] = []
-        options: dict[str, Any] = {} if rows.kept_K is None else {"logits_to_keep": rows.kept_K}
+        streams = rows.streams
+        tokens_1T, positions_1T = (
+            torch.tensor([numbers], device=streams.device) for numbers in (streams.tokens(), streams.positions())
+        )
+        kept_K = streams.kept_rows() if self.window.is_last and self._keeps_rows else None
+        options: dict[str, Any] = {} if kept_K is None else {"logits_to_keep": kept_K}
         with ExitStack() as hooks, attending(rows.attention), torch.no_grad():
-            for handle in self._install(hidden_1TD, visits, stop_after, left):
+            for handle in self._install(rows, hidden_1TD, visits, stop_after, left):
                 hooks.callback(handle.remove)
             with suppress(_Done):
-                self.model(input_ids=rows.tokens_1T, position_ids=rows.positions_1T, use_cache=False, **options)
+                self.model(input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, **options)
         return left[0] if left else None
 
     @contextmanager
@@ -85,11 +94,20 @@ class StageRunner:
             self._is_calling = False
 
     def _install(
-        self, hidden_1TD: Tensor | None, visits: list[Visit], stop_after: int | None, left: list[Tensor]
+        self,
+        rows: PackedRows,
+        hidden_1TD: Tensor | None,
+        visits: list[Visit],
+        stop_after: int | None,
+        left: list[Tensor],
     ) -> Iterator[RemovableHandle]:
         if hidden_1TD is not None:
             entry: nn.Module = self._layers[self.window.first]
             yield entry.register_forward_pre_hook(_putting_in(hidden_1TD), with_kwargs=True)
+        owned = range(self.window.first, self.window.stop)
+        for level in owned:
+            layer: nn.Module = self._layers[level]
+            yield layer.register_forward_pre_hook(self._entering(rows, level), with_kwargs=True)
         for visit in sorted(visits, key=lambda visit: visit.order):
             module = self.model.get_submodule(visit.module)
             is_last = visit.order == stop_after
@@ -97,9 +115,46 @@ class StageRunner:
                 yield module.register_forward_pre_hook(self._visiting_input(visit, is_last), with_kwargs=True)
             else:
                 yield module.register_forward_hook(self._visiting_output(visit, is_last))
+        for level in owned:
+            following: nn.Module = self._layers[level]
+            yield following.register_forward_hook(self._crossing(rows, level + 1))
         if not self.window.is_last:
             exit_layer: nn.Module = self._layers[self.window.stop - 1]
             yield exit_layer.register_forward_hook(_taking_out(left))
+
+    def _entering(self, rows: PackedRows, level: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._is_calling:
+                return None
+            streams = rows.streams
+            rows.attention.enter(streams.at(level))
+            origins = streams.origins(level)
+            if origins is None:
+                return None
+            num_rows = streams.num_root_rows
+            hidden = first_argument(args, kwargs)
+            taken = _taken(args, origins, num_rows), _taken(kwargs, origins, num_rows)
+            is_root = level == 0 and hidden.shape[1] == num_rows  # the embeddings: cut to the rows of level 0
+            return taken if is_root else replace_first_argument(*taken, hidden)
+
+        return hook
+
+    def _crossing(self, rows: PackedRows, level: int) -> Callable[..., Any]:
+        """Behind a layer: the rows of the next level, and what was written to them."""
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+            if self._is_calling:
+                return None
+            hidden = output if isinstance(output, Tensor) else output[0]
+            births = rows.streams.births(level)
+            after = hidden if births is None else hidden.index_select(1, births)
+            for land in rows.landing.pop(level, ()):
+                after = land(after)
+            if after is hidden:
+                return None
+            return after if isinstance(output, Tensor) else (after, *output[1:])
+
+        return hook
 
     def _visiting_input(self, visit: Visit, is_last: bool) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,6 +192,20 @@ def replace_first_argument(
 
 class _Done(Exception):
     """Ends a forward early: not an error, there is nothing left to do."""
+
+
+def _taken(value: Any, rows: Tensor, num_rows: int) -> Any:
+    """A layer's arguments beside the hidden states, `[1, T, ...]` or `[T]` of level 0, for other rows."""
+    if isinstance(value, Tensor):
+        if value.ndim > 1 and value.shape[1] == num_rows:
+            return value.index_select(1, rows)
+        return value.index_select(0, rows) if value.shape == (num_rows,) else value
+    if isinstance(value, Mapping):
+        return {key: _taken(member, rows, num_rows) for key, member in value.items()}
+    if isinstance(value, (tuple, list)):
+        members = [_taken(member, rows, num_rows) for member in value]
+        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
+    return value
 
 
 def _putting_in(hidden_1TD: Tensor) -> Callable[..., Any]:

@@ -1,72 +1,97 @@
 """How a request sees its rows: views of the packed stream shaped as if it ran alone.
 
-Owns the way from packed rows `[1, R, *tail]` to `[sequences, columns, *tail]` and back, for one invoke of one member
-and for one of the two row spaces (all rows, or the rows kept for the head). Sequences of equal length need no copy;
-ragged ones are left-padded with zeros, and what is written on pads vanishes.
+Owns the way from packed rows `[1, T, *tail]` to `[sequences, columns, *tail]` and back, for one invoke of one member at one
+level, or among the rows kept for the head. Rows may be the sequence's own or those of a segment that it forks from; a
+view does not tell. Ragged sequences are left-padded with zeros, and what is written on pads vanishes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from engine.streams import Streams
 from scheduling.plan import View
 
+# From (segment, position) to a row, None where there is none any more.
+Finder = Callable[[int, int], int | None]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
 class RowView:
-    """The rows of one invoke in one row space of a pass."""
+    """Some columns of one invoke in one row space of a pass."""
 
-    start: int  # first row
-    num_sequences: int
-    num_columns: int
-    rows: Tensor | None  # [real] rows of the stream, None when every column is real: then rows are contiguous
-    cells: Tensor | None  # [real] flat indices into sequences x columns of those rows
+    def __init__(self, view: View, columns: Sequence[int], find: Finder, device: torch.device) -> None:
+        longest = max(view.lengths)
+        self.lengths = view.lengths
+        self.shape = (len(view.lengths), len(columns))
+        self.device = device
+        rows: list[int] = []
+        cells: list[int] = []  # flat places in sequences x columns of those rows
+        place = 0
+        for segment, length in zip(view.segments, view.lengths, strict=True):
+            pads = longest - length
+            for column in columns:
+                row = find(segment, column - pads) if column >= pads else None
+                if row is not None:
+                    rows.append(row)
+                    cells.append(place)
+                place += 1
+        self.num_rows = len(rows)
+        self._rows = rows
+        self._cells = cells
+        self.is_whole = len(cells) == place  # every cell has a row
+        self.is_run = self.is_whole and rows[-1] - rows[0] == place - 1 and all(b - a == 1 for a, b in zip(rows, rows[1:]))
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Rows of the stream, `[real]`."""
+        return torch.tensor(self._rows, dtype=torch.long, device=self.device)
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """Their flat places in `[sequences, columns]`, `[real]`."""
+        return torch.tensor(self._cells, dtype=torch.long, device=self.device)
 
     def read(self, packed: Tensor) -> Tensor:
-        """`[sequences, columns, *tail]`: aliases `packed` when nothing is padded, else a padded copy."""
-        if self.rows is None or self.cells is None:
-            rows = packed[0, self.start : self.start + self.num_sequences * self.num_columns]
-            return rows.view(self.num_sequences, self.num_columns, *packed.shape[2:])
-        out = packed.new_zeros(self.num_sequences * self.num_columns, *packed.shape[2:])
-        out.index_copy_(0, self.cells, packed[0].index_select(0, self.rows))
-        return out.view(self.num_sequences, self.num_columns, *packed.shape[2:])
+        """`[sequences, columns, *tail]`: aliases `packed` when its rows lie one after another, else a copy."""
+        if self.is_run:
+            return packed[0, self._rows[0] : self._rows[-1] + 1].view(*self.shape, *packed.shape[2:])
+        taken = packed[0].index_select(0, self.rows)
+        if self.is_whole:
+            return taken.view(*self.shape, *packed.shape[2:])
+        out = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[2:])
+        return out.index_copy_(0, self.cells, taken).view(*self.shape, *packed.shape[2:])
 
-    def write(self, packed: Tensor, value: Tensor) -> None:
-        """Puts a value of the view's shape into the packed rows, in place."""
+    def part(self, value: Tensor) -> Tensor:
+        """The cells of a value of the view's shape that have rows, in their order: `[real, *tail]`."""
         flat = value.flatten(0, 1)
-        if self.rows is None or self.cells is None:
-            packed[0, self.start : self.start + self.num_sequences * self.num_columns].copy_(flat)
-        else:
-            packed[0].index_copy_(0, self.rows, flat.index_select(0, self.cells))
+        return flat if self.is_whole else flat.index_select(0, self.cells)
 
 
-def all_rows(view: View, device: torch.device) -> RowView:
-    """The invoke's rows at sites that have every row of the stream."""
-    return _row_view(view.start, view.lengths, range(max(view.lengths)), device)
+class InvokeRows:
+    """One invoke's views in a pass, each made once."""
 
+    def __init__(self, view: View, streams: Streams) -> None:
+        self.view = view
+        self.streams = streams
+        self._views: dict[tuple[int | None, tuple[int, ...] | None], RowView] = {}
 
-def kept_rows(view: View, device: torch.device) -> RowView:
-    """The invoke's rows at sites that have the kept rows only; columns are the kept ones."""
-    return _row_view(view.kept_start, view.lengths, view.kept_columns, device)
+    def at(self, level: int, columns: tuple[int, ...] | None) -> RowView:
+        """Columns (None: all) of the invoke at a level."""
+        return self._of(level, columns)
 
+    def kept(self, columns: tuple[int, ...] | None) -> RowView:
+        """Columns of the invoke among the rows that the head runs on."""
+        return self._of(None, columns)
 
-def _row_view(start: int, lengths: tuple[int, ...], columns: range | tuple[int, ...], device: torch.device) -> RowView:
-    longest = max(lengths)
-    num_columns = len(columns)
-    real = [
-        sequence * num_columns + place
-        for sequence, length in enumerate(lengths)
-        for place, column in enumerate(columns)
-        if column >= longest - length
-    ]
-    is_padded = len(real) < len(lengths) * num_columns
-    return RowView(
-        start=start,
-        num_sequences=len(lengths),
-        num_columns=num_columns,
-        rows=torch.arange(start, start + len(real), device=device) if is_padded else None,
-        cells=torch.tensor(real, dtype=torch.long, device=device) if is_padded else None,
-    )
+    def _of(self, level: int | None, columns: tuple[int, ...] | None) -> RowView:
+        found = self.streams.at(level) if level is not None else None
+        key = (None if found is None else id(found), columns)
+        if key not in self._views:
+            find = self.streams.kept_row if found is None else found.row
+            named = range(max(self.view.lengths)) if columns is None else columns
+            self._views[key] = RowView(self.view, named, find, self.streams.device)
+        return self._views[key]

@@ -21,8 +21,9 @@ class Certificate:
     nodes: tuple[ValueShape | None, ...]  # per node of the graph; None for writes and saves
     saves: Mapping[str, ValueShape]
     passes: int  # waves: merged passes the request takes part in
-    tokens: int  # rows it adds to them, all waves together
-    token_layers: int  # rows x decoder layers that they run through
+    tokens: int  # of its sequences, all waves together
+    token_layers: int  # rows x decoder layers that they run through, equal rows counted once
+    token_layers_alone: int  # what that would be if every sequence ran whole, on its own
     result_bytes: int  # all saves
     read_bytes: int  # all values read from the model, what a client-side analysis would have to move
     carried_bytes: int  # values that cross from stage to stage
@@ -47,7 +48,8 @@ class PassEntry:
 
     pass_id: int
     requests: int  # that shared it
-    tokens: int  # rows of all of them
+    tokens: int  # rows of all of them at the first layer
+    layer_rows: tuple[int, ...]  # rows of all of them at each decoder layer
     seconds: float  # from the first shard's start to the last shard's end
 
 
@@ -60,6 +62,7 @@ class Receipt:
     passes: tuple[PassEntry, ...]
     tokens: int
     token_layers: int
+    token_layers_alone: int
     fired: tuple[Fired, ...]
     pad_rows_written: int  # rows of writes that fell on left padding and vanished
     read_bytes: int

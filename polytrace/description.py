@@ -110,6 +110,7 @@ class ModelDescription:
     limits: Limits
     row_multiple: int  # a pass's rows are padded to a multiple of it, so that bits do not depend on their number
     has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only
+    has_forks: bool = True  # the gate found that equal rows may be shared and rows that nobody needs left out
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
 
 

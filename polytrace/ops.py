@@ -31,6 +31,7 @@ class OpSpec:
     kwargs: frozenset[str] = frozenset()  # keyword arguments allowed on the wire
     results: Results = Results.ONE
     is_view: bool = False  # the result aliases the first operand's memory, so in-place code on it reaches the base
+    is_random: bool = False  # draws; what, depends on the request's seed and the node's place alone
     reduces: bool = False  # removes or collapses dimensions named by `dim` (argument 1), or all of them without it
 
 
@@ -223,8 +224,8 @@ _ROWS: tuple[OpSpec, ...] = (
     _op("zeros_like", "dtype", torch="function"),
     _op("ones_like", "dtype", torch="function"),
     _op("full_like", "fill_value", "dtype", torch="function"),
-    _op("randn_like", "dtype", torch="function"),
-    _op("rand_like", "dtype", torch="function"),
+    _op("randn_like", "dtype", torch="function", is_random=True),
+    _op("rand_like", "dtype", torch="function", is_random=True),
     # recorded by the client, not torch callables
     _op("item", torch="polytrace.item"),  # (pair or list, position): one value of a call that returns several
     # (base, index, value): base with the indexed part replaced, as a new value

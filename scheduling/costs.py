@@ -13,12 +13,17 @@ MAX_NOTES = 16  # of one kind
 
 
 def wave_tokens(program: Program, wave: Wave) -> int:
-    """Rows that a wave adds to its pass."""
+    """Tokens of a wave's sequences."""
     return sum(program.invokes[invoke].num_tokens for invoke in wave.invokes)
 
 
-def token_layers(program: Program, table: ModelTable) -> int:
-    """Rows x decoder layers that they run through, each wave up to what the request itself needs."""
+def token_layers(program: Program) -> int:
+    """Rows x decoder layers that they run through, when the request has its passes to itself."""
+    return sum(wave.token_layers for wave in program.waves)
+
+
+def token_layers_alone(program: Program, table: ModelTable) -> int:
+    """What it would be if every sequence had all its rows, each wave up to the last layer that the request needs."""
     return sum(wave_tokens(program, wave) * bisect_right(table.layer_starts, wave.until) for wave in program.waves)
 
 

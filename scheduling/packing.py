@@ -1,7 +1,8 @@
-"""Puts the rows of a pass's members into one stream, and says all of it in a `Plan`.
+"""Brings the sequences of a pass's members into one forest of rows, and says all of it in a `Plan`.
 
-Owns rows: which sequence lies where, its positions, what it attends to, which rows the head runs on. Knows nothing of
-who should go (`scheduling.policy`) and nothing of nodes (`scheduling.program` placed them).
+Owns which sequences share rows and which rows the head runs on. Knows nothing of who should go (`scheduling.policy`) and
+nothing of nodes (`scheduling.program` placed them). Where a row lies in the stream is worked out from the plan by every
+shard (`engine.levels`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from polytrace.description import ModelDescription
-from scheduling.plan import MIN_ROWS, PROLOGUE, Member, PassId, Plan, Program, RequestId, Segment, Span, View
+from scheduling.forest import Placed, grow
+from scheduling.plan import PROLOGUE, Member, PassId, Plan, Program, RequestId, View
 
 
 class Packer:
@@ -18,27 +20,35 @@ class Packer:
     def __init__(self, description: ModelDescription) -> None:
         self._orders = [site.order for site in description.sites]
         self._stages = [site.stage for site in description.sites]
-        self._row_multiple = description.row_multiple
+        self._num_layers = description.num_layers
 
     def pack(self, pass_id: PassId, waves: list[tuple[Program, int]], ended: tuple[RequestId, ...] = ()) -> Plan:
         """The plan of a pass in which each program runs one of its waves. Members stand in the order given."""
-        stream = _Stream(pass_id)
-        placed = [
-            (program.invokes[invoke].longest, index, invoke, kept)
-            for index, (program, wave) in enumerate(waves)
-            for invoke, kept in zip(program.waves[wave].invokes, program.waves[wave].kept, strict=True)
+        runs = [
+            (member, invoke, kept, cones)
+            for member, (program, wave) in enumerate(waves)
+            for invoke, kept, cones in _runs(program, wave)
         ]
-        # Neighbours of equal length can be attended to in one batch.
-        for _, index, invoke, kept in sorted(placed, key=lambda entry: entry[0]):
-            stream.append(waves[index][0], index, invoke, kept)
+        forest = grow(
+            [
+                Placed(tokens=tokens, cone=cone, domain=waves[member][0].sharing_domain)
+                for member, invoke, _, cones in runs
+                for tokens, cone in zip(waves[member][0].invokes[invoke].sequences, cones, strict=True)
+            ],
+            self._num_layers,
+        )
+        views, taken = [], 0
+        for member, invoke, kept, _ in runs:
+            lengths = tuple(map(len, waves[member][0].invokes[invoke].sequences))
+            places = forest.places[taken : taken + len(lengths)]
+            taken += len(lengths)
+            views.append(View(member=member, invoke=invoke, lengths=lengths, segments=places, kept_columns=kept))
         until = max((program.waves[wave].until for program, wave in waves), default=PROLOGUE)
         return Plan(
             pass_id=pass_id,
-            tokens=padded(stream.tokens, self._row_multiple),
-            positions=padded(stream.positions, self._row_multiple),
-            segments=tuple(stream.segments),
-            kept=padded(stream.kept, self._row_multiple),
-            views=tuple(stream.views),
+            segments=forest.segments,
+            layer_rows=forest.layer_rows,
+            views=tuple(views),
             members=tuple(
                 Member(program=program, wave=wave, is_last_wave=wave == len(program.waves) - 1)
                 for program, wave in waves
@@ -49,44 +59,6 @@ class Packer:
         )
 
 
-class _Stream:
-    """The packed stream while it grows."""
-
-    def __init__(self, pass_id: PassId) -> None:
-        self.pass_id = pass_id
-        self.tokens: list[int] = []
-        self.positions: list[int] = []
-        self.kept: list[int] = []
-        self.segments: list[Segment] = []
-        self.views: list[View] = []
-
-    def append(self, program: Program, member: int, invoke: int, kept_columns: tuple[int, ...]) -> None:
-        """One invoke's sequences, one after another."""
-        prompts = program.invokes[invoke]
-        longest = prompts.longest
-        view = View(
-            member=member,
-            invoke=invoke,
-            start=len(self.tokens),
-            lengths=tuple(map(len, prompts.sequences)),
-            kept_columns=kept_columns,
-            kept_start=len(self.kept),
-        )
-        self.views.append(view)
-        for index, sequence in enumerate(prompts.sequences):
-            start, stop = len(self.tokens), len(self.tokens) + len(sequence)
-            spans = (Span(block=self.pass_id, start=start, stop=stop),)
-            self.segments.append(
-                Segment(member=member, invoke=invoke, sequence=index, start=start, stop=stop, spans=spans)
-            )
-            self.tokens.extend(sequence)
-            self.positions.extend(range(len(sequence)))
-            pads = longest - len(sequence)
-            self.kept.extend(start + column - pads for column in kept_columns if column >= pads)
-
-
-def padded(rows: list[int], multiple: int) -> tuple[int, ...]:
-    """Rows with zeros up to a number from which on bits do not depend on it; nothing stays nothing."""
-    if not rows:
-        return ()
-    return (*rows, *[0] * (-(-max(len(rows), MIN_ROWS) // multiple) * multiple - len(rows)))
+def _runs(program: Program, wave: int):  # type: ignore[no-untyped-def]
+    work = program.waves[wave]
+    return zip(work.invokes, work.kept, work.cones, strict=True)

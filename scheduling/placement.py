@@ -9,6 +9,7 @@ parameter (constants, masks and operations on them): they float, and every stage
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polytrace.description import ModelDescription
@@ -57,18 +58,24 @@ def find_live(graph: Graph, resolved: Resolved) -> list[bool]:
 
 
 def place(
-    graph: Graph, resolved: Resolved, live: list[bool], facts: tuple[ValueFacts | None, ...], scale: Scale
-) -> list[int]:
-    """The packed point of every live node (PURE for the floating ones). Raises GraphError on a cycle.
+    graph: Graph,
+    resolved: Resolved,
+    live: list[bool],
+    facts: tuple[ValueFacts | None, ...],
+    scale: Scale,
+    earliest: Sequence[int] | None = None,
+) -> tuple[list[int], list[int]]:
+    """The packed point of every live node (PURE for the floating ones), and live nodes after all that they wait for.
 
-    A write's point is in the first wave that has its value; it is applied again in later waves of its invoke.
+    A write's point is in the first wave that has its value; it is applied again in later waves of its invoke. An invoke
+    whose turn comes later (`earliest`, a wave for each) has no reads and writes before. Raises GraphError on a cycle.
     """
     forest = _Forest(graph, resolved, live)
-    points, finished = _flow(graph, resolved, forest, scale)
+    points, finished = _flow(graph, resolved, forest, scale, earliest)
     if len(finished) < forest.num_vertices:
         raise _cycle(graph, forest, finished)
     _run_late(graph, resolved, forest, points, facts, finished, scale)
-    return points
+    return points, [vertex for vertex in finished if vertex < len(graph.nodes)]
 
 
 class _Forest:
@@ -116,7 +123,9 @@ class _Forest:
         self.waiting[vertex] += 1
 
 
-def _flow(graph: Graph, resolved: Resolved, forest: _Forest, scale: Scale) -> tuple[list[int], list[int]]:
+def _flow(
+    graph: Graph, resolved: Resolved, forest: _Forest, scale: Scale, earliest: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
     """Points in topological order, and that order. Links and writes hand on a wave, all others a point."""
     nodes = graph.nodes
     points = [PURE] * len(forest.followers)
@@ -131,6 +140,9 @@ def _flow(graph: Graph, resolved: Resolved, forest: _Forest, scale: Scale) -> tu
         finished.append(vertex)
         handed_on = points[vertex]
         if vertex < len(nodes):
+            node = nodes[vertex]
+            if earliest is not None and isinstance(node, (Read, Write)) and earliest[node.invoke]:
+                handed_on = max(handed_on, _begin(node, earliest[node.invoke], scale))
             points[vertex] = _point(graph, resolved, vertex, handed_on, scale)
             handed_on = points[vertex]
             if isinstance(nodes[vertex], Write):
@@ -142,6 +154,11 @@ def _flow(graph: Graph, resolved: Resolved, forest: _Forest, scale: Scale) -> tu
             if not waiting[follower]:
                 ready.append(follower)
     return points, finished
+
+
+def _begin(node: Read | Write, wave: int, scale: Scale) -> int:
+    """What a node may need at the latest to be in the wave: a read needs a wave, a write a point."""
+    return wave if isinstance(node, Read) else scale.point(wave, 0, PROLOGUE)
 
 
 def _point(graph: Graph, resolved: Resolved, vertex: int, needs: int, scale: Scale) -> int:

@@ -54,6 +54,27 @@ class Transfer:
     facts: ValueFacts  # planned shape: what travels even when the graph has failed
 
 
+Key = bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One write to one sequence: rows of `position` and later are others from `level` on."""
+
+    level: int
+    position: int
+    key: Key  # equal keys: equal writes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cone:
+    """One sequence in one wave: what it changes and which of its rows are needed. See `scheduling.cones`."""
+
+    edits: tuple[Edit, ...]  # by level, position, key
+    needs: tuple[int, ...]  # per layer: rows before this position are needed there; never growing
+    head: tuple[int, ...]  # positions needed behind the last layer, ascending
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageWork:
     """What one wave asks of one stage, in the order it happens."""
@@ -71,7 +92,10 @@ class Wave:
 
     invokes: tuple[int, ...]  # those that have rows in this wave, ascending
     kept: tuple[tuple[int, ...], ...]  # per invoke above: columns of its view that the head runs on, ascending
+    cones: tuple[tuple[Cone, ...], ...]  # per invoke above, per sequence
     until: int  # order of the last visit that this wave needs; PROLOGUE when it has no rows
+    rows: int  # that it has at its widest layer when it runs alone
+    token_layers: int  # rows x layers when it runs alone
     stages: tuple[StageWork, ...]  # one per stage of the deployment
 
 
@@ -91,9 +115,11 @@ class Program:
     """One request, worked out: sent to every shard with each of its waves."""
 
     request: RequestId
-    graph: Graph  # indices into kept sites are rewritten to the compact view `[sequences, kept, *tail]`
+    graph: Graph  # indices into narrowed reads are rewritten to the narrow view `[sequences, columns, *tail]`
+    narrowed: Mapping[NodeId, tuple[int, ...]]  # reads and writes of some columns only -> these, ascending
     invokes: tuple[Invoke, ...]
     seed: int
+    sharing_domain: str | None  # its rows may be shared with requests of the same domain; None: not even among its own
     facts: tuple[ValueFacts | None, ...]  # per node; None for writes and saves
     waves: tuple[Wave, ...]
     saves: tuple[SaveSlot, ...]
@@ -104,36 +130,29 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """Rows of the key/value store that a segment attends to."""
-
-    block: PassId  # the pass that put them there
-    start: int  # row
-    stop: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """The contiguous rows of one sequence in the packed stream."""
+    """Rows of one sequence, or of several that are equal. A fork has a parent, which has its rows before its own.
 
-    member: int  # index into Plan.members
-    invoke: int
-    sequence: int
-    start: int  # row
-    stop: int
-    spans: tuple[Span, ...]  # keys and values in token order; the last one is the segment's own rows
+    At layer l its own rows are those of the positions `starts[l]` to `stops[l]`, none when that is empty. A row that is
+    its own from layer l on, and was not at the layer before, begins as a copy of its parent's row there.
+    """
+
+    parent: int | None  # index into Plan.segments
+    starts: tuple[int, ...]  # per layer, and behind the last one; never growing; 0 without a parent
+    stops: tuple[int, ...]  # per layer; never growing: rows end when nobody needs them any more
+    head: tuple[int, ...]  # positions of its own rows behind the last layer, ascending
+    tokens: tuple[int, ...]  # of its own rows at layer 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """One invoke's rows in this pass: its sequences lie one after another from `start`."""
+    """One invoke in this pass."""
 
     member: int
     invoke: int
-    start: int  # first row in the stream
     lengths: tuple[int, ...]  # tokens per sequence
-    kept_columns: tuple[int, ...]  # columns of the left-padded view that kept sites have, ascending
-    kept_start: int  # first index into Plan.kept; a sequence has the kept columns that are not pads
+    segments: tuple[int, ...]  # per sequence: index into Plan.segments
+    kept_columns: tuple[int, ...]  # columns of the left-padded view that the head runs on, ascending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +169,9 @@ class Plan:
     """One merged pass. Every shard gets the same plan and does its own part of it."""
 
     pass_id: PassId
-    tokens: tuple[int, ...]  # the packed stream, padded with token 0; empty when no member has rows
-    positions: tuple[int, ...]  # per row, as if its sequence ran alone; pads 0
-    segments: tuple[Segment, ...]  # by start; pad rows belong to one segment of no member, which is not listed
-    kept: tuple[int, ...]  # rows the head runs on, padded with row 0; empty: no head needed
-    views: tuple[View, ...]  # by start
+    segments: tuple[Segment, ...]  # in the order of their rows in the stream, at every layer
+    layer_rows: tuple[int, ...]  # rows that run at each layer, without padding
+    views: tuple[View, ...]
     members: tuple[Member, ...]
     until: int  # order of the last visit that any member needs
     num_stages: int  # stages from this one on have no rows to run; they still do their prologues and transfers

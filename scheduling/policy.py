@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 class PassPolicy:
     """How large a pass may be."""
 
-    budget_tokens: int = 4096  # rows of all members; a wave that alone has more goes alone
+    budget_tokens: int = 4096  # rows of all members, each at its widest layer; a wave that alone has more goes alone
     max_members: int = 256
 
 
@@ -19,7 +19,7 @@ class Candidate(Protocol):
     """A wave that is ready to go."""
 
     @property
-    def num_tokens(self) -> int:
+    def num_rows(self) -> int:
         """Rows it adds to a pass."""
 
 
@@ -43,9 +43,9 @@ class FirstComeFirstServed:
         for candidate in candidates:
             if len(chosen) == self.policy.max_members:
                 break
-            tokens = candidate.num_tokens
-            if tokens == 0 or tokens <= room or not has_rows:
+            rows = candidate.num_rows
+            if rows == 0 or rows <= room or not has_rows:
                 chosen.append(candidate)
-                room -= tokens
-                has_rows = has_rows or tokens > 0
+                room -= rows
+                has_rows = has_rows or rows > 0
         return chosen

@@ -9,15 +9,20 @@ from __future__ import annotations
 from polytrace.certificate import Certificate, ValueShape
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Graph, NodeId, Request, Save, Write
+from polytrace.graph import Graph, Invoke, NodeId, Request, Save, Sharing, Write
 from polytrace.tensors import itemsize
 from scheduling.checks import Resolved, resolve, table_of
-from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers, wave_tokens
-from scheduling.kept import Kept, full_facts, keep_columns
+from scheduling.columns import find_columns
+from scheduling.cones import find_cones, kept_columns, levels_of
+from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers, token_layers_alone, wave_tokens
+from scheduling.forest import Placed, grow
 from scheduling.placement import Scale, find_live, place, scale_of
-from scheduling.plan import PROLOGUE, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave
+from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave
 from scheduling.residency import stage_works
 from scheduling.waves import Run, executions, find_runs
+
+
+_DOMAIN = "tenant"  # there is one tenant: who has the key
 
 
 def compile_program(
@@ -35,43 +40,45 @@ def compile_program(
     # 2) Give each node that a save or a write needs its point (wave, stage, order).
     scale = scale_of(description)
     live = find_live(graph, resolved)
-    points = place(graph, resolved, live, facts, scale)
+    points, finished = place(graph, resolved, live, facts, scale)
 
-    # 3) Say which invokes run in which waves, and which columns of them the head sees.
+    # 3) Say which invokes run in which waves, which columns of them are read and written, and the cones of that.
     runs = find_runs(graph, resolved, live, points, scale)
-    kept = keep_columns(
-        graph, request.invokes, resolved, live, facts, runs, points, scale, has_kept_rows=description.has_kept_rows
-    )
+    columns = find_columns(request, resolved, live, facts)
+    cones = find_cones(request, resolved, columns, points, finished, runs, scale, levels_of(description))
+    kept = kept_columns(request, resolved, columns, points, finished, runs, scale)
 
     # 4) Plan what is carried, held and dropped, and where saved values go.
-    works = stage_works(graph, resolved, points, kept.facts, executions(graph, live, points, runs, scale), scale)
+    works = stage_works(graph, resolved, points, columns.facts, executions(graph, live, points, runs, scale), scale)
     saves = _lay_out_saves(graph, points, facts, scale)
+    domain = _DOMAIN if description.has_forks and request.options.sharing is not Sharing.OFF else None
     result_bytes = sum(slot.facts.num_bytes for slot in saves)
     if result_bytes > description.limits.max_result_bytes:
         raise TooLargeError(f"all saves take {result_bytes} bytes; the limit is {description.limits.max_result_bytes}")
     return Program(
         request=request_id,
-        graph=kept.graph,
+        graph=columns.graph,
+        narrowed=columns.narrowed,
         invokes=request.invokes,
         seed=request.options.seed,
-        facts=kept.facts,
-        waves=_waves(works, runs, kept),
+        sharing_domain=domain,
+        facts=columns.facts,
+        waves=_waves(request.invokes, works, runs, kept, cones, domain, description.num_layers),
         saves=saves,
         constants=request.constants,
     )
 
 
-def certify(program: Program, request: Request, description: ModelDescription) -> Certificate:
-    """What the request of a compiled program will cost and return."""
+def certify(program: Program, facts: tuple[ValueFacts | None, ...], description: ModelDescription) -> Certificate:
+    """What a compiled program will cost and return; `facts` are those that it was compiled with."""
     table = table_of(description)
-    resolved = resolve(request, table)
-    facts = full_facts(program.graph, program.invokes, resolved, program.facts)
     return Certificate(
         nodes=tuple(None if known is None else _shape(known) for known in facts),
         saves={slot.name: _shape(slot.facts) for slot in program.saves},
         passes=len(program.waves),
         tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-        token_layers=token_layers(program, table),
+        token_layers=token_layers(program),
+        token_layers_alone=token_layers_alone(program, table),
         result_bytes=sum(slot.facts.num_bytes for slot in program.saves),
         read_bytes=read_bytes(program),
         carried_bytes=carried_bytes(program, table),
@@ -114,19 +121,38 @@ def _lay_out_saves(
     return tuple(slots)
 
 
-def _waves(works: list[tuple[StageWork, ...]], runs: list[Run], kept: Kept) -> tuple[Wave, ...]:
+def _waves(
+    invokes: tuple[Invoke, ...],
+    works: list[tuple[StageWork, ...]],
+    runs: list[Run],
+    kept: dict[tuple[int, int], tuple[int, ...]],
+    cones: dict[tuple[int, int], tuple[Cone, ...]],
+    domain: str | None,
+    num_layers: int,
+) -> tuple[Wave, ...]:
     runs_of: list[list[Run]] = [[] for _ in works]
     for run in runs:
         runs_of[run.wave].append(run)
-    return tuple(
-        Wave(
-            invokes=tuple(run.invoke for run in own),
-            kept=tuple(kept.columns[run.wave, run.invoke] for run in own),
-            until=max((run.until for run in own), default=PROLOGUE),
-            stages=stages,
+    waves = []
+    for stages, own in zip(works, runs_of, strict=True):
+        placed = [
+            Placed(tokens=tokens, cone=cone, domain=domain)
+            for run in own
+            for tokens, cone in zip(invokes[run.invoke].sequences, cones[run.wave, run.invoke], strict=True)
+        ]
+        layer_rows = grow(placed, num_layers).layer_rows
+        waves.append(
+            Wave(
+                invokes=tuple(run.invoke for run in own),
+                kept=tuple(kept[run.wave, run.invoke] for run in own),
+                cones=tuple(cones[run.wave, run.invoke] for run in own),
+                until=max((run.until for run in own), default=PROLOGUE),
+                rows=max(layer_rows, default=0),
+                token_layers=sum(layer_rows),
+                stages=stages,
+            )
         )
-        for stages, own in zip(works, runs_of, strict=True)
-    )
+    return tuple(waves)
 
 
 def _shape(known: ValueFacts) -> ValueShape:

@@ -12,7 +12,15 @@ from polytrace.certificate import Fired, PassEntry, Receipt
 from polytrace.errors import RunError
 from polytrace.graph import NodeId, Read, Save, Write
 from scheduling.checks import ModelTable
-from scheduling.costs import carried_bytes, find_notes, pad_rows_written, read_bytes, token_layers, wave_tokens
+from scheduling.costs import (
+    carried_bytes,
+    find_notes,
+    pad_rows_written,
+    read_bytes,
+    token_layers,
+    token_layers_alone,
+    wave_tokens,
+)
 from scheduling.plan import Failure, Plan, Program, ShardResult
 
 
@@ -54,7 +62,8 @@ class Account:
             PassEntry(
                 pass_id=plan.pass_id,
                 requests=len(plan.members),
-                tokens=sum(segment.stop - segment.start for segment in plan.segments),
+                tokens=sum(plan.layer_rows[:1]),
+                layer_rows=plan.layer_rows,
                 seconds=max((result.seconds for result in results), default=0.0),
             )
         )
@@ -74,7 +83,8 @@ class Account:
             model=table.description.name,
             passes=tuple(self._entries),
             tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-            token_layers=token_layers(program, table),
+            token_layers=token_layers(program),
+            token_layers_alone=token_layers_alone(program, table),
             fired=tuple(_fired(program, sorted(self._passes_of.items()))),
             pad_rows_written=pad_rows_written(program),
             read_bytes=read_bytes(program),

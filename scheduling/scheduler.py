@@ -21,7 +21,6 @@ from polytrace.certificate import Receipt
 from polytrace.description import ModelDescription
 from polytrace.errors import CancelledError, PolytraceError
 from scheduling.checks import table_of
-from scheduling.costs import wave_tokens
 from scheduling.packing import Packer
 from scheduling.plan import PassId, Plan, Program, RequestId, ShardResult
 from scheduling.policy import FirstComeFirstServed, PassPolicy
@@ -46,7 +45,6 @@ class _Job:
     def __init__(self, program: Program, number: int, now: float) -> None:
         self.program = program
         self.number = number  # of arrival
-        self.tokens = [wave_tokens(program, wave) for wave in program.waves]
         self.added = now
         self.is_cancelled = False
         self.restart()
@@ -57,12 +55,12 @@ class _Job:
         self.account = Account(self.program)
 
     @property
-    def num_tokens(self) -> int:
-        return self.tokens[self.wave]
+    def num_rows(self) -> int:
+        return self.program.waves[self.wave].rows
 
     @property
     def is_last_wave(self) -> bool:
-        return self.wave == len(self.tokens) - 1
+        return self.wave == len(self.program.waves) - 1
 
 
 class Scheduler:

@@ -1,0 +1,416 @@
+"""Which columns of an invoke's view each read and write is about, as far as a graph tells ahead.
+
+A view is `[sequences, longest, *tail]`. A read whose users all name columns by a static index (`h[:, -1]`,
+`logits[0, 3:7]`, and in-place code such as `h[:, -1] += v`) is *narrowed*: it gives those columns only, and the indexings
+are rewritten to the narrow view. So a patch of one token moves one row, and the head runs on the columns that somebody
+reads. A write is about the columns that in-place code changed since its read; others it hands back as they were.
+
+Invariant: after rewriting, every indexing gives what it gave on the full view.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from polytrace.graph import Constant, Graph, Invoke, Node, NodeId, Op, Operand, Read, Ref, Request, Write, refs
+from polytrace.tensors import RawTensor, num_bytes
+from scheduling.checks import Resolved
+from scheduling.plan import ValueFacts
+
+Facts = tuple[ValueFacts | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Cells of a view: the columns of the sequences."""
+
+    sequences: tuple[int, ...] | None  # None: all
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """What is known of a graph's reads and writes, and the graph and facts rewritten to the narrow views."""
+
+    narrowed: Mapping[NodeId, tuple[int, ...]]  # reads and writes -> columns of their view, ascending
+    changed: Mapping[NodeId, tuple[Part, ...]]  # writes -> what they may change; absent: any cell
+    graph: Graph
+    facts: Facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Indexing:
+    """A use of a narrow value that names its columns."""
+
+    node: int
+    step: int | None  # the step of a `set_view` that does, None for the node's own index
+    place: int  # of the column's part in the index
+    columns: range | tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Chain:
+    """A read, the values that in-place code made of it, and where they go back to."""
+
+    read: int
+    indexings: list[_Indexing]
+    column_dims: dict[int, int]  # values that have the column dimension -> which of theirs it is
+    writes: list[int]
+
+
+def find_columns(request: Request, resolved: Resolved, live: list[bool], facts: Facts) -> Columns:
+    """Works a checked request out. Linear in its nodes."""
+    graph, invokes = request.graph, request.invokes
+    finder = _Finder(request, resolved, live, facts)
+    narrowed: dict[NodeId, tuple[int, ...]] = {}
+    rewritten: dict[int, Node] = {}
+    compact: dict[int, ValueFacts] = {}
+    for node, event in enumerate(graph.nodes):
+        if not live[node] or not isinstance(event, Read):
+            continue
+        chain = finder.chain(node)
+        if chain is None:
+            continue
+        longest = invokes[event.invoke].longest
+        columns = tuple(sorted({column for indexing in chain.indexings for column in indexing.columns}))
+        columns = columns or (longest - 1,)  # empty slices only: a view is never without columns
+        if len(columns) == longest:
+            continue
+        narrowed[NodeId(node)] = columns
+        narrowed.update((NodeId(write), columns) for write in chain.writes)
+        for indexing in chain.indexings:
+            rewritten[indexing.node] = _rewritten(rewritten.get(indexing.node, graph.nodes[indexing.node]), indexing, columns)
+        for value, dim in chain.column_dims.items():
+            compact[value] = _with_columns(facts[value], dim, len(columns))
+    return Columns(
+        narrowed=narrowed,
+        changed=finder.changed(),
+        graph=_with_nodes(graph, rewritten),
+        facts=_with_facts(facts, compact),
+    )
+
+
+class _Finder:
+    """Follows reads to their users, and writes back to their reads."""
+
+    def __init__(self, request: Request, resolved: Resolved, live: list[bool], facts: Facts) -> None:
+        self.nodes, self.invokes, self.live, self.facts = request.graph.nodes, request.invokes, live, facts
+        self._constants = request.constants
+        self._places: dict[str, list[int] | None] = {}  # constants that name places, by name
+        self.users: list[list[int]] = [[] for _ in live]
+        self.writes_at: dict[tuple[object, int], list[int]] = {}  # (site, invoke) -> live writes, in program order
+        for node, is_live in enumerate(live):
+            if is_live:
+                for operand in resolved.operands[node]:
+                    self.users[operand].append(node)
+                event = self.nodes[node]
+                if isinstance(event, Write):
+                    self.writes_at.setdefault((event.site, event.invoke), []).append(node)
+        self._parts: dict[int, tuple[int, tuple[Part, ...]] | None] = {}  # in-place values -> their read, what changed
+
+    def chain(self, read: int) -> _Chain | None:
+        """What becomes of a read, None when somebody may look at any column of it."""
+        event = self.nodes[read]
+        assert isinstance(event, Read)
+        longest = self.invokes[event.invoke].longest
+        chain = _Chain(read, [], {read: 1}, [])
+        roots = {read}  # the read's content and what in-place code made of it
+        pending = [read]
+        while pending:
+            base = pending.pop()
+            dim, edits = chain.column_dims[base], 0
+            for user in self.users[base]:
+                node = self.nodes[user]
+                if isinstance(node, Op) and node.name == "getitem":
+                    index = self._index_of(node.args[1]) if len(node.args) == 2 else ()
+                    found = _find_column(index, base, dim, self.facts) if _is_base(node, base) else None
+                    if isinstance(found, _Passed) and self.facts[user] is not None:
+                        chain.column_dims[user] = found.dim
+                        pending.append(user)
+                        continue
+                    if not self._name(chain, user, None, index, found, longest):
+                        return None
+                elif base in roots and isinstance(node, Op) and node.name in ("setitem", "set_view"):
+                    edits += 1
+                    if edits > 1 or not _is_base(node, base) or self.facts[user] is None:
+                        return None
+                    step, index, found = self._edited(node, base)
+                    if not self._name(chain, user, step, index, found, longest):
+                        return None
+                    chain.column_dims[user] = 1
+                    roots.add(user)
+                    pending.append(user)
+                elif base in roots and isinstance(node, Write) and self._goes_back(node, event):
+                    chain.writes.append(user)
+                else:
+                    return None
+        return chain if self._is_alone(chain, event) else None
+
+    def changed(self) -> dict[NodeId, tuple[Part, ...]]:
+        """Per live write whose value is its own site with some cells changed: those cells."""
+        found: dict[NodeId, tuple[Part, ...]] = {}
+        for writes in self.writes_at.values():
+            for place, write in enumerate(writes):
+                event = self.nodes[write]
+                assert isinstance(event, Write)
+                known = self._part(event.value.node)
+                if known is None:
+                    continue
+                read, parts = known
+                source = self.nodes[read]
+                assert isinstance(source, Read)
+                # Writes between that this value does not know of would be undone by it: then it may change any cell.
+                between = [other for other in writes[:place] if other > read]
+                if self._goes_back(event, source) and all(self._is_ancestor(other, event, read) for other in between):
+                    found[NodeId(write)] = parts
+        return found
+
+    def _part(self, value: int) -> tuple[int, tuple[Part, ...]] | None:
+        """The read that in-place code made a value of, and what it changed; iterative: chains may be long."""
+        way: list[int] = []
+        node = value
+        while node not in self._parts:
+            event = self.nodes[node]
+            if isinstance(event, Read):
+                self._parts[node] = (node, ())
+                break
+            base = event.args[0] if isinstance(event, Op) and event.name in ("setitem", "set_view") else None
+            if not isinstance(base, Ref):
+                self._parts[node] = None
+                break
+            way.append(node)
+            node = base.node
+        for node in reversed(way):
+            event = self.nodes[node]
+            assert isinstance(event, Op)
+            known = self._parts[_base(event)]
+            part = None if known is None else self._cells(event, known[0])
+            self._parts[node] = None if known is None or part is None else (known[0], (*known[1], part))
+        return self._parts[value]
+
+    def _cells(self, node: Op, read: int) -> Part | None:
+        """The cells that one in-place op changes, None when that is not known ahead."""
+        source = self.nodes[read]
+        assert isinstance(source, Read)
+        invoke = self.invokes[source.invoke]
+        _, index, found = self._edited(node, _base(node))
+        columns = _named_columns(index[found.place], invoke.longest) if isinstance(found, _Named) else None
+        if columns is None:
+            return None
+        first = index[0]
+        is_sequences = found.place > 0 and first is not Ellipsis and first is not None
+        rows = _named_columns(first, len(invoke.sequences)) if is_sequences else None
+        return Part(None if rows is None else tuple(rows), tuple(columns))
+
+    def _edited(self, node: Op, base: int) -> tuple[int | None, tuple[Operand, ...], _Passed | _Named | None]:
+        """Which index of an in-place op names the columns: (step of a set_view, the index, what it does)."""
+        if node.name == "setitem":
+            part = node.args[2] if len(node.args) == 3 else None
+            is_plain = len(node.args) == 3 and not node.kwargs and base not in tuple(refs(part))
+            index = self._index_of(node.args[1]) if is_plain else ()
+            return None, index, _find_column(index, base, 1, self.facts) if is_plain else None
+        steps = node.args[1] if len(node.args) == 3 and not node.kwargs else None
+        if not isinstance(steps, tuple) or not steps or base in tuple(refs(node.args[2])):
+            return None, (), None
+        match steps[0]:
+            case ("getitem", (index_operand,), ()):
+                index = self._index_of(index_operand)
+                return 0, index, _find_column(index, base, 1, self.facts)
+        return None, (), None
+
+    def _name(
+        self,
+        chain: _Chain,
+        user: int,
+        step: int | None,
+        index: tuple[Operand, ...],
+        found: _Passed | _Named | None,
+        longest: int,
+    ) -> bool:
+        """Notes a use that names its columns; False when it does not."""
+        columns = _named_columns(index[found.place], longest) if isinstance(found, _Named) else None
+        if columns is None or not isinstance(found, _Named):
+            return False
+        chain.indexings.append(_Indexing(node=user, step=step, place=found.place, columns=columns))
+        return True
+
+    def _index_of(self, operand: Operand) -> tuple[Operand, ...]:
+        """The parts of an index; a constant that holds a few places stands as the list of them."""
+        parts = operand if isinstance(operand, tuple) else (operand,)
+        return tuple(self._placed(part) if isinstance(part, Ref) else part for part in parts)
+
+    def _placed(self, part: Ref) -> Operand:
+        event = self.nodes[part.node]
+        if not isinstance(event, Constant):
+            return part
+        if event.name not in self._places:
+            self._places[event.name] = _places(self._constants[event.name])
+        places = self._places[event.name]
+        return part if places is None else list(places)
+
+    def _goes_back(self, write: Write, read: Read) -> bool:
+        return write.site == read.site and write.invoke == read.invoke
+
+    def _is_alone(self, chain: _Chain, event: Read) -> bool:
+        """Whether no other write acts at the site between the read and the last write of its own content."""
+        last = max(chain.writes, default=chain.read)
+        own = set(chain.writes)
+        return all(
+            write in own for write in self.writes_at.get((event.site, event.invoke), ()) if chain.read < write < last
+        )
+
+    def _is_ancestor(self, other: int, write: Write, read: int) -> bool:
+        """Whether a write's value was made of what another wrote."""
+        earlier = self.nodes[other]
+        assert isinstance(earlier, Write)
+        node = write.value.node
+        while node > earlier.value.node:
+            event = self.nodes[node]
+            assert isinstance(event, Op)
+            node = NodeId(_base(event))
+        return node == earlier.value.node and node != read
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """An indexing that leaves the columns alone: they are this dimension of its result."""
+
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """An indexing with a part for the columns, at this place."""
+
+    place: int
+
+
+def _is_base(node: Op, base: int) -> bool:
+    """Whether the op indexes this value, and the value is nothing else to it."""
+    is_first = len(node.args) >= 2 and node.args[0] == Ref(NodeId(base)) and not node.kwargs
+    return is_first and base not in tuple(refs(node.args[1]))
+
+
+def _find_column(index: tuple[Operand, ...], base: int, column_dim: int, facts: Facts) -> _Passed | _Named | None:
+    """What an index does to the column dimension of its base, None when that is not known ahead."""
+    base_facts = facts[base]
+    if base_facts is None:
+        return None
+    widths = [_width(part, facts) for part in index]
+    known = [width for width in widths if width is not None]
+    num_ellipses = sum(part is Ellipsis for part in index)
+    rest = len(base_facts.shape) - sum(known)
+    if len(known) < len(index) or num_ellipses > 1 or rest < 0:
+        return None
+    has_advanced = any(isinstance(part, (list, Ref)) for part in index)  # these reorder dimensions
+    dim = result_dim = 0
+    for place, (part, width) in enumerate(zip(index, known, strict=True)):
+        consumed = rest if part is Ellipsis else width
+        if dim <= column_dim < dim + consumed:
+            if part is not Ellipsis and part != slice(None):
+                return _Named(place)
+            break
+        dim += consumed
+        result_dim += consumed if part is Ellipsis or isinstance(part, slice) else part is None
+    return None if has_advanced else _Passed(result_dim + column_dim - dim)
+
+
+def _width(part: Operand, facts: Facts) -> int | None:
+    """Dimensions that a part of an index consumes (0 for an ellipsis), None when that is not known ahead."""
+    if part is None or part is Ellipsis:
+        return 0
+    if isinstance(part, Ref):
+        index = facts[part.node]
+        if index is None:
+            return None
+        return (len(index.shape) or None) if index.dtype == "bool" else 1
+    if isinstance(part, slice) or type(part) is int:
+        return 1
+    return 1 if isinstance(part, list) and all(type(entry) is int for entry in part) else None
+
+
+def _named_columns(part: Operand, longest: int) -> range | tuple[int, ...] | None:
+    """The places that a static part names; for a slice with a step, those between as well."""
+    if type(part) is int:
+        return _named_columns([part], longest)
+    if isinstance(part, list):
+        columns = tuple(_place(entry, longest) for entry in part)
+        return columns if all(0 <= column < longest for column in columns) else None
+    if isinstance(part, slice):
+        if not all(bound is None or type(bound) is int for bound in (part.start, part.stop, part.step)):
+            return None
+        if part.step is not None and part.step < 1:
+            return None
+        found = range(*part.indices(longest))
+        return range(found[0], found[-1] + 1) if found else ()
+    return None
+
+
+def _place(entry: object, longest: int) -> int:
+    assert isinstance(entry, int)
+    return entry + longest if entry < 0 else entry
+
+
+def _rewritten(node: Node, indexing: _Indexing, columns: tuple[int, ...]) -> Op:
+    """The indexing on the narrow view."""
+    assert isinstance(node, Op)
+    if indexing.step is None:
+        return replace(node, args=(node.args[0], _narrow(node.args[1], indexing, columns), *node.args[2:]))
+    steps = node.args[1]
+    assert isinstance(steps, tuple)
+    (name, args, kwargs), *others = steps[indexing.step :]  # type: ignore[misc]
+    assert isinstance(args, tuple)
+    step: Operand = (name, (_narrow(args[0], indexing, columns),), kwargs)
+    return replace(node, args=(node.args[0], (*steps[: indexing.step], step, *others), *node.args[2:]))
+
+
+def _narrow(index: Operand, indexing: _Indexing, columns: tuple[int, ...]) -> Operand:
+    parts = list(index) if isinstance(index, tuple) else [index]
+    part, named = parts[indexing.place], indexing.columns
+    if isinstance(part, slice):
+        first = bisect_left(columns, named[0]) if named else 0
+        parts[indexing.place] = slice(first, first + len(named), part.step)
+    else:
+        places: list[Operand] = [bisect_left(columns, column) for column in named]
+        parts[indexing.place] = places[0] if type(part) is int else places
+    return tuple(parts) if isinstance(index, tuple) else parts[0]
+
+
+_MAX_PLACES = 4096  # of a constant that is looked into
+
+
+def _places(raw: RawTensor) -> list[int] | None:
+    """The integers of a short list, None when the tensor is anything else."""
+    if raw.dtype != "int64" or len(raw.shape) != 1 or raw.shape[0] > _MAX_PLACES:
+        return None
+    return list(memoryview(raw.data).cast("B").cast("q"))
+
+
+def _base(node: Op) -> int:
+    base = node.args[0] if node.args else None
+    return base.node if isinstance(base, Ref) else -1
+
+
+def _with_columns(facts: ValueFacts | None, dim: int, num_columns: int) -> ValueFacts:
+    assert facts is not None
+    shape = (*facts.shape[:dim], num_columns, *facts.shape[dim + 1 :])
+    return replace(facts, shape=shape, num_bytes=num_bytes(facts.dtype, shape))
+
+
+def _with_nodes(graph: Graph, changed: Mapping[int, Node]) -> Graph:
+    if not changed:
+        return graph
+    return Graph(nodes=tuple(changed.get(position, node) for position, node in enumerate(graph.nodes)))
+
+
+def _with_facts(facts: Facts, changed: Mapping[int, ValueFacts]) -> Facts:
+    if not changed:
+        return facts
+    return tuple(changed.get(position, old) for position, old in enumerate(facts))
+
+
+def columns_of(narrowed: Mapping[NodeId, tuple[int, ...]], node: int, invoke: Invoke) -> Iterable[int]:
+    """The columns that a read gives or a write hands back."""
+    return narrowed.get(NodeId(node)) or range(invoke.longest)

@@ -1,0 +1,277 @@
+"""What each sequence of a wave changes, from where on, and how far its rows are needed: its causal cone.
+
+A *level* is a decoder layer: its rows enter at the layer's input and are replaced behind its output. Level 0 also holds what
+comes before the layers; one more level, behind the last layer, holds the final norm and the head. A write to a layer's
+output acts from the next level on, any other write from its own level on, and from the first position that it changes:
+rows before that position and layers before that level are what they would be without it.
+
+Two writes are equal when their keys are: a key says the site, the operations, constants by content, and for values read
+from the model what was read of which tokens after which writes; for random operations, the seed and the node.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+
+from polytrace.description import ModelDescription, Rows
+from polytrace.graph import (
+    Call,
+    Constant,
+    Mask,
+    NodeId,
+    Op,
+    Operand,
+    Parameter,
+    Port,
+    Read,
+    Ref,
+    Request,
+    Write,
+    refs,
+)
+from polytrace.ops import OPS
+from scheduling.checks import Resolved
+from scheduling.columns import Columns, Part, columns_of
+from scheduling.placement import Scale
+from scheduling.plan import Cone, Edit, Key
+from scheduling.waves import Run
+
+class Levels:
+    """Which level an order of the model's sites belongs to."""
+
+    def __init__(self, description: ModelDescription) -> None:
+        layers = {module.path for module in description.modules if module.is_decoder_layer}
+        self.count = description.num_layers  # of layers; level `count` is behind the last one
+        self._starts = [s.order for s in description.sites if s.port is Port.INPUT and s.module in layers]
+        self._outputs = {s.order for s in description.sites if s.port is Port.OUTPUT and s.module in layers}
+        self._last = max(self._outputs, default=-1)
+
+    def of(self, order: int) -> int:
+        """The level whose rows a site has."""
+        return self.count if order > self._last else max(bisect_right(self._starts, order) - 1, 0)
+
+    def acts_from(self, order: int) -> int:
+        """The first level whose rows a write changes."""
+        return self.of(order) + (order in self._outputs)
+
+
+def levels_of(description: ModelDescription) -> Levels:
+    """The description's levels, made once for each description object; the last few are kept."""
+    known = _levels.get(id(description))
+    if known is None or known[0] is not description:
+        if len(_levels) >= _KEPT_LEVELS:
+            _levels.pop(next(iter(_levels), 0), None)
+        known = _levels[id(description)] = (description, Levels(description))
+    return known[1]
+
+
+_KEPT_LEVELS = 8
+_levels: dict[int, tuple[ModelDescription, Levels]] = {}
+
+
+def find_cones(
+    request: Request,
+    resolved: Resolved,
+    columns: Columns,
+    points: list[int],
+    finished: Sequence[int],
+    runs: list[Run],
+    scale: Scale,
+    levels: Levels,
+) -> dict[tuple[int, int], tuple[Cone, ...]]:
+    """(wave, invoke) -> a cone for each sequence. `finished` has the live nodes, each after all that it waits for."""
+    keys = _Keys(request, resolved, columns, finished)
+    reads: dict[tuple[int, int], list[int]] = {}
+    for node in finished:
+        if isinstance(event := request.graph.nodes[node], Read):
+            reads.setdefault((scale.wave(points[node]), event.invoke), []).append(node)
+    interned: dict[tuple[int, ...], tuple[int, ...]] = {}
+    found: dict[tuple[int, int], tuple[Cone, ...]] = {}
+    for run in runs:
+        invoke = request.invokes[run.invoke]
+        own = reads.get((run.wave, run.invoke), ())
+        sites = [(levels.of(_order(resolved, node)), columns_of(columns.narrowed, node, invoke)) for node in own]
+        cones = []
+        for place, sequence in enumerate(invoke.sequences):
+            pads = invoke.longest - len(sequence)
+            needs, head = _needs(sites, pads, levels.count)
+            edits = sorted(_edits(run.writes, request, resolved, columns, keys, levels, place, pads), key=_by_level)
+            cones.append(Cone(edits=tuple(edits), needs=interned.setdefault(needs, needs), head=head))
+        found[run.wave, run.invoke] = tuple(cones)
+    return found
+
+
+def kept_columns(
+    request: Request,
+    resolved: Resolved,
+    columns: Columns,
+    points: list[int],
+    finished: Sequence[int],
+    runs: list[Run],
+    scale: Scale,
+) -> dict[tuple[int, int], tuple[int, ...]]:
+    """(wave, invoke) -> columns that the head runs on: those that a read of its sites gives."""
+    named: dict[tuple[int, int], set[int]] = {(run.wave, run.invoke): set() for run in runs}
+    for node in finished:
+        entry, event = resolved.sites[node], request.graph.nodes[node]
+        if entry is not None and entry[0].rows is Rows.KEPT and isinstance(event, Read):
+            own = columns_of(columns.narrowed, node, request.invokes[event.invoke])
+            named[scale.wave(points[node]), event.invoke].update(own)
+    return {key: tuple(sorted(found)) for key, found in named.items()}
+
+
+def _order(resolved: Resolved, node: int) -> int:
+    entry = resolved.sites[node]
+    assert entry is not None
+    return entry[0].order
+
+
+def _by_level(edit: Edit) -> tuple[int, int, Key]:
+    return edit.level, edit.position, edit.key
+
+
+def _needs(
+    sites: list[tuple[int, Iterable[int]]], pads: int, num_layers: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rows needed at each layer, and the positions needed behind the last one."""
+    needs = [0] * (num_layers + 1)
+    head: set[int] = set()
+    for level, named in sites:
+        if level == num_layers:
+            head.update(column - pads for column in named if column >= pads)
+        else:
+            needs[level] = max(needs[level], max(named) + 1 - pads)
+    if head:
+        needs[num_layers] = max(head) + 1
+    for level in range(num_layers - 1, -1, -1):
+        needs[level] = max(needs[level], needs[level + 1])
+    return tuple(needs[:num_layers]), tuple(sorted(head))
+
+
+def _edits(
+    writes: Iterable[NodeId],
+    request: Request,
+    resolved: Resolved,
+    columns: Columns,
+    keys: _Keys,
+    levels: Levels,
+    place: int,
+    pads: int,
+) -> Iterator[Edit]:
+    for write in writes:
+        event = request.graph.nodes[write]
+        assert isinstance(event, Write)
+        parts = columns.changed.get(write)
+        position = 0 if parts is None else _first(parts, place, pads)
+        if position is not None:
+            is_one = len(request.invokes[event.invoke].sequences) == 1
+            key = keys.of[write] if is_one else _digest(keys.of[write], place)
+            yield Edit(levels.acts_from(_order(resolved, write)), position, key)
+
+
+def _first(parts: Iterable[Part], place: int, pads: int) -> int | None:
+    """The first position of a sequence that is changed, None when none is."""
+    return min(
+        (
+            column - pads
+            for part in parts
+            if part.sequences is None or place in part.sequences
+            for column in part.columns
+            if column >= pads
+        ),
+        default=None,
+    )
+
+
+class _Keys:
+    """The key of every live write, and of the values that go into them."""
+
+    def __init__(self, request: Request, resolved: Resolved, columns: Columns, finished: Sequence[int]) -> None:
+        self.of: dict[int, Key] = {}
+        self._request, self._resolved, self._columns = request, resolved, columns
+        self._nodes = request.graph.nodes
+        self._writes: dict[int, list[tuple[int, int]]] = {}  # invoke -> (order, node) of its live writes, ascending
+        self._prefixes: dict[int, list[Key]] = {}  # invoke -> keys of its tokens and the first 0, 1, ... writes
+        for node in finished:
+            event = self._nodes[node]
+            if isinstance(event, Write):
+                self._writes.setdefault(event.invoke, []).append((_order(resolved, node), node))
+        for writes in self._writes.values():
+            writes.sort()
+        if self._writes:
+            needed = _upstream(finished, resolved, self._nodes)
+            for node in finished:
+                if node in needed:
+                    self.of[node] = self._key(node)
+
+    def _key(self, node: int) -> Key:
+        event = self._nodes[node]
+        if isinstance(event, Op):
+            draw = (self._request.options.seed, node) if OPS[event.name].is_random else None
+            return _digest(event.name, draw, self._spelled(event.args), self._spelled(tuple(event.kwargs.items())))
+        if isinstance(event, Read):
+            order = _order(self._resolved, node)
+            return _digest("read", str(event.site), self._content(event.invoke, (order, node)))
+        if isinstance(event, Write):
+            return _digest("write", str(event.site), event.in_place, self._written(NodeId(node), event))
+        if isinstance(event, Constant):
+            raw = self._request.constants[event.name]
+            return _digest(raw.dtype, raw.shape, blake2b(raw.data, digest_size=16).digest())
+        if isinstance(event, Call):
+            return _digest("call", event.module, self._spelled(event.args))
+        if isinstance(event, Parameter):
+            return _digest("parameter", event.path)
+        assert isinstance(event, Mask)
+        return _digest("mask", tuple(map(len, self._request.invokes[event.invoke].sequences)))
+
+    def _written(self, write: NodeId, event: Write) -> object:
+        """What a write says: where only some cells change, of these alone."""
+        if write not in self._columns.changed:
+            return self.of[event.value.node]
+        steps = []
+        made = self._nodes[event.value.node]
+        while isinstance(made, Op):
+            base, *rest = made.args
+            steps.append((made.name, self._spelled(tuple(rest))))
+            assert isinstance(base, Ref)
+            made = self._nodes[base.node]
+        return steps
+
+    def _content(self, invoke: int, place: tuple[int, int]) -> Key:
+        """What the rows of an invoke are at a place in the model's order: its tokens and the writes before."""
+        writes = self._writes.get(invoke, [])
+        if invoke not in self._prefixes:
+            self._prefixes[invoke] = [_digest("tokens", self._request.invokes[invoke].sequences)]
+        prefixes = self._prefixes[invoke]
+        count = bisect_left(writes, place)
+        while len(prefixes) <= count:
+            prefixes.append(_digest(prefixes[-1], self.of[writes[len(prefixes) - 1][1]]))
+        return prefixes[count]
+
+    def _spelled(self, operand: Operand) -> object:
+        """An operand with keys for the values in it."""
+        if isinstance(operand, Ref):
+            return self.of[operand.node]
+        if isinstance(operand, tuple):
+            return tuple(map(self._spelled, operand))
+        if isinstance(operand, list):
+            return list(map(self._spelled, operand))
+        if isinstance(operand, slice) and any(refs(operand)):
+            return slice(*(self._spelled(part) for part in (operand.start, operand.stop, operand.step)))
+        return operand
+
+
+def _upstream(ordered: Sequence[int], resolved: Resolved, nodes: Sequence[object]) -> set[int]:
+    """The writes and all that their values need."""
+    needed: set[int] = set()
+    for node in reversed(ordered):
+        if node in needed or isinstance(nodes[node], Write):
+            needed.add(node)
+            needed.update(resolved.operands[node])
+    return needed
+
+
+def _digest(*parts: object) -> Key:
+    return blake2b(repr(parts).encode(), digest_size=16).digest()
