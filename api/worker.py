@@ -192,5 +192,5 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, certify
     request = read_request(path, max_nodes=description.limits.max_nodes)
     facts = infer(description, request, meta)
     program = compile_program(RequestId(path.stem), request, description, facts)
-    certificate = json.dumps(to_json(make_certificate(program, request, description))).encode() if certify else None
+    certificate = json.dumps(to_json(make_certificate(program, facts, description))).encode() if certify else None
     return Verdict(facts=json.dumps(to_json(facts)).encode(), certificate=certificate)

@@ -4,11 +4,11 @@ Owns how packed rows attend. A model whose attention implementation is `NAME` an
 computes, for every segment of the pass, exactly what it would compute for that sequence alone; rows that belong to no
 segment (padding) get zeros. No mask function is registered under `NAME`, so transformers builds no mask.
 
-A row's bits depend on its query and on the keys and values at positions up to its own, and on nothing else: not on which
-rows run beside it, nor on whether its earlier rows are its segment's own or a parent's. To that end keys are taken in
-*pages* of `PAGE` positions counted from position 0 (as in paged attention; Kwon et al., SOSP 2023): scores are products
-over the head dimension, the softmax of a row is taken over whole pages, and values are added up page by page, always in
-products of the same inner size. What a page gives to a row that sees none of it is an exact zero.
+A row's bits depend on its query and on the keys and values at positions up to its own, and on nothing else: not on
+which rows run beside it, nor on whether its earlier rows are its segment's own or a parent's. To that end keys are
+taken in *pages* of `PAGE` positions counted from position 0 (as in paged attention; Kwon et al., SOSP 2023): scores
+are products over the head dimension, the softmax of a row is taken over whole pages, and values are added up page by
+page, always in products of the same inner size. What a page gives to a row that sees none of it is an exact zero.
 
 Whole pages of a parent are read where they are, however many forks look at them; only the page in which a fork begins
 is copied for it. Segments of like geometry over one prefix are one *chunk* and go through the kernels together.
@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from engine.streams import Stream
 from engine.spans import Span, SpanStore
+from engine.streams import Stream
 from polytrace.errors import ServiceError
 from scheduling.plan import PassId
 
-# T = packed rows, H = query heads, G = key/value heads, E = query heads to a key/value head (H = G E), C = head dimension
+# T = packed rows, H = query heads, G = key/value heads, E = query heads a key/value head (H = G E), C = head dimension
 # B = tiles of a chunk, Q = query rows of each, N = B Q E: query vectors of a chunk, P = columns of the prefix,
 # O = columns of a tile's own pages, W = P + O
 
@@ -118,12 +118,12 @@ class Chunk:
 
     @cached_property
     def own_rows(self) -> slice | Tensor:
-        """`[B O]` rows of the tiles' own pages; what lies behind a tile's end repeats its last row and is never seen."""
+        """`[B O]` rows of the tiles' own pages; what lies behind a end repeats the last row, and nobody sees it."""
         if len(self.tiles) == 1 and len(self.tiles[0].own) == 1:
             ((start, stop),) = self.tiles[0].own
             if stop - start == self.own_columns:
                 return slice(start, stop)
-        parts = []
+        parts: list[Tensor] = []
         for tile in self.tiles:
             parts.extend(torch.arange(start, stop) for start, stop in tile.own)
             missing = self.own_columns - sum(stop - start for start, stop in tile.own)
@@ -131,7 +131,7 @@ class Chunk:
         return torch.cat(parts).to(self.device)
 
     def hidden(self, window: int | None) -> tuple[Tensor | None, Tensor]:
-        """Which columns a row does not see: `[B, Q, 1, P]` of the prefix (None: it sees all), `[B, Q, 1, O]` of its own."""
+        """Columns a row does not see: `[B, Q, 1, P]` of the prefix (None: it sees all), `[B, Q, 1, O]` of its own."""
         if window not in self._hidden:
             starts = torch.tensor([tile.start for tile in self.tiles])
             position = (starts[:, None] + torch.arange(self.geometry.num_rows))[:, :, None, None]
@@ -301,7 +301,8 @@ class _Layer:
 
     def result(self, dtype: torch.dtype) -> Tensor:
         """`[1, T, H, C]`."""
-        return self.out_GTEC.transpose(0, 1).flatten(1, 2)[None].to(dtype)
+        out_1THC: Tensor = self.out_GTEC.transpose(0, 1).flatten(1, 2)[None].to(dtype)
+        return out_1THC
 
     def _attend(self, chunk: Chunk, prefix: tuple[Tensor, Tensor] | None) -> None:
         num_tiles, num_rows = len(chunk.tiles), chunk.geometry.num_rows
@@ -312,8 +313,8 @@ class _Layer:
         q_GNC = q_GREC.flatten(1, 2)
         keys, values = self._own(chunk)  # [G B, O, C]
         # 1) scores over the prefix and over the tiles' own pages, and what a row does not see taken out
-        own_GNO = _product(_grouped(q_GNC, num_tiles), keys.transpose(1, 2)).view(self.num_groups, -1, chunk.own_columns)
-        parts = [own_GNO]
+        own_GNO = _product(_grouped(q_GNC, num_tiles), keys.transpose(1, 2))
+        parts = [own_GNO.view(self.num_groups, -1, chunk.own_columns)]
         if prefix is not None:
             parts.insert(0, _product(q_GNC, prefix[0].transpose(1, 2)))
         if self.softcap is not None:
@@ -413,4 +414,5 @@ _LANES = 32 * 12  # elements of which a flat tensor must be a multiple, so that 
 def _capped(scores: Tensor, cap: float) -> Tensor:
     """`cap * tanh(scores / cap)`, with bits that do not depend on how many scores there are."""
     flat = F.pad(scores.flatten(), (0, -scores.numel() % _LANES))
-    return flat.div_(cap).tanh_().mul_(cap)[: scores.numel()].view(scores.shape)
+    capped: Tensor = flat.div_(cap).tanh_().mul_(cap)[: scores.numel()].view(scores.shape)
+    return capped

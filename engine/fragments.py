@@ -28,7 +28,6 @@ from polytrace.tensors import RawTensor
 from scheduling.cones import Levels
 from scheduling.plan import Failure, Fragment, Program, ValueFacts
 
-
 Selector = tuple[int | str, ...]
 
 

@@ -5,11 +5,15 @@ rows. So before a model serves, every shard runs three streams on the served wei
 compares B's rows at every site bit for bit. A model that fails at its logits is refused; a site that fails is refused
 by name. The same run shows each site's local shape (which dimension the ranks split) and which tensors the model
 changes in place.
+
+A last stream decides whether rows may be shared and left out: forks that repeat their parent must have its bits at
+every site, and another last token must not move an earlier row. Where that fails, every sequence has all its rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from engine.streams import Streams
 from polytrace.description import SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
+from scheduling.cones import Levels
 from scheduling.plan import PROLOGUE, PassId, Plan, Segment
 
 _LENGTHS = (9, 21)  # tokens of A and B
@@ -48,8 +53,8 @@ def run_gate(
     )
     multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
     owned = [site for site in probe.sites if _stage_of(site, probe, links) == links.stage and site.visit == 0]
-    streams = ([a, b], [other, b], [b])
-    together, changed, alone = (
+    streams = ([a, b], [other, b], [b], [a, [*b[:-1], (b[-1] + 1) % probe.vocab_size]])
+    together, changed, alone, ahead = (
         _run_stream(sequences, multiple, probe, owned, runner, links, store, device) for sequences in streams
     )
     leaves = []
@@ -73,6 +78,12 @@ def run_gate(
                 refusal=refusal,
             )
         )
+    known = {(leaf.module, leaf.port, leaf.selector) for leaf in leaves if leaf.refusal is None}
+    differing = _differing_forks(b, multiple, probe, owned, runner, links, store, device) & known
+    moved = {place for place, rows in ahead[0].items() if not torch.equal(rows[:-1], together[0][place][:-1])} & known
+    if differing or moved:
+        first = min(f"{module}.{port.value}" for module, port, _ in differing | moved)
+        machine_notes = (*machine_notes, f"no rows are shared: a fork is not its parent at {first}")
     refused = [f"{leaf.module}.{leaf.port.value}" for leaf in leaves if leaf.refusal]
     notes = (*machine_notes, *([f"refused by the gate: {', '.join(refused)}"] if refused else []))
     return GateReport(
@@ -82,6 +93,7 @@ def run_gate(
         sharded=_split_dimensions(probe, runner.model),
         packed=dict(packed),
         row_multiple=multiple,
+        has_forks=not (differing or moved),
         notes=notes,
     )
 
@@ -114,27 +126,35 @@ def _run_stream(
     device: torch.device,
 ) -> tuple[_Seen, set[_Place]]:
     """Runs one stream over all stages; returns the last sequence's rows at every owned leaf and which were mutated."""
-    start, stop = sum(map(len, sequences[:-1])), sum(map(len, sequences))
+    watched = slice(sum(map(len, sequences[:-1])), sum(map(len, sequences)))
     segments = tuple(_root(sequence, probe.layout.num_layers) for sequence in sequences)
-    return _run_segments(segments, multiple, slice(start, stop), probe, owned, runner, links, store, device)
+    seen: _Seen = {}
+    originals: dict[_Place, tuple[Tensor, int]] = {}
+
+    def watching(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
+        return _watching(site, streams.at(0).num_padded, watched, seen, originals)
+
+    _run_forward(segments, multiple, watching, probe, owned, runner, links, store, device)
+    mutated = {key for key, (tensor, version) in originals.items() if tensor._version != version}
+    return seen, mutated
 
 
-def _run_segments(
+def _run_forward(
     segments: tuple[Segment, ...],
     multiple: int,
-    watched: slice,
+    visitor: Callable[[SiteInfo, Streams], Callable[[Any], Any]],
     probe: Probe,
     owned: list[SiteInfo],
     runner: StageRunner,
     links: Links,
     store: SpanStore,
     device: torch.device,
-) -> tuple[_Seen, set[_Place]]:
-    num_layers = probe.layout.num_layers
+) -> None:
+    """This stage's part of one forward over some segments, with a visitor at every owned site."""
     plan = Plan(
         pass_id=PassId(-1),
         segments=segments,
-        layer_rows=(0,) * num_layers,
+        layer_rows=(0,) * probe.layout.num_layers,
         views=(),
         members=(),
         until=PROLOGUE,
@@ -142,16 +162,8 @@ def _run_segments(
     )
     streams = Streams(plan, multiple, device, is_fixed=probe.has_fixed_rows)
     rows = PackedRows(streams=streams, attention=AttentionPass(PassId(-1), store, device))
-    seen: _Seen = {}
-    originals: dict[_Place, tuple[Tensor, int]] = {}
     visits = [
-        Visit(
-            order=site.order,
-            module=site.module,
-            port=site.port,
-            visitor=_watching(site, streams.at(0).num_padded, watched, seen, originals),
-        )
-        for site in owned
+        Visit(order=site.order, module=site.module, port=site.port, visitor=visitor(site, streams)) for site in owned
     ]
     hidden = None
     if links.stage > 0:
@@ -161,8 +173,50 @@ def _run_segments(
     if left is not None:
         links.send(left, links.stage + 1)
         links.flush()
-    mutated = {key for key, (tensor, version) in originals.items() if tensor._version != version}
-    return seen, mutated
+
+
+def _differing_forks(
+    sequence: list[int],
+    multiple: int,
+    probe: Probe,
+    owned: list[SiteInfo],
+    runner: StageRunner,
+    links: Links,
+    store: SpanStore,
+    device: torch.device,
+) -> set[_Place]:
+    """Owned places where forks of a sequence that change nothing have other bits than it."""
+    num_layers, length = probe.layout.num_layers, len(sequence)
+    begins = ((0, length // 3), (num_layers // 2, length // 2), (num_layers // 2 + 1, 2 * length // 3))
+    segments = [_root(sequence, num_layers)]
+    for parent, (level, position) in zip((0, 0, 2), begins, strict=True):  # the last is a fork of a fork
+        starts = tuple(length if at < level else position for at in range(num_layers + 1))
+        own = replace(segments[0], parent=parent, starts=starts, head=tuple(range(starts[-1], length)))
+        segments.append(replace(own, tokens=tuple(sequence[starts[0] :])))
+    levels = Levels(probe.sites, probe.layout.layers)
+    differing: set[_Place] = set()
+
+    def comparing(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
+        stream = streams.at(levels.of(site.order))
+        positions = [
+            (own, base)
+            for fork in range(1, len(segments))
+            for position in range(length)
+            if (own := stream.row(fork, position)) != (base := stream.row(0, position))
+        ]
+
+        def visitor(value: Any) -> Any:
+            for selector, tensor in port_leaves(value)[1].items():
+                if tensor.ndim >= 2 and tensor.shape[1] == stream.num_padded and positions:
+                    here, there = (list(rows) for rows in zip(*positions, strict=True))
+                    if not torch.equal(tensor[0, here], tensor[0, there]):
+                        differing.add((site.module, site.port, selector))
+            return value
+
+        return visitor
+
+    _run_forward(tuple(segments), multiple, comparing, probe, owned, runner, links, store, device)
+    return differing
 
 
 def _root(sequence: list[int], num_layers: int) -> Segment:

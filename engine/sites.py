@@ -84,6 +84,7 @@ class GateReport:
     sharded: Mapping[str, int]  # path of a parameter held here -> dimension split over the ranks
     packed: Mapping[str, int]  # module path -> number of equal blocks whose columns are split one by one
     row_multiple: int  # see `row_multiple`; the same on every shard
+    has_forks: bool  # a fork that changes nothing has its parent's bits, at every site seen here
     notes: tuple[str, ...]
 
 
@@ -213,6 +214,7 @@ def describe_model(
         limits=limits or Limits(max_sequence_tokens=probe.max_tokens),
         row_multiple=reports[0].row_multiple,
         has_kept_rows=probe.has_kept_rows,
+        has_forks=all(report.has_forks for report in reports),
         notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
     )
 

@@ -66,9 +66,10 @@ class StageRunner:
         """One forward of the window.
 
         `rows.landing` has, by level, what visitors of a layer's output left to be done to the hidden states of the next
-        level, whose rows are not there at their visit. `hidden_1TD` enters at the first layer (None on the first stage). `stop_after` is the order of the visit to stop
-        behind, None to go to the window's end. Returns the hidden states behind the last layer when there is a next
-        stage and the forward got there, else None. Whatever the model raises comes through.
+        level, whose rows are not there at their visit. `hidden_1TD` enters at the first layer (None on the first
+        stage). `stop_after` is the order of the visit to stop behind, None to go to the window's end. Returns the
+        hidden states behind the last layer when there is a next stage and the forward got there, else None. Whatever
+        the model raises comes through.
         """
         left: list[Tensor] = []
         streams = rows.streams

@@ -1,8 +1,8 @@
 """Where every row of a pass lies, level by level, worked out from the plan's segments.
 
 A level is a decoder layer, and one more behind the last one. At each, the stream is the own rows of all segments, one
-after another, and zeros up to a number of rows that the kernels want. Between two levels rows die and forks are born: one
-gather makes a level's rows from those of the level before. Every shard computes the same from the same plan.
+after another, and zeros up to a number of rows that the kernels want. Between two levels rows die and forks are born:
+one gather makes a level's rows from those of the level before. Every shard computes the same from the same plan.
 """
 
 from __future__ import annotations
@@ -96,8 +96,10 @@ class HeadStream(Stream):
 
 
 class Streams:
-    """All levels of one pass. `multiple`: of how many rows a stream has to be a multiple. `is_fixed`: the root's forward
-    insists on as many rows behind the layers as it was called with, so both have as many as the larger needs.
+    """All levels of one pass.
+
+    A stream has a multiple of `multiple` rows. With `is_fixed` the root's forward insists on as many rows behind the
+    layers as it was called with, so both have as many as the larger needs.
     """
 
     def __init__(self, plan: Plan, multiple: int, device: torch.device, *, is_fixed: bool) -> None:
@@ -195,7 +197,8 @@ class Streams:
         """`[K]`: the kept rows, padded with row 0; None when nobody reads what the head makes."""
         if not self.kept:
             return None
-        return torch.tensor(self.kept + [0] * (padded(len(self.kept), self.multiple) - len(self.kept)), device=self.device)
+        pads = padded(len(self.kept), self.multiple) - len(self.kept)
+        return torch.tensor(self.kept + [0] * pads, device=self.device)
 
     def kept_row(self, segment: int, position: int) -> int | None:
         """The place of a position's row among the kept ones, None when it is not kept."""

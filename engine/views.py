@@ -1,14 +1,15 @@
 """How a request sees its rows: views of the packed stream shaped as if it ran alone.
 
-Owns the way from packed rows `[1, T, *tail]` to `[sequences, columns, *tail]` and back, for one invoke of one member at one
-level, or among the rows kept for the head. Rows may be the sequence's own or those of a segment that it forks from; a
-view does not tell. Ragged sequences are left-padded with zeros, and what is written on pads vanishes.
+Owns the way from packed rows `[1, T, *tail]` to `[sequences, columns, *tail]` and back, for one invoke of one member
+at one level, or among the rows kept for the head. Rows may be the sequence's own or those of a segment that it forks
+from; a view does not tell. Ragged sequences are left-padded with zeros, and what is written on pads vanishes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class RowView:
         self._rows = rows
         self._cells = cells
         self.is_whole = len(cells) == place  # every cell has a row
-        self.is_run = self.is_whole and rows[-1] - rows[0] == place - 1 and all(b - a == 1 for a, b in zip(rows, rows[1:]))
+        self.is_run = self.is_whole and all(after - before == 1 for before, after in pairwise(rows))
 
     @cached_property
     def rows(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Which columns of an invoke's view each read and write is about, as far as a graph tells ahead.
 
-A view is `[sequences, longest, *tail]`. A read whose users all name columns by a static index (`h[:, -1]`,
-`logits[0, 3:7]`, and in-place code such as `h[:, -1] += v`) is *narrowed*: it gives those columns only, and the indexings
-are rewritten to the narrow view. So a patch of one token moves one row, and the head runs on the columns that somebody
+A view is `[sequences, longest, *tail]`. A read whose users all name columns by a static index (`h[:, -1]`, `logits[0,
+3:7]`, and in-place code such as `h[:, -1] += v`) is *narrowed*: it gives those columns only, and the indexings are
+rewritten to the narrow view. So a patch of one token moves one row, and the head runs on the columns that somebody
 reads. A write is about the columns that in-place code changed since its read; others it hands back as they were.
 
 Invariant: after rewriting, every indexing gives what it gave on the full view.
@@ -81,7 +81,8 @@ def find_columns(request: Request, resolved: Resolved, live: list[bool], facts: 
         narrowed[NodeId(node)] = columns
         narrowed.update((NodeId(write), columns) for write in chain.writes)
         for indexing in chain.indexings:
-            rewritten[indexing.node] = _rewritten(rewritten.get(indexing.node, graph.nodes[indexing.node]), indexing, columns)
+            known = rewritten.get(indexing.node, graph.nodes[indexing.node])
+            rewritten[indexing.node] = _rewritten(known, indexing, columns)
         for value, dim in chain.column_dims.items():
             compact[value] = _with_columns(facts[value], dim, len(columns))
     return Columns(
@@ -196,7 +197,9 @@ class _Finder:
         assert isinstance(source, Read)
         invoke = self.invokes[source.invoke]
         _, index, found = self._edited(node, _base(node))
-        columns = _named_columns(index[found.place], invoke.longest) if isinstance(found, _Named) else None
+        if not isinstance(found, _Named):
+            return None
+        columns = _named_columns(index[found.place], invoke.longest)
         if columns is None:
             return None
         first = index[0]
@@ -360,14 +363,17 @@ def _rewritten(node: Node, indexing: _Indexing, columns: tuple[int, ...]) -> Op:
         return replace(node, args=(node.args[0], _narrow(node.args[1], indexing, columns), *node.args[2:]))
     steps = node.args[1]
     assert isinstance(steps, tuple)
-    (name, args, kwargs), *others = steps[indexing.step :]  # type: ignore[misc]
+    step = steps[indexing.step]
+    assert isinstance(step, tuple)
+    name, args, kwargs = step
     assert isinstance(args, tuple)
-    step: Operand = (name, (_narrow(args[0], indexing, columns),), kwargs)
-    return replace(node, args=(node.args[0], (*steps[: indexing.step], step, *others), *node.args[2:]))
+    narrow: Operand = (name, (_narrow(args[0], indexing, columns),), kwargs)
+    changed = (*steps[: indexing.step], narrow, *steps[indexing.step + 1 :])
+    return replace(node, args=(node.args[0], changed, *node.args[2:]))
 
 
 def _narrow(index: Operand, indexing: _Indexing, columns: tuple[int, ...]) -> Operand:
-    parts = list(index) if isinstance(index, tuple) else [index]
+    parts: list[Operand] = list(index) if isinstance(index, tuple) else [index]
     part, named = parts[indexing.place], indexing.columns
     if isinstance(part, slice):
         first = bisect_left(columns, named[0]) if named else 0

@@ -1,12 +1,12 @@
 """What each sequence of a wave changes, from where on, and how far its rows are needed: its causal cone.
 
-A *level* is a decoder layer: its rows enter at the layer's input and are replaced behind its output. Level 0 also holds what
-comes before the layers; one more level, behind the last layer, holds the final norm and the head. A write to a layer's
-output acts from the next level on, any other write from its own level on, and from the first position that it changes:
-rows before that position and layers before that level are what they would be without it.
+A *level* is a decoder layer: its rows enter at the layer's input and are replaced behind its output. Level 0 also
+holds what comes before the layers; one more level, behind the last layer, holds the final norm and the head. A write
+to a layer's output acts from the next level on, any other write from its own level on, and from the first position
+that it changes: rows before that position and layers before that level are what they would be without it.
 
-Two writes are equal when their keys are: a key says the site, the operations, constants by content, and for values read
-from the model what was read of which tokens after which writes; for random operations, the seed and the node.
+Two writes are equal when their keys are: a key says the site, the operations, constants by content, and for values
+read from the model what was read of which tokens after which writes; for random operations, the seed and the node.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
-from polytrace.description import ModelDescription, Rows
+from polytrace.description import ModelDescription, Rows, SiteInfo
 from polytrace.graph import (
     Call,
     Constant,
@@ -38,14 +38,16 @@ from scheduling.placement import Scale
 from scheduling.plan import Cone, Edit, Key
 from scheduling.waves import Run
 
+
 class Levels:
     """Which level an order of the model's sites belongs to."""
 
-    def __init__(self, description: ModelDescription) -> None:
-        layers = {module.path for module in description.modules if module.is_decoder_layer}
-        self.count = description.num_layers  # of layers; level `count` is behind the last one
-        self._starts = [s.order for s in description.sites if s.port is Port.INPUT and s.module in layers]
-        self._outputs = {s.order for s in description.sites if s.port is Port.OUTPUT and s.module in layers}
+    def __init__(self, sites: Sequence[SiteInfo], layers: str) -> None:
+        """`layers` is the path of the list of decoder layers."""
+        own = [site for site in sites if site.module.rpartition(".")[0] == layers]
+        self._starts = [site.order for site in own if site.port is Port.INPUT]
+        self._outputs = {site.order for site in own if site.port is Port.OUTPUT}
+        self.count = len(self._starts)  # of layers; level `count` is behind the last one
         self._last = max(self._outputs, default=-1)
 
     def of(self, order: int) -> int:
@@ -63,7 +65,7 @@ def levels_of(description: ModelDescription) -> Levels:
     if known is None or known[0] is not description:
         if len(_levels) >= _KEPT_LEVELS:
             _levels.pop(next(iter(_levels), 0), None)
-        known = _levels[id(description)] = (description, Levels(description))
+        known = _levels[id(description)] = (description, Levels(description.sites, description.layers))
     return known[1]
 
 
@@ -80,8 +82,13 @@ def find_cones(
     runs: list[Run],
     scale: Scale,
     levels: Levels,
+    *,
+    is_whole: bool = False,
 ) -> dict[tuple[int, int], tuple[Cone, ...]]:
-    """(wave, invoke) -> a cone for each sequence. `finished` has the live nodes, each after all that it waits for."""
+    """(wave, invoke) -> a cone for each sequence. `finished` has the live nodes, each after all that it waits for.
+
+    With `is_whole` all rows are needed everywhere: the model is not known to be causal.
+    """
     keys = _Keys(request, resolved, columns, finished)
     reads: dict[tuple[int, int], list[int]] = {}
     for node in finished:
@@ -96,7 +103,8 @@ def find_cones(
         cones = []
         for place, sequence in enumerate(invoke.sequences):
             pads = invoke.longest - len(sequence)
-            needs, head = _needs(sites, pads, levels.count)
+            every = range(invoke.longest)
+            needs, head = _needs([(levels.count, every)] if is_whole else sites, pads, levels.count)
             edits = sorted(_edits(run.writes, request, resolved, columns, keys, levels, place, pads), key=_by_level)
             cones.append(Cone(edits=tuple(edits), needs=interned.setdefault(needs, needs), head=head))
         found[run.wave, run.invoke] = tuple(cones)

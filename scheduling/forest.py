@@ -1,8 +1,9 @@
 """Which rows exist once: the forest of segments for the sequences of one pass.
 
-Two sequences are equal up to the first (level, position) where their tokens or their edits differ. So a sequence becomes
-a *fork* of one that it has much in common with: it holds rows only from where they differ, and finds all others with its
-parent. Rows end where nobody needs them any more, neither the sequence itself nor one that forks from it.
+Two sequences are equal up to the first (level, position) where their tokens or their edits differ. So a sequence
+becomes a *fork* of one that it has much in common with: it holds rows only from where they differ, and finds all
+others with its parent. Rows end where nobody needs them any more, neither the sequence itself nor one that forks from
+it.
 
 Parents are found along a trie of edits within equal tokens, and along the longest common prefix between different
 ones. Knows nothing of requests, nodes or streams: sequences go in, segments come out.
@@ -48,7 +49,8 @@ def grow(sequences: Sequence[Placed], num_layers: int) -> Forest:
     for index in sorted(kept, key=lambda index: -trees[index].depth):
         trees[index].tell_parent()
     roots = {index: trees[index].root for index in kept}
-    kept.sort(key=lambda index: (roots[index].length, roots[index].number, trees[index].starts, trees[index].stops, index))
+    # Neighbours of like geometry can be attended to in one batch, without gathering their rows.
+    kept.sort(key=lambda i: (roots[i].length, roots[i].number, trees[i].starts, trees[i].stops, i))
     rows = {trees[index].number: row for row, index in enumerate(kept)}
     segments = tuple(trees[index].segment(rows) for index in kept)
     return Forest(

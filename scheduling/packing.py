@@ -1,17 +1,18 @@
 """Brings the sequences of a pass's members into one forest of rows, and says all of it in a `Plan`.
 
-Owns which sequences share rows and which rows the head runs on. Knows nothing of who should go (`scheduling.policy`) and
-nothing of nodes (`scheduling.program` placed them). Where a row lies in the stream is worked out from the plan by every
-shard (`engine.levels`).
+Owns which sequences share rows and which rows the head runs on. Knows nothing of who should go (`scheduling.policy`)
+and nothing of nodes (`scheduling.program` placed them). Where a row lies in the stream is worked out from the plan by
+every shard (`engine.streams`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 
 from polytrace.description import ModelDescription
 from scheduling.forest import Placed, grow
-from scheduling.plan import PROLOGUE, Member, PassId, Plan, Program, RequestId, View
+from scheduling.plan import PROLOGUE, Cone, Member, PassId, Plan, Program, RequestId, View
 
 
 class Packer:
@@ -59,6 +60,6 @@ class Packer:
         )
 
 
-def _runs(program: Program, wave: int):  # type: ignore[no-untyped-def]
+def _runs(program: Program, wave: int) -> Iterable[tuple[int, tuple[int, ...], tuple[Cone, ...]]]:
     work = program.waves[wave]
     return zip(work.invokes, work.kept, work.cones, strict=True)

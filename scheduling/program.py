@@ -21,7 +21,6 @@ from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageW
 from scheduling.residency import stage_works
 from scheduling.waves import Run, executions, find_runs
 
-
 _DOMAIN = "tenant"  # there is one tenant: who has the key
 
 
@@ -45,7 +44,8 @@ def compile_program(
     # 3) Say which invokes run in which waves, which columns of them are read and written, and the cones of that.
     runs = find_runs(graph, resolved, live, points, scale)
     columns = find_columns(request, resolved, live, facts)
-    cones = find_cones(request, resolved, columns, points, finished, runs, scale, levels_of(description))
+    levels, is_whole = levels_of(description), not description.has_forks
+    cones = find_cones(request, resolved, columns, points, finished, runs, scale, levels, is_whole=is_whole)
     kept = kept_columns(request, resolved, columns, points, finished, runs, scale)
 
     # 4) Plan what is carried, held and dropped, and where saved values go.
