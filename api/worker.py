@@ -61,11 +61,11 @@ class CheckerPool:
         self._careful_turn = asyncio.Lock()
 
     def start(self) -> None:
-        """Starts the workers' imports, which take seconds, while the deployment still loads."""
+        """Starts what the workers do only once, which takes seconds, while the deployment still loads."""
         if self._pool is None:
             self._pool = self._make_pool(self._workers)
         for _ in range(self._workers):
-            self._pool.submit(_import_engine)
+            self._pool.submit(_warm)
 
     async def warm(self, model: str, version: str) -> None:
         """Gets every worker ready for a deployment, so that no user waits for it."""
@@ -160,9 +160,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _import_engine() -> None:
-    import engine.loading
-    import engine.shapes  # noqa: F401  imported to be there
+def _warm() -> None:
+    import engine.loading  # noqa: F401  imported to be there
+    from engine.shapes import warm_up
+
+    warm_up()
 
 
 def _prepare(model: str, version: str) -> None:

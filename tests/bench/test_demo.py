@@ -17,9 +17,9 @@ from rich.console import Console
 
 import polytrace
 from bench import tinyworld
-from bench.demo import NAME, draw, largest_difference, size, totals_table, users_table, visit_all
 from bench.plain import TOLERANCE, Plain
 from bench.service import Service, ServiceDidNotStartError, running_service
+from bench.visits import NAME, draw, largest_difference, size, totals_table, users_table, visit_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
