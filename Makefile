@@ -10,6 +10,9 @@ READY := .venv/.ready
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 TEST_WORKERS ?= 2
 
+# matplotlib's list of fonts: here, not in the home folder
+export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
+
 .PHONY: help setup demo test check bench gpu-test format clean
 .DELETE_ON_ERROR:
 
