@@ -17,7 +17,7 @@ from polytrace.errors import UserError
 
 T = TypeVar("T")
 
-DEFAULT_BUDGET_TOKENS = 4096
+DEFAULT_BUDGET_TOKENS = 8192
 
 # variable -> what it sets. Those of RAY_AUTH are Ray's own: where the user's environment says nothing, the service sets
 # the mode to "token", and for a cluster that it starts itself makes the token too.

@@ -18,7 +18,7 @@ class ControllerConfig:
     address: str | None = None  # of a Ray cluster to join; None: an own one, on this machine
     ray_folder: str | None = None  # scratch of the own cluster: a short path; `address_file` tells its address
     url: str | None = None  # of the gateway, made known in the cluster
-    budget_tokens: int = 4096  # most rows in one pass
+    budget_tokens: int = 8192  # most rows in one pass
     max_active: int = 1024  # requests worked out and in memory; the rest waits in the store
     random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
 

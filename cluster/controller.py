@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 import traceback
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import ray
@@ -96,6 +97,7 @@ class Controller:
             )
         )
         description = self._deployment.start(self._report)
+        description = replace(description, limits=replace(description.limits, pass_tokens=config.budget_tokens))
         # 5) the loop, not running yet, and the word to the gateway
         awake = threading.Event()
         self._dispatcher = Dispatcher(

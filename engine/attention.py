@@ -386,7 +386,8 @@ def _grouped(tensor_GNC: Tensor, num_tiles: int) -> Tensor:
     """`[G, B N, C]` as `[G B, N, C]`."""
     if num_tiles == 1:
         return tensor_GNC
-    return tensor_GNC.unflatten(1, (num_tiles, -1)).flatten(0, 1)
+    grouped: Tensor = tensor_GNC.unflatten(1, (num_tiles, -1)).flatten(0, 1)
+    return grouped
 
 
 def _product(a_BNC: Tensor, b_BCM: Tensor) -> Tensor:

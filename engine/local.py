@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -129,6 +130,8 @@ class LocalBackend(DirectBackend):
         self.shard = Shard(config, Solo())
         self.shard.start(report)
         description = self.shard.describe(name or source, [self.shard.gate()])
+        policy = policy or PassPolicy()
+        description = replace(description, limits=replace(description.limits, pass_tokens=policy.budget_tokens))
         self.shard.open(description)
         super().__init__(source, LocalShards(self.shard), description, meta_model(source, dtype), policy)
 

@@ -87,6 +87,7 @@ class Limits:
     max_value_bytes: int = 1 << 30  # any one value of the graph
     max_live_bytes: int = 4 << 30  # all values of the graph together
     max_result_bytes: int = 1 << 30  # all saves together
+    pass_tokens: int = 8192  # rows of one pass at its widest layer; a request with more takes several passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

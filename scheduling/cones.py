@@ -81,14 +81,13 @@ def find_cones(
     finished: Sequence[int],
     runs: list[Run],
     scale: Scale,
-    levels: Levels,
-    *,
-    is_whole: bool = False,
+    description: ModelDescription,
 ) -> dict[tuple[int, int], tuple[Cone, ...]]:
     """(wave, invoke) -> a cone for each sequence. `finished` has the live nodes, each after all that it waits for.
 
-    With `is_whole` all rows are needed everywhere: the model is not known to be causal.
+    Where the gate found that rows cannot be left out, all are needed everywhere.
     """
+    levels = levels_of(description)
     keys = _Keys(request, resolved, columns, finished)
     reads: dict[tuple[int, int], list[int]] = {}
     for node in finished:
@@ -104,7 +103,7 @@ def find_cones(
         for place, sequence in enumerate(invoke.sequences):
             pads = invoke.longest - len(sequence)
             every = range(invoke.longest)
-            needs, head = _needs([(levels.count, every)] if is_whole else sites, pads, levels.count)
+            needs, head = _needs([(levels.count, every)] if not description.has_forks else sites, pads, levels.count)
             edits = sorted(_edits(run.writes, request, resolved, columns, keys, levels, place, pads), key=_by_level)
             cones.append(Cone(edits=tuple(edits), needs=interned.setdefault(needs, needs), head=head))
         found[run.wave, run.invoke] = tuple(cones)

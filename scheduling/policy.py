@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 class PassPolicy:
     """How large a pass may be."""
 
-    budget_tokens: int = 4096  # rows of all members, each at its widest layer; a wave that alone has more goes alone
+    budget_tokens: int = 8192  # rows of all members, each at its widest layer; a wave that alone has more goes alone
     max_members: int = 256
 
 

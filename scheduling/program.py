@@ -13,15 +13,17 @@ from polytrace.graph import Graph, Invoke, NodeId, Request, Save, Sharing, Write
 from polytrace.tensors import itemsize
 from scheduling.checks import Resolved, resolve, table_of
 from scheduling.columns import find_columns
-from scheduling.cones import find_cones, kept_columns, levels_of
+from scheduling.cones import find_cones, kept_columns
 from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers, token_layers_alone, wave_tokens
-from scheduling.forest import Placed, grow
+from scheduling.forest import Forest, Placed, grow
 from scheduling.placement import Scale, find_live, place, scale_of
 from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave
 from scheduling.residency import stage_works
+from scheduling.splitting import find_sources, later_invokes
 from scheduling.waves import Run, executions, find_runs
 
 _DOMAIN = "tenant"  # there is one tenant: who has the key
+_MAX_SPLITS = 8  # times that waves are split and looked at again; a wave that is too large still goes alone
 
 
 def compile_program(
@@ -36,22 +38,30 @@ def compile_program(
     resolved = resolve(request, table_of(description))
     _check_writes(request, resolved, facts)
 
-    # 2) Give each node that a save or a write needs its point (wave, stage, order).
+    # 2) Find what a save or a write needs, and which columns of the prompts are read and written.
     scale = scale_of(description)
     live = find_live(graph, resolved)
-    points, finished = place(graph, resolved, live, facts, scale)
-
-    # 3) Say which invokes run in which waves, which columns of them are read and written, and the cones of that.
-    runs = find_runs(graph, resolved, live, points, scale)
     columns = find_columns(request, resolved, live, facts)
-    levels, is_whole = levels_of(description), not description.has_forks
-    cones = find_cones(request, resolved, columns, points, finished, runs, scale, levels, is_whole=is_whole)
+
+    # 3) Give each node its point (wave, stage, order), and with it each wave its rows; too many take several waves.
+    is_shared = description.has_forks and request.options.sharing is not Sharing.OFF
+    domain = _DOMAIN if is_shared else None
+    earliest = [0] * len(request.invokes)
+    for _ in range(_MAX_SPLITS):
+        points, finished = place(graph, resolved, live, facts, scale, earliest)
+        runs = find_runs(graph, resolved, live, points, scale)
+        cones = find_cones(request, resolved, columns, points, finished, runs, scale, description)
+        forests = _grow(request.invokes, runs, cones, domain, description.num_layers)
+        waits = _find_waits(request, resolved, finished, runs, forests, description.limits.pass_tokens)
+        if not waits:
+            break
+        for invoke, wave in waits.items():
+            earliest[invoke] = wave
     kept = kept_columns(request, resolved, columns, points, finished, runs, scale)
 
     # 4) Plan what is carried, held and dropped, and where saved values go.
     works = stage_works(graph, resolved, points, columns.facts, executions(graph, live, points, runs, scale), scale)
     saves = _lay_out_saves(graph, points, facts, scale)
-    domain = _DOMAIN if description.has_forks and request.options.sharing is not Sharing.OFF else None
     result_bytes = sum(slot.facts.num_bytes for slot in saves)
     if result_bytes > description.limits.max_result_bytes:
         raise TooLargeError(f"all saves take {result_bytes} bytes; the limit is {description.limits.max_result_bytes}")
@@ -63,7 +73,7 @@ def compile_program(
         seed=request.options.seed,
         sharing_domain=domain,
         facts=columns.facts,
-        waves=_waves(request.invokes, works, runs, kept, cones, domain, description.num_layers),
+        waves=_waves(works, runs, kept, cones, forests),
         saves=saves,
         constants=request.constants,
     )
@@ -121,26 +131,53 @@ def _lay_out_saves(
     return tuple(slots)
 
 
-def _waves(
+def _grow(
     invokes: tuple[Invoke, ...],
+    runs: list[Run],
+    cones: dict[tuple[int, int], tuple[Cone, ...]],
+    domain: str | None,
+    num_layers: int,
+) -> dict[int, Forest]:
+    """The rows of each wave when the request has its passes to itself."""
+    placed: dict[int, list[Placed]] = {}
+    for run in runs:
+        own = zip(invokes[run.invoke].sequences, cones[run.wave, run.invoke], strict=True)
+        placed.setdefault(run.wave, []).extend(Placed(tokens=tokens, cone=cone, domain=domain) for tokens, cone in own)
+    return {wave: grow(sequences, num_layers) for wave, sequences in placed.items()}
+
+
+def _find_waits(
+    request: Request,
+    resolved: Resolved,
+    finished: list[int],
+    runs: list[Run],
+    forests: dict[int, Forest],
+    pass_tokens: int,
+) -> dict[int, int]:
+    """The invokes that have to wait because the first wave that is too large cannot take them."""
+    for wave in sorted(forests):
+        if max(forests[wave].layer_rows, default=0) > pass_tokens:
+            sequences = [len(request.invokes[run.invoke].sequences) for run in runs if run.wave == wave]
+            sources = find_sources(request.graph, resolved, finished)
+            waits = later_invokes(wave, runs, forests[wave], sequences, sources, pass_tokens)
+            if waits:
+                return waits
+    return {}
+
+
+def _waves(
     works: list[tuple[StageWork, ...]],
     runs: list[Run],
     kept: dict[tuple[int, int], tuple[int, ...]],
     cones: dict[tuple[int, int], tuple[Cone, ...]],
-    domain: str | None,
-    num_layers: int,
+    forests: dict[int, Forest],
 ) -> tuple[Wave, ...]:
     runs_of: list[list[Run]] = [[] for _ in works]
     for run in runs:
         runs_of[run.wave].append(run)
     waves = []
-    for stages, own in zip(works, runs_of, strict=True):
-        placed = [
-            Placed(tokens=tokens, cone=cone, domain=domain)
-            for run in own
-            for tokens, cone in zip(invokes[run.invoke].sequences, cones[run.wave, run.invoke], strict=True)
-        ]
-        layer_rows = grow(placed, num_layers).layer_rows
+    for wave, (stages, own) in enumerate(zip(works, runs_of, strict=True)):
+        layer_rows = forests[wave].layer_rows if wave in forests else ()
         waves.append(
             Wave(
                 invokes=tuple(run.invoke for run in own),

@@ -1,0 +1,82 @@
+"""Splits a wave that has more rows than one pass takes into several, so that a sweep may be of any size.
+
+Owns which invokes wait for a later wave. Those whose values other invokes need stay; the others go in order, as many to
+a wave as fit. What the parts have in common (the rows that all fork from) runs again in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from polytrace.graph import Graph, Read, Write
+from scheduling.checks import Resolved
+from scheduling.forest import Forest
+from scheduling.waves import Run
+
+
+def later_invokes(
+    wave: int,
+    runs: Sequence[Run],
+    forest: Forest,
+    sequences: Sequence[int],
+    sources: set[int],
+    budget_tokens: int,
+) -> dict[int, int]:
+    """The invokes of a wave that have to wait, and the wave that each waits for; empty when nobody can.
+
+    `forest` has the wave's sequences, in the order of `runs`; `sequences` says how many each run has. `sources` are
+    invokes whose values others need.
+    """
+    started = {run.invoke for run in runs if run.wave < wave}
+    cost = _costs(forest, sequences)
+    own = [run for run in runs if run.wave == wave]
+    base = max((cost[place] for place, run in enumerate(own)), default=0)
+    room = max(1, budget_tokens - base)
+    waits: dict[int, int] = {}
+    taken = sum(cost[place] for place, run in enumerate(own) if run.invoke in sources or run.invoke in started)
+    part = 0
+    for place, run in enumerate(own):
+        if run.invoke in sources or run.invoke in started:
+            continue
+        if taken and taken + cost[place] > room:
+            part, taken = part + 1, 0
+        taken += cost[place]
+        if part:
+            waits[run.invoke] = wave + part
+    return waits
+
+
+def find_sources(graph: Graph, resolved: Resolved, finished: Sequence[int]) -> set[int]:
+    """The invokes whose values go into writes of others."""
+    none: frozenset[int] = frozenset()
+    origin: list[frozenset[int]] = [none] * len(graph.nodes)
+    sources: set[int] = set()
+    for node in sorted(finished):
+        event = graph.nodes[node]
+        if isinstance(event, Read):
+            origin[node] = frozenset((event.invoke,))
+            continue
+        parts = {origin[operand] for operand in resolved.operands[node]} - {none}
+        if parts:
+            origin[node] = parts.pop() if len(parts) == 1 else frozenset().union(*parts)
+        if isinstance(event, Write):
+            sources.update(origin[node] - {event.invoke})
+    return sources
+
+
+def _costs(forest: Forest, sequences: Sequence[int]) -> list[int]:
+    """Rows that each run adds at its widest layer; rows that several have are the first one's."""
+    costs: list[int] = []
+    seen: set[int] = set()
+    place = 0
+    for count in sequences:
+        own = set(forest.places[place : place + count]) - seen
+        seen |= own
+        place += count
+        costs.append(sum(_width(forest, index) for index in own))
+    return costs
+
+
+def _width(forest: Forest, index: int) -> int:
+    segment = forest.segments[index]
+    return max((stop - start for start, stop in zip(segment.starts, segment.stops, strict=False)), default=0)
