@@ -269,9 +269,7 @@ class _Finder:
         earlier = self.nodes[other]
         assert isinstance(earlier, Write)
         node = write.value.node
-        while node > earlier.value.node:
-            event = self.nodes[node]
-            assert isinstance(event, Op)
+        while node > earlier.value.node and isinstance(event := self.nodes[node], Op):
             node = NodeId(_base(event))
         return node == earlier.value.node and node != read
 

@@ -171,25 +171,21 @@ def _edits(
         event = request.graph.nodes[write]
         assert isinstance(event, Write)
         parts = columns.changed.get(write)
-        position = 0 if parts is None else _first(parts, place, pads)
-        if position is not None:
+        length = request.invokes[event.invoke].longest - pads
+        positions = range(-pads, length) if parts is None else tuple(_positions(parts, place, pads))
+        first = min((position for position in positions if position >= 0), default=None)
+        if first is not None:
+            # Where the cells of the value fall in this sequence is part of what is written to it.
             is_one = len(request.invokes[event.invoke].sequences) == 1
-            key = keys.of[write] if is_one else _digest(keys.of[write], place)
-            yield Edit(levels.acts_from(_order(resolved, write)), position, key)
+            key = _digest(keys.acting(write), positions, None if is_one else place)
+            yield Edit(levels.acts_from(_order(resolved, write)), first, key)
 
 
-def _first(parts: Iterable[Part], place: int, pads: int) -> int | None:
-    """The first position of a sequence that is changed, None when none is."""
-    return min(
-        (
-            column - pads
-            for part in parts
-            if part.sequences is None or place in part.sequences
-            for column in part.columns
-            if column >= pads
-        ),
-        default=None,
-    )
+def _positions(parts: Iterable[Part], place: int, pads: int) -> Iterator[int]:
+    """The positions of a sequence that are changed, in the order of the index; negative ones are pads."""
+    for part in parts:
+        if part.sequences is None or place in part.sequences:
+            yield from (column - pads for column in part.columns)
 
 
 class _Keys:
@@ -213,6 +209,19 @@ class _Keys:
                 if node in needed:
                     self.of[node] = self._key(node)
 
+    def acting(self, write: int) -> Key:
+        """The key of a write behind those of its invoke at the same visit: which is the later makes a difference."""
+        event = self._nodes[write]
+        assert isinstance(event, Write)
+        order = _order(self._resolved, write)
+        first = bisect_left(self._writes[event.invoke], (order, -1))
+        key = b""
+        for other_order, other in self._writes[event.invoke][first:]:
+            if other_order != order or other > write:
+                break
+            key = _digest(key, self.of[other])
+        return key
+
     def _key(self, node: int) -> Key:
         event = self._nodes[node]
         if isinstance(event, Op):
@@ -220,9 +229,9 @@ class _Keys:
             return _digest(event.name, draw, self._spelled(event.args), self._spelled(tuple(event.kwargs.items())))
         if isinstance(event, Read):
             order = _order(self._resolved, node)
-            return _digest("read", str(event.site), self._content(event.invoke, (order, node)))
+            return _digest("read", event.site, self._content(event.invoke, (order, node)))
         if isinstance(event, Write):
-            return _digest("write", str(event.site), event.in_place, self._written(NodeId(node), event))
+            return _digest("write", event.site, event.in_place, self._written(NodeId(node), event))
         if isinstance(event, Constant):
             raw = self._request.constants[event.name]
             return _digest(raw.dtype, raw.shape, blake2b(raw.data, digest_size=16).digest())
