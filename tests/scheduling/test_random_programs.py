@@ -156,7 +156,7 @@ def test_the_number_of_waves_is_what_the_rules_ask_for(recorder: Recorder) -> No
 def test_a_certificate_adds_up(recorder: Recorder) -> None:
     assume(not has_cycle(Semantics(recorder.request.graph, orders_of(recorder), Symbols())))
     program = recorder.compile()
-    certificate = certify(program, recorder.request, recorder.description)
+    certificate = certify(program, tuple(recorder.facts), recorder.description)
     moved = sum(
         known.num_bytes for node, _ in simulate(recorder, Symbols()).moves if (known := program.facts[node]) is not None
     )

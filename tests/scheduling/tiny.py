@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
+from math import prod
+from typing import Any
+
 from polytrace.certificate import Certificate
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo, index_sites
 from polytrace.graph import (
@@ -21,6 +25,7 @@ from polytrace.graph import (
     Ref,
     Request,
     Save,
+    Sharing,
     Site,
     Write,
 )
@@ -37,7 +42,7 @@ def tiny_llama(
     *,
     ranks: int = 1,
     limits: Limits | None = None,
-    has_kept_rows: bool = True,
+    has_forks: bool = True,
 ) -> ModelDescription:
     """Layers spread evenly over stages; embeddings live on the first stage, norm and head on the last."""
     sites: list[SiteInfo] = []
@@ -117,7 +122,8 @@ def tiny_llama(
         parameters=tuple(parameters),
         limits=limits or Limits(max_sequence_tokens=64),
         row_multiple=1,
-        has_kept_rows=has_kept_rows,
+        has_kept_rows=True,
+        has_forks=has_forks,
     )
 
 
@@ -128,14 +134,20 @@ def parameter(path: str, shape: tuple[int, ...], stage: int) -> ParameterInfo:
 class Recorder:
     """Writes a graph down as a client would: one line a node, shapes by small rules of its own."""
 
-    def __init__(self, description: ModelDescription, *invokes: list[list[int]], seed: int = 0) -> None:
+    def __init__(
+        self,
+        description: ModelDescription,
+        *invokes: list[list[int]],
+        seed: int = 0,
+        sharing: Sharing = Sharing.TENANT,
+    ) -> None:
         self.description = description
         self.sites = index_sites(description)
         self.invokes = tuple(Invoke(sequences=tuple(map(tuple, sequences))) for sequences in invokes)
         self.nodes: list[Node] = []
         self.facts: list[ValueFacts | None] = []
         self.constants: dict[str, RawTensor] = {}
-        self.options = Options(seed=seed)
+        self.options = Options(seed=seed, sharing=sharing)
 
     @property
     def where(self) -> str:
@@ -151,7 +163,7 @@ class Recorder:
         return compile_program(RequestId(request_id), self.request, self.description, tuple(self.facts))
 
     def certify(self) -> Certificate:
-        return certify(self.compile(), self.request, self.description)
+        return certify(self.compile(), tuple(self.facts), self.description)
 
     def read(self, module: str, port: Port = Port.OUTPUT, invoke: int = 0) -> Ref:
         site = Site(module=module, port=port)
@@ -183,11 +195,13 @@ class Recorder:
         info = next(info for info in self.description.parameters if info.path == path)
         return self._add(Parameter(path=path, where=self.where), info.shape)
 
-    def constant(self, shape: tuple[int, ...]) -> Ref:
-        name = f"c{len(self.constants)}"
-        data = memoryview(bytes(num_bytes("float32", shape)))
-        self.constants[name] = RawTensor(dtype="float32", shape=shape, data=data)
-        return self._add(Constant(name=name, where=self.where), shape)
+    def constant(self, shape: tuple[int, ...], value: float = 0.0) -> Ref:
+        """One number everywhere."""
+        return self._constant(array("f", [value] * prod(shape)), "float32", shape)
+
+    def places(self, *numbers: int) -> Ref:
+        """A list of integers, to index with."""
+        return self._constant(array("q", numbers), "int64", (len(numbers),))
 
     def mask(self, invoke: int = 0) -> Ref:
         prompts = self.invokes[invoke]
@@ -201,6 +215,11 @@ class Recorder:
         prompts = self.invokes[invoke] if invoke < len(self.invokes) else self.invokes[0]
         found = self.sites.get(site)
         return (len(prompts.sequences), prompts.longest, *(found[1].tail if found else (HIDDEN,)))
+
+    def _constant(self, numbers: array[Any], dtype: str, shape: tuple[int, ...]) -> Ref:
+        name = f"c{len(self.constants)}"
+        self.constants[name] = RawTensor(dtype=dtype, shape=shape, data=memoryview(numbers.tobytes()))
+        return self._add(Constant(name=name, where=self.where), shape, dtype)
 
     def _add(self, node: Node, shape: tuple[int, ...] | None, dtype: str = "float32") -> Ref:
         self.nodes.append(node)
