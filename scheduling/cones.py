@@ -77,6 +77,7 @@ def find_cones(
     request: Request,
     resolved: Resolved,
     columns: Columns,
+    keys: Keys,
     points: list[int],
     finished: Sequence[int],
     runs: list[Run],
@@ -88,7 +89,6 @@ def find_cones(
     Where the gate found that rows cannot be left out, all are needed everywhere.
     """
     levels = levels_of(description)
-    keys = _Keys(request, resolved, columns, finished)
     reads: dict[tuple[int, int], list[int]] = {}
     for node in finished:
         if isinstance(event := request.graph.nodes[node], Read):
@@ -162,7 +162,7 @@ def _edits(
     request: Request,
     resolved: Resolved,
     columns: Columns,
-    keys: _Keys,
+    keys: Keys,
     levels: Levels,
     place: int,
     pads: int,
@@ -188,7 +188,7 @@ def _positions(parts: Iterable[Part], place: int, pads: int) -> Iterator[int]:
             yield from (column - pads for column in part.columns)
 
 
-class _Keys:
+class Keys:
     """The key of every live write, and of the values that go into them."""
 
     def __init__(self, request: Request, resolved: Resolved, columns: Columns, finished: Sequence[int]) -> None:

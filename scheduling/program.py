@@ -13,7 +13,7 @@ from polytrace.graph import Graph, Invoke, NodeId, Request, Save, Sharing, Write
 from polytrace.tensors import itemsize
 from scheduling.checks import Resolved, resolve, table_of
 from scheduling.columns import find_columns
-from scheduling.cones import find_cones, kept_columns
+from scheduling.cones import Keys, find_cones, kept_columns
 from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers, token_layers_alone, wave_tokens
 from scheduling.forest import Forest, Placed, grow
 from scheduling.placement import Scale, find_live, place, scale_of
@@ -47,16 +47,18 @@ def compile_program(
     is_shared = description.has_forks and request.options.sharing is not Sharing.OFF
     domain = _DOMAIN if is_shared else None
     earliest = [0] * len(request.invokes)
-    for _ in range(_MAX_SPLITS):
-        points, finished = place(graph, resolved, live, facts, scale, earliest)
+    points, finished = place(graph, resolved, live, facts, scale)
+    keys = Keys(request, resolved, columns, finished)
+    for attempt in range(_MAX_SPLITS):
         runs = find_runs(graph, resolved, live, points, scale)
-        cones = find_cones(request, resolved, columns, points, finished, runs, scale, description)
+        cones = find_cones(request, resolved, columns, keys, points, finished, runs, scale, description)
         forests = _grow(request.invokes, runs, cones, domain, description.num_layers)
         waits = _find_waits(request, resolved, finished, runs, forests, description.limits.pass_tokens)
-        if not waits:
+        if not waits or attempt == _MAX_SPLITS - 1:
             break
         for invoke, wave in waits.items():
             earliest[invoke] = wave
+        points, finished = place(graph, resolved, live, facts, scale, earliest)
     kept = kept_columns(request, resolved, columns, points, finished, runs, scale)
 
     # 4) Plan what is carried, held and dropped, and where saved values go.

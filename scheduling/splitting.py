@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from polytrace.graph import Graph, Read, Write
 from scheduling.checks import Resolved
 from scheduling.forest import Forest
+from scheduling.plan import Segment
 from scheduling.waves import Run
 
 
@@ -28,20 +29,22 @@ def later_invokes(
     invokes whose values others need.
     """
     started = {run.invoke for run in runs if run.wave < wave}
-    cost = _costs(forest, sequences)
-    own = [run for run in runs if run.wave == wave]
-    base = max((cost[place] for place, run in enumerate(own)), default=0)
-    room = max(1, budget_tokens - base)
+    widths = [_width(segment) for segment in forest.segments]
+    room = max(1, budget_tokens - max(widths, default=0))  # every part runs what its forks have in common
     waits: dict[int, int] = {}
-    taken = sum(cost[place] for place, run in enumerate(own) if run.invoke in sources or run.invoke in started)
-    part = 0
-    for place, run in enumerate(own):
-        if run.invoke in sources or run.invoke in started:
-            continue
-        if taken and taken + cost[place] > room:
-            part, taken = part + 1, 0
-        taken += cost[place]
-        if part:
+    part, taken, place = 0, 0, 0
+    seen: set[int] = set()  # segments that the part has
+    for run, count in zip((run for run in runs if run.wave == wave), sequences, strict=True):
+        own = set(forest.places[place : place + count])
+        place += count
+        is_bound = run.invoke in sources or run.invoke in started
+        cost = sum(widths[segment] for segment in own - seen)
+        if not is_bound and taken and taken + cost > room:
+            part, taken, seen = part + 1, 0, set()
+            cost = sum(widths[segment] for segment in own)
+        seen |= own
+        taken += cost
+        if part and not is_bound:
             waits[run.invoke] = wave + part
     return waits
 
@@ -64,19 +67,6 @@ def find_sources(graph: Graph, resolved: Resolved, finished: Sequence[int]) -> s
     return sources
 
 
-def _costs(forest: Forest, sequences: Sequence[int]) -> list[int]:
-    """Rows that each run adds at its widest layer; rows that several have are the first one's."""
-    costs: list[int] = []
-    seen: set[int] = set()
-    place = 0
-    for count in sequences:
-        own = set(forest.places[place : place + count]) - seen
-        seen |= own
-        place += count
-        costs.append(sum(_width(forest, index) for index in own))
-    return costs
-
-
-def _width(forest: Forest, index: int) -> int:
-    segment = forest.segments[index]
+def _width(segment: Segment) -> int:
+    """Own rows of a segment at its widest layer."""
     return max((stop - start for start, stop in zip(segment.starts, segment.stops, strict=False)), default=0)
