@@ -8,7 +8,7 @@ import pytest
 
 from polytrace.description import Limits, ModelDescription
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import NodeId, Ref
+from polytrace.graph import NodeId, Options, Ref, Sharing
 from scheduling.plan import PROLOGUE, Program, Transfer
 from tests.scheduling.tiny import HIDDEN, VOCAB, Recorder, tiny_llama
 
@@ -293,7 +293,31 @@ def test_a_certificate_counts_rows_times_the_layers_they_run_through() -> None:
     r = Recorder(TINY, [[1, 2, 3]], [[4, 5]])
     r.save(r.read(f"{layer(2)}.self_attn"))
     certificate = r.certify()
-    assert (certificate.tokens, certificate.token_layers) == (3, 9)
+    assert (certificate.tokens, certificate.token_layers, certificate.token_layers_alone) == (3, 9, 9)
+
+
+def test_a_certificate_counts_equal_rows_once_and_says_what_they_would_cost_alone() -> None:
+    r = Recorder(TINY, *[[[1, 2, 3, 4, 5, 6]]] * 3)
+    for invoke in (1, 2):
+        changed = r.op("setitem", r.read(layer(2), invoke=invoke), (slice(None), 4), float(invoke))
+        r.write(layer(2), changed, invoke=invoke)
+    for invoke in range(3):
+        r.save(r.read("lm_head", invoke=invoke))
+    certificate = r.certify()
+    assert (certificate.tokens, certificate.token_layers) == (18, 6 * 4 + 2 * 2)
+    assert certificate.token_layers_alone == 18 * 4
+    r.options = Options(sharing=Sharing.OFF)
+    assert r.certify().token_layers == r.certify().token_layers_alone
+
+
+def test_a_narrow_read_moves_only_its_columns() -> None:
+    r = Recorder(TINY, [[1, 2, 3]], [[4, 5, 6]])
+    hidden = r.read(layer(0), invoke=0)
+    last = r.index(hidden, slice(None), slice(-1, None), shape=(1, 1, HIDDEN))
+    r.save(last)
+    certificate = r.certify()
+    assert certificate.read_bytes == HIDDEN * 4
+    assert certificate.nodes[hidden.node].shape == (1, 3, HIDDEN)  # type: ignore[union-attr]
 
 
 def test_a_sharded_deployment_carries_a_value_once_a_rank() -> None:
