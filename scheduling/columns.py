@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from polytrace.graph import Constant, Graph, Invoke, Node, NodeId, Op, Operand, Read, Ref, Request, Write, refs
+from polytrace.graph import Constant, Graph, Invoke, Node, NodeId, Op, Operand, Read, Ref, Request, Write
 from polytrace.tensors import RawTensor, num_bytes
 from scheduling.checks import Resolved
 from scheduling.plan import ValueFacts
@@ -211,11 +211,11 @@ class _Finder:
         """Which index of an in-place op names the columns: (step of a set_view, the index, what it does)."""
         if node.name == "setitem":
             part = node.args[2] if len(node.args) == 3 else None
-            is_plain = len(node.args) == 3 and not node.kwargs and base not in tuple(refs(part))
+            is_plain = len(node.args) == 3 and not node.kwargs and not _mentions(part, base)
             index = self._index_of(node.args[1]) if is_plain else ()
             return None, index, _find_column(index, base, 1, self.facts) if is_plain else None
         steps = node.args[1] if len(node.args) == 3 and not node.kwargs else None
-        if not isinstance(steps, tuple) or not steps or base in tuple(refs(node.args[2])):
+        if not isinstance(steps, tuple) or not steps or _mentions(node.args[2], base):
             return None, (), None
         match steps[0]:
             case ("getitem", (index_operand,), ()):
@@ -290,8 +290,20 @@ class _Named:
 
 def _is_base(node: Op, base: int) -> bool:
     """Whether the op indexes this value, and the value is nothing else to it."""
-    is_first = len(node.args) >= 2 and node.args[0] == Ref(NodeId(base)) and not node.kwargs
-    return is_first and base not in tuple(refs(node.args[1]))
+    first = node.args[0]
+    is_first = type(first) is Ref and first.node == base and len(node.args) >= 2 and not node.kwargs
+    return is_first and not _mentions(node.args[1], base)
+
+
+def _mentions(operand: Operand, node: int) -> bool:
+    """Whether an operand refers to a node."""
+    if isinstance(operand, Ref):
+        return operand.node == node
+    if isinstance(operand, (tuple, list)):
+        return any(_mentions(part, node) for part in operand)
+    if isinstance(operand, slice):
+        return any(_mentions(part, node) for part in (operand.start, operand.stop, operand.step))
+    return False
 
 
 def _find_column(index: tuple[Operand, ...], base: int, column_dim: int, facts: Facts) -> _Passed | _Named | None:
@@ -299,18 +311,23 @@ def _find_column(index: tuple[Operand, ...], base: int, column_dim: int, facts: 
     base_facts = facts[base]
     if base_facts is None:
         return None
-    widths = [_width(part, facts) for part in index]
-    known = [width for width in widths if width is not None]
-    num_ellipses = sum(part is Ellipsis for part in index)
+    known: list[int] = []
+    num_ellipses, has_advanced = 0, False  # advanced indices reorder dimensions
+    for part in index:
+        width = _width(part, facts)
+        if width is None:
+            return None
+        known.append(width)
+        num_ellipses += part is Ellipsis
+        has_advanced = has_advanced or type(part) is list or type(part) is Ref
     rest = len(base_facts.shape) - sum(known)
-    if len(known) < len(index) or num_ellipses > 1 or rest < 0:
+    if num_ellipses > 1 or rest < 0:
         return None
-    has_advanced = any(isinstance(part, (list, Ref)) for part in index)  # these reorder dimensions
     dim = result_dim = 0
     for place, (part, width) in enumerate(zip(index, known, strict=True)):
         consumed = rest if part is Ellipsis else width
         if dim <= column_dim < dim + consumed:
-            if part is not Ellipsis and part != slice(None):
+            if part is not Ellipsis and not (type(part) is slice and part == _EVERY):
                 return _Named(place)
             break
         dim += consumed
@@ -318,8 +335,13 @@ def _find_column(index: tuple[Operand, ...], base: int, column_dim: int, facts: 
     return None if has_advanced else _Passed(result_dim + column_dim - dim)
 
 
+_EVERY = slice(None)
+
+
 def _width(part: Operand, facts: Facts) -> int | None:
     """Dimensions that a part of an index consumes (0 for an ellipsis), None when that is not known ahead."""
+    if type(part) is int or type(part) is slice:
+        return 1
     if part is None or part is Ellipsis:
         return 0
     if isinstance(part, Ref):
@@ -327,15 +349,14 @@ def _width(part: Operand, facts: Facts) -> int | None:
         if index is None:
             return None
         return (len(index.shape) or None) if index.dtype == "bool" else 1
-    if isinstance(part, slice) or type(part) is int:
-        return 1
     return 1 if isinstance(part, list) and all(type(entry) is int for entry in part) else None
 
 
 def _named_columns(part: Operand, longest: int) -> range | tuple[int, ...] | None:
     """The places that a static part names; for a slice with a step, those between as well."""
     if type(part) is int:
-        return _named_columns([part], longest)
+        column = part + longest if part < 0 else part
+        return (column,) if 0 <= column < longest else None
     if isinstance(part, list):
         columns = tuple(_place(entry, longest) for entry in part)
         return columns if all(0 <= column < longest for column in columns) else None
@@ -358,7 +379,8 @@ def _rewritten(node: Node, indexing: _Indexing, columns: tuple[int, ...]) -> Op:
     """The indexing on the narrow view."""
     assert isinstance(node, Op)
     if indexing.step is None:
-        return replace(node, args=(node.args[0], _narrow(node.args[1], indexing, columns), *node.args[2:]))
+        args: tuple[Operand, ...] = (node.args[0], _narrow(node.args[1], indexing, columns), *node.args[2:])
+        return Op(name=node.name, args=args, kwargs=node.kwargs, where=node.where)
     steps = node.args[1]
     assert isinstance(steps, tuple)
     step = steps[indexing.step]
@@ -400,7 +422,7 @@ def _base(node: Op) -> int:
 def _with_columns(facts: ValueFacts | None, dim: int, num_columns: int) -> ValueFacts:
     assert facts is not None
     shape = (*facts.shape[:dim], num_columns, *facts.shape[dim + 1 :])
-    return replace(facts, shape=shape, num_bytes=num_bytes(facts.dtype, shape))
+    return ValueFacts(shape=shape, dtype=facts.dtype, num_bytes=num_bytes(facts.dtype, shape))
 
 
 def _with_nodes(graph: Graph, changed: Mapping[int, Node]) -> Graph:

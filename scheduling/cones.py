@@ -29,7 +29,6 @@ from polytrace.graph import (
     Ref,
     Request,
     Write,
-    refs,
 )
 from polytrace.ops import OPS
 from scheduling.checks import Resolved
@@ -271,10 +270,10 @@ class Keys:
         if isinstance(operand, Ref):
             return self.of[operand.node]
         if isinstance(operand, tuple):
-            return tuple(map(self._spelled, operand))
+            return tuple([self._spelled(part) for part in operand])
         if isinstance(operand, list):
-            return list(map(self._spelled, operand))
-        if isinstance(operand, slice) and any(refs(operand)):
+            return [self._spelled(part) for part in operand]
+        if isinstance(operand, slice):
             return slice(*(self._spelled(part) for part in (operand.start, operand.stop, operand.step)))
         return operand
 
