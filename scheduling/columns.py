@@ -379,8 +379,8 @@ def _rewritten(node: Node, indexing: _Indexing, columns: tuple[int, ...]) -> Op:
     """The indexing on the narrow view."""
     assert isinstance(node, Op)
     if indexing.step is None:
-        args: tuple[Operand, ...] = (node.args[0], _narrow(node.args[1], indexing, columns), *node.args[2:])
-        return Op(name=node.name, args=args, kwargs=node.kwargs, where=node.where)
+        own: tuple[Operand, ...] = (node.args[0], _narrow(node.args[1], indexing, columns), *node.args[2:])
+        return Op(name=node.name, args=own, kwargs=node.kwargs, where=node.where)
     steps = node.args[1]
     assert isinstance(steps, tuple)
     step = steps[indexing.step]
@@ -388,8 +388,8 @@ def _rewritten(node: Node, indexing: _Indexing, columns: tuple[int, ...]) -> Op:
     name, args, kwargs = step
     assert isinstance(args, tuple)
     narrow: Operand = (name, (_narrow(args[0], indexing, columns),), kwargs)
-    changed = (*steps[: indexing.step], narrow, *steps[indexing.step + 1 :])
-    return replace(node, args=(node.args[0], changed, *node.args[2:]))
+    changed: Operand = (*steps[: indexing.step], narrow, *steps[indexing.step + 1 :])
+    return Op(name=node.name, args=(node.args[0], changed, *node.args[2:]), kwargs=node.kwargs, where=node.where)
 
 
 def _narrow(index: Operand, indexing: _Indexing, columns: tuple[int, ...]) -> Operand:
