@@ -16,29 +16,10 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from scheduling.forest import Forest, Placed, grow
-from scheduling.plan import Cone, Edit
-
-LAYERS = 3
-KEYS = (b"a", b"b")
+from scheduling.plan import Edit
+from tests.scheduling.forests import KEYS, LAYERS, any_sequence, placed, variants
 
 Row = tuple[int, int, int]  # segment, level, position
-
-
-def placed(
-    tokens: Sequence[int],
-    edits: Sequence[Edit] = (),
-    needs: Sequence[int] | None = None,
-    head: Sequence[int] | None = None,
-    domain: object = "us",
-    num_layers: int = LAYERS,
-) -> Placed:
-    """A sequence; without more said, all its rows are needed."""
-    cone = Cone(
-        edits=tuple(sorted(edits, key=lambda edit: (edit.level, edit.position, edit.key))),
-        needs=(len(tokens),) * num_layers if needs is None else tuple(needs),
-        head=tuple(range(len(tokens))) if head is None else tuple(head),
-    )
-    return Placed(tokens=tuple(tokens), cone=cone, domain=domain)
 
 
 def find(forest: Forest, sequence: int, level: int, position: int) -> Row | None:
@@ -125,42 +106,11 @@ def _check_rows_are_what_they_grow_from(sequences: Sequence[Placed], forest: For
             assert all(find(forest, place, level, earlier) is not None for earlier in range(position))
 
 
-@st.composite
-def sequence(draw: st.DrawFn) -> Placed:
-    tokens = draw(st.lists(st.integers(0, 1), min_size=1, max_size=6))
-    length = len(tokens)
-    edit = st.builds(Edit, st.integers(0, LAYERS), st.integers(0, length - 1), st.sampled_from(KEYS))
-    head = draw(st.sets(st.integers(0, length - 1), max_size=2))
-    least = max(head, default=-1) + 1
-    needs = sorted((draw(st.integers(least, length)) for _ in range(LAYERS)), reverse=True)
-    domain = draw(st.sampled_from(["us", "us", "us", "them", None]))
-    return placed(tokens, draw(st.lists(edit, max_size=4, unique=True)), needs, sorted(head), domain)
-
-
 @settings(max_examples=200)
-@given(st.lists(sequence(), max_size=7))
+@given(st.lists(any_sequence(), max_size=7))
 def test_every_sequence_has_its_rows_and_shares_only_equal_ones(sequences: list[Placed]) -> None:
     forest = check(sequences)
     event(f"{sum(segment.parent is not None for segment in forest.segments)} forks")
-
-
-@st.composite
-def variants(draw: st.DrawFn) -> list[Placed]:
-    """Sequences that have much in common: one prompt, sets of the same few edits, some prompts cut or changed."""
-    length = draw(st.integers(4, 10))
-    edit = st.builds(Edit, st.integers(0, LAYERS), st.integers(0, length - 1), st.sampled_from(KEYS))
-    pool = draw(st.lists(edit, min_size=1, max_size=4, unique=True))
-    found = []
-    for _ in range(draw(st.integers(2, 8))):
-        tokens = list(range(length))[: draw(st.integers(length - 3, length))]
-        if draw(st.integers(0, 3)) == 0:
-            tokens[draw(st.integers(0, len(tokens) - 1))] = 99
-        own = [edit for edit in pool if draw(st.booleans()) and edit.position < len(tokens)]
-        stop = draw(st.integers(0, LAYERS))
-        cut = draw(st.integers(1, len(tokens)))
-        needs = [len(tokens)] * stop + [cut] * (LAYERS - stop)
-        found.append(placed(tokens, own, needs, [cut - 1]))
-    return found
 
 
 @settings(max_examples=200)
@@ -172,7 +122,7 @@ def test_sequences_with_much_in_common_share_it_and_nothing_else(sequences: list
 
 
 @settings(max_examples=50)
-@given(st.one_of(variants(), st.lists(sequence(), max_size=7)))
+@given(st.one_of(variants(), st.lists(any_sequence(), max_size=7)))
 def test_without_a_domain_nothing_is_shared(sequences: list[Placed]) -> None:
     alone = [replace(sequence, domain=None) for sequence in sequences]
     forest = check(alone)
@@ -192,7 +142,9 @@ def test_equal_sequences_of_a_domain_are_one(sequences: list[Placed]) -> None:
 def test_a_forest_is_the_same_in_every_process() -> None:
     """Several shards and the certificate must agree, whatever their hashes are."""
     program = """
-        from tests.scheduling.test_forest import grow, placed, Edit
+        from scheduling.forest import grow
+        from scheduling.plan import Edit
+        from tests.scheduling.forests import placed
         edits = [Edit(l, p, bytes([k])) for l in range(3) for p in range(6) for k in range(3)]
         sequences = [placed(range(n), edits[i:i + 4]) for n in (6, 7) for i in range(len(edits) - 4)]
         print(grow(sequences, 3))
