@@ -23,6 +23,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.checkpoint import Needs, checkpoint_dtype, lazy_state
+from engine.experts import use_padded_experts
 from engine.links import Links
 from engine.parallel import Split, install_splits, place_splits, plan_splits
 from engine.windows import Layout, Window, find_layout, keep_window
@@ -66,6 +67,7 @@ def meta_model(source: str, dtype: str = "auto") -> PreTrainedModel:
     config.dtype = resolve_dtype(source, dtype)
     with torch.device("meta"):
         model: PreTrainedModel = kind._from_config(config, dtype=config.dtype).eval().requires_grad_(False)
+    _prepare(model)
     return model
 
 
@@ -120,6 +122,7 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
                 state[target] = found
         model, splits = _from_state(config, state, window, layout, links)
     install_splits(model, splits, links)
+    _prepare(model)
 
     model.eval().requires_grad_(False)
     weight_bytes = sum(t.nbytes for t in {id(t): t for t in model.parameters()}.values())
@@ -184,6 +187,18 @@ def _from_state(
     if hasattr(model.config, "distributed_config"):
         del model.config.distributed_config
     return model, applied[0]
+
+
+def _prepare(model: PreTrainedModel) -> None:
+    """What every model here has in common, with weights or without."""
+    use_padded_experts(model)
+    models: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for each in models:  # the warning reads token ids, which meta tensors do not have; and rows are padded knowingly
+        each.warn_if_padding_and_no_attention_mask = _never_warn
+
+
+def _never_warn(input_ids: Any, attention_mask: Any) -> None:
+    pass
 
 
 def _config_and_class(source: str) -> tuple[Any, Any]:

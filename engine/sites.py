@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.attention import use_packed_attention
+from engine.experts import is_experts
+from engine.lanes import MAX_THREADS, rows_multiple
 from engine.windows import Layout, find_layout
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
 from polytrace.errors import ServiceError
@@ -126,8 +127,9 @@ def probe_model(model: PreTrainedModel) -> Probe:
     has_kept_rows = "logits_to_keep" in _forward_names(model)
     first, second = (_Recorder(model, layers).run(*sizes, has_kept_rows) for sizes in _PROBES)
     config = model.config.get_text_config()
+    experts = {path for path, module in model.named_modules() if is_experts(module)}
     events = zip(first.events, second.events, strict=True)
-    sites = tuple(_site(order, a, b, first) for order, (a, b) in enumerate(events))
+    sites = tuple(_site(order, a, b, first, experts) for order, (a, b) in enumerate(events))
     layer_orders = [s.order for s in sites if s.module.startswith(layers + ".")]
     return Probe(
         class_name=type(model).__name__,
@@ -139,13 +141,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
         max_tokens=getattr(config, "max_position_embeddings", None) or 1 << 20,
         has_kept_rows=has_kept_rows,
         has_fixed_rows=not _takes_other_rows(model, layers),
-        widths=frozenset(
-            math.prod(leaf.tail)
-            for site in sites
-            if site.rows is Rows.ALL  # behind the head nothing but a soft-cap is left, and vocabularies may be odd
-            for leaf in site.leaves
-            if leaf.read_refusal is None
-        ),
+        widths=frozenset(_widths(first, second)),
         sites=_refuse_repeated_visits(sites),
         modules=tuple(_modules(model, layers, first)),
         parameters=tuple(
@@ -155,6 +151,23 @@ def probe_model(model: PreTrainedModel) -> Probe:
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),
     )
+
+
+def _widths(first: _Recorder, second: _Recorder) -> Iterator[int]:
+    """Elements that a row has at the ports, however its rows are laid out.
+
+    Behind the head nothing but a soft-cap is left, and vocabularies may be odd. By-products, such as the few weights
+    of a router's choice behind its logits, would ask for many rows: where their kernels have tails, the gate sees it.
+    """
+    (rows_a, _), (rows_b, _) = _PROBES
+    for a, b in zip(first.events, second.events, strict=True):
+        for place, (selector, tensor) in enumerate(a.leaves.items()):
+            other = b.leaves[selector]
+            width, rest = divmod(tensor.numel(), rows_a)
+            is_by_rows = rest == 0 and other.numel() == width * rows_b
+            is_packed = tensor.shape[:2] == (1, rows_a)
+            if is_by_rows and (is_packed or (place == 0 and tensor.is_floating_point())):
+                yield width
 
 
 def _takes_other_rows(model: PreTrainedModel, layers: str) -> bool:
@@ -219,23 +232,14 @@ def describe_model(
     )
 
 
-# On a CPU an element-wise kernel takes this many floats at a time (two vectors of 512 bits) and what is left at the end
-# of a thread's share one by one, where exp, tanh or cos have other last bits.
-_LANES = 32
-_MAX_THREADS = 4  # shares for more threads would ask for absurd numbers of rows
-
-
 def row_multiple(probe: Probe, ranks: int, threads: int, device: str) -> tuple[int, tuple[str, ...]]:
     """The number of rows of which streams must be a multiple so that no thread's share ends inside a vector.
 
     With it come notes for people: what cannot be promised on this machine. A GPU computes every element alike: 1.
     """
-    if device != "cpu":
-        return 1, ()
-    shares = math.lcm(*range(1, min(threads, _MAX_THREADS) + 1)) * _LANES
     parts = {width // ranks for width in probe.widths if width % ranks == 0}
-    multiple = math.lcm(*(shares // math.gcd(shares, width) for width in probe.widths | parts if width > 1))
-    if threads <= _MAX_THREADS:
+    multiple = rows_multiple(probe.widths | parts, threads, torch.device(device))
+    if device != "cpu" or threads <= MAX_THREADS:
         return multiple, ()
     return multiple, (f"with {threads} threads a CPU may round differently beside neighbours; up to 4 it does not",)
 
@@ -311,8 +315,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(member)
 
 
-def _site(order: int, a: Event, b: Event, recorder: _Recorder) -> SiteInfo:
+def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable[str]) -> SiteInfo:
     """Merges what two forwards saw of one port."""
+    is_sorted = any(a.module.startswith(f"{path}.") for path in experts)
     (rows_a, kept_a), (rows_b, kept_b) = _PROBES
     rows = Rows.ALL
     leaves = []
@@ -327,6 +332,8 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder) -> SiteInfo:
         if is_packed and kind is not None:
             rows = kind
         refusal = None if is_packed else f"its rows are not laid out as [1, tokens, ...] but as {list(shape_a)}"
+        if is_sorted:
+            refusal = "its rows are sorted by expert, not by token"
         write_refusal = refusal
         if refusal is None and 0 in tensor.stride()[1:] and tensor.numel() > 0:
             write_refusal = "it is an expanded view whose rows share memory"

@@ -1,0 +1,105 @@
+"""The one experts function, registered with transformers: a row's bits do not depend on which rows share its experts.
+
+Mixture-of-experts layers sort the rows of a stream by expert, so how many rows meet in one matrix product, and where
+they lie in it, depends on the neighbours. Here every expert's rows are a *group* that begins and ends at a multiple of
+`MIN_ROWS` rows, which is enough for a product's rows to keep their bits; all groups lie one after another in a buffer
+whose size lets no element-wise kernel's tail fall on a row. What the chosen experts make of a row is added up in the
+order in which its router named them.
+
+On the meta device there are no groups to know: every row stands once for each of its experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from engine.lanes import rows_multiple
+from scheduling.plan import MIN_ROWS
+
+# T = rows, K = experts of a row, S = T K, P = rows of all groups with their padding, D = hidden
+
+NAME = "polytrace"
+
+
+def use_padded_experts(model: PreTrainedModel) -> None:
+    """Makes the experts of a model run by `padded_experts` from now on; nothing to do where there are none."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, padded_experts)
+    model.set_experts_implementation(NAME)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module runs its rows sorted by expert."""
+    return hasattr(module, "_is_expert_parallel")
+
+
+def padded_experts(experts: Any, hidden_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """`[T, D]`: the weighted sum of what the chosen experts make of each row. Called by transformers."""
+    num_chosen = chosen_TK.shape[1]
+    if hidden_TD.is_meta:
+        counts = None
+        into_S = torch.arange(chosen_TK.numel(), device="meta")
+        rows_P = into_S // num_chosen
+    else:
+        counts, into_S, rows_P = _groups(experts, chosen_TK)
+    product = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", hidden_TD[rows_P], counts)
+    product = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
+    product_PD = _linear(experts, "down_proj", product, counts)
+    if experts.has_post_expert_norm:
+        product_PD = experts.post_expert_norm(product_PD)
+    product_TKD = product_PD[into_S].view(*chosen_TK.shape, -1) * weights_TK.unsqueeze(-1)
+    total_TD = product_TKD[:, 0].float()
+    for place in range(1, num_chosen):
+        total_TD = total_TD + product_TKD[:, place]
+    return total_TD.to(hidden_TD.dtype)
+
+
+def _groups(experts: Any, chosen_TK: Tensor) -> tuple[list[int], Tensor, Tensor]:
+    """Rows of each expert's group with its padding; `[S]` the place of each row's product; `[P]` the row of each place.
+
+    Places of padding repeat row 0. Behind the last group there may be more of them, which belong to no expert.
+    """
+    ids_S = chosen_TK.flatten()
+    used = torch.bincount(ids_S, minlength=experts.num_experts)
+    sizes = (used + MIN_ROWS - 1) // MIN_ROWS * MIN_ROWS
+    order_S = ids_S.argsort(stable=True)
+    firsts = sizes.cumsum(0) - sizes - (used.cumsum(0) - used)  # of each group, less the rows sorted before it
+    into_S = torch.empty_like(ids_S)
+    into_S[order_S] = torch.arange(len(ids_S), device=ids_S.device) + firsts[ids_S[order_S]]
+    counts: list[int] = sizes.tolist()
+    multiple = _buffer_multiple(experts)
+    rows_P = ids_S.new_zeros(-(-sum(counts) // multiple) * multiple)
+    rows_P[into_S] = torch.arange(len(ids_S), device=ids_S.device) // chosen_TK.shape[1]
+    return counts, into_S, rows_P
+
+
+def _buffer_multiple(experts: Any) -> int:
+    """Rows of which the buffer is a multiple, for the widths of what is computed in it."""
+    weight = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    width = weight.shape[2 if experts.is_transposed else 1]
+    widths = {width, width // 2} if experts.has_gate else {width}
+    return math.lcm(MIN_ROWS, rows_multiple(widths, torch.get_num_threads(), weight.device))
+
+
+def _linear(experts: Any, name: str, x_PI: Tensor, counts: list[int] | None) -> Tensor:
+    """Each group times its own expert's matrix, `[P, out]`; zeros behind the last group. Of no group: shapes only."""
+    weights = getattr(experts, name)
+    biases = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    if not experts.is_transposed:
+        weights = weights.transpose(1, 2)
+    if counts is None:
+        return x_PI.new_empty(x_PI.shape[0], weights.shape[2])
+    parts = []
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            product = x_PI[start : start + count] @ weights[expert]
+            parts.append(product if biases is None else product + biases[expert])
+            start += count
+    parts.append(x_PI.new_zeros(x_PI.shape[0] - start, weights.shape[2]))
+    return torch.cat(parts)
