@@ -1,8 +1,8 @@
-"""Two pictures: a logit lens and a map of what patching restores. Takes plain numbers, writes PNG files."""
+"""Pictures: a logit lens, a map of what patching restores, how cost grows. Takes plain numbers, writes PNG files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,41 @@ def draw_patching(
         title = f"Activation patching: the residual of “{clean}”\nput into “{corrupt}”, one layer and token at a time"
         axes.set_title(title, loc="left", pad=12, fontsize=11)
         _finish(figure, image, "logit difference restored", path)
+
+
+def draw_growth(path: Path, *, rows: Sequence[Mapping[str, Any]], title: str, label: str) -> None:
+    """Seconds over size, both logarithmic: all of a trace, what of it is not running, hand-batched runs beside it.
+
+    A row of `bench.cones.growth` has `at`, `seconds`, `stages_s` and `hand_batched_s`.
+    """
+    at = [row["at"] for row in rows]
+    planner = [row["stages_s"]["compile"] + row["stages_s"]["plan"] for row in rows]
+    lines = (
+        ("hand-batched runs of the whole model", [row["hand_batched_s"] for row in rows], "#9c978a", "-"),
+        ("polytrace, all of it", [row["seconds"] for row in rows], "#a8323a", "-"),
+        ("of it: running", [row["stages_s"]["run"] for row in rows], "#e58f4e", "--"),
+        ("of it: planning", planner, "#2b5c8a", "--"),
+        ("of it: recording", [row["stages_s"]["record"] for row in rows], "#6fa3c7", "--"),
+    )
+    with pyplot.rc_context(_STYLE):
+        figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+        for name, seconds, color, style in lines:
+            axes.plot(at, seconds, style, color=color, marker="o", markersize=3.5, linewidth=1.6, label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(at, [f"{size:,}" for size in at])
+        axes.minorticks_off()
+        axes.set_xlabel(label)
+        axes.set_ylabel("seconds")
+        axes.grid(color="#e8e5dc", linewidth=0.8)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+        axes.set_title(title, loc="left", pad=12, fontsize=11)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        pyplot.close(figure)
 
 
 def _canvas(*, columns: int, rows: int) -> tuple[Any, Any]:
