@@ -12,7 +12,7 @@ from typing import Any
 
 from polytrace.errors import ServiceError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE requests (
@@ -25,6 +25,8 @@ CREATE TABLE requests (
     finished REAL,
     attempts INTEGER NOT NULL DEFAULT 0,
     cancelled INTEGER NOT NULL DEFAULT 0,
+    passes_done INTEGER NOT NULL DEFAULT 0,
+    passes INTEGER NOT NULL DEFAULT 0,
     error TEXT
 );
 CREATE INDEX requests_open ON requests (model, state, seq) WHERE state IN ('queued', 'running');

@@ -168,9 +168,15 @@ class Gateway:
             status = waited
         return await self._answer(status)
 
-    async def status(self, request_id: str, wait: Annotated[float, Query(ge=0)] = 0.0) -> Response:
-        """How a request does; with `wait`, once it has ended or the seconds are over."""
-        status = await self._waiting.until_final(RequestId(request_id), min(wait, self._settings.max_wait_s))
+    async def status(
+        self,
+        request_id: str,
+        wait: Annotated[float, Query(ge=0)] = 0.0,
+        passes_done: Annotated[int | None, Query(ge=0)] = None,
+    ) -> Response:
+        """How a request does; with `wait`, once it has ended, more than `passes_done` are, or the seconds are over."""
+        wait_s = min(wait, self._settings.max_wait_s)
+        status = await self._waiting.until_final(RequestId(request_id), wait_s, passes_done=passes_done)
         return JSONResponse(_plain(status))
 
     async def result(self, request_id: str) -> Response:
@@ -300,6 +306,8 @@ def _plain(status: RequestStatus) -> dict[str, Any]:
         "created": status.created,
         "started": status.started,
         "finished": status.finished,
+        "passes_done": status.passes_done,
+        "passes": status.passes,
         "error": status.error.to_fields() if status.error else None,
         "result": f"/v1/requests/{status.id}/result" if status.state is RequestState.DONE else None,
     }

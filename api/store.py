@@ -31,6 +31,7 @@ from api.doorbell import Doorbell
 from cluster.requests import Claimed, DeploymentState, Finished, Published, ResultPlace
 from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError, from_fields
 from scheduling.plan import RequestId
+from scheduling.scheduler import Progress
 
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
 
@@ -58,6 +59,8 @@ class RequestStatus:
     started: float | None
     finished: float | None
     error: PolytraceError | None  # when it failed or was cancelled
+    passes_done: int  # of a running request that takes several passes
+    passes: int  # how many it takes, 0 while that is not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +128,15 @@ class Store:
             db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
         self.controller_bell.ring()
         return RequestStatus(
-            id=request, model=model, state=RequestState.QUEUED, created=now, started=None, finished=None, error=None
+            id=request,
+            model=model,
+            state=RequestState.QUEUED,
+            created=now,
+            started=None,
+            finished=None,
+            error=None,
+            passes_done=0,
+            passes=0,
         )
 
     def discard(self, request: RequestId) -> None:
@@ -139,7 +150,7 @@ class Store:
         for first in range(0, len(ids), 500):
             some = ids[first : first + 500]
             rows = self._db.rows(
-                "SELECT id, model, state, created, started, finished, error FROM requests "
+                "SELECT id, model, state, created, started, finished, error, passes_done, passes FROM requests "
                 f"WHERE id IN ({','.join('?' * len(some))})",
                 some,
             )
@@ -317,6 +328,15 @@ class Store:
             if end.error is not None:
                 self.result_path(end.request).unlink(missing_ok=True)
 
+    def note_progress(self, progress: Sequence[Progress]) -> None:
+        """How far running requests are; who waits for them hears of it."""
+        with self._db.transaction() as db:
+            db.executemany(
+                "UPDATE requests SET passes_done = ?, passes = ? WHERE id = ? AND state = 'running'",
+                [(told.passes_done, told.passes, told.request) for told in progress],
+            )
+        self.gateway_bell.ring()
+
     def wait_for_requests(self, timeout_s: float) -> None:
         self.controller_bell.wait(timeout_s)
 
@@ -359,6 +379,8 @@ def _status(row: Sequence[Any]) -> RequestStatus:
         started=row[4],
         finished=row[5],
         error=from_fields(json.loads(row[6])) if row[6] else None,
+        passes_done=row[7],
+        passes=row[8],
     )
 
 

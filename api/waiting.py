@@ -1,4 +1,4 @@
-"""Calls that wait for requests to end: one look into the store for all of them whenever the controller rings."""
+"""Calls that wait for requests to end or to get further: one look into the store for all when the controller rings."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ class Waiting:
         self._rung = False
         self._is_released = False
 
-    async def until_final(self, request: RequestId, timeout_s: float) -> RequestStatus:
-        """The request's status once it has ended, or when the time is over. Raises NotFoundError."""
+    async def until_final(
+        self, request: RequestId, timeout_s: float, *, passes_done: int | None = None
+    ) -> RequestStatus:
+        """The request's status once it has ended, or when the time is over. Raises NotFoundError.
+
+        Whoever knows of `passes_done` also hears when more are.
+        """
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             future: asyncio.Future[RequestStatus | None] = asyncio.get_running_loop().create_future()
@@ -35,11 +40,11 @@ class Waiting:
                 if status is None:
                     raise NotFoundError(f"there is no request {request}")
                 left = deadline - asyncio.get_running_loop().time()
-                if status.state.is_final or left <= 0 or self._is_released:
+                if _is_news(status, passes_done) or left <= 0 or self._is_released:
                     return status
                 await asyncio.wait([future], timeout=min(left, RECHECK_S))
-                if future.done() and (ended := future.result()) is not None:
-                    return ended
+                if future.done() and (told := future.result()) is not None and _is_news(told, passes_done):
+                    return told
             finally:
                 future.cancel()
                 self._futures[request].discard(future)
@@ -62,7 +67,7 @@ class Waiting:
             while self._rung:
                 self._rung = False
                 statuses = await to_thread.run_sync(self._store.statuses, list(self._futures))
-                self._wake({request: status for request, status in statuses.items() if status.state.is_final})
+                self._wake({key: status for key, status in statuses.items() if _is_news(status, 0)})
         finally:
             self._look = None
 
@@ -71,3 +76,8 @@ class Waiting:
             for future in self._futures.get(request, ()):
                 if not future.done():
                     future.set_result(status)
+
+
+def _is_news(status: RequestStatus, passes_done: int | None) -> bool:
+    """Whether it has ended, or got further than its caller knows."""
+    return status.state.is_final or (passes_done is not None and status.passes_done > passes_done)

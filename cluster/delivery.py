@@ -1,6 +1,7 @@
-"""From outcomes to results that are kept: a thread, because a disk takes milliseconds to promise anything.
+"""From outcomes to results that are kept, and word of how far the others are.
 
-Everything that ended while the disk was busy is committed together.
+A thread, because a disk takes milliseconds to promise anything. Everything that ended while the disk was busy is
+committed together.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from polytrace.certificate import Receipt
 from polytrace.errors import ServiceError
 from polytrace.wire import result_header
 from scheduling.plan import Program, RequestId
+from scheduling.scheduler import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -28,30 +30,34 @@ class Done:
 
 
 class Delivery:
-    """Takes what ended, in any number, and commits it. `run_forever` is the body of its thread."""
+    """Takes what ended, in any number, and commits it; word of progress goes with it. The body of a thread."""
 
     def __init__(self, store: RequestStore, ended: Callable[[set[RequestId]], None]) -> None:
         self._store = store
         self._ended = ended
-        self._queue: queue.SimpleQueue[Done | Finished | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Done | Finished | Progress | None] = queue.SimpleQueue()
 
-    def put(self, end: Done | Finished) -> None:
+    def put(self, end: Done | Finished | Progress) -> None:
         """Any thread; returns at once."""
         self._queue.put(end)
 
     def run_forever(self) -> None:
         """Until `stop`, and then until everything put before it is kept."""
-        while (ends := self._take()) is not None:
-            finished = [_finished(end) for end in ends]
-            self._store.finish(finished)
-            self._ended({end.request for end in finished})
+        while (taken := self._take()) is not None:
+            progress = [told for told in taken if isinstance(told, Progress)]
+            if progress:
+                self._store.note_progress(progress)
+            finished = [_finished(end) for end in taken if not isinstance(end, Progress)]
+            if finished:
+                self._store.finish(finished)
+                self._ended({end.request for end in finished})
 
     def stop(self) -> None:
         self._queue.put(None)
 
-    def _take(self) -> list[Done | Finished] | None:
+    def _take(self) -> list[Done | Finished | Progress] | None:
         """All that is there, at least one; None after `stop`."""
-        ends: list[Done | Finished] = []
+        ends: list[Done | Finished | Progress] = []
         while not ends or not self._queue.empty():
             end = self._queue.get()
             if end is None:

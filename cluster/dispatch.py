@@ -90,6 +90,8 @@ class Dispatcher:
                 self._scheduler.add(event)
 
     def _deliver(self) -> None:
+        for told in self._scheduler.take_progress():
+            self._delivery.put(told)
         for outcome in self._scheduler.take_outcomes():
             self._delivery.put(self._end(outcome))
 

@@ -17,6 +17,7 @@ from polytrace.errors import PolytraceError, WireError
 from polytrace.graph import Request
 from polytrace.wire import decode_request
 from scheduling.plan import RequestId
+from scheduling.scheduler import Progress
 
 
 class DeploymentState(Enum):
@@ -92,6 +93,9 @@ class RequestStore(Protocol):
 
     def finish(self, finished: Sequence[Finished]) -> None:
         """Commits the results and flips the states: first the files, then one transaction."""
+
+    def note_progress(self, progress: Sequence[Progress]) -> None:
+        """How far running requests are."""
 
     def wait_for_requests(self, timeout_s: float) -> None:
         """Blocks until something may have changed for the controller, or the time is over. One thread only."""

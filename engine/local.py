@@ -24,6 +24,7 @@ from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError, ServiceError
 from polytrace.graph import Request
+from polytrace.progress import Tell, tell_nobody
 from scheduling.loop import Shards, step
 from scheduling.plan import Plan, Program, RequestId, ShardResult, ValueFacts
 from scheduling.program import certify, compile_program
@@ -88,23 +89,28 @@ class DirectBackend:
     def _compile(self, request: Request, facts: tuple[ValueFacts | None, ...]) -> Program:
         return compile_program(RequestId(secrets.token_hex(8)), request, self.description, facts)
 
-    def run(self, request: Request) -> Result:
+    def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
         """Runs one request to its end, in as many passes as it has waves."""
-        (outcome,) = self.run_together([self.compile(request)])
+        (outcome,) = self.run_together([self.compile(request)], tell)
         if outcome.error is not None:
             raise outcome.error
         if outcome.receipt is None:
             raise ServiceError(f"request {outcome.request} ended without a receipt")
         return Result(values=outcome.values, receipt=outcome.receipt)
 
-    def run_together(self, programs: Sequence[Program]) -> list[Outcome]:
-        """Runs programs merged, as far as the pass policy lets them; their outcomes, in order. A program runs once."""
+    def run_together(self, programs: Sequence[Program], tell: Tell = tell_nobody) -> list[Outcome]:
+        """Runs programs merged, as far as the pass policy lets them; their outcomes, in order. A program runs once.
+
+        `tell` hears how far those are that take several passes.
+        """
         outcomes: dict[RequestId, Outcome] = {}
         with self._lock:
             for program in programs:
                 self.scheduler.add(program)
             while len(outcomes) < len(programs):
                 step(self.scheduler, self.shards)
+                for told in self.scheduler.take_progress():
+                    tell(told.passes_done, told.passes)
                 outcomes.update((outcome.request, outcome) for outcome in self.scheduler.take_outcomes())
         return [outcomes[program.request] for program in programs]
 

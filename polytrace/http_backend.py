@@ -21,9 +21,11 @@ from polytrace.description import ModelDescription
 from polytrace.errors import NotFoundError, PolytraceError, ServiceError, WireError, from_fields
 from polytrace.graph import Request
 from polytrace.kinds import value_kind
+from polytrace.progress import Tell, tell_nobody
 from polytrace.wire import decode_result, encode_request
 
 WAIT_S = 50.0  # of one call; the service may wait shorter
+_FIRST_WAIT_S = 10.0  # of the call that sends the request: what takes longer is asked how far it is
 _SLACK_S = 30.0  # an answer may be this much later than it was asked for
 _PATIENCE_S = 30.0  # an accepted request outlives a service that is away this long
 _PART_BYTES = 4 << 20
@@ -58,11 +60,11 @@ class HttpBackend:
         response = self._call("POST", f"{self._base}/validate", request)
         return from_json(Certificate, response.json())
 
-    def run(self, request: Request) -> Result:
+    def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
         """Raises what the service says of the request, or ServiceError when it does not answer in time."""
         deadline = time.monotonic() + self._timeout_s
-        answer = self._submit(request, min(WAIT_S, self._timeout_s))
-        raws, receipt = decode_result(self._await(answer, deadline) if isinstance(answer, str) else answer)
+        answer = self._submit(request, min(_FIRST_WAIT_S, self._timeout_s))
+        raws, receipt = decode_result(self._await(answer, deadline, tell) if isinstance(answer, str) else answer)
         decode = value_kind().decode
         return Result(values={name: decode(raw) for name, raw in raws.items()}, receipt=receipt)
 
@@ -89,25 +91,30 @@ class HttpBackend:
         except httpx.TransportError as error:
             raise _unreachable(self._url, error) from error
 
-    def _await(self, location: str, deadline: float) -> memoryview:
+    def _await(self, location: str, deadline: float, tell: Tell) -> memoryview:
         """Waits for an accepted request; cancels it when the user or the deadline ends the waiting."""
         try:
-            return self._poll(location, deadline)
+            return self._poll(location, deadline, tell)
         except (KeyboardInterrupt, ServiceError):
             self._cancel(location)
             raise
 
-    def _poll(self, location: str, deadline: float) -> memoryview:
+    def _poll(self, location: str, deadline: float, tell: Tell) -> memoryview:
         """The result of an accepted request; the service may be away for a moment."""
         last_heard = time.monotonic()
+        seen = 0  # passes that are known to be done
         while True:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise ServiceError(f"the request did not finish within {self._timeout_s:.0f} s, so it was cancelled")
             wait_s = min(WAIT_S, left_s)
             try:
-                status = self._get(f"{location}?wait={wait_s:.1f}", timeout=_timeout(wait_s)).json()
+                asked = f"{location}?wait={wait_s:.1f}&passes_done={seen}"
+                status = self._get(asked, timeout=_timeout(wait_s)).json()
                 last_heard = time.monotonic()
+                if status.get("passes"):
+                    seen = status["passes_done"]
+                    tell(seen, status["passes"])
                 if status["state"] in ("done", "failed", "cancelled"):
                     with self._client.stream("GET", f"{location}/result", timeout=_timeout(0)) as response:
                         _check(response)

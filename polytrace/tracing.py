@@ -11,6 +11,7 @@ from polytrace.certificate import Receipt, ValueShape
 from polytrace.errors import GraphError
 from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request
 from polytrace.lines import user_line
+from polytrace.progress import showing_progress
 from polytrace.prompts import make_invoke
 from polytrace.recording import Recording
 from polytrace.storage import State
@@ -94,7 +95,8 @@ class Tracer:
         try:
             self.request, names = self._make_request()
             if self._is_run:
-                result = self.model.backend.run(self.request)
+                with showing_progress(self.model.description.name) as tell:
+                    result = self.model.backend.run(self.request, tell)
                 self.receipt = result.receipt
                 self._hand_out(names, dict(result.values))
         except BaseException:

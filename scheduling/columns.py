@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from polytrace.graph import Constant, Graph, Invoke, Node, NodeId, Op, Operand, Read, Ref, Request, Write
 from polytrace.tensors import RawTensor, num_bytes

@@ -26,7 +26,7 @@ from scheduling.plan import PassId, Plan, Program, RequestId, ShardResult
 from scheduling.policy import FirstComeFirstServed, PassPolicy
 from scheduling.receipts import Account, find_error
 
-__all__ = ["Outcome", "PassPolicy", "Scheduler"]
+__all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,15 @@ class Outcome:
     receipt: Receipt | None = None
     error: PolytraceError | None = None
     values: Mapping[str, Any] = field(default_factory=dict)  # saves, when the program has no result file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a request of several passes is."""
+
+    request: RequestId
+    passes_done: int
+    passes: int
 
 
 class _Job:
@@ -59,8 +68,12 @@ class _Job:
         return self.program.waves[self.wave].rows
 
     @property
+    def num_waves(self) -> int:
+        return len(self.program.waves)
+
+    @property
     def is_last_wave(self) -> bool:
-        return self.wave == len(self.program.waves) - 1
+        return self.wave == self.num_waves - 1
 
 
 class Scheduler:
@@ -77,6 +90,7 @@ class Scheduler:
         self._ready: list[_Job] = []  # by arrival: those whose next wave may go
         self._ended: list[RequestId] = []  # shards hold values of these; the next plan says to drop them
         self._outcomes: list[Outcome] = []
+        self._progress: dict[RequestId, Progress] = {}
         self._arrivals = 0
         self._passes = 0
 
@@ -130,6 +144,8 @@ class Scheduler:
                 self._finish(job)
             else:
                 job.wave += 1
+                request = job.program.request
+                self._progress[request] = Progress(request=request, passes_done=job.wave, passes=job.num_waves)
                 insort(self._ready, job, key=lambda ready: ready.number)
 
     def lost(self, plan: Plan, error: PolytraceError) -> None:
@@ -140,6 +156,11 @@ class Scheduler:
         for job in self._ready:
             job.restart()
         self._ended = []
+
+    def take_progress(self) -> list[Progress]:
+        """How far the requests are that got further since the last call and have not ended."""
+        progress, self._progress = self._progress, {}
+        return [told for request, told in progress.items() if request in self._jobs]
 
     def take_outcomes(self) -> list[Outcome]:
         """The requests that ended since the last call, in that order."""

@@ -404,6 +404,7 @@ def receipt(request: RequestId) -> Receipt:
         passes=(),
         tokens=3,
         token_layers=3,
+        token_layers_alone=3,
         fired=(),
         pad_rows_written=0,
         read_bytes=0,

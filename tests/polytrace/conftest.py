@@ -11,6 +11,7 @@ from polytrace.certificate import Certificate, Receipt, ValueShape
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
 from polytrace.graph import Port, Request, Save, Write
 from polytrace.model import Model
+from polytrace.progress import Tell, tell_nobody
 
 LAYERS, HIDDEN, VOCAB = 4, 8, 32
 
@@ -112,11 +113,12 @@ class FakeBackend:
         self.validated.append(request)
         nodes = tuple(None if isinstance(node, (Write, Save)) else self.shape for node in request.graph.nodes)
         return Certificate(
-            nodes=nodes, saves={}, passes=1, tokens=3, token_layers=12, result_bytes=0, read_bytes=0, carried_bytes=0,
+            nodes=nodes, saves={}, passes=1, tokens=3, token_layers=12,
+            token_layers_alone=12, result_bytes=0, read_bytes=0, carried_bytes=0,
             live_bytes=0, notes=(),
         )  # fmt: skip
 
-    def run(self, request: Request) -> Result:
+    def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
         self.requests.append(request)
         saves = [node for node in request.graph.nodes if isinstance(node, Save)]
         if isinstance(self.results, Exception):
@@ -140,7 +142,8 @@ def _zeros() -> Any:
 
 def receipt() -> Receipt:
     return Receipt(
-        request="r", model="tiny", passes=(), tokens=3, token_layers=12, fired=(), pad_rows_written=0, read_bytes=0,
+        request="r", model="tiny", passes=(), tokens=3, token_layers=12,
+            token_layers_alone=12, fired=(), pad_rows_written=0, read_bytes=0,
         result_bytes=8, carried_bytes=0, queue_seconds=0.0, run_seconds=0.0, notes=(),
     )  # fmt: skip
 

@@ -275,6 +275,7 @@ def test_a_model_without_a_tokenizer_takes_ids(service: Service, result_file: An
 def test_validate_asks_for_a_certificate(service: Service) -> None:
     certificate = Certificate(
         nodes=(ValueShape(shape=(1, 2), dtype="float32"), None), saves={}, passes=1, tokens=2, token_layers=8,
+        token_layers_alone=8,
         result_bytes=0, read_bytes=0, carried_bytes=0, live_bytes=0, notes=("n",),
     )  # fmt: skip
     service.on("POST", "/v1/models/tiny/validate", answer_json(to_json(certificate)))

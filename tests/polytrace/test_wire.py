@@ -299,9 +299,10 @@ def receipt(**changes: Any) -> Receipt:
     fields: dict[str, Any] = {
         "request": "r1",
         "model": "m",
-        "passes": (PassEntry(pass_id=1, requests=2, tokens=30, seconds=math.inf),),
+        "passes": (PassEntry(pass_id=1, requests=2, tokens=30, layer_rows=(30, 17), seconds=math.inf),),
         "tokens": 4,
         "token_layers": 8,
+        "token_layers_alone": 16,
         "fired": (Fired(site="model.layers.5.output", invoke=0, kind="read", passes=1, where="a.py:1"),),
         "pad_rows_written": 0,
         "read_bytes": 10,
