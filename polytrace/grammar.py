@@ -7,7 +7,8 @@ Checked when a request is decoded, so the rooms behind the wire rely on it. Shap
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from enum import Enum
 
 from polytrace.errors import GraphError
 from polytrace.graph import Call, Constant, DType, Graph, Mask, Node, Op, Operand, Read, Ref, Save, Write, operands
@@ -21,30 +22,40 @@ MAX_CALL_ARGS = 8
 def check_graph(graph: Graph, *, num_invokes: int, constants: Collection[str]) -> None:
     """Raises GraphError at the first node that is not well formed."""
     save_names: set[str] = set()
+    values: list[_Value] = []  # per node
     for position, node in enumerate(graph.nodes):
-        _check_operands(graph, position, node)
-        if isinstance(node, (Read, Write, Mask)) and not 0 <= node.invoke < num_invokes:
-            raise GraphError(f"there is no invoke {node.invoke}; this request has {num_invokes}", where=node.where)
+        _check_operands(graph, values, position, node)
+        value = _Value.ONE
         if isinstance(node, Op):
             _check_op(graph, node)
-        elif isinstance(node, Call) and not 1 <= len(node.args) <= MAX_CALL_ARGS:
-            raise GraphError(
-                f"a module is called with 1 to {MAX_CALL_ARGS} values, not {len(node.args)}", where=node.where
-            )
-        elif isinstance(node, Constant) and node.name not in constants:
-            raise GraphError(f"there is no constant {node.name!r} in the request", where=node.where)
+            value = _Value.SEVERAL if returns_several(node) else _Value.ONE
+        elif isinstance(node, (Read, Write, Mask)):
+            if not 0 <= node.invoke < num_invokes:
+                raise GraphError(f"there is no invoke {node.invoke}; this request has {num_invokes}", where=node.where)
+            value = _Value.NONE if isinstance(node, Write) else _Value.ONE
+        elif isinstance(node, Call):
+            if not 1 <= len(node.args) <= MAX_CALL_ARGS:
+                told = f"a module is called with 1 to {MAX_CALL_ARGS} values, not {len(node.args)}"
+                raise GraphError(told, where=node.where)
+        elif isinstance(node, Constant):
+            if node.name not in constants:
+                raise GraphError(f"there is no constant {node.name!r} in the request", where=node.where)
         elif isinstance(node, Save):
             if node.name in save_names:
                 raise GraphError(f"two values are saved as {node.name!r}", where=node.where)
             save_names.add(node.name)
+            value = _Value.NONE
+        values.append(value)
 
 
 def returns_several(op: Op) -> bool:
     """Whether the op's value is a tuple, of which each `item` takes a member."""
     results = OPS[op.name].results
+    if results is Results.ONE:
+        return False
     if results is Results.TWO_WITH_DIM:  # max(dim) is a pair, max() and max(other) are one value
         return "dim" in op.kwargs or (len(op.args) > 1 and not isinstance(op.args[1], Ref))
-    return results is not Results.ONE
+    return True
 
 
 def nearest(name: str, known: Collection[str]) -> str:
@@ -59,30 +70,42 @@ def unknown_op(name: str, where: str) -> GraphError:
     return GraphError(f"polytrace has no operation {name!r}{nearest(name, sorted(short | OPS.keys()))}", where=where)
 
 
-def _check_operands(graph: Graph, position: int, node: Node) -> None:
+class _Value(Enum):
+    """What a node may be used as."""
+
+    NONE = "none"
+    ONE = "one"
+    SEVERAL = "several"  # only by `item`
+
+
+def _check_operands(graph: Graph, values: Sequence[_Value], position: int, node: Node) -> None:
     for target in operands(node):
         if not 0 <= target < position:
             raise GraphError(f"node {position} refers to node {target}, which is not before it", where=node.where)
-        value = graph.nodes[target]
-        if isinstance(value, (Write, Save)):
+        value = values[target]
+        if value is _Value.NONE:
             raise GraphError(f"node {position} refers to node {target}, which has no value", where=node.where)
-        is_item = isinstance(node, Op) and node.name == "item"
-        if isinstance(value, Op) and value.name in OPS and returns_several(value) and not is_item:
-            raise GraphError(f"{value.name} returns several values: take one of them", where=node.where)
+        if value is _Value.SEVERAL and not (isinstance(node, Op) and node.name == "item"):
+            several = graph.nodes[target]
+            assert isinstance(several, Op)
+            raise GraphError(f"{several.name} returns several values: take one of them", where=node.where)
 
 
 def _check_op(graph: Graph, op: Op) -> None:
     spec = OPS.get(op.name)
     if spec is None:
         raise unknown_op(op.name, op.where)
-    if unknown := op.kwargs.keys() - spec.kwargs:
+    if op.kwargs and (unknown := op.kwargs.keys() - spec.kwargs):
         names = ", ".join(sorted(unknown))
         raise GraphError(
             f"{op.name} takes no argument {names} here{nearest(min(unknown), spec.kwargs)}", where=op.where
         )
     if not 1 <= len(op.args) <= MAX_ARGS:
         raise GraphError(f"{op.name} takes 1 to {MAX_ARGS} positional arguments, not {len(op.args)}", where=op.where)
-    _check_dtypes((*op.args, *op.kwargs.values()), op.where)
+    for arg in op.args:
+        _check_dtypes(arg, op.where)
+    for arg in op.kwargs.values():
+        _check_dtypes(arg, op.where)
     if op.name == "getitem" and len(op.args) != 2:
         raise GraphError("getitem takes a value and an index", where=op.where)
     if op.name in ("getitem", "setitem", "set_view", "item") and not isinstance(op.args[0], Ref):

@@ -1,17 +1,29 @@
-"""Nodes and operands as JSON, by two explicit tables.
+"""Nodes as JSON: each form of node once, with columns of what differs between the nodes of that form.
 
-A node is `[kind, where, ...]` with its line and its site as indices into tables. An operand that JSON spells alike
-stands as it is (null, booleans, integers, finite floats, strings, lists); everything else is an object with one key.
+A template is a node with holes, one of
+    ["op", line, name, [operand, ...], {key: operand, ...}]     ["call", line, path, [operand, ...]]
+    ["read", line, site]    ["write", line, site, in place]     ["parameter", line, path]    ["constant", line, name]
+    ["save", line, name]    ["mask", line]
+with a site as [path, port, selector, visit]. In an operand every integer is a hole (written 0), every float (0.0) and
+every reference ({"ref": 0}). A path or name is a list of texts with a number between each two, and these numbers are
+holes. The invoke of a read, write or mask and then the value of a write or save are holes that are not written. All
+else, booleans and strings among it, belongs to the form. A template's columns (`polytrace.folding`) fill its holes from
+left to right: floats are texts, and a reference counts nodes from the first one or, as {"back": column}, back from the
+node itself. `order` says, folded, the template of each node.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import repeat
 from typing import Any, NoReturn
 
-from polytrace.codec import NON_FINITE, brief, name_of_float
+from polytrace.codec import brief
 from polytrace.errors import WireError
+from polytrace.folding import fold, fold_column, size_of, unfold, unfold_column, weight_of
 from polytrace.graph import (
     Call,
     Constant,
@@ -32,173 +44,409 @@ from polytrace.graph import (
 
 MAX_DEPTH = 12  # of nested operands; the deepest that a client records is a slice in an index in a view step
 MAX_TEXT = 4096  # characters of a path, a name or a line
+MAX_CELLS = 8  # operands and parts of operands that differ between nodes of one form, for each node that is allowed
 _MAX_INT = 1 << 63
+_MAX_COUNT = 1 << 31
+_MAX_DIGITS = 9  # of a number in a path or name
 _PORTS = {port.value: port for port in Port}
+_NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
+
+Form = tuple[Hashable, ...]
+
+
+# --- writing
+
+
+class _Hole:
+    """The place of a value that differs between nodes of one form."""
+
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain  # how a template spells it
+
+
+_INT, _FLOAT, _REF = _Hole(0), _Hole(0.0), _Hole({"ref": 0})
 
 
 def encode_nodes(nodes: Sequence[Node]) -> tuple[list[Any], list[Any], list[str]]:
-    """The nodes, the sites and the lines that they name by index."""
-    sites: dict[Site, int] = {}
+    """The templates with their columns, the order, and the lines that templates name by index."""
+    forms: dict[Form, int] = {}
+    rows: list[list[list[Any]]] = []  # per form and node of that form: what stands in the holes
+    places: list[list[int]] = []  # per form: its nodes
+    order: list[int] = []
+    names = _Names()
+    for position, node in enumerate(nodes):
+        holes: list[Any] = []
+        form = _form(node, holes, names)
+        number = forms.setdefault(form, len(rows))
+        if number == len(rows):
+            rows.append([])
+            places.append([])
+        rows[number].append(holes)
+        places[number].append(position)
+        order.append(number)
     wheres: dict[str, int] = {}
-    encoded: list[Any] = []
-    for node in nodes:
-        where = wheres.setdefault(node.where, len(wheres))
-        if isinstance(node, Read):
-            encoded.append(["read", where, sites.setdefault(node.site, len(sites)), node.invoke])
-        elif isinstance(node, Write):
-            site = sites.setdefault(node.site, len(sites))
-            encoded.append(["write", where, site, node.invoke, node.value.node, node.in_place])
-        elif isinstance(node, Op):
-            kwargs = {key: encode_operand(value) for key, value in node.kwargs.items()}
-            encoded.append(["op", where, node.name, [encode_operand(arg) for arg in node.args], kwargs])
-        elif isinstance(node, Call):
-            encoded.append(["call", where, node.module, [encode_operand(arg) for arg in node.args]])
-        elif isinstance(node, Parameter):
-            encoded.append(["parameter", where, node.path])
-        elif isinstance(node, Constant):
-            encoded.append(["constant", where, node.name])
-        elif isinstance(node, Mask):
-            encoded.append(["mask", where, node.invoke])
+    templates = []
+    for form, number in forms.items():
+        kind, where, *rest = form
+        assert isinstance(where, str)
+        written = [_plain(part) for part in rest if not isinstance(part, _Hole)]
+        template = [kind, wheres.setdefault(where, len(wheres)), *written]
+        columns = zip(*rows[number], strict=True)
+        kinds = _holes_of(form)
+        templates.append([template, [_column(*pair, places[number]) for pair in zip(kinds, columns, strict=False)]])
+    return templates, fold(order), list(wheres)
+
+
+class _Names:
+    """Texts and sites of one graph, taken apart once each."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, tuple[Form, tuple[int, ...]]] = {}
+        self._sites: dict[int, tuple[Form, tuple[int, ...]]] = {}  # by the object's id: the graph keeps it
+
+    def text(self, text: str, holes: list[Any]) -> Form:
+        found = self._texts.get(text)
+        if found is None:
+            parts = _NUMBER.split(text)
+            form: list[Hashable] = ["text", parts[0]]
+            for part in parts[2::2]:
+                form += (_INT, part)
+            found = self._texts[text] = (tuple(form), tuple([int(part) for part in parts[1::2]]))
+        holes += found[1]
+        return found[0]
+
+    def site(self, site: Site, holes: list[Any]) -> Form:
+        found = self._sites.get(id(site))
+        if found is None:
+            numbers: list[Any] = []
+            path = self.text(site.module, numbers)
+            form = ("site", path, site.port.value, ("keys", *site.selector), ("keys", site.visit))
+            found = self._sites[id(site)] = (form, tuple(numbers))
+        holes += found[1]
+        return found[0]
+
+
+def _form(node: Node, holes: list[Any], names: _Names) -> Form:
+    """What nodes of one form have in common; what is left goes into `holes`."""
+    if isinstance(node, Op):
+        args = ("list", *_forms(node.args, holes))
+        return ("op", node.where, node.name, args, ("dict", *node.kwargs, *_forms(node.kwargs.values(), holes)))
+    if isinstance(node, Read):
+        site = names.site(node.site, holes)
+        holes.append(node.invoke)
+        return ("read", node.where, site, _INT)
+    if isinstance(node, Write):
+        site = names.site(node.site, holes)
+        holes += (node.invoke, node.value.node)
+        return ("write", node.where, site, node.in_place, _INT, _REF)
+    if isinstance(node, Save):
+        name = names.text(node.name, holes)
+        holes.append(node.value.node)
+        return ("save", node.where, name, _REF)
+    if isinstance(node, Call):
+        module = names.text(node.module, holes)
+        return ("call", node.where, module, ("list", *_forms(node.args, holes)))
+    if isinstance(node, Mask):
+        holes.append(node.invoke)
+        return ("mask", node.where, _INT)
+    if isinstance(node, Constant):
+        return ("constant", node.where, names.text(node.name, holes))
+    return ("parameter", node.where, names.text(node.path, holes))
+
+
+def _forms(parts: Iterable[Operand], holes: list[Any]) -> list[Hashable]:
+    found: list[Hashable] = []
+    for part in parts:
+        if isinstance(part, Ref):
+            holes.append(part.node)
+            found.append(_REF)
+        elif part is None or isinstance(part, (bool, str)) or part is Ellipsis:
+            found.append(part)
+        elif isinstance(part, int):
+            holes.append(part)
+            found.append(_INT)
+        elif isinstance(part, float):
+            holes.append(repr(part))
+            found.append(_FLOAT)
+        elif isinstance(part, slice):
+            found.append(("slice", *_forms((part.start, part.stop, part.step), holes)))
+        elif isinstance(part, DType):
+            found.append(("dtype", part.name))
+        elif isinstance(part, tuple):
+            found.append(("tuple", *_forms(part, holes)))
         else:
-            encoded.append(["save", where, node.name, node.value.node])
-    tables = [[site.module, site.port.value, list(site.selector), site.visit] for site in sites]
-    return encoded, tables, list(wheres)
+            found.append(("list", *_forms(part, holes)))
+    return found
 
 
-def encode_operand(operand: Operand) -> Any:
-    """The operand as strict JSON."""
-    if operand is None or isinstance(operand, (bool, int, str)):
-        return operand
-    if isinstance(operand, float):
-        return operand if math.isfinite(operand) else {"float": name_of_float(operand)}
-    if isinstance(operand, Ref):
-        return {"ref": operand.node}
-    if isinstance(operand, DType):
-        return {"dtype": operand.name}
-    if isinstance(operand, slice):
-        return {"slice": [encode_operand(part) for part in (operand.start, operand.stop, operand.step)]}
-    if operand is Ellipsis:
+def _plain(form: Any) -> Any:
+    """A part of a form as a template spells it."""
+    if isinstance(form, _Hole):
+        return form.plain
+    if form is Ellipsis:
         return {"ellipsis": True}
-    if isinstance(operand, tuple):
-        return {"tuple": [encode_operand(part) for part in operand]}
-    return [encode_operand(part) for part in operand]
+    if not isinstance(form, tuple):
+        return form
+    kind, *parts = form
+    match kind:
+        case "text":
+            return [part for part in parts if isinstance(part, str)]
+        case "site":
+            path, port, selector, visit = parts
+            return [_plain(path), port, list(selector[1:]), visit[1]]
+        case "dict":
+            names = parts[: len(parts) // 2]
+            return dict(zip(names, map(_plain, parts[len(names) :]), strict=True))
+        case "list":
+            return [_plain(part) for part in parts]
+        case "dtype":
+            return {"dtype": parts[0]}
+    return {kind: [_plain(part) for part in parts]}
 
 
-def decode_nodes(nodes: Any, sites: Any, wheres: Any, *, max_nodes: int) -> tuple[Node, ...]:
-    """The nodes, with every index, type and length checked. Raises WireError."""
-    for name, table in (("nodes", nodes), ("sites", sites), ("wheres", wheres)):
-        if not isinstance(table, list):
-            raise WireError(f"{name} is not a list")
-        if len(table) > max_nodes:
-            raise WireError(f"the request has {len(table)} {name}; at most {max_nodes} are taken")
+def _holes_of(form: Form) -> Iterator[_Hole]:
+    for part in form:
+        if isinstance(part, _Hole):
+            yield part
+        elif isinstance(part, tuple):
+            yield from _holes_of(part)
+
+
+def _column(kind: _Hole, values: Sequence[Any], places: Sequence[int]) -> Any:
+    if kind is _FLOAT:
+        return fold(values)
+    if kind is _INT:
+        return fold_column(values)
+    back = fold_column([place - value for place, value in zip(places, values, strict=True)])
+    if isinstance(back, int):
+        return {"back": back}
+    column = fold_column(values)
+    return column if weight_of(column) <= weight_of(back) else {"back": back}
+
+
+# --- reading
+
+
+def decode_nodes(templates: Any, order: Any, wheres: Any, *, max_nodes: int) -> tuple[Node, ...]:
+    """The nodes, with every size, index, type and length checked before memory is taken. Raises WireError."""
+    if not isinstance(templates, list) or not isinstance(wheres, list):
+        raise WireError("templates and wheres are lists")
     lines = [_text(where) for where in wheres]
-    places = [_site(plain) for plain in sites]
-    return tuple(_node(plain, places, lines, position) for position, plain in enumerate(nodes))
+    numbers = _order(order, len(templates), max_nodes)
+    places: list[list[int]] = [[] for _ in templates]
+    for position, number in enumerate(numbers):
+        places[number].append(position)
+    budget = _Budget(MAX_CELLS * max_nodes)
+    nodes: list[Any] = [None] * len(numbers)
+    for number, (entry, own) in enumerate(zip(templates, places, strict=True)):
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], list):
+            raise WireError(f"template {number} is not a node with holes and its columns")
+        if not own:
+            raise WireError(f"template {number} has no node")
+        reader = _Reader(entry[1], own, budget)
+        for place, node in zip(own, _nodes(entry[0], reader, lines), strict=True):
+            nodes[place] = node
+        reader.close()
+    return tuple(nodes)
 
 
-def decode_operand(plain: Any, depth: int = 0) -> Operand:
-    """The operand that `plain` spells. Raises WireError."""
+def _order(plain: Any, num_templates: int, max_nodes: int) -> list[int]:
+    def is_template(value: Any) -> bool:
+        return type(value) is int and 0 <= value < num_templates
+
+    size = size_of(plain, is_template, 1 << 62)
+    if size > max_nodes:
+        raise WireError(f"the request has {size} nodes; at most {max_nodes} are taken")
+    return unfold(plain, size, is_template)
+
+
+@dataclass(frozen=True, slots=True)
+class _Same:
+    """A value that all nodes of a template have."""
+
+    value: Any
+
+
+_Values = _Same | list[Any]  # of all nodes of a template, in order
+
+
+class _Budget:
+    """How many values that differ may still be made."""
+
+    def __init__(self, cells: int) -> None:
+        self._cells = self._left = cells
+
+    def take(self, cells: int) -> None:
+        self._left -= cells
+        if self._left < 0:
+            raise WireError(f"the nodes have more than {self._cells} operands that differ")
+
+
+class _Reader:
+    """The columns of one template, taken from left to right."""
+
+    def __init__(self, columns: list[Any], places: list[int], budget: _Budget) -> None:
+        self.places = places
+        self._columns = iter(columns)
+        self._budget = budget
+
+    def integers(self, low: int = 0, high: int = _MAX_COUNT) -> _Values:
+        """The next column, of integers from `low` to below `high`."""
+        return self._integers(self._next(), low, high)
+
+    def floats(self) -> _Values:
+        """The next column, of floats."""
+        self._budget.take(len(self.places))
+        return [float(text) for text in unfold(self._next(), len(self.places), _is_float)]
+
+    def refs(self) -> _Values:
+        """The next column, of nodes."""
+        plain = self._next()
+        if not (isinstance(plain, dict) and plain.keys() == {"back"}):
+            return self.each(lambda target: Ref(NodeId(target)), self._integers(plain, 0, _MAX_COUNT))
+        back = self._integers(plain["back"], -_MAX_COUNT, _MAX_COUNT)
+        steps: Iterable[int] = repeat(back.value) if isinstance(back, _Same) else back
+        self._budget.take(len(self.places))
+        return [Ref(NodeId(place - step)) for place, step in zip(self.places, steps)]  # noqa: B905  repeat has no end
+
+    def each(self, make: Callable[[Any], Any], values: _Values) -> _Values:
+        """`make` of each value."""
+        if isinstance(values, _Same):
+            return _Same(make(values.value))
+        self._budget.take(len(values))
+        return list(map(make, values))
+
+    def joined(self, make: Callable[[tuple[Any, ...]], Any], members: Sequence[_Values]) -> _Values:
+        """`make` of each node's members."""
+        if all(isinstance(member, _Same) for member in members):
+            return _Same(make(tuple([member.value for member in members if isinstance(member, _Same)])))
+        self._budget.take(len(self.places) * (1 + len(members)))
+        return list(map(make, self.rows(*members)))
+
+    def rows(self, *members: _Values) -> Iterable[tuple[Any, ...]]:
+        """Each node's members."""
+        count = len(self.places)
+        return zip(*[repeat(part.value, count) if isinstance(part, _Same) else part for part in members], strict=True)
+
+    def close(self) -> None:
+        """Raises WireError when there are more columns than holes."""
+        if next(self._columns, None) is not None:
+            raise WireError("a template has more columns than holes")
+
+    def _next(self) -> Any:
+        column = next(self._columns, None)
+        if column is None:
+            raise WireError("a template has more holes than columns")
+        return column
+
+    def _integers(self, plain: Any, low: int, high: int) -> _Values:
+        if type(plain) is not int:
+            self._budget.take(len(self.places))
+        values = unfold_column(plain, len(self.places), low, high)
+        return values if isinstance(values, list) else _Same(values)
+
+
+def _nodes(plain: Any, reader: _Reader, wheres: list[str]) -> list[Node]:
+    """The nodes of one template."""
+    if not isinstance(plain, list) or len(plain) < 2 or not isinstance(plain[0], str):
+        raise WireError("a node is a list of a kind, a line and more")
+    kind, index, *rest = plain
+    where = wheres[_index(index, len(wheres))]
+    match kind, rest:
+        case "op", [name, list(args), dict(kwargs)]:
+            op, keys = _text(name), [_text(key) for key in kwargs]
+            arguments = reader.joined(tuple, _operands(args, reader))
+            named = reader.joined(lambda own: dict(zip(keys, own, strict=True)), _operands(kwargs.values(), reader))
+            return [Op(name=op, args=own, kwargs=more, where=where) for own, more in reader.rows(arguments, named)]
+        case "read", [site]:
+            rows = reader.rows(_sites(site, reader), reader.integers())
+            return [Read(site=place, invoke=invoke, where=where) for place, invoke in rows]
+        case "write", [site, bool(in_place)]:
+            rows = reader.rows(_sites(site, reader), reader.integers(), reader.refs())
+            return [
+                Write(site=place, invoke=invoke, value=value, in_place=in_place, where=where)
+                for place, invoke, value in rows
+            ]
+        case "save", [name]:
+            rows = reader.rows(_names(name, reader), reader.refs())
+            return [Save(name=text, value=value, where=where) for text, value in rows]
+        case "call", [module, list(args)]:
+            rows = reader.rows(_names(module, reader), reader.joined(tuple, _operands(args, reader)))
+            return [Call(module=path, args=own, where=where) for path, own in rows]
+        case "mask", []:
+            return [Mask(invoke=invoke, where=where) for (invoke,) in reader.rows(reader.integers())]
+        case "constant", [name]:
+            return [Constant(name=text, where=where) for (text,) in reader.rows(_names(name, reader))]
+        case "parameter", [path]:
+            return [Parameter(path=text, where=where) for (text,) in reader.rows(_names(path, reader))]
+    raise WireError(f"{brief(kind)} with {len(rest)} parts is not a node of any kind")
+
+
+def _operands(plain: Iterable[Any], reader: _Reader, depth: int = 0) -> list[_Values]:
+    return [_operand(part, reader, depth) for part in plain]
+
+
+def _operand(plain: Any, reader: _Reader, depth: int) -> _Values:
+    """The operand that `plain` spells, for each node."""
     if depth > MAX_DEPTH:
         raise WireError(f"an operand nests deeper than {MAX_DEPTH}")
     if plain is None or isinstance(plain, bool):
-        return plain
-    if isinstance(plain, int):
-        if not -_MAX_INT <= plain < _MAX_INT:
-            raise WireError("an integer does not fit into 64 bits")
-        return plain
-    if isinstance(plain, float):
-        if not math.isfinite(plain):
-            raise WireError("a float is beyond what 64 bits hold")
-        return plain
+        return _Same(plain)
     if isinstance(plain, str):
-        return _text(plain)
+        return _Same(_text(plain))
     if isinstance(plain, list):
-        return [decode_operand(part, depth + 1) for part in plain]
+        return reader.joined(list, _operands(plain, reader, depth + 1))
+    if type(plain) in (int, float) and plain == 0:
+        return reader.floats() if isinstance(plain, float) else reader.integers(-_MAX_INT, _MAX_INT)
     if isinstance(plain, dict) and len(plain) == 1:
         ((key, value),) = plain.items()
-        if key in _OPERANDS:
-            return _OPERANDS[key](value, depth)
+        match key, value:
+            case "ref", 0:
+                return reader.refs()
+            case "dtype", str(name):
+                return _Same(DType(_text(name)))
+            case "ellipsis", True:
+                return _Same(Ellipsis)
+            case "tuple", list(parts):
+                return reader.joined(tuple, _operands(parts, reader, depth + 1))
+            case "slice", [_, _, _]:
+                return reader.joined(_slice, _operands(value, reader, depth + 1))
     raise WireError(f"{brief(plain)} is not an operand")
 
 
-def _slice(plain: Any, depth: int) -> slice:
-    if not isinstance(plain, list) or len(plain) != 3:
-        raise WireError("a slice has three parts")
-    parts = [decode_operand(part, depth + 1) for part in plain]
+def _slice(parts: tuple[Any, ...]) -> slice:
     if not all(part is None or isinstance(part, Ref) or type(part) is int for part in parts):
         raise WireError("a part of a slice is an integer, a node or null")
     return slice(*parts)
 
 
-def _tuple(plain: Any, depth: int) -> tuple[Operand, ...]:
-    if not isinstance(plain, list):
-        raise WireError("a tuple is not a list of operands")
-    return tuple(decode_operand(part, depth + 1) for part in plain)
+def _names(plain: Any, reader: _Reader) -> _Values:
+    """A path or name: texts with a number between each two."""
+    if not isinstance(plain, list) or not plain or not all(isinstance(part, str) for part in plain):
+        raise WireError("a path or name is a list of texts")
+    if sum(map(len, plain)) + _MAX_DIGITS * (len(plain) - 1) > MAX_TEXT:
+        raise WireError(f"a path or name has more than {MAX_TEXT} characters")
+    numbers = [reader.integers(0, 10**_MAX_DIGITS) for _ in plain[1:]]
+    pattern = "{}".join(part.replace("{", "{{").replace("}", "}}") for part in plain)
+    return reader.joined(lambda own: pattern.format(*own), numbers)
 
 
-def _float(plain: Any, depth: int) -> float:
-    if not isinstance(plain, str) or plain not in NON_FINITE:
-        raise WireError("a float that JSON lacks is nan, inf or -inf")
-    return NON_FINITE[plain]
-
-
-def _ellipsis(plain: Any, depth: int) -> Any:
-    if plain is not True:
-        raise WireError("an ellipsis is {ellipsis: true}")
-    return Ellipsis
-
-
-_OPERANDS: dict[str, Callable[[Any, int], Operand]] = {
-    "ref": lambda plain, depth: _ref(plain),
-    "dtype": lambda plain, depth: DType(_text(plain)),
-    "float": _float,
-    "slice": _slice,
-    "ellipsis": _ellipsis,
-    "tuple": _tuple,
-}
-
-
-def _node(plain: Any, sites: list[Site], wheres: list[str], position: int) -> Node:
-    if not isinstance(plain, list) or len(plain) < 2 or not isinstance(plain[0], str):
-        raise WireError(f"node {position} is not a list of a kind, a line and more")
-    kind, where_index, *rest = plain
-    where = wheres[_index(where_index, len(wheres))]
-    match kind, rest:
-        case "read", [site, invoke]:
-            return Read(site=sites[_index(site, len(sites))], invoke=_count(invoke), where=where)
-        case "write", [site, invoke, value, in_place]:
-            place = sites[_index(site, len(sites))]
-            return Write(site=place, invoke=_count(invoke), value=_ref(value), in_place=_boolean(in_place), where=where)
-        case "op", [name, list(args), dict(kwargs)]:
-            return Op(
-                name=_text(name),
-                args=tuple(decode_operand(arg) for arg in args),
-                kwargs={_text(key): decode_operand(value) for key, value in kwargs.items()},
-                where=where,
-            )
-        case "call", [module, list(args)]:
-            return Call(module=_text(module), args=tuple(decode_operand(arg) for arg in args), where=where)
-        case "parameter", [path]:
-            return Parameter(path=_text(path), where=where)
-        case "constant", [name]:
-            return Constant(name=_text(name), where=where)
-        case "mask", [invoke]:
-            return Mask(invoke=_count(invoke), where=where)
-        case "save", [name, value]:
-            return Save(name=_text(name), value=_ref(value), where=where)
-    raise WireError(f"node {position} is not a node of any kind: {brief(kind)}")
-
-
-def _site(plain: Any) -> Site:
+def _sites(plain: Any, reader: _Reader) -> _Values:
     match plain:
-        case [str(module), str(port), list(selector), int(visit)] if port in _PORTS and len(selector) <= 4:
+        case [path, str(port), list(selector), visit] if port in _PORTS and len(selector) <= 4:
             keys = tuple(_text(key) if isinstance(key, str) else _count(key) for key in selector)
-            return Site(module=_text(module), port=_PORTS[port], selector=keys, visit=_count(visit))
+            side, number = _PORTS[port], _count(visit)
+            made = cache(lambda module: Site(module=module, port=side, selector=keys, visit=number))
+            return reader.each(made, _names(path, reader))
     raise WireError(f"{brief(plain)} is not a site")
 
 
-def _ref(plain: Any) -> Ref:
-    return Ref(NodeId(_count(plain)))
+def _is_float(text: Any) -> bool:
+    """Whether a text is a float as Python writes it."""
+    try:
+        return isinstance(text, str) and repr(float(text)) == text
+    except ValueError:
+        return False
 
 
 def _index(plain: Any, length: int) -> int:
@@ -208,14 +456,8 @@ def _index(plain: Any, length: int) -> int:
 
 
 def _count(plain: Any) -> int:
-    if type(plain) is not int or not 0 <= plain < 1 << 31:
+    if type(plain) is not int or not 0 <= plain < _MAX_COUNT:
         _refuse(plain, "an integer from 0 to 2**31 - 1")
-    return plain
-
-
-def _boolean(plain: Any) -> bool:
-    if not isinstance(plain, bool):
-        _refuse(plain, "true or false")
     return plain
 
 

@@ -5,9 +5,10 @@ graph is JSON in the header's metadata; a result's saves are its tensors and its
 layout and every check of it: sizes and offsets are compared with the buffer before memory is taken, and decoding raises
 `WireError` or `GraphError`, whatever the bytes are. Knows nothing of models, and of files only that they are buffers.
 
-Version "1" of a request: {"seed", "sharing", "invokes": [[[id, ...], ...], ...], "sites": [[module, port, selector,
-visit], ...], "wheres": ["file:line", ...], "nodes": [[kind, where, ...], ...]}, where nodes name sites and lines by
-their index.
+Version "2" of a request: {"seed", "sharing", "prompts": [[id, ...], ...], "invokes": [sizes, places], "wheres":
+["file:line", ...], "templates": [[node with holes, [column, ...]], ...], "order": templates of nodes}. What repeats
+stands once: each prompt (invokes have `sizes` prompts each, named by their places in the list), and each form of node
+(`polytrace.nodes`).
 """
 
 from __future__ import annotations
@@ -15,21 +16,26 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import islice
 from typing import Any, Protocol
 
 from polytrace.certificate import Fired, Receipt
 from polytrace.codec import brief, from_json, to_json
+from polytrace.collector import young_only
 from polytrace.errors import WireError
+from polytrace.folding import fold, fold_column, size_of, unfold, unfold_column
 from polytrace.grammar import check_graph
 from polytrace.graph import Graph, Invoke, Options, Read, Request, Sharing, Write
 from polytrace.nodes import decode_nodes, encode_nodes
 from polytrace.tensors import DTYPES, NAME_OF_CODE, RawTensor, itemsize, num_bytes
 
-VERSION = "1"
-MAX_HEADER_BYTES = 16 << 20
-MAX_NODES = 100_000
+REQUEST_VERSION = "2"
+RESULT_VERSION = "1"
+MAX_HEADER_BYTES = 32 << 20
+MAX_NODES = 1_000_000
 MAX_DIMS = 32
 MAX_TOKEN = 1 << 31
 _PREFIX = struct.Struct("<Q")
@@ -56,14 +62,16 @@ class Slot(Protocol):
 
 def encode_request(request: Request) -> list[bytes | memoryview]:
     """The file as parts to be written one after another; the constants are borrowed, not copied."""
-    nodes, sites, wheres = encode_nodes(request.graph.nodes)
+    prompts, invokes = _encode_invokes(request.invokes)
+    templates, order, wheres = encode_nodes(request.graph.nodes)
     body = {
         "seed": request.options.seed,
         "sharing": request.options.sharing.value,
-        "invokes": [invoke.sequences for invoke in request.invokes],
-        "sites": sites,
+        "prompts": prompts,
+        "invokes": invokes,
         "wheres": wheres,
-        "nodes": nodes,
+        "templates": templates,
+        "order": order,
     }
     # the widest elements first, so that every tensor begins at a multiple of its element size
     names = sorted(request.constants, key=lambda name: (-itemsize(request.constants[name].dtype), name))
@@ -73,7 +81,7 @@ def encode_request(request: Request) -> list[bytes | memoryview]:
         tensor = request.constants[name]
         tensors[name] = _entry(tensor.dtype, tensor.shape, offset)
         offset += num_bytes(tensor.dtype, tensor.shape)
-    header = _header({"polytrace": VERSION, "request": _dumps(body)}, tensors)
+    header = _header({"polytrace": REQUEST_VERSION, "request": _dumps(body)}, tensors)
     return [header, *(request.constants[name].data for name in names)]
 
 
@@ -84,22 +92,8 @@ def decode_request(
 
     Raises WireError when the bytes are not a request of this version, GraphError when its graph is not well formed.
     """
-    body, constants = _decode(buffer, "request", max_header_bytes)
-    fields = {"seed", "sharing", "invokes", "sites", "wheres", "nodes"}
-    if not isinstance(body, dict) or body.keys() != fields:
-        raise WireError(f"a request has exactly the fields {', '.join(sorted(fields))}")
-    seed, sharing = body["seed"], body["sharing"]
-    if not _is_count(seed, 1 << 63):
-        raise WireError("the seed is not an integer from 0 to 2**63 - 1")
-    if not isinstance(sharing, str) or sharing not in {member.value for member in Sharing}:
-        raise WireError(f"sharing is one of {', '.join(member.value for member in Sharing)}")
-    invokes = _invokes(body["invokes"])
-    nodes = decode_nodes(body["nodes"], body["sites"], body["wheres"], max_nodes=max_nodes)
-    graph = Graph(nodes=nodes)
-    check_graph(graph, num_invokes=len(invokes), constants=constants)
-    return Request(
-        graph=graph, invokes=invokes, constants=constants, options=Options(seed=seed, sharing=Sharing(sharing))
-    )
+    with young_only:
+        return _request(*_decode(buffer, "request", REQUEST_VERSION, max_header_bytes), max_nodes)
 
 
 def result_room(saves: Iterable[Slot], graph: Graph) -> int:
@@ -110,7 +104,7 @@ def result_room(saves: Iterable[Slot], graph: Graph) -> int:
         for node in graph.nodes
         if isinstance(node, (Read, Write))
     ]
-    metadata = {"polytrace": VERSION, "result": _dumps([to_json(entry) for entry in fired])}
+    metadata = {"polytrace": RESULT_VERSION, "result": _dumps([to_json(entry) for entry in fired])}
     return math.ceil((len(_header(metadata, tensors)) + _RECEIPT_BYTES) / 64) * 64
 
 
@@ -122,7 +116,7 @@ def result_header(saves: Iterable[Slot], receipt: Receipt, room: int) -> bytes:
     tensors = {slot.name: _entry(slot.facts.dtype, slot.facts.shape, slot.offset) for slot in saves}
     short = replace(receipt, fired=(), notes=("the list of what fired did not fit into the result's header",))
     for candidate in (receipt, short):
-        metadata = {"polytrace": VERSION, "result": _dumps(to_json(candidate))}
+        metadata = {"polytrace": RESULT_VERSION, "result": _dumps(to_json(candidate))}
         header = _header(metadata, tensors, room)
         if len(header) == room:
             return header
@@ -133,8 +127,26 @@ def decode_result(
     buffer: bytes | bytearray | memoryview, *, max_header_bytes: int = 64 << 20
 ) -> tuple[dict[str, RawTensor], Receipt]:
     """The saved values of a result file, as views of `buffer`, and its receipt."""
-    body, tensors = _decode(buffer, "result", max_header_bytes)
+    body, tensors = _decode(buffer, "result", RESULT_VERSION, max_header_bytes)
     return tensors, from_json(Receipt, body)
+
+
+def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Request:
+    fields = {"seed", "sharing", "prompts", "invokes", "wheres", "templates", "order"}
+    if not isinstance(body, dict) or body.keys() != fields:
+        raise WireError(f"a request has exactly the fields {', '.join(sorted(fields))}")
+    seed, sharing = body["seed"], body["sharing"]
+    if not _is_count(seed, 1 << 63):
+        raise WireError("the seed is not an integer from 0 to 2**63 - 1")
+    if not isinstance(sharing, str) or sharing not in {member.value for member in Sharing}:
+        raise WireError(f"sharing is one of {', '.join(member.value for member in Sharing)}")
+    invokes = _invokes(body["prompts"], body["invokes"], max_nodes)
+    nodes = decode_nodes(body["templates"], body["order"], body["wheres"], max_nodes=max_nodes)
+    graph = Graph(nodes=nodes)
+    check_graph(graph, num_invokes=len(invokes), constants=constants)
+    return Request(
+        graph=graph, invokes=invokes, constants=constants, options=Options(seed=seed, sharing=Sharing(sharing))
+    )
 
 
 def _dumps(value: Any) -> str:
@@ -153,7 +165,7 @@ def _header(metadata: Mapping[str, str], tensors: Mapping[str, Any], room: int =
     return _PREFIX.pack(size - _PREFIX.size) + text.ljust(size - _PREFIX.size)
 
 
-def _decode(buffer: Any, kind: str, max_header_bytes: int) -> tuple[Any, dict[str, RawTensor]]:
+def _decode(buffer: Any, kind: str, spoken: str, max_header_bytes: int) -> tuple[Any, dict[str, RawTensor]]:
     """The parsed JSON of the metadata's `kind` and the tensors, as views of the buffer."""
     view = memoryview(buffer).cast("B")
     if len(view) < _PREFIX.size:
@@ -167,8 +179,8 @@ def _decode(buffer: Any, kind: str, max_header_bytes: int) -> tuple[Any, dict[st
     if not isinstance(header, dict) or not isinstance(metadata := header.pop("__metadata__", None), dict):
         raise WireError("the header has no metadata")
     version = metadata.get("polytrace")
-    if version != VERSION:
-        raise WireError(f"this {kind} is of schema version {brief(version)}; version {VERSION} is spoken here")
+    if version != spoken:
+        raise WireError(f"this {kind} is of schema version {brief(version)}; version {spoken} is spoken here")
     if not isinstance(text := metadata.get(kind), str):
         raise WireError(f"the metadata has no {kind}")
     data = view[_PREFIX.size + length :]
@@ -223,21 +235,40 @@ def _tensor(name: str, entry: Any, data: memoryview) -> RawTensor:
     return RawTensor(dtype=dtype, shape=tuple(shape), data=data[start:stop])
 
 
-def _invokes(plain: Any) -> tuple[Invoke, ...]:
-    if not isinstance(plain, list):
-        raise WireError("invokes is not a list")
-    return tuple(Invoke(sequences=_sequences(sequences, i)) for i, sequences in enumerate(plain))
+def _encode_invokes(invokes: Sequence[Invoke]) -> tuple[list[tuple[int, ...]], list[Any]]:
+    """Each prompt once, and the prompts of the invokes: how many each has, and which."""
+    prompts: dict[tuple[int, ...], int] = {}
+    places = [prompts.setdefault(sequence, len(prompts)) for invoke in invokes for sequence in invoke.sequences]
+    sizes = fold([len(invoke.sequences) for invoke in invokes])
+    return list(prompts), [sizes, fold_column(places) if places else []]
 
 
-def _sequences(plain: Any, invoke: int) -> tuple[tuple[int, ...], ...]:
+def _invokes(prompts: Any, plain: Any, limit: int) -> tuple[Invoke, ...]:
+    """The invokes; equal ones are one object. There are at most `limit` prompts in them."""
+    if not isinstance(prompts, list) or not isinstance(plain, list) or len(plain) != 2:
+        raise WireError("prompts is a list, and invokes are two columns")
+    sequences = [_sequence(prompt, number) for number, prompt in enumerate(prompts)]
+    num_invokes = size_of(plain[0], _is_positive, limit)
+    sizes = unfold(plain[0], num_invokes, _is_positive)
+    total = sum(sizes)
+    if total > limit:
+        raise WireError(f"the invokes have {total} prompts; at most {limit} are taken")
+    column = unfold_column(plain[1], total, 0, len(sequences))
+    places = iter([column] * total if isinstance(column, int) else column)
+    made = cache(lambda own: Invoke(sequences=tuple([sequences[place] for place in own])))
+    return tuple([made(tuple(islice(places, size))) for size in sizes])
+
+
+def _sequence(plain: Any, number: int) -> tuple[int, ...]:
     if not isinstance(plain, list) or not plain:
-        raise WireError(f"invoke {invoke} has no prompts")
-    for sequence in plain:
-        if not isinstance(sequence, list) or not sequence:
-            raise WireError(f"invoke {invoke} has a prompt without tokens")
-        if not all(_is_count(token, MAX_TOKEN) for token in sequence):
-            raise WireError(f"invoke {invoke} has a token that is not an integer from 0 to 2**31 - 1")
-    return tuple(tuple(sequence) for sequence in plain)
+        raise WireError(f"prompt {number} has no tokens")
+    if not (set(map(type, plain)) == {int} and min(plain) >= 0 and max(plain) < MAX_TOKEN):
+        raise WireError(f"prompt {number} has a token that is not an integer from 0 to 2**31 - 1")
+    return tuple(plain)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_count(value, 1 << 31) and value > 0
 
 
 def _is_count(value: Any, limit: int) -> bool:

@@ -3,8 +3,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,10 @@ from polytrace.graph import (
 from polytrace.tensors import DTYPES, RawTensor, num_bytes
 from polytrace.wire import decode_request, decode_result, encode_request, result_header, result_room
 
-names = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
+texts = st.text(max_size=8) | st.from_regex(r"[a-z.]{0,3}(00?|7|12)[a-z0-9.{}]{0,6}", fullmatch=True)
+names = (st.text(min_size=1, max_size=12) | st.from_regex(r"c[0-9]{1,3}", fullmatch=True)).filter(
+    lambda name: name != "__metadata__"
+)
 counts = st.integers(0, 2**31 - 1)
 scalars = st.one_of(
     st.none(),
@@ -60,7 +64,7 @@ OPERANDS: st.SearchStrategy[Any] = st.recursive(
 )
 SITES = st.builds(
     Site,
-    module=st.text(max_size=8),
+    module=texts,
     port=st.sampled_from(Port),
     selector=st.lists(st.text(max_size=4) | st.integers(0, 5), max_size=3).map(tuple),
     visit=st.integers(0, 2),
@@ -95,6 +99,12 @@ def requests(draw: st.DrawFn) -> Request:
     valued: list[Ref] = []
     leaves = ["read", "mask", "parameter", *(["constant"] if constants else [])]
     for number in range(draw(st.integers(0, 6))):
+        if nodes and draw(st.booleans()):  # the same once more, as in a loop
+            last = nodes[-1]
+            nodes.append(replace(last, name=f"again {number}") if isinstance(last, Save) else last)
+            if not isinstance(last, (Write, Save)):
+                valued.append(Ref(NodeId(number)))
+            continue
         where = draw(st.sampled_from(["experiment.py:12", "<ipython>:3", "é.py:1"]))
         invoke = draw(st.integers(0, len(invokes) - 1))
         kind = draw(st.sampled_from([*leaves, *(["write", "save", "call", "op", "sum", "getitem"] if valued else [])]))
@@ -106,7 +116,7 @@ def requests(draw: st.DrawFn) -> Request:
             case "mask":
                 node = Mask(invoke=invoke, where=where)
             case "parameter":
-                node = Parameter(path=draw(st.text(max_size=8)), where=where)
+                node = Parameter(path=draw(texts), where=where)
             case "constant":
                 node = Constant(name=draw(st.sampled_from(sorted(constants))), where=where)
             case "write":
@@ -114,7 +124,7 @@ def requests(draw: st.DrawFn) -> Request:
             case "save":
                 node = Save(name=f"save {number}", value=ref, where=where)
             case "call":
-                node = Call(module=draw(st.text(max_size=8)), args=(ref,), where=where)
+                node = Call(module=draw(texts), args=(ref,), where=where)
             case "sum":
                 node = Op(name="sum", args=(ref,), kwargs={"dim": (0, 1)}, where=where)
             case "getitem":
@@ -250,8 +260,8 @@ def test_deep_nesting_is_refused() -> None:
 
 
 def test_another_schema_version_is_named() -> None:
-    with pytest.raises(WireError, match="version '2'; version 1 is spoken here"):
-        decode_request(file_of(SMALL).replace(b'"polytrace":"1"', b'"polytrace":"2"'))
+    with pytest.raises(WireError, match="version '1'; version 2 is spoken here"):
+        decode_request(file_of(SMALL).replace(b'"polytrace":"2"', b'"polytrace":"1"'))
 
 
 def test_too_many_nodes_are_refused_with_the_number() -> None:
@@ -280,6 +290,131 @@ def test_a_graph_that_is_not_well_formed_names_the_line(node: Node, message: str
     with pytest.raises(GraphError, match=message) as caught:
         decode_request(file_of(request))
     assert caught.value.where == "a.py:9"
+
+
+def sweep(num_layers: int, num_positions: int, *, prompts: int = 1) -> Request:
+    """Every layer x position of a clean run patched into another: one invoke each."""
+    nodes: list[Node] = [
+        Read(site=Site(module=f"model.layers.{layer}", port=Port.OUTPUT), invoke=0, where="patch.py:4")
+        for layer in range(num_layers)
+    ]
+    invokes = [Invoke(sequences=(tuple(range(100, 100 + num_positions)),))]
+    for number in range(num_layers * num_positions):
+        layer, position = divmod(number, num_positions)
+        invokes.append(
+            Invoke(sequences=(tuple(range(200 + number % prompts, 200 + number % prompts + num_positions)),))
+        )
+        site, first = Site(module=f"model.layers.{layer}", port=Port.OUTPUT), len(nodes)
+        index = (slice(None), position)
+        nodes += [
+            Op(name="getitem", args=(Ref(NodeId(layer)), index), where="patch.py:8"),
+            Read(site=site, invoke=number + 1, where="patch.py:8"),
+            Op(name="setitem", args=(Ref(NodeId(first + 1)), index, Ref(NodeId(first))), where="patch.py:8"),
+            Write(site=site, invoke=number + 1, value=Ref(NodeId(first + 2)), in_place=True, where="patch.py:8"),
+            Read(site=Site(module="lm_head", port=Port.OUTPUT), invoke=number + 1, where="patch.py:9"),
+            Op(name="getitem", args=(Ref(NodeId(first + 4)), (slice(None), -1)), where="patch.py:9"),
+            Op(name="mul", args=(Ref(NodeId(first + 5)), 0.1 * (number % 7)), where="patch.py:10"),
+            Save(name=str(number), value=Ref(NodeId(first + 6)), where="patch.py:10"),
+        ]
+    return Request(graph=Graph(nodes=tuple(nodes)), invokes=tuple(invokes), constants={})
+
+
+def test_a_sweep_takes_the_room_of_its_body() -> None:
+    small, large = sweep(4, 8), sweep(32, 64)
+    assert len(file_of(small)) < 2_000
+    assert len(file_of(large)) < 3_000  # 2,048 invokes
+    assert decode_request(file_of(large)) == large
+
+
+def test_a_sweep_over_chosen_positions_takes_a_few_bytes_an_invoke() -> None:
+    whole = sweep(16, 64)
+    nodes = list(whole.graph.nodes)
+    for place in range(16, len(nodes), 8):
+        index = (slice(None), place * 7919 % 61)
+        for number, args in ((place, nodes[place].args[:1]), (place + 2, nodes[place + 2].args)):  # type: ignore[union-attr]
+            name, where = nodes[number].name, nodes[number].where  # type: ignore[union-attr]
+            nodes[number] = Op(name=name, args=(args[0], index, *args[2:]), where=where)
+    request = Request(graph=Graph(nodes=tuple(nodes)), invokes=whole.invokes, constants={})
+    assert decode_request(file_of(request)) == request
+    assert len(file_of(request)) / 1024 < 8
+
+
+def test_prompts_that_repeat_are_sent_once_and_come_back_as_one_object() -> None:
+    request = sweep(8, 64, prompts=3)
+    back = decode_request(file_of(request))
+    assert back == request
+    assert len({id(invoke) for invoke in back.invokes}) == 4
+    assert len(file_of(request)) < 4_000
+
+
+def body_of(file: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    (length,) = struct.unpack("<Q", file[:8])
+    header = json.loads(file[8 : 8 + length])
+    return header, json.loads(header["__metadata__"]["request"])
+
+
+def refusal_of(body: dict[str, Any], header: dict[str, Any], **limits: int) -> str:
+    header["__metadata__"]["request"] = json.dumps(body)
+    text = json.dumps(header).encode()
+    with pytest.raises((WireError, GraphError)) as caught:
+        decode_request(struct.pack("<Q", len(text)) + text, **limits)
+    return caught.value.message
+
+
+def test_a_few_bytes_do_not_unfold_into_more_than_the_limit() -> None:
+    header, body = body_of(file_of(sweep(4, 8)))
+    long = body | {"order": [[1 << 40, [1 << 40, 0]]]}
+    assert "more than 4611686018427387904 values" in refusal_of(long, header)
+    long = body | {"order": [[1 << 20, [1 << 20, 0]]]}
+    assert f"{1 << 40} nodes; at most 1000000" in refusal_of(long, header)
+    assert "more than 40 values" in refusal_of(body | {"invokes": [[[21, 1, 1]], 0]}, header, max_nodes=40)
+    assert "80 prompts; at most 40" in refusal_of(body | {"invokes": [[[8, 10]], 0]}, header, max_nodes=40)
+    many = [[["op", 0, "cat", [[{"ref": 0}] * 1000], {}], [{"back": [0, 1]}] * 1000]]
+    assert "more than 320 operands" in refusal_of(body | {"templates": many, "order": [[2, 0]]}, header, max_nodes=40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"order": [[0, 0]]}, "a repeat is a count"),
+        ({"order": [[3]]}, "a repeat is a count"),
+        ({"order": [7]}, "7 does not belong"),
+        ({"order": [[1, [1, [1, [1, [1, [1, 0]]]]]]]}, "repeats nest deeper"),
+        ({"order": 0}, "a folded sequence is a list"),
+        ({"order": []}, "template 0 has no node"),
+        ({"templates": [[["mask", 0]]]}, "not a node with holes and its columns"),
+        ({"templates": [[["mask", 0], []]]}, "more holes than columns"),
+        ({"templates": [[["mask", 0], [0, 0]]]}, "more columns than holes"),
+        ({"templates": [[["mask", 1], [0]]]}, "index 1 is beyond a table of 1"),
+        ({"templates": [[["mask", 0], [[0, 0]]]]}, "more than 1 values"),
+        ({"templates": [[["mask", 0], [[]]]]}, "0 values where 1 belong"),
+        ({"templates": [[["mask", 0], [-1]]]}, "-1 stands in a column of integers from 0"),
+        ({"templates": [[["mask", 0], [{"steps": [True]}]]]}, "True does not belong"),
+        ({"templates": [[["mask", 0], [{"step": [0]}]]]}, "a folded sequence is a list"),
+        ({"templates": [[["mask", 0], ["0"]]]}, "a folded sequence is a list"),
+        ({"templates": [[["wait", 0], [0]]]}, "'wait' with 0 parts is not a node"),
+        ({"templates": [[["mask"], [0]]]}, "a node is a list"),
+        ({"templates": [[["constant", 0, ["c", "", ""]], [1, 1 << 30]]]}, "stands in a column of integers"),
+        ({"templates": [[["constant", 0, []], []]]}, "a path or name is a list"),
+        ({"templates": [[["constant", 0, ["c" * 5000]], []]]}, "more than 4096 characters"),
+        ({"templates": [[["read", 0, [["m"], "side", [], 0]], [0]]]}, "is not a site"),
+        ({"templates": [[["op", 0, "exp", [1], {}], [0]]]}, "1 is not an operand"),
+        ({"templates": [[["op", 0, "exp", [0.0], {}], [["1"]]]]}, "'1' does not belong"),
+        ({"templates": [[["op", 0, "exp", [{"slice": [0, 0.0, None]}], {}], [0, ["1.0"]]]]}, "a part of a slice"),
+        ({"templates": [[["op", 0, "exp", [{"ref": 0}], {}], [{"back": 1}]]]}, "not before it"),
+        ({"prompts": [[1, True]]}, "prompt 0 has a token"),
+        ({"prompts": [[]]}, "prompt 0 has no tokens"),
+        ({"invokes": [[0], 0]}, "0 does not belong"),
+        ({"invokes": [[2], [0, 1]]}, "1 stands in a column of integers from 0 to 0"),
+    ],
+)
+def test_what_is_no_template_or_column_is_refused(changes: dict[str, Any], message: str) -> None:
+    header, body = body_of(file_of(Request(graph=Graph(nodes=(MASK,)), invokes=SMALL.invokes[:1], constants={})))
+    body["prompts"], body["invokes"] = [[1, 2]], [[1], 0]
+    assert re.search(message, refusal_of(body | changes, header))
+
+
+MASK = Mask(invoke=0, where="a.py:1")
 
 
 @dataclass(frozen=True)
