@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import TORCH_DTYPES, resolve, run_op
-from polytrace.graph import Constant, Mask, NodeId, Op, Request
+from polytrace.graph import Constant, Mask, NodeId, Op, Request, refs
 from polytrace.tensors import RawTensor
 
 _MAX_ELEMENTS = 1 << 18  # of one known value
@@ -34,9 +34,11 @@ class KnownValues:
     def note(self, node: NodeId, num_elements: int) -> None:
         """Takes in the next node, in order."""
         kind = self._request.graph.nodes[node]
-        is_pure = isinstance(kind, (Constant, Mask)) or (isinstance(kind, Op) and kind.name not in _RANDOM)
-        is_small = num_elements <= _MAX_ELEMENTS
-        self._is_known.append(is_pure and is_small and all(self._is_known[part] for part in self._needs[node]))
+        is_known = isinstance(kind, (Constant, Mask)) or (isinstance(kind, Op) and kind.name not in _RANDOM)
+        if is_known:
+            for part in self._needs[node]:
+                is_known = is_known and self._is_known[part]
+        self._is_known.append(is_known and num_elements <= _MAX_ELEMENTS)
 
     def data(self, node: NodeId) -> Tensor | None:
         """The node's value on the CPU, or None when it depends on the model, is drawn, or is large."""
@@ -64,8 +66,18 @@ class KnownValues:
         assert isinstance(node, Op)
         args = tuple([resolve(argument, self._data) for argument in node.args])
         kwargs = {key: resolve(argument, self._data) for key, argument in node.kwargs.items()}
-        value: Tensor = run_op(node.name, args, kwargs)
+        with torch.no_grad():
+            value: Tensor = run_op(node.name, args, kwargs)
         return value
+
+
+def looks_at_data(op: Op) -> bool:
+    """Whether the shape of the op's result may follow from its operands' values, not from their shapes alone."""
+    if op.name in ("getitem", "setitem", "set_view"):
+        return bool(refs(op.args[1]))
+    if op.name == "repeat_interleave":
+        return bool(refs(op.args[1:]) or refs(tuple(op.kwargs.values())))
+    return op.name == "one_hot" and len(op.args) == 1 and not op.kwargs
 
 
 def mask_of(request: Request, invoke: int) -> Tensor:

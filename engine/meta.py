@@ -141,8 +141,9 @@ def result_of(name: str, args: tuple[Frozen, ...], kwargs: tuple[tuple[str, Froz
     ):
         args, kwargs = (args[0], *[_scalar(part) for part in args[1:]]), tuple([(k, _scalar(v)) for k, v in kwargs])
     thawed = tuple([thaw(argument) for argument in args])
-    value = meta_of(run_op(name, thawed, {key: thaw(argument) for key, argument in kwargs}))
-    _rehearse(name, args, kwargs, value)
+    with torch.no_grad():
+        value = meta_of(run_op(name, thawed, {key: thaw(argument) for key, argument in kwargs}))
+        _rehearse(name, args, kwargs, value)
     return value
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 from engine.contractions import contracted, reduced_dims
 from engine.indexing import places
@@ -67,13 +67,25 @@ class Tokens:
     longer: Meta  # the value on a view that is one token longer
 
 
+Members: TypeAlias = tuple[Tokens | None, ...]  # of a value, or of each of several
+
+
 class TokenDimensions:
     """Token dimensions of one request's values, node by node."""
 
     def __init__(self, request: Request, needs: Sequence[tuple[NodeId, ...]]) -> None:
         self._invokes = request.invokes
         self._needs = needs  # per node, the nodes whose values it needs
-        self._found: dict[NodeId, tuple[Tokens | None, ...]] = {}  # per node and member; absent: no token dimension
+        self._found: dict[NodeId, Members] = {}  # per node and member; absent: no token dimension
+
+    def members(self, position: NodeId) -> Members | None:
+        """What was found of a node, None when it has no token dimension."""
+        return self._found.get(position)
+
+    def note(self, position: NodeId, members: Members | None) -> None:
+        """Takes over what was found of a node of the same structure."""
+        if members is not None:
+            self._found[position] = members
 
     def read(self, position: NodeId, invoke: int, view: Meta) -> None:
         """A site's view of an invoke."""
@@ -112,7 +124,7 @@ class TokenDimensions:
             columns = Columns(known=range(prompts.longest), first_full=prompts.longest - shortest)
             self._note(position, (_tokens_of(kind, {1: columns}, view),))
 
-    def _note(self, position: NodeId, members: tuple[Tokens | None, ...]) -> None:
+    def _note(self, position: NodeId, members: Members) -> None:
         if any(member is not None for member in members):
             self._found[position] = members
 
@@ -161,9 +173,7 @@ class TokenDimensions:
         known = self._columns(op)
         return Tokens(kind=kind, dims={dim: _matching(known, value.shape[dim]) for dim in grown}, longer=longer)
 
-    def _members(
-        self, op: Op, args: tuple[Any, ...], values: list[Any], value: tuple[Meta, ...]
-    ) -> tuple[Tokens | None, ...]:
+    def _members(self, op: Op, args: tuple[Any, ...], values: list[Any], value: tuple[Meta, ...]) -> Members:
         base, kind = self._base(op), self._kind(op)
         if base is None:
             return ()

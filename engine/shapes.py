@@ -6,31 +6,53 @@ own reason) and of what is too large. torch decides every shape (`engine.meta`);
 
 Invariants
 - A shape that depends on values is refused, unless the values are known at submit (`engine.known`).
+- Structure that repeats is worked out once: same op, same operands' shapes and token dimensions, same arguments. Where
+  an op may look at values it is worked out each time.
 - A value's size is checked against the limits before the next node is looked at.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Hashable, Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from engine.indexing import DependsOnValues, normalise
-from engine.known import KnownValues
+from engine.known import KnownValues, looks_at_data
 from engine.meta import MISFITS, Frozen, Meta, OneDtype, contiguous, freeze, meta_of, result_of, tensor_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
-from engine.ragged import TokenDimensions
+from engine.ragged import Members, TokenDimensions
 from engine.refusals import VALUES_HINT, check_depth, explain, title
+from polytrace.collector import young_only
 from polytrace.description import ModelDescription, Rows
 from polytrace.errors import GraphError, PolytraceError, TooLargeError
-from polytrace.graph import Call, Constant, Mask, Node, NodeId, Op, Operand, Parameter, Read, Ref, Request, Write
+from polytrace.graph import (
+    Call,
+    Constant,
+    DType,
+    Mask,
+    Node,
+    NodeId,
+    Op,
+    Operand,
+    Parameter,
+    Read,
+    Ref,
+    Request,
+    Save,
+    Write,
+)
 from polytrace.ops import OPS, Results
-from scheduling.checks import Resolved, resolve, table_of
+from scheduling.checks import ModelTable, Resolved, resolve, table_of
+from scheduling.liveness import peak_bytes
 from scheduling.plan import ValueFacts
 
 _MAX_PARTS = 4_096  # values that split, chunk or unbind may return
+
+ValueNode: TypeAlias = Read | Mask | Constant | Parameter | Call | Op
 
 
 def infer(description: ModelDescription, request: Request, meta: nn.Module) -> tuple[ValueFacts | None, ...]:
@@ -39,15 +61,20 @@ def infer(description: ModelDescription, request: Request, meta: nn.Module) -> t
     `meta` is the whole model on the meta device (`engine.loading.meta_model`). Raises GraphError where the program
     cannot be honoured and TooLargeError where it exceeds a limit, with the user's line. Takes memory for no value.
     """
-    for node in request.graph.nodes:
-        if isinstance(node, (Op, Call)):
-            check_depth(node)
-    names = resolve(request, table_of(description))
-    walk = _Walk(description, request, meta, names)
-    with torch.no_grad():
+    with young_only:
+        table = table_of(description)
+        try:
+            names = resolve(request, table)
+        except RecursionError:
+            for node in request.graph.nodes:
+                if isinstance(node, (Op, Call)):
+                    check_depth(node)
+            raise
+        walk = _Walk(table, request, meta, names)
         for position, node in enumerate(request.graph.nodes):
             walk.visit(NodeId(position), node)
-    return tuple(walk.facts)
+        walk.check_total()
+        return tuple(walk.facts)
 
 
 def warm_up() -> None:
@@ -55,34 +82,138 @@ def warm_up() -> None:
     _ = torch.empty(1, device="meta") + 1
 
 
+class _Found:
+    """What was found out about a value. Values of equal structure have one object, which stands for them in keys."""
+
+    __slots__ = ("facts", "num_bytes", "num_elements", "tokens", "value")
+
+    def __init__(self, value: Meta | tuple[Meta, ...], tokens: Members | None) -> None:
+        members = (value,) if isinstance(value, Meta) else value
+        self.value = value
+        self.tokens = tokens
+        self.facts = _facts(value) if isinstance(value, Meta) else None
+        self.num_bytes = sum(member.num_bytes for member in members)
+        self.num_elements = sum(math.prod(member.shape) for member in members)
+
+
 class _Walk:
     """One request on its way through its nodes, in the user's order."""
 
-    def __init__(
-        self,
-        description: ModelDescription,
-        request: Request,
-        meta: nn.Module,
-        names: Resolved,
-    ) -> None:
-        self.limits = description.limits
+    def __init__(self, table: ModelTable, request: Request, meta: nn.Module, names: Resolved) -> None:
+        self.limits = table.description.limits
         self.request = request
         self.meta = meta
+        self.names = names
         self.sites = names.sites
         self.needs = names.operands
-        self.parameters = {info.path: info for info in description.parameters}
+        self.parameters = table.parameters
         self.values: list[Meta | tuple[Meta, ...] | None] = []  # per node; a tuple for several values
+        self.found: list[_Found | None] = []  # per node; None for writes and saves
         self.facts: list[ValueFacts | None] = []
-        self.live_bytes = 0
         self.known = KnownValues(request, names.operands)
         self.tokens = TokenDimensions(request, names.operands)
-        self.uncounted = _compacted(request, names) if description.has_kept_rows else frozenset()
-        self.calls: dict[tuple[str, tuple[Frozen, ...]], Meta] = {}
+        self.sizes: list[int] = []  # bytes that count, per node
+        self.uncounted = _compacted(request, names) if table.description.has_kept_rows else frozenset()
+        self.structures: dict[Hashable, _Found] = {}  # by all that a value's shape follows from
+        self.plain: dict[Meta | tuple[Meta, ...], _Found] = {}  # without token dimensions, by shape
+        self.views: dict[int, tuple[int, int, int]] = {}  # of invokes, by the object's id: prompts, longest, shortest
 
     def visit(self, position: NodeId, node: Node) -> None:
         """Appends the node's value and facts."""
+        found: _Found | None = None
+        if isinstance(node, Write):
+            self._check_write(position, node)
+        elif isinstance(node, Save):
+            if not isinstance(self.values[node.value.node], Meta):
+                told = f"{node.name!r} would save several values: take one of them"
+                raise GraphError(told, where=node.where)
+        else:
+            structure = self._structure(position, node)
+            found = self.structures.get(structure) if structure is not None else None
+            if found is not None:
+                self.tokens.note(position, found.tokens)
+            else:
+                found = self._found_of(self._checked_value(position, node), self.tokens.members(position))
+                if structure is not None:
+                    self.structures[structure] = found
+            self._check_size(position, node, found)
+        self.sizes.append(found.num_bytes if found is not None and self._is_counted(position, node) else 0)
+        self.found.append(found)
+        self.values.append(found.value if found is not None else None)
+        self.facts.append(found.facts if found is not None else None)
+        self.known.note(position, found.num_elements if found is not None else 0)
+
+    def check_total(self) -> None:
+        """Raises TooLargeError where the graph would hold more at once than the limit. For the end of the walk."""
+        if sum(self.sizes) <= self.limits.max_live_bytes:
+            return
+        peak, node = peak_bytes(self.names, self.sizes)
+        if peak > self.limits.max_live_bytes:
+            raise TooLargeError(
+                f"the graph would hold values of {peak} bytes at once; the limit is {self.limits.max_live_bytes}",
+                where=self.request.graph.nodes[node].where,
+            )
+
+    def _found_of(self, value: Meta | tuple[Meta, ...], tokens: Members | None) -> _Found:
+        """One object for each value that has no token dimension."""
+        if tokens is not None:
+            return _Found(value, tokens)
+        found = self.plain.get(value)
+        if found is None:
+            found = self.plain[value] = _Found(value, None)
+        return found
+
+    def _structure(self, position: NodeId, node: ValueNode) -> Hashable:
+        """All that the node's shape and token dimensions follow from; None where values may decide."""
+        if isinstance(node, Op):
+            return None if looks_at_data(node) else ("op", node.name, *self._parts(node.args), *self._named(node))
+        if isinstance(node, Read):
+            entry = self.sites[position]
+            assert entry is not None
+            return ("read", entry[1].tail, entry[1].dtype, *self._view_of(node.invoke))
+        if isinstance(node, Mask):
+            return ("mask", *self._view_of(node.invoke))
+        if isinstance(node, Constant):
+            raw = self.request.constants[node.name]
+            return ("tensor", raw.shape, raw.dtype)
+        if isinstance(node, Parameter):
+            info = self.parameters[node.path]
+            return ("tensor", info.shape, info.dtype)
+        return ("call", node.module, *self._parts(node.args))
+
+    def _named(self, op: Op) -> tuple[Hashable, ...]:
+        return ("kwargs", *op.kwargs, *self._parts(op.kwargs.values())) if op.kwargs else ()
+
+    def _parts(self, parts: Iterable[Operand]) -> list[Hashable]:
+        """Operands with what was found in the place of references. Python says 1 == 1.0 == True, and torch does not."""
+        found: list[Hashable] = []
+        for part in parts:
+            kind = type(part)
+            if isinstance(part, Ref):
+                found.append(self.found[part.node])
+            elif kind is int or part is None or part is Ellipsis or isinstance(part, DType):
+                found.append(part)  # type: ignore[arg-type]
+            elif isinstance(part, (tuple, list)):
+                found.append((kind, *self._parts(part)))
+            elif isinstance(part, slice):
+                found.append((kind, *self._parts((part.start, part.stop, part.step))))
+            else:
+                found.append((kind, repr(part)))  # 0.0 == -0.0
+        return found
+
+    def _view_of(self, invoke: int) -> tuple[int, int, int]:
+        """How many prompts an invoke has, the tokens of the longest and of the shortest."""
+        prompts = self.request.invokes[invoke]
+        view = self.views.get(id(prompts))
+        if view is None:
+            lengths = [len(sequence) for sequence in prompts.sequences]
+            view = self.views[id(prompts)] = (len(lengths), max(lengths), min(lengths))
+        return view
+
+    def _checked_value(self, position: NodeId, node: ValueNode) -> Meta | tuple[Meta, ...]:
+        """The value, worked out; what does not fit is refused in the user's terms."""
         try:
-            value = self._value(position, node)
+            return self._value(position, node)
         except PolytraceError as error:
             if error.where is None:
                 error.where = node.where
@@ -93,20 +224,20 @@ class _Walk:
             raise GraphError(
                 explain(node, error, [self.values[part] for part in self.needs[position]]), where=node.where
             ) from None
-        self.values.append(value)
-        self.facts.append(_facts(value) if isinstance(value, Meta) else None)
-        self.known.note(position, self._count(position, node, value) if value is not None else 0)
 
-    def _value(self, position: NodeId, node: Node) -> Meta | tuple[Meta, ...] | None:
+    def _value(self, position: NodeId, node: ValueNode) -> Meta | tuple[Meta, ...]:
         if isinstance(node, Op):
+            check_depth(node)
             return self._op(position, node)
         if isinstance(node, Read):
-            shape = self._view(position, node)
+            entry = self.sites[position]
+            assert entry is not None
+            num_prompts, longest, _ = self._view_of(node.invoke)
+            shape = contiguous((num_prompts, longest, *entry[1].tail), TORCH_DTYPES[entry[1].dtype])
             self.tokens.read(position, node.invoke, shape)
             return shape
         if isinstance(node, Mask):
-            prompts = self.request.invokes[node.invoke]
-            shape = contiguous((len(prompts.sequences), prompts.longest), torch.bool)
+            shape = contiguous(self._view_of(node.invoke)[:2], torch.bool)
             self.tokens.mask(position, node.invoke, shape)
             return shape
         if isinstance(node, Constant):
@@ -115,29 +246,21 @@ class _Walk:
         if isinstance(node, Parameter):
             info = self.parameters[node.path]
             return contiguous(info.shape, TORCH_DTYPES[info.dtype])
-        if isinstance(node, Call):
-            return self._call(position, node)
-        if isinstance(node, Write):
-            self._check_write(position, node)
-        elif not isinstance(self.values[node.value.node], Meta):
-            raise GraphError(f"{node.name!r} would save several values: take one of them")
-        return None
-
-    def _view(self, position: NodeId, node: Read | Write) -> Meta:
-        """The site as the request sees it."""
-        entry = self.sites[position]
-        assert entry is not None
-        prompts, leaf = self.request.invokes[node.invoke], entry[1]
-        return contiguous((len(prompts.sequences), prompts.longest, *leaf.tail), TORCH_DTYPES[leaf.dtype])
+        check_depth(node)
+        return self._call(position, node)
 
     def _check_write(self, position: NodeId, node: Write) -> None:
-        view, value = self._view(position, node), self.values[node.value.node]
+        entry, value = self.sites[position], self.values[node.value.node]
+        assert entry is not None
         if not isinstance(value, Meta):
-            raise GraphError(f"the value written to {node.site} is several values: take one of them")
-        if value.shape != view.shape:
+            told = f"the value written to {node.site} is several values: take one of them"
+            raise GraphError(told, where=node.where)
+        num_prompts, longest, _ = self._view_of(node.invoke)
+        if value.shape != (num_prompts, longest, *entry[1].tail):
             raise GraphError(
-                f"{node.site} has shape {list(view.shape)} and the value written to it {list(value.shape)}; "
-                "a write needs the exact shape"
+                f"{node.site} has shape {[num_prompts, longest, *entry[1].tail]} and the value written to it "
+                f"{list(value.shape)}; a write needs the exact shape",
+                where=node.where,
             )
 
     def _op(self, position: NodeId, node: Op) -> Meta | tuple[Meta, ...]:
@@ -270,63 +393,49 @@ class _Walk:
             raise TooLargeError(f"{node.name} would make {parts} values; the limit is {_MAX_PARTS}")
 
     def _call(self, position: NodeId, node: Call) -> Meta:
-        frozen = tuple([freeze(argument, self.values) for argument in node.args])
-        key = (node.module, frozen)
-        value = self.calls.get(key)
-        if value is None:
-            with torch.device("meta"), OneDtype():
-                returned = self.meta.get_submodule(node.module)(*[_thawed(argument) for argument in frozen])
-            found = meta_of(returned)
-            if not isinstance(found, Meta):
-                raise GraphError(
-                    f"{node.module} returns several values; only modules that return one tensor are called"
-                )
-            value = self.calls[key] = found
+        arguments = [_thawed(freeze(argument, self.values)) for argument in node.args]
+        with torch.no_grad(), torch.device("meta"), OneDtype():
+            value = meta_of(self.meta.get_submodule(node.module)(*arguments))
+        if not isinstance(value, Meta):
+            raise GraphError(f"{node.module} returns several values; only modules that return one tensor are called")
         self.tokens.call(position, node, self.values, value)
         return value
 
-    def _count(self, position: NodeId, node: Node, value: Meta | tuple[Meta, ...]) -> int:
-        """Checks the value's size against the limits. Returns its elements."""
-        members = (value,) if isinstance(value, Meta) else value
-        num_bytes = sum(member.num_bytes for member in members)
-        num_elements = sum(math.prod(member.shape) for member in members)
-        if position in self.uncounted or (isinstance(node, Op) and node.name == "item"):
-            return num_elements
-        if num_bytes > self.limits.max_value_bytes:
-            shape = list(value.shape) if isinstance(value, Meta) else [list(member.shape) for member in members[:3]]
-            raise TooLargeError(
-                f"{title(node)} would make a value of {num_bytes} bytes ({shape}); the limit is "
-                f"{self.limits.max_value_bytes}",
-                where=node.where,
-            )
-        self.live_bytes += num_bytes
-        if self.live_bytes > self.limits.max_live_bytes:
-            raise TooLargeError(
-                f"the values of the graph up to {title(node)} take {self.live_bytes} bytes; the limit is "
-                f"{self.limits.max_live_bytes}",
-                where=node.where,
-            )
-        return num_elements
+    def _is_counted(self, position: NodeId, node: Node) -> bool:
+        """Whether a value takes bytes of its own."""
+        is_item = isinstance(node, Op) and node.name == "item"
+        return not is_item and position not in self.uncounted
+
+    def _check_size(self, position: NodeId, node: ValueNode, found: _Found) -> None:
+        """Raises TooLargeError for a value beyond the limit."""
+        if found.num_bytes <= self.limits.max_value_bytes or not self._is_counted(position, node):
+            return
+        value = found.value
+        shape = list(value.shape) if isinstance(value, Meta) else [list(member.shape) for member in value[:3]]
+        raise TooLargeError(
+            f"{title(node)} would make a value of {found.num_bytes} bytes ({shape}); the limit is "
+            f"{self.limits.max_value_bytes}",
+            where=node.where,
+        )
 
 
 def _compacted(request: Request, names: Resolved) -> frozenset[NodeId]:
     """Reads behind the head whose every use picks columns: the head runs on those only, so the picks are what costs."""
-    kept = {place for place, entry in enumerate(names.sites) if entry is not None and entry[0].rows is Rows.KEPT}
-    if not kept:
-        return frozenset()
-    users: dict[NodeId, list[Node]] = {}
-    for node, parts in zip(request.graph.nodes, names.operands, strict=True):
+    nodes = request.graph.nodes
+    picked, used = bytearray(len(nodes)), bytearray(len(nodes))  # by getitem, by anything else
+    for node, parts in zip(nodes, names.operands, strict=True):
+        marks = picked if isinstance(node, Op) and node.name == "getitem" else used
         for part in parts:
-            users.setdefault(part, []).append(node)
+            marks[part] = 1
     found: set[NodeId] = set()
-    for place, node in enumerate(request.graph.nodes):
-        position = NodeId(place)
-        is_read = isinstance(node, Read) and place in kept
+    for place, (node, entry) in enumerate(zip(nodes, names.sites, strict=True)):
+        if not picked[place] or used[place]:
+            continue
+        is_read = isinstance(node, Read) and entry is not None and entry[0].rows is Rows.KEPT
         if isinstance(node, Op) and node.name == "getitem" and isinstance(node.args[0], Ref):
             is_read = node.args[0].node in found
-        indexings = users.get(position, [])
-        if is_read and indexings and all(isinstance(user, Op) and user.name == "getitem" for user in indexings):
-            found.add(position)
+        if is_read:
+            found.add(NodeId(place))
     return frozenset(found)
 
 

@@ -81,11 +81,11 @@ class Limits:
     """What one request may be. Checked when it is submitted, before memory is taken."""
 
     max_sequence_tokens: int  # the model's context length
-    max_request_tokens: int = 16_384  # all sequences of all invokes
+    max_request_tokens: int = 4_194_304  # all sequences of all invokes
     max_request_bytes: int = 1 << 30  # the request as a file
-    max_nodes: int = 100_000
+    max_nodes: int = 1_000_000
     max_value_bytes: int = 1 << 30  # any one value of the graph
-    max_live_bytes: int = 4 << 30  # all values of the graph together
+    max_live_bytes: int = 4 << 30  # the graph's values at one site visit, those that wait for later visits included
     max_result_bytes: int = 1 << 30  # all saves together
     pass_tokens: int = 8192  # rows of one pass at its widest layer; a request with more takes several passes
 

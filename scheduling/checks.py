@@ -15,8 +15,8 @@ from polytrace.description import Leaf, ModelDescription, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import (
     Call,
-    Constant,
     Graph,
+    Invoke,
     Mask,
     NodeId,
     Op,
@@ -148,30 +148,35 @@ def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
     needed: list[tuple[NodeId, ...]] = []
     homes = [0] * len(nodes)
     sites: list[tuple[SiteInfo, Leaf] | None] = [None] * len(nodes)
-    found: dict[tuple[Site, bool], tuple[SiteInfo, Leaf]] = {}
+    found: dict[tuple[int, bool], tuple[SiteInfo, Leaf]] = {}  # by the site's id: many nodes name one object
+    has_value = bytearray(len(nodes))
     for position, node in enumerate(nodes):
         parts = operands(node)
         needed.append(parts if len(parts) < 2 else tuple(dict.fromkeys(parts)))
         for part in parts:
-            if not 0 <= part < position or isinstance(nodes[part], (Write, Save)):
+            if not 0 <= part < position or not has_value[part]:
                 raise GraphError(f"node {position} uses node {part}, which is no earlier value", where=node.where)
+        has_value[position] = True
         if isinstance(node, Op):
             if node.name not in OPS:
                 raise GraphError(f"there is no operation {node.name}{_nearest(node.name, OPS)}", where=node.where)
         elif isinstance(node, (Read, Write)):
-            key = (node.site, isinstance(node, Write))
+            key = (id(node.site), isinstance(node, Write))
             entry = found.get(key)
             if entry is None:
                 entry = found[key] = _allowed_site(node, table)
             sites[position] = entry
+            has_value[position] = not key[1]
             _check_invoke(node.invoke, request, node.where)
+        elif isinstance(node, Save):
+            has_value[position] = False
         elif isinstance(node, Call):
             homes[position] = table.call_stage(node)
         elif isinstance(node, Parameter):
             homes[position] = table.parameter_stage(node)
         elif isinstance(node, Mask):
             _check_invoke(node.invoke, request, node.where)
-        elif isinstance(node, Constant) and node.name not in request.constants:
+        elif node.name not in request.constants:
             raise GraphError(f"the request brings no constant {node.name}", where=node.where)
     return Resolved(operands=needed, sites=sites, homes=homes)
 
@@ -192,24 +197,31 @@ def _check_invoke(invoke: int, request: Request, where: str) -> None:
 
 
 def _check_prompts(request: Request, description: ModelDescription) -> None:
-    limits = description.limits
+    tokens: dict[int, int] = {}  # of invokes that were looked at, by the object's id: many invokes may be one object
+    total = 0
     for index, invoke in enumerate(request.invokes):
-        if not invoke.sequences:
-            raise GraphError(f"invoke {index} has no prompt")
-        for prompt, sequence in enumerate(invoke.sequences):
-            place = f"prompt {prompt} of invoke {index}"
-            if not sequence:
-                raise GraphError(f"{place} has no tokens")
-            if len(sequence) > limits.max_sequence_tokens:
-                raise TooLargeError(
-                    f"{place} has {len(sequence)} tokens; the model's context takes {limits.max_sequence_tokens}"
-                )
-            if not (min(sequence) >= 0 and max(sequence) < description.vocab_size):
-                wrong = next(token for token in sequence if not 0 <= token < description.vocab_size)
-                raise GraphError(f"{place} has the token id {wrong}; ids are 0-{description.vocab_size - 1}")
-    tokens = sum(invoke.num_tokens for invoke in request.invokes)
-    if tokens > limits.max_request_tokens:
-        raise TooLargeError(f"all prompts have {tokens} tokens together; the limit is {limits.max_request_tokens}")
+        if id(invoke) not in tokens:
+            _check_invoke_prompts(index, invoke, description)
+            tokens[id(invoke)] = invoke.num_tokens
+        total += tokens[id(invoke)]
+    limit = description.limits.max_request_tokens
+    if total > limit:
+        raise TooLargeError(f"all prompts have {total} tokens together; the limit is {limit}")
+
+
+def _check_invoke_prompts(index: int, invoke: Invoke, description: ModelDescription) -> None:
+    limit = description.limits.max_sequence_tokens
+    if not invoke.sequences:
+        raise GraphError(f"invoke {index} has no prompt")
+    for prompt, sequence in enumerate(invoke.sequences):
+        place = f"prompt {prompt} of invoke {index}"
+        if not sequence:
+            raise GraphError(f"{place} has no tokens")
+        if len(sequence) > limit:
+            raise TooLargeError(f"{place} has {len(sequence)} tokens; the model's context takes {limit}")
+        if not (min(sequence) >= 0 and max(sequence) < description.vocab_size):
+            wrong = next(token for token in sequence if not 0 <= token < description.vocab_size)
+            raise GraphError(f"{place} has the token id {wrong}; ids are 0-{description.vocab_size - 1}")
 
 
 def _check_saves(graph: Graph) -> None:

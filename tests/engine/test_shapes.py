@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from engine.meta import result_of
 from engine.ops import DTYPE_NAMES, resolve, run_op
 from engine.shapes import infer
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
@@ -140,6 +141,9 @@ class Program:
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> Ref:
         return self.add(Op(name=name, args=args, kwargs=kwargs, where=self.where))
+
+    def call(self, path: str, *args: Any) -> Ref:
+        return self.add(Call(module=path, args=args, where=self.where))
 
     def constant(self, value: Tensor) -> Ref:
         name = f"constant{len(self.constants)}"
@@ -300,6 +304,7 @@ TEMPLATES: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")  # of a single number; the run warns as torch does
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_inferred_shapes_and_dtypes_are_those_of_the_run(data: st.DataObject, meta: TinyModel) -> None:
@@ -549,16 +554,35 @@ def test_what_is_too_large_is_refused_and_takes_no_memory(meta: TinyModel) -> No
     assert "limit" in program.refusal(meta)
 
 
-def test_values_are_summed_against_the_limit(meta: TinyModel) -> None:
+def test_a_value_is_held_against_its_limit(meta: TinyModel) -> None:
     program = Program()
     hidden = program.read()
-    program.op("add", hidden, 1)
-    program.facts(meta, max_live_bytes=2 * 5 * D * 4)
-    program.op("add", hidden, 2)
-    assert "take 480 bytes" in program.refusal(meta, max_live_bytes=2 * 5 * D * 4)
     assert program.facts(meta, max_value_bytes=5 * D * 4)
     program.op("cat", (hidden, hidden))
     assert "320 bytes" in program.refusal(meta, max_value_bytes=5 * D * 4)
+
+
+def test_values_that_are_there_at_once_are_summed_against_the_limit(meta: TinyModel) -> None:
+    program = Program()
+    hidden = program.read()
+    program.op("add", hidden, 1)
+    program.op("add", hidden, 2)
+    assert program.facts(meta, max_live_bytes=3 * 5 * D * 4)
+    with pytest.raises(TooLargeError, match="values of 480 bytes at once; the limit is 479") as caught:
+        program.facts(meta, max_live_bytes=3 * 5 * D * 4 - 1)
+    assert caught.value.where == "user.py:0"
+
+
+def test_values_of_other_layers_are_not_summed(meta: TinyModel) -> None:
+    layer = 5 * D * 4
+    program = Program()
+    for site in (LAYER, Site(module="model.layers.1", port=Port.OUTPUT)):
+        program.op("mul", program.read(site), 2.0)
+    assert program.facts(meta, max_live_bytes=2 * layer)
+    program.op("add", Ref(NodeId(1)), Ref(NodeId(3)))  # the first product waits for the second
+    assert program.facts(meta, max_live_bytes=4 * layer)
+    with pytest.raises(TooLargeError, match="640 bytes at once"):
+        program.facts(meta, max_live_bytes=4 * layer - 1)
 
 
 def test_logits_cost_what_is_picked_of_them(meta: TinyModel) -> None:
@@ -586,6 +610,63 @@ def test_a_thousand_nodes_take_milliseconds(meta: TinyModel) -> None:
     infer(description(), request, meta)
     seconds = min(timed(request, meta) for _ in range(3))
     assert seconds < 0.5  # 0.02 on an idle core
+
+
+def test_structure_that_repeats_is_worked_out_once(meta: TinyModel) -> None:
+    """A sweep over invokes costs what one of them does, and some bookkeeping."""
+
+    def sweep(num_invokes: int) -> Request:
+        program = Program(*[(5,)] * num_invokes)
+        for invoke in range(num_invokes):
+            part = program.op("getitem", program.read(invoke=invoke), (slice(None), invoke % 5))
+            program.op("softmax", program.call("lm_head", part), -1)
+        return program.request()
+
+    calls: list[Any] = []
+    handle = meta.lm_head.register_forward_hook(lambda *call: calls.append(call))
+    result_of.cache_clear()
+    infer(description(), sweep(200), meta)
+    handle.remove()
+    assert len(calls) == 1  # five positions, one shape
+    assert result_of.cache_info().misses == 6
+
+
+def test_equal_structure_over_other_data_is_looked_at_again(meta: TinyModel) -> None:
+    program = Program((5,), (5,))
+    found = []
+    for invoke, count in ((0, 2), (1, 4)):
+        hidden = program.read(invoke=invoke)
+        mask = program.constant(torch.arange(5) < count)
+        repeats = program.constant(torch.full((5,), count))
+        found += [
+            program.op("getitem", hidden, (slice(None), mask)),
+            program.op("getitem", mask, mask),
+            program.op("getitem", hidden, (slice(None), slice(program.constant(torch.tensor(count)), None))),
+            program.op("repeat_interleave", hidden, repeats, dim=1),
+            program.op("one_hot", repeats),
+        ]
+    facts = program.facts(meta)
+    shapes = [known.shape for ref in found if (known := facts[ref.node]) is not None]
+    assert shapes[:5] == [(1, 2, D), (2,), (1, 3, D), (1, 10, D), (5, 3)]
+    assert shapes[5:] == [(1, 4, D), (4,), (1, 1, D), (1, 20, D), (5, 5)]
+
+
+def test_arguments_that_python_calls_equal_are_not_one_structure(meta: TinyModel) -> None:
+    program = Program()
+    whole = program.constant(torch.ones(2, 3, dtype=torch.int64))
+    found = [program.op("mul", whole, factor) for factor in (1, True, 1.0, 0.0, -0.0)]
+    found += [program.op("sum", whole, dim) for dim in (1, (1,), (0, 1))]
+    facts = program.facts(meta)
+    known = [(facts[ref.node] or ValueFacts(shape=(), dtype="", num_bytes=0)) for ref in found]
+    assert [fact.dtype for fact in known[:5]] == ["int64", "int64", "float32", "float32", "float32"]
+    assert [fact.shape for fact in known[5:]] == [(2,), (2,), ()]
+
+
+def test_equal_shapes_with_and_without_pads_are_not_one_structure(meta: TinyModel) -> None:
+    program = Program((5, 5), (5, 3))
+    program.op("mean", program.read(invoke=0), 1)
+    program.op("mean", program.read(invoke=1), 1)
+    assert "pad rows would be counted" in program.refusal(meta)
 
 
 def timed(request: Request, meta: nn.Module) -> float:
