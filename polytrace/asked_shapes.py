@@ -1,22 +1,22 @@
 """Shapes asked of the service: of everything where torch is not installed, of called modules where it is.
 
-One question answers for all nodes that a value is made of, and the answers are kept by what was asked, so a loop over
-prompts of one length asks once.
+One question answers for all nodes that a value is made of, and the answers are kept by what was asked: the structure,
+the lengths of the prompts that it reads from, the form of its constants. A loop over prompts of one length asks once.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 from polytrace.backend import Backend
 from polytrace.certificate import ValueShape
 from polytrace.errors import GraphError
-from polytrace.graph import Graph, Invoke, Node, NodeId, Request
-from polytrace.nodes import encode_nodes
+from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Read, Request
 from polytrace.recording import Recording
+from polytrace.tensors import RawTensor
 
-Answers = dict[str, tuple[ValueShape | None, ...]]
+Answers = dict[tuple[Hashable, ...], tuple[ValueShape | None, ...]]
 
 
 class AskedShapes:
@@ -51,9 +51,7 @@ class AskedShapes:
         nodes, places = self._recording.part(wanted)
         key = self._key(nodes)
         if key not in self._answers:
-            constants = self._recording.constants.tensors
-            request = Request(graph=Graph(nodes=nodes), invokes=tuple(self._invokes), constants=dict(constants))
-            self._answers[key] = self._backend.validate(request).nodes
+            self._answers[key] = self._backend.validate(self._question(nodes)).nodes
         for node, place in places.items():
             shape = self._answers[key][place]
             if shape is not None:
@@ -61,9 +59,30 @@ class AskedShapes:
         if wanted not in self._known:
             raise GraphError("the service does not say this value's shape", where=self._recording.nodes[wanted].where)
 
-    def _key(self, nodes: Sequence[Node]) -> str:
-        """What the shapes follow from: the graph without lines, the prompts' lengths, the constants' shapes."""
-        encoded, sites, _ = encode_nodes(nodes)
-        kinds = {name: (raw.dtype, raw.shape) for name, raw in self._recording.constants.tensors.items()}
-        lengths = [[len(sequence) for sequence in invoke.sequences] for invoke in self._invokes]
-        return json.dumps([[[node[0], *node[2:]] for node in encoded], sites, lengths, kinds])
+    def _question(self, nodes: Sequence[Node]) -> Request:
+        """The nodes as a request of their own, with the prompts and constants that they name and no others."""
+        places: dict[int, int] = {}  # of the invokes that are named
+        constants: dict[str, RawTensor] = {}
+        own: list[Node] = []
+        for node in nodes:
+            if isinstance(node, (Read, Mask)):
+                node = replace(node, invoke=places.setdefault(node.invoke, len(places)))
+            elif isinstance(node, Constant):
+                constants[node.name] = self._recording.constants.tensors[node.name]
+            own.append(node)
+        invokes = tuple(self._invokes[invoke] for invoke in places)
+        return Request(graph=Graph(nodes=tuple(own)), invokes=invokes, constants=constants)
+
+    def _key(self, nodes: Sequence[Node]) -> tuple[Hashable, ...]:
+        """What the shapes follow from: the nodes without lines, prompts by their lengths, constants by their form."""
+        return tuple([self._form(node) for node in nodes])
+
+    def _form(self, node: Node) -> Hashable:
+        if isinstance(node, (Read, Mask)):
+            lengths = tuple([len(sequence) for sequence in self._invokes[node.invoke].sequences])
+            return (node.site if isinstance(node, Read) else None, lengths)
+        if isinstance(node, Constant):
+            raw = self._recording.constants.tensors[node.name]
+            # what a mask or an index selects is a matter of its values
+            return (raw.dtype, raw.shape, None if "float" in raw.dtype else bytes(raw.data))
+        return repr(replace(node, where=""))

@@ -7,9 +7,6 @@ from typing import Any
 from polytrace.errors import GraphError
 from polytrace.tensors import DTYPES, RawTensor
 
-# Below this, equal contents are found by a dictionary of them; above, only the same object is.
-_SMALL_BYTES = 1 << 20
-
 
 class Constants:
     """A request's constants while it is recorded."""
@@ -24,13 +21,10 @@ class Constants:
         version = getattr(value, "_version", None)
         if version is not None and (id(value), version) in self._by_object:
             return self._by_object[id(value), version][1]
-        dtype, shape, data = _content(value, where)
-        if len(data) > _SMALL_BYTES:
-            name = self._new(dtype, shape, data)
-        else:
-            key = (dtype, shape, data)
-            name = self._by_content[key] if key in self._by_content else self._new(dtype, shape, data)
-            self._by_content[key] = name
+        key = _content(value, where)
+        name = self._by_content.get(key)
+        if name is None:
+            name = self._by_content[key] = self._new(*key)
         if version is not None:
             self._by_object[id(value), version] = (value, name)
         return name

@@ -11,7 +11,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import EllipsisType
@@ -37,6 +37,9 @@ class Site:
     port: Port
     selector: tuple[int | str, ...] = ()  # way into a tuple, dict or ModelOutput; () is the value itself
     visit: int = 0  # which call of the module within one forward
+
+    def __hash__(self) -> int:  # of what tells sites apart; the two ports of a module may collide
+        return hash((self.module, self.selector, self.visit))
 
     def __str__(self) -> str:
         path = f"{self.module}.{self.port.value}" if self.module else self.port.value
@@ -196,24 +199,38 @@ class Request:
     options: Options = field(default_factory=Options)
 
 
-def refs(operand: Operand) -> Iterator[NodeId]:
+def refs(operand: Operand) -> list[NodeId]:
     """The nodes an operand refers to, in the order they stand."""
-    if isinstance(operand, Ref):
-        yield operand.node
-    elif isinstance(operand, (tuple, list)):
-        for part in operand:
-            yield from refs(part)
-    elif isinstance(operand, slice):
-        for part in (operand.start, operand.stop, operand.step):
-            yield from refs(part)
+    found: list[NodeId] = []
+    _collect((operand,), found)
+    return found
 
 
 def operands(node: Node) -> tuple[NodeId, ...]:
     """The nodes whose values a node needs, in the order they stand."""
     if isinstance(node, (Write, Save)):
         return (node.value.node,)
-    if isinstance(node, Op):
-        return (*refs(node.args), *refs(tuple(node.kwargs.values())))
-    if isinstance(node, Call):
-        return tuple(refs(node.args))
+    if isinstance(node, (Op, Call)):
+        found: list[NodeId] = []
+        _collect(node.args, found)
+        if isinstance(node, Op) and node.kwargs:
+            _collect(node.kwargs.values(), found)
+        return tuple(found)
     return ()
+
+
+_LEAVES = frozenset({type(None), type(Ellipsis), bool, int, float, str, DType})  # operands that refer to nothing
+
+
+def _collect(parts: Iterable[Operand], found: list[NodeId]) -> None:
+    """Appends the nodes that operands refer to."""
+    for part in parts:
+        if type(part) in _LEAVES:
+            continue
+        if isinstance(part, Ref):
+            found.append(part.node)
+        elif isinstance(part, slice):
+            if not (part.start is None and part.stop is None and part.step is None):
+                _collect((part.start, part.stop, part.step), found)
+        elif isinstance(part, (tuple, list)):
+            _collect(part, found)

@@ -11,8 +11,10 @@ _PYTHON_DTYPES: dict[type, str] = {float: "float64", int: "int64", bool: "bool"}
 
 def is_basic(index: Operand) -> bool:
     """Whether an index only selects and slices, so that the result is a true view."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is Ellipsis or isinstance(part, slice) or type(part) is int for part in parts)
+    for part in index if isinstance(index, tuple) else (index,):
+        if not (type(part) is int or isinstance(part, slice) or part is None or part is Ellipsis):
+            return False
+    return True
 
 
 def first_int(index: Any) -> int | None:

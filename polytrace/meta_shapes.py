@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polytrace.certificate import ValueShape
+from polytrace.derived import Derived
 from polytrace.errors import GraphError, PolytraceError
 from polytrace.graph import Call, Constant, DType, Node, NodeId, Op, Operand, Ref, operands
 from polytrace.ops import OPS
@@ -27,30 +28,15 @@ class MetaShapes:
         self._recording = recording
         self._leaf = leaf  # what the model's description says of a node
         self._ask = ask  # what only the service knows: the shapes of called modules
-        self._metas: dict[NodeId, Any] = {}
+        self._metas = Derived(self._parts, self._make)
 
     def of(self, node: NodeId) -> ValueShape:
         """Raises GraphError with the user's line when the op does not fit its operands."""
         leaf = self._leaf(self._recording.nodes[node])
         if leaf is not None:
             return leaf
-        meta = self._meta(node)
+        meta = self._metas.of(node)
         return ValueShape(shape=tuple(meta.shape), dtype=_NAMES[meta.dtype])
-
-    def _meta(self, wanted: NodeId) -> Any:
-        """Depth first without recursion: graphs are longer than Python's stack is deep."""
-        waiting = [wanted]
-        while waiting:
-            node = waiting[-1]
-            if node in self._metas:
-                waiting.pop()
-                continue
-            missing = [part for part in self._parts(node) if part not in self._metas]
-            if missing:
-                waiting += missing
-                continue
-            self._metas[node] = self._make(node)
-        return self._metas[wanted]
 
     def _parts(self, node: NodeId) -> tuple[NodeId, ...]:
         made = self._recording.nodes[node]
@@ -106,7 +92,7 @@ class MetaShapes:
                 raw = self._recording.constants.tensors[made.name]
                 if raw.dtype == "bool" and raw.data.nbytes:
                     return torch.frombuffer(bytearray(raw.data), dtype=torch.bool).reshape(raw.shape)
-            return self._metas[operand.node]
+            return self._metas.known[operand.node]
         if isinstance(operand, DType):
             return TORCH_DTYPES[operand.name]
         if isinstance(operand, tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,7 @@ from polytrace.lines import user_line
 from polytrace.modules import Module
 from polytrace.tokenizer import load_tokenizer
 from polytrace.tracing import Tracer, open_trace
-from polytrace.tree import NoSuchNameError, Table, index_description
+from polytrace.tree import NoSuchNameError, Table, index_description, join
 
 
 class Config(dict[str, Any]):
@@ -38,27 +39,24 @@ class Config(dict[str, Any]):
 class Model(Module):
     """The root module, and what belongs to the model as a whole. Threads may share it; each has its own open trace."""
 
-    __slots__ = ("_config", "_index", "_tokenizer", "answers", "backend", "description")
-
-    def __init__(self, backend: Backend) -> None:
-        description = backend.describe()
-        super().__init__(self, "")
-        for name, value in (
-            ("backend", backend),
-            ("description", description),
-            ("answers", {}),  # shapes that the service told, by what was asked
-            ("_index", index_description(description)),
-            ("_config", Config(description.config)),
-            ("_tokenizer", []),
-        ):
-            object.__setattr__(self, name, value)
-
     backend: Backend
     description: ModelDescription
     answers: Answers
     _index: Table
     _config: Config
     _tokenizer: list[Any]  # empty until somebody asks
+
+    def __init__(self, backend: Backend) -> None:
+        description = backend.describe()
+        super().__init__(self, "")
+        self.__dict__.update(
+            backend=backend,
+            description=description,
+            answers={},  # shapes that the service told, by what was asked
+            _index=index_description(description),
+            _config=Config(description.config),
+            _tokenizer=[],
+        )
 
     def trace(
         self, prompts: Any = None, *, seed: int = 0, sharing: str | Sharing = Sharing.TENANT, run: bool = True
@@ -95,7 +93,7 @@ class Model(Module):
         """The Hugging Face configuration, by attribute or key."""
         return self._config
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
         """What values are made of in this process."""
         return value_kind()
@@ -112,11 +110,12 @@ class Model(Module):
     ) -> None:
         self.close()
 
-    def _tracer(self, what: str) -> Tracer:
-        """The open trace on this model, for `what` to be used in."""
+    def _tracer(self, what: str, path: str, name: str = "") -> Tracer:
+        """The open trace on this model, for `what` at a path to be used in."""
         tracer = open_trace()
         if tracer is None:
-            raise GraphError(f"{what} exists inside a trace: `with model.trace(prompt):`", where=user_line())
+            used = what + (join(path, name) if name else path)
+            raise GraphError(f"{used} exists inside a trace: `with model.trace(prompt):`", where=user_line())
         if tracer.model is not self:
             raise GraphError(f"the open trace is on another model, {tracer.model.description.name}", where=user_line())
         return tracer

@@ -6,12 +6,12 @@ A `Module` is a path; it holds no weights. What it reads and writes goes to the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from polytrace.description import ModuleInfo, SiteInfo
+from polytrace.description import ModuleInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
-from polytrace.graph import Port
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.ports import OpenPort
@@ -22,25 +22,23 @@ if TYPE_CHECKING:
 
 
 class Module:
-    """One module of the model."""
+    """One module of the model. Its children are made when they are first asked for, and kept."""
 
-    __slots__ = ("_model", "_path")
     _model: Model
     _path: str
 
     def __init__(self, model: Model, path: str) -> None:
-        object.__setattr__(self, "_model", model)
-        object.__setattr__(self, "_path", path)
+        self.__dict__.update(_model=model, _path=path)
 
     @property
     def output(self) -> Any:
         """What the module returned: a recorded value, or its members for tuples, dicts and ModelOutputs."""
-        return self._port(Port.OUTPUT).read()
+        return self._port("output").read()
 
     @property
     def input(self) -> Any:
         """The first argument that the module was called with."""
-        return self._port(Port.INPUT).read()
+        return self._port("input").read()
 
     def get_submodule(self, path: str) -> Module:
         """A module by its dotted path from here, also where its name is one of ours (`output`)."""
@@ -53,9 +51,10 @@ class Module:
             raise AttributeError(name)
         table, path = self._table, self._path
         if name in table.children.get(path, ()):
-            return Module(self._model, join(path, name))
+            child = self.__dict__[name] = Module(self._model, join(path, name))
+            return child
         if name in table.own_parameters.get(path, ()):
-            tracer = self._model._tracer(f"the parameter {join(path, name)}")
+            tracer = self._model._tracer("the parameter ", path, name)
             return tracer.wrap(tracer.recording.parameter(join(path, name)))
         known = [*table.children.get(path, ()), *table.own_parameters.get(path, ()), "output", "input"]
         close = nearest(name, known) or f"; it has {', '.join(known)}"
@@ -65,7 +64,7 @@ class Module:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("output", "input"):
-            self._port(Port(name)).write(value)
+            self._port(name).write(value)
             return
         raise GraphError(
             f"{join(self._path, name)} cannot be set: a trace changes what modules receive and return "
@@ -74,27 +73,27 @@ class Module:
         )
 
     def __getitem__(self, index: int | slice | str) -> Any:
-        names = self._table.children.get(self._path, ())
+        members = self._members
         if isinstance(index, slice):
-            return [Module(self._model, join(self._path, name)) for name in names[index]]
+            return list(members[index])
         number = scalar(index)
         if isinstance(index, str) or not isinstance(number, int) or not self._is_indexed:
             raise GraphError(
                 f"{self._path or 'the model'} ({self._info.class_name}) has no [{index!r}]", where=user_line()
             )
-        if not -len(names) <= number < len(names):
+        if not -len(members) <= number < len(members):
             noun = "layers" if self._path == self._table.description.layers else f"{self._path}"
-            span = f"has {noun} 0-{len(names) - 1}" if names else f"has no {noun}"
+            span = f"has {noun} 0-{len(members) - 1}" if members else f"has no {noun}"
             raise NoSuchLayerError(f"there is no {self._path}[{number}]; this model {span}", where=user_line())
-        return Module(self._model, join(self._path, names[number]))
+        return members[number]
 
     def __iter__(self) -> Iterator[Module]:
         if not self._is_indexed:
             raise GraphError(f"{self._path or 'the model'} is not a list of modules", where=user_line())
-        return (Module(self._model, join(self._path, name)) for name in self._table.children.get(self._path, ()))
+        return iter(self._members)
 
     def __len__(self) -> int:
-        return len(self._table.children.get(self._path, ()))
+        return len(self._members)
 
     def __bool__(self) -> bool:
         return True
@@ -107,7 +106,7 @@ class Module:
             raise GraphError(f"{path} cannot be called on a value: {refusal}", where=user_line())
         if kwargs or not args:
             raise GraphError(f"{path} is called with values alone, without keywords: {path}(value)", where=user_line())
-        tracer = self._model._tracer(path)
+        tracer = self._model._tracer("", path)
         return tracer.wrap(tracer.recording.call(self._path, args))
 
     def __eq__(self, other: object) -> bool:
@@ -132,24 +131,26 @@ class Module:
     def _info(self) -> ModuleInfo:
         return self._table.modules[self._path]
 
-    @property
+    @cached_property
+    def _members(self) -> tuple[Module, ...]:
+        """Its children, in the model's order."""
+        names = self._table.children.get(self._path, ())
+        return tuple(Module(self._model, join(self._path, name)) for name in names)
+
+    @cached_property
     def _is_indexed(self) -> bool:
         """A ModuleList, or another module whose children are numbers (Sequential)."""
         names = self._table.children.get(self._path, ())
         return self._info.is_list or (bool(names) and all(name.isdigit() for name in names))
 
-    def _port(self, port: Port) -> OpenPort:
-        site = self._site(port)
-        return OpenPort(self._model._tracer(f"{join(self._path, port.value)}"), site, self._info.is_decoder_layer)
+    def _port(self, port: str) -> OpenPort:
+        table = self._table.ports.get((self._path, port)) or self._refuse_port(port)
+        return OpenPort(self._model._tracer("", self._path, port), table)
 
-    def _site(self, port: Port) -> SiteInfo:
-        found = self._table.sites.get((self._path, port))
-        if found is not None:
-            return found
+    def _refuse_port(self, port: str) -> NoReturn:
         path = self._path or "the model"
         if self._info.is_list:
-            raise GraphError(f"{path} is a list of modules: index it, as in {path}[0].{port.value}", where=user_line())
+            raise GraphError(f"{path} is a list of modules: index it, as in {path}[0].{port}", where=user_line())
         raise GraphError(
-            f"{path} has no {port.value}: this model's forward does not call it, or hands it no tensors",
-            where=user_line(),
+            f"{path} has no {port}: this model's forward does not call it, or hands it no tensors", where=user_line()
         )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from polytrace.description import Leaf, SiteInfo
 from polytrace.errors import GraphError
 from polytrace.graph import Port, Site
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.storage import is_recorded, state_of
-from polytrace.tree import NoSuchLayerError, NoSuchNameError
+from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable
 
 if TYPE_CHECKING:
     from polytrace.tracing import Tracer
@@ -22,48 +21,41 @@ Key = int | str
 class OpenPort:
     """A port of a module and the trace that reads and writes it."""
 
-    __slots__ = ("info", "is_decoder_layer", "tracer")
+    __slots__ = ("table", "tracer")
 
-    def __init__(self, tracer: Tracer, info: SiteInfo, is_decoder_layer: bool) -> None:
+    def __init__(self, tracer: Tracer, table: PortTable) -> None:
         self.tracer = tracer
-        self.info = info
-        self.is_decoder_layer = is_decoder_layer
+        self.table = table
 
     def read(self) -> Any:
         """The value of a bare tensor; the members of anything else."""
-        leaf = self.leaf(())
-        return self.read_leaf(leaf) if leaf is not None else Members(self, ())
+        return self.read_leaf(()) if () in self.table.leaves else Members(self, ())
 
     def write(self, value: Any) -> None:
         """`module.output = value`: of a tuple or dict, each of its tensors."""
-        leaf = self.leaf(())
-        if leaf is not None:
-            self.write_leaf(leaf, value)
+        if () in self.table.leaves:
+            self.write_leaf((), value)
         else:
             self.write_members((), value)
 
-    def leaf(self, selector: tuple[Key, ...]) -> Leaf | None:
-        return next((leaf for leaf in self.info.leaves if leaf.selector == selector), None)
+    def below(self, prefix: tuple[Key, ...]) -> list[tuple[Key, ...]]:
+        """The selectors of the tensors behind a selector."""
+        return [selector for selector in self.table.leaves if selector[: len(prefix)] == prefix]
 
-    def below(self, prefix: tuple[Key, ...]) -> list[Leaf]:
-        """The leaves behind a selector."""
-        return [leaf for leaf in self.info.leaves if leaf.selector[: len(prefix)] == prefix]
-
-    def read_leaf(self, leaf: Leaf) -> Any:
-        site = self.site(leaf.selector)
+    def read_leaf(self, selector: tuple[Key, ...]) -> Any:
+        site, leaf = self.table.leaves[selector]
         if leaf.read_refusal is not None:
             raise GraphError(f"{site} cannot be read: {leaf.read_refusal}", where=user_line())
-        state = self.tracer.recording.read(site, self.tracer.invoke_index(str(site)), leaf.dtype)
-        state.is_layer_output = (
-            self.is_decoder_layer and self.info.port is Port.OUTPUT and self.info.structure == "tensor"
-        )
+        state = self.tracer.recording.read(site, self.tracer.invoke_index(site), leaf.dtype)
+        info = self.table.info
+        state.is_layer_output = self.table.is_decoder_layer and info.port is Port.OUTPUT and info.structure == "tensor"
         return self.tracer.wrap(state)
 
-    def write_leaf(self, leaf: Leaf, value: Any) -> None:
-        site = self.site(leaf.selector)
+    def write_leaf(self, selector: tuple[Key, ...], value: Any) -> None:
+        site, leaf = self.table.leaves[selector]
         if leaf.write_refusal is not None:
             raise GraphError(f"{site} cannot be written: {leaf.write_refusal}", where=user_line())
-        self.tracer.recording.write_edge(site, self.tracer.invoke_index(str(site)), value)
+        self.tracer.recording.write_edge(site, self.tracer.invoke_index(site), value)
 
     def write_members(self, prefix: tuple[Key, ...], value: Any) -> None:
         """A whole tuple or dict handed back: each member that is a tensor is written, the others must be none."""
@@ -71,28 +63,31 @@ class OpenPort:
         if pairs is None and isinstance(value, (tuple, list)):
             pairs = list(enumerate(value))
         if pairs is None:
-            names = ", ".join(str(self.site(leaf.selector)) for leaf in self.below(prefix))
-            raise GraphError(f"{self.site(prefix)} is a {self.info.structure}: write one of {names}", where=user_line())
+            names = ", ".join(str(self.site(selector)) for selector in self.below(prefix))
+            structure = self.table.info.structure
+            raise GraphError(f"{self.site(prefix)} is a {structure}: write one of {names}", where=user_line())
         for key, member in pairs:
-            leaf = self.leaf((*prefix, key))
-            if leaf is not None:
-                if not self._is_unchanged(leaf, member):
-                    self.write_leaf(leaf, member)
+            selector = (*prefix, key)
+            if selector in self.table.leaves:
+                if not self._is_unchanged(selector, member):
+                    self.write_leaf(selector, member)
             elif isinstance(member, (tuple, list, dict)):
-                self.write_members((*prefix, key), member)
+                self.write_members(selector, member)
             elif member is not None and not isinstance(member, Members):
-                raise GraphError(f"{self.site((*prefix, key))} has no tensor to be written", where=user_line())
+                raise GraphError(f"{self.site(selector)} has no tensor to be written", where=user_line())
 
     def site(self, selector: tuple[Key, ...]) -> Site:
-        return Site(module=self.info.module, port=self.info.port, selector=selector, visit=self.info.visit)
+        info = self.table.info
+        return Site(module=info.module, port=info.port, selector=selector, visit=info.visit)
 
-    def _is_unchanged(self, leaf: Leaf, member: Any) -> bool:
+    def _is_unchanged(self, selector: tuple[Key, ...], member: Any) -> bool:
         """Whether a member is what was read from there: `(new, *output[1:])` writes the first only."""
         if not is_recorded(member):
             return False
         state = state_of(member)
-        place = (self.site(leaf.selector), self.tracer.invoke_index("this site"))
-        return state.storage.place == place and not state.steps and state.storage.version == 0
+        place, invoke = state.storage.place, self.tracer.invoke_index("this site")
+        is_from_here = place is not None and (place.site, place.invoke) == (self.table.leaves[selector][0], invoke)
+        return is_from_here and not state.steps and state.storage.version == 0
 
 
 class Members:
@@ -107,7 +102,7 @@ class Members:
     def keys(self) -> list[Key]:
         """Names or indices of the members that have tensors."""
         depth = len(self._prefix)
-        return list(dict.fromkeys(leaf.selector[depth] for leaf in self._port.below(self._prefix)))
+        return list(dict.fromkeys(selector[depth] for selector in self._port.below(self._prefix)))
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
@@ -141,7 +136,7 @@ class Members:
         return ["keys", *(key for key in self.keys() if isinstance(key, str))]
 
     def __repr__(self) -> str:
-        return f"<{self._port.site(self._prefix)}: {self._port.info.structure} with {self._names()}>"
+        return f"<{self._port.site(self._prefix)}: {self._port.table.info.structure} with {self._names()}>"
 
     def _positions(self) -> Sequence[Any]:
         """Every place that is known to exist; between tensors there may be others' (None, caches)."""
@@ -163,16 +158,14 @@ class Members:
 
     def _member(self, key: Key) -> Any:
         selector = (*self._prefix, key)
-        leaf = self._port.leaf(selector)
-        if leaf is not None:
-            return self._port.read_leaf(leaf)
+        if selector in self._port.table.leaves:
+            return self._port.read_leaf(selector)
         return Members(self._port, selector) if self._port.below(selector) else None
 
     def _write(self, key: Key, value: Any) -> None:
         selector = (*self._prefix, key)
-        leaf = self._port.leaf(selector)
-        if leaf is not None:
-            self._port.write_leaf(leaf, value)
+        if selector in self._port.table.leaves:
+            self._port.write_leaf(selector, value)
         else:
             self._port.write_members(selector, value)
 

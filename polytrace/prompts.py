@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Protocol
 
 from polytrace.description import ModelDescription
@@ -19,11 +19,40 @@ class Encoder(Protocol):
         """Has `.ids`, special tokens included."""
 
 
-def make_invoke(prompts: Any, description: ModelDescription, tokenizer: Encoder | None) -> Invoke:
-    """Prompts as token ids: a string, strings, ids, lists of ids, or 1-D and 2-D integer tensors and arrays.
+class PromptBook:
+    """The prompts of one trace. Prompts that stand in many invokes are worked out once, and are one object."""
 
-    Raises GraphError for anything else, TooLargeError for a prompt beyond the model's context.
-    """
+    def __init__(self, description: ModelDescription, tokenizer: Callable[[], Encoder | None]) -> None:
+        self._description = description
+        self._tokenizer = tokenizer  # asked for when the first text comes
+        self._known: dict[Hashable, Invoke] = {}
+
+    def invoke(self, prompts: Any) -> Invoke:
+        """Prompts as token ids: a string, strings, ids, lists of ids, or 1-D and 2-D integer tensors and arrays.
+
+        Raises GraphError for anything else, TooLargeError for a prompt beyond the model's context.
+        """
+        key = _key(prompts)
+        found = self._known.get(key) if key is not None else None
+        if found is None:
+            made = _make_invoke(prompts, self._description, self._tokenizer)
+            found = self._known.setdefault(made.sequences, made)
+            if key is not None:
+                self._known[key] = found
+        return found
+
+
+def _key(prompts: Any) -> Hashable:
+    """What tells prompts of the commonest kinds apart; None for the others."""
+    if isinstance(prompts, str):
+        return prompts
+    # what is equal to an int is not always an id: 1.0, True
+    if isinstance(prompts, (list, tuple)) and set(map(type, prompts)) in ({int}, {str}):
+        return tuple(prompts)
+    return None
+
+
+def _make_invoke(prompts: Any, description: ModelDescription, tokenizer: Callable[[], Encoder | None]) -> Invoke:
     where = user_line()
     sequences = tuple(_sequences(prompts, tokenizer, where))
     if not sequences:
@@ -40,7 +69,7 @@ def make_invoke(prompts: Any, description: ModelDescription, tokenizer: Encoder 
     return Invoke(sequences=sequences)
 
 
-def _sequences(prompts: Any, tokenizer: Encoder | None, where: str) -> Iterable[tuple[int, ...]]:
+def _sequences(prompts: Any, tokenizer: Callable[[], Encoder | None], where: str) -> Iterable[tuple[int, ...]]:
     if isinstance(prompts, str):
         return [_encoded(prompts, tokenizer, where)]
     if isinstance(prompts, Mapping):
@@ -55,7 +84,7 @@ def _sequences(prompts: Any, tokenizer: Encoder | None, where: str) -> Iterable[
     return [_ids(_plain(one, where), where) for one in plain]
 
 
-def _batch(batch: Mapping[str, Any], tokenizer: Encoder | None, where: str) -> list[tuple[int, ...]]:
+def _batch(batch: Mapping[str, Any], tokenizer: Callable[[], Encoder | None], where: str) -> list[tuple[int, ...]]:
     """What a Hugging Face tokenizer returns: padding is taken out by its own mask."""
     if "input_ids" not in batch:
         raise GraphError(f"a batch needs input_ids; this one has {', '.join(map(str, batch))}", where=where)
@@ -92,6 +121,8 @@ def _plain(value: Any, where: str) -> list[Any]:
 
 
 def _ids(plain: list[Any], where: str) -> tuple[int, ...]:
+    if set(map(type, plain)) == {int}:
+        return tuple(plain)
     numbers = [scalar(one) for one in plain]
     for one, number in zip(plain, numbers, strict=True):
         if not isinstance(number, int):
@@ -99,7 +130,8 @@ def _ids(plain: list[Any], where: str) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers if number is not None)
 
 
-def _encoded(text: str, tokenizer: Encoder | None, where: str) -> tuple[int, ...]:
-    if tokenizer is None:
+def _encoded(text: str, tokenizer: Callable[[], Encoder | None], where: str) -> tuple[int, ...]:
+    encoder = tokenizer()
+    if encoder is None:
         raise GraphError("this model came without a tokenizer: give token ids instead of text", where=where)
-    return tuple(tokenizer.encode(text).ids)
+    return tuple(encoder.encode(text).ids)

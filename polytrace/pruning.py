@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from polytrace.graph import Call, Node, NodeId, Op, Operand, Ref, Save, Write, operands
+from polytrace.graph import Call, Node, NodeId, Op, Operand, Ref, Save, Write, operands, refs
 
 
 def effects(nodes: Sequence[Node]) -> Iterator[NodeId]:
@@ -12,48 +12,68 @@ def effects(nodes: Sequence[Node]) -> Iterator[NodeId]:
     return (NodeId(position) for position, node in enumerate(nodes) if isinstance(node, (Write, Save)))
 
 
-def needed(nodes: Sequence[Node], wanted: Iterable[NodeId]) -> set[NodeId]:
-    """The wanted nodes and all that they need."""
-    live = set(wanted)
-    for position in range(max(live, default=-1), -1, -1):
-        if position in live:
-            live.update(operands(nodes[position]))
+def needed(nodes: Sequence[Node], wanted: Iterable[NodeId]) -> list[bool]:
+    """Per node, whether it is wanted or a node that is wanted needs it."""
+    live = [False] * len(nodes)
+    for node in wanted:
+        live[node] = True
+    for position in range(len(nodes) - 1, -1, -1):
+        if live[position]:
+            for part in operands(nodes[position]):
+                live[part] = True
     return live
 
 
-def renumber(nodes: Sequence[Node], live: set[NodeId]) -> tuple[tuple[Node, ...], dict[NodeId, NodeId]]:
-    """The live nodes alone, in order, and the new place of each."""
+def cone(nodes: Sequence[Node], wanted: NodeId) -> list[NodeId]:
+    """A node and all that it needs, in order; the other nodes are not looked at."""
+    found = {wanted}
+    waiting = [wanted]
+    while waiting:
+        fresh = [part for part in operands(nodes[waiting.pop()]) if part not in found]
+        found.update(fresh)
+        waiting += fresh
+    return sorted(found)
+
+
+def renumber(nodes: Sequence[Node], kept: Iterable[NodeId]) -> tuple[tuple[Node, ...], dict[NodeId, NodeId]]:
+    """The kept nodes alone, in order, and the new place of each; what a kept node needs is kept."""
     places: dict[NodeId, NodeId] = {}
-    kept: list[Node] = []
-    for position in sorted(live):
-        kept.append(_moved(nodes[position], places))
-        places[position] = NodeId(len(kept) - 1)
-    return tuple(kept), places
+    found: list[Node] = []
+    for position in kept:
+        place = NodeId(len(found))
+        # nothing is gone before a node that stays in its place
+        found.append(nodes[position] if place == position else _moved(nodes[position], places))
+        places[position] = place
+    return tuple(found), places
 
 
 def _moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
     """The node with operands that name their new places."""
     if isinstance(node, Op):
-        args = tuple(_move(arg, places) for arg in node.args)
+        args = tuple([_move(arg, places) for arg in node.args])
         kwargs = {key: _move(value, places) for key, value in node.kwargs.items()}
         return Op(name=node.name, args=args, kwargs=kwargs, where=node.where)
     if isinstance(node, Call):
-        return Call(module=node.module, args=tuple(_move(arg, places) for arg in node.args), where=node.where)
+        return Call(module=node.module, args=tuple([_move(arg, places) for arg in node.args]), where=node.where)
     if isinstance(node, Write):
-        value = Ref(places[node.value.node])
+        value = _move_ref(node.value, places)
         return Write(site=node.site, invoke=node.invoke, value=value, in_place=node.in_place, where=node.where)
     if isinstance(node, Save):
-        return Save(name=node.name, value=Ref(places[node.value.node]), where=node.where)
+        return Save(name=node.name, value=_move_ref(node.value, places), where=node.where)
     return node
 
 
 def _move(operand: Operand, places: Mapping[NodeId, NodeId]) -> Operand:
     if isinstance(operand, Ref):
-        return Ref(places[operand.node])
-    if isinstance(operand, tuple):
-        return tuple(_move(part, places) for part in operand)
-    if isinstance(operand, list):
-        return [_move(part, places) for part in operand]
-    if isinstance(operand, slice):
-        return slice(*(_move(part, places) for part in (operand.start, operand.stop, operand.step)))
+        return _move_ref(operand, places)
+    if isinstance(operand, (tuple, list, slice)) and refs(operand):
+        if isinstance(operand, slice):
+            return slice(*[_move(part, places) for part in (operand.start, operand.stop, operand.step)])
+        moved = [_move(part, places) for part in operand]
+        return tuple(moved) if isinstance(operand, tuple) else moved
     return operand
+
+
+def _move_ref(ref: Ref, places: Mapping[NodeId, NodeId]) -> Ref:
+    place = places[ref.node]
+    return ref if place == ref.node else Ref(place)

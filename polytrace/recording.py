@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from polytrace.certificate import ValueShape
 from polytrace.constants import Constants
+from polytrace.derived import Derived
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest, returns_several, unknown_op
@@ -32,12 +33,13 @@ from polytrace.graph import (
     Save,
     Site,
     Write,
+    refs,
 )
 from polytrace.graph import operands as node_operands
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name, is_basic, scalar
 from polytrace.ops import OPS
-from polytrace.pruning import effects, needed, renumber
+from polytrace.pruning import cone, effects, needed, renumber
 from polytrace.storage import Place, Several, State, Step, Storage, is_recorded, state_of
 from polytrace.tensors import DTYPES
 
@@ -66,10 +68,10 @@ class Recording:
         self.saved: list[tuple[State, Any, str]] = []  # with the Python object and the line of its `.save()`
         self.closed: str | None = None  # why its values cannot be used any more
         self._shared: dict[tuple[type, str | int], NodeId] = {}  # constants, parameters and masks, each once
-        self._writes: dict[Place, tuple[int, str, Storage | None]] = {}  # how many, the last line, who wrote last
+        self._places: dict[tuple[Site, int], Place] = {}
         self._edited: list[Storage] = []  # those without a place
-        self._dtypes: list[str | None] = []  # per node, as far as the nodes tell
-        self._invokes: list[int | None] = []  # per node: whose rows it has, if one's
+        self._dtypes = Derived(self._dtype_parts, self._find_dtype)  # as far as the nodes tell
+        self._invokes = Derived(self._row_parts, self._find_invoke)  # whose rows it has, if one's
 
     # what a graph begins with
 
@@ -77,10 +79,10 @@ class Recording:
         """A fresh snapshot of a site."""
         where = user_line()
         node = self._add(Read(site=site, invoke=invoke, where=where))
-        self._dtypes[node] = dtype
+        self._dtypes.known[node] = dtype
         state = self._fresh(node, where)
-        state.storage.place = (site, invoke)
-        state.storage.writes_seen = self._writes.get((site, invoke), (0, "", None))[0]
+        state.storage.place = place = self._place(site, invoke)
+        state.storage.writes_seen = place.writes
         return state
 
     def mask(self, invoke: int) -> State:
@@ -98,20 +100,20 @@ class Recording:
     def call(self, module: str, args: Sequence[Any]) -> State:
         """A module of the model called on values."""
         where = user_line()
-        operands = tuple(self.operand(arg, where) for arg in args)
+        operands = tuple([self.operand(arg, where) for arg in args])
         return self._fresh(self._add(Call(module=module, args=operands, where=where)), where)
 
     def op(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], count: int = 2) -> State | Several:
         """A call of the op table on values as the user wrote them. `count`: members of an op that returns several."""
         where = user_line()
         self.check_kwargs(name, kwargs, where)
-        operands = tuple(self.operand(arg, where) for arg in args)
+        operands = tuple([self.operand(arg, where) for arg in args])
         named = {key: self.operand(value, where) for key, value in kwargs.items()}
         call = Op(name=name, args=operands, kwargs=named, where=where)
         node = self._add(call)
         way: tuple[Step, ...] = ()
-        base = state_of(args[0]) if args and is_recorded(args[0]) else None
-        if base is not None and OPS[name].is_view and (name != "getitem" or is_basic(operands[1])):
+        base = state_of(args[0]) if OPS[name].is_view and args and is_recorded(args[0]) else None
+        if base is not None and (name != "getitem" or is_basic(operands[1])):
             way = (Step(name, operands[1:], tuple(named.items())),)
         if not returns_several(call):
             return self._view(base, way, node, where) if base and way else self._fresh(node, where)
@@ -133,19 +135,16 @@ class Recording:
 
     def alias(self, base: State) -> State:
         """Another name for the same value."""
-        return self._view(base, (), self.node_of(base), user_line())
+        return self._view(base, (), self.node_of(base), base.where)
 
     # writing
 
     def write_edge(self, site: Site, invoke: int, value: Any) -> None:
         """`site = value`."""
         where = user_line()
-        place = (site, invoke)
-        if is_recorded(value) and not state_of(value).steps:
-            # `site += v` is get, iadd, set: the iadd has written, and the set only hands the same value back
-            writer = self._writes.get(place, (0, "", None))[2]
-            if writer is not None and state_of(value).storage is writer:
-                return
+        place = self._place(site, invoke)
+        if is_recorded(value) and not state_of(value).steps and state_of(value).storage is place.writer:
+            return  # `site += v` is get, iadd, set: the iadd has written, and the set only hands the same value back
         operand = self.operand(value, where)
         if not isinstance(operand, Ref):
             raise GraphError(
@@ -154,7 +153,7 @@ class Recording:
                 where=where,
             )
         self._add(Write(site=site, invoke=invoke, value=operand, in_place=False, where=where))
-        self._note_write(place, where, None)
+        place.note(where, None)
 
     def set_item(self, base: State, index: Any, value: Any) -> None:
         """`base[index] = value`; the index Ellipsis is the whole value."""
@@ -174,8 +173,9 @@ class Recording:
         if state.steps:
             self._edit(state.storage, state.steps, Ref(new), where)
             return
-        dtype = self.dtype_of(old)
-        if state.storage.place is None or dtype is None or dtype != self.dtype_of(new):
+        self._check_fresh(state.storage, where)
+        dtype = self._dtypes.of(old)
+        if state.storage.place is None or dtype is None or dtype != self._dtypes.of(new):
             new = self._add(Op(name="setitem", args=(Ref(old), Ellipsis, Ref(new)), where=where))
         self._new_root(state.storage, new, where)
 
@@ -207,43 +207,54 @@ class Recording:
                 nodes.append(Save(name=names[node], value=Ref(node), where=where))
         live = needed(nodes, effects(nodes))
         for storage in self._edited:
-            if not any(node in live for node, _ in storage.edits):
+            if not any(live[node] for node, _ in storage.edits):
                 raise GraphError(
                     "this in-place change reaches nothing: the value is a copy, not a view of the model's tensor, "
                     "and nothing uses it. Write to the site itself (`site[...] = value`), or save the value",
                     where=storage.edits[0][1],
                 )
-        return renumber(nodes, live)[0], tuple(names[node] for node in targets)
+        kept = (NodeId(position) for position, is_live in enumerate(live) if is_live)
+        return renumber(nodes, kept)[0], tuple(names[node] for node in targets)
 
     def part(self, node: NodeId) -> tuple[tuple[Node, ...], dict[NodeId, NodeId]]:
         """A graph that saves one node's value, and the places in it of the nodes that it has."""
-        nodes = [*self.nodes[: node + 1], Save(name="0", value=Ref(node), where=self.nodes[node].where)]
-        return renumber(nodes, needed(nodes, [NodeId(len(nodes) - 1)]))
+        nodes, places = renumber(self.nodes, cone(self.nodes, node))
+        return (*nodes, Save(name="0", value=Ref(places[node]), where=self.nodes[node].where)), places
 
     # operands
 
     def operand(self, value: Any, where: str) -> Operand:
         """The operand that a Python value is: recorded values become references, tensors and arrays constants."""
-        if value is None or value is Ellipsis or type(value) in (bool, float, str, DType):
+        kind = type(value)
+        if kind in _PLAIN:
+            return value  # type: ignore[no-any-return]
+        if kind is int:
+            return self._integer(value, where)
+        if kind is tuple:
+            return tuple([self.operand(part, where) for part in value])
+        if kind is slice and value.start is None and value.stop is None and value.step is None:
             return value  # type: ignore[no-any-return]
         if is_recorded(value):
             return Ref(self._own(state_of(value), where))
         if isinstance(value, tuple):
-            return tuple(self.operand(part, where) for part in value)
+            return tuple([self.operand(part, where) for part in value])
         if isinstance(value, (list, range)):
             return [self.operand(part, where) for part in value]
         if isinstance(value, slice):
-            return slice(*(self.operand(part, where) for part in (value.start, value.stop, value.step)))
+            return slice(*[self.operand(part, where) for part in (value.start, value.stop, value.step)])
         if (number := scalar(value)) is not None:
-            if isinstance(number, int) and not -(1 << 63) <= number < 1 << 63:
-                raise GraphError(f"{number} does not fit into 64 bits", where=where)
-            return number
+            return self._integer(number, where) if isinstance(number, int) else number
         if (dtype := dtype_name(value)) is not None:
             if dtype not in DTYPES:
                 raise GraphError(f"polytrace has no dtype {dtype!r}{nearest(dtype, DTYPES)}", where=where)
             return DType(dtype)
         name = self.constants.add(value, where)
         return Ref(self._once(Constant(name=name, where=where), name))
+
+    def _integer(self, number: int, where: str) -> int:
+        if not -(1 << 63) <= number < 1 << 63:
+            raise GraphError(f"{number} does not fit into 64 bits", where=where)
+        return number
 
     def node_of(self, state: State) -> NodeId:
         """The node of a value as it is now: in-place code may have changed its storage since it was made."""
@@ -264,30 +275,49 @@ class Recording:
             if key not in OPS[name].kwargs:
                 raise GraphError(f"{name} takes no argument {key!r} here{nearest(key, OPS[name].kwargs)}", where=where)
 
-    def dtype_of(self, node: NodeId) -> str | None:
-        """A node's dtype as far as the nodes alone tell it, without asking anyone; None when they do not."""
-        return self._dtypes[node]
+    def invoke_of(self, state: State) -> int | None:
+        """The invoke whose rows a value has; None when they are nobody's, or several's."""
+        place = state.storage.place
+        return place.invoke if place is not None else self._invokes.of(state.node)
 
-    def _find_dtype(self, node: Node) -> str | None:
+    # what follows from the nodes alone, without asking anyone
+
+    def _dtype_parts(self, position: NodeId) -> Iterable[NodeId]:
+        node = self.nodes[position]
+        if not isinstance(node, Op):
+            return ()
+        if node.name in _KEEPS_DTYPE:
+            return refs(node.args[0])
+        return refs(node.args) if node.name in _AGREES_ON_DTYPE else ()
+
+    def _find_dtype(self, position: NodeId) -> str | None:
+        node = self.nodes[position]
         if isinstance(node, Constant):
             return self.constants.tensors[node.name].dtype
         if isinstance(node, Parameter):
-            return next((info.dtype for info in self.description.parameters if info.path == node.path), None)
+            return self.session.shape_of(position).dtype
         if not isinstance(node, Op) or not isinstance(node.args[0], Ref):
             return None
+        kinds = {self._dtypes.known[part] for part in self._dtype_parts(position)}
         if node.name in _KEEPS_DTYPE:
-            return self._dtypes[node.args[0].node]
+            return kinds.pop()
         if node.name in _AGREES_ON_DTYPE:
-            kinds = {self._dtypes[arg.node] for arg in node.args if isinstance(arg, Ref)}
             is_plain = all(isinstance(arg, (Ref, bool, int, float)) for arg in node.args)
             dtype = kinds.pop() if len(kinds) == 1 and is_plain else None
             return dtype if dtype is not None and "float" in dtype else None
         return None
 
-    def _find_invoke(self, node: Node) -> int | None:
+    def _row_parts(self, position: NodeId) -> Iterable[NodeId]:
+        node = self.nodes[position]
+        if isinstance(node, Op) and node.name in ("setitem", "set_view"):
+            return refs(node.args[0])  # what changes a part has its rows from the whole
+        return node_operands(node)
+
+    def _find_invoke(self, position: NodeId) -> int | None:
+        node = self.nodes[position]
         if isinstance(node, (Read, Mask)):
             return node.invoke
-        found = {self._invokes[part] for part in node_operands(node)} - {None}
+        found = {self._invokes.known[part] for part in self._row_parts(position)} - {None}
         return found.pop() if len(found) == 1 else None
 
     # the mechanics of in-place code
@@ -316,7 +346,6 @@ class Recording:
         return self._add(Op(name=step.name, args=(Ref(node), *step.args), kwargs=dict(step.kwargs), where=where))
 
     def _new_root(self, storage: Storage, node: NodeId, where: str) -> None:
-        self._check_fresh(storage, where)
         storage.node = node
         storage.version += 1
         if storage.place is None:
@@ -324,33 +353,32 @@ class Recording:
                 self._edited.append(storage)
             storage.edits.append((node, where))
             return
-        site, invoke = storage.place
-        self._add(Write(site=site, invoke=invoke, value=Ref(node), in_place=True, where=where))
-        storage.writes_seen = self._note_write(storage.place, where, storage)
-
-    def _note_write(self, place: Place, where: str, writer: Storage | None) -> int:
-        count = self._writes.get(place, (0, "", None))[0] + 1
-        self._writes[place] = (count, where, writer)
-        return count
+        place = storage.place
+        self._add(Write(site=place.site, invoke=place.invoke, value=Ref(node), in_place=True, where=where))
+        place.note(where, storage)
+        storage.writes_seen = place.writes
 
     def _check_fresh(self, storage: Storage, where: str) -> None:
         """Handing back a value that lacks another line's write would silently undo that write."""
-        if storage.place is None:
-            return
-        count, line, _ = self._writes.get(storage.place, (0, "", None))
-        if count != storage.writes_seen:
-            site = storage.place[0]
+        place = storage.place
+        if place is not None and place.writes != storage.writes_seen:
             raise GraphError(
-                f"this value was read before {line} changed {site}, and changing it now would undo that: "
-                f"read {site} again",
+                f"this value was read before {place.line} changed {place.site}, and changing it now would undo that: "
+                f"read {place.site} again",
                 where=where,
             )
 
+    def _place(self, site: Site, invoke: int) -> Place:
+        place = self._places.get((site, invoke))
+        if place is None:
+            place = self._places[site, invoke] = Place(site, invoke)
+        return place
+
     def _view(self, base: State, way: tuple[Step, ...], node: NodeId, where: str) -> State:
-        return State(self, base.storage, base.steps + way, node, base.storage.version, base.invoke, where)
+        return State(self, base.storage, base.steps + way, node, base.storage.version, where)
 
     def _fresh(self, node: NodeId, where: str) -> State:
-        return State(self, Storage(node), (), node, 0, self._invokes[node], where)
+        return State(self, Storage(node), (), node, 0, where)
 
     def _own(self, state: State, where: str) -> NodeId:
         if state.recording is not self:
@@ -368,10 +396,11 @@ class Recording:
         if self.closed is not None:
             raise GraphError(self.closed, where=node.where)
         self.nodes.append(node)
-        self._dtypes.append(self._find_dtype(node))
-        self._invokes.append(self._find_invoke(node))
         return NodeId(len(self.nodes) - 1)
 
+
+# types of Python values that stand in a graph as they are
+_PLAIN = frozenset({type(None), type(Ellipsis), bool, float, str, DType})
 
 # ops whose result has the dtype of their first argument
 _KEEPS_DTYPE = frozenset(

@@ -9,24 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polytrace.graph import NodeId, Operand, Site
 
 if TYPE_CHECKING:
     from polytrace.recording import Recording
 
-Place: TypeAlias = tuple[Site, int]  # a site and the invoke whose rows are meant
 
-
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One view taken of another: a call of a view op without its first argument."""
 
     name: str
     args: tuple[Operand, ...]
     kwargs: tuple[tuple[str, Operand], ...] = ()
     is_view: bool = True  # False: an index that copies (lists, masks), which only `setitem` can write back
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """A site and the invoke whose rows are meant, with the writes that were recorded there so far."""
+
+    site: Site
+    invoke: int
+    writes: int = 0
+    line: str = ""  # of the last write
+    writer: Storage | None = None  # who wrote last; None: nobody, or `site = value`
+
+    def note(self, line: str, writer: Storage | None) -> None:
+        """Takes in another write."""
+        self.writes += 1
+        self.line, self.writer = line, writer
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +62,6 @@ class State:
     steps: tuple[Step, ...]
     node: NodeId  # the value at `version` of the storage
     version: int
-    invoke: int | None  # whose rows it has; None: nobody's, or several's
     where: str
     is_layer_output: bool = False  # a decoder layer's `.output`, where a literal index 0 means the hidden states
     is_hidden_states: bool = False  # ... and what that index gave

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from polytrace.asked_shapes import AskedShapes
 from polytrace.certificate import Receipt, ValueShape
+from polytrace.collector import young_only
 from polytrace.errors import GraphError
 from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request
 from polytrace.lines import user_line
 from polytrace.progress import showing_progress
-from polytrace.prompts import make_invoke
+from polytrace.prompts import PromptBook
 from polytrace.recording import Recording
 from polytrace.storage import State
 from polytrace.tokenizer import token_texts
@@ -35,10 +37,12 @@ class Tracer:
         self.model = model
         self.options = options
         self.recording = Recording(model.description, self)
+        self.wrap: Callable[[State], Any] = model.kind.make  # the Python object for a value
         self.receipt: Receipt | None = None  # what the run did cost and touch, once it ran
         self.request: Request | None = None  # what was sent, once the block has ended
         self.where = user_line()
         self._is_run = is_run
+        self._prompts = PromptBook(model.description, lambda: model.tokenizer)
         self._invokes: list[Invoke] = []
         self._invoke: int | None = None  # whose block this is
         self._has_own_prompts = prompts is not None
@@ -82,6 +86,7 @@ class Tracer:
         if self.recording.closed is not None or self._token is not None:
             raise GraphError("this trace has been used: begin another with model.trace(...)", where=user_line())
         self._token = _open.set(self)
+        young_only.__enter__()
         return self
 
     def __exit__(
@@ -89,6 +94,13 @@ class Tracer:
     ) -> None:
         assert self._token is not None
         _open.reset(self._token)
+        try:
+            self._end(error)
+        finally:
+            young_only.__exit__(kind, error, traceback)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Sends and runs what was recorded, if the block ended well."""
         if error is not None:
             self.recording.closed = f"the trace of this value ended with {type(error).__name__}, so nothing was sent"
             return
@@ -110,9 +122,6 @@ class Tracer:
 
     # what values and modules call
 
-    def wrap(self, state: State) -> Any:
-        return self.model.kind.make(state)
-
     def shape_of(self, node: NodeId) -> ValueShape:
         if self._shapes is None:
             asked = AskedShapes(self.recording, self.leaf_shape, self._invokes, self.model.backend, self.model.answers)
@@ -127,7 +136,7 @@ class Tracer:
     def leaf_shape(self, node: Node) -> ValueShape | None:
         """What the model's description says of a node; None when it takes more than that."""
         if isinstance(node, Read):
-            leaf = self.model._index.leaf(node.site)
+            leaf = self.model._index.leaves[node.site]
             invoke = self._invokes[node.invoke]
             return ValueShape(shape=(len(invoke.sequences), invoke.longest, *leaf.tail), dtype=leaf.dtype)
         if isinstance(node, Constant):
@@ -141,7 +150,7 @@ class Tracer:
             return ValueShape(shape=(len(invoke.sequences), invoke.longest), dtype="bool")
         return None
 
-    def invoke_index(self, what: str) -> int:
+    def invoke_index(self, what: object) -> int:
         """The invoke whose block this is. Raises GraphError outside of any."""
         self._check_open()
         if self._invoke is None:
@@ -161,8 +170,7 @@ class Tracer:
         return self._make_request()[0]
 
     def _add_invoke(self, prompts: Any) -> int:
-        tokenizer = self.model.tokenizer if _has_text(prompts) else None
-        self._invokes.append(make_invoke(prompts, self.model.description, tokenizer))
+        self._invokes.append(self._prompts.invoke(prompts))
         return len(self._invokes) - 1
 
     def _sequences(self) -> tuple[tuple[int, ...], ...]:
@@ -180,9 +188,10 @@ class Tracer:
 
     def _hand_out(self, names: tuple[str, ...], results: dict[str, Any]) -> None:
         """Every saved value becomes its result."""
-        kind, own = self.model.kind, []
-        for place, name in enumerate(names):
-            own.append(kind.another(results[name]) if name in names[:place] else results[name])
+        kind, own, given = self.model.kind, [], set[str]()
+        for name in names:
+            own.append(kind.another(results[name]) if name in given else results[name])
+            given.add(name)
         for (_, value, _), result in zip(self.recording.saved, own, strict=True):
             kind.become(value, result)
 
@@ -207,7 +216,3 @@ class InvokeBlock:
 
     def __exit__(self, *error: object) -> None:
         self._tracer._invoke = None
-
-
-def _has_text(prompts: Any) -> bool:
-    return any(isinstance(one, str) for one in (prompts if isinstance(prompts, (list, tuple)) else [prompts]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from polytrace.description import Leaf, ModelDescription, ModuleInfo, ParameterInfo, SiteInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
-from polytrace.graph import Port, Site
+from polytrace.graph import Site
 from polytrace.lines import user_line
 
 
@@ -20,6 +20,15 @@ class NoSuchLayerError(GraphError, IndexError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PortTable:
+    """One side of a module: its tensors by the way to them."""
+
+    info: SiteInfo
+    is_decoder_layer: bool
+    leaves: dict[tuple[int | str, ...], tuple[Site, Leaf]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
     """What a dotted path leads to."""
 
@@ -28,17 +37,14 @@ class Table:
     children: dict[str, tuple[str, ...]]  # path -> names, in the model's order
     own_parameters: dict[str, tuple[str, ...]]  # path of a module -> names of its own
     parameters: dict[str, ParameterInfo]
-    sites: dict[tuple[str, Port], SiteInfo]  # first visits
+    ports: dict[tuple[str, str], PortTable]  # by path and "input" or "output"; first visits
+    leaves: dict[Site, Leaf]  # of these ports
 
     def module(self, path: str) -> ModuleInfo:
         """Raises NoSuchNameError with the nearest paths."""
         if path not in self.modules:
             raise NoSuchNameError(f"this model has no module {path!r}{nearest(path, self.modules)}", where=user_line())
         return self.modules[path]
-
-    def leaf(self, site: Site) -> Leaf:
-        """The tensor that a site is; the site is one of the table's."""
-        return next(leaf for leaf in self.sites[site.module, site.port].leaves if leaf.selector == site.selector)
 
 
 def index_description(description: ModelDescription) -> Table:
@@ -52,18 +58,30 @@ def index_description(description: ModelDescription) -> Table:
     for parameter in description.parameters:
         parent, _, name = parameter.path.rpartition(".")
         own.setdefault(parent, []).append(name)
-    sites: dict[tuple[str, Port], SiteInfo] = {}
-    for site in description.sites:
-        if site.visit == 0:
-            sites[site.module, site.port] = site
+    modules = {info.path: info for info in description.modules}
+    ports: dict[tuple[str, str], PortTable] = {}
+    leaves: dict[Site, Leaf] = {}
+    for port in description.sites:
+        if port.visit == 0:
+            members = {leaf.selector: (_site(port, leaf), leaf) for leaf in port.leaves}
+            leaves |= dict(members.values())
+            is_decoder_layer = modules[port.module].is_decoder_layer
+            ports[port.module, port.port.value] = PortTable(
+                info=port, is_decoder_layer=is_decoder_layer, leaves=members
+            )
     return Table(
         description=description,
-        modules={info.path: info for info in description.modules},
+        modules=modules,
         children={path: tuple(names) for path, names in children.items()},
         own_parameters={path: tuple(names) for path, names in own.items()},
         parameters={parameter.path: parameter for parameter in description.parameters},
-        sites=sites,
+        ports=ports,
+        leaves=leaves,
     )
+
+
+def _site(info: SiteInfo, leaf: Leaf) -> Site:
+    return Site(module=info.module, port=info.port, selector=leaf.selector, visit=info.visit)
 
 
 def join(path: str, name: str) -> str:

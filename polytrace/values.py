@@ -48,11 +48,12 @@ class Recorded:
         """
         state = state_of(self)
         session = state.recording.session
-        if state.invoke is None:
+        invoke = state.recording.invoke_of(state)
+        if invoke is None:
             raise GraphError(
                 "positions are counted in prompts, and this value has no prompts of its own", where=user_line()
             )
-        lengths = session.lengths_of(state.invoke)
+        lengths = session.lengths_of(invoke)
         shape = shape_of(self).shape
         if shape[:2] != (len(lengths), max(lengths)):
             raise GraphError(
@@ -70,15 +71,18 @@ class Recorded:
             number = first_int(index)
             if number is not None:
                 return _hidden_states(state, index)
-        return record("getitem", (self, index), {})
+        made = state.recording.op("getitem", (self, index), {})
+        assert isinstance(made, State)
+        return state.recording.session.wrap(made)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         state = state_of(self)
         number = first_int(index) if state.is_layer_output or state.is_hidden_states else None
         if number is not None:
             _hidden_states(state, index)  # raises for all but the literal 0
-            assert state.storage.place is not None
-            state.recording.write_edge(*state.storage.place, value)
+            place = state.storage.place
+            assert place is not None
+            state.recording.write_edge(place.site, place.invoke, value)
         else:
             state.recording.set_item(state, index, value)
 
