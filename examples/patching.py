@@ -47,4 +47,5 @@ tokens = tracer.tokens[0]
 print(" " * 9 + "".join(f"{token:>11}" for token in tokens))
 for number in reversed(range(len(layers))):
     row = leads[number * len(tokens) : (number + 1) * len(tokens)]
-    print(f"layer {number:2} " + "".join(f"{float((value - least) / (most - least)):11.2f}" for value in row))
+    shares = (round(float((value - least) / (most - least)), 2) + 0.0 for value in row)  # no -0.00
+    print(f"layer {number:2} " + "".join(f"{share:11.2f}" for share in shares))
