@@ -8,7 +8,8 @@ layout and every check of it: sizes and offsets are compared with the buffer bef
 Version "2" of a request: {"seed", "sharing", "prompts": [[id, ...], ...], "invokes": [sizes, places], "wheres":
 ["file:line", ...], "templates": [[node with holes, [column, ...]], ...], "order": templates of nodes}. What repeats
 stands once: each prompt (invokes have `sizes` prompts each, named by their places in the list), and each form of node
-(`polytrace.nodes`).
+(`polytrace.nodes`). In a result's receipt `fired` is {"forms": [[site, kind, line], ...], "order", "invokes",
+"passes"}: the form, the invoke and the passes of each, as columns (`polytrace.folding`).
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from polytrace.graph import Graph, Invoke, Options, Read, Request, Sharing, Writ
 from polytrace.nodes import decode_nodes, encode_nodes
 from polytrace.tensors import DTYPES, NAME_OF_CODE, RawTensor, itemsize, num_bytes
 
-REQUEST_VERSION = "2"
-RESULT_VERSION = "1"
+VERSION = "2"
 MAX_HEADER_BYTES = 32 << 20
 MAX_NODES = 1_000_000
 MAX_DIMS = 32
 MAX_TOKEN = 1 << 31
 _PREFIX = struct.Struct("<Q")
 _RECEIPT_BYTES = 8192  # of a receipt beside its list of what fired
+_FIRED_BYTES = 24  # of one that fired beside its form, where nothing repeats
 
 
 class Facts(Protocol):
@@ -81,7 +82,7 @@ def encode_request(request: Request) -> list[bytes | memoryview]:
         tensor = request.constants[name]
         tensors[name] = _entry(tensor.dtype, tensor.shape, offset)
         offset += num_bytes(tensor.dtype, tensor.shape)
-    header = _header({"polytrace": REQUEST_VERSION, "request": _dumps(body)}, tensors)
+    header = _header({"polytrace": VERSION, "request": _dumps(body)}, tensors)
     return [header, *(request.constants[name].data for name in names)]
 
 
@@ -93,19 +94,17 @@ def decode_request(
     Raises WireError when the bytes are not a request of this version, GraphError when its graph is not well formed.
     """
     with young_only:
-        return _request(*_decode(buffer, "request", REQUEST_VERSION, max_header_bytes), max_nodes)
+        return _request(*_decode(buffer, "request", max_header_bytes), max_nodes)
 
 
 def result_room(saves: Iterable[Slot], graph: Graph) -> int:
     """Bytes to keep free before a result's data for its header, which is written last: a multiple of 64."""
     tensors = {slot.name: _entry(slot.facts.dtype, slot.facts.shape, slot.offset) for slot in saves}
-    fired = [
-        Fired(site=str(node.site), invoke=node.invoke, kind="write in place", passes=99_999, where=node.where)
-        for node in graph.nodes
-        if isinstance(node, (Read, Write))
-    ]
-    metadata = {"polytrace": RESULT_VERSION, "result": _dumps([to_json(entry) for entry in fired])}
-    return math.ceil((len(_header(metadata, tensors)) + _RECEIPT_BYTES) / 64) * 64
+    events = [node for node in graph.nodes if isinstance(node, (Read, Write))]
+    forms = {(node.site, type(node), node.where) for node in events}
+    fired = {"forms": [[str(site), "write in place", where] for site, _, where in forms]}
+    header = _header({"polytrace": VERSION, "result": _dumps(fired)}, tensors)
+    return math.ceil((len(header) + _FIRED_BYTES * len(events) + _RECEIPT_BYTES) / 64) * 64
 
 
 def result_header(saves: Iterable[Slot], receipt: Receipt, room: int) -> bytes:
@@ -116,8 +115,8 @@ def result_header(saves: Iterable[Slot], receipt: Receipt, room: int) -> bytes:
     tensors = {slot.name: _entry(slot.facts.dtype, slot.facts.shape, slot.offset) for slot in saves}
     short = replace(receipt, fired=(), notes=("the list of what fired did not fit into the result's header",))
     for candidate in (receipt, short):
-        metadata = {"polytrace": RESULT_VERSION, "result": _dumps(to_json(candidate))}
-        header = _header(metadata, tensors, room)
+        body = to_json(replace(candidate, fired=())) | {"fired": _encode_fired(candidate.fired)}
+        header = _header({"polytrace": VERSION, "result": _dumps(body)}, tensors, room)
         if len(header) == room:
             return header
     raise ValueError(f"a result's header needs {len(header)} bytes; {room} were kept free")
@@ -127,8 +126,11 @@ def decode_result(
     buffer: bytes | bytearray | memoryview, *, max_header_bytes: int = 64 << 20
 ) -> tuple[dict[str, RawTensor], Receipt]:
     """The saved values of a result file, as views of `buffer`, and its receipt."""
-    body, tensors = _decode(buffer, "result", RESULT_VERSION, max_header_bytes)
-    return tensors, from_json(Receipt, body)
+    body, tensors = _decode(buffer, "result", max_header_bytes)
+    if not isinstance(body, dict) or "fired" not in body:
+        raise WireError("a receipt has a list of what fired")
+    receipt = from_json(Receipt, body | {"fired": []})
+    return tensors, replace(receipt, fired=_fired(body["fired"]))
 
 
 def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Request:
@@ -165,7 +167,7 @@ def _header(metadata: Mapping[str, str], tensors: Mapping[str, Any], room: int =
     return _PREFIX.pack(size - _PREFIX.size) + text.ljust(size - _PREFIX.size)
 
 
-def _decode(buffer: Any, kind: str, spoken: str, max_header_bytes: int) -> tuple[Any, dict[str, RawTensor]]:
+def _decode(buffer: Any, kind: str, max_header_bytes: int) -> tuple[Any, dict[str, RawTensor]]:
     """The parsed JSON of the metadata's `kind` and the tensors, as views of the buffer."""
     view = memoryview(buffer).cast("B")
     if len(view) < _PREFIX.size:
@@ -179,8 +181,8 @@ def _decode(buffer: Any, kind: str, spoken: str, max_header_bytes: int) -> tuple
     if not isinstance(header, dict) or not isinstance(metadata := header.pop("__metadata__", None), dict):
         raise WireError("the header has no metadata")
     version = metadata.get("polytrace")
-    if version != spoken:
-        raise WireError(f"this {kind} is of schema version {brief(version)}; version {spoken} is spoken here")
+    if version != VERSION:
+        raise WireError(f"this {kind} is of schema version {brief(version)}; version {VERSION} is spoken here")
     if not isinstance(text := metadata.get(kind), str):
         raise WireError(f"the metadata has no {kind}")
     data = view[_PREFIX.size + length :]
@@ -265,6 +267,39 @@ def _sequence(plain: Any, number: int) -> tuple[int, ...]:
     if not (set(map(type, plain)) == {int} and min(plain) >= 0 and max(plain) < MAX_TOKEN):
         raise WireError(f"prompt {number} has a token that is not an integer from 0 to 2**31 - 1")
     return tuple(plain)
+
+
+def _encode_fired(fired: Sequence[Fired]) -> dict[str, Any]:
+    """What fired: each site, kind and line once, and columns of the rest."""
+    forms: dict[tuple[str, str, str], int] = {}
+    order = [forms.setdefault((event.site, event.kind, event.where), len(forms)) for event in fired]
+    return {
+        "forms": list(forms),
+        "order": fold(order),
+        "invokes": fold_column([event.invoke for event in fired]) if fired else [],
+        "passes": fold_column([event.passes for event in fired]) if fired else [],
+    }
+
+
+def _fired(plain: Any) -> tuple[Fired, ...]:
+    if not isinstance(plain, dict) or plain.keys() != {"forms", "order", "invokes", "passes"}:
+        raise WireError("what fired has exactly the fields forms, order, invokes and passes")
+    forms = plain["forms"]
+    if not isinstance(forms, list) or not all(_is_form(form) for form in forms):
+        raise WireError("a form of what fired is a site, a kind and a line")
+    size = size_of(plain["order"], lambda value: _is_count(value, len(forms)), MAX_NODES)
+    order = unfold(plain["order"], size, lambda value: _is_count(value, len(forms)))
+    columns = [unfold_column(plain[name], size, 0, 1 << 31) for name in ("invokes", "passes")]
+    invokes, passes = [[column] * size if isinstance(column, int) else column for column in columns]
+    made = []
+    for form, invoke, count in zip(order, invokes, passes, strict=True):
+        site, kind, where = forms[form]
+        made.append(Fired(site=site, invoke=invoke, kind=kind, passes=count, where=where))
+    return tuple(made)
+
+
+def _is_form(form: Any) -> bool:
+    return isinstance(form, list) and len(form) == 3 and all(isinstance(part, str) for part in form)
 
 
 def _is_positive(value: Any) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 import re
 import struct
 from dataclasses import dataclass, replace
@@ -463,16 +464,73 @@ def test_a_result_survives_its_file() -> None:
     assert values["a"].shape == (2,) and bytes(values["b"].data) == b"xyz"
 
 
+def events(count: int, *, seed: int = 0) -> tuple[Fired, ...]:
+    """What nothing repeats in, as far as the few sites and lines of a graph let it."""
+    chosen = random.Random(seed)
+    return tuple(
+        Fired(
+            site=f"model.layers.{chosen.randrange(3)}.output",
+            invoke=chosen.randrange(1_000_000),
+            kind=chosen.choice(["read", "write", "write in place"]),
+            passes=chosen.randrange(99_999),
+            where=f"é.py:{chosen.randrange(2)}",
+        )
+        for _ in range(count)
+    )
+
+
 def test_a_receipt_that_does_not_fit_says_so() -> None:
-    fired = receipt().fired * 5000
     room = result_room(SLOTS, SMALL.graph)
-    _, back = decode_result(result_header(SLOTS, receipt(fired=fired), room) + bytes(67))
+    _, back = decode_result(result_header(SLOTS, receipt(fired=events(5000)), room) + bytes(67))
     assert back.fired == () and "did not fit" in back.notes[0]
 
 
 def test_the_room_for_a_result_suffices_when_everything_fires() -> None:
-    read = Read(site=Site(module="é" * 40, port=Port.OUTPUT), invoke=0, where="a.py:1")
-    fired = Fired(site=str(read.site), invoke=0, kind="read", passes=3, where="a.py:1")
-    room = result_room(SLOTS, Graph(nodes=(read,) * 3000))
-    _, back = decode_result(result_header(SLOTS, receipt(fired=(fired,) * 3000), room) + bytes(67))
-    assert len(back.fired) == 3000
+    sites = [Site(module=f"model.layers.{layer}", port=Port.OUTPUT) for layer in range(3)]
+    write = {"value": Ref(NodeId(0)), "invoke": 0}
+    nodes: list[Node] = []
+    for site in sites:
+        for where in ("é.py:0", "é.py:1"):
+            nodes += [Read(site=site, invoke=0, where=where)] * 167
+            nodes += [Write(site=site, in_place=in_place, where=where, **write) for in_place in (True, False)] * 167
+    room = result_room(SLOTS, Graph(nodes=tuple(nodes)))
+    fired = events(len(nodes))
+    _, back = decode_result(result_header(SLOTS, receipt(fired=fired), room) + bytes(67))
+    assert back.fired == fired
+
+
+def test_what_fired_in_a_sweep_takes_the_room_of_its_body() -> None:
+    request = sweep(16, 64)
+    fired = tuple(
+        Fired(site=str(node.site), invoke=node.invoke, kind="read", passes=1, where=node.where)
+        for node in request.graph.nodes
+        if isinstance(node, (Read, Write))
+    )
+    header = result_header(SLOTS, receipt(fired=fired), result_room(SLOTS, request.graph))
+    assert len(header.rstrip()) < 6_000
+    assert decode_result(header + bytes(67))[1].fired == fired
+
+
+@pytest.mark.parametrize(
+    "fired",
+    [
+        None,
+        [],
+        {"forms": [], "order": [], "invokes": []},
+        {"forms": [["s", "read"]], "order": [0], "invokes": 0, "passes": 1},
+        {"forms": [["s", "read", 1]], "order": [0], "invokes": 0, "passes": 1},
+        {"forms": [["s", "read", "w"]], "order": [1], "invokes": 0, "passes": 1},
+        {"forms": [["s", "read", "w"]], "order": [[1 << 40, 0]], "invokes": 0, "passes": 1},
+        {"forms": [["s", "read", "w"]], "order": [0], "invokes": [0, 0], "passes": 1},
+        {"forms": [["s", "read", "w"]], "order": [0], "invokes": -1, "passes": 1},
+    ],
+)
+def test_a_receipt_with_another_list_of_what_fired_is_refused(fired: Any) -> None:
+    file = result_header(SLOTS, receipt(), result_room(SLOTS, SMALL.graph)) + bytes(67)
+    (length,) = struct.unpack("<Q", file[:8])
+    header = json.loads(file[8 : 8 + length])
+    body = json.loads(header["__metadata__"]["result"]) | {"fired": fired}
+    header["__metadata__"]["result"] = json.dumps(body)
+    text = json.dumps(header).encode()
+    with pytest.raises(WireError):
+        decode_result(struct.pack("<Q", len(text)) + text + bytes(67))
