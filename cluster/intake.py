@@ -135,7 +135,10 @@ class Intake:
         facts = tuple(None if plain is None else from_json(ValueFacts, plain) for plain in json.loads(claimed.facts))
         program = compile_program(claimed.request, request, self._description, facts)
         data_bytes = max((slot.offset + slot.facts.num_bytes for slot in program.saves), default=0)
-        place = self._store.place_result(claimed.request, result_room(program.saves, program.graph), data_bytes)
+        room = result_room(
+            program.saves, program.graph, passes=len(program.waves), num_layers=self._description.num_layers
+        )
+        place = self._store.place_result(claimed.request, room, data_bytes)
         return replace(
             program,
             constants={},

@@ -39,6 +39,7 @@ MAX_NODES = 1_000_000
 MAX_DIMS = 32
 MAX_TOKEN = 1 << 31
 _PREFIX = struct.Struct("<Q")
+_PASS_BYTES, _ROWS_BYTES = 192, 11  # of a receipt's entry of a pass, and of each layer in it
 _RECEIPT_BYTES = 8192  # of a receipt beside its list of what fired
 _FIRED_BYTES = 24  # of one that fired beside its form, where nothing repeats
 
@@ -97,14 +98,18 @@ def decode_request(
         return _request(*_decode(buffer, "request", max_header_bytes), max_nodes)
 
 
-def result_room(saves: Iterable[Slot], graph: Graph) -> int:
-    """Bytes to keep free before a result's data for its header, which is written last: a multiple of 64."""
+def result_room(saves: Iterable[Slot], graph: Graph, *, passes: int = 1, num_layers: int = 0) -> int:
+    """Bytes to keep free before a result's data for its header, which is written last: a multiple of 64.
+
+    `passes` are those that the request takes; a receipt tells of each how many rows ran at each layer.
+    """
     tensors = {slot.name: _entry(slot.facts.dtype, slot.facts.shape, slot.offset) for slot in saves}
     events = [node for node in graph.nodes if isinstance(node, (Read, Write))]
     forms = {(node.site, type(node), node.where) for node in events}
     fired = {"forms": [[str(site), "write in place", where] for site, _, where in forms]}
     header = _header({"polytrace": VERSION, "result": _dumps(fired)}, tensors)
-    return math.ceil((len(header) + _FIRED_BYTES * len(events) + _RECEIPT_BYTES) / 64) * 64
+    room = len(header) + _FIRED_BYTES * len(events) + passes * (_PASS_BYTES + _ROWS_BYTES * num_layers) + _RECEIPT_BYTES
+    return math.ceil(room / 64) * 64
 
 
 def result_header(saves: Iterable[Slot], receipt: Receipt, room: int) -> bytes:
