@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -163,6 +164,15 @@ def test_a_service_that_is_away_for_a_moment_loses_nothing(service: Service, res
     assert trace_once(service)[0].shape == (2, 2)
 
 
+@pytest.fixture
+def listening_to_ctrl_c() -> Iterator[None]:
+    """A process that was started in the background ignores SIGINT, and `interrupt_main` does nothing then."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening_to_ctrl_c")
 def test_ctrl_c_cancels_the_request(service: Service) -> None:
     import _thread
 
