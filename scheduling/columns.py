@@ -11,7 +11,7 @@ Invariant: after rewriting, every indexing gives what it gave on the full view.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from polytrace.graph import Constant, Graph, Invoke, Node, NodeId, Op, Operand, Read, Ref, Request, Write
@@ -297,11 +297,13 @@ def _is_base(node: Op, base: int) -> bool:
 
 def _mentions(operand: Operand, node: int) -> bool:
     """Whether an operand refers to a node."""
+    if operand is None or isinstance(operand, (int, float, str)):
+        return False
     if isinstance(operand, Ref):
         return operand.node == node
     if isinstance(operand, (tuple, list)):
         return any(_mentions(part, node) for part in operand)
-    if isinstance(operand, slice):
+    if isinstance(operand, slice) and operand != _EVERY:
         return any(_mentions(part, node) for part in (operand.start, operand.stop, operand.step))
     return False
 
@@ -437,6 +439,6 @@ def _with_facts(facts: Facts, changed: Mapping[int, ValueFacts]) -> Facts:
     return tuple(changed.get(position, old) for position, old in enumerate(facts))
 
 
-def columns_of(narrowed: Mapping[NodeId, tuple[int, ...]], node: int, invoke: Invoke) -> Iterable[int]:
+def columns_of(narrowed: Mapping[NodeId, tuple[int, ...]], node: int, invoke: Invoke) -> tuple[int, ...] | range:
     """The columns that a read gives or a write hands back."""
     return narrowed.get(NodeId(node)) or range(invoke.longest)

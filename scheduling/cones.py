@@ -92,19 +92,22 @@ def find_cones(
     for node in finished:
         if isinstance(event := request.graph.nodes[node], Read):
             reads.setdefault((scale.wave(points[node]), event.invoke), []).append(node)
-    interned: dict[tuple[int, ...], tuple[int, ...]] = {}
+    known: dict[object, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by what is read: few differ in that
     found: dict[tuple[int, int], tuple[Cone, ...]] = {}
     for run in runs:
         invoke = request.invokes[run.invoke]
         own = reads.get((run.wave, run.invoke), ())
-        sites = [(levels.of(_order(resolved, node)), columns_of(columns.narrowed, node, invoke)) for node in own]
+        sites = tuple((levels.of(_order(resolved, node)), columns_of(columns.narrowed, node, invoke)) for node in own)
+        if not description.has_forks:
+            sites = ((levels.count, range(invoke.longest)),)
         cones = []
         for place, sequence in enumerate(invoke.sequences):
             pads = invoke.longest - len(sequence)
-            every = range(invoke.longest)
-            needs, head = _needs([(levels.count, every)] if not description.has_forks else sites, pads, levels.count)
+            if (sites, pads) not in known:
+                known[sites, pads] = _needs(sites, pads, levels.count)
+            needs, head = known[sites, pads]
             edits = sorted(_edits(run.writes, request, resolved, columns, keys, levels, place, pads), key=_by_level)
-            cones.append(Cone(edits=tuple(edits), needs=interned.setdefault(needs, needs), head=head))
+            cones.append(Cone(edits=tuple(edits), needs=needs, head=head))
         found[run.wave, run.invoke] = tuple(cones)
     return found
 
@@ -139,7 +142,7 @@ def _by_level(edit: Edit) -> tuple[int, int, Key]:
 
 
 def _needs(
-    sites: list[tuple[int, Iterable[int]]], pads: int, num_layers: int
+    sites: Iterable[tuple[int, Iterable[int]]], pads: int, num_layers: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Rows needed at each layer, and the positions needed behind the last one."""
     needs = [0] * (num_layers + 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import lt
 
 from scheduling.plan import Cone, Edit, Segment
 
@@ -90,11 +91,11 @@ class _Tree:
         starts = [common] * (levels + 1)
         for edit in set(self.edits) ^ set(parent.edits):
             for level in range(edit.level, levels + 1):
-                starts[level] = min(starts[level], edit.position)
-        for level in range(1, levels + 1):
-            starts[level] = min(starts[level], starts[level - 1])
+                if starts[level] <= edit.position:
+                    break  # they never grow
+                starts[level] = edit.position
         shared = sum(map(min, starts, self.stops))
-        own_levels = sum(start < stop for start, stop in zip(starts, self.stops, strict=False))
+        own_levels = sum(map(lt, starts, self.stops))
         if shared > _FORK_ROWS * own_levels:
             self.parent, self.starts = parent, starts
             self.depth = parent.depth + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from polytrace.certificate import Certificate, ValueShape
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
+from polytrace.garbage import no_collections
 from polytrace.graph import Graph, Invoke, NodeId, Request, Save, Sharing, Write
 from polytrace.tensors import itemsize
 from scheduling.checks import Resolved, resolve, table_of
@@ -26,6 +27,7 @@ _DOMAIN = "tenant"  # there is one tenant: who has the key
 _MAX_SPLITS = 8  # times that waves are split and looked at again; a wave that is too large still goes alone
 
 
+@no_collections()
 def compile_program(
     request_id: RequestId, request: Request, description: ModelDescription, facts: tuple[ValueFacts | None, ...]
 ) -> Program:
