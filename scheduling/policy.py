@@ -35,10 +35,13 @@ class FirstComeFirstServed:
     def __init__(self, policy: PassPolicy) -> None:
         self.policy = policy
 
-    def choose(self, candidates: Iterable[AnyCandidate]) -> list[AnyCandidate]:
-        """Those of the candidates, given in order of arrival, that go now."""
+    def choose(self, candidates: Iterable[AnyCandidate], budget_tokens: int | None = None) -> list[AnyCandidate]:
+        """Those of the candidates, given in order of arrival, that go now.
+
+        `budget_tokens` stands for the policy's where the candidates are known to have rows in common.
+        """
         chosen: list[AnyCandidate] = []
-        room = self.policy.budget_tokens
+        room = self.policy.budget_tokens if budget_tokens is None else budget_tokens
         has_rows = False
         for candidate in candidates:
             if len(chosen) == self.policy.max_members:

@@ -29,6 +29,9 @@ from scheduling.receipts import Account, find_error
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 
 
+_MAX_REFILLS = 3  # times that a pass is planned again because it has room left
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How a request ended: with a receipt or with an error."""
@@ -119,15 +122,33 @@ class Scheduler:
     def next_pass(self) -> Plan:
         """The next pass. Call it only when there is work; its waves are then in flight until `complete` or `lost`."""
         assert self._ready, "a pass needs a wave that is ready"
-        chosen = self._choice.choose(self._ready)
+        self._passes += 1
+        ended, self._ended = tuple(self._ended), []
+        chosen, plan = self._fill(PassId(self._passes), ended)
         going = {job.number for job in chosen}
         self._ready = [job for job in self._ready if job.number not in going]
         now = self._clock()
         for job in chosen:
             job.started = now if job.started is None else job.started
-        self._passes += 1
-        ended, self._ended = tuple(self._ended), []
-        return self._packer.pack(PassId(self._passes), [(job.program, job.wave) for job in chosen], ended)
+        return plan
+
+    def _fill(self, pass_id: PassId, ended: tuple[RequestId, ...]) -> tuple[list[_Job], Plan]:
+        """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
+        budget = self._choice.policy.budget_tokens
+        foreseen = budget
+        chosen = self._choice.choose(self._ready)
+        plan = self._packer.pack(pass_id, [(job.program, job.wave) for job in chosen], ended)
+        for _ in range(_MAX_REFILLS):
+            rows = max(plan.layer_rows, default=0)
+            if len(chosen) == len(self._ready) or not 0 < rows * 4 < budget * 3:
+                break
+            foreseen = foreseen * budget // rows
+            more = self._choice.choose(self._ready, foreseen)
+            fuller = self._packer.pack(pass_id, [(job.program, job.wave) for job in more], ended)
+            if len(more) <= len(chosen) or max(fuller.layer_rows) > budget:
+                break
+            chosen, plan = more, fuller
+        return chosen, plan
 
     def complete(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
         """Takes in what all shards answered to a plan: members end or become ready for their next wave."""

@@ -14,7 +14,7 @@ from polytrace.graph import NodeId, Read, Save, Write
 from scheduling.loop import step
 from scheduling.plan import Failure, Plan, Program, RequestId, ShardResult
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
-from tests.scheduling.tiny import HIDDEN, Recorder, tiny_llama
+from tests.scheduling.tiny import HIDDEN, VOCAB, Recorder, tiny_llama
 
 TINY = tiny_llama(stages=2, ranks=2)
 
@@ -96,7 +96,9 @@ def fired(program: Program, wave: int, stage: int) -> list[NodeId]:
 
 
 def one_wave(request_id: str, tokens: int = 3) -> Program:
-    r = Recorder(TINY, [list(range(tokens))])
+    """Different requests have no token in common at the same position."""
+    first = sum(map(ord, request_id))
+    r = Recorder(TINY, [[(first + token) % VOCAB for token in range(tokens)]])
     r.save(r.read("lm_head"), "logits")
     return r.compile(request_id)
 
@@ -134,6 +136,19 @@ def test_ready_requests_share_a_pass() -> None:
     scheduler = scheduler_with(one_wave("a"), two_waves("b"), no_rows("c"))
     assert members(scheduler.next_pass()) == [("a", 0), ("b", 0), ("c", 0)]
     assert not scheduler.has_work()
+
+
+def test_requests_that_share_their_rows_share_a_pass_beyond_what_they_would_take_alone() -> None:
+    def asking(name: str, last: int) -> Program:
+        r = Recorder(TINY, [[*range(1, 13), last]])
+        r.save(r.read("lm_head"), "logits")
+        return r.compile(name)
+
+    prefixed = [asking(f"p{number}", 20 + number) for number in range(8)]
+    scheduler = scheduler_with(*prefixed, budget_tokens=30)
+    plan = scheduler.next_pass()
+    assert [name for name, _ in members(plan)] == [f"p{number}" for number in range(8)]
+    assert max(plan.layer_rows) == 12 + 8
 
 
 def test_a_pass_keeps_to_its_budget_of_tokens_and_members() -> None:
