@@ -123,12 +123,12 @@ class Chunk:
             ((start, stop),) = self.tiles[0].own
             if stop - start == self.own_columns:
                 return slice(start, stop)
-        parts: list[Tensor] = []
-        for tile in self.tiles:
-            parts.extend(torch.arange(start, stop) for start, stop in tile.own)
-            missing = self.own_columns - sum(stop - start for start, stop in tile.own)
-            parts.append(torch.full((missing,), tile.own[-1][1] - 1))
-        return torch.cat(parts).to(self.device)
+        rows: list[int] = []
+        for place, tile in enumerate(self.tiles, 1):
+            for start, stop in tile.own:
+                rows.extend(range(start, stop))
+            rows.extend([rows[-1]] * (place * self.own_columns - len(rows)))
+        return torch.tensor(rows, device=self.device)
 
     def hidden(self, window: int | None) -> tuple[Tensor | None, Tensor]:
         """Columns a row does not see: `[B, Q, 1, P]` of the prefix (None: it sees all), `[B, Q, 1, O]` of its own."""

@@ -152,17 +152,15 @@ class Streams:
         before, after = self.at(level - 1), self.at(level)
         if before is after:
             return None
-        rows: list[Tensor] = []
         if isinstance(after, HeadStream):
-            found = [before.row(s, position) for s, segment in enumerate(after.segments) for position in segment.head]
-            rows.append(torch.tensor(found, dtype=torch.long))
+            found = [
+                before.runs(segment, position, position + 1)[0][0]
+                for segment, own in enumerate(after.segments)
+                for position in own.head
+            ]
         else:
-            for segment in range(len(after.segments)):
-                own = after.own(segment)
-                if own:
-                    rows.extend(torch.arange(*run) for run in before.runs(segment, own.start, own.stop))
-        rows.append(torch.zeros(after.num_padded - after.num_rows, dtype=torch.long))
-        return torch.cat(rows).to(self.device)
+            found = _rows_in(before, after)
+        return torch.tensor(found + [0] * (after.num_padded - after.num_rows), dtype=torch.long, device=self.device)
 
     def origins(self, level: int) -> Tensor | None:
         """`[T]`: the root's row that has the token and position of each row; None where they are the same rows."""
@@ -170,13 +168,8 @@ class Streams:
         if first is here:
             is_cut = self.num_root_rows > first.num_padded
             return torch.arange(first.num_padded, device=self.device) if is_cut else None
-        rows = [
-            torch.arange(*run)
-            for segment in range(len(here.segments))
-            if (own := here.own(segment))
-            for run in first.runs(segment, own.start, own.stop)
-        ]
-        return torch.cat([*rows, torch.zeros(here.num_padded - here.num_rows, dtype=torch.long)]).to(self.device)
+        rows = _rows_in(first, here) + [0] * (here.num_padded - here.num_rows)
+        return torch.tensor(rows, dtype=torch.long, device=self.device)
 
     @cached_property
     def kept(self) -> list[int]:
@@ -207,6 +200,17 @@ class Streams:
             return None
         place = bisect_left(self.kept, row)
         return place if place < len(self.kept) and self.kept[place] == row else None
+
+
+def _rows_in(other: Stream, stream: Stream) -> list[int]:
+    """For every row of a stream, the row of another that has its sequence and position."""
+    rows: list[int] = []
+    for segment in range(len(stream.segments)):
+        own = stream.own(segment)
+        if own:
+            for start, stop in other.runs(segment, own.start, own.stop):
+                rows.extend(range(start, stop))
+    return rows
 
 
 def padded(rows: int, multiple: int) -> int:
