@@ -74,7 +74,7 @@ def infer(description: ModelDescription, request: Request, meta: nn.Module) -> t
         for position, node in enumerate(request.graph.nodes):
             walk.visit(NodeId(position), node)
         walk.check_total()
-        return tuple(walk.facts)
+        return tuple([found.facts if found is not None else None for found in walk.found])
 
 
 def warm_up() -> None:
@@ -109,10 +109,9 @@ class _Walk:
         self.parameters = table.parameters
         self.values: list[Meta | tuple[Meta, ...] | None] = []  # per node; a tuple for several values
         self.found: list[_Found | None] = []  # per node; None for writes and saves
-        self.facts: list[ValueFacts | None] = []
         self.known = KnownValues(request, names.operands)
         self.tokens = TokenDimensions(request, names.operands)
-        self.sizes: list[int] = []  # bytes that count, per node
+        self.total_bytes = 0  # of all values, those that do not count included
         self.uncounted = _compacted(request, names) if table.description.has_kept_rows else frozenset()
         self.structures: dict[Hashable, _Found] = {}  # by all that a value's shape follows from
         self.plain: dict[Meta | tuple[Meta, ...], _Found] = {}  # without token dimensions, by shape
@@ -136,22 +135,26 @@ class _Walk:
                 found = self._found_of(self._checked_value(position, node), self.tokens.members(position))
                 if structure is not None:
                     self.structures[structure] = found
-            self._check_size(position, node, found)
-        self.sizes.append(found.num_bytes if found is not None and self._is_counted(position, node) else 0)
+            if found.num_bytes > self.limits.max_value_bytes:
+                self._check_size(position, node, found)
+            self.total_bytes += found.num_bytes
         self.found.append(found)
         self.values.append(found.value if found is not None else None)
-        self.facts.append(found.facts if found is not None else None)
         self.known.note(position, found.num_elements if found is not None else 0)
 
     def check_total(self) -> None:
         """Raises TooLargeError where the graph would hold more at once than the limit. For the end of the walk."""
-        if sum(self.sizes) <= self.limits.max_live_bytes:
+        if self.total_bytes <= self.limits.max_live_bytes:
             return
-        peak, node = peak_bytes(self.names, self.sizes)
+        sizes = [
+            found.num_bytes if found is not None and self._is_counted(NodeId(position), node) else 0
+            for position, (found, node) in enumerate(zip(self.found, self.request.graph.nodes, strict=True))
+        ]
+        peak, place = peak_bytes(self.names, sizes)
         if peak > self.limits.max_live_bytes:
             raise TooLargeError(
                 f"the graph would hold values of {peak} bytes at once; the limit is {self.limits.max_live_bytes}",
-                where=self.request.graph.nodes[node].where,
+                where=self.request.graph.nodes[place].where,
             )
 
     def _found_of(self, value: Meta | tuple[Meta, ...], tokens: Members | None) -> _Found:
@@ -407,8 +410,8 @@ class _Walk:
         return not is_item and position not in self.uncounted
 
     def _check_size(self, position: NodeId, node: ValueNode, found: _Found) -> None:
-        """Raises TooLargeError for a value beyond the limit."""
-        if found.num_bytes <= self.limits.max_value_bytes or not self._is_counted(position, node):
+        """Raises TooLargeError for a value beyond the limit, if it counts."""
+        if not self._is_counted(position, node):
             return
         value = found.value
         shape = list(value.shape) if isinstance(value, Meta) else [list(member.shape) for member in value[:3]]

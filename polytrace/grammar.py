@@ -102,13 +102,21 @@ def _check_op(graph: Graph, op: Op) -> None:
         )
     if not 1 <= len(op.args) <= MAX_ARGS:
         raise GraphError(f"{op.name} takes 1 to {MAX_ARGS} positional arguments, not {len(op.args)}", where=op.where)
-    for arg in op.args:
-        _check_dtypes(arg, op.where)
-    for arg in op.kwargs.values():
-        _check_dtypes(arg, op.where)
+    for arg in (*op.args, *op.kwargs.values()) if op.kwargs else op.args:
+        if isinstance(arg, (DType, tuple, list)):
+            _check_dtypes(arg, op.where)
+    if op.name in _OF_CLIENTS:
+        _check_part(graph, op)
+
+
+_OF_CLIENTS = frozenset({"getitem", "setitem", "set_view", "item"})  # recorded by clients, in one form only
+
+
+def _check_part(graph: Graph, op: Op) -> None:
+    """An op that takes or changes a part of a value."""
     if op.name == "getitem" and len(op.args) != 2:
         raise GraphError("getitem takes a value and an index", where=op.where)
-    if op.name in ("getitem", "setitem", "set_view", "item") and not isinstance(op.args[0], Ref):
+    if not isinstance(op.args[0], Ref):
         raise GraphError(f"{op.name} begins with a recorded value", where=op.where)
     if op.name == "item":
         _check_item(graph, op)

@@ -15,7 +15,7 @@ from polytrace.grammar import nearest
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.ports import OpenPort
-from polytrace.tree import NoSuchLayerError, NoSuchNameError, Table, draw, join
+from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable, Table, draw, join
 
 if TYPE_CHECKING:
     from polytrace.model import Model
@@ -138,13 +138,19 @@ class Module:
         return tuple(Module(self._model, join(self._path, name)) for name in names)
 
     @cached_property
+    def _ports(self) -> dict[str, PortTable]:
+        """Its sides that the model's forward visits."""
+        known = self._table.ports
+        return {port: known[self._path, port] for port in ("input", "output") if (self._path, port) in known}
+
+    @cached_property
     def _is_indexed(self) -> bool:
         """A ModuleList, or another module whose children are numbers (Sequential)."""
         names = self._table.children.get(self._path, ())
         return self._info.is_list or (bool(names) and all(name.isdigit() for name in names))
 
     def _port(self, port: str) -> OpenPort:
-        table = self._table.ports.get((self._path, port)) or self._refuse_port(port)
+        table = self._ports.get(port) or self._refuse_port(port)
         return OpenPort(self._model._tracer("", self._path, port), table)
 
     def _refuse_port(self, port: str) -> NoReturn:

@@ -130,7 +130,8 @@ def _form(node: Node, holes: list[Any], names: _Names) -> Form:
     """What nodes of one form have in common; what is left goes into `holes`."""
     if isinstance(node, Op):
         args = ("list", *_forms(node.args, holes))
-        return ("op", node.where, node.name, args, ("dict", *node.kwargs, *_forms(node.kwargs.values(), holes)))
+        kwargs = ("dict", *node.kwargs, *_forms(node.kwargs.values(), holes)) if node.kwargs else ("dict",)
+        return ("op", node.where, node.name, args, kwargs)
     if isinstance(node, Read):
         site = names.site(node.site, holes)
         holes.append(node.invoke)
@@ -160,11 +161,11 @@ def _forms(parts: Iterable[Operand], holes: list[Any]) -> list[Hashable]:
         if isinstance(part, Ref):
             holes.append(part.node)
             found.append(_REF)
-        elif part is None or isinstance(part, (bool, str)) or part is Ellipsis:
-            found.append(part)
-        elif isinstance(part, int):
+        elif isinstance(part, int) and not isinstance(part, bool):
             holes.append(part)
             found.append(_INT)
+        elif part is None or isinstance(part, (bool, str)) or part is Ellipsis:
+            found.append(part)
         elif isinstance(part, float):
             holes.append(repr(part))
             found.append(_FLOAT)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
-from polytrace.graph import Port, Site
+from polytrace.graph import Site
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.storage import is_recorded, state_of
@@ -47,8 +47,7 @@ class OpenPort:
         if leaf.read_refusal is not None:
             raise GraphError(f"{site} cannot be read: {leaf.read_refusal}", where=user_line())
         state = self.tracer.recording.read(site, self.tracer.invoke_index(site), leaf.dtype)
-        info = self.table.info
-        state.is_layer_output = self.table.is_decoder_layer and info.port is Port.OUTPUT and info.structure == "tensor"
+        state.is_layer_output = self.table.is_layer_output
         return self.tracer.wrap(state)
 
     def write_leaf(self, selector: tuple[Key, ...], value: Any) -> None:

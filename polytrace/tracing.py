@@ -206,7 +206,11 @@ class InvokeBlock:
     def __init__(self, tracer: Tracer, index: int) -> None:
         self._tracer = tracer
         self._index = index
-        self.lengths = tracer.lengths_of(index)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each prompt."""
+        return self._tracer.lengths_of(self._index)
 
     def __enter__(self) -> InvokeBlock:
         if self._tracer._invoke is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from polytrace.description import Leaf, ModelDescription, ModuleInfo, ParameterInfo, SiteInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
-from polytrace.graph import Site
+from polytrace.graph import Port, Site
 from polytrace.lines import user_line
 
 
@@ -24,7 +24,7 @@ class PortTable:
     """One side of a module: its tensors by the way to them."""
 
     info: SiteInfo
-    is_decoder_layer: bool
+    is_layer_output: bool  # a decoder layer's `.output`, one tensor
     leaves: dict[tuple[int | str, ...], tuple[Site, Leaf]]
 
 
@@ -65,10 +65,10 @@ def index_description(description: ModelDescription) -> Table:
         if port.visit == 0:
             members = {leaf.selector: (_site(port, leaf), leaf) for leaf in port.leaves}
             leaves |= dict(members.values())
-            is_decoder_layer = modules[port.module].is_decoder_layer
-            ports[port.module, port.port.value] = PortTable(
-                info=port, is_decoder_layer=is_decoder_layer, leaves=members
+            is_layer_output = (
+                modules[port.module].is_decoder_layer and port.port is Port.OUTPUT and port.structure == "tensor"
             )
+            ports[port.module, port.port.value] = PortTable(info=port, is_layer_output=is_layer_output, leaves=members)
     return Table(
         description=description,
         modules=modules,

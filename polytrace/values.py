@@ -70,7 +70,7 @@ class Recorded:
         if state.is_layer_output or state.is_hidden_states:
             number = first_int(index)
             if number is not None:
-                return _hidden_states(state, index)
+                return _hidden_states(state, index, number)
         made = state.recording.op("getitem", (self, index), {})
         assert isinstance(made, State)
         return state.recording.session.wrap(made)
@@ -79,7 +79,7 @@ class Recorded:
         state = state_of(self)
         number = first_int(index) if state.is_layer_output or state.is_hidden_states else None
         if number is not None:
-            _hidden_states(state, index)  # raises for all but the literal 0
+            _hidden_states(state, index, number)  # raises for all but the literal 0
             place = state.storage.place
             assert place is not None
             state.recording.write_edge(place.site, place.invoke, value)
@@ -236,9 +236,8 @@ def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return max(1, math.ceil(length / part))
 
 
-def _hidden_states(state: State, index: Any) -> Any:
+def _hidden_states(state: State, index: Any, number: int) -> Any:
     """`output[0]` of a decoder layer; every other integer there would mean something else to every reader."""
-    number = first_int(index)
     if state.is_layer_output and number == 0 and not isinstance(index, tuple):
         alias = state.recording.alias(state)
         alias.is_hidden_states = True
