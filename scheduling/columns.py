@@ -10,7 +10,7 @@ Invariant: after rewriting, every indexing gives what it gave on the full view.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,12 +30,20 @@ class Part:
     columns: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a write changes of what its site had: its value was made of `base` by in-place code on some cells."""
+
+    base: NodeId  # a read of the site, or the value of the write before
+    parts: tuple[Part, ...]  # in the order of the code
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
     """What is known of a graph's reads and writes, and the graph and facts rewritten to the narrow views."""
 
     narrowed: Mapping[NodeId, tuple[int, ...]]  # reads and writes -> columns of their view, ascending
-    changed: Mapping[NodeId, tuple[Part, ...]]  # writes -> what they may change; absent: any cell
+    changed: Mapping[NodeId, Change]  # writes -> what they change; absent: any cell
     graph: Graph
     facts: Facts
 
@@ -109,7 +117,6 @@ class _Finder:
                 event = self.nodes[node]
                 if isinstance(event, Write):
                     self.writes_at.setdefault((event.site, event.invoke), []).append(node)
-        self._parts: dict[int, tuple[int, tuple[Part, ...]] | None] = {}  # in-place values -> their read, what changed
 
     def chain(self, read: int) -> _Chain | None:
         """What becomes of a read, None when somebody may look at any column of it."""
@@ -149,53 +156,48 @@ class _Finder:
                     return None
         return chain if self._is_alone(chain, event) else None
 
-    def changed(self) -> dict[NodeId, tuple[Part, ...]]:
-        """Per live write whose value is its own site with some cells changed: those cells."""
-        found: dict[NodeId, tuple[Part, ...]] = {}
+    def changed(self) -> dict[NodeId, Change]:
+        """Per live write whose value is what its site has, with some cells changed: those cells."""
+        found: dict[NodeId, Change] = {}
         for writes in self.writes_at.values():
-            for place, write in enumerate(writes):
-                event = self.nodes[write]
-                assert isinstance(event, Write)
-                known = self._part(event.value.node)
-                if known is None:
-                    continue
-                read, parts = known
-                source = self.nodes[read]
-                assert isinstance(source, Read)
-                # Writes between that this value does not know of would be undone by it: then it may change any cell.
-                between = [other for other in writes[:place] if other > read]
-                if self._goes_back(event, source) and all(self._is_ancestor(other, event, read) for other in between):
-                    found[NodeId(write)] = parts
+            before: NodeId | None = None  # the write before at the site
+            for write in map(NodeId, writes):
+                change = self._change(write, before, found)
+                if change is not None:
+                    found[write] = change
+                before = write
         return found
 
-    def _part(self, value: int) -> tuple[int, tuple[Part, ...]] | None:
-        """The read that in-place code made a value of, and what it changed; iterative: chains may be long."""
-        way: list[int] = []
-        node = value
-        while node not in self._parts:
-            event = self.nodes[node]
-            if isinstance(event, Read):
-                self._parts[node] = (node, ())
-                break
-            base = event.args[0] if isinstance(event, Op) and event.name in ("setitem", "set_view") else None
-            if not isinstance(base, Ref):
-                self._parts[node] = None
-                break
-            way.append(node)
-            node = base.node
-        for node in reversed(way):
-            event = self.nodes[node]
-            assert isinstance(event, Op)
-            known = self._parts[_base(event)]
-            part = None if known is None else self._cells(event, known[0])
-            self._parts[node] = None if known is None or part is None else (known[0], (*known[1], part))
-        return self._parts[value]
+    def _change(self, write: NodeId, before: NodeId | None, found: Mapping[NodeId, Change]) -> Change | None:
+        """What a write changes of what the write before left, None when that may be any cell.
 
-    def _cells(self, node: Op, read: int) -> Part | None:
+        Its value must have come, by in-place code, from what the write before wrote, or from a read behind that.
+        """
+        event = self.nodes[write]
+        assert isinstance(event, Write)
+        earlier = None if before is None else self.nodes[before]
+        parts: list[Part] = []
+        node = event.value.node
+        while True:
+            if isinstance(earlier, Write) and before in found and node == earlier.value.node:
+                return Change(node, tuple(reversed(parts)))
+            made = self.nodes[node]
+            if isinstance(made, Read):
+                is_fresh = self._goes_back(event, made) and (before is None or before < node)
+                return Change(node, tuple(reversed(parts))) if is_fresh else None
+            if not isinstance(made, Op) or made.name not in ("setitem", "set_view"):
+                return None
+            part = self._cells(made, event)
+            if part is None:
+                return None
+            parts.append(part)
+            node = NodeId(_base(made))
+            if node < 0:
+                return None
+
+    def _cells(self, node: Op, write: Write) -> Part | None:
         """The cells that one in-place op changes, None when that is not known ahead."""
-        source = self.nodes[read]
-        assert isinstance(source, Read)
-        invoke = self.invokes[source.invoke]
+        invoke = self.invokes[write.invoke]
         _, index, found = self._edited(node, _base(node))
         if not isinstance(found, _Named):
             return None
@@ -260,18 +262,8 @@ class _Finder:
         """Whether no other write acts at the site between the read and the last write of its own content."""
         last = max(chain.writes, default=chain.read)
         own = set(chain.writes)
-        return all(
-            write in own for write in self.writes_at.get((event.site, event.invoke), ()) if chain.read < write < last
-        )
-
-    def _is_ancestor(self, other: int, write: Write, read: int) -> bool:
-        """Whether a write's value was made of what another wrote."""
-        earlier = self.nodes[other]
-        assert isinstance(earlier, Write)
-        node = write.value.node
-        while node > earlier.value.node and isinstance(event := self.nodes[node], Op):
-            node = NodeId(_base(event))
-        return node == earlier.value.node and node != read
+        writes = self.writes_at.get((event.site, event.invoke), [])
+        return all(write in own for write in writes[bisect_right(writes, chain.read) : bisect_left(writes, last)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,9 +172,9 @@ def _edits(
     for write in writes:
         event = request.graph.nodes[write]
         assert isinstance(event, Write)
-        parts = columns.changed.get(write)
+        change = columns.changed.get(write)
         length = request.invokes[event.invoke].longest - pads
-        positions = range(-pads, length) if parts is None else tuple(_positions(parts, place, pads))
+        positions = range(-pads, length) if change is None else tuple(_positions(change.parts, place, pads))
         first = min((position for position in positions if position >= 0), default=None)
         if first is not None:
             # Where the cells of the value fall in this sequence is part of what is written to it.
@@ -198,6 +198,7 @@ class Keys:
         self._request, self._resolved, self._columns = request, resolved, columns
         self._nodes = request.graph.nodes
         self._writes: dict[int, list[tuple[int, int]]] = {}  # invoke -> (order, node) of its live writes, ascending
+        self._acting: dict[int, Key] = {}
         self._prefixes: dict[int, list[Key]] = {}  # invoke -> keys of its tokens and the first 0, 1, ... writes
         for node in finished:
             event = self._nodes[node]
@@ -213,16 +214,17 @@ class Keys:
 
     def acting(self, write: int) -> Key:
         """The key of a write behind those of its invoke at the same visit: which is the later makes a difference."""
-        event = self._nodes[write]
-        assert isinstance(event, Write)
-        order = _order(self._resolved, write)
-        first = bisect_left(self._writes[event.invoke], (order, -1))
-        key = b""
-        for other_order, other in self._writes[event.invoke][first:]:
-            if other_order != order or other > write:
-                break
-            key = _digest(key, self.of[other])
-        return key
+        if write not in self._acting:
+            event = self._nodes[write]
+            assert isinstance(event, Write)
+            order = _order(self._resolved, write)
+            writes = self._writes[event.invoke]
+            key = b""
+            for other_order, other in writes[bisect_left(writes, (order, -1)) :]:
+                if other_order != order:
+                    break
+                key = self._acting[other] = _digest(key, self.of[other])
+        return self._acting[write]
 
     def _key(self, node: int) -> Key:
         event = self._nodes[node]
@@ -246,15 +248,18 @@ class Keys:
 
     def _written(self, write: NodeId, event: Write) -> object:
         """What a write says: where only some cells change, of these alone."""
-        if write not in self._columns.changed:
+        change = self._columns.changed.get(write)
+        if change is None:
             return self.of[event.value.node]
         steps = []
-        made = self._nodes[event.value.node]
-        while isinstance(made, Op):
+        node = event.value.node
+        while node != change.base:
+            made = self._nodes[node]
+            assert isinstance(made, Op)
             base, *rest = made.args
             steps.append((made.name, self._spelled(tuple(rest))))
             assert isinstance(base, Ref)
-            made = self._nodes[base.node]
+            node = base.node
         return steps
 
     def _content(self, invoke: int, place: tuple[int, int]) -> Key:

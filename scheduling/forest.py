@@ -151,7 +151,7 @@ def _find_parents(sequences: Sequence[Placed], trees: list[_Tree]) -> list[int]:
             if last is not None:
                 common = _common(last.tokens, tokens)
                 if common:
-                    root.join(last, common)
+                    root.join(_owner(last, common), common)
             last = root
             _link(nodes, trees, twins)
     return twins
@@ -189,6 +189,13 @@ def _link(nodes: list[_Node], trees: list[_Tree], twins: list[int]) -> None:
             trees[node.best].join(trees[node.parent.best], trees[node.best].length)
         for index in node.own[1:]:
             twins[index] = node.own[0]
+
+
+def _owner(tree: _Tree, common: int) -> _Tree:
+    """The tree itself, or the nearest that it forks from which has rows of its own among the first `common` ones."""
+    while tree.parent is not None and common <= tree.starts[-1]:
+        tree = tree.parent
+    return tree
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
