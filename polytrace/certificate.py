@@ -27,7 +27,7 @@ class Certificate:
     result_bytes: int  # all saves
     read_bytes: int  # all values read from the model, what a client-side analysis would have to move
     carried_bytes: int  # values that cross from stage to stage
-    live_bytes: int  # all values of the graph together, the most it can hold at once
+    live_bytes: int  # values that the graph holds at one site visit, at most
     notes: tuple[str, ...]  # for people: reads that see later lines' writes, pad rows written, ...
 
 

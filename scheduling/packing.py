@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 from polytrace.description import ModelDescription
-from polytrace.garbage import no_collections
 from scheduling.forest import Placed, grow
 from scheduling.plan import PROLOGUE, Cone, Member, PassId, Plan, Program, RequestId, View
 
@@ -24,7 +23,6 @@ class Packer:
         self._stages = [site.stage for site in description.sites]
         self._num_layers = description.num_layers
 
-    @no_collections()
     def pack(self, pass_id: PassId, waves: list[tuple[Program, int]], ended: tuple[RequestId, ...] = ()) -> Plan:
         """The plan of a pass in which each program runs one of its waves. Members stand in the order given."""
         runs = [

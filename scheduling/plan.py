@@ -123,6 +123,7 @@ class Program:
     facts: tuple[ValueFacts | None, ...]  # per node; None for writes and saves
     waves: tuple[Wave, ...]
     saves: tuple[SaveSlot, ...]
+    live_bytes: int  # of values held at one site visit, at most
     constants: Mapping[str, RawTensor] = field(default_factory=dict)  # in process; empty when `request_file` is set
     request_file: str | None = None  # the stored request: shards map its constants from here
     result_file: str | None = None  # shards write saves at `result_start + offset`; None: they return them

@@ -7,9 +7,9 @@ other requests (`scheduling.packing` merges them) nor of files (the caller sets 
 from __future__ import annotations
 
 from polytrace.certificate import Certificate, ValueShape
+from polytrace.collector import young_only
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.garbage import no_collections
 from polytrace.graph import Graph, Invoke, NodeId, Request, Save, Sharing, Write
 from polytrace.tensors import itemsize
 from scheduling.checks import Resolved, resolve, table_of
@@ -17,6 +17,7 @@ from scheduling.columns import find_columns
 from scheduling.cones import Keys, find_cones, kept_columns
 from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers, token_layers_alone, wave_tokens
 from scheduling.forest import Forest, Placed, grow
+from scheduling.liveness import peak_bytes
 from scheduling.placement import Scale, find_live, place, scale_of
 from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave
 from scheduling.residency import stage_works
@@ -27,7 +28,6 @@ _DOMAIN = "tenant"  # there is one tenant: who has the key
 _MAX_SPLITS = 8  # times that waves are split and looked at again; a wave that is too large still goes alone
 
 
-@no_collections()
 def compile_program(
     request_id: RequestId, request: Request, description: ModelDescription, facts: tuple[ValueFacts | None, ...]
 ) -> Program:
@@ -35,6 +35,13 @@ def compile_program(
 
     Constants stay where the request has them. Raises GraphError with the user's line, and TooLargeError.
     """
+    with young_only:
+        return _compile(request_id, request, description, facts)
+
+
+def _compile(
+    request_id: RequestId, request: Request, description: ModelDescription, facts: tuple[ValueFacts | None, ...]
+) -> Program:
     # 1) Refuse what does not fit the model.
     graph = request.graph
     resolved = resolve(request, table_of(description))
@@ -79,6 +86,7 @@ def compile_program(
         facts=columns.facts,
         waves=_waves(works, runs, kept, cones, forests),
         saves=saves,
+        live_bytes=peak_bytes(resolved, [0 if known is None else known.num_bytes for known in columns.facts])[0],
         constants=request.constants,
     )
 
@@ -96,7 +104,7 @@ def certify(program: Program, facts: tuple[ValueFacts | None, ...], description:
         result_bytes=sum(slot.facts.num_bytes for slot in program.saves),
         read_bytes=read_bytes(program),
         carried_bytes=carried_bytes(program, table),
-        live_bytes=sum(known.num_bytes for known in program.facts if known is not None),
+        live_bytes=program.live_bytes,
         notes=find_notes(program, table),
     )
 

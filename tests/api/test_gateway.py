@@ -24,7 +24,7 @@ from polytrace.description import Limits, ModelDescription
 from polytrace.errors import CancelledError, GraphError, PolytraceError, RunError
 from polytrace.graph import Constant, Graph, Invoke, NodeId, Options, Ref, Request, Save
 from polytrace.tensors import RawTensor
-from polytrace.wire import decode_request, decode_result, encode_request, result_header
+from polytrace.wire import VERSION, decode_request, decode_result, encode_request, result_header
 from scheduling.plan import RequestId, SaveSlot, ValueFacts
 
 KEY = "sesame"
@@ -202,7 +202,7 @@ def test_bytes_that_are_no_request_are_refused(service: Service) -> None:
     for bad in (b"", b"hello", good[:40], good[:-3], good.replace(b'\\"seed\\"', b'\\"sead\\"')):
         problem = problem_of(service.http.post("/v1/models/m/requests", content=bad), 400)
         assert problem["code"] == "wire"
-    wrong_version = good.replace(b'"polytrace":"1"', b'"polytrace":"9"')
+    wrong_version = good.replace(b'"polytrace":"%s"' % VERSION.encode(), b'"polytrace":"999"')
     assert "version" in problem_of(service.http.post("/v1/models/m/requests", content=wrong_version), 400)["detail"]
 
 
