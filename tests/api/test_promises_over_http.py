@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import run_by_hand
+from families import llama_like
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from programs import Program, difference, llama_like, programs, record, run_by_hand
+from programs import Program, crowds, difference, record
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import polytrace
@@ -74,13 +76,13 @@ def at_once(model: Model, users: list[Program]) -> tuple[list[list[torch.Tensor]
 def test_32_users_at_once_get_the_bits_they_get_alone_and_hugging_faces_numbers(
     model: Model, plain: PreTrainedModel, data: st.DataObject
 ) -> None:
-    users = [data.draw(programs(family_of(plain))) for _ in range(32)]
+    users = data.draw(crowds(family_of(plain), 32))
     together, tracers = at_once(model, users)
     assert max(entry.requests for tracer in tracers for entry in tracer.receipt.passes) > 1
     for program, ours in zip(users, together, strict=True):
         alone = record(model, program)[1]
         assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True)), program
-        assert difference(ours, run_by_hand(plain, program), program) <= FLOAT32_TOLERANCE, program
+        assert difference(ours, run_by_hand(plain, program)) <= FLOAT32_TOLERANCE, program
 
 
 def test_receipts_say_what_fired_where_and_that_only_saves_moved(model: Model) -> None:

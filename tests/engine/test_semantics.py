@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import model_of
+from families import model_of
 from torch import Tensor
 from transformers import PreTrainedModel
 

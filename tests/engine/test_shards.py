@@ -7,20 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_hand import run_by_hand
+from families import FAMILIES, model_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from processes import BROKEN_SEED, FaultyShard, ProcessBackend, ProcessShards
-from programs import (
-    FAMILIES,
-    Program,
-    difference,
-    model_of,
-    ours_in_order,
-    programs,
-    record,
-    run_by_hand,
-    served_together,
-)
+from programs import Program, Served, crowds, difference, find, record, rows_run, serve, values_in_order
 
 from engine.local import LocalBackend
 from polytrace.errors import RunError
@@ -36,7 +28,7 @@ TWICE = settings(
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
-GRIDS = [("llama", 2, 2), ("gpt2", 2, 2), ("gemma2", 2, 2), ("llama", 1, 4), ("gemma2", 4, 1)]
+GRIDS = [("llama", 2, 2), ("gpt2", 2, 2), ("gemma2", 2, 2), ("llama", 1, 4), ("llama", 4, 1)]  # stages, ranks
 
 
 class Deployed:
@@ -52,8 +44,8 @@ class Deployed:
         self.backend = ProcessBackend(self.folder, self.shards, folder, EVERYONE)
         self.model = Model(self.backend)
 
-    def run(self, users: list[Program]) -> list[list[torch.Tensor]]:
-        return served_together(self.model, self.backend, users, torch.float32)
+    def serve(self, users: list[Program], sharing: str = "tenant") -> list[Served]:
+        return serve(self.model, self.backend, users, torch.float32, sharing=sharing)
 
 
 @pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: "-".join(map(str, grid)))
@@ -64,24 +56,23 @@ def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     deployment.shards.close()
 
 
-def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
 @TWICE
 @given(data=st.data())
-def test_32_random_programs_merged_get_their_own_bits_and_hugging_faces_numbers(
+def test_32_programs_that_share_rows_get_their_own_bits_and_hugging_faces_numbers(
     deployed: Deployed, data: st.DataObject
 ) -> None:
-    users = [data.draw(programs(FAMILIES[deployed.family])) for _ in range(32)]
-    merged = deployed.run(users)
-    for program, ours in zip(users, merged, strict=True):
-        assert same(ours, deployed.run([program])[0]), program
-        assert difference(ours, run_by_hand(deployed.plain, program), program) <= FLOAT32_TOLERANCE, program
+    users = data.draw(crowds(FAMILIES[deployed.family], 32))
+    shared = deployed.serve(users)
+    for program, ours, merged in zip(users, shared, deployed.serve(users, sharing="off"), strict=True):
+        (alone,) = deployed.serve([program])
+        assert ours.has_bits_of(alone), program
+        assert merged.has_bits_of(alone), program
+        assert difference(ours.values, run_by_hand(deployed.plain, program)) <= FLOAT32_TOLERANCE, program
+    assert rows_run(shared) < sum(each.receipt.token_layers_alone for each in shared)
     if deployed.ranks == 1:  # stages change no bit
         one = LocalBackend(deployed.folder, threads=1, policy=EVERYONE)
-        for ours, theirs in zip(merged, served_together(Model(one), one, users, torch.float32), strict=True):
-            assert same(ours, theirs)
+        for ours, theirs in zip(shared, serve(Model(one), one, users, torch.float32), strict=True):
+            assert ours.has_bits_of(theirs)
 
 
 @TWICE
@@ -89,10 +80,12 @@ def test_32_random_programs_merged_get_their_own_bits_and_hugging_faces_numbers(
 def test_a_graph_that_fails_on_one_shard_leaves_its_31_neighbours_unchanged(
     deployed: Deployed, data: st.DataObject
 ) -> None:
-    users = [data.draw(programs(FAMILIES[deployed.family])) for _ in range(31)]
-    undisturbed = deployed.run(users)
-    with deployed.model.trace([5, 6, 7], seed=BROKEN_SEED, run=False) as failing:
-        last = deployed.model.get_submodule(FAMILIES[deployed.family].norm).input
+    family = FAMILIES[deployed.family]
+    users = data.draw(crowds(family, 31))
+    undisturbed = deployed.serve(users)
+    prompt = list(users[0].prompts[0][0])
+    with deployed.model.trace(prompt, seed=BROKEN_SEED, run=False) as failing:
+        last = find(deployed.model, family.norm).input
         last[:] = last * 2.0
         deployed.model.lm_head.output[:, -1].save()
     tracers = [record(deployed.model, program, run=False)[0] for program in users]
@@ -104,4 +97,4 @@ def test_a_graph_that_fails_on_one_shard_leaves_its_31_neighbours_unchanged(
     assert failed.error.where is not None and failed.error.where.startswith("test_shards.py:")
     for tracer, outcome, expected in zip(tracers, outcomes, undisturbed, strict=True):
         assert outcome.error is None
-        assert same(ours_in_order(tracer, outcome.values), expected)
+        assert all(map(torch.equal, values_in_order(tracer, outcome.values), expected.values))
