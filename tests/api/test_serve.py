@@ -196,7 +196,7 @@ def test_a_killed_supervisor_leaves_no_process_behind(model: Path, tmp_path: Pat
         wait_until(lambda: any("raylet" in command for command in service.processes().values()), 60, service)
         service.process.kill()
         service.process.wait()
-        wait_until(lambda: not service.processes(), 40, service)
+        wait_until(lambda: not service.processes(), 120, service)
     finally:
         service.kill_all()
 
