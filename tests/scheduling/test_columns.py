@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polytrace.description import Limits
 from polytrace.graph import Constant, Node, NodeId, Op, Operand, Read, Ref, Save, Site, Write
 from scheduling.checks import resolve, table_of
 from scheduling.columns import Columns, Part, find_columns
@@ -535,16 +536,23 @@ def test_a_rewritten_graph_computes_what_the_graph_computes(recorder: Numbers) -
     check(recorder)
 
 
-def test_thousands_of_edits_are_found_in_linear_time(capsys: pytest.CaptureFixture[str]) -> None:
-    description = tiny_llama(num_layers=12)
-    r = Recorder(description, *[[[1, 2, 3]]] * 4000)
-    for invoke in range(4000):
-        layer = f"model.layers.{invoke % 12}"
-        hidden = r.read(layer, invoke=invoke)
-        r.write(layer, r.op("setitem", hidden, (ALL, invoke % 3), 0.0), invoke=invoke, in_place=True)
+@pytest.mark.parametrize("shape", ["one read each", "one chain", "one prompt each"])
+def test_thousands_of_edits_are_found_in_linear_time(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    count = 4000
+    r = Recorder(tiny_llama(num_layers=12, limits=Limits(max_sequence_tokens=count)), *prompts_for(shape, count))
+    for number in range(count):
+        invoke = number if shape == "one prompt each" else 0
+        if number == 0 or shape != "one chain":
+            hidden = r.read(LAYER, invoke=invoke)
+        hidden = r.op("setitem", hidden, (ALL, -1 - (0 if invoke else number)), 0.0)
+        r.write(LAYER, hidden, invoke=invoke, in_place=True)
     r.save(hidden)
     began = time.process_time()
     found = columns_of(r)
     with capsys.disabled():
-        print(f"\n{len(r.nodes)} nodes: {(time.process_time() - began) * 1e6 / len(r.nodes):.1f} us a node")
-    assert len(found.changed) == 4000
+        print(f"\n{shape}, {len(r.nodes)} nodes: {(time.process_time() - began) * 1e6 / len(r.nodes):.1f} us a node")
+    assert len(found.changed) == count
+
+
+def prompts_for(shape: str, count: int) -> list[list[list[int]]]:
+    return [[[1, 2, 3]]] * count if shape == "one prompt each" else [[[1] * count]]

@@ -206,6 +206,16 @@ def test_prompts_that_begin_alike_have_the_beginning_once() -> None:
     assert forest.layer_rows == (3 * (40 + 1) + len(questions) * 2,) * LAYERS
 
 
+def test_prompts_over_one_prefix_fork_from_it_and_not_from_each_other() -> None:
+    forest = check([placed([*range(20), number, 99]) for number in range(30, 60)])
+    assert max(depths(forest)) == 1
+
+
+def test_prompts_that_go_on_where_another_ends_fork_from_it() -> None:
+    forest = check([placed(range(length)) for length in (12, 3, 9, 6)])
+    assert forest.layer_rows == (12,) * LAYERS
+
+
 def test_edits_in_common_are_made_once() -> None:
     common = Edit(0, 2, b"common")
     window = [placed(range(20), [common, Edit(2, position, b"own")], num_layers=6) for position in range(5, 15)]
@@ -272,7 +282,7 @@ def many_windows(count: int) -> list[Placed]:
 
 @pytest.mark.parametrize(
     ("make", "most"),
-    [(many_edits, 10_000), (many_prefixes, 2_000), (many_windows, 2_000)],
+    [(many_edits, 10_000), (many_prefixes, 10_000), (many_windows, 2_000)],
 )
 def test_sequences_grow_in_linear_time(
     make: Callable[[int], list[Placed]], most: int, capsys: pytest.CaptureFixture[str]
