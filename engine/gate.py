@@ -66,8 +66,6 @@ def run_gate(
             refusal = "its rows depend on the neighbours in a shared pass"
         elif not is_same_alone:
             refusal = "its rows are not the same bits in a shared pass as alone"
-        if refusal and links.stage == links.stages - 1 and module == "":
-            raise ServiceError(f"{probe.class_name} cannot be served in shared passes: at its logits, {refusal}")
         leaves.append(
             LeafReport(
                 module=module,
@@ -78,6 +76,8 @@ def run_gate(
                 refusal=refusal,
             )
         )
+    if links.stage == links.stages - 1:
+        _check_logits(leaves, probe, runner.model)
     known = {(leaf.module, leaf.port, leaf.selector) for leaf in leaves if leaf.refusal is None}
     differing = _differing_forks(b, multiple, probe, owned, runner, links, store, device) & known
     moved = {place for place, rows in ahead[0].items() if not torch.equal(rows[:-1], together[0][place][:-1])} & known
@@ -95,6 +95,21 @@ def run_gate(
         row_multiple=multiple,
         has_forks=not (differing or moved),
         notes=notes,
+    )
+
+
+def _check_logits(leaves: list[LeafReport], probe: Probe, model: nn.Module) -> None:
+    """ServiceError when the root's output is refused: where that begins is the innermost module that makes it so."""
+    reason = next((leaf.refusal for leaf in leaves if leaf.module == "" and leaf.refusal), None)
+    if reason is None:
+        return
+    sound = {leaf.module for leaf in leaves if leaf.port is Port.INPUT and leaf.refusal is None}
+    refused = [leaf for leaf in leaves if leaf.refusal is not None]
+    first = next((leaf for leaf in refused if leaf.port is Port.OUTPUT and leaf.module in sound), refused[0])
+    name = type(model.get_submodule(first.module)).__name__
+    raise ServiceError(
+        f"{probe.class_name} cannot be served in shared passes: at its logits, {reason}; that begins at "
+        f"{first.module}.{first.port.value} ({name})"
     )
 
 

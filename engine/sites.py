@@ -130,6 +130,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
     experts = {path for path, module in model.named_modules() if is_experts(module)}
     events = zip(first.events, second.events, strict=True)
     sites = tuple(_site(order, a, b, first, experts) for order, (a, b) in enumerate(events))
+    _check_hidden(model, layers, first)
     layer_orders = [s.order for s in sites if s.module.startswith(layers + ".")]
     return Probe(
         class_name=type(model).__name__,
@@ -151,6 +152,19 @@ def probe_model(model: PreTrainedModel) -> Probe:
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),
     )
+
+
+def _check_hidden(model: PreTrainedModel, layers: str, recorder: _Recorder) -> None:
+    """ServiceError unless every layer takes and gives hidden states that have their rows in the second dimension."""
+    for event in recorder.events:
+        if event.module.rpartition(".")[0] == layers:
+            shape = next((list(tensor.shape) for tensor in event.leaves.values()), [])
+            if shape[:2] != [1, recorder.rows] or len(shape) != 3:
+                place = f"{event.module}.{event.port.value}"
+                raise ServiceError(
+                    f"{type(model).__name__} cannot be served yet: {place} is of shape {shape} and not "
+                    f"[1, {recorder.rows}, features]"
+                )
 
 
 def _widths(first: _Recorder, second: _Recorder) -> Iterator[int]:

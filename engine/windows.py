@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from polytrace.errors import ServiceError
 
+_LAYER_MEMBERS = (0, 1, 2, 3)  # what root forwards take from a layer: a tensor, or a tuple of so many
 _PROBE_TOKENS = (5, 7)  # two counts: dimensions that differ between the two probes are token dimensions
 
 
@@ -61,7 +62,7 @@ class Layout:
     num_layers: int
     before: Mapping[str, OutputShape]  # modules with weights that run before the first layer: first stage only
     after: tuple[str, ...]  # modules with weights that run after the last layer: last stage only
-    layers_return_tuples: bool  # the root forward reads `output[0]` of a layer
+    layer_members: int  # the root forward takes a tuple of so many from a layer, and of these the first; 0: a tensor
 
     def home(self, path: str, stages: int) -> int:
         """The first stage that has the module, parameter or buffer at `path`."""
@@ -86,19 +87,20 @@ class PassThrough(nn.Module):
     """Stands for a module that the stage does not own: returns its first argument.
 
     Carries the plain attributes of the module it replaces: root forwards read `layer_idx`, `attention_type` and such.
+    With `members` it returns a tuple of so many, the rest of them None.
     """
 
-    def __init__(self, original: nn.Module, *, returns_tuple: bool = False) -> None:
+    def __init__(self, original: nn.Module, *, members: int = 0) -> None:
         super().__init__()
         own = vars(self)
         for name, value in vars(original).items():
             if name not in own and not isinstance(value, Tensor):
                 setattr(self, name, value)
-        self.returns_tuple = returns_tuple
+        self.members = members
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else next(iter(kwargs.values()))
-        return (hidden,) if self.returns_tuple else hidden
+        return (hidden, *[None] * (self.members - 1)) if self.members else hidden
 
 
 class NoEmbedding(nn.Module):
@@ -145,11 +147,9 @@ def split_layers(num_layers: int, stages: int) -> tuple[range, ...]:
 def find_layout(model: nn.Module) -> Layout:
     """Where the weights of a whole meta model lie, by running its forward with stubbed layers. Leaves it unchanged."""
     path = find_layers(model)
-    first = _probe(model, path, _PROBE_TOKENS[0], returns_tuples=False)
-    returns_tuples = first is None
-    if returns_tuples:
-        first = _probe(model, path, _PROBE_TOKENS[0], returns_tuples=True)
-    second = _probe(model, path, _PROBE_TOKENS[1], returns_tuples=returns_tuples)
+    tried = ((members, _probe(model, path, _PROBE_TOKENS[0], members)) for members in _LAYER_MEMBERS)
+    members, first = next(((members, found) for members, found in tried if found is not None), (0, None))
+    second = _probe(model, path, _PROBE_TOKENS[1], members)
     if first is None or second is None:
         raise ServiceError(f"{type(model).__name__} cannot be split: its forward does not run with stubs for layers")
     before, after = {}, []
@@ -160,9 +160,7 @@ def find_layout(model: nn.Module) -> Layout:
         elif is_before == {False}:
             after.append(module)
     num_layers = len(_as_list(model, path))
-    return Layout(
-        layers=path, num_layers=num_layers, before=before, after=tuple(after), layers_return_tuples=returns_tuples
-    )
+    return Layout(layers=path, num_layers=num_layers, before=before, after=tuple(after), layer_members=members)
 
 
 def keep_window(model: nn.Module, window: Window, layout: Layout | None = None) -> None:
@@ -173,7 +171,7 @@ def keep_window(model: nn.Module, window: Window, layout: Layout | None = None) 
     layers = _as_list(model, window.layers)
     for index in range(window.num_layers):
         if not window.first <= index < window.stop:
-            layers[index] = PassThrough(layers[index], returns_tuple=layout.layers_return_tuples)
+            layers[index] = PassThrough(layers[index], members=layout.layer_members)
     if not window.is_first:
         for path, shape in layout.before.items():
             model.set_submodule(path, NoEmbedding(shape))
@@ -192,7 +190,7 @@ class _Event:
     dtype: torch.dtype | None
 
 
-def _probe(model: nn.Module, layers: str, tokens: int, *, returns_tuples: bool) -> dict[str, list[_Event]] | None:
+def _probe(model: nn.Module, layers: str, tokens: int, members: int) -> dict[str, list[_Event]] | None:
     """Calls of the topmost modules with weights beside the layers; None when the forward cannot run with such stubs."""
     events: dict[str, list[_Event]] = {}
     shapes_in: list[tuple[int, ...] | None] = []
@@ -219,7 +217,7 @@ def _probe(model: nn.Module, layers: str, tokens: int, *, returns_tuples: bool) 
     handles = [watch(path, module) for path, module in _beside(model, layers)]
     try:
         for index, layer in enumerate(originals):
-            layer_list[index] = PassThrough(layer, returns_tuple=returns_tuples)
+            layer_list[index] = PassThrough(layer, members=members)
             handles.append(layer_list[index].register_forward_pre_hook(watch_layer, with_kwargs=True))
         with torch.no_grad(), _without_masks(model):
             model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=False)

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Lfm2Config, LlamaConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma3nTextConfig,
+    GPT2Config,
+    Lfm2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+)
 
 from engine.links import Solo
 from engine.loading import ShardConfig
@@ -17,9 +31,15 @@ from polytrace.graph import Port, Site
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+STATES: dict[str, Any] = {"mamba_n_heads": 4, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+GPT2: dict[str, Any] = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64} | {
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, **HEADS),
-    "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0),
+    "gpt2": GPT2Config(**GPT2),
     "gemma2": Gemma2Config(**SIZES, **HEADS, head_dim=8, sliding_window=5),
 }
 
@@ -44,11 +64,62 @@ def test_packed_families_pass_the_gate_at_every_site(family: str, tmp_path: Path
     assert [info.order for info in description.sites] == list(range(len(description.sites)))
 
 
-def test_convolutions_that_mix_neighbours_are_caught(tmp_path: Path) -> None:
-    layers = ["conv", "full_attention", "conv"]
-    config = Lfm2Config(**SIZES, **HEADS, layer_types=layers)
-    with pytest.raises(ServiceError, match="depend on the neighbours"):
+MIXING: dict[str, PreTrainedConfig] = {
+    "conv": Lfm2Config(**SIZES, **HEADS, layer_types=["conv", "full_attention", "conv"]),
+    "linear_attn": Qwen3NextConfig(
+        **SIZES,
+        **HEADS,
+        **MIXTURE,
+        head_dim=8,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
+    "mamba": FalconH1Config(**SIZES, **HEADS, **STATES, mamba_d_ssm=32, mamba_d_head=8),
+    "mamba beside attention": BambaConfig(**SIZES, **HEADS, **STATES, mamba_d_head=16, attn_layer_indices=[1]),
+    "temporal_block": RecurrentGemmaConfig(
+        **SIZES, num_attention_heads=4, num_key_value_heads=1, head_dim=8, attention_window_size=16, lru_width=32
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_layers_that_mix_neighbours_are_caught_and_named(kind: str, tmp_path: Path) -> None:
+    place = rf"begins at model\.layers\.0\.{kind.split()[0]}\.output"
+    with pytest.raises(ServiceError, match=f"depend on the neighbours.*{place}"):
+        described(MIXING[kind], tmp_path)
+
+
+def test_hidden_states_of_several_streams_are_refused_with_their_shape(tmp_path: Path) -> None:
+    config = Gemma3nTextConfig(
+        **SIZES,
+        **HEADS,
+        head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=96,
+        num_kv_shared_layers=1,
+        laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        activation_sparsity_pattern=None,
+    )
+    with pytest.raises(ServiceError, match=r"layers\.0\.input is of shape \[4, 1, "):
         described(config, tmp_path)
+
+
+def test_a_padding_token_in_the_configuration_does_not_stop_the_probe(tmp_path: Path) -> None:
+    assert described(GPT2Config(**GPT2, pad_token_id=0), tmp_path).notes == ()
+
+
+def test_sites_inside_experts_are_refused_by_name_and_those_around_them_are_not(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(**SIZES, **HEADS, **MIXTURE, head_dim=8)
+    sites = index_sites(described(config, tmp_path))
+    inside = sites[Site(module="model.layers.1.mlp.experts.act_fn", port=Port.OUTPUT)]
+    assert inside[1].read_refusal == "its rows are sorted by expert, not by token"
+    around = sites[Site(module="model.layers.1.mlp", port=Port.OUTPUT)]
+    assert around[1].read_refusal is around[1].write_refusal is None
 
 
 def test_sites_have_the_shapes_that_hooks_see(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""The experts function against transformers' own, and beside other rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import model_of
+from torch import Tensor
+
+from engine.experts import NAME, is_experts, use_padded_experts
+
+T, D, K = 40, 32, 2
+
+
+def mixture(family: str, dtype: torch.dtype) -> Any:
+    """The experts of one layer."""
+    model = model_of(family, dtype)
+    use_padded_experts(model)
+    return next(module for module in model.modules() if is_experts(module))
+
+
+def rows(experts: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(T, D, generator=generator).to(dtype)
+    chosen = torch.rand(T, experts.num_experts, generator=generator).topk(K).indices
+    return hidden, chosen, torch.rand(T, K, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_give_transformers_numbers(family: str) -> None:
+    experts = mixture(family, torch.float32)
+    inputs = rows(experts, torch.float32)
+    with torch.no_grad():
+        ours = experts(*inputs)
+        assert experts.config._experts_implementation == NAME
+        experts.config._experts_implementation_internal = "eager"
+        eager = experts(*inputs)
+    assert (ours - eager).abs().max() <= 1e-5 * max(1.0, eager.abs().max().item())
+    assert eager.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_row_has_the_same_bits_whatever_rows_share_its_experts(family: str, dtype: torch.dtype) -> None:
+    experts = mixture(family, dtype)
+    hidden, chosen, weights = rows(experts, dtype)
+    crowded = chosen.clone()
+    crowded[1:] = chosen[0]  # all to the experts of row 0
+    with torch.no_grad():
+        whole = experts(hidden, chosen, weights)
+        assert torch.equal(whole[0], experts(hidden, crowded, weights)[0])
+        for start in range(0, T, 7):
+            part = slice(start, start + 3)
+            assert torch.equal(whole[part], experts(hidden[part], chosen[part], weights[part]))
+        backwards = experts(hidden.flip(0), chosen.flip(0), weights.flip(0))
+    assert torch.equal(whole, backwards.flip(0))
+
+
+def test_rows_that_are_not_finite_stay_alone() -> None:
+    experts = mixture("mixtral", torch.float32)
+    hidden, chosen, weights = rows(experts, torch.float32)
+    with torch.no_grad():
+        whole = experts(hidden, chosen, weights)
+        hidden[0] = float("nan")
+        odd = experts(hidden, chosen, weights)
+    assert odd[0].isnan().all()
+    assert torch.equal(odd[1:], whole[1:])
