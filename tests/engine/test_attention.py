@@ -173,7 +173,7 @@ def test_a_row_has_the_same_bits_in_a_fork_and_alone_whoever_its_neighbours_are(
 ) -> None:
     for seed in range(2):
         heads, width = HEADS[(seed + len(options)) % 3], WIDTHS[(seed + len(str(options))) % 3]
-        stream = forest(100 * len(str(options)) + seed, 180)
+        stream = forest(100 * len(str(options)) + seed, 150)
         qkv = tensors(stream.num_rows, heads, width, dtype)
         together = run(stream, qkv, options)
         for segment in range(len(stream.segments)):
@@ -197,7 +197,7 @@ def test_every_shape_of_heads_keeps_its_bits(heads: tuple[int, int], width: int)
 def test_bits_do_not_depend_on_the_number_of_threads(options: Options) -> None:
     """So what holds with one thread holds with two."""
     for dtype, heads, width in zip((torch.float32, torch.bfloat16, torch.float32), HEADS, WIDTHS, strict=True):
-        stream = forest(len(str(options)) + width, 180)
+        stream = forest(len(str(options)) + width, 150)
         qkv = tensors(stream.num_rows, heads, width, dtype)
         one = run(stream, qkv, options)
         with threads(2):

@@ -66,7 +66,7 @@ def streams_of(plan: Plan, multiple: int = 1, *, is_fixed: bool = False) -> Stre
     return Streams(plan, multiple, CPU, is_fixed=is_fixed)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(some, st.sampled_from([1, 8, 24]), st.booleans())
 def test_a_level_has_its_rows_in_order_and_is_padded(sequences: list[Placed], multiple: int, is_fixed: bool) -> None:
     plan = plan_of(sequences)
@@ -83,7 +83,7 @@ def test_a_level_has_its_rows_in_order_and_is_padded(sequences: list[Placed], mu
                 assert stream.row(segment, position) == (rows.index(found) if found in rows else None)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(some)
 def test_runs_are_the_rows_of_positions_from_one_to_another(sequences: list[Placed]) -> None:
     plan = plan_of(sequences)
@@ -99,7 +99,7 @@ def test_runs_are_the_rows_of_positions_from_one_to_another(sequences: list[Plac
                     assert all(first < behind for first, behind in runs)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(some, st.sampled_from([1, 24]), st.booleans())
 def test_every_row_is_born_from_its_position_at_the_level_before(
     sequences: list[Placed], multiple: int, is_fixed: bool
@@ -118,7 +118,7 @@ def test_every_row_is_born_from_its_position_at_the_level_before(
         assert not births[len(rows) :].any()
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(some, st.sampled_from([1, 24]), st.booleans())
 def test_every_row_has_the_token_and_position_of_a_row_of_the_root(
     sequences: list[Placed], multiple: int, is_fixed: bool
@@ -174,7 +174,7 @@ def test_levels_that_change_nothing_are_one() -> None:
     assert streams.births(2) is not None and streams.origins(2) is not None
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(some, st.sets(st.integers(0, 9)), st.integers(1, 3))
 def test_the_head_runs_on_the_rows_that_somebody_keeps(
     sequences: list[Placed], columns: set[int], together: int

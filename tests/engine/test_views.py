@@ -128,7 +128,7 @@ def test_kept_columns_skip_pads() -> None:
     assert torch.equal(rows.kept((2,)).read(numbered(3))[..., 0], value[:, 1:])
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     st.one_of(variants(), st.lists(any_sequence(), min_size=1, max_size=6)),
     st.integers(0, LAYERS),
