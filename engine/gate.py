@@ -32,6 +32,7 @@ from scheduling.cones import Levels
 from scheduling.plan import PROLOGUE, PassId, Plan, Segment
 
 _LENGTHS = (9, 21)  # tokens of A and B
+_SIDE_VALUES = "hand values to later layers beside the hidden states"
 _Place = tuple[str, Port, Selector]
 _Seen = dict[_Place, Tensor]
 
@@ -46,6 +47,10 @@ def run_gate(
     packed: Mapping[str, int],
 ) -> GateReport:
     """Collective: every shard of the deployment calls it at once. ServiceError when the model cannot be packed."""
+    if probe.has_side_values and links.stages > 1:
+        raise ServiceError(
+            f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
+        )
     generator = torch.Generator().manual_seed(0)
     a, other, b = (
         torch.randint(0, probe.vocab_size, (length,), generator=generator).tolist()
@@ -79,7 +84,11 @@ def run_gate(
     if links.stage == links.stages - 1:
         _check_logits(leaves, probe, runner.model)
     known = {(leaf.module, leaf.port, leaf.selector) for leaf in leaves if leaf.refusal is None}
-    differing = _differing_forks(b, multiple, probe, owned, runner, links, store, device) & known
+    differing: set[_Place] = set()
+    if probe.has_side_values:
+        machine_notes = (*machine_notes, f"no rows are shared: layers {_SIDE_VALUES}")
+    else:
+        differing = _differing_forks(b, multiple, probe, owned, runner, links, store, device) & known
     moved = {place for place, rows in ahead[0].items() if not torch.equal(rows[:-1], together[0][place][:-1])} & known
     if differing or moved:
         first = min(f"{module}.{port.value}" for module, port, _ in differing | moved)
@@ -93,7 +102,7 @@ def run_gate(
         sharded=_split_dimensions(probe, runner.model),
         packed=dict(packed),
         row_multiple=multiple,
-        has_forks=not (differing or moved),
+        has_forks=not (differing or moved or probe.has_side_values),
         notes=notes,
     )
 

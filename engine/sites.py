@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,7 @@ class Probe:
     vocab_size: int
     max_tokens: int
     has_kept_rows: bool
+    has_side_values: bool  # layers hand values to later layers beside the hidden states
     has_fixed_rows: bool  # the root's forward insists on as many rows behind the layers as it was called with
     widths: frozenset[int]  # elements a row has at some port, unsharded
     sites: tuple[SiteInfo, ...]  # stage 0 everywhere; `describe_model` places them
@@ -141,6 +142,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
         vocab_size=config.vocab_size,
         max_tokens=getattr(config, "max_position_embeddings", None) or 1 << 20,
         has_kept_rows=has_kept_rows,
+        has_side_values=first.has_side_values,
         has_fixed_rows=not _takes_other_rows(model, layers),
         widths=frozenset(_widths(first, second)),
         sites=_refuse_repeated_visits(sites),
@@ -272,6 +274,7 @@ class _Recorder:
         self.kept = 0
         self._visits: dict[tuple[str, Port], int] = {}
         self._alive: list[Any] = []  # keeps ids unique
+        self._containers: dict[int, tuple[Any, list[int]]] = {}  # given to layers, with the tensors in them at first
 
     def run(self, rows: int, kept: int, has_kept_rows: bool) -> _Recorder:
         self.rows, self.kept = rows, kept
@@ -291,6 +294,11 @@ class _Recorder:
                 handle.remove()
         return self
 
+    @property
+    def has_side_values(self) -> bool:
+        """Whether layers have put tensors into something that later layers are given too."""
+        return any(before != [*map(id, _tensors(value))] for value, before in self._containers.values())
+
     def _hook(self, path: str, module: nn.Module) -> Iterator[Any]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._record(path, Port.INPUT, first_argument(args, kwargs))
@@ -298,6 +306,9 @@ class _Recorder:
             tensors = [leaf for value in others for leaf in _tensors(value)]
             if path.rpartition(".")[0] == self.layers:
                 self.layer_arguments.update(map(id, tensors))
+                for value in others:
+                    if isinstance(value, (MutableMapping, list)):
+                        self._containers.setdefault(id(value), (value, [*map(id, _tensors(value))]))
             if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
                 self.single_argument.add(path)
 

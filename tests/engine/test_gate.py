@@ -13,6 +13,7 @@ from transformers import (
     FalconH1Config,
     Gemma2Config,
     Gemma3nTextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     Lfm2Config,
     LlamaConfig,
@@ -24,10 +25,12 @@ from transformers import (
 
 from engine.links import Solo
 from engine.loading import ShardConfig
+from engine.local import LocalBackend
 from engine.shard import Shard
 from polytrace.description import ModelDescription, Rows, index_sites
 from polytrace.errors import ServiceError
 from polytrace.graph import Port, Site
+from polytrace.model import Model
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -37,6 +40,7 @@ GPT2: dict[str, Any] = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+PROMPT = list(range(3, 20))
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, **HEADS),
     "gpt2": GPT2Config(**GPT2),
@@ -109,6 +113,38 @@ def test_hidden_states_of_several_streams_are_refused_with_their_shape(tmp_path:
         described(config, tmp_path)
 
 
+def test_where_layers_use_keys_and_values_of_earlier_ones_no_rows_are_shared(tmp_path: Path) -> None:
+    config = Gemma4TextConfig(
+        **SIZES | {"num_hidden_layers": 6},
+        **HEADS,
+        pad_token_id=0,
+        head_dim=8,
+        global_head_dim=8,
+        sliding_window=5,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=96,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+    )
+    backend = LocalBackend(save(config, tmp_path), threads=1)
+    assert not backend.description.has_forks
+    assert "hand values to later layers" in backend.description.notes[0]
+    model = Model(backend)
+    saved = []
+    with model.trace() as tracer:
+        for layer in range(6):
+            with tracer.invoke(PROMPT):
+                model.model.layers[layer].output[0][:, 9] = 0.5
+                saved.append(model.output.logits[:, -1].save())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    for layer, ours in enumerate(saved):
+        handle = plain.model.layers[layer].register_forward_hook(_fill)
+        with torch.no_grad():
+            theirs = plain(torch.tensor([PROMPT]), use_cache=False).logits[:, -1]
+        handle.remove()
+        assert (ours - theirs).abs().max() <= 1e-5
+
+
 def test_a_padding_token_in_the_configuration_does_not_stop_the_probe(tmp_path: Path) -> None:
     assert described(GPT2Config(**GPT2, pad_token_id=0), tmp_path).notes == ()
 
@@ -146,3 +182,7 @@ def test_calls_that_need_a_pass_are_refused_with_the_reason(tmp_path: Path) -> N
 def test_tied_weights_are_known_by_each_of_their_names(tmp_path: Path) -> None:
     parameters = {info.path: info for info in described(FAMILIES["gpt2"], tmp_path).parameters}
     assert parameters["lm_head.weight"].shape == parameters["transformer.wte.weight"].shape == (96, 32)
+
+
+def _fill(_module: Any, _args: Any, hidden: torch.Tensor) -> None:
+    hidden[:, 9] = 0.5
