@@ -23,9 +23,10 @@ from engine.slices import gather_whole, take_part
 from engine.stage import StageRunner
 from engine.views import InvokeRows, RowView
 from polytrace.description import Leaf, ParameterInfo, Rows, SiteInfo
-from polytrace.graph import Call, Constant, Mask, NodeId, Op, Operand, Parameter, Read, Ref, Save, Site, Write
+from polytrace.graph import Call, Constant, Invoke, Mask, NodeId, Op, Operand, Parameter, Read, Ref, Save, Site, Write
 from polytrace.tensors import RawTensor
-from scheduling.cones import Levels
+from scheduling.columns import columns_of
+from scheduling.levels import Levels
 from scheduling.plan import Failure, Fragment, Program, ValueFacts
 
 Selector = tuple[int | str, ...]
@@ -210,16 +211,18 @@ class RequestState:
         elif rows.is_run and (leaf.mutated or self._in_place_until.get(node.invoke, -1) >= order):
             value = value.clone()  # a snapshot: something may still write to this memory
         written = self._written.get((node.site.selector, node.invoke), ())
-        return self._with_own_writes(node_id, value, written, rows) if written else value
+        if not written:
+            return value
+        return self._with_own_writes(node_id, value, written, self.program.invokes[node.invoke], rows)
 
     def _with_own_writes(
-        self, node_id: NodeId, value: Tensor, written: list[tuple[NodeId, Tensor]], rows: RowView
+        self, node_id: NodeId, value: Tensor, written: list[tuple[NodeId, Tensor]], invoke: Invoke, rows: RowView
     ) -> Tensor:
         """What a read of this visit sees behind its own invoke's writes of the same visit."""
         value = value.clone()
-        columns = self._columns(node_id, rows)
+        columns = columns_of(self.program.narrowed, node_id, invoke)
         for write, given in written:
-            theirs = {column: place for place, column in enumerate(self._columns(write, rows))}
+            theirs = {column: place for place, column in enumerate(columns_of(self.program.narrowed, write, invoke))}
             common = [(place, theirs[column]) for place, column in enumerate(columns) if column in theirs]
             if common:
                 here, there = (list(places) for places in zip(*common, strict=True))
@@ -229,10 +232,6 @@ class RequestState:
         real = torch.zeros(rows.shape, dtype=torch.bool, device=value.device)
         real.view(-1)[rows.cells] = True
         return value.masked_fill(~real.view(*rows.shape, *[1] * (value.ndim - 2)), 0)
-
-    def _columns(self, node_id: NodeId, rows: RowView) -> tuple[int, ...]:
-        """The columns that a read gives or a write hands back; `rows` are the same invoke's."""
-        return self.program.narrowed.get(node_id) or tuple(range(max(rows.lengths)))
 
     def _write(self, node_id: NodeId, node: Write, port: PortValue) -> None:
         info, leaf = self.context.sites[node.site]

@@ -29,7 +29,7 @@ from engine.streams import Streams
 from engine.views import InvokeRows
 from polytrace.description import ModelDescription, index_sites
 from polytrace.graph import Port
-from scheduling.cones import levels_of
+from scheduling.checks import table_of
 from scheduling.plan import (
     PROLOGUE,
     Fragment,
@@ -87,7 +87,7 @@ class Shard:
             parameters=dict(named_tensors(model)),
             parameter_infos={info.path: info for info in description.parameters},
             packed_blocks=self.loaded.packed,
-            levels=levels_of(description),
+            levels=table_of(description).levels,
             device=self.device,
         )
         self._row_multiple = description.row_multiple
@@ -183,7 +183,7 @@ class Shard:
         began = time.perf_counter()
         hidden = None
         if 0 < self.links.stage < plan.num_stages:
-            shape = (1, streams.at(self.loaded.window.first).num_padded, self._hidden_size)
+            shape = (1, streams.layer(self.loaded.window.first).num_padded, self._hidden_size)
             hidden = self.links.receive(shape, self.runner.model.dtype, self.links.stage - 1)
         arriving = [work.arriving for work in works]
         sources = {t.source for each in arriving for t in each}

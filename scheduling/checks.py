@@ -30,6 +30,7 @@ from polytrace.graph import (
     operands,
 )
 from polytrace.ops import OPS
+from scheduling.levels import Levels
 
 
 class ModelTable:
@@ -49,10 +50,9 @@ class ModelTable:
         return {(info.module, info.port, info.visit): info.order for info in self.description.sites}
 
     @cached_property
-    def layer_starts(self) -> tuple[int, ...]:
-        """The order at which each decoder layer begins, ascending."""
-        layers = {path for path, module in self.modules.items() if module.is_decoder_layer}
-        return tuple(info.order for info in self.description.sites if info.port is Port.INPUT and info.module in layers)
+    def levels(self) -> Levels:
+        """Which level of rows each site belongs to."""
+        return Levels(self.description.sites, self.description.layers)
 
     def site(self, site: Site, verb: str, where: str) -> tuple[SiteInfo, Leaf]:
         """The site's entry and its leaf. Raises GraphError that says what there is instead."""

@@ -1,9 +1,7 @@
 """What each sequence of a wave changes, from where on, and how far its rows are needed: its causal cone.
 
-A *level* is a decoder layer: its rows enter at the layer's input and are replaced behind its output. Level 0 also
-holds what comes before the layers; one more level, behind the last layer, holds the final norm and the head. A write
-to a layer's output acts from the next level on, any other write from its own level on, and from the first position
-that it changes: rows before that position and layers before that level are what they would be without it.
+A write to a layer's output acts from the next level on, any other write from its own level on, and from the first
+position that it changes: rows before that position and layers before that level are what they would be without it.
 
 Two writes are equal when their keys are: a key says the site, the operations, constants by content, and for values
 read from the model what was read of which tokens after which writes; for random operations, the seed and the node.
@@ -11,11 +9,11 @@ read from the model what was read of which tokens after which writes; for random
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
-from polytrace.description import ModelDescription, Rows, SiteInfo
+from polytrace.description import Rows
 from polytrace.graph import (
     Call,
     Constant,
@@ -24,52 +22,18 @@ from polytrace.graph import (
     Op,
     Operand,
     Parameter,
-    Port,
     Read,
     Ref,
     Request,
     Write,
 )
 from polytrace.ops import OPS
-from scheduling.checks import Resolved
+from scheduling.checks import ModelTable, Resolved
 from scheduling.columns import Columns, Part, columns_of
+from scheduling.levels import Levels
 from scheduling.placement import Scale
 from scheduling.plan import Cone, Edit, Key
 from scheduling.waves import Run
-
-
-class Levels:
-    """Which level an order of the model's sites belongs to."""
-
-    def __init__(self, sites: Sequence[SiteInfo], layers: str) -> None:
-        """`layers` is the path of the list of decoder layers."""
-        own = [site for site in sites if site.module.rpartition(".")[0] == layers]
-        self._starts = [site.order for site in own if site.port is Port.INPUT]
-        self._outputs = {site.order for site in own if site.port is Port.OUTPUT}
-        self.count = len(self._starts)  # of layers; level `count` is behind the last one
-        self._last = max(self._outputs, default=-1)
-
-    def of(self, order: int) -> int:
-        """The level whose rows a site has."""
-        return self.count if order > self._last else max(bisect_right(self._starts, order) - 1, 0)
-
-    def acts_from(self, order: int) -> int:
-        """The first level whose rows a write changes."""
-        return self.of(order) + (order in self._outputs)
-
-
-def levels_of(description: ModelDescription) -> Levels:
-    """The description's levels, made once for each description object; the last few are kept."""
-    known = _levels.get(id(description))
-    if known is None or known[0] is not description:
-        if len(_levels) >= _KEPT_LEVELS:
-            _levels.pop(next(iter(_levels), 0), None)
-        known = _levels[id(description)] = (description, Levels(description.sites, description.layers))
-    return known[1]
-
-
-_KEPT_LEVELS = 8
-_levels: dict[int, tuple[ModelDescription, Levels]] = {}
 
 
 def find_cones(
@@ -81,13 +45,13 @@ def find_cones(
     finished: Sequence[int],
     runs: list[Run],
     scale: Scale,
-    description: ModelDescription,
+    table: ModelTable,
 ) -> dict[tuple[int, int], tuple[Cone, ...]]:
     """(wave, invoke) -> a cone for each sequence. `finished` has the live nodes, each after all that it waits for.
 
     Where the gate found that rows cannot be left out, all are needed everywhere.
     """
-    levels = levels_of(description)
+    levels, has_forks = table.levels, table.description.has_forks
     reads: dict[tuple[int, int], list[int]] = {}
     for node in finished:
         if isinstance(event := request.graph.nodes[node], Read):
@@ -96,17 +60,22 @@ def find_cones(
     found: dict[tuple[int, int], tuple[Cone, ...]] = {}
     for run in runs:
         invoke = request.invokes[run.invoke]
+        longest, is_one = invoke.longest, len(invoke.sequences) == 1
         own = reads.get((run.wave, run.invoke), ())
         sites = tuple((levels.of(_order(resolved, node)), columns_of(columns.narrowed, node, invoke)) for node in own)
-        if not description.has_forks:
-            sites = ((levels.count, range(invoke.longest)),)
+        if not has_forks:
+            sites = ((levels.count, range(longest)),)
         cones = []
         for place, sequence in enumerate(invoke.sequences):
-            pads = invoke.longest - len(sequence)
+            pads = longest - len(sequence)
             if (sites, pads) not in known:
                 known[sites, pads] = _needs(sites, pads, levels.count)
             needs, head = known[sites, pads]
-            edits = sorted(_edits(run.writes, request, resolved, columns, keys, levels, place, pads), key=_by_level)
+            own_place = None if is_one else place
+            edits = sorted(
+                _edits(run.writes, resolved, columns, keys, levels, own_place, range(-pads, len(sequence))),
+                key=_by_level,
+            )
             cones.append(Cone(edits=tuple(edits), needs=needs, head=head))
         found[run.wave, run.invoke] = tuple(cones)
     return found
@@ -161,25 +130,21 @@ def _needs(
 
 def _edits(
     writes: Iterable[NodeId],
-    request: Request,
     resolved: Resolved,
     columns: Columns,
     keys: Keys,
     levels: Levels,
-    place: int,
-    pads: int,
+    place: int | None,
+    every: range,
 ) -> Iterator[Edit]:
+    """The edits of one sequence: at `place`, or the only one; `every` are the positions of its view, pads below 0."""
     for write in writes:
-        event = request.graph.nodes[write]
-        assert isinstance(event, Write)
         change = columns.changed.get(write)
-        length = request.invokes[event.invoke].longest - pads
-        positions = range(-pads, length) if change is None else tuple(_positions(change.parts, place, pads))
+        positions = every if change is None else tuple(_positions(change.parts, place or 0, -every.start))
         first = min((position for position in positions if position >= 0), default=None)
         if first is not None:
             # Where the cells of the value fall in this sequence is part of what is written to it.
-            is_one = len(request.invokes[event.invoke].sequences) == 1
-            key = _digest(keys.acting(write), positions, None if is_one else place)
+            key = _digest(keys.acting(write), positions, place)
             yield Edit(levels.acts_from(_order(resolved, write)), first, key)
 
 

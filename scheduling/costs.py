@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 
 from polytrace.graph import NodeId, Read, Write
@@ -24,7 +23,7 @@ def token_layers(program: Program) -> int:
 
 def token_layers_alone(program: Program, table: ModelTable) -> int:
     """What it would be if every sequence had all its rows, each wave up to the last layer that the request needs."""
-    return sum(wave_tokens(program, wave) * bisect_right(table.layer_starts, wave.until) for wave in program.waves)
+    return sum(wave_tokens(program, wave) * table.levels.begun(wave.until) for wave in program.waves)
 
 
 def carried_bytes(program: Program, table: ModelTable) -> int:

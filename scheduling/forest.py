@@ -41,7 +41,7 @@ class Forest:
 
 def grow(sequences: Sequence[Placed], num_layers: int) -> Forest:
     """The forest of some sequences; deterministic."""
-    trees = [_Tree(sequence, num_layers) for sequence in sequences]
+    trees = [_Tree(number, sequence, num_layers) for number, sequence in enumerate(sequences)]
     twins = _find_parents(sequences, trees)
     kept = [index for index in range(len(trees)) if twins[index] == index]
     for index, twin in enumerate(twins):
@@ -49,10 +49,9 @@ def grow(sequences: Sequence[Placed], num_layers: int) -> Forest:
             trees[twin].need(trees[index].stops, trees[index].head)
     for index in sorted(kept, key=lambda index: -trees[index].depth):
         trees[index].tell_parent()
-    roots = {index: trees[index].root for index in kept}
     # Neighbours of like geometry can be attended to in one batch, without gathering their rows.
-    kept.sort(key=lambda i: (roots[i].length, roots[i].number, trees[i].starts, trees[i].stops, i))
-    rows = {trees[index].number: row for row, index in enumerate(kept)}
+    kept.sort(key=lambda i: (trees[i].root.length, trees[i].root.number, trees[i].starts, trees[i].stops, i))
+    rows = {index: row for row, index in enumerate(kept)}
     segments = tuple(trees[index].segment(rows) for index in kept)
     return Forest(
         segments=segments,
@@ -67,23 +66,17 @@ def grow(sequences: Sequence[Placed], num_layers: int) -> Forest:
 class _Tree:
     """A sequence on its way to becoming a segment."""
 
-    def __init__(self, sequence: Placed, num_layers: int) -> None:
-        self.number = -1  # its index, once it is known to be nobody's twin
+    def __init__(self, number: int, sequence: Placed, num_layers: int) -> None:
+        self.number = number
         self.length = len(sequence.tokens)
         self.tokens = sequence.tokens
         self.edits = sequence.cone.edits
         self.parent: _Tree | None = None
+        self.root = self
         self.depth = 0
         self.starts = [0] * (num_layers + 1)
         self.stops = list(sequence.cone.needs)
         self.head = set(sequence.cone.head)
-
-    @property
-    def root(self) -> _Tree:
-        tree = self
-        while tree.parent is not None:
-            tree = tree.parent
-        return tree
 
     def join(self, parent: _Tree, common: int) -> None:
         """Becomes a fork of `parent`, whose first `common` tokens are its own, when that saves more than it costs."""
@@ -98,7 +91,7 @@ class _Tree:
         own_levels = sum(map(lt, starts, self.stops))
         if shared > _FORK_ROWS * own_levels:
             self.parent, self.starts = parent, starts
-            self.depth = parent.depth + 1
+            self.root, self.depth = parent.root, parent.depth + 1
 
     def need(self, stops: Iterable[int], head: Iterable[int]) -> None:
         """Somebody needs its rows up to there."""
@@ -139,7 +132,6 @@ def _find_parents(sequences: Sequence[Placed], trees: list[_Tree]) -> list[int]:
     twins = list(range(len(sequences)))
     groups: dict[object, dict[tuple[int, ...], list[int]]] = {}
     for index, sequence in enumerate(sequences):
-        trees[index].number = index
         if sequence.domain is not None:
             groups.setdefault(sequence.domain, {}).setdefault(sequence.tokens, []).append(index)
     for by_tokens in groups.values():

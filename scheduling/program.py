@@ -24,7 +24,6 @@ from scheduling.residency import stage_works
 from scheduling.splitting import find_sources, later_invokes
 from scheduling.waves import Run, executions, find_runs
 
-_DOMAIN = "tenant"  # there is one tenant: who has the key
 _MAX_SPLITS = 8  # times that waves are split and looked at again; a wave that is too large still goes alone
 
 
@@ -44,7 +43,8 @@ def _compile(
 ) -> Program:
     # 1) Refuse what does not fit the model.
     graph = request.graph
-    resolved = resolve(request, table_of(description))
+    table = table_of(description)
+    resolved = resolve(request, table)
     _check_writes(request, resolved, facts)
 
     # 2) Find what a save or a write needs, and which columns of the prompts are read and written.
@@ -54,13 +54,13 @@ def _compile(
 
     # 3) Give each node its point (wave, stage, order), and with it each wave its rows; too many take several waves.
     is_shared = description.has_forks and request.options.sharing is not Sharing.OFF
-    domain = _DOMAIN if is_shared else None
+    domain = request.options.sharing.value if is_shared else None  # there is one tenant: who has the key
     earliest = [0] * len(request.invokes)
     points, finished = place(graph, resolved, live, facts, scale)
     keys = Keys(request, resolved, columns, finished)
     for attempt in range(_MAX_SPLITS):
         runs = find_runs(graph, resolved, live, points, scale)
-        cones = find_cones(request, resolved, columns, keys, points, finished, runs, scale, description)
+        cones = find_cones(request, resolved, columns, keys, points, finished, runs, scale, table)
         forests = _grow(request.invokes, runs, cones, domain, description.num_layers)
         waits = _find_waits(request, resolved, finished, runs, forests, description.limits.pass_tokens)
         if not waits or attempt == _MAX_SPLITS - 1:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from polytrace.description import ModelDescription
 from polytrace.graph import Operand, Port, Site, Write
 from scheduling.checks import table_of
-from scheduling.cones import levels_of
 from scheduling.plan import Cone
 from tests.scheduling.tiny import HIDDEN, VOCAB, Recorder, tiny_llama
 
@@ -59,7 +58,8 @@ def edited(module: str, port: Port, index: Operand, prompts: list[list[int]]) ->
 
 
 def test_a_site_has_the_rows_of_its_layer() -> None:
-    levels, table = levels_of(TINY), table_of(TINY)
+    table = table_of(TINY)
+    levels = table.levels
     order = {place[:2]: order for place, order in table.orders.items()}
     assert levels.count == 4
     assert levels.of(order["model.embed_tokens", Port.OUTPUT]) == 0
