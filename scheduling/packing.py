@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
+from dataclasses import replace
 
 from polytrace.description import ModelDescription
 from scheduling.forest import Placed, grow
@@ -51,13 +52,18 @@ class Packer:
             layer_rows=forest.layer_rows,
             views=tuple(views),
             members=tuple(
-                Member(program=program, wave=wave, is_last_wave=wave == len(program.waves) - 1)
+                Member(program=_for_shards(program), wave=wave, is_last_wave=wave == len(program.waves) - 1)
                 for program, wave in waves
             ),
             until=until,
             num_stages=1 + self._stages[bisect_left(self._orders, until)] if until != PROLOGUE else 0,
             ended=ended,
         )
+
+
+def _for_shards(program: Program) -> Program:
+    """The program without what only packing needs: cones grow with the prompts, and every shard gets every plan."""
+    return replace(program, waves=tuple([replace(wave, cones=()) for wave in program.waves]))
 
 
 def _runs(program: Program, wave: int) -> Iterable[tuple[int, tuple[int, ...], tuple[Cone, ...]]]:

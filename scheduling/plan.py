@@ -92,7 +92,7 @@ class Wave:
 
     invokes: tuple[int, ...]  # those that have rows in this wave, ascending
     kept: tuple[tuple[int, ...], ...]  # per invoke above: columns of its view that the head runs on, ascending
-    cones: tuple[tuple[Cone, ...], ...]  # per invoke above, per sequence
+    cones: tuple[tuple[Cone, ...], ...]  # per invoke above, per sequence; for packing: a shard's copy has none
     until: int  # order of the last visit that this wave needs; PROLOGUE when it has no rows
     rows: int  # that it has at its widest layer when it runs alone
     token_layers: int  # rows x layers when it runs alone
