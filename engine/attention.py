@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from engine.lanes import FLAT_MULTIPLE
 from engine.spans import Span, SpanStore
 from engine.streams import Stream
 from polytrace.errors import ServiceError
@@ -153,19 +154,14 @@ class AttentionPass:
         self.pass_id = pass_id
         self.store = store
         self.device = device
-        self._chunks: list[Chunk] = []
+        self.chunks: list[Chunk] = []  # of the layers that run now
         self._stream: Stream | None = None
 
     def enter(self, stream: Stream) -> None:
         """The layers that run from now on have these rows."""
         if stream is not self._stream:
             self._stream = stream
-            self._chunks = list(chunks_of(stream, self.device))
-
-    @property
-    def chunks(self) -> list[Chunk]:
-        """The chunks of the level."""
-        return self._chunks
+            self.chunks = list(chunks_of(stream, self.device))
 
 
 def chunks_of(stream: Stream, device: torch.device) -> Iterator[Chunk]:
@@ -409,11 +405,8 @@ def _add_pages(sum_BNC: Tensor, pattern_BNP: Tensor, values_BPC: Tensor) -> Tens
     return sum_BNC
 
 
-_LANES = 32 * 12  # elements of which a flat tensor must be a multiple, so that up to 4 threads end at whole vectors
-
-
 def _capped(scores: Tensor, cap: float) -> Tensor:
     """`cap * tanh(scores / cap)`, with bits that do not depend on how many scores there are."""
-    flat = F.pad(scores.flatten(), (0, -scores.numel() % _LANES))
+    flat = F.pad(scores.flatten(), (0, -scores.numel() % FLAT_MULTIPLE))
     capped: Tensor = flat.div_(cap).tanh_().mul_(cap)[: scores.numel()].view(scores.shape)
     return capped

@@ -15,6 +15,9 @@ MAX_THREADS = 4  # shares for more threads would ask for absurd numbers of rows
 
 _LANES = 32  # floats at a time
 
+# Floats of which a tensor whose rows do not matter must have a multiple.
+FLAT_MULTIPLE = math.lcm(*range(1, MAX_THREADS + 1)) * _LANES
+
 
 def rows_multiple(widths: Iterable[int], threads: int, device: torch.device) -> int:
     """The number of rows of which tensors of these widths (elements a row) must have a multiple."""

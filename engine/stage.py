@@ -128,7 +128,7 @@ class StageRunner:
             if self._is_calling:
                 return None
             streams = rows.streams
-            rows.attention.enter(streams.at(level))
+            rows.attention.enter(streams.layer(level))
             origins = streams.origins(level)
             if origins is None:
                 return None

@@ -7,6 +7,7 @@ one gather makes a level's rows from those of the level before. Every shard comp
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -19,38 +20,41 @@ from scheduling.plan import MIN_ROWS, Plan, Segment, View
 # T = rows of a level, padded
 
 
-class Stream:
-    """The stream at one level."""
+class LevelRows(ABC):
+    """The rows of one level: own rows of each segment, one segment after another."""
 
     def __init__(self, segments: Sequence[Segment], level: int, multiple: int) -> None:
         self.segments = segments
         self.level = level
         self.starts = [segment.starts[level] for segment in segments]
         self.bases: list[int] = []  # row of each segment's first own row
-        rows = 0
-        for start, stop in self._spans():
-            self.bases.append(rows)
-            rows += max(0, stop - start)
-        self.num_rows = rows  # without padding
-        self.num_padded = padded(rows, multiple)
+        self.num_rows = 0  # without padding
+        for segment in range(len(segments)):
+            self.bases.append(self.num_rows)
+            self.num_rows += len(self.own(segment))
+        self.num_padded = padded(self.num_rows, multiple)
 
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        for start, segment in zip(self.starts, self.segments, strict=True):
-            yield start, segment.stops[self.level]
-
-    def own(self, segment: int) -> range:
-        """Positions of a segment's own rows."""
-        return range(self.starts[segment], max(self.starts[segment], self.segments[segment].stops[self.level]))
+    @abstractmethod
+    def own(self, segment: int) -> Sequence[int]:
+        """Positions of a segment's own rows, ascending."""
 
     def row(self, segment: int, position: int) -> int | None:
         """The row of a position in a segment or in what it forks from, None where it has ended."""
         owner: int | None = segment
-        while owner is not None:
-            if position >= self.starts[owner]:
-                is_live = position < self.segments[owner].stops[self.level]
-                return self.bases[owner] + position - self.starts[owner] if is_live else None
+        while owner is not None and position < self.starts[owner]:
             owner = self.segments[owner].parent
-        return None
+        return None if owner is None else self._own_row(owner, position)
+
+    @abstractmethod
+    def _own_row(self, segment: int, position: int) -> int | None:
+        """The row of a position that is the segment's own, None where it has ended."""
+
+
+class Stream(LevelRows):
+    """The rows of a layer: of each segment the positions from one to another."""
+
+    def own(self, segment: int) -> range:
+        return range(self.starts[segment], max(self.starts[segment], self.segments[segment].stops[self.level]))
 
     def runs(self, segment: int, start: int, stop: int) -> list[tuple[int, int]]:
         """Rows of the positions from `start` to `stop`, which must be there: (first row, behind the last), in order."""
@@ -68,31 +72,21 @@ class Stream:
         found.reverse()
         return found
 
+    def _own_row(self, segment: int, position: int) -> int | None:
+        is_live = position < self.segments[segment].stops[self.level]
+        return self.bases[segment] + position - self.starts[segment] if is_live else None
 
-class HeadStream(Stream):
-    """The stream behind the last layer: chosen positions instead of all from one to another."""
 
-    def __init__(self, segments: Sequence[Segment], level: int, multiple: int) -> None:
-        self.segments = segments
-        self.level = level
-        self.starts = [segment.starts[level] for segment in segments]
-        self.bases = []
-        rows = 0
-        for segment in segments:
-            self.bases.append(rows)
-            rows += len(segment.head)
-        self.num_rows = rows
-        self.num_padded = padded(rows, multiple)
+class HeadStream(LevelRows):
+    """The rows behind the last layer: of each segment chosen positions."""
 
-    def row(self, segment: int, position: int) -> int | None:
-        owner: int | None = segment
-        while owner is not None and position < self.starts[owner]:
-            owner = self.segments[owner].parent
-        if owner is None:
-            return None
-        head = self.segments[owner].head
+    def own(self, segment: int) -> Sequence[int]:
+        return self.segments[segment].head
+
+    def _own_row(self, segment: int, position: int) -> int | None:
+        head = self.segments[segment].head
         place = bisect_left(head, position)
-        return self.bases[owner] + place if place < len(head) and head[place] == position else None
+        return self.bases[segment] + place if place < len(head) and head[place] == position else None
 
 
 class Streams:
@@ -108,33 +102,38 @@ class Streams:
         self.is_fixed = is_fixed
         self.device = device
         self.num_layers = len(plan.layer_rows)
-        self._streams: list[Stream] = []
+        self._layers: list[Stream] = []
+        self._origins: dict[int, Tensor | None] = {}  # by id of the stream
 
-    def at(self, level: int) -> Stream:
-        """The stream at a level; the same object as the level before when nothing changes there."""
-        for missing in range(len(self._streams), level + 1):
-            self._streams.append(self._make(missing))
-        return self._streams[level]
+    def at(self, level: int) -> LevelRows:
+        """The rows at a level; the same object as at the level before when nothing changes there."""
+        return self.head if level == self.num_layers else self.layer(level)
 
-    def _make(self, level: int) -> Stream:
-        segments = self.plan.segments
-        if level == self.num_layers:
-            head = HeadStream(segments, level, self.multiple)
-            if self.is_fixed:
-                head.num_padded = max(head.num_padded, self._streams[0].num_padded)
-            return head
-        is_same = level > 0 and all(
-            s.starts[level] == s.starts[level - 1] and s.stops[level] == s.stops[level - 1] for s in segments
-        )
-        if is_same:
-            return self._streams[level - 1]
-        return Stream(segments, level, self.multiple)
+    def layer(self, level: int) -> Stream:
+        """The rows at a layer."""
+        for missing in range(len(self._layers), level + 1):
+            is_same = missing > 0 and all(
+                segment.starts[missing] == segment.starts[missing - 1]
+                and segment.stops[missing] == segment.stops[missing - 1]
+                for segment in self.plan.segments
+            )
+            stream = self._layers[-1] if is_same else Stream(self.plan.segments, missing, self.multiple)
+            self._layers.append(stream)
+        return self._layers[level]
+
+    @cached_property
+    def head(self) -> HeadStream:
+        """The rows behind the last layer."""
+        head = HeadStream(self.plan.segments, self.num_layers, self.multiple)
+        if self.is_fixed:
+            head.num_padded = max(head.num_padded, self.layer(0).num_padded)
+        return head
 
     @property
     def num_root_rows(self) -> int:
         """Rows that the root's forward is called with: those of level 0, and more where it insists."""
-        first = self.at(0).num_padded
-        return max(first, self.at(self.num_layers).num_padded) if self.is_fixed else first
+        first = self.layer(0).num_padded
+        return max(first, self.head.num_padded) if self.is_fixed else first
 
     def tokens(self) -> list[int]:
         """Token of each row of the root, those of level 0 first; pads 0."""
@@ -143,28 +142,27 @@ class Streams:
 
     def positions(self) -> list[int]:
         """Position of each row of the root, as if its sequence ran alone; pads 0."""
-        level = self.at(0)
-        found = [position for segment in range(len(level.segments)) for position in level.own(segment)]
+        first = self.layer(0)
+        found = [position for segment in range(len(first.segments)) for position in first.own(segment)]
         return found + [0] * (self.num_root_rows - len(found))
 
     def births(self, level: int) -> Tensor | None:
         """`[T]`: which row of the level before each row of a level comes from; None when all stay where they are."""
-        before, after = self.at(level - 1), self.at(level)
+        before, after = self.layer(level - 1), self.at(level)
         if before is after:
             return None
-        if isinstance(after, HeadStream):
-            found = [
-                before.runs(segment, position, position + 1)[0][0]
-                for segment, own in enumerate(after.segments)
-                for position in own.head
-            ]
-        else:
-            found = _rows_in(before, after)
-        return torch.tensor(found + [0] * (after.num_padded - after.num_rows), dtype=torch.long, device=self.device)
+        found = _rows_in(before, after) + [0] * (after.num_padded - after.num_rows)
+        return torch.tensor(found, dtype=torch.long, device=self.device)
 
     def origins(self, level: int) -> Tensor | None:
         """`[T]`: the root's row that has the token and position of each row; None where they are the same rows."""
-        first, here = self.at(0), self.at(level)
+        here = self.layer(level)
+        if id(here) not in self._origins:  # layers between which nothing changes have one stream
+            self._origins[id(here)] = self._find_origins(here)
+        return self._origins[id(here)]
+
+    def _find_origins(self, here: Stream) -> Tensor | None:
+        first = self.layer(0)
         if first is here:
             is_cut = self.num_root_rows > first.num_padded
             return torch.arange(first.num_padded, device=self.device) if is_cut else None
@@ -174,14 +172,11 @@ class Streams:
     @cached_property
     def kept(self) -> list[int]:
         """Rows behind the last layer that the head runs on, each once, ascending; without padding."""
-        head = self.at(self.num_layers)
         found: set[int] = set()
         for view in self.plan.views:
-            longest = max(view.lengths)
-            for segment, length in zip(view.segments, view.lengths, strict=True):
-                for column in view.kept_columns:
-                    position = column - longest + length
-                    row = head.row(segment, position) if position >= 0 else None
+            for segment, positions in positions_of(view, view.kept_columns):
+                for position in positions:
+                    row = self.head.row(segment, position) if position >= 0 else None
                     if row is not None:
                         found.add(row)
         return sorted(found)
@@ -195,21 +190,24 @@ class Streams:
 
     def kept_row(self, segment: int, position: int) -> int | None:
         """The place of a position's row among the kept ones, None when it is not kept."""
-        row = self.at(self.num_layers).row(segment, position)
+        row = self.head.row(segment, position)
         if row is None:
             return None
         place = bisect_left(self.kept, row)
         return place if place < len(self.kept) and self.kept[place] == row else None
 
 
-def _rows_in(other: Stream, stream: Stream) -> list[int]:
+def _rows_in(other: Stream, stream: LevelRows) -> list[int]:
     """For every row of a stream, the row of another that has its sequence and position."""
     rows: list[int] = []
     for segment in range(len(stream.segments)):
         own = stream.own(segment)
-        if own:
+        if isinstance(own, range):
             for start, stop in other.runs(segment, own.start, own.stop):
                 rows.extend(range(start, stop))
+        else:
+            for position in own:
+                rows.extend(range(*other.runs(segment, position, position + 1)[0]))
     return rows
 
 
@@ -218,8 +216,8 @@ def padded(rows: int, multiple: int) -> int:
     return -(-max(rows, MIN_ROWS) // multiple) * multiple
 
 
-def view_rows(view: View) -> Iterator[tuple[int, int, int]]:
-    """(segment, length, pads) of each sequence of a view."""
+def positions_of(view: View, columns: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Per sequence of a view: its segment, and the positions that some columns of the view have there; pads below 0."""
     longest = max(view.lengths)
     for segment, length in zip(view.segments, view.lengths, strict=True):
-        yield segment, length, longest - length
+        yield segment, [column - longest + length for column in columns]

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engine.streams import Streams
+from engine.streams import Streams, positions_of
 from scheduling.plan import View
 
 # From (segment, position) to a row, None where there is none any more.
@@ -25,17 +25,14 @@ class RowView:
     """Some columns of one invoke in one row space of a pass."""
 
     def __init__(self, view: View, columns: Sequence[int], find: Finder, device: torch.device) -> None:
-        longest = max(view.lengths)
-        self.lengths = view.lengths
         self.shape = (len(view.lengths), len(columns))
         self.device = device
         rows: list[int] = []
         cells: list[int] = []  # flat places in sequences x columns of those rows
         place = 0
-        for segment, length in zip(view.segments, view.lengths, strict=True):
-            pads = longest - length
-            for column in columns:
-                row = find(segment, column - pads) if column >= pads else None
+        for segment, positions in positions_of(view, columns):
+            for position in positions:
+                row = find(segment, position) if position >= 0 else None
                 if row is not None:
                     rows.append(row)
                     cells.append(place)
