@@ -13,7 +13,7 @@ every site, and another last token must not move an earlier row. Where that fail
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from engine.streams import Streams
 from polytrace.description import SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
-from scheduling.cones import Levels
+from scheduling.levels import Levels
 from scheduling.plan import PROLOGUE, PassId, Plan, Segment
 
 _LENGTHS = (9, 21)  # tokens of A and B
@@ -51,17 +51,15 @@ def run_gate(
         raise ServiceError(
             f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
         )
+    multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
+    trial = _Trial(probe=probe, runner=runner, links=links, store=store, device=device, multiple=multiple)
     generator = torch.Generator().manual_seed(0)
     a, other, b = (
         torch.randint(0, probe.vocab_size, (length,), generator=generator).tolist()
         for length in (_LENGTHS[0], _LENGTHS[0], _LENGTHS[1])
     )
-    multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
-    owned = [site for site in probe.sites if _stage_of(site, probe, links) == links.stage and site.visit == 0]
     streams = ([a, b], [other, b], [b], [a, [*b[:-1], (b[-1] + 1) % probe.vocab_size]])
-    together, changed, alone, ahead = (
-        _run_stream(sequences, multiple, probe, owned, runner, links, store, device) for sequences in streams
-    )
+    together, changed, alone, ahead = map(trial.watch_last, streams)
     leaves = []
     for (module, port, selector), rows_b in together[0].items():
         is_own = torch.equal(rows_b, changed[0][module, port, selector])
@@ -88,7 +86,7 @@ def run_gate(
     if probe.has_side_values:
         machine_notes = (*machine_notes, f"no rows are shared: layers {_SIDE_VALUES}")
     else:
-        differing = _differing_forks(b, multiple, probe, owned, runner, links, store, device) & known
+        differing = trial.differing_forks(b) & known
     moved = {place for place, rows in ahead[0].items() if not torch.equal(rows[:-1], together[0][place][:-1])} & known
     if differing or moved:
         first = min(f"{module}.{port.value}" for module, port, _ in differing | moved)
@@ -139,108 +137,91 @@ def _stage_of(site: SiteInfo, probe: Probe, links: Links) -> int:
     return 0 if site.order < probe.first_layer_order else links.stages - 1
 
 
-def _run_stream(
-    sequences: list[list[int]],
-    multiple: int,
-    probe: Probe,
-    owned: list[SiteInfo],
-    runner: StageRunner,
-    links: Links,
-    store: SpanStore,
-    device: torch.device,
-) -> tuple[_Seen, set[_Place]]:
-    """Runs one stream over all stages; returns the last sequence's rows at every owned leaf and which were mutated."""
-    watched = slice(sum(map(len, sequences[:-1])), sum(map(len, sequences)))
-    segments = tuple(_root(sequence, probe.layout.num_layers) for sequence in sequences)
-    seen: _Seen = {}
-    originals: dict[_Place, tuple[Tensor, int]] = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trial:
+    """What every forward of the gate needs, and the forwards: collective, each stage runs its part."""
 
-    def watching(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
-        return _watching(site, streams.at(0).num_padded, watched, seen, originals)
+    probe: Probe
+    runner: StageRunner
+    links: Links
+    store: SpanStore
+    device: torch.device
+    multiple: int  # of rows
 
-    _run_forward(segments, multiple, watching, probe, owned, runner, links, store, device)
-    mutated = {key for key, (tensor, version) in originals.items() if tensor._version != version}
-    return seen, mutated
+    def watch_last(self, sequences: list[list[int]]) -> tuple[_Seen, set[_Place]]:
+        """The last sequence's rows at every leaf that this stage owns, beside the others, and which were mutated."""
+        watched = slice(sum(map(len, sequences[:-1])), sum(map(len, sequences)))
+        seen: _Seen = {}
+        originals: dict[_Place, tuple[Tensor, int]] = {}
 
+        def watching(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
+            return _watching(site, streams.layer(0).num_padded, watched, seen, originals)
 
-def _run_forward(
-    segments: tuple[Segment, ...],
-    multiple: int,
-    visitor: Callable[[SiteInfo, Streams], Callable[[Any], Any]],
-    probe: Probe,
-    owned: list[SiteInfo],
-    runner: StageRunner,
-    links: Links,
-    store: SpanStore,
-    device: torch.device,
-) -> None:
-    """This stage's part of one forward over some segments, with a visitor at every owned site."""
-    plan = Plan(
-        pass_id=PassId(-1),
-        segments=segments,
-        layer_rows=(0,) * probe.layout.num_layers,
-        views=(),
-        members=(),
-        until=PROLOGUE,
-        num_stages=links.stages,
-    )
-    streams = Streams(plan, multiple, device, is_fixed=probe.has_fixed_rows)
-    rows = PackedRows(streams=streams, attention=AttentionPass(PassId(-1), store, device))
-    visits = [
-        Visit(order=site.order, module=site.module, port=site.port, visitor=visitor(site, streams)) for site in owned
-    ]
-    hidden = None
-    if links.stage > 0:
-        shape = (1, streams.at(runner.window.first).num_padded, probe.hidden_size)
-        hidden = links.receive(shape, runner.model.dtype, links.stage - 1)
-    left = runner.run(rows, hidden, visits, stop_after=None)
-    if left is not None:
-        links.send(left, links.stage + 1)
-        links.flush()
+        self._run([_root(sequence, self.probe.layout.num_layers) for sequence in sequences], watching)
+        mutated = {key for key, (tensor, version) in originals.items() if tensor._version != version}
+        return seen, mutated
 
+    def differing_forks(self, sequence: list[int]) -> set[_Place]:
+        """Places that this stage owns where forks of a sequence that change nothing have other bits than it."""
+        num_layers, length = self.probe.layout.num_layers, len(sequence)
+        begins = ((0, length // 3), (num_layers // 2, length // 2), (num_layers // 2 + 1, 2 * length // 3))
+        segments = [_root(sequence, num_layers)]
+        for parent, (level, position) in zip((0, 0, 2), begins, strict=True):  # the last is a fork of a fork
+            starts = tuple(length if at < level else position for at in range(num_layers + 1))
+            own = replace(segments[0], parent=parent, starts=starts, head=tuple(range(starts[-1], length)))
+            segments.append(replace(own, tokens=tuple(sequence[starts[0] :])))
+        levels = Levels(self.probe.sites, self.probe.layout.layers)
+        differing: set[_Place] = set()
 
-def _differing_forks(
-    sequence: list[int],
-    multiple: int,
-    probe: Probe,
-    owned: list[SiteInfo],
-    runner: StageRunner,
-    links: Links,
-    store: SpanStore,
-    device: torch.device,
-) -> set[_Place]:
-    """Owned places where forks of a sequence that change nothing have other bits than it."""
-    num_layers, length = probe.layout.num_layers, len(sequence)
-    begins = ((0, length // 3), (num_layers // 2, length // 2), (num_layers // 2 + 1, 2 * length // 3))
-    segments = [_root(sequence, num_layers)]
-    for parent, (level, position) in zip((0, 0, 2), begins, strict=True):  # the last is a fork of a fork
-        starts = tuple(length if at < level else position for at in range(num_layers + 1))
-        own = replace(segments[0], parent=parent, starts=starts, head=tuple(range(starts[-1], length)))
-        segments.append(replace(own, tokens=tuple(sequence[starts[0] :])))
-    levels = Levels(probe.sites, probe.layout.layers)
-    differing: set[_Place] = set()
+        def comparing(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
+            rows = streams.at(levels.of(site.order))
+            pairs = [
+                (own, base)
+                for fork in range(1, len(segments))
+                for position in range(length)
+                if (own := rows.row(fork, position)) != (base := rows.row(0, position))
+            ]
 
-    def comparing(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
-        stream = streams.at(levels.of(site.order))
-        positions = [
-            (own, base)
-            for fork in range(1, len(segments))
-            for position in range(length)
-            if (own := stream.row(fork, position)) != (base := stream.row(0, position))
+            def visitor(value: Any) -> Any:
+                for selector, tensor in port_leaves(value)[1].items():
+                    if tensor.ndim >= 2 and tensor.shape[1] == rows.num_padded and pairs:
+                        here, there = (list(own) for own in zip(*pairs, strict=True))
+                        if not torch.equal(tensor[0, here], tensor[0, there]):
+                            differing.add((site.module, site.port, selector))
+                return value
+
+            return visitor
+
+        self._run(segments, comparing)
+        return differing
+
+    def _run(self, segments: list[Segment], visitor: Callable[[SiteInfo, Streams], Callable[[Any], Any]]) -> None:
+        """This stage's part of one forward over some segments, with a visitor at every site that it owns."""
+        links = self.links
+        plan = Plan(
+            pass_id=PassId(-1),
+            segments=tuple(segments),
+            layer_rows=(0,) * self.probe.layout.num_layers,
+            views=(),
+            members=(),
+            until=PROLOGUE,
+            num_stages=links.stages,
+        )
+        streams = Streams(plan, self.multiple, self.device, is_fixed=self.probe.has_fixed_rows)
+        rows = PackedRows(streams=streams, attention=AttentionPass(PassId(-1), self.store, self.device))
+        visits = [
+            Visit(order=site.order, module=site.module, port=site.port, visitor=visitor(site, streams))
+            for site in self.probe.sites
+            if site.visit == 0 and _stage_of(site, self.probe, links) == links.stage
         ]
-
-        def visitor(value: Any) -> Any:
-            for selector, tensor in port_leaves(value)[1].items():
-                if tensor.ndim >= 2 and tensor.shape[1] == stream.num_padded and positions:
-                    here, there = (list(rows) for rows in zip(*positions, strict=True))
-                    if not torch.equal(tensor[0, here], tensor[0, there]):
-                        differing.add((site.module, site.port, selector))
-            return value
-
-        return visitor
-
-    _run_forward(tuple(segments), multiple, comparing, probe, owned, runner, links, store, device)
-    return differing
+        hidden = None
+        if links.stage > 0:
+            shape = (1, streams.layer(self.runner.window.first).num_padded, self.probe.hidden_size)
+            hidden = links.receive(shape, self.runner.model.dtype, links.stage - 1)
+        left = self.runner.run(rows, hidden, visits, stop_after=None)
+        if left is not None:
+            links.send(left, links.stage + 1)
+            links.flush()
 
 
 def _root(sequence: list[int], num_layers: int) -> Segment:
