@@ -6,6 +6,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from polytrace.errors import ServiceError
 
 SCHEMA_VERSION = 2
+_TIMEOUT_SECONDS = 30.0  # to wait for other processes
 
 _SCHEMA = """
 CREATE TABLE requests (
@@ -49,9 +51,9 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        self._connection = sqlite3.connect(path, timeout=_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
         os.chmod(path, 0o600)
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._use_wal()
         with self.transaction() as db:  # two processes may open a new store at once
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version == 0:
@@ -83,3 +85,15 @@ class Database:
     def close(self) -> None:
         with self._lock:
             self._connection.close()
+
+    def _use_wal(self) -> None:
+        """Readers and a writer at once. SQLite does not wait for another process that is just doing the same."""
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -226,6 +227,18 @@ while True:
         print(claimed.request, flush=True)
     store.wait_for_requests(0.05)
 """
+
+
+def test_a_new_store_opens_while_another_process_is_making_it(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "store.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(0.2, other.execute, ["COMMIT"])
+    release.start()
+    store = Store(tmp_path)
+    release.join()
+    other.close()
+    assert store.statuses([]) == []
+    store.close()
 
 
 def test_nothing_acknowledged_is_lost_when_both_sides_are_killed(tmp_path: Path) -> None:
