@@ -51,7 +51,9 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, timeout=_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
+        self._connection = sqlite3.connect(
+            path, timeout=_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
+        )
         os.chmod(path, 0o600)
         self._use_wal()
         with self.transaction() as db:  # two processes may open a new store at once
@@ -87,7 +89,7 @@ class Database:
             self._connection.close()
 
     def _use_wal(self) -> None:
-        """Readers and a writer at once. SQLite does not wait for another process that is just doing the same."""
+        """Readers and a writer at once. SQLite itself does not wait here while another process makes the file."""
         deadline = time.monotonic() + _TIMEOUT_SECONDS
         while True:
             try:
