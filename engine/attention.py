@@ -11,7 +11,9 @@ are products over the head dimension, the softmax of a row is taken over whole p
 page, always in products of the same inner size. What a page gives to a row that sees none of it is an exact zero.
 
 Whole pages of a parent are read where they are, however many forks look at them; only the page in which a fork begins
-is copied for it. Segments of like geometry over one prefix are one *chunk* and go through the kernels together.
+is copied for it. Segments of like geometry over one prefix are one *chunk* and go through the kernels together. A call
+of a kernel costs as much as some rows do, so what differs a little is made alike: shorter tiles repeat their last row,
+and where few forks look at a parent its pages are copied for them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +47,10 @@ PAGE = 32  # positions; also what element-wise kernels take at a time, so that n
 TILE = 128  # most query rows of a tile; longer segments are cut at multiples of it
 _MIN_ROWS = 16  # of a matrix product: with fewer, kernels take another path
 _MAX_SCORES = 1 << 22  # floats of scores at a time: what stays in a cache near the core
+
+# What the kernel calls of one more chunk cost, measured on one core with 256 to 1024 features:
+_CHUNK_SCORES = 1024  # in rows x columns that are computed for nothing
+_CHUNK_COPIES = 512  # in columns of keys and values that are copied
 
 # What models pass beside the tensors and what has no effect on a causal, packed, dropout-free pass.
 _HARMLESS = frozenset(
@@ -72,6 +78,7 @@ _HARMLESS = frozenset(
 class Tile:
     """Some rows of one segment: positions from `start` to `stop`."""
 
+    segment: int
     row: int  # of its first position
     start: int
     stop: int
@@ -83,8 +90,12 @@ class Geometry:
     """What tiles have in common that are computed together."""
 
     prefix: tuple[tuple[int, int], ...]  # rows of all positions before the tiles' first page
-    num_rows: int
     num_pages: int  # from the tiles' first page to their last
+
+    @property
+    def num_columns(self) -> int:
+        """Positions that a row is held against."""
+        return sum(stop - start for start, stop in self.prefix) + self.num_pages * PAGE
 
 
 class Chunk:
@@ -93,6 +104,7 @@ class Chunk:
     def __init__(self, geometry: Geometry, tiles: list[Tile], device: torch.device) -> None:
         self.geometry = geometry
         self.tiles = tiles
+        self.num_rows = max(tile.stop - tile.start for tile in tiles)  # of each: shorter ones repeat their last row
         self.device = device
         self.prefix_columns = sum(stop - start for start, stop in geometry.prefix)
         self.own_columns = geometry.num_pages * PAGE
@@ -111,11 +123,14 @@ class Chunk:
     @cached_property
     def rows(self) -> slice | Tensor:
         """The stream's rows of the tiles' queries, tile after tile."""
-        num = self.geometry.num_rows
-        first = self.tiles[0].row
-        if all(tile.row == first + place * num for place, tile in enumerate(self.tiles)):
+        num, first = self.num_rows, self.tiles[0].row
+        is_run = all(
+            tile.row == first + place * num and tile.stop - tile.start == num for place, tile in enumerate(self.tiles)
+        )
+        if is_run:
             return slice(first, first + len(self.tiles) * num)
-        return torch.cat([torch.arange(tile.row, tile.row + num) for tile in self.tiles]).to(self.device)
+        starts, lasts = torch.tensor([(tile.row, tile.row + tile.stop - tile.start - 1) for tile in self.tiles]).T
+        return torch.minimum(starts[:, None] + torch.arange(num), lasts[:, None]).flatten().to(self.device)
 
     @cached_property
     def own_rows(self) -> slice | Tensor:
@@ -134,8 +149,8 @@ class Chunk:
     def hidden(self, window: int | None) -> tuple[Tensor | None, Tensor]:
         """Columns a row does not see: `[B, Q, 1, P]` of the prefix (None: it sees all), `[B, Q, 1, O]` of its own."""
         if window not in self._hidden:
-            starts = torch.tensor([tile.start for tile in self.tiles])
-            position = (starts[:, None] + torch.arange(self.geometry.num_rows))[:, :, None, None]
+            starts, lasts = torch.tensor([(tile.start, tile.stop - 1) for tile in self.tiles]).T
+            position = torch.minimum(starts[:, None] + torch.arange(self.num_rows), lasts[:, None])[:, :, None, None]
             own = torch.arange(self.prefix_columns, self.prefix_columns + self.own_columns)
             prefix = None
             out = own > position
@@ -167,23 +182,58 @@ class AttentionPass:
 def chunks_of(stream: Stream, device: torch.device) -> Iterator[Chunk]:
     """All tiles of a level, those of like geometry together."""
     groups: dict[Geometry, list[Tile]] = {}
+    for geometry, tile in _tiles_of(stream):
+        groups.setdefault(geometry, []).append(tile)
+    for geometry, tiles in _with_copied_prefixes(stream, groups).items():
+        for alike in _of_like_length(geometry, tiles):
+            yield Chunk(geometry, alike, device)
+
+
+def _tiles_of(stream: Stream) -> Iterator[tuple[Geometry, Tile]]:
     for segment in range(len(stream.segments)):
         own = stream.own(segment)
         start = own.start
         while start < own.stop:
             stop = min(own.stop, (start // TILE + 1) * TILE)
             page = start - start % PAGE
-            geometry = Geometry(
-                prefix=tuple(stream.runs(segment, 0, page)),
-                num_rows=stop - start,
-                num_pages=-(-(stop - page) // PAGE),
-            )
+            geometry = Geometry(prefix=tuple(stream.runs(segment, 0, page)), num_pages=-(-(stop - page) // PAGE))
             row = stream.bases[segment] + start - own.start
-            tile = Tile(row=row, start=start, stop=stop, own=tuple(stream.runs(segment, page, stop)))
-            groups.setdefault(geometry, []).append(tile)
+            tile = Tile(segment=segment, row=row, start=start, stop=stop, own=tuple(stream.runs(segment, page, stop)))
+            yield geometry, tile
             start = stop
+
+
+def _with_copied_prefixes(stream: Stream, groups: dict[Geometry, list[Tile]]) -> dict[Geometry, list[Tile]]:
+    """The groups, those over different prefixes joined where it costs less to copy their few prefixes' pages."""
+    small: dict[Geometry, list[Geometry]] = {}  # without prefix -> those that it may stand for
     for geometry, tiles in groups.items():
-        yield Chunk(geometry, tiles, device)
+        if geometry.prefix and len(tiles) * geometry.num_columns <= _CHUNK_COPIES:
+            whole = Geometry(prefix=(), num_pages=geometry.num_columns // PAGE)
+            small.setdefault(whole, []).append(geometry)
+    for whole, parts in small.items():
+        if len(parts) > 1 or whole in groups:
+            joined = groups.setdefault(whole, [])
+            for geometry in parts:
+                joined.extend(
+                    replace(tile, own=tuple(stream.runs(tile.segment, 0, tile.stop))) for tile in groups.pop(geometry)
+                )
+    return groups
+
+
+def _of_like_length(geometry: Geometry, tiles: list[Tile]) -> Iterator[list[Tile]]:
+    """Tiles that go together, longest first: the shorter ones where their padding costs less than a chunk."""
+    by_length: dict[int, list[Tile]] = {}
+    for tile in tiles:
+        by_length.setdefault(tile.stop - tile.start, []).append(tile)
+    longest, alike = 0, list[Tile]()
+    for length in sorted(by_length, reverse=True):
+        own = by_length[length]
+        if alike and (longest - length) * len(own) * geometry.num_columns > _CHUNK_SCORES:
+            yield alike
+            alike = []
+        longest = longest if alike else length
+        alike.extend(own)
+    yield alike
 
 
 _current: ContextVar[AttentionPass | None] = ContextVar("attention_pass", default=None)
@@ -286,7 +336,7 @@ class _Layer:
     def attend(self, chunk: Chunk) -> None:
         """Computes a chunk's rows, as many tiles at a time as the scores' memory allows."""
         width = chunk.prefix_columns + chunk.own_columns
-        per_tile = self.num_groups * chunk.geometry.num_rows * self.share * width
+        per_tile = self.num_groups * chunk.num_rows * self.share * width
         step = max(1, _MAX_SCORES // per_tile)
         prefix = None
         if chunk.prefix_columns:
@@ -301,7 +351,7 @@ class _Layer:
         return out_1THC
 
     def _attend(self, chunk: Chunk, prefix: tuple[Tensor, Tensor] | None) -> None:
-        num_tiles, num_rows = len(chunk.tiles), chunk.geometry.num_rows
+        num_tiles, num_rows = len(chunk.tiles), chunk.num_rows
         if isinstance(chunk.rows, slice):
             q_GREC = self.queries_GTEC[:, chunk.rows]
         else:
@@ -367,7 +417,7 @@ class _Layer:
         before = torch.cat([stream[start:stop] for start, stop in chunk.geometry.prefix] or [stream[:0]])
         columns = torch.cat([before.expand(num_tiles, -1), own], 1)  # [B, W] rows of the stream
         is_odd = ~torch.isfinite(self.odd_GTC).all(2).all(0)
-        shape = (self.num_groups, num_tiles, chunk.geometry.num_rows, self.share, -1)
+        shape = (self.num_groups, num_tiles, chunk.num_rows, self.share, -1)
         out, pattern = out_GNC.view(shape).clone(), pattern_GNW.reshape(shape)
         for column in is_odd[columns].any(0).nonzero().flatten().tolist():
             place = column - chunk.prefix_columns
