@@ -34,12 +34,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from engine.lanes import FLAT_MULTIPLE
 from engine.spans import Span, SpanStore
 from engine.streams import Stream
+from engine.trunks import Trunks
 from polytrace.errors import ServiceError
 from scheduling.plan import PassId
 
-# T = packed rows, H = query heads, G = key/value heads, E = query heads a key/value head (H = G E), C = head dimension
-# B = tiles of a chunk, Q = query rows of each, N = B Q E: query vectors of a chunk, P = columns of the prefix,
-# O = columns of a tile's own pages, W = P + O
+# T = packed rows, R = those and the rows of trunks, H = query heads, G = key/value heads, E = query heads a key/value
+# head (H = G E), C = head dimension, B = tiles of a chunk, Q = query rows of each, N = B Q E: query vectors of a chunk,
+# P = columns of the prefix, O = columns of a tile's own pages, W = P + O
 
 NAME = "polytrace"
 
@@ -165,15 +166,18 @@ class Chunk:
 class AttentionPass:
     """How the rows of a pass attend at the level that runs now, and the store they attend through."""
 
-    def __init__(self, pass_id: PassId, store: SpanStore, device: torch.device) -> None:
+    def __init__(self, pass_id: PassId, store: SpanStore, device: torch.device, trunks: Trunks | None = None) -> None:
         self.pass_id = pass_id
         self.store = store
         self.device = device
-        self.chunks: list[Chunk] = []  # of the layers that run now
+        self.trunks = trunks  # None: there are none, neither to find nor to keep
+        self.layer = 0  # that runs now
+        self.chunks: list[Chunk] = []  # of the layer that runs now
         self._stream: Stream | None = None
 
-    def enter(self, stream: Stream) -> None:
-        """The layers that run from now on have these rows."""
+    def enter(self, layer: int, stream: Stream) -> None:
+        """The layer that runs from now on, and its rows."""
+        self.layer = layer
         if stream is not self._stream:
             self._stream = stream
             self.chunks = list(chunks_of(stream, self.device))
@@ -324,13 +328,16 @@ class _Layer:
         scaled = torch.empty(self.num_groups, self.num_rows, self.share, query.shape[3], device=query.device)
         torch.mul(queries_GETC.transpose(1, 2), query.shape[3] ** -0.5 if scaling is None else scaling, out=scaled)
         self.queries_GTEC = scaled
-        values_GTC = value[0].float()
+        key_GRC, value_GRC = key[0], value[0]
+        if current.trunks is not None:
+            key_GRC, value_GRC = current.trunks.through(current.layer, key_GRC, value_GRC)
+        values_GRC = value_GRC.float()
         # A value that is not finite must not reach rows that do not see it, and zero times infinity is no zero.
-        self.odd_GTC: Tensor | None = None
-        if query.device.type == "cpu" and not bool(torch.isfinite(values_GTC.sum())):
-            self.odd_GTC = values_GTC
-            values_GTC = torch.where(torch.isfinite(values_GTC), values_GTC, 0.0)
-        current.store.put(layer, current.pass_id, key[0].float(), values_GTC)
+        self.odd_GRC: Tensor | None = None
+        if query.device.type == "cpu" and not bool(torch.isfinite(values_GRC.sum())):
+            self.odd_GRC = values_GRC
+            values_GRC = torch.where(torch.isfinite(values_GRC), values_GRC, 0.0)
+        current.store.put(layer, current.pass_id, key_GRC.float(), values_GRC)
         self.out_GTEC = scaled.new_zeros(self.num_groups, self.num_rows, self.share, value.shape[3])
 
     def attend(self, chunk: Chunk) -> None:
@@ -382,7 +389,7 @@ class _Layer:
         if prefix is not None:
             out_GNC = _add_pages(out_GNC, pattern_GNW[:, :, : chunk.prefix_columns], prefix[1])
         out = _add_pages(_grouped(out_GNC, num_tiles), own, values).reshape(self.num_groups, -1, values.shape[2])
-        if self.odd_GTC is not None:
+        if self.odd_GRC is not None:
             out = self._with_odd(chunk, out, pattern_GNW, hidden)
         out_GREC = out.unflatten(1, (-1, self.share))
         if isinstance(chunk.rows, slice):
@@ -409,20 +416,20 @@ class _Layer:
         self, chunk: Chunk, out_GNC: Tensor, pattern_GNW: Tensor, hidden: tuple[Tensor | None, Tensor]
     ) -> Tensor:
         """Adds what values that are not finite give to the rows that see them. Rare, so column by column."""
-        assert self.odd_GTC is not None
+        assert self.odd_GRC is not None
         num_tiles = len(chunk.tiles)
         rows = chunk.own_rows
-        stream = torch.arange(self.num_rows)
+        stream = torch.arange(self.odd_GRC.shape[1])
         own = (stream[rows] if isinstance(rows, slice) else rows).view(num_tiles, -1)
         before = torch.cat([stream[start:stop] for start, stop in chunk.geometry.prefix] or [stream[:0]])
         columns = torch.cat([before.expand(num_tiles, -1), own], 1)  # [B, W] rows of the stream
-        is_odd = ~torch.isfinite(self.odd_GTC).all(2).all(0)
+        is_odd = ~torch.isfinite(self.odd_GRC).all(2).all(0)
         shape = (self.num_groups, num_tiles, chunk.num_rows, self.share, -1)
         out, pattern = out_GNC.view(shape).clone(), pattern_GNW.reshape(shape)
         for column in is_odd[columns].any(0).nonzero().flatten().tolist():
             place = column - chunk.prefix_columns
             unseen = hidden[1][..., place] if place >= 0 else None if hidden[0] is None else hidden[0][..., column]
-            value = self.odd_GTC[:, columns[:, column]][:, :, None, None]  # [G, B, 1, 1, C]
+            value = self.odd_GRC[:, columns[:, column]][:, :, None, None]  # [G, B, 1, 1, C]
             given = torch.where(torch.isfinite(value), 0.0, pattern[..., column, None] * value)
             out += given if unseen is None else given.masked_fill(unseen[..., None], 0.0)
         return out.view(out_GNC.shape)

@@ -47,8 +47,9 @@ class PortValue:
     sees what the model made: rows may be several requests', which all write the same to them.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, outputs: Tensor | None = None) -> None:
         self.original = value
+        self.outputs = outputs  # that trunks have of this layer, `[R, D]`
         self.tensors = port_leaves(value)[1]  # as the model made them
         self._writes: dict[Selector, list[RowWrite]] = {}
 
@@ -204,8 +205,13 @@ class RequestState:
 
     def _read(self, node_id: NodeId, node: Read, order: int, port: PortValue) -> Tensor:
         info, leaf = self.context.sites[node.site]
-        rows = self._rows(node_id, node, info, self.context.levels.of(info.order))
-        value = rows.read(port.tensors[node.site.selector])
+        level = self.context.levels.of(info.order)
+        is_output = self.context.levels.is_output(info.order) and node.site.selector in ((), (0,))
+        if is_output:
+            rows = self.rows[node.invoke].behind(level, self.program.narrowed.get(node_id))
+        else:
+            rows = self._rows(node_id, node, info, level)
+        value = rows.read(port.tensors[node.site.selector], port.outputs)
         if leaf.sharded_dim is not None:
             value = gather_whole(self.context.links, value, 2 + leaf.sharded_dim, leaf.sharded_blocks)
         elif rows.is_run and (leaf.mutated or self._in_place_until.get(node.invoke, -1) >= order):

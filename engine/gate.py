@@ -25,6 +25,7 @@ from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors,
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
+from engine.trunks import Trunks
 from polytrace.description import SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
@@ -100,6 +101,7 @@ def run_gate(
         sharded=_split_dimensions(probe, runner.model),
         packed=dict(packed),
         row_multiple=multiple,
+        key_value_bytes=store.row_bytes,
         has_forks=not (differing or moved or probe.has_side_values),
         notes=notes,
     )
@@ -204,11 +206,16 @@ class _Trial:
             layer_rows=(0,) * self.probe.layout.num_layers,
             views=(),
             members=(),
+            keeps=(),
             until=PROLOGUE,
             num_stages=links.stages,
         )
         streams = Streams(plan, self.multiple, self.device, is_fixed=self.probe.has_fixed_rows)
-        rows = PackedRows(streams=streams, attention=AttentionPass(PassId(-1), self.store, self.device))
+        rows = PackedRows(
+            streams=streams,
+            attention=AttentionPass(PassId(-1), self.store, self.device),
+            trunks=Trunks(streams, self.store),
+        )
         visits = [
             Visit(order=site.order, module=site.module, port=site.port, visitor=visitor(site, streams))
             for site in self.probe.sites

@@ -26,9 +26,9 @@ from engine.sites import GateReport, Probe, describe_model, named_tensors, probe
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
+from engine.trunks import Trunks
 from engine.views import InvokeRows
-from polytrace.description import ModelDescription, index_sites
-from polytrace.graph import Port
+from polytrace.description import Limits, ModelDescription, index_sites
 from scheduling.checks import table_of
 from scheduling.plan import (
     PROLOGUE,
@@ -75,7 +75,10 @@ class Shard:
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""
-        return describe_model(self.probe, tuple(reports), name=name, stages=self.links.stages, ranks=self.links.ranks)
+        limits = Limits(max_sequence_tokens=self.probe.max_tokens, kept_bytes=self.config.kv_bytes // 2)
+        return describe_model(
+            self.probe, tuple(reports), name=name, stages=self.links.stages, ranks=self.links.ranks, limits=limits
+        )
 
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""
@@ -101,7 +104,7 @@ class Shard:
         sent_before, gathered_before = self.links.bytes.sent, self.links.bytes.gathered
         # 1) forget requests that ended early, take the members of this pass
         for request in plan.ended:
-            self._states.pop(request, None)
+            self._forget(request)
         streams = Streams(plan, self._row_multiple, self.device, is_fixed=self.probe.has_fixed_rows)
         states = self._enter(plan, streams)
         works = [member.program.waves[member.wave].stages[self.links.stage] for member in plan.members]
@@ -124,7 +127,7 @@ class Shard:
             for node in work.drops:
                 state.values.pop(node, None)
             if member.is_last_wave:
-                self._states.pop(member.program.request, None)
+                self._forget(member.program.request)
         seconds = time.perf_counter() - began
         return ShardResult(
             pass_id=plan.pass_id,
@@ -139,6 +142,10 @@ class Shard:
             busy_seconds=seconds - waited,
             values=result,
         )
+
+    def _forget(self, request: RequestId) -> None:
+        self._states.pop(request, None)
+        self.store.forget(request)
 
     def stop(self) -> None:
         """Leaves the deployment, once everything sent has gone."""
@@ -257,13 +264,19 @@ class Shard:
             for fragment in work.fragments:
                 if fragment.order != PROLOGUE:
                     at[fragment.order].append((state, fragment))
-        rows = PackedRows(streams=streams, attention=AttentionPass(plan.pass_id, self.store, self.device))
+        trunks = Trunks(streams, self.store)
+        attention = AttentionPass(
+            plan.pass_id, self.store, self.device, trunks if plan.keeps or streams.trunks else None
+        )
+        rows = PackedRows(streams=streams, attention=attention, trunks=trunks)
+        is_last = self.links.stage == plan.num_stages - 1
+        if is_last and plan.until != PROLOGUE:
+            at.setdefault(plan.until, [])  # nobody reads or writes there when the pass goes on for what it keeps
         visits = [
             Visit(order=order, module=module, port=port, visitor=self._visitor(fragments, rows, order))
             for order, fragments in at.items()
-            for module, port in (self._port(order),)
+            for module, port in (self._ports[order],)
         ]
-        is_last = self.links.stage == plan.num_stages - 1
         return self.runner.run(rows, hidden, visits, stop_after=plan.until if is_last else None)
 
     def _visitor(
@@ -271,12 +284,13 @@ class Shard:
     ) -> Callable[[object], object]:
         levels = self.context.levels
         level, next_level = levels.of(order), levels.acts_from(order)
+        streams, is_output = rows.streams, levels.is_output(order)
 
         def visit(value: object) -> object:
-            port = PortValue(value)
+            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.trunks else None)
             for state, fragment in fragments:
                 state.run(fragment, port)
-            if next_level > level:  # a layer's output: what is written to it belongs to the next level's rows
+            if is_output:  # a layer's output: what is written to it belongs to the next level's rows
                 hidden: Selector = () if isinstance(value, Tensor) else (0,)
                 writes = port.take_writes(hidden)
                 if writes:
@@ -284,9 +298,6 @@ class Shard:
             return port.result()
 
         return visit
-
-    def _port(self, order: int) -> tuple[str, Port]:
-        return self._ports[order]
 
     def _result(self, plan: Plan, states: list[RequestState]) -> dict[tuple[RequestId, str], Tensor]:
         values: dict[tuple[RequestId, str], Tensor] = {}

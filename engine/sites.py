@@ -24,6 +24,7 @@ from engine.windows import Layout, find_layout
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
+from polytrace.tensors import itemsize
 
 # Row counts that no model dimension is likely to have, so that shapes tell rows from features.
 _PROBES = ((1511, 307), (1523, 311))  # (rows of the stream, rows the head keeps)
@@ -86,6 +87,7 @@ class GateReport:
     sharded: Mapping[str, int]  # path of a parameter held here -> dimension split over the ranks
     packed: Mapping[str, int]  # module path -> number of equal blocks whose columns are split one by one
     row_multiple: int  # see `row_multiple`; the same on every shard
+    key_value_bytes: int  # of one row at one layer here, at most
     has_forks: bool  # a fork that changes nothing has its parent's bits, at every site seen here
     notes: tuple[str, ...]
 
@@ -241,6 +243,8 @@ def describe_model(
         sites=sites,
         parameters=parameters,
         limits=limits or Limits(max_sequence_tokens=probe.max_tokens),
+        key_value_bytes=max(report.key_value_bytes for report in reports),
+        hidden_bytes=probe.hidden_size * itemsize(probe.dtype),
         row_multiple=reports[0].row_multiple,
         has_kept_rows=probe.has_kept_rows,
         has_forks=all(report.has_forks for report in reports),

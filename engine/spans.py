@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from polytrace.errors import CapacityError
-from scheduling.plan import PassId
+from scheduling.plan import PassId, RequestId, TrunkId
 
-# R = rows of a block, G = key/value heads, C = head dimension
+# R = rows of a block or of a trunk, D = hidden, G = key/value heads, C = head dimension
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,16 @@ class SpanStore:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.held_bytes = 0
+        self.row_bytes = 0  # of one row of a block, at most
         self._blocks: dict[tuple[int, PassId], tuple[Tensor, Tensor]] = {}
+        self._keys: dict[RequestId, dict[tuple[TrunkId, int], tuple[Tensor, Tensor]]] = {}  # by trunk and layer
+        self._outputs: dict[RequestId, dict[tuple[TrunkId, int], Tensor]] = {}
 
     def put(self, layer: int, block: PassId, key_GRC: Tensor, value_GRC: Tensor) -> None:
         """Takes (no copy) the keys and values of a pass at a layer; CapacityError when the budget would be exceeded."""
         num_bytes = key_GRC.nbytes + value_GRC.nbytes
-        if self.held_bytes + num_bytes > self.budget_bytes:
-            raise CapacityError(
-                f"keys and values of this pass need {num_bytes:,} bytes a layer; the store holds {self.held_bytes:,} "
-                f"of {self.budget_bytes:,}: lower the pass's token budget or raise the store's"
-            )
-        self.held_bytes += num_bytes
+        self._take(num_bytes)
+        self.row_bytes = max(self.row_bytes, num_bytes // key_GRC.shape[1])
         self._blocks[layer, block] = (key_GRC, value_GRC)
 
     def read(self, layer: int, spans: tuple[Span, ...]) -> tuple[Tensor, Tensor]:
@@ -71,6 +70,38 @@ class SpanStore:
             self.held_bytes -= held[0].nbytes + held[1].nbytes
 
     def clear(self) -> None:
-        """Forgets everything: the end of a pass, however it ended."""
-        self._blocks.clear()
-        self.held_bytes = 0
+        """Forgets all blocks: the end of a pass, however it ended."""
+        for layer, block in list(self._blocks):
+            self.drop(layer, block)
+
+    def keep_keys(self, trunk: TrunkId, layer: int, key_GRC: Tensor, value_GRC: Tensor) -> None:
+        """Takes (no copy) a trunk's keys and values at a layer; CapacityError when the budget would be exceeded."""
+        self._take(key_GRC.nbytes + value_GRC.nbytes)
+        self._keys.setdefault(trunk[0], {})[trunk, layer] = (key_GRC, value_GRC)
+
+    def keep_output(self, trunk: TrunkId, layer: int, output_RD: Tensor) -> None:
+        """Takes (no copy) what a layer made of a trunk's rows; CapacityError when the budget would be exceeded."""
+        self._take(output_RD.nbytes)
+        self._outputs.setdefault(trunk[0], {})[trunk, layer] = output_RD
+
+    def kept_keys(self, trunk: TrunkId, layer: int) -> tuple[Tensor, Tensor]:
+        """A trunk's keys and values at a layer, `[G, R, C]`."""
+        return self._keys[trunk[0]][trunk, layer]
+
+    def kept_output(self, trunk: TrunkId, layer: int) -> Tensor:
+        """What a layer made of a trunk's rows, `[R, D]`."""
+        return self._outputs[trunk[0]][trunk, layer]
+
+    def forget(self, request: RequestId) -> None:
+        """Drops what is kept for a request; unknown ones are fine."""
+        kept = [part for pair in self._keys.pop(request, {}).values() for part in pair]
+        kept += self._outputs.pop(request, {}).values()
+        self.held_bytes -= sum(tensor.nbytes for tensor in kept)
+
+    def _take(self, num_bytes: int) -> None:
+        if self.held_bytes + num_bytes > self.budget_bytes:
+            raise CapacityError(
+                f"keys and values of this pass need {num_bytes:,} bytes a layer; the store holds {self.held_bytes:,} "
+                f"of {self.budget_bytes:,}: lower the pass's token budget or raise the store's"
+            )
+        self.held_bytes += num_bytes

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from engine.attention import AttentionPass, attending
 from engine.sites import first_argument
 from engine.streams import Streams
+from engine.trunks import Trunks
 from engine.windows import Window
 from polytrace.graph import Port
 
@@ -47,6 +48,7 @@ class PackedRows:
 
     streams: Streams
     attention: AttentionPass
+    trunks: Trunks
     landing: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)  # see `StageRunner.run`
 
 
@@ -128,7 +130,7 @@ class StageRunner:
             if self._is_calling:
                 return None
             streams = rows.streams
-            rows.attention.enter(streams.layer(level))
+            rows.attention.enter(level, streams.layer(level))
             origins = streams.origins(level)
             if origins is None:
                 return None
@@ -147,8 +149,9 @@ class StageRunner:
             if self._is_calling:
                 return None
             hidden = output if isinstance(output, Tensor) else output[0]
+            rows.trunks.keep_outputs(level - 1, hidden)
             births = rows.streams.births(level)
-            after = hidden if births is None else hidden.index_select(1, births)
+            after = hidden if births is None else rows.trunks.take(level - 1, hidden, births)
             for land in rows.landing.pop(level, ()):
                 after = land(after)
             if after is hidden:

@@ -3,19 +3,22 @@
 A level is a decoder layer, and one more behind the last one. At each, the stream is the own rows of all segments, one
 after another, and zeros up to a number of rows that the kernels want. Between two levels rows die and forks are born:
 one gather makes a level's rows from those of the level before. Every shard computes the same from the same plan.
+
+Rows of trunks, which an earlier pass left in the store, are not in the stream. Whoever looks for them gets numbers
+behind the stream's rows: as many as a trunk has at the level, trunk after trunk.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from scheduling.plan import MIN_ROWS, Plan, Segment, View
+from scheduling.plan import MIN_ROWS, Plan, Segment, TrunkId, View
 
 # T = rows of a level, padded
 
@@ -33,17 +36,29 @@ class LevelRows(ABC):
             self.bases.append(self.num_rows)
             self.num_rows += len(self.own(segment))
         self.num_padded = padded(self.num_rows, multiple)
+        self.num_reachable = self.num_padded  # with what trunks have
+        for place, one in enumerate(segments):
+            if one.trunk is not None and level < len(one.stops):
+                self.bases[place] = self.num_reachable
+                self.num_reachable += one.stops[level]
 
     @abstractmethod
     def own(self, segment: int) -> Sequence[int]:
         """Positions of a segment's own rows, ascending."""
 
     def row(self, segment: int, position: int) -> int | None:
-        """The row of a position in a segment or in what it forks from, None where it has ended."""
+        """The row of a position in a segment or in what it forks from, None where it does not run."""
+        owner = self.owner(segment, position)
+        if owner is None or self.segments[owner].trunk is not None:
+            return None
+        return self._own_row(owner, position)
+
+    def owner(self, segment: int, position: int) -> int | None:
+        """The segment itself, or the nearest that it forks from, which has a position."""
         owner: int | None = segment
         while owner is not None and position < self.starts[owner]:
             owner = self.segments[owner].parent
-        return None if owner is None else self._own_row(owner, position)
+        return owner
 
     @abstractmethod
     def _own_row(self, segment: int, position: int) -> int | None:
@@ -54,6 +69,8 @@ class Stream(LevelRows):
     """The rows of a layer: of each segment the positions from one to another."""
 
     def own(self, segment: int) -> range:
+        if self.segments[segment].trunk is not None:
+            return range(0)
         return range(self.starts[segment], max(self.starts[segment], self.segments[segment].stops[self.level]))
 
     def runs(self, segment: int, start: int, stop: int) -> list[tuple[int, int]]:
@@ -102,6 +119,7 @@ class Streams:
         self.is_fixed = is_fixed
         self.device = device
         self.num_layers = len(plan.layer_rows)
+        self.trunks = [place for place, segment in enumerate(plan.segments) if segment.trunk is not None]
         self._layers: list[Stream] = []
         self._origins: dict[int, Tensor | None] = {}  # by id of the stream
 
@@ -126,33 +144,85 @@ class Streams:
         """The rows behind the last layer."""
         head = HeadStream(self.plan.segments, self.num_layers, self.multiple)
         if self.is_fixed:
-            head.num_padded = max(head.num_padded, self.layer(0).num_padded)
+            head.num_padded = head.num_reachable = max(head.num_padded, self._num_needed)
         return head
 
     @property
     def num_root_rows(self) -> int:
-        """Rows that the root's forward is called with: those of level 0, and more where it insists."""
-        first = self.layer(0).num_padded
-        return max(first, self.head.num_padded) if self.is_fixed else first
+        """Rows that the root's forward is called with: those of level 0 and of trunks, and more where it insists."""
+        return max(self._num_needed, self.head.num_padded) if self.is_fixed else self._num_needed
+
+    @cached_property
+    def _num_needed(self) -> int:
+        """Rows of the root that give all others their tokens and positions: forks have those of their trunks."""
+        first = self.layer(0)
+        return padded(first.num_reachable, self.multiple) if self.trunks else first.num_padded
 
     def tokens(self) -> list[int]:
         """Token of each row of the root, those of level 0 first; pads 0."""
-        found = [token for segment in self.plan.segments for token in segment.tokens]
-        return found + [0] * (self.num_root_rows - len(found))
+        own = (token for segment in self.plan.segments if segment.trunk is None for token in segment.tokens)
+        return self._of_root(own, (token for place in self.trunks for token in self.plan.segments[place].tokens))
 
     def positions(self) -> list[int]:
         """Position of each row of the root, as if its sequence ran alone; pads 0."""
         first = self.layer(0)
-        found = [position for segment in range(len(first.segments)) for position in first.own(segment)]
+        own = (position for segment in range(len(first.segments)) for position in first.own(segment))
+        kept = (position for place in self.trunks for position in range(self.plan.segments[place].stops[0]))
+        return self._of_root(own, kept)
+
+    def _of_root(self, own: Iterable[int], kept: Iterable[int]) -> list[int]:
+        """A number for each row of the root."""
+        found = list(own)
+        found += [0] * (self.layer(0).num_padded - len(found))
+        found.extend(kept)
         return found + [0] * (self.num_root_rows - len(found))
 
     def births(self, level: int) -> Tensor | None:
-        """`[T]`: which row of the level before each row of a level comes from; None when all stay where they are."""
+        """`[T]`: which row of the level before each row of a level comes from; None when all stay where they are.
+
+        Rows from the level before's padded number on are those of `outputs(level - 1)`.
+        """
         before, after = self.layer(level - 1), self.at(level)
         if before is after:
             return None
         found = _rows_in(before, after) + [0] * (after.num_padded - after.num_rows)
-        return torch.tensor(found, dtype=torch.long, device=self.device)
+        rows = torch.tensor(found, dtype=torch.long, device=self.device)
+        return self.among_outputs(level - 1, rows) if self.trunks else rows
+
+    def outputs(self, layer: int) -> list[tuple[TrunkId, int]]:
+        """The trunks that have outputs of a layer, and how many."""
+        found = []
+        for place in self.trunks:
+            segment = self.plan.segments[place]
+            assert segment.trunk is not None
+            found.append((segment.trunk, max(0, segment.stops[layer] - segment.outputs[layer])))
+        return found
+
+    def output_row(self, layer: int, segment: int, position: int) -> int | None:
+        """The row of a layer's output of a position, as `among_outputs` counts; None where there is none."""
+        here = self.layer(layer)
+        owner = here.owner(segment, position)
+        if owner not in self.trunks:
+            return here.row(segment, position)
+        first = here.num_padded
+        for place, (_, count) in zip(self.trunks, self.outputs(layer), strict=True):
+            if place == owner:
+                offset = position - self.plan.segments[place].outputs[layer]
+                return first + offset if 0 <= offset < count else None
+            first += count
+        return None
+
+    def among_outputs(self, layer: int, rows: Tensor) -> Tensor:
+        """Rows of a layer, those of trunks renumbered: which of the outputs that trunks have, behind the stream's."""
+        here = self.layer(layer)
+        renumbered = rows.clone()
+        first = here.num_padded
+        for place, (_, count) in zip(self.trunks, self.outputs(layer), strict=True):
+            segment, base = self.plan.segments[place], here.bases[place]
+            is_its = (rows >= base) & (rows < base + segment.stops[layer])
+            renumbered[is_its] += first - base - segment.outputs[layer]
+            first += count
+        return renumbered
 
     def origins(self, level: int) -> Tensor | None:
         """`[T]`: the root's row that has the token and position of each row; None where they are the same rows."""
@@ -164,7 +234,7 @@ class Streams:
     def _find_origins(self, here: Stream) -> Tensor | None:
         first = self.layer(0)
         if first is here:
-            is_cut = self.num_root_rows > first.num_padded
+            is_cut = self.num_root_rows > first.num_padded  # also where only trunks have more
             return torch.arange(first.num_padded, device=self.device) if is_cut else None
         rows = _rows_in(first, here) + [0] * (here.num_padded - here.num_rows)
         return torch.tensor(rows, dtype=torch.long, device=self.device)

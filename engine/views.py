@@ -8,7 +8,7 @@ from; a view does not tell. Ragged sequences are left-padded with zeros, and wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
@@ -24,7 +24,10 @@ Finder = Callable[[int, int], int | None]
 class RowView:
     """Some columns of one invoke in one row space of a pass."""
 
-    def __init__(self, view: View, columns: Sequence[int], find: Finder, device: torch.device) -> None:
+    def __init__(
+        self, view: View, columns: Sequence[int], find: Finder, device: torch.device, num_stream: int | None = None
+    ) -> None:
+        """Rows from `num_stream` on are not in the stream: they are outputs of trunks."""
         self.shape = (len(view.lengths), len(columns))
         self.device = device
         rows: list[int] = []
@@ -41,7 +44,10 @@ class RowView:
         self._rows = rows
         self._cells = cells
         self.is_whole = len(cells) == place  # every cell has a row
-        self.is_run = self.is_whole and all(after - before == 1 for before, after in pairwise(rows))
+        self._num_stream = num_stream
+        self.has_outputs = num_stream is not None and max(rows, default=0) >= num_stream
+        is_run = self.is_whole and not self.has_outputs
+        self.is_run = is_run and all(after - before == 1 for before, after in pairwise(rows))
 
     @cached_property
     def rows(self) -> Tensor:
@@ -53,15 +59,26 @@ class RowView:
         """Their flat places in `[sequences, columns]`, `[real]`."""
         return torch.tensor(self._cells, dtype=torch.long, device=self.device)
 
-    def read(self, packed: Tensor) -> Tensor:
-        """`[sequences, columns, *tail]`: aliases `packed` when its rows lie one after another, else a copy."""
+    def read(self, packed: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """`[sequences, columns, *tail]`: aliases `packed` when its rows lie one after another, else a copy.
+
+        `outputs` are those of trunks, `[R, *tail]`.
+        """
         if self.is_run:
             return packed[0, self._rows[0] : self._rows[-1] + 1].view(*self.shape, *packed.shape[2:])
-        taken = packed[0].index_select(0, self.rows)
+        taken = self._with_outputs(packed, outputs) if self.has_outputs else packed[0].index_select(0, self.rows)
         if self.is_whole:
             return taken.view(*self.shape, *packed.shape[2:])
         out = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[2:])
         return out.index_copy_(0, self.cells, taken).view(*self.shape, *packed.shape[2:])
+
+    def _with_outputs(self, packed: Tensor, outputs: Tensor | None) -> Tensor:
+        assert outputs is not None and self._num_stream is not None, "a trunk has the outputs that were planned for it"
+        is_output = self.rows >= self._num_stream
+        taken = packed.new_empty(self.num_rows, *packed.shape[2:])
+        taken[~is_output] = packed[0, self.rows[~is_output]]
+        taken[is_output] = outputs[self.rows[is_output] - self._num_stream]
+        return taken
 
     def part(self, value: Tensor) -> Tensor:
         """The cells of a value of the view's shape that have rows, in their order: `[real, *tail]`."""
@@ -76,10 +93,22 @@ class InvokeRows:
         self.view = view
         self.streams = streams
         self._views: dict[tuple[int | None, tuple[int, ...] | None], RowView] = {}
+        self._outputs: dict[tuple[int, tuple[int, ...] | None], RowView] = {}
 
     def at(self, level: int, columns: tuple[int, ...] | None) -> RowView:
         """Columns (None: all) of the invoke at a level."""
         return self._of(level, columns)
+
+    def behind(self, layer: int, columns: tuple[int, ...] | None) -> RowView:
+        """Columns of the invoke among the outputs of a layer, those of trunks included."""
+        if not self.streams.trunks:
+            return self._of(layer, columns)
+        key = layer, columns
+        if key not in self._outputs:
+            find = partial(self.streams.output_row, layer)
+            num_stream = self.streams.layer(layer).num_padded
+            self._outputs[key] = RowView(self.view, self._named(columns), find, self.streams.device, num_stream)
+        return self._outputs[key]
 
     def kept(self, columns: tuple[int, ...] | None) -> RowView:
         """Columns of the invoke among the rows that the head runs on."""
@@ -90,6 +119,8 @@ class InvokeRows:
         key = (None if found is None else id(found), columns)
         if key not in self._views:
             find = self.streams.kept_row if found is None else found.row
-            named = range(max(self.view.lengths)) if columns is None else columns
-            self._views[key] = RowView(self.view, named, find, self.streams.device)
+            self._views[key] = RowView(self.view, self._named(columns), find, self.streams.device)
         return self._views[key]
+
+    def _named(self, columns: tuple[int, ...] | None) -> Sequence[int]:
+        return range(max(self.view.lengths)) if columns is None else columns

@@ -88,6 +88,7 @@ class Limits:
     max_live_bytes: int = 4 << 30  # the graph's values at one site visit, those that wait for later visits included
     max_result_bytes: int = 1 << 30  # all saves together
     pass_tokens: int = 8192  # rows of one pass at its widest layer; a request with more takes several passes
+    kept_bytes: int = 1 << 30  # a shard, of rows that passes leave for later passes of their requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +110,8 @@ class ModelDescription:
     sites: tuple[SiteInfo, ...]
     parameters: tuple[ParameterInfo, ...]
     limits: Limits
+    key_value_bytes: int  # of one row's keys and values at one layer, on one shard
+    hidden_bytes: int  # of one row's hidden states
     row_multiple: int  # a pass's rows are padded to a multiple of it, so that bits do not depend on their number
     has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only
     has_forks: bool = True  # the gate found that equal rows may be shared and rows that nobody needs left out

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from polytrace.description import Rows
@@ -32,7 +33,7 @@ from scheduling.checks import ModelTable, Resolved
 from scheduling.columns import Columns, Part, columns_of
 from scheduling.levels import Levels
 from scheduling.placement import Scale
-from scheduling.plan import Cone, Edit, Key
+from scheduling.plan import NOWHERE, Cone, Edit, Key
 from scheduling.waves import Run
 
 
@@ -56,27 +57,29 @@ def find_cones(
     for node in finished:
         if isinstance(event := request.graph.nodes[node], Read):
             reads.setdefault((scale.wave(points[node]), event.invoke), []).append(node)
-    known: dict[object, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by what is read: few differ in that
+    known: dict[object, _Needs] = {}  # by what is read: few differ in that
     found: dict[tuple[int, int], tuple[Cone, ...]] = {}
     for run in runs:
         invoke = request.invokes[run.invoke]
         longest, is_one = invoke.longest, len(invoke.sequences) == 1
         own = reads.get((run.wave, run.invoke), ())
-        sites = tuple((levels.of(_order(resolved, node)), columns_of(columns.narrowed, node, invoke)) for node in own)
+        sites = tuple((*_place(resolved, levels, node), columns_of(columns.narrowed, node, invoke)) for node in own)
         if not has_forks:
-            sites = ((levels.count, range(longest)),)
+            sites = ((levels.count, False, range(longest)),)
         cones = []
         for place, sequence in enumerate(invoke.sequences):
             pads = longest - len(sequence)
             if (sites, pads) not in known:
                 known[sites, pads] = _needs(sites, pads, levels.count)
-            needs, head = known[sites, pads]
+            needs = known[sites, pads]
             own_place = None if is_one else place
             edits = sorted(
                 _edits(run.writes, resolved, columns, keys, levels, own_place, range(-pads, len(sequence))),
                 key=_by_level,
             )
-            cones.append(Cone(edits=tuple(edits), needs=needs, head=head))
+            cones.append(
+                Cone(edits=tuple(edits), needs=needs.rows, head=needs.head, inside=needs.inside, behind=needs.behind)
+            )
         found[run.wave, run.invoke] = tuple(cones)
     return found
 
@@ -110,22 +113,43 @@ def _by_level(edit: Edit) -> tuple[int, int, Key]:
     return edit.level, edit.position, edit.key
 
 
-def _needs(
-    sites: Iterable[tuple[int, Iterable[int]]], pads: int, num_layers: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rows needed at each layer, and the positions needed behind the last one."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Needs:
+    """What the reads of one sequence are about. As in `Cone`."""
+
+    rows: tuple[int, ...]
+    head: tuple[int, ...]
+    inside: tuple[int, ...]
+    behind: tuple[int, ...]
+
+
+def _place(resolved: Resolved, levels: Levels, node: int) -> tuple[int, bool]:
+    """The level that a read gives rows of, and whether it is the output of its layer that it reads."""
+    entry = resolved.sites[node]
+    assert entry is not None
+    site, leaf = entry
+    return levels.of(site.order), levels.is_output(site.order) and leaf.selector in ((), (0,))
+
+
+def _needs(sites: Iterable[tuple[int, bool, Iterable[int]]], pads: int, num_layers: int) -> _Needs:
     needs = [0] * (num_layers + 1)
+    inside, behind = [NOWHERE] * (num_layers + 1), [NOWHERE] * num_layers
     head: set[int] = set()
-    for level, named in sites:
+    for level, is_output, named in sites:
+        positions = [column - pads for column in named if column >= pads]
+        if not positions:
+            continue
+        first = behind if is_output else inside
+        first[level] = min(first[level], *positions)
         if level == num_layers:
-            head.update(column - pads for column in named if column >= pads)
+            head.update(positions)
         else:
-            needs[level] = max(needs[level], max(named) + 1 - pads)
+            needs[level] = max(needs[level], max(positions) + 1)
     if head:
         needs[num_layers] = max(head) + 1
     for level in range(num_layers - 1, -1, -1):
         needs[level] = max(needs[level], needs[level + 1])
-    return tuple(needs[:num_layers]), tuple(sorted(head))
+    return _Needs(rows=tuple(needs[:num_layers]), head=tuple(sorted(head)), inside=tuple(inside), behind=tuple(behind))
 
 
 def _edits(

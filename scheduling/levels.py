@@ -20,7 +20,10 @@ class Levels:
         """`layers` is the path of the list of decoder layers."""
         own = [site for site in sites if site.module.rpartition(".")[0] == layers]
         self._starts = [site.order for site in own if site.port is Port.INPUT]
-        self._outputs = {site.order for site in own if site.port is Port.OUTPUT}
+        self._ends = [site.order for site in own if site.port is Port.OUTPUT]
+        self._outputs = set(self._ends)
+        self._orders = [site.order for site in sites]
+        self.stages = [site.stage for site in own if site.port is Port.INPUT]  # of each layer
         self.count = len(self._starts)  # of layers; level `count` is behind the last one
         self._last = max(self._outputs, default=-1)
 
@@ -32,6 +35,18 @@ class Levels:
         """The level whose rows a site has."""
         return self.count if order > self._last else max(self.begun(order) - 1, 0)
 
+    def is_output(self, order: int) -> bool:
+        """Whether a site is the output of a decoder layer."""
+        return order in self._outputs
+
+    def output(self, layer: int) -> int:
+        """The order of a layer's output."""
+        return self._ends[layer]
+
+    def behind(self, layer: int) -> int:
+        """The first order behind a layer's output."""
+        return self._orders[bisect_right(self._orders, self._ends[layer])]
+
     def acts_from(self, order: int) -> int:
         """The first level whose rows a write changes."""
-        return self.of(order) + (order in self._outputs)
+        return self.of(order) + self.is_output(order)

@@ -56,6 +56,8 @@ class Transfer:
 
 Key = bytes
 
+NOWHERE = 1 << 62  # behind every position
+
 
 @dataclass(frozen=True, slots=True)
 class Edit:
@@ -73,6 +75,8 @@ class Cone:
     edits: tuple[Edit, ...]  # by level, position, key
     needs: tuple[int, ...]  # per layer: rows before this position are needed there; never growing
     head: tuple[int, ...]  # positions needed behind the last layer, ascending
+    inside: tuple[int, ...]  # per level: the first position that a read inside of it gives; NOWHERE: none does
+    behind: tuple[int, ...]  # per layer: the first position that a read of its output gives; NOWHERE: none does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,43 @@ class StageWork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trunk:
+    """A sequence whose rows one wave leaves in the shards' stores, for sequences of later waves to fork from.
+
+    Of each layer there are its keys and values, and some of its output: a row that is born behind it begins as that.
+    """
+
+    wave: int  # that runs it; it is there from the next wave on, until the request ends
+    invoke: int
+    sequence: int  # of the invoke
+    edits: tuple[Edit, ...]  # that its rows have had
+    stops: tuple[int, ...]  # per layer: positions before have their keys and values; never growing
+    outputs: tuple[int, ...]  # per layer: positions from here to its stop have its output
+    until: int  # order of the visit that a pass has to reach for all of it
+
+
+TrunkId = tuple[RequestId, int]  # the place among `Program.trunks`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """What a pass leaves in the store."""
+
+    trunk: TrunkId
+    segment: int  # the sequence's, in Plan.segments
+    stops: tuple[int, ...]  # as the trunk's
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaveRows:
+    """What a wave runs when its request has the pass to itself."""
+
+    widest: int  # rows of its widest layer
+    token_layers: int  # rows of all layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wave:
     """One pass's share of a request."""
 
@@ -94,8 +135,8 @@ class Wave:
     kept: tuple[tuple[int, ...], ...]  # per invoke above: columns of its view that the head runs on, ascending
     cones: tuple[tuple[Cone, ...], ...]  # per invoke above, per sequence; for packing: a shard's copy has none
     until: int  # order of the last visit that this wave needs; PROLOGUE when it has no rows
-    rows: int  # that it has at its widest layer when it runs alone
-    token_layers: int  # rows x layers when it runs alone
+    rows: WaveRows  # with what earlier waves kept
+    rows_anew: WaveRows  # when nothing was kept
     stages: tuple[StageWork, ...]  # one per stage of the deployment
 
 
@@ -123,6 +164,8 @@ class Program:
     facts: tuple[ValueFacts | None, ...]  # per node; None for writes and saves
     waves: tuple[Wave, ...]
     saves: tuple[SaveSlot, ...]
+    trunks: tuple[Trunk, ...]  # by wave
+    kept_bytes: int  # of all trunks, on the shard that keeps most
     live_bytes: int  # of values held at one site visit, at most
     constants: Mapping[str, RawTensor] = field(default_factory=dict)  # in process; empty when `request_file` is set
     request_file: str | None = None  # the stored request: shards map its constants from here
@@ -134,15 +177,18 @@ class Program:
 class Segment:
     """Rows of one sequence, or of several that are equal. A fork has a parent, which has its rows before its own.
 
-    At layer l its own rows are those of the positions `starts[l]` to `stops[l]`, none when that is empty. A row that is
-    its own from layer l on, and was not at the layer before, begins as a copy of its parent's row there.
+    A trunk has none that run: they are in the store. At layer l its own rows are those of the positions `starts[l]` to
+    `stops[l]`, none when that is empty. A row that is its own from layer l on, and was not at the layer before, begins
+    as a copy of its parent's row there.
     """
 
     parent: int | None  # index into Plan.segments
+    trunk: TrunkId | None = None  # whose rows these are
+    outputs: tuple[int, ...] = ()  # of a trunk, per layer: positions from here on have the layer's output in the store
     starts: tuple[int, ...]  # per layer, and behind the last one; never growing; 0 without a parent
     stops: tuple[int, ...]  # per layer; never growing: rows end when nobody needs them any more
     head: tuple[int, ...]  # positions of its own rows behind the last layer, ascending
-    tokens: tuple[int, ...]  # of its own rows at layer 0
+    tokens: tuple[int, ...]  # of its own rows at layer 0, or of a trunk's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +220,7 @@ class Plan:
     layer_rows: tuple[int, ...]  # rows that run at each layer, without padding
     views: tuple[View, ...]
     members: tuple[Member, ...]
+    keeps: tuple[Keep, ...]
     until: int  # order of the last visit that any member needs
     num_stages: int  # stages from this one on have no rows to run; they still do their prologues and transfers
     ended: tuple[RequestId, ...] = ()  # stopped between two waves: shards forget them before anything else

@@ -19,11 +19,13 @@ from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers
 from scheduling.forest import Forest, Placed, grow
 from scheduling.liveness import peak_bytes
 from scheduling.placement import Scale, find_live, place, scale_of
-from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave
+from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave, WaveRows
 from scheduling.residency import stage_works
-from scheduling.splitting import find_sources, later_invokes
+from scheduling.splitting import find_ancestors, find_sources, later_invokes
+from scheduling.trunks import TrunkChoice, choose_trunks, kept_bytes, rows_of
 from scheduling.waves import Run, executions, find_runs
 
+_NO_ROWS = WaveRows(widest=0, token_layers=0)
 _MAX_SPLITS = 8  # times that waves are split and looked at again; a wave that is too large still goes alone
 
 
@@ -56,19 +58,22 @@ def _compile(
     is_shared = description.has_forks and request.options.sharing is not Sharing.OFF
     domain = request.options.sharing.value if is_shared else None  # there is one tenant: who has the key
     earliest = [0] * len(request.invokes)
+    ancestors: set[int] = set()
     points, finished = place(graph, resolved, live, facts, scale)
     keys = Keys(request, resolved, columns, finished)
     for attempt in range(_MAX_SPLITS):
         runs = find_runs(graph, resolved, live, points, scale)
         cones = find_cones(request, resolved, columns, keys, points, finished, runs, scale, table)
         forests = _grow(request.invokes, runs, cones, domain, description.num_layers)
-        waits = _find_waits(request, resolved, finished, runs, forests, description.limits.pass_tokens)
+        waits = _find_waits(request, resolved, finished, runs, forests, description.limits.pass_tokens, ancestors)
         if not waits or attempt == _MAX_SPLITS - 1:
             break
         for invoke, wave in waits.items():
             earliest[invoke] = wave
         points, finished = place(graph, resolved, live, facts, scale, earliest)
     kept = kept_columns(request, resolved, columns, points, finished, runs, scale)
+
+    chosen = choose_trunks(request.invokes, runs, cones, forests, ancestors, table.levels)
 
     # 4) Plan what is carried, held and dropped, and where saved values go.
     works = stage_works(graph, resolved, points, columns.facts, executions(graph, live, points, runs, scale), scale)
@@ -84,8 +89,10 @@ def _compile(
         seed=request.options.seed,
         sharing_domain=domain,
         facts=columns.facts,
-        waves=_waves(works, runs, kept, cones, forests),
+        waves=_waves(works, runs, kept, cones, forests, chosen),
         saves=saves,
+        trunks=chosen.trunks,
+        kept_bytes=kept_bytes(chosen.trunks, description, table.levels),
         live_bytes=peak_bytes(resolved, [0 if known is None else known.num_bytes for known in columns.facts])[0],
         constants=request.constants,
     )
@@ -165,6 +172,7 @@ def _find_waits(
     runs: list[Run],
     forests: dict[int, Forest],
     pass_tokens: int,
+    ancestors: set[int],
 ) -> dict[int, int]:
     """The invokes that have to wait because the first wave that is too large cannot take them."""
     for wave in sorted(forests):
@@ -173,6 +181,7 @@ def _find_waits(
             sources = find_sources(request.graph, resolved, finished)
             waits = later_invokes(wave, runs, forests[wave], sequences, sources, pass_tokens)
             if waits:
+                ancestors |= find_ancestors([run for run in runs if run.wave == wave], forests[wave], sequences, waits)
                 return waits
     return {}
 
@@ -183,21 +192,21 @@ def _waves(
     kept: dict[tuple[int, int], tuple[int, ...]],
     cones: dict[tuple[int, int], tuple[Cone, ...]],
     forests: dict[int, Forest],
+    chosen: TrunkChoice,
 ) -> tuple[Wave, ...]:
     runs_of: list[list[Run]] = [[] for _ in works]
     for run in runs:
         runs_of[run.wave].append(run)
     waves = []
     for wave, (stages, own) in enumerate(zip(works, runs_of, strict=True)):
-        layer_rows = forests[wave].layer_rows if wave in forests else ()
         waves.append(
             Wave(
                 invokes=tuple(run.invoke for run in own),
                 kept=tuple(kept[run.wave, run.invoke] for run in own),
                 cones=tuple(cones[run.wave, run.invoke] for run in own),
                 until=max((run.until for run in own), default=PROLOGUE),
-                rows=max(layer_rows, default=0),
-                token_layers=sum(layer_rows),
+                rows=chosen.rows.get(wave, _NO_ROWS),
+                rows_anew=rows_of(forests[wave]) if wave in forests else _NO_ROWS,
                 stages=stages,
             )
         )

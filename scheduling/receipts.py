@@ -75,7 +75,7 @@ class Account:
                     if isinstance(nodes[node], (Read, Write)):
                         self._passes_of[node] = self._passes_of.get(node, 0) + 1
 
-    def receipt(self, table: ModelTable, *, queue_seconds: float, run_seconds: float) -> Receipt:
+    def receipt(self, table: ModelTable, *, is_keeping: bool, queue_seconds: float, run_seconds: float) -> Receipt:
         """The books, closed."""
         program = self.program
         return Receipt(
@@ -83,7 +83,7 @@ class Account:
             model=table.description.name,
             passes=tuple(self._entries),
             tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-            token_layers=token_layers(program),
+            token_layers=token_layers(program, is_keeping=is_keeping),
             token_layers_alone=token_layers_alone(program, table),
             fired=tuple(_fired(program, sorted(self._passes_of.items()))),
             pad_rows_written=pad_rows_written(program),

@@ -21,7 +21,7 @@ from polytrace.certificate import Receipt
 from polytrace.description import ModelDescription
 from polytrace.errors import CancelledError, PolytraceError
 from scheduling.checks import table_of
-from scheduling.packing import Packer
+from scheduling.packing import Going, Packer
 from scheduling.plan import PassId, Plan, Program, RequestId, ShardResult
 from scheduling.policy import FirstComeFirstServed, PassPolicy
 from scheduling.receipts import Account, find_error
@@ -59,6 +59,7 @@ class _Job:
         self.number = number  # of arrival
         self.added = now
         self.is_cancelled = False
+        self.is_keeping: bool | None = None  # its trunks; None: nobody has asked yet
         self.restart()
 
     def restart(self) -> None:
@@ -68,7 +69,12 @@ class _Job:
 
     @property
     def num_rows(self) -> int:
-        return self.program.waves[self.wave].rows
+        wave = self.program.waves[self.wave]
+        return (wave.rows_anew if self.is_keeping is False else wave.rows).widest
+
+    @property
+    def going(self) -> Going:
+        return Going(program=self.program, wave=self.wave, is_keeping=self.is_keeping is True)
 
     @property
     def num_waves(self) -> int:
@@ -94,6 +100,7 @@ class Scheduler:
         self._ended: list[RequestId] = []  # shards hold values of these; the next plan says to drop them
         self._outcomes: list[Outcome] = []
         self._progress: dict[RequestId, Progress] = {}
+        self._kept_bytes = description.limits.kept_bytes  # that shards have left for trunks
         self._arrivals = 0
         self._passes = 0
 
@@ -137,18 +144,26 @@ class Scheduler:
         budget = self._choice.policy.budget_tokens
         foreseen = budget
         chosen = self._choice.choose(self._ready)
-        plan = self._packer.pack(pass_id, [(job.program, job.wave) for job in chosen], ended)
+        plan = self._packer.pack(pass_id, self._going(chosen), ended)
         for _ in range(_MAX_REFILLS):
             rows = max(plan.layer_rows, default=0)
             if len(chosen) == len(self._ready) or not 0 < rows * 4 < budget * 3:
                 break
             foreseen = foreseen * budget // rows
             more = self._choice.choose(self._ready, foreseen)
-            fuller = self._packer.pack(pass_id, [(job.program, job.wave) for job in more], ended)
+            fuller = self._packer.pack(pass_id, self._going(more), ended)
             if len(more) <= len(chosen) or max(fuller.layer_rows) > budget:
                 break
             chosen, plan = more, fuller
         return chosen, plan
+
+    def _going(self, jobs: list[_Job]) -> list[Going]:
+        """The jobs with their trunks: those keep them that the store has room for when they first go."""
+        for job in jobs:
+            if job.is_keeping is None:
+                job.is_keeping = job.program.kept_bytes <= self._kept_bytes
+                self._kept_bytes -= job.program.kept_bytes if job.is_keeping else 0
+        return [job.going for job in jobs]
 
     def complete(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
         """Takes in what all shards answered to a plan: members end or become ready for their next wave."""
@@ -176,7 +191,11 @@ class Scheduler:
             self._end(job, CancelledError("the request was cancelled") if job.is_cancelled else error, is_held=False)
         for job in self._ready:
             job.restart()
-        self._ended = []
+        # Where the shards are still the same, they hold values and rows of all of these.
+        self._ended = [
+            *(member.program.request for member in plan.members),
+            *(job.program.request for job in self._ready),
+        ]
 
     def take_progress(self) -> list[Progress]:
         """How far the requests are that got further since the last call and have not ended."""
@@ -191,14 +210,21 @@ class Scheduler:
     def _finish(self, job: _Job) -> None:
         started = job.added if job.started is None else job.started
         receipt = job.account.receipt(
-            self._table, queue_seconds=started - job.added, run_seconds=self._clock() - started
+            self._table,
+            is_keeping=job.is_keeping is not False,
+            queue_seconds=started - job.added,
+            run_seconds=self._clock() - started,
         )
-        del self._jobs[job.program.request]
+        self._remove(job)
         self._outcomes.append(Outcome(request=job.program.request, receipt=receipt, values=job.account.values))
 
     def _end(self, job: _Job, error: PolytraceError, *, is_held: bool) -> None:
         """Without a result; `is_held` when shards may keep values for a wave that will not come."""
         if is_held:
             self._ended.append(job.program.request)
-        del self._jobs[job.program.request]
+        self._remove(job)
         self._outcomes.append(Outcome(request=job.program.request, error=error))
+
+    def _remove(self, job: _Job) -> None:
+        del self._jobs[job.program.request]
+        self._kept_bytes += job.program.kept_bytes if job.is_keeping else 0

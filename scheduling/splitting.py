@@ -6,7 +6,7 @@ a wave as fit. What the parts have in common (the rows that all fork from) runs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from polytrace.graph import Graph, Read, Write
 from scheduling.checks import Resolved
@@ -47,6 +47,21 @@ def later_invokes(
         if part and not is_bound:
             waits[run.invoke] = wave + part
     return waits
+
+
+def find_ancestors(runs: Sequence[Run], forest: Forest, sequences: Sequence[int], waits: Mapping[int, int]) -> set[int]:
+    """The invokes of a wave that those which wait would fork from if they ran in it."""
+    owners: dict[int, int] = {}  # segment -> the first invoke that has it
+    waiting: set[int] = set()
+    place = 0
+    for run, count in zip(runs, sequences, strict=True):
+        for segment in forest.places[place : place + count]:
+            owners.setdefault(segment, run.invoke)
+            if run.invoke in waits:
+                waiting.add(segment)
+        place += count
+    parents = {forest.segments[segment].parent for segment in waiting} - {None}
+    return {owners[parent] for parent in parents if parent is not None}
 
 
 def find_sources(graph: Graph, resolved: Resolved, finished: Sequence[int]) -> set[int]:

@@ -433,6 +433,8 @@ def description() -> ModelDescription:
         sites=(),
         parameters=(),
         limits=Limits(max_sequence_tokens=16, max_request_bytes=MAX_BYTES),
+        key_value_bytes=1,
+        hidden_bytes=1,
         row_multiple=1,
         has_kept_rows=True,
     )

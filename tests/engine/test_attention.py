@@ -107,7 +107,7 @@ def run(stream: Stream, qkv: QKV, options: Options | None = None) -> Tensor:
     """`[T, H, C]`."""
     current = AttentionPass(PASS, SpanStore(1 << 30), CPU)
     with attending(current):
-        current.enter(stream)
+        current.enter(0, stream)
         out, _ = packed_attention(SimpleNamespace(), *qkv, None, **with_sinks(options or {}, qkv[0].shape[1]))  # type: ignore[arg-type]
     return out[0]
 
@@ -320,7 +320,7 @@ def test_a_pass_attends_by_the_level_it_has_entered() -> None:
     with attending(current):
         outs = []
         for stream in (first, second, second):
-            current.enter(stream)
+            current.enter(0, stream)
             outs.append(packed_attention(SimpleNamespace(), q, k, v, None)[0][0])  # type: ignore[arg-type]
     assert torch.equal(outs[0], run(first, (q, k, v)))
     assert torch.equal(outs[1], run(second, (q, k, v))) and torch.equal(outs[1], outs[2])
@@ -361,7 +361,7 @@ def test_passes_do_not_nest() -> None:
 def test_a_pass_leaves_nothing_in_the_store_even_when_it_fails() -> None:
     store = SpanStore(1 << 20)
     current = AttentionPass(PASS, store, CPU)
-    current.enter(stream_of(root(7)))
+    current.enter(0, stream_of(root(7)))
     with attending(current):
         packed_attention(SimpleNamespace(), *tensors(7), None)  # type: ignore[arg-type]
         assert store.held_bytes == 0

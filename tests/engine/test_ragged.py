@@ -55,6 +55,8 @@ DESCRIPTION = ModelDescription(
     ),
     parameters=(),
     limits=Limits(max_sequence_tokens=64),
+    key_value_bytes=1,
+    hidden_bytes=1,
     row_multiple=1,
     has_kept_rows=True,
 )

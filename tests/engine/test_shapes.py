@@ -101,6 +101,8 @@ def description(**limits: int) -> ModelDescription:
             ParameterInfo(path="model.norm.weight", shape=(D,), dtype="float32", stage=0, sharded_dim=None),
         ),
         limits=Limits(max_sequence_tokens=64, **limits),
+        key_value_bytes=1,
+        hidden_bytes=1,
         row_multiple=1,
         has_kept_rows=True,
     )

@@ -37,6 +37,7 @@ def plan_of(sequences: list[Placed], kept: tuple[int, ...] = (), together: int =
         layer_rows=forest.layer_rows,
         views=views,
         members=(),
+        keeps=(),
         until=PROLOGUE,
         num_stages=1,
     )

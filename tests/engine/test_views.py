@@ -38,6 +38,7 @@ def planned(sequences: list[Placed], kept: tuple[int, ...] = ()) -> tuple[Plan, 
         layer_rows=forest.layer_rows,
         views=(view,),
         members=(),
+        keeps=(),
         until=PROLOGUE,
         num_stages=1,
     )

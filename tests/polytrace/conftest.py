@@ -77,6 +77,8 @@ def describe_llama() -> ModelDescription:
         sites=tuple(sites),
         parameters=tuple(parameters),
         limits=Limits(max_sequence_tokens=16),
+        key_value_bytes=1,
+        hidden_bytes=1,
         row_multiple=1,
         has_kept_rows=True,
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from scheduling.forest import Placed
-from scheduling.plan import Cone, Edit
+from scheduling.plan import NOWHERE, Cone, Edit
 
 LAYERS = 3
 KEYS = (b"a", b"b")
@@ -20,12 +20,16 @@ def placed(
     head: Sequence[int] | None = None,
     domain: object = "us",
     num_layers: int = LAYERS,
+    inside: Sequence[int] | None = None,
+    behind: Sequence[int] | None = None,
 ) -> Placed:
-    """A sequence; without more said, all its rows are needed."""
+    """A sequence; without more said, all its rows are needed, and nothing is read."""
     cone = Cone(
         edits=tuple(sorted(edits, key=lambda edit: (edit.level, edit.position, edit.key))),
         needs=(len(tokens),) * num_layers if needs is None else tuple(needs),
         head=tuple(range(len(tokens))) if head is None else tuple(head),
+        inside=(NOWHERE,) * (num_layers + 1) if inside is None else tuple(inside),
+        behind=(NOWHERE,) * num_layers if behind is None else tuple(behind),
     )
     return Placed(tokens=tuple(tokens), cone=cone, domain=domain)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polytrace.graph import Sharing
-from scheduling.packing import Packer
+from scheduling.packing import Going, Packer
 from scheduling.plan import PROLOGUE, PassId, Plan, RequestId
 from tests.scheduling.tiny import HIDDEN, VOCAB, Recorder, tiny_llama
 
@@ -19,7 +19,7 @@ prompts = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6), 
 
 def pack(*recorders: Recorder, wave: int = 0) -> Plan:
     programs = [recorder.compile(f"r{index}") for index, recorder in enumerate(recorders)]
-    return Packer(TINY).pack(PASS, [(program, wave) for program in programs])
+    return Packer(TINY).pack(PASS, [Going(program=program, wave=wave) for program in programs])
 
 
 def reading(
@@ -140,5 +140,5 @@ def test_a_pass_without_rows_visits_no_stage() -> None:
 
 def test_a_plan_names_the_requests_that_shards_must_forget() -> None:
     program = reading([[1]]).compile()
-    plan = Packer(TINY).pack(PASS, [(program, 0)], (RequestId("gone"),))
+    plan = Packer(TINY).pack(PASS, [Going(program=program, wave=0)], (RequestId("gone"),))
     assert plan.ended == ("gone",)

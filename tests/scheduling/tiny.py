@@ -121,6 +121,8 @@ def tiny_llama(
         sites=tuple(sites),
         parameters=tuple(parameters),
         limits=limits or Limits(max_sequence_tokens=64),
+        key_value_bytes=1,
+        hidden_bytes=1,
         row_multiple=1,
         has_kept_rows=True,
         has_forks=has_forks,

@@ -1,0 +1,70 @@
+"""What a pass leaves in the store for later passes of a request, and what it finds there of earlier ones.
+
+Owns the way of trunks' rows between the stream and the store: keys and values as a layer's attention gets them, before
+anything is done to them, and the hidden states behind a layer, before anything is written to them. A fork of a trunk
+has the bits that it would have beside it, since what is kept are the same tensors' rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.spans import SpanStore
+from engine.streams import Streams
+
+# T = packed rows, R = rows of trunks, G = key/value heads, C = head dimension, D = hidden
+
+
+class Trunks:
+    """The trunks of one pass on one shard."""
+
+    def __init__(self, streams: Streams, store: SpanStore) -> None:
+        self._streams = streams
+        self._store = store
+        self._keeps = streams.plan.keeps
+        self.are_any = bool(streams.trunks or self._keeps)
+
+    def through(self, layer: int, key_GTC: Tensor, value_GTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the stream, behind them those of trunks; keeps those that later passes want."""
+        stream = self._streams.layer(layer)
+        if self._streams.trunks:
+            found = [
+                self._store.kept_keys(segment.trunk, layer)
+                for place in self._streams.trunks
+                if (segment := stream.segments[place]).trunk is not None and segment.stops[layer]
+            ]
+            key_GTC = torch.cat([key_GTC, *(key for key, _ in found)], 1)
+            value_GTC = torch.cat([value_GTC, *(value for _, value in found)], 1)
+        for keep in self._keeps:
+            if keep.stops[layer]:
+                rows = self._rows(layer, keep.segment, 0, keep.stops[layer])
+                keys = key_GTC.index_select(1, rows), value_GTC.index_select(1, rows)
+                self._store.keep_keys(keep.trunk, layer, *keys)
+        return key_GTC, value_GTC
+
+    def outputs(self, layer: int) -> Tensor | None:
+        """`[R, D]`: the hidden states behind a layer that trunks have, trunk after trunk; None when none has any."""
+        found = [self._store.kept_output(trunk, layer) for trunk, count in self._streams.outputs(layer) if count]
+        return torch.cat(found) if found else None
+
+    def keep_outputs(self, layer: int, hidden_1TD: Tensor) -> None:
+        """Keeps the hidden states behind a layer that later passes want."""
+        for keep in self._keeps:
+            start, stop = keep.outputs[layer], keep.stops[layer]
+            if start < stop:
+                rows = self._rows(layer, keep.segment, start, stop)
+                if self._streams.trunks:
+                    rows = self._streams.among_outputs(layer, rows)
+                self._store.keep_output(keep.trunk, layer, self.take(layer, hidden_1TD, rows)[0])
+
+    def take(self, layer: int, hidden_1TD: Tensor, rows: Tensor) -> Tensor:
+        """`[1, rows, D]` of the hidden states behind a layer; rows behind the stream's are those of `outputs`."""
+        outputs = self.outputs(layer) if self._streams.trunks else None
+        if outputs is not None:
+            hidden_1TD = torch.cat([hidden_1TD, outputs[None]], 1)
+        return hidden_1TD.index_select(1, rows)
+
+    def _rows(self, layer: int, segment: int, start: int, stop: int) -> Tensor:
+        runs = self._streams.layer(layer).runs(segment, start, stop)
+        return torch.cat([torch.arange(*run) for run in runs]).to(self._streams.device)
