@@ -147,6 +147,9 @@ class _Tree:
             return
         if self.root.kept is not None:
             self._tell_trunk(self.parent)
+            if not self.starts[0]:  # it turned out to need nothing of the trunk
+                self.parent = None
+                return
         self.parent._need(map(min, self.starts, self.stops), (p for p in self.head if p < self.starts[-1]))
 
     def _tell_trunk(self, parent: _Tree) -> None:

@@ -73,7 +73,7 @@ def _compile(
         points, finished = place(graph, resolved, live, facts, scale, earliest)
     kept = kept_columns(request, resolved, columns, points, finished, runs, scale)
 
-    chosen = choose_trunks(request.invokes, runs, cones, forests, ancestors, table.levels)
+    chosen = choose_trunks(request.invokes, runs if is_shared else [], cones, forests, ancestors, table.levels)
 
     # 4) Plan what is carried, held and dropped, and where saved values go.
     works = stage_works(graph, resolved, points, columns.facts, executions(graph, live, points, runs, scale), scale)

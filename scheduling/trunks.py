@@ -51,9 +51,12 @@ def choose_trunks(
     ancestors: set[int],
     levels: Levels,
 ) -> TrunkChoice:
-    """`forests` are the waves' without trunks; `ancestors` are invokes that waiting parts of their wave fork from."""
+    """`forests` are the waves' without trunks; `ancestors` are invokes that waiting parts of their wave fork from.
+
+    Without `runs` nothing is kept.
+    """
     rows = {wave: rows_of(forest) for wave, forest in forests.items()}
-    if len(forests) < 2:
+    if not runs or len(forests) < 2:
         return TrunkChoice(trunks=(), rows=rows)
     candidates = list(_candidates(invokes, runs, cones, ancestors, levels.count))
     used: list[_Candidate] = []

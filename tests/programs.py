@@ -7,7 +7,8 @@ others make too: so their rows are shared, fork, fork again, and end at differen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from polytrace.certificate import Receipt
 from polytrace.graph import Save
+from scheduling.scheduler import PassPolicy, Scheduler
 
 Prompt = tuple[int, ...]
 
@@ -303,6 +305,21 @@ def serve(model: Any, backend: Any, users: Sequence[Program], dtype: torch.dtype
         Served(values_in_order(tracer, outcome.values), outcome.receipt)
         for tracer, outcome in zip(tracers, outcomes, strict=True)
     ]
+
+
+@contextmanager
+def few_rows(backend: Any, rows: int, kept_bytes: int | None = None) -> Iterator[None]:
+    """Passes of a backend take so many rows inside; and its shards keep so many bytes of trunks, or as many as ever."""
+    description, scheduler = backend.description, backend.scheduler
+    limits = replace(description.limits, pass_tokens=rows)
+    if kept_bytes is not None:
+        limits = replace(limits, kept_bytes=kept_bytes)
+    backend.description = replace(description, limits=limits)
+    backend.scheduler = Scheduler(backend.description, PassPolicy(budget_tokens=rows))
+    try:
+        yield
+    finally:
+        backend.description, backend.scheduler = description, scheduler
 
 
 def values_in_order(tracer: Any, values: Mapping[str, Tensor]) -> list[Tensor]:

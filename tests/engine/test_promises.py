@@ -16,7 +16,21 @@ from by_hand import run_by_hand
 from families import FAMILIES, Place, model_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from programs import Action, At, Program, Served, crowds, difference, get, programs, record, record_in, rows_run, serve
+from programs import (
+    Action,
+    At,
+    Program,
+    Served,
+    crowds,
+    difference,
+    few_rows,
+    get,
+    programs,
+    record,
+    record_in,
+    rows_run,
+    serve,
+)
 from transformers import PreTrainedModel
 
 from engine.local import LocalBackend
@@ -134,6 +148,23 @@ def test_32_programs_that_share_rows_get_their_own_bits_with_two_threads(
     served_by_two_threads: Family, data: st.DataObject
 ) -> None:
     served_by_two_threads.check(data.draw(crowds(served_by_two_threads.names, NUM_USERS)))
+
+
+@many
+@given(data=st.data(), rows=st.sampled_from([8, 24, 60]))
+def test_programs_of_several_passes_fork_from_what_was_kept_and_have_their_own_bits(
+    served: Family, data: st.DataObject, rows: int
+) -> None:
+    for program in data.draw(crowds(served.names, 12)):
+        (alone,) = served.serve([program], sharing="off")
+        with few_rows(served.backend, rows):
+            (kept,) = served.serve([program])
+        with few_rows(served.backend, rows, kept_bytes=0):
+            (anew,) = served.serve([program])
+        assert kept.has_bits_of(alone), program
+        assert anew.has_bits_of(alone), program
+        assert rows_run([kept]) == kept.receipt.token_layers <= anew.receipt.token_layers == rows_run([anew])
+    assert served.backend.shard.store.held_bytes == 0
 
 
 def test_edits_matter(served: Family) -> None:

@@ -12,7 +12,7 @@ from families import FAMILIES, model_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from processes import BROKEN_SEED, FaultyShard, ProcessBackend, ProcessShards
-from programs import Program, Served, crowds, difference, find, record, rows_run, serve, values_in_order
+from programs import Program, Served, crowds, difference, few_rows, find, record, rows_run, serve, values_in_order
 
 from engine.local import LocalBackend
 from polytrace.errors import RunError
@@ -73,6 +73,17 @@ def test_32_programs_that_share_rows_get_their_own_bits_and_hugging_faces_number
         one = LocalBackend(deployed.folder, threads=1, policy=EVERYONE)
         for ours, theirs in zip(shared, serve(Model(one), one, users, torch.float32), strict=True):
             assert ours.has_bits_of(theirs)
+
+
+@TWICE
+@given(data=st.data())
+def test_programs_of_several_passes_fork_from_what_shards_kept(deployed: Deployed, data: st.DataObject) -> None:
+    for program in data.draw(crowds(FAMILIES[deployed.family], 6)):
+        (alone,) = deployed.serve([program], sharing="off")
+        with few_rows(deployed.backend, 24):
+            (kept,) = deployed.serve([program])
+        assert kept.has_bits_of(alone), program
+        assert rows_run([kept]) == kept.receipt.token_layers
 
 
 @TWICE
