@@ -131,6 +131,12 @@ class Resolved:
     sites: list[tuple[SiteInfo, Leaf] | None]  # of reads and writes
     homes: list[int]  # home stage of calls and parameters, 0 for the others
 
+    def order(self, node: int) -> int:
+        """The place of a read or a write in the model's order."""
+        entry = self.sites[node]
+        assert entry is not None
+        return entry[0].order
+
 
 def resolve(request: Request, table: ModelTable) -> Resolved:
     """Checks a request against a model and looks its names up. Raises GraphError or TooLargeError."""

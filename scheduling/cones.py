@@ -9,8 +9,7 @@ read from the model what was read of which tokens after which writes; for random
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -27,12 +26,13 @@ from polytrace.graph import (
     Ref,
     Request,
     Write,
+    refs,
 )
 from polytrace.ops import OPS
 from scheduling.checks import ModelTable, Resolved
 from scheduling.columns import Columns, Part, columns_of
 from scheduling.levels import Levels
-from scheduling.placement import Scale
+from scheduling.placement import Order
 from scheduling.plan import NOWHERE, Cone, Edit, Key
 from scheduling.waves import Run
 
@@ -42,28 +42,22 @@ def find_cones(
     resolved: Resolved,
     columns: Columns,
     keys: Keys,
-    points: list[int],
-    finished: Sequence[int],
     runs: list[Run],
-    scale: Scale,
     table: ModelTable,
 ) -> dict[tuple[int, int], tuple[Cone, ...]]:
-    """(wave, invoke) -> a cone for each sequence. `finished` has the live nodes, each after all that it waits for.
+    """(wave, invoke) -> a cone for each sequence.
 
     Where the gate found that rows cannot be left out, all are needed everywhere.
     """
     levels, has_forks = table.levels, table.description.has_forks
-    reads: dict[tuple[int, int], list[int]] = {}
-    for node in finished:
-        if isinstance(event := request.graph.nodes[node], Read):
-            reads.setdefault((scale.wave(points[node]), event.invoke), []).append(node)
     known: dict[object, _Needs] = {}  # by what is read: few differ in that
     found: dict[tuple[int, int], tuple[Cone, ...]] = {}
     for run in runs:
         invoke = request.invokes[run.invoke]
         longest, is_one = invoke.longest, len(invoke.sequences) == 1
-        own = reads.get((run.wave, run.invoke), ())
-        sites = tuple((*_place(resolved, levels, node), columns_of(columns.narrowed, node, invoke)) for node in own)
+        sites = tuple(
+            [(*_place(resolved, levels, node), columns_of(columns.narrowed, node, invoke)) for node in run.reads]
+        )
         if not has_forks:
             sites = ((levels.count, False, range(longest)),)
         cones = []
@@ -85,28 +79,18 @@ def find_cones(
 
 
 def kept_columns(
-    request: Request,
-    resolved: Resolved,
-    columns: Columns,
-    points: list[int],
-    finished: Sequence[int],
-    runs: list[Run],
-    scale: Scale,
+    request: Request, resolved: Resolved, columns: Columns, runs: list[Run]
 ) -> dict[tuple[int, int], tuple[int, ...]]:
     """(wave, invoke) -> columns that the head runs on: those that a read of its sites gives."""
-    named: dict[tuple[int, int], set[int]] = {(run.wave, run.invoke): set() for run in runs}
-    for node in finished:
-        entry, event = resolved.sites[node], request.graph.nodes[node]
-        if entry is not None and entry[0].rows is Rows.KEPT and isinstance(event, Read):
-            own = columns_of(columns.narrowed, node, request.invokes[event.invoke])
-            named[scale.wave(points[node]), event.invoke].update(own)
-    return {key: tuple(sorted(found)) for key, found in named.items()}
-
-
-def _order(resolved: Resolved, node: int) -> int:
-    entry = resolved.sites[node]
-    assert entry is not None
-    return entry[0].order
+    found: dict[tuple[int, int], tuple[int, ...]] = {}
+    for run in runs:
+        kept: set[int] = set()
+        for node in run.reads:
+            entry = resolved.sites[node]
+            if entry is not None and entry[0].rows is Rows.KEPT:
+                kept.update(columns_of(columns.narrowed, node, request.invokes[run.invoke]))
+        found[run.wave, run.invoke] = tuple(sorted(kept))
+    return found
 
 
 def _by_level(edit: Edit) -> tuple[int, int, Key]:
@@ -168,8 +152,8 @@ def _edits(
         first = min((position for position in positions if position >= 0), default=None)
         if first is not None:
             # Where the cells of the value fall in this sequence is part of what is written to it.
-            key = _digest(keys.acting(write), positions, place)
-            yield Edit(levels.acts_from(_order(resolved, write)), first, key)
+            key = _digest(keys.acting[write], positions, place)
+            yield Edit(levels.acts_from(resolved.order(write)), first, key)
 
 
 def _positions(parts: Iterable[Part], place: int, pads: int) -> Iterator[int]:
@@ -182,38 +166,40 @@ def _positions(parts: Iterable[Part], place: int, pads: int) -> Iterator[int]:
 class Keys:
     """The key of every live write, and of the values that go into them."""
 
-    def __init__(self, request: Request, resolved: Resolved, columns: Columns, finished: Sequence[int]) -> None:
+    def __init__(self, request: Request, resolved: Resolved, columns: Columns, order: Order) -> None:
         self.of: dict[int, Key] = {}
-        self._request, self._resolved, self._columns = request, resolved, columns
+        self.acting: dict[int, Key] = {}  # a write's key behind those of its invoke at the same visit
+        self._request, self._columns, self._order = request, columns, order
         self._nodes = request.graph.nodes
-        self._writes: dict[int, list[tuple[int, int]]] = {}  # invoke -> (order, node) of its live writes, ascending
-        self._acting: dict[int, Key] = {}
         self._prefixes: dict[int, list[Key]] = {}  # invoke -> keys of its tokens and the first 0, 1, ... writes
-        for node in finished:
+        if any(order.writes.values()):
+            needed = self._needed(resolved)
+            for node in order.nodes:
+                if needed[node]:
+                    self.of[node] = self._key(node)
+        for writes in order.writes.values():
+            visit, key = None, b""
+            for write in writes:  # which of those at one visit is the later makes a difference
+                here = resolved.order(write)
+                visit, key = here, _digest(key if here == visit else b"", self.of[write])
+                self.acting[write] = key
+
+    def _needed(self, resolved: Resolved) -> bytearray:
+        """Per node, whether a key has that of the node in it: writes, and what goes into them."""
+        needed = bytearray(len(self._nodes))
+        for node in reversed(self._order.nodes):
             event = self._nodes[node]
             if isinstance(event, Write):
-                self._writes.setdefault(event.invoke, []).append((_order(resolved, node), node))
-        for writes in self._writes.values():
-            writes.sort()
-        if self._writes:
-            needed = _upstream(finished, resolved, self._nodes)
-            for node in finished:
-                if node in needed:
-                    self.of[node] = self._key(node)
-
-    def acting(self, write: int) -> Key:
-        """The key of a write behind those of its invoke at the same visit: which is the later makes a difference."""
-        if write not in self._acting:
-            event = self._nodes[write]
-            assert isinstance(event, Write)
-            order = _order(self._resolved, write)
-            writes = self._writes[event.invoke]
-            key = b""
-            for other_order, other in writes[bisect_left(writes, (order, -1)) :]:
-                if other_order != order:
-                    break
-                key = self._acting[other] = _digest(key, self.of[other])
-        return self._acting[write]
+                needed[node] = True
+                for made in self._steps(NodeId(node), event):
+                    for operand in refs(made.args[1:]):
+                        needed[operand] = True
+                if NodeId(node) not in self._columns.changed:
+                    needed[event.value.node] = True
+            elif needed[node]:
+                for operand in resolved.operands[node]:
+                    needed[operand] = True
+        return needed
 
     def _key(self, node: int) -> Key:
         event = self._nodes[node]
@@ -221,8 +207,7 @@ class Keys:
             draw = (self._request.options.seed, node) if OPS[event.name].is_random else None
             return _digest(event.name, draw, self._spelled(event.args), self._spelled(tuple(event.kwargs.items())))
         if isinstance(event, Read):
-            order = _order(self._resolved, node)
-            return _digest("read", event.site, self._content(event.invoke, (order, node)))
+            return _digest("read", event.site, self._content(event.invoke, self._order.seen[node]))
         if isinstance(event, Write):
             return _digest("write", event.site, event.in_place, self._written(NodeId(node), event))
         if isinstance(event, Constant):
@@ -237,52 +222,43 @@ class Keys:
 
     def _written(self, write: NodeId, event: Write) -> object:
         """What a write says: where only some cells change, of these alone."""
-        change = self._columns.changed.get(write)
-        if change is None:
+        if write not in self._columns.changed:
             return self.of[event.value.node]
-        steps = []
+        return [(made.name, self._spelled(made.args[1:])) for made in self._steps(write, event)]
+
+    def _steps(self, write: NodeId, event: Write) -> Iterator[Op]:
+        """The in-place code by which a write changes some cells, the last first; none when it may change any."""
+        change = self._columns.changed.get(write)
         node = event.value.node
-        while node != change.base:
+        while change is not None and node != change.base:
             made = self._nodes[node]
             assert isinstance(made, Op)
-            base, *rest = made.args
-            steps.append((made.name, self._spelled(tuple(rest))))
+            yield made
+            base = made.args[0]
             assert isinstance(base, Ref)
             node = base.node
-        return steps
 
-    def _content(self, invoke: int, place: tuple[int, int]) -> Key:
-        """What the rows of an invoke are at a place in the model's order: its tokens and the writes before."""
-        writes = self._writes.get(invoke, [])
+    def _content(self, invoke: int, count: int) -> Key:
+        """What the rows of an invoke are behind so many of its writes: its tokens and these."""
         if invoke not in self._prefixes:
             self._prefixes[invoke] = [_digest("tokens", self._request.invokes[invoke].sequences)]
         prefixes = self._prefixes[invoke]
-        count = bisect_left(writes, place)
-        while len(prefixes) <= count:
-            prefixes.append(_digest(prefixes[-1], self.of[writes[len(prefixes) - 1][1]]))
+        for write in self._order.writes[invoke][len(prefixes) - 1 : count]:
+            prefixes.append(_digest(prefixes[-1], self.of[write]))
         return prefixes[count]
 
     def _spelled(self, operand: Operand) -> object:
         """An operand with keys for the values in it."""
-        if isinstance(operand, Ref):
-            return self.of[operand.node]
+        kind = type(operand)
+        if kind is Ref:
+            return self.of[operand.node]  # type: ignore[union-attr]
         if isinstance(operand, tuple):
             return tuple([self._spelled(part) for part in operand])
         if isinstance(operand, list):
             return [self._spelled(part) for part in operand]
         if isinstance(operand, slice):
-            return slice(*(self._spelled(part) for part in (operand.start, operand.stop, operand.step)))
+            return slice(self._spelled(operand.start), self._spelled(operand.stop), self._spelled(operand.step))
         return operand
-
-
-def _upstream(ordered: Sequence[int], resolved: Resolved, nodes: Sequence[object]) -> set[int]:
-    """The writes and all that their values need."""
-    needed: set[int] = set()
-    for node in reversed(ordered):
-        if node in needed or isinstance(nodes[node], Write):
-            needed.add(node)
-            needed.update(resolved.operands[node])
-    return needed
 
 
 def _digest(*parts: object) -> Key:

@@ -9,7 +9,7 @@ parameter (constants, masks and operations on them): they float, and every stage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from polytrace.description import ModelDescription
@@ -57,103 +57,132 @@ def find_live(graph: Graph, resolved: Resolved) -> list[bool]:
     return live
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Who waits for whom. A read waits for all writes of its invoke that act before it."""
+
+    nodes: list[int]  # the live ones, each after all that it waits for
+    writes: Mapping[int, list[int]]  # invoke -> its live writes in the order they act
+    seen: list[int]  # per node, for live reads: how many of these act before
+
+
+def find_order(graph: Graph, resolved: Resolved, live: list[bool]) -> Order:
+    """An order in which the live nodes can run. Raises GraphError on a cycle."""
+    writes, seen = _find_effects(graph, resolved, live)
+    nodes, operands = graph.nodes, resolved.operands
+    is_begun, is_done = bytearray(len(nodes)), bytearray(len(nodes))
+    num_done = dict.fromkeys(writes, 0)  # invoke -> how many of its writes, from the first on, are done
+    ordered: list[int] = []
+    for start, is_live in enumerate(live):
+        pending = [start] if is_live else []
+        while pending:
+            node = pending[-1]
+            if is_done[node]:
+                pending.pop()
+                continue
+            waits: Sequence[int] = ()
+            if not is_begun[node]:
+                waits = [operand for operand in operands[node] if not is_done[operand]]
+            if seen[node]:
+                waits = _unfinished(writes, nodes[node].invoke, seen[node], num_done, is_done)  # type: ignore[union-attr]
+            is_begun[node] = True
+            if not waits:
+                is_done[node] = True
+                ordered.append(node)
+                pending.pop()
+            for other in waits:
+                if is_begun[other]:
+                    raise _cycle(graph, [vertex for vertex in pending if is_begun[vertex]], other)
+                pending.append(other)
+    return Order(nodes=ordered, writes=writes, seen=seen)
+
+
+def _find_effects(graph: Graph, resolved: Resolved, live: list[bool]) -> tuple[dict[int, list[int]], list[int]]:
+    """`Order.writes` and `Order.seen`."""
+    effects: dict[int, list[tuple[int, int]]] = {}  # invoke -> (order, node) of its reads and writes
+    for node, entry in enumerate(resolved.sites):
+        if entry is not None and live[node]:
+            effects.setdefault(graph.nodes[node].invoke, []).append((entry[0].order, node))  # type: ignore[union-attr]
+    writes: dict[int, list[int]] = {}
+    seen = [0] * len(live)
+    for invoke, events in effects.items():
+        own = writes[invoke] = []
+        for _, node in sorted(events):
+            if isinstance(graph.nodes[node], Write):
+                own.append(node)
+            else:
+                seen[node] = len(own)
+    return writes, seen
+
+
+def _unfinished(
+    writes: Mapping[int, list[int]], invoke: int, seen: int, num_done: dict[int, int], is_done: bytearray
+) -> list[int]:
+    """The first of the writes seen that is not done, if there is one."""
+    own, done = writes[invoke], num_done[invoke]
+    while done < seen and is_done[own[done]]:
+        done += 1
+    num_done[invoke] = done
+    return own[done : done + 1] if done < seen else []
+
+
+def _cycle(graph: Graph, path: list[int], again: int) -> GraphError:
+    """The error that names a write and the read of it that it depends on, both on a path that comes to a node again."""
+    last = dict.fromkeys(reversed(path))  # each where it was begun: it may have been asked for before
+    ring = [*reversed(last)][[*reversed(last)].index(again) :]
+    while not isinstance(read := graph.nodes[ring[0]], Read):  # only reads wait for later nodes: there is one
+        ring = [*ring[1:], ring[0]]
+    write = graph.nodes[ring[1]]
+    assert isinstance(write, Write)
+    return GraphError(
+        f"a cycle: the write to {write.site} ({write.where}) depends on the read of {read.site} ({read.where}), "
+        f"and that read sees this write, which acts earlier in the model",
+        where=write.where,
+    )
+
+
 def place(
     graph: Graph,
     resolved: Resolved,
-    live: list[bool],
+    order: Order,
     facts: tuple[ValueFacts | None, ...],
     scale: Scale,
     earliest: Sequence[int] | None = None,
-) -> tuple[list[int], list[int]]:
-    """The packed point of every live node (PURE for the floating ones), and live nodes after all that they wait for.
+) -> list[int]:
+    """The packed point of every live node; PURE for the floating ones and those that are not live.
 
     A write's point is in the first wave that has its value; it is applied again in later waves of its invoke. An invoke
-    whose turn comes later (`earliest`, a wave for each) has no reads and writes before. Raises GraphError on a cycle.
+    whose turn comes later (`earliest`, a wave for each) has no reads and writes before.
     """
-    forest = _Forest(graph, resolved, live)
-    points, finished = _flow(graph, resolved, forest, scale, earliest)
-    if len(finished) < forest.num_vertices:
-        raise _cycle(graph, forest, finished)
-    _run_late(graph, resolved, forest, points, facts, finished, scale)
-    return points, [vertex for vertex in finished if vertex < len(graph.nodes)]
+    points = _earliest_points(graph, resolved, order, scale, earliest)
+    _run_late(graph, resolved, order, points, facts, scale)
+    return points
 
 
-class _Forest:
-    """Who waits for whom: values, and reads for the writes they see.
-
-    The writes of an invoke, in the order they act, form a chain of links (vertices after the nodes): a link stands for
-    all writes up to it, so a read waits for one link however many writes it sees.
-    """
-
-    def __init__(self, graph: Graph, resolved: Resolved, live: list[bool]) -> None:
-        self.num_nodes = len(graph.nodes)
-        self.followers: list[list[int]] = [[] for _ in range(self.num_nodes)]
-        self.waiting = [0] * self.num_nodes
-        self.live = live
-        effects: dict[int, list[tuple[int, int]]] = {}  # invoke -> (order, node) of its reads and writes
-        for node, is_live in enumerate(live):
-            if not is_live:
-                continue
-            for operand in resolved.operands[node]:
-                self.followers[operand].append(node)
-            self.waiting[node] = len(resolved.operands[node])
-            entry = resolved.sites[node]
-            if entry is not None:
-                effects.setdefault(graph.nodes[node].invoke, []).append((entry[0].order, node))  # type: ignore[union-attr]
-        for events in effects.values():
-            self._chain(graph, sorted(events))
-        self.num_vertices = sum(live) + len(self.followers) - self.num_nodes
-
-    def _chain(self, graph: Graph, events: list[tuple[int, int]]) -> None:
-        last: int | None = None
-        for _, node in events:
-            if isinstance(graph.nodes[node], Write):
-                link = len(self.followers)
-                self.followers.append([])
-                self.waiting.append(0)
-                self._wait(link, node)
-                if last is not None:
-                    self._wait(link, last)
-                last = link
-            elif last is not None:
-                self._wait(node, last)
-
-    def _wait(self, vertex: int, other: int) -> None:
-        self.followers[other].append(vertex)
-        self.waiting[vertex] += 1
-
-
-def _flow(
-    graph: Graph, resolved: Resolved, forest: _Forest, scale: Scale, earliest: Sequence[int] | None
-) -> tuple[list[int], list[int]]:
-    """Points in topological order, and that order. Links and writes hand on a wave, all others a point."""
-    nodes = graph.nodes
-    points = [PURE] * len(forest.followers)
-    waiting = forest.waiting.copy()
-    is_node_live = forest.live
-    ready = [
-        vertex for vertex, count in enumerate(waiting) if not count and (vertex >= len(nodes) or is_node_live[vertex])
-    ]
-    finished: list[int] = []
-    while ready:
-        vertex = ready.pop()
-        finished.append(vertex)
-        handed_on = points[vertex]
-        if vertex < len(nodes):
-            node = nodes[vertex]
-            if earliest is not None and isinstance(node, (Read, Write)) and earliest[node.invoke]:
-                handed_on = max(handed_on, _begin(node, earliest[node.invoke], scale))
-            points[vertex] = _point(graph, resolved, vertex, handed_on, scale)
-            handed_on = points[vertex]
-            if isinstance(nodes[vertex], Write):
-                handed_on = scale.wave(handed_on)
-        for follower in forest.followers[vertex]:
-            if handed_on > points[follower]:
-                points[follower] = handed_on
-            waiting[follower] -= 1
-            if not waiting[follower]:
-                ready.append(follower)
-    return points, finished
+def _earliest_points(
+    graph: Graph, resolved: Resolved, order: Order, scale: Scale, earliest: Sequence[int] | None
+) -> list[int]:
+    nodes, operands = graph.nodes, resolved.operands
+    points = [PURE] * len(nodes)
+    reached: dict[int, list[int]] = {invoke: [0] for invoke in order.writes}  # the wave that its first 0, 1, ... need
+    for node in order.nodes:
+        event = nodes[node]
+        needs = PURE
+        for operand in operands[node]:
+            if points[operand] > needs:
+                needs = points[operand]
+        if isinstance(event, Op):
+            points[node] = needs
+            continue
+        if isinstance(event, Read):
+            waves = reached[event.invoke]
+            for write in order.writes[event.invoke][len(waves) - 1 : order.seen[node]]:
+                waves.append(max(waves[-1], scale.wave(points[write])))
+            needs = waves[order.seen[node]]
+        if earliest is not None and isinstance(event, (Read, Write)) and earliest[event.invoke]:
+            needs = max(needs, _begin(event, earliest[event.invoke], scale))
+        points[node] = _point(graph, resolved, node, needs, scale)
+    return points
 
 
 def _begin(node: Read | Write, wave: int, scale: Scale) -> int:
@@ -195,10 +224,9 @@ def _first_at_or_after(needs: int, stage: int, order: int, scale: Scale) -> int:
 def _run_late(
     graph: Graph,
     resolved: Resolved,
-    forest: _Forest,
+    order: Order,
     points: list[int],
     facts: tuple[ValueFacts | None, ...],
-    finished: list[int],
     scale: Scale,
 ) -> None:
     """What grows runs late: it is cheaper to carry and hold its operands.
@@ -206,19 +234,22 @@ def _run_late(
     An operation whose result is larger than its operands, and whose users all run in later slots, moves to the first of
     them. A parameter is gathered in the first wave that uses it.
     """
-    for vertex in reversed(finished):
-        if vertex >= len(graph.nodes) or points[vertex] == PURE:
-            continue
-        node = graph.nodes[vertex]
-        if not isinstance(node, (Op, Parameter)):
-            continue
-        slot = min(points[follower] for follower in forest.followers[vertex]) // scale.width
-        if isinstance(node, Parameter):
-            home = resolved.homes[vertex]
-            wave = slot // scale.stages - (slot % scale.stages < home)
-            points[vertex] = scale.point(wave, home, PROLOGUE)
-        elif slot > points[vertex] // scale.width and _grows(vertex, resolved, points, facts):
-            points[vertex] = slot * scale.width
+    never = max(points, default=0) + 1
+    first_uses = [never] * len(points)
+    for node in reversed(order.nodes):
+        event = graph.nodes[node]
+        if points[node] != PURE and isinstance(event, (Op, Parameter)):
+            slot = first_uses[node] // scale.width
+            if isinstance(event, Parameter):
+                home = resolved.homes[node]
+                wave = slot // scale.stages - (slot % scale.stages < home)
+                points[node] = scale.point(wave, home, PROLOGUE)
+            elif slot > points[node] // scale.width and _grows(node, resolved, points, facts):
+                points[node] = slot * scale.width
+        point = points[node]
+        for operand in resolved.operands[node]:
+            if point < first_uses[operand]:
+                first_uses[operand] = point
 
 
 def _grows(vertex: int, resolved: Resolved, points: list[int], facts: tuple[ValueFacts | None, ...]) -> bool:
@@ -228,30 +259,3 @@ def _grows(vertex: int, resolved: Resolved, points: list[int], facts: tuple[Valu
     if own is None or any(part is None for part in parts):
         return False
     return own.num_bytes > sum(part.num_bytes for part in parts if part is not None)
-
-
-def _cycle(graph: Graph, forest: _Forest, finished: list[int]) -> GraphError:
-    """The error that names a write and the read of it that it depends on."""
-    done = set(finished)
-    awaited: dict[int, int] = {}  # vertex -> one that it waits for, both unfinished
-    for vertex, followers in enumerate(forest.followers):
-        if vertex not in done and (vertex >= len(graph.nodes) or forest.live[vertex]):
-            for follower in followers:
-                awaited[follower] = vertex
-    vertex = next(vertex for vertex in awaited if vertex not in done)
-    path: dict[int, None] = {}
-    while vertex not in path:
-        path[vertex] = None
-        vertex = awaited[vertex]
-    ring = list(path)[list(path).index(vertex) :]
-    # Backwards along the ring: a read waits, over links, for a write, which waits for values, down to the read again.
-    while not (ring[0] < len(graph.nodes) and isinstance(graph.nodes[ring[0]], Read)):
-        ring = [*ring[1:], ring[0]]
-    read = graph.nodes[ring[0]]
-    write = next(node for v in ring[1:] if v < len(graph.nodes) and isinstance(node := graph.nodes[v], Write))
-    assert isinstance(read, Read)
-    return GraphError(
-        f"a cycle: the write to {write.site} ({write.where}) depends on the read of {read.site} ({read.where}), "
-        f"and that read sees this write, which acts earlier in the model",
-        where=write.where,
-    )

@@ -18,15 +18,15 @@ from scheduling.cones import Keys, find_cones, kept_columns
 from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers, token_layers_alone, wave_tokens
 from scheduling.forest import Forest, Placed, grow
 from scheduling.liveness import peak_bytes
-from scheduling.placement import Scale, find_live, place, scale_of
+from scheduling.placement import Scale, find_live, find_order, place, scale_of
 from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave, WaveRows
 from scheduling.residency import stage_works
-from scheduling.splitting import find_ancestors, find_sources, later_invokes
+from scheduling.splitting import find_sources, fits, split
 from scheduling.trunks import TrunkChoice, choose_trunks, kept_bytes, rows_of
 from scheduling.waves import Run, executions, find_runs
 
 _NO_ROWS = WaveRows(widest=0, token_layers=0)
-_MAX_SPLITS = 8  # times that waves are split and looked at again; a wave that is too large still goes alone
+_MAX_LOOKS = 3  # at waves, to split those that are too large; one that still is goes alone
 
 
 def compile_program(
@@ -44,7 +44,7 @@ def _compile(
     request_id: RequestId, request: Request, description: ModelDescription, facts: tuple[ValueFacts | None, ...]
 ) -> Program:
     # 1) Refuse what does not fit the model.
-    graph = request.graph
+    graph, limits = request.graph, description.limits
     table = table_of(description)
     resolved = resolve(request, table)
     _check_writes(request, resolved, facts)
@@ -59,19 +59,23 @@ def _compile(
     domain = request.options.sharing.value if is_shared else None  # there is one tenant: who has the key
     earliest = [0] * len(request.invokes)
     ancestors: set[int] = set()
-    points, finished = place(graph, resolved, live, facts, scale)
-    keys = Keys(request, resolved, columns, finished)
-    for attempt in range(_MAX_SPLITS):
+    order = find_order(graph, resolved, live)
+    keys = Keys(request, resolved, columns, order)
+    for look in range(_MAX_LOOKS):
+        points = place(graph, resolved, order, facts, scale, earliest)
         runs = find_runs(graph, resolved, live, points, scale)
-        cones = find_cones(request, resolved, columns, keys, points, finished, runs, scale, table)
+        cones = find_cones(request, resolved, columns, keys, runs, table)
         forests = _grow(request.invokes, runs, cones, domain, description.num_layers)
-        waits = _find_waits(request, resolved, finished, runs, forests, description.limits.pass_tokens, ancestors)
-        if not waits or attempt == _MAX_SPLITS - 1:
+        if look == _MAX_LOOKS - 1 or all(fits(forest, limits.pass_tokens) for forest in forests.values()):
             break
-        for invoke, wave in waits.items():
+        sources = find_sources(graph, resolved, order.nodes)
+        found = split(runs, forests, request.invokes, sources, description.num_layers, limits.pass_tokens)
+        if not found.waits:
+            break
+        ancestors |= found.ancestors
+        for invoke, wave in found.waits.items():
             earliest[invoke] = wave
-        points, finished = place(graph, resolved, live, facts, scale, earliest)
-    kept = kept_columns(request, resolved, columns, points, finished, runs, scale)
+    kept = kept_columns(request, resolved, columns, runs)
 
     chosen = choose_trunks(request.invokes, runs if is_shared else [], cones, forests, ancestors, table.levels)
 
@@ -79,8 +83,8 @@ def _compile(
     works = stage_works(graph, resolved, points, columns.facts, executions(graph, live, points, runs, scale), scale)
     saves = _lay_out_saves(graph, points, facts, scale)
     result_bytes = sum(slot.facts.num_bytes for slot in saves)
-    if result_bytes > description.limits.max_result_bytes:
-        raise TooLargeError(f"all saves take {result_bytes} bytes; the limit is {description.limits.max_result_bytes}")
+    if result_bytes > limits.max_result_bytes:
+        raise TooLargeError(f"all saves take {result_bytes} bytes; the limit is {limits.max_result_bytes}")
     return Program(
         request=request_id,
         graph=columns.graph,
@@ -163,27 +167,6 @@ def _grow(
         own = zip(invokes[run.invoke].sequences, cones[run.wave, run.invoke], strict=True)
         placed.setdefault(run.wave, []).extend(Placed(tokens=tokens, cone=cone, domain=domain) for tokens, cone in own)
     return {wave: grow(sequences, num_layers) for wave, sequences in placed.items()}
-
-
-def _find_waits(
-    request: Request,
-    resolved: Resolved,
-    finished: list[int],
-    runs: list[Run],
-    forests: dict[int, Forest],
-    pass_tokens: int,
-    ancestors: set[int],
-) -> dict[int, int]:
-    """The invokes that have to wait because the first wave that is too large cannot take them."""
-    for wave in sorted(forests):
-        if max(forests[wave].layer_rows, default=0) > pass_tokens:
-            sequences = [len(request.invokes[run.invoke].sequences) for run in runs if run.wave == wave]
-            sources = find_sources(request.graph, resolved, finished)
-            waits = later_invokes(wave, runs, forests[wave], sequences, sources, pass_tokens)
-            if waits:
-                ancestors |= find_ancestors([run for run in runs if run.wave == wave], forests[wave], sequences, waits)
-                return waits
-    return {}
 
 
 def _waves(

@@ -1,75 +1,83 @@
-"""Splits a wave that has more rows than one pass takes into several, so that a sweep may be of any size.
+"""Splits waves that have more rows than one pass takes, so that a sweep may be of any size.
 
 Owns which invokes wait for a later wave. Those whose values other invokes need stay; the others go in order, as many to
-a wave as fit. What the parts have in common (the rows that all fork from) runs again in each.
+a wave as fit, those that have waited first.
+
+Rows are counted along the forests of the waves as they were: a part has the segments of its invokes, and all that these
+fork from. Where that ran in an earlier part, it is kept (`scheduling.trunks`) unless there is no room for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from polytrace.graph import Graph, Read, Write
+from polytrace.graph import Graph, Invoke, Read, Write
 from scheduling.checks import Resolved
 from scheduling.forest import Forest
 from scheduling.plan import Segment
 from scheduling.waves import Run
 
 
-def later_invokes(
-    wave: int,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """What has to wait, and what it would not have waited with."""
+
+    waits: Mapping[int, int]  # invoke -> the wave that it waits for
+    ancestors: frozenset[int]  # invokes that those would fork from
+
+
+def split(
     runs: Sequence[Run],
-    forest: Forest,
-    sequences: Sequence[int],
+    forests: Mapping[int, Forest],
+    invokes: Sequence[Invoke],
     sources: set[int],
+    num_layers: int,
     budget_tokens: int,
-) -> dict[int, int]:
-    """The invokes of a wave that have to wait, and the wave that each waits for; empty when nobody can.
+) -> Split:
+    """Where every wave fits, or nobody can wait, there is nothing that waits. Linear in runs.
 
-    `forest` has the wave's sequences, in the order of `runs`; `sequences` says how many each run has. `sources` are
-    invokes whose values others need.
+    `forests` have each wave's sequences in the order of `runs`. `sources` are invokes whose values others need.
     """
-    started = {run.invoke for run in runs if run.wave < wave}
-    widths = [_width(segment) for segment in forest.segments]
-    room = max(1, budget_tokens - max(widths, default=0))  # every part runs what its forks have in common
+    shares = _find_shares(runs, forests, invokes)
     waits: dict[int, int] = {}
-    part, taken, place = 0, 0, 0
-    seen: set[int] = set()  # segments that the part has
-    for run, count in zip((run for run in runs if run.wave == wave), sequences, strict=True):
-        own = set(forest.places[place : place + count])
-        place += count
-        is_bound = run.invoke in sources or run.invoke in started
-        cost = sum(widths[segment] for segment in own - seen)
-        if not is_bound and taken and taken + cost > room:
-            part, taken, seen = part + 1, 0, set()
-            cost = sum(widths[segment] for segment in own)
-        seen |= own
-        taken += cost
-        if part and not is_bound:
-            waits[run.invoke] = wave + part
-    return waits
+    started: set[int] = set()  # invokes that have a part already
+    late: set[int] = set()  # invokes that have none yet, though their wave has come
+    waiting: deque[_Share] = deque()  # what these have of it
+    wave, last = 0, max(shares, default=-1)
+    while waiting or wave <= last:
+        own = [share for share in shares.get(wave, ()) if share.invoke not in late]
+        if waiting or (own and not fits(forests[wave], budget_tokens)):
+            free = [share for share in own if share.invoke not in sources and share.invoke not in started]
+            late.update(share.invoke for share in free)
+            part = _Part(num_layers, budget_tokens)
+            for share in own:
+                if share.invoke not in late:
+                    part.take(share, is_bound=True)
+            waiting.extend(free)
+            while waiting and part.take(waiting[0]):
+                share = waiting.popleft()
+                late.remove(share.invoke)
+                started.add(share.invoke)
+                if share.wave != wave:
+                    waits[share.invoke] = wave
+        started.update(share.invoke for share in own if share.invoke not in late)
+        wave += 1
+    return Split(waits=waits, ancestors=_find_ancestors(shares.values(), waits))
 
 
-def find_ancestors(runs: Sequence[Run], forest: Forest, sequences: Sequence[int], waits: Mapping[int, int]) -> set[int]:
-    """The invokes of a wave that those which wait would fork from if they ran in it."""
-    owners: dict[int, int] = {}  # segment -> the first invoke that has it
-    waiting: set[int] = set()
-    place = 0
-    for run, count in zip(runs, sequences, strict=True):
-        for segment in forest.places[place : place + count]:
-            owners.setdefault(segment, run.invoke)
-            if run.invoke in waits:
-                waiting.add(segment)
-        place += count
-    parents = {forest.segments[segment].parent for segment in waiting} - {None}
-    return {owners[parent] for parent in parents if parent is not None}
+def fits(forest: Forest, budget_tokens: int) -> bool:
+    """Whether one pass takes its rows."""
+    return max(forest.layer_rows, default=0) <= budget_tokens
 
 
-def find_sources(graph: Graph, resolved: Resolved, finished: Sequence[int]) -> set[int]:
-    """The invokes whose values go into writes of others."""
+def find_sources(graph: Graph, resolved: Resolved, ordered: Sequence[int]) -> set[int]:
+    """The invokes whose values go into writes of others. `ordered` are the live nodes, each after its operands."""
     none: frozenset[int] = frozenset()
     origin: list[frozenset[int]] = [none] * len(graph.nodes)
     sources: set[int] = set()
-    for node in sorted(finished):
+    for node in ordered:
         event = graph.nodes[node]
         if isinstance(event, Read):
             origin[node] = frozenset((event.invoke,))
@@ -82,6 +90,66 @@ def find_sources(graph: Graph, resolved: Resolved, finished: Sequence[int]) -> s
     return sources
 
 
-def _width(segment: Segment) -> int:
-    """Own rows of a segment at its widest layer."""
-    return max((stop - start for start, stop in zip(segment.starts, segment.stops, strict=False)), default=0)
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What an invoke has of a wave's forest."""
+
+    invoke: int
+    wave: int
+    segments: tuple[Segment, ...]  # all of the wave
+    places: tuple[int, ...]  # its own among them
+
+
+class _Part:
+    """What goes in one wave, and how many rows that is at each layer."""
+
+    def __init__(self, num_layers: int, budget_tokens: int) -> None:
+        self._budget_tokens = budget_tokens
+        self._taken: set[tuple[int, int]] = set()  # (wave, segment)
+        self._rows = [0] * num_layers
+
+    def take(self, share: _Share, *, is_bound: bool = False) -> bool:
+        """Takes a share when there is room, when nobody is there yet, or when it cannot go elsewhere."""
+        fresh: dict[int, Segment] = {}
+        for place in share.places:
+            segment: int | None = place
+            while segment is not None and segment not in fresh and (share.wave, segment) not in self._taken:
+                fresh[segment] = share.segments[segment]
+                segment = fresh[segment].parent
+        rows = self._rows
+        for own in fresh.values():
+            rows = [more + max(0, stop - start) for more, start, stop in zip(rows, own.starts, own.stops, strict=False)]
+        if self._taken and not is_bound and max(rows, default=0) > self._budget_tokens:
+            return False
+        self._rows = rows
+        self._taken.update((share.wave, segment) for segment in fresh)
+        return True
+
+
+def _find_shares(
+    runs: Sequence[Run], forests: Mapping[int, Forest], invokes: Sequence[Invoke]
+) -> dict[int, list[_Share]]:
+    """By wave: what each of its invokes has."""
+    shares: dict[int, list[_Share]] = {}
+    taken = dict.fromkeys(forests, 0)
+    for run in runs:
+        forest, start = forests[run.wave], taken[run.wave]
+        taken[run.wave] = stop = start + len(invokes[run.invoke].sequences)
+        share = _Share(run.invoke, run.wave, forest.segments, forest.places[start:stop])
+        shares.setdefault(run.wave, []).append(share)
+    return shares
+
+
+def _find_ancestors(waves: Iterable[list[_Share]], waits: Mapping[int, int]) -> frozenset[int]:
+    """The invokes that those which wait would fork from in the waves that they had."""
+    found: set[int] = set()
+    for shares in waves:
+        owners: dict[int, int] = {}  # segment -> the first invoke that has it
+        for share in shares:
+            for place in share.places:
+                owners.setdefault(place, share.invoke)
+        for share in shares:
+            if share.invoke in waits:
+                parents = {share.segments[place].parent for place in share.places}
+                found.update(owners[parent] for parent in parents if parent is not None)
+    return frozenset(found)

@@ -22,41 +22,45 @@ class Run:
     invoke: int
     wave: int
     until: int  # order of the last visit that the invoke needs in this wave
+    reads: tuple[NodeId, ...]  # that belong to this wave
     writes: tuple[NodeId, ...]  # applied in this wave
 
 
 def find_runs(graph: Graph, resolved: Resolved, live: list[bool], points: list[int], scale: Scale) -> list[Run]:
     """Every run of every invoke, by wave, then invoke."""
-    reads: dict[int, dict[int, int]] = {}  # invoke -> wave -> order of its last read
-    writes: dict[int, list[tuple[int, int, int]]] = {}  # invoke -> (order, node, wave)
+    reads: dict[int, dict[int, list[NodeId]]] = {}  # invoke -> wave -> its reads
+    writes: dict[int, list[tuple[NodeId, int, int]]] = {}  # invoke -> (node, order, wave)
+    period = scale.stages * scale.width
     for node, entry in enumerate(resolved.sites):
         if entry is None or not live[node]:
             continue
         event = graph.nodes[node]
-        wave, order = scale.wave(points[node]), entry[0].order
+        wave = points[node] // period
         if isinstance(event, Read):
-            last = reads.setdefault(event.invoke, {})
-            last[wave] = max(last.get(wave, order), order)
+            reads.setdefault(event.invoke, {}).setdefault(wave, []).append(NodeId(node))
         elif isinstance(event, Write):
-            writes.setdefault(event.invoke, []).append((order, node, wave))
+            writes.setdefault(event.invoke, []).append((NodeId(node), entry[0].order, wave))
     runs = [
         run
         for invoke in reads.keys() | writes.keys()
-        for run in _runs_of(invoke, reads.get(invoke, {}), writes.get(invoke, []))
+        for run in _runs_of(invoke, reads.get(invoke, {}), writes.get(invoke, []), resolved)
     ]
     return sorted(runs, key=lambda run: (run.wave, run.invoke))
 
 
-def _runs_of(invoke: int, reads: dict[int, int], writes: list[tuple[int, int, int]]) -> Iterator[Run]:
-    final = max((*reads, *(wave for _, _, wave in writes)))
-    fired: set[int] = set()
+def _runs_of(
+    invoke: int, reads: dict[int, list[NodeId]], writes: list[tuple[NodeId, int, int]], resolved: Resolved
+) -> Iterator[Run]:
+    final = max((*reads, *[wave for _, _, wave in writes]))
+    fired: set[NodeId] = set()
     for wave in sorted({*reads, final}):
-        until = reads.get(wave, -1)
+        own = reads.get(wave, [])
+        until = max([resolved.order(node) for node in own], default=-1)
         if wave == final:
-            until = max((until, *(order for order, node, _ in writes if node not in fired)))
-        applied = tuple(NodeId(node) for order, node, first in writes if first <= wave and order <= until)
+            until = max(until, *[order for node, order, _ in writes if node not in fired], -1)
+        applied = tuple([node for node, order, first in writes if first <= wave and order <= until])
         fired.update(applied)
-        yield Run(invoke=invoke, wave=wave, until=until, writes=applied)
+        yield Run(invoke=invoke, wave=wave, until=until, reads=tuple(own), writes=applied)
 
 
 def executions(
