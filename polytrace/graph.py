@@ -219,13 +219,13 @@ def operands(node: Node) -> tuple[NodeId, ...]:
     return ()
 
 
-_LEAVES = frozenset({type(None), type(Ellipsis), bool, int, float, str, DType})  # operands that refer to nothing
+LEAVES = frozenset({type(None), type(Ellipsis), bool, int, float, str, DType})  # operands that refer to nothing
 
 
 def _collect(parts: Iterable[Operand], found: list[NodeId]) -> None:
     """Appends the nodes that operands refer to."""
     for part in parts:
-        if type(part) in _LEAVES:
+        if type(part) in LEAVES:
             continue
         if isinstance(part, Ref):
             found.append(part.node)

@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from polytrace.graph import Constant, Graph, Invoke, Node, NodeId, Op, Operand, Read, Ref, Request, Write
+from polytrace.graph import LEAVES, Constant, Graph, Invoke, Node, NodeId, Op, Operand, Read, Ref, Request, Write
 from polytrace.tensors import RawTensor, num_bytes
 from scheduling.checks import Resolved
 from scheduling.plan import ValueFacts
@@ -244,7 +244,10 @@ class _Finder:
     def _index_of(self, operand: Operand) -> tuple[Operand, ...]:
         """The parts of an index; a constant that holds a few places stands as the list of them."""
         parts = operand if isinstance(operand, tuple) else (operand,)
-        return tuple(self._placed(part) if isinstance(part, Ref) else part for part in parts)
+        for part in parts:
+            if type(part) is Ref:
+                return tuple([self._placed(part) if isinstance(part, Ref) else part for part in parts])
+        return parts
 
     def _placed(self, part: Ref) -> Operand:
         event = self.nodes[part.node]
@@ -289,14 +292,17 @@ def _is_base(node: Op, base: int) -> bool:
 
 def _mentions(operand: Operand, node: int) -> bool:
     """Whether an operand refers to a node."""
-    if operand is None or isinstance(operand, (int, float, str)):
+    kind = type(operand)
+    if kind in LEAVES:
         return False
     if isinstance(operand, Ref):
         return operand.node == node
+    if isinstance(operand, slice):
+        return operand != _EVERY and _mentions((operand.start, operand.stop, operand.step), node)
     if isinstance(operand, (tuple, list)):
-        return any(_mentions(part, node) for part in operand)
-    if isinstance(operand, slice) and operand != _EVERY:
-        return any(_mentions(part, node) for part in (operand.start, operand.stop, operand.step))
+        for part in operand:
+            if type(part) not in LEAVES and _mentions(part, node):
+                return True
     return False
 
 
@@ -305,6 +311,11 @@ def _find_column(index: tuple[Operand, ...], base: int, column_dim: int, facts: 
     base_facts = facts[base]
     if base_facts is None:
         return None
+    if column_dim < len(index) <= len(base_facts.shape) and all([type(part) in _PLAIN for part in index]):
+        part = index[column_dim]  # by far the most: a part for each dimension
+        if type(part) is int or part != _EVERY:
+            return _Named(column_dim)
+        return _Passed(sum([type(part) is slice for part in index[:column_dim]]))
     known: list[int] = []
     num_ellipses, has_advanced = 0, False  # advanced indices reorder dimensions
     for part in index:
@@ -330,6 +341,7 @@ def _find_column(index: tuple[Operand, ...], base: int, column_dim: int, facts: 
 
 
 _EVERY = slice(None)
+_PLAIN = frozenset({int, slice})
 
 
 def _width(part: Operand, facts: Facts) -> int | None:
@@ -346,6 +358,9 @@ def _width(part: Operand, facts: Facts) -> int | None:
     return 1 if isinstance(part, list) and all(type(entry) is int for entry in part) else None
 
 
+_BOUNDS = frozenset({type(None), int})
+
+
 def _named_columns(part: Operand, longest: int) -> range | tuple[int, ...] | None:
     """The places that a static part names; for a slice with a step, those between as well."""
     if type(part) is int:
@@ -355,7 +370,7 @@ def _named_columns(part: Operand, longest: int) -> range | tuple[int, ...] | Non
         columns = tuple(_place(entry, longest) for entry in part)
         return columns if all(0 <= column < longest for column in columns) else None
     if isinstance(part, slice):
-        if not all(bound is None or type(bound) is int for bound in (part.start, part.stop, part.step)):
+        if not (type(part.start) in _BOUNDS and type(part.stop) in _BOUNDS and type(part.step) in _BOUNDS):
             return None
         if part.step is not None and part.step < 1:
             return None

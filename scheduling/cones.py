@@ -15,6 +15,7 @@ from hashlib import blake2b
 
 from polytrace.description import Rows
 from polytrace.graph import (
+    LEAVES,
     Call,
     Constant,
     Mask,
@@ -249,9 +250,10 @@ class Keys:
 
     def _spelled(self, operand: Operand) -> object:
         """An operand with keys for the values in it."""
-        kind = type(operand)
-        if kind is Ref:
-            return self.of[operand.node]  # type: ignore[union-attr]
+        if type(operand) in LEAVES:
+            return operand
+        if isinstance(operand, Ref):
+            return self.of[operand.node]
         if isinstance(operand, tuple):
             return tuple([self._spelled(part) for part in operand])
         if isinstance(operand, list):

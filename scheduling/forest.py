@@ -208,7 +208,9 @@ class _Node:
         self.parent = parent
         self.children: dict[Edit, _Node] = {}
         self.own: list[int] = []  # sequences that have these edits and no others
-        self.best = -1  # the sequence whose rows stand for the node: its own, else the child's that differs last
+        self.best = (
+            -1
+        )  # the sequence whose rows stand for the node: its own, else that of the child which differs least
 
 
 def _find_parents(trees: list[_Tree]) -> list[int]:
@@ -261,9 +263,11 @@ def _choose(nodes: list[_Node], trees: list[_Tree]) -> None:
             node.best = max(below, key=lambda child: _rank(child, trees)).best
 
 
-def _rank(child: _Node, trees: list[_Tree]) -> tuple[bool, int, int]:
+def _rank(child: _Node, trees: list[_Tree]) -> tuple[bool, int]:
+    """Where the sequence that stands differs, all that fork from it have rows of their own: so one that differs least."""
+    best = trees[child.best]
     assert child.edit is not None
-    return trees[child.best].kept is not None, child.edit.level, child.edit.position
+    return best.kept is not None, -(len(best.stops) + 1 - child.edit.level) * (best.length - child.edit.position)
 
 
 def _link(nodes: list[_Node], trees: list[_Tree], twins: list[int]) -> None:
