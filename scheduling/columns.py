@@ -311,7 +311,7 @@ def _find_column(index: tuple[Operand, ...], base: int, column_dim: int, facts: 
     base_facts = facts[base]
     if base_facts is None:
         return None
-    if column_dim < len(index) <= len(base_facts.shape) and all([type(part) in _PLAIN for part in index]):
+    if column_dim < len(index) <= len(base_facts.shape) and all(type(part) in _PLAIN for part in index):
         part = index[column_dim]  # by far the most: a part for each dimension
         if type(part) is int or part != _EVERY:
             return _Named(column_dim)

@@ -208,9 +208,7 @@ class _Node:
         self.parent = parent
         self.children: dict[Edit, _Node] = {}
         self.own: list[int] = []  # sequences that have these edits and no others
-        self.best = (
-            -1
-        )  # the sequence whose rows stand for the node: its own, else that of the child which differs least
+        self.best = -1  # the sequence whose rows stand for the node: its own, else of the child that differs least
 
 
 def _find_parents(trees: list[_Tree]) -> list[int]:
@@ -264,7 +262,7 @@ def _choose(nodes: list[_Node], trees: list[_Tree]) -> None:
 
 
 def _rank(child: _Node, trees: list[_Tree]) -> tuple[bool, int]:
-    """Where the sequence that stands differs, all that fork from it have rows of their own: so one that differs least."""
+    """Where the sequence that stands differs, all its forks have rows of their own: one that differs least."""
     best = trees[child.best]
     assert child.edit is not None
     return best.kept is not None, -(len(best.stops) + 1 - child.edit.level) * (best.length - child.edit.position)
