@@ -2,7 +2,8 @@
 
 Owns the choice, and how much of each is kept. Candidates are the sequences that run again in a later wave, those that
 waiting parts of a split wave fork from, and all others where there are few. What is kept is what their forks need when
-the request has its passes to itself; rows that only those need run in the trunk's wave.
+the request has its passes to itself; rows that only those need run in the trunk's wave. Nothing is kept where all that
+costs more than it saves.
 
 Waves are looked at from the last to the first: what one needs of its trunks is what their waves have to run as well.
 """
@@ -55,16 +56,35 @@ def choose_trunks(
 
     Without `runs` nothing is kept.
     """
-    rows = {wave: rows_of(forest) for wave, forest in forests.items()}
+    anew = {wave: rows_of(forest) for wave, forest in forests.items()}
     if not runs or len(forests) < 2:
-        return TrunkChoice(trunks=(), rows=rows)
+        return TrunkChoice(trunks=(), rows=anew)
     candidates = list(_candidates(invokes, runs, cones, ancestors, levels.count))
-    used: list[_Candidate] = []
+    while True:
+        rows = _use(candidates, invokes, runs, cones, forests, levels)
+        used = [one for one in candidates if any(one.stops)]
+        if sum(each.token_layers for each in rows.values()) >= sum(each.token_layers for each in anew.values()):
+            return TrunkChoice(trunks=(), rows=anew)  # they need more rows of trunks than they save
+        if len(used) == len(candidates):  # one that is not used stands in the way of others
+            return TrunkChoice(trunks=tuple(_trunk(one, levels) for one in used), rows=rows)
+        candidates = [replace(one, stops=[0] * levels.count, outputs=[NOWHERE] * levels.count) for one in used]
+
+
+def _use(
+    candidates: Sequence[_Candidate],
+    invokes: Sequence[Invoke],
+    runs: Sequence[Run],
+    cones: Cones,
+    forests: Mapping[int, Forest],
+    levels: Levels,
+) -> dict[int, WaveRows]:
+    """Tells the candidates what is needed of them; returns what each wave runs then."""
+    rows: dict[int, WaveRows] = {}
     for wave in sorted(forests, reverse=True):
         before = [one for one in candidates if one.wave < wave]
         own = {(one.invoke, one.sequence): one for one in candidates if one.wave == wave and any(one.stops)}
-        used.extend(own.values())
         if not before and not own:
+            rows[wave] = rows_of(forests[wave])
             continue
         placed = [
             Placed(tokens=tokens, cone=_extended(cone, own.get((run.invoke, place))), domain=True)
@@ -79,8 +99,7 @@ def choose_trunks(
         for one, (stops, outputs) in zip(before, forest.used, strict=True):
             one.stops = list(map(max, one.stops, stops))
             one.outputs = list(map(min, one.outputs, outputs))
-    used.sort(key=lambda one: (one.wave, one.invoke, one.sequence))
-    return TrunkChoice(trunks=tuple(_trunk(one, levels) for one in used), rows=rows)
+    return rows
 
 
 def rows_of(forest: Forest) -> WaveRows:
