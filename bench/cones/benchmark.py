@@ -204,6 +204,7 @@ def tell(figures: Mapping[str, Any]) -> str:
     for name, grown in figures.get("growth", {}).items():
         lines.append("")
         lines.append(growth.tell(f"growth by {name} on {grown['model']}", grown["rows"]))
+    lines += [f"WRONG: {told}" for cell in figures["cells"] if (told := contest.what_is_wrong(cell)) is not None]
     return "\n".join(lines)
 
 

@@ -180,10 +180,19 @@ def largest_effect(workload: Workload, values: Values) -> float | None:
 
 def is_right(cell: Mapping[str, Any]) -> bool:
     """Whether every contender has polytrace's numbers, and an edit that was dropped would have been seen."""
+    return what_is_wrong(cell) is None
+
+
+def what_is_wrong(cell: Mapping[str, Any]) -> str | None:
+    """For a person; None when nothing is. A patch of one of many tokens of a random model moves its logits little."""
     effect = cell["largest_effect"]
-    return all(off <= TOLERANCE for off in cell["largest_difference"].values()) and (
-        effect is None or effect > 100 * TOLERANCE
-    )
+    named = f"{cell['case']} on {cell['model']} @{cell['tokens']}"
+    for name, off in cell["largest_difference"].items():
+        if not off <= TOLERANCE:
+            return f"{named}: {name} is off by {off:.1e}"
+    if effect is not None and not effect > 10 * TOLERANCE:
+        return f"{named}: edits move the answer by {effect:.1e} only, so that one that is dropped would not be seen"
+    return None
 
 
 def tell(cell: Mapping[str, Any]) -> str:
