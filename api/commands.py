@@ -111,6 +111,35 @@ def status(
         Console().print(table)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A model whose configuration ships (see --list), a folder or a hub id.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs there are.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that they stand in.")] = 1,
+    hardware: Annotated[str, typer.Option(help="a100-40, a100, h100, h200, b200 or l40s.")] = "h100",
+    gpu_memory: Annotated[str | None, typer.Option(help="Of each, such as 80GiB; default: the hardware's.")] = None,
+    stages: Annotated[int | None, typer.Option(min=1, help="Only plans with so many stages.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Only plans with so many ranks.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="All plans that fit, as JSON.")] = False,
+) -> None:
+    """Show how MODEL would be split over GPUs that need not be there: memory, traffic, speed at the roofline."""
+    with _errors():
+        from dataclasses import replace
+
+        from cluster.planning.hardware import hardware_of, parse_bytes
+        from cluster.planning.planner import Load, Machine, census_of, plan_splits_of
+        from cluster.planning.report import as_plain, show
+
+        kind = hardware_of(hardware)
+        if gpu_memory is not None:
+            kind = replace(kind, memory_bytes=parse_bytes(gpu_memory))
+        machine = Machine(hardware=kind, gpus=gpus, nodes=nodes)
+        with _progress(f"counting the weights of {model}"):
+            planned = plan_splits_of(census_of(model, dtype), machine, Load(), stages=stages, ranks=ranks)
+        print(as_plain(planned)) if as_json else show(model, planned)
+
+
 def _added_commands() -> dict[str, str]:
     """`module:function` by name, of the entry-point group. Read by hand: importing importlib.metadata takes 50 ms."""
     found: dict[str, str] = {}

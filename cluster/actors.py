@@ -1,7 +1,8 @@
 """The process edge of a shard: what `cluster.deployment` calls from afar. Made remote where it is launched.
 
 A thin class over `engine.shard.Shard`: it meets the other shards, turns progress into a stream of lines, and does one
-call after the other in the order they were made. Tensors between shards never come through here.
+call after the other in the order they were made; only `beat` is answered at once, whatever else is under way. Tensors
+between shards never come through here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from engine.loading import ShardConfig
 from engine.shard import Shard
 from engine.sites import GateReport
 from polytrace.description import ModelDescription
+from polytrace.errors import ServiceError
 from scheduling.plan import Plan, ShardResult
+
+WATCH = "watch"  # the concurrency group of `beat`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,13 @@ class ShardActor:
     def __init__(self, config: ShardConfig, backend: str) -> None:
         self._config = config
         self._backend = backend
+        self._links: Distributed | None = None
+        self._is_loaded = False
+        self._has_left = False  # its world, for a failure
+
+    @ray.method(concurrency_group=WATCH)
+    def beat(self) -> None:
+        """Answers at once: the process is there and runs."""
 
     def host_meeting(self) -> MeetingPoint:
         """Opens the meeting point on this node; one shard of the deployment does."""
@@ -47,25 +58,38 @@ class ShardActor:
         return MeetingPoint(host=host, port=self._meeting.port)
 
     def meet(self, point: MeetingPoint) -> int:
-        """Connects to the other shards (collective). The process id."""
+        """Connects to the other shards (collective), also anew after a loss. The process id."""
         interface = _interface_of(_own_address())
         if interface is not None:  # gloo would look the host's name up, which many machines resolve to loopback
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         config = self._config
-        links = Distributed(
-            join_store(point.host, point.port),
-            stage=config.stage,
-            stages=config.stages,
-            rank=config.rank,
-            ranks=config.ranks,
-            device=config.device,
-            backend=self._backend,
-        )
-        self._shard = Shard(config, links)
+        store = join_store(point.host, point.port)
+        if self._links is not None:
+            self._links.meet(store)
+        else:
+            self._links = Distributed(
+                store,
+                stage=config.stage,
+                stages=config.stages,
+                rank=config.rank,
+                ranks=config.ranks,
+                device=config.device,
+                backend=self._backend,
+            )
+            self._shard = Shard(config, self._links)
+        self._has_left = False
         return os.getpid()
 
+    def leave(self) -> None:
+        """Leaves the world that it is in, if it is in one; weights stay."""
+        if self._links is not None and not self._has_left:
+            self._shard.leave()
+        self._has_left = True
+
     def load(self) -> Iterator[str]:
-        """Reads this shard's weights (collective at its end); yields lines of progress as they come."""
+        """Reads this shard's weights, unless it has; yields lines of progress as they come."""
+        if self._is_loaded:
+            return
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         failure: list[Exception] = []
 
@@ -84,6 +108,7 @@ class ShardActor:
         thread.join()
         if failure:
             raise failure[0]
+        self._is_loaded = True
 
     def gate(self) -> GateReport:
         """Proves on the served weights that rows are their own (collective)."""
@@ -98,8 +123,14 @@ class ShardActor:
         self._shard.open(description)
 
     def run(self, plan: Plan) -> ShardResult:
-        """This shard's part of a pass."""
-        return self._shard.run(plan)
+        """This shard's part of a pass. When it fails, neighbours that wait for it are told by its leaving."""
+        if self._has_left:
+            raise ServiceError("it left after a failure")
+        try:
+            return self._shard.run(plan)
+        except BaseException:
+            self.leave()
+            raise
 
     def ping(self) -> int:
         """Answers when the shard has done everything before: the process id."""

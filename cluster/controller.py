@@ -1,7 +1,7 @@
 """The controller: the only Ray driver. Starts a deployment, runs its loop, and can be rebuilt from the store any time.
 
-Whatever it cannot mend it does not survive: it ends, its supervisor starts another one, and the requests it had claimed
-run again.
+Lost shards it mends (`Deployment.recover`). Whatever it cannot mend it does not survive: it ends, its supervisor starts
+another one, and the requests it had claimed run again.
 """
 
 from __future__ import annotations
@@ -106,11 +106,20 @@ class Controller:
             self._deployment.shards(awake.set),
             PassPolicy(budget_tokens=config.budget_tokens),
             awake=awake,
+            recover=self._recover,
             max_active=config.max_active,
         )
         self._store.publish(config.name, _published(config, description))
         self._address = discovery.publish(_reachable(config.url)) if config.url else None
         self._say(DeploymentState.READY, f"{config.stages} x {config.ranks} shards are loaded and self-tested")
+
+    def _recover(self, loss: PolytraceError) -> None:
+        """Shards that were lost are started again; requests are taken meanwhile, and wait."""
+        _log.warning("%s; recovering", loss)
+        self._say(DeploymentState.READY, f"recovering: {loss}")
+        self._deployment.recover(lambda line: self._say(DeploymentState.READY, f"recovering: {line}"))
+        config = self._config
+        self._say(DeploymentState.READY, f"{config.stages} x {config.ranks} shards are whole again after a loss")
 
     def _report(self, line: str) -> None:
         self._say(DeploymentState.STARTING, line)

@@ -1,8 +1,10 @@
 """One deployment: a model over stages x ranks shards on a Ray cluster, from its start to its end.
 
 Ray places the shards, starts their processes and notices their deaths; nothing else. Plans go to the actors as calls,
-and answers come back as their results. A deployment is one gang: when a shard is lost, the passes in flight are lost
-with it and the deployment is over; its shards then say so (`cluster.gang`) and its owner starts another one.
+and answers come back as their results. When a shard is lost, the passes in flight are lost with it, and the loop's view
+of the shards says so (`cluster.gang`). `recover` makes the deployment whole again: only the lost shards are started and
+read their files; the others keep their weights, leave the world they were in and meet the new ones in another. A shard
+that does not answer for a while is ended, and so lost.
 
 Expects a process that has joined Ray. Knows nothing of requests, the store or HTTP.
 """
@@ -10,6 +12,7 @@ Expects a process that has joined Ray. Knows nothing of requests, the store or H
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +22,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.actors import ShardActor
+from cluster.actors import WATCH, ShardActor
 from cluster.gang import Gang, RayShards
 from engine.loading import ShardConfig, check_split
 from polytrace.description import ModelDescription
@@ -28,6 +31,8 @@ from polytrace.errors import ServiceError
 Report = Callable[[str], None]
 
 _LEAVING_S = 2.0  # for a shard to leave by itself before it is killed
+_BEAT_S = 2.0  # between two looks at whether all shards answer
+_MAX_LOSSES = 5  # in a row, while the deployment comes up
 _INHERITED = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN")  # where and whether to look for weights
 
 
@@ -47,6 +52,7 @@ class DeploymentConfig:
     random_weights_seed: int | None = None  # read no weights
     working_dir: str | None = None  # shipped to nodes that do not have polytrace installed
     placement_timeout_s: float = 120.0  # for the cluster to have room
+    hang_timeout_s: float = 30.0  # a shard that does not answer for so long is ended
 
     @property
     def num_shards(self) -> int:
@@ -92,17 +98,31 @@ class Deployment:
         self._group: PlacementGroup | None = None
         self._description: ModelDescription | None = None
         self._views: list[RayShards] = []
+        self._answering: set[int] = set()  # shards whose processes have answered once
+        self._loaded: set[int] = set()  # shards that have their weights
+        self._is_stopped = threading.Event()
 
     def start(self, report: Report = lambda _: None) -> ModelDescription:
-        """Places, loads and self-tests every shard; lines of progress go to `report`.
+        """Places, loads and self-tests every shard; lines of progress go to `report`. Shards that are lost on the way
+        are started again.
 
         ServiceError with the reason when it cannot; whatever was started is stopped then.
         """
         try:
-            return self._start(report)
+            self._start(report)
         except BaseException:
             self.stop()
             raise
+        return self.describe()
+
+    def recover(self, report: Report = lambda _: None) -> None:
+        """Makes the deployment whole after a loss, when no pass is in flight; its views take passes again then.
+
+        ServiceError when it cannot.
+        """
+        self._bring_up(report)
+        for view in self._views:
+            view.resume()
 
     def describe(self) -> ModelDescription:
         """The deployment's description, once it has started."""
@@ -120,44 +140,81 @@ class Deployment:
 
     def stop(self) -> None:
         """Ends the shards' processes and gives their place back. May be called at any time, also twice."""
+        self._is_stopped.set()
         for view in self._views:
             view.close()
         actors, self._gang.actors = self._gang.actors, []
         if actors and ray.is_initialized():
+            actors = [actor for actor in actors if actor is not None]
             leaving = [actor.stop.remote() for actor in actors]
-            ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVING_S)
+            ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVING_S) if leaving else None
             for actor in actors:
                 ray.kill(actor)
         group, self._group = self._group, None
         if group is not None and ray.is_initialized():
             remove_placement_group(group)
 
-    def _start(self, report: Report) -> ModelDescription:
+    def _start(self, report: Report) -> None:
         config = self.config
         # 1) a model that can be split so, and a place for each shard
         check_split(config.source, config.dtype, stages=config.stages, ranks=config.ranks)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        placement = plan_placement(config, cluster_cpus=resources.get("CPU", 0), cluster_gpus=resources.get("GPU", 0))
-        group = self._reserve(placement, report)
-        # 2) a process for each, which meet
-        report(f"starting {config.num_shards} shards on {placement.device}, {placement.threads} threads each")
-        self._gang.actors = [
-            self._launch(placement, group, stage, rank)
-            for stage in range(config.stages)
-            for rank in range(config.ranks)
-        ]
+        self._placement = plan_placement(
+            config, cluster_cpus=resources.get("CPU", 0), cluster_gpus=resources.get("GPU", 0)
+        )
+        self._group = self._reserve(self._placement, report)
+        self._gang.actors = [None] * config.num_shards
+        # 2) processes with weights, which meet and prove themselves
+        threading.Thread(target=self._watch, name="beats", daemon=True).start()
+        self._bring_up(report)
+        report(f"{config.name} is ready: {config.stages} stages x {config.ranks} ranks")
+
+    def _bring_up(self, report: Report) -> None:
+        """Everything that is missing is made; shards that are lost meanwhile are missing again."""
+        for losses in range(1, _MAX_LOSSES + 1):
+            try:
+                return self._assemble(report)
+            except ServiceError as error:
+                if losses == _MAX_LOSSES or not self._gang.find_dead():
+                    raise
+                report(f"{error}; starting again what was lost")
+        return None
+
+    def _assemble(self, report: Report) -> None:
+        gang, placement = self._gang, self._placement
+        # 1) a process for each shard
+        missing = sorted({*gang.find_dead(), *(i for i, actor in enumerate(gang.actors) if actor is None)})
+        self._answering -= set(missing)
+        self._loaded -= set(missing)
+        if missing:
+            report(f"starting {len(missing)} shards on {placement.device}, {placement.threads} threads each")
+        for index in missing:
+            gang.actors[index] = self._launch(placement, *divmod(index, self.config.ranks))
         self._await_processes(report)
-        self._gang.call("meet", self._gang.call_first("host_meeting"))
+        # 2) a world in which they meet; those that were there before leave the one they were in
+        gang.leave(self.config.hang_timeout_s, self._loaded)
+        gang.call("meet", gang.call_first("host_meeting"))
         # 3) weights
         self._load(report)
         # 4) self-test, and the description that follows from it
         report("self-testing: a row must be the same bits beside neighbours and alone")
-        reports = self._gang.call("gate")
-        description: ModelDescription = self._gang.call_first("describe", config.name, reports)
-        self._gang.call("open", description)
+        reports = gang.call("gate")
+        description: ModelDescription = gang.call_first("describe", self.config.name, reports)
+        if self._description is not None and description != self._description:
+            raise ServiceError(f"{self.config.name}: {self.config.source} is not what it was when the service started")
+        gang.call("open", description)
         self._description = description
-        report(f"{config.name} is ready: {config.stages} stages x {config.ranks} ranks")
-        return description
+
+    def _watch(self) -> None:
+        """Ends shards that hang, and tells the views of losses that no pass has noticed."""
+        while not self._is_stopped.wait(_BEAT_S):
+            try:
+                loss = self._gang.end_hung(self.config.hang_timeout_s, sorted(self._answering))
+            except Exception:  # noqa: BLE001  Ray itself is ending: so is the deployment
+                return
+            if loss is not None and not self._is_stopped.is_set():
+                for view in self._views:
+                    view.lose(loss)
 
     def _reserve(self, placement: Placement, report: Report) -> PlacementGroup:
         bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
@@ -174,8 +231,9 @@ class Deployment:
             )
         return group
 
-    def _launch(self, placement: Placement, group: PlacementGroup, stage: int, rank: int) -> Any:
-        config = self.config
+    def _launch(self, placement: Placement, stage: int, rank: int) -> Any:
+        config, group = self.config, self._group
+        assert group is not None
         options: dict[str, Any] = {} if config.kv_bytes is None else {"kv_bytes": config.kv_bytes}
         shard = ShardConfig(
             source=config.source,
@@ -194,10 +252,10 @@ class Deployment:
         runtime: dict[str, Any] = {"env_vars": environment}
         if config.working_dir is not None:
             runtime["working_dir"] = config.working_dir
-        remote = ray.remote(ShardActor).options(
+        remote = ray.remote(concurrency_groups={WATCH: 1})(ShardActor).options(
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
-            max_restarts=0,
+            max_restarts=0,  # where its bundle is, and with neighbours that know of it: `recover`
             runtime_env=runtime,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=stage * config.ranks + rank
@@ -207,17 +265,23 @@ class Deployment:
 
     def _await_processes(self, report: Report) -> None:
         # A process imports torch and transformers first: many seconds on few cores.
-        calls = self._gang.start("ping")
+        starting = [index for index in range(self.config.num_shards) if index not in self._answering]
+        calls = [self._gang.actors[index].ping.remote() for index in starting]
         for count in range(1, len(calls) + 1):
             ray.wait(calls, num_returns=count)
             report(f"{count} of {len(calls)} shard processes are up")
-        failure = self._gang.first_failure(calls)
-        if failure is not None:
-            raise failure
+        for index, call in zip(starting, calls, strict=True):
+            try:
+                ray.get(call)
+            except RayError as error:
+                raise self._gang.explain(index, error) from error
+            self._answering.add(index)
 
     def _load(self, report: Report) -> None:
         streams: dict[Any, int] = {
-            actor.load.options(num_returns="streaming").remote(): index for index, actor in enumerate(self._gang.actors)
+            actor.load.options(num_returns="streaming").remote(): index
+            for index, actor in enumerate(self._gang.actors)
+            if index not in self._loaded
         }
         while streams:
             ready: list[Any] = ray.wait(list(streams), num_returns=1)[0]
@@ -227,5 +291,6 @@ class Deployment:
                     report(f"{self._gang.name(index)}: {ray.get(next(stream))}")
                 except StopIteration:
                     del streams[stream]
+                    self._loaded.add(index)
                 except RayError as error:
                     raise self._gang.explain(index, error) from error

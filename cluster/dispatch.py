@@ -20,6 +20,11 @@ from scheduling.plan import Plan, Program, RequestId, ShardResult
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
 
 
+def give_up(loss: PolytraceError) -> None:
+    """Shards that are lost stay lost."""
+    raise loss
+
+
 class Dispatcher:
     """One deployment's loop."""
 
@@ -31,9 +36,11 @@ class Dispatcher:
         policy: PassPolicy,
         *,
         awake: threading.Event,  # the shards set it when a pass has ended
+        recover: Callable[[PolytraceError], None] = give_up,  # makes the shards whole after a loss, or raises
         max_active: int = 1024,  # programs in memory; the rest waits in the store
     ) -> None:
-        self._shards = _UntilLost(shards)
+        self._shards = _Lossy(shards)
+        self._recover = recover
         self._scheduler = Scheduler(description, policy)
         self._events: queue.SimpleQueue[IntakeEvent] = queue.SimpleQueue()
         self._awake = awake
@@ -48,7 +55,7 @@ class Dispatcher:
         self._is_stopped = False
 
     def run_forever(self) -> None:
-        """Until `stop`. Raises what ended one of its threads, or what the shards raise when they are lost."""
+        """Until `stop`. Raises what ended one of its threads, or why lost shards cannot be had back."""
         for thread in self._threads:
             thread.start()
         try:
@@ -56,6 +63,8 @@ class Dispatcher:
                 self._awake.clear()  # before looking: what comes from now on is another round
                 self._take_events()
                 step(self._scheduler, self._shards)
+                if self._shards.loss is not None:
+                    self._run_again()
                 self._deliver()
                 if self._failure is not None:
                     raise self._failure
@@ -72,6 +81,14 @@ class Dispatcher:
         """Ends `run_forever` after the round it is in; unfinished requests stay claimed in the store. Any thread."""
         self._is_stopped = True
         self._awake.set()
+
+    def _run_again(self) -> None:
+        """After a loss, when all passes in flight have been handed back: new shards, and their requests once more."""
+        loss, lost = self._shards.take_loss()
+        for plan, error in lost:
+            self._scheduler.again(plan, error)
+        self._deliver()  # what is not run again
+        self._recover(loss)
 
     def _on_event(self, event: IntakeEvent) -> None:
         self._events.put(event)
@@ -112,19 +129,29 @@ class Dispatcher:
         return threading.Thread(target=run, name=name, daemon=True)
 
 
-class _UntilLost:
-    """Shards whose loss ends the loop, before the scheduler hears of it.
-
-    The requests of the lost passes are still claimed in the store then: the next controller runs them again.
-    """
+class _Lossy:
+    """Shards whose loss the scheduler hears of only when it is known what becomes of the lost passes."""
 
     def __init__(self, shards: Shards) -> None:
         self.have_room = shards.have_room
         self.submit = shards.submit
         self._finished = shards.finished
+        self._lost: list[tuple[Plan, PolytraceError]] = []
+        self.loss: PolytraceError | None = None  # once every pass in flight has been handed back
 
     def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...]]]:
-        for plan, results in self._finished():
-            if isinstance(results, PolytraceError):
-                raise results
-            yield plan, results
+        try:
+            for plan, results in self._finished():
+                if isinstance(results, PolytraceError):
+                    self._lost.append((plan, results))
+                else:
+                    yield plan, results
+        except PolytraceError as error:
+            self.loss = error
+
+    def take_loss(self) -> tuple[PolytraceError, list[tuple[Plan, PolytraceError]]]:
+        """The loss and the passes that it took."""
+        assert self.loss is not None, "nothing was lost"
+        loss, self.loss = self.loss, None
+        lost, self._lost = self._lost, []
+        return loss, lost

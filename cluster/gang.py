@@ -1,14 +1,14 @@
-"""The shards of one deployment as Ray actors: called all at once, lost all at once.
+"""The shards of one deployment as Ray actors: called all at once, and a pass that one of them fails is lost to all.
 
-Owns what it means that a shard fails: one gang, one fate. Says in every error which shard it was, and prefers the shard
-that died over its neighbours, who only noticed. `RayShards` is the loop's view of a gang.
+Owns what it means that a shard fails. Says in every error which shard it was, and prefers the shard that died over its
+neighbours, who only noticed. `RayShards` is the loop's view of a gang.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
@@ -17,7 +17,13 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from polytrace.errors import PolytraceError, ServiceError
 from scheduling.plan import Plan, ShardResult
 
+_REACH_S = 10.0  # for Ray to tell that an actor is dead
+
 _HEARSAY_S = 1.0  # after a failure the other shards hear of it within moments: gloo and NCCL notice a dead peer
+
+
+class ShardLostError(ServiceError):
+    """A shard's process is gone: starting it again may help."""
 
 
 class Gang:
@@ -70,6 +76,49 @@ class Gang:
         index = next(dead, next(iter(failed)))
         return self.explain(index, failed[index])
 
+    def end_hung(self, timeout_s: float, indices: Iterable[int]) -> PolytraceError | None:
+        """Ends the shards among these that do not answer within the time-out; why one of them is lost, if one is."""
+        beats = {self.actors[index].beat.remote(): index for index in indices}
+        ready, silent = ray.wait(list(beats), num_returns=len(beats), timeout=timeout_s) if beats else ([], [])
+        loss: PolytraceError | None = None
+        for beat in silent:
+            index = beats[beat]
+            ray.kill(self.actors[index])
+            loss = ShardLostError(f"the shard {self.name(index)} did not answer for {timeout_s:.0f} s and was ended")
+        for beat in ready:
+            try:
+                ray.get(beat)
+            except RayError as error:
+                loss = self.explain(beats[beat], error)
+        return loss
+
+    def find_dead(self) -> list[int]:
+        """The shards whose processes are gone. One that is still starting is not."""
+        beats = {actor.beat.remote(): index for index, actor in enumerate(self.actors) if actor is not None}
+        ready, _ = ray.wait(list(beats), num_returns=len(beats), timeout=_REACH_S) if beats else ([], [])
+        dead = []
+        for beat in ready:
+            try:
+                ray.get(beat)
+            except RayError:
+                dead.append(beats[beat])
+        return sorted(dead)
+
+    def leave(self, timeout_s: float, indices: Iterable[int]) -> None:
+        """Every shard leaves the world that it is in. Those among `indices` that do not in time are ended: they wait
+        for a neighbour who is gone, and nothing else would wake them.
+        """
+        calls = {actor.leave.remote(): index for index, actor in enumerate(self.actors)}
+        prompt = {call: index for call, index in calls.items() if index in set(indices)}
+        _, stuck = ray.wait(list(prompt), num_returns=len(prompt), timeout=timeout_s) if prompt else ([], [])
+        for call in stuck:
+            ray.kill(self.actors[prompt[call]])
+        for call, index in calls.items():
+            try:
+                ray.get(call)
+            except RayError as error:
+                raise self.explain(index, error) from error
+
     def explain(self, index: int, error: RayError) -> PolytraceError:
         """What a shard's failure is to us. Its own PolytraceError keeps its kind."""
         name = self.name(index)
@@ -77,15 +126,15 @@ class Gang:
         if isinstance(cause, PolytraceError):
             return type(cause)(f"{name}: {cause.message}", where=cause.where)
         if isinstance(error, RayActorError):
-            return ServiceError(f"the shard {name} died: {_first_line(error)}")
+            return ShardLostError(f"the shard {name} died: {_first_line(error)}")
         return ServiceError(f"the shard {name} failed: {_first_line(cause or error)}")
 
 
 class RayShards:
     """The loop's shards (`scheduling.loop.Shards`): as many passes in flight as there are stages.
 
-    After a loss `finished` hands back every pass in flight with the reason, and raises it from then on. `wake` is
-    called from a thread of its own whenever there is something new for `finished`.
+    After a loss `finished` hands back every pass in flight with the reason, and raises it from then on, until `resume`.
+    `wake` is called from a thread of its own whenever there is something new for `finished`.
     """
 
     def __init__(self, gang: Gang, wake: Callable[[], None]) -> None:
@@ -98,7 +147,7 @@ class RayShards:
         threading.Thread(target=self._watch, name="passes", daemon=True).start()
 
     def have_room(self) -> bool:
-        """Whether a stage would have nothing to do without another pass; False for ever after a loss."""
+        """Whether a stage would have nothing to do without another pass; False after a loss."""
         return self._loss is None and self._num_in_flight < self._gang.stages
 
     def submit(self, plan: Plan) -> None:
@@ -117,6 +166,16 @@ class RayShards:
         if self._loss is not None:
             self._wake()  # so that the loop comes again and hears of it
 
+    def lose(self, loss: PolytraceError) -> None:
+        """A shard is lost, though no pass may have noticed. Any thread."""
+        self._loss = self._loss or loss
+        self._wake()
+
+    def resume(self) -> None:
+        """The gang is whole again. For the loop's thread, when every lost pass has been handed back."""
+        assert self._num_in_flight == 0, "passes are still in flight"
+        self._loss = None
+
     def close(self) -> None:
         """Nothing is submitted from now on."""
         self._submitted.put(None)
@@ -125,7 +184,8 @@ class RayShards:
         while (submitted := self._submitted.get()) is not None:
             plan, calls = submitted
             if self._loss is None:
-                self._loss = self._gang.first_failure(calls)
+                failure = self._gang.first_failure(calls)
+                self._loss = self._loss or failure
             self._ended.put((plan, self._loss or tuple(ray.get(calls))))
             self._wake()
 

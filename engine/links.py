@@ -4,6 +4,9 @@ Owns every collective and every point-to-point message of the product, and count
 models, plans or requests. `Solo` is one process; `Distributed` is a torch.distributed world of stages x ranks
 processes, where shard (stage, rank) has the global rank `stage * ranks + rank`.
 
+A shard that fails leaves its world: its neighbours fail then too, one after another, and none waits for the time-out.
+The links themselves outlive a world: all shards `meet` in a new one, and models go on talking through the same object.
+
 Invariants
 - `ordered_sum` is the only reduction in the product. It gathers and adds in rank order, because a ring all-reduce
   adds in an order that depends on where a row lies in the tensor.
@@ -14,6 +17,7 @@ Invariants
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,7 +73,9 @@ class Links(Protocol):
         """Wait for every shard of the deployment, however long each takes within the time-out."""
 
     def close(self) -> None:
-        """Leave the world. Nothing may be called afterwards."""
+        """Leave the world, so that neighbours who wait for this shard notice; may be called twice. Nothing may be
+        called afterwards.
+        """
 
 
 class Solo:
@@ -132,22 +138,29 @@ class Distributed:
         self.stage, self.stages, self.rank, self.ranks = stage, stages, rank, ranks
         self.device = _with_index(torch.device(device))
         self.bytes = LinkBytes()
-        self._store = store
         self._timeout = timedelta(seconds=timeout_s)
         self._sending: deque[tuple[Work, Tensor]] = deque()
+        self._backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
+        self._wire = torch.device("cpu") if self._backend == "gloo" else self.device  # where bytes lie when they travel
+        self.meet(store)
+
+    def meet(self, store: Store) -> None:
+        """Meets the others in a new world (collective); the one before must be left. Whoever talks through these
+        links goes on with them.
+        """
+        ranks, stages = self.ranks, self.stages
+        self._store = store
         self._barriers = 0
-        backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
-        self._wire = torch.device("cpu") if backend == "gloo" else self.device  # where bytes lie when they travel
         dist.init_process_group(
-            backend,
+            self._backend,
             store=store,
-            rank=stage * ranks + rank,
+            rank=self.stage * ranks + self.rank,
             world_size=stages * ranks,
             timeout=self._timeout,
-            device_id=self.device if backend == "nccl" else None,
+            device_id=self.device if self._backend == "nccl" else None,
         )
         groups = [self._group([s * ranks + r for r in range(ranks)]) for s in range(stages)]
-        self.rank_group = groups[stage]  # the ranks of this stage
+        self.rank_group = groups[self.stage]  # the ranks of this stage
         everyone = list(range(stages * ranks))
         self._forward, self._backward = self._group(everyone), self._group(everyone)
 
@@ -215,6 +228,10 @@ class Distributed:
         self._sending.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
+        # Connections close when the groups' last references go: gloo knows no other way to tell those who wait.
+        for group in ("rank_group", "_forward", "_backward"):
+            vars(self).pop(group, None)  # it may have left before
+        gc.collect()
 
     def _all_gather(self, tensor: Tensor) -> tuple[Tensor, ...]:
         raw = as_bytes(tensor).to(self._wire)

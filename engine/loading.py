@@ -94,7 +94,7 @@ def check_split(source: str, dtype: str, *, stages: int, ranks: int) -> None:
 
 
 def load_model(config: ShardConfig, links: Links, report: Report = lambda _: None) -> LoadedModel:
-    """Read this shard's part of the model. Every shard of the deployment calls it; they leave it together."""
+    """Read this shard's part of the model; waits for no other shard."""
     start = time.perf_counter()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -128,7 +128,6 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
     weight_bytes = sum(t.nbytes for t in {id(t): t for t in model.parameters()}.values())
     seconds = time.perf_counter() - start
     report(f"loaded {weight_bytes / 1e6:.1f} MB in {seconds:.1f} s")
-    links.barrier()
     return LoadedModel(
         model=model,
         window=window,

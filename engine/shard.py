@@ -53,7 +53,7 @@ class Shard:
         self._states: dict[RequestId, RequestState] = {}
 
     def start(self, report: Callable[[str], None]) -> None:
-        """Reads this shard's weights; collective over the deployment. `report` gets lines of progress for people."""
+        """Reads this shard's weights, without the others. `report` gets lines of progress for people."""
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.probe: Probe = probe_model(meta_model(self.config.source, self.config.dtype))
@@ -64,6 +64,7 @@ class Shard:
 
     def gate(self) -> GateReport:
         """Proves on the served weights that rows are their own; collective. ServiceError when they are not."""
+        self.links.barrier()  # the others may read their files for much longer than a collective waits
         return run_gate(
             self.probe,
             self.runner,
@@ -146,6 +147,14 @@ class Shard:
     def _forget(self, request: RequestId) -> None:
         self._states.pop(request, None)
         self.store.forget(request)
+
+    def leave(self) -> None:
+        """Leaves the world of its neighbours, whatever is under way; weights stay, requests are forgotten."""
+        self.links.close()
+        for request in list(self._states):
+            self._forget(request)
+        if hasattr(self, "store"):
+            self.store.reset()
 
     def stop(self) -> None:
         """Leaves the deployment, once everything sent has gone."""

@@ -98,6 +98,12 @@ class SpanStore:
         kept += self._outputs.pop(request, {}).values()
         self.held_bytes -= sum(tensor.nbytes for tensor in kept)
 
+    def reset(self) -> None:
+        """Forgets everything, kept rows of requests included."""
+        self.clear()
+        for request in {*self._keys, *self._outputs}:
+            self.forget(request)
+
     def _take(self, num_bytes: int) -> None:
         if self.held_bytes + num_bytes > self.budget_bytes:
             raise CapacityError(

@@ -12,9 +12,12 @@ them would read the values of meta tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -63,16 +66,29 @@ class Layout:
     before: Mapping[str, OutputShape]  # modules with weights that run before the first layer: first stage only
     after: tuple[str, ...]  # modules with weights that run after the last layer: last stage only
     layer_members: int  # the root forward takes a tuple of so many from a layer, and of these the first; 0: a tensor
+    shares: tuple[
+        float, ...
+    ]  # of the model's bytes plus its FLOPs: of what runs before, of each layer, of what follows
 
     def home(self, path: str, stages: int) -> int:
         """The first stage that has the module, parameter or buffer at `path`."""
-        if path.startswith(f"{self.layers}."):
-            layer = int(path[len(self.layers) + 1 :].split(".")[0])
-            return next(i for i, owned in enumerate(split_layers(self.num_layers, stages)) if layer in owned)
-        return stages - 1 if any(_is_within(path, module) for module in self.after) else 0
+        layer = self.layer_of(path)
+        if layer is not None:
+            return next(i for i, owned in enumerate(split_layers(self.shares, stages)) if layer in owned)
+        return stages - 1 if self.is_after(path) else 0
+
+    def is_after(self, path: str) -> bool:
+        """Whether the path lies in what runs after the last layer."""
+        return any(_is_within(path, module) for module in self.after)
+
+    def layer_of(self, path: str) -> int | None:
+        """The decoder layer that the path lies in, None when in none."""
+        if not path.startswith(f"{self.layers}."):
+            return None
+        return int(path[len(self.layers) + 1 :].split(".")[0])
 
     def window(self, stage: int, stages: int) -> Window:
-        owned = split_layers(self.num_layers, stages)[stage]
+        owned = split_layers(self.shares, stages)[stage]
         return Window(
             layers=self.layers,
             num_layers=self.num_layers,
@@ -132,16 +148,49 @@ def find_layers(model: nn.Module) -> str:
     return path
 
 
-def split_layers(num_layers: int, stages: int) -> tuple[range, ...]:
-    """The layers of each stage: consecutive, as equal in number as can be, the longer ones first.
+@lru_cache(maxsize=256)
+def split_layers(shares: tuple[float, ...], stages: int) -> tuple[range, ...]:
+    """The layers of each stage: consecutive, at least one each, so that the heaviest stage is as light as can be.
 
-    The last stage also runs the head, so it is never one of the longer ones when the count does not divide.
+    `shares` are the weights of what runs before the first layer, of each layer, and of what runs after the last. Of the
+    splits with the lightest heaviest stage it is the most even one; of equally even ones, that whose first stages have
+    more layers.
     """
+    num_layers = len(shares) - 2
     if not 1 <= stages <= num_layers:
         raise ServiceError(f"{num_layers} layers cannot be split into {stages} stages: use 1 to {num_layers}")
-    size, longer = divmod(num_layers, stages)
-    bounds = [stage * size + min(stage, longer) for stage in range(stages + 1)]
-    return tuple(range(bounds[stage], bounds[stage + 1]) for stage in range(stages))
+    sums = [0.0, *accumulate(shares[1:-1])]
+
+    def weight(first: int, stop: int) -> float:
+        ends = (shares[0] if first == 0 else 0.0) + (shares[-1] if stop == num_layers else 0.0)
+        return sums[stop] - sums[first] + ends
+
+    # 1) the lightest that the heaviest stage can be: best[stop] is that of the layers before, in so many stages
+    best = [math.inf] + [weight(0, stop) for stop in range(1, num_layers + 1)]
+    for _ in range(stages - 1):
+        best = [math.inf] + [
+            min((max(best[first], weight(first, stop)) for first in range(1, stop)), default=math.inf)
+            for stop in range(1, num_layers + 1)
+        ]
+    bound = best[num_layers] * (1 + 1e-9)
+    # 2) among the splits within that bound, the smallest sum of squares
+    none: tuple[float, tuple[int, ...]] = (math.inf, ())
+    squares = [(0.0, none[1])] + [none] * num_layers
+    for _ in range(stages):
+        longer = [none]
+        for stop in range(1, num_layers + 1):
+            found = none
+            for first in range(stop - 1, -1, -1):
+                own = weight(first, stop)
+                if own > bound:
+                    break
+                total = squares[first][0] + own * own
+                if total < found[0] * (1 - 1e-9):
+                    found = (total, (*squares[first][1], stop))
+            longer.append(found)
+        squares = longer
+    bounds = (0, *squares[num_layers][1])
+    return tuple(range(first, stop) for first, stop in pairwise(bounds))
 
 
 def find_layout(model: nn.Module) -> Layout:
@@ -159,8 +208,47 @@ def find_layout(model: nn.Module) -> Layout:
             before[module] = _output_shape(module, events[0], second[module][0])
         elif is_before == {False}:
             after.append(module)
-    num_layers = len(_as_list(model, path))
-    return Layout(layers=path, num_layers=num_layers, before=before, after=tuple(after), layer_members=members)
+    layers = _as_list(model, path)
+    return Layout(
+        layers=path,
+        num_layers=len(layers),
+        before=before,
+        after=tuple(after),
+        layer_members=members,
+        shares=_shares(model, [[*before], *([f"{path}.{index}"] for index in range(len(layers))), after]),
+    )
+
+
+def token_flops(module: nn.Module, config: Any) -> int:
+    """What a module's own weights cost a row: two operations for each that a row meets, none to look a token up.
+
+    Of stacked experts (`[experts, ...]`) a row meets as many as the configuration says.
+    """
+    if isinstance(module, nn.Embedding):
+        return 0
+    text = config.get_text_config(decoder=True)
+    chosen = next((n for name in _CHOSEN_EXPERTS if isinstance(n := getattr(text, name, None), int)), None)
+    flops = 0
+    for weight in module._parameters.values():
+        if weight is not None and weight.dim() >= 2:
+            met = min(1.0, chosen / weight.shape[0]) if chosen is not None and weight.dim() == 3 else 1.0
+            flops += int(2 * weight.numel() * met)
+    return flops
+
+
+_CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
+
+
+def _shares(model: nn.Module, groups: Sequence[Sequence[str]]) -> tuple[float, ...]:
+    """What groups of modules have of the model's bytes and FLOPs, both together."""
+    num_bytes, flops = [], []
+    for paths in groups:
+        roots = [model.get_submodule(path) for path in paths]
+        num_bytes.append(sum(parameter.nbytes for root in roots for parameter in root.parameters()))
+        flops.append(sum(token_flops(module, model.config) for root in roots for module in root.modules()))
+    return tuple(
+        own / max(1, sum(num_bytes)) + cost / max(1, sum(flops)) for own, cost in zip(num_bytes, flops, strict=True)
+    )
 
 
 def keep_window(model: nn.Module, window: Window, layout: Layout | None = None) -> None:

@@ -19,6 +19,10 @@ class Candidate(Protocol):
     """A wave that is ready to go."""
 
     @property
+    def is_suspect(self) -> bool:
+        """Whether it goes alone."""
+
+    @property
     def num_rows(self) -> int:
         """Rows it adds to a pass."""
 
@@ -29,7 +33,8 @@ AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
 class FirstComeFirstServed:
     """In order of arrival; a smaller one may fill the room that a larger one before it does not fit into.
 
-    The first candidate always goes, so nobody waits for ever. Waves without rows cost nothing and always fit.
+    The first candidate always goes, so nobody waits for ever. Waves without rows cost nothing and always fit. A suspect
+    goes alone, when it is the first.
     """
 
     def __init__(self, policy: PassPolicy) -> None:
@@ -46,6 +51,10 @@ class FirstComeFirstServed:
         for candidate in candidates:
             if len(chosen) == self.policy.max_members:
                 break
+            if candidate.is_suspect and chosen:
+                continue
+            if candidate.is_suspect:
+                return [candidate]
             rows = candidate.num_rows
             if rows == 0 or rows <= room or not has_rows:
                 chosen.append(candidate)

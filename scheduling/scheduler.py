@@ -19,7 +19,7 @@ from typing import Any
 
 from polytrace.certificate import Receipt
 from polytrace.description import ModelDescription
-from polytrace.errors import CancelledError, PolytraceError
+from polytrace.errors import CancelledError, PolytraceError, ServiceError
 from scheduling.checks import table_of
 from scheduling.packing import Going, Packer
 from scheduling.plan import PassId, Plan, Program, RequestId, ShardResult
@@ -60,9 +60,11 @@ class _Job:
         self.added = now
         self.is_cancelled = False
         self.is_keeping: bool | None = None  # its trunks; None: nobody has asked yet
+        self.losses = 0  # passes that died with shards while it was in them
         self.restart()
 
     def restart(self) -> None:
+        """From its first wave."""
         self.wave = 0
         self.started: float | None = None
         self.account = Account(self.program)
@@ -71,6 +73,11 @@ class _Job:
     def num_rows(self) -> int:
         wave = self.program.waves[self.wave]
         return (wave.rows_anew if self.is_keeping is False else wave.rows).widest
+
+    @property
+    def is_suspect(self) -> bool:
+        """A pass died with it in: it goes alone, so that nobody suffers should it be the cause."""
+        return self.losses > 0
 
     @property
     def going(self) -> Going:
@@ -103,6 +110,8 @@ class Scheduler:
         self._kept_bytes = description.limits.kept_bytes  # that shards have left for trunks
         self._arrivals = 0
         self._passes = 0
+        self._in_flight = 0
+        self._has_suspect_in_flight = False
 
     def add(self, program: Program) -> None:
         """Takes a request. Its id must not be one that is still on its way."""
@@ -123,8 +132,10 @@ class Scheduler:
             self._end(job, CancelledError("the request was cancelled"), is_held=job.wave > 0)
 
     def has_work(self) -> bool:
-        """Whether a wave is ready to go into a pass."""
-        return bool(self._ready)
+        """Whether a wave may go into a pass now. A suspect goes when no pass is in flight, and none beside it."""
+        if not self._ready or self._has_suspect_in_flight:
+            return False
+        return not self._in_flight or not self._ready[0].is_suspect
 
     def next_pass(self) -> Plan:
         """The next pass. Call it only when there is work; its waves are then in flight until `complete` or `lost`."""
@@ -134,6 +145,8 @@ class Scheduler:
         chosen, plan = self._fill(PassId(self._passes), ended)
         going = {job.number for job in chosen}
         self._ready = [job for job in self._ready if job.number not in going]
+        self._in_flight += 1
+        self._has_suspect_in_flight = chosen[0].is_suspect
         now = self._clock()
         for job in chosen:
             job.started = now if job.started is None else job.started
@@ -167,6 +180,7 @@ class Scheduler:
 
     def complete(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
         """Takes in what all shards answered to a plan: members end or become ready for their next wave."""
+        self._landed()
         for member in plan.members:
             job = self._jobs[member.program.request]
             error: PolytraceError | None = find_error(job.program, job.wave, results)
@@ -186,9 +200,37 @@ class Scheduler:
 
     def lost(self, plan: Plan, error: PolytraceError) -> None:
         """The pass died with its shards: its members end with `error`, requests between two waves start again."""
+        self._landed()
         for member in plan.members:
             job = self._jobs[member.program.request]
             self._end(job, CancelledError("the request was cancelled") if job.is_cancelled else error, is_held=False)
+        self._restart(plan)
+
+    def again(self, plan: Plan, error: PolytraceError) -> None:
+        """The pass died with shards that have come back with nothing but weights: its members run again, each alone.
+
+        One that was alone in such a pass before has had its chance, and ends with the reason.
+        """
+        self._landed()
+        for member in plan.members:
+            job = self._jobs[member.program.request]
+            if job.is_cancelled:
+                self._end(job, CancelledError("the request was cancelled"), is_held=False)
+            elif job.is_suspect:
+                told = f"shards died in two passes with this request, in the second it was alone: {error.message}"
+                self._end(job, ServiceError(told), is_held=False)
+            else:
+                job.losses += 1
+                job.restart()
+                insort(self._ready, job, key=lambda ready: ready.number)
+        self._restart(plan)
+
+    def _landed(self) -> None:
+        self._in_flight -= 1
+        self._has_suspect_in_flight = False
+
+    def _restart(self, plan: Plan) -> None:
+        """Requests between two waves, whose values are gone."""
         for job in self._ready:
             job.restart()
         # Where the shards are still the same, they hold values and rows of all of these.

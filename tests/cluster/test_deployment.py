@@ -1,4 +1,4 @@
-"""A deployment on a real Ray cluster of this machine: starts, runs merged passes, loses a shard, leaves nothing."""
+"""A deployment on a real Ray cluster of this machine: starts, runs merged passes, loses shards and gets them back."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -150,7 +150,9 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def running(cluster: None, source: str) -> Iterator[Running]:
     lines: list[str] = []
-    deployment = Deployment(DeploymentConfig(name="tiny", source=source, stages=2, ranks=2, device="cpu"))
+    deployment = Deployment(
+        DeploymentConfig(name="tiny", source=source, stages=2, ranks=2, device="cpu", hang_timeout_s=10)
+    )
     description = deployment.start(lines.append)
     yield Running(source=source, deployment=deployment, description=description, lines=lines)
     deployment.stop()
@@ -194,17 +196,101 @@ def test_a_model_that_cannot_be_split_so_is_refused_before_anything_starts(clust
     assert comes_true(lambda: group_states() <= {"CREATED", "REMOVED"})
 
 
-def test_a_killed_shard_fails_its_passes_by_name_and_ends_the_deployment(running: Running) -> None:
-    pids = running.deployment.process_ids()
+def bytes_read(pid: int) -> int:
+    """What a process has read so far, from wherever."""
+    fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+def kill_during(running: Running, pid: int, *, with_signal: signal.Signals = signal.SIGKILL) -> list[Outcome]:
+    """Requests over two passes in flight, while a shard is killed."""
     programs = running.programs([tuple(range(2, 40))] * 2, 1.0)
-    os.kill(pids[3], signal.SIGKILL)
+    os.kill(pid, with_signal)
     outcomes, _ = running.run(programs, budget_tokens=38)
-    for outcome in outcomes:
-        assert isinstance(outcome.error, PolytraceError)
-        assert "stage 1 rank 1 died" in str(outcome.error)
-    assert not running.shards.have_room()
-    with pytest.raises(ServiceError, match="stage 1 rank 1 died"):
+    return outcomes
+
+
+def test_a_killed_shard_fails_its_passes_by_name_and_comes_back_while_the_others_keep_their_weights(
+    running: Running,
+) -> None:
+    (before,), _ = running.run(running.programs([tuple(range(2, 40))], 1.0), budget_tokens=4096)
+    weights = sum(p.nbytes for p in meta_model(running.source).parameters()) // 4  # about what a shard has
+    for killed in (3, 0):  # the first shard holds the meeting point
+        pids = running.deployment.process_ids()
+        read = {pid: bytes_read(pid) for pid in pids}
+        for outcome in kill_during(running, pids[killed]):
+            assert isinstance(outcome.error, PolytraceError)
+            assert f"stage {killed // 2} rank {killed % 2} died" in str(outcome.error)
+        assert not running.shards.have_room()
+        with pytest.raises(ServiceError, match="died"):
+            list(running.shards.finished())
+        lines: list[str] = []
+        running.deployment.recover(lines.append)
+        assert [line for line in lines if "loaded" in line and line.startswith("stage")] == [
+            line for line in lines if line.startswith(f"stage {killed // 2} rank {killed % 2}: loaded")
+        ]
+        again = running.deployment.process_ids()
+        assert [pid for pid in again if pid in pids] == [pid for pid in pids if pid != pids[killed]]
+        for pid in again:
+            if pid in read:
+                assert bytes_read(pid) - read[pid] < weights / 2, "a survivor read its file again"
+        (after,), _ = running.run(running.programs([tuple(range(2, 40))], 1.0), budget_tokens=4096)
+        for name, value in before.values.items():
+            assert torch.equal(after.values[name], value)
+
+
+def test_a_shard_that_hangs_is_ended_and_comes_back_though_nobody_runs_a_pass(running: Running) -> None:
+    pids = running.deployment.process_ids()
+    running.awake.clear()
+    os.kill(pids[2], signal.SIGSTOP)
+    assert running.awake.wait(60)
+    with pytest.raises(ServiceError, match="stage 1 rank 0 did not answer for 10 s and was ended"):
         list(running.shards.finished())
+    running.deployment.recover()
+    assert pids[2] not in running.deployment.process_ids()
+    outcomes, _ = running.run(running.programs([(1, 2, 3)], 1.0), budget_tokens=4096)
+    assert outcomes[0].error is None
+
+
+def test_a_shard_that_dies_while_it_loads_is_started_again(cluster: None, source: str) -> None:
+    deployment = Deployment(DeploymentConfig(name="twice", source=source, stages=2, device="cpu"))
+    lines: list[str] = []
+    killed: list[int] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        if "opening" in line and len(killed) < 2:
+            killed.append(shard_processes()[-1])
+            os.kill(killed[-1], signal.SIGKILL)
+
+    def shard_processes() -> list[int]:
+        return sorted(set(shard_pids()) - others)
+
+    others = set(shard_pids())
+    try:
+        deployment.start(report)
+        assert len(killed) == 2 and not set(killed) & set(deployment.process_ids())
+        assert sum("starting again what was lost" in line for line in lines) >= 1
+    finally:
+        deployment.stop()
+
+
+def shard_pids() -> list[int]:
+    """Processes of shards on this machine: Ray names an actor's process after its class."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                name = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if name.startswith(b"ray::ShardActor"):
+                found.append(int(folder.name))
+    return found
+
+
+def test_a_stopped_deployment_leaves_nothing(running: Running) -> None:
+    pids = running.deployment.process_ids()
     running.deployment.stop()
     assert comes_true(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
     assert comes_true(lambda: group_states() == {"REMOVED"})

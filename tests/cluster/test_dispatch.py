@@ -257,27 +257,65 @@ def test_what_the_loop_cannot_mend_ends_it(world: World) -> None:
     world.store.cancel(name)
 
 
-def test_a_request_that_breaks_the_shards_takes_no_neighbour_along(world: World) -> None:
-    class Breakable(Stuck):
-        def submit(self, plan: Plan) -> None:
-            if any(member.program.request == poison for member in plan.members):
-                self.broken = True
-            self.is_open.set()
-            super().submit(plan)
+class Breakable(Stuck):
+    """Shards that die of one request."""
 
-        def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:  # type: ignore[override]
-            if getattr(self, "broken", False):
-                yield self.plans[0], ServiceError("the shard stage 0 rank 0 died")
+    def __init__(self, world: World, poison: RequestId) -> None:
+        super().__init__(world)
+        self.poison = poison
+        self.awake = threading.Event()
+        self.loss: PolytraceError | None = None
+        self.num_recoveries = 0
+
+    def submit(self, plan: Plan) -> None:
+        self.is_open.set()
+        super().submit(plan)
+        if any(member.program.request == self.poison for member in plan.members):
+            self.loss = ServiceError("the shard stage 0 rank 0 died")
+
+    def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:  # type: ignore[override]
+        if self.loss is None:
             yield from super().finished()
+            return
+        if not self.plans:
+            raise self.loss
+        for plan in self.plans:
+            yield plan, self.loss
+        self.plans = []
+        self.awake.set()
 
+    def recover(self, loss: PolytraceError) -> None:
+        assert loss is self.loss
+        self.loss = None
+        self.num_recoveries += 1
+
+
+def test_a_request_that_breaks_the_shards_twice_is_refused_and_its_neighbours_are_answered(world: World) -> None:
+    before, poison, after = (world.submit(read_layer(1)) for _ in range(3))
+    shards = Breakable(world, poison)
+    dispatcher = Dispatcher(
+        world.store, world.backend.description, shards, PassPolicy(), awake=shards.awake, recover=shards.recover
+    )
+    thread = threading.Thread(target=dispatcher.run_forever)
+    thread.start()
+    statuses = world.wait(before, poison, after)
+    dispatcher.stop()
+    thread.join()
+    assert [status.state for status in statuses] == [RequestState.DONE, RequestState.FAILED, RequestState.DONE]
+    assert "shards died in two passes with this request" in str(statuses[1].error)
+    assert shards.num_recoveries == 2
+
+
+def test_a_request_that_breaks_controllers_takes_no_neighbour_along(world: World) -> None:
     before, poison, after = (world.submit(read_layer(1)) for _ in range(3))
     description = world.backend.description
     for _ in range(MAX_ATTEMPTS):  # each a controller, until nothing breaks any more
-        dispatcher = Dispatcher(world.store, description, Breakable(world), PassPolicy(), awake=threading.Event())
+        shards = Breakable(world, poison)
+        dispatcher = Dispatcher(world.store, description, shards, PassPolicy(), awake=shards.awake)
         with pytest.raises(ServiceError, match="died"):
             dispatcher.run_forever()
         world.store.requeue("m", is_clean=False)
-    dispatcher = Dispatcher(world.store, description, Breakable(world), PassPolicy(), awake=threading.Event())
+    dispatcher = Dispatcher(world.store, description, Breakable(world, poison), PassPolicy(), awake=threading.Event())
     thread = threading.Thread(target=dispatcher.run_forever)
     thread.start()
     statuses = world.wait(before, poison, after)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -127,11 +130,39 @@ def test_a_probe_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_layers_are_split_evenly_and_the_last_stage_is_never_a_longer_one() -> None:
-    assert split_layers(8, 2) == (range(4), range(4, 8))
-    assert split_layers(7, 3) == (range(3), range(3, 5), range(5, 7))
+def test_layers_are_split_so_that_the_heaviest_stage_is_lightest() -> None:
+    def lengths(before: float, layers: list[float], after: float, stages: int) -> list[int]:
+        split = split_layers((before, *layers, after), stages)
+        assert [layer for owned in split for layer in owned] == [*range(len(layers))]
+        return [len(owned) for owned in split]
+
+    assert lengths(0, [1.0] * 8, 0, 2) == [4, 4]
+    assert lengths(0, [1.0] * 7, 0, 3) == [3, 2, 2]
+    assert lengths(0, [1.0] * 7, 0.5, 2) == [4, 3]
+    assert lengths(2, [1.0] * 8, 0, 2) == [3, 5]
+    assert lengths(0, [1.0] * 8, 3, 4) == [3, 2, 2, 1]
+    assert lengths(0, [5.0, 1, 1, 1, 1, 1], 0, 2) == [1, 5]
+    assert lengths(9, [1.0] * 6, 9, 3) == [1, 4, 1]  # an end may be the heaviest with one layer: the rest is even
+    assert lengths(0, [1.0] * 4, 0, 4) == [1, 1, 1, 1]
     with pytest.raises(ServiceError, match="use 1 to 4"):
-        split_layers(4, 5)
+        split_layers((0, 1, 1, 1, 1, 0), 5)
+
+
+@given(shares=st.lists(st.integers(0, 9), min_size=4, max_size=10), stages=st.integers(1, 6))
+def test_no_split_has_a_lighter_heaviest_stage(shares: list[int], stages: int) -> None:
+    num_layers = len(shares) - 2
+    if stages > num_layers:
+        return
+
+    def heaviest(bounds: tuple[int, ...]) -> int:
+        own = [sum(shares[1 + first : 1 + stop]) for first, stop in pairwise((0, *bounds, num_layers))]
+        own[0] += shares[0]
+        own[-1] += shares[-1]
+        return max(own)
+
+    split = split_layers(tuple(map(float, shares)), stages)
+    found = heaviest(tuple(owned.stop for owned in split[:-1]))
+    assert found == min(map(heaviest, combinations(range(1, num_layers), stages - 1)))
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:

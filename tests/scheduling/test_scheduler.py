@@ -320,6 +320,40 @@ def test_a_lost_pass_ends_its_members_and_starts_the_others_again() -> None:
     assert members(scheduler.next_pass()) == [("d", 0)]
 
 
+def test_members_of_a_lost_pass_run_again_alone_and_one_that_loses_another_is_refused() -> None:
+    scheduler = scheduler_with(two_waves("a"), one_wave("b"), one_wave("c"))
+    lost, other = scheduler.next_pass(), None
+    scheduler.add(one_wave("d"))
+    other = scheduler.next_pass()  # beside it in flight, and lost with it
+    assert members(lost) == [("a", 0), ("b", 0), ("c", 0)] and members(other) == [("d", 0)]
+    scheduler.again(lost, ServiceError("a shard died"))
+    scheduler.again(other, ServiceError("a shard died"))
+    assert not scheduler.take_outcomes()
+    ran = []
+    while scheduler.has_work():
+        plan = scheduler.next_pass()
+        assert not scheduler.has_work(), "nobody goes beside a suspect"
+        ran.append(members(plan))
+        if members(plan) == [("b", 0)]:
+            scheduler.again(plan, ServiceError("it died once more"))
+        else:
+            scheduler.complete(plan, answers(plan))
+    assert ran == [[("a", 0)], [("a", 1)], [("b", 0)], [("c", 0)], [("d", 0)]]
+    errors = {outcome.request: outcome.error for outcome in scheduler.take_outcomes()}
+    assert [request for request, error in errors.items() if error is None] == ["a", "c", "d"]
+    assert "it died once more" in str(errors[RequestId("b")])
+
+
+def test_a_suspect_waits_until_nothing_is_in_flight() -> None:
+    scheduler = scheduler_with(one_wave("a"))
+    scheduler.again(scheduler.next_pass(), ServiceError("a shard died"))
+    scheduler.add(one_wave("b"))
+    plan = scheduler.next_pass()
+    assert members(plan) == [("a", 0)] and not scheduler.has_work()
+    scheduler.complete(plan, answers(plan))
+    assert members(scheduler.next_pass()) == [("b", 0)]
+
+
 def test_a_request_between_two_waves_starts_again_when_shards_are_lost() -> None:
     scheduler = scheduler_with(two_waves("a"), one_wave("b"), max_members=1)
     first = scheduler.next_pass()
