@@ -252,7 +252,8 @@ class Deployment:
         runtime: dict[str, Any] = {"env_vars": environment}
         if config.working_dir is not None:
             runtime["working_dir"] = config.working_dir
-        remote = ray.remote(concurrency_groups={WATCH: 1})(ShardActor).options(
+        remotely = ray.remote(concurrency_groups={WATCH: 1})  # type: ignore[call-overload]
+        remote = remotely(ShardActor).options(
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
             max_restarts=0,  # where its bundle is, and with neighbours that know of it: `recover`
