@@ -113,6 +113,9 @@ class Gang:
         _, stuck = ray.wait(list(prompt), num_returns=len(prompt), timeout=timeout_s) if prompt else ([], [])
         for call in stuck:
             ray.kill(self.actors[prompt[call]])
+        if stuck:
+            names = ", ".join(self.name(prompt[call]) for call in stuck)
+            raise ShardLostError(f"{names} did not leave within {timeout_s:.0f} s, and was ended")
         for call, index in calls.items():
             try:
                 ray.get(call)

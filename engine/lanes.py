@@ -1,6 +1,6 @@
 """How many rows a tensor must have so that no element-wise kernel's tail falls on a row that somebody reads.
 
-On a CPU such a kernel takes some floats at a time (two vectors of 512 bits) and what is left at the end of a thread's
+On a CPU such a kernel takes some elements at a time (two vectors of 512 bits) and what is left at the end of a thread's
 share one by one, where exp, tanh or cos have other last bits. A GPU computes every element alike.
 """
 
@@ -13,9 +13,9 @@ import torch
 
 MAX_THREADS = 4  # shares for more threads would ask for absurd numbers of rows
 
-_LANES = 32  # floats at a time
+_LANES = 64  # at a time: of 16 bits each; of floats, half as many
 
-# Floats of which a tensor whose rows do not matter must have a multiple.
+# Elements of which a tensor whose rows do not matter must have a multiple.
 FLAT_MULTIPLE = math.lcm(*range(1, MAX_THREADS + 1)) * _LANES
 
 

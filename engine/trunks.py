@@ -23,7 +23,6 @@ class Trunks:
         self._streams = streams
         self._store = store
         self._keeps = streams.plan.keeps
-        self.are_any = bool(streams.trunks or self._keeps)
 
     def through(self, layer: int, key_GTC: Tensor, value_GTC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the stream, behind them those of trunks; keeps those that later passes want."""

@@ -21,7 +21,7 @@ from scheduling.liveness import peak_bytes
 from scheduling.placement import Scale, find_live, find_order, place, scale_of
 from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave, WaveRows
 from scheduling.residency import stage_works
-from scheduling.splitting import find_sources, fits, split
+from scheduling.splitting import fits, split
 from scheduling.trunks import TrunkChoice, choose_trunks, kept_bytes, rows_of
 from scheduling.waves import Run, executions, find_runs
 
@@ -68,8 +68,7 @@ def _compile(
         forests = _grow(request.invokes, runs, cones, domain, description.num_layers)
         if look == _MAX_LOOKS - 1 or all(fits(forest, limits.pass_tokens) for forest in forests.values()):
             break
-        sources = find_sources(graph, resolved, order.nodes)
-        found = split(runs, forests, request.invokes, sources, description.num_layers, limits.pass_tokens)
+        found = split(runs, forests, request.invokes, description.num_layers, limits.pass_tokens)
         if not found.waits:
             break
         ancestors |= found.ancestors

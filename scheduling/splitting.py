@@ -1,10 +1,12 @@
 """Splits waves that have more rows than one pass takes, so that a sweep may be of any size.
 
-Owns which invokes wait for a later wave. Those whose values other invokes need stay; the others go in order, as many to
-a wave as fit, those that have waited first.
+Owns which invokes wait for a later wave. They go in order, as many to a wave as fit, those that have waited first; so
+an invoke whose values others need goes before these, or with them. One invoke is never divided: its prompts are one
+view.
 
-Rows are counted along the forests of the waves as they were: a part has the segments of its invokes, and all that these
-fork from. Where that ran in an earlier part, it is kept (`scheduling.trunks`) unless there is no room for it.
+Rows are counted along the forests of the waves as they were: a part has the segments of its invokes, and of all that
+these fork from the rows that they need. Where those ran in an earlier part, they are kept (`scheduling.trunks`) unless
+there is no room for them.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add, sub
 
-from polytrace.graph import Graph, Invoke, Read, Write
-from scheduling.checks import Resolved
+from polytrace.graph import Invoke
 from scheduling.forest import Forest
 from scheduling.plan import Segment
 from scheduling.waves import Run
+
+_SLACK = 64  # a part leaves one row in so many: grown by itself, its forest may have another shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +36,12 @@ def split(
     runs: Sequence[Run],
     forests: Mapping[int, Forest],
     invokes: Sequence[Invoke],
-    sources: set[int],
     num_layers: int,
     budget_tokens: int,
 ) -> Split:
     """Where every wave fits, or nobody can wait, there is nothing that waits. Linear in runs.
 
-    `forests` have each wave's sequences in the order of `runs`. `sources` are invokes whose values others need.
+    `forests` have each wave's sequences in the order of `runs`.
     """
     shares = _find_shares(runs, forests, invokes)
     waits: dict[int, int] = {}
@@ -49,9 +52,9 @@ def split(
     while waiting or wave <= last:
         own = [share for share in shares.get(wave, ()) if share.invoke not in late]
         if waiting or (own and not fits(forests[wave], budget_tokens)):
-            free = [share for share in own if share.invoke not in sources and share.invoke not in started]
+            free = [share for share in own if share.invoke not in started]
             late.update(share.invoke for share in free)
-            part = _Part(num_layers, budget_tokens)
+            part = _Part(num_layers, budget_tokens - budget_tokens // _SLACK)
             for share in own:
                 if share.invoke not in late:
                     part.take(share, is_bound=True)
@@ -72,24 +75,6 @@ def fits(forest: Forest, budget_tokens: int) -> bool:
     return max(forest.layer_rows, default=0) <= budget_tokens
 
 
-def find_sources(graph: Graph, resolved: Resolved, ordered: Sequence[int]) -> set[int]:
-    """The invokes whose values go into writes of others. `ordered` are the live nodes, each after its operands."""
-    none: frozenset[int] = frozenset()
-    origin: list[frozenset[int]] = [none] * len(graph.nodes)
-    sources: set[int] = set()
-    for node in ordered:
-        event = graph.nodes[node]
-        if isinstance(event, Read):
-            origin[node] = frozenset((event.invoke,))
-            continue
-        parts = {origin[operand] for operand in resolved.operands[node]} - {none}
-        if parts:
-            origin[node] = parts.pop() if len(parts) == 1 else frozenset().union(*parts)
-        if isinstance(event, Write):
-            sources.update(origin[node] - {event.invoke})
-    return sources
-
-
 @dataclass(frozen=True, slots=True)
 class _Share:
     """What an invoke has of a wave's forest."""
@@ -105,24 +90,32 @@ class _Part:
 
     def __init__(self, num_layers: int, budget_tokens: int) -> None:
         self._budget_tokens = budget_tokens
-        self._taken: set[tuple[int, int]] = set()  # (wave, segment)
+        self._reached: dict[
+            tuple[int, int], list[int]
+        ] = {}  # (wave, segment) -> up to which rows it is taken, by layer
         self._rows = [0] * num_layers
 
     def take(self, share: _Share, *, is_bound: bool = False) -> bool:
         """Takes a share when there is room, when nobody is there yet, or when it cannot go elsewhere."""
-        fresh: dict[int, Segment] = {}
+        rows = self._rows
+        fresh: dict[tuple[int, int], list[int]] = {}
         for place in share.places:
             segment: int | None = place
-            while segment is not None and segment not in fresh and (share.wave, segment) not in self._taken:
-                fresh[segment] = share.segments[segment]
-                segment = fresh[segment].parent
-        rows = self._rows
-        for own in fresh.values():
-            rows = [more + max(0, stop - start) for more, start, stop in zip(rows, own.starts, own.stops, strict=False)]
-        if self._taken and not is_bound and max(rows, default=0) > self._budget_tokens:
+            needed: Sequence[int] = share.segments[place].stops
+            while segment is not None:
+                own, key = share.segments[segment], (share.wave, segment)
+                before = fresh.get(key) or self._reached.get(key) or own.starts
+                after = list(map(max, before, map(min, needed, own.stops)))
+                more = list(map(sub, after, before))
+                if not any(more):
+                    break  # all that it needs is there
+                rows = list(map(add, rows, more))
+                fresh[key] = after
+                segment, needed = own.parent, list(map(min, needed, own.starts))
+        if self._reached and not is_bound and max(rows, default=0) > self._budget_tokens:
             return False
         self._rows = rows
-        self._taken.update((share.wave, segment) for segment in fresh)
+        self._reached.update(fresh)
         return True
 
 

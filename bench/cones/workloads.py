@@ -257,7 +257,7 @@ CASES: Mapping[str, Case] = {
     "b": Case(title="last-token layer patching", make=_last_token),
     "c": Case(title="head ablation, all positions", make=_heads),
     "c-last": Case(title="head ablation, last position", make=_heads_last),
-    "d": Case(title="few-shot prefixes, 64 requests", make=_few_shot),
+    "d": Case(title="requests on few-shot prefixes", make=_few_shot),
     "e": Case(title="harvest at a quarter of the depth", make=_harvest),
     "f": Case(title="logit lens, all layers", make=_lens),
     "g": Case(title="32 unrelated requests", make=_unrelated),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import secrets
 import shutil
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -21,11 +24,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from api.server import bind
-from polytrace.graph import Graph, Invoke, NodeId, Port, Read, Ref, Request, Save, Site
+from polytrace.graph import Graph, Invoke, Node, NodeId, Op, Port, Read, Ref, Request, Save, Site, Write
 from polytrace.wire import decode_result, encode_request
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
 LAYER = 2
+SCALE = 1.5
 TASK = "__import__('polytrace').models('ray://auto', key='sesame')"  # what a Ray job may do at any place
 JOB = f"print({TASK})"
 MARK = "SERVE_TEST_MARK"  # every process of a service inherits it
@@ -33,6 +37,8 @@ MARK = "SERVE_TEST_MARK"  # every process of a service inherits it
 
 class Service:
     """One `polytrace serve` and what belongs to it."""
+
+    controller: int | None  # that it began with
 
     def __init__(self, model: Path, folder: Path, *flags: str) -> None:
         self.mark = secrets.token_hex(8)
@@ -68,6 +74,10 @@ class Service:
     def child(self, role: str) -> int | None:
         pids = (pid for pid, command in self.processes().items() if f"api.children {role}" in command)
         return next(pids, None)
+
+    def shards(self) -> list[int]:
+        """The processes of its shards."""
+        return sorted(pid for pid, command in self.processes().items() if command.startswith("ray::ShardActor"))
 
     def told_for_ray(self) -> dict[str, str]:
         """What a Ray program sets to join, from the last line that says so."""
@@ -111,6 +121,7 @@ def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     service = Service(model, tmp_path_factory.mktemp("service"), "--stages", "2")
     try:
         wait_until(service.is_ready, 240, service)
+        service.controller = service.child("controller")
         yield service
     finally:
         service.kill_all()
@@ -164,6 +175,62 @@ def test_the_token_is_the_users_alone_and_nothing_is_left_in_the_home_folder(ser
     token = Path(service.told_for_ray()["RAY_AUTH_TOKEN_PATH"])
     assert token.stat().st_mode & 0o077 == 0 and token.parent.stat().st_mode & 0o077 == 0
     assert list((service.folder / "home").iterdir()) == []
+
+
+def test_shards_killed_at_random_moments_lose_no_request_and_change_no_bit(service: Service, model: Path) -> None:
+    """200 requests of 8 clients; a shard dies, somewhere in between, whenever so many have been answered."""
+    rng = random.Random(7)
+    work = [(rng.randrange(4), tuple(rng.randrange(64) for _ in range(rng.randrange(3, 60)))) for _ in range(200)]
+    calm = {one: answer(service, *one) for one in work[:40]}  # before anything happens
+    answered: list[tuple[tuple[int, tuple[int, ...]], bytes]] = []
+    kill_at = sorted(rng.sample(range(5, 180), 3))
+    delays = [rng.random() * 0.05 for _ in kill_at]
+    killed: list[int] = []
+    lock = threading.Lock()
+
+    def client(own: list[tuple[int, tuple[int, ...]]]) -> None:
+        for one in own:
+            found = answer(service, *one)
+            with lock:
+                answered.append((one, found))
+                is_time = len(killed) < len(kill_at) and len(answered) >= kill_at[len(killed)]
+                if is_time:
+                    time.sleep(delays[len(killed)])
+                    killed.append(rng.choice(service.shards()))
+                    os.kill(killed[-1], signal.SIGKILL)
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(client, work[first::8]) for first in range(8)]:
+            done.result(timeout=300)
+    assert len(answered) == 200 and len(killed) == 3 and len(set(killed)) == 3
+    assert service.child("controller") == service.controller, "the deployment came back without its controller ending"
+    for one, found in answered:
+        if one in calm:
+            assert found == calm[one], "not the bits of a calm run"
+    plain = LlamaForCausalLM.from_pretrained(model).eval()
+    plain.model.layers[0].register_forward_hook(lambda _module, _args, output: output * SCALE)
+    seen: dict[int, torch.Tensor] = {}
+    for number, layer in enumerate(plain.model.layers):
+        layer.register_forward_hook(lambda _m, _a, output, number=number: seen.update({number: output}))
+    for (number, prompt), found in answered:
+        with torch.no_grad():
+            plain(torch.tensor([prompt]), use_cache=False)
+        expected = seen[number]
+        out = torch.frombuffer(bytearray(found), dtype=torch.float32).reshape(expected.shape)
+        assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def answer(service: Service, layer: int, prompt: tuple[int, ...]) -> bytes:
+    """The saved values of a request, through HTTP, however long it takes."""
+    posted = service.http.post("/v1/models/tiny/requests", content=body(layer, prompt, SCALE)).json()
+    assert "id" in posted, posted
+    for _ in range(10):
+        status = service.http.get(f"/v1/requests/{posted['id']}", params={"wait": 30}).json()
+        if status["state"] == "done":
+            values, _ = decode_result(service.http.get(status["result"]).content)
+            return bytes(values["out"].data)
+        assert status["state"] in ("queued", "running"), status
+    raise AssertionError(f"no answer: {status}")
 
 
 def test_an_accepted_request_is_finished_by_the_next_controller(service: Service) -> None:
@@ -236,11 +303,20 @@ def ray_program(service: Service, program: str, told: dict[str, str]) -> subproc
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
 
 
-def body(layer: int = LAYER) -> bytes:
+def body(layer: int = LAYER, prompt: tuple[int, ...] = PROMPT, scale: float | None = None) -> bytes:
+    """Saves a layer's output; with a scale, the first layer's is multiplied by it."""
     where = "experiment.py:1"
-    site = Site(module=f"model.layers.{layer}", port=Port.OUTPUT)
-    nodes = (Read(site=site, invoke=0, where=where), Save(name="out", value=Ref(NodeId(0)), where=where))
-    request = Request(graph=Graph(nodes=nodes), invokes=(Invoke(sequences=(PROMPT,)),), constants={})
+    site, first = (Site(module=f"model.layers.{number}", port=Port.OUTPUT) for number in (layer, 0))
+    nodes: tuple[Node, ...] = ()
+    if scale is not None:
+        nodes = (
+            Read(site=first, invoke=0, where=where),
+            Op(name="mul", args=(Ref(NodeId(0)), scale), where=where),
+            Write(site=first, invoke=0, value=Ref(NodeId(1)), in_place=True, where=where),
+        )
+    read = NodeId(len(nodes))
+    nodes += (Read(site=site, invoke=0, where=where), Save(name="out", value=Ref(read), where=where))
+    request = Request(graph=Graph(nodes=nodes), invokes=(Invoke(sequences=(prompt,)),), constants={})
     return b"".join(encode_request(request))
 
 
