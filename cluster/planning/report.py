@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.planning.hardware import told_bytes
+from cluster.planning.hardware import GIB, told_bytes
 from cluster.planning.planner import Planned, ShardPlan, SplitPlan
 from engine.census import Kind
 
 _SHOWN = 6  # splits beside the best
+_BOX = box.SIMPLE_HEAD
 
 
 def show(name: str, planned: Planned, console: Console | None = None) -> None:
@@ -45,23 +47,26 @@ def as_plain(planned: Planned) -> str:
 
 
 def _shards(split: SplitPlan, memory_bytes: int) -> Table:
-    table = Table(
-        "stage", "layers", *(kind.value for kind in Kind), "store", "values", "reserve", "pass", "of a GPU", "ms"
-    )
+    columns = ("stage", "layers", "weights", "store", "values", "reserve", "pass", "of a GPU", "ms a pass")
+    table = Table(*columns, box=_BOX, title="GiB that each shard holds", title_justify="left")
     for shards in _alike(split.shards):
         first, last = shards[0], shards[-1]
         table.add_row(
             str(first.stage) if len(shards) == 1 else f"{first.stage}-{last.stage}",
-            f"{first.layers.start}-{last.layers.stop - 1}" + (f", {len(first.layers)} each" if len(shards) > 1 else ""),
-            *(told_bytes(first.weights[kind]) if first.weights[kind] else "" for kind in Kind),
-            told_bytes(first.store_bytes),
-            told_bytes(first.value_bytes),
-            told_bytes(first.reserve_bytes),
-            told_bytes(first.activation_bytes),
+            f"{first.layers.start}-{last.layers.stop - 1}" + (f" ({len(first.layers)})" if len(shards) > 1 else ""),
+            _gib(sum(first.weights.values())),
+            _gib(first.store_bytes),
+            _gib(first.value_bytes),
+            _gib(first.reserve_bytes),
+            _gib(first.activation_bytes),
             f"{first.num_bytes / memory_bytes:.0%}",
             f"{first.pass_s * 1e3:.0f}",
         )
     return table
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f}"
 
 
 def _alike(shards: Sequence[ShardPlan]) -> list[list[ShardPlan]]:
@@ -76,7 +81,7 @@ def _alike(shards: Sequence[ShardPlan]) -> list[list[ShardPlan]]:
 
 
 def _others(splits: Sequence[SplitPlan]) -> Table:
-    table = Table("stages x ranks", "GPUs", "rows a second", "ms a pass", "rows a pass", "fullest GPU's bytes")
+    table = Table("stages x ranks", "GPUs", "rows a second", "ms a pass", "rows a pass", "fullest GPU", box=_BOX)
     for split in splits:
         table.add_row(
             f"{split.stages} x {split.ranks}",
