@@ -47,8 +47,9 @@ def as_plain(planned: Planned) -> str:
 
 
 def _shards(split: SplitPlan, memory_bytes: int) -> Table:
-    columns = ("stage", "layers", "weights", "store", "values", "reserve", "pass", "of a GPU", "ms a pass")
-    table = Table(*columns, box=_BOX, title="GiB that each shard holds", title_justify="left")
+    columns = ("stage", "layers", "weights", "store", "values", "reserve", "pass", "GPU", "ms")
+    title = "GiB that each shard holds, and milliseconds of a pass"
+    table = Table(*columns, box=_BOX, title=title, title_justify="left", collapse_padding=True, pad_edge=False)
     for shards in _alike(split.shards):
         first, last = shards[0], shards[-1]
         table.add_row(
@@ -81,7 +82,16 @@ def _alike(shards: Sequence[ShardPlan]) -> list[list[ShardPlan]]:
 
 
 def _others(splits: Sequence[SplitPlan]) -> Table:
-    table = Table("stages x ranks", "GPUs", "rows a second", "ms a pass", "rows a pass", "fullest GPU", box=_BOX)
+    table = Table(
+        "stages x ranks",
+        "GPUs",
+        "rows a second",
+        "ms a pass",
+        "rows a pass",
+        "fullest GPU",
+        box=_BOX,
+        collapse_padding=True,
+    )
     for split in splits:
         table.add_row(
             f"{split.stages} x {split.ranks}",
