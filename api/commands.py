@@ -113,7 +113,7 @@ def status(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A model whose configuration ships (see --list), a folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A folder, a hub id, or one that ships: meta-llama/Llama-3.1-405B, ...")],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs there are.")] = 8,
     nodes: Annotated[int, typer.Option(min=1, help="Machines that they stand in.")] = 1,
     hardware: Annotated[str, typer.Option(help="a100-40, a100, h100, h200, b200 or l40s.")] = "h100",

@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import WATCH, ShardActor
-from cluster.gang import Gang, RayShards
+from cluster.gang import Gang, RayShards, wait_for_all
 from engine.loading import ShardConfig, check_split
 from polytrace.description import ModelDescription
 from polytrace.errors import ServiceError
@@ -147,7 +147,7 @@ class Deployment:
         if actors and ray.is_initialized():
             actors = [actor for actor in actors if actor is not None]
             leaving = [actor.stop.remote() for actor in actors]
-            ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVING_S) if leaving else None
+            wait_for_all(leaving, _LEAVING_S)
             for actor in actors:
                 ray.kill(actor)
         group, self._group = self._group, None
@@ -173,12 +173,13 @@ class Deployment:
         """Everything that is missing is made; shards that are lost meanwhile are missing again."""
         for losses in range(1, _MAX_LOSSES + 1):
             try:
-                return self._assemble(report)
+                self._assemble(report)
             except ServiceError as error:
                 if losses == _MAX_LOSSES or not self._gang.find_dead():
                     raise
                 report(f"{error}; starting again what was lost")
-        return None
+            else:
+                return
 
     def _assemble(self, report: Report) -> None:
         gang, placement = self._gang, self._placement

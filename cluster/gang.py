@@ -79,7 +79,7 @@ class Gang:
     def end_hung(self, timeout_s: float, indices: Iterable[int]) -> PolytraceError | None:
         """Ends the shards among these that do not answer within the time-out; why one of them is lost, if one is."""
         beats = {self.actors[index].beat.remote(): index for index in indices}
-        ready, silent = ray.wait(list(beats), num_returns=len(beats), timeout=timeout_s) if beats else ([], [])
+        ready, silent = wait_for_all(beats, timeout_s)
         loss: PolytraceError | None = None
         for beat in silent:
             index = beats[beat]
@@ -95,7 +95,7 @@ class Gang:
     def find_dead(self) -> list[int]:
         """The shards whose processes are gone. One that is still starting is not."""
         beats = {actor.beat.remote(): index for index, actor in enumerate(self.actors) if actor is not None}
-        ready, _ = ray.wait(list(beats), num_returns=len(beats), timeout=_REACH_S) if beats else ([], [])
+        ready, _ = wait_for_all(beats, _REACH_S)
         dead = []
         for beat in ready:
             try:
@@ -110,7 +110,7 @@ class Gang:
         """
         calls = {actor.leave.remote(): index for index, actor in enumerate(self.actors)}
         prompt = {call: index for call, index in calls.items() if index in set(indices)}
-        _, stuck = ray.wait(list(prompt), num_returns=len(prompt), timeout=timeout_s) if prompt else ([], [])
+        _, stuck = wait_for_all(prompt, timeout_s)
         for call in stuck:
             ray.kill(self.actors[prompt[call]])
         if stuck:
@@ -191,6 +191,12 @@ class RayShards:
                 self._loss = self._loss or failure
             self._ended.put((plan, self._loss or tuple(ray.get(calls))))
             self._wake()
+
+
+def wait_for_all(calls: Iterable[Any], timeout_s: float) -> tuple[list[Any], list[Any]]:
+    """The calls that have ended when all have or the time is up, and the others."""
+    waiting = list(calls)
+    return ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s) if waiting else ([], [])
 
 
 def _first_line(error: BaseException) -> str:

@@ -36,7 +36,6 @@ class Held:
     kind: Kind
     shape: tuple[int, ...]
     num_bytes: int
-    is_copy: bool  # tied to a parameter of another stage: both stages have it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +46,6 @@ class StageShare:
     held: tuple[Held, ...]
     flops: int  # of its weights, the head's included
     summed_features: int  # features of all outputs that the ranks add up
-    gathered_features: int  # features of all outputs that the ranks put together, over all ranks
 
     @property
     def weight_bytes(self) -> int:
@@ -93,12 +91,11 @@ class Census:
 
     def shares(self, stages: int, ranks: int) -> tuple[StageShare, ...]:
         """What each stage holds. ServiceError when the model cannot be split so."""
-        dims = {f"{split.module}.{name}": dim for split in self.splits(ranks) for name, dim in split.dims.items()}
         held: list[list[Held]] = [[] for _ in range(stages)]
-        for stage, parameter in self._placed(stages, ranks, dims):
+        for stage, parameter in self._placed(stages, ranks):
             held[stage].append(parameter)
         flops = [0] * stages
-        summed, gathered = [0] * stages, [0] * stages
+        summed = [0] * stages
         split_modules = {split.module: split for split in self.splits(ranks)}
         for path, module in self.model.named_modules():
             stage = self.layout.home(path, stages)
@@ -107,22 +104,19 @@ class Census:
             flops[stage] += own if split is None else own // ranks
             if split is not None and split.style in (Style.ROW, Style.ROW_OF_WHOLE, Style.VOCABULARY):
                 summed[stage] += self.hidden_size
-            elif split is not None and split.style is Style.COLUMN_GATHERED:
-                gathered[stage] += split.size
         return tuple(
             StageShare(
                 layers=layers,
                 held=tuple(held[stage]),
                 flops=flops[stage],
                 summed_features=summed[stage],
-                gathered_features=gathered[stage],
             )
             for stage, layers in enumerate(split_layers(self.layout.shares, stages))
         )
 
     def check(self, stages: int, ranks: int) -> None:
         """ServiceError unless the shards together hold every parameter exactly once, but for known copies."""
-        dims = {f"{split.module}.{name}": dim for split in self.splits(ranks) for name, dim in split.dims.items()}
+        dims = self._dims(ranks)
         tied: Mapping[str, str] = self.model.all_tied_weights_keys
         absent = dict(self.model.named_parameters(remove_duplicate=False))
         for stage, share in enumerate(self.shares(stages, ranks)):
@@ -135,14 +129,18 @@ class Census:
         if left:
             raise ServiceError(f"{stages} x {ranks} shards would hold {', '.join(left[:3])} nowhere")
 
-    def _placed(self, stages: int, ranks: int, dims: Mapping[str, int | None]) -> Iterator[tuple[int, Held]]:
+    def _dims(self, ranks: int) -> Mapping[str, int | None]:
+        """Parameter -> dimension that is split over the ranks."""
+        return {f"{split.module}.{name}": dim for split in self.splits(ranks) for name, dim in split.dims.items()}
+
+    def _placed(self, stages: int, ranks: int) -> Iterator[tuple[int, Held]]:
+        dims = self._dims(ranks)
         tied: Mapping[str, str] = self.model.all_tied_weights_keys
         for path, parameter in self.model.named_parameters(remove_duplicate=False):
             stage = self.layout.home(path, stages)
             source = tied.get(path)
-            is_copy = source is not None and self.layout.home(source, stages) != stage
-            if source is not None and not is_copy:
-                continue  # one tensor with its source, on one stage
+            if source is not None and self.layout.home(source, stages) == stage:
+                continue  # one tensor with its source; on two stages, both have it
             shape = list(parameter.shape)
             dim = dims.get(path)
             if dim is not None:
@@ -154,7 +152,6 @@ class Census:
                     kind=self._kind(path),
                     shape=tuple(shape),
                     num_bytes=math.prod(shape) * parameter.element_size(),
-                    is_copy=is_copy,
                 ),
             )
 

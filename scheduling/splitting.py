@@ -90,9 +90,7 @@ class _Part:
 
     def __init__(self, num_layers: int, budget_tokens: int) -> None:
         self._budget_tokens = budget_tokens
-        self._reached: dict[
-            tuple[int, int], list[int]
-        ] = {}  # (wave, segment) -> up to which rows it is taken, by layer
+        self._reached: dict[tuple[int, int], list[int]] = {}  # (wave, segment) -> up to which row it has, by layer
         self._rows = [0] * num_layers
 
     def take(self, share: _Share, *, is_bound: bool = False) -> bool:

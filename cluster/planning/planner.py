@@ -1,14 +1,14 @@
 """Which split of a model fits which GPUs, what each shard holds, what crosses which link, and what can be reached.
 
 Weights are counted, parameter by parameter, from the model built without data (`engine.census`). Memory beside them and
-time are estimates by the rules that stand in `_row_bytes` and `_stage_s`: a roofline, which no real run beats and few
+time are estimates by the rules that stand in `_row_bytes` and `_shard`: a roofline, which no real run beats and few
 come close to. Every stage is taken to be busy: as many passes in flight as there are stages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.planning.hardware import GIB, Hardware, told_bytes
@@ -55,6 +55,11 @@ class Load:
     head_rows: int = 512  # positions of a pass that somebody wants logits of
     context: int = 1024  # keys that a row attends to
 
+    @property
+    def beside_bytes(self) -> int:
+        """What each shard holds beside weights and a pass."""
+        return self.store_bytes + self.value_bytes + self.reserve_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
@@ -92,7 +97,7 @@ class SplitPlan:
     shards: tuple[ShardPlan, ...]  # by stage
     tokens_s: float
     latency_s: float  # of one such pass through all stages
-    row_links: Mapping[str, int] = field(default_factory=dict)  # bytes of one row over each kind of link
+    row_links: Mapping[str, int]  # bytes of one row over each kind of link
 
     @property
     def gpus(self) -> int:
@@ -163,11 +168,8 @@ def plan_split(census: Census, machine: Machine, load: Load, stages: int, ranks:
     """One split, None when it does not fit."""
     shares = census.shares(stages, ranks)
     row_bytes = _row_bytes(census, ranks)
-    free = machine.hardware.memory_bytes - load.store_bytes - load.value_bytes - load.reserve_bytes
-    rooms = [
-        free - share.weight_bytes - (load.head_rows * census.vocab_size * (census.itemsize + _FLOAT_BYTES) * is_last)
-        for share, is_last in ((share, share is shares[-1]) for share in shares)
-    ]
+    rooms = [machine.hardware.memory_bytes - load.beside_bytes - share.weight_bytes for share in shares]
+    rooms[-1] -= _logits_bytes(census, load)
     pass_rows = min(_MAX_PASS_ROWS, min(rooms) // row_bytes, load.store_bytes // _stored_row_bytes(census, ranks))
     if pass_rows < _MIN_PASS_ROWS:
         return None
@@ -214,7 +216,6 @@ def _shard(
     crosses = (stage + 1) * ranks % machine.gpus_a_node == 0
     rate = hardware.network_rate if crosses else hardware.link_rate
     send_s = 0.0 if is_last else pass_rows * census.hidden_size * census.itemsize / rate
-    logits = load.head_rows * census.vocab_size * (census.itemsize + _FLOAT_BYTES) if is_last else 0
     return ShardPlan(
         stage=stage,
         layers=share.layers,
@@ -222,7 +223,7 @@ def _shard(
         store_bytes=load.store_bytes,
         value_bytes=load.value_bytes,
         reserve_bytes=load.reserve_bytes,
-        activation_bytes=pass_rows * row_bytes + logits,
+        activation_bytes=pass_rows * row_bytes + (_logits_bytes(census, load) if is_last else 0),
         pass_s=work_s + sum_s + send_s,
         sum_s=sum_s,
         send_s=send_s,
@@ -241,6 +242,11 @@ def _row_bytes(census: Census, ranks: int) -> int:
     attention += 2 * heads * census.head_dim * _FLOAT_BYTES
     mlp = 3 * census.widest // ranks * census.itemsize
     return stream + max(attention, mlp)
+
+
+def _logits_bytes(census: Census, load: Load) -> int:
+    """Of a pass, on the last stage: as they are made, and in float32."""
+    return load.head_rows * census.vocab_size * (census.itemsize + _FLOAT_BYTES)
 
 
 def _stored_row_bytes(census: Census, ranks: int) -> int:
@@ -271,11 +277,11 @@ def _refusal(
     census: Census, machine: Machine, load: Load, stages: int | None, ranks: int | None, refused: Mapping[int, str]
 ) -> str:
     """Why nothing fits, and what would."""
-    beside = load.store_bytes + load.value_bytes + load.reserve_bytes
     weights = census.num_parameters * census.itemsize
     reasons = [
         f"no split of its {told_bytes(weights)} of weights fits {machine.told()}: "
-        f"each shard has {told_bytes(beside)} beside its weights, and a pass has at least {_MIN_PASS_ROWS} rows"
+        f"each shard has {told_bytes(load.beside_bytes)} beside its weights, "
+        f"and a pass has at least {_MIN_PASS_ROWS} rows"
     ]
     reasons += [f"{count} ranks: {why}" for count, why in refused.items() if count == ranks]
     if stages is not None or ranks is not None:
@@ -302,8 +308,7 @@ def _fewest_gpus(census: Census, machine: Machine, load: Load) -> Planned | None
 
 
 def _least_memory(census: Census, machine: Machine, load: Load) -> int | None:
-    beside = load.store_bytes + load.value_bytes + load.reserve_bytes
-    logits = load.head_rows * census.vocab_size * (census.itemsize + _FLOAT_BYTES)
+    beside = load.beside_bytes + _logits_bytes(census, load)
     needs = []
     for ranks in _rank_counts(machine, None):
         try:
@@ -313,5 +318,5 @@ def _least_memory(census: Census, machine: Machine, load: Load) -> int | None:
         stages = min(census.num_layers, machine.gpus // ranks)
         shares = census.shares(stages, ranks)
         rows = _MIN_PASS_ROWS * _row_bytes(census, ranks)
-        needs.append(max(share.weight_bytes for share in shares) + beside + logits + rows)
+        needs.append(max(share.weight_bytes for share in shares) + beside + rows)
     return min(needs, default=None)

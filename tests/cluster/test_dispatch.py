@@ -290,17 +290,23 @@ class Breakable(Stuck):
         self.num_recoveries += 1
 
 
+def run_until_ended(world: World, dispatcher: Dispatcher, *names: RequestId) -> list[RequestStatus]:
+    """Runs the loop until the requests have ended; how they did."""
+    thread = threading.Thread(target=dispatcher.run_forever)
+    thread.start()
+    statuses = world.wait(*names)
+    dispatcher.stop()
+    thread.join()
+    return statuses
+
+
 def test_a_request_that_breaks_the_shards_twice_is_refused_and_its_neighbours_are_answered(world: World) -> None:
     before, poison, after = (world.submit(read_layer(1)) for _ in range(3))
     shards = Breakable(world, poison)
     dispatcher = Dispatcher(
         world.store, world.backend.description, shards, PassPolicy(), awake=shards.awake, recover=shards.recover
     )
-    thread = threading.Thread(target=dispatcher.run_forever)
-    thread.start()
-    statuses = world.wait(before, poison, after)
-    dispatcher.stop()
-    thread.join()
+    statuses = run_until_ended(world, dispatcher, before, poison, after)
     assert [status.state for status in statuses] == [RequestState.DONE, RequestState.FAILED, RequestState.DONE]
     assert "shards died in two passes with this request" in str(statuses[1].error)
     assert shards.num_recoveries == 2
@@ -316,10 +322,6 @@ def test_a_request_that_breaks_controllers_takes_no_neighbour_along(world: World
             dispatcher.run_forever()
         world.store.requeue("m", is_clean=False)
     dispatcher = Dispatcher(world.store, description, Breakable(world, poison), PassPolicy(), awake=threading.Event())
-    thread = threading.Thread(target=dispatcher.run_forever)
-    thread.start()
-    statuses = world.wait(before, poison, after)
-    dispatcher.stop()
-    thread.join()
+    statuses = run_until_ended(world, dispatcher, before, poison, after)
     assert [status.state for status in statuses] == [RequestState.DONE, RequestState.FAILED, RequestState.DONE]
     assert isinstance(statuses[1].error, ServiceError)
