@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from engine.lanes import FLAT_MULTIPLE
+from engine.lanes import FLAT_MULTIPLE, least_rows
 from engine.spans import Span, SpanStore
 from engine.streams import Stream
 from engine.trunks import Trunks
@@ -46,7 +46,6 @@ NAME = "polytrace"
 
 PAGE = 32  # positions; also what element-wise kernels take at a time, so that no tail falls on a row's end
 TILE = 128  # most query rows of a tile; longer segments are cut at multiples of it
-_MIN_ROWS = 16  # of a matrix product: with fewer, kernels take another path
 _MAX_SCORES = 1 << 22  # floats of scores at a time: what stays in a cache near the core
 
 # What the kernel calls of one more chunk cost, measured on one core with 256 to 1024 features:
@@ -445,17 +444,17 @@ def _grouped(tensor_GNC: Tensor, num_tiles: int) -> Tensor:
 
 def _product(a_BNC: Tensor, b_BCM: Tensor) -> Tensor:
     """`[B, N, M]`; with at least as many rows as keep a row's bits from their number."""
-    rows = a_BNC.shape[1]
-    if rows < _MIN_ROWS:
-        return torch.bmm(F.pad(a_BNC, (0, 0, 0, _MIN_ROWS - rows)), b_BCM)[:, :rows].contiguous()
+    rows, least = a_BNC.shape[1], least_rows(a_BNC.device)
+    if rows < least:
+        return torch.bmm(F.pad(a_BNC, (0, 0, 0, least - rows)), b_BCM)[:, :rows].contiguous()
     return torch.bmm(a_BNC, b_BCM)
 
 
 def _add_pages(sum_BNC: Tensor, pattern_BNP: Tensor, values_BPC: Tensor) -> Tensor:
     """Adds a pattern's values to a sum in place, page by page, in order; returns the sum."""
-    rows = sum_BNC.shape[1]
-    if rows < _MIN_ROWS:
-        more = (0, 0, 0, _MIN_ROWS - rows)
+    rows, least = sum_BNC.shape[1], least_rows(sum_BNC.device)
+    if rows < least:
+        more = (0, 0, 0, least - rows)
         return _add_pages(F.pad(sum_BNC, more), F.pad(pattern_BNP, more), values_BPC)[:, :rows]
     for first in range(0, pattern_BNP.shape[2], PAGE):
         sum_BNC.baddbmm_(pattern_BNP[:, :, first : first + PAGE], values_BPC[:, first : first + PAGE])

@@ -2,7 +2,7 @@
 
 Mixture-of-experts layers sort the rows of a stream by expert, so how many rows meet in one matrix product, and where
 they lie in it, depends on the neighbours. Here every expert's rows are a *group* that begins and ends at a multiple of
-`MIN_ROWS` rows, which is enough for a product's rows to keep their bits; all groups lie one after another in a buffer
+`least_rows` rows, which is enough for a product's rows to keep their bits; all groups lie one after another in a buffer
 whose size lets no element-wise kernel's tail fall on a row. What the chosen experts make of a row is added up in the
 order in which its router named them.
 
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from engine.lanes import rows_multiple
-from scheduling.plan import MIN_ROWS
+from engine.lanes import least_rows, rows_multiple
 
 # T = rows, K = experts of a row, S = T K, P = rows of all groups with their padding, D = hidden
 
@@ -66,7 +65,8 @@ def _groups(experts: Any, chosen_TK: Tensor) -> tuple[list[int], Tensor, Tensor]
     """
     ids_S = chosen_TK.flatten()
     used = torch.bincount(ids_S, minlength=experts.num_experts)
-    sizes = (used + MIN_ROWS - 1) // MIN_ROWS * MIN_ROWS
+    least = least_rows(ids_S.device)
+    sizes = (used + least - 1) // least * least
     order_S = ids_S.argsort(stable=True)
     firsts = sizes.cumsum(0) - sizes - (used.cumsum(0) - used)  # of each group, less the rows sorted before it
     into_S = torch.empty_like(ids_S)
@@ -83,7 +83,7 @@ def _buffer_multiple(experts: Any) -> int:
     weight = experts.gate_up_proj if experts.has_gate else experts.up_proj
     width = weight.shape[2 if experts.is_transposed else 1]
     widths = {width, width // 2} if experts.has_gate else {width}
-    return math.lcm(MIN_ROWS, rows_multiple(widths, torch.get_num_threads(), weight.device))
+    return math.lcm(least_rows(weight.device), rows_multiple(widths, torch.get_num_threads(), weight.device))
 
 
 def _linear(experts: Any, name: str, x_PI: Tensor, counts: list[int] | None) -> Tensor:

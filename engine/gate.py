@@ -8,12 +8,16 @@ changes in place.
 
 A last stream decides whether rows may be shared and left out: forks that repeat their parent must have its bits at
 every site, and another last token must not move an earlier row. Where that fails, every sequence has all its rows.
+
+On a GPU more streams of other lengths are run, since its kernels change with the number of rows. Beside a neighbour of
+another content a row must keep its bits there too: the kernels are the same. Where only the number of rows moves a
+row, and by no more than rounding does, the model serves and every receipt says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,10 +33,13 @@ from engine.trunks import Trunks
 from polytrace.description import SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
+from scheduling.costs import ROUNDED_NOTE
 from scheduling.levels import Levels
 from scheduling.plan import PROLOGUE, PassId, Plan, Segment
 
 _LENGTHS = (9, 21)  # tokens of A and B
+_LONGER = (100, 300, 1000)  # tokens of A on a GPU
+_ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
 _Place = tuple[str, Port, Selector]
 _Seen = dict[_Place, Tensor]
@@ -61,14 +68,16 @@ def run_gate(
     )
     streams = ([a, b], [other, b], [b], [a, [*b[:-1], (b[-1] + 1) % probe.vocab_size]])
     together, changed, alone, ahead = map(trial.watch_last, streams)
+    lengths = [] if device.type == "cpu" else [min(length, probe.max_tokens) for length in _LONGER]
+    longer = [trial.watch_last([(a * length)[:length], b])[0] for length in lengths]
     leaves = []
-    for (module, port, selector), rows_b in together[0].items():
-        is_own = torch.equal(rows_b, changed[0][module, port, selector])
-        is_same_alone = torch.equal(rows_b, alone[0][module, port, selector])
+    for place, rows_b in together[0].items():
+        module, port, selector = place
+        others = [seen[place] for seen in (alone[0], *longer)]
         refusal = None
-        if not is_own:
+        if not torch.equal(rows_b, changed[0][place]):
             refusal = "its rows depend on the neighbours in a shared pass"
-        elif not is_same_alone:
+        elif not all(trial.is_same(place, rows_b, other) for other in others):
             refusal = "its rows are not the same bits in a shared pass as alone"
         leaves.append(
             LeafReport(
@@ -88,10 +97,15 @@ def run_gate(
         machine_notes = (*machine_notes, f"no rows are shared: layers {_SIDE_VALUES}")
     else:
         differing = trial.differing_forks(b) & known
-    moved = {place for place, rows in ahead[0].items() if not torch.equal(rows[:-1], together[0][place][:-1])} & known
+    moved = {
+        place for place, rows in ahead[0].items() if not trial.is_same(place, rows[:-1], together[0][place][:-1])
+    } & known
     if differing or moved:
         first = min(f"{module}.{port.value}" for module, port, _ in differing | moved)
         machine_notes = (*machine_notes, f"no rows are shared: a fork is not its parent at {first}")
+    if trial.rounded:
+        first = min(f"{module}.{port.value}" for module, port, _ in trial.rounded)
+        machine_notes = (*machine_notes, f"{ROUNDED_NOTE}, first at {first}")
     refused = [f"{leaf.module}.{leaf.port.value}" for leaf in leaves if leaf.refusal]
     notes = (*machine_notes, *([f"refused by the gate: {', '.join(refused)}"] if refused else []))
     return GateReport(
@@ -103,6 +117,7 @@ def run_gate(
         row_multiple=multiple,
         key_value_bytes=store.row_bytes,
         has_forks=not (differing or moved or probe.has_side_values),
+        has_exact_rows=not trial.rounded,
         notes=notes,
     )
 
@@ -149,6 +164,19 @@ class _Trial:
     store: SpanStore
     device: torch.device
     multiple: int  # of rows
+    rounded: set[_Place] = field(default_factory=set)  # where the number of rows moves a row as rounding does
+
+    def is_same(self, place: _Place, rows: Tensor, other: Tensor) -> bool:
+        """Whether rows are the same among other numbers of rows: their bits, or on a GPU all but the last of them."""
+        if torch.equal(rows, other):
+            return True
+        if self.device.type == "cpu" or not rows.is_floating_point():
+            return False
+        scale = max(1.0, float(other.abs().max()))
+        is_close = float((rows.float() - other.float()).abs().max()) <= _ROUNDING * torch.finfo(rows.dtype).eps * scale
+        if is_close:
+            self.rounded.add(place)
+        return is_close
 
     def watch_last(self, sequences: list[list[int]]) -> tuple[_Seen, set[_Place]]:
         """The last sequence's rows at every leaf that this stage owns, beside the others, and which were mutated."""
@@ -188,8 +216,9 @@ class _Trial:
                 for selector, tensor in port_leaves(value)[1].items():
                     if tensor.ndim >= 2 and tensor.shape[1] == rows.num_padded and pairs:
                         here, there = (list(own) for own in zip(*pairs, strict=True))
-                        if not torch.equal(tensor[0, here], tensor[0, there]):
-                            differing.add((site.module, site.port, selector))
+                        place = site.module, site.port, selector
+                        if not self.is_same(place, tensor[0, here], tensor[0, there]):
+                            differing.add(place)
                 return value
 
             return visitor

@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.attention import AttentionPass, use_packed_attention
 from engine.fragments import PortValue, RequestState, Selector, ShardContext, apply_writes
 from engine.gate import run_gate
+from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.results import MemorySink, sink_for
@@ -56,6 +57,8 @@ class Shard:
         """Reads this shard's weights, without the others. `report` gets lines of progress for people."""
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
+        if self.device.type == "cuda":
+            forbid_split_sums()
         self.probe: Probe = probe_model(meta_model(self.config.source, self.config.dtype))
         self.loaded = load_model(self.config, self.links, report)
         use_packed_attention(self.loaded.model)

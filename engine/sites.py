@@ -89,6 +89,7 @@ class GateReport:
     row_multiple: int  # see `row_multiple`; the same on every shard
     key_value_bytes: int  # of one row at one layer here, at most
     has_forks: bool  # a fork that changes nothing has its parent's bits, at every site seen here
+    has_exact_rows: bool  # False: a row's last bits depend on how many rows run beside it
     notes: tuple[str, ...]
 
 
@@ -248,6 +249,7 @@ def describe_model(
         row_multiple=reports[0].row_multiple,
         has_kept_rows=probe.has_kept_rows,
         has_forks=all(report.has_forks for report in reports),
+        has_exact_rows=all(report.has_exact_rows for report in reports),
         notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
     )
 
@@ -255,7 +257,7 @@ def describe_model(
 def row_multiple(probe: Probe, ranks: int, threads: int, device: str) -> tuple[int, tuple[str, ...]]:
     """The number of rows of which streams must be a multiple so that no thread's share ends inside a vector.
 
-    With it come notes for people: what cannot be promised on this machine. A GPU computes every element alike: 1.
+    With it come notes for people: what cannot be promised on this machine. A GPU wants full tiles.
     """
     parts = {width // ranks for width in probe.widths if width % ranks == 0}
     multiple = rows_multiple(probe.widths | parts, threads, torch.device(device))

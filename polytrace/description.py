@@ -115,6 +115,7 @@ class ModelDescription:
     row_multiple: int  # a pass's rows are padded to a multiple of it, so that bits do not depend on their number
     has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only
     has_forks: bool = True  # the gate found that equal rows may be shared and rows that nobody needs left out
+    has_exact_rows: bool = True  # the gate found that a row's bits do not depend on how many rows run beside it
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
 
 

@@ -10,6 +10,8 @@ from scheduling.plan import PROLOGUE, Program, Wave
 
 MAX_NOTES = 16  # of one kind
 
+ROUNDED_NOTE = "on this device the last bits of a value depend on how many rows share the pass"
+
 
 def wave_tokens(program: Program, wave: Wave) -> int:
     """Tokens of a wave's sequences."""
@@ -59,7 +61,7 @@ def nodes_of(wave: Wave) -> Iterator[NodeId]:
 
 
 def find_notes(program: Program, table: ModelTable) -> tuple[str, ...]:
-    """What a person should know: reads that see writes of later lines, and rows written to padding."""
+    """What a person should know: reads that see writes of later lines, rows written to padding, bits that may move."""
     events: dict[int, list[tuple[int, int]]] = {}  # invoke -> (order, node)
     for node in {node for wave in program.waves for node in nodes_of(wave)}:
         event = program.graph.nodes[node]
@@ -74,7 +76,8 @@ def find_notes(program: Program, table: ModelTable) -> tuple[str, ...]:
         for _, node in sorted(events[invoke])
         if isinstance(write := program.graph.nodes[node], Write)
     ]
-    return (*_capped(seen), *_capped(padded))
+    rounded = () if table.description.has_exact_rows else (ROUNDED_NOTE,)
+    return (*_capped(seen), *_capped(padded), *rounded)
 
 
 def _late_writes(program: Program, events: list[tuple[int, int]]) -> Iterator[str]:
