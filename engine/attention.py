@@ -32,10 +32,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from engine.lanes import FLAT_MULTIPLE, least_rows
+from engine.points import MASKED, Held, Pairs, Points, Watch, apart, visited
 from engine.spans import Span, SpanStore
 from engine.streams import Stream
 from engine.trunks import Trunks
 from polytrace.errors import ServiceError
+from polytrace.graph import Port
 from scheduling.plan import PassId
 
 # T = packed rows, R = those and the rows of trunks, H = query heads, G = key/value heads, E = query heads a key/value
@@ -111,6 +113,12 @@ class Chunk:
         self._parts: dict[int, list[Chunk]] = {}
         self._hidden: dict[int | None, tuple[Tensor | None, Tensor]] = {}  # by window
 
+    def of(self, tiles: list[Tile]) -> Chunk | None:
+        """Some of its tiles, None when these are none."""
+        if len(tiles) == len(self.tiles):
+            return self
+        return Chunk(self.geometry, tiles, self.device) if tiles else None
+
     def parts(self, most: int) -> list[Chunk]:
         """The chunk in parts of at most so many tiles."""
         if most >= len(self.tiles):
@@ -170,6 +178,7 @@ class AttentionPass:
         self.store = store
         self.device = device
         self.trunks = trunks  # None: there are none, neither to find nor to keep
+        self.points: dict[int, Points] = {}  # visits inside of attention, by the module's id
         self.layer = 0  # that runs now
         self.chunks: list[Chunk] = []  # of the layer that runs now
         self._stream: Stream | None = None
@@ -240,6 +249,7 @@ def _of_like_length(geometry: Geometry, tiles: list[Tile]) -> Iterator[list[Tile
 
 
 _current: ContextVar[AttentionPass | None] = ContextVar("attention_pass", default=None)
+_watch: ContextVar[Watch | None] = ContextVar("attention_watch", default=None)
 
 
 @contextmanager
@@ -253,6 +263,16 @@ def attending(attention_pass: AttentionPass) -> Iterator[None]:
     finally:
         _current.reset(token)
         attention_pass.store.clear()
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Forwards without data inside tell `watch` of every point as they come to it."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -283,15 +303,42 @@ def packed_attention(
     """
     _refuse_unknown(module, attention_mask, rest)
     if query.is_meta:  # probing: only shapes matter
-        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+        return _without_data(module, query, key, value), None
     current = _current.get()
     if current is None:
         raise ServiceError("the model was run outside a pass: its attention only knows the rows of a plan")
+    points = current.points.get(id(module), {})
+    query = visited(points, Port.Q_ROT, query, 1)
+    key = visited(points, Port.K_ROT, key, 1)
+    value = visited(points, Port.V, value, 1)
     layer = _Layer(current, id(module), query, key, value, scaling, sliding_window, softcap, s_aux)
-    for chunk in current.chunks:
-        layer.attend(chunk)
+    asked = sorted({row for port in MASKED if port in points for row in points[port].rows})
+    if not any(port in points for port in MASKED):
+        for chunk in current.chunks:
+            layer.attend(chunk)
+    else:
+        both = [apart(chunk, asked) for chunk in current.chunks]
+        for _, others in both:
+            if others is not None:
+                layer.attend(others)
+        layer.attend_visited([own for own, _ in both if own is not None], points)
     current.store.drop(id(module), current.pass_id)
-    return layer.result(query.dtype), None
+    return visited(points, Port.Z, layer.result(query.dtype), 2), None
+
+
+def _without_data(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The result's shape; tells whoever watches of the points in their order."""
+    z = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    watch = _watch.get()
+    if watch is not None:
+        pairs = torch.empty(1, query.shape[2], query.shape[1], device="meta")
+        watch(module, Port.Q_ROT, query.transpose(1, 2))
+        watch(module, Port.K_ROT, key.transpose(1, 2))
+        watch(module, Port.V, value.transpose(1, 2))
+        watch(module, Port.SCORES, pairs)
+        watch(module, Port.PATTERN, pairs.clone())
+        watch(module, Port.Z, z)
+    return z
 
 
 def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, rest: dict[str, Any]) -> None:
@@ -344,28 +391,50 @@ class _Layer:
         width = chunk.prefix_columns + chunk.own_columns
         per_tile = self.num_groups * chunk.num_rows * self.share * width
         step = max(1, _MAX_SCORES // per_tile)
-        prefix = None
-        if chunk.prefix_columns:
-            spans = tuple(Span(self.current.pass_id, start, stop) for start, stop in chunk.geometry.prefix)
-            prefix = self.current.store.read(self.layer, spans)
+        prefix = self._prefix(chunk)
         for part in chunk.parts(step):
-            self._attend(part, prefix)
+            own = self._own(part)
+            self._give(part, prefix, own, self._pattern(self._scores(part, prefix, own)))
+
+    def attend_visited(self, chunks: list[Chunk], points: Points) -> None:
+        """Computes the rows of chunks all together: somebody looks at their scores or their patterns."""
+        prefixes, owns = [self._prefix(chunk) for chunk in chunks], [self._own(chunk) for chunk in chunks]
+        held = [
+            Held(chunk, self._scores(chunk, prefix, own))
+            for chunk, prefix, own in zip(chunks, prefixes, owns, strict=True)
+        ]
+        self._visit(points, Port.SCORES, held)
+        held = [Held(one.chunk, self._pattern(one.values_GNW)) for one in held]
+        self._visit(points, Port.PATTERN, held)
+        for one, prefix, own in zip(held, prefixes, owns, strict=True):
+            self._give(one.chunk, prefix, own, one.values_GNW)
+
+    def _visit(self, points: Points, port: Port, held: list[Held]) -> None:
+        if port in points:
+            device = self.queries_GTEC.device
+            points[port].visit(Pairs(held, MASKED[port], self.num_groups, self.share, device))
+
+    def _prefix(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+        """Keys and values before the tiles' own pages, `[G, P, C]`."""
+        if not chunk.prefix_columns:
+            return None
+        spans = tuple(Span(self.current.pass_id, start, stop) for start, stop in chunk.geometry.prefix)
+        return self.current.store.read(self.layer, spans)
 
     def result(self, dtype: torch.dtype) -> Tensor:
         """`[1, T, H, C]`."""
         out_1THC: Tensor = self.out_GTEC.transpose(0, 1).flatten(1, 2)[None].to(dtype)
         return out_1THC
 
-    def _attend(self, chunk: Chunk, prefix: tuple[Tensor, Tensor] | None) -> None:
+    def _scores(self, chunk: Chunk, prefix: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor]) -> Tensor:
+        """`[G, N, W]`: over the prefix and over the tiles' own pages; -inf where a row sees no key."""
         num_tiles, num_rows = len(chunk.tiles), chunk.num_rows
         if isinstance(chunk.rows, slice):
             q_GREC = self.queries_GTEC[:, chunk.rows]
         else:
             q_GREC = self.queries_GTEC.index_select(1, chunk.rows)
         q_GNC = q_GREC.flatten(1, 2)
-        keys, values = self._own(chunk)  # [G B, O, C]
-        # 1) scores over the prefix and over the tiles' own pages, and what a row does not see taken out
-        own_GNO = _product(_grouped(q_GNC, num_tiles), keys.transpose(1, 2))
+        own_GNO = _product(_grouped(q_GNC, num_tiles), own[0].transpose(1, 2))
         parts = [own_GNO.view(self.num_groups, -1, chunk.own_columns)]
         if prefix is not None:
             parts.insert(0, _product(q_GNC, prefix[0].transpose(1, 2)))
@@ -375,21 +444,27 @@ class _Layer:
         for part, out in zip(reversed(parts), reversed(hidden), strict=False):
             if out is not None:
                 part.view(self.num_groups, num_tiles, num_rows, self.share, -1).masked_fill_(out, -math.inf)
-        if self.sinks_GE is not None:
-            parts.insert(0, self._sink_page(q_GNC.shape[1]))
-        # 2) the softmax over whole pages
-        scores_GNW = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        pattern_GNW = torch.softmax(scores_GNW, 2)
-        if self.sinks_GE is not None:
-            pattern_GNW = pattern_GNW[:, :, PAGE:]
-        # 3) values, page by page
-        own = _grouped(pattern_GNW[:, :, chunk.prefix_columns :], num_tiles)
-        out_GNC = q_GNC.new_zeros(self.num_groups, q_GNC.shape[1], values.shape[2])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _pattern(self, scores_GNW: Tensor) -> Tensor:
+        """The softmax over whole pages."""
+        if self.sinks_GE is None:
+            return torch.softmax(scores_GNW, 2)
+        return torch.softmax(torch.cat([self._sink_page(scores_GNW.shape[1]), scores_GNW], 2), 2)[:, :, PAGE:]
+
+    def _give(
+        self, chunk: Chunk, prefix: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor], pattern_GNW: Tensor
+    ) -> None:
+        """Adds the values up, page by page, and puts down what comes of it."""
+        num_tiles, values = len(chunk.tiles), own[1]
+        own_pattern = _grouped(pattern_GNW[:, :, chunk.prefix_columns :], num_tiles)
+        out_GNC = pattern_GNW.new_zeros(self.num_groups, pattern_GNW.shape[1], values.shape[2])
         if prefix is not None:
             out_GNC = _add_pages(out_GNC, pattern_GNW[:, :, : chunk.prefix_columns], prefix[1])
-        out = _add_pages(_grouped(out_GNC, num_tiles), own, values).reshape(self.num_groups, -1, values.shape[2])
+        out = _add_pages(_grouped(out_GNC, num_tiles), own_pattern, values)
+        out = out.reshape(self.num_groups, -1, values.shape[2])
         if self.odd_GRC is not None:
-            out = self._with_odd(chunk, out, pattern_GNW, hidden)
+            out = self._with_odd(chunk, out, pattern_GNW, chunk.hidden(self.window))
         out_GREC = out.unflatten(1, (-1, self.share))
         if isinstance(chunk.rows, slice):
             self.out_GTEC[:, chunk.rows] = out_GREC

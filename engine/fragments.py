@@ -7,7 +7,7 @@ parameters, calls of modules that communicate) still happens, so that every shar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from engine.links import Links
 from engine.ops import resolve, run_op
+from engine.pair_views import check_pairs, pairs_of, read_pairs
+from engine.points import Pairs
 from engine.results import ResultSink
 from engine.sites import port_leaves
 from engine.slices import gather_whole, take_part
@@ -37,7 +39,7 @@ class RowWrite:
     """Rows that one write gives to a tensor."""
 
     rows: RowView
-    value: Tensor  # of the view's shape and the tensor's dtype
+    value: Tensor  # of the view's shape and the tensor's dtype; of pairs: as `Pairs.write` takes it
     in_place: bool  # False: only what the port hands on, and after that all writes of its invoke
     turn: int  # how many writes of its invoke to the same tensor came before, at the same visit
 
@@ -51,6 +53,7 @@ class PortValue:
         self.original = value
         self.outputs = outputs  # that trunks have of this layer, `[R, D]`
         self.tensors = port_leaves(value)[1]  # as the model made them
+        self.pairs = value if isinstance(value, Pairs) else None
         self._writes: dict[Selector, list[RowWrite]] = {}
 
     def write(self, selector: Selector, write: RowWrite) -> None:
@@ -64,6 +67,9 @@ class PortValue:
     def result(self) -> Any:
         """Applies the writes; what the hook returns: the original object when nothing was assigned."""
         value = self.original
+        if self.pairs is not None:
+            for write in sorted(self._writes.pop((), ()), key=lambda write: write.turn):
+                self.pairs.write(write.rows.numbers, write.value)
         for selector, writes in self._writes.items():
             tensor = self.tensors[selector]
             written = apply_writes(tensor, writes)
@@ -211,51 +217,77 @@ class RequestState:
             rows = self.rows[node.invoke].behind(level, self.program.narrowed.get(node_id))
         else:
             rows = self._rows(node_id, node, info, level)
-        value = rows.read(port.tensors[node.site.selector], port.outputs)
-        if leaf.sharded_dim is not None:
-            value = gather_whole(self.context.links, value, 2 + leaf.sharded_dim, leaf.sharded_blocks)
+        if port.pairs is not None:
+            value = read_pairs(port.pairs, rows, self.rows[node.invoke].view)
+        else:
+            value = rows.read(port.tensors[node.site.selector], port.outputs)
+        if leaf.sharded_view_dim is not None:
+            value = gather_whole(self.context.links, value, leaf.sharded_view_dim, leaf.sharded_blocks)
         elif rows.is_run and (leaf.mutated or self._in_place_until.get(node.invoke, -1) >= order):
             value = value.clone()  # a snapshot: something may still write to this memory
         written = self._written.get((node.site.selector, node.invoke), ())
         if not written:
             return value
-        return self._with_own_writes(node_id, value, written, self.program.invokes[node.invoke], rows)
+        return self._with_own_writes(node_id, value, written, self.program.invokes[node.invoke], rows, leaf.column_dim)
 
     def _with_own_writes(
-        self, node_id: NodeId, value: Tensor, written: list[tuple[NodeId, Tensor]], invoke: Invoke, rows: RowView
+        self,
+        node_id: NodeId,
+        value: Tensor,
+        written: list[tuple[NodeId, Tensor]],
+        invoke: Invoke,
+        rows: RowView,
+        column_dim: int,
     ) -> Tensor:
         """What a read of this visit sees behind its own invoke's writes of the same visit."""
         value = value.clone()
         columns = columns_of(self.program.narrowed, node_id, invoke)
+        seen = value.movedim(column_dim, 1)  # views: what is put there is in the value
         for write, given in written:
             theirs = {column: place for place, column in enumerate(columns_of(self.program.narrowed, write, invoke))}
             common = [(place, theirs[column]) for place, column in enumerate(columns) if column in theirs]
             if common:
                 here, there = (list(places) for places in zip(*common, strict=True))
-                value[:, here] = given[:, there]
-        if rows.is_whole:
-            return value
-        real = torch.zeros(rows.shape, dtype=torch.bool, device=value.device)
-        real.view(-1)[rows.cells] = True
-        return value.masked_fill(~real.view(*rows.shape, *[1] * (value.ndim - 2)), 0)
+                seen[:, here] = given.movedim(column_dim, 1)[:, there]
+        if not rows.is_whole:
+            real = torch.zeros(rows.shape, dtype=torch.bool, device=value.device)
+            real.view(-1)[rows.cells] = True
+            seen.masked_fill_(~real.view(*rows.shape, *[1] * (value.ndim - 2)), 0)
+        return value
 
     def _write(self, node_id: NodeId, node: Write, port: PortValue) -> None:
         info, leaf = self.context.sites[node.site]
         rows = self._rows(node_id, node, info, self.context.levels.acts_from(info.order))
         selector = node.site.selector
         value: Tensor = self.values[node.value.node]
-        planned = (*rows.shape, *leaf.tail)
+        num_sequences, num_columns = rows.shape
+        invoke = self.program.invokes[node.invoke]
+        planned = leaf.view_shape(num_sequences, invoke.longest, num_columns)
         if tuple(value.shape) != planned:
             raise ValueError(f"the value has shape {list(value.shape)}, the site {list(planned)}")
-        value = value.to(port.tensors[selector].dtype)
+        if port.pairs is None:
+            value = value.to(port.tensors[selector].dtype)
+        else:
+            value = value.float()
+            check_pairs(value, columns_of(self.program.narrowed, node_id, invoke), port.pairs)
         written = self._written.setdefault((selector, node.invoke), [])
         is_assigned = any(not self._is_in_place(other) for other, _ in written)
         turn = len(written)
         written.append((node_id, value))
-        if leaf.sharded_dim is not None:
-            value = take_part(self.context.links, value, 2 + leaf.sharded_dim, leaf.sharded_blocks)
+        if leaf.sharded_view_dim is not None:
+            value = take_part(self.context.links, value, leaf.sharded_view_dim, leaf.sharded_blocks)
+        if port.pairs is not None:
+            value = pairs_of(value, rows, self.rows[node.invoke].view, port.pairs)
         in_place = node.in_place and not is_assigned
         port.write(selector, RowWrite(rows=rows, value=value, in_place=in_place, turn=turn))
+
+    def rows_at(self, fragment: Fragment) -> Iterator[int]:
+        """Rows of the stream that a fragment reads or writes at a visit inside of a layer."""
+        for node_id in fragment.nodes:
+            node = self.program.graph.nodes[node_id]
+            if isinstance(node, (Read, Write)):
+                info = self.context.sites[node.site][0]
+                yield from self._rows(node_id, node, info, self.context.levels.of(info.order)).numbers
 
     def _is_in_place(self, write: NodeId) -> bool:
         node = self.program.graph.nodes[write]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from engine.attention import AttentionPass
 from engine.links import Links
+from engine.points import Pairs
 from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors, port_leaves, row_multiple
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
@@ -60,7 +61,15 @@ def run_gate(
             f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
         )
     multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
-    trial = _Trial(probe=probe, runner=runner, links=links, store=store, device=device, multiple=multiple)
+    trial = _Trial(
+        probe=probe,
+        runner=runner,
+        links=links,
+        store=store,
+        device=device,
+        multiple=multiple,
+        levels=Levels(probe.sites, probe.layout.layers),
+    )
     generator = torch.Generator().manual_seed(0)
     a, other, b = (
         torch.randint(0, probe.vocab_size, (length,), generator=generator).tolist()
@@ -84,7 +93,7 @@ def run_gate(
                 module=module,
                 port=port,
                 selector=selector,
-                local_tail=tuple(rows_b.shape[1:]),
+                local_tail=tuple(rows_b.shape[1:2] if port.is_of_pairs else rows_b.shape[1:]),
                 mutated=(module, port, selector) in together[1],
                 refusal=refusal,
             )
@@ -164,6 +173,7 @@ class _Trial:
     store: SpanStore
     device: torch.device
     multiple: int  # of rows
+    levels: Levels
     rounded: set[_Place] = field(default_factory=set)  # where the number of rows moves a row as rounding does
 
     def is_same(self, place: _Place, rows: Tensor, other: Tensor) -> bool:
@@ -200,7 +210,7 @@ class _Trial:
             starts = tuple(length if at < level else position for at in range(num_layers + 1))
             own = replace(segments[0], parent=parent, starts=starts, head=tuple(range(starts[-1], length)))
             segments.append(replace(own, tokens=tuple(sequence[starts[0] :])))
-        levels = Levels(self.probe.sites, self.probe.layout.layers)
+        levels = self.levels
         differing: set[_Place] = set()
 
         def comparing(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
@@ -213,6 +223,11 @@ class _Trial:
             ]
 
             def visitor(value: Any) -> Any:
+                if isinstance(value, Pairs) and pairs:
+                    own_rows, base_rows = zip(*pairs, strict=True)
+                    own, base = value.read(own_rows, length), value.read(base_rows, length)
+                    if not self.is_same((site.module, site.port, ()), own, base):
+                        differing.add((site.module, site.port, ()))
                 for selector, tensor in port_leaves(value)[1].items():
                     if tensor.ndim >= 2 and tensor.shape[1] == rows.num_padded and pairs:
                         here, there = (list(own) for own in zip(*pairs, strict=True))
@@ -246,7 +261,13 @@ class _Trial:
             trunks=Trunks(streams, self.store),
         )
         visits = [
-            Visit(order=site.order, module=site.module, port=site.port, visitor=visitor(site, streams))
+            Visit(
+                order=site.order,
+                module=site.module,
+                port=site.port,
+                visitor=visitor(site, streams),
+                rows=range(streams.at(self.levels.of(site.order)).num_rows) if site.port.is_of_pairs else (),
+            )
             for site in self.probe.sites
             if site.visit == 0 and _stage_of(site, self.probe, links) == links.stage
         ]
@@ -282,6 +303,8 @@ def _watching(
     readable = {leaf.selector for leaf in site.leaves if leaf.read_refusal is None}
 
     def visitor(value: Any) -> Any:
+        if isinstance(value, Pairs) and readable:
+            seen[site.module, site.port, ()] = value.read(range(last.start, last.stop), last.stop - last.start)
         for selector, tensor in port_leaves(value)[1].items():
             if selector in readable and tensor.ndim >= 2 and tensor.shape[1] == num_rows:
                 key = (site.module, site.port, selector)

@@ -87,13 +87,13 @@ class TokenDimensions:
         if members is not None:
             self._found[position] = members
 
-    def read(self, position: NodeId, invoke: int, view: Meta) -> None:
-        """A site's view of an invoke."""
-        self._view(position, invoke, view, Kind.RAW)
+    def read(self, position: NodeId, invoke: int, view: Meta, dims: tuple[int, ...] = (1,)) -> None:
+        """A site's view of an invoke; `dims` run over tokens."""
+        self._view(position, invoke, view, Kind.RAW, dims)
 
     def mask(self, position: NodeId, invoke: int, view: Meta) -> None:
         """A mask of an invoke."""
-        self._view(position, invoke, view, Kind.MASK)
+        self._view(position, invoke, view, Kind.MASK, (1,))
 
     def op(self, position: NodeId, op: Op, args: tuple[Any, ...], values: list[Any], value: Value) -> None:
         """Notes the op's token dimensions. Raises GraphError when it would count pad rows."""
@@ -117,12 +117,12 @@ class TokenDimensions:
                 self._note(position, (_tokens_of(tokens.kind, dims, value),))
                 return
 
-    def _view(self, position: NodeId, invoke: int, view: Meta, kind: Kind) -> None:
+    def _view(self, position: NodeId, invoke: int, view: Meta, kind: Kind, dims: tuple[int, ...]) -> None:
         prompts = self._invokes[invoke]
         if prompts.is_ragged:
             shortest = min(len(sequence) for sequence in prompts.sequences)
             columns = Columns(known=range(prompts.longest), first_full=prompts.longest - shortest)
-            self._note(position, (_tokens_of(kind, {1: columns}, view),))
+            self._note(position, (_tokens_of(kind, dict.fromkeys(dims, columns), view),))
 
     def _note(self, position: NodeId, members: Members) -> None:
         if any(member is not None for member in members):

@@ -173,7 +173,7 @@ class _Walk:
         if isinstance(node, Read):
             entry = self.sites[position]
             assert entry is not None
-            return ("read", entry[1].tail, entry[1].dtype, *self._view_of(node.invoke))
+            return ("read", entry[1].of_pairs, entry[1].tail, entry[1].dtype, *self._view_of(node.invoke))
         if isinstance(node, Mask):
             return ("mask", *self._view_of(node.invoke))
         if isinstance(node, Constant):
@@ -236,8 +236,8 @@ class _Walk:
             entry = self.sites[position]
             assert entry is not None
             num_prompts, longest, _ = self._view_of(node.invoke)
-            shape = contiguous((num_prompts, longest, *entry[1].tail), TORCH_DTYPES[entry[1].dtype])
-            self.tokens.read(position, node.invoke, shape)
+            shape = contiguous(entry[1].view_shape(num_prompts, longest), TORCH_DTYPES[entry[1].dtype])
+            self.tokens.read(position, node.invoke, shape, (2, 3) if entry[1].of_pairs else (1,))
             return shape
         if isinstance(node, Mask):
             shape = contiguous(self._view_of(node.invoke)[:2], torch.bool)
@@ -259,9 +259,10 @@ class _Walk:
             told = f"the value written to {node.site} is several values: take one of them"
             raise GraphError(told, where=node.where)
         num_prompts, longest, _ = self._view_of(node.invoke)
-        if value.shape != (num_prompts, longest, *entry[1].tail):
+        planned = entry[1].view_shape(num_prompts, longest)
+        if value.shape != planned:
             raise GraphError(
-                f"{node.site} has shape {[num_prompts, longest, *entry[1].tail]} and the value written to it "
+                f"{node.site} has shape {list(planned)} and the value written to it "
                 f"{list(value.shape)}; a write needs the exact shape",
                 where=node.where,
             )

@@ -285,7 +285,15 @@ class Shard:
         if is_last and plan.until != PROLOGUE:
             at.setdefault(plan.until, [])  # nobody reads or writes there when the pass goes on for what it keeps
         visits = [
-            Visit(order=order, module=module, port=port, visitor=self._visitor(fragments, rows, order))
+            Visit(
+                order=order,
+                module=module,
+                port=port,
+                visitor=self._visitor(fragments, rows, order),
+                rows={row for state, fragment in fragments for row in state.rows_at(fragment)}
+                if port.is_of_pairs
+                else (),
+            )
             for order, fragments in at.items()
             for module, port in (self._ports[order],)
         ]

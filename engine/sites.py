@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.attention import use_packed_attention
+from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
 from engine.lanes import MAX_THREADS, rows_multiple
 from engine.windows import Layout, find_layout
@@ -180,6 +180,8 @@ def _widths(first: _Recorder, second: _Recorder) -> Iterator[int]:
     """
     (rows_a, _), (rows_b, _) = _PROBES
     for a, b in zip(first.events, second.events, strict=True):
+        if a.port.is_inner:
+            continue
         for place, (selector, tensor) in enumerate(a.leaves.items()):
             other = b.leaves[selector]
             width, rest = divmod(tensor.numel(), rows_a)
@@ -287,8 +289,9 @@ class _Recorder:
         handles = [handle for path, module in self.model.named_modules() for handle in self._hook(path, module)]
         ids = torch.zeros(1, rows, dtype=torch.long, device="meta")
         keep = {"logits_to_keep": torch.zeros(kept, dtype=torch.long, device="meta")} if has_kept_rows else {}
+        paths = {id(module): path for path, module in self.model.named_modules()}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), watching(lambda module, port, value: self._record(paths[id(module)], port, value)):
                 self.model(input_ids=ids, position_ids=ids, use_cache=False, **keep)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             name, reason = type(self.model).__name__, str(error).split("\n")[0]
@@ -376,6 +379,7 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
             Leaf(
                 selector=selector,
                 tail=shape_a[2:] if is_packed else (),
+                of_pairs=a.port.is_of_pairs,
                 dtype=_name(tensor.dtype),
                 read_refusal=refusal,
                 write_refusal=write_refusal,

@@ -9,7 +9,7 @@ every layer what else depends on tokens and positions (rotary tables, per-layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from engine.attention import AttentionPass, attending
+from engine.points import Point
 from engine.sites import first_argument
 from engine.streams import Streams
 from engine.trunks import Trunks
@@ -40,6 +41,7 @@ class Visit:
     module: str
     port: Port
     visitor: Visitor
+    rows: Collection[int] = ()  # of the stream, at a point of pairs: those that are read or written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,10 @@ class StageRunner:
         for visit in sorted(visits, key=lambda visit: visit.order):
             module = self.model.get_submodule(visit.module)
             is_last = visit.order == stop_after
-            if visit.port is Port.INPUT:
+            if visit.port.is_inner:
+                point = Point(visit=_visiting_point(visit, is_last), rows=visit.rows)
+                rows.attention.points.setdefault(id(module), {})[visit.port] = point
+            elif visit.port is Port.INPUT:
                 yield module.register_forward_pre_hook(self._visiting_input(visit, is_last), with_kwargs=True)
             else:
                 yield module.register_forward_hook(self._visiting_output(visit, is_last))
@@ -210,6 +215,16 @@ def _taken(value: Any, rows: Tensor, num_rows: int) -> Any:
         members = [_taken(member, rows, num_rows) for member in value]
         return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
     return value
+
+
+def _visiting_point(visit: Visit, is_last: bool) -> Visitor:
+    def point(value: Any) -> Any:
+        after = visit.visitor(value)
+        if is_last:
+            raise _Done
+        return after
+
+    return point
 
 
 def _putting_in(hidden_1TD: Tensor) -> Callable[..., Any]:

@@ -41,8 +41,8 @@ class RowView:
                     cells.append(place)
                 place += 1
         self.num_rows = len(rows)
-        self._rows = rows
-        self._cells = cells
+        self.numbers: Sequence[int] = rows  # of the stream, of the cells that have one
+        self.places: Sequence[int] = cells  # flat places of those in `[sequences, columns]`
         self.is_whole = len(cells) == place  # every cell has a row
         self._num_stream = num_stream
         self.has_outputs = num_stream is not None and max(rows, default=0) >= num_stream
@@ -52,12 +52,12 @@ class RowView:
     @cached_property
     def rows(self) -> Tensor:
         """Rows of the stream, `[real]`."""
-        return torch.tensor(self._rows, dtype=torch.long, device=self.device)
+        return torch.tensor(self.numbers, dtype=torch.long, device=self.device)
 
     @cached_property
     def cells(self) -> Tensor:
         """Their flat places in `[sequences, columns]`, `[real]`."""
-        return torch.tensor(self._cells, dtype=torch.long, device=self.device)
+        return torch.tensor(self.places, dtype=torch.long, device=self.device)
 
     def read(self, packed: Tensor, outputs: Tensor | None = None) -> Tensor:
         """`[sequences, columns, *tail]`: aliases `packed` when its rows lie one after another, else a copy.
@@ -65,7 +65,7 @@ class RowView:
         `outputs` are those of trunks, `[R, *tail]`.
         """
         if self.is_run:
-            return packed[0, self._rows[0] : self._rows[-1] + 1].view(*self.shape, *packed.shape[2:])
+            return packed[0, self.numbers[0] : self.numbers[-1] + 1].view(*self.shape, *packed.shape[2:])
         taken = self._with_outputs(packed, outputs) if self.has_outputs else packed[0].index_select(0, self.rows)
         if self.is_whole:
             return taken.view(*self.shape, *packed.shape[2:])

@@ -30,13 +30,33 @@ class Leaf:
     """One tensor behind a port: the port's value itself, or a member of a tuple, dict or ModelOutput."""
 
     selector: tuple[int | str, ...]
-    tail: tuple[int, ...]  # dimensions after [sequences, tokens], unsharded
+    tail: tuple[int, ...]  # dimensions after [sequences, tokens], unsharded; of pairs: (heads,)
     dtype: str
     sharded_dim: int | None = None  # index into `tail` that tensor-parallel ranks split evenly; None: all have all
     sharded_blocks: int = 1  # that dimension is this many equal blocks, each split over the ranks (GPT-2's fused q|k|v)
     mutated: bool = False  # the model changes this tensor in place later: reads must copy
     read_refusal: str | None = None  # why the site cannot be read, None when it can
     write_refusal: str | None = None  # why the site cannot be written, None when it can
+    of_pairs: bool = False  # it has a value for each query and key: [sequences, heads, tokens, tokens]
+
+    @property
+    def column_dim(self) -> int:
+        """The dimension of a view that its columns are: tokens, or queries."""
+        return 2 if self.of_pairs else 1
+
+    @property
+    def sharded_view_dim(self) -> int | None:
+        """The dimension of a view that ranks split."""
+        if self.sharded_dim is None:
+            return None
+        return 1 if self.of_pairs else 2 + self.sharded_dim
+
+    def view_shape(self, num_sequences: int, longest: int, num_columns: int | None = None) -> tuple[int, ...]:
+        """The view of so many sequences; of some columns only when their number is given."""
+        columns = longest if num_columns is None else num_columns
+        if self.of_pairs:
+            return (num_sequences, *self.tail, columns, longest)
+        return (num_sequences, columns, *self.tail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

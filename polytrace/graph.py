@@ -23,10 +23,27 @@ NodeId = NewType("NodeId", int)
 
 
 class Port(Enum):
-    """Which side of a module a site is on."""
+    """Which side of a module a site is on, or which point inside of an attention module."""
 
     INPUT = "input"  # the first positional argument, else the first keyword argument, of the module's call
     OUTPUT = "output"  # what the module's call returned
+    # Where rows attend: [sequences, tokens, heads, features] but for scores and pattern.
+    Q_ROT = "q_rot"  # queries as they are held against keys: rotated, not scaled
+    K_ROT = "k_rot"  # keys, of the key/value heads
+    V = "v"  # values, of the key/value heads
+    SCORES = "scores"  # [sequences, heads, queries, keys], scaled and soft-capped; -inf where a query sees no key
+    PATTERN = "pattern"  # [sequences, heads, queries, keys], what the softmax makes of them; without an attention sink
+    Z = "z"  # what each head gives to the output projection
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether it is a point inside of an attention module."""
+        return self not in (Port.INPUT, Port.OUTPUT)
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether it has a value for each query and key."""
+        return self in (Port.SCORES, Port.PATTERN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

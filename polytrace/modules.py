@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from polytrace.description import ModuleInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
+from polytrace.graph import Port
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.ports import OpenPort
@@ -56,14 +57,16 @@ class Module:
         if name in table.own_parameters.get(path, ()):
             tracer = self._model._tracer("the parameter ", path, name)
             return tracer.wrap(tracer.recording.parameter(join(path, name)))
-        known = [*table.children.get(path, ()), *table.own_parameters.get(path, ()), "output", "input"]
+        if name in self._ports:
+            return self._port(name).read()
+        known = [*table.children.get(path, ()), *table.own_parameters.get(path, ()), *self._inner, "output", "input"]
         close = nearest(name, known) or f"; it has {', '.join(known)}"
         raise NoSuchNameError(
             f"{path or 'the model'} ({self._info.class_name}) has no {name!r}{close}", where=user_line()
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("output", "input"):
+        if name in ("output", "input") or name in self._ports:
             self._port(name).write(value)
             return
         raise GraphError(
@@ -117,7 +120,7 @@ class Module:
 
     def __dir__(self) -> list[str]:
         table = self._table
-        own = [*table.children.get(self._path, ()), *table.own_parameters.get(self._path, ())]
+        own = [*table.children.get(self._path, ()), *table.own_parameters.get(self._path, ()), *self._inner]
         return sorted({*own, *(name for name in dir(type(self)) if not name.startswith("_"))})
 
     def __repr__(self) -> str:
@@ -139,9 +142,14 @@ class Module:
 
     @cached_property
     def _ports(self) -> dict[str, PortTable]:
-        """Its sides that the model's forward visits."""
+        """Its sides that the model's forward visits, and the points inside of an attention module."""
         known = self._table.ports
-        return {port: known[self._path, port] for port in ("input", "output") if (self._path, port) in known}
+        return {port.value: known[self._path, port.value] for port in Port if (self._path, port.value) in known}
+
+    @property
+    def _inner(self) -> list[str]:
+        """Names of the points inside of it."""
+        return [name for name in self._ports if name not in ("input", "output")]
 
     @cached_property
     def _is_indexed(self) -> bool:

@@ -138,7 +138,7 @@ class Tracer:
         if isinstance(node, Read):
             leaf = self.model._index.leaves[node.site]
             invoke = self._invokes[node.invoke]
-            return ValueShape(shape=(len(invoke.sequences), invoke.longest, *leaf.tail), dtype=leaf.dtype)
+            return ValueShape(shape=leaf.view_shape(len(invoke.sequences), invoke.longest), dtype=leaf.dtype)
         if isinstance(node, Constant):
             raw = self.recording.constants.tensors[node.name]
             return ValueShape(shape=raw.shape, dtype=raw.dtype)

@@ -37,7 +37,7 @@ class Table:
     children: dict[str, tuple[str, ...]]  # path -> names, in the model's order
     own_parameters: dict[str, tuple[str, ...]]  # path of a module -> names of its own
     parameters: dict[str, ParameterInfo]
-    ports: dict[tuple[str, str], PortTable]  # by path and "input" or "output"; first visits
+    ports: dict[tuple[str, str], PortTable]  # by path and the port's name; first visits
     leaves: dict[Site, Leaf]  # of these ports
 
     def module(self, path: str) -> ModuleInfo:

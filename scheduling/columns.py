@@ -106,6 +106,7 @@ class _Finder:
 
     def __init__(self, request: Request, resolved: Resolved, live: list[bool], facts: Facts) -> None:
         self.nodes, self.invokes, self.live, self.facts = request.graph.nodes, request.invokes, live, facts
+        self._sites = resolved.sites
         self._constants = request.constants
         self._places: dict[str, list[int] | None] = {}  # constants that name places, by name
         self.users: list[list[int]] = [[] for _ in live]
@@ -123,7 +124,8 @@ class _Finder:
         event = self.nodes[read]
         assert isinstance(event, Read)
         longest = self.invokes[event.invoke].longest
-        chain = _Chain(read, [], {read: 1}, [])
+        column_dim = self._column_dim(read)
+        chain = _Chain(read, [], {read: column_dim}, [])
         roots = {read}  # the read's content and what in-place code made of it
         pending = [read]
         while pending:
@@ -144,10 +146,10 @@ class _Finder:
                     edits += 1
                     if edits > 1 or not _is_base(node, base) or self.facts[user] is None:
                         return None
-                    step, index, found = self._edited(node, base)
+                    step, index, found = self._edited(node, base, column_dim)
                     if not self._name(chain, user, step, index, found, longest):
                         return None
-                    chain.column_dims[user] = 1
+                    chain.column_dims[user] = column_dim
                     roots.add(user)
                     pending.append(user)
                 elif base in roots and isinstance(node, Write) and self._goes_back(node, event):
@@ -187,7 +189,7 @@ class _Finder:
                 return Change(node, tuple(reversed(parts))) if is_fresh else None
             if not isinstance(made, Op) or made.name not in ("setitem", "set_view"):
                 return None
-            part = self._cells(made, event)
+            part = self._cells(made, event, self._column_dim(write))
             if part is None:
                 return None
             parts.append(part)
@@ -195,10 +197,16 @@ class _Finder:
             if node < 0:
                 return None
 
-    def _cells(self, node: Op, write: Write) -> Part | None:
+    def _column_dim(self, node: int) -> int:
+        """Of a read's or a write's view."""
+        entry = self._sites[node]
+        assert entry is not None
+        return entry[1].column_dim
+
+    def _cells(self, node: Op, write: Write, column_dim: int) -> Part | None:
         """The cells that one in-place op changes, None when that is not known ahead."""
         invoke = self.invokes[write.invoke]
-        _, index, found = self._edited(node, _base(node))
+        _, index, found = self._edited(node, _base(node), column_dim)
         if not isinstance(found, _Named):
             return None
         columns = _named_columns(index[found.place], invoke.longest)
@@ -209,20 +217,22 @@ class _Finder:
         rows = _named_columns(first, len(invoke.sequences)) if is_sequences else None
         return Part(None if rows is None else tuple(rows), tuple(columns))
 
-    def _edited(self, node: Op, base: int) -> tuple[int | None, tuple[Operand, ...], _Passed | _Named | None]:
+    def _edited(
+        self, node: Op, base: int, column_dim: int
+    ) -> tuple[int | None, tuple[Operand, ...], _Passed | _Named | None]:
         """Which index of an in-place op names the columns: (step of a set_view, the index, what it does)."""
         if node.name == "setitem":
             part = node.args[2] if len(node.args) == 3 else None
             is_plain = len(node.args) == 3 and not node.kwargs and not _mentions(part, base)
             index = self._index_of(node.args[1]) if is_plain else ()
-            return None, index, _find_column(index, base, 1, self.facts) if is_plain else None
+            return None, index, _find_column(index, base, column_dim, self.facts) if is_plain else None
         steps = node.args[1] if len(node.args) == 3 and not node.kwargs else None
         if not isinstance(steps, tuple) or not steps or _mentions(node.args[2], base):
             return None, (), None
         match steps[0]:
             case ("getitem", (index_operand,), ()):
                 index = self._index_of(index_operand)
-                return 0, index, _find_column(index, base, 1, self.facts)
+                return 0, index, _find_column(index, base, column_dim, self.facts)
         return None, (), None
 
     def _name(

@@ -1,0 +1,70 @@
+"""How a request sees scores and patterns: `[sequences, heads, columns, longest]`, queries and keys left-padded alike.
+
+Owns the way between a layer's `Pairs`, whose keys are counted from each sequence's first token, and an invoke's view,
+whose columns are counted from its longest sequence's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.points import Pairs
+from engine.views import RowView
+from scheduling.plan import View
+
+# R = cells of a view that have rows, H = heads here, K = columns of keys
+
+
+def read_pairs(pairs: Pairs, rows: RowView, view: View) -> Tensor:
+    """`[sequences, H, columns, K]`; rows of pads read 0, keys of pads as those that a query does not see."""
+    num_sequences, num_columns = rows.shape
+    read_RHK = _shifted(pairs.read(rows.numbers, max(view.lengths)), _pads(rows, view), pairs.masked)
+    if rows.is_whole:
+        cells = read_RHK
+    else:
+        cells = read_RHK.new_zeros(num_sequences * num_columns, *read_RHK.shape[1:])
+        cells.index_copy_(0, rows.cells, read_RHK)
+    view_shaped: Tensor = cells.unflatten(0, (num_sequences, num_columns)).transpose(1, 2).contiguous()
+    return view_shaped
+
+
+def pairs_of(value: Tensor, rows: RowView, view: View, pairs: Pairs) -> Tensor:
+    """A view's value as `Pairs.write` takes it: `[R, H, K]`, keys by their position."""
+    pads = _pads(rows, view)
+    return _shifted(rows.part(value.transpose(1, 2)), None if pads is None else -pads, pairs.masked)
+
+
+def check_pairs(value: Tensor, columns: Sequence[int], pairs: Pairs) -> None:
+    """ValueError when a query of a view's columns gets something for a key behind it: rows only see earlier ones."""
+    queries = torch.tensor(columns, device=value.device)
+    is_later = torch.arange(value.shape[3], device=value.device) > queries[:, None]
+    wrong = (value != pairs.masked) & is_later
+    if bool(wrong.any()):  # waits for the device, for those alone who write here
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"the value gives the query at column {columns[place[2]]} {float(value[place]):g} for the key at column "
+            f"{place[3]}, which comes later: that must stay {pairs.masked:g}"
+        )
+
+
+def _pads(rows: RowView, view: View) -> Tensor | None:
+    """`[R]`: columns before each row's sequence begins; None when there are none."""
+    longest = max(view.lengths)
+    if min(view.lengths) == longest:
+        return None
+    pads = [longest - view.lengths[place // rows.shape[1]] for place in rows.places]
+    return torch.tensor(pads, dtype=torch.long, device=rows.device)
+
+
+def _shifted(values_RHK: Tensor, by_R: Tensor | None, fill: float) -> Tensor:
+    """Each row's keys moved by so many places to later columns."""
+    if by_R is None:
+        return values_RHK
+    num_keys = values_RHK.shape[2]
+    source_RK = torch.arange(num_keys, device=values_RHK.device) - by_R[:, None]
+    is_there = (source_RK >= 0) & (source_RK < num_keys)
+    index_RHK = source_RK.clamp(0, num_keys - 1)[:, None].expand_as(values_RHK)
+    return values_RHK.gather(2, index_RHK).masked_fill(~is_there[:, None], fill)
