@@ -82,6 +82,11 @@ class Family:
     out_projection: str  # in a layer: its input holds the heads side by side
     num_heads: int = 4
 
+    @property
+    def attention(self) -> str:
+        """In a layer: the module that attends."""
+        return self.out_projection.rpartition(".")[0]
+
     def place(self, layer: int, part: Part) -> Place:
         path, port, selector, width = part
         return Place(f"{self.layers}.{layer}" + (f".{path}" if path else ""), port, selector, width)

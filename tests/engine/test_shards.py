@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from by_hand import run_by_hand
 from families import FAMILIES, model_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from points import Look, furthest, look_by_hand, looks, record_look
 from processes import BROKEN_SEED, FaultyShard, ProcessBackend, ProcessShards
 from programs import Program, Served, crowds, difference, few_rows, find, record, rows_run, serve, values_in_order
 
@@ -58,6 +59,16 @@ class Deployed:
     def serve(self, users: list[Program], sharing: str = "tenant") -> list[Served]:
         return serve(self.model, self.backend, users, self.dtype, sharing=sharing)
 
+    def look(self, own: Sequence[Look], sharing: str) -> Iterator[list[torch.Tensor]]:
+        """What all looks save, merged."""
+        family = FAMILIES[self.family]
+        tracers = [record_look(self.model, family, look, run=False, sharing=sharing)[0] for look in own]
+        outcomes = self.backend.run_together([self.backend.compile(tracer.built_request()) for tracer in tracers])
+        for tracer, outcome in zip(tracers, outcomes, strict=True):
+            if outcome.error is not None:
+                raise outcome.error
+            yield values_in_order(tracer, outcome.values)
+
 
 @pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: "-".join(map(str, grid)))
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
@@ -84,6 +95,19 @@ def test_32_programs_that_share_rows_get_their_own_bits_and_hugging_faces_number
         one = LocalBackend(deployed.folder, threads=1, policy=EVERYONE)
         for ours, theirs in zip(shared, serve(Model(one), one, users, deployed.dtype), strict=True):
             assert ours.has_bits_of(theirs)
+
+
+def test_points_inside_of_attention_are_those_of_the_whole_model(deployed: Deployed) -> None:
+    family = FAMILIES[deployed.family]
+    own = looks(family, [(tuple(range(1, 36)),), ((7, 3, 5, 9, 11, 2, 4), (7, 3, 5, 1))])
+    shared, merged = ([*deployed.look(own, sharing)] for sharing in ("tenant", "off"))
+    for look, ours, theirs in zip(own, shared, merged, strict=True):
+        (alone,) = deployed.look([look], "tenant")
+        assert all(map(torch.equal, ours, alone)) and all(map(torch.equal, theirs, alone)), look
+        if deployed.dtype is torch.float32:
+            expected = look_by_hand(deployed.plain, family, look)
+            assert all(torch.equal(a.isneginf(), b.isneginf()) for a, b in zip(ours, expected, strict=True)), look
+            assert furthest(ours, expected) <= FLOAT32_TOLERANCE, look
 
 
 @TWICE
