@@ -34,6 +34,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from engine.lanes import FLAT_MULTIPLE, least_rows
 from engine.spans import Span, SpanStore
 from engine.streams import Stream
+from engine.tables import KeyTables
 from engine.trunks import Trunks
 from polytrace.errors import ServiceError
 from scheduling.plan import PassId
@@ -170,16 +171,27 @@ class AttentionPass:
         self.store = store
         self.device = device
         self.trunks = trunks  # None: there are none, neither to find nor to keep
+        self.has_kernel = device.type == "cuda"
         self.layer = 0  # that runs now
-        self.chunks: list[Chunk] = []  # of the layer that runs now
-        self._stream: Stream | None = None
+        self._stream = Stream((), 0, 1)
 
     def enter(self, layer: int, stream: Stream) -> None:
         """The layer that runs from now on, and its rows."""
         self.layer = layer
         if stream is not self._stream:
             self._stream = stream
-            self.chunks = list(chunks_of(stream, self.device))
+            for made in ("chunks", "key_tables"):
+                self.__dict__.pop(made, None)
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """The tiles of the layer that runs now, for `_Layer`."""
+        return list(chunks_of(self._stream, self.device))
+
+    @cached_property
+    def key_tables(self) -> KeyTables:
+        """The tiles of the layer that runs now, for the kernel."""
+        return KeyTables(self._stream, self.device)
 
 
 def chunks_of(stream: Stream, device: torch.device) -> Iterator[Chunk]:
@@ -277,7 +289,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The interface of transformers: `[1, H, T, C]` queries and `[1, G, T, C]` keys and values to `[1, T, H, C]`.
 
-    Computed in float32 whatever the dtype. `s_aux` are attention sinks, a logit a head that takes its share of the
+    On a CPU computed in float32 whatever the dtype, on a GPU as `engine.flash` says. `s_aux` are attention sinks, a logit a head that takes its share of the
     softmax and gives nothing. Raises ServiceError on anything a model passes that would change the numbers and is not
     understood here.
     """
@@ -287,6 +299,8 @@ def packed_attention(
     current = _current.get()
     if current is None:
         raise ServiceError("the model was run outside a pass: its attention only knows the rows of a plan")
+    if current.has_kernel:
+        return _by_kernel(current, id(module), query, key, value, scaling, sliding_window, softcap, s_aux), None
     layer = _Layer(current, id(module), query, key, value, scaling, sliding_window, softcap, s_aux)
     for chunk in current.chunks:
         layer.attend(chunk)
@@ -304,8 +318,40 @@ def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, rest: dict
         raise ServiceError(f"{type(module).__name__} is not causal: packed rows attend to earlier tokens only")
 
 
+def _by_kernel(
+    current: AttentionPass,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """One layer's attention in one pass, `[1, T, H, C]`, in one launch."""
+    from engine.flash import flash_attention  # Triton comes with torch for CUDA, and is not there without
+
+    key_GRC, value_GRC = key[0], value[0]
+    if current.trunks is not None:
+        key_GRC, value_GRC = current.trunks.through(current.layer, key_GRC, value_GRC)
+    current.store.put(layer, current.pass_id, key_GRC, value_GRC)
+    out_THC = flash_attention(
+        query[0],
+        key_GRC,
+        value_GRC,
+        current.key_tables,
+        scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
+        window=window,
+        softcap=softcap,
+        sinks_H=sinks_H,
+    )
+    current.store.drop(layer, current.pass_id)
+    return out_THC[None]
+
+
 class _Layer:
-    """One layer's attention in one pass."""
+    """One layer's attention in one pass, in pages."""
 
     def __init__(
         self,
