@@ -289,9 +289,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The interface of transformers: `[1, H, T, C]` queries and `[1, G, T, C]` keys and values to `[1, T, H, C]`.
 
-    On a CPU computed in float32 whatever the dtype, on a GPU as `engine.flash` says. `s_aux` are attention sinks, a logit a head that takes its share of the
-    softmax and gives nothing. Raises ServiceError on anything a model passes that would change the numbers and is not
-    understood here.
+    On a CPU computed in float32 whatever the dtype, on a GPU as `engine.flash` says. `s_aux` are attention sinks, a
+    logit a head that takes its share of the softmax and gives nothing. Raises ServiceError on anything a model passes
+    that would change the numbers and is not understood here.
     """
     _refuse_unknown(module, attention_mask, rest)
     if query.is_meta:  # probing: only shapes matter

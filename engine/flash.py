@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -56,7 +55,9 @@ def block_sizes(dtype: torch.dtype, dims: int) -> BlockSizes:
     """Sizes that fit into 99 KiB of shared memory: what the smallest GPUs of today have. `dims`: a power of two."""
     if dtype == torch.float32:  # products on the ordinary cores: operands lie in registers
         positions = 32 if dims <= 64 else 16
-        return BlockSizes(vectors=32, positions=positions, features=min(dims, 32), warps=8 if dims > 64 else 4, stages=1)
+        return BlockSizes(
+            vectors=32, positions=positions, features=min(dims, 32), warps=8 if dims > 64 else 4, stages=1
+        )
     if dims <= 128:
         return BlockSizes(vectors=64, positions=64, features=dims, warps=4, stages=2)
     if dims <= 256:
@@ -141,25 +142,25 @@ _STRIDES = [f"{tensor}_{dim}" for tensor in ("q", "k", "v", "raw") for dim in ("
 
 @triton.jit(do_not_specialize=[*_STRIDES, "window"])
 def _attend(
-    q: Any,
-    k: Any,
-    v: Any,
-    raw: Any,
-    raw_sum: Any,
-    sinks: Any,
-    out: Any,
-    tiles: Any,
-    q_head: Any,  # strides in heads
-    q_row: Any,
-    k_head: Any,
-    k_row: Any,
-    v_head: Any,
-    v_row: Any,
-    raw_head: Any,
-    raw_row: Any,
-    scale: Any,
-    cap: Any,
-    window: Any,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    raw: tl.tensor,
+    raw_sum: tl.tensor,
+    sinks: tl.tensor,
+    out: tl.tensor,
+    tiles: tl.tensor,
+    q_head: tl.tensor,  # strides in heads
+    q_row: tl.tensor,
+    k_head: tl.tensor,
+    k_row: tl.tensor,
+    v_head: tl.tensor,
+    v_row: tl.tensor,
+    raw_head: tl.tensor,
+    raw_row: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    window: tl.tensor,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -254,21 +255,21 @@ def _attend(
 
 
 @triton.jit
-def _key_rows(n: Any, table: Any, own: Any, shift: Any) -> Any:
+def _key_rows(n: tl.tensor, table: tl.tensor, own: tl.tensor, shift: tl.tensor) -> tl.tensor:
     """Rows of the keys at some positions."""
     before_N = tl.load(table + n, mask=n < own, other=0)
     return tl.where(n < own, before_N, n + shift).to(tl.int64)
 
 
 @triton.jit
-def _tanh(x: Any) -> Any:
+def _tanh(x: tl.tensor) -> tl.tensor:
     small = tl.exp(-2.0 * tl.abs(x))
     size = (1.0 - small) / (1.0 + small)
     return tl.where(x < 0.0, -size, size)
 
 
 @triton.jit
-def _odd_values(sees_MN: Any, raw_NU: Any) -> Any:
+def _odd_values(sees_MN: tl.tensor, raw_NU: tl.tensor) -> tl.tensor:
     """What values that are not finite give to the rows that see them: infinity, NaN, or 0 where there are none."""
     kind_NU = tl.where(raw_NU != raw_NU, _NAN, 0) + tl.where(raw_NU == float("inf"), _INF, 0)
     kind_NU += tl.where(raw_NU == float("-inf"), _MINUS_INF, 0)

@@ -41,7 +41,7 @@ class KeyTables:
 
 
 def tile_numbers(stream: Stream, most: int) -> tuple[Ints, int]:
-    """The tiles of a level with at most so many queries each, those with most keys first, and behind them the tables."""
+    """The tiles of a level, those with most keys first, with at most so many queries each; behind them the tables."""
     live = [place for place in range(len(stream.segments)) if len(stream.own(place))]
     starts, stops, bases = (
         np.array(numbers, dtype=np.int32)
