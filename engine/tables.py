@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.copies import to_device
 from engine.streams import Stream
 
 Ints = NDArray[np.int32]
@@ -36,7 +37,7 @@ class KeyTables:
         """`int32` on the device: the tiles, `TILE_NUMBERS` each, and behind them all tables; and how many tiles."""
         if most not in self._made:
             numbers, num_tiles = tile_numbers(self._stream, most)
-            self._made[most] = on_device(torch.from_numpy(numbers), self._device), num_tiles
+            self._made[most] = to_device(torch.from_numpy(numbers), self._device), num_tiles
         return self._made[most]
 
 
@@ -78,10 +79,3 @@ def _tables(stream: Stream, live: Iterable[int], first: int) -> tuple[Ints, Ints
         first += stop
     table = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
     return table, np.array([begins[parent] for parent in parents.values()], dtype=np.int32)
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device; a GPU's queue is not waited for."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -37,7 +37,7 @@ from tests.engine.test_attention import (
     with_sinks,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")]
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # numpy's, interpreting
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
 
