@@ -31,10 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from engine.copies import to_device
 from engine.lanes import FLAT_MULTIPLE, least_rows
 from engine.points import MASKED, Held, Pairs, Points, Watch, apart, visited
 from engine.spans import Span, SpanStore
 from engine.streams import Stream
+from engine.tables import KeyTables
 from engine.trunks import Trunks
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
@@ -179,16 +181,27 @@ class AttentionPass:
         self.device = device
         self.trunks = trunks  # None: there are none, neither to find nor to keep
         self.points: dict[int, Points] = {}  # visits inside of attention, by the module's id
+        self.has_kernel = device.type == "cuda"
         self.layer = 0  # that runs now
-        self.chunks: list[Chunk] = []  # of the layer that runs now
-        self._stream: Stream | None = None
+        self._stream = Stream((), 0, 1)
 
     def enter(self, layer: int, stream: Stream) -> None:
         """The layer that runs from now on, and its rows."""
         self.layer = layer
         if stream is not self._stream:
             self._stream = stream
-            self.chunks = list(chunks_of(stream, self.device))
+            for made in ("chunks", "key_tables"):
+                self.__dict__.pop(made, None)
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """The tiles of the layer that runs now, for `_Layer`."""
+        return list(chunks_of(self._stream, self.device))
+
+    @cached_property
+    def key_tables(self) -> KeyTables:
+        """The tiles of the layer that runs now, for the kernel."""
+        return KeyTables(self._stream, self.device)
 
 
 def chunks_of(stream: Stream, device: torch.device) -> Iterator[Chunk]:
@@ -297,9 +310,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The interface of transformers: `[1, H, T, C]` queries and `[1, G, T, C]` keys and values to `[1, T, H, C]`.
 
-    Computed in float32 whatever the dtype. `s_aux` are attention sinks, a logit a head that takes its share of the
-    softmax and gives nothing. Raises ServiceError on anything a model passes that would change the numbers and is not
-    understood here.
+    On a CPU computed in float32 whatever the dtype, on a GPU as `engine.flash` says. `s_aux` are attention sinks, a
+    logit a head that takes its share of the softmax and gives nothing. Raises ServiceError on anything a model passes
+    that would change the numbers and is not understood here.
     """
     _refuse_unknown(module, attention_mask, rest)
     if query.is_meta:  # probing: only shapes matter
@@ -309,21 +322,59 @@ def packed_attention(
         raise ServiceError("the model was run outside a pass: its attention only knows the rows of a plan")
     points = current.points.get(id(module), {})
     query = visited(points, Port.Q_ROT, query, 1)
-    key = visited(points, Port.K_ROT, key, 1)
-    value = visited(points, Port.V, value, 1)
-    layer = _Layer(current, id(module), query, key, value, scaling, sliding_window, softcap, s_aux)
-    asked = sorted({row for port in MASKED if port in points for row in points[port].rows})
-    if not any(port in points for port in MASKED):
-        for chunk in current.chunks:
-            layer.attend(chunk)
-    else:
-        both = [apart(chunk, asked) for chunk in current.chunks]
-        for _, others in both:
-            if others is not None:
-                layer.attend(others)
-        layer.attend_visited([own for own, _ in both if own is not None], points)
-    current.store.drop(id(module), current.pass_id)
-    return visited(points, Port.Z, layer.result(query.dtype), 2), None
+    key_GRC = visited(points, Port.K_ROT, key, 1)[0]
+    value_GRC = visited(points, Port.V, value, 1)[0]
+    if current.trunks is not None:
+        key_GRC, value_GRC = current.trunks.through(current.layer, key_GRC, value_GRC)
+    formula = _Formula(
+        scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks_H=s_aux,
+    )
+    z = None
+    if current.has_kernel:
+        z = _by_kernel(current, query, key_GRC, value_GRC, formula)
+    if z is None or any(port in points for port in MASKED):
+        layer = _Layer(current, query, key_GRC, value_GRC, formula)
+        written = layer.attend_visited(points)
+        if z is None:
+            for chunk in layer.others:
+                layer.attend(chunk)
+            z = layer.result(query.dtype)
+        elif written:
+            rows = to_device(written, current.device)
+            z = z.index_copy(1, rows, layer.result(query.dtype).index_select(1, rows))
+    return visited(points, Port.Z, z, 2), None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Formula:
+    """How one layer attends."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks_H: Tensor | None
+
+
+def _by_kernel(current: AttentionPass, query: Tensor, key_GRC: Tensor, value_GRC: Tensor, formula: _Formula) -> Tensor:
+    """One layer's attention in one pass, `[1, T, H, C]`, in one launch."""
+    from engine.flash import flash_attention  # Triton comes with torch for CUDA, and is not there without
+
+    current.store.put(current.layer, current.pass_id, key_GRC, value_GRC)
+    out_THC = flash_attention(
+        query[0],
+        key_GRC,
+        value_GRC,
+        current.key_tables,
+        scaling=formula.scaling,
+        window=formula.window,
+        softcap=formula.softcap,
+        sinks_H=formula.sinks_H,
+    )
+    current.store.drop(current.layer, current.pass_id)
+    return out_THC[None]
 
 
 def _without_data(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -352,39 +403,29 @@ def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, rest: dict
 
 
 class _Layer:
-    """One layer's attention in one pass."""
+    """One layer's attention in one pass, in pages."""
 
     def __init__(
-        self,
-        current: AttentionPass,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-        sinks_H: Tensor | None,
+        self, current: AttentionPass, query: Tensor, key_GRC: Tensor, value_GRC: Tensor, formula: _Formula
     ) -> None:
-        self.current, self.layer, self.window, self.softcap = current, layer, window, softcap
-        num_heads, self.num_groups, self.num_rows = query.shape[1], key.shape[1], query.shape[2]
+        self.current, self.formula = current, formula
+        self.others = current.chunks  # that nobody has computed yet
+        num_heads, self.num_groups, self.num_rows = query.shape[1], key_GRC.shape[0], query.shape[2]
         self.share = num_heads // self.num_groups
+        sinks_H = formula.sinks_H
         self.sinks_GE = None if sinks_H is None else sinks_H.float().view(self.num_groups, self.share)
         queries_GETC = query[0].unflatten(0, (self.num_groups, self.share))
         scaled = torch.empty(self.num_groups, self.num_rows, self.share, query.shape[3], device=query.device)
-        torch.mul(queries_GETC.transpose(1, 2), query.shape[3] ** -0.5 if scaling is None else scaling, out=scaled)
+        torch.mul(queries_GETC.transpose(1, 2), formula.scaling, out=scaled)
         self.queries_GTEC = scaled
-        key_GRC, value_GRC = key[0], value[0]
-        if current.trunks is not None:
-            key_GRC, value_GRC = current.trunks.through(current.layer, key_GRC, value_GRC)
         values_GRC = value_GRC.float()
         # A value that is not finite must not reach rows that do not see it, and zero times infinity is no zero.
         self.odd_GRC: Tensor | None = None
         if query.device.type == "cpu" and not bool(torch.isfinite(values_GRC.sum())):
             self.odd_GRC = values_GRC
             values_GRC = torch.where(torch.isfinite(values_GRC), values_GRC, 0.0)
-        current.store.put(layer, current.pass_id, key_GRC.float(), values_GRC)
-        self.out_GTEC = scaled.new_zeros(self.num_groups, self.num_rows, self.share, value.shape[3])
+        current.store.put(current.layer, current.pass_id, key_GRC.float(), values_GRC)
+        self.out_GTEC = scaled.new_zeros(self.num_groups, self.num_rows, self.share, value_GRC.shape[2])
 
     def attend(self, chunk: Chunk) -> None:
         """Computes a chunk's rows, as many tiles at a time as the scores' memory allows."""
@@ -396,33 +437,41 @@ class _Layer:
             own = self._own(part)
             self._give(part, prefix, own, self._pattern(self._scores(part, prefix, own)))
 
-    def attend_visited(self, chunks: list[Chunk], points: Points) -> None:
-        """Computes the rows of chunks all together: somebody looks at their scores or their patterns."""
+    def attend_visited(self, points: Points) -> list[int]:
+        """Computes the rows whose scores or patterns somebody looks at, all together; rows that were written to."""
+        pairs = [points[port] for port in MASKED if port in points]
+        if not pairs:
+            return []
+        asked = sorted({row for point in pairs for row in point.rows})
+        both = [apart(chunk, asked) for chunk in self.others]
+        self.others = [others for _, others in both if others is not None]
+        chunks = [own for own, _ in both if own is not None]
         prefixes, owns = [self._prefix(chunk) for chunk in chunks], [self._own(chunk) for chunk in chunks]
-        held = [
-            Held(chunk, self._scores(chunk, prefix, own))
-            for chunk, prefix, own in zip(chunks, prefixes, owns, strict=True)
-        ]
-        self._visit(points, Port.SCORES, held)
+        parts = zip(chunks, prefixes, owns, strict=True)
+        held = [Held(chunk, self._scores(chunk, prefix, own)) for chunk, prefix, own in parts]
+        written = self._visit(points, Port.SCORES, held)
         held = [Held(one.chunk, self._pattern(one.values_GNW)) for one in held]
-        self._visit(points, Port.PATTERN, held)
+        written |= self._visit(points, Port.PATTERN, held)
         for one, prefix, own in zip(held, prefixes, owns, strict=True):
             self._give(one.chunk, prefix, own, one.values_GNW)
+        return sorted(written)
 
-    def _visit(self, points: Points, port: Port, held: list[Held]) -> None:
+    def _visit(self, points: Points, port: Port, held: list[Held]) -> set[int]:
+        pairs = Pairs(held, MASKED[port], self.num_groups, self.share, self.queries_GTEC.device)
         if port in points:
-            device = self.queries_GTEC.device
-            points[port].visit(Pairs(held, MASKED[port], self.num_groups, self.share, device))
+            points[port].visit(pairs)
+        return pairs.written
 
     def _prefix(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
         """Keys and values before the tiles' own pages, `[G, P, C]`."""
         if not chunk.prefix_columns:
             return None
         spans = tuple(Span(self.current.pass_id, start, stop) for start, stop in chunk.geometry.prefix)
-        return self.current.store.read(self.layer, spans)
+        return self.current.store.read(self.current.layer, spans)
 
     def result(self, dtype: torch.dtype) -> Tensor:
-        """`[1, T, H, C]`."""
+        """`[1, T, H, C]`; nothing is computed behind."""
+        self.current.store.drop(self.current.layer, self.current.pass_id)
         out_1THC: Tensor = self.out_GTEC.transpose(0, 1).flatten(1, 2)[None].to(dtype)
         return out_1THC
 
@@ -438,9 +487,9 @@ class _Layer:
         parts = [own_GNO.view(self.num_groups, -1, chunk.own_columns)]
         if prefix is not None:
             parts.insert(0, _product(q_GNC, prefix[0].transpose(1, 2)))
-        if self.softcap is not None:
-            parts = [_capped(part, self.softcap) for part in parts]
-        hidden = chunk.hidden(self.window)
+        if self.formula.softcap is not None:
+            parts = [_capped(part, self.formula.softcap) for part in parts]
+        hidden = chunk.hidden(self.formula.window)
         for part, out in zip(reversed(parts), reversed(hidden), strict=False):
             if out is not None:
                 part.view(self.num_groups, num_tiles, num_rows, self.share, -1).masked_fill_(out, -math.inf)
@@ -464,7 +513,7 @@ class _Layer:
         out = _add_pages(_grouped(out_GNC, num_tiles), own_pattern, values)
         out = out.reshape(self.num_groups, -1, values.shape[2])
         if self.odd_GRC is not None:
-            out = self._with_odd(chunk, out, pattern_GNW, chunk.hidden(self.window))
+            out = self._with_odd(chunk, out, pattern_GNW, chunk.hidden(self.formula.window))
         out_GREC = out.unflatten(1, (-1, self.share))
         if isinstance(chunk.rows, slice):
             self.out_GTEC[:, chunk.rows] = out_GREC
@@ -475,8 +524,8 @@ class _Layer:
         """Keys and values of the tiles' own pages, `[G B, O, C]`."""
         rows, block = chunk.own_rows, self.current.pass_id
         if isinstance(rows, slice):
-            return self.current.store.read(self.layer, (Span(block, rows.start, rows.stop),))
-        keys, values = self.current.store.take(self.layer, block, rows)
+            return self.current.store.read(self.current.layer, (Span(block, rows.start, rows.stop),))
+        keys, values = self.current.store.take(self.current.layer, block, rows)
         return _grouped(keys, len(chunk.tiles)), _grouped(values, len(chunk.tiles))
 
     def _sink_page(self, num_vectors: int) -> Tensor:

@@ -50,6 +50,7 @@ class Pairs:
         self.held = held
         self.masked = masked
         self.num_groups, self.share, self.device = num_groups, share, device
+        self.written: set[int] = set()  # rows
         self._places: dict[int, tuple[int, int, int, int]] = {}  # row -> part, tile, first and behind the last query
         for part, one in enumerate(held):
             for tile, own in enumerate(one.chunk.tiles):
@@ -71,6 +72,7 @@ class Pairs:
 
     def write(self, rows: Sequence[int], values_RHK: Tensor) -> None:
         """Gives rows other values for the keys at positions before K; what a query does not see must be masked."""
+        self.written.update(rows)
         for part, places, tiles, queries in self._by_part(rows, is_repeated=True):
             values_GBQEW = self._grid(self.held[part])
             width = min(values_RHK.shape[2], values_GBQEW.shape[-1])
