@@ -98,7 +98,7 @@ def run_gate(
         stage=links.stage,
         rank=links.rank,
         leaves=tuple(leaves),
-        sharded=_split_dimensions(probe, runner.model),
+        sharded=_split_dimensions(probe, runner.model, links.ranks),
         packed=dict(packed),
         row_multiple=multiple,
         key_value_bytes=store.row_bytes,
@@ -122,14 +122,15 @@ def _check_logits(leaves: list[LeafReport], probe: Probe, model: nn.Module) -> N
     )
 
 
-def _split_dimensions(probe: Probe, model: nn.Module) -> dict[str, int]:
-    """Which dimension of each parameter is smaller here than in the whole model."""
+def _split_dimensions(probe: Probe, model: nn.Module, ranks: int) -> dict[str, tuple[int, int]]:
+    """Which dimension of each parameter is smaller here than in the whole model, and how many ranks hold the same."""
     whole = {info.path: info.shape for info in probe.parameters}
     split = {}
     for path, tensor in named_tensors(model):
         differing = [dim for dim, size in enumerate(tensor.shape) if path in whole and size != whole[path][dim]]
         if differing:
-            (split[path],) = differing
+            (dim,) = differing
+            split[path] = dim, tensor.shape[dim] * ranks // whole[path][dim]
     return split
 
 

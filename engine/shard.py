@@ -24,6 +24,7 @@ from engine.loading import ShardConfig, load_model, meta_model
 from engine.results import MemorySink, sink_for
 from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
 from engine.spans import SpanStore
+from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
 from engine.trunks import Trunks
@@ -71,7 +72,7 @@ class Shard:
             self.links,
             self.store,
             self.device,
-            packed=self.loaded.packed,
+            packed=blocks_of(self.loaded.splits),
         )
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
@@ -90,7 +91,6 @@ class Shard:
             sites=index_sites(description),
             parameters=dict(named_tensors(model)),
             parameter_infos={info.path: info for info in description.parameters},
-            packed_blocks=self.loaded.packed,
             levels=table_of(description).levels,
             device=self.device,
         )
