@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from engine.splits import SUMMING, Part, Split, plan_splits
+from engine.splits import SUMMING, Part, Split, is_of_heads, plan_splits
 from engine.windows import Layout, find_layout, split_layers, token_flops
 from polytrace.errors import ServiceError
 
@@ -88,6 +88,12 @@ class Census:
         if ranks not in self._splits:
             self._splits[ranks] = plan_splits(self.model, ranks)
         return self._splits[ranks]
+
+    def heads(self, ranks: int) -> tuple[int, int]:
+        """Query heads and key/value heads that each rank has: all of them where attention is not split."""
+        if not any(is_of_heads(split) for split in self.splits(ranks)):
+            return self.num_heads, self.num_kv_heads
+        return self.num_heads // ranks, max(1, self.num_kv_heads // ranks)
 
     def shares(self, stages: int, ranks: int) -> tuple[StageShare, ...]:
         """What each stage holds. ServiceError when the model cannot be split so."""

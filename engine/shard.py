@@ -28,6 +28,7 @@ from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
 from engine.trunks import Trunks
+from engine.twins import prove_splits
 from engine.views import InvokeRows
 from polytrace.description import Limits, ModelDescription, index_sites
 from scheduling.checks import table_of
@@ -66,6 +67,7 @@ class Shard:
     def gate(self) -> GateReport:
         """Proves on the served weights that rows are their own; collective. ServiceError when they are not."""
         self.links.barrier()  # the others may read their files for much longer than a collective waits
+        prove_splits(self.loaded.model.config, self.links, self.device)
         return run_gate(
             self.probe,
             self.runner,

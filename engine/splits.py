@@ -200,6 +200,12 @@ def blocks_of(splits: tuple[Split, ...]) -> Mapping[str, int]:
     return {path: number for path, number in blocks.items() if number > 1}
 
 
+def is_of_heads(split: Split) -> bool:
+    """Whether it splits attention by its heads."""
+    leaf = split.module.rpartition(".")[2]
+    return split.style is Style.COLUMN and leaf in (*_KEY_VALUES, *_QUERIES, *_FUSED)
+
+
 _MAY_STAY_WHOLE = (Style.VOCABULARY, Style.COLUMN_GATHERED)
 
 
@@ -336,7 +342,7 @@ def _demands(model: nn.Module, splits: Mapping[str, Split]) -> Iterator[_Demand]
         leaf = path.rpartition(".")[2]
         if split.style in _MAY_STAY_WHOLE:
             continue
-        if split.style is Style.COLUMN and leaf in (*_KEY_VALUES, *_QUERIES, *_FUSED):
+        if is_of_heads(split):
             yield _Demand("attention heads", heads)
         if split.style is Style.COLUMN and leaf in _FUSED:
             yield _Demand("key/value heads in one matrix with queries", key_value_heads)
