@@ -1,6 +1,6 @@
 """What each shard of a model would hold and do, from its configuration alone: no weights, no devices.
 
-Built on the meta device from the same pieces that loading uses (`engine.windows`, `engine.parallel`), so that a plan
+Built on the meta device from the same pieces that loading uses (`engine.windows`, `engine.splits`), so that a plan
 for sixteen GPUs says what sixteen shards would really load. Ranks of one stage hold slices of equal size: a stage's
 share is that of each of its ranks.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from engine.parallel import Split, Style, plan_splits
+from engine.splits import SUMMING, Part, Split, is_of_heads, plan_splits
 from engine.windows import Layout, find_layout, split_layers, token_flops
 from polytrace.errors import ServiceError
 
@@ -89,6 +89,12 @@ class Census:
             self._splits[ranks] = plan_splits(self.model, ranks)
         return self._splits[ranks]
 
+    def heads(self, ranks: int) -> tuple[int, int]:
+        """Query heads and key/value heads that each rank has: all of them where attention is not split."""
+        if not any(is_of_heads(split) for split in self.splits(ranks)):
+            return self.num_heads, self.num_kv_heads
+        return self.num_heads // ranks, max(1, self.num_kv_heads // ranks)
+
     def shares(self, stages: int, ranks: int) -> tuple[StageShare, ...]:
         """What each stage holds. ServiceError when the model cannot be split so."""
         held: list[list[Held]] = [[] for _ in range(stages)]
@@ -101,8 +107,8 @@ class Census:
             stage = self.layout.home(path, stages)
             own = token_flops(module, self.model.config)
             split = split_modules.get(path)
-            flops[stage] += own if split is None else own // ranks
-            if split is not None and split.style in (Style.ROW, Style.ROW_OF_WHOLE, Style.VOCABULARY):
+            flops[stage] += own if split is None else own * split.part.copies // ranks
+            if split is not None and split.style in SUMMING:
                 summed[stage] += self.hidden_size
         return tuple(
             StageShare(
@@ -116,12 +122,13 @@ class Census:
 
     def check(self, stages: int, ranks: int) -> None:
         """ServiceError unless the shards together hold every parameter exactly once, but for known copies."""
-        dims = self._dims(ranks)
+        parts = self._parts(ranks)
         tied: Mapping[str, str] = self.model.all_tied_weights_keys
         absent = dict(self.model.named_parameters(remove_duplicate=False))
         for stage, share in enumerate(self.shares(stages, ranks)):
             for held in share.held:
-                slices = 1 if dims.get(held.path) is None else ranks
+                part = parts.get(held.path)
+                slices = 1 if part is None else ranks // part.copies
                 whole = absent.pop(held.path, None)
                 if whole is None or math.prod(held.shape) * slices != whole.numel():
                     raise ServiceError(f"{stages} x {ranks} shards: {held.path} on stage {stage} is twice or in part")
@@ -129,12 +136,12 @@ class Census:
         if left:
             raise ServiceError(f"{stages} x {ranks} shards would hold {', '.join(left[:3])} nowhere")
 
-    def _dims(self, ranks: int) -> Mapping[str, int | None]:
-        """Parameter -> dimension that is split over the ranks."""
-        return {f"{split.module}.{name}": dim for split in self.splits(ranks) for name, dim in split.dims.items()}
+    def _parts(self, ranks: int) -> Mapping[str, Part | None]:
+        """Parameter -> how it lies over the ranks."""
+        return {f"{split.module}.{name}": part for split in self.splits(ranks) for name, part in split.parts.items()}
 
     def _placed(self, stages: int, ranks: int) -> Iterator[tuple[int, Held]]:
-        dims = self._dims(ranks)
+        parts = self._parts(ranks)
         tied: Mapping[str, str] = self.model.all_tied_weights_keys
         for path, parameter in self.model.named_parameters(remove_duplicate=False):
             stage = self.layout.home(path, stages)
@@ -142,9 +149,9 @@ class Census:
             if source is not None and self.layout.home(source, stages) == stage:
                 continue  # one tensor with its source; on two stages, both have it
             shape = list(parameter.shape)
-            dim = dims.get(path)
-            if dim is not None:
-                shape[dim] //= ranks
+            part = parts.get(path)
+            if part is not None:
+                shape[part.dim] = part.held(ranks)
             yield (
                 stage,
                 Held(

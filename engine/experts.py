@@ -6,6 +6,9 @@ they lie in it, depends on the neighbours. Here every expert's rows are a *group
 whose size lets no element-wise kernel's tail fall on a row. What the chosen experts make of a row is added up in the
 order in which its router named them.
 
+Where experts are dealt out over tensor-parallel ranks, a rank computes those that it has; what a row chose elsewhere
+gives it an exact zero here, and the ranks' answers are added up (`engine.parallel`).
+
 On the meta device there are no groups to know: every row stands once for each of its experts.
 """
 
@@ -37,6 +40,13 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel")
 
 
+def deal_experts(module: nn.Module, rank: int, ranks: int) -> None:
+    """From now on a module has its rank's share of the experts, and routers' choices still number all of them."""
+    experts: Any = module
+    experts.num_experts //= ranks
+    experts.first_expert = rank * experts.num_experts
+
+
 def padded_experts(experts: Any, hidden_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """`[T, D]`: the weighted sum of what the chosen experts make of each row. Called by transformers."""
     num_chosen = chosen_TK.shape[1]
@@ -63,17 +73,25 @@ def _groups(experts: Any, chosen_TK: Tensor) -> tuple[list[int], Tensor, Tensor]
 
     Places of padding repeat row 0. Behind the last group there may be more of them, which belong to no expert.
     """
+    num_experts, first = experts.num_experts, getattr(experts, "first_expert", None)
     ids_S = chosen_TK.flatten()
-    used = torch.bincount(ids_S, minlength=experts.num_experts)
+    if first is not None:  # those of other ranks are one more group, of which nothing is computed
+        ids_S = ids_S - first
+        ids_S = ids_S.masked_fill((ids_S < 0) | (ids_S >= num_experts), num_experts)
+    used = torch.bincount(ids_S, minlength=num_experts + (first is not None))
     least = least_rows(ids_S.device)
     sizes = (used + least - 1) // least * least
     order_S = ids_S.argsort(stable=True)
     firsts = sizes.cumsum(0) - sizes - (used.cumsum(0) - used)  # of each group, less the rows sorted before it
     into_S = torch.empty_like(ids_S)
     into_S[order_S] = torch.arange(len(ids_S), device=ids_S.device) + firsts[ids_S[order_S]]
-    counts: list[int] = sizes.tolist()
+    counts: list[int] = sizes[:num_experts].tolist()
+    num_places = sum(counts)
+    if first is not None:
+        into_S.masked_fill_(ids_S == num_experts, num_places)  # behind the last group, where products are zero
+        num_places += 1
     multiple = _buffer_multiple(experts)
-    rows_P = ids_S.new_zeros(-(-sum(counts) // multiple) * multiple)
+    rows_P = ids_S.new_zeros(-(-num_places // multiple) * multiple)
     rows_P[into_S] = torch.arange(len(ids_S), device=ids_S.device) // chosen_TK.shape[1]
     return counts, into_S, rows_P
 

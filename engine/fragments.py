@@ -109,7 +109,6 @@ class ShardContext:
     sites: Mapping[Site, tuple[SiteInfo, Leaf]]
     parameters: Mapping[str, Tensor]  # local parts, by path
     parameter_infos: Mapping[str, ParameterInfo]
-    packed_blocks: Mapping[str, int]  # module path -> blocks of its fused output dimension
     levels: Levels
     device: torch.device
 
@@ -222,7 +221,8 @@ class RequestState:
         else:
             value = rows.read(port.tensors[node.site.selector], port.outputs)
         if leaf.sharded_view_dim is not None:
-            value = gather_whole(self.context.links, value, leaf.sharded_view_dim, leaf.sharded_blocks)
+            blocks, copies = leaf.sharded_blocks, leaf.sharded_copies
+            value = gather_whole(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
         elif rows.is_run and (leaf.mutated or self._in_place_until.get(node.invoke, -1) >= order):
             value = value.clone()  # a snapshot: something may still write to this memory
         written = self._written.get((node.site.selector, node.invoke), ())
@@ -275,7 +275,8 @@ class RequestState:
         turn = len(written)
         written.append((node_id, value))
         if leaf.sharded_view_dim is not None:
-            value = take_part(self.context.links, value, leaf.sharded_view_dim, leaf.sharded_blocks)
+            blocks, copies = leaf.sharded_blocks, leaf.sharded_copies
+            value = take_part(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
         if port.pairs is not None:
             value = pairs_of(value, rows, self.rows[node.invoke].view, port.pairs)
         in_place = node.in_place and not is_assigned
@@ -313,8 +314,8 @@ class RequestState:
         info = self.context.parameter_infos[node.path]
         if info.sharded_dim is None:
             return local.detach()
-        blocks = self.context.packed_blocks.get(node.path.rpartition(".")[0], 1)
-        return gather_whole(self.context.links, local.detach(), info.sharded_dim, blocks)
+        blocks, copies = info.sharded_blocks, info.sharded_copies
+        return gather_whole(self.context.links, local.detach(), info.sharded_dim, blocks, copies)
 
     def _call(self, node_id: NodeId, node: Call) -> Any:
         module = self.context.runner.model.get_submodule(node.module)

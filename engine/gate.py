@@ -121,7 +121,7 @@ def run_gate(
         stage=links.stage,
         rank=links.rank,
         leaves=tuple(leaves),
-        sharded=_split_dimensions(probe, runner.model),
+        sharded=_split_dimensions(probe, runner.model, links.ranks),
         packed=dict(packed),
         row_multiple=multiple,
         key_value_bytes=store.row_bytes,
@@ -146,14 +146,15 @@ def _check_logits(leaves: list[LeafReport], probe: Probe, model: nn.Module) -> N
     )
 
 
-def _split_dimensions(probe: Probe, model: nn.Module) -> dict[str, int]:
-    """Which dimension of each parameter is smaller here than in the whole model."""
+def _split_dimensions(probe: Probe, model: nn.Module, ranks: int) -> dict[str, tuple[int, int]]:
+    """Which dimension of each parameter is smaller here than in the whole model, and how many ranks hold the same."""
     whole = {info.path: info.shape for info in probe.parameters}
     split = {}
     for path, tensor in named_tensors(model):
         differing = [dim for dim, size in enumerate(tensor.shape) if path in whole and size != whole[path][dim]]
         if differing:
-            (split[path],) = differing
+            (dim,) = differing
+            split[path] = dim, tensor.shape[dim] * ranks // whole[path][dim]
     return split
 
 
@@ -197,7 +198,7 @@ class _Trial:
         def watching(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
             return _watching(site, streams.layer(0).num_padded, watched, seen, originals)
 
-        self._run([_root(sequence, self.probe.layout.num_layers) for sequence in sequences], watching)
+        self._run([root_segment(sequence, self.probe.layout.num_layers) for sequence in sequences], watching)
         mutated = {key for key, (tensor, version) in originals.items() if tensor._version != version}
         return seen, mutated
 
@@ -205,7 +206,7 @@ class _Trial:
         """Places that this stage owns where forks of a sequence that change nothing have other bits than it."""
         num_layers, length = self.probe.layout.num_layers, len(sequence)
         begins = ((0, length // 3), (num_layers // 2, length // 2), (num_layers // 2 + 1, 2 * length // 3))
-        segments = [_root(sequence, num_layers)]
+        segments = [root_segment(sequence, num_layers)]
         for parent, (level, position) in zip((0, 0, 2), begins, strict=True):  # the last is a fork of a fork
             starts = tuple(length if at < level else position for at in range(num_layers + 1))
             own = replace(segments[0], parent=parent, starts=starts, head=tuple(range(starts[-1], length)))
@@ -281,7 +282,7 @@ class _Trial:
             links.flush()
 
 
-def _root(sequence: list[int], num_layers: int) -> Segment:
+def root_segment(sequence: list[int], num_layers: int) -> Segment:
     """A sequence that shares nothing and keeps all its rows to the end."""
     return Segment(
         parent=None,

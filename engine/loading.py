@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from engine.checkpoint import Needs, checkpoint_dtype, lazy_state
 from engine.experts import use_padded_experts
 from engine.links import Links
-from engine.parallel import Split, install_splits, place_splits, plan_splits
+from engine.parallel import install_splits, place_splits
+from engine.splits import Split, plan_splits
 from engine.windows import Layout, Window, find_layout, keep_window
 from polytrace.errors import ServiceError
 
@@ -55,8 +56,7 @@ class LoadedModel:
     model: PreTrainedModel
     window: Window
     layout: Layout
-    sharded: Mapping[str, int] = field(default_factory=dict)  # parameter path -> dimension split over the ranks
-    packed: Mapping[str, int] = field(default_factory=dict)  # module path -> blocks its last output dimension holds
+    splits: tuple[Split, ...]  # how its parameters lie over the ranks; none where there is one
     weight_bytes: int  # of this shard
     seconds: float  # the load took
 
@@ -132,8 +132,7 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
         model=model,
         window=window,
         layout=layout,
-        sharded={f"{s.module}.{name}": dim for s in splits for name, dim in s.dims.items() if dim is not None},
-        packed={s.module: s.blocks for s in splits if s.blocks > 1},
+        splits=splits,
         weight_bytes=weight_bytes,
         seconds=seconds,
     )

@@ -25,9 +25,11 @@ from engine.loading import ShardConfig, load_model, meta_model
 from engine.results import MemorySink, sink_for
 from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
 from engine.spans import SpanStore
+from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
 from engine.trunks import Trunks
+from engine.twins import prove_splits
 from engine.views import InvokeRows
 from polytrace.description import Limits, ModelDescription, index_sites
 from scheduling.checks import table_of
@@ -68,13 +70,14 @@ class Shard:
     def gate(self) -> GateReport:
         """Proves on the served weights that rows are their own; collective. ServiceError when they are not."""
         self.links.barrier()  # the others may read their files for much longer than a collective waits
+        prove_splits(self.loaded.model.config, self.links, self.device)
         return run_gate(
             self.probe,
             self.runner,
             self.links,
             self.store,
             self.device,
-            packed=self.loaded.packed,
+            packed=blocks_of(self.loaded.splits),
         )
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
@@ -93,7 +96,6 @@ class Shard:
             sites=index_sites(description),
             parameters=dict(named_tensors(model)),
             parameter_infos={info.path: info for info in description.parameters},
-            packed_blocks=self.loaded.packed,
             levels=table_of(description).levels,
             device=self.device,
         )

@@ -84,8 +84,8 @@ class GateReport:
     stage: int
     rank: int
     leaves: tuple[LeafReport, ...]
-    sharded: Mapping[str, int]  # path of a parameter held here -> dimension split over the ranks
-    packed: Mapping[str, int]  # module path -> number of equal blocks whose columns are split one by one
+    sharded: Mapping[str, tuple[int, int]]  # parameter held here -> dimension split over the ranks, and its copies
+    packed: Mapping[str, int]  # module (its output) or parameter -> number of equal blocks that are split one by one
     row_multiple: int  # see `row_multiple`; the same on every shard
     key_value_bytes: int  # of one row at one layer here, at most
     has_forks: bool  # a fork that changes nothing has its parent's bits, at every site seen here
@@ -218,7 +218,7 @@ def describe_model(
     place = _Placement(probe, stages)
     leaf_reports = {(leaf.module, leaf.port, leaf.selector): leaf for r in reports if r.rank == 0 for leaf in r.leaves}
     packed = {path: blocks for r in reports for path, blocks in r.packed.items()}
-    sharded = {path: dim for r in reports for path, dim in r.sharded.items()}
+    sharded = {path: found for r in reports for path, found in r.sharded.items()}
     sites = tuple(
         replace(
             site,
@@ -228,7 +228,13 @@ def describe_model(
         for site in probe.sites
     )
     modules = tuple(replace(module, first_stage=place.home(module.path)) for module in probe.modules)
-    parameters = tuple(replace(p, stage=place.home(p.path), sharded_dim=sharded.get(p.path)) for p in probe.parameters)
+    parameters = tuple(
+        replace(
+            p, stage=place.home(p.path), sharded_dim=dim, sharded_copies=copies, sharded_blocks=packed.get(p.path, 1)
+        )
+        for p in probe.parameters
+        for dim, copies in (sharded.get(p.path, (None, 1)),)
+    )
     shape_facts = json.dumps([probe.config, probe.dtype, stages, ranks, repr(sites)], sort_keys=True, default=str)
     return ModelDescription(
         name=name,
@@ -475,11 +481,12 @@ def _placed_leaf(
         read_refusal = read_refusal or "the gate did not reach it"
     elif report.refusal is not None:
         read_refusal = report.refusal
-    sharded_dim = None
+    sharded_dim, copies = None, 1
     if report is not None and read_refusal is None and report.local_tail != leaf.tail:
         split = [d for d, (full, part) in enumerate(zip(leaf.tail, report.local_tail, strict=True)) if full != part]
-        if len(split) == 1 and report.local_tail[split[0]] * ranks == leaf.tail[split[0]]:
-            sharded_dim = split[0]
+        held, rest = divmod(report.local_tail[split[0]] * ranks, leaf.tail[split[0]])
+        if len(split) == 1 and rest == 0 and ranks % held == 0:
+            sharded_dim, copies = split[0], held
         else:
             parts, whole = list(report.local_tail), list(leaf.tail)
             read_refusal = f"its parts of shape {parts} on {ranks} ranks do not make up {whole}"
@@ -487,6 +494,7 @@ def _placed_leaf(
         leaf,
         sharded_dim=sharded_dim,
         sharded_blocks=packed.get(site.module, 1) if site.port is Port.OUTPUT else 1,
+        sharded_copies=copies,
         mutated=report.mutated if report else False,
         read_refusal=read_refusal,
         write_refusal=read_refusal or write_refusal,

@@ -34,6 +34,7 @@ class Leaf:
     dtype: str
     sharded_dim: int | None = None  # index into `tail` that tensor-parallel ranks split evenly; None: all have all
     sharded_blocks: int = 1  # that dimension is this many equal blocks, each split over the ranks (GPT-2's fused q|k|v)
+    sharded_copies: int = 1  # so many neighbouring ranks hold the same part (key/value heads, when ranks are more)
     mutated: bool = False  # the model changes this tensor in place later: reads must copy
     read_refusal: str | None = None  # why the site cannot be read, None when it can
     write_refusal: str | None = None  # why the site cannot be written, None when it can
@@ -94,6 +95,8 @@ class ParameterInfo:
     dtype: str
     stage: int  # its home stage
     sharded_dim: int | None  # dimension that tensor-parallel ranks split evenly; None: every rank has all
+    sharded_blocks: int = 1  # see `Leaf`
+    sharded_copies: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -208,11 +208,13 @@ def _shard(
     is_last = stage == stages - 1
     # 1) what the weights and the attention cost: the slower of arithmetic and memory
     head = census.head_flops // ranks if is_last else 0
-    attention = 4 * load.context * (census.num_heads // ranks) * census.head_dim * len(share.layers)
+    heads, _ = census.heads(ranks)
+    attention = 4 * load.context * heads * census.head_dim * len(share.layers)
     flops = pass_rows * (share.flops - head + attention) + min(load.head_rows, pass_rows) * head
     work_s = max(flops / hardware.flops, share.weight_bytes / hardware.memory_rate)
     # 2) what moves: partial sums from every other rank, and the rows to the next stage
-    sum_s = pass_rows * share.summed_features * census.itemsize * (ranks - 1) / hardware.link_rate
+    sum_rate = hardware.link_rate if ranks <= machine.gpus_a_node else hardware.network_rate
+    sum_s = pass_rows * share.summed_features * census.itemsize * (ranks - 1) / sum_rate
     crosses = (stage + 1) * ranks % machine.gpus_a_node == 0
     rate = hardware.network_rate if crosses else hardware.link_rate
     send_s = 0.0 if is_last else pass_rows * census.hidden_size * census.itemsize / rate
@@ -236,7 +238,7 @@ def _row_bytes(census: Census, ranks: int) -> int:
     The residual stream, its normed copy and a sum on its way, with every rank's part of it; beside them either query,
     key, value and what attention makes of them in float32, or three widths of the MLP.
     """
-    heads, kv_heads = census.num_heads // ranks, max(1, census.num_kv_heads // ranks)
+    heads, kv_heads = census.heads(ranks)
     stream = (3 + (ranks if ranks > 1 else 0)) * census.hidden_size * census.itemsize
     attention = (heads + 2 * kv_heads) * census.head_dim * census.itemsize
     attention += 2 * heads * census.head_dim * _FLOAT_BYTES
@@ -251,7 +253,7 @@ def _logits_bytes(census: Census, load: Load) -> int:
 
 def _stored_row_bytes(census: Census, ranks: int) -> int:
     """A row's keys and values at one layer: a pass holds one layer's at a time."""
-    return 2 * max(1, census.num_kv_heads // ranks) * census.head_dim * _FLOAT_BYTES
+    return 2 * census.heads(ranks)[1] * census.head_dim * _FLOAT_BYTES
 
 
 def _rank_counts(machine: Machine, ranks: int | None) -> Iterator[int]:

@@ -35,7 +35,7 @@ def test_a_census_counts_what_shards_load(family: str, tmp_path: Path) -> None:
             assert share.layers == range(loaded.window.first, loaded.window.stop)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "opt"])
 def test_ranks_hold_slices_that_make_up_the_whole(family: str, tmp_path: Path) -> None:
     model_of(family).save_pretrained(tmp_path)
     census = Census(meta_model(str(tmp_path)))
@@ -80,8 +80,30 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does(large: Census) 
     )
     with pytest.raises(ServiceError):
         plan_splits_of(large, Machine(hardware=poorer, gpus=8), Load())
-    with pytest.raises(ServiceError, match="use ranks 1, 2, 4, 8"):
-        plan_splits_of(large, Machine(hardware=hardware_of("h200"), gpus=16), Load(), ranks=16)
+    with pytest.raises(
+        ServiceError, match="128 attention heads, which 12 ranks cannot share: use ranks 1, 2, 4, 8, 16,"
+    ):
+        plan_splits_of(large, Machine(hardware=hardware_of("h200"), gpus=12), Load(), ranks=12)
+
+
+def test_more_ranks_than_key_value_heads_hold_copies_that_are_counted(large: Census) -> None:
+    (alone,), (share,) = large.shares(1, 1), large.shares(1, 16)
+    large.check(1, 16)
+    heads = {held.path.rpartition("self_attn.")[2]: held.shape for held in share.held if "layers.7.self" in held.path}
+    assert heads == {
+        "q_proj.weight": (1024, 16384),
+        "k_proj.weight": (128, 16384),  # one of the 8 heads, on two ranks
+        "v_proj.weight": (128, 16384),
+        "o_proj.weight": (16384, 1024),
+    }
+    norms = sum(held.num_bytes for held in alone.held if len(held.shape) == 1)
+    copies = 126 * 2 * 8 * 128 * 16384 * 2  # bytes of all keys' and values' projections, once more
+    assert 16 * share.weight_bytes == alone.weight_bytes + copies + 15 * norms
+    assert large.heads(16) == (8, 1) and large.heads(8) == (16, 1) and large.heads(4) == (32, 2)
+    planned = plan_splits_of(large, Machine(hardware=hardware_of("h200"), gpus=16), Load(), ranks=16)
+    assert planned.splits[0].ranks == 16
+    two_nodes = Machine(hardware=hardware_of("h200"), gpus=16, nodes=2)
+    assert plan_splits_of(large, two_nodes, Load(), ranks=16).splits[0].tokens_s < planned.splits[0].tokens_s
 
 
 def test_more_of_anything_never_makes_a_plan_slower(large: Census) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.links import Distributed, Solo, join_store, open_store
 from engine.loading import LoadedModel, ShardConfig, load_model, meta_model
-from engine.parallel import plan_splits
+from engine.splits import plan_splits
 from polytrace.errors import ServiceError
 
 SIZES: dict[str, Any] = {
@@ -25,6 +25,19 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "LlamaConfig": SIZES,
     "GPT2Config": {"vocab_size": 100, "n_embd": 64, "n_layer": 4, "n_head": 4},
@@ -32,11 +45,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "PhiConfig": SIZES,  # biases everywhere
     "Qwen3Config": SIZES | {"head_dim": 16},  # norms on heads
     "Phi3Config": SIZES | {"pad_token_id": 0},  # q, k and v in one matrix, gate and up in another
+    "MistralConfig": SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": True},  # fewer than ranks
+    "MixtralConfig": SIZES | {"num_key_value_heads": 2, "num_local_experts": 4},
+    "Qwen3MoeConfig": SIZES | {"head_dim": 16, "num_experts": 8, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
+    "GptOssConfig": SIZES
+    | {"head_dim": 16, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+    "DeepseekV3Config": SIZES | LATENT,
+    "OPTConfig": SIZES | {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "StableLmConfig": SIZES | {"num_key_value_heads": 2},
 }
+KEY_VALUES_OF_6 = {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 96, "intermediate_size": 96}
 WORLDS = {"2x2": (2, 2), "1x4": (1, 4), "2x1": (2, 1)}
 CASES = [
     *(("1x4", name, dtype) for name in FAMILIES for dtype in ("float32", "bfloat16")),
     *((world, name, "float32") for world in ("2x2", "2x1") for name in ("LlamaConfig", "GPT2Config", "Gemma2Config")),
+    *(("2x2", name, "float32") for name in ("MixtralConfig", "GptOssConfig")),
 ]
 SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 TOKENS = torch.arange(40).reshape(2, 20) % 97 + 2
@@ -88,8 +111,9 @@ def shard(index: int, ports: dict[str, int], sources: dict[str, str], out: str) 
             loaded = load_model(ShardConfig(source=sources[name], dtype=dtype, **place), links)
             together = run(loaded, links, TOKENS)
             alone = [run(loaded, links, tokens[None]) for tokens in TOKENS]
-            local = {path: tuple(loaded.model.get_parameter(path).shape) for path in loaded.sharded}
-            found = {"together": together, "alone": alone, "sharded": dict(loaded.sharded), "local": local}
+            parts = {f"{s.module}.{n}": p for s in loaded.splits for n, p in s.parts.items() if p is not None}
+            local = {path: loaded.model.get_parameter(path).detach() for path in parts}
+            found = {"together": together, "alone": alone, "parts": parts, "local": local}
             torch.save(found, Path(out) / f"{world} {name} {dtype} {index}.pt")
         links.barrier()
         links.close()
@@ -116,13 +140,14 @@ def out(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def found(out: Path, world: str, name: str, dtype: str, index: int) -> dict[str, Any]:
-    each: dict[str, Any] = torch.load(out / f"{world} {name} {dtype} {index}.pt")
+    each: dict[str, Any] = torch.load(out / f"{world} {name} {dtype} {index}.pt", weights_only=False)
     return each
 
 
 def plain(source: str, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)(TOKENS, use_cache=False).logits
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, experts_implementation="eager")
+        logits: Tensor = model(TOKENS, use_cache=False).logits
         return logits
 
 
@@ -153,25 +178,36 @@ def test_a_row_has_the_same_bits_beside_others_alone_and_on_every_rank(
         assert torch.equal(each["together"], last[0]["together"])
 
 
-def test_each_rank_holds_its_slices_only(sources: dict[str, str], out: Path) -> None:
+def test_the_ranks_slices_make_up_the_whole(sources: dict[str, str], out: Path) -> None:
     for name, source in sources.items():
-        whole = dict(meta_model(source).named_parameters(remove_duplicate=False))
-        each = found(out, "1x4", name, "float32", 0)
-        assert len(each["sharded"]) >= 4 * SIZES["num_hidden_layers"]
-        for path, dim in each["sharded"].items():
-            shape = list(whole[path].shape)
-            shape[dim] //= 4
-            assert each["local"][path] == tuple(shape)
+        whole = dict(AutoModelForCausalLM.from_pretrained(source).named_parameters(remove_duplicate=False))
+        ranks = [found(out, "1x4", name, "float32", rank) for rank in range(4)]
+        assert len(ranks[0]["parts"]) >= 3 * SIZES["num_hidden_layers"]
+        for path, part in ranks[0]["parts"].items():
+            held = [rank["local"][path].unflatten(part.dim, (part.blocks, -1)) for rank in ranks]
+            for first in range(0, 4, part.copies):
+                assert all(torch.equal(each, held[first]) for each in held[first : first + part.copies])
+            assert torch.equal(
+                torch.cat(held[:: part.copies], part.dim + 1).flatten(part.dim, part.dim + 1), whole[path]
+            )
 
 
 @pytest.mark.parametrize(
     ("name", "change", "ranks", "message"),
     [
-        ("LlamaConfig", {"num_key_value_heads": 2}, 4, "2 key/value heads, which 4 ranks cannot share: use ranks 1, 2"),
         ("LlamaConfig", {}, 3, "4 attention heads, which 3 ranks cannot share: use ranks 1, 2, 4"),
+        ("LlamaConfig", KEY_VALUES_OF_6, 4, "6 key/value heads, which 4 ranks cannot share: use ranks 1, 2, 3, 6, 12"),
+        ("GPTNeoXConfig", {}, 8, "4 attention heads, which 8 ranks cannot share: use ranks 1, 2, 4"),
+        ("GptOssConfig", {"num_local_experts": 6}, 4, "6 experts, which 4 ranks cannot share: use ranks 1, 2$"),
         ("GPT2Config", {}, 8, "use ranks 1, 2, 4"),
-        ("GPTJConfig", {"rotary_dim": 8}, 2, "no tensor-parallel plan: use ranks=1"),
-        ("MixtralConfig", {"num_local_experts": 4}, 2, "experts"),
+        ("GPTJConfig", {"rotary_dim": 8}, 2, "no tensor-parallel plan for its layers: use ranks=1"),
+        (
+            "MixtralConfig",
+            {"intermediate_size": 130},
+            4,
+            "130 features of .*experts.gate_up_proj, which 4 ranks cannot share: use ranks 1, 2$",
+        ),
+        ("HunYuanDenseV1Config", {"head_dim": 16}, 2, "no tensor-parallel plan for its layers: use ranks=1"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_way_out(

@@ -1,0 +1,298 @@
+"""Before a split model serves, a tiny twin of it must give one process's numbers: no plan is trusted.
+
+The twin has the model's own class and configuration with fewer and smaller layers, and what decides how ranks share it
+kept: the ratio of query to key/value heads, copies of these, fused matrices, experts, kinds of layers, tied weights. It
+is written as a checkpoint, so the two ways to load it are the served model's: all of it by one process, and a rank's
+slices through `engine.loading`. Then both run, and every module's input and output must agree in its laid-out part.
+
+Weights and tokens come from seeds: every rank makes the same twin, and nothing but verdicts and the twin's own sums
+travels.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from engine.attention import AttentionPass, use_packed_attention
+from engine.experts import is_experts
+from engine.gate import root_segment
+from engine.links import Links, Solo
+from engine.loading import LoadedModel, ShardConfig, load_model
+from engine.sites import Selector, port_leaves
+from engine.slices import take_part
+from engine.spans import SpanStore
+from engine.splits import blocks_of
+from engine.stage import PackedRows, StageRunner, Visit
+from engine.streams import Streams
+from engine.trunks import Trunks
+from polytrace.errors import ServiceError
+from polytrace.graph import Port
+from scheduling.plan import MIN_ROWS, PROLOGUE, PassId, Plan
+
+TOLERANCE = 1e-5  # of max(1, max|whole|), in float32
+_LENGTHS = (9, 21)  # tokens of two sequences
+_HIDDEN = 64
+_HEAD = 16  # features of a head; all kinds of it, so that rotary and latent parts fit whatever share they have
+_STORE_BYTES = 1 << 30
+_Seen = dict[tuple[str, Port, Selector], Tensor]
+_Made = TypeVar("_Made")
+
+
+def prove_splits(config: Any, links: Links, device: torch.device) -> None:
+    """Collective over the ranks of a stage. ServiceError, on all of them, when the twin gives other numbers.
+
+    `config` is the served model's. Nothing to do for one rank.
+    """
+    if links.ranks == 1:
+        return
+    name = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    with tempfile.TemporaryDirectory(prefix="polytrace-twin-") as folder:
+        part = ShardConfig(source=folder, dtype="float32", device=str(device), rank=links.rank, ranks=links.ranks)
+
+        def make() -> _Seen:
+            _write(_twin(config, links.ranks), Path(folder))
+            return _run(load_model(replace(part, rank=0, ranks=1), Solo()), device)
+
+        whole = _together(links, make, f"{name} has no tiny twin to prove its split with")
+        fails = f"{name} cannot be split over {links.ranks} ranks: a tiny twin of it fails"
+        loaded = _together(links, lambda: load_model(part, links), fails)
+        local = _together(links, lambda: _run(loaded, device), fails)
+    _compare(name, whole, local, loaded, links)
+
+
+def _together(links: Links, make: Callable[[], _Made], complaint: str) -> _Made:
+    """What `make` returns; ServiceError on every rank when it fails on one, so that none waits for another."""
+    failure: Exception | None = None
+    try:
+        made = make()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not be left waiting
+        failure = error
+    flag = torch.tensor([failure is not None], dtype=torch.uint8)
+    if bool(links.gather(flag, 0).any()):
+        told = "it does on another rank" if failure is None else _first_line(failure)
+        raise ServiceError(f"{complaint} ({told}): {_WAY_OUT}") from failure
+    return made
+
+
+_WAY_OUT = "use ranks=1 and split it into stages instead"
+
+
+def _compare(name: str, whole: _Seen, local: _Seen, loaded: LoadedModel, links: Links) -> None:
+    blocks = blocks_of(loaded.splits)
+    errors = [
+        _error(tensor, local.get(place), blocks.get(place[0], 1) if place[1] is Port.OUTPUT else 1, links)
+        for place, tensor in whole.items()
+    ]
+    device = next(iter(whole.values())).device
+    worst = links.gather(torch.tensor([errors], device=device), 0).amax(0).tolist()
+    for (module, port, _), error in zip(whole, worst, strict=True):
+        if not error <= TOLERANCE:
+            raise ServiceError(
+                f"{name} cannot be split over {links.ranks} ranks: a tiny twin of it gives other numbers than one "
+                f"process, first at {module or 'its logits'}.{port.value}, by {error:.1e} of the largest: {_WAY_OUT}"
+            )
+
+
+def _error(whole: Tensor, local: Tensor | None, blocks: int, links: Links) -> float:
+    """The largest difference, relative to the largest value where that is above 1; of this rank's part."""
+    if local is None or local.ndim != whole.ndim:
+        return math.inf
+    differing = [dim for dim in range(whole.ndim) if local.shape[dim] != whole.shape[dim]]
+    if len(differing) > 1:
+        return math.inf
+    part = whole
+    for dim in differing:
+        copies, rest = divmod(local.shape[dim] * links.ranks, whole.shape[dim])
+        if rest or copies == 0 or links.ranks % copies:
+            return math.inf
+        part = take_part(links, whole, dim, blocks, copies)
+    if whole.numel() == 0:
+        return 0.0
+    scale = max(1.0, whole.double().abs().max().item())
+    return (part.double() - local.double()).abs().max().item() / scale
+
+
+def _run(loaded: LoadedModel, device: torch.device) -> _Seen:
+    """Every module's inputs and outputs, in the order of the forward; not of those inside experts, who sort rows."""
+    model = loaded.model
+    use_packed_attention(model)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    tokens = [torch.randint(1, vocabulary, (length,), generator=generator).tolist() for length in _LENGTHS]
+    num_layers = loaded.window.num_layers
+    plan = Plan(
+        pass_id=PassId(-1),
+        segments=tuple(root_segment(sequence, num_layers) for sequence in tokens),
+        layer_rows=(0,) * num_layers,
+        views=(),
+        members=(),
+        keeps=(),
+        until=PROLOGUE,
+        num_stages=1,
+    )
+    streams, store = Streams(plan, MIN_ROWS, device, is_fixed=False), SpanStore(_STORE_BYTES)
+    rows = PackedRows(
+        streams=streams, attention=AttentionPass(PassId(-1), store, device), trunks=Trunks(streams, store)
+    )
+    seen: _Seen = {}
+    inside = tuple(f"{path}." for path, module in model.named_modules() if is_experts(module))
+
+    def seeing(path: str, port: Port) -> Any:
+        def visitor(value: Any) -> Any:
+            for selector, tensor in port_leaves(value)[1].items():
+                seen.setdefault((path, port, selector), tensor.clone())
+            return value
+
+        return visitor
+
+    visits = [
+        Visit(order=order, module=path, port=port, visitor=seeing(path, port))
+        for order, (path, port) in enumerate(
+            (path, port) for path, _ in model.named_modules() for port in Port if not path.startswith(inside)
+        )
+    ]
+    StageRunner(model, loaded.window, keeps_rows=False).run(rows, None, visits, stop_after=None)
+    return seen
+
+
+def _twin(config: Any, ranks: int) -> PreTrainedModel:
+    """On the CPU, with weights that make differences large."""
+    small = copy.deepcopy(config)
+    shrink(small, ranks)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model: PreTrainedModel = kind._from_config(small, dtype=torch.float32).eval()
+        for path, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(drawn * parameter.shape[-1] ** -0.5)
+            else:  # norms, biases, attention sinks
+                parameter.add_(0.1 * drawn)
+    return model
+
+
+def _write(model: PreTrainedModel, folder: Path) -> None:
+    """As a checkpoint. Not by `save_pretrained`, which writes on the first process of a world only."""
+    tied = model.all_tied_weights_keys
+    state = {path: tensor.contiguous() for path, tensor in model.state_dict().items() if path not in tied}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_told(model.config)))
+
+
+def _told(config: Any) -> dict[str, Any]:
+    """A configuration as its file would say it, with the plans that transformers reads there and does not write."""
+    told: dict[str, Any] = json.loads(config.to_json_string())
+    told |= {name: vars(config)[name] for name in ("base_model_tp_plan", "base_model_ep_plan") if name in vars(config)}
+    told |= {name: _told(value) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
+    return told
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+
+
+_INNER = (  # features inside an MLP
+    "intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "intermediate_size_mlp",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
+_LATENT = ("q_lora_rank", "kv_lora_rank")
+_HEAD_PARTS = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+
+
+def shrink(config: Any, ranks: int) -> None:
+    """Makes a configuration small in place; what decides how ranks share the model stays."""
+    text = config.get_text_config(decoder=True)
+    config.dtype = text.dtype = torch.float32
+    for each in (config, text):
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config
+    # 1) layers: one of each kind, at least two
+    _keep_layers(text)
+    # 2) heads: as few as the ranks can share in the same way, two each where there are so many
+    heads = text.num_attention_heads
+    key_values = getattr(text, "num_key_value_heads", None) or heads
+    share = max(
+        (
+            f
+            for f in range(1, key_values + 1)
+            if _can_divide(heads, key_values, f) and key_values // f % (2 * ranks) == 0
+        ),
+        default=1,
+    )
+    text.num_attention_heads = heads // share
+    if getattr(text, "num_key_value_heads", None):
+        text.num_key_value_heads = key_values // share
+    # 3) widths
+    width = text.hidden_size
+    has_head_dim = isinstance(getattr(text, "head_dim", None), int)
+    per_head = max(2, -(-_HIDDEN // text.num_attention_heads)) if has_head_dim else _HEAD  # some insist on a multiple
+    text.hidden_size = per_head * text.num_attention_heads
+    sizes: dict[str, int] = dict.fromkeys(_INNER, 16 * ranks)
+    sizes |= dict.fromkeys(("head_dim", *_HEAD_PARTS), _HEAD) | dict.fromkeys(_LATENT, _HIDDEN // 2)
+    sizes["qk_head_dim"] = 2 * _HEAD
+    sizes["sliding_window"] = _LENGTHS[0] - 2
+    sizes["vocab_size"] = 32 * ranks + text.vocab_size % ranks
+    sizes["word_embed_proj_dim"] = text.hidden_size * getattr(text, "word_embed_proj_dim", width) // width
+    for name, size in sizes.items():
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, size)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for each in (config, text):
+            setattr(each, name, None if getattr(each, name, None) is None else 0)
+    for factors in _rotary_factors(getattr(text, "rope_parameters", None)):
+        del factors[_HEAD // 2 :]
+
+
+def _can_divide(heads: int, key_values: int, by: int) -> bool:
+    return heads % by == 0 and key_values % by == 0
+
+
+def _keep_layers(text: Any) -> None:
+    """Of layers that lists of the configuration tell apart, the first of each kind."""
+    number = text.num_hidden_layers
+    lists = {
+        name: value for name, value in vars(text).items() if isinstance(value, (list, tuple)) and len(value) == number
+    }
+    kinds: dict[str, int] = {}
+    for layer in range(number):
+        kinds.setdefault(str([values[layer] for values in lists.values()]), layer)
+    kept = sorted(kinds.values())[:4]
+    kept = kept if len(kept) > 1 else list(range(min(2, number)))
+    text.num_hidden_layers = len(kept)
+    for name, values in lists.items():
+        setattr(text, name, [values[layer] for layer in kept])
+    if isinstance(getattr(text, "first_k_dense_replace", None), int):
+        text.first_k_dense_replace = min(1, text.first_k_dense_replace)
+    if isinstance(getattr(text, "mlp_only_layers", None), list) and "mlp_only_layers" not in lists:
+        text.mlp_only_layers = [layer for layer in text.mlp_only_layers if layer < len(kept)]
+
+
+def _rotary_factors(rotary: Any) -> Iterator[list[float]]:
+    """Lists that have an entry for each pair of a head's features, wherever in the configuration."""
+    for value in rotary.values() if isinstance(rotary, dict) else ():
+        if isinstance(value, list):
+            yield value
+        else:
+            yield from _rotary_factors(value)
