@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from engine.below import finish, prepare, run_apart, travel, travels, with_parts
 from engine.links import Links
 from engine.ops import resolve, run_op
 from engine.pair_views import check_pairs, pairs_of, read_pairs
@@ -27,9 +28,11 @@ from engine.views import InvokeRows, RowView
 from polytrace.description import Leaf, ParameterInfo, Rows, SiteInfo
 from polytrace.graph import Call, Constant, Invoke, Mask, NodeId, Op, Operand, Parameter, Read, Ref, Save, Site, Write
 from polytrace.tensors import RawTensor
+from scheduling.below import split_input, split_output
+from scheduling.checks import ModelTable
 from scheduling.columns import columns_of
 from scheduling.levels import Levels
-from scheduling.plan import Failure, Fragment, Program, ValueFacts
+from scheduling.plan import Cut, Failure, Fragment, Program, ValueFacts
 
 Selector = tuple[int | str, ...]
 
@@ -109,6 +112,7 @@ class ShardContext:
     sites: Mapping[Site, tuple[SiteInfo, Leaf]]
     parameters: Mapping[str, Tensor]  # local parts, by path
     parameter_infos: Mapping[str, ParameterInfo]
+    table: ModelTable
     levels: Levels
     device: torch.device
 
@@ -123,6 +127,7 @@ class RequestState:
         self.values: dict[NodeId, Any] = {}
         self.failure: Failure | None = None
         self.fired: list[NodeId] = []  # reads, writes and saves of this pass
+        self.gathered_bytes = 0  # received from other ranks in this pass
         self.rows: dict[int, InvokeRows] = {}  # of this pass, by invoke
         self._written: dict[tuple[Selector, int], list[tuple[NodeId, Tensor]]] = {}  # at this visit, by invoke
         self._in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
@@ -136,6 +141,7 @@ class RequestState:
         """Takes the rows of this pass and notes which writes can reach a read's memory."""
         self.rows = rows
         self.fired = []
+        self.gathered_bytes = 0
         self._in_place_until = {}
         for work in self.program.waves[wave].stages:
             for fragment in work.fragments:
@@ -153,11 +159,13 @@ class RequestState:
     def run(self, fragment: Fragment, port: PortValue | None) -> None:
         """Runs a fragment at a visit (None at the prologue), then drops what the stage no longer needs."""
         self._written = {}
+        gathered = self.context.links.bytes.gathered
         for node_id in fragment.nodes:
             try:
                 self._run_node(node_id, fragment.order, port)
             except Exception as error:  # noqa: BLE001 - the edge between a user's program and the shared pass
                 self.fail(node_id, _told(error))
+        self.gathered_bytes += self.context.links.bytes.gathered - gathered
         for node_id in fragment.drops:
             self.values.pop(node_id, None)
         if port is not None:
@@ -177,9 +185,11 @@ class RequestState:
         if isinstance(node, Read):
             value = self._read(node_id, node, order, _visited(port))
         elif isinstance(node, Parameter):
-            value = self._parameter(node)
+            value = self._parameter(node_id, node)
         elif isinstance(node, Call):
             value = self._call(node_id, node)
+        elif isinstance(node, Op) and node_id in self.program.below:
+            value = self._below(node_id, node)
         elif self.has_failed:
             return
         elif isinstance(node, Op):
@@ -220,7 +230,7 @@ class RequestState:
             value = read_pairs(port.pairs, rows, self.rows[node.invoke].view)
         else:
             value = rows.read(port.tensors[node.site.selector], port.outputs)
-        if leaf.sharded_view_dim is not None:
+        if leaf.sharded_view_dim is not None and node_id not in self.program.below:
             blocks, copies = leaf.sharded_blocks, leaf.sharded_copies
             value = gather_whole(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
         elif rows.is_run and (leaf.mutated or self._in_place_until.get(node.invoke, -1) >= order):
@@ -263,6 +273,9 @@ class RequestState:
         num_sequences, num_columns = rows.shape
         invoke = self.program.invokes[node.invoke]
         planned = leaf.view_shape(num_sequences, invoke.longest, num_columns)
+        below = self.program.below.get(node_id)
+        if below is not None:
+            planned = self._local_shape(planned, below.cut)
         if tuple(value.shape) != planned:
             raise ValueError(f"the value has shape {list(value.shape)}, the site {list(planned)}")
         if port.pairs is None:
@@ -274,7 +287,7 @@ class RequestState:
         is_assigned = any(not self._is_in_place(other) for other, _ in written)
         turn = len(written)
         written.append((node_id, value))
-        if leaf.sharded_view_dim is not None:
+        if leaf.sharded_view_dim is not None and below is None:
             blocks, copies = leaf.sharded_blocks, leaf.sharded_copies
             value = take_part(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
         if port.pairs is not None:
@@ -309,10 +322,10 @@ class RequestState:
 
     # Values that come from elsewhere
 
-    def _parameter(self, node: Parameter) -> Tensor:
+    def _parameter(self, node_id: NodeId, node: Parameter) -> Tensor:
         local = self.context.parameters[node.path]
         info = self.context.parameter_infos[node.path]
-        if info.sharded_dim is None:
+        if info.sharded_dim is None or node_id in self.program.below:
             return local.detach()
         blocks, copies = info.sharded_blocks, info.sharded_copies
         return gather_whole(self.context.links, local.detach(), info.sharded_dim, blocks, copies)
@@ -327,14 +340,55 @@ class RequestState:
             args = tuple(self._resolve(arg) for arg in node.args)
         if isinstance(module, nn.Embedding):
             _check_ids(module, args)
+        links, table = self.context.links, self.context.table
+        taken = split_input(node.module, table) if links.ranks > 1 and len(args) == 1 else None
+        if taken is not None and split_output(node.module, table) is None and _is_matrix(module):
+            args = (take_part(links, args[0], args[0].ndim - 1, taken),)
         with self.context.runner.calling(), torch.no_grad():
-            return module(*args)
+            value = module(*args)
+        given = split_output(node.module, table) if links.ranks > 1 else None
+        if given is not None and node_id not in self.program.below:
+            value = gather_whole(links, value, value.ndim - 1, given)
+        return value
+
+    def _below(self, node_id: NodeId, node: Op) -> Any:
+        """An op on this rank's part of a value, in two halves with what travels between them."""
+        below, links = self.program.below[node_id], self.context.links
+        if self.has_failed and not travels(below):
+            return None
+        kwargs = {name: self._resolve(arg) for name, arg in node.kwargs.items()}
+        args: tuple[Any, ...] = ()
+        sent = None
+        if not self.has_failed:
+            try:
+                args = tuple(self._resolve(arg) for arg in node.args)
+                if not travels(below):
+                    return run_apart(below, node.name, args, kwargs, links)
+                args = with_parts(below, args, links)
+                sent = prepare(below, node.name, args, kwargs, links)
+            except Exception as error:  # noqa: BLE001 - the user's, and other ranks wait for what is to travel
+                self.fail(node_id, _told(error))
+        if sent is None and travels(below):
+            args = with_parts(below, tuple(self._placeholder(arg) for arg in node.args), links)
+            sent = prepare(below, node.name, args, kwargs, links)
+        if sent is None:
+            return None
+        received = travel(below, sent, links)
+        return None if self.has_failed else finish(below, node.name, args, kwargs, received, links)
 
     def _placeholder(self, operand: Operand) -> Any:
         facts = self.program.facts[operand.node] if isinstance(operand, Ref) else None
         if facts is None:
-            return self._resolve(operand)
-        return torch.zeros(facts.shape, dtype=getattr(torch, facts.dtype), device=self.context.device)
+            return operand if not isinstance(operand, Ref) else self._resolve(operand)
+        assert isinstance(operand, Ref)
+        below = self.program.below.get(operand.node)
+        cut = None if below is None else below.result
+        shape = facts.shape if cut is None else self._local_shape(facts.shape, cut)
+        return torch.zeros(shape, dtype=getattr(torch, facts.dtype), device=self.context.device)
+
+    def _local_shape(self, shape: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
+        """The shape of this rank's part."""
+        return (*shape[: cut.dim], cut.size // self.context.links.ranks, *shape[cut.dim + 1 :])
 
     def _constant(self, name: str) -> Tensor:
         if name not in self._constants:
@@ -379,6 +433,11 @@ def _check_ids(module: nn.Embedding, args: tuple[Any, ...]) -> None:
             raise IndexError(
                 f"ids from {int(ids.min())} to {int(ids.max())}, the embedding has {module.num_embeddings}"
             )
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether a module's own weights meet its input's features."""
+    return any(parameter is not None and parameter.ndim > 1 for parameter in module._parameters.values())
 
 
 def _visited(port: PortValue | None) -> PortValue:

@@ -38,7 +38,7 @@ BARRIER_TIMEOUT_S = 3600.0  # loading: shards of one deployment may read their f
 class LinkBytes:
     """Running totals of one shard. A caller that wants one part's bytes takes the difference around it."""
 
-    gathered: int = 0  # received from other ranks by `gather`
+    gathered: int = 0  # received from other ranks by `gather` and `share`
     summed: int = 0  # received from other ranks by `ordered_sum`
     sent: int = 0  # sent to other stages
 
@@ -57,6 +57,9 @@ class Links(Protocol):
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor:
         """The ranks' tensors, equal in shape, concatenated along `dim` in rank order."""
+
+    def share(self, tensor: Tensor, rank: int) -> Tensor:
+        """What `rank` has, on every rank; the others give a tensor of that shape and dtype, which may be used up."""
 
     def send(self, tensor: Tensor, stage: int) -> None:
         """Start sending to the same rank of another stage; returns at once. The tensor must not change until
@@ -89,6 +92,9 @@ class Solo:
         return tensor
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor:
+        return tensor
+
+    def share(self, tensor: Tensor, rank: int) -> Tensor:
         return tensor
 
     def send(self, tensor: Tensor, stage: int) -> None:
@@ -180,6 +186,18 @@ class Distributed:
             return tensor
         self.bytes.gathered += (self.ranks - 1) * tensor.nbytes
         return torch.cat(self._all_gather(tensor), dim)
+
+    def share(self, tensor: Tensor, rank: int) -> Tensor:
+        if self.ranks == 1:
+            return tensor
+        raw = as_bytes(tensor).to(self._wire)
+        try:
+            dist.broadcast(raw, self.stage * self.ranks + rank, group=self.rank_group)
+        except RuntimeError as error:
+            raise ServiceError(f"stage {self.stage} rank {self.rank} lost a rank of its stage: {error}") from error
+        if rank != self.rank:
+            self.bytes.gathered += raw.numel()
+        return raw.to(self.device).view(tensor.dtype).view(tensor.shape)
 
     def send(self, tensor: Tensor, stage: int) -> None:
         while self._sending and self._sending[0][0].is_completed():

@@ -53,10 +53,14 @@ def install_splits(model: nn.Module, splits: tuple[Split, ...], links: Links) ->
     was left.
     """
     _make_local(model)
+    root: Any = model
+    head = root.get_output_embeddings()
     for split in splits:
         module = model.get_submodule(split.module)
         _check_local(module, split, links.ranks)
-        _INSTALL[split.style](module, split, links)
+        # The output head's part of the vocabulary stays here: what is asked of the logits is mostly small.
+        is_head = split.style is Style.COLUMN_GATHERED and module is head
+        _INSTALL[Style.COLUMN if is_head else split.style](module, split, links)
     _count_heads(model, splits, links.ranks)
 
 

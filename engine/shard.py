@@ -96,6 +96,7 @@ class Shard:
             sites=index_sites(description),
             parameters=dict(named_tensors(model)),
             parameter_infos={info.path: info for info in description.parameters},
+            table=table_of(description),
             levels=table_of(description).levels,
             device=self.device,
         )
@@ -144,6 +145,7 @@ class Shard:
             saved_bytes={state.program.request: state.sink.saved_bytes for state in states},
             carried_bytes=self.links.bytes.sent - sent_before - hidden_bytes,
             gathered_bytes=self.links.bytes.gathered - gathered_before,
+            gathered={state.program.request: state.gathered_bytes for state in states},
             seconds=seconds,
             busy_seconds=seconds - waited,
             values=result,

@@ -68,6 +68,7 @@ class Receipt:
     read_bytes: int
     result_bytes: int  # all that left the shards towards the user
     carried_bytes: int
+    gathered_bytes: int  # that ranks received of each other's parts, for its reads, calls and operations
     queue_seconds: float
     run_seconds: float
     notes: tuple[str, ...]

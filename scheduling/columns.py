@@ -49,7 +49,7 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Indexing:
+class Indexing:
     """A use of a narrow value that names its columns."""
 
     node: int
@@ -63,7 +63,7 @@ class _Chain:
     """A read, the values that in-place code made of it, and where they go back to."""
 
     read: int
-    indexings: list[_Indexing]
+    indexings: list[Indexing]
     column_dims: dict[int, int]  # values that have the column dimension -> which of theirs it is
     writes: list[int]
 
@@ -90,7 +90,7 @@ def find_columns(request: Request, resolved: Resolved, live: list[bool], facts: 
         narrowed.update((NodeId(write), columns) for write in chain.writes)
         for indexing in chain.indexings:
             known = rewritten.get(indexing.node, graph.nodes[indexing.node])
-            rewritten[indexing.node] = _rewritten(known, indexing, columns)
+            rewritten[indexing.node] = with_narrow_index(known, indexing, columns)
         for value, dim in chain.column_dims.items():
             compact[value] = _with_columns(facts[value], dim, len(columns))
     return Columns(
@@ -135,8 +135,8 @@ class _Finder:
                 node = self.nodes[user]
                 if isinstance(node, Op) and node.name == "getitem":
                     index = self._index_of(node.args[1]) if len(node.args) == 2 else ()
-                    found = _find_column(index, base, dim, self.facts) if _is_base(node, base) else None
-                    if isinstance(found, _Passed) and self.facts[user] is not None:
+                    found = find_dimension(index, base, dim, self.facts) if _is_base(node, base) else None
+                    if isinstance(found, Passed) and self.facts[user] is not None:
                         chain.column_dims[user] = found.dim
                         pending.append(user)
                         continue
@@ -207,32 +207,32 @@ class _Finder:
         """The cells that one in-place op changes, None when that is not known ahead."""
         invoke = self.invokes[write.invoke]
         _, index, found = self._edited(node, _base(node), column_dim)
-        if not isinstance(found, _Named):
+        if not isinstance(found, Named):
             return None
-        columns = _named_columns(index[found.place], invoke.longest)
+        columns = named_places(index[found.place], invoke.longest)
         if columns is None:
             return None
         first = index[0]
         is_sequences = found.place > 0 and first is not Ellipsis and first is not None
-        rows = _named_columns(first, len(invoke.sequences)) if is_sequences else None
+        rows = named_places(first, len(invoke.sequences)) if is_sequences else None
         return Part(None if rows is None else tuple(rows), tuple(columns))
 
     def _edited(
         self, node: Op, base: int, column_dim: int
-    ) -> tuple[int | None, tuple[Operand, ...], _Passed | _Named | None]:
+    ) -> tuple[int | None, tuple[Operand, ...], Passed | Named | None]:
         """Which index of an in-place op names the columns: (step of a set_view, the index, what it does)."""
         if node.name == "setitem":
             part = node.args[2] if len(node.args) == 3 else None
             is_plain = len(node.args) == 3 and not node.kwargs and not _mentions(part, base)
             index = self._index_of(node.args[1]) if is_plain else ()
-            return None, index, _find_column(index, base, column_dim, self.facts) if is_plain else None
+            return None, index, find_dimension(index, base, column_dim, self.facts) if is_plain else None
         steps = node.args[1] if len(node.args) == 3 and not node.kwargs else None
         if not isinstance(steps, tuple) or not steps or _mentions(node.args[2], base):
             return None, (), None
         match steps[0]:
             case ("getitem", (index_operand,), ()):
                 index = self._index_of(index_operand)
-                return 0, index, _find_column(index, base, column_dim, self.facts)
+                return 0, index, find_dimension(index, base, column_dim, self.facts)
         return None, (), None
 
     def _name(
@@ -241,14 +241,14 @@ class _Finder:
         user: int,
         step: int | None,
         index: tuple[Operand, ...],
-        found: _Passed | _Named | None,
+        found: Passed | Named | None,
         longest: int,
     ) -> bool:
         """Notes a use that names its columns; False when it does not."""
-        columns = _named_columns(index[found.place], longest) if isinstance(found, _Named) else None
-        if columns is None or not isinstance(found, _Named):
+        columns = named_places(index[found.place], longest) if isinstance(found, Named) else None
+        if columns is None or not isinstance(found, Named):
             return False
-        chain.indexings.append(_Indexing(node=user, step=step, place=found.place, columns=columns))
+        chain.indexings.append(Indexing(node=user, step=step, place=found.place, columns=columns))
         return True
 
     def _index_of(self, operand: Operand) -> tuple[Operand, ...]:
@@ -280,14 +280,14 @@ class _Finder:
 
 
 @dataclass(frozen=True, slots=True)
-class _Passed:
+class Passed:
     """An indexing that leaves the columns alone: they are this dimension of its result."""
 
     dim: int
 
 
 @dataclass(frozen=True, slots=True)
-class _Named:
+class Named:
     """An indexing with a part for the columns, at this place."""
 
     place: int
@@ -316,7 +316,7 @@ def _mentions(operand: Operand, node: int) -> bool:
     return False
 
 
-def _find_column(index: tuple[Operand, ...], base: int, column_dim: int, facts: Facts) -> _Passed | _Named | None:
+def find_dimension(index: tuple[Operand, ...], base: int, column_dim: int, facts: Facts) -> Passed | Named | None:
     """What an index does to the column dimension of its base, None when that is not known ahead."""
     base_facts = facts[base]
     if base_facts is None:
@@ -324,8 +324,8 @@ def _find_column(index: tuple[Operand, ...], base: int, column_dim: int, facts: 
     if column_dim < len(index) <= len(base_facts.shape) and all(type(part) in _PLAIN for part in index):
         part = index[column_dim]  # by far the most: a part for each dimension
         if type(part) is int or part != _EVERY:
-            return _Named(column_dim)
-        return _Passed(sum([type(part) is slice for part in index[:column_dim]]))
+            return Named(column_dim)
+        return Passed(sum([type(part) is slice for part in index[:column_dim]]))
     known: list[int] = []
     num_ellipses, has_advanced = 0, False  # advanced indices reorder dimensions
     for part in index:
@@ -343,11 +343,11 @@ def _find_column(index: tuple[Operand, ...], base: int, column_dim: int, facts: 
         consumed = rest if part is Ellipsis else width
         if dim <= column_dim < dim + consumed:
             if part is not Ellipsis and not (type(part) is slice and part == _EVERY):
-                return _Named(place)
+                return Named(place)
             break
         dim += consumed
         result_dim += consumed if part is Ellipsis or isinstance(part, slice) else part is None
-    return None if has_advanced else _Passed(result_dim + column_dim - dim)
+    return None if has_advanced else Passed(result_dim + column_dim - dim)
 
 
 _EVERY = slice(None)
@@ -371,7 +371,7 @@ def _width(part: Operand, facts: Facts) -> int | None:
 _BOUNDS = frozenset({type(None), int})
 
 
-def _named_columns(part: Operand, longest: int) -> range | tuple[int, ...] | None:
+def named_places(part: Operand, longest: int) -> range | tuple[int, ...] | None:
     """The places that a static part names; for a slice with a step, those between as well."""
     if type(part) is int:
         column = part + longest if part < 0 else part
@@ -394,7 +394,7 @@ def _place(entry: object, longest: int) -> int:
     return entry + longest if entry < 0 else entry
 
 
-def _rewritten(node: Node, indexing: _Indexing, columns: tuple[int, ...]) -> Op:
+def with_narrow_index(node: Node, indexing: Indexing, columns: tuple[int, ...]) -> Op:
     """The indexing on the narrow view."""
     assert isinstance(node, Op)
     if indexing.step is None:
@@ -411,7 +411,7 @@ def _rewritten(node: Node, indexing: _Indexing, columns: tuple[int, ...]) -> Op:
     return Op(name=node.name, args=(node.args[0], changed, *node.args[2:]), kwargs=node.kwargs, where=node.where)
 
 
-def _narrow(index: Operand, indexing: _Indexing, columns: tuple[int, ...]) -> Operand:
+def _narrow(index: Operand, indexing: Indexing, columns: tuple[int, ...]) -> Operand:
     parts: list[Operand] = list(index) if isinstance(index, tuple) else [index]
     part, named = parts[indexing.place], indexing.columns
     if isinstance(part, slice):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NewType
 
 from polytrace.graph import Graph, Invoke, NodeId
@@ -52,6 +53,41 @@ class Transfer:
     source: int  # stage
     target: int  # stage
     facts: ValueFacts  # planned shape: what travels even when the graph has failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How the ranks of a stage split a value."""
+
+    dim: int
+    size: int  # of the whole
+    blocks: int  # equal ones side by side, each split over the ranks
+
+
+class Step(Enum):
+    """What a node does with parts of a value. See `scheduling.below`."""
+
+    KEEP = "keep"  # each rank does on its part what the node says; nothing travels
+    PICK = "pick"  # some features travel, from the ranks that have them
+    PUT = "put"  # those ranks change some features that have them
+    LARGEST = "largest"  # each rank's largest (or smallest) travel, with their places
+    EXTREME = "extreme"
+    SUM = "sum"
+    SOFTMAX = "softmax"  # of each rank the largest and the sum of exponentials travel
+    PRODUCT = "product"  # partial products travel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Below:
+    """A node that works below the gather."""
+
+    step: Step
+    cut: Cut  # of its operand; of what broadcasts, after that
+    result: Cut | None  # of its value; None: every rank has all of it
+    parts: tuple[tuple[int, int], ...] = ()  # whole operands of which a rank takes its part: (argument, dimension)
+    dims: tuple[int, ...] = ()  # that are reduced
+    features: tuple[int, ...] = ()  # of the whole, that are picked (ascending) or put
+    place: int = 0  # of the features' part in the index, where they are put
 
 
 Key = bytes
@@ -162,6 +198,7 @@ class Program:
     seed: int
     sharing_domain: str | None  # its rows may be shared with requests of the same domain; None: not even among its own
     facts: tuple[ValueFacts | None, ...]  # per node; None for writes and saves
+    below: Mapping[NodeId, Below]  # nodes that each rank works out on its part
     waves: tuple[Wave, ...]
     saves: tuple[SaveSlot, ...]
     trunks: tuple[Trunk, ...]  # by wave
@@ -249,4 +286,5 @@ class ShardResult:
     gathered_bytes: int  # received from other ranks to complete sharded sites and parameters
     seconds: float  # from the first transfer to the last save
     busy_seconds: float  # of those, not waiting for another shard
+    gathered: Mapping[RequestId, int] = field(default_factory=dict)  # of those, what each request's own nodes asked for
     values: Mapping[tuple[RequestId, str], Any] = field(default_factory=dict)  # saves, when there is no result file

@@ -12,6 +12,7 @@ from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Graph, Invoke, NodeId, Request, Save, Sharing, Write
 from polytrace.tensors import itemsize
+from scheduling.below import lower
 from scheduling.checks import Resolved, resolve, table_of
 from scheduling.columns import find_columns
 from scheduling.cones import Keys, find_cones, kept_columns
@@ -80,18 +81,20 @@ def _compile(
 
     # 4) Plan what is carried, held and dropped, and where saved values go.
     works = stage_works(graph, resolved, points, columns.facts, executions(graph, live, points, runs, scale), scale)
+    lowered = lower(columns.graph, columns.facts, resolved, live, points, scale, table)
     saves = _lay_out_saves(graph, points, facts, scale)
     result_bytes = sum(slot.facts.num_bytes for slot in saves)
     if result_bytes > limits.max_result_bytes:
         raise TooLargeError(f"all saves take {result_bytes} bytes; the limit is {limits.max_result_bytes}")
     return Program(
         request=request_id,
-        graph=columns.graph,
+        graph=lowered.graph,
         narrowed=columns.narrowed,
         invokes=request.invokes,
         seed=request.options.seed,
         sharing_domain=domain,
         facts=columns.facts,
+        below=lowered.below,
         waves=_waves(works, runs, kept, cones, forests, chosen),
         saves=saves,
         trunks=chosen.trunks,

@@ -54,6 +54,7 @@ class Account:
         self._entries: list[PassEntry] = []
         self._passes_of: dict[NodeId, int] = {}  # reads and writes -> in how many passes they fired
         self._saved_bytes = 0
+        self._gathered_bytes = 0
 
     def enter(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
         """Takes in a pass that went well."""
@@ -68,6 +69,7 @@ class Account:
             )
         )
         for result in results:
+            self._gathered_bytes += result.gathered.get(request, 0)
             self._saved_bytes += result.saved_bytes.get(request, 0)
             self.values.update({name: value for (owner, name), value in result.values.items() if owner == request})
             if result.rank == 0:
@@ -90,6 +92,7 @@ class Account:
             read_bytes=read_bytes(program),
             result_bytes=self._saved_bytes,
             carried_bytes=carried_bytes(program, table),
+            gathered_bytes=self._gathered_bytes,
             queue_seconds=queue_seconds,
             run_seconds=run_seconds,
             notes=find_notes(program, table),

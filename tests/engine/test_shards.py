@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from below import EXPRESSIONS, PROMPT, VECTOR, whole_values
 from by_hand import run_by_hand
 from families import FAMILIES, model_of
 from hypothesis import HealthCheck, Phase, given, settings
@@ -108,6 +110,82 @@ def test_points_inside_of_attention_are_those_of_the_whole_model(deployed: Deplo
             expected = look_by_hand(deployed.plain, family, look)
             assert all(torch.equal(a.isneginf(), b.isneginf()) for a, b in zip(ours, expected, strict=True)), look
             assert furthest(ours, expected) <= FLOAT32_TOLERANCE, look
+
+
+SPLIT = {  # outputs that ranks split, and the vocabulary
+    "llama": ("model.layers.1.mlp.gate_proj", "model.layers.2.self_attn.q_proj", "lm_head"),
+    "gemma2": ("model.layers.1.mlp.up_proj", "lm_head"),
+    "gpt2": ("transformer.h.1.attn.c_attn", "transformer.h.2.mlp.c_fc"),
+}
+
+
+def test_of_what_ranks_split_only_what_is_asked_for_travels(deployed: Deployed) -> None:
+    paths = SPLIT.get(deployed.family, ())
+    if deployed.ranks == 1 or not paths:
+        pytest.skip("nothing is split here")
+    whole = whole_values(deployed.plain, {path: path for path in paths})
+    size = 2 if deployed.dtype is torch.bfloat16 else 4
+    for path in paths:
+        for expression in EXPRESSIONS:
+            with deployed.model.trace(PROMPT) as tracer:
+                ours = expression.write(find(deployed.model, path).output).save()
+            theirs = expression.write(whole[path])
+            most = expression.received(len(PROMPT), deployed.ranks) * 4
+            assert 0 < tracer.receipt.gathered_bytes <= most, (path, expression.name, tracer.receipt.gathered_bytes)
+            if deployed.dtype is torch.float32:
+                assert difference([ours], [theirs]) <= FLOAT32_TOLERANCE, (path, expression.name)
+        with deployed.model.trace(PROMPT) as tracer:
+            find(deployed.model, path).output.save()
+        assert tracer.receipt.gathered_bytes == whole[path].numel() * size * (deployed.ranks - 1)
+
+
+def test_edits_of_what_ranks_split_stay_on_the_ranks(deployed: Deployed) -> None:
+    paths = SPLIT.get(deployed.family, ())[:1]
+    if deployed.ranks == 1 or not paths:
+        pytest.skip("nothing is split here")
+
+    def scale(out: Any) -> None:
+        out[:, :, 3:9] = 0.0
+        out[:, -1, 11] = 4.0
+        out[:] = out * 1.5
+        out[:, 0] = VECTOR[: out.shape[-1]].to(deployed.dtype)
+        out.mul_(0.9)
+
+    for path in paths:
+        with deployed.model.trace(PROMPT) as tracer:
+            scale(find(deployed.model, path).output)
+            ours = find(deployed.model, FAMILIES[deployed.family].norm).output[:, -1].save()
+        handle = deployed.plain.get_submodule(path).register_forward_hook(lambda m, a, out: scale(out))
+        theirs = whole_values(deployed.plain, {"norm": FAMILIES[deployed.family].norm})["norm"][:, -1]
+        handle.remove()
+        untouched = whole_values(deployed.plain, {"norm": FAMILIES[deployed.family].norm})["norm"][:, -1]
+        assert tracer.receipt.gathered_bytes == 0
+        if deployed.dtype is torch.float32:
+            assert difference([ours], [theirs]) <= FLOAT32_TOLERANCE < difference([ours], [untouched]) / 10
+
+
+def test_modules_that_ranks_split_are_called_on_whole_values(deployed: Deployed) -> None:
+    if deployed.family != "llama":
+        pytest.skip("llama's modules")
+    mlp = deployed.plain.model.layers[1].mlp
+    value = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(1)).to(deployed.dtype)
+    inner = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(2)).to(deployed.dtype)
+    with deployed.model.trace(PROMPT):
+        own = deployed.model.model.layers[1].mlp
+        ours = [own.gate_proj(value).save(), own.down_proj(inner).save(), own(value).save(), own.act_fn(inner).save()]
+        ours.append(deployed.model.lm_head(value).save())
+        chosen = deployed.model.lm_head(value).softmax(-1).max(-1)[1].save()
+    with torch.no_grad():
+        theirs = [
+            mlp.gate_proj(value),
+            mlp.down_proj(inner),
+            mlp(value),
+            mlp.act_fn(inner),
+            deployed.plain.lm_head(value),
+        ]
+    if deployed.dtype is torch.float32:
+        assert difference(ours, theirs) <= FLOAT32_TOLERANCE
+        assert torch.equal(chosen, theirs[-1].argmax(-1))
 
 
 @TWICE
