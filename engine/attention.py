@@ -14,6 +14,9 @@ Whole pages of a parent are read where they are, however many forks look at them
 is copied for it. Segments of like geometry over one prefix are one *chunk* and go through the kernels together. A call
 of a kernel costs as much as some rows do, so what differs a little is made alike: shorter tiles repeat their last row,
 and where few forks look at a parent its pages are copied for them.
+
+On a GPU one kernel a layer keeps the same promise (`engine.flash`): pages are for CPUs, and for machines that cannot
+compile a kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -171,7 +175,7 @@ class AttentionPass:
         self.store = store
         self.device = device
         self.trunks = trunks  # None: there are none, neither to find nor to keep
-        self.has_kernel = device.type == "cuda"
+        self.has_kernel = device.type == "cuda" and why_no_kernel() is None
         self.layer = 0  # that runs now
         self._stream = Stream((), 0, 1)
 
@@ -318,6 +322,18 @@ def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, rest: dict
         raise ServiceError(f"{type(module).__name__} is not causal: packed rows attend to earlier tokens only")
 
 
+@cache
+def why_no_kernel() -> str | None:
+    """What keeps this machine from compiling a kernel for its GPU, None when nothing does."""
+    try:
+        from triton.runtime import driver  # comes with torch for CUDA, and is not there without
+
+        driver.active.get_current_target()  # calls the C compiler
+    except (ImportError, OSError, RuntimeError, CalledProcessError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def _by_kernel(
     current: AttentionPass,
     layer: int,
@@ -330,7 +346,7 @@ def _by_kernel(
     sinks_H: Tensor | None,
 ) -> Tensor:
     """One layer's attention in one pass, `[1, T, H, C]`, in one launch."""
-    from engine.flash import flash_attention  # Triton comes with torch for CUDA, and is not there without
+    from engine.flash import flash_attention  # imports Triton
 
     key_GRC, value_GRC = key[0], value[0]
     if current.trunks is not None:
