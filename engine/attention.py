@@ -26,8 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from subprocess import CalledProcessError
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from engine.kernels import has_kernels
 from engine.lanes import FLAT_MULTIPLE, least_rows
 from engine.spans import Span, SpanStore
 from engine.streams import Stream
@@ -175,7 +175,7 @@ class AttentionPass:
         self.store = store
         self.device = device
         self.trunks = trunks  # None: there are none, neither to find nor to keep
-        self.has_kernel = device.type == "cuda" and why_no_kernel() is None
+        self.has_kernel = has_kernels(device)
         self.layer = 0  # that runs now
         self._stream = Stream((), 0, 1)
 
@@ -320,18 +320,6 @@ def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, rest: dict
         raise ServiceError(f"{type(module).__name__} passes {names} to attention, which packed rows do not support yet")
     if not getattr(module, "is_causal", True) or rest.get("is_causal") is False:
         raise ServiceError(f"{type(module).__name__} is not causal: packed rows attend to earlier tokens only")
-
-
-@cache
-def why_no_kernel() -> str | None:
-    """What keeps this machine from compiling a kernel for its GPU, None when nothing does."""
-    try:
-        from triton.runtime import driver  # comes with torch for CUDA, and is not there without
-
-        driver.active.get_current_target()  # calls the C compiler
-    except (ImportError, OSError, RuntimeError, CalledProcessError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def _by_kernel(
