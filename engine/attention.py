@@ -334,7 +334,7 @@ def _by_kernel(
     sinks_H: Tensor | None,
 ) -> Tensor:
     """One layer's attention in one pass, `[1, T, H, C]`, in one launch."""
-    from engine.flash import flash_attention  # imports Triton
+    from engine.flash import flash_attention  # Triton comes with torch for CUDA, and is not there without
 
     key_GRC, value_GRC = key[0], value[0]
     if current.trunks is not None:
