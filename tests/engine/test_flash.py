@@ -38,7 +38,11 @@ from tests.engine.test_attention import (
     with_sinks,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # numpy's, interpreting
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, interpreting
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
 

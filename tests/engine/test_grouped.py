@@ -12,7 +12,11 @@ from torch import Tensor
 
 from engine.experts import is_experts, use_padded_experts
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # numpy's, interpreting
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, interpreting
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
 
