@@ -14,6 +14,9 @@ Whole pages of a parent are read where they are, however many forks look at them
 is copied for it. Segments of like geometry over one prefix are one *chunk* and go through the kernels together. A call
 of a kernel costs as much as some rows do, so what differs a little is made alike: shorter tiles repeat their last row,
 and where few forks look at a parent its pages are copied for them.
+
+On a GPU one kernel a layer keeps the same promise (`engine.flash`): pages are for CPUs, and for machines that cannot
+compile a kernel.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from engine.copies import to_device
+from engine.kernels import has_kernels
 from engine.lanes import FLAT_MULTIPLE, least_rows
 from engine.points import MASKED, Held, Pairs, Points, Watch, apart, visited
 from engine.spans import Span, SpanStore
@@ -181,7 +185,7 @@ class AttentionPass:
         self.device = device
         self.trunks = trunks  # None: there are none, neither to find nor to keep
         self.points: dict[int, Points] = {}  # visits inside of attention, by the module's id
-        self.has_kernel = device.type == "cuda"
+        self.has_kernel = has_kernels(device)
         self.layer = 0  # that runs now
         self._stream = Stream((), 0, 1)
 

@@ -6,6 +6,9 @@ they lie in it, depends on the neighbours. Here every expert's rows are a *group
 whose size lets no element-wise kernel's tail fall on a row. What the chosen experts make of a row is added up in the
 order in which its router named them.
 
+On a GPU one kernel multiplies all groups, and nobody waits to learn how long they are (`engine.grouped`): the buffer is
+as long as they can be at most.
+
 Where experts are dealt out over tensor-parallel ranks, a rank computes those that it has; what a row chose elsewhere
 gives it an exact zero here, and the ranks' answers are added up (`engine.parallel`).
 
@@ -22,9 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from engine.kernels import has_kernels
 from engine.lanes import least_rows, rows_multiple
 
-# T = rows, K = experts of a row, S = T K, P = rows of all groups with their padding, D = hidden
+# T = rows, K = experts of a row, S = T K, P = rows of all groups with their padding, J = tiles of these, D = hidden
 
 NAME = "polytrace"
 
@@ -51,14 +55,14 @@ def padded_experts(experts: Any, hidden_TD: Tensor, chosen_TK: Tensor, weights_T
     """`[T, D]`: the weighted sum of what the chosen experts make of each row. Called by transformers."""
     num_chosen = chosen_TK.shape[1]
     if hidden_TD.is_meta:
-        counts = None
+        groups = None
         into_S = torch.arange(chosen_TK.numel(), device="meta")
         rows_P = into_S // num_chosen
     else:
-        counts, into_S, rows_P = _groups(experts, chosen_TK)
-    product = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", hidden_TD[rows_P], counts)
+        groups, into_S, rows_P = _groups(experts, chosen_TK)
+    product = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", hidden_TD[rows_P], groups)
     product = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
-    product_PD = _linear(experts, "down_proj", product, counts)
+    product_PD = _linear(experts, "down_proj", product, groups)
     if experts.has_post_expert_norm:
         product_PD = experts.post_expert_norm(product_PD)
     product_TKD = product_PD[into_S].view(*chosen_TK.shape, -1) * weights_TK.unsqueeze(-1)
@@ -68,53 +72,71 @@ def padded_experts(experts: Any, hidden_TD: Tensor, chosen_TK: Tensor, weights_T
     return total_TD.to(hidden_TD.dtype)
 
 
-def _groups(experts: Any, chosen_TK: Tensor) -> tuple[list[int], Tensor, Tensor]:
-    """Rows of each expert's group with its padding; `[S]` the place of each row's product; `[P]` the row of each place.
+def _groups(experts: Any, chosen_TK: Tensor) -> tuple[list[int] | Tensor, Tensor, Tensor]:
+    """The groups; `[S]` the place of each row's product; `[P]` the row of each place.
 
-    Places of padding repeat row 0. Behind the last group there may be more of them, which belong to no expert.
+    The groups are the rows of each with its padding, or for the kernel `[J]`, the expert of each tile. Places of
+    padding repeat row 0. Behind the last group there may be more of them, which belong to no expert.
     """
     num_experts, first = experts.num_experts, getattr(experts, "first_expert", None)
     ids_S = chosen_TK.flatten()
     if first is not None:  # those of other ranks are one more group, of which nothing is computed
         ids_S = ids_S - first
         ids_S = ids_S.masked_fill((ids_S < 0) | (ids_S >= num_experts), num_experts)
-    used = torch.bincount(ids_S, minlength=num_experts + (first is not None))
+    used = ids_S.new_zeros(num_experts + (first is not None)).scatter_add_(0, ids_S, torch.ones_like(ids_S))
     least = least_rows(ids_S.device)
     sizes = (used + least - 1) // least * least
     order_S = ids_S.argsort(stable=True)
     firsts = sizes.cumsum(0) - sizes - (used.cumsum(0) - used)  # of each group, less the rows sorted before it
     into_S = torch.empty_like(ids_S)
     into_S[order_S] = torch.arange(len(ids_S), device=ids_S.device) + firsts[ids_S[order_S]]
-    counts: list[int] = sizes[:num_experts].tolist()
-    num_places = sum(counts)
-    if first is not None:
-        into_S.masked_fill_(ids_S == num_experts, num_places)  # behind the last group, where products are zero
-        num_places += 1
-    multiple = _buffer_multiple(experts)
-    rows_P = ids_S.new_zeros(-(-num_places // multiple) * multiple)
+    groups: list[int] | Tensor
+    if has_kernels(ids_S.device) and _weight(experts).dtype in (torch.float32, torch.bfloat16, torch.float16):
+        num_tiles = len(ids_S) // least + min(len(ids_S), len(sizes))
+        first_J = torch.arange(num_tiles, device=ids_S.device) * least
+        groups = torch.searchsorted(sizes.cumsum(0), first_J, right=True)
+        rows_P = ids_S.new_zeros(num_tiles * least)
+    else:
+        groups = sizes[:num_experts].tolist()
+        num_places = sum(groups)
+        if first is not None:
+            into_S.masked_fill_(ids_S == num_experts, num_places)  # behind the last group, where products are zero
+            num_places += 1
+        multiple = _buffer_multiple(experts)
+        rows_P = ids_S.new_zeros(-(-num_places // multiple) * multiple)
     rows_P[into_S] = torch.arange(len(ids_S), device=ids_S.device) // chosen_TK.shape[1]
-    return counts, into_S, rows_P
+    return groups, into_S, rows_P
 
 
 def _buffer_multiple(experts: Any) -> int:
     """Rows of which the buffer is a multiple, for the widths of what is computed in it."""
-    weight = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    weight = _weight(experts)
     width = weight.shape[2 if experts.is_transposed else 1]
     widths = {width, width // 2} if experts.has_gate else {width}
     return math.lcm(least_rows(weight.device), rows_multiple(widths, torch.get_num_threads(), weight.device))
 
 
-def _linear(experts: Any, name: str, x_PI: Tensor, counts: list[int] | None) -> Tensor:
+def _weight(experts: Any) -> Tensor:
+    """The first matrices of all experts."""
+    weight: Tensor = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    return weight
+
+
+def _linear(experts: Any, name: str, x_PI: Tensor, groups: list[int] | Tensor | None) -> Tensor:
     """Each group times its own expert's matrix, `[P, out]`; zeros behind the last group. Of no group: shapes only."""
     weights = getattr(experts, name)
     biases = getattr(experts, f"{name}_bias") if experts.has_bias else None
     if not experts.is_transposed:
         weights = weights.transpose(1, 2)
-    if counts is None:
+    if groups is None:
         return x_PI.new_empty(x_PI.shape[0], weights.shape[2])
+    if isinstance(groups, Tensor):
+        from engine.grouped import grouped_product  # imports Triton
+
+        return grouped_product(x_PI, weights, biases, groups)
     parts = []
     start = 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(groups):
         if count:
             product = x_PI[start : start + count] @ weights[expert]
             parts.append(product if biases is None else product + biases[expert])

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
+from engine.kernels import why_no_kernels
 from engine.lanes import MAX_THREADS, rows_multiple
 from engine.windows import Layout, find_layout
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
@@ -269,6 +270,8 @@ def row_multiple(probe: Probe, ranks: int, threads: int, device: str) -> tuple[i
     """
     parts = {width // ranks for width in probe.widths if width % ranks == 0}
     multiple = rows_multiple(probe.widths | parts, threads, torch.device(device))
+    if device == "cuda" and (reason := why_no_kernels()) is not None:
+        return multiple, (f"attention and experts are slow on this GPU: no kernel can be compiled ({reason})",)
     if device != "cpu" or threads <= MAX_THREADS:
         return multiple, ()
     return multiple, (f"with {threads} threads a CPU may round differently beside neighbours; up to 4 it does not",)
