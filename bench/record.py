@@ -11,7 +11,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def append(name: str, *, config: Mapping[str, Any], figures: Mapping[str, Any], 
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}},
         "config": dict(config),
         "figures": dict(figures),
     }
@@ -38,6 +38,13 @@ def append(name: str, *, config: Mapping[str, Any], figures: Mapping[str, Any], 
     with path.open("a") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
     return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a machine that only runs the engine has no Ray
+        return None
 
 
 def commit() -> str:

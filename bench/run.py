@@ -1,6 +1,6 @@
 """The benchmarks in one command.
 
-    python -m bench.run [merged] [overhead] [cones] [--quick] [--model FOLDER]
+    python -m bench.run [merged] [overhead] [cones] [large] [--quick] [--model FOLDER]
 
 Each prints its figures and appends one JSON line to `bench/results/`. A row whose numbers are wrong is an error, not a
 result: nothing is recorded then. `--quick` shows that a benchmark works and records nothing.
@@ -15,11 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import merged, overhead, record, tinyworld
+import torch
+
+from bench import large, merged, overhead, record, tinyworld
 from bench.cones import benchmark as cones
 
 # Each has `config_for(folder, quick=)`, `run(config)`, `is_right(figures)` and `tell(figures)`.
-BENCHMARKS: Mapping[str, Any] = {"merged": merged, "overhead": overhead, "cones": cones}
+BENCHMARKS: Mapping[str, Any] = {"merged": merged, "overhead": overhead, "cones": cones, "large": large}
 
 
 def main() -> None:
@@ -31,7 +33,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - BENCHMARKS.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    for name in arguments.names or BENCHMARKS:
+    has_gpu = torch.cuda.is_available() or arguments.quick
+    missing = [name for name, own in BENCHMARKS.items() if getattr(own, "NEEDS_GPU", False) and not has_gpu]
+    if wanted := set(arguments.names) & set(missing):
+        parser.error(f"{', '.join(wanted)} needs a CUDA device; --quick shows that it works")
+    for name in arguments.names or [name for name in BENCHMARKS if name not in missing]:
         print(f"{name} ...", file=sys.stderr, flush=True)
         run_one(name, arguments.model, quick=arguments.quick)
 
