@@ -177,11 +177,11 @@ def test_merged_requests_over_two_stages_and_two_ranks_equal_plain_hugging_face(
             assert (unedited[name] - value).abs().max() > 1e-3
 
 
-def test_two_passes_are_in_flight_over_two_stages_with_the_bits_of_one(running: Running) -> None:
+def test_passes_are_in_flight_over_two_stages_with_the_bits_of_one(running: Running) -> None:
     prompts = [tuple(range(2 + i, 22 + i)) for i in range(8)]
     together, _ = running.run(running.programs(prompts, 0.5), budget_tokens=4096)
     apart, most_in_flight = running.run(running.programs(prompts, 0.5), budget_tokens=20)
-    assert most_in_flight == 2
+    assert most_in_flight == 3, "one a stage, and one that waits"
     for one, other in zip(together, apart, strict=True):
         assert torch.equal(one.values["logits"], other.values["logits"])
 
