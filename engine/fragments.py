@@ -15,7 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from engine.copies import to_device
 from engine.links import Links
+from engine.memory import told_out_of_memory
 from engine.ops import resolve, run_op
 from engine.results import ResultSink
 from engine.sites import port_leaves
@@ -140,10 +142,12 @@ class RequestState:
                         reach = max(self._in_place_until.get(node.invoke, fragment.order), fragment.order)
                         self._in_place_until[node.invoke] = reach
 
-    def fail(self, node: NodeId | None, message: str) -> None:
+    def fail(self, node: NodeId | None, message: str, *, is_out_of_memory: bool = False) -> None:
         """Marks the request as failed; the first failure stands."""
         if self.failure is None:
-            self.failure = Failure(request=self.program.request, node=node, message=message)
+            self.failure = Failure(
+                request=self.program.request, node=node, message=message, is_out_of_memory=is_out_of_memory
+            )
 
     def run(self, fragment: Fragment, port: PortValue | None) -> None:
         """Runs a fragment at a visit (None at the prologue), then drops what the stage no longer needs."""
@@ -151,8 +155,11 @@ class RequestState:
         for node_id in fragment.nodes:
             try:
                 self._run_node(node_id, fragment.order, port)
-            except Exception as error:  # noqa: BLE001 - the edge between a user's program and the shared pass
-                self.fail(node_id, _told(error))
+            except Exception as error:  # the edge between a user's program and the shared pass
+                told = told_out_of_memory(error)
+                if told is not None and self._may_be_waited_for(node_id):
+                    raise
+                self.fail(node_id, told or _told(error), is_out_of_memory=told is not None)
         for node_id in fragment.drops:
             self.values.pop(node_id, None)
         if port is not None:
@@ -201,6 +208,10 @@ class RequestState:
             if isinstance(node, Read):
                 self.fired.append(node_id)
 
+    def _may_be_waited_for(self, node_id: NodeId) -> bool:
+        """Whether other ranks may wait for this one inside a node: without it they would wait for ever."""
+        return self.context.links.ranks > 1 and isinstance(self.program.graph.nodes[node_id], (Read, Parameter, Call))
+
     # Reading and writing
 
     def _read(self, node_id: NodeId, node: Read, order: int, port: PortValue) -> Tensor:
@@ -231,12 +242,12 @@ class RequestState:
             theirs = {column: place for place, column in enumerate(columns_of(self.program.narrowed, write, invoke))}
             common = [(place, theirs[column]) for place, column in enumerate(columns) if column in theirs]
             if common:
-                here, there = (list(places) for places in zip(*common, strict=True))
-                value[:, here] = given[:, there]
+                here, there = to_device(common, value.device).T
+                value.index_copy_(1, here, given.index_select(1, there))
         if rows.is_whole:
             return value
         real = torch.zeros(rows.shape, dtype=torch.bool, device=value.device)
-        real.view(-1)[rows.cells] = True
+        real.view(-1).index_fill_(0, rows.cells, True)
         return value.masked_fill(~real.view(*rows.shape, *[1] * (value.ndim - 2)), 0)
 
     def _write(self, node_id: NodeId, node: Write, port: PortValue) -> None:
@@ -306,16 +317,17 @@ class RequestState:
     def _constant(self, name: str) -> Tensor:
         if name not in self._constants:
             if self.program.request_file is None:
-                self._constants[name] = from_raw(self.program.constants[name]).to(self.context.device)
+                constant = from_raw(self.program.constants[name])
             else:
-                with safe_open(self.program.request_file, framework="pt", device=str(self.context.device)) as stored:
-                    self._constants[name] = stored.get_tensor(name)
+                with safe_open(self.program.request_file, framework="pt") as stored:
+                    constant = stored.get_tensor(name)
+            self._constants[name] = to_device(constant, self.context.device)
         return self._constants[name]
 
     def _mask(self, invoke: int) -> Tensor:
         sequences = self.program.invokes[invoke].sequences
         longest = self.program.invokes[invoke].longest
-        pads = torch.tensor([longest - len(sequence) for sequence in sequences], device=self.context.device)
+        pads = to_device([longest - len(sequence) for sequence in sequences], self.context.device)
         return torch.arange(longest, device=self.context.device)[None] >= pads[:, None]
 
     def _save(self, node_id: NodeId, node: Save) -> None:

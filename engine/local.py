@@ -46,7 +46,7 @@ class LocalShards:
             self._finished.append((plan, (self.shard.run(plan),)))
         except PolytraceError as error:
             self._finished.append((plan, error))
-        except RuntimeError as error:  # torch's: out of memory, a kernel that failed
+        except RuntimeError as error:  # torch's: a kernel that failed
             self._finished.append((plan, ServiceError(f"the pass failed: {error}")))
 
     def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from engine.copies import to_device
 from engine.ranges import check_along, check_index, check_range
 from polytrace.errors import GraphError
 from polytrace.graph import DType, NodeId, Operand, Ref
@@ -219,7 +220,7 @@ def _draw(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: tup
     digest = hashlib.blake2b(f"{seed[0]}:{seed[1]}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     drawn: Tensor = make(like.shape, dtype=dtype, generator=generator)
-    return drawn.to(like.device)
+    return to_device(drawn, like.device)
 
 
 def _like_dtype(input: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, torch.dtype]:
