@@ -80,6 +80,7 @@ def resolve(operand: Operand, values: Mapping[NodeId, Any] | Sequence[Any]) -> A
 def _getitem(base: Tensor, index: Any) -> Tensor:
     if base.is_cuda:
         check_index(base, index)
+        index = _on_device(index, base.device)
     return _TENSOR_GETITEM(base, index)
 
 
@@ -93,11 +94,19 @@ def _item(results: Any, position: int) -> Tensor:
 def _setitem(base: Tensor, index: Any, value: Any) -> Tensor:
     if base.is_cuda:
         check_index(base, index)
+        index = _on_device(index, base.device)
     if isinstance(value, Tensor) and value.dtype is not base.dtype:
         value = value.to(base.dtype)  # torch does so for slices and refuses it for lists; an assignment is cast, always
     changed = base.clone()
     changed[index] = value
     return changed
+
+
+def _on_device(index: Any, device: torch.device) -> Any:
+    """An index whose lists torch would copy to the device by a copy that the host waits for."""
+    if isinstance(index, tuple):
+        return tuple([_on_device(part, device) for part in index])
+    return to_device(index, device) if isinstance(index, list) else index
 
 
 def _set_view(
