@@ -106,7 +106,8 @@ def _on_device(index: Any, device: torch.device) -> Any:
     """An index whose lists torch would copy to the device by a copy that the host waits for."""
     if isinstance(index, tuple):
         return tuple([_on_device(part, device) for part in index])
-    return to_device(index, device) if isinstance(index, list) else index
+    is_plain = isinstance(index, list) and all(isinstance(part, int) for part in index)
+    return to_device(index, device) if is_plain else index
 
 
 def _set_view(
