@@ -42,6 +42,7 @@ from cluster.gang import RayShards
 from engine.loading import meta_model
 from engine.local import DirectBackend, LocalBackend
 from polytrace.description import ModelDescription
+from polytrace.errors import PolytraceError
 from polytrace.model import Model
 from scheduling.loop import step
 from scheduling.plan import Phase, Plan, Program, RequestId, ShardResult
@@ -185,9 +186,11 @@ class _Watched:
         self._num_in_flight += 1
         self._shards.submit(plan)
 
-    def finished(self) -> Iterator[tuple[Plan, Any]]:
+    def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...]]]:
         for plan, results in self._shards.finished():
             self._num_in_flight -= 1
+            if isinstance(results, PolytraceError):
+                raise results
             self._results.append((plan, results))
             yield plan, results
 

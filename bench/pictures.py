@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.patches import Patch
 
 _INK = "#1f2430"
 _PROBABILITY = LinearSegmentedColormap.from_list("probability", ["#f7f5ef", "#f3d9a4", "#e58f4e", "#a8323a", "#4a1134"])
@@ -138,7 +139,7 @@ def draw_timeline(
             for side in ("top", "right", "left"):
                 axes.spines[side].set_visible(False)
         all_axes[-1, 0].set_xlabel("seconds")
-        handles = [pyplot.Rectangle((0, 0), 1, 1, color=_PHASES[phase]) for phase in phases]
+        handles = [Patch(color=_PHASES[phase]) for phase in phases]
         figure.legend(handles, phases, loc="outside lower right", ncols=len(phases), frameon=False, fontsize=8)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -180,6 +180,7 @@ class Shard:
         self.store.forget(request)
 
     def _forget_all(self) -> None:
+        self._writer.wait()  # before their files may be laid out anew
         self._states.clear()
         if hasattr(self, "store"):
             self.store.reset()

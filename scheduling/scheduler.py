@@ -51,6 +51,9 @@ class Outcome:
     request: RequestId
     receipt: Receipt | None = None
     error: PolytraceError | None = None
+    may_be_cut: bool = (
+        False  # too large, but for passes of fewer rows (`Scheduler.budget_tokens`) it takes more of them
+    )
     values: Mapping[str, Any] = field(default_factory=dict)  # saves, when the program has no result file
 
 
@@ -266,7 +269,9 @@ class Scheduler:
             if job.is_cancelled:
                 self._end(job, CancelledError("the request was cancelled"))
             elif is_too_large and len(plan.members) == 1:
-                self._end(job, _too_large(job, wave, error.message))
+                work = job.program.waves[wave]
+                may_be_cut = len(work.invokes) > 1 and work.rows.widest > self.budget_tokens
+                self._end(job, _too_large(job, wave, error.message), may_be_cut=may_be_cut)
             elif is_too_large:
                 self._queue_again(job, party=(plan.pass_id, 2 * place < len(landed)))
             elif isinstance(error, PassAbandonedError):
@@ -332,12 +337,12 @@ class Scheduler:
         self._remove(job)
         self._outcomes.append(Outcome(request=job.program.request, receipt=receipt, values=job.account.values))
 
-    def _end(self, job: _Job, error: PolytraceError) -> None:
+    def _end(self, job: _Job, error: PolytraceError, *, may_be_cut: bool = False) -> None:
         """Without a result."""
         if job.is_held:
             self._ended.append(job.program.request)
         self._remove(job)
-        self._outcomes.append(Outcome(request=job.program.request, error=error))
+        self._outcomes.append(Outcome(request=job.program.request, error=error, may_be_cut=may_be_cut))
 
     def _remove(self, job: _Job) -> None:
         job.in_flight.clear()

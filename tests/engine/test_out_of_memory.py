@@ -43,14 +43,14 @@ def little_memory(backend: LocalBackend, most_rows: int) -> Iterator[list[int]]:
         if seen[-1] > most_rows:
             torch.empty(ABSURD, dtype=torch.uint8)
 
-    scheduler = backend.scheduler
+    scheduler, description = backend.scheduler, backend.description
     backend.scheduler = Scheduler(backend.description, PassPolicy(least_tokens=16))
     handle = backend.shard.loaded.model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(greedy)
     try:
         yield seen
     finally:
         handle.remove()
-        backend.scheduler = scheduler
+        backend.scheduler, backend.description = scheduler, description
     assert backend.shard.store.held_bytes == 0 and not backend.shard._states, "a shard that forgot nothing"
 
 
@@ -155,3 +155,22 @@ def test_a_value_that_does_not_fit_fails_its_request_alone_with_its_line(backend
 def test_only_what_means_too_little_memory_is_taken_for_it(error: Exception, told: str | None) -> None:
     found = told_out_of_memory(error)
     assert found is None if told is None else told in str(found)
+
+
+def test_a_sweep_whose_passes_are_too_large_alone_takes_more_of_them(backend: LocalBackend) -> None:
+    model: Any = Model(backend)
+
+    def sweep() -> tuple[list[Tensor], Any]:
+        with model.trace() as tracer:
+            saved = []
+            for first in range(10):
+                with tracer.invoke([[*range(first, first + 12)]]):
+                    model.model.layers[0].output[0][:, -1] *= 2.0
+                    saved.append(model.lm_head.output[:, -1].save())
+        return saved, tracer.receipt
+
+    whole, receipt = sweep()
+    with little_memory(backend, 48):
+        cut, more = sweep()
+    assert len(receipt.passes) == 1 and len(more.passes) > 2
+    assert all(map(torch.equal, cut, whole))
