@@ -4,10 +4,10 @@
     python -m bench.overlap docs/stage-timeline.png     what each stage did when, as a picture
 
 A deployment of four stages on a Ray cluster of this machine, as `polytrace serve` has it. Two loads: clients who send
-their next request when they have an answer, and one sweep of several passes. Contenders take turns in a shuffled order:
+their next request when they have an answer, and one sweep. Contenders take turns in a shuffled order:
 - `one pass`: one pass in flight, with all that waits;
-- `greedy`: as many passes in flight as keep the stages at work, each with all that waits (for the clients);
-- `uniform`: the same, and what waits is cut into equal passes: what the product does;
+- `greedy`: as many passes in flight as keep the stages at work, each with all that waits (the clients' only);
+- `uniform`: the same, and what waits is cut into equal passes, a sweep into waves: what the product does;
 - `parts`: passes cut the same way, one in flight: what the stages have to do when nobody takes their cores away.
 The sum of the parts is the least time that the work of `parts` takes: that of the slowest stage, or of all stages on
 the cores that there are.
@@ -43,13 +43,12 @@ from engine.loading import meta_model
 from engine.local import DirectBackend, LocalBackend
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError
+from polytrace.graph import Request
 from polytrace.model import Model
 from scheduling.loop import step
 from scheduling.plan import Phase, Plan, Program, RequestId, ShardResult
-from scheduling.policy import PassPolicy, passes_in_flight
+from scheduling.policy import PassPolicy, passes_in_flight, wave_tokens
 from scheduling.scheduler import Scheduler
-
-_SWEEP_TOKENS = 512  # rows of each of its passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +57,13 @@ class OverlapConfig:
 
     model: str = "8x512"
     stages: int = 4
-    rounds: int = 5
+    rounds: int = 4
     clients: int = 24
     requests: int = 72
     tokens: tuple[int, int] = (32, 96)  # of a prompt, at least and at most
+    budget_tokens: int = PassPolicy().budget_tokens
     least_tokens: int = PassPolicy().least_tokens
-    sweep_invokes: int = 60
+    sweep_invokes: int = 120
     seed: int = 0
 
 
@@ -73,6 +73,7 @@ class Contender:
 
     policy: PassPolicy
     depth: int
+    wave_tokens: int  # that requests are worked out for
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,17 +105,22 @@ class Stages:
         self.awake = threading.Event()
         self.shards = self.deployment.shards(self.awake.set)
         self._pids = self.deployment.process_ids()
+        self._meta = meta_model(source)
 
-    def programs(self) -> tuple[list[Program], list[Program]]:
+    def loads(self) -> dict[str, list[Request]]:
         """The clients' requests, and the sweep."""
-        config, limits = self.config, self.description.limits
-        few = dataclasses.replace(self.description, limits=dataclasses.replace(limits, pass_tokens=_SWEEP_TOKENS))
-        rng = random.Random(config.seed)
-        meta = meta_model(self.source)
-        asked = DirectBackend(self.source, self.shards, self.description, meta)
-        swept = DirectBackend(self.source, self.shards, few, meta)
-        requests = [_request(Model(asked), rng, config) for _ in range(config.requests)]
-        return [asked.compile(one) for one in requests], [swept.compile(_sweep(Model(swept), rng, config))]
+        rng, model = random.Random(self.config.seed), Model(self._backend(self.description))
+        clients = [_request(model, rng, self.config) for _ in range(self.config.requests)]
+        return {"clients": clients, "sweep": [_sweep(model, rng, self.config)]}
+
+    def compile(self, contender: Contender, requests: list[Request]) -> list[Program]:
+        """The requests, worked out for a contender's passes."""
+        limits = dataclasses.replace(self.description.limits, pass_tokens=contender.wave_tokens)
+        backend = self._backend(dataclasses.replace(self.description, limits=limits))
+        return [backend.compile(request) for request in requests]
+
+    def _backend(self, description: ModelDescription) -> DirectBackend:
+        return DirectBackend(self.source, self.shards, description, self._meta)
 
     def serve(self, contender: Contender, programs: list[Program]) -> Served:
         """Runs programs, as many at a time as there are clients; results go to files."""
@@ -144,12 +150,12 @@ class Stages:
         served.digests = {numbers[program.request]: _digest(program) for program in fresh}
         return served
 
-    def alone(self, programs: list[Program]) -> dict[int, str]:
+    def alone(self, requests: list[Request]) -> dict[int, str]:
         """Digests of what one process gives, each request by itself."""
         backend = LocalBackend(self.source, threads=1)
         digests = {}
-        for number, program in enumerate(programs):
-            fresh = self._with_file(program)
+        for number, request in enumerate(requests):
+            fresh = self._with_file(backend.compile(request))
             (outcome,) = backend.run_together([fresh])
             if outcome.error is not None:
                 raise outcome.error
@@ -221,46 +227,44 @@ def running(config: OverlapConfig) -> Iterator[Stages]:
 
 def contenders(config: OverlapConfig) -> dict[str, Contender]:
     """By name."""
-    cut = PassPolicy(least_tokens=config.least_tokens)
-    whole = PassPolicy(least_tokens=cut.budget_tokens)  # nothing is cut below the budget
-    depth = passes_in_flight(config.stages)
+    most = config.budget_tokens
+    cut = PassPolicy(budget_tokens=most, least_tokens=config.least_tokens)
+    whole = PassPolicy(budget_tokens=most, least_tokens=most)  # nothing is cut
+    depth, own = passes_in_flight(config.stages), wave_tokens(cut, config.stages)
     return {
-        "one pass": Contender(policy=whole, depth=1),
-        "greedy": Contender(policy=whole, depth=depth),
-        "uniform": Contender(policy=cut, depth=depth),
-        "parts": Contender(policy=cut, depth=1),
+        "one pass": Contender(policy=whole, depth=1, wave_tokens=most),
+        "greedy": Contender(policy=whole, depth=depth, wave_tokens=most),
+        "uniform": Contender(policy=cut, depth=depth, wave_tokens=own),
+        "parts": Contender(policy=cut, depth=1, wave_tokens=own),
     }
 
 
 def run(config: OverlapConfig) -> dict[str, Any]:
     """The figures, as plain JSON."""
     with running(config) as stages:
-        clients, sweep = stages.programs()
-        loads = {"clients": clients, "sweep": sweep}
-        expected = {name: stages.alone(programs) for name, programs in loads.items()}
-        runs: dict[str, dict[str, list[Served]]] = {name: {} for name in loads}
-        rng = random.Random(config.seed)
-        by_name = contenders(config)
-        stages.serve(by_name["uniform"], clients)  # not counted
+        loads, by_name, rng = stages.loads(), contenders(config), random.Random(config.seed)
+        expected = {load: stages.alone(requests) for load, requests in loads.items()}
+        turns = [(load, name) for load in loads for name in by_name if (load, name) != ("sweep", "greedy")]
+        programs = {(load, name): stages.compile(by_name[name], loads[load]) for load, name in turns}
+        runs: dict[str, dict[str, list[Served]]] = {load: {} for load in loads}
+        stages.serve(by_name["uniform"], programs["clients", "uniform"])  # not counted
         for _ in range(config.rounds):
-            turns = [(load, name) for load in loads for name in by_name if (load, name) != ("sweep", "greedy")]
             rng.shuffle(turns)
             for load, name in turns:
-                runs[load].setdefault(name, []).append(stages.serve(by_name[name], loads[load]))
-    return {load: _figures(config, served, loads[load], expected[load]) for load, served in runs.items()} | {
-        "cores": _cores()
-    }
+                runs[load].setdefault(name, []).append(stages.serve(by_name[name], programs[load, name]))
+    figures = {load: _figures(config, served, loads[load], expected[load]) for load, served in runs.items()}
+    return {**figures, "cores": _cores()}
 
 
 def _figures(
-    config: OverlapConfig, runs: Mapping[str, list[Served]], programs: list[Program], expected: Mapping[int, str]
+    config: OverlapConfig, runs: Mapping[str, list[Served]], requests: list[Request], expected: Mapping[int, str]
 ) -> dict[str, Any]:
     seconds = {name: [served.seconds for served in each] for name, each in runs.items()}
-    tokens = sum(len(sequence) for one in programs for invoke in one.invokes for sequence in invoke.sequences)
+    tokens = sum(len(sequence) for one in requests for invoke in one.invokes for sequence in invoke.sequences)
     parts = [served.busy_by_stage(config.stages) for served in runs["parts"]]
     least = [max(max(busy), sum(busy) / _cores()) for busy in parts]
     figures: dict[str, Any] = {
-        "requests": len(programs),
+        "requests": len(requests),
         "tokens": tokens,
         "one pass / uniform": asdict(ratio(seconds["one pass"], seconds["uniform"])),
         "sum of the parts / uniform": asdict(ratio(least, seconds["uniform"])),
@@ -323,7 +327,16 @@ def tell(figures: Mapping[str, Any]) -> str:
 def config_for(folder: Path, *, quick: bool) -> OverlapConfig:
     """The configuration that `make bench` runs, or a short one to see that it works."""
     if quick:
-        return OverlapConfig(model=str(folder), rounds=1, clients=8, requests=12, tokens=(8, 24), least_tokens=32)
+        return OverlapConfig(
+            model=str(folder),
+            rounds=1,
+            clients=8,
+            requests=12,
+            tokens=(8, 24),
+            budget_tokens=512,
+            least_tokens=32,
+            sweep_invokes=20,
+        )
     return OverlapConfig()
 
 
@@ -345,9 +358,9 @@ def stretches(served: Served, *, start_s: float, stop_s: float) -> list[Stretch]
 def draw(path: Path, config: OverlapConfig, told: Callable[[str], None] = print) -> None:
     """The picture: the clients' load, in one pass at a time and as the product does it."""
     with running(config) as stages:
-        clients, _ = stages.programs()
         by_name = contenders(config)
-        stages.serve(by_name["uniform"], clients)
+        clients = stages.compile(by_name["uniform"], stages.loads()["clients"])
+        stages.serve(by_name["uniform"], clients)  # not drawn
         served = {name: stages.serve(by_name[name], clients) for name in ("one pass", "greedy", "uniform")}
     longest = served["one pass"].seconds
     panels = []

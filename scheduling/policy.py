@@ -33,6 +33,11 @@ def share_of(waiting_rows: int, slots: int, policy: PassPolicy) -> int:
     return min(policy.budget_tokens, max(policy.least_tokens, -(-waiting_rows // max(1, slots))))
 
 
+def wave_tokens(policy: PassPolicy, stages: int) -> int:
+    """The most rows of a request's wave: one that has the deployment to itself fills the stages with its own waves."""
+    return max(min(policy.least_tokens, policy.budget_tokens), policy.budget_tokens // stages)
+
+
 class Candidate(Protocol):
     """A wave that is ready to go."""
 

@@ -14,7 +14,7 @@ from polytrace.errors import ServiceError, TooLargeError
 from polytrace.graph import NodeId
 from scheduling.loop import step
 from scheduling.plan import Failure, PassAbandonedError, PassTooLargeError, Plan, Program, RequestId, ShardResult
-from scheduling.policy import passes_in_flight, share_of
+from scheduling.policy import passes_in_flight, share_of, wave_tokens
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
 from tests.scheduling.pipeline import TimedStages, all_fired, run_all
 from tests.scheduling.tiny import VOCAB, Recorder, tiny_llama
@@ -93,6 +93,12 @@ def test_a_pass_is_not_cut_below_what_kernels_want_nor_grown_beyond_the_budget()
     policy = PassPolicy(budget_tokens=1000, least_tokens=100)
     assert [share_of(rows, 4, policy) for rows in (0, 300, 401, 2000, 9000)] == [100, 100, 101, 500, 1000]
     assert share_of(2000, 0, policy) == 1000
+
+
+def test_a_request_is_cut_into_as_many_waves_as_there_are_stages() -> None:
+    policy = PassPolicy(budget_tokens=1000, least_tokens=100)
+    assert [wave_tokens(policy, stages) for stages in (1, 2, 4, 20)] == [1000, 500, 250, 100]
+    assert wave_tokens(PassPolicy(budget_tokens=50), 4) == 50
 
 
 def test_with_one_stage_passes_are_as_large_as_they_may_be() -> None:
