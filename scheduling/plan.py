@@ -267,7 +267,7 @@ class ShardResult:
     saved_bytes: Mapping[RequestId, int]  # written to results by this shard
     carried_bytes: int  # sent to other stages as carried values
     gathered_bytes: int  # received from other ranks to complete sharded sites and parameters
-    seconds: float  # from the first transfer to the last save
+    seconds: float  # from the first transfer to the last save; on a GPU what nobody waits for is not in it
     busy_seconds: float  # of those, not waiting for another stage
     began: float = 0.0  # by the monotonic clock, which all processes of one machine share
     phases: tuple[tuple[Phase, float], ...] = ()  # with their seconds, one after another from `began`
