@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,13 @@ class OverlapConfig:
 
     model: str = "8x512"
     stages: int = 4
-    rounds: int = 4
-    clients: int = 24
-    requests: int = 72
+    rounds: int = 3
+    clients: int = 16
+    requests: int = 48
     tokens: tuple[int, int] = (32, 96)  # of a prompt, at least and at most
-    budget_tokens: int = PassPolicy().budget_tokens
+    budget_tokens: int = 4096
     least_tokens: int = PassPolicy().least_tokens
-    sweep_invokes: int = 120
+    sweep_invokes: int = 60
     seed: int = 0
 
 
@@ -131,7 +132,7 @@ class Stages:
         scheduler = Scheduler(self.description, contender.policy)
         shards = _Watched(self.shards, contender.depth, served.results)
         cores, began = self._core_seconds(), time.perf_counter()
-        for program in [one for one, _ in zip(waiting, range(self.config.clients), strict=False)]:
+        for program in islice(waiting, self.config.clients):
             scheduler.add(program)
         missing = set(numbers)
         while missing:
@@ -145,7 +146,7 @@ class Stages:
                 if following is not None:
                     scheduler.add(following)
             if missing and not (scheduler.has_work() and shards.have_room()):
-                self.awake.wait()
+                assert self.awake.wait(600), "no pass has ended in ten minutes"
         served.seconds, served.core_seconds = time.perf_counter() - began, self._core_seconds() - cores
         served.digests = {numbers[program.request]: _digest(program) for program in fresh}
         return served
