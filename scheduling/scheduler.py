@@ -17,6 +17,7 @@ Invariants
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -154,8 +155,7 @@ class Scheduler:
         self._arrivals += 1
         job = _Job(program, self._arrivals, self._clock())
         self._jobs[program.request] = job
-        self._ready.append(job)
-        self._ready.sort(key=lambda ready: ready.turn)
+        insort(self._ready, job, key=lambda ready: ready.turn)
 
     def cancel(self, request: RequestId) -> None:
         """Ends a request: at once when it is in no pass, else after its pass. Unknown and ended ones are left alone."""
