@@ -18,7 +18,7 @@ from typing import Any
 
 from bench import record, tinyworld
 
-# Modules with `config_for(folder, quick=)`, `run(config)`, `is_right(figures)` and `tell(figures)`; `overlap` needs Ray.
+# Modules with `config_for(folder, quick=)`, `run(config)`, `is_right(figures)`, `tell(figures)`; `overlap` needs Ray.
 BENCHMARKS: Mapping[str, str] = {
     "merged": "bench.merged",
     "overhead": "bench.overhead",
