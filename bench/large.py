@@ -30,7 +30,6 @@ from bench.overhead import bare_forward, read_every_layer, read_one_layer
 from bench.race import race, ratio
 from cluster.planning.planner import known_source
 
-NEEDS_GPU = True
 _ERROR_FACTOR = 1.1
 
 
@@ -169,9 +168,8 @@ def _median_ms(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 def is_right(figures: Mapping[str, Any]) -> bool:
     """Whether the numbers are as close to the float32 model's as they must be, and merged the same as alone."""
     errors = figures["errors"]
-    return (
-        errors["ours"] <= _ERROR_FACTOR * errors["hugging face"] and figures["merged"]["merged has the bits of alone"]
-    )
+    is_close: bool = errors["ours"] <= _ERROR_FACTOR * errors["hugging face"]
+    return is_close and bool(figures["merged"]["merged has the bits of alone"])
 
 
 def tell(figures: Mapping[str, Any]) -> str:

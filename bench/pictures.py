@@ -1,8 +1,12 @@
-"""Pictures: a logit lens, a map of what patching restores, how cost grows. Takes plain numbers, writes PNG files."""
+"""Pictures: a logit lens, a map of what patching restores, how cost grows, what stages do when.
+
+Takes plain numbers, writes PNG files.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.patches import Patch
 
 _INK = "#1f2430"
 _PROBABILITY = LinearSegmentedColormap.from_list("probability", ["#f7f5ef", "#f3d9a4", "#e58f4e", "#a8323a", "#4a1134"])
 _RESTORED = LinearSegmentedColormap.from_list("restored", ["#2b5c8a", "#a9c8de", "#f7f5ef", "#eca66a", "#9e2a2b"])
+_PHASES = {"computing": "#2b5c8a", "waiting": "#e8e5dc", "sending": "#e58f4e", "saving": "#a8323a"}
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -25,6 +31,16 @@ _STYLE: Any = {
     "ytick.color": _INK,
     "figure.dpi": 160,
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """Some time that a stage spent at one thing."""
+
+    stage: int
+    phase: str  # of `_PHASES`
+    at: tuple[float, float]  # seconds: from, to
+    number: int  # of the pass
 
 
 def draw_logit_lens(
@@ -96,6 +112,36 @@ def draw_growth(path: Path, *, rows: Sequence[Mapping[str, Any]], title: str, la
             axes.spines[side].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
         axes.set_title(title, loc="left", pad=12, fontsize=11)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        pyplot.close(figure)
+
+
+def draw_timeline(
+    path: Path, *, panels: Sequence[tuple[str, Sequence[Stretch]]], phases: Sequence[str], title: str
+) -> None:
+    """What each stage did when, a panel below the other with one axis of time. Every second pass is lighter."""
+    num_stages = 1 + max(stretch.stage for _, stretches in panels for stretch in stretches)
+    with pyplot.rc_context(_STYLE):
+        size = 9.6, 0.9 + len(panels) * (0.55 + 0.38 * num_stages)
+        figure, all_axes = pyplot.subplots(len(panels), figsize=size, sharex=True, layout="constrained", squeeze=False)
+        for axes, (name, stretches) in zip(all_axes[:, 0], panels, strict=True):
+            for stretch in stretches:
+                start, stop = stretch.at
+                alpha = 0.6 if stretch.number % 2 and stretch.phase == "computing" else 1.0
+                bar = axes.barh(stretch.stage, stop - start, left=start, height=0.78, color=_PHASES[stretch.phase])
+                bar[0].set_alpha(alpha)
+            axes.set_yticks(range(num_stages), [f"stage {stage}" for stage in range(num_stages)])
+            axes.invert_yaxis()
+            axes.tick_params(length=0)
+            axes.set_title(name, loc="left", fontsize=9)
+            axes.margins(x=0)
+            for side in ("top", "right", "left"):
+                axes.spines[side].set_visible(False)
+        all_axes[-1, 0].set_xlabel("seconds")
+        handles = [Patch(color=_PHASES[phase]) for phase in phases]
+        figure.legend(handles, phases, loc="outside lower right", ncols=len(phases), frameon=False, fontsize=8)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         pyplot.close(figure)

@@ -1,6 +1,6 @@
 """The benchmarks in one command.
 
-    python -m bench.run [merged] [overhead] [cones] [large] [--quick] [--model FOLDER]
+    python -m bench.run [merged] [overhead] [cones] [overlap] [large] [--quick] [--model FOLDER]
 
 Each prints its figures and appends one JSON line to `bench/results/`. A row whose numbers are wrong is an error, not a
 result: nothing is recorded then. `--quick` shows that a benchmark works and records nothing.
@@ -12,16 +12,24 @@ import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import large, merged, overhead, record, tinyworld
-from bench.cones import benchmark as cones
+from bench import record, tinyworld
 
-# Each has `config_for(folder, quick=)`, `run(config)`, `is_right(figures)` and `tell(figures)`.
-BENCHMARKS: Mapping[str, Any] = {"merged": merged, "overhead": overhead, "cones": cones, "large": large}
+# Modules with `config_for(folder, quick=)`, `run(config)`, `is_right(figures)`, `tell(figures)`; `overlap` needs Ray,
+# `large` a GPU.
+BENCHMARKS: Mapping[str, str] = {
+    "merged": "bench.merged",
+    "overhead": "bench.overhead",
+    "cones": "bench.cones.benchmark",
+    "overlap": "bench.overlap",
+    "large": "bench.large",
+}
+_ON_GPUS = {"large"}
 
 
 def main() -> None:
@@ -33,9 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - BENCHMARKS.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    has_gpu = torch.cuda.is_available() or arguments.quick
-    missing = [name for name, own in BENCHMARKS.items() if getattr(own, "NEEDS_GPU", False) and not has_gpu]
-    if wanted := set(arguments.names) & set(missing):
+    missing = set() if torch.cuda.is_available() or arguments.quick else _ON_GPUS
+    if wanted := set(arguments.names) & missing:
         parser.error(f"{', '.join(wanted)} needs a CUDA device; --quick shows that it works")
     for name in arguments.names or [name for name in BENCHMARKS if name not in missing]:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -44,7 +51,7 @@ def main() -> None:
 
 def run_one(name: str, folder: Path, *, quick: bool) -> None:
     """Runs, prints and records one benchmark; ends the program when its numbers are wrong."""
-    benchmark = BENCHMARKS[name]
+    benchmark: Any = import_module(BENCHMARKS[name])
     config = benchmark.config_for(folder, quick=quick)
     figures = benchmark.run(config)
     print(benchmark.tell(figures), flush=True)

@@ -27,7 +27,7 @@ from engine.tokenizer import tokenizer_json
 from polytrace.codec import to_json
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError, UserError
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy, wave_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -97,14 +97,16 @@ class Controller:
             )
         )
         description = self._deployment.start(self._report)
-        description = replace(description, limits=replace(description.limits, pass_tokens=config.budget_tokens))
+        policy = PassPolicy(budget_tokens=config.budget_tokens)
+        limits = replace(description.limits, pass_tokens=wave_tokens(policy, config.stages))
+        description = replace(description, limits=limits)
         # 5) the loop, not running yet, and the word to the gateway
         awake = threading.Event()
         self._dispatcher = Dispatcher(
             self._store,
             description,
             self._deployment.shards(awake.set),
-            PassPolicy(budget_tokens=config.budget_tokens),
+            policy,
             awake=awake,
             recover=self._recover,
             max_active=config.max_active,

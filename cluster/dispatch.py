@@ -109,8 +109,12 @@ class Dispatcher:
     def _deliver(self) -> None:
         for told in self._scheduler.take_progress():
             self._delivery.put(told)
+        self._intake.limit_passes(self._scheduler.budget_tokens)
         for outcome in self._scheduler.take_outcomes():
-            self._delivery.put(self._end(outcome))
+            if outcome.may_be_cut:
+                self._intake.work_out_again(outcome.request)
+            else:
+                self._delivery.put(self._end(outcome))
 
     def _end(self, outcome: Outcome) -> Done | Finished:
         program = self._programs.pop(outcome.request)

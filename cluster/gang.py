@@ -15,7 +15,8 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from polytrace.errors import PolytraceError, ServiceError
-from scheduling.plan import Plan, ShardResult
+from scheduling.plan import PassAbandonedError, PassTooLargeError, Plan, ShardResult
+from scheduling.policy import passes_in_flight
 
 _REACH_S = 10.0  # for Ray to tell that an actor is dead
 
@@ -72,9 +73,8 @@ class Gang:
                 failed[calls.index(ready[0])] = error
         if not failed:
             return None
-        dead = (index for index, error in failed.items() if isinstance(error, RayActorError))
-        index = next(dead, next(iter(failed)))
-        return self.explain(index, failed[index])
+        told = [self.explain(index, error) for index, error in failed.items()]
+        return min(told, key=_hearsay)
 
     def end_hung(self, timeout_s: float, indices: Iterable[int]) -> PolytraceError | None:
         """Ends the shards among these that do not answer within the time-out; why one of them is lost, if one is."""
@@ -134,7 +134,7 @@ class Gang:
 
 
 class RayShards:
-    """The loop's shards (`scheduling.loop.Shards`): as many passes in flight as there are stages.
+    """The loop's shards (`scheduling.loop.Shards`): as many passes in flight as keep the stages at work.
 
     After a loss `finished` hands back every pass in flight with the reason, and raises it from then on, until `resume`.
     `wake` is called from a thread of its own whenever there is something new for `finished`.
@@ -151,7 +151,7 @@ class RayShards:
 
     def have_room(self) -> bool:
         """Whether a stage would have nothing to do without another pass; False after a loss."""
-        return self._loss is None and self._num_in_flight < self._gang.stages
+        return self._loss is None and self._num_in_flight < passes_in_flight(self._gang.stages)
 
     def submit(self, plan: Plan) -> None:
         """Sends the plan to every shard; serialised once for all."""
@@ -186,17 +186,45 @@ class RayShards:
     def _watch(self) -> None:
         while (submitted := self._submitted.get()) is not None:
             plan, calls = submitted
-            if self._loss is None:
-                failure = self._gang.first_failure(calls)
-                self._loss = self._loss or failure
-            self._ended.put((plan, self._loss or tuple(ray.get(calls))))
+            failure = self._gang.first_failure(calls) if self._loss is None else None
+            if failure is not None:
+                self._lose_all(plan, failure)
+            else:
+                self._ended.put((plan, tuple(ray.get(calls)) if self._loss is None else _beside(self._loss)))
             self._wake()
+
+    def _lose_all(self, plan: Plan, failure: PolytraceError) -> None:
+        """A pass failed, and with it all behind it: the first that fails need not be the one that broke a shard."""
+        failures = [(plan, failure)]
+        while not self._submitted.empty():
+            submitted = self._submitted.get()
+            if submitted is None:
+                self.close()
+                break
+            later, calls = submitted
+            is_known = self._loss is not None or isinstance(failure, ShardLostError)
+            failures.append((later, failure if is_known else self._gang.first_failure(calls) or failure))
+        loss = self._loss = self._loss or min((told for _, told in failures), key=_hearsay)
+        for lost, told in failures:
+            self._ended.put((lost, told if isinstance(told, PassTooLargeError) else _beside(loss)))
 
 
 def wait_for_all(calls: Iterable[Any], timeout_s: float) -> tuple[list[Any], list[Any]]:
     """The calls that have ended when all have or the time is up, and the others."""
     waiting = list(calls)
     return ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s) if waiting else ([], [])
+
+
+def _hearsay(error: PolytraceError) -> int:
+    """How far an error is from what caused it: shards whose neighbours fail or die can only tell that they are gone."""
+    return 0 if isinstance(error, ShardLostError) else 1 if isinstance(error, PassTooLargeError) else 2
+
+
+def _beside(loss: PolytraceError) -> PolytraceError:
+    """Why a pass is lost that was in flight beside what was lost."""
+    if isinstance(loss, PassTooLargeError):
+        return PassAbandonedError(f"another pass was abandoned: {loss.message}")
+    return loss
 
 
 def _first_line(error: BaseException) -> str:

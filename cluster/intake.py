@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,6 +54,8 @@ class Intake:
         self._emit = emit
         self._max_active = max_active
         self._active: set[RequestId] = set()
+        self._claims: dict[RequestId, Claimed] = {}  # of the active ones
+        self._again: queue.SimpleQueue[RequestId] = queue.SimpleQueue()
         self._cancelled: set[RequestId] = set()
         self._suspect: Claimed | None = None  # claimed, and waiting to be alone
         self._alone: RequestId | None = None  # while it is active nothing else is taken
@@ -64,6 +67,8 @@ class Intake:
         self._store.wait_for_requests(0.0)  # listens from now on: what came before is seen by the first look
         while not self._is_stopped:
             self._take_requests()
+            while not self._again.empty():
+                self._emit(self._work_out(self._claims[self._again.get()]))
             self._see_cancellations()
             self._store.wait_for_requests(RECHECK_S)
 
@@ -72,9 +77,22 @@ class Intake:
         with self._lock:
             had_no_room = self._room() <= 0
             self._active -= requests
+            for request in requests:
+                self._claims.pop(request, None)
             self._cancelled -= requests
         if had_no_room:
             self._store.interrupt()
+
+    def limit_passes(self, pass_tokens: int) -> None:
+        """Requests that are worked out from now on take passes of at most so many rows. Any thread."""
+        limits = self._description.limits
+        if pass_tokens < limits.pass_tokens:
+            self._description = replace(self._description, limits=replace(limits, pass_tokens=pass_tokens))
+
+    def work_out_again(self, request: RequestId) -> None:
+        """One that was handed over before, for the passes that there are now. Any thread."""
+        self._again.put(request)
+        self._store.interrupt()
 
     def stop(self) -> None:
         self._is_stopped = True
@@ -89,6 +107,7 @@ class Intake:
                 elif (room := self._room()) > 0:
                     claims = self._store.claim(self._description.name, room)
                     self._active.update(claimed.request for claimed in claims)
+                    self._claims.update((claimed.request, claimed) for claimed in claims)
                     if claims and claims[0].is_suspect:
                         self._suspect, self._alone = claims[0], claims[0].request
                         continue
@@ -128,12 +147,15 @@ class Intake:
             )
 
     def _program(self, claimed: Claimed) -> Program:
+        if claimed.request in self._cancelled:  # before it was worked out again
+            raise CancelledError("the request was cancelled")
+        description = self._description
         try:
-            request = read_request(claimed.path, max_nodes=self._description.limits.max_nodes)
+            request = read_request(claimed.path, max_nodes=description.limits.max_nodes)
         except (WireError, OSError) as error:  # it was whole when it was accepted
             raise ServiceError(f"the stored request cannot be read: {error}") from error
         facts = tuple(None if plain is None else from_json(ValueFacts, plain) for plain in json.loads(claimed.facts))
-        program = compile_program(claimed.request, request, self._description, facts)
+        program = compile_program(claimed.request, request, description, facts)
         data_bytes = max((slot.offset + slot.facts.num_bytes for slot in program.saves), default=0)
         room = result_room(
             program.saves, program.graph, passes=len(program.waves), num_layers=self._description.num_layers

@@ -144,7 +144,8 @@ class Chunk:
         if is_run:
             return slice(first, first + len(self.tiles) * num)
         starts, lasts = torch.tensor([(tile.row, tile.row + tile.stop - tile.start - 1) for tile in self.tiles]).T
-        return torch.minimum(starts[:, None] + torch.arange(num), lasts[:, None]).flatten().to(self.device)
+        rows = torch.minimum(starts[:, None] + torch.arange(num), lasts[:, None]).flatten()
+        return to_device(rows, self.device)
 
     @cached_property
     def own_rows(self) -> slice | Tensor:
@@ -158,7 +159,7 @@ class Chunk:
             for start, stop in tile.own:
                 rows.extend(range(start, stop))
             rows.extend([rows[-1]] * (place * self.own_columns - len(rows)))
-        return torch.tensor(rows, device=self.device)
+        return to_device(rows, self.device)
 
     def hidden(self, window: int | None) -> tuple[Tensor | None, Tensor]:
         """Columns a row does not see: `[B, Q, 1, P]` of the prefix (None: it sees all), `[B, Q, 1, O]` of its own."""
@@ -171,8 +172,8 @@ class Chunk:
             if window is not None:
                 out |= position - own >= window
                 if self.prefix_columns and max(tile.stop for tile in self.tiles) > window:
-                    prefix = (position - torch.arange(self.prefix_columns) >= window).to(self.device)
-            self._hidden[window] = prefix, out.to(self.device)
+                    prefix = to_device(position - torch.arange(self.prefix_columns) >= window, self.device)
+            self._hidden[window] = prefix, to_device(out, self.device)
         return self._hidden[window]
 
 

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from engine.below import finish, prepare, run_apart, travel, travels, with_parts
+from engine.copies import to_device
 from engine.links import Links
+from engine.memory import told_out_of_memory
 from engine.ops import resolve, run_op
 from engine.pair_views import check_pairs, pairs_of, read_pairs
 from engine.points import Pairs
@@ -151,10 +153,12 @@ class RequestState:
                         reach = max(self._in_place_until.get(node.invoke, fragment.order), fragment.order)
                         self._in_place_until[node.invoke] = reach
 
-    def fail(self, node: NodeId | None, message: str) -> None:
+    def fail(self, node: NodeId | None, message: str, *, is_out_of_memory: bool = False) -> None:
         """Marks the request as failed; the first failure stands."""
         if self.failure is None:
-            self.failure = Failure(request=self.program.request, node=node, message=message)
+            self.failure = Failure(
+                request=self.program.request, node=node, message=message, is_out_of_memory=is_out_of_memory
+            )
 
     def run(self, fragment: Fragment, port: PortValue | None) -> None:
         """Runs a fragment at a visit (None at the prologue), then drops what the stage no longer needs."""
@@ -163,8 +167,11 @@ class RequestState:
         for node_id in fragment.nodes:
             try:
                 self._run_node(node_id, fragment.order, port)
-            except Exception as error:  # noqa: BLE001 - the edge between a user's program and the shared pass
-                self.fail(node_id, _told(error))
+            except Exception as error:  # the edge between a user's program and the shared pass
+                told = told_out_of_memory(error)
+                if told is not None and self._may_be_waited_for(node_id):
+                    raise
+                self.fail(node_id, told or _told(error), is_out_of_memory=told is not None)
         self.gathered_bytes += self.context.links.bytes.gathered - gathered
         for node_id in fragment.drops:
             self.values.pop(node_id, None)
@@ -216,6 +223,11 @@ class RequestState:
             if isinstance(node, Read):
                 self.fired.append(node_id)
 
+    def _may_be_waited_for(self, node_id: NodeId) -> bool:
+        """Whether other ranks may wait for this one inside a node: without it they would wait for ever."""
+        is_collective = isinstance(self.program.graph.nodes[node_id], (Read, Parameter, Call))
+        return self.context.links.ranks > 1 and (is_collective or node_id in self.program.below)
+
     # Reading and writing
 
     def _read(self, node_id: NodeId, node: Read, order: int, port: PortValue) -> Tensor:
@@ -257,11 +269,11 @@ class RequestState:
             theirs = {column: place for place, column in enumerate(columns_of(self.program.narrowed, write, invoke))}
             common = [(place, theirs[column]) for place, column in enumerate(columns) if column in theirs]
             if common:
-                here, there = (list(places) for places in zip(*common, strict=True))
-                seen[:, here] = given.movedim(column_dim, 1)[:, there]
+                here, there = to_device(common, value.device).T
+                seen.index_copy_(1, here, given.movedim(column_dim, 1).index_select(1, there))
         if not rows.is_whole:
             real = torch.zeros(rows.shape, dtype=torch.bool, device=value.device)
-            real.view(-1)[rows.cells] = True
+            real.view(-1).index_fill_(0, rows.cells, True)
             seen.masked_fill_(~real.view(*rows.shape, *[1] * (value.ndim - 2)), 0)
         return value
 
@@ -366,7 +378,9 @@ class RequestState:
                     return run_apart(below, node.name, args, kwargs, links)
                 args = with_parts(below, args, links)
                 sent = prepare(below, node.name, args, kwargs, links)
-            except Exception as error:  # noqa: BLE001 - the user's, and other ranks wait for what is to travel
+            except Exception as error:  # the user's, and other ranks wait for what is to travel
+                if told_out_of_memory(error) is not None:
+                    raise
                 self.fail(node_id, _told(error))
         if sent is None and travels(below):
             args = with_parts(below, tuple(self._placeholder(arg) for arg in node.args), links)
@@ -393,16 +407,17 @@ class RequestState:
     def _constant(self, name: str) -> Tensor:
         if name not in self._constants:
             if self.program.request_file is None:
-                self._constants[name] = from_raw(self.program.constants[name]).to(self.context.device)
+                constant = from_raw(self.program.constants[name])
             else:
-                with safe_open(self.program.request_file, framework="pt", device=str(self.context.device)) as stored:
-                    self._constants[name] = stored.get_tensor(name)
+                with safe_open(self.program.request_file, framework="pt") as stored:
+                    constant = stored.get_tensor(name)
+            self._constants[name] = to_device(constant, self.context.device)
         return self._constants[name]
 
     def _mask(self, invoke: int) -> Tensor:
         sequences = self.program.invokes[invoke].sequences
         longest = self.program.invokes[invoke].longest
-        pads = torch.tensor([longest - len(sequence) for sequence in sequences], device=self.context.device)
+        pads = to_device([longest - len(sequence) for sequence in sequences], self.context.device)
         return torch.arange(longest, device=self.context.device)[None] >= pads[:, None]
 
     def _save(self, node_id: NodeId, node: Save) -> None:

@@ -46,7 +46,7 @@ class LocalShards:
             self._finished.append((plan, (self.shard.run(plan),)))
         except PolytraceError as error:
             self._finished.append((plan, error))
-        except RuntimeError as error:  # torch's: out of memory, a kernel that failed
+        except RuntimeError as error:  # torch's: a kernel that failed
             self._finished.append((plan, ServiceError(f"the pass failed: {error}")))
 
     def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:
@@ -90,8 +90,12 @@ class DirectBackend:
         return compile_program(RequestId(secrets.token_hex(8)), request, self.description, facts)
 
     def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
-        """Runs one request to its end, in as many passes as it has waves."""
+        """Runs one request to its end, in as many passes as it has waves; in more when these turn out too large."""
         (outcome,) = self.run_together([self.compile(request)], tell)
+        while outcome.may_be_cut:
+            limits = replace(self.description.limits, pass_tokens=self.scheduler.budget_tokens)
+            self.description = replace(self.description, limits=limits)
+            (outcome,) = self.run_together([self.compile(request)], tell)
         if outcome.error is not None:
             raise outcome.error
         if outcome.receipt is None:

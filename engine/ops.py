@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from engine.copies import to_device
 from engine.ranges import check_along, check_index, check_range
 from polytrace.errors import GraphError
 from polytrace.graph import DType, NodeId, Operand, Ref
@@ -79,6 +80,7 @@ def resolve(operand: Operand, values: Mapping[NodeId, Any] | Sequence[Any]) -> A
 def _getitem(base: Tensor, index: Any) -> Tensor:
     if base.is_cuda:
         check_index(base, index)
+        index = _on_device(index, base.device)
     return _TENSOR_GETITEM(base, index)
 
 
@@ -92,11 +94,20 @@ def _item(results: Any, position: int) -> Tensor:
 def _setitem(base: Tensor, index: Any, value: Any) -> Tensor:
     if base.is_cuda:
         check_index(base, index)
+        index = _on_device(index, base.device)
     if isinstance(value, Tensor) and value.dtype is not base.dtype:
         value = value.to(base.dtype)  # torch does so for slices and refuses it for lists; an assignment is cast, always
     changed = base.clone()
     changed[index] = value
     return changed
+
+
+def _on_device(index: Any, device: torch.device) -> Any:
+    """An index whose lists torch would copy to the device by a copy that the host waits for."""
+    if isinstance(index, tuple):
+        return tuple([_on_device(part, device) for part in index])
+    is_plain = isinstance(index, list) and all(isinstance(part, int) for part in index)
+    return to_device(index, device) if is_plain else index
 
 
 def _set_view(
@@ -219,7 +230,7 @@ def _draw(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: tup
     digest = hashlib.blake2b(f"{seed[0]}:{seed[1]}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     drawn: Tensor = make(like.shape, dtype=dtype, generator=generator)
-    return drawn.to(like.device)
+    return to_device(drawn, like.device)
 
 
 def _like_dtype(input: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, torch.dtype]:

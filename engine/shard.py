@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionPass, use_packed_attention
+from engine.copies import to_device
 from engine.fragments import PortValue, RequestState, Selector, ShardContext, apply_writes
 from engine.gate import run_gate
 from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
-from engine.results import MemorySink, sink_for
+from engine.memory import told_out_of_memory
+from engine.results import MemorySink, Writer, sink_for
 from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
 from engine.spans import SpanStore
 from engine.splits import blocks_of
@@ -32,10 +34,13 @@ from engine.trunks import Trunks
 from engine.twins import prove_splits
 from engine.views import InvokeRows
 from polytrace.description import Limits, ModelDescription, index_sites
+from polytrace.errors import CapacityError
 from scheduling.checks import table_of
 from scheduling.plan import (
     PROLOGUE,
     Fragment,
+    PassTooLargeError,
+    Phase,
     Plan,
     RequestId,
     ShardResult,
@@ -54,6 +59,7 @@ class Shard:
         self.links = links
         self.device = torch.device(config.device)
         self._states: dict[RequestId, RequestState] = {}
+        self._writer = Writer()
 
     def start(self, report: Callable[[str], None]) -> None:
         """Reads this shard's weights, without the others. `report` gets lines of progress for people."""
@@ -105,9 +111,25 @@ class Shard:
         self._hidden_size = description.hidden_size
 
     def run(self, plan: Plan) -> ShardResult:
-        """Runs this shard's part of a pass. Raises only when the shard itself is no longer to be trusted."""
-        began = time.perf_counter()
-        waited = 0.0
+        """Runs this shard's part of a pass.
+
+        PassTooLargeError when memory does not suffice: all requests are forgotten then, and neighbours wait for what
+        does not come until this shard leaves their world. Raises anything else only when the shard itself is no longer
+        to be trusted.
+        """
+        try:
+            return self._run(plan)
+        except (RuntimeError, MemoryError, CapacityError) as error:
+            told = told_out_of_memory(error)
+            if told is None:
+                raise
+        # Behind the handler: until then the error holds the frames, and these what filled the memory.
+        self._forget_all()
+        rows = max(plan.layer_rows, default=0)
+        raise PassTooLargeError(f"{told}, in a pass of {rows:,} rows and {len(plan.members)} requests")
+
+    def _run(self, plan: Plan) -> ShardResult:
+        watch = _Stopwatch()
         sent_before, gathered_before = self.links.bytes.sent, self.links.bytes.gathered
         # 1) forget requests that ended early, take the members of this pass
         for request in plan.ended:
@@ -116,26 +138,33 @@ class Shard:
         states = self._enter(plan, streams)
         works = [member.program.waves[member.wave].stages[self.links.stage] for member in plan.members]
         # 2) values that other stages hold from earlier waves
-        waited += self._exchange(states, [work.held for work in works])
+        self._exchange(states, [work.held for work in works], watch)
         # 3) values of this pass from earlier stages, with what has failed there
-        hidden_in, waiting = self._receive_forward(plan, streams, states, works)
-        waited += waiting
+        hidden_in = self._receive_forward(plan, streams, states, works)
+        watch.lap(Phase.WAITING)
         # 4) the prologue, then the window with every fragment at its visit
         for state, work in zip(states, works, strict=True):
             for fragment in work.fragments:
                 if fragment.order == PROLOGUE:
                     state.run(fragment, None)
         hidden_out = self._run_window(plan, streams, states, works, hidden_in)
+        watch.lap(Phase.COMPUTING)
         # 5) hidden rows and carried values go on
         hidden_bytes = self._send_forward(plan, states, works, hidden_out)
-        # 6) drop what no later wave needs
+        watch.lap(Phase.SENDING)
+        # 6) saves are written, or it is known why not
+        self._writer.wait()
+        watch.lap(Phase.SAVING)
+        for state in states:
+            for node, message in state.sink.failures:
+                state.fail(node, message)
+        # 7) drop what no later wave needs
         result = self._result(plan, states)
         for member, state, work in zip(plan.members, states, works, strict=True):
             for node in work.drops:
                 state.values.pop(node, None)
             if member.is_last_wave:
                 self._forget(member.program.request)
-        seconds = time.perf_counter() - began
         return ShardResult(
             pass_id=plan.pass_id,
             stage=self.links.stage,
@@ -146,8 +175,10 @@ class Shard:
             carried_bytes=self.links.bytes.sent - sent_before - hidden_bytes,
             gathered_bytes=self.links.bytes.gathered - gathered_before,
             gathered={state.program.request: state.gathered_bytes for state in states},
-            seconds=seconds,
-            busy_seconds=seconds - waited,
+            seconds=watch.seconds,
+            busy_seconds=watch.seconds - watch.seconds_of(Phase.WAITING),
+            began=watch.began,
+            phases=tuple(watch.phases),
             values=result,
         )
 
@@ -155,17 +186,23 @@ class Shard:
         self._states.pop(request, None)
         self.store.forget(request)
 
+    def _forget_all(self) -> None:
+        self._writer.wait()  # before their files may be laid out anew
+        self._states.clear()
+        if hasattr(self, "store"):
+            self.store.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of pieces that are too small for what was asked for
+
     def leave(self) -> None:
         """Leaves the world of its neighbours, whatever is under way; weights stay, requests are forgotten."""
         self.links.close()
-        for request in list(self._states):
-            self._forget(request)
-        if hasattr(self, "store"):
-            self.store.reset()
+        self._forget_all()
 
     def stop(self) -> None:
         """Leaves the deployment, once everything sent has gone."""
         self.links.flush()
+        self._writer.close()
         self._states.clear()
         self.links.close()
 
@@ -180,7 +217,7 @@ class Shard:
             request = member.program.request
             state = self._states.get(request)
             if state is None:
-                state = RequestState(member.program, self.context, sink_for(member.program))
+                state = RequestState(member.program, self.context, sink_for(member.program, self._writer))
                 self._states[request] = state
             state.begin_wave(member.wave, rows[place])
             states.append(state)
@@ -188,22 +225,20 @@ class Shard:
 
     # 2), 3), 5) messages: all values that go from one stage to another in one flat message, flags first
 
-    def _exchange(self, states: list[RequestState], transfers: list[tuple[Transfer, ...]]) -> float:
-        """Held values, in any direction; returns seconds spent waiting."""
+    def _exchange(self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], watch: _Stopwatch) -> None:
+        """Held values, in any direction."""
         here = self.links.stage
         targets = sorted({t.target for each in transfers for t in each if t.source == here})
         sources = sorted({t.source for each in transfers for t in each if t.target == here})
         for target in targets:
             self._send_values(states, transfers, target)
-        began = time.perf_counter()
+        watch.lap(Phase.COMPUTING)
         for source in sources:
             self._receive_values(states, transfers, source)
-        return time.perf_counter() - began
 
     def _receive_forward(
         self, plan: Plan, streams: Streams, states: list[RequestState], works: list[StageWork]
-    ) -> tuple[Tensor | None, float]:
-        began = time.perf_counter()
+    ) -> Tensor | None:
         hidden = None
         if 0 < self.links.stage < plan.num_stages:
             shape = (1, streams.layer(self.loaded.window.first).num_padded, self._hidden_size)
@@ -214,7 +249,7 @@ class Shard:
             sources.add(self.links.stage - 1)  # its flags come even when no value does
         for source in sorted(sources):
             self._receive_values(states, arriving, source)
-        return hidden, time.perf_counter() - began
+        return hidden
 
     def _send_forward(
         self, plan: Plan, states: list[RequestState], works: list[StageWork], hidden: Tensor | None
@@ -239,7 +274,7 @@ class Shard:
             for transfer in each
             if transfer.source == self.links.stage and transfer.target == target
         ]
-        flags = torch.tensor([state.has_failed for state in states], dtype=torch.uint8, device=self.device)
+        flags = to_device([state.has_failed for state in states], self.device, torch.uint8)
         parts = [_padded(flags), *(_padded(value) for value in values)]
         self.links.send(torch.cat(parts), target)
 
@@ -253,6 +288,8 @@ class Shard:
         sizes = [_aligned(transfer.facts.num_bytes) for _, transfer in expected]
         head = _aligned(len(states))
         message = self.links.receive((head + sum(sizes),), torch.uint8, source)
+        # On a GPU this is where the host waits, once a stage and pass: what a failed graph's nodes would do is decided
+        # here.
         for state, has_failed in zip(states, message[: len(states)].tolist(), strict=True):
             if has_failed:
                 state.fail(None, _FAILED_ELSEWHERE)
@@ -333,6 +370,28 @@ class Shard:
 
 
 _FAILED_ELSEWHERE = "it failed on an earlier stage"
+
+
+class _Stopwatch:
+    """What a pass is at, and for how long, by the clock that all processes of the machine have."""
+
+    def __init__(self) -> None:
+        self.began = self._last = time.monotonic()
+        self.phases: list[tuple[Phase, float]] = []
+
+    def lap(self, phase: Phase) -> None:
+        """Since the last lap it was that."""
+        now = time.monotonic()
+        self.phases.append((phase, now - self._last))
+        self._last = now
+
+    @property
+    def seconds(self) -> float:
+        """From the begin to the last lap."""
+        return self._last - self.began
+
+    def seconds_of(self, phase: Phase) -> float:
+        return sum(seconds for other, seconds in self.phases if other is phase)
 
 
 def _aligned(num_bytes: int) -> int:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from engine.attention import AttentionPass, attending
+from engine.copies import to_device
 from engine.points import Point
 from engine.sites import first_argument
 from engine.streams import Streams
@@ -78,7 +79,7 @@ class StageRunner:
         left: list[Tensor] = []
         streams = rows.streams
         tokens_1T, positions_1T = (
-            torch.tensor([numbers], device=streams.device) for numbers in (streams.tokens(), streams.positions())
+            to_device([numbers], streams.device) for numbers in (streams.tokens(), streams.positions())
         )
         kept_K = streams.kept_rows() if self.window.is_last and self._keeps_rows else None
         options: dict[str, Any] = {} if kept_K is None else {"logits_to_keep": kept_K}

@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from engine.copies import to_device
 from scheduling.plan import MIN_ROWS, Plan, Segment, TrunkId, View
 
 # T = rows of a level, padded
@@ -186,7 +187,7 @@ class Streams:
         if before is after:
             return None
         found = _rows_in(before, after) + [0] * (after.num_padded - after.num_rows)
-        rows = torch.tensor(found, dtype=torch.long, device=self.device)
+        rows = to_device(found, self.device, torch.long)
         return self.among_outputs(level - 1, rows) if self.trunks else rows
 
     def outputs(self, layer: int) -> list[tuple[TrunkId, int]]:
@@ -220,7 +221,7 @@ class Streams:
         for place, (_, count) in zip(self.trunks, self.outputs(layer), strict=True):
             segment, base = self.plan.segments[place], here.bases[place]
             is_its = (rows >= base) & (rows < base + segment.stops[layer])
-            renumbered[is_its] += first - base - segment.outputs[layer]
+            renumbered += is_its * (first - base - segment.outputs[layer])
             first += count
         return renumbered
 
@@ -237,7 +238,7 @@ class Streams:
             is_cut = self.num_root_rows > first.num_padded  # also where only trunks have more
             return torch.arange(first.num_padded, device=self.device) if is_cut else None
         rows = _rows_in(first, here) + [0] * (here.num_padded - here.num_rows)
-        return torch.tensor(rows, dtype=torch.long, device=self.device)
+        return to_device(rows, self.device, torch.long)
 
     @cached_property
     def kept(self) -> list[int]:
@@ -256,7 +257,7 @@ class Streams:
         if not self.kept:
             return None
         pads = padded(len(self.kept), self.multiple) - len(self.kept)
-        return torch.tensor(self.kept + [0] * pads, device=self.device)
+        return to_device(self.kept + [0] * pads, self.device)
 
     def kept_row(self, segment: int, position: int) -> int | None:
         """The place of a position's row among the kept ones, None when it is not kept."""

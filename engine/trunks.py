@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.copies import to_device
 from engine.spans import SpanStore
 from engine.streams import Streams
 
@@ -66,4 +67,4 @@ class Trunks:
 
     def _rows(self, layer: int, segment: int, start: int, stop: int) -> Tensor:
         runs = self._streams.layer(layer).runs(segment, start, stop)
-        return torch.cat([torch.arange(*run) for run in runs]).to(self._streams.device)
+        return to_device(torch.cat([torch.arange(*run) for run in runs]), self._streams.device)

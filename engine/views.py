@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from engine.copies import to_device
 from engine.streams import Streams, positions_of
 from scheduling.plan import View
 
@@ -52,12 +53,12 @@ class RowView:
     @cached_property
     def rows(self) -> Tensor:
         """Rows of the stream, `[real]`."""
-        return torch.tensor(self.numbers, dtype=torch.long, device=self.device)
+        return to_device(self.numbers, self.device, torch.long)
 
     @cached_property
     def cells(self) -> Tensor:
         """Their flat places in `[sequences, columns]`, `[real]`."""
-        return torch.tensor(self.places, dtype=torch.long, device=self.device)
+        return to_device(self.places, self.device, torch.long)
 
     def read(self, packed: Tensor, outputs: Tensor | None = None) -> Tensor:
         """`[sequences, columns, *tail]`: aliases `packed` when its rows lie one after another, else a copy.
@@ -73,12 +74,20 @@ class RowView:
         return out.index_copy_(0, self.cells, taken).view(*self.shape, *packed.shape[2:])
 
     def _with_outputs(self, packed: Tensor, outputs: Tensor | None) -> Tensor:
-        assert outputs is not None and self._num_stream is not None, "a trunk has the outputs that were planned for it"
-        is_output = self.rows >= self._num_stream
+        assert outputs is not None, "a trunk has the outputs that were planned for it"
         taken = packed.new_empty(self.num_rows, *packed.shape[2:])
-        taken[~is_output] = packed[0, self.rows[~is_output]]
-        taken[is_output] = outputs[self.rows[is_output] - self._num_stream]
+        for source, (places, rows) in zip((packed[0], outputs), self._sources, strict=True):
+            taken.index_copy_(0, places, source.index_select(0, rows))
         return taken
+
+    @cached_property
+    def _sources(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Of the stream and of trunks' outputs: the places among `rows` that they have, and their rows there."""
+        first = self._num_stream or 0
+        stream = [(place, row) for place, row in enumerate(self.numbers) if row < first]
+        kept = [(place, row - first) for place, row in enumerate(self.numbers) if row >= first]
+        stream_T, kept_T = (to_device(found, self.device, torch.long).view(-1, 2).T for found in (stream, kept))
+        return (stream_T[0], stream_T[1]), (kept_T[0], kept_T[1])
 
     def part(self, value: Tensor) -> Tensor:
         """The cells of a value of the view's shape that have rows, in their order: `[real, *tail]`."""

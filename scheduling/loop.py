@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from polytrace.errors import PolytraceError
-from scheduling.plan import Plan, ShardResult
+from scheduling.plan import PassTooLargeError, Plan, ShardResult
 from scheduling.scheduler import Scheduler
 
 
@@ -14,7 +14,7 @@ class Shards(Protocol):
     """The shards of a deployment, seen from outside: plans go in, results come out, in the order they went in."""
 
     def have_room(self) -> bool:
-        """Whether another pass may be submitted: as many may be in flight as there are stages."""
+        """Whether another pass may be submitted: `scheduling.policy.passes_in_flight` says how many there may be."""
 
     def submit(self, plan: Plan) -> None:
         """Starts a pass on every shard."""
@@ -28,7 +28,9 @@ def step(scheduler: Scheduler, shards: Shards) -> None:
     while scheduler.has_work() and shards.have_room():
         shards.submit(scheduler.next_pass())
     for plan, results in shards.finished():
-        if isinstance(results, PolytraceError):
+        if isinstance(results, PassTooLargeError):
+            scheduler.again(plan, results)
+        elif isinstance(results, PolytraceError):
             scheduler.lost(plan, results)
         else:
             scheduler.complete(plan, results)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NewType
 
+from polytrace.errors import ServiceError
 from polytrace.graph import Graph, Invoke, NodeId
 from polytrace.tensors import RawTensor
 
@@ -270,6 +271,24 @@ class Failure:
     request: RequestId
     node: NodeId | None
     message: str
+    is_out_of_memory: bool = False  # perhaps for the pass's other members: it deserves a pass to itself
+
+
+class Phase(Enum):
+    """What a shard is at while a pass is with it."""
+
+    WAITING = "waiting"  # for another stage
+    COMPUTING = "computing"
+    SENDING = "sending"  # handing on to other stages: the bytes travel later
+    SAVING = "saving"  # waiting for the disk, behind everything else
+
+
+class PassTooLargeError(ServiceError):
+    """A pass needed more memory than a shard has, and was abandoned. The message has the numbers."""
+
+
+class PassAbandonedError(ServiceError):
+    """A pass was lost because another one was abandoned; it is not to blame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +303,9 @@ class ShardResult:
     saved_bytes: Mapping[RequestId, int]  # written to results by this shard
     carried_bytes: int  # sent to other stages as carried values
     gathered_bytes: int  # received from other ranks to complete sharded sites and parameters
-    seconds: float  # from the first transfer to the last save
-    busy_seconds: float  # of those, not waiting for another shard
+    seconds: float  # from the first transfer to the last save; on a GPU what nobody waits for is not in it
+    busy_seconds: float  # of those, not waiting for another stage
+    began: float = 0.0  # by the monotonic clock, which all processes of one machine share
+    phases: tuple[tuple[Phase, float], ...] = ()  # with their seconds, one after another from `began`
     gathered: Mapping[RequestId, int] = field(default_factory=dict)  # of those, what each request's own nodes asked for
     values: Mapping[tuple[RequestId, str], Any] = field(default_factory=dict)  # saves, when there is no result file

@@ -1,4 +1,9 @@
-"""Who goes into the next pass. Owns the choice only: what a pass looks like is `scheduling.packing`."""
+"""Who goes into the next pass, and how large it is. Owns the choice: what a pass looks like is `scheduling.packing`.
+
+With several stages a pass is at one of them at a time, so the others have work only when there are other passes. What
+waits is therefore cut into passes of about equal cost, as many as keep every stage busy (`share_of`). Fewer and larger
+ones would leave stages idle, more and smaller ones would make kernels wait for memory.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +17,33 @@ class PassPolicy:
     """How large a pass may be."""
 
     budget_tokens: int = 8192  # rows of all members, each at its widest layer; a wave that alone has more goes alone
+    least_tokens: int = 256  # no pass is cut below so many rows: each would read all weights for too little
     max_members: int = 256
+
+
+def passes_in_flight(stages: int) -> int:
+    """How many passes keep all stages at work: one each, and one that waits at the first, so that this one need not
+    wait until it is known at the other end of the pipeline that a pass has ended.
+    """
+    return stages + 1 if stages > 1 else 1
+
+
+def share_of(waiting_rows: int, slots: int, policy: PassPolicy) -> int:
+    """The rows of the next pass when so many wait and so many passes could start: all of them in equal passes."""
+    return min(policy.budget_tokens, max(policy.least_tokens, -(-waiting_rows // max(1, slots))))
+
+
+def wave_tokens(policy: PassPolicy, stages: int) -> int:
+    """The most rows of a request's wave: one that has the deployment to itself fills the stages with its own waves."""
+    return max(min(policy.least_tokens, policy.budget_tokens), policy.budget_tokens // stages)
 
 
 class Candidate(Protocol):
     """A wave that is ready to go."""
 
     @property
-    def is_suspect(self) -> bool:
-        """Whether it goes alone."""
+    def party(self) -> object | None:
+        """Those of one party go together and beside nobody else; None: with anyone who has none."""
 
     @property
     def num_rows(self) -> int:
@@ -33,30 +56,25 @@ AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
 class FirstComeFirstServed:
     """In order of arrival; a smaller one may fill the room that a larger one before it does not fit into.
 
-    The first candidate always goes, so nobody waits for ever. Waves without rows cost nothing and always fit. A suspect
-    goes alone, when it is the first.
+    The first candidate always goes, so nobody waits for ever. Waves without rows cost nothing and always fit. Whom the
+    first has for its party goes with it, however many rows that is.
     """
 
-    def __init__(self, policy: PassPolicy) -> None:
-        self.policy = policy
+    def __init__(self, max_members: int) -> None:
+        self._max_members = max_members
 
-    def choose(self, candidates: Iterable[AnyCandidate], budget_tokens: int | None = None) -> list[AnyCandidate]:
-        """Those of the candidates, given in order of arrival, that go now.
-
-        `budget_tokens` stands for the policy's where the candidates are known to have rows in common.
-        """
+    def choose(self, candidates: Iterable[AnyCandidate], budget_tokens: int) -> list[AnyCandidate]:
+        """Those of the candidates, given in the order in which they should go, that go now."""
         chosen: list[AnyCandidate] = []
-        room = self.policy.budget_tokens if budget_tokens is None else budget_tokens
+        room = budget_tokens
         has_rows = False
         for candidate in candidates:
-            if len(chosen) == self.policy.max_members:
+            if len(chosen) == self._max_members:
                 break
-            if candidate.is_suspect and chosen:
+            if chosen and candidate.party != chosen[0].party:
                 continue
-            if candidate.is_suspect:
-                return [candidate]
             rows = candidate.num_rows
-            if rows == 0 or rows <= room or not has_rows:
+            if candidate.party is not None or rows == 0 or rows <= room or not has_rows:
                 chosen.append(candidate)
                 room -= rows
                 has_rows = has_rows or rows > 0

@@ -45,6 +45,19 @@ def find_error(program: Program, wave: int, results: tuple[ShardResult, ...]) ->
     return None
 
 
+def find_out_of_memory(program: Program, results: tuple[ShardResult, ...]) -> Failure | None:
+    """A failure of the request for want of memory, None when it had none."""
+    return next(
+        (
+            failure
+            for result in results
+            for failure in result.failures
+            if failure.request == program.request and failure.is_out_of_memory
+        ),
+        None,
+    )
+
+
 class Account:
     """One request's books, pass by pass."""
 

@@ -3,8 +3,13 @@
 Owns the life of a request between `add` and its one `Outcome`. Who goes into a pass is `scheduling.policy`'s, what the
 pass looks like is `scheduling.packing`'s, what its results say is `scheduling.receipts`'.
 
+A pass that does not fit into a shard's memory is abandoned, and its members run again in two halves that never merge
+with others again; so whoever is too large for a pass to itself is found out, and nobody else suffers. Passes have at
+most half as many rows from then on (but no fewer than the policy's least).
+
 Invariants
-- A request is in one pass at a time; its waves go in order.
+- A request's waves go in order, each when the one before has ended. With several stages a wave may follow while the
+  one before is on its way through them, if it needs nothing that a later stage has; it stands behind all others then.
 - Every request that was added ends in exactly one outcome.
 - Requests that end between two waves are named in the next plan (`Plan.ended`), so that shards forget them.
 """
@@ -14,17 +19,25 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from polytrace.certificate import Receipt
 from polytrace.description import ModelDescription
-from polytrace.errors import CancelledError, PolytraceError, ServiceError
+from polytrace.errors import CancelledError, PolytraceError, ServiceError, TooLargeError
 from scheduling.checks import table_of
 from scheduling.packing import Going, Packer
-from scheduling.plan import PassId, Plan, Program, RequestId, ShardResult
-from scheduling.policy import FirstComeFirstServed, PassPolicy
-from scheduling.receipts import Account, find_error
+from scheduling.plan import (
+    PassAbandonedError,
+    PassId,
+    PassTooLargeError,
+    Plan,
+    Program,
+    RequestId,
+    ShardResult,
+)
+from scheduling.policy import FirstComeFirstServed, PassPolicy, passes_in_flight, share_of
+from scheduling.receipts import Account, find_error, find_out_of_memory
 
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 
@@ -39,6 +52,9 @@ class Outcome:
     request: RequestId
     receipt: Receipt | None = None
     error: PolytraceError | None = None
+    may_be_cut: bool = (
+        False  # too large, but for passes of fewer rows (`Scheduler.budget_tokens`) it takes more of them
+    )
     values: Mapping[str, Any] = field(default_factory=dict)  # saves, when the program has no result file
 
 
@@ -60,12 +76,14 @@ class _Job:
         self.added = now
         self.is_cancelled = False
         self.is_keeping: bool | None = None  # its trunks; None: nobody has asked yet
-        self.losses = 0  # passes that died with shards while it was in them
+        self.is_suspect = False  # a pass died with it in: no other pass goes beside its own
+        self.party: object | None = None  # with whom it goes, and with nobody else; None: with anyone
         self.restart()
 
     def restart(self) -> None:
-        """From its first wave."""
-        self.wave = 0
+        """From its first wave; what is in flight of it counts no more."""
+        self.wave = 0  # that goes next
+        self.in_flight: list[PassId] = []
         self.started: float | None = None
         self.account = Account(self.program)
 
@@ -73,11 +91,6 @@ class _Job:
     def num_rows(self) -> int:
         wave = self.program.waves[self.wave]
         return (wave.rows_anew if self.is_keeping is False else wave.rows).widest
-
-    @property
-    def is_suspect(self) -> bool:
-        """A pass died with it in: it goes alone, so that nobody suffers should it be the cause."""
-        return self.losses > 0
 
     @property
     def going(self) -> Going:
@@ -88,8 +101,24 @@ class _Job:
         return len(self.program.waves)
 
     @property
-    def is_last_wave(self) -> bool:
-        return self.wave == self.num_waves - 1
+    def num_done(self) -> int:
+        """Waves that have ended."""
+        return self.wave - len(self.in_flight)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether shards keep values for a wave that has not gone yet."""
+        return 0 < self.wave < self.num_waves
+
+    @property
+    def turn(self) -> tuple[bool, int]:
+        """Its place in the queue: those whose last wave is still under way only fill what others leave."""
+        return bool(self.in_flight), self.number
+
+    def may_follow(self) -> bool:
+        """Whether the next wave may go while another is in flight: no stage would wait for one behind it."""
+        works = self.program.waves[self.wave].stages
+        return all(held.source < held.target for work in works for held in work.held)
 
 
 class Scheduler:
@@ -99,19 +128,26 @@ class Scheduler:
         self, description: ModelDescription, policy: PassPolicy, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._table = table_of(description)
-        self._choice = FirstComeFirstServed(policy)
+        self._policy = policy
+        self._choice = FirstComeFirstServed(policy.max_members)
+        self._depth = passes_in_flight(description.stages)
         self._packer = Packer(description)
         self._clock = clock
         self._jobs: dict[RequestId, _Job] = {}
-        self._ready: list[_Job] = []  # by arrival: those whose next wave may go
+        self._ready: list[_Job] = []  # by turn: those whose next wave may go
+        self._flying: dict[PassId, list[_Job]] = {}
         self._ended: list[RequestId] = []  # shards hold values of these; the next plan says to drop them
         self._outcomes: list[Outcome] = []
         self._progress: dict[RequestId, Progress] = {}
         self._kept_bytes = description.limits.kept_bytes  # that shards have left for trunks
         self._arrivals = 0
         self._passes = 0
-        self._in_flight = 0
         self._has_suspect_in_flight = False
+
+    @property
+    def budget_tokens(self) -> int:
+        """Rows that a pass may have: the policy's, or fewer since one did not fit into memory."""
+        return self._policy.budget_tokens
 
     def add(self, program: Program) -> None:
         """Takes a request. Its id must not be one that is still on its way."""
@@ -119,7 +155,7 @@ class Scheduler:
         self._arrivals += 1
         job = _Job(program, self._arrivals, self._clock())
         self._jobs[program.request] = job
-        self._ready.append(job)
+        insort(self._ready, job, key=lambda ready: ready.turn)
 
     def cancel(self, request: RequestId) -> None:
         """Ends a request: at once when it is in no pass, else after its pass. Unknown and ended ones are left alone."""
@@ -129,34 +165,40 @@ class Scheduler:
         job.is_cancelled = True
         if job in self._ready:
             self._ready.remove(job)
-            self._end(job, CancelledError("the request was cancelled"), is_held=job.wave > 0)
+        if not job.in_flight:
+            self._end(job, CancelledError("the request was cancelled"))
 
     def has_work(self) -> bool:
         """Whether a wave may go into a pass now. A suspect goes when no pass is in flight, and none beside it."""
         if not self._ready or self._has_suspect_in_flight:
             return False
-        return not self._in_flight or not self._ready[0].is_suspect
+        return not self._flying or not self._ready[0].is_suspect
 
     def next_pass(self) -> Plan:
-        """The next pass. Call it only when there is work; its waves are then in flight until `complete` or `lost`."""
+        """The next pass, in flight until `complete`, `lost` or `again`. Call it only when there is work."""
         assert self._ready, "a pass needs a wave that is ready"
         self._passes += 1
+        pass_id = PassId(self._passes)
         ended, self._ended = tuple(self._ended), []
-        chosen, plan = self._fill(PassId(self._passes), ended)
-        going = {job.number for job in chosen}
-        self._ready = [job for job in self._ready if job.number not in going]
-        self._in_flight += 1
+        chosen, plan = self._fill(pass_id, ended)
+        self._flying[pass_id] = chosen
         self._has_suspect_in_flight = chosen[0].is_suspect
         now = self._clock()
         for job in chosen:
+            self._ready.remove(job)
             job.started = now if job.started is None else job.started
+            job.wave += 1
+            job.in_flight.append(pass_id)
+            if job.wave < job.num_waves and self._depth > 1 and job.may_follow():
+                self._ready.append(job)
+        self._ready.sort(key=lambda job: job.turn)
         return plan
 
     def _fill(self, pass_id: PassId, ended: tuple[RequestId, ...]) -> tuple[list[_Job], Plan]:
         """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
-        budget = self._choice.policy.budget_tokens
-        foreseen = budget
-        chosen = self._choice.choose(self._ready)
+        waiting = sum(job.num_rows for job in self._ready)
+        budget = foreseen = share_of(waiting, self._depth - len(self._flying), self._policy)
+        chosen = self._choice.choose(self._ready, budget)
         plan = self._packer.pack(pass_id, self._going(chosen), ended)
         for _ in range(_MAX_REFILLS):
             rows = max(plan.layer_rows, default=0)
@@ -164,8 +206,10 @@ class Scheduler:
                 break
             foreseen = foreseen * budget // rows
             more = self._choice.choose(self._ready, foreseen)
+            if len(more) <= len(chosen):
+                break
             fuller = self._packer.pack(pass_id, self._going(more), ended)
-            if len(more) <= len(chosen) or max(fuller.layer_rows) > budget:
+            if max(fuller.layer_rows) > budget:
                 break
             chosen, plan = more, fuller
         return chosen, plan
@@ -180,64 +224,97 @@ class Scheduler:
 
     def complete(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
         """Takes in what all shards answered to a plan: members end or become ready for their next wave."""
-        self._landed()
-        for member in plan.members:
-            job = self._jobs[member.program.request]
-            error: PolytraceError | None = find_error(job.program, job.wave, results)
+        for job, wave in self._landed(plan):
+            failure = find_out_of_memory(job.program, results)
+            error: PolytraceError | None = find_error(job.program, wave, results)
             if job.is_cancelled:
                 error = CancelledError("the request was cancelled")
+            elif failure is not None and len(plan.members) > 1:
+                self._ended.append(job.program.request)
+                self._queue_again(job, party=job.number)  # its neighbours may have had the memory
+                continue
+            elif failure is not None:
+                error = _too_large(job, wave, failure.message, where=None if error is None else error.where)
             if error is not None:
-                self._end(job, error, is_held=not job.is_last_wave)
+                self._end(job, error)
                 continue
             job.account.enter(plan, results)
-            if job.is_last_wave:
+            if job.num_done == job.num_waves:
                 self._finish(job)
-            else:
-                job.wave += 1
-                request = job.program.request
-                self._progress[request] = Progress(request=request, passes_done=job.wave, passes=job.num_waves)
-                insort(self._ready, job, key=lambda ready: ready.number)
+                continue
+            request = job.program.request
+            self._progress[request] = Progress(request=request, passes_done=job.num_done, passes=job.num_waves)
+            if job.wave < job.num_waves and job not in self._ready:
+                self._ready.append(job)
+        self._ready.sort(key=lambda job: job.turn)
 
     def lost(self, plan: Plan, error: PolytraceError) -> None:
         """The pass died with its shards: its members end with `error`, requests between two waves start again."""
-        self._landed()
-        for member in plan.members:
-            job = self._jobs[member.program.request]
-            self._end(job, CancelledError("the request was cancelled") if job.is_cancelled else error, is_held=False)
-        self._restart(plan)
+        for job, _ in self._landed(plan):
+            self._end(job, CancelledError("the request was cancelled") if job.is_cancelled else error)
+        self._forget_values(plan)
 
     def again(self, plan: Plan, error: PolytraceError) -> None:
-        """The pass died with shards that have come back with nothing but weights: its members run again, each alone.
+        """The pass was lost, and shards have nothing left but weights: its members run again from their first waves.
 
-        One that was alone in such a pass before has had its chance, and ends with the reason.
+        With PassTooLargeError in two halves; one that was alone ends with the numbers. With PassAbandonedError as if
+        nothing had happened. With any other error each alone; one that had such a pass to itself before has had its
+        chance, and ends with the reason.
         """
-        self._landed()
-        for member in plan.members:
-            job = self._jobs[member.program.request]
+        landed = self._landed(plan)
+        is_too_large = isinstance(error, PassTooLargeError)
+        if is_too_large:
+            self._learn(max(plan.layer_rows, default=0))
+        for place, (job, wave) in enumerate(landed):
             if job.is_cancelled:
-                self._end(job, CancelledError("the request was cancelled"), is_held=False)
+                self._end(job, CancelledError("the request was cancelled"))
+            elif is_too_large and len(plan.members) == 1:
+                work = job.program.waves[wave]
+                may_be_cut = len(work.invokes) > 1 and work.rows.widest > self.budget_tokens
+                self._end(job, _too_large(job, wave, error.message), may_be_cut=may_be_cut)
+            elif is_too_large:
+                self._queue_again(job, party=(plan.pass_id, 2 * place < len(landed)))
+            elif isinstance(error, PassAbandonedError):
+                self._queue_again(job, party=job.party)
             elif job.is_suspect:
                 told = f"shards died in two passes with this request, in the second it was alone: {error.message}"
-                self._end(job, ServiceError(told), is_held=False)
+                self._end(job, ServiceError(told))
             else:
-                job.losses += 1
-                job.restart()
-                insort(self._ready, job, key=lambda ready: ready.number)
-        self._restart(plan)
+                job.is_suspect = True
+                self._queue_again(job, party=job.number)
+        self._forget_values(plan)
 
-    def _landed(self) -> None:
-        self._in_flight -= 1
+    def _landed(self, plan: Plan) -> list[tuple[_Job, int]]:
+        """The jobs that the pass still counts for, with their waves."""
+        flown = self._flying.pop(plan.pass_id)
         self._has_suspect_in_flight = False
+        landed = []
+        for job, member in zip(flown, plan.members, strict=True):
+            if plan.pass_id in job.in_flight:
+                job.in_flight.remove(plan.pass_id)
+                landed.append((job, member.wave))
+        return landed
 
-    def _restart(self, plan: Plan) -> None:
-        """Requests between two waves, whose values are gone."""
+    def _queue_again(self, job: _Job, *, party: object | None) -> None:
+        job.restart()
+        job.party = party
+        if job not in self._ready:
+            self._ready.append(job)
+
+    def _learn(self, rows: int) -> None:
+        """A pass of so many rows did not fit."""
+        most = max(self._policy.least_tokens, min(self._policy.budget_tokens, rows) // 2)
+        self._policy = replace(self._policy, budget_tokens=min(self._policy.budget_tokens, most))
+
+    def _forget_values(self, plan: Plan) -> None:
+        """Requests between two waves start again: their values are gone."""
         for job in self._ready:
-            job.restart()
+            if not job.in_flight:
+                job.restart()
         # Where the shards are still the same, they hold values and rows of all of these.
-        self._ended = [
-            *(member.program.request for member in plan.members),
-            *(job.program.request for job in self._ready),
-        ]
+        self._ended += [member.program.request for member in plan.members]
+        self._ended += [job.program.request for job in self._ready]
+        self._ready.sort(key=lambda job: job.turn)
 
     def take_progress(self) -> list[Progress]:
         """How far the requests are that got further since the last call and have not ended."""
@@ -260,13 +337,25 @@ class Scheduler:
         self._remove(job)
         self._outcomes.append(Outcome(request=job.program.request, receipt=receipt, values=job.account.values))
 
-    def _end(self, job: _Job, error: PolytraceError, *, is_held: bool) -> None:
-        """Without a result; `is_held` when shards may keep values for a wave that will not come."""
-        if is_held:
+    def _end(self, job: _Job, error: PolytraceError, *, may_be_cut: bool = False) -> None:
+        """Without a result."""
+        if job.is_held:
             self._ended.append(job.program.request)
         self._remove(job)
-        self._outcomes.append(Outcome(request=job.program.request, error=error))
+        self._outcomes.append(Outcome(request=job.program.request, error=error, may_be_cut=may_be_cut))
 
     def _remove(self, job: _Job) -> None:
+        job.in_flight.clear()
+        if job in self._ready:
+            self._ready.remove(job)
         del self._jobs[job.program.request]
         self._kept_bytes += job.program.kept_bytes if job.is_keeping else 0
+
+
+def _too_large(job: _Job, wave: int, told: str, *, where: str | None = None) -> TooLargeError:
+    rows = job.program.waves[wave].rows.widest
+    return TooLargeError(
+        f"pass {wave + 1} of {job.num_waves} does not fit into memory though the request has it to itself, "
+        f"{rows:,} rows at its widest layer: {told}. Ask for fewer or shorter prompts in one invoke, or smaller values",
+        where=where,
+    )

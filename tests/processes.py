@@ -19,6 +19,7 @@ from polytrace.errors import PolytraceError, ServiceError
 from polytrace.graph import Graph, Op, Request
 from polytrace.wire import encode_request
 from scheduling.plan import Plan, Program, ShardResult
+from scheduling.policy import passes_in_flight
 from scheduling.scheduler import PassPolicy
 
 
@@ -42,7 +43,7 @@ def _serve(pipe: Connection, kind: type[Shard], config: ShardConfig, port: int) 
 
 
 class ProcessShards:
-    """The loop's view of a deployment of processes: as many passes in flight as there are stages."""
+    """The loop's view of a deployment of processes: as many passes in flight as keep the stages at work."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class ProcessShards:
         self._in_flight: list[Plan] = []
 
     def have_room(self) -> bool:
-        return len(self._in_flight) < self.stages
+        return len(self._in_flight) < passes_in_flight(self.stages)
 
     def submit(self, plan: Plan) -> None:
         self._in_flight.append(plan)

@@ -24,7 +24,7 @@ from polytrace.errors import CancelledError, PolytraceError, RunError, ServiceEr
 from polytrace.graph import Constant, Graph, Invoke, NodeId, Op, Port, Read, Ref, Request, Save, Site
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_result, encode_request
-from scheduling.plan import Plan, RequestId, ShardResult
+from scheduling.plan import PassTooLargeError, Plan, RequestId, ShardResult
 from scheduling.scheduler import PassPolicy
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
@@ -310,6 +310,61 @@ def test_a_request_that_breaks_the_shards_twice_is_refused_and_its_neighbours_ar
     assert [status.state for status in statuses] == [RequestState.DONE, RequestState.FAILED, RequestState.DONE]
     assert "shards died in two passes with this request" in str(statuses[1].error)
     assert shards.num_recoveries == 2
+
+
+class Small(Stuck):
+    """Shards on which a pass of more than so many rows does not fit: lost then, and whole at once."""
+
+    def __init__(self, world: World, most_rows: int) -> None:
+        super().__init__(world)
+        self.most_rows = most_rows
+        self.awake = threading.Event()
+        self.losses: list[PolytraceError] = []
+        self.rows: list[int] = []
+
+    def submit(self, plan: Plan) -> None:
+        self.is_open.set()
+        self.rows.append(max(plan.layer_rows))
+        super().submit(plan)
+
+    def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:  # type: ignore[override]
+        if self.rows and self.rows[-1] <= self.most_rows:
+            yield from super().finished()
+        elif self.plans:
+            yield self.plans.pop(), PassTooLargeError("the shard is full")
+            self.awake.set()
+        elif self.rows:
+            raise PassTooLargeError("the shard is full")
+
+    def recover(self, loss: PolytraceError) -> None:
+        self.losses.append(loss)
+        self.rows.clear()
+
+
+def test_a_stored_sweep_whose_pass_is_too_large_alone_is_worked_out_for_smaller_ones(world: World) -> None:
+    names = [world.submit(sweep_of(invokes)) for invokes in (80, 1)]
+    shards = Small(world, most_rows=300)  # 80 prompts of eight tokens are 640 rows
+    policy = PassPolicy(least_tokens=64)
+    dispatcher = Dispatcher(
+        world.store, world.backend.description, shards, policy, awake=shards.awake, recover=shards.recover
+    )
+    sweep, one = run_until_ended(world, dispatcher, *names)
+    assert (sweep.state, one.state) == (RequestState.DONE, RequestState.DONE), sweep.error
+    values, receipt = decode_result(world.store.result_path(names[0]).read_bytes())
+    assert len(receipt.passes) > 1 and len(values) == 80 and len(shards.losses) <= 3
+    expected = values["out0"].data
+    assert expected == decode_result(world.store.result_path(names[1]).read_bytes())[0]["out0"].data
+
+
+def sweep_of(invokes: int) -> Request:
+    """As many prompts that have nothing in common, and of each a layer."""
+    site = Site(module="model.layers.2", port=Port.OUTPUT)
+    nodes: list[Read | Save] = []
+    for invoke in range(invokes):
+        nodes.append(Read(site=site, invoke=invoke, where=WHERE))
+        nodes.append(Save(name=f"out{invoke}", value=Ref(NodeId(2 * invoke)), where=WHERE))
+    prompts = [Invoke(sequences=(tuple((5 * token + invoke) % 64 for token in range(8)),)) for invoke in range(invokes)]
+    return Request(graph=Graph(nodes=tuple(nodes)), invokes=tuple(prompts), constants={})
 
 
 def test_a_request_that_breaks_controllers_takes_no_neighbour_along(world: World) -> None:

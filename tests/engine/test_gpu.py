@@ -1,4 +1,4 @@
-"""Promises 1 and 2 on a GPU, in one process: shared, merged and alone have the same bits, and Hugging Face's numbers."""
+"""Promise 1 on a GPU, in one process: shared, merged and alone have the same bits, and Hugging Face's numbers."""
 
 from __future__ import annotations
 
