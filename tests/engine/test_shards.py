@@ -162,7 +162,7 @@ def reader_and_editor(family: str) -> list[Program]:
     return [
         Program(where, ((PROMPTS[0],), (PROMPTS[1],)), (tuple(Action("read", place) for place in every),) * 2),
         *(
-            Program(where, (PROMPTS[1:],), ((Action("add", place, At(one=4), (3, place.width - 2), 7),),))
+            Program(where, (PROMPTS[1:],), ((Action("add", place, At(one=-1), (3, place.width - 2), 7),),))
             for place in kinds
         ),
     ]
