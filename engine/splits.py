@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from engine.own_plans import OWN_PLANS
 from polytrace.errors import ServiceError
 
 
@@ -68,59 +69,6 @@ _DEALT = "grouped_gemm"  # a parameter of which each rank has some experts
 _WHOLE = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OwnPlan:
-    """A plan for a family that transformers has none for. The tied embedding and head stay whole."""
-
-    styles: Mapping[str, str]
-    counts: tuple[str, ...] = ()  # attributes of attention modules that count heads or features, to be those of a rank
-
-
-def _llama_like(attention: str, output: str, *more: tuple[str, str]) -> Mapping[str, str]:
-    inputs = {f"{attention}.{name}_proj": "colwise" for name in ("q", "k", "v")}
-    return {**inputs, f"{attention}.{output}": "rowwise", **dict(more)}
-
-
-_OWN_PLANS: Mapping[str, OwnPlan] = {
-    "gpt2": OwnPlan(
-        styles={
-            "transformer.h.*.attn.c_attn": "fused_qkv",
-            "transformer.h.*.attn.c_proj": "rowwise",
-            "transformer.h.*.mlp.c_fc": "colwise",
-            "transformer.h.*.mlp.c_proj": "rowwise",
-        },
-        counts=("split_size",),
-    ),
-    "opt": OwnPlan(
-        styles=_llama_like(
-            "model.decoder.layers.*.self_attn",
-            "out_proj",
-            ("model.decoder.layers.*.fc1", "colwise"),
-            ("model.decoder.layers.*.fc2", "rowwise"),
-        ),
-        counts=("num_heads",),
-    ),
-    "stablelm": OwnPlan(
-        styles=_llama_like(
-            "model.layers.*.self_attn",
-            "o_proj",
-            ("model.layers.*.mlp.gate_proj", "colwise"),
-            ("model.layers.*.mlp.up_proj", "colwise"),
-            ("model.layers.*.mlp.down_proj", "rowwise"),
-            ("lm_head", "colwise_gather_output"),
-        ),
-        counts=("num_heads", "num_key_value_heads"),
-    ),
-    "gpt_oss": OwnPlan(  # its experts are split by transformers' plan
-        styles=_llama_like(
-            "model.layers.*.self_attn",
-            "o_proj",
-            ("model.layers.*.self_attn.sinks", "colwise"),
-            ("model.layers.*.self_attn", "local_params"),
-            ("lm_head", "colwise_gather_output"),
-        )
-    ),
-}
 _KEY_VALUES = ("k_proj", "v_proj")
 _QUERIES = ("q_proj", "q_b_proj", "kv_b_proj")  # the latter two of latent attention: one head's features after another
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "qkv")
@@ -188,7 +136,7 @@ def plan_splits(model: nn.Module, ranks: int) -> tuple[Split, ...]:
 def counts_of_heads(model: nn.Module) -> tuple[str, ...]:
     """Attributes of attention modules that must count what a rank has: their forwards cut tensors by them."""
     root: Any = model
-    own = _OWN_PLANS.get(root.config.model_type)
+    own = OWN_PLANS.get(root.config.model_type)
     return own.counts if own is not None else ()
 
 
@@ -217,7 +165,7 @@ def _no_plan(model: nn.Module) -> str:
 def _plan_of(model: nn.Module) -> dict[str, str]:
     """Path of a module or parameter -> style name, for all that this model has."""
     root: Any = model
-    own = _OWN_PLANS.get(root.config.model_type)
+    own = OWN_PLANS.get(root.config.model_type)
     plan: dict[str, str] = dict(root.tp_plan if own is None else own.styles)
     if not plan:
         raise ServiceError(_no_plan(model))

@@ -16,7 +16,7 @@ import json
 import math
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from engine.experts import is_experts
 from engine.gate import root_segment
 from engine.links import Links, Solo
 from engine.loading import LoadedModel, ShardConfig, load_model
+from engine.shrinking import shrink
 from engine.sites import Selector, port_leaves
 from engine.slices import take_part
 from engine.spans import SpanStore
@@ -45,8 +46,6 @@ from scheduling.plan import MIN_ROWS, PROLOGUE, PassId, Plan
 
 TOLERANCE = 1e-5  # of max(1, max|whole|), in float32
 _LENGTHS = (9, 21)  # tokens of two sequences
-_HIDDEN = 64
-_HEAD = 16  # features of a head; all kinds of it, so that rotary and latent parts fit whatever share they have
 _STORE_BYTES = 1 << 30
 _Seen = dict[tuple[str, Port, Selector], Tensor]
 _Made = TypeVar("_Made")
@@ -59,7 +58,8 @@ def prove_splits(config: Any, links: Links, device: torch.device) -> None:
     """
     if links.ranks == 1:
         return
-    name = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    name: str = kind.__name__
     with tempfile.TemporaryDirectory(prefix="polytrace-twin-") as folder:
         part = ShardConfig(source=folder, dtype="float32", device=str(device), rank=links.rank, ranks=links.ranks)
 
@@ -173,7 +173,7 @@ def _twin(config: Any, ranks: int) -> PreTrainedModel:
     """On the CPU, with weights that make differences large."""
     small = copy.deepcopy(config)
     shrink(small, ranks)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model: PreTrainedModel = kind._from_config(small, dtype=torch.float32).eval()
@@ -205,94 +205,3 @@ def _told(config: Any) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
-
-
-_INNER = (  # features inside an MLP
-    "intermediate_size",
-    "ffn_dim",
-    "n_inner",
-    "intermediate_size_mlp",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "moe_shared_expert_intermediate_size",
-    "shared_intermediate_size",
-)
-_LATENT = ("q_lora_rank", "kv_lora_rank")
-_HEAD_PARTS = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-
-
-def shrink(config: Any, ranks: int) -> None:
-    """Makes a configuration small in place; what decides how ranks share the model stays."""
-    text = config.get_text_config(decoder=True)
-    config.dtype = text.dtype = torch.float32
-    for each in (config, text):
-        if hasattr(each, "quantization_config"):
-            del each.quantization_config
-    # 1) layers: one of each kind, at least two
-    _keep_layers(text)
-    # 2) heads: as few as the ranks can share in the same way, two each where there are so many
-    heads = text.num_attention_heads
-    key_values = getattr(text, "num_key_value_heads", None) or heads
-    share = max(
-        (
-            f
-            for f in range(1, key_values + 1)
-            if _can_divide(heads, key_values, f) and key_values // f % (2 * ranks) == 0
-        ),
-        default=1,
-    )
-    text.num_attention_heads = heads // share
-    if getattr(text, "num_key_value_heads", None):
-        text.num_key_value_heads = key_values // share
-    # 3) widths
-    width = text.hidden_size
-    has_head_dim = isinstance(getattr(text, "head_dim", None), int)
-    per_head = max(2, -(-_HIDDEN // text.num_attention_heads)) if has_head_dim else _HEAD  # some insist on a multiple
-    text.hidden_size = per_head * text.num_attention_heads
-    sizes: dict[str, int] = dict.fromkeys(_INNER, 16 * ranks)
-    sizes |= dict.fromkeys(("head_dim", *_HEAD_PARTS), _HEAD) | dict.fromkeys(_LATENT, _HIDDEN // 2)
-    sizes["qk_head_dim"] = 2 * _HEAD
-    sizes["sliding_window"] = _LENGTHS[0] - 2
-    sizes["vocab_size"] = 32 * ranks + text.vocab_size % ranks
-    sizes["word_embed_proj_dim"] = text.hidden_size * getattr(text, "word_embed_proj_dim", width) // width
-    for name, size in sizes.items():
-        if isinstance(getattr(text, name, None), int):
-            setattr(text, name, size)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        for each in (config, text):
-            setattr(each, name, None if getattr(each, name, None) is None else 0)
-    for factors in _rotary_factors(getattr(text, "rope_parameters", None)):
-        del factors[_HEAD // 2 :]
-
-
-def _can_divide(heads: int, key_values: int, by: int) -> bool:
-    return heads % by == 0 and key_values % by == 0
-
-
-def _keep_layers(text: Any) -> None:
-    """Of layers that lists of the configuration tell apart, the first of each kind."""
-    number = text.num_hidden_layers
-    lists = {
-        name: value for name, value in vars(text).items() if isinstance(value, (list, tuple)) and len(value) == number
-    }
-    kinds: dict[str, int] = {}
-    for layer in range(number):
-        kinds.setdefault(str([values[layer] for values in lists.values()]), layer)
-    kept = sorted(kinds.values())[:4]
-    kept = kept if len(kept) > 1 else list(range(min(2, number)))
-    text.num_hidden_layers = len(kept)
-    for name, values in lists.items():
-        setattr(text, name, [values[layer] for layer in kept])
-    if isinstance(getattr(text, "first_k_dense_replace", None), int):
-        text.first_k_dense_replace = min(1, text.first_k_dense_replace)
-    if isinstance(getattr(text, "mlp_only_layers", None), list) and "mlp_only_layers" not in lists:
-        text.mlp_only_layers = [layer for layer in text.mlp_only_layers if layer < len(kept)]
-
-
-def _rotary_factors(rotary: Any) -> Iterator[list[float]]:
-    """Lists that have an entry for each pair of a head's features, wherever in the configuration."""
-    for value in rotary.values() if isinstance(rotary, dict) else ():
-        if isinstance(value, list):
-            yield value
-        else:
-            yield from _rotary_factors(value)

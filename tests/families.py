@@ -131,6 +131,10 @@ def _family(layers: str, norm: str, out_projection: str, *parts: Part) -> Family
 
 
 _LLAMA_LIKE = llama_like(4, 96, 32, 64)
+_GROUPED = replace(
+    _LLAMA_LIKE,
+    parts=(*_LLAMA_LIKE.parts, ("self_attn.k_proj", "output", (), 16), ("self_attn.v_proj", "output", (), 16)),
+)
 _ATTENTION: Part = ("self_attn", "output", (0,), 32)
 _MIXTURE = _family(
     "model.layers",
@@ -157,9 +161,9 @@ FAMILIES = {
         ("mlp", "output", (), 32),
         ("mlp.c_proj", "input", (), 128),
     ),
-    "mistral": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "gemma3": _LLAMA_LIKE,
+    "mistral": _GROUPED,
+    "qwen3": _GROUPED,
+    "gemma3": _GROUPED,
     "gpt_neox": _family(
         "gpt_neox.layers",
         "gpt_neox.final_layer_norm",

@@ -54,7 +54,8 @@ class ProcessShards:
         dtype: str = "auto",
         kinds: dict[tuple[int, int], type[Shard]] | None = None,
     ) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")  # torch and transformers are imported once, not by every shard
+        context.set_forkserver_preload(["engine.shard"])
         self._store = open_store("127.0.0.1", timeout_s=60)
         self.stages = stages
         self._pipes: list[Connection] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from families import model_of
 from torch import Tensor
 
-from engine.experts import NAME, is_experts, use_padded_experts
+from engine.experts import NAME, deal_experts, is_experts, use_padded_experts
 
 T, D, K = 40, 32, 2
 
@@ -67,3 +68,26 @@ def test_rows_that_are_not_finite_stay_alone() -> None:
         odd = experts(hidden, chosen, weights)
     assert odd[0].isnan().all()
     assert torch.equal(odd[1:], whole[1:])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_dealt_out_give_parts_of_a_sum_whose_rows_are_their_own(family: str) -> None:
+    whole = mixture(family, torch.float32)
+    hidden, chosen, weights = rows(whole, torch.float32)
+    total = torch.zeros(T, D)
+    for rank in range(2):
+        experts = copy.deepcopy(whole)
+        for name, parameter in whole.named_parameters(recurse=False):
+            setattr(experts, name, torch.nn.Parameter(parameter.detach().chunk(2)[rank]))
+        deal_experts(experts, rank, 2)
+        crowded = chosen.clone()
+        crowded[1:] = chosen[0]
+        with torch.no_grad():
+            part = experts(hidden, chosen, weights)
+            assert torch.equal(part[0], experts(hidden, crowded, weights)[0])
+            nowhere = torch.full_like(chosen, experts.num_experts * (1 - rank))  # all at the other rank
+            assert not experts(hidden, nowhere, weights).any()
+        total += part
+    with torch.no_grad():
+        expected = whole(hidden, chosen, weights)
+    assert (total - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())

@@ -207,13 +207,13 @@ def test_the_ranks_slices_make_up_the_whole(sources: dict[str, str], out: Path) 
             4,
             "130 features of .*experts.gate_up_proj, which 4 ranks cannot share: use ranks 1, 2$",
         ),
-        ("HunYuanDenseV1Config", {"head_dim": 16}, 2, "no tensor-parallel plan for its layers: use ranks=1"),
+        ("GPTBigCodeConfig", {}, 2, "no tensor-parallel plan for its layers: use ranks=1"),  # one key, in c_attn
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_way_out(
     name: str, change: dict[str, Any], ranks: int, message: str, tmp_path: Path
 ) -> None:
-    sizes = FAMILIES["GPT2Config"] if name in ("GPT2Config", "GPTJConfig") else SIZES
+    sizes = FAMILIES["GPT2Config"] if name in ("GPT2Config", "GPTJConfig", "GPTBigCodeConfig") else SIZES
     getattr(transformers, name)(**sizes | SPECIAL_IDS | change).save_pretrained(tmp_path)
     with pytest.raises(ServiceError, match=message):
         plan_splits(meta_model(str(tmp_path)), ranks)

@@ -15,7 +15,20 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from points import Look, furthest, look_by_hand, looks, record_look
 from processes import BROKEN_SEED, FaultyShard, ProcessBackend, ProcessShards
-from programs import Program, Served, crowds, difference, few_rows, find, record, rows_run, serve, values_in_order
+from programs import (
+    Action,
+    At,
+    Program,
+    Served,
+    crowds,
+    difference,
+    few_rows,
+    find,
+    record,
+    rows_run,
+    serve,
+    values_in_order,
+)
 
 from engine.local import LocalBackend
 from polytrace.errors import RunError
@@ -38,8 +51,10 @@ GRIDS = [  # stages, ranks
     ("llama", 1, 4, "float32"),
     ("llama", 4, 1, "float32"),
     ("gemma3", 1, 2, "float32"),
-    ("gpt_oss", 2, 1, "float32"),
-    ("mixtral", 2, 1, "float32"),
+    ("mistral", 1, 4, "float32"),  # 2 key/value heads
+    ("gpt_oss", 1, 4, "float32"),  # the same, and 4 experts dealt out
+    ("mixtral", 2, 2, "float32"),
+    ("opt", 1, 2, "float32"),
     ("llama", 2, 2, "bfloat16"),
 ]
 
@@ -188,6 +203,19 @@ def test_modules_that_ranks_split_are_called_on_whole_values(deployed: Deployed)
         assert torch.equal(chosen, theirs[-1].argmax(-1))
 
 
+def test_parameters_are_read_whole_whatever_ranks_hold_of_them(deployed: Deployed) -> None:
+    stored = dict(deployed.plain.named_parameters(remove_duplicate=False))
+    split = {info.path: info for info in deployed.model.description.parameters if info.sharded_dim is not None}
+    first = {info.path.partition(".0.")[2]: path for path, info in reversed(split.items()) if ".0." in path}
+    assert bool(first) == (deployed.ranks > 1)
+    with deployed.model.trace([1, 2, 3]) as tracer:
+        read = {path: (find(deployed.model, path) * 1.0).save() for path in first.values()}
+        deployed.model.lm_head.output[:, -1].save()
+    assert tracer.receipt is not None
+    for path, value in read.items():
+        assert torch.equal(value, stored[path]), path
+
+
 @TWICE
 @given(data=st.data())
 def test_programs_of_several_passes_fork_from_what_shards_kept(deployed: Deployed, data: st.DataObject) -> None:
@@ -222,3 +250,39 @@ def test_a_graph_that_fails_on_one_shard_leaves_its_31_neighbours_unchanged(
     for tracer, outcome, expected in zip(tracers, outcomes, undisturbed, strict=True):
         assert outcome.error is None
         assert all(map(torch.equal, values_in_order(tracer, outcome.values), expected.values))
+
+
+SHARED = 6  # tokens that two prompts have in common
+PROMPTS = tuple((*range(3, 3 + SHARED), *own) for own in ((40, 41, 42), (50, 51)))
+
+
+def reader_and_editor(family: str) -> list[Program]:
+    """One reads every kind of site at every layer, one edits one at each; what each did shows in its logits."""
+    where = FAMILIES[family]
+    every = [where.place(layer, part) for layer in range(where.num_layers) for part in where.parts]
+    kinds = [where.place(index % where.num_layers, part) for index, part in enumerate(where.parts)]
+    return [
+        Program(where, ((PROMPTS[0],), (PROMPTS[1],)), (tuple(Action("read", place) for place in every),) * 2),
+        *(
+            Program(where, (PROMPTS[1:],), ((Action("add", place, At(one=-1), (3, place.width - 2), 7),),))
+            for place in kinds
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("stages", "ranks"), [(1, 1), (1, 2), (2, 1), (2, 4), (4, 2), (4, 4)])
+def test_every_grid_of_stages_and_ranks_gives_one_processs_numbers(stages: int, ranks: int, tmp_path: Path) -> None:
+    deployed = Deployed("llama", stages, ranks, "float32", tmp_path)
+    users = reader_and_editor("llama")
+    served = deployed.serve(users)
+    deployed.shards.close()
+    untouched = run_by_hand(deployed.plain, Program(users[0].family, (PROMPTS[1:],), ((),)))
+    for program, ours in zip(users, served, strict=True):
+        by_hand = run_by_hand(deployed.plain, program)
+        assert difference(ours.values, by_hand) <= FLOAT32_TOLERANCE, program
+        if program.has_edits:
+            assert (by_hand[-1] - untouched[-1]).abs().max() > 100 * FLOAT32_TOLERANCE, program
+    if ranks == 1:  # stages change no bit
+        one = LocalBackend(deployed.folder, threads=1, policy=EVERYONE)
+        for ours, theirs in zip(served, serve(Model(one), one, users, deployed.dtype), strict=True):
+            assert ours.has_bits_of(theirs)

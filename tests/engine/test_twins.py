@@ -11,11 +11,20 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from families import CONFIGS
-from transformers import AutoConfig
+from transformers import (
+    AutoConfig,
+    BioGptConfig,
+    HunYuanDenseV1Config,
+    Llama4TextConfig,
+    PersimmonConfig,
+    Qwen2MoeConfig,
+    StableLmConfig,
+)
 
 from cluster.planning.planner import known_source, shipped_models
 from engine.links import Distributed, Solo, join_store, open_store
-from engine.twins import prove_splits, shrink
+from engine.shrinking import shrink
+from engine.twins import prove_splits
 from polytrace.errors import ServiceError
 
 RANKS = 2
@@ -50,8 +59,20 @@ WRONG: dict[str, tuple[str, dict[str, str], str]] = {  # family, plan, what the 
 }
 
 
+SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+MORE = (  # families that the other tests do not have, most of them split by a plan of ours
+    StableLmConfig(**SIZES, num_key_value_heads=2),
+    HunYuanDenseV1Config(**SIZES, num_key_value_heads=2, head_dim=8),
+    PersimmonConfig(**SIZES),
+    BioGptConfig(**SIZES),
+    Qwen2MoeConfig(**SIZES, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2),
+    Llama4TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=4, interleave_moe_layer_step=2),
+)
+
+
 def configurations() -> dict[str, Any]:
     found: dict[str, Any] = {name: copy.deepcopy(config) for name, config in CONFIGS.items()}
+    found |= {type(config).__name__: config for config in MORE}
     found |= {name: AutoConfig.from_pretrained(known_source(name)) for name in shipped_models()}
     for name, (family, plan, _) in WRONG.items():
         found[name] = copy.deepcopy(CONFIGS[family])
