@@ -1,35 +1,37 @@
 """From a folder or a hub id to one shard's model: its stage's layers, its rank's slices, nothing else read.
 
-Together with `engine.parallel` this is the only file that knows transformers' private surface. Weights are read by
+Together with `engine.parallel` this is the only file that knows transformers' private surface. Weights are taken in by
 transformers' own loader (renamings, merged experts, slices of DTensor placeholders); what it may see is decided here:
-it gets a state dict of lazy slices, made of the files that hold weights of this shard, and a run-time subclass of the
-model's class puts the stubs in and applies the tensor-parallel plan on the meta device, before anything is read.
+it gets a state dict of tensors that are not read yet, of the files that hold weights of this shard, and a run-time
+subclass of the model's class puts the stubs in and applies the tensor-parallel plan on the meta device, before anything
+is read. It takes one after the other, so a shard holds its own slices and what one of them is made of.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.checkpoint import Needs, checkpoint_dtype, lazy_state
+from engine.drawing import random_state
 from engine.experts import use_padded_experts
 from engine.links import Links
 from engine.parallel import Split, install_splits, place_splits, plan_splits
+from engine.reading import Reader, Report
 from engine.windows import Layout, Window, find_layout, keep_window
 from polytrace.errors import ServiceError
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,7 @@ class LoadedModel:
     sharded: Mapping[str, int] = field(default_factory=dict)  # parameter path -> dimension split over the ranks
     packed: Mapping[str, int] = field(default_factory=dict)  # module path -> blocks its last output dimension holds
     weight_bytes: int  # of this shard
+    read_bytes: int  # of files
     seconds: float  # the load took
 
 
@@ -109,18 +112,19 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
     }
     report(f"layers {window.first}-{window.stop - 1} of {window.num_layers}: {len(owned_keys)} weights")
 
-    with ExitStack() as files:
+    with Reader(report) as reader, ExitStack() as files:
+        state: dict[str, Any]
         if config.random_weights_seed is None:
             needs = Needs(window=window, dropped=every_key - owned_keys - set(tied.values()))
-            state = lazy_state(config.source, needs, files, report)
+            state = dict(lazy_state(config.source, needs, files, reader, report))
         else:
-            state = _random_state(whole, config.random_weights_seed)
+            state = random_state(whole, config.random_weights_seed, reader)
         for target, source in tied.items():
             # The embedding is on the first stage, the head tied to it on the last: both read the same tensor.
             found = state.get(source) or next((v for k, v in state.items() if source.endswith(f".{k}")), None)
             if target not in state and found is not None:
                 state[target] = found
-        model, splits = _from_state(config, state, window, layout, links)
+        model, splits = _from_state(config, state, window, layout, links, reader)
     install_splits(model, splits, links)
     _prepare(model)
 
@@ -135,12 +139,13 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
         sharded={f"{s.module}.{name}": dim for s in splits for name, dim in s.dims.items() if dim is not None},
         packed={s.module: s.blocks for s in splits if s.blocks > 1},
         weight_bytes=weight_bytes,
+        read_bytes=reader.read_bytes,
         seconds=seconds,
     )
 
 
 def _from_state(
-    config: ShardConfig, state: dict[str, Any], window: Window, layout: Layout, links: Links
+    config: ShardConfig, state: dict[str, Any], window: Window, layout: Layout, links: Links, reader: Reader
 ) -> tuple[PreTrainedModel, tuple[Split, ...]]:
     """Let transformers load `state` into a run-time subclass that is cut to size before weights are read."""
     model_config, kind = _config_and_class(config.source)
@@ -160,12 +165,13 @@ def _from_state(
                 model.all_tied_weights_keys = {t: s for t, s in tied.items() if t in owned and s in owned}
             applied.append(plan_splits(model, config.ranks))
             place_splits(model, applied[0], links)
+            reader.total_bytes = int(sum(_num_bytes(tensor) for tensor in state.values()) * _local_share(model))
             return model
 
     Windowed.__name__ = Windowed.__qualname__ = kind.__name__
     Windowed.__module__ = kind.__module__
     dtype = resolve_dtype(config.source, config.dtype)
-    with _quiet_transformers():
+    with _quiet_transformers(), _one_at_a_time():
         model, info = Windowed.from_pretrained(
             None,
             config=model_config,
@@ -212,21 +218,31 @@ def _config_and_class(source: str) -> tuple[Any, Any]:
     return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _random_state(windowed: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
-    """Weights by the model's own initialisation, each module's drawn from (seed, its path): the same on every shard."""
-    state: dict[str, torch.Tensor] = {}
-    for path, module in windowed.named_modules(remove_duplicate=False):
-        if not module._parameters and not module._buffers:
-            continue
-        module.to_empty(device="cpu", recurse=False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{seed} {path}".encode()))  # the generator takes 32 bits
-            windowed._init_weights(module)
-        prefix = f"{path}." if path else ""
-        state.update(
-            {prefix + name: tensor.detach() for name, tensor in module.state_dict().items() if "." not in name}
-        )
-    return state
+def _num_bytes(tensor: Any) -> int:
+    found: int = tensor.nbytes if isinstance(tensor, torch.Tensor) else tensor.num_bytes
+    return found
+
+
+def _local_share(model: PreTrainedModel) -> float:
+    """The part of the stage's weights that is this rank's."""
+    parameters = list(model.parameters())
+    local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
+    return local / max(1, sum(p.numel() for p in parameters))
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """transformers reads a weight when it comes to it, not ahead in threads; `engine.reading` has its own."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

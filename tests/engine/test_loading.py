@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import model_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+from engine.drawing import DrawnTensor
 from engine.links import Solo
 from engine.loading import ShardConfig, load_model, meta_model, resolve_dtype
+from engine.reading import Reader
 from polytrace.errors import ServiceError
 
 SIZES = {
@@ -118,6 +121,33 @@ def test_random_weights_are_the_same_on_every_shard(tmp_path: Path) -> None:
     assert 0.01 < whole["lm_head.weight"].std() < 0.03
 
 
+def test_random_weights_are_drawn_slice_by_slice() -> None:
+    with Reader() as reader:
+        for shape in ((300, 70), (4, 33, 50)):
+            tensor = DrawnTensor("7 a.weight", shape, torch.float32, 0.02, reader)
+            whole = tensor[...]
+            for index in (
+                (slice(3, 30),),
+                (slice(1, 2), slice(5, 20)),
+                (slice(None),) * (len(shape) - 1) + (slice(9, 20),),
+            ):
+                assert torch.equal(tensor[index], whole[index])
+            assert whole.unique().numel() > 0.999 * whole.numel()
+            assert abs(whole.mean()) < 1e-3 and whole.std() == pytest.approx(0.02, rel=0.02)
+            assert abs(torch.corrcoef(whole.flatten(0, -2))).triu(1).mean() < 0.15  # rows have nothing in common
+            other = DrawnTensor("8 a.weight", shape, torch.float32, 0.02, reader)[...]
+            assert not torch.equal(other, whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "gpt_neox", "opt"])
+def test_a_model_of_random_weights_computes(family: str, tmp_path: Path) -> None:
+    model_of(family).config.save_pretrained(tmp_path)
+    loaded = load_model(ShardConfig(source=str(tmp_path), random_weights_seed=1), Solo())
+    logits = loaded.model(input_ids=torch.arange(20)[None] % 50 + 2, use_cache=False).logits
+    assert logits.isfinite().all() and logits.std() > 1e-3
+    assert all(parameter.isfinite().all() for parameter in loaded.model.parameters())
+
+
 def test_a_checkpoint_that_lacks_a_weight_is_refused_with_its_name(tmp_path: Path) -> None:
     source = save(tmp_path, one_file=True)
     file = tmp_path / "model.safetensors"
@@ -132,5 +162,5 @@ def test_a_source_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="configuration"):
         meta_model(str(tmp_path))
     LlamaConfig(**SIZES).save_pretrained(tmp_path)
-    with pytest.raises(ServiceError, match="safetensors"):
+    with pytest.raises(ServiceError, match=r"safetensors.*--random-weights"):
         load_model(ShardConfig(source=str(tmp_path)), Solo())
