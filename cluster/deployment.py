@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import WATCH, ShardActor
 from cluster.gang import Gang, RayShards, wait_for_all
+from cluster.progress import Loading
 from engine.loading import ShardConfig, check_split
 from polytrace.description import ModelDescription
 from polytrace.errors import ServiceError
@@ -280,9 +281,11 @@ class Deployment:
             self._answering.add(index)
 
     def _load(self, report: Report) -> None:
+        gang = self._gang
+        loading = Loading([gang.name(index) for index in range(self.config.num_shards)], report)
         streams: dict[Any, int] = {
             actor.load.options(num_returns="streaming").remote(): index
-            for index, actor in enumerate(self._gang.actors)
+            for index, actor in enumerate(gang.actors)
             if index not in self._loaded
         }
         while streams:
@@ -290,9 +293,9 @@ class Deployment:
             for stream in ready:
                 index = streams[stream]
                 try:
-                    report(f"{self._gang.name(index)}: {ray.get(next(stream))}")
+                    loading.hear(index, ray.get(next(stream)))
                 except StopIteration:
                     del streams[stream]
                     self._loaded.add(index)
                 except RayError as error:
-                    raise self._gang.explain(index, error) from error
+                    raise gang.explain(index, error) from error

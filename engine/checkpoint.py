@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import is_offline_mode
 from transformers.utils.hub import cached_file
 
 from engine.reading import FileTensor, Reader, Report, WeightFile
@@ -48,11 +49,19 @@ def lazy_state(source: str, needs: Needs, files: ExitStack, reader: Reader, repo
     where = _weight_files(source)
     wanted = sorted({file for key, file in where.items() if needs.has(key)}) if where else [_ONE_FILE]
     state: dict[str, FileTensor] = {}
+    report(f"opening {len(wanted)} files")
     for number, name in enumerate(wanted, start=1):
-        report(f"opening {name} ({number} of {len(wanted)})")
+        if not Path(source).is_dir():  # the hub's cache may not have it yet
+            report(f"getting {name} ({number} of {len(wanted)})")
         opened = files.enter_context(closing(_open(source, name, reader)))
         state.update({key: tensor for key, tensor in opened.tensors.items() if needs.has(key)})
     return state
+
+
+def check_weights(source: str) -> None:
+    """ServiceError when a folder, or a cache that is all there is, has no weights of the model. Opens nothing."""
+    if (Path(source).is_dir() or is_offline_mode()) and not _weight_files(source):
+        _file(source, _ONE_FILE)
 
 
 def checkpoint_dtype(source: str) -> torch.dtype:

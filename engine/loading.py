@@ -24,12 +24,13 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from engine.checkpoint import Needs, checkpoint_dtype, lazy_state
+from engine.checkpoint import Needs, check_weights, checkpoint_dtype, lazy_state
 from engine.drawing import random_state
 from engine.experts import use_padded_experts
 from engine.links import Links
 from engine.parallel import Split, install_splits, place_splits, plan_splits
 from engine.reading import Reader, Report
+from engine.shipped import known_source
 from engine.windows import Layout, Window, find_layout, keep_window
 from polytrace.errors import ServiceError
 
@@ -38,7 +39,7 @@ from polytrace.errors import ServiceError
 class ShardConfig:
     """One shard of a deployment: which model, which part of it, where."""
 
-    source: str  # a folder, or a hub id (HF_HUB_OFFLINE is respected)
+    source: str  # a folder, a hub id (HF_HUB_OFFLINE is respected), or a model whose configuration ships
     dtype: str = "auto"  # "auto": the configuration's, else the checkpoint's; or a torch name such as "bfloat16"
     stage: int = 0
     stages: int = 1
@@ -89,6 +90,13 @@ def resolve_dtype(source: str, dtype: str) -> torch.dtype:
     return named
 
 
+def check_source(source: str, dtype: str, *, random_weights: bool) -> None:
+    """ServiceError when there is no such model, or none of its weights and they are not to be drawn; reads neither."""
+    meta_model(source, dtype)
+    if not random_weights:
+        check_weights(source)
+
+
 def check_split(source: str, dtype: str, *, stages: int, ranks: int) -> None:
     """ServiceError with the way out when the model cannot be served so; reads a configuration and no weights."""
     whole = meta_model(source, dtype)
@@ -131,7 +139,8 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
     model.eval().requires_grad_(False)
     weight_bytes = sum(t.nbytes for t in {id(t): t for t in model.parameters()}.values())
     seconds = time.perf_counter() - start
-    report(f"loaded {weight_bytes / 1e6:.1f} MB in {seconds:.1f} s")
+    rate = reader.read_bytes / seconds
+    report(f"loaded {weight_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {rate / 1e6:,.0f} MB/s")
     return LoadedModel(
         model=model,
         window=window,
@@ -210,7 +219,9 @@ def _config_and_class(source: str) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ServiceError(f"cannot read a model configuration from {source}: {error}") from error
+        if known_source(source) == source:
+            raise ServiceError(f"cannot read a model configuration from {source}: {error}") from error
+        config = AutoConfig.from_pretrained(known_source(source))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ServiceError(
             f"{source} is a {config.model_type} model, which transformers has no causal language model for"

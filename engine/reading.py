@@ -103,7 +103,7 @@ class Reader:
 
     def fill(self, file: WeightFile, buffer: Tensor, starts: Iterator[int], run_bytes: int) -> None:
         """Fills `buffer`, flat bytes, with runs of equal length that begin at `starts` in the file."""
-        into = memoryview(buffer.numpy())
+        into = buffer.numpy().data
         runs = ((start, into[k * run_bytes : (k + 1) * run_bytes]) for k, start in enumerate(starts))
         pieces = (
             (start + first, run[first : first + self.piece_bytes])

@@ -21,6 +21,7 @@ from engine.fragments import PortValue, RequestState, Selector, ShardContext, ap
 from engine.gate import run_gate
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
+from engine.reading import Report
 from engine.results import MemorySink, sink_for
 from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
 from engine.spans import SpanStore
@@ -52,8 +53,8 @@ class Shard:
         self.device = torch.device(config.device)
         self._states: dict[RequestId, RequestState] = {}
 
-    def start(self, report: Callable[[str], None]) -> None:
-        """Reads this shard's weights, without the others. `report` gets lines of progress for people."""
+    def start(self, report: Report) -> None:
+        """Reads this shard's weights, without the others. `report` gets lines for people, and how far reading is."""
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.probe: Probe = probe_model(meta_model(self.config.source, self.config.dtype))

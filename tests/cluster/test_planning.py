@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from api.commands import app
 from cluster.planning.hardware import GIB, Hardware, hardware_of, parse_bytes
-from cluster.planning.planner import Load, Machine, census_of, plan_split, plan_splits_of, shipped_models
+from cluster.planning.planner import Load, Machine, census_of, plan_split, plan_splits_of
 from engine.census import Census, Kind
 from engine.links import Solo
 from engine.loading import ShardConfig, load_model, meta_model
+from engine.shipped import shipped_models
 from polytrace.errors import ServiceError
 
 
