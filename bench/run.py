@@ -1,6 +1,6 @@
 """The benchmarks in one command.
 
-    python -m bench.run [merged] [overhead] [cones] [--quick] [--model FOLDER]
+    python -m bench.run [merged] [overhead] [cones] [loading] [--quick] [--model FOLDER]
 
 Each prints its figures and appends one JSON line to `bench/results/`. A row whose numbers are wrong is an error, not a
 result: nothing is recorded then. `--quick` shows that a benchmark works and records nothing.
@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import merged, overhead, record, tinyworld
+from bench import loading, merged, overhead, record, tinyworld
 from bench.cones import benchmark as cones
 
 # Each has `config_for(folder, quick=)`, `run(config)`, `is_right(figures)` and `tell(figures)`.
-BENCHMARKS: Mapping[str, Any] = {"merged": merged, "overhead": overhead, "cones": cones}
+BENCHMARKS: Mapping[str, Any] = {"merged": merged, "overhead": overhead, "cones": cones, "loading": loading}
 
 
 def main() -> None:
