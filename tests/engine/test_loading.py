@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families import model_of
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
@@ -82,6 +86,62 @@ def test_a_head_tied_to_the_embedding_is_on_the_last_stage_too(tmp_path: Path) -
     assert torch.equal(last.model.lm_head.weight, embedding)
     alone = load_model(ShardConfig(source=source), Solo())
     assert alone.model.lm_head.weight is alone.model.get_input_embeddings().weight
+
+
+def test_experts_that_lie_one_by_one_in_the_files_are_merged_on_their_stage(tmp_path: Path) -> None:
+    model_of("mixtral").save_pretrained(tmp_path, max_shard_size="10KB")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    keys = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert any("experts.3.w1" in key for key in keys) and not any("gate_up_proj" in key for key in keys)
+    owned: set[str] = set()
+    for stage in range(2):
+        loaded = load_model(ShardConfig(source=str(tmp_path), stage=stage, stages=2), Solo())
+        part = loaded.model.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in part.items())
+        assert loaded.read_bytes == loaded.weight_bytes
+        owned |= part.keys()
+    assert owned == expected.keys()
+
+
+def test_a_checkpoint_of_the_model_without_its_head_has_other_names_and_is_split_too(tmp_path: Path) -> None:
+    whole = model_of("gpt2")
+    whole.transformer.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert "wte.weight" in file.keys()  # noqa: SIM118
+    expected = whole.state_dict()
+    for stage in range(2):
+        loaded = load_model(ShardConfig(source=str(tmp_path), stage=stage, stages=2), Solo())
+        assert all(torch.equal(value, expected[key]) for key, value in loaded.model.state_dict().items())
+
+
+FROM_CACHE = """
+import torch
+from engine.links import Solo
+from engine.loading import ShardConfig, load_model
+lines = []
+loaded = load_model(ShardConfig(source="some/tiny", dtype="bfloat16", stage=1, stages=2), Solo(), lines.append)
+assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+print(loaded.weight_bytes, *lines, sep="\\n")
+load_model(ShardConfig(source="some/tiny", stage=0, stages=2), Solo())
+"""
+
+
+def test_a_hub_id_is_read_from_the_cache_which_need_not_have_the_files_of_others(tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "models--some--tiny"
+    snapshot = cache / "snapshots" / "1234abcd"
+    source = save(snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("1234abcd")
+    others = files_of(source, layers=range(2)) - files_of(source, layers=range(2, 4), outside=True)
+    for file in others:
+        file.unlink()
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    answer = subprocess.run([sys.executable, "-c", FROM_CACHE], capture_output=True, text=True, env=environment)
+    told = answer.stdout.splitlines()
+    assert int(told[0]) > 0 and any(line.startswith("getting model-0") for line in told), answer.stderr
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines()[-1].startswith("polytrace.errors.ServiceError: ")
+    assert "-of-" in answer.stderr.splitlines()[-1]
 
 
 def test_auto_means_the_configured_dtype_and_else_the_checkpoints(tmp_path: Path) -> None:
