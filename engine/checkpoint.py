@@ -72,7 +72,7 @@ def checkpoint_dtype(source: str) -> torch.dtype:
         return torch.float32
     with Reader() as reader, closing(_open(source, name, reader)) as opened:
         found = (opened.tensors[key].dtype for key in sorted(opened.tensors))
-        dtype = next((dtype for dtype in found if dtype.is_floating_point), None)
+        dtype = next((dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1), None)
     if dtype is None:
         raise ServiceError(f"{name} of {source} has no floating-point weights")
     return dtype

@@ -29,6 +29,7 @@ from engine.drawing import random_state
 from engine.experts import use_padded_experts
 from engine.links import Links
 from engine.parallel import Split, install_splits, place_splits, plan_splits
+from engine.quantised import check_quantisation, quantisation_of, widened
 from engine.reading import Reader, Report
 from engine.shipped import known_source
 from engine.windows import Layout, Window, find_layout, keep_window
@@ -94,6 +95,7 @@ def check_source(source: str, dtype: str, *, random_weights: bool) -> None:
     """ServiceError when there is no such model, or none of its weights and they are not to be drawn; reads neither."""
     meta_model(source, dtype)
     if not random_weights:
+        check_quantisation(_config_and_class(source)[0])
         check_weights(source)
 
 
@@ -118,13 +120,16 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
     tied: dict[str, str] = {
         t: s for t, s in whole.all_tied_weights_keys.items() if t in owned_keys and s not in owned_keys
     }
+    if config.random_weights_seed is None:
+        check_quantisation(whole.config)
     report(f"layers {window.first}-{window.stop - 1} of {window.num_layers}: {len(owned_keys)} weights")
 
     with Reader(report) as reader, ExitStack() as files:
         state: dict[str, Any]
         if config.random_weights_seed is None:
             needs = Needs(window=window, dropped=every_key - owned_keys - set(tied.values()))
-            state = dict(lazy_state(config.source, needs, files, reader, report))
+            read = dict(lazy_state(config.source, needs, files, reader, report))
+            state = widened(whole.config, read, resolve_dtype(config.source, config.dtype))
         else:
             state = random_state(whole, config.random_weights_seed, reader)
         for target, source in tied.items():
@@ -158,6 +163,8 @@ def _from_state(
 ) -> tuple[PreTrainedModel, tuple[Split, ...]]:
     """Let transformers load `state` into a run-time subclass that is cut to size before weights are read."""
     model_config, kind = _config_and_class(config.source)
+    if quantisation_of(model_config):
+        del model_config.quantization_config  # what the loader gets is not quantised any more
     applied: list[tuple[Split, ...]] = []
 
     class Windowed(kind):  # type: ignore[misc, valid-type]

@@ -109,7 +109,8 @@ class Planned:
 
     machine: Machine
     parameters: int
-    dtype: str
+    dtype: str  # as shards hold them
+    quantisation: str  # what there is to say of the files', if anything
     splits: tuple[SplitPlan, ...]
     refused: Mapping[int, str]  # numbers of ranks -> why not
 
@@ -147,6 +148,7 @@ def _plan(census: Census, machine: Machine, load: Load, stages: int | None, rank
         machine=machine,
         parameters=census.num_parameters,
         dtype=census.dtype,
+        quantisation=census.quantisation,
         splits=tuple(splits),
         refused=refused,
     )

@@ -108,6 +108,8 @@ def test_shipped_configurations_have_the_sizes_that_are_published(name: str, bil
     census = census_of(name)
     assert census.num_parameters / 1e9 == pytest.approx(billions, abs=0.01)
     census.check(8, 1)
+    files = {"deepseek-ai/DeepSeek-V3": "fp8", "openai/gpt-oss-120b": "mxfp4"}.get(name)
+    assert census.quantisation == (f"its files are {files}: shards hold it widened" if files else "")
 
 
 def test_the_command_shows_tables_and_json() -> None:
