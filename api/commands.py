@@ -60,6 +60,9 @@ def serve(
         int | None,
         typer.Option(metavar="SEED", help="Read no weights but draw them; MODEL may be one that ships, as for plan."),
     ] = None,
+    offload: Annotated[
+        float, typer.Option(min=0, metavar="GIB", help="Of each shard's weights to keep in its host's memory.")
+    ] = 0.0,
 ) -> None:
     """Serve MODEL over HTTP until SIGTERM or Ctrl-C."""
     with _errors():
@@ -78,6 +81,7 @@ def serve(
             store=None if store is None else str(store),
             key=key,
             random_weights_seed=random_weights,
+            offload_bytes=int(offload * (1 << 30)),
         )
         with _progress(f"starting {settings.name} on {stages} x {ranks} shards") as report:
             Supervisor(settings, report).run(lambda url: report(f"ready: {url} serves {settings.name}"))

@@ -94,6 +94,7 @@ class Controller:
                 ranks=config.ranks,
                 dtype=config.dtype,
                 random_weights_seed=config.random_weights_seed,
+                offload_bytes=config.offload_bytes,
             )
         )
         description = self._deployment.start(self._report)

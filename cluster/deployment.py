@@ -51,6 +51,7 @@ class DeploymentConfig:
     threads: int | None = None  # per shard; None: the cluster's CPUs shared evenly, at least one
     kv_bytes: int | None = None  # per shard's key/value store; None: the engine's default
     random_weights_seed: int | None = None  # read no weights
+    offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
     working_dir: str | None = None  # shipped to nodes that do not have polytrace installed
     placement_timeout_s: float = 120.0  # for the cluster to have room
     hang_timeout_s: float = 30.0  # a shard that does not answer for so long is ended
@@ -247,6 +248,7 @@ class Deployment:
             device=placement.device,
             threads=placement.threads,
             random_weights_seed=config.random_weights_seed,
+            offload_bytes=config.offload_bytes,
             **options,
         )
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}

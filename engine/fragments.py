@@ -277,12 +277,12 @@ class RequestState:
     # Values that come from elsewhere
 
     def _parameter(self, node: Parameter) -> Tensor:
-        local = self.context.parameters[node.path]
+        local = self.context.parameters[node.path].detach().to(self.context.device)  # it may be offloaded
         info = self.context.parameter_infos[node.path]
         if info.sharded_dim is None:
-            return local.detach()
+            return local
         blocks = self.context.packed_blocks.get(node.path.rpartition(".")[0], 1)
-        return gather_whole(self.context.links, local.detach(), info.sharded_dim, blocks)
+        return gather_whole(self.context.links, local, info.sharded_dim, blocks)
 
     def _call(self, node_id: NodeId, node: Call) -> Any:
         module = self.context.runner.model.get_submodule(node.module)

@@ -28,6 +28,7 @@ from engine.checkpoint import Needs, check_weights, checkpoint_dtype, lazy_state
 from engine.drawing import random_state
 from engine.experts import use_padded_experts
 from engine.links import Links
+from engine.offload import offload
 from engine.parallel import Split, install_splits, place_splits, plan_splits
 from engine.quantised import check_quantisation, quantisation_of, widened
 from engine.reading import Reader, Report
@@ -50,6 +51,7 @@ class ShardConfig:
     threads: int | None = None  # torch threads of this process; None leaves torch's choice
     kv_bytes: int = 4 << 30  # budget of the key/value store
     random_weights_seed: int | None = None  # read no weights: draw them, the same ones on every shard
+    offload_bytes: int = 0  # of the weights to keep in the host's memory, see `engine.offload`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +142,9 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
         model, splits = _from_state(config, state, window, layout, links, reader)
     install_splits(model, splits, links)
     _prepare(model)
+    if config.offload_bytes:
+        kept = offload(model, layout.layers, config.offload_bytes, torch.device(config.device))
+        report(f"{kept / 1e6:,.1f} MB of the weights stay in the host's memory")
 
     model.eval().requires_grad_(False)
     weight_bytes = sum(t.nbytes for t in {id(t): t for t in model.parameters()}.values())
@@ -180,7 +185,7 @@ def _from_state(
                 tied = model.all_tied_weights_keys
                 model.all_tied_weights_keys = {t: s for t, s in tied.items() if t in owned and s in owned}
             applied.append(plan_splits(model, config.ranks))
-            place_splits(model, applied[0], links)
+            place_splits(model, applied[0], links, torch.device(_first_device(config)).type)
             reader.total_bytes = int(sum(_num_bytes(tensor) for tensor in state.values()) * _local_share(model))
             return model
 
@@ -193,7 +198,7 @@ def _from_state(
             config=model_config,
             state_dict=state,
             dtype=dtype,
-            device_map={"": config.device},
+            device_map={"": _first_device(config)},
             distributed_config=DistributedConfig(),
             output_loading_info=True,
         )
@@ -208,6 +213,11 @@ def _from_state(
     if hasattr(model.config, "distributed_config"):
         del model.config.distributed_config
     return model, applied[0]
+
+
+def _first_device(config: ShardConfig) -> str:
+    """Where weights are read to."""
+    return "cpu" if config.offload_bytes else config.device
 
 
 def _prepare(model: PreTrainedModel) -> None:

@@ -132,15 +132,19 @@ class LocalBackend(DirectBackend):
         device: str | None = None,
         policy: PassPolicy | None = None,
         random_weights: int | None = None,
+        offload_gib: float = 0.0,
         tell: Tell = tell_nobody,
     ) -> None:
-        """`random_weights`: a seed, to read none. `tell` hears how many bytes of the weights are there, of how many."""
+        """`random_weights`: a seed, to read none. `offload_gib`: of the weights to keep in the host's memory. `tell` hears
+        how many bytes of the weights are there, of how many.
+        """
         config = ShardConfig(
             source=source,
             dtype=dtype,
             threads=threads,
             device=device or best_device(),
             random_weights_seed=random_weights,
+            offload_bytes=int(offload_gib * (1 << 30)),
         )
         self.shard = Shard(config, Solo())
         self.shard.start(lambda told: tell(told.read_bytes, told.total_bytes) if isinstance(told, Reading) else None)

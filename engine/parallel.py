@@ -105,12 +105,15 @@ def plan_splits(model: nn.Module, ranks: int) -> tuple[Split, ...]:
     return tuple(split for path, split in splits.items() if path not in whole)
 
 
-def place_splits(model: nn.Module, splits: tuple[Split, ...], links: Links) -> None:
-    """Replace the split parameters of a meta model by placeholders that tell the loader which slice is ours."""
+def place_splits(model: nn.Module, splits: tuple[Split, ...], links: Links, device_type: str) -> None:
+    """Replace the split parameters of a meta model by placeholders that tell the loader which slice is ours.
+
+    `device_type` is that of the device to which they are read.
+    """
     if not splits:
         return
     assert isinstance(links, Distributed)
-    mesh = DeviceMesh.from_group(links.rank_group, links.device.type, mesh_dim_names=("tp",))
+    mesh = DeviceMesh.from_group(links.rank_group, device_type, mesh_dim_names=("tp",))
     for split in splits:
         module = model.get_submodule(split.module)
         for name, dim in split.dims.items():

@@ -20,10 +20,12 @@ def load(
     threads: int | None = None,
     device: str | None = None,
     random_weights: int | None = None,
+    offload_gib: float = 0.0,
 ) -> Model:
     """A model of the Hugging Face hub or a local folder, run in this process by the engine of a service.
 
     `random_weights`: a seed; no weights are read but drawn, for a model of which there is only a configuration.
+    `offload_gib`: so much of the weights, or all, stays in the host's memory, and is on the GPU only while it is used.
     """
     from engine.local import LocalBackend
 
@@ -35,6 +37,7 @@ def load(
             threads=threads,
             device=device,
             random_weights=random_weights,
+            offload_gib=offload_gib,
             tell=tell,
         )
     return Model(backend)
