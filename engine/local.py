@@ -135,8 +135,8 @@ class LocalBackend(DirectBackend):
         offload_gib: float = 0.0,
         tell: Tell = tell_nobody,
     ) -> None:
-        """`random_weights`: a seed, to read none. `offload_gib`: of the weights to keep in the host's memory. `tell` hears
-        how many bytes of the weights are there, of how many.
+        """`random_weights`: a seed, to read none. `offload_gib`: of the weights to keep in the host's memory.
+        `tell` hears how many bytes of the weights are there, of how many.
         """
         config = ShardConfig(
             source=source,

@@ -228,7 +228,7 @@ def _widen_four_bits(found: Mapping[str, Any], state: State, dtype: torch.dtype)
         if weight:
             parts.setdefault(f"{stem}.weight", {})[part] = tensor
     made = {key: tensor for key, tensor in state.items() if ".weight." not in key}
-    return made | {key: _FourBits(state[key], own, dtype) for key, own in parts.items()}
+    return made | {key: _FourBits(state[key], own, dtype) for key, own in parts.items() if key in state}
 
 
 _WIDEN: Mapping[str, Callable[[Mapping[str, Any], State, torch.dtype], State]] = {

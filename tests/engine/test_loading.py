@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from engine.drawing import DrawnTensor
 from engine.links import Solo
-from engine.loading import ShardConfig, load_model, meta_model, resolve_dtype
+from engine.loading import ShardConfig, check_source, load_model, meta_model, resolve_dtype
 from engine.reading import Reader
 from polytrace.errors import ServiceError
 
@@ -179,6 +179,16 @@ def test_random_weights_are_the_same_on_every_shard(tmp_path: Path) -> None:
     assert owned == whole.keys()
     assert not torch.equal(whole["lm_head.weight"], other["lm_head.weight"])
     assert 0.01 < whole["lm_head.weight"].std() < 0.03
+
+
+def test_a_model_that_ships_loads_by_its_name_with_random_weights_alone() -> None:
+    config = ShardConfig(source="llama-3.1-8b", stage=30, stages=32, random_weights_seed=1)
+    loaded = load_model(config, Solo())
+    assert (loaded.window.first, loaded.window.stop) == (30, 31)
+    assert loaded.weight_bytes == 2 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336 + 2 * 4096)
+    with pytest.raises(ServiceError, match="--random-weights"):
+        check_source("llama-3.1-8b", "auto", random_weights=False)
+    check_source("llama-3.1-8b", "auto", random_weights=True)
 
 
 def test_random_weights_are_drawn_slice_by_slice() -> None:
