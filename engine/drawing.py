@@ -27,6 +27,7 @@ def random_state(windowed: PreTrainedModel, seed: int, reader: Reader) -> dict[s
     """Path -> tensor, or tensor to be drawn, of everything that this (meta) model has. Changes the model."""
     config: Any = windowed.config
     std = getattr(config.get_text_config(decoder=True), "initializer_range", None) or _DEFAULT_STD
+    tied: dict[str, str] = windowed.all_tied_weights_keys  # its source may be on another stage
     state: dict[str, Any] = {}
     for path, module in windowed.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -35,7 +36,7 @@ def random_state(windowed: PreTrainedModel, seed: int, reader: Reader) -> dict[s
             _initialise_small(windowed, module, f"{seed} {path}")
         for name, tensor in module.state_dict().items():
             if name in drawn:
-                key = f"{seed} {prefix}{name}"
+                key = f"{seed} {tied.get(prefix + name, prefix + name)}"
                 state[prefix + name] = DrawnTensor(key, tuple(tensor.shape), tensor.dtype, std, reader)
             elif "." not in name:
                 state[prefix + name] = tensor.detach()

@@ -166,8 +166,9 @@ def test_a_loaded_model_is_for_reading(tmp_path: Path) -> None:
     json.dumps(model.config.to_dict())
 
 
-def test_random_weights_are_the_same_on_every_shard(tmp_path: Path) -> None:
-    LlamaConfig(**SIZES).save_pretrained(tmp_path)  # a configuration and nothing else
+@pytest.mark.parametrize("tied", [False, True])
+def test_random_weights_are_the_same_on_every_shard(tied: bool, tmp_path: Path) -> None:
+    LlamaConfig(**SIZES, tie_word_embeddings=tied).save_pretrained(tmp_path)  # a configuration and nothing else
     whole = load_model(ShardConfig(source=str(tmp_path), random_weights_seed=7), Solo()).model.state_dict()
     other = load_model(ShardConfig(source=str(tmp_path), random_weights_seed=8), Solo()).model.state_dict()
     owned: set[str] = set()
@@ -178,6 +179,7 @@ def test_random_weights_are_the_same_on_every_shard(tmp_path: Path) -> None:
         owned |= part.keys()
     assert owned == whole.keys()
     assert not torch.equal(whole["lm_head.weight"], other["lm_head.weight"])
+    assert torch.equal(whole["lm_head.weight"], whole["model.embed_tokens.weight"]) == tied
     assert 0.01 < whole["lm_head.weight"].std() < 0.03
 
 
