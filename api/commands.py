@@ -56,6 +56,13 @@ def serve(
         Path | None, typer.Option(help="Folder for requests and results; default: a temporary one.")
     ] = None,
     key: Annotated[str | None, typer.Option(help="Key that callers must bring; better set as POLYTRACE_KEY.")] = None,
+    random_weights: Annotated[
+        int | None,
+        typer.Option(metavar="SEED", help="Read no weights but draw them; MODEL may be one that ships, as for plan."),
+    ] = None,
+    offload: Annotated[
+        float, typer.Option(min=0, metavar="GIB", help="Of each shard's weights to keep in its host's memory.")
+    ] = 0.0,
 ) -> None:
     """Serve MODEL over HTTP until SIGTERM or Ctrl-C."""
     with _errors():
@@ -73,6 +80,8 @@ def serve(
             address=address,
             store=None if store is None else str(store),
             key=key,
+            random_weights_seed=random_weights,
+            offload_bytes=int(offload * (1 << 30)),
         )
         with _progress(f"starting {settings.name} on {stages} x {ranks} shards") as report:
             Supervisor(settings, report).run(lambda url: report(f"ready: {url} serves {settings.name}"))
@@ -167,16 +176,22 @@ def _stand_in() -> None:
 
 @contextlib.contextmanager
 def _progress(first: str) -> Iterator[Callable[[str], None]]:
-    """Lines of progress: with their time on a terminal's spinner, one a line elsewhere."""
+    """Lines of progress with their time. "loading: ..." only moves a terminal's spinner, and elsewhere comes seldom."""
     import time
 
     from rich.console import Console
 
     console = Console(stderr=True)
-    began = time.monotonic()
+    began = told = time.monotonic()
     with console.status(first) as spinner:
 
         def report(line: str) -> None:
+            nonlocal told
+            if "loading: " in line:
+                spinner.update(line)
+                if console.is_terminal or time.monotonic() - told < 10.0:
+                    return
+            told = time.monotonic()
             console.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}", highlight=False, soft_wrap=True)
             if line.startswith(("ready", "stopping")):
                 spinner.stop()

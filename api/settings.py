@@ -63,6 +63,7 @@ class ServeSettings:
     key: str | None = None
     budget_tokens: int = DEFAULT_BUDGET_TOKENS
     random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
+    offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
 
 
 def from_environment(name: str, kind: Callable[[str], T], default: T, *, at_least: Any = None) -> T:

@@ -160,6 +160,7 @@ class Supervisor:
             url=self.url,
             budget_tokens=ask.budget_tokens,
             random_weights_seed=ask.random_weights_seed,
+            offload_bytes=ask.offload_bytes,
         )
 
     def _environment(self, role: str) -> dict[str, str]:

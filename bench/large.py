@@ -28,7 +28,7 @@ from transformers.utils import logging
 import polytrace
 from bench.overhead import bare_forward, read_every_layer, read_one_layer
 from bench.race import race, ratio
-from cluster.planning.planner import known_source
+from engine.shipped import known_source
 
 _ERROR_FACTOR = 1.1
 

@@ -29,8 +29,16 @@ class Ratio:
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def race(contenders: Mapping[str, Callable[[], object]], *, rounds: int, seed: int = 0) -> dict[str, list[float]]:
-    """Seconds of every contender in every round, after one round that is not counted."""
+def race(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seed: int = 0,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of every contender in every round, after one round that is not counted. `before` is called ahead of each
+    turn, outside its time.
+    """
     rng = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
@@ -42,6 +50,7 @@ def race(contenders: Mapping[str, Callable[[], object]], *, rounds: int, seed: i
             order = list(contenders)
             rng.shuffle(order)
             for name in order:
+                before()
                 start = time.perf_counter()
                 contenders[name]()
                 seconds[name].append(time.perf_counter() - start)

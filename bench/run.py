@@ -1,6 +1,6 @@
 """The benchmarks in one command.
 
-    python -m bench.run [merged] [overhead] [cones] [overlap] [large] [--quick] [--model FOLDER]
+    python -m bench.run [merged] [overhead] [cones] [overlap] [loading] [large] [--quick] [--model FOLDER]
 
 Each prints its figures and appends one JSON line to `bench/results/`. A row whose numbers are wrong is an error, not a
 result: nothing is recorded then. `--quick` shows that a benchmark works and records nothing.
@@ -27,6 +27,7 @@ BENCHMARKS: Mapping[str, str] = {
     "overhead": "bench.overhead",
     "cones": "bench.cones.benchmark",
     "overlap": "bench.overlap",
+    "loading": "bench.loading",
     "large": "bench.large",
 }
 _ON_GPUS = {"large"}

@@ -20,6 +20,7 @@ import ray
 
 from engine.links import Distributed, join_store, open_store
 from engine.loading import ShardConfig
+from engine.reading import Reading
 from engine.shard import Shard
 from engine.sites import GateReport
 from polytrace.description import ModelDescription
@@ -86,11 +87,11 @@ class ShardActor:
             self._shard.leave()
         self._has_left = True
 
-    def load(self) -> Iterator[str]:
-        """Reads this shard's weights, unless it has; yields lines of progress as they come."""
+    def load(self) -> Iterator[str | Reading]:
+        """Reads this shard's weights, unless it has; yields lines of progress, and how far it is, as they come."""
         if self._is_loaded:
             return
-        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        lines: queue.SimpleQueue[str | Reading | None] = queue.SimpleQueue()
         failure: list[Exception] = []
 
         def start() -> None:

@@ -21,6 +21,7 @@ class ControllerConfig:
     budget_tokens: int = 8192  # most rows in one pass
     max_active: int = 1024  # requests worked out and in memory; the rest waits in the store
     random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
+    offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
 
 
 def address_file(ray_folder: str) -> Path:

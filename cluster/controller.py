@@ -22,7 +22,7 @@ from cluster.config import ControllerConfig, address_file
 from cluster.deployment import Deployment, DeploymentConfig
 from cluster.dispatch import Dispatcher
 from cluster.requests import DeploymentState, Published, RequestStore
-from engine.loading import meta_model
+from engine.loading import check_source
 from engine.tokenizer import tokenizer_json
 from polytrace.codec import to_json
 from polytrace.description import ModelDescription
@@ -81,7 +81,7 @@ class Controller:
             _log.warning("%d requests of an earlier controller are queued again", count)
         # 2) a model that cannot be built is known before anything is started
         self._report(f"looking at {config.source}")
-        meta_model(config.source, config.dtype)
+        check_source(config.source, config.dtype, random_weights=config.random_weights_seed is not None)
         # 3) Ray
         self._report("joining Ray" if config.address else "starting Ray")
         _connect(config)
@@ -94,6 +94,7 @@ class Controller:
                 ranks=config.ranks,
                 dtype=config.dtype,
                 random_weights_seed=config.random_weights_seed,
+                offload_bytes=config.offload_bytes,
             )
         )
         description = self._deployment.start(self._report)

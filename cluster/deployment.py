@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import WATCH, ShardActor
 from cluster.gang import Gang, RayShards, wait_for_all
+from cluster.progress import Loading
 from engine.loading import ShardConfig, check_split
 from polytrace.description import ModelDescription
 from polytrace.errors import ServiceError
@@ -50,6 +51,7 @@ class DeploymentConfig:
     threads: int | None = None  # per shard; None: the cluster's CPUs shared evenly, at least one
     kv_bytes: int | None = None  # per shard's key/value store; None: the engine's default
     random_weights_seed: int | None = None  # read no weights
+    offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
     working_dir: str | None = None  # shipped to nodes that do not have polytrace installed
     placement_timeout_s: float = 120.0  # for the cluster to have room
     hang_timeout_s: float = 30.0  # a shard that does not answer for so long is ended
@@ -246,6 +248,7 @@ class Deployment:
             device=placement.device,
             threads=placement.threads,
             random_weights_seed=config.random_weights_seed,
+            offload_bytes=config.offload_bytes,
             **options,
         )
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
@@ -280,9 +283,11 @@ class Deployment:
             self._answering.add(index)
 
     def _load(self, report: Report) -> None:
+        gang = self._gang
+        loading = Loading([gang.name(index) for index in range(self.config.num_shards)], report)
         streams: dict[Any, int] = {
             actor.load.options(num_returns="streaming").remote(): index
-            for index, actor in enumerate(self._gang.actors)
+            for index, actor in enumerate(gang.actors)
             if index not in self._loaded
         }
         while streams:
@@ -290,9 +295,9 @@ class Deployment:
             for stream in ready:
                 index = streams[stream]
                 try:
-                    report(f"{self._gang.name(index)}: {ray.get(next(stream))}")
+                    loading.hear(index, ray.get(next(stream)))
                 except StopIteration:
                     del streams[stream]
                     self._loaded.add(index)
                 except RayError as error:
-                    raise self._gang.explain(index, error) from error
+                    raise gang.explain(index, error) from error

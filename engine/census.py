@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from engine.quantised import told_quantisation
 from engine.splits import SUMMING, Part, Split, is_of_heads, plan_splits
 from engine.windows import Layout, find_layout, split_layers, token_flops
 from polytrace.errors import ServiceError
@@ -71,6 +72,7 @@ class Census:
         self.vocab_size: int = text.vocab_size
         self.itemsize = next(model.parameters()).element_size()
         self.dtype = str(model.dtype).removeprefix("torch.")
+        self.quantisation = told_quantisation(config)  # for people
         self.num_heads: int = text.num_attention_heads
         self.num_kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -1,26 +1,23 @@
-"""A checkpoint on disk or in the hub's cache: which of its files and keys a shard needs, as lazy slices.
+"""A checkpoint on disk or in the hub's cache: which of its files and keys a shard needs, as tensors not read yet.
 
-Opens the files that hold a needed key and no others (a hub id downloads no others). Knows the safetensors format and
-the hub's layout; nothing of models beyond the names of their weights.
+Opens the files that hold a needed key and no others (a hub id downloads no others). Knows the hub's layout; nothing of
+models beyond the names of their weights.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import is_offline_mode
 from transformers.utils.hub import cached_file
 
+from engine.reading import FileTensor, Reader, Report, WeightFile
 from engine.windows import Window
 from polytrace.errors import ServiceError
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,34 +44,50 @@ class Needs:
         return None
 
 
-def lazy_state(source: str, needs: Needs, files: ExitStack, report: Report) -> dict[str, Any]:
-    """Checkpoint key -> lazy slice, from the files that hold a needed key; the others are not opened."""
+def lazy_state(source: str, needs: Needs, files: ExitStack, reader: Reader, report: Report) -> dict[str, FileTensor]:
+    """Checkpoint key -> tensor to be read, from the files that hold a needed key; the others are not opened."""
     where = _weight_files(source)
-    wanted = sorted({file for key, file in where.items() if needs.has(key)}) if where else ["model.safetensors"]
-    state: dict[str, Any] = {}
+    wanted = sorted({file for key, file in where.items() if needs.has(key)}) if where else [_ONE_FILE]
+    state: dict[str, FileTensor] = {}
+    report(f"opening {len(wanted)} files")
     for number, name in enumerate(wanted, start=1):
-        report(f"opening {name} ({number} of {len(wanted)})")
-        try:
-            opened = files.enter_context(safe_open(_file(source, name), framework="pt", device="cpu"))
-        except (OSError, SafetensorError) as error:
-            raise ServiceError(f"cannot read {name} of {source}: {error}") from error
-        state.update({key: opened.get_slice(key) for key in opened.keys() if needs.has(key)})  # noqa: SIM118
+        if not Path(source).is_dir():  # the hub's cache may not have it yet
+            report(f"getting {name} ({number} of {len(wanted)})")
+        opened = files.enter_context(closing(_open(source, name, reader)))
+        state.update({key: tensor for key, tensor in opened.tensors.items() if needs.has(key)})
     return state
+
+
+def check_weights(source: str) -> None:
+    """ServiceError when a folder, or a cache that is all there is, has no weights of the model. Opens nothing."""
+    if (Path(source).is_dir() or is_offline_mode()) and not _weight_files(source):
+        _file(source, _ONE_FILE)
 
 
 def checkpoint_dtype(source: str) -> torch.dtype:
     """The dtype of the first floating-point weight, as transformers' own "auto" takes it; float32 without weights."""
     where = _weight_files(source)
-    name = where[min(where)] if where else "model.safetensors"
-    path = _file(source, name, is_required=bool(where))
-    if path is None:
+    name = where[min(where)] if where else _ONE_FILE
+    if not where and _file(source, name, is_required=False) is None:
         return torch.float32
-    with safe_open(path, framework="pt", device="cpu") as opened:
-        for key in opened.keys():  # noqa: SIM118
-            dtype: torch.dtype = opened.get_slice(key)[:0].dtype
-            if dtype.is_floating_point:
-                return dtype
-    raise ServiceError(f"{name} of {source} has no floating-point weights")
+    with Reader() as reader, closing(_open(source, name, reader)) as opened:
+        found = (opened.tensors[key].dtype for key in sorted(opened.tensors))
+        dtype = next((dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1), None)
+    if dtype is None:
+        raise ServiceError(f"{name} of {source} has no floating-point weights")
+    return dtype
+
+
+_ONE_FILE = "model.safetensors"
+
+
+def _open(source: str, name: str, reader: Reader) -> WeightFile:
+    path = _file(source, name)
+    assert path is not None
+    try:
+        return WeightFile(path, reader)
+    except ServiceError as error:
+        raise ServiceError(f"cannot read {name} of {source}: {error.message}") from error
 
 
 def _weight_files(source: str) -> dict[str, str]:
@@ -91,5 +104,8 @@ def _file(source: str, name: str, *, is_required: bool = True) -> str | None:
     except OSError as error:
         raise ServiceError(f"cannot get {name} of {source}: {error}") from error
     if path is None and is_required:
-        raise ServiceError(f"{source} has no {name}: polytrace reads weights in the safetensors format")
+        raise ServiceError(
+            f"{source} has no {name}: polytrace reads weights in the safetensors format. For trials of size and speed "
+            f"without any weights: --random-weights SEED, or random_weights=SEED in polytrace.load"
+        )
     return path

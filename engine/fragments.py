@@ -335,12 +335,12 @@ class RequestState:
     # Values that come from elsewhere
 
     def _parameter(self, node_id: NodeId, node: Parameter) -> Tensor:
-        local = self.context.parameters[node.path]
+        local = self.context.parameters[node.path].detach().to(self.context.device)  # it may be offloaded
         info = self.context.parameter_infos[node.path]
         if info.sharded_dim is None or node_id in self.program.below:
-            return local.detach()
+            return local
         blocks, copies = info.sharded_blocks, info.sharded_copies
-        return gather_whole(self.context.links, local.detach(), info.sharded_dim, blocks, copies)
+        return gather_whole(self.context.links, local, info.sharded_dim, blocks, copies)
 
     def _call(self, node_id: NodeId, node: Call) -> Any:
         module = self.context.runner.model.get_submodule(node.module)

@@ -1,43 +1,48 @@
 """From a folder or a hub id to one shard's model: its stage's layers, its rank's slices, nothing else read.
 
-Together with `engine.parallel` this is the only file that knows transformers' private surface. Weights are read by
+Together with `engine.parallel` this is the only file that knows transformers' private surface. Weights are taken in by
 transformers' own loader (renamings, merged experts, slices of DTensor placeholders); what it may see is decided here:
-it gets a state dict of lazy slices, made of the files that hold weights of this shard, and a run-time subclass of the
-model's class puts the stubs in and applies the tensor-parallel plan on the meta device, before anything is read.
+it gets a state dict of tensors that are not read yet, of the files that hold weights of this shard, and a run-time
+subclass of the model's class puts the stubs in and applies the tensor-parallel plan on the meta device, before anything
+is read. It takes one after the other, so a shard holds its own slices and what one of them is made of.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from engine.checkpoint import Needs, checkpoint_dtype, lazy_state
+from engine.checkpoint import Needs, check_weights, checkpoint_dtype, lazy_state
+from engine.drawing import random_state
 from engine.experts import use_padded_experts
 from engine.links import Links
+from engine.offload import offload
 from engine.parallel import install_splits, place_splits
+from engine.quantised import check_quantisation, quantisation_of, widened
+from engine.reading import Reader, Report
+from engine.shipped import known_source
 from engine.splits import Split, plan_splits
 from engine.windows import Layout, Window, find_layout, keep_window
 from polytrace.errors import ServiceError
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardConfig:
     """One shard of a deployment: which model, which part of it, where."""
 
-    source: str  # a folder, or a hub id (HF_HUB_OFFLINE is respected)
+    source: str  # a folder, a hub id (HF_HUB_OFFLINE is respected), or a model whose configuration ships
     dtype: str = "auto"  # "auto": the configuration's, else the checkpoint's; or a torch name such as "bfloat16"
     stage: int = 0
     stages: int = 1
@@ -47,6 +52,7 @@ class ShardConfig:
     threads: int | None = None  # torch threads of this process; None leaves torch's choice
     kv_bytes: int = 4 << 30  # budget of the key/value store
     random_weights_seed: int | None = None  # read no weights: draw them, the same ones on every shard
+    offload_bytes: int = 0  # of the weights to keep in the host's memory, see `engine.offload`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +64,7 @@ class LoadedModel:
     layout: Layout
     splits: tuple[Split, ...]  # how its parameters lie over the ranks; none where there is one
     weight_bytes: int  # of this shard
+    read_bytes: int  # of files
     seconds: float  # the load took
 
 
@@ -86,6 +93,14 @@ def resolve_dtype(source: str, dtype: str) -> torch.dtype:
     return named
 
 
+def check_source(source: str, dtype: str, *, random_weights: bool) -> None:
+    """ServiceError when there is no such model, or none of its weights and they are not to be drawn; reads neither."""
+    meta_model(source, dtype)
+    if not random_weights:
+        check_quantisation(_config_and_class(source)[0])
+        check_weights(source)
+
+
 def check_split(source: str, dtype: str, *, stages: int, ranks: int) -> None:
     """ServiceError with the way out when the model cannot be served so; reads a configuration and no weights."""
     whole = meta_model(source, dtype)
@@ -107,42 +122,53 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
     tied: dict[str, str] = {
         t: s for t, s in whole.all_tied_weights_keys.items() if t in owned_keys and s not in owned_keys
     }
+    if config.random_weights_seed is None:
+        check_quantisation(whole.config)
     report(f"layers {window.first}-{window.stop - 1} of {window.num_layers}: {len(owned_keys)} weights")
 
-    with ExitStack() as files:
+    with Reader(report) as reader, ExitStack() as files:
+        state: dict[str, Any]
         if config.random_weights_seed is None:
             needs = Needs(window=window, dropped=every_key - owned_keys - set(tied.values()))
-            state = lazy_state(config.source, needs, files, report)
+            read = dict(lazy_state(config.source, needs, files, reader, report))
+            state = widened(whole.config, read, resolve_dtype(config.source, config.dtype))
         else:
-            state = _random_state(whole, config.random_weights_seed)
+            state = random_state(whole, config.random_weights_seed, reader)
         for target, source in tied.items():
             # The embedding is on the first stage, the head tied to it on the last: both read the same tensor.
             found = state.get(source) or next((v for k, v in state.items() if source.endswith(f".{k}")), None)
             if target not in state and found is not None:
                 state[target] = found
-        model, splits = _from_state(config, state, window, layout, links)
+        model, splits = _from_state(config, state, window, layout, links, reader)
     install_splits(model, splits, links)
     _prepare(model)
+    if config.offload_bytes:
+        kept = offload(model, layout.layers, config.offload_bytes, torch.device(config.device))
+        report(f"{kept / 1e6:,.1f} MB of the weights stay in the host's memory")
 
     model.eval().requires_grad_(False)
     weight_bytes = sum(t.nbytes for t in {id(t): t for t in model.parameters()}.values())
     seconds = time.perf_counter() - start
-    report(f"loaded {weight_bytes / 1e6:.1f} MB in {seconds:.1f} s")
+    rate = reader.read_bytes / seconds
+    report(f"loaded {weight_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {rate / 1e6:,.0f} MB/s")
     return LoadedModel(
         model=model,
         window=window,
         layout=layout,
         splits=splits,
         weight_bytes=weight_bytes,
+        read_bytes=reader.read_bytes,
         seconds=seconds,
     )
 
 
 def _from_state(
-    config: ShardConfig, state: dict[str, Any], window: Window, layout: Layout, links: Links
+    config: ShardConfig, state: dict[str, Any], window: Window, layout: Layout, links: Links, reader: Reader
 ) -> tuple[PreTrainedModel, tuple[Split, ...]]:
     """Let transformers load `state` into a run-time subclass that is cut to size before weights are read."""
     model_config, kind = _config_and_class(config.source)
+    if quantisation_of(model_config):
+        del model_config.quantization_config  # what the loader gets is not quantised any more
     applied: list[tuple[Split, ...]] = []
 
     class Windowed(kind):  # type: ignore[misc, valid-type]
@@ -158,19 +184,20 @@ def _from_state(
                 tied = model.all_tied_weights_keys
                 model.all_tied_weights_keys = {t: s for t, s in tied.items() if t in owned and s in owned}
             applied.append(plan_splits(model, config.ranks))
-            place_splits(model, applied[0], links)
+            place_splits(model, applied[0], links, torch.device(_first_device(config)).type)
+            reader.total_bytes = int(sum(_num_bytes(tensor) for tensor in state.values()) * _local_share(model))
             return model
 
     Windowed.__name__ = Windowed.__qualname__ = kind.__name__
     Windowed.__module__ = kind.__module__
     dtype = resolve_dtype(config.source, config.dtype)
-    with _quiet_transformers():
+    with _quiet_transformers(), _one_at_a_time():
         model, info = Windowed.from_pretrained(
             None,
             config=model_config,
             state_dict=state,
             dtype=dtype,
-            device_map={"": config.device},
+            device_map={"": _first_device(config)},
             distributed_config=DistributedConfig(),
             output_loading_info=True,
         )
@@ -185,6 +212,11 @@ def _from_state(
     if hasattr(model.config, "distributed_config"):
         del model.config.distributed_config
     return model, applied[0]
+
+
+def _first_device(config: ShardConfig) -> str:
+    """Where weights are read to."""
+    return "cpu" if config.offload_bytes else config.device
 
 
 def _prepare(model: PreTrainedModel) -> None:
@@ -203,7 +235,9 @@ def _config_and_class(source: str) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ServiceError(f"cannot read a model configuration from {source}: {error}") from error
+        if known_source(source) == source:
+            raise ServiceError(f"cannot read a model configuration from {source}: {error}") from error
+        config = AutoConfig.from_pretrained(known_source(source))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ServiceError(
             f"{source} is a {config.model_type} model, which transformers has no causal language model for"
@@ -211,21 +245,31 @@ def _config_and_class(source: str) -> tuple[Any, Any]:
     return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _random_state(windowed: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
-    """Weights by the model's own initialisation, each module's drawn from (seed, its path): the same on every shard."""
-    state: dict[str, torch.Tensor] = {}
-    for path, module in windowed.named_modules(remove_duplicate=False):
-        if not module._parameters and not module._buffers:
-            continue
-        module.to_empty(device="cpu", recurse=False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{seed} {path}".encode()))  # the generator takes 32 bits
-            windowed._init_weights(module)
-        prefix = f"{path}." if path else ""
-        state.update(
-            {prefix + name: tensor.detach() for name, tensor in module.state_dict().items() if "." not in name}
-        )
-    return state
+def _num_bytes(tensor: Any) -> int:
+    found: int = tensor.nbytes if isinstance(tensor, torch.Tensor) else tensor.num_bytes
+    return found
+
+
+def _local_share(model: PreTrainedModel) -> float:
+    """The part of the stage's weights that is this rank's."""
+    parameters = list(model.parameters())
+    local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
+    return local / max(1, sum(p.numel() for p in parameters))
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """transformers reads a weight when it comes to it, not ahead in threads; `engine.reading` has its own."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

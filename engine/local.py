@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from engine.links import Solo
 from engine.loading import ShardConfig, meta_model
+from engine.reading import Reading
 from engine.shapes import infer
 from engine.shard import Shard
 from engine.tokenizer import tokenizer_json
@@ -134,11 +135,23 @@ class LocalBackend(DirectBackend):
         threads: int | None = None,
         device: str | None = None,
         policy: PassPolicy | None = None,
-        report: Callable[[str], None] = lambda line: None,
+        random_weights: int | None = None,
+        offload_gib: float = 0.0,
+        tell: Tell = tell_nobody,
     ) -> None:
-        config = ShardConfig(source=source, dtype=dtype, threads=threads, device=device or best_device())
+        """`random_weights`: a seed, to read none. `offload_gib`: of the weights to keep in the host's memory.
+        `tell` hears how many bytes of the weights are there, of how many.
+        """
+        config = ShardConfig(
+            source=source,
+            dtype=dtype,
+            threads=threads,
+            device=device or best_device(),
+            random_weights_seed=random_weights,
+            offload_bytes=int(offload_gib * (1 << 30)),
+        )
         self.shard = Shard(config, Solo())
-        self.shard.start(report)
+        self.shard.start(lambda told: tell(told.read_bytes, told.total_bytes) if isinstance(told, Reading) else None)
         description = self.shard.describe(name or source, [self.shard.gate()])
         policy = policy or PassPolicy()
         description = replace(description, limits=replace(description.limits, pass_tokens=policy.budget_tokens))

@@ -29,8 +29,11 @@ from engine.splits import Part, Split, Style, counts_of_heads
 from polytrace.errors import ServiceError
 
 
-def place_splits(model: nn.Module, splits: tuple[Split, ...], links: Links) -> None:
-    """Replace the split parameters of a meta model by placeholders that tell the loader which slice is ours."""
+def place_splits(model: nn.Module, splits: tuple[Split, ...], links: Links, device_type: str) -> None:
+    """Replace the split parameters of a meta model by placeholders that tell the loader which slice is ours.
+
+    `device_type` is that of the device to which they are read.
+    """
     if not splits:
         return
     assert isinstance(links, Distributed)
@@ -40,7 +43,7 @@ def place_splits(model: nn.Module, splits: tuple[Split, ...], links: Links) -> N
         for name, part in split.parts.items():
             copies = 1 if part is None else part.copies
             if copies not in meshes:
-                meshes[copies] = _mesh(links, copies)
+                meshes[copies] = _mesh(links, copies, device_type)
             whole = module.get_parameter(name)
             placed = distribute_tensor(whole, meshes[copies], [_placement(part)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(placed, requires_grad=False))
@@ -80,13 +83,13 @@ def _count_heads(model: nn.Module, splits: tuple[Split, ...], ranks: int) -> Non
             attention.num_key_value_groups //= number
 
 
-def _mesh(links: Distributed, copies: int) -> DeviceMesh:
+def _mesh(links: Distributed, copies: int, device_type: str) -> DeviceMesh:
     """The ranks that hold the distinct parts of a tensor, this one among them; every mesh of a stage is alike."""
     if copies == 1:
-        return DeviceMesh.from_group(links.rank_group, links.device.type, mesh_dim_names=("tp",))
+        return DeviceMesh.from_group(links.rank_group, device_type, mesh_dim_names=("tp",))
     first = links.stage * links.ranks
     own = range(first + links.rank % copies, first + links.ranks, copies)
-    return _QuietMesh(links.device.type, list(own), mesh_dim_names=("tp",), _init_backend=False)
+    return _QuietMesh(device_type, list(own), mesh_dim_names=("tp",), _init_backend=False)
 
 
 class _QuietMesh(DeviceMesh):

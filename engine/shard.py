@@ -24,6 +24,7 @@ from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.memory import told_out_of_memory
+from engine.reading import Report
 from engine.results import MemorySink, Writer, sink_for
 from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
 from engine.spans import SpanStore
@@ -61,8 +62,8 @@ class Shard:
         self._states: dict[RequestId, RequestState] = {}
         self._writer = Writer()
 
-    def start(self, report: Callable[[str], None]) -> None:
-        """Reads this shard's weights, without the others. `report` gets lines of progress for people."""
+    def start(self, report: Report) -> None:
+        """Reads this shard's weights, without the others. `report` gets lines for people, and how far reading is."""
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         if self.device.type == "cuda":

@@ -7,17 +7,40 @@ from typing import Any
 from polytrace import environment
 from polytrace.http_backend import HttpBackend, list_models
 from polytrace.model import Model
+from polytrace.progress import showing_bytes
 
 DEFAULT_TIMEOUT_S = 3600.0
 
 
 def load(
-    source: str, *, dtype: str = "auto", name: str | None = None, threads: int | None = None, device: str | None = None
+    source: str,
+    *,
+    dtype: str = "auto",
+    name: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    random_weights: int | None = None,
+    offload_gib: float = 0.0,
 ) -> Model:
-    """A model of the Hugging Face hub or a local folder, run in this process by the engine of a service."""
+    """A model of the Hugging Face hub or a local folder, run in this process by the engine of a service.
+
+    `random_weights`: a seed; no weights are read but drawn, for a model of which there is only a configuration.
+    `offload_gib`: so much of the weights, or all, stays in the host's memory, and is on the GPU only while it is used.
+    """
     from engine.local import LocalBackend
 
-    return Model(LocalBackend(str(source), dtype=dtype, name=name, threads=threads, device=device))
+    with showing_bytes(f"loading {source}") as tell:
+        backend = LocalBackend(
+            str(source),
+            dtype=dtype,
+            name=name,
+            threads=threads,
+            device=device,
+            random_weights=random_weights,
+            offload_gib=offload_gib,
+            tell=tell,
+        )
+    return Model(backend)
 
 
 def connect(url: str, name: str | None = None, *, key: str | None = None, timeout: float = DEFAULT_TIMEOUT_S) -> Model:

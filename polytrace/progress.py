@@ -1,4 +1,4 @@
-"""Shows how far a long request is, to whoever looks: a bar in a terminal or a notebook, nothing anywhere else."""
+"""Shows how far something long is, to whoever looks: a bar in a terminal or a notebook, nothing anywhere else."""
 
 from __future__ import annotations
 
@@ -6,35 +6,62 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-# Takes how many passes are done, and of how many.
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
+# Takes how many (passes, bytes) are done, and of how many.
 Tell = Callable[[int, int], None]
 
 _PATIENCE_S = 2.0  # what is over sooner shows nothing
 
 
-def tell_nobody(passes_done: int, passes: int) -> None:
+def tell_nobody(done: int, total: int) -> None:
     """For callers that nobody looks at."""
 
 
 @contextmanager
 def showing_progress(what: str) -> Iterator[Tell]:
-    """Inside, the yielded function shows a bar from the third second on. It goes away at the end."""
-    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+    """Inside, the yielded function shows a bar of passes from the third second on. It goes away at the end."""
+    if not _is_looked_at():
         yield tell_nobody
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("passes"))
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    with _bar(what, BarColumn(), MofNCompleteColumn(), TextColumn("passes"), TimeRemainingColumn()) as tell:
+        yield tell
+
+
+@contextmanager
+def showing_bytes(what: str) -> Iterator[Tell]:
+    """The same for bytes, with their rate."""
+    if not _is_looked_at():
+        yield tell_nobody
+        return
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    with _bar(what, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as tell:
+        yield tell
+
+
+def _is_looked_at() -> bool:
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+@contextmanager
+def _bar(what: str, *columns: ProgressColumn) -> Iterator[Tell]:
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
+
+    bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(what, total=None)
     began = time.monotonic()
 
-    def tell(passes_done: int, passes: int) -> None:
+    def tell(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
         if time.monotonic() - began >= _PATIENCE_S:
             bar.start()
-            bar.update(task, completed=passes_done, total=passes)
 
     try:
         yield tell

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from cluster.planning.hardware import GIB, Hardware, told_bytes
 from engine.census import Census, Kind, StageShare
 from engine.loading import meta_model
+from engine.shipped import known_source
 from polytrace.errors import ServiceError
 
-_MODELS = Path(__file__).parent / "models"
 _FLOAT_BYTES = 4  # attention and the key/value store work in float32
 _MIN_PASS_ROWS = 2048  # a plan whose passes are smaller is no plan
 _MAX_PASS_ROWS = 8192  # what a service takes by default
@@ -110,20 +109,10 @@ class Planned:
 
     machine: Machine
     parameters: int
-    dtype: str
+    dtype: str  # as shards hold them
+    quantisation: str  # what there is to say of the files', if anything
     splits: tuple[SplitPlan, ...]
     refused: Mapping[int, str]  # numbers of ranks -> why not
-
-
-def known_source(name: str) -> str:
-    """The folder with the facts of a model that ships with polytrace; any other folder or hub id as it is."""
-    shipped = _MODELS / name.replace("/", "--")
-    return str(shipped) if shipped.is_dir() else name
-
-
-def shipped_models() -> tuple[str, ...]:
-    """The models whose configurations ship with polytrace."""
-    return tuple(sorted(folder.name.replace("--", "/") for folder in _MODELS.iterdir() if folder.is_dir()))
 
 
 def census_of(name: str, dtype: str = "auto") -> Census:
@@ -159,6 +148,7 @@ def _plan(census: Census, machine: Machine, load: Load, stages: int | None, rank
         machine=machine,
         parameters=census.num_parameters,
         dtype=census.dtype,
+        quantisation=census.quantisation,
         splits=tuple(splits),
         refused=refused,
     )

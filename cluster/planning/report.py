@@ -24,8 +24,9 @@ def show(name: str, planned: Planned, console: Console | None = None) -> None:
     console = console or Console()
     best = planned.splits[0]
     machine = planned.machine
+    files = f"{planned.quantisation}\n" if planned.quantisation else ""
     console.print(
-        f"{name}: {planned.parameters / 1e9:.1f} billion parameters in {planned.dtype}, on {machine.told()}\n"
+        f"{name}: {planned.parameters / 1e9:.1f} billion parameters in {planned.dtype}, on {machine.told()}\n{files}"
         f"[bold]{best.stages} stages x {best.ranks} ranks[/bold]: passes of up to {best.pass_rows:,} rows, "
         f"{best.tokens_s:,.0f} rows a second with all stages busy, {best.latency_s * 1e3:.0f} ms for one such pass "
         f"(both at the roofline)\n"

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from api.commands import app
 from cluster.planning.hardware import GIB, Hardware, hardware_of, parse_bytes
-from cluster.planning.planner import Load, Machine, census_of, plan_split, plan_splits_of, shipped_models
+from cluster.planning.planner import Load, Machine, census_of, plan_split, plan_splits_of
 from engine.census import Census, Kind
 from engine.links import Solo
 from engine.loading import ShardConfig, load_model, meta_model
+from engine.shipped import shipped_models
 from polytrace.errors import ServiceError
 
 
@@ -129,6 +130,8 @@ def test_shipped_configurations_have_the_sizes_that_are_published(name: str, bil
     census = census_of(name)
     assert census.num_parameters / 1e9 == pytest.approx(billions, abs=0.01)
     census.check(8, 1)
+    files = {"deepseek-ai/DeepSeek-V3": "fp8", "openai/gpt-oss-120b": "mxfp4"}.get(name)
+    assert census.quantisation == (f"its files are {files}: shards hold it widened" if files else "")
 
 
 def test_the_command_shows_tables_and_json() -> None:

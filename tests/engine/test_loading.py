@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from families import model_of
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+from engine.drawing import DrawnTensor
 from engine.links import Solo
-from engine.loading import ShardConfig, load_model, meta_model, resolve_dtype
+from engine.loading import ShardConfig, check_source, load_model, meta_model, resolve_dtype
+from engine.reading import Reader
 from polytrace.errors import ServiceError
 
 SIZES = {
@@ -81,6 +88,62 @@ def test_a_head_tied_to_the_embedding_is_on_the_last_stage_too(tmp_path: Path) -
     assert alone.model.lm_head.weight is alone.model.get_input_embeddings().weight
 
 
+def test_experts_that_lie_one_by_one_in_the_files_are_merged_on_their_stage(tmp_path: Path) -> None:
+    model_of("mixtral").save_pretrained(tmp_path, max_shard_size="10KB")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    keys = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert any("experts.3.w1" in key for key in keys) and not any("gate_up_proj" in key for key in keys)
+    owned: set[str] = set()
+    for stage in range(2):
+        loaded = load_model(ShardConfig(source=str(tmp_path), stage=stage, stages=2), Solo())
+        part = loaded.model.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in part.items())
+        assert loaded.read_bytes == loaded.weight_bytes
+        owned |= part.keys()
+    assert owned == expected.keys()
+
+
+def test_a_checkpoint_of_the_model_without_its_head_has_other_names_and_is_split_too(tmp_path: Path) -> None:
+    whole = model_of("gpt2")
+    whole.transformer.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert "wte.weight" in file.keys()  # noqa: SIM118
+    expected = whole.state_dict()
+    for stage in range(2):
+        loaded = load_model(ShardConfig(source=str(tmp_path), stage=stage, stages=2), Solo())
+        assert all(torch.equal(value, expected[key]) for key, value in loaded.model.state_dict().items())
+
+
+FROM_CACHE = """
+import torch
+from engine.links import Solo
+from engine.loading import ShardConfig, load_model
+lines = []
+loaded = load_model(ShardConfig(source="some/tiny", dtype="bfloat16", stage=1, stages=2), Solo(), lines.append)
+assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+print(loaded.weight_bytes, *lines, sep="\\n")
+load_model(ShardConfig(source="some/tiny", stage=0, stages=2), Solo())
+"""
+
+
+def test_a_hub_id_is_read_from_the_cache_which_need_not_have_the_files_of_others(tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "models--some--tiny"
+    snapshot = cache / "snapshots" / "1234abcd"
+    source = save(snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("1234abcd")
+    others = files_of(source, layers=range(2)) - files_of(source, layers=range(2, 4), outside=True)
+    for file in others:
+        file.unlink()
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    answer = subprocess.run([sys.executable, "-c", FROM_CACHE], capture_output=True, text=True, env=environment)
+    told = answer.stdout.splitlines()
+    assert int(told[0]) > 0 and any(line.startswith("getting model-0") for line in told), answer.stderr
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines()[-1].startswith("polytrace.errors.ServiceError: ")
+    assert "-of-" in answer.stderr.splitlines()[-1]
+
+
 def test_auto_means_the_configured_dtype_and_else_the_checkpoints(tmp_path: Path) -> None:
     source = save(tmp_path, one_file=True, dtype=torch.bfloat16)
     assert resolve_dtype(source, "auto") is torch.bfloat16
@@ -103,8 +166,9 @@ def test_a_loaded_model_is_for_reading(tmp_path: Path) -> None:
     json.dumps(model.config.to_dict())
 
 
-def test_random_weights_are_the_same_on_every_shard(tmp_path: Path) -> None:
-    LlamaConfig(**SIZES).save_pretrained(tmp_path)  # a configuration and nothing else
+@pytest.mark.parametrize("tied", [False, True])
+def test_random_weights_are_the_same_on_every_shard(tied: bool, tmp_path: Path) -> None:
+    LlamaConfig(**SIZES, tie_word_embeddings=tied).save_pretrained(tmp_path)  # a configuration and nothing else
     whole = load_model(ShardConfig(source=str(tmp_path), random_weights_seed=7), Solo()).model.state_dict()
     other = load_model(ShardConfig(source=str(tmp_path), random_weights_seed=8), Solo()).model.state_dict()
     owned: set[str] = set()
@@ -115,7 +179,45 @@ def test_random_weights_are_the_same_on_every_shard(tmp_path: Path) -> None:
         owned |= part.keys()
     assert owned == whole.keys()
     assert not torch.equal(whole["lm_head.weight"], other["lm_head.weight"])
+    assert torch.equal(whole["lm_head.weight"], whole["model.embed_tokens.weight"]) == tied
     assert 0.01 < whole["lm_head.weight"].std() < 0.03
+
+
+def test_a_model_that_ships_loads_by_its_name_with_random_weights_alone() -> None:
+    config = ShardConfig(source="llama-3.1-8b", stage=30, stages=32, random_weights_seed=1)
+    loaded = load_model(config, Solo())
+    assert (loaded.window.first, loaded.window.stop) == (30, 31)
+    assert loaded.weight_bytes == 2 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336 + 2 * 4096)
+    with pytest.raises(ServiceError, match="--random-weights"):
+        check_source("llama-3.1-8b", "auto", random_weights=False)
+    check_source("llama-3.1-8b", "auto", random_weights=True)
+
+
+def test_random_weights_are_drawn_slice_by_slice() -> None:
+    with Reader() as reader:
+        for shape in ((300, 70), (4, 33, 50)):
+            tensor = DrawnTensor("7 a.weight", shape, torch.float32, 0.02, reader)
+            whole = tensor[...]
+            for index in (
+                (slice(3, 30),),
+                (slice(1, 2), slice(5, 20)),
+                (slice(None),) * (len(shape) - 1) + (slice(9, 20),),
+            ):
+                assert torch.equal(tensor[index], whole[index])
+            assert whole.unique().numel() > 0.999 * whole.numel()
+            assert abs(whole.mean()) < 1e-3 and whole.std() == pytest.approx(0.02, rel=0.02)
+            assert abs(torch.corrcoef(whole.flatten(0, -2))).triu(1).mean() < 0.15  # rows have nothing in common
+            other = DrawnTensor("8 a.weight", shape, torch.float32, 0.02, reader)[...]
+            assert not torch.equal(other, whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "gpt_neox", "opt"])
+def test_a_model_of_random_weights_computes(family: str, tmp_path: Path) -> None:
+    model_of(family).config.save_pretrained(tmp_path)
+    loaded = load_model(ShardConfig(source=str(tmp_path), random_weights_seed=1), Solo())
+    logits = loaded.model(input_ids=torch.arange(20)[None] % 50 + 2, use_cache=False).logits
+    assert logits.isfinite().all() and logits.std() > 1e-3
+    assert all(parameter.isfinite().all() for parameter in loaded.model.parameters())
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused_with_its_name(tmp_path: Path) -> None:
@@ -132,5 +234,5 @@ def test_a_source_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="configuration"):
         meta_model(str(tmp_path))
     LlamaConfig(**SIZES).save_pretrained(tmp_path)
-    with pytest.raises(ServiceError, match="safetensors"):
+    with pytest.raises(ServiceError, match=r"safetensors.*--random-weights"):
         load_model(ShardConfig(source=str(tmp_path)), Solo())
