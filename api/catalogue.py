@@ -175,12 +175,13 @@ class Catalogue:
         return self._rung(model)
 
     def _rung(self, model: str) -> Deployment:
+        """Tells both sides; how it stood before they heard."""
+        found = self.deployment(model)
         self._ring_controller()
         self._ring_gateway()
-        found = self.deployment(model)
-        if found is None:  # it went in the meantime
-            raise _unknown(model)
-        return found
+        return found or Deployment(
+            model=model, state=DeploymentState.STOPPED, progress="is removed", updated=time.time(), mode=Mode.REMOVING
+        )  # the controller has looked by itself
 
 
 def check_taking(model: str, mode: Mode) -> None:
