@@ -257,15 +257,15 @@ class Deployment:
         """What it waits for, against what there is."""
         assert self._group is not None
         nodes = placement_group_table(self._group).get("bundles_to_node_id", {})
+        asked = _bundle(self._placement)
         num_missing = sum(not node for node in nodes.values()) or self.config.num_shards
-        free, all_ = (
-            ", ".join(f"{name} {found.get(name, 0):g}" for name in ("CPU", "GPU") if name in found or name == "CPU")
-            for found in (ray.available_resources(), ray.cluster_resources())  # type: ignore[no-untyped-call]
-        )
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        whole: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        told_free = ", ".join(f"{name} {free.get(name, 0):g} of {whole.get(name, 0):g}" for name in asked)
         num_nodes = sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
-        asked = ", ".join(f"{name} {amount:g}" for name, amount in _bundle(self._placement).items())
-        told = f"waits for room for {num_missing} of {self.config.num_shards} shards of {asked} each"
-        return f"{told}; free are {free} of {all_} on {num_nodes} nodes"
+        told = f"waits for room for {num_missing} of {self.config.num_shards} shards of "
+        told += ", ".join(f"{name} {amount:g}" for name, amount in asked.items())
+        return f"{told} each; free are {told_free} on {num_nodes} nodes"
 
     def _launch(self, placement: Placement, stage: int, rank: int) -> Any:
         config, group = self.config, self._group
