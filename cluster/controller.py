@@ -80,6 +80,8 @@ class Controller:
         return self._has_begun
 
     def _pursue(self) -> None:
+        for replicas in self._sets.values():
+            replicas.give_out()
         for wanted in self._store.wanted():
             name = wanted.spec.name
             if name not in self._sets:

@@ -76,16 +76,23 @@ class Replica:
 
     def end_if_idle(self) -> None:
         """Ends it when it is to retire and has nothing left to run."""
-        if self.is_retiring and self._share.num_requests == 0:
+        if not self.is_retiring:
+            return
+        if self._share.is_taking:  # it became whole just when it was told to retire
+            self._share.stop_taking()
+        if self._share.num_requests == 0:
             self.stop()
 
     def stop(self) -> None:
         """Ends it soon, after the round of the loop that it is in; what it has not finished goes back."""
+        if self._is_stopped.is_set():
+            return
         self._is_stopped.set()
-        if self._deployment is not None and self._dispatcher is None:
-            self._deployment.stop()  # it may be waiting for room, or for weights
-        if self._dispatcher is not None:
-            self._dispatcher.stop()
+        dispatcher, deployment = self._dispatcher, self._deployment
+        if dispatcher is not None:
+            dispatcher.stop()
+        elif deployment is not None:  # it waits for room, processes or weights; its end may take seconds
+            threading.Thread(target=deployment.stop, name="stop", daemon=True).start()
 
     def has_ended(self) -> bool:
         """Whether all that it had is given back: requests, processes, places in the cluster."""

@@ -47,9 +47,12 @@ class ReplicaSet:
         self._told: tuple[DeploymentState, str] | None = None
         self._told_replicas: tuple[float, list[ReplicaStatus]] = (0.0, [])
 
+    def give_out(self) -> None:
+        """Gives waiting requests to the replicas."""
+        self._shares.give_out()
+
     def pursue(self, wanted: Wanted) -> bool:
         """One step towards what is wanted, and word of it. False when it was to be removed and is gone."""
-        self._shares.give_out()
         for replica, share in list(self._replicas):
             replica.end_if_idle()
             if replica.has_ended() and replica.state is not DeploymentState.FAILED:

@@ -175,7 +175,7 @@ def test_a_drained_deployment_takes_nothing_new_and_serves_again_with_the_shards
     assert others <= set(service.shards())
 
 
-def test_the_deployments_come_back_with_a_new_controller_and_no_old_shard_is_left(
+def test_a_new_controller_brings_everything_back_finishes_what_was_accepted_and_leaves_no_old_shard(
     service: Service, calm: list[bytes]
 ) -> None:
     ok(service, "resize", "tiny", "--replicas", "2")

@@ -134,19 +134,6 @@ def test_shards_killed_at_random_moments_lose_no_request_and_change_no_bit(servi
         assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
-def test_an_accepted_request_is_finished_by_the_next_controller(service: Service) -> None:
-    controller = service.child("controller")
-    assert controller is not None
-    os.kill(controller, signal.SIGSTOP)  # it can claim nothing any more
-    accepted = service.http.post("/v1/models/tiny/requests", content=body()).json()
-    os.kill(controller, signal.SIGKILL)
-    wait_until(lambda: service.child("controller") not in (controller, None), 60, service)
-    wait_until(service.is_ready, 240, service)
-    status = service.http.get(f"/v1/requests/{accepted['id']}", params={"wait": 30}).json()
-    assert status["state"] == "done", status
-    assert service.http.get(status["result"]).status_code == 200
-
-
 def test_sigterm_ends_the_service_and_leaves_no_process_behind(service: Service) -> None:
     assert len(service.processes()) > 5
     assert list(Path(service.scratch).iterdir()) != []
