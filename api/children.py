@@ -56,7 +56,7 @@ def run_gateway(settings: GatewaySettings, listener_fd: int, lifeline: int) -> N
 
 
 def run_controller(config: ControllerConfig, store_folder: str, lifeline: int) -> None:
-    """Starts the deployment and runs its loop."""
+    """Joins Ray, and serves the deployments that the store wants."""
     from api.store import Store
     from cluster.controller import Controller
 

@@ -1,4 +1,4 @@
-"""The command line: `polytrace serve`, `polytrace status`, and what rooms above add to it.
+"""The command line: `polytrace serve`, what operates a service (`api.operations`), and what rooms above add to it.
 
 Other packages and rooms add commands through the entry-point group `polytrace.commands`: a name and a function that
 typer can run. Everything heavy is imported inside the command that needs it, so that help and errors come at once.
@@ -6,15 +6,16 @@ typer can run. Everything heavy is imported inside the command that needs it, so
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
+
+from api import operations
+from api.console import errors, progress
 
 app = typer.Typer(
     add_completion=False,
@@ -42,82 +43,61 @@ def main() -> None:
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="A folder with a Hugging Face model, or a hub id.")],
+    model: Annotated[
+        str | None, typer.Argument(help="A folder with a Hugging Face model, or a hub id; without: what --store has.")
+    ] = None,
     stages: Annotated[int, typer.Option(min=1, help="Pipeline stages: blocks of layers.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of every stage.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies; requests go to the least loaded one.")] = 1,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8765,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     name: Annotated[str | None, typer.Option(help="Name of the deployment; default: the model's last part.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: GPUs when the cluster has any.")] = "auto",
+    cpus: Annotated[
+        float | None, typer.Option(help="Of the cluster's, for each shard; default: a small share.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to join, HOST:PORT or auto; default: an own one.")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Folder for requests and results; default: a temporary one.")
+        Path | None, typer.Option(help="Folder for requests, results and deployments; default: a temporary one.")
     ] = None,
     key: Annotated[str | None, typer.Option(help="Key that callers must bring; better set as POLYTRACE_KEY.")] = None,
-    random_weights: Annotated[
-        int | None,
-        typer.Option(metavar="SEED", help="Read no weights but draw them; MODEL may be one that ships, as for plan."),
-    ] = None,
-    offload: Annotated[
-        float, typer.Option(min=0, metavar="GIB", help="Of each shard's weights to keep in its host's memory.")
-    ] = 0.0,
+    random_weights: operations.RandomWeights = None,
+    offload: operations.Offload = 0.0,
 ) -> None:
-    """Serve MODEL over HTTP until SIGTERM or Ctrl-C."""
-    with _errors():
-        from api.settings import serve_settings
+    """Serve MODEL over HTTP until SIGTERM or Ctrl-C. `deploy` adds others."""
+    with errors():
+        from api.settings import deployment_spec, serve_settings
         from api.supervisor import Supervisor
 
-        settings = serve_settings(
-            source=model,
-            name=name,
-            stages=stages,
-            ranks=ranks,
-            dtype=dtype,
-            host=host,
-            port=port,
-            address=address,
-            store=None if store is None else str(store),
-            key=key,
-            random_weights_seed=random_weights,
-            offload_bytes=int(offload * (1 << 30)),
-        )
-        with _progress(f"starting {settings.name} on {stages} x {ranks} shards") as report:
-            Supervisor(settings, report).run(lambda url: report(f"ready: {url} serves {settings.name}"))
-
-
-@app.command()
-def status(
-    url: Annotated[str, typer.Argument(help="Of a service.")] = "http://127.0.0.1:8765",
-    key: Annotated[str | None, typer.Option(help="The service's key; default: POLYTRACE_KEY.")] = None,
-) -> None:
-    """Show a service's models, their state and their queues."""
-    with _errors():
-        import httpx
-        from rich.console import Console
-        from rich.table import Table
-
-        from polytrace.errors import ServiceError, from_fields
-
-        key = key or os.environ.get("POLYTRACE_KEY")
-        try:
-            answer = httpx.get(
-                f"{url.rstrip('/')}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {}
+        spec = None
+        if model is not None:
+            spec = deployment_spec(
+                source=model,
+                name=name,
+                stages=stages,
+                ranks=ranks,
+                replicas=replicas,
+                dtype=dtype,
+                device=device,
+                cpus=cpus,
+                random_weights_seed=random_weights,
+                offload_bytes=int(offload * (1 << 30)),
             )
-        except httpx.HTTPError as error:
-            raise ServiceError(f"no service answers at {url}: {error}") from error
-        if answer.status_code != 200:
-            problem = answer.json() if "json" in answer.headers.get("content-type", "") else {}
-            code, message = problem.get("code", ""), problem.get("detail", f"{url} answered {answer.status_code}")
-            raise from_fields({"code": code, "message": message})
-        table = Table("model", "state", "what", "stages x ranks", "queued", "running")
-        for one in answer.json()["models"]:
-            is_known = "class_name" in one
-            what = f"{one['class_name']}, {one['num_layers']} layers, {one['dtype']}" if is_known else one["progress"]
-            shards = f"{one['stages']} x {one['ranks']}" if is_known else ""
-            table.add_row(one["name"], one["state"], what, shards, str(one["queued"]), str(one["running"]))
-        Console().print(table)
+        settings = serve_settings(
+            spec=spec, key=key, host=host, port=port, address=address, store=None if store is None else str(store)
+        )
+        shards = f"{replicas} x {stages} x {ranks}" if replicas > 1 else f"{stages} x {ranks}"
+        first = f"starting {spec.name} on {shards} shards" if spec else f"starting what {settings.store} has"
+        with progress(first) as report:
+            serves = f"serves {spec.name}" if spec else "takes deployments"
+            Supervisor(settings, report).run(lambda url: report(f"ready: {url} {serves}"))
+
+
+for _operation in (operations.status, operations.deploy, operations.drain, operations.resize, operations.remove):
+    app.command()(_operation)
 
 
 @app.command()
@@ -133,7 +113,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="All plans that fit, as JSON.")] = False,
 ) -> None:
     """Show how MODEL would be split over GPUs that need not be there: memory, traffic, speed at the roofline."""
-    with _errors():
+    with errors():
         from dataclasses import replace
 
         from cluster.planning.hardware import hardware_of, parse_bytes
@@ -144,7 +124,7 @@ def plan(
         if gpu_memory is not None:
             kind = replace(kind, memory_bytes=parse_bytes(gpu_memory))
         machine = Machine(hardware=kind, gpus=gpus, nodes=nodes)
-        with _progress(f"counting the weights of {model}"):
+        with progress(f"counting the weights of {model}"):
             planned = plan_splits_of(census_of(model, dtype), machine, Load(), stages=stages, ranks=ranks)
         print(as_plain(planned)) if as_json else show(model, planned)
 
@@ -172,50 +152,6 @@ def _load(target: str) -> Callable[..., Any]:
 
 def _stand_in() -> None:
     """What help lists in the place of a command that was not asked for."""
-
-
-@contextlib.contextmanager
-def _progress(first: str) -> Iterator[Callable[[str], None]]:
-    """Lines of progress with their time. "loading: ..." only moves a terminal's spinner, and elsewhere comes seldom."""
-    import time
-
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    began = told = time.monotonic()
-    with console.status(first) as spinner:
-
-        def report(line: str) -> None:
-            nonlocal told
-            if "loading: " in line:
-                spinner.update(line)
-                if console.is_terminal or time.monotonic() - told < 10.0:
-                    return
-            told = time.monotonic()
-            console.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}", highlight=False, soft_wrap=True)
-            if line.startswith(("ready", "stopping")):
-                spinner.stop()
-            else:
-                spinner.update(line)
-
-        report(first)
-        yield report
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Our own errors as one line and exit code 1, without a traceback."""
-    from polytrace.errors import PolytraceError
-
-    try:
-        yield
-    except PolytraceError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"polytrace: {message}", err=True, fg="red")
-    raise typer.Exit(code=1)
 
 
 if __name__ == "__main__":

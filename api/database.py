@@ -13,7 +13,7 @@ from typing import Any
 
 from polytrace.errors import ServiceError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _TIMEOUT_SECONDS = 30.0  # to wait for other processes
 
 _SCHEMA = """
@@ -25,6 +25,7 @@ CREATE TABLE requests (
     created REAL NOT NULL,
     started REAL,
     finished REAL,
+    work INTEGER NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0,
     cancelled INTEGER NOT NULL DEFAULT 0,
     passes_done INTEGER NOT NULL DEFAULT 0,
@@ -38,6 +39,10 @@ CREATE TABLE deployments (
     state TEXT NOT NULL,
     progress TEXT NOT NULL,
     updated REAL NOT NULL,
+    spec TEXT,
+    mode TEXT NOT NULL DEFAULT 'serving',
+    revision INTEGER NOT NULL DEFAULT 1,
+    replicas TEXT NOT NULL DEFAULT '[]',
     source TEXT,
     dtype TEXT,
     description BLOB,

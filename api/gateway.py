@@ -14,22 +14,27 @@ import contextlib
 import hmac
 import re
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI, Query
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from api import problems
+from api.catalogue import Deployment
 from api.served import Checker, Deployments, Served
-from api.settings import GatewaySettings
+from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
 from api.uploads import receive
 from api.waiting import Waiting
 from api.worker import Verdict
-from polytrace.errors import CapacityError, KeyRefusedError, NotFoundError, ServiceError
+from cluster.config import DeploymentSpec, Mode
+from polytrace.codec import to_json
+from polytrace.errors import CapacityError, KeyRefusedError, NotFoundError, PolytraceError, ServiceError
 from scheduling.plan import RequestId
 
 MEDIA_TYPE = "application/vnd.safetensors"
@@ -61,6 +66,10 @@ class Gateway:
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
         v1.add_api_route("/models", self.list_models)
         v1.add_api_route("/models/{name}", self.describe)
+        v1.add_api_route("/models/{name}", self.deploy, methods=["PUT"], status_code=202)
+        v1.add_api_route("/models/{name}", self.resize, methods=["PATCH"], status_code=202)
+        v1.add_api_route("/models/{name}", self.remove, methods=["DELETE"], status_code=202)
+        v1.add_api_route("/models/{name}/drain", self.drain, methods=["POST"], status_code=202)
         v1.add_api_route("/models/{name}/tokenizer", self.tokenizer)
         v1.add_api_route("/models/{name}/validate", self.validate, methods=["POST"])
         v1.add_api_route("/models/{name}/requests", self.submit, methods=["POST"])
@@ -83,28 +92,43 @@ class Gateway:
         """The gateway runs; nothing is said of the deployments."""
         return {"status": "ok"}
 
-    async def readyz(self) -> dict[str, str]:
-        """Every deployment is loaded, self-tested and takes requests."""
-        if (reason := self._deployments.not_ready()) is not None:
+    async def readyz(self, model: str | None = None) -> dict[str, str]:
+        """A deployment, or the named one, is loaded, self-tested and takes requests."""
+        if (reason := self._deployments.not_ready(model)) is not None:
             raise CapacityError(reason)
         return {"status": "ready"}
 
     async def list_models(self) -> dict[str, Any]:
-        """The deployments: what they are, how far, and how many requests wait and run."""
+        """The deployments: what they are, how far, how many requests wait and run, and how each replica does."""
         counts = await to_thread.run_sync(self._store.open_requests)
         models = []
-        for known, served in self._deployments.all():
+        for known in await to_thread.run_sync(self._store.deployments):
+            served = self._deployments.find(known)
             count = counts.get(known.model, {})
-            entry = {
-                "name": known.model,
-                "state": known.state.value,
-                "is_ready": served is not None,
-                "progress": known.progress,
+            entry = _entry(known) | {
+                "is_ready": served is not None and known.mode is Mode.SERVING,
                 "queued": count.get(RequestState.QUEUED, 0),
                 "running": count.get(RequestState.RUNNING, 0),
             }
             models.append(entry | (_facts(served) if served else {}))
         return {"models": models}
+
+    async def deploy(self, name: str, wish: Deploy) -> dict[str, Any]:
+        """Serves a model under this name from now on, or again when it was drained or has failed."""
+        spec = checked_spec(DeploymentSpec(name=name, **wish.model_dump()))
+        return _entry(await to_thread.run_sync(self._store.want, spec))
+
+    async def resize(self, name: str, wish: Resize) -> dict[str, Any]:
+        """Another number of replicas. New ones load while the others serve; one that goes finishes what it has."""
+        return _entry(await to_thread.run_sync(self._store.resize, name, wish.replicas))
+
+    async def drain(self, name: str) -> dict[str, Any]:
+        """Takes no new requests, finishes those that wait and run, and keeps its shards."""
+        return _entry(await to_thread.run_sync(self._store.drain, name))
+
+    async def remove(self, name: str, now: bool = False) -> dict[str, Any]:
+        """Drains it and ends its shards; `now`: at once, and what has not finished is refused."""
+        return _entry(await to_thread.run_sync(partial(self._store.remove, name, now=now)))
 
     async def describe(self, name: str, request: Request) -> Response:
         """The model description: module tree, sites, parameters, limits."""
@@ -141,7 +165,7 @@ class Gateway:
 
     async def submit(self, name: str, request: Request) -> Response:
         """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""
-        served = self._deployments.get(name)
+        served = self._deployments.taking(name)
         request_id = self._store.new_id()
         try:
             await self._receive(request_id, request, served)
@@ -149,7 +173,6 @@ class Gateway:
                 self._check(request_id, name, served, certify=False),
                 to_thread.run_sync(self._store.sync_request, request_id),
             )
-            assert verdict.facts is not None
         except ClientDisconnect:
             self._store.discard(request_id)
             return Response(status_code=CLIENT_GONE)
@@ -157,8 +180,8 @@ class Gateway:
             self._store.discard(request_id)
             raise
         try:
-            status = await to_thread.run_sync(self._add, request_id, name, verdict.facts)
-        except CapacityError:
+            status = await to_thread.run_sync(self._add, request_id, name, verdict)
+        except PolytraceError:
             self._store.discard(request_id)
             raise
         if (wait_s := self._preferred_wait(request)) > 0:
@@ -228,8 +251,9 @@ class Gateway:
         verdict.raise_error()
         return verdict
 
-    def _add(self, request_id: RequestId, name: str, facts: bytes) -> RequestStatus:
-        return self._store.add(request_id, name, facts, max_open=self._settings.max_open)
+    def _add(self, request_id: RequestId, name: str, verdict: Verdict) -> RequestStatus:
+        assert verdict.facts is not None
+        return self._store.add(request_id, name, verdict.facts, work=verdict.work, max_open=self._settings.max_open)
 
     def _preferred_wait(self, request: Request) -> float:
         """Seconds of `Prefer: wait=N` (RFC 7240), at most what the settings allow; 0 when there is none."""
@@ -284,6 +308,41 @@ async def _disconnected(request: Request) -> None:
     """Returns when the caller has left; the body was read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+class Deploy(BaseModel):
+    """What is to be served. The name is in the path."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    stages: int = 1
+    ranks: int = 1
+    replicas: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    cpus: float | None = None
+    random_weights_seed: int | None = None
+    offload_bytes: int = 0
+
+
+class Resize(BaseModel):
+    """How many replicas there are to be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)]
+
+
+def _entry(known: Deployment) -> dict[str, Any]:
+    return {
+        "name": known.model,
+        "state": known.state.value,
+        "mode": known.mode.value,
+        "progress": known.progress,
+        "spec": None if known.spec is None else to_json(known.spec),
+        "replicas": to_json(known.replicas),
+    }
 
 
 def _facts(served: Served) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from polytrace.errors import (
     CancelledError,
     CapacityError,
+    ConflictError,
     GraphError,
     KeyRefusedError,
     NotFoundError,
@@ -41,6 +42,7 @@ _TABLE: tuple[tuple[type[PolytraceError], HTTPStatus, str], ...] = (
     (NotFoundError, HTTPStatus.NOT_FOUND, "Not found"),
     (KeyRefusedError, HTTPStatus.UNAUTHORIZED, "The key is missing or unknown"),
     (CancelledError, HTTPStatus.CONFLICT, "The request was cancelled"),
+    (ConflictError, HTTPStatus.CONFLICT, "The deployment is in the way"),
     (UserError, HTTPStatus.BAD_REQUEST, "The request is wrong"),
     (CapacityError, HTTPStatus.SERVICE_UNAVAILABLE, "The service cannot take the request now"),
     (ServiceError, HTTPStatus.INTERNAL_SERVER_ERROR, "The service failed"),

@@ -13,13 +13,15 @@ from typing import Protocol
 
 from anyio import to_thread
 
-from api.store import Deployment, Store
+from api.catalogue import Deployment, check_taking
+from api.store import Store
 from api.worker import Verdict
 from cluster.requests import DeploymentState, Published
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription
 from polytrace.errors import CapacityError, NotFoundError
 
+DRAINING = DeploymentState.DRAINING
 RETRY_S = 5.0
 PAUSE_S = 0.05  # between two looks: most rings are about requests, not deployments
 
@@ -43,6 +45,7 @@ class Served:
     body: bytes  # the description as JSON
     zipped: bytes  # the same, gzip
     version: str  # of the body: its ETag, and the name that the workers know it by
+    revision: int  # of the deployment: another one when it was deployed again
     tokenizer: bytes | None
 
 
@@ -63,12 +66,18 @@ class Deployments:
         if self._refresh is None:
             self._refresh = asyncio.get_running_loop().create_task(self._refresh_until_quiet())
 
-    def all(self) -> list[tuple[Deployment, Served | None]]:
-        """What is known, by name; what is served of it."""
-        return [(self._known[name], self._served.get(name)) for name in sorted(self._known)]
+    def find(self, known: Deployment) -> Served | None:
+        """What is served of a deployment, None while it is not ready."""
+        return self._served.get(known.model)
+
+    def taking(self, name: str) -> Served:
+        """A deployment that takes requests. Raises NotFoundError, or CapacityError with the reason."""
+        served = self.get(name)
+        check_taking(name, self._known[name].mode)
+        return served
 
     def get(self, name: str) -> Served:
-        """A ready deployment. Raises NotFoundError, or CapacityError while it is not ready."""
+        """A deployment that can say what it serves. Raises NotFoundError, or CapacityError while it is not ready."""
         if name in self._served:
             return self._served[name]
         if name in self._known:
@@ -76,11 +85,15 @@ class Deployments:
         names = ", ".join(sorted(self._known)) or "none yet"
         raise NotFoundError(f"there is no model {name[:100]!r} here; there is {names}")
 
-    def not_ready(self) -> str | None:
-        """What the service is still waiting for, None when every deployment is ready."""
-        names = sorted(self._known.keys() - self._served.keys())
-        waiting = [f"{name}: {_progress(self._known[name])}" for name in names]
-        return "; ".join(waiting) or (None if self._known else "no deployment has begun to load")
+    def not_ready(self, name: str | None = None) -> str | None:
+        """What the service still waits for, or one of its deployments; None when it waits for nothing.
+
+        A service is ready when any deployment takes requests: what another one lacks must not take it off the network.
+        """
+        if name in self._served or (name is None and self._served):
+            return None
+        waiting = [f"{one}: {_progress(self._known[one])}" for one in sorted(self._known) if name in (None, one)]
+        return "; ".join(waiting) or f"no deployment{'' if name is None else f' {name[:100]!r}'} has begun to load"
 
     async def _refresh_until_quiet(self) -> None:
         try:
@@ -89,20 +102,24 @@ class Deployments:
                 self._rung = False
                 known = {one.model: one for one in await to_thread.run_sync(self._store.deployments)}
                 self._known = known
-                ready = {name for name, one in known.items() if one.state is DeploymentState.READY}
-                self._served = {name: one for name, one in self._served.items() if name in ready}
+                ready = {name for name, one in known.items() if one.state.is_serving or one.state is DRAINING}
+                self._served = {
+                    name: one
+                    for name, one in self._served.items()
+                    if name in ready and one.revision == known[name].revision
+                }
                 for name in ready - self._served.keys():
-                    await self._take_in(name)
+                    await self._take_in(name, known[name].revision)
         finally:
             self._refresh = None
 
-    async def _take_in(self, name: str) -> None:
+    async def _take_in(self, name: str, revision: int) -> None:
         """Makes a deployment that has become ready one that requests can be sent to."""
         try:
             published = await to_thread.run_sync(self._store.published, name)
             if published is None:
                 return
-            served = await to_thread.run_sync(_serve, published)
+            served = await to_thread.run_sync(_serve, published, revision)
             await self._checker.warm(name, served.version)
         except Exception:  # noqa: BLE001  the edge of a task: it stays unready, and is tried again
             _log.exception("%s cannot be served yet", name)
@@ -111,18 +128,19 @@ class Deployments:
             self._served[name] = served
 
 
-def _serve(published: Published) -> Served:
+def _serve(published: Published, revision: int) -> Served:
     body = published.description
     return Served(
         description=from_json(ModelDescription, json.loads(body)),
         body=body,
         zipped=gzip.compress(body, compresslevel=6, mtime=0),
         version=hashlib.sha256(body).hexdigest()[:32],
+        revision=revision,
         tokenizer=published.tokenizer,
     )
 
 
 def _progress(deployment: Deployment) -> str:
-    if deployment.state is DeploymentState.READY:
+    if deployment.state.is_serving or deployment.state is DRAINING:
         return "getting ready to check requests"
     return f"{deployment.state.value}: {deployment.progress}"

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cluster.config import DeploymentSpec
 from polytrace.errors import UserError
 
 T = TypeVar("T")
 
 DEFAULT_BUDGET_TOKENS = 8192
+MAX_REPLICAS = 64  # of one deployment: all their loops share the controller's process
 
 # variable -> what it sets. Those of RAY_AUTH are Ray's own: where the user's environment says nothing, the service sets
 # the mode to "token", and for a cluster that it starts itself makes the token too.
@@ -51,19 +53,13 @@ class GatewaySettings:
 class ServeSettings:
     """One service: what `polytrace serve` was asked for."""
 
-    source: str  # folder or hub id
-    name: str
-    stages: int = 1
-    ranks: int = 1
-    dtype: str = "auto"
+    spec: DeploymentSpec | None  # None: only what the store wants already
     host: str = "127.0.0.1"
     port: int = 8765
     address: str | None = None  # of a Ray cluster to join; None: an own one
     store: str | None = None  # None: a fresh folder that goes when the service ends
     key: str | None = None
     budget_tokens: int = DEFAULT_BUDGET_TOKENS
-    random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
-    offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
 
 
 def from_environment(name: str, kind: Callable[[str], T], default: T, *, at_least: Any = None) -> T:
@@ -95,18 +91,43 @@ def gateway_settings(store: str) -> GatewaySettings:
     )
 
 
-def serve_settings(*, source: str, name: str | None, key: str | None, **flags: Any) -> ServeSettings:
+def deployment_spec(*, source: str, name: str | None = None, **flags: Any) -> DeploymentSpec:
+    """A deployment as a command line asks for it: a folder by its full path, a name of its own or the model's."""
+    if Path(source).is_dir():
+        source = str(Path(source).resolve())
+        name = name or Path(source).name
+    return checked_spec(DeploymentSpec(source=source, name=name or source.rpartition("/")[2], **flags))
+
+
+def checked_spec(spec: DeploymentSpec) -> DeploymentSpec:
+    """The same. Raises UserError when it can be no deployment on any cluster."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", spec.name):
+        raise UserError(
+            f"{spec.name!r} cannot be a deployment's name: letters, digits, '.', '_' and '-'; choose --name"
+        )
+    for what in ("stages", "ranks", "replicas"):
+        if getattr(spec, what) < 1:
+            raise UserError(f"{what} is {getattr(spec, what)}; it is at least 1")
+    if spec.replicas > MAX_REPLICAS:
+        raise UserError(f"replicas is {spec.replicas}; it is at most {MAX_REPLICAS}")
+    if spec.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device is {spec.device!r}; it is auto, cpu or cuda")
+    if spec.cpus is not None and not spec.cpus > 0:
+        raise UserError(f"cpus is {spec.cpus}; it is more than 0")
+    return spec
+
+
+def serve_settings(*, spec: DeploymentSpec | None, key: str | None, **flags: Any) -> ServeSettings:
     """What `polytrace serve` was asked for, with the environment where a flag is silent."""
-    name = name or Path(source).resolve().name if Path(source).is_dir() else name or source.rpartition("/")[2]
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise UserError(f"{name!r} cannot be a deployment's name: letters, digits, '.', '_' and '-'; choose --name")
     address = flags.get("address")
     if address is not None and not re.fullmatch(r"auto|\S+:\d{1,5}", address):
         raise UserError(f"--address {address!r} is not that of a Ray cluster: HOST:PORT of its head, or auto")
     flags["store"] = flags.get("store") or from_environment("POLYTRACE_STORE", str, None)
+    if spec is None and flags["store"] is None:
+        raise UserError("there is nothing to serve: name a MODEL, or a --store that has deployments")
     budget = from_environment("POLYTRACE_BUDGET_TOKENS", int, DEFAULT_BUDGET_TOKENS, at_least=16)
     key = key or from_environment("POLYTRACE_KEY", str, None)
-    return ServeSettings(source=source, name=name, key=key, budget_tokens=budget, **flags)
+    return ServeSettings(spec=spec, key=key, budget_tokens=budget, **flags)
 
 
 def ray_auth_mode() -> str:

@@ -1,6 +1,6 @@
 """Where requests and results are kept: one SQLite file and a folder. The gateway and the controller share it.
 
-    store.db                      states, checked facts, what deployments published
+    store.db                      states, checked facts, and the deployments (`api.catalogue`)
     requests/<id>.safetensors     as received; gone once the request has ended
     results/<id>.safetensors      its full size from the start, filled by the shards; complete when the state says done
     controller.bell, gateway.bell who wakes whom
@@ -26,14 +26,19 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from api.catalogue import Catalogue, check_taking
 from api.database import Database
 from api.doorbell import Doorbell
-from cluster.requests import Claimed, DeploymentState, Finished, Published, ResultPlace
-from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError, from_fields
+from cluster.config import Mode
+from cluster.requests import Claimed, Finished, ResultPlace
+from polytrace.errors import CancelledError, CapacityError, NotFoundError, PolytraceError, ServiceError, from_fields
 from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
 
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
+_WORN_OUT = json.dumps(
+    ServiceError(f"the service broke down {MAX_ATTEMPTS} times while it ran this request").to_fields()
+)
 
 
 class RequestState(Enum):
@@ -63,17 +68,7 @@ class RequestStatus:
     passes: int  # how many it takes, 0 while that is not known
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
-    """What is known of a deployment, without its larger parts."""
-
-    model: str
-    state: DeploymentState
-    progress: str
-    updated: float
-
-
-class Store:
+class Store(Catalogue):
     """One per process; its methods may be called from any thread. Construction makes the folder when there is none."""
 
     def __init__(self, folder: Path) -> None:
@@ -82,7 +77,8 @@ class Store:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.controller_bell = Doorbell(self.folder / "controller.bell")
         self.gateway_bell = Doorbell(self.folder / "gateway.bell")
-        self._db = Database(self.folder / "store.db")
+        database = Database(self.folder / "store.db")
+        super().__init__(database, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
 
     def close(self) -> None:
@@ -110,20 +106,26 @@ class Store:
         _sync(self.request_path(request))
         _sync(self._requests)
 
-    def add(self, request: RequestId, model: str, facts: bytes, *, max_open: int) -> RequestStatus:
-        """Accepts a request whose file is durable and wakes the controller.
+    def add(self, request: RequestId, model: str, facts: bytes, *, work: int, max_open: int) -> RequestStatus:
+        """Accepts a request whose file is durable and wakes the controller. `work`: as in `Claimed`.
 
-        Raises CapacityError when the deployment has `max_open` unfinished requests already.
+        Raises CapacityError when the deployment has `max_open` unfinished requests already or takes none, NotFoundError
+        when there is none.
         """
         now = time.time()
         with self._db.transaction() as db:
+            mode = db.execute("SELECT mode FROM deployments WHERE model = ?", (model,)).fetchone()
+            if mode is None:
+                raise NotFoundError(f"there is no model {model} here any more")
+            check_taking(model, Mode(mode[0]))
             (waiting,) = db.execute(
                 "SELECT count(*) FROM requests WHERE model = ? AND state IN ('queued', 'running')", (model,)
             ).fetchone()
             if waiting >= max_open:
                 raise CapacityError(f"{waiting} requests are waiting for {model}, the most it takes; try again later")
             db.execute(
-                "INSERT INTO requests (id, model, state, created) VALUES (?, ?, 'queued', ?)", (request, model, now)
+                "INSERT INTO requests (id, model, state, created, work) VALUES (?, ?, 'queued', ?, ?)",
+                (request, model, now, max(1, work)),
             )
             db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
         self.controller_bell.ring()
@@ -180,32 +182,16 @@ class Store:
             self.controller_bell.ring()
         return self.status(request)
 
-    def deployments(self) -> list[Deployment]:
-        rows = self._db.rows("SELECT model, state, progress, updated FROM deployments ORDER BY model")
-        return [
-            Deployment(model=row[0], state=DeploymentState(row[1]), progress=row[2], updated=row[3]) for row in rows
-        ]
-
-    def published(self, model: str) -> Published | None:
-        """What the deployment serves, None before it was ready for the first time."""
-        rows = self._db.rows(
-            "SELECT source, dtype, description, tokenizer FROM deployments WHERE model = ? AND description IS NOT NULL",
-            (model,),
-        )
-        if not rows:
-            return None
-        source, dtype, description, tokenizer = rows[0]
-        return Published(source=source, dtype=dtype, description=description, tokenizer=tokenizer)
-
     def open_requests(self) -> dict[str, dict[RequestState, int]]:
         """How many requests wait and run, by model."""
         counts: dict[str, dict[RequestState, int]] = {}
         query = "SELECT model, state, count(*) FROM requests WHERE state IN ('queued', 'running') GROUP BY model, state"
-        for model, state, count in self._db.rows(
-            query,
-        ):
+        for model, state, count in self._db.rows(query):
             counts.setdefault(model, {})[RequestState(state)] = count
         return counts
+
+    def num_open(self, model: str) -> int:
+        return sum(self.open_requests().get(model, {}).values())
 
     def sweep(self) -> int:
         """Removes files that belong to no request: uploads and results that a crash cut off. How many.
@@ -222,24 +208,7 @@ class Store:
 
     # --- the controller's half (cluster.requests.RequestStore)
 
-    def set_state(self, model: str, state: DeploymentState, progress: str) -> None:
-        with self._db.transaction(is_durable=False) as db:
-            db.execute(
-                "INSERT INTO deployments (model, state, progress, updated) VALUES (?, ?, ?, ?) ON CONFLICT (model) DO "
-                "UPDATE SET state = excluded.state, progress = excluded.progress, updated = excluded.updated",
-                (model, state.value, progress, time.time()),
-            )
-        self.gateway_bell.ring()
-
-    def publish(self, model: str, published: Published) -> None:
-        with self._db.transaction() as db:
-            db.execute(
-                "UPDATE deployments SET source = ?, dtype = ?, description = ?, tokenizer = ? WHERE model = ?",
-                (published.source, published.dtype, published.description, published.tokenizer, model),
-            )
-
     def requeue(self, model: str, *, is_clean: bool) -> int:
-        worn_out = ServiceError(f"the service broke down {MAX_ATTEMPTS} times while it ran this request")
         with self._db.transaction() as db:
             if is_clean:
                 db.execute(
@@ -248,7 +217,7 @@ class Store:
             db.execute(
                 "UPDATE requests SET state = 'failed', finished = ?, error = ? "
                 "WHERE model = ? AND state = 'running' AND attempts >= ?",
-                (time.time(), json.dumps(worn_out.to_fields()), model, MAX_ATTEMPTS),
+                (time.time(), _WORN_OUT, model, MAX_ATTEMPTS),
             )
             count = db.execute(
                 "UPDATE requests SET state = 'queued', started = NULL WHERE model = ? AND state = 'running'", (model,)
@@ -261,7 +230,7 @@ class Store:
             return []
         with self._db.transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
             rows = db.execute(
-                "SELECT requests.id, created, json, attempts FROM requests JOIN facts USING (id) "
+                "SELECT requests.id, created, json, attempts, work FROM requests JOIN facts USING (id) "
                 "WHERE model = ? AND state = 'queued' ORDER BY seq LIMIT ?",
                 (model, limit),
             ).fetchall()
@@ -273,10 +242,45 @@ class Store:
             )
         return [
             Claimed(
-                request=row[0], path=self.request_path(row[0]), accepted=row[1], facts=row[2], is_suspect=row[3] > 0
+                request=row[0],
+                path=self.request_path(row[0]),
+                accepted=row[1],
+                work=row[4],
+                facts=row[2],
+                is_suspect=row[3] > 0,
             )
             for row in rows
         ]
+
+    def give_back(self, requests: Iterable[RequestId], suspects: Iterable[RequestId]) -> None:
+        doubted = set(suspects)
+        with self._db.transaction() as db:
+            db.executemany(
+                "UPDATE requests SET state = 'failed', finished = ?, error = ? "
+                "WHERE id = ? AND state = 'running' AND attempts >= ?",
+                [(time.time(), _WORN_OUT, request, MAX_ATTEMPTS) for request in doubted],
+            )
+            db.executemany(
+                "UPDATE requests SET state = 'queued', started = NULL, passes_done = 0, passes = 0, "
+                "attempts = attempts - ? WHERE id = ? AND state = 'running'",
+                [(request not in doubted, request) for request in requests],
+            )
+        self.controller_bell.ring()
+        self.gateway_bell.ring()
+
+    def refuse(self, model: str, error: PolytraceError) -> None:
+        open_ = "model = ? AND state IN ('queued', 'running')"
+        with self._db.transaction() as db:
+            refused = [row[0] for row in db.execute(f"SELECT id FROM requests WHERE {open_}", (model,))]
+            db.execute(
+                f"UPDATE requests SET state = 'failed', finished = ?, error = ? WHERE {open_}",
+                (time.time(), json.dumps(error.to_fields()), model),
+            )
+            db.executemany("DELETE FROM facts WHERE id = ?", [(request,) for request in refused])
+        self.gateway_bell.ring()
+        for request in refused:
+            self.discard(request)
+            self.result_path(request).unlink(missing_ok=True)
 
     def cancellations(self, model: str) -> list[RequestId]:
         rows = self._db.rows("SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled", (model,))

@@ -115,6 +115,9 @@ class Supervisor:
             except OSError:
                 raise UserError(f"the store {folder} is in use by another service; choose another --store") from None
             self._store.sweep()
+            self._store.set_all_states(DeploymentState.STARTING, "starting")
+            if self._settings.spec is not None:
+                self._store.want(self._settings.spec, replaces=True)
             # Ray puts sockets in there, 81 bytes further down, and their paths may have 107. It opens its folder to all
             # users, so it gets one inside one of ours.
             root = tempfile.gettempdir() if len(tempfile.gettempdir()) < 26 else "/tmp"
@@ -148,19 +151,11 @@ class Supervisor:
             )
 
     def _controller_config(self) -> ControllerConfig:
-        ask = self._settings
         return ControllerConfig(
-            name=ask.name,
-            source=ask.source,
-            stages=ask.stages,
-            ranks=ask.ranks,
-            dtype=ask.dtype,
-            address=ask.address,
+            address=self._settings.address,
             ray_folder=self._ray_folder,
             url=self.url,
-            budget_tokens=ask.budget_tokens,
-            random_weights_seed=ask.random_weights_seed,
-            offload_bytes=ask.offload_bytes,
+            budget_tokens=self._settings.budget_tokens,
         )
 
     def _environment(self, role: str) -> dict[str, str]:
@@ -180,7 +175,7 @@ class Supervisor:
             for role in ("gateway", "controller"):
                 self._mend(role)
             if not self._was_ready:
-                progress = next((one.progress for one in self._store.deployments()), "")
+                progress = self._progress()
                 if progress != told:
                     told = progress
                     self._report(progress)
@@ -200,9 +195,19 @@ class Supervisor:
         file = address_file(self._ray_folder)
         return file.read_text() if file.exists() else ""
 
+    def _progress(self) -> str:
+        """Of the deployment that the service was started for. ServiceError when it will not come up."""
+        own = None if self._settings.spec is None else self._store.deployment(self._settings.spec.name)
+        if own is not None and own.state is DeploymentState.FAILED:
+            raise ServiceError(f"{own.model} did not start: {own.progress}")
+        return "" if own is None else own.progress
+
     def _is_ready(self) -> bool:
+        """Whether it takes requests for what it was started for, or anything else, when it was started for nothing."""
+        spec = self._settings.spec
+        path = "/healthz" if spec is None else f"/readyz?model={spec.name}"
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200
+            return httpx.get(f"{self.url}{path}", timeout=5, trust_env=False).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -217,7 +222,7 @@ class Supervisor:
             raise ServiceError(self._last_words(role) or f"the {role} ended with code {code} and said nothing")
         self._report(f"the {role} ended with code {code}; it is started again")
         if role == "controller":
-            self._store.set_state(self._settings.name, DeploymentState.STARTING, "the controller is started again")
+            self._store.set_all_states(DeploymentState.STARTING, "the controller is started again")
         others = [child.pid for other, child in self._children.items() if other != role]
         end_descendants(0.0, keep=others)  # what it had started: shards, Ray
         self._children[role] = self._start(role)
@@ -235,7 +240,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
             child.wait()
-        self._store.set_state(self._settings.name, DeploymentState.STOPPED, "the service was stopped")
+        self._store.set_all_states(DeploymentState.STOPPED, "the service was stopped")
 
     def _log(self, role: str) -> Path:
         return self._store.folder / f"{role}.log"

@@ -38,9 +38,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a worker found out about one request. Exactly one of `error` and the other two is set."""
+    """What a worker found out about one request. Exactly one of `error` and `facts` is set."""
 
     facts: bytes | None = None  # JSON for the controller: per node its ValueFacts or null
+    work: int = 0  # rows x layers that it would run through
     certificate: bytes | None = None  # JSON for the user; only when it was asked for
     error: Mapping[str, str] | None = None  # PolytraceError.to_fields()
 
@@ -187,6 +188,7 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, certify
     from cluster.requests import read_request
     from engine.shapes import infer
     from polytrace.codec import to_json
+    from scheduling.costs import token_layers
     from scheduling.plan import RequestId
     from scheduling.program import certify as make_certificate
     from scheduling.program import compile_program
@@ -195,4 +197,4 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, certify
     facts = infer(description, request, meta)
     program = compile_program(RequestId(path.stem), request, description, facts)
     certificate = json.dumps(to_json(make_certificate(program, facts, description))).encode() if certify else None
-    return Verdict(facts=json.dumps(to_json(facts)).encode(), certificate=certificate)
+    return Verdict(facts=json.dumps(to_json(facts)).encode(), work=token_layers(program), certificate=certificate)

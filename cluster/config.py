@@ -1,27 +1,58 @@
-"""What a controller is told when it is started. Apart from `cluster.controller`, so that nobody needs Ray to say it."""
+"""What a controller is told: the cluster it drives, and the deployments that are wanted on it.
+
+Apart from `cluster.controller`, so that nobody needs Ray to say it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerConfig:
-    """One deployment and the Ray cluster it lives in."""
+class DeploymentSpec:
+    """A model to serve by name: how it is split, and how many times it is there."""
 
-    name: str  # the deployment's
+    name: str
     source: str  # folder or hub id
     stages: int = 1
     ranks: int = 1
+    replicas: int = 1  # each is stages x ranks shards; requests go to the least loaded
     dtype: str = "auto"
+    device: str = "auto"  # "cpu", "cuda", or "auto": GPUs when the cluster has any
+    cpus: float | None = None  # of the cluster's, reserved per shard; None: a small share
+    random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
+    offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
+
+
+class Mode(Enum):
+    """What is wanted of a deployment."""
+
+    SERVING = "serving"
+    DRAINING = "draining"  # what is accepted is finished, nothing new is taken; its shards stay
+    REMOVING = "removing"  # the same, and then its shards end
+    DROPPING = "dropping"  # its shards end; what has not finished is refused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A deployment as the store wants it."""
+
+    spec: DeploymentSpec
+    mode: Mode
+    revision: int  # another one each time it was deployed: what failed before is tried again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerConfig:
+    """The Ray cluster of a service, and what holds for all of its deployments. Which these are is in the store."""
+
     address: str | None = None  # of a Ray cluster to join; None: an own one, on this machine
     ray_folder: str | None = None  # scratch of the own cluster: a short path; `address_file` tells its address
     url: str | None = None  # of the gateway, made known in the cluster
     budget_tokens: int = 8192  # most rows in one pass
-    max_active: int = 1024  # requests worked out and in memory; the rest waits in the store
-    random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
-    offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
+    max_active: int = 1024  # requests that a replica has worked out and in memory; the rest waits in the store
 
 
 def address_file(ray_folder: str) -> Path:

@@ -1,17 +1,17 @@
-"""The controller: the only Ray driver. Starts a deployment, runs its loop, and can be rebuilt from the store any time.
+"""The controller: the only Ray driver. Serves the deployments that the store wants, and can be rebuilt from it.
 
-Lost shards it mends (`Deployment.recover`). Whatever it cannot mend it does not survive: it ends, its supervisor starts
-another one, and the requests it had claimed run again.
+Each deployment is a `ReplicaSet` that works towards what is wanted of it, whatever the others do: one that fails, or
+waits for room, holds nobody up. The controller's own thread only looks, gives out requests and tells; it never waits
+for shards. When Ray itself is lost it ends, its supervisor starts another one, and the requests it had claimed run
+again.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
-import threading
+import time
 import traceback
-from dataclasses import replace
 from urllib.parse import urlsplit
 
 import ray
@@ -19,35 +19,40 @@ from ray.exceptions import AuthenticationError
 
 from cluster import discovery
 from cluster.config import ControllerConfig, address_file
-from cluster.deployment import Deployment, DeploymentConfig
-from cluster.dispatch import Dispatcher
-from cluster.requests import DeploymentState, Published, RequestStore
-from engine.loading import check_source
-from engine.tokenizer import tokenizer_json
-from polytrace.codec import to_json
-from polytrace.description import ModelDescription
+from cluster.replicas import ReplicaSet
+from cluster.requests import ControllerStore, DeploymentState
 from polytrace.errors import PolytraceError, UserError
-from scheduling.policy import PassPolicy, wave_tokens
 
 _log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 128 << 20  # plans only: tensors never go through it
 _REACH_S = 10.0  # for the head of a cluster to answer at all
+_LOOK_S = 1.0  # looks again without a ring
+_ENDING_S = 8.0  # for the replicas to end by themselves
 
 
 class Controller:
-    """One deployment, from start to end. `start` acquires, `run_forever` serves, `stop` may come from any thread."""
+    """All deployments of a service. `start` acquires, `run_forever` serves, `stop` may come from any thread."""
 
-    def __init__(self, store: RequestStore, config: ControllerConfig) -> None:
+    def __init__(self, store: ControllerStore, config: ControllerConfig) -> None:
         self._store = store
         self._config = config
-        self._dispatcher: Dispatcher | None = None
+        self._sets: dict[str, ReplicaSet] = {}
+        self._has_begun = self._is_stopped = False
 
     def start(self) -> None:
-        """Ray, the shards, and then the word to the gateway. Tells the store how far it is, and why when it fails."""
-        self._say(DeploymentState.STARTING, "starting")
+        """Joins Ray. Tells the store how far it is, and why when it fails."""
         try:
-            self._start()
+            # 1) what an earlier controller had claimed waits again
+            for wanted in self._store.wanted():
+                count = self._store.requeue(wanted.spec.name, is_clean=False)
+                if count:
+                    _log.warning("%d requests of an earlier controller are queued again", count)
+            # 2) Ray
+            self._say(DeploymentState.STARTING, "joining Ray" if self._config.address else "starting Ray")
+            _connect(self._config)
+            url = self._config.url
+            self._address = discovery.publish(_reachable(url)) if url else None
         except PolytraceError as error:
             self._say(DeploymentState.FAILED, str(error))
             raise
@@ -56,79 +61,45 @@ class Controller:
             raise
 
     def run_forever(self) -> None:
-        """Until `stop`, or until the deployment is lost: ServiceError."""
-        assert self._dispatcher is not None, "start() first"
+        """Until `stop`."""
+        self._has_begun = True
         try:
-            self._dispatcher.run_forever()
-            self._store.requeue(self._config.name, is_clean=True)
+            self._store.wait_for_requests(0.0)  # listens from now on: what came before is seen by the first look
+            while not self._is_stopped:
+                self._pursue()
+                self._store.wait_for_requests(_LOOK_S)
         finally:
             self._say(DeploymentState.STOPPED, "stopping")
-            self._deployment.stop()
+            self._end_all()
             ray.shutdown()
 
     def stop(self) -> bool:
         """Ends `run_forever` soon; False when it has not begun, and there is nothing to end but the process."""
-        if self._dispatcher is None:
-            return False
-        self._dispatcher.stop()
-        return True
+        self._is_stopped = True
+        self._store.interrupt()
+        return self._has_begun
 
-    def _start(self) -> None:
-        config = self._config
-        # 1) what an earlier controller had claimed waits again
-        count = self._store.requeue(config.name, is_clean=False)
-        if count:
-            _log.warning("%d requests of an earlier controller are queued again", count)
-        # 2) a model that cannot be built is known before anything is started
-        self._report(f"looking at {config.source}")
-        check_source(config.source, config.dtype, random_weights=config.random_weights_seed is not None)
-        # 3) Ray
-        self._report("joining Ray" if config.address else "starting Ray")
-        _connect(config)
-        # 4) the shards: load, self-test
-        self._deployment = Deployment(
-            DeploymentConfig(
-                name=config.name,
-                source=config.source,
-                stages=config.stages,
-                ranks=config.ranks,
-                dtype=config.dtype,
-                random_weights_seed=config.random_weights_seed,
-                offload_bytes=config.offload_bytes,
-            )
-        )
-        description = self._deployment.start(self._report)
-        policy = PassPolicy(budget_tokens=config.budget_tokens)
-        limits = replace(description.limits, pass_tokens=wave_tokens(policy, config.stages))
-        description = replace(description, limits=limits)
-        # 5) the loop, not running yet, and the word to the gateway
-        awake = threading.Event()
-        self._dispatcher = Dispatcher(
-            self._store,
-            description,
-            self._deployment.shards(awake.set),
-            policy,
-            awake=awake,
-            recover=self._recover,
-            max_active=config.max_active,
-        )
-        self._store.publish(config.name, _published(config, description))
-        self._address = discovery.publish(_reachable(config.url)) if config.url else None
-        self._say(DeploymentState.READY, f"{config.stages} x {config.ranks} shards are loaded and self-tested")
+    def _pursue(self) -> None:
+        for replicas in self._sets.values():
+            replicas.give_out()
+        for wanted in self._store.wanted():
+            name = wanted.spec.name
+            if name not in self._sets:
+                self._sets[name] = ReplicaSet(self._store, self._config, wanted)
+            if not self._sets[name].pursue(wanted):
+                del self._sets[name]
 
-    def _recover(self, loss: PolytraceError) -> None:
-        """Shards that were lost are started again; requests are taken meanwhile, and wait."""
-        _log.warning("%s; recovering", loss)
-        self._say(DeploymentState.READY, f"recovering: {loss}")
-        self._deployment.recover(lambda line: self._say(DeploymentState.READY, f"recovering: {line}"))
-        config = self._config
-        self._say(DeploymentState.READY, f"{config.stages} x {config.ranks} shards are whole again after a loss")
-
-    def _report(self, line: str) -> None:
-        self._say(DeploymentState.STARTING, line)
+    def _end_all(self) -> None:
+        deadline = time.monotonic() + _ENDING_S
+        for replicas in self._sets.values():
+            replicas.stop()
+        for name, replicas in self._sets.items():
+            replicas.join(max(0.0, deadline - time.monotonic()))
+            self._store.requeue(name, is_clean=True)
 
     def _say(self, state: DeploymentState, progress: str) -> None:
-        self._store.set_state(self._config.name, state, progress)
+        for wanted in self._store.wanted():
+            self._store.set_state(wanted.spec.name, state, progress)
 
 
 def _connect(config: ControllerConfig) -> None:
@@ -161,15 +132,6 @@ def _join(address: str) -> None:
         raise UserError(f"the Ray cluster at {address} asks for its token: {discovery.TOKEN_HINT}") from error
     except (ConnectionError, RuntimeError) as error:
         raise UserError(f"{error} If its token is another one, {discovery.TOKEN_HINT}") from error
-
-
-def _published(config: ControllerConfig, description: ModelDescription) -> Published:
-    return Published(
-        source=config.source,
-        dtype=config.dtype,
-        description=json.dumps(to_json(description)).encode(),
-        tokenizer=tokenizer_json(config.source),
-    )
 
 
 def _reachable(url: str) -> str:

@@ -13,19 +13,25 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import WATCH, ShardActor
 from cluster.gang import Gang, RayShards, wait_for_all
 from cluster.progress import Loading
-from engine.loading import ShardConfig, check_split
+from engine.loading import ShardConfig, check_source, check_split
 from polytrace.description import ModelDescription
 from polytrace.errors import ServiceError
 
@@ -33,6 +39,8 @@ Report = Callable[[str], None]
 
 _LEAVING_S = 2.0  # for a shard to leave by itself before it is killed
 _BEAT_S = 2.0  # between two looks at whether all shards answer
+_LOOK_S = 0.5  # between two looks at whether the cluster has room
+_PLACING_S = 2.0  # that Ray takes to place shards for which there is room
 _MAX_LOSSES = 5  # in a row, while the deployment comes up
 _INHERITED = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN")  # where and whether to look for weights
 
@@ -53,7 +61,7 @@ class DeploymentConfig:
     random_weights_seed: int | None = None  # read no weights
     offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
     working_dir: str | None = None  # shipped to nodes that do not have polytrace installed
-    placement_timeout_s: float = 120.0  # for the cluster to have room
+    placement_timeout_s: float | None = None  # for the cluster to have room; None: for ever, saying so
     hang_timeout_s: float = 30.0  # a shard that does not answer for so long is ended
 
     @property
@@ -102,6 +110,7 @@ class Deployment:
         self._views: list[RayShards] = []
         self._answering: set[int] = set()  # shards whose processes have answered once
         self._loaded: set[int] = set()  # shards that have their weights
+        self.is_waiting = False  # for room in the cluster; the progress lines say for how much
         self._is_stopped = threading.Event()
 
     def start(self, report: Report = lambda _: None) -> ModelDescription:
@@ -120,7 +129,7 @@ class Deployment:
     def recover(self, report: Report = lambda _: None) -> None:
         """Makes the deployment whole after a loss, when no pass is in flight; its views take passes again then.
 
-        ServiceError when it cannot.
+        ServiceError when it cannot. What `report` raises ends it too; it may be called again then.
         """
         self._bring_up(report)
         for view in self._views:
@@ -159,12 +168,13 @@ class Deployment:
     def _start(self, report: Report) -> None:
         config = self.config
         # 1) a model that can be split so, and a place for each shard
+        check_source(config.source, config.dtype, random_weights=config.random_weights_seed is not None)
         check_split(config.source, config.dtype, stages=config.stages, ranks=config.ranks)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._placement = plan_placement(
             config, cluster_cpus=resources.get("CPU", 0), cluster_gpus=resources.get("GPU", 0)
         )
-        self._group = self._reserve(self._placement, report)
+        self._group = self._reserve(self._placement)
         self._gang.actors = [None] * config.num_shards
         # 2) processes with weights, which meet and prove themselves
         threading.Thread(target=self._watch, name="beats", daemon=True).start()
@@ -185,7 +195,8 @@ class Deployment:
 
     def _assemble(self, report: Report) -> None:
         gang, placement = self._gang, self._placement
-        # 1) a process for each shard
+        # 1) a process for each shard, where there is room: nodes may be gone
+        self._await_room(report)
         missing = sorted({*gang.find_dead(), *(i for i, actor in enumerate(gang.actors) if actor is None)})
         self._answering -= set(missing)
         self._loaded -= set(missing)
@@ -219,20 +230,45 @@ class Deployment:
                 for view in self._views:
                     view.lose(loss)
 
-    def _reserve(self, placement: Placement, report: Report) -> PlacementGroup:
-        bundle = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
-        num_shards = self.config.num_shards
-        group: PlacementGroup = placement_group([bundle] * num_shards, strategy="PACK")
-        self._group = group
-        report(f"reserving {bundle} for each of {num_shards} shards")
-        if not group.wait(self.config.placement_timeout_s):
-            available: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-            free = {name: amount for name, amount in available.items() if name in ("CPU", "GPU")}
-            raise ServiceError(
-                f"{self.config.name}: the cluster found no room for {num_shards} shards of {bundle} within "
-                f"{self.config.placement_timeout_s:.0f} s; free are {free}"
-            )
+    def _reserve(self, placement: Placement) -> PlacementGroup:
+        group: PlacementGroup = placement_group([_bundle(placement)] * self.config.num_shards, strategy="PACK")
         return group
+
+    def _await_room(self, report: Report) -> None:
+        """Returns when every shard has its place, also those whose node is gone; says what is missing meanwhile."""
+        began = time.monotonic()
+        limit_s = self.config.placement_timeout_s
+        try:
+            while not self._has_room():
+                if self._is_stopped.is_set():
+                    raise ServiceError(f"{self.config.name} was stopped while it waited for room in the cluster")
+                if limit_s is not None and time.monotonic() - began > limit_s:
+                    raise ServiceError(f"{self.config.name}: no room within {limit_s:.0f} s; it {self._wish()}")
+                if time.monotonic() - began > _PLACING_S:
+                    self.is_waiting = True
+                    report(self._wish())
+                self._is_stopped.wait(_LOOK_S)
+        finally:
+            self.is_waiting = False
+
+    def _has_room(self) -> bool:
+        assert self._group is not None
+        # not `group.wait`: a group that was placed once stays ready for it, whatever becomes of its nodes
+        return bool(placement_group_table(self._group)["state"] == "CREATED")
+
+    def _wish(self) -> str:
+        """What it waits for, against what there is."""
+        assert self._group is not None
+        nodes = placement_group_table(self._group).get("bundles_to_node_id", {})
+        asked = _bundle(self._placement)
+        num_missing = sum(not node for node in nodes.values()) or self.config.num_shards
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        whole: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        told_free = ", ".join(f"{name} {free.get(name, 0):g} of {whole.get(name, 0):g}" for name in asked)
+        num_nodes = sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+        told = f"waits for room for {num_missing} of {self.config.num_shards} shards of "
+        told += ", ".join(f"{name} {amount:g}" for name, amount in asked.items())
+        return f"{told} each; free are {told_free} on {num_nodes} nodes"
 
     def _launch(self, placement: Placement, stage: int, rank: int) -> Any:
         config, group = self.config, self._group
@@ -301,3 +337,8 @@ class Deployment:
                     self._loaded.add(index)
                 except RayError as error:
                     raise gang.explain(index, error) from error
+
+
+def _bundle(placement: Placement) -> dict[str, float]:
+    """What Ray reserves for one shard."""
+    return {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})

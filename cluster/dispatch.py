@@ -82,6 +82,11 @@ class Dispatcher:
         self._is_stopped = True
         self._awake.set()
 
+    @property
+    def suspects(self) -> list[RequestId]:
+        """Unfinished requests that were in a pass that died with its shards. Not while `run_forever` runs."""
+        return self._scheduler.suspects
+
     def _run_again(self) -> None:
         """After a loss, when all passes in flight have been handed back: new shards, and their requests once more."""
         loss, lost = self._shards.take_loss()

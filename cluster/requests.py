@@ -7,12 +7,13 @@ whatever the controller has in memory can be made again from the store.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
+from cluster.config import Wanted
 from polytrace.errors import PolytraceError, WireError
 from polytrace.graph import Request
 from polytrace.wire import decode_request
@@ -21,12 +22,31 @@ from scheduling.scheduler import Progress
 
 
 class DeploymentState(Enum):
-    """How far a deployment is."""
+    """How far a deployment or one of its replicas is."""
 
     STARTING = "starting"
+    WAITING = "waiting"  # for room in the cluster; the progress text says for how much, and what is free
     READY = "ready"  # every shard is loaded and self-tested
+    RECOVERING = "recovering"  # shards were lost; requests are taken meanwhile, and wait
+    DRAINING = "draining"  # it takes nothing new
     FAILED = "failed"  # it will not come up by itself; the progress text says why
     STOPPED = "stopped"
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether requests that are taken now will be run without anybody's help."""
+        return self in (DeploymentState.READY, DeploymentState.RECOVERING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """One replica of a deployment, as people see it."""
+
+    number: int
+    state: DeploymentState
+    progress: str
+    requests: int  # given to it and not ended
+    work: int  # of these: rows x layers that they run through
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +67,7 @@ class Claimed:
     path: Path  # the request as it was received
     facts: bytes  # JSON: per node its ValueFacts or null, worked out when the request was checked
     accepted: float  # when it was stored, seconds since the epoch
+    work: int  # rows x layers that it runs through, at least 1
     is_suspect: bool  # a controller broke down while it had this request: to be run alone, in case it was the cause
 
 
@@ -68,19 +89,7 @@ class Finished:
 
 
 class RequestStore(Protocol):
-    """The controller's half of the store. Every method may be called from any thread."""
-
-    def set_state(self, model: str, state: DeploymentState, progress: str) -> None:
-        """Tells the gateway and whoever watches the start."""
-
-    def publish(self, model: str, published: Published) -> None:
-        """Puts down what a ready deployment serves; `set_state(READY)` follows."""
-
-    def requeue(self, model: str, *, is_clean: bool) -> int:
-        """Gives back every request that is claimed; how many.
-
-        `is_clean`: nothing broke. Else each becomes a suspect, and one that saw several breakdowns fails.
-        """
+    """What the loop of a replica needs of the store. Every method may be called from any thread."""
 
     def claim(self, model: str, limit: int) -> list[Claimed]:
         """Takes the oldest waiting requests, at most `limit`; a suspect is never taken together with another one."""
@@ -98,10 +107,44 @@ class RequestStore(Protocol):
         """How far running requests are."""
 
     def wait_for_requests(self, timeout_s: float) -> None:
-        """Blocks until something may have changed for the controller, or the time is over. One thread only."""
+        """Blocks until something may have changed for the caller, or the time is over. One thread only."""
 
     def interrupt(self) -> None:
         """Ends `wait_for_requests` early."""
+
+
+class ControllerStore(RequestStore, Protocol):
+    """What the controller needs beside that: the deployments, and requests that change hands."""
+
+    def wanted(self) -> list[Wanted]:
+        """The deployments that are to be there."""
+
+    def set_state(self, model: str, state: DeploymentState, progress: str) -> None:
+        """Tells the gateway and whoever watches the start."""
+
+    def set_replicas(self, model: str, replicas: Sequence[ReplicaStatus]) -> None:
+        """Tells whoever asks how the replicas of a deployment do."""
+
+    def publish(self, model: str, published: Published) -> None:
+        """Puts down what a ready deployment serves; `set_state(READY)` follows."""
+
+    def forget(self, model: str) -> None:
+        """A deployment that was to be removed is gone; a name that is wanted again meanwhile stays."""
+
+    def num_open(self, model: str) -> int:
+        """Requests of a deployment that have not ended."""
+
+    def refuse(self, model: str, error: PolytraceError) -> None:
+        """Fails every request of a deployment that has not ended."""
+
+    def give_back(self, requests: Iterable[RequestId], suspects: Iterable[RequestId]) -> None:
+        """Claimed requests wait again, and the suspects among them to be run alone."""
+
+    def requeue(self, model: str, *, is_clean: bool) -> int:
+        """Gives back every request that is claimed; how many.
+
+        `is_clean`: nothing broke. Else each becomes a suspect, and one that saw several breakdowns fails.
+        """
 
 
 def read_request(path: Path, *, max_nodes: int) -> Request:

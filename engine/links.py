@@ -18,6 +18,8 @@ Invariants
 from __future__ import annotations
 
 import gc
+import sys
+import traceback
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -244,12 +246,13 @@ class Distributed:
 
     def close(self) -> None:
         self._sending.clear()
+        _let_go(sys.exception())
         if dist.is_initialized():
             dist.destroy_process_group()
         # Connections close when the groups' last references go: gloo knows no other way to tell those who wait.
         for group in ("rank_group", "_forward", "_backward"):
             vars(self).pop(group, None)  # it may have left before
-        gc.collect()
+        gc.collect(1)  # cycles of a moment ago; all of them would take half a second, more under load
 
     def _all_gather(self, tensor: Tensor) -> tuple[Tensor, ...]:
         raw = as_bytes(tensor).to(self._wire)
@@ -269,6 +272,15 @@ class Distributed:
 
     def _peer(self, stage: int) -> int:
         return stage * self.ranks + self.rank
+
+
+def _let_go(failure: BaseException | None) -> None:
+    """Clears the frames of a failure that is being handled: they hold groups, and while they do, neighbours who wait
+    for this shard are not told.
+    """
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__cause__ or failure.__context__
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -8,6 +8,7 @@
     │   ├── NotFoundError    no such model, job or result
     │   ├── KeyRefusedError  no key, or not one the service knows
     │   ├── CancelledError   the owner cancelled the request
+    │   ├── ConflictError    a deployment of this name is something else, or on its way out
     │   └── RunError         the program failed while it ran (its own rows only)
     ├── CapacityError        the service is full or not ready: try again later
     └── ServiceError         ours: the service failed, the request is not to blame
@@ -67,6 +68,10 @@ class CancelledError(UserError):
     code = "cancelled"
 
 
+class ConflictError(UserError):
+    code = "conflict"
+
+
 class RunError(UserError):
     code = "run"
 
@@ -89,6 +94,7 @@ _BY_CODE: dict[str, type[PolytraceError]] = {
         NotFoundError,
         KeyRefusedError,
         CancelledError,
+        ConflictError,
         RunError,
         CapacityError,
         ServiceError,

@@ -168,6 +168,11 @@ class Scheduler:
         if not job.in_flight:
             self._end(job, CancelledError("the request was cancelled"))
 
+    @property
+    def suspects(self) -> list[RequestId]:
+        """Requests on their way that were in a pass that died with its shards."""
+        return [request for request, job in self._jobs.items() if job.is_suspect]
+
     def has_work(self) -> bool:
         """Whether a wave may go into a pass now. A suspect goes when no pass is in flight, and none beside it."""
         if not self._ready or self._has_suspect_in_flight:

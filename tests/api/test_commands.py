@@ -12,7 +12,7 @@ import pytest
 from transformers import LlamaConfig
 
 from api.server import bind
-from api.settings import from_environment, gateway_settings, ray_auth_mode, serve_settings
+from api.settings import deployment_spec, from_environment, gateway_settings, ray_auth_mode
 from polytrace.errors import UserError
 
 
@@ -110,11 +110,31 @@ def test_a_variable_that_is_not_declared_cannot_be_read() -> None:
         from_environment("POLYTRACE_NOSUCH", str, "")
 
 
-def test_a_deployment_is_named_after_its_model(tmp_path: Path) -> None:
+def test_a_deployment_is_named_after_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "tiny"
     folder.mkdir()
-    assert serve_settings(source=str(folder), name=None, key=None).name == "tiny"
-    assert serve_settings(source="openai-community/gpt2", name=None, key=None).name == "gpt2"
-    assert serve_settings(source=str(folder), name="mine", key=None).name == "mine"
+    monkeypatch.chdir(tmp_path)
+    for source in (str(folder), "tiny"):
+        spec = deployment_spec(source=source)
+        assert (spec.name, spec.source) == ("tiny", str(folder)), "the service may run in another folder"
+    assert deployment_spec(source="openai-community/gpt2").name == "gpt2"
+    assert deployment_spec(source=str(folder), name="mine").name == "mine"
     with pytest.raises(UserError, match="--name"):
-        serve_settings(source=str(folder), name="a/b", key=None)
+        deployment_spec(source=str(folder), name="a/b")
+
+
+def test_a_deployment_that_can_be_none_anywhere_is_refused_with_its_number() -> None:
+    for flags, message in (
+        ({"stages": 0}, "stages is 0"),
+        ({"replicas": 65}, "at most 64"),
+        ({"device": "tpu"}, "auto, cpu or cuda"),
+        ({"cpus": 0.0}, "more than 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            deployment_spec(source="a/b", **flags)
+
+
+def test_a_service_of_nothing_is_refused() -> None:
+    answer = polytrace("serve")
+    assert answer.returncode == 1
+    assert "name a MODEL" in answer.stderr and "Traceback" not in answer.stderr

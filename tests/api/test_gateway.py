@@ -17,11 +17,12 @@ from api.server import GatewayServer, bind
 from api.settings import GatewaySettings
 from api.store import RequestState, Store
 from api.worker import Verdict
+from cluster.config import Mode
 from cluster.requests import Claimed, DeploymentState, Finished, Published
 from polytrace.certificate import Receipt
 from polytrace.codec import from_json, to_json
 from polytrace.description import Limits, ModelDescription
-from polytrace.errors import CancelledError, GraphError, PolytraceError, RunError
+from polytrace.errors import CancelledError, CapacityError, GraphError, NotFoundError, PolytraceError, RunError
 from polytrace.graph import Constant, Graph, Invoke, NodeId, Options, Ref, Request, Save
 from polytrace.tensors import RawTensor
 from polytrace.wire import VERSION, decode_request, decode_result, encode_request, result_header
@@ -343,6 +344,79 @@ def test_the_service_is_ready_only_when_its_deployment_is(tmp_path: Path) -> Non
     assert service.http.post("/v1/models/m/requests", content=body(SUCCEED)).status_code == 202
     service.store.set_state("m", DeploymentState.FAILED, "a shard was lost")
     wait_until(lambda: service.http.get("/readyz").status_code == 503)
+    service.close()
+
+
+def test_deployments_are_wanted_resized_drained_and_removed_by_name(tmp_path: Path) -> None:
+    service = Service(tmp_path / "store", None)
+    http, wish = service.http, {"source": "a/b", "stages": 2, "replicas": 2}
+    told = http.put("/v1/models/m", json=wish)
+    assert told.status_code == 202 and told.json()["spec"]["ranks"] == 1, told.text
+    assert http.put("/v1/models/m", json=wish).status_code == 202, "the same once more is no conflict"
+    other = problem_of(http.put("/v1/models/m", json=wish | {"stages": 4}), 409)
+    assert "a/b on 2 x 1 shards" in str(other["detail"])
+    assert http.patch("/v1/models/m", json={"replicas": 5}).json()["spec"]["replicas"] == 5
+    (wanted,) = service.store.wanted()
+    assert (wanted.spec.source, wanted.spec.replicas, wanted.mode) == ("a/b", 5, Mode.SERVING)
+    for path, body_ in (
+        ("/v1/models/m", {}),
+        ("/v1/models/m", wish | {"stages": 0}),
+        ("/v1/models/m", wish | {"colour": "red"}),
+        ("/v1/models/.m", wish),
+    ):
+        problem_of(http.put(path, json=body_), 400)
+    for answer in (
+        http.patch("/v1/models/nosuch", json={"replicas": 1}),
+        http.post("/v1/models/nosuch/drain"),
+        http.delete("/v1/models/nosuch"),
+    ):
+        assert "'nosuch'" in str(problem_of(answer, 404)["detail"])
+    assert http.delete("/v1/models/m").json()["mode"] == "removing"
+    assert "is being removed" in str(problem_of(http.put("/v1/models/m", json=wish), 409)["detail"])
+    problem_of(http.patch("/v1/models/m", json={"replicas": 1}), 409)
+    problem_of(http.post("/v1/models/m/drain"), 409)
+    service.store.forget("m")
+    wait_until(lambda: http.get("/v1/models").json() == {"models": []})
+    service.close()
+
+
+def test_a_drained_deployment_refuses_new_requests_with_the_reason_and_finishes_the_others(tmp_path: Path) -> None:
+    service = Service(tmp_path / "store", None)
+    service.publish()
+    held = service.http.post("/v1/models/m/requests", content=body(HOLD)).json()
+    assert service.http.post("/v1/models/m/drain").json()["mode"] == "draining"
+    service.store.set_state("m", DeploymentState.DRAINING, "drained when 1 requests are finished")
+
+    def refusal() -> Mapping[str, object]:
+        return problem_of(service.http.post("/v1/models/m/requests", content=body(SUCCEED)), 503)
+
+    wait_until(lambda: "it finishes what it has" in str(refusal()["detail"]))
+    assert service.http.get("/v1/models/m").status_code == 200, "what it serves is still told"
+    assert service.state(held["id"]) in (RequestState.QUEUED, RequestState.RUNNING)
+    service.close()
+
+
+def test_a_request_does_not_slip_into_a_deployment_that_is_drained_while_it_is_checked(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.set_state("m", DeploymentState.READY, "ready")
+    store.drain("m")
+    with pytest.raises(CapacityError, match="m is drained"):
+        store.add(store.new_id(), "m", b"[]", work=1, max_open=10)
+    with pytest.raises(NotFoundError):
+        store.add(store.new_id(), "gone", b"[]", work=1, max_open=10)
+    store.close()
+
+
+def test_requests_of_a_deployment_that_is_removed_at_once_are_refused_with_the_reason(tmp_path: Path) -> None:
+    service = Service(tmp_path / "store", None)
+    service.publish()
+    held = service.http.post("/v1/models/m/requests", content=body(HOLD)).json()["id"]
+    wait_until(lambda: service.state(held) is RequestState.RUNNING)
+    service.http.delete("/v1/models/m", params={"now": True})
+    service.store.refuse("m", CapacityError("m was removed"))
+    assert problem_of(service.http.get(f"/v1/requests/{held}/result"), 503)["detail"] == "m was removed"
+    assert not service.store.request_path(RequestId(held)).exists()
+    assert service.store.num_open("m") == 0
     service.close()
 
 

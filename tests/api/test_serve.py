@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import re
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,99 +16,18 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from services import LAYER, PROMPT, SCALE, Service, answer, body, fresh_environment, make_model, wait_until
+from transformers import LlamaForCausalLM
 
-from api.server import bind
-from polytrace.graph import Graph, Invoke, Node, NodeId, Op, Port, Read, Ref, Request, Save, Site, Write
-from polytrace.wire import decode_result, encode_request
+from polytrace.wire import decode_result
 
-PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
-LAYER = 2
-SCALE = 1.5
 TASK = "__import__('polytrace').models('ray://auto', key='sesame')"  # what a Ray job may do at any place
 JOB = f"print({TASK})"
-MARK = "SERVE_TEST_MARK"  # every process of a service inherits it
-
-
-class Service:
-    """One `polytrace serve` and what belongs to it."""
-
-    controller: int | None  # that it began with
-
-    def __init__(self, model: Path, folder: Path, *flags: str) -> None:
-        self.mark = secrets.token_hex(8)
-        listener = bind("127.0.0.1", 0)
-        self.port = listener.getsockname()[1]
-        listener.close()
-        self.folder = folder
-        self.store = folder / "store"
-        command = [sys.executable, "-m", "api.commands", "serve", str(model), "--name", "tiny"]
-        command += ["--port", str(self.port), "--store", str(self.store), *flags]
-        self.scratch = tempfile.mkdtemp(prefix="pt", dir="/tmp")  # a short path, as Ray's sockets need it
-        environment = fresh_environment(folder) | {MARK: self.mark, "POLYTRACE_KEY": "sesame", "TMPDIR": self.scratch}
-        self.log = (folder / "serve.log").open("wb")
-        self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
-        headers = {"Authorization": "Bearer sesame"}
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=60)
-
-    def is_ready(self) -> bool:
-        assert self.process.poll() is None, self.words()
-        with contextlib.suppress(httpx.TransportError):
-            return self.http.get("/readyz").status_code == 200
-        return False
-
-    def processes(self) -> dict[int, str]:
-        """Everything that this service started and that still lives, by process id."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
-                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-        return found
-
-    def child(self, role: str) -> int | None:
-        pids = (pid for pid, command in self.processes().items() if f"api.children {role}" in command)
-        return next(pids, None)
-
-    def shards(self) -> list[int]:
-        """The processes of its shards."""
-        return sorted(pid for pid, command in self.processes().items() if command.startswith("ray::ShardActor"))
-
-    def told_for_ray(self) -> dict[str, str]:
-        """What a Ray program sets to join, from the last line that says so."""
-        lines = Path(self.log.name).read_text().splitlines()
-        told = next(line for line in reversed(lines) if "RAY_ADDRESS=" in line)
-        return dict(re.findall(r"(RAY_\w+)=(\S+)", told))
-
-    def words(self) -> str:
-        logs = (Path(self.log.name), *self.store.glob("*.log"))
-        return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists())
-
-    def kill_all(self) -> None:
-        self.http.close()
-        self.log.close()
-        for pid in (self.process.pid, *self.processes()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    folder = tmp_path_factory.mktemp("serve") / "model"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return make_model(tmp_path_factory.mktemp("serve") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +35,6 @@ def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     service = Service(model, tmp_path_factory.mktemp("service"), "--stages", "2")
     try:
         wait_until(service.is_ready, 240, service)
-        service.controller = service.child("controller")
         yield service
     finally:
         service.kill_all()
@@ -182,6 +95,7 @@ def test_shards_killed_at_random_moments_lose_no_request_and_change_no_bit(servi
     rng = random.Random(7)
     work = [(rng.randrange(4), tuple(rng.randrange(64) for _ in range(rng.randrange(3, 60)))) for _ in range(200)]
     calm = {one: answer(service, *one) for one in work[:40]}  # before anything happens
+    controller = service.child("controller")
     answered: list[tuple[tuple[int, tuple[int, ...]], bytes]] = []
     kill_at = sorted(rng.sample(range(5, 180), 3))
     delays = [rng.random() * 0.05 for _ in kill_at]
@@ -203,7 +117,7 @@ def test_shards_killed_at_random_moments_lose_no_request_and_change_no_bit(servi
         for done in [pool.submit(client, work[first::8]) for first in range(8)]:
             done.result(timeout=300)
     assert len(answered) == 200 and len(killed) == 3 and len(set(killed)) == 3
-    assert service.child("controller") == service.controller, "the deployment came back without its controller ending"
+    assert service.child("controller") == controller, "the deployment came back without its controller ending"
     for one, found in answered:
         if one in calm:
             assert found == calm[one], "not the bits of a calm run"
@@ -218,32 +132,6 @@ def test_shards_killed_at_random_moments_lose_no_request_and_change_no_bit(servi
         expected = seen[number]
         out = torch.frombuffer(bytearray(found), dtype=torch.float32).reshape(expected.shape)
         assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
-
-
-def answer(service: Service, layer: int, prompt: tuple[int, ...]) -> bytes:
-    """The saved values of a request, through HTTP, however long it takes."""
-    posted = service.http.post("/v1/models/tiny/requests", content=body(layer, prompt, SCALE)).json()
-    assert "id" in posted, posted
-    for _ in range(10):
-        status = service.http.get(f"/v1/requests/{posted['id']}", params={"wait": 30}).json()
-        if status["state"] == "done":
-            values, _ = decode_result(service.http.get(status["result"]).content)
-            return bytes(values["out"].data)
-        assert status["state"] in ("queued", "running"), status
-    raise AssertionError(f"no answer: {status}")
-
-
-def test_an_accepted_request_is_finished_by_the_next_controller(service: Service) -> None:
-    controller = service.child("controller")
-    assert controller is not None
-    os.kill(controller, signal.SIGSTOP)  # it can claim nothing any more
-    accepted = service.http.post("/v1/models/tiny/requests", content=body()).json()
-    os.kill(controller, signal.SIGKILL)
-    wait_until(lambda: service.child("controller") not in (controller, None), 60, service)
-    wait_until(service.is_ready, 240, service)
-    status = service.http.get(f"/v1/requests/{accepted['id']}", params={"wait": 30}).json()
-    assert status["state"] == "done", status
-    assert service.http.get(status["result"]).status_code == 200
 
 
 def test_sigterm_ends_the_service_and_leaves_no_process_behind(service: Service) -> None:
@@ -290,39 +178,7 @@ def test_a_model_that_cannot_be_loaded_is_told_and_nothing_stays(tmp_path: Path)
         service.kill_all()
 
 
-def fresh_environment(folder: Path) -> dict[str, str]:
-    """As on a machine where Ray has never run: an empty home folder, and nothing set for Ray."""
-    (folder / "home").mkdir(exist_ok=True)
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return inherited | {"HOME": str(folder / "home")}
-
-
 def ray_program(service: Service, program: str, told: dict[str, str]) -> subprocess.CompletedProcess[str]:
     environment = fresh_environment(service.folder) | told
     command = [sys.executable, "-c", program]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
-
-
-def body(layer: int = LAYER, prompt: tuple[int, ...] = PROMPT, scale: float | None = None) -> bytes:
-    """Saves a layer's output; with a scale, the first layer's is multiplied by it."""
-    where = "experiment.py:1"
-    site, first = (Site(module=f"model.layers.{number}", port=Port.OUTPUT) for number in (layer, 0))
-    nodes: tuple[Node, ...] = ()
-    if scale is not None:
-        nodes = (
-            Read(site=first, invoke=0, where=where),
-            Op(name="mul", args=(Ref(NodeId(0)), scale), where=where),
-            Write(site=first, invoke=0, value=Ref(NodeId(1)), in_place=True, where=where),
-        )
-    read = NodeId(len(nodes))
-    nodes += (Read(site=site, invoke=0, where=where), Save(name="out", value=Ref(read), where=where))
-    request = Request(graph=Graph(nodes=nodes), invokes=(Invoke(sequences=(prompt,)),), constants={})
-    return b"".join(encode_request(request))
-
-
-def wait_until(condition: object, timeout_s: float, service: Service) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"it did not happen in {timeout_s} s\n{service.words()}"
-        time.sleep(0.2)

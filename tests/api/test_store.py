@@ -31,7 +31,9 @@ def add(store: Store, model: str = "m", content: bytes = b"request", max_open: i
     request = store.new_id()
     store.request_path(request).write_bytes(content)
     store.sync_request(request)
-    store.add(request, model, b"[]", max_open=max_open)
+    if store.deployment(model) is None:
+        store.set_state(model, DeploymentState.READY, "ready")
+    store.add(request, model, b"[]", work=1, max_open=max_open)
     return request
 
 
@@ -201,12 +203,14 @@ _WRITER = """
 import sys
 from pathlib import Path
 from api.store import Store
+from cluster.requests import DeploymentState
 store = Store(Path(sys.argv[1]))
+store.set_state("m", DeploymentState.READY, "ready")
 while True:
     request = store.new_id()
     store.request_path(request).write_bytes(request.encode())
     store.sync_request(request)
-    store.add(request, "m", b"[]", max_open=1_000_000)
+    store.add(request, "m", b"[]", work=1, max_open=1_000_000)
     print(request, flush=True)
 """
 

@@ -191,8 +191,8 @@ def test_a_model_that_cannot_be_split_so_is_refused_before_anything_starts(clust
     for stages, ranks, message in ((5, 1, "use 1 to 4"), (1, 3, "use ranks 1, 2, 4")):
         with pytest.raises(ServiceError, match=message):
             Deployment(DeploymentConfig(name="no", source=source, stages=stages, ranks=ranks)).start()
-    too_large = Deployment(DeploymentConfig(name="no", source=source, device="cpu", placement_timeout_s=0.5, cpus=99))
-    with pytest.raises(ServiceError, match="no room for 1 shards"):
+    too_large = Deployment(DeploymentConfig(name="no", source=source, device="cpu", placement_timeout_s=0.4, cpus=99))
+    with pytest.raises(ServiceError, match="no room within 0 s; it waits for room for 1 of 1 shards of CPU 99 each"):
         too_large.start()
     assert comes_true(lambda: group_states() <= {"CREATED", "REMOVED"})
 

@@ -56,7 +56,7 @@ class World:
         name = self.store.new_id()
         self.store.request_path(name).write_bytes(b"".join(encode_request(request)))
         facts = json.dumps(to_json(infer(self.backend.description, request, self.meta))).encode()
-        self.store.add(name, "m", facts, max_open=1000)
+        self.store.add(name, "m", facts, work=1, max_open=1000)
         return name
 
     def wait(self, *names: RequestId) -> list[RequestStatus]:

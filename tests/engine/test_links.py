@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,26 @@ def survivor(index: int, port: int, out: str) -> None:
     (Path(out) / "told").write_text("yes")
 
 
+def chained(index: int, port: int, out: str) -> None:
+    """Stage 2 waits for stage 1, which waits for stage 0, which dies."""
+    links = Distributed(join_store("127.0.0.1", port), stage=index, stages=3, rank=0, ranks=1, timeout_s=60)
+    links.barrier()
+    if index == 0:
+        return
+    try:
+        links.receive((4,), torch.float32, index - 1)
+    except ServiceError as failure:
+        links.close()
+        told = Path(out) / "told"
+        if index == 2:
+            told.write_text(str(failure))
+        for _ in range(200):  # the failure is not over here before the other has heard of it
+            if told.exists():
+                break
+            time.sleep(0.1)
+        assert told.exists(), "the neighbour was not told while the failure was being handled"
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     out = tmp_path_factory.mktemp("links")
@@ -104,6 +125,12 @@ def test_a_dead_neighbour_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
     store = open_store("127.0.0.1")
     mp.spawn(survivor, (store.port, str(tmp_path)), nprocs=2)
     assert (tmp_path / "told").read_text() == "yes"
+
+
+def test_a_neighbour_is_told_while_the_failure_that_it_follows_from_is_still_being_handled(tmp_path: Path) -> None:
+    store = open_store("127.0.0.1")
+    mp.spawn(chained, (store.port, str(tmp_path)), nprocs=3)
+    assert "lost stage 1" in (tmp_path / "told").read_text()
 
 
 def test_a_shard_that_is_alone_gathers_and_sums_itself() -> None:

@@ -1,0 +1,209 @@
+"""The deployments in the store: which are wanted, how far each is, and what it serves.
+
+A row is there from the moment somebody wants a deployment until its last shard is gone. The gateway writes what is
+wanted and rings; the controller reads that, works towards it, and writes how far it is. So whatever dies, the next
+controller finds all of it here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from api.database import Database
+from cluster.config import DeploymentSpec, Mode, Wanted
+from cluster.requests import DeploymentState, Published, ReplicaStatus
+from polytrace.codec import from_json, to_json
+from polytrace.errors import CapacityError, ConflictError, NotFoundError
+
+REFUSALS = {
+    Mode.DRAINING: "is drained: it finishes what it has and takes no new requests until it is deployed again",
+    Mode.REMOVING: "is being removed: it finishes what it has and takes no new requests",
+    Mode.DROPPING: "is being removed and takes no new requests",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What is known of a deployment, without its larger parts."""
+
+    model: str
+    state: DeploymentState
+    progress: str
+    updated: float  # seconds since the epoch
+    mode: Mode = Mode.SERVING
+    revision: int = 0  # another one each time it was deployed
+    spec: DeploymentSpec | None = None
+    replicas: tuple[ReplicaStatus, ...] = ()
+
+
+class Catalogue:
+    """What the store knows of deployments. Its methods may be called from any thread."""
+
+    def __init__(self, db: Database, *, ring_controller: Callable[[], None], ring_gateway: Callable[[], None]) -> None:
+        self._db = db
+        self._ring_controller = ring_controller
+        self._ring_gateway = ring_gateway
+
+    # --- what is wanted
+
+    def want(self, spec: DeploymentSpec, *, replaces: bool = False) -> Deployment:
+        """Deploys a model, or makes one that is drained or has failed serve again. The number of replicas may be new.
+
+        Raises ConflictError when the name belongs to a deployment of something else (unless `replaces`), or to one that
+        is being removed.
+        """
+        with self._db.transaction() as db:
+            row = db.execute("SELECT spec, mode FROM deployments WHERE model = ?", (spec.name,)).fetchone()
+            if row is not None and not replaces:
+                _check_same(spec, row[0], Mode(row[1]))
+            db.execute(
+                "INSERT INTO deployments (model, state, progress, updated, spec) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (model) DO UPDATE SET spec = excluded.spec, mode = 'serving', revision = revision + 1",
+                (spec.name, DeploymentState.STARTING.value, "starting", time.time(), json.dumps(to_json(spec))),
+            )
+        return self._rung(spec.name)
+
+    def drain(self, model: str) -> Deployment:
+        """It takes no new requests from now on. Raises NotFoundError, or ConflictError when it is being removed."""
+        return self._change_mode(model, Mode.DRAINING)
+
+    def remove(self, model: str, *, now: bool) -> Deployment:
+        """It takes no new requests and goes, when what it has is finished or `now`. Raises NotFoundError."""
+        return self._change_mode(model, Mode.DROPPING if now else Mode.REMOVING)
+
+    def resize(self, model: str, replicas: int) -> Deployment:
+        """Another number of replicas, while it serves. Raises NotFoundError, or ConflictError when it is removed."""
+        with self._db.transaction() as db:
+            row = db.execute(
+                "SELECT spec, mode FROM deployments WHERE model = ? AND spec IS NOT NULL", (model,)
+            ).fetchone()
+            if row is None:
+                raise _unknown(model)
+            if Mode(row[1]) in (Mode.REMOVING, Mode.DROPPING):
+                raise ConflictError(f"{model} is being removed")
+            spec = replace(_spec(row[0]), replicas=replicas)
+            db.execute("UPDATE deployments SET spec = ? WHERE model = ?", (json.dumps(to_json(spec)), model))
+        return self._rung(model)
+
+    def wanted(self) -> list[Wanted]:
+        rows = self._db.rows("SELECT spec, mode, revision FROM deployments WHERE spec IS NOT NULL ORDER BY model")
+        return [Wanted(spec=_spec(row[0]), mode=Mode(row[1]), revision=row[2]) for row in rows]
+
+    # --- how far it is
+
+    def deployments(self) -> list[Deployment]:
+        rows = self._db.rows(
+            "SELECT model, state, progress, updated, mode, revision, spec, replicas FROM deployments ORDER BY model"
+        )
+        return [
+            Deployment(
+                model=row[0],
+                state=DeploymentState(row[1]),
+                progress=row[2],
+                updated=row[3],
+                mode=Mode(row[4]),
+                revision=row[5],
+                spec=_spec(row[6]) if row[6] else None,
+                replicas=from_json(tuple[ReplicaStatus, ...], json.loads(row[7])),
+            )
+            for row in rows
+        ]
+
+    def deployment(self, model: str) -> Deployment | None:
+        return next((one for one in self.deployments() if one.model == model), None)
+
+    def published(self, model: str) -> Published | None:
+        """What the deployment serves, None before it was ready for the first time."""
+        rows = self._db.rows(
+            "SELECT source, dtype, description, tokenizer FROM deployments WHERE model = ? AND description IS NOT NULL",
+            (model,),
+        )
+        if not rows:
+            return None
+        source, dtype, description, tokenizer = rows[0]
+        return Published(source=source, dtype=dtype, description=description, tokenizer=tokenizer)
+
+    def set_state(self, model: str, state: DeploymentState, progress: str) -> None:
+        with self._db.transaction(is_durable=False) as db:
+            db.execute(
+                "INSERT INTO deployments (model, state, progress, updated) VALUES (?, ?, ?, ?) ON CONFLICT (model) DO "
+                "UPDATE SET state = excluded.state, progress = excluded.progress, updated = excluded.updated",
+                (model, state.value, progress, time.time()),
+            )
+        self._ring_gateway()
+
+    def set_all_states(self, state: DeploymentState, progress: str) -> None:
+        """Of every deployment: the controller or the service itself has ended."""
+        with self._db.transaction(is_durable=False) as db:
+            db.execute(
+                "UPDATE deployments SET state = ?, progress = ?, updated = ?, replicas = '[]'",
+                (state.value, progress, time.time()),
+            )
+        self._ring_gateway()
+
+    def set_replicas(self, model: str, replicas: Sequence[ReplicaStatus]) -> None:
+        with self._db.transaction(is_durable=False) as db:
+            db.execute(
+                "UPDATE deployments SET replicas = ? WHERE model = ?", (json.dumps(to_json(list(replicas))), model)
+            )
+
+    def publish(self, model: str, published: Published) -> None:
+        with self._db.transaction() as db:
+            db.execute(
+                "UPDATE deployments SET source = ?, dtype = ?, description = ?, tokenizer = ? WHERE model = ?",
+                (published.source, published.dtype, published.description, published.tokenizer, model),
+            )
+
+    def forget(self, model: str) -> None:
+        with self._db.transaction() as db:
+            db.execute("DELETE FROM deployments WHERE model = ? AND mode IN ('removing', 'dropping')", (model,))
+        self._ring_gateway()
+
+    # --- inside
+
+    def _change_mode(self, model: str, mode: Mode) -> Deployment:
+        with self._db.transaction() as db:
+            row = db.execute("SELECT mode FROM deployments WHERE model = ?", (model,)).fetchone()
+            if row is None:
+                raise _unknown(model)
+            if mode is Mode.DRAINING and Mode(row[0]) in (Mode.REMOVING, Mode.DROPPING):
+                raise ConflictError(f"{model} is being removed")
+            db.execute("UPDATE deployments SET mode = ? WHERE model = ?", (mode.value, model))
+        return self._rung(model)
+
+    def _rung(self, model: str) -> Deployment:
+        """Tells both sides; how it stood before they heard."""
+        found = self.deployment(model)
+        self._ring_controller()
+        self._ring_gateway()
+        return found or Deployment(
+            model=model, state=DeploymentState.STOPPED, progress="is removed", updated=time.time(), mode=Mode.REMOVING
+        )  # the controller has looked by itself
+
+
+def check_taking(model: str, mode: Mode) -> None:
+    """Raises CapacityError with the reason when a deployment takes no new requests."""
+    if mode in REFUSALS:
+        raise CapacityError(f"{model} {REFUSALS[mode]}")
+
+
+def _check_same(spec: DeploymentSpec, known: str | None, mode: Mode) -> None:
+    if mode in (Mode.REMOVING, Mode.DROPPING):
+        raise ConflictError(f"{spec.name} is being removed; deploy it again when it is gone")
+    if known is None:
+        return
+    old = _spec(known)
+    if replace(old, replicas=spec.replicas) != spec:
+        told = f"{spec.name} is {old.source} on {old.stages} x {old.ranks} shards ({old.dtype}, {old.device}) already"
+        raise ConflictError(f"{told}; remove it first, or choose another name")
+
+
+def _spec(text: str) -> DeploymentSpec:
+    return from_json(DeploymentSpec, json.loads(text))
+
+
+def _unknown(model: str) -> NotFoundError:
+    return NotFoundError(f"there is no deployment {model[:100]!r} here")

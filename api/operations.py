@@ -1,0 +1,197 @@
+"""The commands that operate a running service: deploy, drain, remove, resize, status. They speak HTTP, like anybody.
+
+Each asks once and then follows the deployment until it is what was asked for; `--no-wait` returns at once. Ctrl-C ends
+the following, not the deployment.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from api.console import errors, progress
+
+Url = Annotated[str, typer.Option(help="Of the service.")]
+Key = Annotated[str | None, typer.Option(help="The service's key; default: POLYTRACE_KEY.")]
+Wait = Annotated[bool, typer.Option(help="Follow it until it is so.")]
+Name = Annotated[str, typer.Argument(help="Name of the deployment.")]
+RandomWeights = Annotated[
+    int | None,
+    typer.Option(metavar="SEED", help="Read no weights but draw them; MODEL may be one that ships, as for plan."),
+]
+Offload = Annotated[
+    float, typer.Option(min=0, metavar="GIB", help="Of each shard's weights to keep in its host's memory.")
+]
+Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
+
+_HERE = "http://127.0.0.1:8765"
+_LOOK_S = 0.5
+
+
+def deploy(
+    model: Annotated[
+        str, typer.Argument(help="A folder with a Hugging Face model, or a hub id; the service reads it.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Name of the deployment; default: the model's last part.")] = None,
+    stages: Annotated[int, typer.Option(min=1, help="Pipeline stages: blocks of layers.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of every stage.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies; requests go to the least loaded one.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: GPUs when the cluster has any.")] = "auto",
+    cpus: Annotated[
+        float | None, typer.Option(help="Of the cluster's, for each shard; default: a small share.")
+    ] = None,
+    random_weights: RandomWeights = None,
+    offload: Offload = 0.0,
+    url: Url = _HERE,
+    key: Key = None,
+    wait: Wait = True,
+) -> None:
+    """Serve another MODEL on a running service, or one again that was drained or has failed."""
+    from dataclasses import asdict
+
+    with errors():
+        from api.settings import deployment_spec
+
+        spec = deployment_spec(
+            source=model,
+            name=name,
+            stages=stages,
+            ranks=ranks,
+            replicas=replicas,
+            dtype=dtype,
+            device=device,
+            cpus=cpus,
+            random_weights_seed=random_weights,
+            offload_bytes=int(offload * (1 << 30)),
+        )
+        wish = asdict(spec)
+        name = wish.pop("name")
+        service = _Service(url, key)
+        service.ask("PUT", f"/v1/models/{name}", json=wish)
+        if wait:
+            service.follow(name, f"deploying {name}", lambda entry: entry is not None and bool(entry["is_ready"]))
+
+
+def drain(name: Name, url: Url = _HERE, key: Key = None, wait: Wait = True) -> None:
+    """Let a deployment finish what it has and take nothing new; its shards stay. `deploy` makes it serve again."""
+
+    def is_drained(entry: Entry | None) -> bool:
+        return entry is None or (entry["mode"] != "serving" and entry["queued"] + entry["running"] == 0)
+
+    with errors():
+        service = _Service(url, key)
+        service.ask("POST", f"/v1/models/{name}/drain")
+        if wait:
+            service.follow(name, f"draining {name}", is_drained)
+
+
+def remove(
+    name: Name,
+    now: Annotated[bool, typer.Option("--now", help="Do not finish what it has: refuse it.")] = False,
+    url: Url = _HERE,
+    key: Key = None,
+    wait: Wait = True,
+) -> None:
+    """Let a deployment finish what it has, then end its shards and forget it."""
+    with errors():
+        service = _Service(url, key)
+        service.ask("DELETE", f"/v1/models/{name}", params={"now": now})
+        if wait:
+            service.follow(name, f"removing {name}", lambda entry: entry is None)
+
+
+def resize(
+    name: Name,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies that there are to be.")],
+    url: Url = _HERE,
+    key: Key = None,
+    wait: Wait = True,
+) -> None:
+    """Change the number of a deployment's replicas while it serves."""
+
+    def is_so(entry: Entry | None) -> bool:
+        if entry is None:
+            return True
+        ready = [one for one in entry["replicas"] if one["state"] == "ready"]
+        return len(ready) == len(entry["replicas"]) == replicas
+
+    with errors():
+        service = _Service(url, key)
+        service.ask("PATCH", f"/v1/models/{name}", json={"replicas": replicas})
+        if wait:
+            service.follow(name, f"{name} gets {replicas} replicas", is_so)
+
+
+def status(
+    url: Annotated[str, typer.Argument(help="Of a service.")] = _HERE,
+    key: Key = None,
+) -> None:
+    """Show a service's deployments, their replicas, states and queues."""
+    with errors():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("model", "state", "what", "stages x ranks", "queued", "running")
+        for one in _Service(url, key).deployments():
+            is_known = "class_name" in one
+            what = f"{one['class_name']}, {one['num_layers']} layers, {one['dtype']}" if is_known else one["progress"]
+            shape = one if is_known else one["spec"] or {}
+            shards = f"{shape['stages']} x {shape['ranks']}" if shape else ""
+            table.add_row(one["name"], one["state"], what, shards, str(one["queued"]), str(one["running"]))
+            if len(one["replicas"]) > 1 or (is_known and one["state"] != "ready"):
+                for each in one["replicas"]:
+                    table.add_row(
+                        f"  replica {each['number']}", each["state"], each["progress"], "", "", str(each["requests"])
+                    )
+        Console().print(table)
+
+
+class _Service:
+    """A service from outside. Its problems are raised as the errors that they were."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        from polytrace.http_backend import make_client
+
+        self._url = url.rstrip("/")
+        self._client = make_client(self._url, key or os.environ.get("POLYTRACE_KEY"))
+
+    def ask(self, method: str, path: str, **more: Any) -> Any:
+        import httpx
+
+        from polytrace.errors import ServiceError, from_fields
+
+        try:
+            answer = self._client.request(method, path, **more)
+        except httpx.HTTPError as error:
+            raise ServiceError(f"no service answers at {self._url}: {error}") from error
+        body = answer.json() if "json" in answer.headers.get("content-type", "") else {}
+        if answer.status_code >= 400:
+            told = body.get("detail", f"{self._url} answered {answer.status_code}")
+            raise from_fields({"code": body.get("code", ""), "message": told})
+        return body
+
+    def deployments(self) -> list[Entry]:
+        return list(self.ask("GET", "/v1/models")["models"])
+
+    def follow(self, name: str, first: str, is_so: Callable[[Entry | None], bool]) -> None:
+        """Shows how a deployment gets on until it is what was asked for. ServiceError when it has failed."""
+        from polytrace.errors import ServiceError
+
+        told = ""
+        with progress(first) as report:
+            while True:
+                entry = next((one for one in self.deployments() if one["name"] == name), None)
+                line = "gone" if entry is None else f"{entry['state']}: {entry['progress']}"
+                if line != told:
+                    told = line
+                    report(line)
+                if is_so(entry):
+                    return
+                if entry is None or entry["state"] == "failed":
+                    raise ServiceError(f"{name} is {line}")
+                time.sleep(_LOOK_S)

@@ -1,0 +1,167 @@
+"""One deployment: a model under a name, as many times as is wanted.
+
+Works towards what the store wants of it, one small step at a time and never waiting: replicas live on threads of their
+own. Sums up how they do for people and for the gateway. When it says that it is over, nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from cluster.config import ControllerConfig, Mode, Wanted
+from cluster.replica import Replica, published
+from cluster.requests import ControllerStore, DeploymentState, ReplicaStatus
+from cluster.shares import Share, Shares
+from polytrace.description import ModelDescription
+from polytrace.errors import CapacityError, ServiceError
+
+_TELL_S = 0.5  # between two words about queues: they change with every request
+
+# The state of a deployment is that of its best replica.
+_ORDER = (
+    DeploymentState.READY,
+    DeploymentState.RECOVERING,
+    DeploymentState.STARTING,
+    DeploymentState.WAITING,
+    DeploymentState.FAILED,
+    DeploymentState.DRAINING,
+    DeploymentState.STOPPED,
+)
+
+
+class ReplicaSet:
+    """The replicas of one deployment. For the controller's thread."""
+
+    def __init__(self, store: ControllerStore, config: ControllerConfig, wanted: Wanted) -> None:
+        self._store = store
+        self._config = config
+        self._wanted = wanted
+        self._name = wanted.spec.name
+        self._shares = Shares(store, self._name, max_active=config.max_active)
+        self._replicas: list[tuple[Replica, Share]] = []
+        self._description: ModelDescription | None = None
+        self._lock = threading.Lock()
+        self._num_open = 0  # requests that have not ended, when it matters
+        self._told: tuple[DeploymentState, str] | None = None
+        self._told_replicas: tuple[float, list[ReplicaStatus]] = (0.0, [])
+
+    def give_out(self) -> None:
+        """Gives waiting requests to the replicas."""
+        self._shares.give_out()
+
+    def pursue(self, wanted: Wanted) -> bool:
+        """One step towards what is wanted, and word of it. False when it was to be removed and is gone."""
+        for replica, share in list(self._replicas):
+            replica.end_if_idle()
+            if replica.has_ended() and replica.state is not DeploymentState.FAILED:
+                self._drop(replica, share)
+        self._num_open = self._store.num_open(self._name) if wanted.mode is not Mode.SERVING else 0
+        is_over = False
+        if wanted.mode is Mode.DROPPING or (wanted.mode is Mode.REMOVING and self._num_open == 0):
+            is_over = self._wind_up()
+        else:
+            self._adjust(wanted)
+        self._wanted = wanted
+        if not is_over:
+            self._tell()
+        return not is_over
+
+    def stop(self) -> None:
+        """Every replica ends soon."""
+        for replica, _ in self._replicas:
+            replica.stop()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for their ends."""
+        deadline = time.monotonic() + timeout_s
+        for replica, _ in self._replicas:
+            replica.join(max(0.0, deadline - time.monotonic()))
+
+    def _adjust(self, wanted: Wanted) -> None:
+        """As many replicas as are wanted; those that failed once more when it was deployed again."""
+        if wanted.revision != self._wanted.revision:
+            for replica, share in list(self._replicas):
+                if replica.state is DeploymentState.FAILED:
+                    self._drop(replica, share)
+        staying = [replica for replica, _ in self._replicas if not replica.is_retiring]
+        for _ in range(wanted.spec.replicas - len(staying)):
+            self._add(wanted)
+        by_worth = sorted(staying, key=lambda replica: (_ORDER.index(replica.state), replica.number))
+        for replica in by_worth[wanted.spec.replicas :]:
+            replica.retire()
+
+    def _wind_up(self) -> bool:
+        """Ends the replicas; whether nothing of the deployment is left."""
+        self.stop()
+        if not all(replica.has_ended() for replica, _ in self._replicas):
+            return False
+        told = f"{self._name} was removed from the service before this request was finished"
+        self._store.refuse(self._name, CapacityError(told))
+        self._store.forget(self._name)
+        return True
+
+    def _add(self, wanted: Wanted) -> None:
+        share = self._shares.open()
+        taken = {replica.number for replica, _ in self._replicas}
+        replica = Replica(
+            next(number for number in range(len(taken) + 1) if number not in taken),
+            wanted.spec,
+            self._config,
+            share,
+            has_others=lambda: self._shares.has_others(share),
+            agree=self._agree,
+            changed=self._store.interrupt,
+        )
+        self._replicas.append((replica, share))
+        replica.start()
+
+    def _drop(self, replica: Replica, share: Share) -> None:
+        self._replicas.remove((replica, share))
+        self._shares.close(share)
+
+    def _agree(self, description: ModelDescription) -> None:
+        """The first replica's description is the deployment's; every other one must have the same."""
+        with self._lock:
+            if self._description is None:
+                self._store.publish(self._name, published(self._wanted.spec, description))
+                self._description = description
+            elif description != self._description:
+                source = self._wanted.spec.source
+                raise ServiceError(f"{self._name}: {source} here is not what the other replicas serve")
+
+    # --- what people are told
+
+    def _tell(self) -> None:
+        summary = self._summary()
+        if summary != self._told:
+            self._told = summary
+            self._store.set_state(self._name, *summary)
+        then, told = self._told_replicas
+        statuses = [replica.status() for replica, _ in self._replicas]
+        is_time = time.monotonic() - then > _TELL_S or [one.state for one in told] != [one.state for one in statuses]
+        if statuses != told and is_time:
+            self._told_replicas = (time.monotonic(), statuses)
+            self._store.set_replicas(self._name, statuses)
+
+    def _summary(self) -> tuple[DeploymentState, str]:
+        staying = sorted(
+            (replica for replica, _ in self._replicas if not replica.is_retiring),
+            key=lambda replica: (_ORDER.index(replica.state), replica.number),
+        )
+        told = staying[0].progress if len(staying) == 1 else _tell_many(staying)
+        state = staying[0].state if staying else DeploymentState.STOPPED
+        if self._wanted.mode is Mode.SERVING:
+            return state, told
+        done = "drained" if self._wanted.mode is Mode.DRAINING else "removed"
+        if self._num_open == 0:
+            return DeploymentState.DRAINING, done if self._wanted.mode is Mode.DRAINING else f"is {done}"
+        left = f"{done} when {self._num_open} requests are finished"
+        return (DeploymentState.DRAINING, left) if state.is_serving else (state, f"{left}; {told}")
+
+
+def _tell_many(replicas: Sequence[Replica]) -> str:
+    ready = sum(replica.state is DeploymentState.READY for replica in replicas)
+    others = [f"replica {each.number} {each.progress}" for each in replicas if each.state is not DeploymentState.READY]
+    return "; ".join([f"{ready} of {len(replicas)} replicas are ready", *others])

@@ -1,0 +1,183 @@
+"""Which replica of a deployment runs which request.
+
+The controller claims waiting requests and gives each to the least loaded replica that takes any: the one whose requests
+have the least work left, counted in rows x layers that they run through, whether they wait or are in a pass. There a
+request stays. What a replica cannot run, because it lost shards or is about to end, goes back to the store and to
+whoever takes it then: all of it again from its first wave, so with the same bits.
+
+A `Share` is the store as one replica sees it: only what was given to that replica can be claimed there. Knows nothing
+of Ray, shards or plans.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
+
+from cluster.requests import Claimed, ControllerStore, Finished, ResultPlace
+from polytrace.errors import ServiceError
+from scheduling.plan import RequestId
+from scheduling.scheduler import Progress
+
+
+class Load(Protocol):
+    """What a choice between replicas needs to know of one."""
+
+    work: int  # rows x layers that its requests run through
+
+
+AnyLoad = TypeVar("AnyLoad", bound=Load)
+
+
+class Shares:
+    """The shares of one deployment. Any thread."""
+
+    def __init__(self, store: ControllerStore, model: str, *, max_active: int) -> None:
+        self.store = store
+        self.model = model
+        self.max_active = max_active  # requests of one replica
+        self.lock = threading.Lock()
+        self._all: list[Share] = []
+
+    def open(self) -> Share:
+        """A share for another replica. It takes nothing before it is told to."""
+        share = Share(self)
+        with self.lock:
+            self._all.append(share)
+        return share
+
+    def close(self, share: Share) -> None:
+        """The share of a replica that has ended; what it had must have been given back."""
+        with self.lock:
+            self._all.remove(share)
+
+    def has_others(self, share: Share) -> bool:
+        """Whether another replica takes requests now."""
+        with self.lock:
+            return any(other.is_taking for other in self._all if other is not share)
+
+    def give_out(self) -> None:
+        """Claims what replicas have room for, and wakes all of them: for requests, and for cancellations."""
+        while True:
+            with self.lock:
+                room = sum(share.room for share in self._all if share.is_taking)
+                claims = self.store.claim(self.model, room)  # under the lock: nobody stops taking in between
+                for claimed in claims:
+                    takers = [share for share in self._all if share.is_taking and share.room > 0]
+                    least_loaded(takers).put(claimed)
+            if not claims:
+                break
+        for share in self._all:  # they look for cancellations
+            share.interrupt()
+
+
+def least_loaded(shares: Sequence[AnyLoad]) -> AnyLoad:
+    """The one with the least work; of equals the first, so that a quiet service keeps one replica warm."""
+    return min(shares, key=lambda share: share.work)
+
+
+class Share:
+    """The store as one replica sees it (`cluster.requests.RequestStore`, as far as a replica's loop needs it)."""
+
+    def __init__(self, shares: Shares) -> None:
+        self._shares = shares
+        self._store = shares.store
+        self._woken = threading.Event()
+        self._given: deque[Claimed] = deque()  # not taken by the replica's loop yet
+        self._taken: dict[RequestId, Claimed] = {}  # taken and not ended
+        self.work = 0
+        self.is_taking = False
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._given) + len(self._taken)
+
+    @property
+    def room(self) -> int:
+        return self._shares.max_active - self.num_requests
+
+    def put(self, claimed: Claimed) -> None:
+        """Gives the replica a request. For `Shares`, which holds the lock."""
+        self._given.append(claimed)
+        self.work += claimed.work
+        self.interrupt()
+
+    def begin_taking(self) -> None:
+        """The replica runs requests from now on."""
+        self.is_taking = True
+        self._store.interrupt()  # some may be waiting
+
+    def stop_taking(self) -> None:
+        """It is given no more, and what its loop has not taken yet goes to others."""
+        with self._shares.lock:
+            self.is_taking = False
+            given = [claimed.request for claimed in self._given]
+            self.work -= sum(claimed.work for claimed in self._given)
+            self._given.clear()
+        if given:
+            self._store.give_back(given, ())
+
+    def give_back(self, suspects: Iterable[RequestId]) -> None:
+        """Everything that has not ended goes back, when no loop runs any more.
+
+        `suspects` were in a pass that died with its shards. One that was suspected before, and so was alone this time,
+        has had its chance.
+        """
+        self.stop_taking()
+        with self._shares.lock:
+            taken, self._taken = self._taken, {}
+            self.work = 0
+        doubted = set(suspects)
+        guilty = {request for request in doubted if request in taken and taken[request].is_suspect}
+        if guilty:
+            told = "shards died in two passes with this request, in the second it was alone"
+            self._store.finish([Finished(request=request, error=ServiceError(told)) for request in guilty])
+        self._store.give_back([request for request in taken if request not in guilty], doubted)
+
+    def break_down(self) -> None:
+        """The same when the loop itself broke: whatever it had may be the cause."""
+        self.stop_taking()
+        with self._shares.lock:
+            taken, self._taken = self._taken, {}
+            self.work = 0
+        self._store.give_back(taken, taken)
+
+    # --- cluster.requests.RequestStore
+
+    def claim(self, model: str, limit: int) -> list[Claimed]:
+        claims: list[Claimed] = []
+        with self._shares.lock:
+            while self._given and len(claims) < limit and not (claims and self._given[0].is_suspect):
+                claims.append(self._given.popleft())
+                self._taken[claims[-1].request] = claims[-1]
+                if claims[-1].is_suspect:
+                    break
+        return claims
+
+    def cancellations(self, model: str) -> list[RequestId]:
+        return [request for request in self._store.cancellations(model) if request in self._taken]
+
+    def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
+        return self._store.place_result(request, room, data_bytes)
+
+    def finish(self, finished: Sequence[Finished]) -> None:
+        self._store.finish(finished)
+        with self._shares.lock:
+            had_no_room = self.room <= 0
+            for end in finished:
+                claimed = self._taken.pop(end.request, None)
+                self.work -= 0 if claimed is None else claimed.work
+        if had_no_room or not self.is_taking:
+            self._store.interrupt()  # others wait for the room, or the controller for the last one to end
+
+    def note_progress(self, progress: Sequence[Progress]) -> None:
+        self._store.note_progress(progress)
+
+    def wait_for_requests(self, timeout_s: float) -> None:
+        self._woken.wait(timeout_s)
+        self._woken.clear()
+
+    def interrupt(self) -> None:
+        self._woken.set()
