@@ -103,7 +103,7 @@ def test_experts_on_a_gpu_give_transformers_numbers_and_nobody_waits(family: str
         eager = experts(*inputs)
     assert torch.equal(first, ours)
     assert (ours - eager).abs().max() <= 1e-5 * max(1.0, eager.abs().max().item())  # float32
-    assert eager.abs().max() > 0.1
+    assert eager.abs().max() > 0.05
 
 
 @on_a_gpu
