@@ -29,6 +29,7 @@ from scheduling.receipts import Account, find_error
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 
 
+_MAX_LOSSES_ALONE = 2  # shards that a request may take down
 _MAX_REFILLS = 3  # times that a pass is planned again because it has room left
 
 
@@ -61,6 +62,7 @@ class _Job:
         self.is_cancelled = False
         self.is_keeping: bool | None = None  # its trunks; None: nobody has asked yet
         self.losses = 0  # passes that died with shards while it was in them
+        self.losses_alone = 0  # of these, those that it had to itself
         self.restart()
 
     def restart(self) -> None:
@@ -214,18 +216,20 @@ class Scheduler:
     def again(self, plan: Plan, error: PolytraceError) -> None:
         """The pass died with shards that have come back with nothing but weights: its members run again, each alone.
 
-        One that was alone in such a pass before has had its chance, and ends with the reason.
+        One that was alone in two such passes has killed two shards, as far as anybody can tell, and ends with the
+        reason. A loss in company says little: shards die for other reasons too.
         """
         self._landed()
         for member in plan.members:
             job = self._jobs[member.program.request]
+            job.losses += 1
+            job.losses_alone += len(plan.members) == 1
             if job.is_cancelled:
                 self._end(job, CancelledError("the request was cancelled"), is_held=False)
-            elif job.is_suspect:
-                told = f"shards died in two passes with this request, in the second it was alone: {error.message}"
+            elif job.losses_alone == _MAX_LOSSES_ALONE:
+                told = f"shards died in two passes with this request alone: {error.message}"
                 self._end(job, ServiceError(told), is_held=False)
             else:
-                job.losses += 1
                 job.restart()
                 insort(self._ready, job, key=lambda ready: ready.number)
         self._restart(plan)
