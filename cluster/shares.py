@@ -17,7 +17,6 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from cluster.requests import Claimed, ControllerStore, Finished, ResultPlace
-from polytrace.errors import ServiceError
 from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
 
@@ -120,29 +119,18 @@ class Share:
             self._store.give_back(given, ())
 
     def give_back(self, suspects: Iterable[RequestId]) -> None:
-        """Everything that has not ended goes back, when no loop runs any more.
-
-        `suspects` were in a pass that died with its shards. One that was suspected before, and so was alone this time,
-        has had its chance.
+        """Everything that has not ended goes back, when no loop runs any more; the `suspects` to be run alone. The
+        store counts, and refuses one that was suspected too often.
         """
         self.stop_taking()
         with self._shares.lock:
             taken, self._taken = self._taken, {}
             self.work = 0
-        doubted = set(suspects)
-        guilty = {request for request in doubted if request in taken and taken[request].is_suspect}
-        if guilty:
-            told = "shards died in two passes with this request, in the second it was alone"
-            self._store.finish([Finished(request=request, error=ServiceError(told)) for request in guilty])
-        self._store.give_back([request for request in taken if request not in guilty], doubted)
+        self._store.give_back(taken, suspects)
 
     def break_down(self) -> None:
         """The same when the loop itself broke: whatever it had may be the cause."""
-        self.stop_taking()
-        with self._shares.lock:
-            taken, self._taken = self._taken, {}
-            self.work = 0
-        self._store.give_back(taken, taken)
+        self.give_back(list(self._taken))
 
     # --- cluster.requests.RequestStore
 

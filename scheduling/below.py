@@ -171,6 +171,11 @@ class _Lowering:
         self._users: dict[int, list[int]] = {}  # of values that may be cut
         self._last_read: dict[tuple[object, int], int] = {}  # (site, invoke) -> its last live read
         self._first_write: dict[tuple[object, int], int] = {}
+        for node, event in enumerate(self.nodes):
+            if live[node] and isinstance(event, Read):
+                self._last_read[event.site, event.invoke] = node
+            elif live[node] and isinstance(event, Write):
+                self._first_write.setdefault((event.site, event.invoke), node)
 
     def kept(self) -> set[int]:
         """Values that stay cut."""
@@ -179,10 +184,6 @@ class _Lowering:
         for node, event in enumerate(self.nodes):
             if not self._live[node]:
                 continue
-            if isinstance(event, Read):
-                self._last_read[event.site, event.invoke] = node
-            elif isinstance(event, Write):
-                self._first_write.setdefault((event.site, event.invoke), node)
             cuts = {operand: may[operand] for operand in self.resolved.operands[node] if operand in may}
             for operand in cuts:
                 self._users[operand].append(node)

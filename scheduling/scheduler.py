@@ -42,6 +42,7 @@ from scheduling.receipts import Account, find_error, find_out_of_memory
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 
 
+_MAX_LOSSES_ALONE = 2  # shards that a request may take down
 _MAX_REFILLS = 3  # times that a pass is planned again because it has room left
 
 
@@ -76,7 +77,8 @@ class _Job:
         self.added = now
         self.is_cancelled = False
         self.is_keeping: bool | None = None  # its trunks; None: nobody has asked yet
-        self.is_suspect = False  # a pass died with it in: no other pass goes beside its own
+        self.losses = 0  # passes that died with shards while it was in them
+        self.losses_alone = 0  # of these, those that it had to itself
         self.party: object | None = None  # with whom it goes, and with nobody else; None: with anyone
         self.restart()
 
@@ -86,6 +88,11 @@ class _Job:
         self.in_flight: list[PassId] = []
         self.started: float | None = None
         self.account = Account(self.program)
+
+    @property
+    def is_suspect(self) -> bool:
+        """A pass died with it in: it goes alone, so that nobody suffers should it be the cause."""
+        return self.losses > 0
 
     @property
     def num_rows(self) -> int:
@@ -263,8 +270,9 @@ class Scheduler:
         """The pass was lost, and shards have nothing left but weights: its members run again from their first waves.
 
         With PassTooLargeError in two halves; one that was alone ends with the numbers. With PassAbandonedError as if
-        nothing had happened. With any other error each alone; one that had such a pass to itself before has had its
-        chance, and ends with the reason.
+        nothing had happened. With any other error each alone; one that was alone in two such passes has killed two
+        shards, as far as anybody can tell, and ends with the reason. A loss in company says little: shards die for
+        other reasons too.
         """
         landed = self._landed(plan)
         is_too_large = isinstance(error, PassTooLargeError)
@@ -281,12 +289,14 @@ class Scheduler:
                 self._queue_again(job, party=(plan.pass_id, 2 * place < len(landed)))
             elif isinstance(error, PassAbandonedError):
                 self._queue_again(job, party=job.party)
-            elif job.is_suspect:
-                told = f"shards died in two passes with this request, in the second it was alone: {error.message}"
-                self._end(job, ServiceError(told))
             else:
-                job.is_suspect = True
-                self._queue_again(job, party=job.number)
+                job.losses += 1
+                job.losses_alone += len(plan.members) == 1
+                if job.losses_alone == _MAX_LOSSES_ALONE:
+                    told = f"shards died in two passes with this request alone: {error.message}"
+                    self._end(job, ServiceError(told))
+                else:
+                    self._queue_again(job, party=job.number)
         self._forget_values(plan)
 
     def _landed(self, plan: Plan) -> list[tuple[_Job, int]]:

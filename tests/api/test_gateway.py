@@ -484,6 +484,7 @@ def receipt(request: RequestId) -> Receipt:
         read_bytes=0,
         result_bytes=16,
         carried_bytes=0,
+        gathered_bytes=0,
         queue_seconds=0.0,
         run_seconds=0.0,
         notes=(),

@@ -140,9 +140,6 @@ def test_requests_are_spread_over_replicas_and_survive_the_death_of_both(
     first, second = set(service.shards()) - others
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: "recovering" in service.replicas().values(), 60, service)
-    # What died with the first has been answered by the second: a request that is lost twice is refused.
-    answered = [client.num_answered for client in clients]
-    wait_until(lambda: all(now.num_answered > then for now, then in zip(clients, answered, strict=True)), 60, service)
     os.kill(second, signal.SIGKILL)
     wait_until(lambda: service.deployment()["state"] == "recovering", 60, service)
     wait_until(lambda: set(service.replicas().values()) == {"ready"}, 180, service)

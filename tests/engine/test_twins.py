@@ -21,8 +21,8 @@ from transformers import (
     StableLmConfig,
 )
 
-from cluster.planning.planner import known_source, shipped_models
 from engine.links import Distributed, Solo, join_store, open_store
+from engine.shipped import known_source, shipped_models
 from engine.shrinking import shrink
 from engine.twins import prove_splits
 from polytrace.errors import ServiceError

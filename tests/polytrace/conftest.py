@@ -146,7 +146,7 @@ def receipt() -> Receipt:
     return Receipt(
         request="r", model="tiny", passes=(), tokens=3, token_layers=12,
             token_layers_alone=12, fired=(), pad_rows_written=0, read_bytes=0,
-        result_bytes=8, carried_bytes=0, queue_seconds=0.0, run_seconds=0.0, notes=(),
+        result_bytes=8, carried_bytes=0, gathered_bytes=0, queue_seconds=0.0, run_seconds=0.0, notes=(),
     )  # fmt: skip
 
 

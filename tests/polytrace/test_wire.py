@@ -444,6 +444,7 @@ def receipt(**changes: Any) -> Receipt:
         "read_bytes": 10,
         "result_bytes": 8,
         "carried_bytes": 0,
+        "gathered_bytes": 0,
         "queue_seconds": 0.5,
         "run_seconds": 0.25,
         "notes": (),
