@@ -169,8 +169,8 @@ class RequestState:
                 self._run_node(node_id, fragment.order, port)
             except Exception as error:  # the edge between a user's program and the shared pass
                 told = told_out_of_memory(error)
-                if told is not None and self._may_be_waited_for(node_id):
-                    raise
+                if told is not None and self.context.links.ranks > 1:
+                    raise  # other ranks have the memory, and may wait for this one inside the node
                 self.fail(node_id, told or _told(error), is_out_of_memory=told is not None)
         self.gathered_bytes += self.context.links.bytes.gathered - gathered
         for node_id in fragment.drops:
@@ -222,11 +222,6 @@ class RequestState:
             self.values[node_id] = value
             if isinstance(node, Read):
                 self.fired.append(node_id)
-
-    def _may_be_waited_for(self, node_id: NodeId) -> bool:
-        """Whether other ranks may wait for this one inside a node: without it they would wait for ever."""
-        is_collective = isinstance(self.program.graph.nodes[node_id], (Read, Parameter, Call))
-        return self.context.links.ranks > 1 and (is_collective or node_id in self.program.below)
 
     # Reading and writing
 
