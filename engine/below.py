@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.copies import to_device
 from engine.links import Links
 from engine.ops import run_op
 from engine.slices import take_part
@@ -133,7 +134,7 @@ def _whole_places(local: Tensor, cut: Cut, links: Links) -> Tensor:
 
 
 def _numbers(numbers: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.long, device=like.device)
+    return to_device(numbers, like.device, torch.long)
 
 
 # The largest, and where

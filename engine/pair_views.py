@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine.copies import to_device
 from engine.points import Pairs
 from engine.views import RowView
 from scheduling.plan import View
@@ -39,7 +40,7 @@ def pairs_of(value: Tensor, rows: RowView, view: View, pairs: Pairs) -> Tensor:
 
 def check_pairs(value: Tensor, columns: Sequence[int], pairs: Pairs) -> None:
     """ValueError when a query of a view's columns gets something for a key behind it: rows only see earlier ones."""
-    queries = torch.tensor(columns, device=value.device)
+    queries = to_device(columns, value.device, torch.long)
     is_later = torch.arange(value.shape[3], device=value.device) > queries[:, None]
     wrong = (value != pairs.masked) & is_later
     if bool(wrong.any()):  # waits for the device, for those alone who write here
@@ -56,7 +57,7 @@ def _pads(rows: RowView, view: View) -> Tensor | None:
     if min(view.lengths) == longest:
         return None
     pads = [longest - view.lengths[place // rows.shape[1]] for place in rows.places]
-    return torch.tensor(pads, dtype=torch.long, device=rows.device)
+    return to_device(pads, rows.device, torch.long)
 
 
 def _shifted(values_RHK: Tensor, by_R: Tensor | None, fill: float) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from engine.copies import to_device
 from polytrace.graph import Port
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Pairs:
             part, tile, query, stop = self._places[row]
             queries = range(query, stop) if is_repeated else (query,)
             found.setdefault(part, []).extend((place, tile, own) for own in queries)
-        columns = {part: torch.tensor(cells, device=self.device).unbind(1) for part, cells in found.items()}
+        columns = {part: to_device(cells, self.device, torch.long).unbind(1) for part, cells in found.items()}
         return [(part, places, tiles, queries) for part, (places, tiles, queries) in columns.items()]
 
 
