@@ -111,9 +111,9 @@ class ShardActor:
             raise failure[0]
         self._is_loaded = True
 
-    def gate(self) -> GateReport:
-        """Proves on the served weights that rows are their own (collective)."""
-        return self._shard.gate()
+    def gate(self, is_first: bool) -> GateReport:
+        """Proves on the served weights that rows are their own, the first time also how ranks split it (collective)."""
+        return self._shard.gate(is_first)
 
     def describe(self, name: str, reports: list[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's report."""

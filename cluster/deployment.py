@@ -212,7 +212,7 @@ class Deployment:
         self._load(report)
         # 4) self-test, and the description that follows from it
         report("self-testing: a row must be the same bits beside neighbours and alone")
-        reports = gang.call("gate")
+        reports = gang.call("gate", self._description is None)
         description: ModelDescription = gang.call_first("describe", self.config.name, reports)
         if self._description is not None and description != self._description:
             raise ServiceError(f"{self.config.name}: {self.config.source} is not what it was when the service started")

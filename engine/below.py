@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -104,15 +105,22 @@ def with_parts(below: Below, args: tuple[Any, ...], links: Links) -> tuple[Any, 
 
 def _put(below: Below, args: tuple[Any, ...], links: Links) -> Tensor:
     """In-place code on features of a cut value, as far as this rank has them."""
-    base, index, value = args
+    own, index, value = args
     mine = [local for rank, local in _owners(below, links) if rank == links.rank]
-    if not mine:
-        own: Tensor = base
-        return own
     parts = list(index) if isinstance(index, tuple) else [index]
-    parts[below.place] = mine[0] if type(parts[below.place]) is int else mine
-    put: Tensor = run_op("setitem", (base, tuple(parts), value), {})
+    part = parts[below.place]
+    places: list[Any] = [mine] if isinstance(part, list) else mine if type(part) is int else _runs(mine)
+    for place in places if mine else ():
+        parts[below.place] = place
+        own = run_op("setitem", (own, tuple(parts), value), {})
+    put: Tensor = own
     return put
+
+
+def _runs(numbers: Sequence[int]) -> list[slice]:
+    """Ascending numbers as slices: a slice of the whole is one of each block."""
+    starts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
+    return [slice(numbers[a], numbers[b - 1] + 1) for a, b in pairwise([*starts, len(numbers)])]
 
 
 def _owners(below: Below, links: Links) -> list[tuple[int, int]]:

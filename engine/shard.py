@@ -74,10 +74,14 @@ class Shard:
         self.store = SpanStore(self.config.kv_bytes)
         self.runner = StageRunner(self.loaded.model, self.loaded.window, keeps_rows=self.probe.has_kept_rows)
 
-    def gate(self) -> GateReport:
-        """Proves on the served weights that rows are their own; collective. ServiceError when they are not."""
+    def gate(self, is_first: bool = True) -> GateReport:
+        """Proves on the served weights that rows are their own; collective. ServiceError when they are not.
+
+        The first time it proves how ranks split the model as well; that does not change with lost shards.
+        """
         self.links.barrier()  # the others may read their files for much longer than a collective waits
-        prove_splits(self.loaded.model.config, self.links, self.device)
+        if is_first:
+            prove_splits(self.loaded.model.config, self.links, self.device)
         return run_gate(
             self.probe,
             self.runner,

@@ -366,7 +366,9 @@ class _Lowering:
         part = parts[found.place]
         is_whole = isinstance(value, Ref) and value.node not in cuts
         is_alike = type(value) in (int, float, bool) or (is_whole and type(part) is int)
-        if not is_alike or any(refs(one) for one in parts) or (isinstance(part, slice) and part.step not in (None, 1)):
+        is_simple = type(part) is int or (isinstance(part, slice) and part.step in (None, 1))
+        is_only = isinstance(part, list) and not any(isinstance(one, list) for one in parts if one is not part)
+        if not is_alike or any(map(refs, parts)) or not (is_simple or is_only):
             return None
         return Below(step=Step.PUT, cut=cut, result=cut, features=tuple(features), place=found.place)
 

@@ -91,7 +91,8 @@ def run(loaded: LoadedModel, links: Distributed | Solo, tokens: Tensor) -> Tenso
     try:
         with torch.no_grad():
             logits: Tensor = loaded.model(input_ids=tokens, use_cache=False).logits
-            return logits
+            is_split = logits.shape[-1] < loaded.model.config.get_text_config().vocab_size  # a rank has its part
+            return links.gather(logits, -1) if is_split else logits
     except Stopped:
         links.flush()
         return None
