@@ -427,7 +427,7 @@ class RequestState:
 def from_raw(raw: RawTensor) -> Tensor:
     """A tensor over a copy of the raw bytes (they may be read-only or unaligned)."""
     dtype = getattr(torch, raw.dtype)
-    if raw.data.nbytes == 0:
+    if len(raw.data) == 0:
         return torch.empty(raw.shape, dtype=dtype)
     return torch.frombuffer(bytearray(raw.data), dtype=torch.uint8).view(dtype).reshape(raw.shape)
 
