@@ -240,6 +240,9 @@ def test_a_graph_that_fails_on_one_shard_leaves_its_31_neighbours_unchanged(
         last = find(deployed.model, family.norm).input
         last[:] = last * 2.0
         deployed.model.lm_head.output[:, -1].save()
+        logits = deployed.model.lm_head.output * 0.5  # fails on one rank, and all of them wait for what travels
+        logits.topk(2)[1].save()
+        logits.softmax(-1)[..., 3].save()
     tracers = [record(deployed.model, program, deployed.dtype, run=False)[0] for program in users]
     requests = [*(tracer.built_request() for tracer in tracers[:15]), failing.built_request()]
     requests += [tracer.built_request() for tracer in tracers[15:]]
