@@ -18,9 +18,9 @@ from engine.copies import to_device
 from polytrace.graph import Port
 
 if TYPE_CHECKING:
-    from engine.attention import Chunk
+    from engine.chunks import Chunk
 
-# R = rows asked for, H = query heads, K = positions of keys; G, E, N, B, Q and W as in `engine.attention`
+# R = rows asked for, H = query heads, K = positions of keys; G, E, N, B, Q and W as in `engine.pages`
 
 MASKED = {Port.SCORES: -torch.inf, Port.PATTERN: 0.0}  # what stands where a query sees no key
 

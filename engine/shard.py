@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.attention import AttentionPass, use_packed_attention
 from engine.copies import to_device
-from engine.fragments import PortValue, RequestState, Selector, ShardContext, apply_writes
+from engine.fragments import RequestState, ShardContext
 from engine.gate import run_gate
 from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
@@ -34,6 +34,7 @@ from engine.streams import Streams
 from engine.trunks import Trunks
 from engine.twins import prove_splits
 from engine.views import InvokeRows
+from engine.writes import PortValue, Selector, apply_writes
 from polytrace.description import Limits, ModelDescription, index_sites
 from polytrace.errors import CapacityError
 from scheduling.checks import table_of

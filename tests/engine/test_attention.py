@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention import PAGE, TILE, AttentionPass, attending, packed_attention
+from engine.attention import AttentionPass, attending, packed_attention
+from engine.chunks import PAGE, TILE
 from engine.spans import SpanStore
 from engine.streams import Stream, padded
 from polytrace.errors import CapacityError, ServiceError

@@ -1,0 +1,101 @@
+"""What requests write to a port at one visit: collected while fragments run, applied behind them.
+
+Every read of the visit sees what the model made. Rows may be several requests', which all write the same to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.points import Pairs
+from engine.sites import port_leaves
+from engine.views import RowView
+
+Selector = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowWrite:
+    """Rows that one write gives to a tensor."""
+
+    rows: RowView
+    value: Tensor  # of the view's shape and the tensor's dtype; of pairs: as `Pairs.write` takes it
+    in_place: bool  # False: only what the port hands on, and after that all writes of its invoke
+    turn: int  # how many writes of its invoke to the same tensor came before, at the same visit
+
+
+class PortValue:
+    """A port's value during one visit. Writes are collected and applied behind it, so that every read of the visit
+    sees what the model made: rows may be several requests', which all write the same to them.
+    """
+
+    def __init__(self, value: Any, outputs: Tensor | None = None) -> None:
+        self.original = value
+        self.outputs = outputs  # that trunks have of this layer, `[R, D]`
+        self.tensors = port_leaves(value)[1]  # as the model made them
+        self.pairs = value if isinstance(value, Pairs) else None
+        self._writes: dict[Selector, list[RowWrite]] = {}
+
+    def write(self, selector: Selector, write: RowWrite) -> None:
+        """Takes a write."""
+        self._writes.setdefault(selector, []).append(write)
+
+    def take_writes(self, selector: Selector) -> list[RowWrite]:
+        """Takes a tensor's writes away, for whoever applies them in the next level's rows."""
+        return self._writes.pop(selector, [])
+
+    def result(self) -> Any:
+        """Applies the writes; what the hook returns: the original object when nothing was assigned."""
+        value = self.original
+        if self.pairs is not None:
+            for write in sorted(self._writes.pop((), ()), key=lambda write: write.turn):
+                self.pairs.write(write.rows.numbers, write.value)
+        for selector, writes in self._writes.items():
+            tensor = self.tensors[selector]
+            written = apply_writes(tensor, writes)
+            if written is not tensor:
+                value = _with_member(value, selector, written)
+        return value
+
+
+def apply_writes(packed: Tensor, writes: list[RowWrite]) -> Tensor:
+    """Applies writes in place where they are, and on a copy where one is assigned; returns what is handed on."""
+    if all(write.in_place for write in writes):
+        _put_rows(packed, writes)
+        return packed
+    handed_on = packed.clone()
+    _put_rows(handed_on, writes)
+    _put_rows(packed, [write for write in writes if write.in_place])
+    return handed_on
+
+
+def _put_rows(packed: Tensor, writes: list[RowWrite]) -> None:
+    """In turns: within one, rows that occur twice get the same values."""
+    for turn in range(max((write.turn for write in writes), default=-1) + 1):
+        own = [write for write in writes if write.turn == turn and write.rows.num_rows]
+        if len(own) == 1 and own[0].rows.is_run:
+            own[0].rows.read(packed).copy_(own[0].value)
+        elif own:
+            rows = torch.cat([write.rows.rows for write in own])
+            packed[0].index_copy_(0, rows, torch.cat([write.rows.part(write.value) for write in own]))
+
+
+def _with_member(container: Any, selector: tuple[int | str, ...], tensor: Tensor) -> Any:
+    """The container with one member replaced; tuples are rebuilt, mappings are copied."""
+    if not selector:
+        return tensor
+    key, *rest = selector
+    member = _with_member(container[key], tuple(rest), tensor)
+    if isinstance(container, Mapping):
+        changed: Any = container.copy()  # type: ignore[attr-defined]
+        changed[key] = member
+        return changed
+    members = [member if place == key else old for place, old in enumerate(container)]
+    if isinstance(container, list):
+        return members
+    return type(container)(*members) if hasattr(container, "_fields") else tuple(members)
