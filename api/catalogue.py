@@ -52,13 +52,16 @@ class Catalogue:
     def want(self, spec: DeploymentSpec, *, replaces: bool = False) -> Deployment:
         """Deploys a model, or makes one that is drained or has failed serve again. The number of replicas may be new.
 
-        Raises ConflictError when the name belongs to a deployment of something else (unless `replaces`), or to one that
-        is being removed.
+        Raises ConflictError when the name belongs to a deployment of something else (unless `replaces`, or that has
+        failed and never served), or to one that is being removed.
         """
         with self._db.transaction() as db:
-            row = db.execute("SELECT spec, mode FROM deployments WHERE model = ?", (spec.name,)).fetchone()
+            row = db.execute(
+                "SELECT spec, mode, state, description FROM deployments WHERE model = ?", (spec.name,)
+            ).fetchone()
             if row is not None and not replaces:
-                _check_same(spec, row[0], Mode(row[1]))
+                has_never_served = row[2] == DeploymentState.FAILED.value and row[3] is None
+                _check_same(spec, None if has_never_served else row[0], Mode(row[1]))
             db.execute(
                 "INSERT INTO deployments (model, state, progress, updated, spec) VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT (model) DO UPDATE SET spec = excluded.spec, mode = 'serving', revision = revision + 1",

@@ -128,7 +128,8 @@ def resize(
 
 
 def status(
-    url: Annotated[str, typer.Argument(help="Of a service.")] = _HERE,
+    address: Annotated[str | None, typer.Argument(metavar="[URL]", help="Of the service, as --url.")] = None,
+    url: Url = _HERE,
     key: Key = None,
 ) -> None:
     """Show a service's deployments, their replicas, states and queues."""
@@ -137,18 +138,24 @@ def status(
         from rich.table import Table
 
         table = Table("model", "state", "what", "stages x ranks", "queued", "running")
-        for one in _Service(url, key).deployments():
+        for one in _Service(address or url, key).deployments():
             is_known = "class_name" in one
-            what = f"{one['class_name']}, {one['num_layers']} layers, {one['dtype']}" if is_known else one["progress"]
+            told = _first_line(one["progress"])
+            what = f"{one['class_name']}, {one['num_layers']} layers, {one['dtype']}" if is_known else told
             shape = one if is_known else one["spec"] or {}
             shards = f"{shape['stages']} x {shape['ranks']}" if shape else ""
             table.add_row(one["name"], one["state"], what, shards, str(one["queued"]), str(one["running"]))
             if len(one["replicas"]) > 1 or (is_known and one["state"] != "ready"):
                 for each in one["replicas"]:
-                    table.add_row(
-                        f"  replica {each['number']}", each["state"], each["progress"], "", "", str(each["requests"])
-                    )
+                    own = _first_line(each["progress"])
+                    own = "" if own == told and not is_known else own
+                    table.add_row(f"  replica {each['number']}", each["state"], own, "", "", str(each["requests"]))
         Console().print(table)
+
+
+def _first_line(text: str) -> str:
+    """Of an error that others made: theirs are long."""
+    return text.strip().partition("\n")[0]
 
 
 class _Service:

@@ -50,6 +50,7 @@ class Supervisor:
         self._report = report
         self._stop_signal: int | None = None
         self._was_ready = False
+        self._told: dict[str, tuple[DeploymentState, str]] = {}  # what was last said of each deployment
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._restarts: list[float] = []  # when, lately
 
@@ -170,18 +171,14 @@ class Supervisor:
         return environment
 
     def _watch(self, on_ready: Callable[[str], None]) -> None:
-        told = told_address = ""
+        told_address = ""
         while self._stop_signal is None:
             for role in ("gateway", "controller"):
                 self._mend(role)
-            if not self._was_ready:
-                progress = self._progress()
-                if progress != told:
-                    told = progress
-                    self._report(progress)
-                if self._is_ready():
-                    self._was_ready = True
-                    on_ready(self.url)
+            self._tell()
+            if not self._was_ready and self._is_ready():
+                self._was_ready = True
+                on_ready(self.url)
             address = self._ray_address()
             if self._was_ready and address != told_address:  # another one after every start of the controller
                 told_address = address
@@ -195,12 +192,19 @@ class Supervisor:
         file = address_file(self._ray_folder)
         return file.read_text() if file.exists() else ""
 
-    def _progress(self) -> str:
-        """Of the deployment that the service was started for. ServiceError when it will not come up."""
-        own = None if self._settings.spec is None else self._store.deployment(self._settings.spec.name)
-        if own is not None and own.state is DeploymentState.FAILED:
-            raise ServiceError(f"{own.model} did not start: {own.progress}")
-        return "" if own is None else own.progress
+    def _tell(self) -> None:
+        """What has changed with the deployments. ServiceError when the one that was asked for will not come up."""
+        first = None if self._was_ready or self._settings.spec is None else self._settings.spec.name
+        known = {one.model: one for one in self._store.deployments()}
+        for name in self._told.keys() - known.keys():
+            del self._told[name]
+            self._report(f"{name} is gone")
+        for name, one in known.items():
+            if name == first and one.state is DeploymentState.FAILED:
+                raise ServiceError(f"{name} did not start: {one.progress}")
+            if self._told.get(name) != (one.state, one.progress):
+                self._told[name] = (one.state, one.progress)
+                self._report(one.progress if name == first else f"{name}, {one.state.value}: {one.progress}")
 
     def _is_ready(self) -> bool:
         """Whether it takes requests for what it was started for, or anything else, when it was started for nothing."""

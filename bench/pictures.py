@@ -140,6 +140,7 @@ def draw_timeline(
                 axes.spines[side].set_visible(False)
         all_axes[-1, 0].set_xlabel("seconds")
         handles = [Patch(color=_PHASES[phase]) for phase in phases]
+        figure.text(0.01, 0.01, "every other pass is lighter", fontsize=8)
         figure.legend(handles, phases, loc="outside lower right", ncols=len(phases), frameon=False, fontsize=8)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,11 +35,6 @@ class _Step:
     finish: Callable[[Below, str, tuple[Any, ...], Mapping[str, Any], Received], Any]
 
 
-def local_size(cut: Cut, links: Links) -> int:
-    """What each rank has of a cut dimension."""
-    return cut.size // links.ranks
-
-
 def travels(below: Below) -> bool:
     """Whether a step sends anything."""
     return below.step not in (Step.KEEP, Step.PUT)
@@ -243,7 +238,7 @@ def _finish_softmax(
     largest = torch.stack([parts[0] for parts in received]).amax(0)
     total = _added([parts[1] * (parts[0] - largest).exp() for parts in received])
     if name == "logsumexp":
-        found = torch.where(largest.isneginf(), largest, largest + total.log())
+        found = torch.where(largest.isinf(), largest, largest + total.log())
         found = found if _keeps_dim(args, kwargs) else found.squeeze(below.cut.dim)
     elif name == "softmax":
         found = (_wide(args[0]) - largest).exp() / total

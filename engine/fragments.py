@@ -220,7 +220,8 @@ class RequestState:
             value = value.to(port.tensors[selector].dtype)
         else:
             value = value.float()
-            check_pairs(value, columns_of(self.program.narrowed, node_id, invoke), port.pairs)
+            columns = columns_of(self.program.narrowed, node_id, invoke)
+            check_pairs(value, columns, self.rows[node.invoke].view, port.pairs)
         written = self._written.setdefault((selector, node.invoke), [])
         is_assigned = any(not self._is_in_place(other) for other, _ in written)
         turn = len(written)
@@ -286,7 +287,7 @@ class RequestState:
             value = module(*args)
         given = split_output(node.module, table) if links.ranks > 1 else None
         if given is not None and node_id not in self.program.below:
-            value = gather_whole(links, value, value.ndim - 1, given)
+            value = gather_whole(links, value, value.ndim - 1, *given)
         return value
 
     def _below(self, node_id: NodeId, node: Op) -> Any:

@@ -38,15 +38,20 @@ def pairs_of(value: Tensor, rows: RowView, view: View, pairs: Pairs) -> Tensor:
     return _shifted(rows.part(value.transpose(1, 2)), None if pads is None else -pads, pairs.masked)
 
 
-def check_pairs(value: Tensor, columns: Sequence[int], pairs: Pairs) -> None:
-    """ValueError when a query of a view's columns gets something for a key behind it: rows only see earlier ones."""
+def check_pairs(value: Tensor, columns: Sequence[int], view: View, pairs: Pairs) -> None:
+    """ValueError when a query of a view's columns gets something for a key behind it: rows only see earlier ones.
+
+    What is written to the queries of pads vanishes, whatever it is.
+    """
     queries = to_device(columns, value.device, torch.long)
     is_later = torch.arange(value.shape[3], device=value.device) > queries[:, None]
-    wrong = (value != pairs.masked) & is_later
+    first = to_device([max(view.lengths) - length for length in view.lengths], value.device, torch.long)
+    is_row = queries >= first[:, None]
+    wrong = (value != pairs.masked) & is_later & is_row[:, None, :, None]
     if bool(wrong.any()):  # waits for the device, for those alone who write here
         place = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
-            f"the value gives the query at column {columns[place[2]]} {float(value[place]):g} for the key at column "
+            f"the value gives {float(value[place]):g} to the query at column {columns[place[2]]} for the key at column "
             f"{place[3]}, which comes later: that must stay {pairs.masked:g}"
         )
 

@@ -114,6 +114,11 @@ class Shard:
         )
         self._row_multiple = description.row_multiple
         self._ports = {info.order: (info.module, info.port) for info in description.sites}
+        self._flat = {
+            info.order: frozenset(leaf.selector for leaf in info.leaves if leaf.is_flat)
+            for info in description.sites
+            if any(leaf.is_flat for leaf in info.leaves)
+        }
         self._hidden_size = description.hidden_size
 
     def run(self, plan: Plan) -> ShardResult:
@@ -351,10 +356,10 @@ class Shard:
     ) -> Callable[[object], object]:
         levels = self.context.levels
         level, next_level = levels.of(order), levels.acts_from(order)
-        streams, is_output = rows.streams, levels.is_output(order)
+        streams, is_output, flat = rows.streams, levels.is_output(order), self._flat.get(order, ())
 
         def visit(value: object) -> object:
-            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.trunks else None)
+            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.trunks else None, flat)
             for state, fragment in fragments:
                 state.run(fragment, port)
             if is_output:  # a layer's output: what is written to it belongs to the next level's rows

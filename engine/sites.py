@@ -372,13 +372,18 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
         }
         kind = row_spaces.get((shape_a[1:2], shape_b[1:2]))
         is_packed = kind is not None and shape_a[0] == 1 and shape_a[2:] == shape_b[2:]
+        is_flat = not is_packed and (shape_a[:1], shape_b[:1]) in row_spaces and shape_a[1:] == shape_b[1:]
+        if is_flat:  # a mixture of experts takes its rows without sequences
+            kind, is_packed = row_spaces[shape_a[:1], shape_b[:1]], True
+            shape_a = (1, *shape_a)
         if is_packed and kind is not None:
             rows = kind
-        refusal = None if is_packed else f"its rows are not laid out as [1, tokens, ...] but as {list(shape_a)}"
+        told = [{rows_a: "tokens", kept_a: "tokens"}.get(size, size) for size in shape_a]
+        refusal = None if is_packed else f"its rows are not laid out as [1, tokens, ...] but as {told}"
         if is_sorted:
             refusal = "its rows are sorted by expert, not by token"
         write_refusal = refusal
-        if refusal is None and 0 in tensor.stride()[1:] and tensor.numel() > 0:
+        if refusal is None and 0 in tensor.stride()[0 if is_flat else 1 :] and tensor.numel() > 0:
             write_refusal = "it is an expanded view whose rows share memory"
         if refusal is None and not tensor.is_floating_point():
             write_refusal = "it holds token ids or positions, which the model uses as indices"
@@ -388,6 +393,7 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
             Leaf(
                 selector=selector,
                 tail=shape_a[2:] if is_packed else (),
+                is_flat=is_flat,
                 of_pairs=a.port.is_of_pairs,
                 dtype=_name(tensor.dtype),
                 read_refusal=refusal,

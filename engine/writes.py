@@ -5,7 +5,7 @@ Every read of the visit sees what the model made. Rows may be several requests',
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,13 @@ class PortValue:
     sees what the model made: rows may be several requests', which all write the same to them.
     """
 
-    def __init__(self, value: Any, outputs: Tensor | None = None) -> None:
+    def __init__(self, value: Any, outputs: Tensor | None = None, flat: Collection[Selector] = ()) -> None:
+        """`flat` are those of its tensors whose rows lie in the first dimension."""
         self.original = value
         self.outputs = outputs  # that trunks have of this layer, `[R, D]`
-        self.tensors = port_leaves(value)[1]  # as the model made them
+        self.flat = flat
+        # as the model made them, all with their rows in the second dimension
+        self.tensors = {at: own[None] if at in flat else own for at, own in port_leaves(value)[1].items()}
         self.pairs = value if isinstance(value, Pairs) else None
         self._writes: dict[Selector, list[RowWrite]] = {}
 
@@ -59,7 +62,7 @@ class PortValue:
             tensor = self.tensors[selector]
             written = apply_writes(tensor, writes)
             if written is not tensor:
-                value = _with_member(value, selector, written)
+                value = _with_member(value, selector, written[0] if selector in self.flat else written)
         return value
 
 

@@ -38,6 +38,7 @@ class Leaf:
     mutated: bool = False  # the model changes this tensor in place later: reads must copy
     read_refusal: str | None = None  # why the site cannot be read, None when it can
     write_refusal: str | None = None  # why the site cannot be written, None when it can
+    is_flat: bool = False  # in the model its rows lie in the first dimension, `[tokens, ...]` without sequences
     of_pairs: bool = False  # it has a value for each query and key: [sequences, heads, tokens, tokens]
 
     @property

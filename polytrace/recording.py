@@ -72,6 +72,7 @@ class Recording:
         self._edited: list[Storage] = []  # those without a place
         self._dtypes = Derived(self._dtype_parts, self._find_dtype)  # as far as the nodes tell
         self._invokes = Derived(self._row_parts, self._find_invoke)  # whose rows it has, if one's
+        self._pairs = Derived(self._operation_parts, self._find_pairs)  # whether it is made of scores or patterns
 
     # what a graph begins with
 
@@ -280,7 +281,22 @@ class Recording:
         place = state.storage.place
         return place.invoke if place is not None else self._invokes.of(state.node)
 
+    def is_of_pairs(self, state: State) -> bool:
+        """Whether a value is made of scores or patterns, whose tokens are in other dimensions than elsewhere."""
+        place = state.storage.place
+        return place.site.port.is_of_pairs if place is not None else self._pairs.of(state.node)
+
     # what follows from the nodes alone, without asking anyone
+
+    def _operation_parts(self, position: NodeId) -> Iterable[NodeId]:
+        node = self.nodes[position]
+        return refs(node.args) if isinstance(node, Op) else ()
+
+    def _find_pairs(self, position: NodeId) -> bool:
+        node = self.nodes[position]
+        if isinstance(node, Read):
+            return node.site.port.is_of_pairs
+        return any(self._pairs.known[part] for part in self._operation_parts(position))
 
     def _dtype_parts(self, position: NodeId) -> Iterable[NodeId]:
         node = self.nodes[position]

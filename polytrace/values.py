@@ -53,6 +53,12 @@ class Recorded:
             raise GraphError(
                 "positions are counted in prompts, and this value has no prompts of its own", where=user_line()
             )
+        if state.recording.is_of_pairs(state):
+            raise GraphError(
+                "scores and patterns have their queries and keys in columns of the left-padded view: index them, as in "
+                "value[:, :, -1] for the last token's",
+                where=user_line(),
+            )
         lengths = session.lengths_of(invoke)
         shape = shape_of(self).shape
         if shape[:2] != (len(lengths), max(lengths)):

@@ -241,9 +241,11 @@ class _Lowering:
                 return None
             return Cut(dim=info.sharded_dim, size=known.shape[info.sharded_dim], blocks=info.sharded_blocks)
         if isinstance(event, Call):
-            blocks = split_output(event.module, self.table)
+            split = split_output(event.module, self.table)
             dim = len(known.shape) - 1
-            return None if blocks is None else Cut(dim=dim, size=known.shape[dim], blocks=blocks)
+            if split is None or split[1] > 1:
+                return None
+            return Cut(dim=dim, size=known.shape[dim], blocks=split[0])
         return None
 
     def _write(self, node: int, event: Write, cuts: Cuts) -> Below | None:
@@ -385,12 +387,12 @@ class _Lowering:
         return Below(step=Step.KEEP, cut=cut, result=cut) if dim < 0 or shape[dim] == 1 else None
 
 
-def split_output(module: str, table: ModelTable) -> int | None:
-    """The blocks of a called module's output whose last dimension ranks split; None when every rank has all of it."""
+def split_output(module: str, table: ModelTable) -> tuple[int, int] | None:
+    """Blocks and copies of a called module's output whose last dimension ranks split; None when each has all of it."""
     leaf = _leaf(module, Port.OUTPUT, table)
     if leaf is None or leaf[0] is None or split_input(module, table) is not None:
         return None
-    return leaf[1] if leaf[2] == 1 else None
+    return leaf[1], leaf[2]
 
 
 def split_input(module: str, table: ModelTable) -> int | None:

@@ -41,6 +41,7 @@ EXPRESSIONS = (
     Expression("probability", lambda x: x.softmax(-1)[:, :, 4], lambda t, r: _pairs(t, r) + t * (r - 1)),
     Expression("log probability", lambda x: x.log_softmax(-1)[:, -1, 9], lambda t, r: _pairs(t, r) + t * (r - 1)),
     Expression("partition", lambda x: x.logsumexp(-1), _pairs),
+    Expression("partition of infinity", lambda x: (x * 0 + float("inf")).logsumexp(-1).isinf().float(), _pairs),
     Expression("sum", lambda x: x.sum(-1), _pairs),
     Expression("mean of all", lambda x: x.mean((1, 2)), lambda t, r: _pairs(1, r)),
     Expression("spread", lambda x: x.amax(-1) - x.amin(-1), _pairs),

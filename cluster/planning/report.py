@@ -19,6 +19,12 @@ _SHOWN = 6  # splits beside the best
 _BOX = box.SIMPLE_HEAD
 
 
+_LEGEND = (
+    "store: keys and values; values: what graphs hold and save; reserve: the GPU's own and what is fragmented;\n"
+    "pass: activations of the largest pass; GPU: of its memory; ms: of that pass, at the roofline"
+)
+
+
 def show(name: str, planned: Planned, console: Console | None = None) -> None:
     """Prints the best split with what each shard holds, and how the others compare."""
     console = console or Console()
@@ -32,6 +38,7 @@ def show(name: str, planned: Planned, console: Console | None = None) -> None:
         f"(both at the roofline)\n"
     )
     console.print(_shards(best, machine.hardware.memory_bytes))
+    console.print(_LEGEND, style="dim")
     for link, num_bytes in best.row_links.items():
         if num_bytes:
             console.print(f"one row {link}: {told_bytes(num_bytes)}")

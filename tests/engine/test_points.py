@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, model_of
 from points import POINTS, Look, furthest, look_by_hand, looks, record_look
-from programs import values_in_order
+from programs import difference, values_in_order
 
 from engine.local import LocalBackend
 from polytrace.errors import GraphError, RunError
@@ -102,3 +102,27 @@ def test_a_point_that_a_module_does_not_have_is_named_with_those_that_it_has(lla
         _ = llama.model.layers[0].self_attn.patern
     with pytest.raises(GraphError, match="has no 'z'"), llama.trace([1, 2]):
         _ = llama.model.layers[0].mlp.z
+
+
+def test_scores_of_ragged_prompts_are_scaled_as_those_of_each_alone(llama: Any) -> None:
+    def scaled(prompts: list[list[int]]) -> torch.Tensor:
+        with llama.trace(prompts):
+            scores = llama.model.layers[1].self_attn.scores
+            scores[:, 2] *= 0.2
+            return llama.lm_head.output[:, -1].save()
+
+    prompts = [list(LONG[:9]), list(LONG[3:7])]
+    together = scaled(prompts)
+    with llama.trace(prompts):
+        untouched = llama.lm_head.output[:, -1].save()
+    assert all(torch.equal(together[number], scaled([prompt])[0]) for number, prompt in enumerate(prompts))
+    assert difference([together], [untouched]) > 10 * TOLERANCE
+
+
+def test_positions_of_pairs_are_indexed(llama: Any) -> None:
+    with llama.trace([list(LONG[:4]), list(LONG[:3])]):  # as many tokens as heads
+        pattern = llama.model.layers[1].self_attn.pattern
+        for value in (pattern, pattern * 2):
+            with pytest.raises(GraphError, match=r"value\[:, :, -1\]"):
+                value.at(1)
+        pattern[:, :, -1].save()

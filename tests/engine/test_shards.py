@@ -216,6 +216,34 @@ def test_parameters_are_read_whole_whatever_ranks_hold_of_them(deployed: Deploye
         assert torch.equal(value, stored[path]), path
 
 
+def test_key_value_heads_that_ranks_have_copies_of_are_called_whole(deployed: Deployed) -> None:
+    if deployed.family != "mistral":
+        pytest.skip("a model with more ranks than key/value heads")
+    value = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(1))
+    with deployed.model.trace(PROMPT):
+        own = deployed.model.model.layers[1].self_attn
+        ours = [own.k_proj(value).save(), own.v_proj(value).sum(-1).save()]
+    plain = deployed.plain.model.layers[1].self_attn
+    with torch.no_grad():
+        assert difference(ours, [plain.k_proj(value), plain.v_proj(value).sum(-1)]) <= FLOAT32_TOLERANCE
+
+
+def test_routers_are_those_of_one_process(deployed: Deployed) -> None:
+    path = {"mixtral": "mlp.gate", "gpt_oss": "mlp.router"}.get(deployed.family)
+    if path is None:
+        pytest.skip("a mixture of experts")
+
+    def ask(model: Any) -> list[torch.Tensor]:
+        with model.trace(PROMPT):
+            layer = model.model.layers[2]
+            router, experts = find(layer, path).output, layer.mlp.experts.output
+            router[1][:, -1] *= 0.25
+            return [router[0].save(), router[1].save(), experts.save(), model.lm_head.output.save()]
+
+    one = Model(LocalBackend(deployed.folder, threads=1))
+    assert difference(ask(deployed.model), ask(one)) <= FLOAT32_TOLERANCE
+
+
 @TWICE
 @given(data=st.data())
 def test_programs_of_several_passes_fork_from_what_shards_kept(deployed: Deployed, data: st.DataObject) -> None:
