@@ -380,6 +380,21 @@ def test_deployments_are_wanted_resized_drained_and_removed_by_name(tmp_path: Pa
     service.close()
 
 
+def test_a_deployment_that_failed_before_it_served_is_corrected_under_its_name(tmp_path: Path) -> None:
+    service = Service(tmp_path / "store", None)
+    http = service.http
+    assert http.put("/v1/models/new", json={"source": "org/model", "dtype": "float17"}).status_code == 202
+    problem_of(http.put("/v1/models/new", json={"source": "org/model"}), 409)
+    service.store.set_state("new", DeploymentState.FAILED, "dtype 'float17' is not one of auto, ...")
+    told = http.put("/v1/models/new", json={"source": "org/model"})
+    assert told.status_code == 202 and told.json()["spec"]["dtype"] == "auto"
+    assert http.put("/v1/models/m", json={"source": "org/model"}).status_code == 202
+    service.publish()  # it serves
+    service.store.set_state("m", DeploymentState.FAILED, "its node is gone")
+    problem_of(http.put("/v1/models/m", json={"source": "another"}), 409)
+    service.close()
+
+
 def test_a_drained_deployment_refuses_new_requests_with_the_reason_and_finishes_the_others(tmp_path: Path) -> None:
     service = Service(tmp_path / "store", None)
     service.publish()
