@@ -48,11 +48,14 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit that ran, with `+changes` when tracked files differ from it; `unknown` outside a repository."""
+    """The commit that ran, with `+changes` when tracked files differ from it; `unknown` outside a repository.
+
+    Lines that benchmarks before this one have recorded are no changes.
+    """
     head = _git("rev-parse", "HEAD")
     if head is None:
         return "unknown"
-    return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results") else "")
 
 
 def hardware() -> dict[str, Any]:
