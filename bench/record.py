@@ -55,7 +55,8 @@ def commit() -> str:
     head = _git("rev-parse", "HEAD")
     if head is None:
         return "unknown"
-    return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results") else "")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return head + ("+changes" if changed else "")
 
 
 def hardware() -> dict[str, Any]:
