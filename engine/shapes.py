@@ -112,7 +112,7 @@ class _Walk:
         self.known = KnownValues(request, names.operands)
         self.tokens = TokenDimensions(request, names.operands)
         self.total_bytes = 0  # of all values, those that do not count included
-        self.uncounted = _compacted(request, names) if table.description.has_kept_rows else frozenset()
+        self.uncounted = _compacted(request, names, has_kept_rows=table.description.has_kept_rows)
         self.structures: dict[Hashable, _Found] = {}  # by all that a value's shape follows from
         self.plain: dict[Meta | tuple[Meta, ...], _Found] = {}  # without token dimensions, by shape
         self.views: dict[int, tuple[int, int, int]] = {}  # of invokes, by the object's id: prompts, longest, shortest
@@ -423,8 +423,11 @@ class _Walk:
         )
 
 
-def _compacted(request: Request, names: Resolved) -> frozenset[NodeId]:
-    """Reads behind the head whose every use picks columns: the head runs on those only, so the picks are what costs."""
+def _compacted(request: Request, names: Resolved, *, has_kept_rows: bool) -> frozenset[NodeId]:
+    """Reads behind the head whose every use picks columns: the head runs on those only, so the picks are what costs.
+
+    So are those of scores and patterns; `scheduling.program` checks how many columns are left of each.
+    """
     nodes = request.graph.nodes
     picked, used = bytearray(len(nodes)), bytearray(len(nodes))  # by getitem, by anything else
     for node, parts in zip(nodes, names.operands, strict=True):
@@ -435,7 +438,11 @@ def _compacted(request: Request, names: Resolved) -> frozenset[NodeId]:
     for place, (node, entry) in enumerate(zip(nodes, names.sites, strict=True)):
         if not picked[place] or used[place]:
             continue
-        is_read = isinstance(node, Read) and entry is not None and entry[0].rows is Rows.KEPT
+        is_read = (
+            isinstance(node, Read)
+            and entry is not None
+            and ((has_kept_rows and entry[0].rows is Rows.KEPT) or entry[1].of_pairs)
+        )
         if isinstance(node, Op) and node.name == "getitem" and isinstance(node.args[0], Ref):
             is_read = node.args[0].node in found
         if is_read:

@@ -10,7 +10,7 @@ from polytrace.certificate import Certificate, ValueShape
 from polytrace.collector import young_only
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Graph, Invoke, NodeId, Request, Save, Sharing, Write
+from polytrace.graph import Graph, Invoke, NodeId, Read, Request, Save, Sharing, Write
 from polytrace.tensors import itemsize
 from scheduling.below import lower
 from scheduling.checks import Resolved, resolve, table_of
@@ -54,6 +54,7 @@ def _compile(
     scale = scale_of(description)
     live = find_live(graph, resolved)
     columns = find_columns(request, resolved, live, facts)
+    _check_pairs(graph, resolved, live, columns.facts, limits.max_value_bytes)
 
     # 3) Give each node its point (wave, stage, order), and with it each wave its rows; too many take several waves.
     is_shared = description.has_forks and request.options.sharing is not Sharing.OFF
@@ -120,6 +121,21 @@ def certify(program: Program, facts: tuple[ValueFacts | None, ...], description:
         live_bytes=program.live_bytes,
         notes=find_notes(program, table),
     )
+
+
+def _check_pairs(
+    graph: Graph, resolved: Resolved, live: list[bool], facts: tuple[ValueFacts | None, ...], max_value_bytes: int
+) -> None:
+    """Scores and patterns are as large as the square of a prompt; what counts is how many columns are read of them."""
+    for position, (node, entry) in enumerate(zip(graph.nodes, resolved.sites, strict=True)):
+        if live[position] and entry is not None and entry[1].of_pairs and isinstance(node, Read):
+            known = facts[position]
+            if known is not None and known.num_bytes > max_value_bytes:
+                raise TooLargeError(
+                    f"{node.site} would be a value of {known.num_bytes} bytes ({list(known.shape)}); the limit is "
+                    f"{max_value_bytes}: read some of its queries, as in [:, :, -1]",
+                    where=node.where,
+                )
 
 
 def _check_writes(request: Request, resolved: Resolved, facts: tuple[ValueFacts | None, ...]) -> None:

@@ -13,7 +13,7 @@ from points import POINTS, Look, furthest, look_by_hand, looks, record_look
 from programs import difference, values_in_order
 
 from engine.local import LocalBackend
-from polytrace.errors import GraphError, RunError
+from polytrace.errors import GraphError, RunError, TooLargeError
 from polytrace.model import Model
 from scheduling.scheduler import PassPolicy
 
@@ -126,3 +126,17 @@ def test_positions_of_pairs_are_indexed(llama: Any) -> None:
             with pytest.raises(GraphError, match=r"value\[:, :, -1\]"):
                 value.at(1)
         pattern[:, :, -1].save()
+
+
+def test_the_limit_of_a_value_is_held_against_the_queries_that_are_read(llama: Any) -> None:
+    backend, description = llama.backend, llama.backend.description
+    backend.description = replace(description, limits=replace(description.limits, max_value_bytes=10_000))
+    try:
+        with llama.trace(list(LONG)):
+            last = llama.model.layers[1].self_attn.pattern[:, :, -1].save()
+        assert last.shape == (1, 4, len(LONG))
+        for whole in (lambda pattern: pattern[:, 1], lambda pattern: pattern * 1.0):
+            with pytest.raises(TooLargeError, match=r"25600 bytes"), llama.trace(list(LONG)):
+                whole(llama.model.layers[1].self_attn.pattern)[..., 0].save()
+    finally:
+        backend.description = description
