@@ -270,12 +270,15 @@ def _refusal(
 ) -> str:
     """Why nothing fits, and what would."""
     weights = census.num_parameters * census.itemsize
-    reasons = [
-        f"no split of its {told_bytes(weights)} of weights fits {machine.told()}: "
-        f"each shard has {told_bytes(load.beside_bytes)} beside its weights, "
-        f"and a pass has at least {_MIN_PASS_ROWS} rows"
-    ]
-    reasons += [f"{count} ranks: {why}" for count, why in refused.items() if count == ranks]
+    if ranks is not None and ranks in refused:
+        reasons = [f"no plan has {ranks} ranks: {refused[ranks]}"]
+    else:
+        asked = "" if stages is None and ranks is None else " that was asked for"
+        reasons = [
+            f"no split{asked} of its {told_bytes(weights)} of weights fits {machine.told()}: "
+            f"each shard has {told_bytes(load.beside_bytes)} beside its weights, "
+            f"and a pass has at least {_MIN_PASS_ROWS} rows"
+        ]
     if stages is not None or ranks is not None:
         free = _plan(census, machine, load, None, None).splits
         if free:
