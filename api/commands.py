@@ -46,17 +46,15 @@ def serve(
     model: Annotated[
         str | None, typer.Argument(help="A folder with a Hugging Face model, or a hub id; without: what --store has.")
     ] = None,
-    stages: Annotated[int, typer.Option(min=1, help="Pipeline stages: blocks of layers.")] = 1,
-    ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of every stage.")] = 1,
-    replicas: Annotated[int, typer.Option(min=1, help="Copies; requests go to the least loaded one.")] = 1,
+    stages: operations.Stages = 1,
+    ranks: operations.Ranks = 1,
+    replicas: operations.Replicas = 1,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8765,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
-    name: Annotated[str | None, typer.Option(help="Name of the deployment; default: the model's last part.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: GPUs when the cluster has any.")] = "auto",
-    cpus: Annotated[
-        float | None, typer.Option(help="Of the cluster's, for each shard; default: a small share.")
-    ] = None,
+    name: operations.DeploymentName = None,
+    dtype: operations.Dtype = "auto",
+    device: operations.Device = "auto",
+    cpus: operations.Cpus = None,
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to join, HOST:PORT or auto; default: an own one.")
     ] = None,

@@ -19,6 +19,16 @@ Url = Annotated[str, typer.Option(help="Of the service.")]
 Key = Annotated[str | None, typer.Option(help="The service's key; default: POLYTRACE_KEY.")]
 Wait = Annotated[bool, typer.Option(help="Follow it until it is so.")]
 Name = Annotated[str, typer.Argument(help="Name of the deployment.")]
+# What a deployment is asked for; `serve` takes the same.
+DeploymentName = Annotated[
+    str | None, typer.Option("--name", help="Name of the deployment; default: the model's last part.")
+]
+Stages = Annotated[int, typer.Option(min=1, help="Pipeline stages: blocks of layers.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of every stage.")]
+Replicas = Annotated[int, typer.Option(min=1, help="Copies; requests go to the least loaded one.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: GPUs when the cluster has any.")]
+Cpus = Annotated[float | None, typer.Option(help="Of the cluster's, for each shard; default: a small share.")]
 RandomWeights = Annotated[
     int | None,
     typer.Option(metavar="SEED", help="Read no weights but draw them; MODEL may be one that ships, as for plan."),
@@ -36,15 +46,13 @@ def deploy(
     model: Annotated[
         str, typer.Argument(help="A folder with a Hugging Face model, or a hub id; the service reads it.")
     ],
-    name: Annotated[str | None, typer.Option(help="Name of the deployment; default: the model's last part.")] = None,
-    stages: Annotated[int, typer.Option(min=1, help="Pipeline stages: blocks of layers.")] = 1,
-    ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of every stage.")] = 1,
-    replicas: Annotated[int, typer.Option(min=1, help="Copies; requests go to the least loaded one.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: GPUs when the cluster has any.")] = "auto",
-    cpus: Annotated[
-        float | None, typer.Option(help="Of the cluster's, for each shard; default: a small share.")
-    ] = None,
+    name: DeploymentName = None,
+    stages: Stages = 1,
+    ranks: Ranks = 1,
+    replicas: Replicas = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    cpus: Cpus = None,
     random_weights: RandomWeights = None,
     offload: Offload = 0.0,
     url: Url = _HERE,

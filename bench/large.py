@@ -13,7 +13,6 @@ same model in float32: in bfloat16 ours may be off by at most 1.1 times what Hug
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ from transformers.utils import logging
 
 import polytrace
 from bench.overhead import bare_forward, read_every_layer, read_one_layer
-from bench.race import race, ratio
+from bench.race import median_ms, race, ratio
 from engine.shipped import known_source
 
 _ERROR_FACTOR = 1.1
@@ -96,7 +95,7 @@ def _trace(config: LargeConfig, plain: Any, model: Any, num_tokens: int) -> dict
         "trace / bare": asdict(ratio(seconds["one"], seconds["bare"])),
         "trace of every layer / bare": asdict(ratio(seconds["every"], seconds["bare"])),
         "bare again / bare": asdict(ratio(seconds["bare again"], seconds["bare"])),
-        "median_ms": _median_ms(seconds),
+        "median_ms": median_ms(seconds),
     }
 
 
@@ -137,7 +136,7 @@ def _merged(config: LargeConfig, plain: Any, model: Any) -> dict[str, Any]:
         "tokens": config.user_tokens,
         "merged / batched bare forward": asdict(ratio(seconds["merged"], seconds["batched"])),
         "one by one / merged": asdict(ratio(seconds["one by one"], seconds["merged"])),
-        "median_ms": _median_ms(seconds),
+        "median_ms": median_ms(seconds),
         "merged has the bits of alone": all(map(torch.equal, together, alone)),
     }
 
@@ -159,10 +158,6 @@ def _errors(config: LargeConfig, plain: Any, model: Any) -> dict[str, float]:
 def _prompts(config: LargeConfig, count: int, tokens: int) -> list[list[int]]:
     rng = random.Random(config.seed)
     return [[rng.randrange(1000) for _ in range(tokens)] for _ in range(count)]
-
-
-def _median_ms(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
 def is_right(figures: Mapping[str, Any]) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import torch
 
 from bench.jobs import Job, Recorder, make_jobs, sequences
 from bench.plain import TOLERANCE, Plain
-from bench.race import race, ratio
+from bench.race import median_ms, race, ratio
 from engine.local import LocalBackend
 from polytrace.model import Model
 from scheduling.plan import Program, RequestId
@@ -72,7 +71,7 @@ def run(config: MergedConfig) -> dict[str, Any]:
             "one by one / merged": asdict(ratio(seconds["one by one"], seconds["merged"])),
             "plain again / plain": asdict(ratio(seconds["plain again"], seconds["plain"])),
             "aim": {"merged / plain": _AIM},
-            "median_ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
+            "median_ms": median_ms(seconds),
             "requests": len(jobs),
             "sequences": len(sequences(jobs)),
             "tokens": sum(len(sequence) for sequence in sequences(jobs)),

@@ -12,7 +12,6 @@ runs the graph, so every rank needs it. A result is held against the same read o
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 import polytrace
+from bench.cluster import own_cluster
 from bench.plain import TOLERANCE, difference
 from cluster.deployment import Deployment, DeploymentConfig
 from engine.loading import meta_model
@@ -174,33 +173,22 @@ def _configuration(config: MovedConfig, folder: Path) -> str:
 @contextmanager
 def _deployed(config: MovedConfig, source: str, folder: str) -> Iterator[Any]:
     """The model over the ranks, on a Ray cluster of this machine."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on this machine only, and ends with the block
-    ray.init(
-        address="local",
-        num_cpus=config.ranks,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=128 << 20,
-        _temp_dir=folder,
-    )
-    deployment = None
-    try:
-        deployment = Deployment(
-            DeploymentConfig(
-                name="moved",
-                source=source,
-                ranks=config.ranks,
-                device="cpu",
-                threads=1,
-                random_weights_seed=config.seed,
-            )
+    deployment = Deployment(
+        DeploymentConfig(
+            name="moved",
+            source=source,
+            ranks=config.ranks,
+            device="cpu",
+            threads=1,
+            random_weights_seed=config.seed,
         )
-        description = deployment.start()
-        yield Model(DirectBackend(source, deployment.shards(lambda: None), description, meta_model(source)))
-    finally:
-        if deployment is not None:
+    )
+    with own_cluster(config.ranks, folder):
+        try:
+            description = deployment.start()
+            yield Model(DirectBackend(source, deployment.shards(lambda: None), description, meta_model(source)))
+        finally:
             deployment.stop()
-        ray.shutdown()
 
 
 def is_right(figures: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ import torch
 
 import polytrace
 from bench.plain import TOLERANCE, Plain, difference
-from bench.race import interval, race, ratio
+from bench.race import interval, median_ms, race, ratio
 
 _FACTOR, _ADDED_MS = 1.15, 1.0
 
@@ -59,7 +59,7 @@ def run(config: OverheadConfig) -> dict[str, Any]:
                 "trace of every layer / bare": asdict(ratio(seconds["every"], seconds["bare"])),
                 "bare again / bare": asdict(ratio(seconds["bare again"], seconds["bare"])),
                 "beyond_1.15x_ms": {"median": statistics.median(beyond_ms), "low": low, "high": high},
-                "median_ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
+                "median_ms": median_ms(seconds),
                 "largest_difference_to_plain": max(difference(hidden, kept), difference(logits, bare())),
             }
         )

@@ -32,9 +32,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from bench import pictures
+from bench.cluster import own_cluster
 from bench.cones.models import folder_of
 from bench.pictures import Stretch
 from bench.race import ratio
@@ -206,16 +205,10 @@ class _Watched:
 def running(config: OverlapConfig) -> Iterator[Stages]:
     """The deployment, on a Ray cluster of its own that ends with the block."""
     source = str(folder_of(config.model))
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on this machine only, and ends with the block
-    with tempfile.TemporaryDirectory(prefix="pt", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        ray.init(
-            address="local",
-            num_cpus=config.stages,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=128 << 20,
-            _temp_dir=folder,
-        )
+    with (
+        tempfile.TemporaryDirectory(prefix="pt", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        own_cluster(config.stages, folder),
+    ):
         stages = None
         try:
             stages = Stages(config, source, Path(folder))
@@ -223,7 +216,6 @@ def running(config: OverlapConfig) -> Iterator[Stages]:
         finally:
             if stages is not None:
                 stages.deployment.stop()
-            ray.shutdown()
 
 
 def contenders(config: OverlapConfig) -> dict[str, Contender]:

@@ -66,6 +66,11 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float], *, seed: int
     return Ratio(median=statistics.median(ratios), low=low, high=high, rounds=len(ratios))
 
 
+def median_ms(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Every contender's median, in milliseconds."""
+    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+
+
 def interval(samples: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     """The 95 % bootstrap interval of the median."""
     rng = random.Random(seed)

@@ -152,9 +152,11 @@ def packed_attention(
     if current is None:
         raise ServiceError("the model was run outside a pass: its attention only knows the rows of a plan")
     points = current.points.get(id(module), {})
-    query = visited(points, Port.Q_ROT, query, 1)
-    key_GRC = visited(points, Port.K_ROT, key, 1)[0]
-    value_GRC = visited(points, Port.V, value, 1)[0]
+    if points:
+        query = visited(points, Port.Q_ROT, query.transpose(1, 2)).transpose(1, 2)
+        key = visited(points, Port.K_ROT, key.transpose(1, 2)).transpose(1, 2)
+        value = visited(points, Port.V, value.transpose(1, 2)).transpose(1, 2)
+    key_GRC, value_GRC = key[0], value[0]
     if current.trunks is not None:
         key_GRC, value_GRC = current.trunks.through(current.layer, key_GRC, value_GRC)
     formula = Formula(
@@ -178,7 +180,7 @@ def packed_attention(
         elif written:
             rows = to_device(written, current.device)
             z = z.index_copy(1, rows, layer.result(query.dtype).index_select(1, rows))
-    return visited(points, Port.Z, z, 2), None
+    return visited(points, Port.Z, z), None
 
 
 def _by_kernel(current: AttentionPass, query: Tensor, key_GRC: Tensor, value_GRC: Tensor, formula: Formula) -> Tensor:

@@ -16,7 +16,7 @@ row, and by no more than rounding does, the model serves and every receipt says 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from engine.attention import AttentionPass
 from engine.links import Links
 from engine.points import Pairs
-from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors, port_leaves, row_multiple
+from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors, row_leaves, row_multiple
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
@@ -229,7 +229,7 @@ class _Trial:
                     own, base = value.read(own_rows, length), value.read(base_rows, length)
                     if not self.is_same((site.module, site.port, ()), own, base):
                         differing.add((site.module, site.port, ()))
-                for selector, tensor in row_leaves(site, value):
+                for selector, tensor in row_leaves(value, site.flat).items():
                     if tensor.ndim >= 2 and tensor.shape[1] == rows.num_padded and pairs:
                         here, there = (list(own) for own in zip(*pairs, strict=True))
                         place = site.module, site.port, selector
@@ -282,13 +282,6 @@ class _Trial:
             links.flush()
 
 
-def row_leaves(site: SiteInfo, value: Any) -> Iterator[tuple[Selector, Tensor]]:
-    """A port's tensors, all with their rows in the second dimension."""
-    flat = {leaf.selector for leaf in site.leaves if leaf.is_flat}
-    for selector, tensor in port_leaves(value)[1].items():
-        yield selector, tensor[None] if selector in flat else tensor
-
-
 def root_segment(sequence: list[int], num_layers: int) -> Segment:
     """A sequence that shares nothing and keeps all its rows to the end."""
     return Segment(
@@ -313,7 +306,7 @@ def _watching(
     def visitor(value: Any) -> Any:
         if isinstance(value, Pairs) and readable:
             seen[site.module, site.port, ()] = value.read(range(last.start, last.stop), last.stop - last.start)
-        for selector, tensor in row_leaves(site, value):
+        for selector, tensor in row_leaves(value, site.flat).items():
             if selector in readable and tensor.ndim >= 2 and tensor.shape[1] == num_rows:
                 key = (site.module, site.port, selector)
                 seen[key] = tensor[0, last].clone()

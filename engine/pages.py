@@ -104,9 +104,10 @@ class PagedLayer:
         return sorted(written)
 
     def _visit(self, points: Points, port: Port, held: list[Held]) -> set[int]:
+        if port not in points:
+            return set()
         pairs = Pairs(held, MASKED[port], self.num_groups, self.share, self.queries_GTEC.device)
-        if port in points:
-            points[port].visit(pairs)
+        points[port].visit(pairs)
         return pairs.written
 
     def _prefix(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:

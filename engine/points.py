@@ -18,7 +18,7 @@ from engine.copies import to_device
 from polytrace.graph import Port
 
 if TYPE_CHECKING:
-    from engine.chunks import Chunk
+    from engine.chunks import Chunk, Tile
 
 # R = rows asked for, H = query heads, K = positions of keys; G, E, N, B, Q and W as in `engine.pages`
 
@@ -103,21 +103,18 @@ def apart(chunk: Chunk, rows: Sequence[int]) -> tuple[Chunk | None, Chunk | None
         place = bisect_left(rows, start)
         return place < len(rows) and rows[place] < stop
 
-    asked = [tile for tile in chunk.tiles if has_row(tile.row, tile.row + tile.stop - tile.start)]
-    others = [tile for tile in chunk.tiles if tile not in asked] if asked else chunk.tiles
+    asked: list[Tile] = []
+    others: list[Tile] = []
+    for tile in chunk.tiles:
+        (asked if has_row(tile.row, tile.row + tile.stop - tile.start) else others).append(tile)
     return chunk.of(asked), chunk.of(others)
 
 
-def visited(points: Points, port: Port, value: Tensor, dim: int) -> Tensor:
-    """The value behind the visit of a point; the visitor sees its dimension `dim`, the heads, behind the tokens."""
+def visited(points: Points, port: Port, value_1THC: Tensor) -> Tensor:
+    """The value behind the visit of a point with heads; the same object where nobody replaced it."""
     point = points.get(port)
-    if point is None:
-        return value
-    seen = value.transpose(1, 2) if dim == 1 else value
-    after: Tensor = point.visit(seen)
-    if after is seen:
-        return value
-    return after.transpose(1, 2) if dim == 1 else after
+    after: Tensor = value_1THC if point is None else point.visit(value_1THC)
+    return after
 
 
 Watch = Callable[[nn.Module, Port, Tensor], None]

@@ -114,11 +114,7 @@ class Shard:
         )
         self._row_multiple = description.row_multiple
         self._ports = {info.order: (info.module, info.port) for info in description.sites}
-        self._flat = {
-            info.order: frozenset(leaf.selector for leaf in info.leaves if leaf.is_flat)
-            for info in description.sites
-            if any(leaf.is_flat for leaf in info.leaves)
-        }
+        self._flat = {info.order: info.flat for info in description.sites if info.flat}
         self._hidden_size = description.hidden_size
 
     def run(self, plan: Plan) -> ShardResult:

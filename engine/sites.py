@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,6 +103,11 @@ def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
     if isinstance(value, (tuple, list)):
         return type(value).__name__ if type(value) in (tuple, list) else "tuple", dict(_members(enumerate(value)))
     return "other", {}
+
+
+def row_leaves(value: Any, flat: Collection[Selector]) -> dict[Selector, Tensor]:
+    """The tensors of a port, all with their rows in the second dimension; those of `flat` have them in the first."""
+    return {selector: own[None] if selector in flat else own for selector, own in port_leaves(value)[1].items()}
 
 
 def _members(items: Any) -> Iterator[tuple[Selector, Tensor]]:

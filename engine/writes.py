@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.points import Pairs
-from engine.sites import port_leaves
+from engine.sites import row_leaves
 from engine.views import RowView
 
 Selector = tuple[int | str, ...]
@@ -39,8 +39,8 @@ class PortValue:
         self.original = value
         self.outputs = outputs  # that trunks have of this layer, `[R, D]`
         self.flat = flat
-        # as the model made them, all with their rows in the second dimension
-        self.tensors = {at: own[None] if at in flat else own for at, own in port_leaves(value)[1].items()}
+        # as the model made them
+        self.tensors = row_leaves(value, flat)
         self.pairs = value if isinstance(value, Pairs) else None
         self._writes: dict[Selector, list[RowWrite]] = {}
 

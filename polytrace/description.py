@@ -74,6 +74,11 @@ class SiteInfo:
     rows: Rows
     leaves: tuple[Leaf, ...]
 
+    @property
+    def flat(self) -> frozenset[tuple[int | str, ...]]:
+        """Selectors of its tensors whose rows lie in the first dimension."""
+        return frozenset(leaf.selector for leaf in self.leaves if leaf.is_flat)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleInfo:

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from services import make_model
 
 from api.store import Store
 from api.worker import CheckerPool, Verdict
@@ -50,17 +49,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("worker")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    make_model(folder / "model")
     backend = LocalBackend(str(folder / "model"), name="m", threads=1)
     store = Store(folder / "store")
     body = json.dumps(to_json(backend.describe())).encode()
