@@ -289,6 +289,7 @@ class Deployment:
         )
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         environment |= {"OMP_NUM_THREADS": str(placement.threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment["POLYTRACE_SHARD"] = f"{config.name} stage {stage} rank {rank}"  # for people who look at processes
         runtime: dict[str, Any] = {"env_vars": environment}
         if config.working_dir is not None:
             runtime["working_dir"] = config.working_dir

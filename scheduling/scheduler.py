@@ -42,7 +42,7 @@ from scheduling.receipts import Account, find_error, find_out_of_memory
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 
 
-_MAX_LOSSES_ALONE = 2  # shards that a request may take down
+_MAX_LOSSES_ALONE = 3  # shards that may die while a request is alone on them: two may be bad luck
 _MAX_REFILLS = 3  # times that a pass is planned again because it has room left
 
 
@@ -270,9 +270,9 @@ class Scheduler:
         """The pass was lost, and shards have nothing left but weights: its members run again from their first waves.
 
         With PassTooLargeError in two halves; one that was alone ends with the numbers. With PassAbandonedError as if
-        nothing had happened. With any other error each alone; one that was alone in two such passes has killed two
-        shards, as far as anybody can tell, and ends with the reason. A loss in company says little: shards die for
-        other reasons too.
+        nothing had happened. With any other error each alone; one that was alone in three such passes has killed
+        three shards, as far as anybody can tell, and ends with the reason. A loss in company says little, and one or
+        two alone not enough: shards die for other reasons too.
         """
         landed = self._landed(plan)
         is_too_large = isinstance(error, PassTooLargeError)
@@ -293,7 +293,7 @@ class Scheduler:
                 job.losses += 1
                 job.losses_alone += len(plan.members) == 1
                 if job.losses_alone == _MAX_LOSSES_ALONE:
-                    told = f"shards died in two passes with this request alone: {error.message}"
+                    told = f"shards died in {job.losses_alone} passes with this request alone: {error.message}"
                     self._end(job, ServiceError(told))
                 else:
                     self._queue_again(job, party=job.number)

@@ -84,9 +84,10 @@ class Service:
         pids = (pid for pid, command in self.processes().items() if f"api.children {role}" in command)
         return next(pids, None)
 
-    def shards(self) -> list[int]:
-        """The processes of its shards."""
-        return sorted(pid for pid, command in self.processes().items() if command.startswith("ray::ShardActor"))
+    def shards(self, name: str | None = None) -> list[int]:
+        """The processes of its shards, or of one deployment's."""
+        pids = [pid for pid, command in self.processes().items() if command.startswith("ray::ShardActor")]
+        return sorted(pid for pid in pids if name is None or _deployment_of(pid) == name)
 
     def told_for_ray(self) -> dict[str, str]:
         """What a Ray program sets to join, from the last line that says so."""
@@ -95,8 +96,13 @@ class Service:
         return dict(re.findall(r"(RAY_\w+)=(\S+)", told))
 
     def words(self) -> str:
-        logs = (Path(self.log.name), *self.store.glob("*.log"))
-        return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists())
+        own = (Path(self.log.name), *self.store.glob("*.log"))
+        logs = {log.name: log.read_text(errors="replace") for log in own if log.exists()}
+        for log in Path(self.scratch).glob("**/logs/worker-*.err"):
+            told = log.read_text(errors="replace")
+            if any(word in told for word in ("Fatal", "terminate called", "Check failed")):  # a process that crashed
+                logs[log.name] = told
+        return "\n".join(f"{name}: {told[-3000:]}" for name, told in logs.items())
 
     def kill_all(self) -> None:
         self.http.close()
@@ -106,6 +112,13 @@ class Service:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _deployment_of(shard: int) -> str | None:
+    with contextlib.suppress(OSError):
+        found = re.search(rb"(?:^|\0)POLYTRACE_SHARD=(\S+) ", (Path("/proc") / str(shard) / "environ").read_bytes())
+        return found[1].decode() if found else None
+    return None
 
 
 def make_model(folder: Path) -> Path:

@@ -36,12 +36,6 @@ def calm(service: Service) -> list[bytes]:
     return [answer(service, *one) for one in WORK]
 
 
-@pytest.fixture(scope="module")
-def others() -> set[int]:
-    """The shards of the second deployment, once it is there."""
-    return set()
-
-
 class Client(threading.Thread):
     """A researcher who goes on asking one deployment, and looks at every answer."""
 
@@ -79,15 +73,13 @@ def ok(service: Service, *arguments: str) -> str:
 
 
 def test_another_deployment_loads_while_the_first_one_answers_and_both_give_the_same_bits(
-    service: Service, model: Path, calm: list[bytes], others: set[int]
+    service: Service, model: Path, calm: list[bytes]
 ) -> None:
-    own = set(service.shards())
     client = Client(service, calm)
     client.start()
     ok(service, "deploy", str(model), "--name", "other", "--stages", "2", "--cpus", "0.1")
     client.end()
-    others |= set(service.shards()) - own
-    assert len(own) == 1 and len(others) == 2
+    assert len(service.shards("tiny")) == 1 and len(service.shards("other")) == 2
     assert all_answers(service, "other") == calm
     refused = service.polytrace("deploy", str(model), "--name", "other", "--stages", "4")
     assert refused.returncode == 1 and "on 2 x 1 shards" in refused.stderr
@@ -117,9 +109,9 @@ def test_a_second_replica_loads_while_the_first_one_answers_and_takes_over_when_
 ) -> None:
     client = Client(service, calm)
     client.start()
-    before = set(service.shards())
+    before = set(service.shards("tiny"))
     ok(service, "resize", "tiny", "--replicas", "2")
-    (second,) = set(service.shards()) - before
+    (second,) = set(service.shards("tiny")) - before
     assert service.replicas() == {0: "ready", 1: "ready"}
     os.kill(second, signal.SIGKILL)
     wait_until(lambda: service.replicas()[1] == "recovering", 60, service)
@@ -130,14 +122,13 @@ def test_a_second_replica_loads_while_the_first_one_answers_and_takes_over_when_
     client.end()
 
 
-def test_requests_are_spread_over_replicas_and_survive_the_death_of_both(
-    service: Service, calm: list[bytes], others: set[int]
-) -> None:
+def test_requests_are_spread_over_replicas_and_survive_the_death_of_both(service: Service, calm: list[bytes]) -> None:
+    others = service.shards("other")
     clients = [Client(service, calm) for _ in range(6)]
     for client in clients:
         client.start()
     wait_until(lambda: all(one["requests"] > 0 for one in service.deployment()["replicas"]), 60, service)
-    first, second = set(service.shards()) - others
+    first, second = service.shards("tiny")
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: "recovering" in service.replicas().values(), 60, service)
     os.kill(second, signal.SIGKILL)
@@ -145,23 +136,22 @@ def test_requests_are_spread_over_replicas_and_survive_the_death_of_both(
     wait_until(lambda: set(service.replicas().values()) == {"ready"}, 180, service)
     for client in clients:
         client.end()
-    assert others <= set(service.shards()), "the other deployment has lost nothing"
+    assert service.shards("other") == others, "the other deployment has lost nothing"
 
 
-def test_a_replica_that_is_one_too_many_ends_while_the_other_answers(
-    service: Service, calm: list[bytes], others: set[int]
-) -> None:
+def test_a_replica_that_is_one_too_many_ends_while_the_other_answers(service: Service, calm: list[bytes]) -> None:
     client = Client(service, calm)
     client.start()
     ok(service, "resize", "tiny", "--replicas", "1")
     client.end()
     assert service.replicas() == {0: "ready"}
-    wait_until(lambda: len(set(service.shards()) - others) == 1, 30, service)
+    wait_until(lambda: len(service.shards("tiny")) == 1, 30, service)
 
 
 def test_a_drained_deployment_takes_nothing_new_and_serves_again_with_the_shards_that_it_has(
-    service: Service, model: Path, calm: list[bytes], others: set[int]
+    service: Service, model: Path, calm: list[bytes]
 ) -> None:
+    others = service.shards("other")
     ok(service, "drain", "other")
     assert service.deployment("other")["state"] == "draining"
     refused = service.http.post("/v1/models/other/requests", content=body())
@@ -169,7 +159,7 @@ def test_a_drained_deployment_takes_nothing_new_and_serves_again_with_the_shards
     assert all_answers(service) == calm
     ok(service, "deploy", str(model), "--name", "other", "--stages", "2", "--cpus", "0.1")
     assert all_answers(service, "other") == calm
-    assert others <= set(service.shards())
+    assert service.shards("other") == others
 
 
 def test_a_new_controller_brings_everything_back_finishes_what_was_accepted_and_leaves_no_old_shard(
@@ -193,16 +183,15 @@ def test_a_new_controller_brings_everything_back_finishes_what_was_accepted_and_
 def test_a_deployment_that_is_removed_now_refuses_what_it_has_and_its_shards_end(
     service: Service, calm: list[bytes]
 ) -> None:
-    mine = set(service.shards())
     ok(service, "deploy", str(service.deployment()["spec"]["source"]), "--name", "third", "--cpus", "0.1")
-    (shard,) = set(service.shards()) - mine
+    (shard,) = service.shards("third")
     os.kill(shard, signal.SIGSTOP)  # nothing of this will ever end
     accepted = [service.http.post("/v1/models/third/requests", content=body()).json()["id"] for _ in range(5)]
     ok(service, "remove", "third", "--now")
     for request in accepted:
         refused = service.http.get(f"/v1/requests/{request}/result")
         assert refused.status_code == 503 and "third was removed" in refused.json()["detail"]
-    wait_until(lambda: set(service.shards()) == mine, 30, service)
+    wait_until(lambda: service.shards("third") == [], 30, service)
     assert all_answers(service) == calm
 
 
