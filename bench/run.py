@@ -1,6 +1,7 @@
 """The benchmarks in one command.
 
-    python -m bench.run [merged] [overhead] [cones] [overlap] [loading] [moved] [large] [--quick] [--model FOLDER]
+    python -m bench.run [merged] [overhead] [cones] [overlap] [loading] [moved] [language] [large] [--quick]
+        [--model FOLDER]
 
 Each prints its figures and appends one JSON line to `bench/results/`. A row whose numbers are wrong is an error, not a
 result: nothing is recorded then. `--quick` shows that a benchmark works and records nothing.
@@ -29,6 +30,7 @@ BENCHMARKS: Mapping[str, str] = {
     "overlap": "bench.overlap",
     "loading": "bench.loading",
     "moved": "bench.moved",
+    "language": "bench.language",
     "large": "bench.large",
 }
 _ON_GPUS = {"large"}

@@ -65,6 +65,7 @@ class RequestState:
         self._written: dict[tuple[Selector, int], list[tuple[NodeId, Tensor]]] = {}  # at this visit, by invoke
         self._in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
         self._constants: dict[str, Tensor] = {}
+        self._slots = {slot.node: slot for slot in program.saves}
 
     @property
     def has_failed(self) -> bool:
@@ -349,8 +350,7 @@ class RequestState:
 
     def _save(self, node_id: NodeId, node: Save) -> None:
         if self.context.links.rank == 0:
-            slot = next(slot for slot in self.program.saves if slot.node == node_id)
-            self.sink.put(slot, self.values[node.value.node])
+            self.sink.put(self._slots[node_id], self.values[node.value.node])
 
     def _resolve(self, operand: Operand) -> Any:
         return resolve(operand, self.values)

@@ -63,6 +63,7 @@ class StageRunner:
         self.window = window
         self._keeps_rows = keeps_rows  # whether the head can run on chosen rows
         self._layers: Any = model.get_submodule(window.layers)
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._is_calling = False
 
     def run(
@@ -115,7 +116,7 @@ class StageRunner:
             layer: nn.Module = self._layers[level]
             yield layer.register_forward_pre_hook(self._entering(rows, level), with_kwargs=True)
         for visit in sorted(visits, key=lambda visit: visit.order):
-            module = self.model.get_submodule(visit.module)
+            module = self._modules[visit.module]
             is_last = visit.order == stop_after
             if visit.port.is_inner:
                 point = Point(visit=_visiting_point(visit, is_last), rows=visit.rows)

@@ -40,6 +40,7 @@ SIZES = {
     size.name: size
     for size in (
         Size(layers=4, hidden=64, intermediate=176, heads=4, kv_heads=2, vocabulary=256),  # to see that it works
+        Size(layers=48, hidden=32, intermediate=64, heads=2, kv_heads=1, vocabulary=256),  # many reads
         Size(layers=8, hidden=512, intermediate=1408, heads=8, kv_heads=4),
         Size(layers=16, hidden=1024, intermediate=2816, heads=16, kv_heads=8),
     )

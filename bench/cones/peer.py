@@ -60,11 +60,11 @@ def environment(*, cache: Path = CACHE) -> Path:
 class Peer:
     """A process with nnsight and one model."""
 
-    def __init__(self, python: Path, folder: Path) -> None:
+    def __init__(self, python: Path, folder: Path, program: str = "bench.cones.peer_program") -> None:
         variables = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  what it tells people; closed with the process
         self._process = subprocess.Popen(
-            [str(python), "-m", "bench.cones.peer_program", str(folder)],
+            [str(python), "-m", program, str(folder)],
             cwd=ROOT,
             env=variables,
             stdin=subprocess.PIPE,
@@ -77,15 +77,15 @@ class Peer:
         self, case: str, *, tokens: int, size: int | None, members: Sequence[int], rows: int, threads: int
     ) -> None:
         """Makes the peer ready to run these members of a workload, `rows` tokens in one trace."""
-        self._ask(do="prepare", case=case, tokens=tokens, size=size, members=list(members), rows=rows, threads=threads)
+        self.ask(do="prepare", case=case, tokens=tokens, size=size, members=list(members), rows=rows, threads=threads)
 
     def run(self) -> float:
         """Seconds that the members took."""
-        return float(self._ask(do="run")["seconds"])
+        return float(self.ask(do="run")["seconds"])
 
     def values(self) -> Values:
         """What they gave back in the last run."""
-        return {int(member): torch.tensor(value) for member, value in self._ask(do="values")["values"].items()}
+        return {int(member): torch.tensor(value) for member, value in self.ask(do="values")["values"].items()}
 
     def close(self) -> None:
         """Ends the process."""
@@ -93,7 +93,8 @@ class Peer:
         self._process.communicate()
         self._said.close()
 
-    def _ask(self, **command: Any) -> dict[str, Any]:
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """What its program answers to a command."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
