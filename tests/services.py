@@ -107,7 +107,8 @@ class Service:
     def kill_all(self) -> None:
         self.http.close()
         self.log.close()
-        for pid in (self.process.pid, *self.processes()):
+        self.process.kill()  # does nothing once it was waited for: its number may be somebody else's thread by now
+        for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
