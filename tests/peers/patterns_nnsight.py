@@ -5,6 +5,8 @@ into one safetensors file. The pages say GPT-2's names; here they are tinyworld'
 the same patterns under the same names.
 """
 
+# ruff: noqa: RET504  the lines stand as the documentation has them: a trace, and behind it what it saved
+
 from __future__ import annotations
 
 import importlib
@@ -12,8 +14,6 @@ import sys
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-
 from peers.material import (
     EIFFEL,
     FOLDER,
@@ -31,6 +31,7 @@ from peers.material import (
     lenses,
     sae,
 )
+from safetensors.torch import save_file
 
 nnsight: Any = importlib.import_module("nnsight")
 

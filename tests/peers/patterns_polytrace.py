@@ -1,11 +1,12 @@
 """The patterns of `patterns_nnsight` in polytrace, as its users write them: the same names, the same values."""
 
+# ruff: noqa: RET504  the lines stand as the documentation has them: a trace, and behind it what it saved
+
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-
 from peers.material import (
     EIFFEL,
     GALATA,

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from peers.material import FOLDER
+from peers.patterns_polytrace import PATTERNS
 from safetensors.torch import load_file
 
 import polytrace
 from bench.cones import peer
 from bench.plain import TOLERANCE, difference
-from peers.material import FOLDER
-from peers.patterns_polytrace import PATTERNS
 
 TESTS = Path(__file__).resolve().parents[1]
 
