@@ -1,0 +1,625 @@
+"""Every pattern of nnsight's documentation that needs no gradient, in nnsight, as its pages write it.
+
+Run with the Python of nnsight's own environment, `python -m peers.patterns_nnsight OUT`: writes what each pattern gave
+into one safetensors file. The pages say GPT-2's names; here they are tinyworld's, a Llama's. `patterns_polytrace` has
+the same patterns under the same names.
+"""
+
+# ruff: noqa: RET504  the lines stand as the documentation has them: a trace, and behind it what it saved
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import torch
+from peers.material import (
+    EIFFEL,
+    FOLDER,
+    GALATA,
+    HEAD,
+    HEAD_DIM,
+    LAYER,
+    NEGATIVE,
+    NUM_HEADS,
+    POSITIVE,
+    PROMPTS,
+    REPEATED,
+    SHORT,
+    direction,
+    lenses,
+    sae,
+)
+from safetensors.torch import save_file
+
+nnsight: Any = importlib.import_module("nnsight")
+
+
+# --- usage/trace, usage/access-and-modify, usage/save
+
+
+def read_and_save(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[-1].output.save()
+        logits = model.lm_head.output.save()
+    return hidden, logits
+
+
+def token_ids_as_a_prompt(model: Any) -> Any:
+    with model.trace([list(REPEATED)]):
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def read_an_input(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        first = model.model.layers[LAYER].mlp.input.save()
+        last = model.lm_head.input.save()
+    return first, last
+
+
+def in_place(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        before = model.model.layers[0].output.clone().save()
+        model.model.layers[0].output[:] = 0
+        after = model.model.layers[0].output.save()
+        logits = model.lm_head.output.save()
+    return before, after, logits
+
+
+def replacement(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[0].output
+        model.model.layers[0].output = hidden * 0.5
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def replaced_input(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].mlp.input = model.model.layers[LAYER].mlp.input * 0.5
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def tuple_output(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        attn_out = model.model.layers[LAYER].self_attn.output[0]
+        model.model.layers[LAYER].self_attn.output = (
+            torch.zeros_like(attn_out),
+            *model.model.layers[LAYER].self_attn.output[1:],
+        )
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def tuple_output_in_place(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].self_attn.output[0][:] = 0
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def model_output(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        logits = model.output.logits.save()
+    return logits
+
+
+def modules_called(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].output
+        logits = model.lm_head(model.model.norm(hidden)).save()
+    return logits
+
+
+def helper_functions_and_loops(model: Any) -> Any:
+    def normalize(x: Any) -> Any:
+        return (x - x.mean()) / x.std()
+
+    with model.trace(EIFFEL):
+        means = [layer.output.mean() for layer in model.model.layers]
+        means = nnsight.save(torch.stack(means))
+        normal = normalize(model.lm_head.output).save()
+    return means, normal
+
+
+def loop_over_prompts(model: Any) -> Any:
+    results = []
+    for prompt in PROMPTS:
+        with model.trace(prompt):
+            best = model.lm_head.output.argmax(dim=-1).save()
+        results.append(best)
+    return results
+
+
+# --- usage/invoke-and-batching, usage/barrier, patterns/multi-prompt-comparison
+
+
+def two_invokes(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            out_paris = model.lm_head.output[:, -1].save()
+        with tracer.invoke(SHORT):
+            out_tokyo = model.lm_head.output[:, -1].save()
+    return out_paris, out_tokyo
+
+
+def batch_without_invokes(model: Any) -> Any:
+    with model.trace([EIFFEL, SHORT]):
+        last = model.lm_head.output[:, -1, :].save()
+    return last
+
+
+def baseline_and_ablated(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            baseline = model.lm_head.output[:, -1, :].save()
+        with tracer.invoke(EIFFEL):
+            model.model.layers[LAYER].mlp.output[:] = 0
+            ablated = model.lm_head.output[:, -1, :].save()
+    return baseline, ablated
+
+
+def sweep_over_prompts(model: Any) -> Any:
+    with model.trace() as tracer:
+        last_logits = nnsight.save([])
+        for prompt in PROMPTS:
+            with tracer.invoke(prompt):
+                last_logits.append(model.lm_head.output[:, -1, :].clone())
+    return list(last_logits)
+
+
+def mean_difference(model: Any) -> Any:
+    with model.trace() as tracer:
+        pos, neg = nnsight.save([]), nnsight.save([])
+        for prompt in POSITIVE:
+            with tracer.invoke(prompt):
+                pos.append(model.model.layers[LAYER].output[:, -1, :].clone())
+        for prompt in NEGATIVE:
+            with tracer.invoke(prompt):
+                neg.append(model.model.layers[LAYER].output[:, -1, :].clone())
+    return torch.cat(list(pos)).mean(0) - torch.cat(list(neg)).mean(0)
+
+
+def values_between_invokes(model: Any) -> Any:
+    with model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[LAYER].output[:, -1, :].clone()
+            barrier()
+        with tracer.invoke(SHORT):
+            barrier()
+            model.model.layers[LAYER].output[:, -1, :] = clean
+            patched = model.lm_head.output[:, -1].save()
+    return patched
+
+
+def one_intervention_for_all_prompts(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            pass
+        with tracer.invoke(GALATA):
+            pass
+        with tracer.invoke():
+            model.model.layers[LAYER].mlp.output[:] = 0
+            logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+# --- patterns/logit-lens
+
+
+def logit_lens(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        tops = nnsight.save([])
+        for layer in model.model.layers:
+            logits = model.lm_head(model.model.norm(layer.output))
+            tops.append(logits[:, -1, :].argmax(dim=-1))
+    return list(tops)
+
+
+def logit_lens_top_k(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        tops = nnsight.save([])
+        for layer in model.model.layers:
+            logits = model.lm_head(model.model.norm(layer.output))
+            tops.append(logits[:, -1, :].topk(5, dim=-1).indices)
+    return list(tops)
+
+
+def logit_lens_of_a_token(model: Any) -> Any:
+    target = model.tokenizer.encode(" Paris", add_special_tokens=False)[0]
+    with model.trace(EIFFEL):
+        probabilities = nnsight.save([])
+        for layer in model.model.layers:
+            logits = model.lm_head(model.model.norm(layer.output))
+            probabilities.append(logits[:, -1, :].softmax(dim=-1)[:, target])
+    return list(probabilities)
+
+
+def tuned_lens(model: Any) -> Any:
+    maps = lenses()
+    with model.trace(EIFFEL):
+        tuned = nnsight.save([])
+        for number, layer in enumerate(model.model.layers):
+            tuned.append(model.lm_head(maps[number](layer.output))[:, -1, :])
+    return list(tuned)
+
+
+def lens_of_attention_and_mlp(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        parts = nnsight.save([])
+        for layer in model.model.layers:
+            parts.append(model.lm_head(model.model.norm(layer.self_attn.output[0]))[:, -1])
+            parts.append(model.lm_head(model.model.norm(layer.mlp.output))[:, -1])
+    return list(parts)
+
+
+# --- patterns/activation-patching
+
+
+def patching(model: Any) -> Any:
+    with model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[LAYER].output[:, -1, :].clone()
+            barrier()
+        with tracer.invoke(GALATA):
+            barrier()
+            model.model.layers[LAYER].output[:, -1, :] = clean
+            patched = model.lm_head.output[:, -1, :].save()
+        with tracer.invoke(GALATA):
+            baseline = model.lm_head.output[:, -1, :].save()
+    return patched, baseline
+
+
+def patching_each_layer(model: Any) -> Any:
+    results = []
+    for layer in range(len(model.model.layers)):
+        with model.trace() as tracer:
+            barrier = tracer.barrier(2)
+            with tracer.invoke(EIFFEL):
+                hidden = model.model.layers[layer].output[:, -1, :].clone()
+                barrier()
+            with tracer.invoke(GALATA):
+                barrier()
+                model.model.layers[layer].output[:, -1, :] = hidden
+                logits = model.lm_head.output[:, -1, :].save()
+        results.append(logits.softmax(-1))
+    return results
+
+
+def patching_a_token(model: Any) -> Any:
+    with model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[0].output[:, 2, :].clone()
+            barrier()
+        with tracer.invoke(GALATA):
+            barrier()
+            model.model.layers[0].output[:, 2, :] = clean
+            patched = model.lm_head.output[:, -1, :].save()
+    return patched
+
+
+def patching_attention(model: Any) -> Any:
+    with model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[LAYER].self_attn.output[0][:, -1, :].clone()
+            barrier()
+        with tracer.invoke(GALATA):
+            barrier()
+            model.model.layers[LAYER].self_attn.output[0][:, -1, :] = clean
+            patched = model.lm_head.output[:, -1, :].save()
+    return patched
+
+
+def patching_an_mlp(model: Any) -> Any:
+    with model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[LAYER].mlp.output[:, -1, :].clone()
+            barrier()
+        with tracer.invoke(GALATA):
+            barrier()
+            model.model.layers[LAYER].mlp.output[:, -1, :] = clean
+            patched = model.lm_head.output[:, -1, :].save()
+    return patched
+
+
+def patching_a_head(model: Any) -> Any:
+    with model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(EIFFEL):
+            z = model.model.layers[LAYER].self_attn.o_proj.input
+            clean = z.view(*z.shape[:2], NUM_HEADS, HEAD_DIM)[:, :, HEAD].clone()
+            barrier()
+        with tracer.invoke(GALATA):
+            barrier()
+            z = model.model.layers[LAYER].self_attn.o_proj.input
+            z.view(*z.shape[:2], NUM_HEADS, HEAD_DIM)[:, :, HEAD] = clean
+            patched = model.lm_head.output[:, -1, :].save()
+    return patched
+
+
+def noising(model: Any) -> Any:
+    with model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(GALATA):
+            corrupt = model.model.layers[LAYER].output[:, -1, :].clone()
+            barrier()
+        with tracer.invoke(EIFFEL):
+            barrier()
+            model.model.layers[LAYER].output[:, -1, :] = corrupt
+            noised = model.lm_head.output[:, -1, :].save()
+    return noised
+
+
+# --- patterns/ablation
+
+
+def zeroed_position(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].mlp.output[:, -1, :] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def zeroed_neuron(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].mlp.output[:, :, 123] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def zeroed_head_in_a_new_tuple(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        attn_out = model.model.layers[LAYER].self_attn.output[0]
+        batch, tokens, _ = attn_out.shape
+        reshaped = attn_out.view(batch, tokens, NUM_HEADS, HEAD_DIM).clone()
+        reshaped[:, :, HEAD, :] = 0
+        new_attn = reshaped.view(batch, tokens, NUM_HEADS * HEAD_DIM)
+        model.model.layers[LAYER].self_attn.output = (new_attn, *model.model.layers[LAYER].self_attn.output[1:])
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def mean_ablation(model: Any) -> Any:
+    with model.trace() as tracer:
+        activations = nnsight.save([])
+        for prompt in PROMPTS:
+            with tracer.invoke(prompt):
+                activations.append(model.model.layers[LAYER].mlp.output[:, -1, :].clone())
+    mean = torch.stack(list(activations), dim=0).mean(dim=0)
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].mlp.output[:, -1, :] = mean
+        logits = model.lm_head.output[:, -1, :].save()
+    return mean, logits
+
+
+def resampling_ablation(model: Any) -> Any:
+    with model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(SHORT):
+            noise = model.model.layers[LAYER].mlp.output[:, -1, :].clone()
+            barrier()
+        with tracer.invoke(EIFFEL):
+            barrier()
+            model.model.layers[LAYER].mlp.output[:, -1, :] = noise
+            logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+# --- patterns/steering
+
+
+def steering(model: Any) -> Any:
+    vector = direction()
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            baseline = model.lm_head.output[:, -1, :].save()
+        with tracer.invoke(EIFFEL):
+            model.model.layers[LAYER].output[:, -1, :] += vector * 4.0
+            steered = model.lm_head.output[:, -1, :].save()
+    return baseline, steered
+
+
+def steering_everywhere(model: Any) -> Any:
+    vector = direction()
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].output[:] += vector * 4.0
+        steered = model.lm_head.output.save()
+    return steered
+
+
+def steering_a_span(model: Any) -> Any:
+    vector = direction()
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].output[:, 2:5, :] += vector * 4.0
+        steered = model.lm_head.output.save()
+    return steered
+
+
+def steering_several_layers(model: Any) -> Any:
+    vector = direction()
+    with model.trace(EIFFEL):
+        for number in (2, 3, 4, 5):
+            model.model.layers[number].output[:, -1, :] += vector * (4.0 / 4)
+        steered = model.lm_head.output.save()
+    return steered
+
+
+def direction_projected_out(model: Any) -> Any:
+    vector = direction()
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].output
+        model.model.layers[LAYER].output = hidden - (hidden @ vector)[..., None] * vector
+        logits = model.lm_head.output.save()
+    return logits
+
+
+# --- patterns/per-head-attention
+
+
+def heads_read(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        attn_out = model.model.layers[LAYER].self_attn.output[0]
+        batch, tokens, _ = attn_out.shape
+        heads = attn_out.view(batch, tokens, NUM_HEADS, HEAD_DIM).save()
+    return heads
+
+
+def head_zeroed_through_a_view(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        attn_out = model.model.layers[LAYER].self_attn.output[0]
+        batch, tokens, _ = attn_out.shape
+        reshaped = attn_out.view(batch, tokens, NUM_HEADS, HEAD_DIM)
+        reshaped[:, :, HEAD, :] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def head_before_the_projection(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        z = model.model.layers[LAYER].self_attn.o_proj.input
+        heads = list(z.view(*z.shape[:2], NUM_HEADS, HEAD_DIM).unbind(dim=2))
+        heads[HEAD][:] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+# --- patterns/attention-patterns, usage/source
+
+
+def attention_weights(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        _, weights = model.model.layers[LAYER].self_attn.source.attention_interface_1.output
+        weights = weights.save()
+    return weights
+
+
+def attention_weights_of_all_layers(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        patterns = nnsight.save([])
+        for layer in model.model.layers:
+            _, weights = layer.self_attn.source.attention_interface_1.output
+            patterns.append(weights)
+    return list(patterns)
+
+
+def attention_over_prompts(model: Any) -> Any:
+    pieces = []
+    for prompt in PROMPTS:
+        with model.trace(prompt):
+            _, weights = model.model.layers[LAYER].self_attn.source.attention_interface_1.output
+            weights = weights.save()
+        pieces.append(weights)
+    return pieces
+
+
+def what_attention_gives_zeroed(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        out = model.model.layers[LAYER].self_attn.source.attention_interface_1.output
+        new = (torch.zeros_like(out[0]), *out[1:])
+        model.model.layers[LAYER].self_attn.source.attention_interface_1.output = new
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def induction_scores(model: Any) -> Any:
+    half = (len(REPEATED) - 1) // 2
+    rows = torch.arange(1 + half, len(REPEATED))
+    with model.trace([list(REPEATED)]):
+        scores = nnsight.save([])
+        for layer in model.model.layers:
+            _, weights = layer.self_attn.source.attention_interface_1.output
+            scores.append(weights[0, :, rows, rows - half + 1].mean(-1))
+    return list(scores)
+
+
+# --- patterns/sae-and-auxiliary-modules
+
+
+def sae_inline(model: Any) -> Any:
+    dictionary = sae()
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].output
+        model.model.layers[LAYER].output[:] = dictionary(hidden)
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def sae_features(model: Any) -> Any:
+    dictionary = sae()
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].output
+        features = torch.relu(dictionary.encoder(hidden)).save()
+    return features
+
+
+def sae_feature_ablated(model: Any) -> Any:
+    dictionary = sae()
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].output
+        features = torch.relu(dictionary.encoder(hidden))
+        features[:, :, 17] = 0
+        model.model.layers[LAYER].output[:] = dictionary.decoder(features)
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def transcoder_for_an_mlp(model: Any) -> Any:
+    transcoder = sae()
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].mlp.input
+        model.model.layers[LAYER].mlp.skip(transcoder(hidden))
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+# --- usage/skip, usage/stop-and-early-exit
+
+
+def skipped_layer(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        before = model.model.layers[LAYER - 1].output
+        model.model.layers[LAYER].skip(before)
+        after = model.model.layers[LAYER].output.save()
+        logits = model.lm_head.output.save()
+    return after, logits
+
+
+def stopped_early(model: Any) -> Any:
+    with model.trace(EIFFEL) as tracer:
+        hidden = model.model.layers[0].output.save()
+        tracer.stop()
+    return hidden
+
+
+def main() -> None:
+    """Runs all patterns and writes their values."""
+    transformers = importlib.import_module("nnsight.modeling.transformers")
+    model = transformers.TransformersModel(
+        str(FOLDER), task="text-generation", dtype=torch.float32, dispatch=True, attn_implementation="eager"
+    )
+    model.tokenizer.padding_side = "left"
+    values = {}
+    for name, pattern in PATTERNS.items():
+        with torch.no_grad():
+            made = pattern(model)
+        many = made if isinstance(made, (tuple, list)) else [made]
+        values |= {f"{name}/{number}": value.detach().contiguous().clone() for number, value in enumerate(many)}
+    save_file(values, sys.argv[1])
+
+
+PATTERNS = {
+    name: function
+    for name, function in list(globals().items())
+    if getattr(function, "__module__", None) == __name__ and not name.startswith("_") and name != "main"
+}
+
+if __name__ == "__main__":
+    main()

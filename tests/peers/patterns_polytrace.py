@@ -1,0 +1,535 @@
+"""The patterns of `patterns_nnsight` in polytrace, as its users write them: the same names, the same values."""
+
+# ruff: noqa: RET504  the lines stand as the documentation has them: a trace, and behind it what it saved
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peers.material import (
+    EIFFEL,
+    GALATA,
+    HEAD,
+    HEAD_DIM,
+    LAYER,
+    NEGATIVE,
+    NUM_HEADS,
+    POSITIVE,
+    PROMPTS,
+    REPEATED,
+    SHORT,
+    direction,
+    lenses,
+    sae,
+)
+
+# --- usage/trace, usage/access-and-modify, usage/save
+
+
+def read_and_save(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[-1].output.save()
+        logits = model.lm_head.output.save()
+    return hidden, logits
+
+
+def token_ids_as_a_prompt(model: Any) -> Any:
+    with model.trace([list(REPEATED)]):
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def read_an_input(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        first = model.model.layers[LAYER].mlp.input.save()
+        last = model.lm_head.input.save()
+    return first, last
+
+
+def in_place(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        before = model.model.layers[0].output.save()  # a read is a snapshot: no clone
+        model.model.layers[0].output[:] = 0
+        after = model.model.layers[0].output.save()
+        logits = model.lm_head.output.save()
+    return before, after, logits
+
+
+def replacement(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[0].output
+        model.model.layers[0].output = hidden * 0.5
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def replaced_input(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].mlp.input = model.model.layers[LAYER].mlp.input * 0.5
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def tuple_output(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        attn_out = model.model.layers[LAYER].self_attn.output[0]
+        model.model.layers[LAYER].self_attn.output = (
+            torch.zeros_like(attn_out),
+            *model.model.layers[LAYER].self_attn.output[1:],
+        )
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def tuple_output_in_place(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].self_attn.output[0][:] = 0
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def model_output(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        logits = model.output.logits.save()
+    return logits
+
+
+def modules_called(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].output
+        logits = model.lm_head(model.model.norm(hidden)).save()
+    return logits
+
+
+def helper_functions_and_loops(model: Any) -> Any:
+    def normalize(x: Any) -> Any:
+        return (x - x.mean()) / x.std()
+
+    with model.trace(EIFFEL):
+        means = torch.stack([layer.output.mean() for layer in model.model.layers]).save()
+        normal = normalize(model.lm_head.output).save()
+    return means, normal
+
+
+def loop_over_prompts(model: Any) -> Any:
+    results = []
+    with model.trace() as tracer:  # one request, one pass
+        for prompt in PROMPTS:
+            with tracer.invoke(prompt):
+                results.append(model.lm_head.output.argmax(dim=-1).save())
+    return results
+
+
+# --- usage/invoke-and-batching, usage/barrier, patterns/multi-prompt-comparison
+
+
+def two_invokes(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            out_paris = model.lm_head.output[:, -1].save()
+        with tracer.invoke(SHORT):
+            out_tokyo = model.lm_head.output[:, -1].save()
+    return out_paris, out_tokyo
+
+
+def batch_without_invokes(model: Any) -> Any:
+    with model.trace([EIFFEL, SHORT]):
+        last = model.lm_head.output[:, -1, :].save()
+    return last
+
+
+def baseline_and_ablated(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            baseline = model.lm_head.output[:, -1, :].save()
+        with tracer.invoke(EIFFEL):
+            model.model.layers[LAYER].mlp.output[:] = 0
+            ablated = model.lm_head.output[:, -1, :].save()
+    return baseline, ablated
+
+
+def sweep_over_prompts(model: Any) -> Any:
+    with model.trace() as tracer:
+        last_logits = []
+        for prompt in PROMPTS:
+            with tracer.invoke(prompt):
+                last_logits.append(model.lm_head.output[:, -1, :].save())
+    return last_logits
+
+
+def mean_difference(model: Any) -> Any:
+    with model.trace() as tracer:  # the mean is made at the service: one vector comes back
+        with tracer.invoke(POSITIVE):
+            pos = model.model.layers[LAYER].output[:, -1, :].mean(0)
+        with tracer.invoke(NEGATIVE):
+            difference = (pos - model.model.layers[LAYER].output[:, -1, :].mean(0)).save()
+    return difference
+
+
+def values_between_invokes(model: Any) -> Any:
+    with model.trace() as tracer:  # no barrier
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[LAYER].output[:, -1, :]
+        with tracer.invoke(SHORT):
+            model.model.layers[LAYER].output[:, -1, :] = clean
+            patched = model.lm_head.output[:, -1].save()
+    return patched
+
+
+def one_intervention_for_all_prompts(model: Any) -> Any:
+    with model.trace([EIFFEL, GALATA]):
+        model.model.layers[LAYER].mlp.output[:] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+# --- patterns/logit-lens
+
+
+def logit_lens(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        tops = []
+        for layer in model.model.layers:
+            logits = model.lm_head(model.model.norm(layer.output))
+            tops.append(logits[:, -1, :].argmax(dim=-1).save())
+    return tops
+
+
+def logit_lens_top_k(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        tops = []
+        for layer in model.model.layers:
+            logits = model.lm_head(model.model.norm(layer.output))
+            tops.append(logits[:, -1, :].topk(5, dim=-1).indices.save())
+    return tops
+
+
+def logit_lens_of_a_token(model: Any) -> Any:
+    target = model.tokenizer.encode(" Paris", add_special_tokens=False).ids[0]
+    with model.trace(EIFFEL):
+        probabilities = []
+        for layer in model.model.layers:
+            logits = model.lm_head(model.model.norm(layer.output))
+            probabilities.append(logits[:, -1, :].softmax(dim=-1)[:, target].save())
+    return probabilities
+
+
+def tuned_lens(model: Any) -> Any:
+    maps = lenses()
+    with model.trace(EIFFEL):
+        tuned = []
+        for number, layer in enumerate(model.model.layers):
+            tuned.append(model.lm_head(maps[number](layer.output))[:, -1, :].save())
+    return tuned
+
+
+def lens_of_attention_and_mlp(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        parts = []
+        for layer in model.model.layers:
+            parts.append(model.lm_head(model.model.norm(layer.self_attn.output[0]))[:, -1].save())
+            parts.append(model.lm_head(model.model.norm(layer.mlp.output))[:, -1].save())
+    return parts
+
+
+# --- patterns/activation-patching
+
+
+def patching(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[LAYER].output[:, -1, :]
+        with tracer.invoke(GALATA):
+            model.model.layers[LAYER].output[:, -1, :] = clean
+            patched = model.lm_head.output[:, -1, :].save()
+        with tracer.invoke(GALATA):
+            baseline = model.lm_head.output[:, -1, :].save()
+    return patched, baseline
+
+
+def patching_each_layer(model: Any) -> Any:
+    results = []
+    with model.trace() as tracer:  # one trace for all layers
+        with tracer.invoke(EIFFEL):
+            clean = [layer.output[:, -1, :] for layer in model.model.layers]
+        for layer, hidden in zip(model.model.layers, clean, strict=True):
+            with tracer.invoke(GALATA):
+                layer.output[:, -1, :] = hidden
+                results.append(model.lm_head.output[:, -1, :].softmax(-1).save())
+    return results
+
+
+def patching_a_token(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[0].output[:, 2, :]
+        with tracer.invoke(GALATA):
+            model.model.layers[0].output[:, 2, :] = clean
+            patched = model.lm_head.output[:, -1, :].save()
+    return patched
+
+
+def patching_attention(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[LAYER].self_attn.output[0][:, -1, :]
+        with tracer.invoke(GALATA):
+            model.model.layers[LAYER].self_attn.output[0][:, -1, :] = clean
+            patched = model.lm_head.output[:, -1, :].save()
+    return patched
+
+
+def patching_an_mlp(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[LAYER].mlp.output[:, -1, :]
+        with tracer.invoke(GALATA):
+            model.model.layers[LAYER].mlp.output[:, -1, :] = clean
+            patched = model.lm_head.output[:, -1, :].save()
+    return patched
+
+
+def patching_a_head(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            clean = model.model.layers[LAYER].self_attn.z[:, :, HEAD]
+        with tracer.invoke(GALATA):
+            model.model.layers[LAYER].self_attn.z[:, :, HEAD] = clean
+            patched = model.lm_head.output[:, -1, :].save()
+    return patched
+
+
+def noising(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(GALATA):
+            corrupt = model.model.layers[LAYER].output[:, -1, :]
+        with tracer.invoke(EIFFEL):
+            model.model.layers[LAYER].output[:, -1, :] = corrupt
+            noised = model.lm_head.output[:, -1, :].save()
+    return noised
+
+
+# --- patterns/ablation
+
+
+def zeroed_position(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].mlp.output[:, -1, :] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def zeroed_neuron(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].mlp.output[:, :, 123] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def zeroed_head_in_a_new_tuple(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        attn_out = model.model.layers[LAYER].self_attn.output[0]
+        batch, tokens, _ = attn_out.shape
+        reshaped = attn_out.view(batch, tokens, NUM_HEADS, HEAD_DIM).clone()
+        reshaped[:, :, HEAD, :] = 0
+        new_attn = reshaped.view(batch, tokens, NUM_HEADS * HEAD_DIM)
+        model.model.layers[LAYER].self_attn.output = (new_attn, *model.model.layers[LAYER].self_attn.output[1:])
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def mean_ablation(model: Any) -> Any:
+    with model.trace() as tracer:  # one trace: the mean never leaves the service
+        with tracer.invoke(PROMPTS):
+            mean = model.model.layers[LAYER].mlp.output[:, -1, :].mean(dim=0, keepdim=True).save()
+        with tracer.invoke(EIFFEL):
+            model.model.layers[LAYER].mlp.output[:, -1, :] = mean
+            logits = model.lm_head.output[:, -1, :].save()
+    return mean, logits
+
+
+def resampling_ablation(model: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(SHORT):
+            noise = model.model.layers[LAYER].mlp.output[:, -1, :]
+        with tracer.invoke(EIFFEL):
+            model.model.layers[LAYER].mlp.output[:, -1, :] = noise
+            logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+# --- patterns/steering
+
+
+def steering(model: Any) -> Any:
+    vector = direction()
+    with model.trace() as tracer:
+        with tracer.invoke(EIFFEL):
+            baseline = model.lm_head.output[:, -1, :].save()
+        with tracer.invoke(EIFFEL):
+            model.model.layers[LAYER].output[:, -1, :] += vector * 4.0
+            steered = model.lm_head.output[:, -1, :].save()
+    return baseline, steered
+
+
+def steering_everywhere(model: Any) -> Any:
+    vector = direction()
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].output[:] += vector * 4.0
+        steered = model.lm_head.output.save()
+    return steered
+
+
+def steering_a_span(model: Any) -> Any:
+    vector = direction()
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].output[:, 2:5, :] += vector * 4.0
+        steered = model.lm_head.output.save()
+    return steered
+
+
+def steering_several_layers(model: Any) -> Any:
+    vector = direction()
+    with model.trace(EIFFEL):
+        for number in (2, 3, 4, 5):
+            model.model.layers[number].output[:, -1, :] += vector * (4.0 / 4)
+        steered = model.lm_head.output.save()
+    return steered
+
+
+def direction_projected_out(model: Any) -> Any:
+    vector = direction()
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].output
+        model.model.layers[LAYER].output = hidden - (hidden @ vector)[..., None] * vector
+        logits = model.lm_head.output.save()
+    return logits
+
+
+# --- patterns/per-head-attention
+
+
+def heads_read(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        attn_out = model.model.layers[LAYER].self_attn.output[0]
+        batch, tokens, _ = attn_out.shape
+        heads = attn_out.view(batch, tokens, NUM_HEADS, HEAD_DIM).save()
+    return heads
+
+
+def head_zeroed_through_a_view(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        attn_out = model.model.layers[LAYER].self_attn.output[0]
+        batch, tokens, _ = attn_out.shape
+        reshaped = attn_out.view(batch, tokens, NUM_HEADS, HEAD_DIM)
+        reshaped[:, :, HEAD, :] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def head_before_the_projection(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].self_attn.z[:, :, HEAD] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+# --- patterns/attention-patterns, usage/source
+
+
+def attention_weights(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        weights = model.model.layers[LAYER].self_attn.pattern.save()
+    return weights
+
+
+def attention_weights_of_all_layers(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        patterns = [layer.self_attn.pattern.save() for layer in model.model.layers]
+    return patterns
+
+
+def attention_over_prompts(model: Any) -> Any:
+    pieces = []
+    with model.trace() as tracer:
+        for prompt in PROMPTS:
+            with tracer.invoke(prompt):
+                pieces.append(model.model.layers[LAYER].self_attn.pattern.save())
+    return pieces
+
+
+def what_attention_gives_zeroed(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].self_attn.z[:] = 0
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def induction_scores(model: Any) -> Any:
+    half = (len(REPEATED) - 1) // 2
+    rows = torch.arange(1 + half, len(REPEATED))
+    with model.trace([list(REPEATED)]):  # one number a head comes back
+        scores = [layer.self_attn.pattern[0, :, rows, rows - half + 1].mean(-1).save() for layer in model.model.layers]
+    return scores
+
+
+# --- patterns/sae-and-auxiliary-modules
+
+
+def sae_inline(model: Any) -> Any:
+    dictionary = sae()
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].output
+        model.model.layers[LAYER].output[:] = dictionary(hidden)
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def sae_features(model: Any) -> Any:
+    dictionary = sae()
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].output
+        features = torch.relu(dictionary.encoder(hidden)).save()
+    return features
+
+
+def sae_feature_ablated(model: Any) -> Any:
+    dictionary = sae()
+    with model.trace(EIFFEL):
+        hidden = model.model.layers[LAYER].output
+        features = torch.relu(dictionary.encoder(hidden))
+        features[:, :, 17] = 0
+        model.model.layers[LAYER].output[:] = dictionary.decoder(features)
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def transcoder_for_an_mlp(model: Any) -> Any:
+    transcoder = sae()
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].mlp.output = transcoder(model.model.layers[LAYER].mlp.input)
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+# --- usage/skip, usage/stop-and-early-exit
+
+
+def skipped_layer(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].output = model.model.layers[LAYER - 1].output
+        after = model.model.layers[LAYER].output.save()
+        logits = model.lm_head.output.save()
+    return after, logits
+
+
+def stopped_early(model: Any) -> Any:
+    with model.trace(EIFFEL):  # nothing runs behind the last value that is saved
+        hidden = model.model.layers[0].output.save()
+    return hidden
+
+
+PATTERNS = {
+    name: function for name, function in list(globals().items()) if getattr(function, "__module__", None) == __name__
+}
