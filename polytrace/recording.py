@@ -67,6 +67,7 @@ class Recording:
         self.constants = Constants()
         self.saved: list[tuple[State, Any, str]] = []  # with the Python object and the line of its `.save()`
         self.closed: str | None = None  # why its values cannot be used any more
+        self._draws = 0  # by random ops so far: what each draws does not depend on which nodes are left of the others
         self._shared: dict[tuple[type, str | int], NodeId] = {}  # constants, parameters and masks, each once
         self._places: dict[tuple[Site, int], Place] = {}
         self._edited: list[Storage] = []  # those without a place
@@ -110,6 +111,9 @@ class Recording:
         self.check_kwargs(name, kwargs, where)
         operands = tuple([self.operand(arg, where) for arg in args])
         named = {key: self.operand(value, where) for key, value in kwargs.items()}
+        if OPS[name].is_random:
+            named.setdefault("draw", self._draws)
+            self._draws += 1
         call = Op(name=name, args=operands, kwargs=named, where=where)
         node = self._add(call)
         way: tuple[Step, ...] = ()
