@@ -90,6 +90,7 @@ class RequestState:
         self.rows = rows
         self.fired = []
         self.gathered_bytes = 0
+        self.sink.saved_bytes = 0
         self._in_place_until = {}
         for work in self.program.waves[wave].stages:
             for fragment in work.fragments:
