@@ -27,7 +27,22 @@ from engine.stage import StageRunner
 from engine.views import InvokeRows, RowView
 from engine.writes import PortValue, RowWrite, Selector
 from polytrace.description import Leaf, ParameterInfo, Rows, SiteInfo
-from polytrace.graph import Call, Constant, Invoke, Mask, NodeId, Op, Operand, Parameter, Read, Ref, Save, Site, Write
+from polytrace.graph import (
+    Call,
+    Constant,
+    Invoke,
+    Mask,
+    NodeId,
+    Op,
+    Operand,
+    Parameter,
+    Read,
+    Ref,
+    Save,
+    Site,
+    Write,
+    draw_of,
+)
 from polytrace.tensors import RawTensor
 from scheduling.below import split_input, split_output
 from scheduling.checks import ModelTable
@@ -76,6 +91,7 @@ class RequestState:
         self.rows = rows
         self.fired = []
         self.gathered_bytes = 0
+        self.sink.saved_bytes = 0
         self._in_place_until = {}
         for work in self.program.waves[wave].stages:
             for fragment in work.fragments:
@@ -136,7 +152,7 @@ class RequestState:
                 node.name,
                 tuple(self._resolve(arg) for arg in node.args),
                 {name: self._resolve(arg) for name, arg in node.kwargs.items()},
-                seed=(self.program.seed, node_id),
+                seed=(self.program.seed, draw_of(node, node_id)),
             )
         elif isinstance(node, Constant):
             value = self._constant(node.name)

@@ -45,8 +45,8 @@ def run_op(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seed:
     """Runs one op of the table and returns its tensor, or its tuple of tensors for ops with several results.
 
     `args` and `kwargs` are resolved: tensors for values, torch dtypes, python scalars, slices, nested tuples and lists.
-    `seed` is (request seed, node id); random ops need it and their draws depend on nothing else, so they are equal on
-    every rank, stage and device. Raises GraphError for a name or keyword outside the table, torch's errors otherwise.
+    `seed` is (request seed, number of the draw); random ops need it and their draws depend on nothing else, so they are
+    equal on every rank, stage and device. Raises GraphError for a name or keyword outside the table, torch's otherwise.
     """
     if kwargs and name in OPS and not kwargs.keys() <= OPS[name].kwargs:
         unknown = ", ".join(sorted(kwargs.keys() - OPS[name].kwargs))
@@ -220,13 +220,13 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
 def _draw(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: tuple[int, int] | None) -> Tensor:
     """A draw from a CPU generator of its own, whatever the device, so that all shards draw the same numbers."""
     make = _RANDOM[name]
-    like, dtype = _like_dtype(*args, **kwargs)
+    like, dtype = _like_dtype(*args, **{key: value for key, value in kwargs.items() if key != "draw"})
     if not dtype.is_floating_point:
         raise TypeError(f"{name} needs a floating dtype, not {DTYPE_NAMES.get(dtype, dtype)}")
     if like.is_meta:
         return torch.empty(like.shape, dtype=dtype, device="meta")
     if seed is None:
-        raise ValueError(f"{name} needs the request's seed and the node's id")
+        raise ValueError(f"{name} needs the request's seed and the number of the draw")
     digest = hashlib.blake2b(f"{seed[0]}:{seed[1]}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     drawn: Tensor = make(like.shape, dtype=dtype, generator=generator)

@@ -25,7 +25,7 @@ from scheduling.plan import Program, SaveSlot
 class ResultSink(Protocol):
     """Takes a request's saves on one shard."""
 
-    saved_bytes: int
+    saved_bytes: int  # in this pass
     failures: list[tuple[NodeId, str]]
 
     def put(self, slot: SaveSlot, value: Any) -> None:

@@ -12,9 +12,9 @@ from dataclasses import replace
 from polytrace.backend import Backend
 from polytrace.certificate import ValueShape
 from polytrace.errors import GraphError
-from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Read, Request
+from polytrace.graph import Constant, Invoke, Mask, Node, NodeId, Options, Read
+from polytrace.pruning import alone
 from polytrace.recording import Recording
-from polytrace.tensors import RawTensor
 
 Answers = dict[tuple[Hashable, ...], tuple[ValueShape | None, ...]]
 
@@ -51,27 +51,14 @@ class AskedShapes:
         nodes, places = self._recording.part(wanted)
         key = self._key(nodes)
         if key not in self._answers:
-            self._answers[key] = self._backend.validate(self._question(nodes)).nodes
+            constants = self._recording.constants.tensors
+            self._answers[key] = self._backend.validate(alone(nodes, self._invokes, constants, Options())).nodes
         for node, place in places.items():
             shape = self._answers[key][place]
             if shape is not None:
                 self._known[node] = shape
         if wanted not in self._known:
             raise GraphError("the service does not say this value's shape", where=self._recording.nodes[wanted].where)
-
-    def _question(self, nodes: Sequence[Node]) -> Request:
-        """The nodes as a request of their own, with the prompts and constants that they name and no others."""
-        places: dict[int, int] = {}  # of the invokes that are named
-        constants: dict[str, RawTensor] = {}
-        own: list[Node] = []
-        for node in nodes:
-            if isinstance(node, (Read, Mask)):
-                node = replace(node, invoke=places.setdefault(node.invoke, len(places)))
-            elif isinstance(node, Constant):
-                constants[node.name] = self._recording.constants.tensors[node.name]
-            own.append(node)
-        invokes = tuple(self._invokes[invoke] for invoke in places)
-        return Request(graph=Graph(nodes=tuple(own)), invokes=invokes, constants=constants)
 
     def _key(self, nodes: Sequence[Node]) -> tuple[Hashable, ...]:
         """What the shapes follow from: the nodes without lines, prompts by their lengths, constants by their form."""

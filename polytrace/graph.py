@@ -202,7 +202,7 @@ class Sharing(Enum):
 class Options:
     """What a request asks of the run beside its graph."""
 
-    seed: int = 0  # of random ops; their draws depend on (seed, node, prompt) only
+    seed: int = 0  # of random ops; their draws depend on the seed and on which draw of the program it is
     sharing: Sharing = Sharing.TENANT
 
 
@@ -234,6 +234,12 @@ def operands(node: Node) -> tuple[NodeId, ...]:
             _collect(node.kwargs.values(), found)
         return tuple(found)
     return ()
+
+
+def draw_of(op: Op, node: NodeId) -> int:
+    """Which of its request's draws a random op is. Recorded ones say so: what they draw stays when nodes move."""
+    number = op.kwargs.get("draw", node)
+    return number if isinstance(number, int) else node
 
 
 LEAVES = frozenset({type(None), type(Ellipsis), bool, int, float, str, DType})  # operands that refer to nothing

@@ -64,7 +64,7 @@ class MetaShapes:
         if op.name in ("setitem", "set_view"):
             return self._resolve(op.args[0])
         args = [self._resolve(arg) for arg in op.args]
-        kwargs = {key: self._resolve(value) for key, value in op.kwargs.items()}
+        kwargs = {key: self._resolve(value) for key, value in op.kwargs.items() if key != "draw"}
         if op.name == "getitem":  # a mask of the user's own has data, so what it selects has a shape
             args[1] = self._resolve(op.args[1], with_masks=True)
         if op.name == "item":

@@ -16,6 +16,7 @@ from polytrace.graph import Options, Sharing
 from polytrace.kinds import Kind, value_kind
 from polytrace.lines import user_line
 from polytrace.modules import Module
+from polytrace.session import Session
 from polytrace.tokenizer import load_tokenizer
 from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import NoSuchNameError, Table, index_description, join
@@ -59,22 +60,40 @@ class Model(Module):
         )
 
     def trace(
-        self, prompts: Any = None, *, seed: int = 0, sharing: str | Sharing = Sharing.TENANT, run: bool = True
+        self,
+        prompts: Any = None,
+        *,
+        seed: int | None = None,
+        sharing: str | Sharing | None = None,
+        run: bool = True,
+        peek: bool = False,
     ) -> Tracer:
         """A block whose code is recorded, then sent and run; saved values become the tensors that they are.
 
         `prompts`: a string, strings, token ids, lists of ids, or integer tensors; without them,
         `tracer.invoke(prompts)` gives several sets. `seed`: of random operations. `sharing="off"`: no rows are shared,
         not even with your own requests. `run=False`: nothing is sent; `validate(tracer)` tells what it would cost.
+        `peek=True`: `if`, `float()`, `print()` and the like on a recorded value run what it is made of, at once.
         """
-        if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-            raise GraphError(f"the seed is an integer from 0 to 2**63 - 1, not {seed!r}", where=user_line())
-        try:
-            chosen = Sharing(sharing)
-        except ValueError:
-            known = " or ".join(repr(member.value) for member in Sharing)
-            raise GraphError(f"sharing is {known}, not {sharing!r}", where=user_line()) from None
-        return Tracer(self, prompts, Options(seed=seed, sharing=chosen), run)
+        session = open_trace()
+        if isinstance(session, Session):
+            chosen = None if sharing is None else _sharing(sharing)
+            return session.trace(prompts, seed=seed, sharing=chosen, run=run, edits=(), peek=peek)
+        return Tracer(self, prompts, _options(seed, sharing), run, is_peeking=peek)
+
+    def session(
+        self,
+        *,
+        seed: int | None = None,
+        sharing: str | Sharing | None = None,
+        run: bool = True,
+        peek: bool = False,
+    ) -> Session:
+        """A block whose traces are one request: values of earlier ones are used in later ones and stay at the service.
+
+        All saved values come back when the block ends. The options are as in `trace`, and those of all its traces.
+        """
+        return Session(self, _options(seed, sharing), run, is_peeking=peek)
 
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it."""
@@ -119,3 +138,18 @@ class Model(Module):
         if tracer.model is not self:
             raise GraphError(f"the open trace is on another model, {tracer.model.description.name}", where=user_line())
         return tracer
+
+
+def _options(seed: int | None, sharing: str | Sharing | None) -> Options:
+    seed = 0 if seed is None else seed
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise GraphError(f"the seed is an integer from 0 to 2**63 - 1, not {seed!r}", where=user_line())
+    return Options(seed=seed, sharing=Sharing.TENANT if sharing is None else _sharing(sharing))
+
+
+def _sharing(sharing: str | Sharing) -> Sharing:
+    try:
+        return Sharing(sharing)
+    except ValueError:
+        known = " or ".join(repr(member.value) for member in Sharing)
+        raise GraphError(f"sharing is {known}, not {sharing!r}", where=user_line()) from None

@@ -31,7 +31,7 @@ class OpSpec:
     kwargs: frozenset[str] = frozenset()  # keyword arguments allowed on the wire
     results: Results = Results.ONE
     is_view: bool = False  # the result aliases the first operand's memory, so in-place code on it reaches the base
-    is_random: bool = False  # draws; what, depends on the request's seed and the node's place alone
+    is_random: bool = False  # draws; what, depends on the request's seed and the keyword `draw` alone
     reduces: bool = False  # removes or collapses dimensions named by `dim` (argument 1), or all of them without it
 
 
@@ -43,7 +43,8 @@ def _op(name: str, *kwargs: str, torch: str = "both", **more: object) -> OpSpec:
         "function": (f"torch.{name}",),
     }
     names = places.get(torch) or tuple(torch.split(","))
-    return OpSpec(name=name, torch=names, kwargs=frozenset(kwargs), **more)  # type: ignore[arg-type]
+    named = {*kwargs, "draw"} if more.get("is_random") else kwargs  # which of the request's draws it is: an integer
+    return OpSpec(name=name, torch=names, kwargs=frozenset(named), **more)  # type: ignore[arg-type]
 
 
 def _dunder(name: str, *kwargs: str, dunders: str, aliases: str = "") -> OpSpec:

@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from polytrace.graph import Call, Node, NodeId, Op, Operand, Ref, Save, Write, operands, refs
+from polytrace.graph import (
+    Call,
+    Constant,
+    Graph,
+    Invoke,
+    Mask,
+    Node,
+    NodeId,
+    Op,
+    Operand,
+    Options,
+    Read,
+    Ref,
+    Request,
+    Save,
+    Write,
+    operands,
+    refs,
+)
+from polytrace.tensors import RawTensor
 
 
 def effects(nodes: Sequence[Node]) -> Iterator[NodeId]:
@@ -45,6 +65,30 @@ def renumber(nodes: Sequence[Node], kept: Iterable[NodeId]) -> tuple[tuple[Node,
         found.append(nodes[position] if place == position else _moved(nodes[position], places))
         places[position] = place
     return tuple(found), places
+
+
+def alone(
+    nodes: Sequence[Node],
+    invokes: Sequence[Invoke],
+    constants: Mapping[str, RawTensor],
+    options: Options,
+) -> Request:
+    """Nodes as a request of their own, with the prompts and constants that they name and no others."""
+    places: dict[int, int] = {}  # of the invokes that are named
+    brought: dict[str, RawTensor] = {}
+    own: list[Node] = []
+    for node in nodes:
+        if isinstance(node, (Read, Write, Mask)):
+            node = replace(node, invoke=places.setdefault(node.invoke, len(places)))
+        elif isinstance(node, Constant):
+            brought[node.name] = constants[node.name]
+        own.append(node)
+    return Request(
+        graph=Graph(nodes=tuple(own)),
+        invokes=tuple([invokes[invoke] for invoke in places]),
+        constants=brought,
+        options=options,
+    )
 
 
 def _moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:

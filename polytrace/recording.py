@@ -39,6 +39,7 @@ from polytrace.graph import operands as node_operands
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name, is_basic, scalar
 from polytrace.ops import OPS
+from polytrace.peeking import Peeks
 from polytrace.pruning import cone, effects, needed, renumber
 from polytrace.storage import Place, Several, State, Step, Storage, is_recorded, state_of
 from polytrace.tensors import DTYPES
@@ -53,8 +54,12 @@ class Session(Protocol):
     def shape_of(self, node: NodeId) -> ValueShape:
         """Shape and dtype of a node's value."""
 
-    def lengths_of(self, invoke: int) -> tuple[int, ...]:
-        """Tokens of each prompt of an invoke."""
+    def lengths_of(self, invoke: int) -> tuple[int, ...] | None:
+        """Tokens of each prompt of an invoke; None when the prompts are those of later traces."""
+
+    @property
+    def told(self) -> str:
+        """Why a value has no data yet."""
 
 
 class Recording:
@@ -67,6 +72,9 @@ class Recording:
         self.constants = Constants()
         self.saved: list[tuple[State, Any, str]] = []  # with the Python object and the line of its `.save()`
         self.closed: str | None = None  # why its values cannot be used any more
+        self.over: set[int] = set()  # invokes whose trace has ended: in-place code does not reach the model
+        self.peeks: Peeks | None = None  # where values may be looked at while they are recorded
+        self._draws = 0  # by random ops so far: what each draws does not depend on which nodes are left of the others
         self._shared: dict[tuple[type, str | int], NodeId] = {}  # constants, parameters and masks, each once
         self._places: dict[tuple[Site, int], Place] = {}
         self._edited: list[Storage] = []  # those without a place
@@ -110,6 +118,9 @@ class Recording:
         self.check_kwargs(name, kwargs, where)
         operands = tuple([self.operand(arg, where) for arg in args])
         named = {key: self.operand(value, where) for key, value in kwargs.items()}
+        if OPS[name].is_random:
+            named.setdefault("draw", self._draws)
+            self._draws += 1
         call = Op(name=name, args=operands, kwargs=named, where=where)
         node = self._add(call)
         way: tuple[Step, ...] = ()
@@ -364,7 +375,7 @@ class Recording:
     def _new_root(self, storage: Storage, node: NodeId, where: str) -> None:
         storage.node = node
         storage.version += 1
-        if storage.place is None:
+        if storage.place is None or storage.place.invoke in self.over:
             if not storage.edits:
                 self._edited.append(storage)
             storage.edits.append((node, where))
@@ -377,7 +388,7 @@ class Recording:
     def _check_fresh(self, storage: Storage, where: str) -> None:
         """Handing back a value that lacks another line's write would silently undo that write."""
         place = storage.place
-        if place is not None and place.writes != storage.writes_seen:
+        if place is not None and place.writes != storage.writes_seen and place.invoke not in self.over:
             raise GraphError(
                 f"this value was read before {place.line} changed {place.site}, and changing it now would undo that: "
                 f"read {place.site} again",
@@ -411,6 +422,8 @@ class Recording:
     def _add(self, node: Node) -> NodeId:
         if self.closed is not None:
             raise GraphError(self.closed, where=node.where)
+        if self.peeks is not None and isinstance(node, Write):
+            self.peeks.note(NodeId(len(self.nodes)), node)
         self.nodes.append(node)
         return NodeId(len(self.nodes) - 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from polytrace.collector import young_only
 from polytrace.errors import GraphError
 from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request
 from polytrace.lines import user_line
+from polytrace.peeking import Peeks
 from polytrace.progress import showing_progress
 from polytrace.prompts import PromptBook
 from polytrace.recording import Recording
@@ -20,6 +21,7 @@ from polytrace.storage import State
 from polytrace.tokenizer import token_texts
 
 if TYPE_CHECKING:
+    from polytrace.edits import StoredEdit
     from polytrace.model import Model
 
 _open: ContextVar[Tracer | None] = ContextVar("polytrace_open_trace", default=None)
@@ -33,17 +35,32 @@ def open_trace() -> Tracer | None:
 class Tracer:
     """`with model.trace(...) as tracer`."""
 
-    def __init__(self, model: Model, prompts: Any, options: Options, is_run: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompts: Any,
+        options: Options,
+        is_run: bool,
+        *,
+        home: Tracer | None = None,
+        edits: Sequence[StoredEdit] = (),
+        is_peeking: bool = False,
+    ) -> None:
+        """`home`: the session that this trace is part of, which has the program. `edits`: where each prompt starts."""
         self.model = model
         self.options = options
-        self.recording = Recording(model.description, self)
+        self.recording = home.recording if home is not None else Recording(model.description, self)
         self.wrap: Callable[[State], Any] = model.kind.make  # the Python object for a value
         self.receipt: Receipt | None = None  # what the run did cost and touch, once it ran
         self.request: Request | None = None  # what was sent, once the block has ended
         self.where = user_line()
         self._is_run = is_run
-        self._prompts = PromptBook(model.description, lambda: model.tokenizer)
-        self._invokes: list[Invoke] = []
+        self._home = home
+        self._edits = edits
+        self._prompts = home._prompts if home is not None else PromptBook(model.description, lambda: model.tokenizer)
+        self._invokes: list[Invoke] = home._invokes if home is not None else []
+        if home is None and is_peeking:
+            self.recording.peeks = Peeks(self.recording, self._invokes, options, model.backend.run)
         self._invoke: int | None = None  # whose block this is
         self._has_own_prompts = prompts is not None
         self._token: Token[Tracer | None] | None = None
@@ -77,9 +94,21 @@ class Tracer:
         """`[sequences, longest]`, True where the left-padded view has a token."""
         return self.wrap(self.recording.mask(self.invoke_index("the mask")))
 
+    @property
+    def peeks(self) -> tuple[Receipt, ...]:
+        """What looking at values while recording did cost (`peek=True`): a receipt for each that was asked for."""
+        return () if self.recording.peeks is None else tuple(self.recording.peeks.receipts)
+
+    @property
+    def told(self) -> str:
+        """Why a value has no data yet."""
+        return "a recorded value has no data yet"
+
     def __enter__(self) -> Tracer:
         other = _open.get()
-        if other is not None:
+        if other is not self._home:
+            if other is None:
+                raise GraphError("this trace was made in a session whose block has ended", where=user_line())
             raise GraphError(
                 f"a trace is open already, since {other.where}: one ends before the next begins", where=user_line()
             )
@@ -171,7 +200,10 @@ class Tracer:
 
     def _add_invoke(self, prompts: Any) -> int:
         self._invokes.append(self._prompts.invoke(prompts))
-        return len(self._invokes) - 1
+        index = len(self._invokes) - 1
+        for edit in self._edits:
+            edit.replay(self.recording, index, self.lengths_of(index))
+        return index
 
     def _sequences(self) -> tuple[tuple[int, ...], ...]:
         chosen = self._invokes if self._invoke is None else [self._invokes[self._invoke]]

@@ -6,6 +6,7 @@ Owns the refusals: Python code that needs a number now cannot have it, and each 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -102,38 +103,44 @@ class Recorded:
 
     # what Python cannot have yet
 
-    def __bool__(self) -> NoReturn:
-        _refuse(
-            "a recorded value has no data yet, so `if`, `while`, `and`, `or`, `not` and `in` cannot look at it: "
-            "write torch.where(condition, a, b), or save it and decide after the block"
-        )
+    def __bool__(self) -> bool:
+        if not can_peek(self):
+            _refuse(
+                f"{state_of(self).recording.session.told}, so `if`, `while`, `and`, `or`, `not` and `in` cannot look "
+                f"at it: write torch.where(condition, a, b), or save it and decide after the block, {_OR_PEEK}"
+            )
+        return bool(peeked(self))
 
-    def __contains__(self, item: Any) -> NoReturn:
-        _refuse("`in` cannot look into a recorded value: save it and look after the block")
+    def __contains__(self, item: Any) -> bool:
+        if not can_peek(self):
+            _refuse(f"`in` cannot look into a recorded value: save it and look after the block, {_OR_PEEK}")
+        return bool((peeked(self) == item).any())
 
-    def __float__(self) -> NoReturn:
-        _refuse_number("float()")
+    def __float__(self) -> float:
+        return float(_data(self, "float()"))
 
-    def __int__(self) -> NoReturn:
-        _refuse_number("int()")
+    def __int__(self) -> int:
+        return int(_data(self, "int()"))
 
-    def __index__(self) -> NoReturn:
-        _refuse_number("an index or a range")
+    def __index__(self) -> int:
+        return operator.index(_data(self, "an index or a range"))
 
-    def __complex__(self) -> NoReturn:
-        _refuse_number("complex()")
+    def __complex__(self) -> complex:
+        return complex(_data(self, "complex()"))
 
-    def item(self) -> NoReturn:
-        _refuse_number(".item()")
+    def item(self) -> Any:
+        return _data(self, ".item()").item()
 
-    def tolist(self) -> NoReturn:
-        _refuse_number(".tolist()")
+    def tolist(self) -> Any:
+        return _data(self, ".tolist()").tolist()
 
-    def numpy(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse_number(".numpy()")
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        return np_array(_data(self, ".numpy()"))
 
-    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse_client_change("numpy")
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        if not can_peek(self):
+            refuse_client_change("numpy")
+        return np_array(peeked(self)).__array__(*args, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse("gradients are not part of polytrace yet")
@@ -162,17 +169,37 @@ class Recorded:
         return math.prod(shape_of(self).shape)
 
     def __repr__(self, **kwargs: Any) -> str:
+        if can_peek(self):
+            return repr(peeked(self))
         state = state_of(self)
         return f"<recorded value: {describe(state)}>"
 
     def __format__(self, spec: str) -> str:
-        return repr(self)
+        return format(peeked(self), spec) if can_peek(self) else repr(self)
 
 
 def shape_of(value: Any) -> ValueShape:
     """Shape and dtype of a recorded value."""
     state = state_of(value)
     return state.recording.session.shape_of(state.recording.node_of(state))
+
+
+def can_peek(value: Any) -> bool:
+    """Whether the value's trace lets Python look at values while it records."""
+    recording = state_of(value).recording
+    return recording.peeks is not None and recording.closed is None
+
+
+def peeked(value: Any) -> Any:
+    """The value's data now, as a plain tensor or array: asked for once. Its trace lets values be looked at."""
+    state = state_of(value)
+    assert state.recording.peeks is not None
+    return state.recording.peeks.look(state.recording.node_of(state))
+
+
+def np_array(data: Any) -> Any:
+    """A plain tensor or array as an array."""
+    return data.numpy() if hasattr(data, "untyped_storage") else data
 
 
 def describe(state: State) -> str:
@@ -260,8 +287,14 @@ def _refuse(message: str) -> NoReturn:
     raise GraphError(message, where=user_line())
 
 
-def _refuse_number(what: str) -> NoReturn:
+_OR_PEEK = "or use trace(..., peek=True)"
+
+
+def _data(value: Any, what: str) -> Any:
+    """The value's data where its trace lets it be looked at."""
+    if can_peek(value):
+        return peeked(value)
     _refuse(
-        f"a recorded value has no data yet, so {what} cannot have its number: keep computing with the value itself, "
-        "or save it and use it after the block (several: `results.append(value.save())`)"
+        f"{state_of(value).recording.session.told}, so {what} cannot have its number: keep computing with the value "
+        "itself, or save it and use it after the block (several: `results.append(value.save())`), " + _OR_PEEK
     )

@@ -4,7 +4,8 @@ A write to a layer's output acts from the next level on, any other write from it
 position that it changes: rows before that position and layers before that level are what they would be without it.
 
 Two writes are equal when their keys are: a key says the site, the operations, constants by content, and for values
-read from the model what was read of which tokens after which writes; for random operations, the seed and the node.
+read from the model what was read of which tokens after which writes; for random operations, the seed and
+the number of the draw.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from polytrace.graph import (
     Ref,
     Request,
     Write,
+    draw_of,
     refs,
 )
 from polytrace.ops import OPS
@@ -205,7 +207,7 @@ class Keys:
     def _key(self, node: int) -> Key:
         event = self._nodes[node]
         if isinstance(event, Op):
-            draw = (self._request.options.seed, node) if OPS[event.name].is_random else None
+            draw = (self._request.options.seed, draw_of(event, NodeId(node))) if OPS[event.name].is_random else None
             return _digest(event.name, draw, self._spelled(event.args), self._spelled(tuple(event.kwargs.items())))
         if isinstance(event, Read):
             return _digest("read", event.site, self._content(event.invoke, self._order.seen[node]))
