@@ -44,7 +44,9 @@ _LENGTHS = (9, 21)  # tokens of A and B
 _LONGER = (100, 300, 1000)  # tokens of A on a GPU
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
-_UNPROVEN = "what a rank holds of it is not its slice of the whole (it may be a part of a sum): read a module's port instead"
+_UNPROVEN = (
+    "what a rank holds of it is not its slice of the whole (it may be a part of a sum): read a module's port instead"
+)
 _UNFORKED = "its rows depend on how rows are shared"
 _Place = tuple[str, Port, Selector]
 _Seen = dict[_Place, Tensor]
@@ -101,7 +103,11 @@ def run_gate(
             refusal = "its rows are not the same bits in a shared pass as alone"
         elif (module, port) in trial.operations:
             refusal = None if is_rewritten_well else "the model gives other numbers where its calls are visited"
-            if refusal is None and proven is not None and trial.operations[module, port].place(port, selector) not in proven:
+            if (
+                refusal is None
+                and proven is not None
+                and trial.operations[module, port].place(port, selector) not in proven
+            ):
                 refusal = _UNPROVEN
         leaves.append(
             LeafReport(
@@ -137,7 +143,9 @@ def run_gate(
         first = min(f"{module}.{port.value}" for module, port, _ in trial.rounded)
         machine_notes = (*machine_notes, f"{ROUNDED_NOTE}, first at {first}")
     refused = [
-        f"{leaf.module}.{leaf.port.value}" for leaf in leaves if leaf.refusal and (leaf.module, leaf.port) not in trial.operations
+        f"{leaf.module}.{leaf.port.value}"
+        for leaf in leaves
+        if leaf.refusal and (leaf.module, leaf.port) not in trial.operations
     ]
     notes = (*machine_notes, *([f"refused by the gate: {', '.join(refused)}"] if refused else []))
     return GateReport(

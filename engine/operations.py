@@ -1,4 +1,4 @@
-"""Visits the operations of modules: calls inside of their forwards, and inside of the model's own functions that these call.
+"""Visits the operations of modules: calls in their forwards, and in the model's own functions that these call.
 
 Owns how a rewritten forward (`engine.rewriting`) is put on a module for a while, and taken off again: on that instance
 only, so that whatever else runs is the unmodified code. Knows nothing of requests; `engine.stage` brings visitors, and
@@ -21,7 +21,9 @@ from polytrace.graph import Port
 from polytrace.sources import WORD, operation_path
 
 _MAX_DEPTH = 4  # of functions inside of functions
-_NOT_THE_MODELS = frozenset({"torch", "engine", "polytrace", "accelerate", "einops", "functools", "warnings", "logging"})
+_NOT_THE_MODELS = frozenset(
+    {"torch", "engine", "polytrace", "accelerate", "einops", "functools", "warnings", "logging"}
+)
 
 # Told of an operation's path, its side, the value there and what is called.
 Watch = Callable[[str, Port, Any, Any], None]

@@ -4,12 +4,11 @@ Owns the names of operations: `self.act_fn(x)` is `self_act_fn_0`, its second oc
 `a.b().c()` the calls are `a_b_0` and `c_0`, the inner one first. These are nnsight's names. Knows nothing of sites.
 
 The rewritten code is compiled from the installed source and runs with the globals, the closure and the defaults of the
-function that it stands for: what is changed is `f(x)` to `hook("f_0", f)(x)`, and a hook returns `f` where nobody looks.
+function that it stands for: `f(x)` has become `hook("f_0", f)(x)`, and a hook returns `f` where nobody looks.
 Decorators stay: whatever leads to the function through closures is copied with the rewritten one in its place.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -84,11 +83,13 @@ def written_function(value: Any) -> FunctionType:
     function = inspect.unwrap(value.__func__ if isinstance(value, MethodType) else value)
     if not isinstance(function, FunctionType):
         raise CannotRewrite(f"{getattr(value, '__qualname__', type(value).__name__)} is not written in Python")
+    if _HOOK in function.__code__.co_freevars:  # a module's forward that is called by its name
+        raise CannotRewrite(f"{function.__qualname__} is visited already")
     return function
 
 
 def substituted(value: Any, old: FunctionType, new: FunctionType, depth: int = _MAX_DEPTH) -> Any:
-    """A callable with one function in it replaced, through methods, partials and closures; None where it is not in it."""
+    """A callable with one function replaced, found through methods, partials and closures; None where it is not in."""
     if value is old:
         return new
     if depth == 0:
@@ -180,7 +181,9 @@ def _compiled(definition: ast.FunctionDef, function: FunctionType) -> CodeType:
     names = (_HOOK, *function.__code__.co_freevars)
     around = ast.FunctionDef(
         name="around",
-        args=ast.arguments(posonlyargs=[], args=[ast.arg(name) for name in names], kwonlyargs=[], kw_defaults=[], defaults=[]),
+        args=ast.arguments(
+            posonlyargs=[], args=[ast.arg(name) for name in names], kwonlyargs=[], kw_defaults=[], defaults=[]
+        ),
         body=[definition],
         decorator_list=[],
         **({"type_params": []} if "type_params" in ast.FunctionDef._fields else {}),

@@ -113,7 +113,9 @@ def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
 
 def row_leaves(value: Any, layouts: Mapping[Selector, int]) -> dict[Selector, Tensor]:
     """The tensors of a port, all with their rows in the second dimension; `layouts` says where others have them."""
-    return {selector: with_rows_second(own, layouts.get(selector, 1)) for selector, own in port_leaves(value)[1].items()}
+    return {
+        selector: with_rows_second(own, layouts.get(selector, 1)) for selector, own in port_leaves(value)[1].items()
+    }
 
 
 def with_rows_second(tensor: Tensor, dim: int) -> Tensor:
@@ -184,9 +186,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
     )
 
 
-def _record_twice(
-    model: PreTrainedModel, layers: str, has_kept_rows: bool
-) -> tuple[_Recorder, _Recorder, str | None]:
+def _record_twice(model: PreTrainedModel, layers: str, has_kept_rows: bool) -> tuple[_Recorder, _Recorder, str | None]:
     """What two forwards tell, with the operations in them where these can be had; why they cannot, else None."""
     try:
         first, second = (_Recorder(model, layers, True).run(*sizes, has_kept_rows) for sizes in _PROBES)

@@ -183,9 +183,7 @@ def describe_sources(
                 called = None if inner is None else f"{module}.{inner}" if module else inner
                 blocks = blocks_of_operation(site.port, module, called, packed)
                 found.setdefault(own, []).append(tuple(placed(site, leaf, blocks) for leaf in site.leaves))
-        sites = tuple(
-            replace(site, leaves=tuple(map(_agreed, *found[own]))) for own, site in enumerate(group.sites)
-        )
+        sites = tuple(replace(site, leaves=tuple(map(_agreed, *found[own]))) for own, site in enumerate(group.sites))
         own_codes = {way: codes.setdefault(code, len(codes)) for way, code in group.codes.items()}
         calls, closed = dict(group.calls), dict(group.closed)
         infos.append(SourceInfo(codes=own_codes, sites=sites, calls=calls, closed=closed, refusal=group.refusal))

@@ -57,8 +57,8 @@ _Made = TypeVar("_Made")
 def prove_splits(config: Any, links: Links, device: torch.device) -> frozenset[Place] | None:
     """Collective over the ranks of a stage. ServiceError, on all of them, when the twin gives other numbers.
 
-    `config` is the served model's. Returns the values of operations, inside of modules' forwards, of which each rank has
-    its slice or all: others, such as parts of sums, are no error. None, and nothing to do, for one rank.
+    `config` is the served model's. Returns the values of operations, in modules' forwards, of which each rank has its
+    slice or all: others, such as parts of sums, are no error. None, and nothing to do, for one rank.
     """
     if links.ranks == 1:
         return None
@@ -195,7 +195,10 @@ def _run(loaded: LoadedModel, device: torch.device) -> _Run:
     visits = [
         Visit(order=order, module=path, port=port, visitor=seeing(path, port))
         for order, (path, port) in enumerate(
-            (path, port) for path, _ in model.named_modules() for port in Port if port is not Port.INPUTS and not path.startswith(inside)
+            (path, port)
+            for path, _ in model.named_modules()
+            for port in Port
+            if port is not Port.INPUTS and not path.startswith(inside)
         )
     ]
     operations: _Seen = {}

@@ -25,9 +25,7 @@ class Sources:
     def __init__(self, description: ModelDescription) -> None:
         self._description = description
         self._modules = {module.path: module for module in description.modules}
-        self._begins = {
-            site.module: site for site in description.sites if site.port is Port.INPUT and site.visit == 0
-        }
+        self._begins = {site.module: site for site in description.sites if site.port is Port.INPUT and site.visit == 0}
         self._kept: dict[tuple[str, Port], SiteInfo | None] = {}
 
     def split(self, path: str) -> tuple[str, str] | None:
@@ -139,7 +137,9 @@ class SiteIndex(dict[Site, tuple[SiteInfo, Leaf]]):
 
     def __missing__(self, site: Site) -> tuple[SiteInfo, Leaf]:
         info = self._sources.site(site.module, site.port)
-        leaf = next((leaf for leaf in info.leaves if leaf.selector == site.selector), None) if info is not None else None
+        leaf = (
+            next((leaf for leaf in info.leaves if leaf.selector == site.selector), None) if info is not None else None
+        )
         if info is None or leaf is None:
             raise KeyError(site)
         self[site] = info, leaf
@@ -153,7 +153,6 @@ def operation_path(module: str, way: str) -> str:
 
 def split_operation(path: str, modules: Container[str]) -> tuple[str, str] | None:
     """The longest module that a path begins with, and what stands behind `source`; None where it names no operation."""
-
     parts = path.split(".")
     for place in range(len(parts) - 2, -1, -1):
         module = ".".join(parts[:place])
