@@ -185,6 +185,8 @@ class RequestState:
             value = read_pairs(port.pairs, rows, self.rows[node.invoke].view)
         else:
             value = rows.read(port.tensors[node.site.selector], port.outputs)
+            if leaf.row_dim != 1:
+                value = value.movedim(1, leaf.row_dim)
         if leaf.sharded_view_dim is not None and node_id not in self.program.below:
             blocks, copies = leaf.sharded_blocks, leaf.sharded_copies
             value = gather_whole(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
@@ -248,6 +250,8 @@ class RequestState:
             value = take_part(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
         if port.pairs is not None:
             value = pairs_of(value, rows, self.rows[node.invoke].view, port.pairs)
+        if leaf.row_dim != 1:
+            value = value.movedim(leaf.row_dim, 1)
         in_place = node.in_place and not is_assigned
         port.write(selector, RowWrite(rows=rows, value=value, in_place=in_place, turn=turn))
 

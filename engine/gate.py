@@ -27,6 +27,7 @@ from engine.attention import AttentionPass
 from engine.links import Links
 from engine.points import Pairs
 from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors, row_leaves, row_multiple
+from engine.source_sites import Place, pattern_of
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
@@ -34,6 +35,7 @@ from engine.trunks import Trunks
 from polytrace.description import SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
+from polytrace.sources import operation_path
 from scheduling.costs import ROUNDED_NOTE
 from scheduling.levels import Levels
 from scheduling.plan import PROLOGUE, PassId, Plan, Segment
@@ -42,6 +44,10 @@ _LENGTHS = (9, 21)  # tokens of A and B
 _LONGER = (100, 300, 1000)  # tokens of A on a GPU
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
+_UNPROVEN = (
+    "what a rank holds of it is not its slice of the whole (it may be a part of a sum): read a module's port instead"
+)
+_UNFORKED = "its rows depend on how rows are shared"
 _Place = tuple[str, Port, Selector]
 _Seen = dict[_Place, Tensor]
 
@@ -54,8 +60,12 @@ def run_gate(
     device: torch.device,
     *,
     packed: Mapping[str, int],
+    proven: frozenset[Place] | None,
 ) -> GateReport:
-    """Collective: every shard of the deployment calls it at once. ServiceError when the model cannot be packed."""
+    """Collective: every shard of the deployment calls it at once. ServiceError when the model cannot be packed.
+
+    `proven` are the operations' values that ranks hold as they are taken to hold them; None where there is one rank.
+    """
     if probe.has_side_values and links.stages > 1:
         raise ServiceError(
             f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
@@ -69,6 +79,7 @@ def run_gate(
         device=device,
         multiple=multiple,
         levels=Levels(probe.sites, probe.layout.layers),
+        operations=_operations(probe, links),
     )
     generator = torch.Generator().manual_seed(0)
     a, other, b = (
@@ -77,6 +88,8 @@ def run_gate(
     )
     streams = ([a, b], [other, b], [b], [a, [*b[:-1], (b[-1] + 1) % probe.vocab_size]])
     together, changed, alone, ahead = map(trial.watch_last, streams)
+    unwritten = trial.watch_last(streams[0], has_operations=False)[0]
+    is_rewritten_well = all(torch.equal(rows, together[0][place]) for place, rows in unwritten.items())
     lengths = [] if device.type == "cpu" else [min(length, probe.max_tokens) for length in _LONGER]
     longer = [trial.watch_last([(a * length)[:length], b])[0] for length in lengths]
     leaves = []
@@ -88,6 +101,14 @@ def run_gate(
             refusal = "its rows depend on the neighbours in a shared pass"
         elif not all(trial.is_same(place, rows_b, other) for other in others):
             refusal = "its rows are not the same bits in a shared pass as alone"
+        elif (module, port) in trial.operations:
+            refusal = None if is_rewritten_well else "the model gives other numbers where its calls are visited"
+            if (
+                refusal is None
+                and proven is not None
+                and trial.operations[module, port].place(port, selector) not in proven
+            ):
+                refusal = _UNPROVEN
         leaves.append(
             LeafReport(
                 module=module,
@@ -109,13 +130,23 @@ def run_gate(
     moved = {
         place for place, rows in ahead[0].items() if not trial.is_same(place, rows[:-1], together[0][place][:-1])
     } & known
+    unforked = {place for place in differing | moved if place[:2] in trial.operations}
+    leaves = [
+        replace(leaf, refusal=_UNFORKED) if (leaf.module, leaf.port, leaf.selector) in unforked else leaf
+        for leaf in leaves
+    ]
+    differing, moved = differing - unforked, moved - unforked
     if differing or moved:
         first = min(f"{module}.{port.value}" for module, port, _ in differing | moved)
         machine_notes = (*machine_notes, f"no rows are shared: a fork is not its parent at {first}")
     if trial.rounded:
         first = min(f"{module}.{port.value}" for module, port, _ in trial.rounded)
         machine_notes = (*machine_notes, f"{ROUNDED_NOTE}, first at {first}")
-    refused = [f"{leaf.module}.{leaf.port.value}" for leaf in leaves if leaf.refusal]
+    refused = [
+        f"{leaf.module}.{leaf.port.value}"
+        for leaf in leaves
+        if leaf.refusal and (leaf.module, leaf.port) not in trial.operations
+    ]
     notes = (*machine_notes, *([f"refused by the gate: {', '.join(refused)}"] if refused else []))
     return GateReport(
         stage=links.stage,
@@ -158,6 +189,29 @@ def _split_dimensions(probe: Probe, model: nn.Module, ranks: int) -> dict[str, t
     return split
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Operation:
+    """Where a site that stands for a group of operations lies."""
+
+    site: SiteInfo
+    module: str
+    way: str
+
+    def place(self, port: Port, selector: Selector) -> Place:
+        return pattern_of(self.module), self.way, port, selector
+
+
+def _operations(probe: Probe, links: Links) -> dict[tuple[str, Port], _Operation]:
+    """The operations that this stage tries, by path and side: those of one module of each group."""
+    found = {}
+    for group in probe.sources:
+        for own, site in group.sites_on(links.stage, lambda site: _stage_of(site, probe, links)):
+            way = group.sites[own].module
+            module = site.module.removesuffix(operation_path("", way)).removesuffix(".")
+            found[site.module, site.port] = _Operation(site=site, module=module, way=way)
+    return found
+
+
 def _stage_of(site: SiteInfo, probe: Probe, links: Links) -> int:
     if site.module.startswith(probe.layout.layers + "."):
         return probe.layout.home(site.module, links.stages)
@@ -175,6 +229,7 @@ class _Trial:
     device: torch.device
     multiple: int  # of rows
     levels: Levels
+    operations: Mapping[tuple[str, Port], _Operation]  # that are tried on this stage, by path and side
     rounded: set[_Place] = field(default_factory=set)  # where the number of rows moves a row as rounding does
 
     def is_same(self, place: _Place, rows: Tensor, other: Tensor) -> bool:
@@ -189,7 +244,7 @@ class _Trial:
             self.rounded.add(place)
         return is_close
 
-    def watch_last(self, sequences: list[list[int]]) -> tuple[_Seen, set[_Place]]:
+    def watch_last(self, sequences: list[list[int]], *, has_operations: bool = True) -> tuple[_Seen, set[_Place]]:
         """The last sequence's rows at every leaf that this stage owns, beside the others, and which were mutated."""
         watched = slice(sum(map(len, sequences[:-1])), sum(map(len, sequences)))
         seen: _Seen = {}
@@ -198,7 +253,8 @@ class _Trial:
         def watching(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
             return _watching(site, streams.layer(0).num_padded, watched, seen, originals)
 
-        self._run([root_segment(sequence, self.probe.layout.num_layers) for sequence in sequences], watching)
+        segments = [root_segment(sequence, self.probe.layout.num_layers) for sequence in sequences]
+        self._run(segments, watching, has_operations=has_operations)
         mutated = {key for key, (tensor, version) in originals.items() if tensor._version != version}
         return seen, mutated
 
@@ -229,7 +285,7 @@ class _Trial:
                     own, base = value.read(own_rows, length), value.read(base_rows, length)
                     if not self.is_same((site.module, site.port, ()), own, base):
                         differing.add((site.module, site.port, ()))
-                for selector, tensor in row_leaves(value, site.flat).items():
+                for selector, tensor in row_leaves(value, site.layouts).items():
                     if tensor.ndim >= 2 and tensor.shape[1] == rows.num_padded and pairs:
                         here, there = (list(own) for own in zip(*pairs, strict=True))
                         place = site.module, site.port, selector
@@ -242,7 +298,13 @@ class _Trial:
         self._run(segments, comparing)
         return differing
 
-    def _run(self, segments: list[Segment], visitor: Callable[[SiteInfo, Streams], Callable[[Any], Any]]) -> None:
+    def _run(
+        self,
+        segments: list[Segment],
+        visitor: Callable[[SiteInfo, Streams], Callable[[Any], Any]],
+        *,
+        has_operations: bool = True,
+    ) -> None:
         """This stage's part of one forward over some segments, with a visitor at every site that it owns."""
         links = self.links
         plan = Plan(
@@ -271,6 +333,16 @@ class _Trial:
             )
             for site in self.probe.sites
             if site.visit == 0 and _stage_of(site, self.probe, links) == links.stage
+        ]
+        visits += [
+            Visit(
+                order=one.site.order,
+                module=one.module,
+                operation=one.way,
+                port=one.site.port,
+                visitor=visitor(one.site, streams),
+            )
+            for one in (self.operations.values() if has_operations else ())
         ]
         hidden = None
         if links.stage > 0:
@@ -306,7 +378,7 @@ def _watching(
     def visitor(value: Any) -> Any:
         if isinstance(value, Pairs) and readable:
             seen[site.module, site.port, ()] = value.read(range(last.start, last.stop), last.stop - last.start)
-        for selector, tensor in row_leaves(value, site.flat).items():
+        for selector, tensor in row_leaves(value, site.layouts).items():
             if selector in readable and tensor.ndim >= 2 and tensor.shape[1] == num_rows:
                 key = (site.module, site.port, selector)
                 seen[key] = tensor[0, last].clone()

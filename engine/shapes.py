@@ -173,7 +173,8 @@ class _Walk:
         if isinstance(node, Read):
             entry = self.sites[position]
             assert entry is not None
-            return ("read", entry[1].of_pairs, entry[1].tail, entry[1].dtype, *self._view_of(node.invoke))
+            leaf = entry[1]
+            return ("read", leaf.of_pairs, leaf.row_dim, leaf.tail, leaf.dtype, *self._view_of(node.invoke))
         if isinstance(node, Mask):
             return ("mask", *self._view_of(node.invoke))
         if isinstance(node, Constant):
@@ -237,7 +238,7 @@ class _Walk:
             assert entry is not None
             num_prompts, longest, _ = self._view_of(node.invoke)
             shape = contiguous(entry[1].view_shape(num_prompts, longest), TORCH_DTYPES[entry[1].dtype])
-            self.tokens.read(position, node.invoke, shape, (2, 3) if entry[1].of_pairs else (1,))
+            self.tokens.read(position, node.invoke, shape, (2, 3) if entry[1].of_pairs else (entry[1].row_dim,))
             return shape
         if isinstance(node, Mask):
             shape = contiguous(self._view_of(node.invoke)[:2], torch.bool)

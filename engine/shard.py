@@ -27,6 +27,7 @@ from engine.memory import told_out_of_memory
 from engine.reading import Report
 from engine.results import MemorySink, Writer, sink_for
 from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
+from engine.source_sites import Place
 from engine.spans import SpanStore
 from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
@@ -35,8 +36,10 @@ from engine.trunks import Trunks
 from engine.twins import prove_splits
 from engine.views import InvokeRows
 from engine.writes import PortValue, Selector, apply_writes
-from polytrace.description import Limits, ModelDescription, index_sites
+from polytrace.description import Limits, ModelDescription
 from polytrace.errors import CapacityError
+from polytrace.graph import Port
+from polytrace.sources import SiteIndex
 from scheduling.checks import table_of
 from scheduling.plan import (
     PROLOGUE,
@@ -62,6 +65,7 @@ class Shard:
         self.device = torch.device(config.device)
         self._states: dict[RequestId, RequestState] = {}
         self._writer = Writer()
+        self._proven: frozenset[Place] | None = None  # see `prove_splits`
 
     def start(self, report: Report) -> None:
         """Reads this shard's weights, without the others. `report` gets lines for people, and how far reading is."""
@@ -82,7 +86,7 @@ class Shard:
         """
         self.links.barrier()  # the others may read their files for much longer than a collective waits
         if is_first:
-            prove_splits(self.loaded.model.config, self.links, self.device)
+            self._proven = prove_splits(self.loaded.model.config, self.links, self.device)
         return run_gate(
             self.probe,
             self.runner,
@@ -90,6 +94,7 @@ class Shard:
             self.store,
             self.device,
             packed=blocks_of(self.loaded.splits),
+            proven=self._proven,
         )
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
@@ -105,7 +110,7 @@ class Shard:
         self.context = ShardContext(
             runner=self.runner,
             links=self.links,
-            sites=index_sites(description),
+            sites=SiteIndex(description, table_of(description).sources),
             parameters=dict(named_tensors(model)),
             parameter_infos={info.path: info for info in description.parameters},
             table=table_of(description),
@@ -113,8 +118,8 @@ class Shard:
             device=self.device,
         )
         self._row_multiple = description.row_multiple
-        self._ports = {info.order: (info.module, info.port) for info in description.sites}
-        self._flat = {info.order: info.flat for info in description.sites if info.flat}
+        self._ports = {info.order: ((info.module, ""), info.port) for info in description.sites}
+        self._layouts = {info.order: info.layouts for info in description.sites if info.layouts}
         self._hidden_size = description.hidden_size
 
     def run(self, plan: Plan) -> ShardResult:
@@ -336,6 +341,7 @@ class Shard:
             Visit(
                 order=order,
                 module=module,
+                operation=operation,
                 port=port,
                 visitor=self._visitor(fragments, rows, order),
                 rows={row for state, fragment in fragments for row in state.rows_at(fragment)}
@@ -343,19 +349,25 @@ class Shard:
                 else (),
             )
             for order, fragments in at.items()
-            for module, port in (self._ports[order],)
+            for (module, operation), port in (self._port(order),)
         ]
         return self.runner.run(rows, hidden, visits, stop_after=plan.until if is_last else None)
+
+    def _port(self, order: int) -> tuple[tuple[str, str], Port]:
+        """The module and the way inside of its source, and the side, of what has an order."""
+        if order not in self._ports:
+            self._ports[order], self._layouts[order] = self.context.table.sources.at(order)
+        return self._ports[order]
 
     def _visitor(
         self, fragments: list[tuple[RequestState, Fragment]], rows: PackedRows, order: int
     ) -> Callable[[object], object]:
         levels = self.context.levels
         level, next_level = levels.of(order), levels.acts_from(order)
-        streams, is_output, flat = rows.streams, levels.is_output(order), self._flat.get(order, ())
+        streams, is_output, layouts = rows.streams, levels.is_output(order), self._layouts.get(order, {})
 
         def visit(value: object) -> object:
-            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.trunks else None, flat)
+            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.trunks else None, layouts)
             for state, fragment in fragments:
                 state.run(fragment, port)
             if is_output:  # a layer's output: what is written to it belongs to the next level's rows

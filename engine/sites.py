@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
 from engine.kernels import why_no_kernels
 from engine.lanes import MAX_THREADS, rows_multiple
+from engine.operations import Arguments, argument_leaves, watch_operations
+from engine.source_sites import SourceGroup, SourceNotes, describe_sources, group_sources
 from engine.windows import Layout, find_layout
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
 from polytrace.errors import ServiceError
@@ -42,6 +44,7 @@ class Event:
     visit: int
     structure: str
     leaves: Mapping[Selector, Tensor]
+    is_operation: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,7 @@ class Probe:
     has_fixed_rows: bool  # the root's forward insists on as many rows behind the layers as it was called with
     widths: frozenset[int]  # elements a row has at some port, unsharded
     sites: tuple[SiteInfo, ...]  # stage 0 everywhere; `describe_model` places them
+    sources: tuple[SourceGroup, ...]  # calls inside of modules' forwards; their orders lie between those of `sites`
     modules: tuple[ModuleInfo, ...]
     parameters: tuple[ParameterInfo, ...]
     first_layer_order: int  # orders below are before the decoder layers
@@ -96,6 +100,8 @@ class GateReport:
 
 def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
     """The structure of a port's value and the tensors in it, two levels deep."""
+    if isinstance(value, Arguments):
+        return "tuple", argument_leaves(value)
     if isinstance(value, Tensor):
         return "tensor", {(): value}
     if isinstance(value, Mapping):
@@ -105,9 +111,21 @@ def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
     return "other", {}
 
 
-def row_leaves(value: Any, flat: Collection[Selector]) -> dict[Selector, Tensor]:
-    """The tensors of a port, all with their rows in the second dimension; those of `flat` have them in the first."""
-    return {selector: own[None] if selector in flat else own for selector, own in port_leaves(value)[1].items()}
+def row_leaves(value: Any, layouts: Mapping[Selector, int]) -> dict[Selector, Tensor]:
+    """The tensors of a port, all with their rows in the second dimension; `layouts` says where others have them."""
+    return {
+        selector: with_rows_second(own, layouts.get(selector, 1)) for selector, own in port_leaves(value)[1].items()
+    }
+
+
+def with_rows_second(tensor: Tensor, dim: int) -> Tensor:
+    """The same memory as `[1, rows, ...]`, of a tensor that has its rows in a dimension: 0 where it has no other."""
+    return tensor[None] if dim == 0 else tensor.movedim(dim, 1) if dim != 1 and tensor.ndim > dim else tensor
+
+
+def with_rows_back(tensor: Tensor, dim: int) -> Tensor:
+    """The inverse of `with_rows_second`."""
+    return tensor[0] if dim == 0 else tensor.movedim(1, dim) if dim != 1 else tensor
 
 
 def _members(items: Any) -> Iterator[tuple[Selector, Tensor]]:
@@ -135,11 +153,13 @@ def probe_model(model: PreTrainedModel) -> Probe:
     layers = layout.layers
     use_packed_attention(model)
     has_kept_rows = "logits_to_keep" in _forward_names(model)
-    first, second = (_Recorder(model, layers).run(*sizes, has_kept_rows) for sizes in _PROBES)
+    first, second, refusal = _record_twice(model, layers, has_kept_rows)
     config = model.config.get_text_config()
     experts = {path for path, module in model.named_modules() if is_experts(module)}
-    events = zip(first.events, second.events, strict=True)
-    sites = tuple(_site(order, a, b, first, experts) for order, (a, b) in enumerate(events))
+    events = list(enumerate(zip(first.events, second.events, strict=True)))
+    sites = tuple(_site(order, a, b, first, experts) for order, (a, b) in events if not a.is_operation)
+    begins = {site.module: site.order for site in reversed(sites) if site.port is Port.INPUT}
+    operations = [_site(order, a, b, first, experts) for order, (a, b) in events if a.is_operation and a.leaves]
     _check_hidden(model, layers, first)
     layer_orders = [s.order for s in sites if s.module.startswith(layers + ".")]
     return Probe(
@@ -155,6 +175,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
         has_fixed_rows=not _takes_other_rows(model, layers),
         widths=frozenset(_widths(first, second)),
         sites=_refuse_repeated_visits(sites),
+        sources=group_sources(operations, dict(reversed(begins.items())), first.notes, refusal),
         modules=tuple(_modules(model, layers, first)),
         parameters=tuple(
             ParameterInfo(path=path, shape=tuple(t.shape), dtype=_name(t.dtype), stage=0, sharded_dim=None)
@@ -163,6 +184,19 @@ def probe_model(model: PreTrainedModel) -> Probe:
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),
     )
+
+
+def _record_twice(model: PreTrainedModel, layers: str, has_kept_rows: bool) -> tuple[_Recorder, _Recorder, str | None]:
+    """What two forwards tell, with the operations in them where these can be had; why they cannot, else None."""
+    try:
+        first, second = (_Recorder(model, layers, True).run(*sizes, has_kept_rows) for sizes in _PROBES)
+        if [(a.module, a.port) for a in first.events] == [(b.module, b.port) for b in second.events]:
+            return first, second, None
+        refusal = "what this model's forwards call depends on the prompt's length"
+    except ServiceError as error:
+        refusal = f"the model does not run with its calls visited ({error.message})"
+    first, second = (_Recorder(model, layers, False).run(*sizes, has_kept_rows) for sizes in _PROBES)
+    return first, second, refusal
 
 
 def _check_hidden(model: PreTrainedModel, layers: str, recorder: _Recorder) -> None:
@@ -186,7 +220,7 @@ def _widths(first: _Recorder, second: _Recorder) -> Iterator[int]:
     """
     (rows_a, _), (rows_b, _) = _PROBES
     for a, b in zip(first.events, second.events, strict=True):
-        if a.port.is_inner:
+        if a.port.is_inner or a.is_operation:
             continue
         for place, (selector, tensor) in enumerate(a.leaves.items()):
             other = b.leaves[selector]
@@ -241,7 +275,16 @@ def describe_model(
         for p in probe.parameters
         for dim, copies in (sharded.get(p.path, (None, 1)),)
     )
-    shape_facts = json.dumps([probe.config, probe.dtype, stages, ranks, repr(sites)], sort_keys=True, default=str)
+    codes, sources, source_of = describe_sources(
+        probe.sources,
+        stages,
+        place.stage,
+        lambda site, leaf, blocks: _placed_leaf(site, leaf, place, leaf_reports, ranks, {site.module: blocks}),
+        packed,
+    )
+    modules = tuple(replace(module, source=source_of.get(module.path)) for module in modules)
+    told = repr((sites, sources))
+    shape_facts = json.dumps([probe.config, probe.dtype, stages, ranks, told], sort_keys=True, default=str)
     return ModelDescription(
         name=name,
         class_name=probe.class_name,
@@ -265,6 +308,8 @@ def describe_model(
         has_forks=all(report.has_forks for report in reports),
         has_exact_rows=all(report.has_exact_rows for report in reports),
         notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
+        codes=codes,
+        sources=sources,
     )
 
 
@@ -285,11 +330,15 @@ def row_multiple(probe: Probe, ranks: int, threads: int, device: str) -> tuple[i
 class _Recorder:
     """One forward on the meta device with a hook on every port."""
 
-    def __init__(self, model: PreTrainedModel, layers: str) -> None:
+    def __init__(self, model: PreTrainedModel, layers: str, has_operations: bool) -> None:
         self.model = model
         self.layers = layers
+        self.modules = dict(model.named_modules())
+        self.notes = SourceNotes(self.modules)
+        self._watched = self.modules if has_operations else {}
         self.events: list[Event] = []
         self.layer_arguments: set[int] = set()  # ids of tensors that reach layers beside the hidden states
+        self.layer_storages: set[int] = set()  # the memory of these
         self.single_argument: set[str] = set()  # modules that were called with one tensor and nothing else
         self.attending: set[str] = set()  # modules that attend, or hold one that does
         self.rows = 0
@@ -305,7 +354,11 @@ class _Recorder:
         keep = {"logits_to_keep": torch.zeros(kept, dtype=torch.long, device="meta")} if has_kept_rows else {}
         paths = {id(module): path for path, module in self.model.named_modules()}
         try:
-            with torch.no_grad(), watching(lambda module, port, value: self._record(paths[id(module)], port, value)):
+            with (
+                torch.no_grad(),
+                watching(lambda module, port, value: self._record(paths[id(module)], port, value)),
+                watch_operations(self._watched, self._record_operation),
+            ):
                 self.model(input_ids=ids, position_ids=ids, use_cache=False, **keep)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             name, reason = type(self.model).__name__, str(error).split("\n")[0]
@@ -329,6 +382,7 @@ class _Recorder:
             tensors = [leaf for value in others for leaf in _tensors(value)]
             if path.rpartition(".")[0] == self.layers:
                 self.layer_arguments.update(map(id, tensors))
+                self.layer_storages.update(map(_memory, tensors))
                 for value in others:
                     if isinstance(value, (MutableMapping, list)):
                         self._containers.setdefault(id(value), (value, [*map(id, _tensors(value))]))
@@ -344,12 +398,25 @@ class _Recorder:
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(after)
 
-    def _record(self, path: str, port: Port, value: Any) -> None:
+    def _record_operation(self, path: str, port: Port, value: Any, called: Any) -> None:
+        if port is Port.INPUTS:
+            self.notes.note(path, called)
+        self._record(path, port, value, is_operation=True)
+
+    def _record(self, path: str, port: Port, value: Any, *, is_operation: bool = False) -> None:
         visit = self._visits.get((path, port), 0)
         self._visits[path, port] = visit + 1
         structure, leaves = port_leaves(value)
         self._alive.append(value)
-        self.events.append(Event(module=path, port=port, visit=visit, structure=structure, leaves=leaves))
+        event = Event(
+            module=path, port=port, visit=visit, structure=structure, leaves=leaves, is_operation=is_operation
+        )
+        self.events.append(event)
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tensors that share memory have in common, without data too."""
+    return tensor.untyped_storage()._cdata
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -366,39 +433,32 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable[str]) -> SiteInfo:
     """Merges what two forwards saw of one port."""
     is_sorted = any(a.module.startswith(f"{path}.") for path in experts)
-    (rows_a, kept_a), (rows_b, kept_b) = _PROBES
-    rows = Rows.ALL
+    in_layers = a.module.startswith(recorder.layers + ".")
+    rows: Rows | None = None
     leaves = []
     for selector, tensor in a.leaves.items():
-        shape_a, shape_b = tuple(tensor.shape), tuple(b.leaves[selector].shape)
-        row_spaces: dict[tuple[tuple[int, ...], tuple[int, ...]], Rows] = {
-            ((rows_a,), (rows_b,)): Rows.ALL,
-            ((kept_a,), (kept_b,)): Rows.KEPT,
-        }
-        kind = row_spaces.get((shape_a[1:2], shape_b[1:2]))
-        is_packed = kind is not None and shape_a[0] == 1 and shape_a[2:] == shape_b[2:]
-        is_flat = not is_packed and (shape_a[:1], shape_b[:1]) in row_spaces and shape_a[1:] == shape_b[1:]
-        if is_flat:  # a mixture of experts takes its rows without sequences
-            kind, is_packed = row_spaces[shape_a[:1], shape_b[:1]], True
-            shape_a = (1, *shape_a)
-        if is_packed and kind is not None:
-            rows = kind
-        told = [{rows_a: "tokens", kept_a: "tokens"}.get(size, size) for size in shape_a]
-        refusal = None if is_packed else f"its rows are not laid out as [1, tokens, ...] but as {told}"
+        found = _find_rows(tuple(tensor.shape), tuple(b.leaves[selector].shape))
+        dim, kind, tail = found or (1, rows, ())
+        told = [{_PROBES[0][0]: "tokens", _PROBES[0][1]: "tokens"}.get(size, size) for size in tensor.shape]
+        refusal = None if found else f"its rows are not laid out as [1, tokens, ...] but as {told}"
+        rows = rows or kind
+        if kind is not rows:
+            refusal = "it has other rows than what stands beside it"
         if is_sorted:
             refusal = "its rows are sorted by expert, not by token"
         write_refusal = refusal
-        if refusal is None and 0 in tensor.stride()[0 if is_flat else 1 :] and tensor.numel() > 0:
+        if refusal is None and _overlaps(tensor):
             write_refusal = "it is an expanded view whose rows share memory"
         if refusal is None and not tensor.is_floating_point():
             write_refusal = "it holds token ids or positions, which the model uses as indices"
-        if id(tensor) in recorder.layer_arguments:
-            write_refusal = write_refusal or _EVERY_LAYER
+        if id(tensor) in recorder.layer_arguments or (a.is_operation and _memory(tensor) in recorder.layer_storages):
+            write_refusal = write_refusal or (_IN_EVERY_LAYER if a.is_operation and in_layers else _EVERY_LAYER)
         leaves.append(
             Leaf(
                 selector=selector,
-                tail=shape_a[2:] if is_packed else (),
-                is_flat=is_flat,
+                tail=tail,
+                is_flat=dim == 0,
+                row_dim=max(dim, 1),
                 of_pairs=a.port.is_of_pairs,
                 dtype=_name(tensor.dtype),
                 read_refusal=refusal,
@@ -412,13 +472,39 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
         order=order,
         stage=0,
         structure=a.structure,
-        rows=rows,
+        rows=rows or Rows.ALL,
         leaves=tuple(leaves),
     )
 
 
+def _find_rows(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, Rows, tuple[int, ...]] | None:
+    """From a tensor's shapes in two forwards: the dimension that follows their rows, which rows, and the others.
+
+    Dimension 0 is of tensors without sequences, as a mixture of experts has them; before any other stands 1.
+    """
+    (rows_a, kept_a), (rows_b, kept_b) = _PROBES
+    for kind, sizes in ((Rows.ALL, (rows_a, rows_b)), (Rows.KEPT, (kept_a, kept_b))):
+        differing = [dim for dim, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]]
+        if len(a) == len(b) and len(differing) == 1:
+            (dim,) = differing
+            if (a[dim], b[dim]) == sizes and (dim == 0 or a[0] == 1):
+                return dim, kind, a[1:dim] + a[dim + 1 :]
+    return None
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements may share memory, as those of expanded views do."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < reach:
+            return tensor.numel() > 0
+        reach = stride * (size - 1) + reach
+    return False
+
+
 # A marker that `describe_model` turns into a refusal where there are several stages, and clears where there is one.
 _EVERY_LAYER = "every layer takes it beside the hidden states"
+_IN_EVERY_LAYER = "it shares memory with what every layer takes beside the hidden states"
 
 
 def _refuse_repeated_visits(sites: tuple[SiteInfo, ...]) -> tuple[SiteInfo, ...]:

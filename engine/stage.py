@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from engine.attention import AttentionPass, attending
 from engine.copies import to_device
+from engine.operations import Stops, rewritten
 from engine.points import Point
 from engine.sites import first_argument
 from engine.streams import Streams
@@ -42,6 +43,7 @@ class Visit:
     module: str
     port: Port
     visitor: Visitor
+    operation: str = ""  # the way to a call inside of the module's forward, "" the module itself
     rows: Collection[int] = ()  # of the stream, at a point of pairs: those that are read or written
 
 
@@ -87,6 +89,8 @@ class StageRunner:
         with ExitStack() as hooks, attending(rows.attention), torch.no_grad():
             for handle in self._install(rows, hidden_1TD, visits, stop_after, left):
                 hooks.callback(handle.remove)
+            for module, stops in self._stops(visits, stop_after).items():
+                hooks.enter_context(rewritten(module, stops.hook()))
             with suppress(_Done):
                 self.model(input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, **options)
         return left[0] if left else None
@@ -118,6 +122,8 @@ class StageRunner:
         for visit in sorted(visits, key=lambda visit: visit.order):
             module = self._modules[visit.module]
             is_last = visit.order == stop_after
+            if visit.operation:
+                continue
             if visit.port.is_inner:
                 point = Point(visit=_visiting_point(visit, is_last), rows=visit.rows)
                 rows.attention.points.setdefault(id(module), {})[visit.port] = point
@@ -131,6 +137,15 @@ class StageRunner:
         if not self.window.is_last:
             exit_layer: nn.Module = self._layers[self.window.stop - 1]
             yield exit_layer.register_forward_hook(_taking_out(left))
+
+    def _stops(self, visits: list[Visit], stop_after: int | None) -> dict[nn.Module, Stops]:
+        """The operations to stop at, by the module whose forward has them."""
+        found: dict[nn.Module, Stops] = {}
+        for visit in sorted(visits, key=lambda visit: visit.order):
+            if visit.operation:
+                stops = found.setdefault(self.model.get_submodule(visit.module), Stops())
+                stops.add(visit.operation, visit.port, self._visiting_operation(visit, visit.order == stop_after))
+        return found
 
     def _entering(self, rows: PackedRows, level: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,6 +193,17 @@ class StageRunner:
             return None if after is before else replace_first_argument(args, kwargs, after)
 
         return hook
+
+    def _visiting_operation(self, visit: Visit, is_last: bool) -> Visitor:
+        def stop(before: Any) -> Any:
+            if self._is_calling:
+                return before
+            after = visit.visitor(before)
+            if is_last:
+                raise _Done
+            return after
+
+        return stop
 
     def _visiting_output(self, visit: Visit, is_last: bool) -> Callable[..., Any]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:

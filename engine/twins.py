@@ -16,8 +16,8 @@ import json
 import math
 import tempfile
 import zlib
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,9 +32,11 @@ from engine.experts import is_experts
 from engine.gate import root_segment
 from engine.links import Links, Solo
 from engine.loading import LoadedModel, ShardConfig, load_model
+from engine.operations import watch_operations
 from engine.shrinking import shrink
 from engine.sites import Selector, port_leaves
 from engine.slices import take_part
+from engine.source_sites import Place, blocks_of_operation, pattern_of
 from engine.spans import SpanStore
 from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
@@ -42,6 +44,7 @@ from engine.streams import Streams
 from engine.trunks import Trunks
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
+from polytrace.sources import split_operation
 from scheduling.plan import MIN_ROWS, PROLOGUE, PassId, Plan
 
 TOLERANCE = 1e-5  # of max(1, max|whole|), in float32
@@ -51,19 +54,20 @@ _Seen = dict[tuple[str, Port, Selector], Tensor]
 _Made = TypeVar("_Made")
 
 
-def prove_splits(config: Any, links: Links, device: torch.device) -> None:
+def prove_splits(config: Any, links: Links, device: torch.device) -> frozenset[Place] | None:
     """Collective over the ranks of a stage. ServiceError, on all of them, when the twin gives other numbers.
 
-    `config` is the served model's. Nothing to do for one rank.
+    `config` is the served model's. Returns the values of operations, in modules' forwards, of which each rank has its
+    slice or all: others, such as parts of sums, are no error. None, and nothing to do, for one rank.
     """
     if links.ranks == 1:
-        return
+        return None
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     name: str = kind.__name__
     with tempfile.TemporaryDirectory(prefix="polytrace-twin-") as folder:
         part = ShardConfig(source=folder, dtype="float32", device=str(device), rank=links.rank, ranks=links.ranks)
 
-        def make() -> _Seen:
+        def make() -> _Run:
             _write(_twin(config, links.ranks), Path(folder))
             return _run(load_model(replace(part, rank=0, ranks=1), Solo()), device)
 
@@ -71,7 +75,8 @@ def prove_splits(config: Any, links: Links, device: torch.device) -> None:
         fails = f"{name} cannot be split over {links.ranks} ranks: a tiny twin of it fails"
         loaded = _together(links, lambda: load_model(part, links), fails)
         local = _together(links, lambda: _run(loaded, device), fails)
-    _compare(name, whole, local, loaded, links)
+    _compare(name, whole.ports, local.ports, loaded, links)
+    return _proven(whole, local, loaded, links)
 
 
 def _together(links: Links, make: Callable[[], _Made], complaint: str) -> _Made:
@@ -126,8 +131,36 @@ def _error(whole: Tensor, local: Tensor | None, blocks: int, links: Links) -> fl
     return (part.double() - local.double()).abs().max().item() / scale
 
 
-def _run(loaded: LoadedModel, device: torch.device) -> _Seen:
-    """Every module's inputs and outputs, in the order of the forward; not of those inside experts, who sort rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What a twin's forward showed, in its order."""
+
+    ports: _Seen  # of modules; not of those inside experts, who sort rows
+    operations: _Seen  # of calls inside of their forwards
+    calls: Mapping[str, str]  # operations that call a module -> its path
+    modules: frozenset[str]
+
+
+def _proven(whole: _Run, local: _Run, loaded: LoadedModel, links: Links) -> frozenset[Place]:
+    """The operations' values whose parts agree on all ranks, wherever in the twin a place occurs."""
+    packed = blocks_of(loaded.splits)
+    places: list[Place] = []
+    errors = []
+    for (path, port, selector), tensor in whole.operations.items():
+        split = split_operation(path, whole.modules)
+        assert split is not None, "operations are told below their modules"
+        module, way = split
+        blocks = blocks_of_operation(port, module, whole.calls.get(path), packed)
+        places.append((pattern_of(module), way, port, selector))
+        errors.append(_error(tensor, local.operations.get((path, port, selector)), blocks, links))
+    if not errors:
+        return frozenset()
+    device = next(iter(whole.operations.values())).device
+    worst = links.gather(torch.tensor([errors], device=device), 0).amax(0).tolist()
+    return frozenset(places) - {place for place, error in zip(places, worst, strict=True) if not error <= TOLERANCE}
+
+
+def _run(loaded: LoadedModel, device: torch.device) -> _Run:
     model = loaded.model
     use_packed_attention(model)
     generator = torch.Generator().manual_seed(0)
@@ -162,11 +195,25 @@ def _run(loaded: LoadedModel, device: torch.device) -> _Seen:
     visits = [
         Visit(order=order, module=path, port=port, visitor=seeing(path, port))
         for order, (path, port) in enumerate(
-            (path, port) for path, _ in model.named_modules() for port in Port if not path.startswith(inside)
+            (path, port)
+            for path, _ in model.named_modules()
+            for port in Port
+            if port is not Port.INPUTS and not path.startswith(inside)
         )
     ]
-    StageRunner(model, loaded.window, keeps_rows=False).run(rows, None, visits, stop_after=None)
-    return seen
+    operations: _Seen = {}
+    calls: dict[str, str] = {}
+    paths = {module: path for path, module in model.named_modules()}
+
+    def telling(path: str, port: Port, value: Any, called: Any) -> None:
+        if isinstance(called, torch.nn.Module) and called in paths:
+            calls[path] = paths[called]
+        for selector, tensor in port_leaves(value)[1].items():
+            operations.setdefault((path, port, selector), tensor.clone())
+
+    with watch_operations({path: module for module, path in paths.items() if not path.startswith(inside)}, telling):
+        StageRunner(model, loaded.window, keeps_rows=False).run(rows, None, visits, stop_after=None)
+    return _Run(ports=seen, operations=operations, calls=calls, modules=frozenset(paths.values()))
 
 
 def _twin(config: Any, ranks: int) -> PreTrainedModel:

@@ -5,15 +5,16 @@ Every read of the visit sees what the model made. Rows may be several requests',
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.points import Pairs
-from engine.sites import row_leaves
+from engine.sites import row_leaves, with_rows_back
 from engine.views import RowView
 
 Selector = tuple[int | str, ...]
@@ -34,13 +35,15 @@ class PortValue:
     sees what the model made: rows may be several requests', which all write the same to them.
     """
 
-    def __init__(self, value: Any, outputs: Tensor | None = None, flat: Collection[Selector] = ()) -> None:
-        """`flat` are those of its tensors whose rows lie in the first dimension."""
+    def __init__(
+        self, value: Any, outputs: Tensor | None = None, layouts: Mapping[Selector, int] = MappingProxyType({})
+    ) -> None:
+        """`layouts` has those of its tensors whose rows lie in another dimension than the second."""
         self.original = value
         self.outputs = outputs  # that trunks have of this layer, `[R, D]`
-        self.flat = flat
+        self.layouts = layouts
         # as the model made them
-        self.tensors = row_leaves(value, flat)
+        self.tensors = row_leaves(value, layouts)
         self.pairs = value if isinstance(value, Pairs) else None
         self._writes: dict[Selector, list[RowWrite]] = {}
 
@@ -62,7 +65,7 @@ class PortValue:
             tensor = self.tensors[selector]
             written = apply_writes(tensor, writes)
             if written is not tensor:
-                value = _with_member(value, selector, written[0] if selector in self.flat else written)
+                value = _with_member(value, selector, with_rows_back(written, self.layouts.get(selector, 1)))
         return value
 
 

@@ -40,25 +40,27 @@ class Leaf:
     write_refusal: str | None = None  # why the site cannot be written, None when it can
     is_flat: bool = False  # in the model its rows lie in the first dimension, `[tokens, ...]` without sequences
     of_pairs: bool = False  # it has a value for each query and key: [sequences, heads, tokens, tokens]
+    row_dim: int = 1  # of a view, the dimension of its tokens: 2 in [sequences, heads, tokens, features]
 
     @property
     def column_dim(self) -> int:
         """The dimension of a view that its columns are: tokens, or queries."""
-        return 2 if self.of_pairs else 1
+        return 2 if self.of_pairs else self.row_dim
 
     @property
     def sharded_view_dim(self) -> int | None:
         """The dimension of a view that ranks split."""
         if self.sharded_dim is None:
             return None
-        return 1 if self.of_pairs else 2 + self.sharded_dim
+        return 1 + self.sharded_dim + (not self.of_pairs and self.sharded_dim >= self.row_dim - 1)
 
     def view_shape(self, num_sequences: int, longest: int, num_columns: int | None = None) -> tuple[int, ...]:
         """The view of so many sequences; of some columns only when their number is given."""
         columns = longest if num_columns is None else num_columns
         if self.of_pairs:
             return (num_sequences, *self.tail, columns, longest)
-        return (num_sequences, columns, *self.tail)
+        before = self.row_dim - 1
+        return (num_sequences, *self.tail[:before], columns, *self.tail[before:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +77,10 @@ class SiteInfo:
     leaves: tuple[Leaf, ...]
 
     @property
-    def flat(self) -> frozenset[tuple[int | str, ...]]:
-        """Selectors of its tensors whose rows lie in the first dimension."""
-        return frozenset(leaf.selector for leaf in self.leaves if leaf.is_flat)
+    def layouts(self) -> dict[tuple[int | str, ...], int]:
+        """In which dimension of the model's tensor the rows lie, where that is not the second."""
+        dims = ((leaf.selector, 0 if leaf.is_flat else leaf.row_dim) for leaf in self.leaves)
+        return {selector: dim for selector, dim in dims if dim != 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +93,28 @@ class ModuleInfo:
     is_decoder_layer: bool  # `.output[0]` on it means the hidden states
     first_stage: int  # the first stage that has it: a module called on a value runs there
     call_refusal: str | None = None  # why it cannot be called on a value, None when it can
+    source: int | None = None  # its place in `ModelDescription.sources`, None when the forward never calls it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceCode:
+    """A function of the model as it was written. Its calls are the operations."""
+
+    name: str
+    text: str
+    operations: tuple[tuple[str, int], ...]  # name and line of the text, counted from 0; in the order of evaluation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceInfo:
+    """The operations of modules that are equal in code and shapes (`polytrace.sources`)."""
+
+    # Way to an operation inside of the forward, "" the forward itself -> the code of what it calls, in `codes`
+    codes: Mapping[str, int]
+    sites: tuple[SiteInfo, ...]  # `module` is the way to the operation, `order` counts from the module's input
+    calls: Mapping[str, str]  # operations that call a module -> its path below this one
+    closed: Mapping[str, str]  # operations that call something else which has no source to be visited -> why
+    refusal: str | None = None  # why none can be visited, None when they can
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +171,8 @@ class ModelDescription:
     has_forks: bool = True  # the gate found that equal rows may be shared and rows that nobody needs left out
     has_exact_rows: bool = True  # the gate found that a row's bits do not depend on how many rows run beside it
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
+    codes: tuple[SourceCode, ...] = ()
+    sources: tuple[SourceInfo, ...] = ()
 
 
 def index_sites(description: ModelDescription) -> dict[Site, tuple[SiteInfo, Leaf]]:

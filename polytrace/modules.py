@@ -16,6 +16,7 @@ from polytrace.graph import Port
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.ports import OpenPort
+from polytrace.source_views import Source
 from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable, Table, draw, join
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class Module:
     def input(self) -> Any:
         """The first argument that the module was called with."""
         return self._port("input").read()
+
+    @property
+    def source(self) -> Source:
+        """The text of its forward, and every call in it: print it to see their names."""
+        return Source(self._model, self._path, "")
 
     def get_submodule(self, path: str) -> Module:
         """A module by its dotted path from here, also where its name is one of ours (`output`)."""

@@ -61,6 +61,9 @@ class Session(Protocol):
     def told(self) -> str:
         """Why a value has no data yet."""
 
+    def row_dim(self, site: Site) -> int:
+        """The dimension of a site's view that its tokens are in."""
+
 
 class Recording:
     """The nodes of one trace, in the order the user wrote them."""
@@ -293,9 +296,12 @@ class Recording:
         return place.invoke if place is not None else self._invokes.of(state.node)
 
     def is_of_pairs(self, state: State) -> bool:
-        """Whether a value is made of scores or patterns, whose tokens are in other dimensions than elsewhere."""
+        """Whether a value is made of scores, patterns or others whose tokens are in other dimensions than elsewhere."""
         place = state.storage.place
-        return place.site.port.is_of_pairs if place is not None else self._pairs.of(state.node)
+        return self._is_of_pairs(place.site) if place is not None else self._pairs.of(state.node)
+
+    def _is_of_pairs(self, site: Site) -> bool:
+        return site.port.is_of_pairs or self.session.row_dim(site) != 1
 
     # what follows from the nodes alone, without asking anyone
 
@@ -306,7 +312,7 @@ class Recording:
     def _find_pairs(self, position: NodeId) -> bool:
         node = self.nodes[position]
         if isinstance(node, Read):
-            return node.site.port.is_of_pairs
+            return self._is_of_pairs(node.site)
         return any(self._pairs.known[part] for part in self._operation_parts(position))
 
     def _dtype_parts(self, position: NodeId) -> Iterable[NodeId]:

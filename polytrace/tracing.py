@@ -11,7 +11,7 @@ from polytrace.asked_shapes import AskedShapes
 from polytrace.certificate import Receipt, ValueShape
 from polytrace.collector import young_only
 from polytrace.errors import GraphError
-from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request
+from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request, Site
 from polytrace.lines import user_line
 from polytrace.peeking import Peeks
 from polytrace.progress import showing_progress
@@ -161,6 +161,10 @@ class Tracer:
 
     def lengths_of(self, invoke: int) -> tuple[int, ...]:
         return tuple(len(sequence) for sequence in self._invokes[invoke].sequences)
+
+    def row_dim(self, site: Site) -> int:
+        """The dimension of a site's view that its tokens are in."""
+        return self.model._index.leaves[site].row_dim
 
     def leaf_shape(self, node: Node) -> ValueShape | None:
         """What the model's description says of a node; None when it takes more than that."""

@@ -9,6 +9,7 @@ from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Port, Site
 from polytrace.lines import user_line
+from polytrace.sources import Sources
 
 
 class NoSuchNameError(GraphError, AttributeError):
@@ -39,6 +40,7 @@ class Table:
     parameters: dict[str, ParameterInfo]
     ports: dict[tuple[str, str], PortTable]  # by path and the port's name; first visits
     leaves: dict[Site, Leaf]  # of these ports
+    sources: Sources
 
     def module(self, path: str) -> ModuleInfo:
         """Raises NoSuchNameError with the nearest paths."""
@@ -77,6 +79,7 @@ def index_description(description: ModelDescription) -> Table:
         parameters={parameter.path: parameter for parameter in description.parameters},
         ports=ports,
         leaves=leaves,
+        sources=Sources(description),
     )
 
 

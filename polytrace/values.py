@@ -56,8 +56,8 @@ class Recorded:
             )
         if state.recording.is_of_pairs(state):
             raise GraphError(
-                "scores and patterns have their queries and keys in columns of the left-padded view: index them, as in "
-                "value[:, :, -1] for the last token's",
+                "scores, patterns and others whose tokens are not in the second dimension have these in columns of the "
+                "left-padded view: index them, as in value[:, :, -1] for the last token's",
                 where=user_line(),
             )
         lengths = session.lengths_of(invoke)

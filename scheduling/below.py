@@ -407,6 +407,8 @@ def _leaf(module: str, port: Port, table: ModelTable) -> tuple[int | None, int, 
     if len(visits) != 1 or visits[0].structure != "tensor" or len(visits[0].leaves[0].tail) != 1:
         return None
     leaf = visits[0].leaves[0]
+    if leaf.row_dim != 1:
+        return None
     return leaf.sharded_dim, leaf.sharded_blocks, leaf.sharded_copies
 
 

@@ -30,6 +30,7 @@ from polytrace.graph import (
     operands,
 )
 from polytrace.ops import OPS
+from polytrace.sources import Sources
 from scheduling.levels import Levels
 
 
@@ -43,11 +44,21 @@ class ModelTable:
         self.sites: dict[tuple[str, Port], list[SiteInfo]] = {}  # by visit
         for info in description.sites:
             self.sites.setdefault((info.module, info.port), []).append(info)
+        self.sources = Sources(description)
 
     @cached_property
     def orders(self) -> dict[tuple[str, Port, int], int]:
         """(module, port, visit) -> order."""
         return {(info.module, info.port, info.visit): info.order for info in self.description.sites}
+
+    def order(self, site: Site) -> int:
+        """The place of a site in the model's order, those of operations included."""
+        known = self.orders.get((site.module, site.port, site.visit))
+        if known is not None:
+            return known
+        found = self.sources.site(site.module, site.port)
+        assert found is not None, "the request was checked"
+        return found.order
 
     @cached_property
     def levels(self) -> Levels:
@@ -57,6 +68,8 @@ class ModelTable:
     def site(self, site: Site, verb: str, where: str) -> tuple[SiteInfo, Leaf]:
         """The site's entry and its leaf. Raises GraphError that says what there is instead."""
         visits = self.sites.get((site.module, site.port), [])
+        if not visits and self.sources.split(site.module) is not None:
+            visits = self._operation(site, verb, where)
         found = next((info for info in visits if info.visit == site.visit), None)
         if found is None:
             self._check_module(site.module, verb, where)
@@ -72,6 +85,14 @@ class ModelTable:
         port = Site(module=site.module, port=site.port)
         known = ", ".join(str(replace(port, selector=leaf.selector)) for leaf in found.leaves)
         raise GraphError(f"graph {verb} {site}; {port} is a {found.structure} with these tensors: {known}", where=where)
+
+    def _operation(self, site: Site, verb: str, where: str) -> list[SiteInfo]:
+        """The one visit of an operation. Raises GraphError where there is none."""
+        found = self.sources.site(site.module, site.port)
+        if found is None:
+            told = f"graph {verb} {site}, but {site.module} {self.sources.why_none(site.module)}"
+            raise GraphError(told, where=where)
+        return [found]
 
     def call_stage(self, call: Call) -> int:
         """The home stage of a called module. Raises GraphError when it cannot be called."""

@@ -66,8 +66,7 @@ def find_notes(program: Program, table: ModelTable) -> tuple[str, ...]:
     for node in {node for wave in program.waves for node in nodes_of(wave)}:
         event = program.graph.nodes[node]
         if isinstance(event, (Read, Write)):
-            place = event.site.module, event.site.port, event.site.visit
-            events.setdefault(event.invoke, []).append((table.orders[place], node))
+            events.setdefault(event.invoke, []).append((table.order(event.site), node))
     seen = [note for invoke in sorted(events) for note in _late_writes(program, sorted(events[invoke]))]
     padded = [
         f"the write at {write.where} writes {pads} rows of left padding, which vanish"
