@@ -13,7 +13,7 @@ from typing import Any
 
 from polytrace.errors import ServiceError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _TIMEOUT_SECONDS = 30.0  # to wait for other processes
 
 _SCHEMA = """
@@ -30,6 +30,7 @@ CREATE TABLE requests (
     cancelled INTEGER NOT NULL DEFAULT 0,
     passes_done INTEGER NOT NULL DEFAULT 0,
     passes INTEGER NOT NULL DEFAULT 0,
+    logs TEXT NOT NULL DEFAULT '[]',
     error TEXT
 );
 CREATE INDEX requests_open ON requests (model, state, seq) WHERE state IN ('queued', 'running');

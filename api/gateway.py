@@ -26,6 +26,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from api import problems
 from api.catalogue import Deployment
+from api.logs import logs_since
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
@@ -200,7 +201,7 @@ class Gateway:
         """How a request does; with `wait`, once it has ended, more than `passes_done` are, or the seconds are over."""
         wait_s = min(wait, self._settings.max_wait_s)
         status = await self._waiting.until_final(RequestId(request_id), wait_s, passes_done=passes_done)
-        return JSONResponse(_plain(status))
+        return JSONResponse(_plain(status) | {"logs": logs_since(status.logs, passes_done or 0)})
 
     async def result(self, request_id: str) -> Response:
         """The result file of a finished request; 202 and the status while there is none."""

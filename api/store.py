@@ -19,7 +19,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -29,6 +29,7 @@ from typing import Any
 from api.catalogue import Catalogue, check_taking
 from api.database import Database
 from api.doorbell import Doorbell
+from api.logs import logs_as_json
 from cluster.config import Mode
 from cluster.requests import Claimed, Finished, ResultPlace
 from polytrace.errors import CancelledError, CapacityError, NotFoundError, PolytraceError, ServiceError, from_fields
@@ -66,6 +67,7 @@ class RequestStatus:
     error: PolytraceError | None  # when it failed or was cancelled
     passes_done: int  # of a running request that takes several passes
     passes: int  # how many it takes, 0 while that is not known
+    logs: tuple[Mapping[str, Any], ...] = ()  # values that it logged while it runs, as `api.logs` writes them
 
 
 class Store(Catalogue):
@@ -152,7 +154,7 @@ class Store(Catalogue):
         for first in range(0, len(ids), 500):
             some = ids[first : first + 500]
             rows = self._db.rows(
-                "SELECT id, model, state, created, started, finished, error, passes_done, passes FROM requests "
+                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs FROM requests "
                 f"WHERE id IN ({','.join('?' * len(some))})",
                 some,
             )
@@ -261,7 +263,7 @@ class Store(Catalogue):
                 [(time.time(), _WORN_OUT, request, MAX_ATTEMPTS) for request in doubted],
             )
             db.executemany(
-                "UPDATE requests SET state = 'queued', started = NULL, passes_done = 0, passes = 0, "
+                "UPDATE requests SET state = 'queued', started = NULL, passes_done = 0, passes = 0, logs = '[]', "
                 "attempts = attempts - ? WHERE id = ? AND state = 'running'",
                 [(request not in doubted, request) for request in requests],
             )
@@ -334,10 +336,13 @@ class Store(Catalogue):
 
     def note_progress(self, progress: Sequence[Progress]) -> None:
         """How far running requests are; who waits for them hears of it."""
+        rows = [
+            (told.passes_done, told.passes, logs_as_json(told, self.result_path(told.request)), told.request)
+            for told in progress
+        ]
         with self._db.transaction() as db:
             db.executemany(
-                "UPDATE requests SET passes_done = ?, passes = ? WHERE id = ? AND state = 'running'",
-                [(told.passes_done, told.passes, told.request) for told in progress],
+                "UPDATE requests SET passes_done = ?, passes = ?, logs = ? WHERE id = ? AND state = 'running'", rows
             )
         self.gateway_bell.ring()
 
@@ -385,6 +390,7 @@ def _status(row: Sequence[Any]) -> RequestStatus:
         error=from_fields(json.loads(row[6])) if row[6] else None,
         passes_done=row[7],
         passes=row[8],
+        logs=tuple(json.loads(row[9])),
     )
 
 

@@ -25,7 +25,7 @@ from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError, ServiceError
 from polytrace.graph import Request
-from polytrace.progress import Tell, tell_nobody
+from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
 from scheduling.loop import Shards, step
 from scheduling.plan import Plan, Program, RequestId, ShardResult, ValueFacts
 from scheduling.program import certify, compile_program
@@ -90,23 +90,25 @@ class DirectBackend:
     def _compile(self, request: Request, facts: tuple[ValueFacts | None, ...]) -> Program:
         return compile_program(RequestId(secrets.token_hex(8)), request, self.description, facts)
 
-    def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
+    def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
         """Runs one request to its end, in as many passes as it has waves; in more when these turn out too large."""
-        (outcome,) = self.run_together([self.compile(request)], tell)
+        (outcome,) = self.run_together([self.compile(request)], tell, hear)
         while outcome.may_be_cut:
             limits = replace(self.description.limits, pass_tokens=self.scheduler.budget_tokens)
             self.description = replace(self.description, limits=limits)
-            (outcome,) = self.run_together([self.compile(request)], tell)
+            (outcome,) = self.run_together([self.compile(request)], tell, hear)
         if outcome.error is not None:
             raise outcome.error
         if outcome.receipt is None:
             raise ServiceError(f"request {outcome.request} ended without a receipt")
         return Result(values=outcome.values, receipt=outcome.receipt)
 
-    def run_together(self, programs: Sequence[Program], tell: Tell = tell_nobody) -> list[Outcome]:
+    def run_together(
+        self, programs: Sequence[Program], tell: Tell = tell_nobody, hear: Hear = hear_nothing
+    ) -> list[Outcome]:
         """Runs programs merged, as far as the pass policy lets them; their outcomes, in order. A program runs once.
 
-        `tell` hears how far those are that take several passes.
+        `tell` hears how far those are that take several passes, and `hear` what they log on the way.
         """
         outcomes: dict[RequestId, Outcome] = {}
         with self._lock:
@@ -116,6 +118,7 @@ class DirectBackend:
                 step(self.scheduler, self.shards)
                 for told in self.scheduler.take_progress():
                     tell(told.passes_done, told.passes)
+                    hear(told.values)
                 outcomes.update((outcome.request, outcome) for outcome in self.scheduler.take_outcomes())
         return [outcomes[program.request] for program in programs]
 

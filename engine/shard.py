@@ -12,11 +12,13 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from engine.attention import AttentionPass, use_packed_attention
+from engine.chat import chat_format
 from engine.copies import to_device
 from engine.fragments import RequestState, ShardContext
 from engine.gate import run_gate
@@ -100,9 +102,10 @@ class Shard:
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""
         limits = Limits(max_sequence_tokens=self.probe.max_tokens, kept_bytes=self.config.kv_bytes // 2)
-        return describe_model(
+        description = describe_model(
             self.probe, tuple(reports), name=name, stages=self.links.stages, ranks=self.links.ranks, limits=limits
         )
+        return replace(description, chat=chat_format(self.config.source))
 
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""

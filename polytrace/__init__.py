@@ -28,6 +28,7 @@ from polytrace.errors import (
 if TYPE_CHECKING:
     from polytrace.client import connect, load, models
     from polytrace.model import Model
+    from polytrace.saving import save
     from polytrace.tracing import Tracer
 
 __version__ = "0.1.0"
@@ -49,9 +50,17 @@ __all__ = [
     "connect",
     "load",
     "models",
+    "save",
 ]
 
-_ROOMS = {"connect": "client", "load": "client", "models": "client", "Model": "model", "Tracer": "tracing"}
+_ROOMS = {
+    "connect": "client",
+    "load": "client",
+    "models": "client",
+    "Model": "model",
+    "save": "saving",
+    "Tracer": "tracing",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polytrace import environment
+from polytrace.errors import GraphError
 from polytrace.http_backend import HttpBackend, list_models
+from polytrace.keywords import check_load_keywords, chosen_device, chosen_dtype
+from polytrace.lines import user_line
 from polytrace.model import Model
 from polytrace.progress import showing_bytes
 
@@ -21,35 +25,62 @@ def load(
     device: str | None = None,
     random_weights: int | None = None,
     offload_gib: float = 0.0,
+    rename: Mapping[str, str | Sequence[str]] | None = None,
+    torch_dtype: Any = None,
+    device_map: Any = None,
+    **others: Any,
 ) -> Model:
     """A model of the Hugging Face hub or a local folder, run in this process by the engine of a service.
 
+    `dtype`: a name, torch's own, or "auto" for the checkpoint's; `torch_dtype` is the same. `device_map`: a device, or
+    "auto". `rename`: other names for modules (`polytrace.aliases`). Other keywords of nnsight's are taken as
+    `polytrace.keywords` says: weights are loaded at once, whatever `dispatch` is.
     `random_weights`: a seed; no weights are read but drawn, for a model of which there is only a configuration.
     `offload_gib`: so much of the weights, or all, stays in the host's memory, and is on the GPU only while it is used.
     """
+    check_load_keywords(load, others)
     from engine.local import LocalBackend
 
     with showing_bytes(f"loading {source}") as tell:
         backend = LocalBackend(
             str(source),
-            dtype=dtype,
+            dtype=chosen_dtype(dtype, torch_dtype),
             name=name,
             threads=threads,
-            device=device,
+            device=chosen_device(device, device_map),
             random_weights=random_weights,
             offload_gib=offload_gib,
             tell=tell,
         )
-    return Model(backend)
+    return Model(backend, rename)
 
 
-def connect(url: str, name: str | None = None, *, key: str | None = None, timeout: float = DEFAULT_TIMEOUT_S) -> Model:
+def connect(
+    url: str,
+    name: str | None = None,
+    *,
+    key: str | None = None,
+    timeout: float = DEFAULT_TIMEOUT_S,
+    rename: Mapping[str, str | Sequence[str]] | None = None,
+    dtype: Any = "auto",
+    torch_dtype: Any = None,
+    device_map: Any = None,
+    **others: Any,
+) -> Model:
     """A model that a service runs; no weights come here.
 
     `url`: http://, https://, or ray://auto from inside a Ray job. `name` may miss where the service has one model.
     `key` defaults to the environment's POLYTRACE_KEY. `timeout`: seconds that one trace may take, queueing included.
+    `rename`: other names for modules (`polytrace.aliases`). The service decides where a model is and in which dtype:
+    `device_map` means nothing, and another `dtype` (or `torch_dtype`) than it serves is an error.
     """
-    return Model(HttpBackend(gateway_url(url), name, key=key or environment.key(), timeout_s=timeout))
+    check_load_keywords(connect, others)
+    backend = HttpBackend(gateway_url(url), name, key=key or environment.key(), timeout_s=timeout)
+    wanted, served = chosen_dtype(dtype, torch_dtype), backend.describe().dtype
+    if wanted not in ("auto", served):
+        backend.close()
+        raise GraphError(f"{backend.name} is served in {served}, not in {wanted}", where=user_line())
+    return Model(backend, rename)
 
 
 def models(url: str, *, key: str | None = None) -> list[dict[str, Any]]:

@@ -146,6 +146,14 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFormat:
+    """The tokenizer's own chat template, in Jinja. Rendered by clients, in a sandbox."""
+
+    templates: Mapping[str, str]  # by name; "default" where there is one only
+    special_tokens: Mapping[str, str]  # what templates know beside the messages: bos_token, eos_token, ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
     """All that anyone outside the shards knows of a deployed model."""
 
@@ -173,6 +181,7 @@ class ModelDescription:
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
     codes: tuple[SourceCode, ...] = ()
     sources: tuple[SourceInfo, ...] = ()
+    chat: ChatFormat | None = None  # how conversations become prompts; None: the model came without a chat template
 
 
 def index_sites(description: ModelDescription) -> dict[Site, tuple[SiteInfo, Leaf]]:

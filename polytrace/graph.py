@@ -151,6 +151,9 @@ class Mask:
     where: str
 
 
+LOG = "log"  # what the names of saves begin with that the user is told while the request runs
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
     """Returns a value to the user under a name."""

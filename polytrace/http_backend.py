@@ -6,6 +6,7 @@ waiting (Ctrl-C, a time-out) cancels it.
 
 from __future__ import annotations
 
+import base64
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from polytrace.description import ModelDescription
 from polytrace.errors import NotFoundError, PolytraceError, ServiceError, WireError, from_fields
 from polytrace.graph import Request
 from polytrace.kinds import value_kind
-from polytrace.progress import Tell, tell_nobody
+from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
+from polytrace.tensors import RawTensor
 from polytrace.wire import decode_result, encode_request
 
 WAIT_S = 50.0  # of one call; the service may wait shorter
@@ -60,11 +62,12 @@ class HttpBackend:
         response = self._call("POST", f"{self._base}/validate", request)
         return from_json(Certificate, response.json())
 
-    def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
+    def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
         """Raises what the service says of the request, or ServiceError when it does not answer in time."""
         deadline = time.monotonic() + self._timeout_s
         answer = self._submit(request, min(_FIRST_WAIT_S, self._timeout_s))
-        raws, receipt = decode_result(self._await(answer, deadline, tell) if isinstance(answer, str) else answer)
+        waited = self._await(answer, deadline, tell, hear) if isinstance(answer, str) else answer
+        raws, receipt = decode_result(waited)
         decode = value_kind().decode
         return Result(values={name: decode(raw) for name, raw in raws.items()}, receipt=receipt)
 
@@ -91,15 +94,15 @@ class HttpBackend:
         except httpx.TransportError as error:
             raise _unreachable(self._url, error) from error
 
-    def _await(self, location: str, deadline: float, tell: Tell) -> memoryview:
+    def _await(self, location: str, deadline: float, tell: Tell, hear: Hear) -> memoryview:
         """Waits for an accepted request; cancels it when the user or the deadline ends the waiting."""
         try:
-            return self._poll(location, deadline, tell)
+            return self._poll(location, deadline, tell, hear)
         except (KeyboardInterrupt, ServiceError):
             self._cancel(location)
             raise
 
-    def _poll(self, location: str, deadline: float, tell: Tell) -> memoryview:
+    def _poll(self, location: str, deadline: float, tell: Tell, hear: Hear) -> memoryview:
         """The result of an accepted request; the service may be away for a moment."""
         last_heard = time.monotonic()
         seen = 0  # passes that are known to be done
@@ -115,6 +118,7 @@ class HttpBackend:
                 if status.get("passes"):
                     seen = status["passes_done"]
                     tell(seen, status["passes"])
+                    hear({log["name"]: _logged(log) for log in status.get("logs", ())})
                 if status["state"] in ("done", "failed", "cancelled"):
                     with self._client.stream("GET", f"{location}/result", timeout=_timeout(0)) as response:
                         _check(response)
@@ -185,6 +189,12 @@ def get_json(client: httpx.Client, url: str, path: str) -> Any:
         raise _unreachable(url, error) from error
     except ValueError as error:
         raise ServiceError(f"{url}{path} does not answer as a polytrace service does") from error
+
+
+def _logged(plain: dict[str, Any]) -> Any:
+    """A log as a status tells it."""
+    data = memoryview(base64.b64decode(plain["data"]))
+    return value_kind().decode(RawTensor(dtype=plain["dtype"], shape=tuple(plain["shape"]), data=data))
 
 
 def _timeout(wait_s: float) -> httpx.Timeout:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any
 
+from polytrace.aliases import find_aliases
 from polytrace.asked_shapes import Answers
 from polytrace.backend import Backend
 from polytrace.certificate import Certificate
+from polytrace.chat import render
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Options, Sharing
+from polytrace.keywords import check_trace_keywords
 from polytrace.kinds import Kind, value_kind
 from polytrace.lines import user_line
 from polytrace.modules import Module
+from polytrace.scanning import Checking
 from polytrace.session import Session
 from polytrace.tokenizer import load_tokenizer
 from polytrace.tracing import Tracer, open_trace
@@ -47,14 +52,18 @@ class Model(Module):
     _config: Config
     _tokenizer: list[Any]  # empty until somebody asks
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, rename: Mapping[str, str | Sequence[str]] | None = None) -> None:
+        """`rename`: other names for modules, beside their own; see `polytrace.aliases`."""
         description = backend.describe()
         super().__init__(self, "")
+        table = index_description(description)
+        if rename:
+            table.aliases.update(find_aliases(rename, table.modules, table.children, _taken_names(table)))
         self.__dict__.update(
             backend=backend,
             description=description,
             answers={},  # shapes that the service told, by what was asked
-            _index=index_description(description),
+            _index=table,
             _config=Config(description.config),
             _tokenizer=[],
         )
@@ -67,19 +76,44 @@ class Model(Module):
         sharing: str | Sharing | None = None,
         run: bool = True,
         peek: bool = False,
+        scan: bool = False,
+        validate: bool = False,
+        chat: Mapping[str, Any] | None = None,
+        **others: Any,
     ) -> Tracer:
         """A block whose code is recorded, then sent and run; saved values become the tensors that they are.
 
-        `prompts`: a string, strings, token ids, lists of ids, or integer tensors; without them,
+        `prompts`: a string, strings, token ids, lists of ids, or integer tensors; conversations of
+        `{"role", "content"}` messages, to which `chat` says more (`polytrace.chat`); without prompts,
         `tracer.invoke(prompts)` gives several sets. `seed`: of random operations. `sharing="off"`: no rows are shared,
         not even with your own requests. `run=False`: nothing is sent; `validate(tracer)` tells what it would cost.
+        `validate=True`: the service checks all of it before anything runs, and `tracer.certificate` has the price.
         `peek=True`: `if`, `float()`, `print()` and the like on a recorded value run what it is made of, at once.
+        `scan`: nothing, shapes are always known. Other keywords of nnsight's are taken as `polytrace.keywords` says.
         """
+        check_trace_keywords(self.trace, others)
         session = open_trace()
         if isinstance(session, Session):
             chosen = None if sharing is None else _sharing(sharing)
-            return session.trace(prompts, seed=seed, sharing=chosen, run=run, edits=(), peek=peek)
-        return Tracer(self, prompts, _options(seed, sharing), run, is_peeking=peek)
+            return session.trace(
+                prompts, seed=seed, sharing=chosen, run=run, validate=validate, edits=(), peek=peek, chat=chat
+            )
+        tracer = Tracer(self, prompts, _options(seed, sharing), run, chat=chat, is_peeking=peek)
+        tracer.checking = Checking.VALIDATE if validate else Checking.NONE
+        return tracer
+
+    def scan(
+        self, prompts: Any = None, *, seed: int = 0, chat: Mapping[str, Any] | None = None, **others: Any
+    ) -> Tracer:
+        """A trace of which nothing runs: the service checks all that is recorded, saved or not.
+
+        Every value has its `.shape` and `.dtype`, also behind the block, and no data; `tracer.certificate` is what it
+        would cost. Raises what the trace would at its submission.
+        """
+        check_trace_keywords(self.scan, others)
+        tracer = self.trace(prompts, seed=seed, run=False, chat=chat)
+        tracer.checking = Checking.SCAN
+        return tracer
 
     def session(
         self,
@@ -87,13 +121,16 @@ class Model(Module):
         seed: int | None = None,
         sharing: str | Sharing | None = None,
         run: bool = True,
+        validate: bool = False,
         peek: bool = False,
     ) -> Session:
         """A block whose traces are one request: values of earlier ones are used in later ones and stay at the service.
 
         All saved values come back when the block ends. The options are as in `trace`, and those of all its traces.
         """
-        return Session(self, _options(seed, sharing), run, is_peeking=peek)
+        session = Session(self, _options(seed, sharing), run, is_peeking=peek)
+        session.checking = Checking.VALIDATE if validate else Checking.NONE
+        return session
 
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it."""
@@ -106,6 +143,10 @@ class Model(Module):
             data = self.backend.tokenizer_json()
             self._tokenizer.append(load_tokenizer(data) if data is not None else None)
         return self._tokenizer[0]
+
+    def render_chat(self, messages: Any, **chat: Any) -> str:
+        """The text that one conversation is as a prompt; `chat` as of `trace`."""
+        return render(self.description.chat, messages, chat)
 
     @property
     def config(self) -> Config:
@@ -153,3 +194,13 @@ def _sharing(sharing: str | Sharing) -> Sharing:
     except ValueError:
         known = " or ".join(repr(member.value) for member in Sharing)
         raise GraphError(f"sharing is {known}, not {sharing!r}", where=user_line()) from None
+
+
+def _taken_names(table: Table) -> dict[str, set[str]]:
+    """Names that mean something on each module besides its children."""
+    taken = {path: set(dir(Model if not path else Module)) for path in table.modules}
+    for path, names in table.own_parameters.items():
+        taken.setdefault(path, set()).update(names)
+    for path, port in table.ports:
+        taken[path].add(port)
+    return taken

@@ -16,6 +16,7 @@ from polytrace.graph import Port
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.ports import OpenPort
+from polytrace.skipping import skip_module
 from polytrace.source_views import Source
 from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable, Table, draw, join
 
@@ -47,9 +48,17 @@ class Module:
         """The text of its forward, and every call in it: print it to see their names."""
         return Source(self._model, self._path, "")
 
+    def skip(self, value: Any) -> None:
+        """The module is not run for this invoke's prompts: `value` is its output, in the module's own structure.
+
+        A tensor for a module that returns one, or that returns a tuple with one tensor; else a tuple or dict with all
+        of them. What lies inside of the module cannot be read or written then. See `polytrace.skipping`.
+        """
+        skip_module(self._port("output"), value)
+
     def get_submodule(self, path: str) -> Module:
         """A module by its dotted path from here, also where its name is one of ours (`output`)."""
-        full = join(self._path, path)
+        full = self._table.native(path, self._path)
         self._table.module(full)
         return Module(self._model, full)
 
@@ -60,12 +69,16 @@ class Module:
         if name in table.children.get(path, ()):
             child = self.__dict__[name] = Module(self._model, join(path, name))
             return child
+        if name in table.aliases.get(path, ()):
+            child = self.__dict__[name] = Module(self._model, table.aliases[path][name])
+            return child
         if name in table.own_parameters.get(path, ()):
             tracer = self._model._tracer("the parameter ", path, name)
             return tracer.wrap(tracer.recording.parameter(join(path, name)))
         if name in self._ports:
             return self._port(name).read()
-        known = [*table.children.get(path, ()), *table.own_parameters.get(path, ()), *self._inner, "output", "input"]
+        known = [*table.children.get(path, ()), *table.aliases.get(path, ()), *table.own_parameters.get(path, ())]
+        known += [*self._inner, "output", "input"]
         close = nearest(name, known) or f"; it has {', '.join(known)}"
         raise NoSuchNameError(
             f"{path or 'the model'} ({self._info.class_name}) has no {name!r}{close}", where=user_line()
@@ -127,6 +140,7 @@ class Module:
     def __dir__(self) -> list[str]:
         table = self._table
         own = [*table.children.get(self._path, ()), *table.own_parameters.get(self._path, ()), *self._inner]
+        own += table.aliases.get(self._path, ())
         return sorted({*own, *(name for name in dir(type(self)) if not name.startswith("_"))})
 
     def __repr__(self) -> str:

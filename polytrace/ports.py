@@ -89,6 +89,20 @@ class OpenPort:
         return is_from_here and not state.steps and state.storage.version == 0
 
 
+class Fields(dict[str, Any]):
+    """Saved members of a dict or ModelOutput of the model, by key and attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+def plain_member(member: Any) -> Any:
+    """A member that is a tuple or dict itself, as `Members.plain` has it."""
+    return member.plain() if isinstance(member, Members) else member
+
+
 class Members:
     """A tuple, dict or ModelOutput of the model: its tensors by index, key and attribute."""
 
@@ -97,6 +111,18 @@ class Members:
     def __init__(self, port: OpenPort, prefix: tuple[Key, ...]) -> None:
         object.__setattr__(self, "_port", port)
         object.__setattr__(self, "_prefix", prefix)
+
+    def plain(self) -> Any:
+        """Its tensors as recorded values: a tuple with None where others' members are, or names with attributes."""
+        if all(isinstance(key, str) for key in self.keys()):
+            return Fields({str(key): plain_member(self._member(key)) for key in self.keys()})
+        return tuple(plain_member(member) for member in self)
+
+    def save(self) -> Any:
+        """Saves every tensor in it; returns them as `plain` does."""
+        from polytrace.saving import save
+
+        return save(self.plain())
 
     def keys(self) -> list[Key]:
         """Names or indices of the members that have tensors."""

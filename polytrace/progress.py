@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -14,11 +14,18 @@ if TYPE_CHECKING:
 # Takes how many (passes, bytes) are done, and of how many.
 Tell = Callable[[int, int], None]
 
+# Takes saved values that the user wants to see while a request runs, by their names.
+Hear = Callable[[Mapping[str, Any]], None]
+
 _PATIENCE_S = 2.0  # what is over sooner shows nothing
 
 
 def tell_nobody(done: int, total: int) -> None:
     """For callers that nobody looks at."""
+
+
+def hear_nothing(values: Mapping[str, Any]) -> None:
+    """For callers that log nothing."""
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
+from polytrace.chat import conversations_in, render
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Invoke
@@ -15,8 +17,8 @@ from polytrace.literals import scalar
 class Encoder(Protocol):
     """A tokenizer, as far as prompts need it."""
 
-    def encode(self, text: str) -> Any:
-        """Has `.ids`, special tokens included."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Any:
+        """Has `.ids`, special tokens included where they are asked for."""
 
 
 class PromptBook:
@@ -27,19 +29,35 @@ class PromptBook:
         self._tokenizer = tokenizer  # asked for when the first text comes
         self._known: dict[Hashable, Invoke] = {}
 
-    def invoke(self, prompts: Any) -> Invoke:
+    def invoke(self, prompts: Any, chat: Mapping[str, Any] = MappingProxyType({})) -> Invoke:
         """Prompts as token ids: a string, strings, ids, lists of ids, or 1-D and 2-D integer tensors and arrays.
+
+        Conversations too: a list of messages, or a list of such lists; `chat` is what `polytrace.chat` takes.
 
         Raises GraphError for anything else, TooLargeError for a prompt beyond the model's context.
         """
         key = _key(prompts)
         found = self._known.get(key) if key is not None else None
         if found is None:
+            if (conversations := conversations_in(prompts)) is not None:
+                prompts = [self._encoded_chat(one, chat) for one in conversations]
+            elif chat:
+                raise GraphError("chat= is for conversations: lists of {'role', 'content'} messages", where=user_line())
             made = _make_invoke(prompts, self._description, self._tokenizer)
             found = self._known.setdefault(made.sequences, made)
             if key is not None:
                 self._known[key] = found
         return found
+
+    def _encoded_chat(self, messages: Sequence[Any], chat: Mapping[str, Any]) -> list[int]:
+        """The template writes its special tokens itself."""
+        text = render(self._description.chat, messages, chat)
+        encoder = self._tokenizer()
+        if encoder is None:
+            raise GraphError(
+                "this model came without a tokenizer: give token ids instead of messages", where=user_line()
+            )
+        return list(encoder.encode(text, add_special_tokens=False).ids)
 
 
 def _key(prompts: Any) -> Hashable:

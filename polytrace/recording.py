@@ -13,12 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from polytrace.certificate import ValueShape
+from polytrace.closings import Closings
 from polytrace.constants import Constants
 from polytrace.derived import Derived
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest, returns_several, unknown_op
 from polytrace.graph import (
+    LOG,
     Call,
     Constant,
     DType,
@@ -74,10 +76,13 @@ class Recording:
         self.nodes: list[Node] = []
         self.constants = Constants()
         self.saved: list[tuple[State, Any, str]] = []  # with the Python object and the line of its `.save()`
+        self.logged: list[State] = []  # of these, those that are told while the request runs
         self.closed: str | None = None  # why its values cannot be used any more
         self.over: set[int] = set()  # invokes whose trace has ended: in-place code does not reach the model
         self.peeks: Peeks | None = None  # where values may be looked at while they are recorded
         self._draws = 0  # by random ops so far: what each draws does not depend on which nodes are left of the others
+        self.keeps_shapes = False  # also when it is closed: it was scanned
+        self.closings = Closings(description)  # sites behind a stop, or inside of skipped modules
         self._shared: dict[tuple[type, str | int], NodeId] = {}  # constants, parameters and masks, each once
         self._places: dict[tuple[Site, int], Place] = {}
         self._edited: list[Storage] = []  # those without a place
@@ -87,9 +92,10 @@ class Recording:
 
     # what a graph begins with
 
-    def read(self, site: Site, invoke: int, dtype: str) -> State:
+    def read(self, site: Site, invoke: int, dtype: str, where: str | None = None) -> State:
         """A fresh snapshot of a site."""
-        where = user_line()
+        where = where or user_line()
+        self.closings.use(site, invoke, "read", where)
         node = self._add(Read(site=site, invoke=invoke, where=where))
         self._dtypes.known[node] = dtype
         state = self._fresh(node, where)
@@ -157,6 +163,7 @@ class Recording:
     def write_edge(self, site: Site, invoke: int, value: Any) -> None:
         """`site = value`."""
         where = user_line()
+        self.closings.use(site, invoke, "written", where)
         place = self._place(site, invoke)
         if is_recorded(value) and not state_of(value).steps and state_of(value).storage is place.writer:
             return  # `site += v` is get, iadd, set: the iadd has written, and the set only hands the same value back
@@ -201,6 +208,15 @@ class Recording:
             state.is_saved = True
             self.saved.append((state, value, user_line()))
 
+    def snapshot(self, state: State) -> State:
+        """The value as it is now, whatever in-place code does to it later."""
+        return self._fresh(self.node_of(state), user_line())
+
+    def log(self, state: State, value: Any) -> None:
+        """Saves a value that is told as soon as it is there."""
+        self.save(state, value)
+        self.logged.append(state)
+
     # finishing
 
     def finish(self) -> tuple[tuple[Node, ...], tuple[str, ...]]:
@@ -214,11 +230,12 @@ class Recording:
                 where=user_line(),
             )
         targets = [self.node_of(state) for state, _, _ in self.saved]
+        logged = {self.node_of(state) for state in self.logged}
         nodes = list(self.nodes)
         names: dict[NodeId, str] = {}
         for node, (_, _, where) in zip(targets, self.saved, strict=True):
             if node not in names:
-                names[node] = str(len(names))
+                names[node] = f"{LOG if node in logged else ''}{len(names)}"
                 nodes.append(Save(name=names[node], value=Ref(node), where=where))
         live = needed(nodes, effects(nodes))
         for storage in self._edited:

@@ -8,13 +8,14 @@ Python variables carry values from step to step; steps that are equal are writte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Options, Request, Sharing
 from polytrace.lines import user_line
+from polytrace.scanning import Checking
 from polytrace.tracing import InvokeBlock, Tracer, open_trace
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Session(Tracer):
     def told(self) -> str:
         return "this session sends when its block ends, so until then a recorded value has no data"
 
-    def invoke(self, prompts: Any) -> InvokeBlock:
+    def invoke(self, prompts: Any, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
         raise GraphError(
             "a session has traces, and these have prompts: write `with model.trace(prompts):` inside", where=user_line()
         )
@@ -46,8 +47,10 @@ class Session(Tracer):
         seed: int | None,
         sharing: Sharing | None,
         run: bool,
+        validate: bool,
         edits: Sequence[StoredEdit],
         peek: bool,
+        chat: Mapping[str, Any] | None,
     ) -> SessionTrace:
         """What `model.trace(...)` is in the session. Raises GraphError for options that are not the session's."""
         own = self.options
@@ -55,6 +58,7 @@ class Session(Tracer):
             ("seed", own.seed if seed is None else seed, own.seed),
             ("sharing", own.sharing.value if sharing is None else sharing.value, own.sharing.value),
             ("run", run, True),
+            ("validate", validate or self.checking is Checking.VALIDATE, self.checking is Checking.VALIDATE),
             ("peek", peek or self.recording.peeks is not None, self.recording.peeks is not None),
         ]
         for name, wanted, has in given:
@@ -64,7 +68,7 @@ class Session(Tracer):
                     f"as in model.session({name}={wanted!r})",
                     where=user_line(),
                 )
-        made = SessionTrace(self, prompts, edits)
+        made = SessionTrace(self, prompts, edits, chat)
         self.traces.append(made)
         return made
 
@@ -113,10 +117,12 @@ class Session(Tracer):
 class SessionTrace(Tracer):
     """`with model.trace(...)` in a session. Its receipt, once the session has ended, is that of the session."""
 
-    def __init__(self, session: Session, prompts: Any, edits: Sequence[StoredEdit]) -> None:
+    def __init__(
+        self, session: Session, prompts: Any, edits: Sequence[StoredEdit], chat: Mapping[str, Any] | None
+    ) -> None:
         self._session = session
         self._own: list[int] = []  # its invokes
-        super().__init__(session.model, prompts, session.options, True, home=session, edits=edits)
+        super().__init__(session.model, prompts, session.options, True, chat=chat, home=session, edits=edits)
 
     @property
     def told(self) -> str:
@@ -130,13 +136,12 @@ class SessionTrace(Tracer):
             )
         return self.request
 
-    def _add_invoke(self, prompts: Any) -> int:
-        self._own.append(super()._add_invoke(prompts))
+    def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
+        self._own.append(super()._add_invoke(prompts, chat))
         return self._own[-1]
 
-    def _sequences(self) -> tuple[tuple[int, ...], ...]:
-        chosen = self._own if self._invoke is None else [self._invoke]
-        return tuple(sequence for invoke in chosen for sequence in self._invokes[invoke].sequences)
+    def _own_invokes(self) -> Sequence[int]:
+        return self._own
 
     def _end(self, error: BaseException | None) -> None:
         """Nothing is sent: the session goes on, and what it has of this trace is no part of the model any more."""

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from polytrace.asked_shapes import AskedShapes
-from polytrace.certificate import Receipt, ValueShape
+from polytrace.caching import Cache, CacheRequest
+from polytrace.certificate import Certificate, Receipt, ValueShape
 from polytrace.collector import young_only
 from polytrace.errors import GraphError
 from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request, Site
 from polytrace.lines import user_line
+from polytrace.logs import Log, LogPrinter, add_log
 from polytrace.peeking import Peeks
 from polytrace.progress import showing_progress
 from polytrace.prompts import PromptBook
 from polytrace.recording import Recording
+from polytrace.saving import save_members
+from polytrace.scanning import Checking, probing_nodes, unused_values
 from polytrace.storage import State
 from polytrace.tokenizer import token_texts
 
 if TYPE_CHECKING:
     from polytrace.edits import StoredEdit
     from polytrace.model import Model
+    from polytrace.modules import Module
 
 _open: ContextVar[Tracer | None] = ContextVar("polytrace_open_trace", default=None)
 
@@ -42,6 +47,7 @@ class Tracer:
         options: Options,
         is_run: bool,
         *,
+        chat: Mapping[str, Any] | None = None,
         home: Tracer | None = None,
         edits: Sequence[StoredEdit] = (),
         is_peeking: bool = False,
@@ -57,6 +63,7 @@ class Tracer:
         self._is_run = is_run
         self._home = home
         self._edits = edits
+        self._chat = chat or {}
         self._prompts = home._prompts if home is not None else PromptBook(model.description, lambda: model.tokenizer)
         self._invokes: list[Invoke] = home._invokes if home is not None else []
         if home is None and is_peeking:
@@ -65,19 +72,25 @@ class Tracer:
         self._has_own_prompts = prompts is not None
         self._token: Token[Tracer | None] | None = None
         self._shapes: Any = None
+        self.checking = Checking.NONE
+        self.certificate: Certificate | None = None  # what it would cost, once a scan or `validate=True` has asked
+        self.containers: list[Any] = []  # that polytrace.save was given
+        self.caches: list[CacheRequest] = []  # of the invokes that are open, whose reads stand at their end
+        # what tracer.log was given; with data once it is there
+        self.logs: list[Log] = home.logs if home is not None else []
         if prompts is not None:
             self._invoke = self._add_invoke(prompts)
 
     # what a user calls
 
-    def invoke(self, prompts: Any) -> InvokeBlock:
+    def invoke(self, prompts: Any, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
         """`with tracer.invoke(prompts)`: one of several sets of prompts, whose values may flow between them."""
         if self._has_own_prompts:
             raise GraphError(
                 "this trace has its prompts: write model.trace() without any to invoke several", where=user_line()
             )
         self._check_open()
-        return InvokeBlock(self, self._add_invoke(prompts))
+        return InvokeBlock(self, self._add_invoke(prompts, chat))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -104,6 +117,64 @@ class Tracer:
         """Why a value has no data yet."""
         return "a recorded value has no data yet"
 
+    @property
+    def result(self) -> Any:
+        """What the model itself returns: `model.output`."""
+        return self.model.output
+
+    def stop(self) -> None:
+        """The run ends behind the last site that this invoke has used so far; outside of one, that each has.
+
+        Nothing runs behind the last value that is needed anyway: this only has later code refused that wants more.
+        """
+        self._check_open()
+        chosen = self._own_invokes() if self._invoke is None else [self._invoke]
+        self.recording.closings.stop(chosen, user_line())
+
+    def cache(
+        self,
+        modules: Iterable[Module | str] | None = None,
+        *,
+        include_output: bool = True,
+        include_inputs: bool = False,
+        select: Callable[[Any], Any] | None = None,
+        reduce: Callable[[Any], Any] | str | None = None,
+        dtype: Any = None,
+        device: Any = None,
+        detach: bool = True,
+    ) -> Cache:
+        """Outputs of all modules, or of some, as they are when every change of this invoke has been made.
+
+        `select` takes a part of each (`lambda h: h[:, -1]`), `reduce` works that out further: a function, or "mean",
+        "sum", "max" over the tokens of each prompt; both run on the service. Entries are there when the block has
+        ended; of all modules, those that cannot be read are told in `.refused`. `device` and `detach` mean nothing.
+        """
+        request = CacheRequest(
+            self,
+            modules,
+            include_output=include_output,
+            include_inputs=include_inputs,
+            select=select,
+            reduce=reduce,
+            dtype=dtype,
+        )
+        self.caches.append(request)
+        return request.cache
+
+    def barrier(self, participants: int) -> Callable[[], None]:
+        """Does nothing when it is called: values flow between invokes in any order without waiting for each other."""
+        if not isinstance(participants, int) or participants < 1:
+            raise GraphError(f"a barrier is for a number of invokes, not for {participants!r}", where=user_line())
+        return lambda: None
+
+    def log(self, first: Any, second: Any = None) -> None:
+        """`log(value, "name")` or `log("name", value)`: printed when the pass that makes the value has ended.
+
+        Kept in `logs`, with the bits that `.save()` gives. Raises TooLargeError for more than 16,384 bytes.
+        """
+        self._check_open()
+        add_log(self, first, second)
+
     def __enter__(self) -> Tracer:
         other = _open.get()
         if other is not self._home:
@@ -122,23 +193,48 @@ class Tracer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._token is not None
-        _open.reset(self._token)
         try:
+            try:
+                if error is None:
+                    self._close()
+            except BaseException:
+                self.recording.closed = "the trace of this value failed, so it has no data"
+                raise
+            finally:
+                _open.reset(self._token)
             self._end(error)
         finally:
             young_only.__exit__(kind, error, traceback)
+
+    def _close(self) -> None:
+        """What the end of a block says: what caches are of is read, what stands in saved containers by now is saved."""
+        waiting, self.caches = self.caches, []
+        for cache in waiting:
+            cache.fill()
+        for container in self.containers:
+            save_members(container)
 
     def _end(self, error: BaseException | None) -> None:
         """Sends and runs what was recorded, if the block ended well."""
         if error is not None:
             self.recording.closed = f"the trace of this value ended with {type(error).__name__}, so nothing was sent"
             return
+        if self.checking is Checking.SCAN:
+            self._scan()
+            return
         try:
             self.request, names = self._make_request()
+            if self.checking is Checking.VALIDATE:
+                self.certificate = self.model.backend.validate(self.request)
             if self._is_run:
+                printer = self._log_printer(names)
                 with showing_progress(self.model.description.name) as tell:
-                    result = self.model.backend.run(self.request, tell)
+                    if self.logs:
+                        result = self.model.backend.run(self.request, tell, printer.hear)
+                    else:
+                        result = self.model.backend.run(self.request, tell)
                 self.receipt = result.receipt
+                printer.hear(result.values)
                 self._hand_out(names, dict(result.values))
         except BaseException:
             self.recording.closed = "the trace of this value failed, so it has no data"
@@ -148,6 +244,27 @@ class Tracer:
             if self._is_run
             else "this trace was recorded with run=False: nothing ran, so its values have no data"
         )
+
+    def _scan(self) -> None:
+        """Has everything checked; values keep their shapes and get no data."""
+        try:
+            unused = {node: self.shape_of(node) for node in unused_values(self.recording)}
+            saved = {self.recording.node_of(state) for state, _, _ in self.recording.saved}
+            if not unused.keys() <= saved:
+                probe = self._request_of(probing_nodes(self.recording, unused))
+                self.certificate = self.model.backend.validate(probe)
+            if saved:
+                self.request = self._make_request()[0]
+                self.certificate = self.model.backend.validate(self.request)
+        except BaseException:
+            self.recording.closed = "the scan of this value failed"
+            raise
+        self.recording.keeps_shapes = True
+        self.recording.closed = "this trace was scanned: nothing ran, so its values have shapes and no data"
+
+    def _log_printer(self, names: tuple[str, ...]) -> LogPrinter:
+        places = {id(value): place for place, (_, value, _) in enumerate(self.recording.saved)}
+        return LogPrinter(self.logs, {number: names[places[id(log.value)]] for number, log in enumerate(self.logs)})
 
     # what values and modules call
 
@@ -202,25 +319,31 @@ class Tracer:
             raise GraphError(self.recording.closed, where=user_line())
         return self._make_request()[0]
 
-    def _add_invoke(self, prompts: Any) -> int:
-        self._invokes.append(self._prompts.invoke(prompts))
+    def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
+        self._invokes.append(self._prompts.invoke(prompts, self._chat if chat is None else chat))
         index = len(self._invokes) - 1
         for edit in self._edits:
             edit.replay(self.recording, index, self.lengths_of(index))
         return index
 
+    def _own_invokes(self) -> Sequence[int]:
+        """The invokes of this trace."""
+        return range(len(self._invokes))
+
     def _sequences(self) -> tuple[tuple[int, ...], ...]:
-        chosen = self._invokes if self._invoke is None else [self._invokes[self._invoke]]
-        return tuple(sequence for invoke in chosen for sequence in invoke.sequences)
+        chosen = self._own_invokes() if self._invoke is None else [self._invoke]
+        return tuple(sequence for invoke in chosen for sequence in self._invokes[invoke].sequences)
 
     def _make_request(self) -> tuple[Request, tuple[str, ...]]:
         nodes, names = self.recording.finish()
+        return self._request_of(nodes), names
+
+    def _request_of(self, nodes: tuple[Node, ...]) -> Request:
         used = {node.name for node in nodes if isinstance(node, Constant)}
         constants = {name: raw for name, raw in self.recording.constants.tensors.items() if name in used}
-        request = Request(
+        return Request(
             graph=Graph(nodes=nodes), invokes=tuple(self._invokes), constants=constants, options=self.options
         )
-        return request, names
 
     def _hand_out(self, names: tuple[str, ...], results: dict[str, Any]) -> None:
         """Every saved value becomes its result."""
@@ -254,5 +377,9 @@ class InvokeBlock:
         self._tracer._invoke = self._index
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._tracer._invoke = None
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        try:
+            if error is None:
+                self._tracer._close()
+        finally:
+            self._tracer._invoke = None

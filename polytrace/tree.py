@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from polytrace.aliases import Aliases, resolved
 from polytrace.description import Leaf, ModelDescription, ModuleInfo, ParameterInfo, SiteInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
@@ -41,6 +42,11 @@ class Table:
     ports: dict[tuple[str, str], PortTable]  # by path and the port's name; first visits
     leaves: dict[Site, Leaf]  # of these ports
     sources: Sources
+    aliases: Aliases = field(default_factory=dict)
+
+    def native(self, path: str, start: str = "") -> str:
+        """The path below `start` that one with aliases in it means."""
+        return resolved(path, self.aliases, self.modules, start)
 
     def module(self, path: str) -> ModuleInfo:
         """Raises NoSuchNameError with the nearest paths."""
@@ -103,10 +109,14 @@ def draw(table: Table, path: str) -> str:
             groups[-1] = (groups[-1][0], name, text)
         else:
             groups.append((name, name, text))
+    also: dict[str, list[str]] = {}
+    for alias, target in table.aliases.get(path, {}).items():
+        also.setdefault(target, []).append(alias)
     for first, last, text in groups:
         indented = text.replace("\n", "\n  ")
         if first == last:
-            lines.append(f"  ({first}): {indented}")
+            label = "/".join([first, *also.get(join(path, first), ())])
+            lines.append(f"  ({label}): {indented}")
         else:
             lines.append(f"  ({first}-{last}): {int(last) - int(first) + 1} x {indented}")
     return f"{info.class_name}(" + ("\n" + "\n".join(lines) + "\n" if lines else "") + ")"

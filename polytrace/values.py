@@ -181,7 +181,9 @@ class Recorded:
 def shape_of(value: Any) -> ValueShape:
     """Shape and dtype of a recorded value."""
     state = state_of(value)
-    return state.recording.session.shape_of(state.recording.node_of(state))
+    recording = state.recording
+    node = state.node if recording.keeps_shapes else recording.node_of(state)  # in-place code changes no shape
+    return recording.session.shape_of(node)
 
 
 def can_peek(value: Any) -> bool:

@@ -6,11 +6,12 @@ Owns the reading of `ShardResult`s. Only rank 0 of each stage is asked what fire
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from polytrace.certificate import Fired, PassEntry, Receipt
 from polytrace.errors import RunError
-from polytrace.graph import NodeId, Read, Save, Write
+from polytrace.graph import LOG, NodeId, Read, Save, Write
 from scheduling.checks import ModelTable
 from scheduling.costs import (
     carried_bytes,
@@ -21,7 +22,7 @@ from scheduling.costs import (
     token_layers_alone,
     wave_tokens,
 )
-from scheduling.plan import Failure, Plan, Program, ShardResult
+from scheduling.plan import Failure, Plan, Program, SaveSlot, ShardResult
 
 
 def find_error(program: Program, wave: int, results: tuple[ShardResult, ...]) -> RunError | None:
@@ -58,6 +59,14 @@ def find_out_of_memory(program: Program, results: tuple[ShardResult, ...]) -> Fa
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged:
+    """A saved value that its user wants to see while the request runs."""
+
+    passes_done: int  # with the pass that made it
+    slot: SaveSlot
+
+
 class Account:
     """One request's books, pass by pass."""
 
@@ -68,6 +77,7 @@ class Account:
         self._passes_of: dict[NodeId, int] = {}  # reads and writes -> in how many passes they fired
         self._saved_bytes = 0
         self._gathered_bytes = 0
+        self.logs: list[Logged] = []  # in the order of their passes
 
     def enter(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
         """Takes in a pass that went well."""
@@ -87,8 +97,12 @@ class Account:
             self.values.update({name: value for (owner, name), value in result.values.items() if owner == request})
             if result.rank == 0:
                 for node in result.fired.get(request, ()):
-                    if isinstance(nodes[node], (Read, Write)):
+                    event = nodes[node]
+                    if isinstance(event, (Read, Write)):
                         self._passes_of[node] = self._passes_of.get(node, 0) + 1
+                    elif isinstance(event, Save) and event.name.startswith(LOG):
+                        slot = next(slot for slot in self.program.saves if slot.node == node)
+                        self.logs.append(Logged(passes_done=len(self._entries), slot=slot))
 
     def receipt(self, table: ModelTable, *, is_keeping: bool, queue_seconds: float, run_seconds: float) -> Receipt:
         """The books, closed."""

@@ -37,7 +37,7 @@ from scheduling.plan import (
     ShardResult,
 )
 from scheduling.policy import FirstComeFirstServed, PassPolicy, passes_in_flight, share_of
-from scheduling.receipts import Account, find_error, find_out_of_memory
+from scheduling.receipts import Account, Logged, find_error, find_out_of_memory
 
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 
@@ -66,6 +66,9 @@ class Progress:
     request: RequestId
     passes_done: int
     passes: int
+    logs: tuple[Logged, ...] = ()  # of these passes
+    result_start: int = 0  # as of `Program`: where their slots are counted from
+    values: Mapping[str, Any] = field(default_factory=dict)  # of logs, when the program has no result file
 
 
 class _Job:
@@ -111,6 +114,18 @@ class _Job:
     def num_done(self) -> int:
         """Waves that have ended."""
         return self.wave - len(self.in_flight)
+
+    @property
+    def progress(self) -> Progress:
+        logs, values = self.account.logs, self.account.values
+        return Progress(
+            request=self.program.request,
+            passes_done=self.num_done,
+            passes=self.num_waves,
+            logs=tuple(logs),
+            result_start=self.program.result_start,
+            values={log.slot.name: values[log.slot.name] for log in logs if log.slot.name in values},
+        )
 
     @property
     def is_held(self) -> bool:
@@ -255,7 +270,7 @@ class Scheduler:
                 self._finish(job)
                 continue
             request = job.program.request
-            self._progress[request] = Progress(request=request, passes_done=job.num_done, passes=job.num_waves)
+            self._progress[request] = job.progress
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
         self._ready.sort(key=lambda job: job.turn)

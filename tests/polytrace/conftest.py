@@ -11,7 +11,7 @@ from polytrace.certificate import Certificate, Receipt, ValueShape
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
 from polytrace.graph import Port, Request, Save, Write
 from polytrace.model import Model
-from polytrace.progress import Tell, tell_nobody
+from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
 
 LAYERS, HIDDEN, VOCAB = 4, 8, 32
 
@@ -120,7 +120,7 @@ class FakeBackend:
             live_bytes=0, notes=(),
         )  # fmt: skip
 
-    def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
+    def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
         self.requests.append(request)
         saves = [node for node in request.graph.nodes if isinstance(node, Save)]
         if isinstance(self.results, Exception):

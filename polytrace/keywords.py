@@ -1,0 +1,104 @@
+"""nnsight's keywords that mean little or nothing here: taken, so that its programs run. Unknown ones are refused.
+
+What each means: `remote`, `blocking`, `dispatch`, `low_cpu_mem_usage`: nothing, for where a model runs is decided by
+`load` or `connect`. `device_map`: a device, or what means the default ("auto"). `torch_dtype`: another name of `dtype`.
+`backend`, `invoker_args`, `invoker_kwargs`: empty only. `trust_remote_code`: False only: no model's code is run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from polytrace.errors import GraphError
+from polytrace.grammar import nearest
+from polytrace.lines import user_line
+from polytrace.literals import dtype_name
+
+_PLACED = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})  # device maps that leave it to the library
+
+
+@dataclass(frozen=True, slots=True)
+class _Foreign:
+    """A keyword of nnsight's: which values of it can be honoured, and what is said of the others."""
+
+    accepts: Callable[[Any], bool]
+    told: str = ""
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+_NOTHING = _Foreign(_anything)
+_UNTRUSTED = _Foreign(lambda value: not value, "no code that comes with a model is run: use a family of transformers'")
+_ON_LOAD: Mapping[str, _Foreign] = {
+    "remote": _NOTHING,
+    "dispatch": _NOTHING,
+    "low_cpu_mem_usage": _NOTHING,
+    "trust_remote_code": _UNTRUSTED,
+}
+_ON_TRACE: Mapping[str, _Foreign] = {
+    "remote": _NOTHING,
+    "blocking": _Foreign(bool, "a trace is waited for where its block ends"),
+    "trace": _Foreign(bool, "a block is always a trace: save model.output in it"),
+    "backend": _Foreign(lambda value: value is None, "what runs a trace is the model's: polytrace.load or connect"),
+    "invoker_args": _Foreign(lambda value: not value, "give the prompts to model.trace(prompts) or tracer.invoke"),
+    "invoker_kwargs": _Foreign(lambda value: not value, "give the prompts to model.trace(prompts) or tracer.invoke"),
+}
+
+
+def check_load_keywords(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raises GraphError for a keyword of `polytrace.load` or `connect` that is unknown, or asks for what cannot be."""
+    _check(f"polytrace.{function.__name__}", function, given, _ON_LOAD)
+
+
+def check_trace_keywords(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """The same for a trace or a scan."""
+    _check(f"model.{function.__name__}", function, given, _ON_TRACE)
+
+
+def chosen_dtype(dtype: Any, torch_dtype: Any) -> str:
+    """`dtype` and `torch_dtype` are one keyword: a name, or torch's own object."""
+    if torch_dtype is None:
+        return _named(dtype)
+    if dtype != "auto" and _named(dtype) != _named(torch_dtype):
+        raise GraphError(f"dtype is {dtype} and torch_dtype {torch_dtype}: give one of them", where=user_line())
+    return _named(torch_dtype)
+
+
+def chosen_device(device: str | None, device_map: Any) -> str | None:
+    """The device that `device_map` names; None where it leaves the choice."""
+    if device_map is None or (isinstance(device_map, str) and device_map in _PLACED):
+        return device
+    if isinstance(device_map, Mapping):
+        if len(places := set(map(str, device_map.values()))) != 1:
+            raise GraphError(
+                "polytrace.load runs a model on one device: a service splits it (polytrace serve --stages --ranks)",
+                where=user_line(),
+            )
+        return places.pop()
+    return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)
+
+
+def _named(dtype: Any) -> str:
+    name = dtype_name(dtype) if not isinstance(dtype, str) else dtype.removeprefix("torch.")
+    if name is None:
+        raise GraphError(f"a dtype is a name or torch's own, not a {type(dtype).__name__}", where=user_line())
+    return name
+
+
+def _check(
+    called: str, function: Callable[..., Any], given: Mapping[str, Any], foreign: Mapping[str, _Foreign]
+) -> None:
+    for name, value in given.items():
+        if name not in foreign:
+            kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+            own = [key for key, one in inspect.signature(function).parameters.items() if one.kind in kinds]
+            known = [key for key in own if key != "self"]
+            close = nearest(name, [*known, *foreign]) or f"; it has {', '.join(known)}"
+            raise GraphError(f"{called} has no keyword {name!r}{close}", where=user_line())
+        if not foreign[name].accepts(value):
+            raise GraphError(f"{called}({name}={value!r}): {foreign[name].told}", where=user_line())

@@ -1,0 +1,62 @@
+"""`module.skip(value)`: what stands for a module's output, so that the module need not run.
+
+On the wire it is the assignment `module.output = value`. Rows whose decoder layer's output is assigned, and of which
+nothing inside that layer is used, do not run it (`scheduling.cones`) and are not charged for it. Any other module runs
+with the rows of the pass, and what it makes of these rows is thrown away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polytrace.errors import GraphError
+from polytrace.lines import user_line
+from polytrace.ports import Key, Members, OpenPort
+
+
+def skip_module(port: OpenPort, value: Any) -> None:
+    """Gives every tensor of a module's output. Raises GraphError when one is missing or the module was used before."""
+    where, module = user_line(), port.table.info.module
+    if not module:
+        raise GraphError("the whole model cannot be skipped: it would make nothing", where=where)
+    given = _given(port, value, where)
+    port.tracer.recording.closings.skip(module, port.tracer.invoke_index(f"{module}.skip"), where)
+    for selector, tensor in given.items():
+        port.write_leaf(selector, tensor)
+
+
+def _given(port: OpenPort, value: Any, where: str) -> dict[tuple[Key, ...], Any]:
+    """The tensor for each place in the output's structure."""
+    leaves = list(port.table.leaves)
+    if len(leaves) == 1 and not isinstance(value, (tuple, list, dict, Members)):
+        return {leaves[0]: value}
+    if leaves == [()] and isinstance(value, (tuple, list)) and len(value) > 1 and all(one is None for one in value[1:]):
+        value = value[0]  # a decoder layer returned (hidden, None) once, and years of notebooks skip it so
+        return {(): value}
+    found = {selector: _at(value, selector) for selector in leaves}
+    missing = [port.site(selector) for selector, one in found.items() if one is None]
+    if missing or leaves == [()]:
+        names = ", ".join(str(port.site(selector)) for selector in leaves)
+        raise GraphError(
+            f"{port.table.info.module} returns a {port.table.info.structure}: skip(...) takes {names} in that "
+            f"structure, and gets {_named(value)}",
+            where=where,
+        )
+    return found
+
+
+def _at(value: Any, selector: tuple[Key, ...]) -> Any:
+    """What stands at the end of a way through tuples and dicts; None where there is none."""
+    for key in selector:
+        if isinstance(value, (dict, Members)):
+            value = value[key] if key in value else None  # noqa: SIM401  Members have no get
+        elif isinstance(value, (tuple, list)) and isinstance(key, int) and key < len(value):
+            value = value[key]
+        else:
+            return None
+    return None if isinstance(value, (tuple, list, dict, Members)) else value
+
+
+def _named(value: Any) -> str:
+    size = f" of {len(value)}" if isinstance(value, (tuple, list, dict)) else ""
+    return f"a {type(value).__name__}{size}"
