@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engine.arguments import Arguments
 from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
 from engine.kernels import why_no_kernels
@@ -42,6 +43,7 @@ class Event:
     visit: int
     structure: str
     leaves: Mapping[Selector, Tensor]
+    keyword: str | None = None  # see `SiteInfo`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,8 @@ def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
     """The structure of a port's value and the tensors in it, two levels deep."""
     if isinstance(value, Tensor):
         return "tensor", {(): value}
+    if isinstance(value, Arguments):
+        return "arguments", value.others()
     if isinstance(value, Mapping):
         return "dict", dict(_members(value.items()))
     if isinstance(value, (tuple, list)):
@@ -168,7 +172,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
 def _check_hidden(model: PreTrainedModel, layers: str, recorder: _Recorder) -> None:
     """ServiceError unless every layer takes and gives hidden states that have their rows in the second dimension."""
     for event in recorder.events:
-        if event.module.rpartition(".")[0] == layers:
+        if event.module.rpartition(".")[0] == layers and event.port is not Port.INPUTS:
             shape = next((list(tensor.shape) for tensor in event.leaves.values()), [])
             if shape[:2] != [1, recorder.rows] or len(shape) != 3:
                 place = f"{event.module}.{event.port.value}"
@@ -186,7 +190,7 @@ def _widths(first: _Recorder, second: _Recorder) -> Iterator[int]:
     """
     (rows_a, _), (rows_b, _) = _PROBES
     for a, b in zip(first.events, second.events, strict=True):
-        if a.port.is_inner:
+        if a.port.is_inner or a.port is Port.INPUTS:
             continue
         for place, (selector, tensor) in enumerate(a.leaves.items()):
             other = b.leaves[selector]
@@ -324,7 +328,10 @@ class _Recorder:
 
     def _hook(self, path: str, module: nn.Module) -> Iterator[Any]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._record(path, Port.INPUT, first_argument(args, kwargs))
+            arguments = Arguments(args, kwargs)
+            self._record(path, Port.INPUT, first_argument(args, kwargs), arguments.keyword)
+            if path and arguments.others():  # what the root gets beside token ids is the engine's own
+                self._record(path, Port.INPUTS, arguments)
             others = (*args[1:], *kwargs.values()) if args else (*list(kwargs.values())[1:],)
             tensors = [leaf for value in others for leaf in _tensors(value)]
             if path.rpartition(".")[0] == self.layers:
@@ -344,12 +351,14 @@ class _Recorder:
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(after)
 
-    def _record(self, path: str, port: Port, value: Any) -> None:
+    def _record(self, path: str, port: Port, value: Any, keyword: str | None = None) -> None:
         visit = self._visits.get((path, port), 0)
         self._visits[path, port] = visit + 1
         structure, leaves = port_leaves(value)
         self._alive.append(value)
-        self.events.append(Event(module=path, port=port, visit=visit, structure=structure, leaves=leaves))
+        self.events.append(
+            Event(module=path, port=port, visit=visit, structure=structure, leaves=leaves, keyword=keyword)
+        )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -392,7 +401,10 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
             write_refusal = "it is an expanded view whose rows share memory"
         if refusal is None and not tensor.is_floating_point():
             write_refusal = "it holds token ids or positions, which the model uses as indices"
-        if id(tensor) in recorder.layer_arguments:
+        in_place_refusal = None
+        if id(tensor) in recorder.layer_arguments and a.port is Port.INPUTS:
+            in_place_refusal = _SHARED_BY_LAYERS
+        elif id(tensor) in recorder.layer_arguments:
             write_refusal = write_refusal or _EVERY_LAYER
         leaves.append(
             Leaf(
@@ -403,6 +415,7 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
                 dtype=_name(tensor.dtype),
                 read_refusal=refusal,
                 write_refusal=write_refusal,
+                in_place_refusal=in_place_refusal,
             )
         )
     return SiteInfo(
@@ -414,11 +427,13 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
         structure=a.structure,
         rows=rows,
         leaves=tuple(leaves),
+        keyword=a.keyword,
     )
 
 
 # A marker that `describe_model` turns into a refusal where there are several stages, and clears where there is one.
 _EVERY_LAYER = "every layer takes it beside the hidden states"
+_SHARED_BY_LAYERS = "every layer is given this tensor: change a copy (`.clone()`), and assign that for this call alone"
 
 
 def _refuse_repeated_visits(sites: tuple[SiteInfo, ...]) -> tuple[SiteInfo, ...]:

@@ -27,6 +27,7 @@ class Port(Enum):
 
     INPUT = "input"  # the first positional argument, else the first keyword argument, of the module's call
     OUTPUT = "output"  # what the module's call returned
+    INPUTS = "inputs"  # the arguments behind the first one, by selectors that begin with 0 (args) or 1 (kwargs)
     # Where rows attend: [sequences, tokens, heads, features] but for scores and pattern.
     Q_ROT = "q_rot"  # queries as they are held against keys: rotated, not scaled
     K_ROT = "k_rot"  # keys, of the key/value heads
@@ -38,7 +39,7 @@ class Port(Enum):
     @property
     def is_inner(self) -> bool:
         """Whether it is a point inside of an attention module."""
-        return self not in (Port.INPUT, Port.OUTPUT)
+        return self not in (Port.INPUT, Port.OUTPUT, Port.INPUTS)
 
     @property
     def is_of_pairs(self) -> bool:
