@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from engine.arguments import OperationArguments
 from engine.attention import packed_attention
 from engine.rewriting import CannotRewrite, Hook, Rewriting, rewriting_of, substituted, written_function
 from polytrace.graph import Port
@@ -28,13 +29,6 @@ _NOT_THE_MODELS = frozenset(
 # Told of an operation's path, its side, the value there and what is called.
 Watch = Callable[[str, Port, Any, Any], None]
 Visitor = Callable[[Any], Any]
-
-
-class Arguments(NamedTuple):
-    """What an operation is called with: the value of its `inputs`."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 @dataclass(slots=True)
@@ -67,7 +61,7 @@ class Stops:
         """What is called in the place of an operation's function."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = Arguments(args, kwargs)
+            given = OperationArguments(args, kwargs)
             for visitor in self.inputs:
                 given = visitor(given)
             value = self._inner(called)(*given.args, **given.kwargs)
@@ -152,7 +146,7 @@ def _telling(path: str, watch: Watch, depth: int) -> Hook:
         own = operation_path(path, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            watch(own, Port.INPUTS, Arguments(args, kwargs), called)
+            watch(own, Port.INPUTS, OperationArguments(args, kwargs), called)
             rewriting = rewriting_inside(called) if depth > 1 else None
             if rewriting is None:
                 value = called(*args, **kwargs)
@@ -165,17 +159,3 @@ def _telling(path: str, watch: Watch, depth: int) -> Hook:
         return call
 
     return hook
-
-
-def argument_leaves(value: Arguments) -> dict[tuple[int | str, ...], Tensor]:
-    """The tensors among a call's arguments, and in tuples, lists and dicts among these."""
-    found: dict[tuple[int | str, ...], Tensor] = {}
-    for place, members in enumerate((enumerate(value.args), value.kwargs.items())):
-        for key, member in members:
-            if isinstance(member, Tensor):
-                found[place, key] = member
-                continue
-            inner = member.items() if isinstance(member, Mapping) else ()
-            inner = enumerate(member) if isinstance(member, (tuple, list)) else inner
-            found.update(((place, key, name), leaf) for name, leaf in inner if isinstance(leaf, Tensor))
-    return found

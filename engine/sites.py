@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engine.arguments import Arguments, OperationArguments
 from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
 from engine.kernels import why_no_kernels
 from engine.lanes import MAX_THREADS, rows_multiple
-from engine.operations import Arguments, argument_leaves, watch_operations
+from engine.operations import watch_operations
 from engine.source_sites import SourceGroup, SourceNotes, describe_sources, group_sources
 from engine.windows import Layout, find_layout
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
@@ -45,6 +46,7 @@ class Event:
     structure: str
     leaves: Mapping[Selector, Tensor]
     is_operation: bool = False
+    keyword: str | None = None  # see `SiteInfo`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +102,12 @@ class GateReport:
 
 def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
     """The structure of a port's value and the tensors in it, two levels deep."""
-    if isinstance(value, Arguments):
-        return "tuple", argument_leaves(value)
+    if isinstance(value, OperationArguments):
+        return "tuple", value.tensors()
     if isinstance(value, Tensor):
         return "tensor", {(): value}
+    if isinstance(value, Arguments):
+        return "arguments", value.others()
     if isinstance(value, Mapping):
         return "dict", dict(_members(value.items()))
     if isinstance(value, (tuple, list)):
@@ -202,7 +206,7 @@ def _record_twice(model: PreTrainedModel, layers: str, has_kept_rows: bool) -> t
 def _check_hidden(model: PreTrainedModel, layers: str, recorder: _Recorder) -> None:
     """ServiceError unless every layer takes and gives hidden states that have their rows in the second dimension."""
     for event in recorder.events:
-        if event.module.rpartition(".")[0] == layers:
+        if event.module.rpartition(".")[0] == layers and event.port is not Port.INPUTS:
             shape = next((list(tensor.shape) for tensor in event.leaves.values()), [])
             if shape[:2] != [1, recorder.rows] or len(shape) != 3:
                 place = f"{event.module}.{event.port.value}"
@@ -220,7 +224,7 @@ def _widths(first: _Recorder, second: _Recorder) -> Iterator[int]:
     """
     (rows_a, _), (rows_b, _) = _PROBES
     for a, b in zip(first.events, second.events, strict=True):
-        if a.port.is_inner or a.is_operation:
+        if a.port.is_inner or a.port is Port.INPUTS or a.is_operation:
             continue
         for place, (selector, tensor) in enumerate(a.leaves.items()):
             other = b.leaves[selector]
@@ -377,7 +381,10 @@ class _Recorder:
 
     def _hook(self, path: str, module: nn.Module) -> Iterator[Any]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._record(path, Port.INPUT, first_argument(args, kwargs))
+            arguments = Arguments(args, kwargs)
+            self._record(path, Port.INPUT, first_argument(args, kwargs), arguments.keyword)
+            if path and arguments.others():  # what the root gets beside token ids is the engine's own
+                self._record(path, Port.INPUTS, arguments)
             others = (*args[1:], *kwargs.values()) if args else (*list(kwargs.values())[1:],)
             tensors = [leaf for value in others for leaf in _tensors(value)]
             if path.rpartition(".")[0] == self.layers:
@@ -403,15 +410,24 @@ class _Recorder:
             self.notes.note(path, called)
         self._record(path, port, value, is_operation=True)
 
-    def _record(self, path: str, port: Port, value: Any, *, is_operation: bool = False) -> None:
+    def _record(
+        self, path: str, port: Port, value: Any, keyword: str | None = None, *, is_operation: bool = False
+    ) -> None:
         visit = self._visits.get((path, port), 0)
         self._visits[path, port] = visit + 1
         structure, leaves = port_leaves(value)
         self._alive.append(value)
-        event = Event(
-            module=path, port=port, visit=visit, structure=structure, leaves=leaves, is_operation=is_operation
+        self.events.append(
+            Event(
+                module=path,
+                port=port,
+                visit=visit,
+                structure=structure,
+                leaves=leaves,
+                is_operation=is_operation,
+                keyword=keyword,
+            )
         )
-        self.events.append(event)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -451,8 +467,14 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
             write_refusal = "it is an expanded view whose rows share memory"
         if refusal is None and not tensor.is_floating_point():
             write_refusal = "it holds token ids or positions, which the model uses as indices"
-        if id(tensor) in recorder.layer_arguments or (a.is_operation and _memory(tensor) in recorder.layer_storages):
-            write_refusal = write_refusal or (_IN_EVERY_LAYER if a.is_operation and in_layers else _EVERY_LAYER)
+        in_place_refusal = None
+        is_shared = id(tensor) in recorder.layer_arguments
+        if a.is_operation and (is_shared or _memory(tensor) in recorder.layer_storages):
+            write_refusal = write_refusal or (_IN_EVERY_LAYER if in_layers else _EVERY_LAYER)
+        elif is_shared and a.port is Port.INPUTS:
+            in_place_refusal = _SHARED_BY_LAYERS
+        elif is_shared:
+            write_refusal = write_refusal or _EVERY_LAYER
         leaves.append(
             Leaf(
                 selector=selector,
@@ -463,6 +485,7 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
                 dtype=_name(tensor.dtype),
                 read_refusal=refusal,
                 write_refusal=write_refusal,
+                in_place_refusal=in_place_refusal,
             )
         )
     return SiteInfo(
@@ -474,6 +497,7 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
         structure=a.structure,
         rows=rows or Rows.ALL,
         leaves=tuple(leaves),
+        keyword=a.keyword,
     )
 
 
@@ -505,6 +529,7 @@ def _overlaps(tensor: Tensor) -> bool:
 # A marker that `describe_model` turns into a refusal where there are several stages, and clears where there is one.
 _EVERY_LAYER = "every layer takes it beside the hidden states"
 _IN_EVERY_LAYER = "it shares memory with what every layer takes beside the hidden states"
+_SHARED_BY_LAYERS = "every layer is given this tensor: change a copy (`.clone()`), and assign that for this call alone"
 
 
 def _refuse_repeated_visits(sites: tuple[SiteInfo, ...]) -> tuple[SiteInfo, ...]:

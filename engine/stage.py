@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from engine.arguments import Arguments
 from engine.attention import AttentionPass, attending
 from engine.copies import to_device
 from engine.operations import Stops, rewritten
@@ -129,6 +130,8 @@ class StageRunner:
                 rows.attention.points.setdefault(id(module), {})[visit.port] = point
             elif visit.port is Port.INPUT:
                 yield module.register_forward_pre_hook(self._visiting_input(visit, is_last), with_kwargs=True)
+            elif visit.port is Port.INPUTS:
+                yield module.register_forward_pre_hook(self._visiting_inputs(visit, is_last), with_kwargs=True)
             else:
                 yield module.register_forward_hook(self._visiting_output(visit, is_last))
         for level in owned:
@@ -204,6 +207,18 @@ class StageRunner:
             return after
 
         return stop
+
+    def _visiting_inputs(self, visit: Visit, is_last: bool) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._is_calling:
+                return None
+            before = Arguments(args, kwargs)
+            after = visit.visitor(before)
+            if is_last:
+                raise _Done
+            return None if after is before else (after.args, dict(after.kwargs))
+
+        return hook
 
     def _visiting_output(self, visit: Visit, is_last: bool) -> Callable[..., Any]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:

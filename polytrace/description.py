@@ -39,6 +39,7 @@ class Leaf:
     read_refusal: str | None = None  # why the site cannot be read, None when it can
     write_refusal: str | None = None  # why the site cannot be written, None when it can
     is_flat: bool = False  # in the model its rows lie in the first dimension, `[tokens, ...]` without sequences
+    in_place_refusal: str | None = None  # why only `site = value` is possible, None when in-place code is too
     of_pairs: bool = False  # it has a value for each query and key: [sequences, heads, tokens, tokens]
     row_dim: int = 1  # of a view, the dimension of its tokens: 2 in [sequences, heads, tokens, features]
 
@@ -72,9 +73,10 @@ class SiteInfo:
     visit: int
     order: int  # place in the model's order of events within one forward
     stage: int  # the stage whose window owns the module
-    structure: str  # "tensor", "tuple", "list", "dict" (ModelOutput too) or "other"
+    structure: str  # "tensor", "tuple", "list", "dict" (ModelOutput too), "arguments" or "other"
     rows: Rows
     leaves: tuple[Leaf, ...]
+    keyword: str | None = None  # of an input that is given by keyword: its name
 
     @property
     def layouts(self) -> dict[tuple[int | str, ...], int]:

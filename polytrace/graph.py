@@ -27,7 +27,9 @@ class Port(Enum):
 
     INPUT = "input"  # the first positional argument, else the first keyword argument, of the module's call
     OUTPUT = "output"  # what the module's call returned
-    INPUTS = "inputs"  # all arguments of an operation's call, as (args, kwargs)
+    INPUTS = (
+        "inputs"  # arguments of a call, by selectors that begin with 0 (args) or 1 (kwargs); a module's first is INPUT
+    )
     # Where rows attend: [sequences, tokens, heads, features] but for scores and pattern.
     Q_ROT = "q_rot"  # queries as they are held against keys: rotated, not scaled
     K_ROT = "k_rot"  # keys, of the key/value heads

@@ -13,6 +13,7 @@ from polytrace.description import ModuleInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Port
+from polytrace.inputs import inputs_table
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.ports import OpenPort
@@ -42,6 +43,11 @@ class Module:
     def input(self) -> Any:
         """The first argument that the module was called with."""
         return self._port("input").read()
+
+    @property
+    def inputs(self) -> Any:
+        """All that the module was called with, `(args, kwargs)`: `inputs[0][0]`, `inputs[1]["position_ids"]`."""
+        return self._port("inputs").read()
 
     @property
     def source(self) -> Source:
@@ -85,7 +91,7 @@ class Module:
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("output", "input") or name in self._ports:
+        if name in ("output", "input", "inputs") or name in self._ports:
             self._port(name).write(value)
             return
         raise GraphError(
@@ -164,12 +170,14 @@ class Module:
     def _ports(self) -> dict[str, PortTable]:
         """Its sides that the model's forward visits, and the points inside of an attention module."""
         known = self._table.ports
-        return {port.value: known[self._path, port.value] for port in Port if (self._path, port.value) in known}
+        found = {port.value: known[self._path, port.value] for port in Port if (self._path, port.value) in known}
+        arguments = inputs_table(self._table, self._path)
+        return found if arguments is None else found | {Port.INPUTS.value: arguments}
 
     @property
     def _inner(self) -> list[str]:
         """Names of the points inside of it."""
-        return [name for name in self._ports if name not in ("input", "output")]
+        return [name for name in self._ports if name not in ("input", "output", "inputs")]
 
     @cached_property
     def _is_indexed(self) -> bool:

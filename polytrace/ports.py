@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
 from polytrace.graph import Site
+from polytrace.inputs import missing_argument
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.storage import is_recorded, state_of
@@ -48,6 +49,8 @@ class OpenPort:
             raise GraphError(f"{site} cannot be read: {leaf.read_refusal}", where=user_line())
         state = self.tracer.recording.read(site, self.tracer.invoke_index(site), leaf.dtype)
         state.is_layer_output = self.table.is_layer_output
+        if leaf.in_place_refusal is not None and state.storage.place is not None:
+            state.storage.place.in_place_refusal = leaf.in_place_refusal
         return self.tracer.wrap(state)
 
     def write_leaf(self, selector: tuple[Key, ...], value: Any) -> None:
@@ -154,6 +157,9 @@ class Members:
     def __len__(self) -> int:
         return len(self._positions())
 
+    def __bool__(self) -> bool:
+        return True
+
     def __contains__(self, key: object) -> bool:
         return key in self.keys()
 
@@ -166,6 +172,8 @@ class Members:
     def _positions(self) -> Sequence[Any]:
         """Every place that is known to exist; between tensors there may be others' (None, caches)."""
         keys = self.keys()
+        if self._port.table.is_call and not self._prefix:
+            return (0, 1)
         numbers = [key for key in keys if isinstance(key, int)]
         return range(max(numbers) + 1) if numbers else keys
 
@@ -178,6 +186,8 @@ class Members:
             positions = self._positions()
             if -len(positions) <= number < len(positions):
                 return positions[number]  # type: ignore[no-any-return]
+        if self._port.table.is_call:
+            raise missing_argument(str(self._port.site(self._prefix)), key, self._prefix, self._names())
         kind = NoSuchLayerError if isinstance(number, int) else NoSuchNameError
         raise kind(f"{self._port.site(self._prefix)} has no {key!r}; it has {self._names()}", where=user_line())
 
@@ -185,7 +195,8 @@ class Members:
         selector = (*self._prefix, key)
         if selector in self._port.table.leaves:
             return self._port.read_leaf(selector)
-        return Members(self._port, selector) if self._port.below(selector) else None
+        is_part = self._port.below(selector) or (self._port.table.is_call and not self._prefix)
+        return Members(self._port, selector) if is_part else None
 
     def _write(self, key: Key, value: Any) -> None:
         selector = (*self._prefix, key)

@@ -404,6 +404,8 @@ class Recording:
             storage.edits.append((node, where))
             return
         place = storage.place
+        if place.in_place_refusal is not None:
+            raise GraphError(f"{place.site} cannot be changed in place: {place.in_place_refusal}", where=where)
         self._add(Write(site=place.site, invoke=place.invoke, value=Ref(node), in_place=True, where=where))
         place.note(where, storage)
         storage.writes_seen = place.writes

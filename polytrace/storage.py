@@ -34,6 +34,7 @@ class Place:
     invoke: int
     writes: int = 0
     line: str = ""  # of the last write
+    in_place_refusal: str | None = None  # why in-place code cannot reach it, see `Leaf`
     writer: Storage | None = None  # who wrote last; None: nobody, or `site = value`
 
     def note(self, line: str, writer: Storage | None) -> None:

@@ -28,6 +28,7 @@ class PortTable:
     info: SiteInfo
     is_layer_output: bool  # a decoder layer's `.output`, one tensor
     leaves: dict[tuple[int | str, ...], tuple[Site, Leaf]]
+    is_call: bool = False  # `.inputs`: positional arguments, then those by keyword
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

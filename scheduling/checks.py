@@ -175,7 +175,7 @@ def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
     needed: list[tuple[NodeId, ...]] = []
     homes = [0] * len(nodes)
     sites: list[tuple[SiteInfo, Leaf] | None] = [None] * len(nodes)
-    found: dict[tuple[int, bool], tuple[SiteInfo, Leaf]] = {}  # by the site's id: many nodes name one object
+    found: dict[tuple[int, bool, bool], tuple[SiteInfo, Leaf]] = {}  # by the site's id: many nodes name one object
     has_value = bytearray(len(nodes))
     for position, node in enumerate(nodes):
         parts = operands(node)
@@ -188,7 +188,7 @@ def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
             if node.name not in OPS:
                 raise GraphError(f"there is no operation {node.name}{_nearest(node.name, OPS)}", where=node.where)
         elif isinstance(node, (Read, Write)):
-            key = (id(node.site), isinstance(node, Write))
+            key = (id(node.site), isinstance(node, Write), isinstance(node, Write) and node.in_place)
             entry = found.get(key)
             if entry is None:
                 entry = found[key] = _allowed_site(node, table)
@@ -212,6 +212,8 @@ def _allowed_site(node: Read | Write, table: ModelTable) -> tuple[SiteInfo, Leaf
     verb = "reads" if isinstance(node, Read) else "writes"
     info, leaf = table.site(node.site, verb, node.where)
     refusal = leaf.read_refusal if isinstance(node, Read) else leaf.write_refusal
+    if refusal is None and isinstance(node, Write) and node.in_place:
+        refusal = leaf.in_place_refusal
     if refusal is not None:
         done = "read" if isinstance(node, Read) else "written"
         raise GraphError(f"{node.site} cannot be {done}: {refusal}", where=node.where)
