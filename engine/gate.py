@@ -16,7 +16,7 @@ row, and by no more than rounding does, the model serves and every receipt says 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from engine.attention import AttentionPass
 from engine.links import Links
+from engine.operations import is_own_forward
 from engine.points import Pairs
 from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors, row_leaves, row_multiple
 from engine.source_sites import Place, pattern_of
@@ -79,7 +80,11 @@ def run_gate(
         device=device,
         multiple=multiple,
         levels=Levels(probe.sites, probe.layout.layers),
-        operations=_operations(probe, links),
+        operations={
+            (one.site.module, one.site.port): one
+            for one in _operations(probe, links)
+            if is_own_forward(runner.model.get_submodule(one.module))
+        },
     )
     generator = torch.Generator().manual_seed(0)
     a, other, b = (
@@ -201,15 +206,13 @@ class _Operation:
         return pattern_of(self.module), self.way, port, selector
 
 
-def _operations(probe: Probe, links: Links) -> dict[tuple[str, Port], _Operation]:
-    """The operations that this stage tries, by path and side: those of one module of each group."""
-    found = {}
+def _operations(probe: Probe, links: Links) -> Iterator[_Operation]:
+    """The operations that stand for all on this stage: those of one module of each group."""
     for group in probe.sources:
         for own, site in group.sites_on(links.stage, lambda site: _stage_of(site, probe, links)):
             way = group.sites[own].module
             module = site.module.removesuffix(operation_path("", way)).removesuffix(".")
-            found[site.module, site.port] = _Operation(site=site, module=module, way=way)
-    return found
+            yield _Operation(site=site, module=module, way=way)
 
 
 def _stage_of(site: SiteInfo, probe: Probe, links: Links) -> int:
