@@ -48,6 +48,7 @@ _SIDE_VALUES = "hand values to later layers beside the hidden states"
 _UNPROVEN = (
     "what a rank holds of it is not its slice of the whole (it may be a part of a sum): read a module's port instead"
 )
+_ANOTHER_FORWARD = "ranks share what its module computes, and its own forward does not run: read its input and output"
 _UNFORKED = "its rows depend on how rows are shared"
 _Place = tuple[str, Port, Selector]
 _Seen = dict[_Place, Tensor]
@@ -72,6 +73,7 @@ def run_gate(
             f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
         )
     multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
+    operations = list(_operations(probe, links))
     trial = _Trial(
         probe=probe,
         runner=runner,
@@ -82,7 +84,7 @@ def run_gate(
         levels=Levels(probe.sites, probe.layout.layers),
         operations={
             (one.site.module, one.site.port): one
-            for one in _operations(probe, links)
+            for one in operations
             if is_own_forward(runner.model.get_submodule(one.module))
         },
     )
@@ -124,6 +126,19 @@ def run_gate(
                 refusal=refusal,
             )
         )
+    leaves += [
+        LeafReport(
+            module=one.site.module,
+            port=one.site.port,
+            selector=leaf.selector,
+            local_tail=leaf.tail,
+            mutated=False,
+            refusal=_ANOTHER_FORWARD,
+        )
+        for one in operations
+        if (one.site.module, one.site.port) not in trial.operations
+        for leaf in one.site.leaves
+    ]
     if links.stage == links.stages - 1:
         _check_logits(leaves, probe, runner.model)
     known = {(leaf.module, leaf.port, leaf.selector) for leaf in leaves if leaf.refusal is None}
