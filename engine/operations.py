@@ -7,7 +7,7 @@ only, so that whatever else runs is the unmodified code. Knows nothing of reques
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
@@ -175,12 +175,17 @@ def _telling(path: str, watch: Watch, depth: int) -> Hook:
 def argument_leaves(value: Arguments) -> dict[tuple[int | str, ...], Tensor]:
     """The tensors among a call's arguments, and in tuples, lists and dicts among these."""
     found: dict[tuple[int | str, ...], Tensor] = {}
-    for place, members in enumerate((enumerate(value.args), value.kwargs.items())):
+    sides: tuple[Iterable[tuple[int | str, Any]], ...] = (enumerate(value.args), value.kwargs.items())
+    for place, members in enumerate(sides):
         for key, member in members:
             if isinstance(member, Tensor):
                 found[place, key] = member
-                continue
-            inner = member.items() if isinstance(member, Mapping) else ()
-            inner = enumerate(member) if isinstance(member, (tuple, list)) else inner
-            found.update(((place, key, name), leaf) for name, leaf in inner if isinstance(leaf, Tensor))
+            else:
+                found.update(((place, key, name), leaf) for name, leaf in _members(member) if isinstance(leaf, Tensor))
     return found
+
+
+def _members(value: Any) -> Iterable[tuple[int | str, Any]]:
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, (tuple, list)) else ()

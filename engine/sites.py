@@ -416,7 +416,7 @@ class _Recorder:
 
 def _memory(tensor: Tensor) -> int:
     """What tensors that share memory have in common, without data too."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
