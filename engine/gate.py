@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors,
 from engine.source_sites import Place, pattern_of
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
-from engine.streams import Streams
+from engine.streams import LevelRows, Streams
 from engine.trunks import Trunks
 from polytrace.description import SiteInfo
 from polytrace.errors import ServiceError
@@ -288,14 +289,18 @@ class _Trial:
         levels = self.levels
         differing: set[_Place] = set()
 
-        def comparing(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
-            rows = streams.at(levels.of(site.order))
-            pairs = [
+        @cache
+        def pairs_of(rows: LevelRows) -> list[tuple[int | None, int | None]]:
+            return [
                 (own, base)
                 for fork in range(1, len(segments))
                 for position in range(length)
                 if (own := rows.row(fork, position)) != (base := rows.row(0, position))
             ]
+
+        def comparing(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
+            rows = streams.at(levels.of(site.order))
+            pairs = pairs_of(rows)
 
             def visitor(value: Any) -> Any:
                 if isinstance(value, Pairs) and pairs:

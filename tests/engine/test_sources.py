@@ -263,7 +263,7 @@ def test_what_cannot_be_had_is_refused_with_the_reason(loaded: dict[str, Loaded]
         assert "test_sources.py" in str(caught.value)
 
     refused("several times in one forward", lambda: model.model.source.decoder_layer_0.output.save())
-    refused("its rows are not laid out", lambda: attention.q_proj.source.F_linear_0.inputs[0][1].save())
+    refused("for all tokens of all prompts", lambda: attention.q_proj.source.F_linear_0.inputs[0][1].save())
     refused("does not come to this call", lambda: attention.source.past_key_values_update_0.output.save())
     refused("first argument of .* holds no tensor", lambda: attention.source.attention_interface_0.input.save())
     refused("points q_rot, k_rot, v", lambda: attention.source.attention_interface_0.source)
@@ -272,6 +272,21 @@ def test_what_cannot_be_had_is_refused_with_the_reason(loaded: dict[str, Loaded]
     refused("ModuleList|does not call", lambda: model.model.layers.source)
     with pytest.raises(AttributeError, match="did you mean act_fn_0"):
         _ = model.model.layers[0].mlp.source.act_fun_0
+
+
+def test_tokens_are_counted_in_the_dimension_where_an_operation_has_them(loaded: dict[str, Loaded]) -> None:
+    model = loaded["llama"].model
+    source = model.model.layers[0].self_attn.source
+    with pytest.raises(GraphError, match="not in the second dimension"), model.trace(IDS):
+        source.transpose_0.output.at(0).save()
+    with pytest.raises(GraphError, match="mask"), model.trace([IDS, OTHERS]):
+        source.transpose_0.output.mean(2).save()  # [sequences, heads, tokens, features]
+    with model.trace([IDS, OTHERS]):
+        heads = source.transpose_0.output.mean(1).save()
+        last = source.transpose_0.output[:, :, -1].save()
+        same = source.view_0.output[:, -1].save()
+    assert heads.shape == (2, len(IDS), 8)
+    assert torch.equal(last, same)
 
 
 def test_a_request_that_names_an_operation_by_hand_is_checked(loaded: dict[str, Loaded]) -> None:
