@@ -16,8 +16,9 @@ row, and by no more than rounding does, the model serves and every receipt says 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,12 +26,13 @@ from torch import Tensor, nn
 
 from engine.attention import AttentionPass
 from engine.links import Links
+from engine.operations import is_own_forward
 from engine.points import Pairs
 from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors, row_leaves, row_multiple
 from engine.source_sites import Place, pattern_of
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
-from engine.streams import Streams
+from engine.streams import LevelRows, Streams
 from engine.trunks import Trunks
 from polytrace.description import SiteInfo
 from polytrace.errors import ServiceError
@@ -47,6 +49,7 @@ _SIDE_VALUES = "hand values to later layers beside the hidden states"
 _UNPROVEN = (
     "what a rank holds of it is not its slice of the whole (it may be a part of a sum): read a module's port instead"
 )
+_ANOTHER_FORWARD = "ranks share what its module computes, and its own forward does not run: read its input and output"
 _UNFORKED = "its rows depend on how rows are shared"
 _Place = tuple[str, Port, Selector]
 _Seen = dict[_Place, Tensor]
@@ -71,6 +74,7 @@ def run_gate(
             f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
         )
     multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
+    operations = list(_operations(probe, links))
     trial = _Trial(
         probe=probe,
         runner=runner,
@@ -79,7 +83,11 @@ def run_gate(
         device=device,
         multiple=multiple,
         levels=Levels(probe.sites, probe.layout.layers),
-        operations=_operations(probe, links),
+        operations={
+            (one.site.module, one.site.port): one
+            for one in operations
+            if is_own_forward(runner.model.get_submodule(one.module))
+        },
     )
     generator = torch.Generator().manual_seed(0)
     a, other, b = (
@@ -119,6 +127,19 @@ def run_gate(
                 refusal=refusal,
             )
         )
+    leaves += [
+        LeafReport(
+            module=one.site.module,
+            port=one.site.port,
+            selector=leaf.selector,
+            local_tail=leaf.tail,
+            mutated=False,
+            refusal=_ANOTHER_FORWARD,
+        )
+        for one in operations
+        if (one.site.module, one.site.port) not in trial.operations
+        for leaf in one.site.leaves
+    ]
     if links.stage == links.stages - 1:
         _check_logits(leaves, probe, runner.model)
     known = {(leaf.module, leaf.port, leaf.selector) for leaf in leaves if leaf.refusal is None}
@@ -201,15 +222,13 @@ class _Operation:
         return pattern_of(self.module), self.way, port, selector
 
 
-def _operations(probe: Probe, links: Links) -> dict[tuple[str, Port], _Operation]:
-    """The operations that this stage tries, by path and side: those of one module of each group."""
-    found = {}
+def _operations(probe: Probe, links: Links) -> Iterator[_Operation]:
+    """The operations that stand for all on this stage: those of one module of each group."""
     for group in probe.sources:
         for own, site in group.sites_on(links.stage, lambda site: _stage_of(site, probe, links)):
             way = group.sites[own].module
             module = site.module.removesuffix(operation_path("", way)).removesuffix(".")
-            found[site.module, site.port] = _Operation(site=site, module=module, way=way)
-    return found
+            yield _Operation(site=site, module=module, way=way)
 
 
 def _stage_of(site: SiteInfo, probe: Probe, links: Links) -> int:
@@ -270,14 +289,18 @@ class _Trial:
         levels = self.levels
         differing: set[_Place] = set()
 
-        def comparing(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
-            rows = streams.at(levels.of(site.order))
-            pairs = [
+        @cache
+        def pairs_of(rows: LevelRows) -> list[tuple[int | None, int | None]]:
+            return [
                 (own, base)
                 for fork in range(1, len(segments))
                 for position in range(length)
                 if (own := rows.row(fork, position)) != (base := rows.row(0, position))
             ]
+
+        def comparing(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
+            rows = streams.at(levels.of(site.order))
+            pairs = pairs_of(rows)
 
             def visitor(value: Any) -> Any:
                 if isinstance(value, Pairs) and pairs:

@@ -109,12 +109,17 @@ def forward_of(module: nn.Module) -> Rewriting:
     return rewriting
 
 
+def is_own_forward(module: nn.Module) -> bool:
+    """Whether the forward of its class is what runs in a module; ranks share some modules by another one."""
+    function = forward_of(module).function
+    return substituted(module.forward, function, function) is not None
+
+
 @contextmanager
 def rewritten(module: nn.Module, hook: Hook) -> Iterator[Rewriting]:
     """The module runs with a hook around the calls of its forward. Raises CannotRewrite before anything is changed."""
     rewriting = forward_of(module)
-    forward: Any = module.forward
-    made = substituted(forward, rewriting.function, rewriting.bind(hook))
+    made = substituted(module.forward, rewriting.function, rewriting.bind(hook))
     if made is None:
         raise CannotRewrite(f"what runs in {type(module).__name__} is not the forward of its class")
     before = module.__dict__.get("forward")

@@ -178,18 +178,12 @@ def _strip(definition: ast.FunctionDef) -> None:
 
 def _compiled(definition: ast.FunctionDef, function: FunctionType) -> CodeType:
     """The code of a function that has the hook and the old one's free variables around it."""
-    names = (_HOOK, *function.__code__.co_freevars)
-    around = ast.FunctionDef(
-        name="around",
-        args=ast.arguments(
-            posonlyargs=[], args=[ast.arg(name) for name in names], kwonlyargs=[], kw_defaults=[], defaults=[]
-        ),
-        body=[definition],
-        decorator_list=[],
-        **({"type_params": []} if "type_params" in ast.FunctionDef._fields else {}),
-    )
-    ast.copy_location(around, definition)
-    tree = ast.fix_missing_locations(ast.Module(body=[around], type_ignores=[]))
+    names = ", ".join((_HOOK, *function.__code__.co_freevars))
+    tree = ast.parse(f"def around({names}): pass")
+    around = tree.body[0]
+    assert isinstance(around, ast.FunctionDef), "it was written just now"
+    around.body = [definition]
+    ast.fix_missing_locations(tree)
     flags = function.__code__.co_flags & _FUTURES
     whole = compile(tree, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
     (outer,) = _codes(whole)

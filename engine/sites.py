@@ -432,7 +432,7 @@ class _Recorder:
 
 def _memory(tensor: Tensor) -> int:
     """What tensors that share memory have in common, without data too."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -457,6 +457,8 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
         dim, kind, tail = found or (1, rows, ())
         told = [{_PROBES[0][0]: "tokens", _PROBES[0][1]: "tokens"}.get(size, size) for size in tensor.shape]
         refusal = None if found else f"its rows are not laid out as [1, tokens, ...] but as {told}"
+        if a.is_operation and tensor.shape == b.leaves[selector].shape:
+            refusal = f"it is {told} for all tokens of all prompts: what a module holds is read by its name there"
         rows = rows or kind
         if kind is not rows:
             refusal = "it has other rows than what stands beside it"

@@ -169,7 +169,7 @@ def describe_sources(
 ) -> tuple[tuple[SourceCode, ...], tuple[SourceInfo, ...], dict[str, int]]:
     """The codes and sources of a description, and each module's source. `placed` says what a gate found of a leaf."""
     codes: dict[Rewriting, int] = {}
-    infos = []
+    infos: list[SourceInfo] = []
     source_of: dict[str, int] = {}
     for group in groups:
         source_of |= dict.fromkeys(group.modules, len(infos))

@@ -144,7 +144,7 @@ class StageRunner:
     def _stops(self, visits: list[Visit], stop_after: int | None) -> dict[nn.Module, Stops]:
         """The operations to stop at, by the module whose forward has them."""
         found: dict[nn.Module, Stops] = {}
-        for visit in sorted(visits, key=lambda visit: visit.order):
+        for visit in visits:
             if visit.operation:
                 stops = found.setdefault(self.model.get_submodule(visit.module), Stops())
                 stops.add(visit.operation, visit.port, self._visiting_operation(visit, visit.order == stop_after))

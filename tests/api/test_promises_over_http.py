@@ -137,3 +137,25 @@ def test_nothing_that_serves_can_run_what_a_user_sent() -> None:
         for file in (root / room).glob("*.py"):
             text = file.read_text().replace(".eval()", "")
             assert not [way for way in ways if way in text], file
+
+
+def test_operations_inside_of_forwards_are_those_of_this_process(model: Any) -> None:
+    ids = [1, 5, 9, 2, 30, 12]
+    with polytrace.load(str(FOLDER)) as here:
+        saved = []
+        for one in (here, model):
+            layer = one.model.layers[3]
+            with one.trace(ids):
+                rotary = layer.self_attn.source.apply_rotary_pos_emb_0.source.rotate_half_0.output.save()
+                query = layer.self_attn.source.attention_interface_0.inputs[0][1].save()
+                layer.mlp.source.act_fn_0.output *= 0.5
+                edited = one.lm_head.output.save()
+            with one.trace(ids):
+                plain = one.lm_head.output.save()
+            saved.append((rotary, query, edited, plain))
+        assert repr(here.model.layers[3].self_attn.source) == repr(model.model.layers[3].self_attn.source)
+    for ours, theirs in zip(*saved, strict=True):
+        assert (ours - theirs).abs().max() <= FLOAT32_TOLERANCE * max(1.0, float(theirs.abs().max()))
+    assert (saved[1][2] - saved[1][3]).abs().max() > 1e-2
+    with pytest.raises(polytrace.errors.GraphError, match="several times"), model.trace(ids):
+        model.model.source.decoder_layer_0.output.save()
