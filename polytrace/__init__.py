@@ -26,6 +26,7 @@ from polytrace.errors import (
 )
 
 if TYPE_CHECKING:
+    from polytrace.choice import cond
     from polytrace.client import connect, load, models
     from polytrace.model import Model
     from polytrace.tracing import Tracer
@@ -46,12 +47,20 @@ __all__ = [
     "Tracer",
     "UserError",
     "WireError",
+    "cond",
     "connect",
     "load",
     "models",
 ]
 
-_ROOMS = {"connect": "client", "load": "client", "models": "client", "Model": "model", "Tracer": "tracing"}
+_ROOMS = {
+    "cond": "choice",
+    "connect": "client",
+    "load": "client",
+    "models": "client",
+    "Model": "model",
+    "Tracer": "tracing",
+}
 
 
 def __getattr__(name: str) -> Any:
