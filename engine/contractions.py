@@ -1,65 +1,116 @@
 """Which dimensions of its operands an op runs over: what it reduces, and what it sums in a product.
 
-Read off the op's arguments, where torch says it in the signature. Knows no tokens and no pads (`engine.ragged` does).
+The op table says how far an op reaches (`polytrace.ops.Reach`); which dimensions that are is read off the arguments,
+where torch says it in the signature. What an op is not known to leave apart counts as run over. Knows no tokens and no
+pads (`engine.ragged` does).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from engine.meta import Meta
 from polytrace.graph import NodeId, Op, Operand, Ref
-from polytrace.ops import OPS
-
-# Where `dim` stands among the positional arguments and what it is when it is not given; the others: (1, all).
-_DIM_PLACES: dict[str, tuple[int, int | None]] = {
-    "norm": (2, None),
-    "linalg_norm": (2, None),
-    "vector_norm": (2, None),
-    "topk": (2, -1),
-    "sort": (1, -1),
-    "argsort": (1, -1),
-    "cosine_similarity": (2, 1),
-    "normalize": (2, 1),
-}
+from polytrace.graph import operands as operands_of
+from polytrace.ops import OPS, Reach
 
 Dims = list[tuple[NodeId, set[int]]]
+
+# Ops whose operands all have the dimension: what is compared along it, or put there.
+_MANY = frozenset(
+    {
+        *("cosine_similarity", "pairwise_distance", "vecdot", "cross", "linalg_cross"),
+        *("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill"),
+    }
+)
+_BY_CLASS = frozenset({"cross_entropy", "nll_loss"})
 
 
 def reduced_dims(op: Op, values: list[Any]) -> Dims:
     """Operands whose dimensions the op runs over by itself (sum, softmax, topk, norms), with these dimensions."""
-    if op.name == "layer_norm":
-        sizes = op.kwargs.get("normalized_shape", op.args[1] if len(op.args) > 1 else ())
-        count = len(sizes) if isinstance(sizes, (tuple, list)) else 1
-        return _last(op.args[0], values, set(range(-count, 0)))
-    if not OPS[op.name].reduces and op.name not in _DIM_PLACES:
-        return []
-    place, default = _DIM_PLACES.get(op.name, (1, None))
-    dim: Operand = op.kwargs.get("dim", op.args[place] if len(op.args) > place else default)
-    if isinstance(dim, Ref):
-        return []  # torch.max(a, b)
+    spec = OPS[op.name]
+    everything = [found for node in operands_of(op) for found in _last(Ref(node), values, None)]
+    match spec.reach:
+        case Reach.PLACE | Reach.MOVED | Reach.CONTRACTED:
+            return []
+        case Reach.DIM:
+            dim: Operand = op.kwargs.get("dim", op.args[spec.dim_place] if len(op.args) > spec.dim_place else None)
+            if isinstance(dim, Ref):
+                return []  # torch.max(a, b)
+            return _along(op, values, spec.dim_default if dim is None else dim)
+        case Reach.LAST:
+            dims = set(range(-spec.num_last, 0))
+            return [found for node in operands_of(op) for found in _last(Ref(node), values, dims)]
+        case Reach.SHAPE:
+            sizes = op.kwargs.get("normalized_shape", op.args[1] if len(op.args) > 1 else ())
+            count = len(sizes) if isinstance(sizes, (tuple, list)) else 1
+            return _last(op.args[0], values, set(range(-count, 0)))
+        case Reach.LOSS if op.kwargs.get("reduction") == "none":
+            if op.name not in _BY_CLASS:
+                return []
+            return _last(op.args[0], values, {1 if _rank(op.args[0], values) > 1 else 0})
+    return everything
+
+
+def _along(op: Op, values: list[Any], dim: Operand) -> Dims:
     dims: set[int] | None = None
     if isinstance(dim, int) and not isinstance(dim, bool):
         dims = {dim}
     elif isinstance(dim, (tuple, list)) and dim:
         dims = {part for part in dim if isinstance(part, int)}
-    operands = op.args[:2] if op.name == "cosine_similarity" else op.args[:1]
+    operands: Iterable[Operand] = op.args[:1]
+    if dims is None or op.name in _MANY:
+        operands = map(Ref, operands_of(op))
     return [found for operand in operands for found in _last(operand, values, dims)]
 
 
 def contracted(op: Op, values: list[Any]) -> Dims:
     """Operands of a product with the dimensions that it sums over."""
+    if OPS[op.name].reach is not Reach.CONTRACTED:
+        return []
     if op.name == "einsum":
         return _einsum(op, values)
-    if op.name in ("matmul", "mm", "bmm", "rmatmul", "dot"):
-        left, right = (*op.args, op.kwargs.get("other"))[:2]
-        if op.name == "rmatmul":
-            left, right = right, left
-        return [*_last(left, values, {-1}), *_last(right, values, {-2} if _rank(right, values) > 1 else {-1})]
+    if op.name == "tensordot":
+        return _tensordot(op, values)
     if op.name == "linear":
         weight = op.kwargs.get("weight", op.args[1] if len(op.args) > 1 else None)
         return [*_last(op.args[0], values, {-1}), *_last(weight, values, {-1})]
-    return []
+    left, right = _factors(op)
+    if op.name == "inner":
+        return [*_last(left, values, {-1}), *_last(right, values, {-1})]
+    return [*_last(left, values, {-1}), *_last(right, values, {-2} if _rank(right, values) > 1 else {-1})]
+
+
+_SECOND = {"matmul": "other", "mm": "mat2", "bmm": "mat2", "mv": "vec", "dot": "tensor", "inner": "other"}
+_ADDED = {"addmm": ("mat1", "mat2"), "addmv": ("mat", "vec"), "baddbmm": ("batch1", "batch2")}
+
+
+def _factors(op: Op) -> tuple[Operand, Operand]:
+    """The two matrices of a product, in order."""
+    if op.name in _ADDED:  # behind what is added
+        first, second = _ADDED[op.name]
+        given = [*op.args[1:3]]
+        left = given.pop(0) if given else op.kwargs.get(first)
+        return left, given.pop(0) if given else op.kwargs.get(second)
+    left, right = (*op.args, op.kwargs.get(_SECOND.get(op.name, "other")))[:2]
+    return (right, left) if op.name == "rmatmul" else (left, right)
+
+
+def _tensordot(op: Op, values: list[Any]) -> Dims:
+    dims = op.kwargs.get("dims", op.args[2] if len(op.args) > 2 else 2)
+    left, right = op.args[:2]
+    if isinstance(dims, int):
+        return [*_last(left, values, set(range(-dims, 0))), *_last(right, values, set(range(dims)))]
+    if isinstance(dims, (tuple, list)) and len(dims) == 2:
+        ours, theirs = ([part] if isinstance(part, int) else part for part in dims)
+        if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)):
+            return [*_last(left, values, _numbers(ours)), *_last(right, values, _numbers(theirs))]
+    return [*_last(left, values, None), *_last(right, values, None)]
+
+
+def _numbers(parts: Any) -> set[int]:
+    return {part for part in parts if isinstance(part, int)}
 
 
 def _einsum(op: Op, values: list[Any]) -> Dims:

@@ -153,6 +153,7 @@ class RequestState:
                 tuple(self._resolve(arg) for arg in node.args),
                 {name: self._resolve(arg) for name, arg in node.kwargs.items()},
                 seed=(self.program.seed, draw_of(node, node_id)),
+                device=self.context.device,
             )
         elif isinstance(node, Constant):
             value = self._constant(node.name)

@@ -7,18 +7,19 @@ it at submit. Values are made on demand and small; what is read from the model o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.ops import TORCH_DTYPES, resolve, run_op
-from polytrace.graph import Constant, Mask, NodeId, Op, Request, refs
+from polytrace.graph import Constant, Mask, NodeId, Op, Request, operands, refs
+from polytrace.ops import OPS, Cost
 from polytrace.tensors import RawTensor
 
 _MAX_ELEMENTS = 1 << 18  # of one known value
 _MAX_OPS = 4_096  # values made for one request
-_RANDOM = frozenset({"randn_like", "rand_like"})
+_DEAR = frozenset({Cost.TRANSFORM, Cost.DECOMPOSITION})  # not worth running to learn a shape
 
 
 class KnownValues:
@@ -34,7 +35,7 @@ class KnownValues:
     def note(self, node: NodeId, num_elements: int) -> None:
         """Takes in the next node, in order."""
         kind = self._request.graph.nodes[node]
-        is_known = isinstance(kind, (Constant, Mask)) or (isinstance(kind, Op) and kind.name not in _RANDOM)
+        is_known = isinstance(kind, (Constant, Mask)) or (isinstance(kind, Op) and _is_known(kind))
         if is_known:
             for part in self._needs[node]:
                 is_known = is_known and self._is_known[part]
@@ -57,6 +58,14 @@ class KnownValues:
             self._data[current] = self._run(current)
         return self._data[node]
 
+    def value_of(self, op: Op) -> Tensor | None:
+        """The value of an op whose node is not noted yet, None where an operand is not known."""
+        if not _is_known(op):
+            return None
+        found = {part: self.data(part) for part in operands(op)}
+        known = {part: data for part, data in found.items() if data is not None}
+        return _value(op, known) if len(known) == len(found) else None
+
     def _run(self, position: NodeId) -> Tensor:
         node = self._request.graph.nodes[position]
         if isinstance(node, Constant):
@@ -64,11 +73,20 @@ class KnownValues:
         if isinstance(node, Mask):
             return mask_of(self._request, node.invoke)
         assert isinstance(node, Op)
-        args = tuple([resolve(argument, self._data) for argument in node.args])
-        kwargs = {key: resolve(argument, self._data) for key, argument in node.kwargs.items()}
-        with torch.no_grad():
-            value: Tensor = run_op(node.name, args, kwargs)
-        return value
+        return _value(node, self._data)
+
+
+def _value(op: Op, data: Mapping[NodeId, Tensor]) -> Tensor:
+    args = tuple([resolve(argument, data) for argument in op.args])
+    kwargs = {key: resolve(argument, data) for key, argument in op.kwargs.items()}
+    with torch.no_grad():
+        value: Tensor = run_op(op.name, args, kwargs)
+    return value
+
+
+def _is_known(op: Op) -> bool:
+    """Whether the op's value is as good as known where its operands are."""
+    return not OPS[op.name].is_random and OPS[op.name].cost not in _DEAR
 
 
 def looks_at_data(op: Op) -> bool:
@@ -77,6 +95,8 @@ def looks_at_data(op: Op) -> bool:
         return bool(refs(op.args[1]))
     if op.name == "repeat_interleave":
         return bool(refs(op.args[1:]) or refs(tuple(op.kwargs.values())))
+    if OPS[op.name].needs_values:
+        return True
     return op.name == "one_hot" and len(op.args) == 1 and not op.kwargs
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterator
+from functools import lru_cache, partial
 from types import EllipsisType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES, run_op
+from engine.workspace import work_elements
 from polytrace.graph import DType, Ref
+from polytrace.shape_rules import RULES
 
 
 class Meta(NamedTuple):
@@ -45,6 +47,7 @@ Frozen: TypeAlias = Hashable
 MISFITS = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError)
 
 
+_META = torch.device("meta")
 _MAX_REHEARSED = 1 << 14  # elements of an op's operands and results together
 _NO_KERNEL = re.compile(r"not implemented for|not support|only support|same dtype")
 _ONE_DTYPE = frozenset({"matmul", "rmatmul", "mm", "bmm", "dot", "linear"})  # the meta device does not always insist
@@ -111,7 +114,7 @@ def freeze(operand: Any, values: Any) -> Frozen:
     return (kind.__name__, operand)  # bool, float, str
 
 
-def thaw(frozen: Frozen, make: Callable[[Meta], Tensor] = tensor_of) -> Any:
+def thaw(frozen: Frozen, make: Callable[[Meta], Any] = tensor_of) -> Any:
     """The argument that `freeze` described, with tensors made by `make`."""
     if isinstance(frozen, Meta):
         return make(frozen)
@@ -142,9 +145,28 @@ def result_of(name: str, args: tuple[Frozen, ...], kwargs: tuple[tuple[str, Froz
         args, kwargs = (args[0], *[_scalar(part) for part in args[1:]]), tuple([(k, _scalar(v)) for k, v in kwargs])
     thawed = tuple([thaw(argument) for argument in args])
     with torch.no_grad():
-        value = meta_of(run_op(name, thawed, {key: thaw(argument) for key, argument in kwargs}))
+        run = RULES.get(name) or partial(_run_on_meta, name)
+        value = meta_of(run(*thawed, **{key: thaw(argument) for key, argument in kwargs}))
         _rehearse(name, args, kwargs, value)
     return value
+
+
+def work_of(name: str, args: tuple[Frozen, ...], kwargs: tuple[tuple[str, Frozen], ...]) -> int:
+    """Elements that the op takes while it runs, beyond its operands and results."""
+    shapes = list(_shapes((*args, *[part for _, part in kwargs])))
+    return work_elements(name, shapes, thaw(args[0], lambda meta: meta) if args and name == "einsum" else None)
+
+
+def _shapes(part: Any) -> Iterator[tuple[int, ...]]:
+    if isinstance(part, Meta):
+        yield part.shape
+    elif isinstance(part, tuple):
+        for member in part:
+            yield from _shapes(member)
+
+
+def _run_on_meta(name: str, *args: Any, **kwargs: Any) -> Any:
+    return run_op(name, args, kwargs, device=_META)
 
 
 def _bounds(args: tuple[Frozen, ...], kwargs: tuple[tuple[str, Frozen], ...]) -> list[Frozen]:
@@ -165,7 +187,7 @@ def _rehearse(
     value: Meta | tuple[Meta, ...],
 ) -> None:
     """Runs a small op on zeros: the meta device knows neither every bound of `dim` nor which dtypes have a kernel."""
-    size = _num_elements(args) + _num_elements(kwargs) + _num_elements(value)
+    size = _num_elements(args) + _num_elements(kwargs) + _num_elements(value) + work_of(name, args, kwargs)
     if size > _MAX_REHEARSED:
         return
     try:

@@ -20,7 +20,7 @@ from engine.meta import MISFITS, Meta, contiguous, freeze, result_of
 from polytrace.errors import GraphError
 from polytrace.graph import Call, NodeId, Op, Ref, Request
 from polytrace.graph import operands as operands_of
-from polytrace.ops import OPS, Results
+from polytrace.ops import OPS, Reach, Results
 
 _HINT = (
     "pad rows would be counted: multiply by tracer.mask[..., None] (and divide by tracer.lengths) or use "
@@ -171,19 +171,14 @@ class TokenDimensions:
         grown = [dim for dim, (size, more) in enumerate(zip(value.shape, longer.shape, strict=True)) if size != more]
         if not grown:
             return None
-        known = self._columns(op)
-        return Tokens(kind=kind, dims={dim: _matching(known, value.shape[dim]) for dim in grown}, longer=longer)
+        return Tokens(kind=kind, dims=self._grown(op, grown, value), longer=longer)
 
     def _members(self, op: Op, args: tuple[Any, ...], values: list[Any], value: tuple[Meta, ...]) -> Members:
         base, kind = self._base(op), self._kind(op)
+        if OPS[op.name].results is not Results.LIST:
+            return self._named(op, args, values, value)
         if base is None:
             return ()
-        if OPS[op.name].results is not Results.LIST:  # topk, sort, max: the dimension reduced has no raw tokens
-            reduced = {dim for _, dims in reduced_dims(op, values) for dim in dims}
-            is_gone = len(value[0].shape) < len(base.longer.shape)
-            dims = {dim - (is_gone and dim > min(reduced)): columns for dim, columns in base.dims.items()}
-            kept = {dim: columns for dim, columns in dims.items() if is_gone or dim not in reduced}
-            return tuple([_tokens_of(kind, kept, member) for member in value])
         place = 1 if op.name == "unbind" else 2
         along = op.kwargs.get("dim", args[place] if len(args) > place else 0)
         dim = along % len(base.longer.shape) if isinstance(along, int) else 0
@@ -200,13 +195,39 @@ class TokenDimensions:
             start = stop
         return tuple(members)
 
+    def _named(self, op: Op, args: tuple[Any, ...], values: list[Any], value: tuple[Meta, ...]) -> Members:
+        """Of topk, sort, max, svd: a dimension that is run over and stays has no raw tokens."""
+        kind = self._kind(op)
+        reduced = {dim for _, dims in reduced_dims(op, values) for dim in dims}
+        rank = max(len(values[part].shape) for part in operands_of(op) if self._tokens(part) is not None)
+        try:
+            longer = result_of(op.name, *self._longer(op, args, values))
+        except MISFITS:  # a size written as a number does not grow
+            return tuple([_tokens_of(kind, self._by_place(op, values, member), member) for member in value])
+        assert not isinstance(longer, Meta)
+        found = []
+        for member, more in zip(value, longer, strict=True):
+            gone = reduced if len(member.shape) == rank else set()
+            sizes = enumerate(zip(member.shape, more.shape, strict=True))
+            grown = [dim for dim, (size, long) in sizes if size != long and dim not in gone]
+            found.append(_tokens_of(kind, self._grown(op, grown, member), member))
+        return tuple(found)
+
+    def _grown(self, op: Op, grown: list[int], value: Meta) -> dict[int, Columns]:
+        """The columns of token dimensions, where the op leaves them in their places."""
+        known = self._columns(op)
+        if OPS[op.name].reach in (Reach.MOVED, Reach.WHOLE):
+            unknown = Columns(known=None, first_full=max(columns.first_full for columns in known))
+            return dict.fromkeys(grown, unknown)
+        return {dim: _matching(known, value.shape[dim]) for dim in grown}
+
     def _kind(self, op: Op) -> Kind:
         kinds = {tokens.kind for part in operands_of(op) if (tokens := self._tokens(part)) is not None}
         if kinds <= {Kind.MASK}:
             return Kind.MASK
         if Kind.MASK in kinds or kinds == {Kind.MASKED}:
             return Kind.MASKED
-        is_product = op.name in ("mul", "div") or op.name in ("matmul", "rmatmul", "bmm", "mm", "einsum", "linear")
+        is_product = op.name in ("mul", "div") or OPS[op.name].reach is Reach.CONTRACTED
         return Kind.MASKED if Kind.MASKED in kinds and is_product else Kind.RAW
 
     def _base(self, op: Op) -> Tokens | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from engine.indexing import DependsOnValues, normalise
 from engine.known import KnownValues, looks_at_data
-from engine.meta import MISFITS, Frozen, Meta, OneDtype, contiguous, freeze, meta_of, result_of, tensor_of
+from engine.meta import MISFITS, Frozen, Meta, OneDtype, contiguous, freeze, meta_of, result_of, tensor_of, work_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.ragged import Members, TokenDimensions
 from engine.refusals import VALUES_HINT, check_depth, explain, title
@@ -46,11 +46,14 @@ from polytrace.graph import (
     Write,
 )
 from polytrace.ops import OPS, Results
+from polytrace.parts import num_parts
 from scheduling.checks import ModelTable, Resolved, resolve, table_of
 from scheduling.liveness import peak_bytes
 from scheduling.plan import ValueFacts
 
 _MAX_PARTS = 4_096  # values that split, chunk or unbind may return
+
+_WORK_BYTES = 4  # of an element that an op makes on its way
 
 ValueNode: TypeAlias = Read | Mask | Constant | Parameter | Call | Op
 
@@ -123,8 +126,12 @@ class _Walk:
         if isinstance(node, Write):
             self._check_write(position, node)
         elif isinstance(node, Save):
-            if not isinstance(self.values[node.value.node], Meta):
+            saved = self.values[node.value.node]
+            if not isinstance(saved, Meta):
                 told = f"{node.name!r} would save several values: take one of them"
+                raise GraphError(told, where=node.where)
+            if saved.dtype.is_complex:
+                told = "complex values do not travel: save .real and .imag, or torch.view_as_real(value)"
                 raise GraphError(told, where=node.where)
         else:
             structure = self._structure(position, node)
@@ -259,6 +266,8 @@ class _Walk:
         if not isinstance(value, Meta):
             told = f"the value written to {node.site} is several values: take one of them"
             raise GraphError(told, where=node.where)
+        if value.dtype.is_complex:
+            raise GraphError(f"{node.site} takes no complex value: write its .real or .abs()", where=node.where)
         num_prompts, longest, _ = self._view_of(node.invoke)
         planned = entry[1].view_shape(num_prompts, longest)
         if value.shape != planned:
@@ -294,6 +303,11 @@ class _Walk:
             if indices is None:
                 raise GraphError("one_hot of a recorded value needs num_classes: its shape depends on values")
             args = (*args, int(indices.max()) + 1)
+        elif OPS[node.name].needs_values:
+            value = self.known.value_of(node)
+            if value is None:
+                raise DependsOnValues
+            return args, meta_of(value)
         elif OPS[node.name].results is Results.LIST:
             self._check_parts(node)
         return args, self._result(node, args)
@@ -301,7 +315,12 @@ class _Walk:
     def _result(self, node: Op, args: tuple[Any, ...]) -> Meta | tuple[Meta, ...]:
         frozen = tuple([freeze(argument, self.values) for argument in args])
         kwargs = tuple([(key, freeze(argument, self.values)) for key, argument in node.kwargs.items()])
-        return result_of(node.name, frozen, kwargs)
+        value = result_of(node.name, frozen, kwargs)
+        if (work := work_of(node.name, frozen, kwargs) * _WORK_BYTES) > self.limits.max_value_bytes:
+            raise TooLargeError(
+                f"{node.name} would need {work} bytes while it runs; the limit is {self.limits.max_value_bytes}"
+            )
+        return value
 
     def _one(self, operand: Operand) -> Meta:
         value = self.values[operand.node] if isinstance(operand, Ref) else None
@@ -381,19 +400,8 @@ class _Walk:
 
     def _check_parts(self, node: Op) -> None:
         """A list of values must be short before torch makes it."""
-        base = self._one(node.args[0])
-        place = 1 if node.name == "unbind" else 2
-        dim = node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0)
-        sizes = {key: value for key, value in node.kwargs.items() if key != "dim"}
-        size = next(iter(sizes.values()), node.args[1] if len(node.args) > 1 else 1)
-        length = base.shape[dim] if isinstance(dim, int) and base.shape else 0
-        parts = length
-        if node.name == "split" and isinstance(size, int) and size > 0:
-            parts = -(-length // size)
-        elif node.name == "split" and isinstance(size, (tuple, list)):
-            parts = len(size)
-        elif node.name == "chunk" and isinstance(size, int):
-            parts = min(size, length)
+        is_one = isinstance(node.args[0], Ref) and node.name not in ("meshgrid", "broadcast_tensors")
+        parts = num_parts(node.name, node.args, node.kwargs, self._one(node.args[0]).shape if is_one else ())
         if parts > _MAX_PARTS:
             raise TooLargeError(f"{node.name} would make {parts} values; the limit is {_MAX_PARTS}")
 

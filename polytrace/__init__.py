@@ -26,6 +26,7 @@ from polytrace.errors import (
 )
 
 if TYPE_CHECKING:
+    from polytrace.choice import cond
     from polytrace.client import connect, load, models
     from polytrace.model import Model
     from polytrace.saving import save
@@ -47,6 +48,7 @@ __all__ = [
     "Tracer",
     "UserError",
     "WireError",
+    "cond",
     "connect",
     "load",
     "models",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "cond": "choice",
     "connect": "client",
     "load": "client",
     "models": "client",

@@ -46,4 +46,7 @@ def normalised(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
             plain = (value, *plain)
         else:
             named[key] = DType(value) if key == "dtype" and isinstance(value, str) else value
+    if not plain and name in OPS:
+        first = next((key for key in OPS[name].first if key in named), None)
+        plain = (named.pop(first),) if first is not None else ()
     return plain, named

@@ -56,6 +56,18 @@ class ArrayValue(_Held, Recorded):
     def mT(self) -> Any:
         return record("transpose", (self, -2, -1), {})
 
+    @property
+    def mH(self) -> Any:
+        return record("adjoint", (self,), {})
+
+    @property
+    def real(self) -> Any:
+        return record("real", (self,), {})
+
+    @property
+    def imag(self) -> Any:
+        return record("imag", (self,), {})
+
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 

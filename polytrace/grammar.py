@@ -13,7 +13,7 @@ from enum import Enum
 from polytrace.errors import GraphError
 from polytrace.graph import Call, Constant, DType, Graph, Mask, Node, Op, Operand, Read, Ref, Save, Write, operands
 from polytrace.ops import BY_TORCH_NAME, OPS, Results
-from polytrace.tensors import DTYPES
+from polytrace.tensors import VALUE_DTYPES
 
 MAX_ARGS = 16  # of one op; a list that is joined (cat, stack) is one argument
 MAX_CALL_ARGS = 8
@@ -53,7 +53,7 @@ def returns_several(op: Op) -> bool:
     results = OPS[op.name].results
     if results is Results.ONE:
         return False
-    if results is Results.TWO_WITH_DIM:  # max(dim) is a pair, max() and max(other) are one value
+    if results is Results.PAIR_WITH_DIM:  # max(dim) is a pair, max() and max(other) are one value
         return "dim" in op.kwargs or (len(op.args) > 1 and not isinstance(op.args[1], Ref))
     return True
 
@@ -134,8 +134,9 @@ def _check_item(graph: Graph, op: Op) -> None:
     call = graph.nodes[op.args[0].node]
     if not (isinstance(call, Op) and call.name in OPS and returns_several(call)):
         raise GraphError("item takes a member of what an op that returns several values returned", where=op.where)
-    if OPS[call.name].results is not Results.LIST and position > 1:
-        raise GraphError(f"{call.name} returns two values; there is no third", where=op.where)
+    fields = OPS[call.name].fields
+    if fields and position >= len(fields):
+        raise GraphError(f"{call.name} returns {len(fields)} values; there is no number {position + 1}", where=op.where)
 
 
 def _check_steps(steps: Operand, where: str) -> None:
@@ -157,8 +158,8 @@ def _check_steps(steps: Operand, where: str) -> None:
 
 
 def _check_dtypes(operand: Operand, where: str) -> None:
-    if isinstance(operand, DType) and operand.name not in DTYPES:
-        raise GraphError(f"polytrace has no dtype {operand.name!r}{nearest(operand.name, DTYPES)}", where=where)
+    if isinstance(operand, DType) and operand.name not in VALUE_DTYPES:
+        raise GraphError(f"polytrace has no dtype {operand.name!r}{nearest(operand.name, VALUE_DTYPES)}", where=where)
     if isinstance(operand, (tuple, list)):
         for part in operand:
             _check_dtypes(part, where)

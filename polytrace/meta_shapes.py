@@ -14,7 +14,9 @@ from polytrace.errors import GraphError, PolytraceError
 from polytrace.graph import Call, Constant, DType, Node, NodeId, Op, Operand, Ref, operands
 from polytrace.ops import OPS
 from polytrace.recording import Recording
-from polytrace.tensor_values import TORCH_DTYPES, find
+from polytrace.shape_rules import CLIENT_RULES
+from polytrace.tensor_values import TORCH_DTYPES
+from polytrace.torch_names import find
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -71,6 +73,12 @@ class MetaShapes:
             return args[0][args[1]]
         if (result := _pointwise(op.name, args)) is not None:
             return result
+        if OPS[op.name].needs_values:
+            raise GraphError(f"{op.name}: its shape depends on values; use torch.where or topk", where=op.where)
+        if OPS[op.name].is_made:
+            return getattr(torch, op.name)(*args, **kwargs, device="meta")
+        if op.name in CLIENT_RULES:
+            return CLIENT_RULES[op.name](*args, **kwargs)
         failure: TypeError | None = None
         for name in OPS[op.name].torch:  # the method and the function may take other forms of the same arguments
             function = find(name)

@@ -34,6 +34,9 @@ def install(kind: type, own: frozenset[str]) -> None:
         room, _, method = name.partition(".")
         if room != "Tensor" or method in own:
             continue
+        if method.endswith("_") and not method.endswith("__"):  # what torch has in place only
+            setattr(kind, method, _in_place(spec.name))
+            continue
         setattr(kind, method, _reflected(spec.name, _REFLECTED[method]) if method in _REFLECTED else _method(spec.name))
         bare = method.strip("_")
         if not method.startswith("__"):

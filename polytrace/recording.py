@@ -9,7 +9,8 @@ follow when they are used next. A storage that was read from a site hands every 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from polytrace.certificate import ValueShape
@@ -44,7 +45,7 @@ from polytrace.ops import OPS
 from polytrace.peeking import Peeks
 from polytrace.pruning import cone, effects, needed, renumber
 from polytrace.storage import Place, Several, State, Step, Storage, is_recorded, state_of
-from polytrace.tensors import DTYPES
+from polytrace.tensors import VALUE_DTYPES
 
 
 class Session(Protocol):
@@ -88,6 +89,7 @@ class Recording:
         self._edited: list[Storage] = []  # those without a place
         self._dtypes = Derived(self._dtype_parts, self._find_dtype)  # as far as the nodes tell
         self._invokes = Derived(self._row_parts, self._find_invoke)  # whose rows it has, if one's
+        self._branch: int | None = None  # nodes before the body of a choice that is being recorded
         self._pairs = Derived(self._operation_parts, self._find_pairs)  # whether it is made of scores or patterns
 
     # what a graph begins with
@@ -165,6 +167,7 @@ class Recording:
         where = user_line()
         self.closings.use(site, invoke, "written", where)
         place = self._place(site, invoke)
+        self._check_branch(True, where)
         if is_recorded(value) and not state_of(value).steps and state_of(value).storage is place.writer:
             return  # `site += v` is get, iadd, set: the iadd has written, and the set only hands the same value back
         operand = self.operand(value, where)
@@ -216,6 +219,15 @@ class Recording:
         """Saves a value that is told as soon as it is there."""
         self.save(state, value)
         self.logged.append(state)
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """The body of one side of a choice: it may change what it made itself, and nothing else."""
+        outer, self._branch = self._branch, len(self.nodes) if self._branch is None else self._branch
+        try:
+            yield
+        finally:
+            self._branch = outer
 
     # finishing
 
@@ -277,8 +289,8 @@ class Recording:
         if (number := scalar(value)) is not None:
             return self._integer(number, where) if isinstance(number, int) else number
         if (dtype := dtype_name(value)) is not None:
-            if dtype not in DTYPES:
-                raise GraphError(f"polytrace has no dtype {dtype!r}{nearest(dtype, DTYPES)}", where=where)
+            if dtype not in VALUE_DTYPES:
+                raise GraphError(f"polytrace has no dtype {dtype!r}{nearest(dtype, VALUE_DTYPES)}", where=where)
             return DType(dtype)
         name = self.constants.add(value, where)
         return Ref(self._once(Constant(name=name, where=where), name))
@@ -395,7 +407,16 @@ class Recording:
     def _apply(self, node: NodeId, step: Step, where: str) -> NodeId:
         return self._add(Op(name=step.name, args=(Ref(node), *step.args), kwargs=dict(step.kwargs), where=where))
 
+    def _check_branch(self, is_outside: bool, where: str) -> None:
+        if self._branch is not None and is_outside:
+            raise GraphError(
+                "in-place code in a side of polytrace.cond would act whichever side is taken: return the new value "
+                "from both sides, and write what polytrace.cond returns",
+                where=where,
+            )
+
     def _new_root(self, storage: Storage, node: NodeId, where: str) -> None:
+        self._check_branch(storage.place is not None or storage.node < (self._branch or 0), where)
         storage.node = node
         storage.version += 1
         if storage.place is None or storage.place.invoke in self.over:

@@ -22,7 +22,8 @@ from polytrace.literals import dtype_name
 from polytrace.methods import install
 from polytrace.ops import BY_TORCH_NAME
 from polytrace.storage import State, is_recorded
-from polytrace.tensors import DTYPES, RawTensor
+from polytrace.tensors import VALUE_DTYPES, RawTensor
+from polytrace.torch_names import find, is_in_place
 from polytrace.values import Recorded, record, record_in_place, refuse_client_change, shape_of
 
 Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -86,6 +87,22 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
         return record("transpose", (self, -2, -1), {})
 
     @property
+    def H(self) -> Any:  # type: ignore[override]
+        return record("adjoint", (self,), {})
+
+    @property
+    def mH(self) -> Any:  # type: ignore[override]
+        return record("adjoint", (self,), {})
+
+    @property
+    def real(self) -> Any:  # type: ignore[override]
+        return record("real", (self,), {}) if self.is_complex() else self
+
+    @property
+    def imag(self) -> Any:  # type: ignore[override]
+        return record("imag", (self,), {})
+
+    @property
     def data(self) -> Any:  # type: ignore[override]
         return self
 
@@ -96,7 +113,7 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
         return self.dtype.is_floating_point
 
     def is_complex(self) -> bool:
-        return False
+        return self.dtype.is_complex
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """A dtype, or a tensor whose dtype is meant; devices mean nothing here."""
@@ -134,25 +151,13 @@ def decode(raw: RawTensor) -> Tensor:
     return torch.frombuffer(data, dtype=TORCH_DTYPES[raw.dtype]).reshape(raw.shape)
 
 
-TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in VALUE_DTYPES}
 
 
 install(TensorValue, frozenset(vars(Recorded)) | frozenset(vars(TensorValue)))
 
 
 # --- what each torch function is recorded as
-
-
-def find(name: str) -> Any:
-    """The callable that a name of the op table stands for, None when this torch has none."""
-    room, _, function = name.partition(".")
-    places = {
-        "Tensor": Tensor,
-        "torch": torch,
-        "functional": torch.nn.functional,
-        "linalg": torch.linalg,
-    }
-    return getattr(places.get(room), function, None)
 
 
 def _recorder(op: str) -> Handler:
@@ -207,6 +212,9 @@ def _handlers() -> dict[Any, Handler]:
     for name, spec in BY_TORCH_NAME.items():
         function = find(name)
         if function is None:
+            continue
+        if is_in_place(name):
+            found[function] = _in_place_recorder(spec.name)
             continue
         found.setdefault(function, _recorder(spec.name))
         room, _, method = name.partition(".")

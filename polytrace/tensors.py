@@ -22,12 +22,15 @@ DTYPES: dict[str, tuple[int, str]] = {
     "bool": (1, "BOOL"),
 }
 
+# Complex values live between ops only: they come and go as real and imaginary parts.
+VALUE_DTYPES: dict[str, int] = {**{name: size for name, (size, _) in DTYPES.items()}, "complex64": 8, "complex128": 16}
+
 NAME_OF_CODE: dict[str, str] = {code: name for name, (_, code) in DTYPES.items()}
 
 
 def itemsize(dtype: str) -> int:
     """Bytes of one element."""
-    return DTYPES[dtype][0]
+    return VALUE_DTYPES[dtype]
 
 
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:

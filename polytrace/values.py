@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from polytrace.certificate import ValueShape
 from polytrace.errors import GraphError
@@ -16,15 +18,18 @@ from polytrace.graph import Op
 from polytrace.lines import user_line
 from polytrace.literals import first_int
 from polytrace.ops import OPS, Results
+from polytrace.parts import num_parts
 from polytrace.positions import position_index
 from polytrace.storage import Several, State, is_recorded, recorded_in, state_of
 
+if TYPE_CHECKING:
+    from polytrace.recording import Recording
 
-class Pair(NamedTuple):
-    """What `max(dim)`, `topk`, `sort` return."""
 
-    values: Any
-    indices: Any
+@cache
+def results_of(fields: tuple[str, ...]) -> Callable[..., Any]:
+    """The named tuple of what an op returns that returns several values, as torch's own."""
+    return namedtuple("Results", fields)
 
 
 class Recorded:
@@ -213,18 +218,23 @@ def describe(state: State) -> str:
     return f"{what or type(node).__name__.lower()}, {node.where}"
 
 
-def record(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A call of the op table on values as the user wrote them: one value, a Pair or a tuple of values."""
+def record(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], recording: Recording | None = None) -> Any:
+    """A call of the op table on values as the user wrote them: one value, a named tuple or a tuple of values.
+
+    `recording` is where it belongs that has no recorded value among its arguments.
+    """
     first = args[0] if args else None
     found = state_of(first) if is_recorded(first) else next(recorded_in((tuple(args), tuple(kwargs.values()))), None)
-    assert found is not None, "an op is recorded on a recorded value"
+    recording = found.recording if found is not None else recording
+    assert recording is not None, "an op is recorded on a recorded value"
     is_list = name in OPS and OPS[name].results is Results.LIST
-    made = found.recording.op(name, args, kwargs, _count(name, args, kwargs) if is_list else 2)
-    wrap = found.recording.session.wrap
+    members = _count(name, args, kwargs) if is_list else len(OPS[name].fields) if name in OPS else 0
+    made = recording.op(name, args, kwargs, members)
+    wrap = recording.session.wrap
     if not isinstance(made, Several):
         return wrap(made)
     values = tuple(wrap(part) for part in made.states)
-    return values if is_list else Pair(*values)
+    return values if is_list else results_of(OPS[name].fields)(*values)
 
 
 def record_in_place(name: str, base: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -252,23 +262,10 @@ def refuse_client_change(how: str) -> NoReturn:
 
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """How many values unbind, split or chunk return, from the shape of their argument."""
-    rest = list(args[1:])
-    size = kwargs.get("split_size", kwargs.get("split_size_or_sections", kwargs.get("chunks")))
-    if name != "unbind" and size is None:
-        size = rest.pop(0) if rest else None
-    dim = kwargs.get("dim", rest[0] if rest else 0)
-    shape = shape_of(args[0]).shape
-    if not isinstance(dim, int) or not -len(shape) <= dim < len(shape):
-        raise GraphError(f"{name} has no dimension {dim!r} in a value of shape {list(shape)}", where=user_line())
-    length = shape[dim]
-    if name == "unbind":
-        return length
-    if isinstance(size, (list, tuple)):
-        return len(size)
-    if not isinstance(size, int) or size < 1:
-        raise GraphError(f"{name} needs a size or a number of parts, not {size!r}", where=user_line())
-    part = size if name == "split" else max(1, math.ceil(length / size))
-    return max(1, math.ceil(length / part))
+    try:
+        return num_parts(name, args, kwargs, shape_of(args[0]).shape if is_recorded(args[0]) else ())
+    except ValueError as error:
+        raise GraphError(str(error), where=user_line()) from None
 
 
 def _hidden_states(state: State, index: Any, number: int) -> Any:

@@ -313,7 +313,7 @@ def by_out(model: Any, hidden: Any) -> Any:
 
 
 def by_unknown_op(model: Any, hidden: Any) -> Any:
-    return torch.fft.fft(hidden)
+    return torch.special.airy_ai(hidden)
 
 
 def by_misspelt_argument(model: Any, hidden: Any) -> Any:
@@ -402,7 +402,7 @@ def by_shape(model: Any, hidden: Any) -> Any:
 
 
 def by_dtype(model: Any, hidden: Any) -> Any:
-    return hidden.to(torch.complex64)
+    return hidden.to(torch.float8_e4m3fn)
 
 
 def by_object(model: Any, hidden: Any) -> Any:
@@ -420,7 +420,7 @@ REFUSALS = {
     by_client_copy: r"results.append\(value.save\(\)\)",
     by_numpy_setitem: r"results.append\(value.save\(\)\)",
     by_out: r"results.append\(value.save\(\)\)",
-    by_unknown_op: "no operation 'fft_fft'",
+    by_unknown_op: "no operation 'special_airy_ai'",
     by_misspelt_argument: "sum takes no argument 'dims' here; did you mean dim",
     by_backward: "gradients",
     by_grad: "does not know its .grad",
@@ -441,7 +441,7 @@ REFUSALS = {
     by_member: "output has no 'logit'; it has 'logits'",
     by_member_index: r"self_attn.output has no 2; it has 0",
     by_position: r"no position 3 in prompt 0, which has 3 tokens \(0-2\)",
-    by_dtype: "no dtype 'complex64'",
+    by_dtype: "no dtype 'float8_e4m3fn'",
     by_object: "a set cannot be part of a trace",
 }
 

@@ -112,7 +112,7 @@ with model.trace([1, 2, 3]):
     refused(lambda: h.sum(dims=1), "did you mean dim")
     refused(lambda: h[0], "output[0][:, -1]")
     refused(lambda: np.asarray(h), "results.append")
-    refused(lambda: functions.fft(h), "no operation 'fft'")
+    refused(lambda: functions.airy(h), "no operation 'airy'")
     refused(lambda: functions.exp(1), "none among these")
     unsaved = h + 1
 refused(lambda: unsaved + 1, "was not saved")
