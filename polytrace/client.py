@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polytrace import environment
+from polytrace.edits import LocalShelf
 from polytrace.http_backend import HttpBackend, list_models
 from polytrace.model import Model
 from polytrace.progress import showing_bytes
@@ -21,11 +22,13 @@ def load(
     device: str | None = None,
     random_weights: int | None = None,
     offload_gib: float = 0.0,
+    edits: str | None = None,
 ) -> Model:
     """A model of the Hugging Face hub or a local folder, run in this process by the engine of a service.
 
     `random_weights`: a seed; no weights are read but drawn, for a model of which there is only a configuration.
     `offload_gib`: so much of the weights, or all, stays in the host's memory, and is on the GPU only while it is used.
+    `edits`: a folder where named edits are kept; without one they live as long as the model does.
     """
     from engine.local import LocalBackend
 
@@ -40,7 +43,7 @@ def load(
             offload_gib=offload_gib,
             tell=tell,
         )
-    return Model(backend)
+    return Model(backend, LocalShelf(edits))
 
 
 def connect(url: str, name: str | None = None, *, key: str | None = None, timeout: float = DEFAULT_TIMEOUT_S) -> Model:

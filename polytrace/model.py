@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polytrace.asked_shapes import Answers
 from polytrace.backend import Backend
 from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
+from polytrace.edits import EditSet, KnownEdit, LocalShelf, Shelf, check_name, decode_edits, encode_edits
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Options, Sharing
@@ -20,6 +23,9 @@ from polytrace.session import Session
 from polytrace.tokenizer import load_tokenizer
 from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import NoSuchNameError, Table, index_description, join
+
+if TYPE_CHECKING:
+    from polytrace.editing import EditBlock, EditedModel
 
 
 class Config(dict[str, Any]):
@@ -46,8 +52,11 @@ class Model(Module):
     _index: Table
     _config: Config
     _tokenizer: list[Any]  # empty until somebody asks
+    base: Model  # the model itself; another object where this one's traces start from edits
+    shelf: Shelf  # where edits are kept by name
+    edits_of_traces: tuple[EditSet, ...]  # that traces start from
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, shelf: Shelf | None = None) -> None:
         description = backend.describe()
         super().__init__(self, "")
         self.__dict__.update(
@@ -57,6 +66,9 @@ class Model(Module):
             _index=index_description(description),
             _config=Config(description.config),
             _tokenizer=[],
+            base=self,
+            shelf=shelf or LocalShelf(),
+            edits_of_traces=(),
         )
 
     def trace(
@@ -67,6 +79,7 @@ class Model(Module):
         sharing: str | Sharing | None = None,
         run: bool = True,
         peek: bool = False,
+        edits: Sequence[Any] = (),
     ) -> Tracer:
         """A block whose code is recorded, then sent and run; saved values become the tensors that they are.
 
@@ -74,12 +87,16 @@ class Model(Module):
         `tracer.invoke(prompts)` gives several sets. `seed`: of random operations. `sharing="off"`: no rows are shared,
         not even with your own requests. `run=False`: nothing is sent; `validate(tracer)` tells what it would cost.
         `peek=True`: `if`, `float()`, `print()` and the like on a recorded value run what it is made of, at once.
+        `edits`: what every prompt starts from, in order: names of kept edits, edited models, adapters.
         """
+        from polytrace.editing import resolved
+
+        sets = (*self.edits_of_traces, *resolved(self, edits))
         session = open_trace()
-        if isinstance(session, Session):
+        if isinstance(session, Session) and session.model.base is self.base:
             chosen = None if sharing is None else _sharing(sharing)
-            return session.trace(prompts, seed=seed, sharing=chosen, run=run, edits=(), peek=peek)
-        return Tracer(self, prompts, _options(seed, sharing), run, is_peeking=peek)
+            return session.trace(prompts, seed=seed, sharing=chosen, run=run, edits=sets, peek=peek)
+        return Tracer(self, prompts, _options(seed, sharing), run, edits=sets, is_peeking=peek)
 
     def session(
         self,
@@ -94,6 +111,48 @@ class Model(Module):
         All saved values come back when the block ends. The options are as in `trace`, and those of all its traces.
         """
         return Session(self, _options(seed, sharing), run, is_peeking=peek)
+
+    def edit(self, name: str | None = None, *, shared: bool = False, inplace: bool = False) -> EditBlock:
+        """A block whose changes apply to every prompt of later traces: `with model.edit() as edited:`.
+
+        Traces of `edited` start from them. With a name it is kept where the model is served, as the next version of
+        that name, for its owner alone or, if `shared`, for everyone who may use the model. `inplace`: this object's
+        own traces start from it too.
+        """
+        from polytrace.editing import EditBlock
+
+        return EditBlock(self, name, is_shared=shared, is_in_place=inplace)
+
+    def edited(self, *edits: Any, version: int | None = None) -> EditedModel:
+        """The model with edits, in this order: names of kept ones, edited models, adapters. `version`: of a name.
+
+        Raises NotFoundError for a name that is not there.
+        """
+        from polytrace.editing import EditedModel, resolved
+
+        return EditedModel(self, resolved(self, edits, version))
+
+    def edits(self) -> list[KnownEdit]:
+        """The edits that are kept by name, with all their versions: one's own, and those that others share."""
+        return self.shelf.known()
+
+    def delete_edit(self, name: str, version: int | None = None) -> None:
+        """Drops a version of one's own edit, by default all of them. Raises NotFoundError."""
+        self.shelf.delete(check_name(name, user_line()), version)
+
+    def clear_edits(self) -> None:
+        """Traces start from no edits any more; kept ones stay where they are."""
+        self.__dict__["edits_of_traces"] = ()
+
+    def keep_edits(self, name: str, edits: EditSet, *, is_shared: bool) -> EditSet:
+        """Keeps edits as the next version of a name; the same edits, called by name and version."""
+        version = self.shelf.put(check_name(name, user_line()), encode_edits(edits), is_shared=is_shared)
+        return replace(edits, label=f"{name}@{version}")
+
+    def kept_edits(self, name: str, version: int | None) -> EditSet:
+        """Edits that are kept by name, by default the newest version. Raises NotFoundError."""
+        number, data = self.shelf.get(check_name(name, user_line()), version)
+        return decode_edits(data, f"{name}@{number}", max_nodes=self.description.limits.max_nodes)
 
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it."""
@@ -135,7 +194,7 @@ class Model(Module):
         if tracer is None:
             used = what + (join(path, name) if name else path)
             raise GraphError(f"{used} exists inside a trace: `with model.trace(prompt):`", where=user_line())
-        if tracer.model is not self:
+        if tracer.model.base is not self.base:
             raise GraphError(f"the open trace is on another model, {tracer.model.description.name}", where=user_line())
         return tracer
 

@@ -18,7 +18,7 @@ from polytrace.lines import user_line
 from polytrace.tracing import InvokeBlock, Tracer, open_trace
 
 if TYPE_CHECKING:
-    from polytrace.edits import StoredEdit
+    from polytrace.edits import EditSet
     from polytrace.model import Model
 
 
@@ -46,7 +46,7 @@ class Session(Tracer):
         seed: int | None,
         sharing: Sharing | None,
         run: bool,
-        edits: Sequence[StoredEdit],
+        edits: Sequence[EditSet],
         peek: bool,
     ) -> SessionTrace:
         """What `model.trace(...)` is in the session. Raises GraphError for options that are not the session's."""
@@ -113,7 +113,7 @@ class Session(Tracer):
 class SessionTrace(Tracer):
     """`with model.trace(...)` in a session. Its receipt, once the session has ended, is that of the session."""
 
-    def __init__(self, session: Session, prompts: Any, edits: Sequence[StoredEdit]) -> None:
+    def __init__(self, session: Session, prompts: Any, edits: Sequence[EditSet]) -> None:
         self._session = session
         self._own: list[int] = []  # its invokes
         super().__init__(session.model, prompts, session.options, True, home=session, edits=edits)
