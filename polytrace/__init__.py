@@ -26,6 +26,7 @@ from polytrace.errors import (
 )
 
 if TYPE_CHECKING:
+    from polytrace.adapters import delta, lora
     from polytrace.client import connect, load, models
     from polytrace.model import Model
     from polytrace.tracing import Tracer
@@ -47,11 +48,21 @@ __all__ = [
     "UserError",
     "WireError",
     "connect",
+    "delta",
     "load",
+    "lora",
     "models",
 ]
 
-_ROOMS = {"connect": "client", "load": "client", "models": "client", "Model": "model", "Tracer": "tracing"}
+_ROOMS = {
+    "connect": "client",
+    "delta": "adapters",
+    "load": "client",
+    "lora": "adapters",
+    "models": "client",
+    "Model": "model",
+    "Tracer": "tracing",
+}
 
 
 def __getattr__(name: str) -> Any:
