@@ -232,7 +232,7 @@ def _tensors(place: Path, where: str) -> dict[str, RawTensor]:
     if not path.is_file():
         raise GraphError(f"{place.name} has no {path.name}: save the adapter with safe_serialization=True", where=where)
     try:
-        entries = deserialize(path.read_bytes())
+        entries: list[tuple[str, dict[str, Any]]] = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except Exception as error:
         raise GraphError(f"{path} is not a file of tensors: {error}", where=where) from error
     found = {}

@@ -7,6 +7,7 @@ from typing import Any
 from polytrace import environment
 from polytrace.edits import LocalShelf
 from polytrace.http_backend import HttpBackend, list_models
+from polytrace.http_shelf import HttpShelf
 from polytrace.model import Model
 from polytrace.progress import showing_bytes
 
@@ -52,7 +53,8 @@ def connect(url: str, name: str | None = None, *, key: str | None = None, timeou
     `url`: http://, https://, or ray://auto from inside a Ray job. `name` may miss where the service has one model.
     `key` defaults to the environment's POLYTRACE_KEY. `timeout`: seconds that one trace may take, queueing included.
     """
-    return Model(HttpBackend(gateway_url(url), name, key=key or environment.key(), timeout_s=timeout))
+    backend = HttpBackend(gateway_url(url), name, key=key or environment.key(), timeout_s=timeout)
+    return Model(backend, HttpShelf(backend))
 
 
 def models(url: str, *, key: str | None = None) -> list[dict[str, Any]]:
