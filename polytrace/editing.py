@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from types import TracebackType
 from typing import Any, NoReturn
@@ -10,11 +11,12 @@ from typing import Any, NoReturn
 from polytrace.certificate import ValueShape
 from polytrace.edits import EditSet, check_edits, check_name, plain_label, refuse_save
 from polytrace.errors import GraphError
-from polytrace.graph import Constant, Invoke, NodeId, Options
+from polytrace.graph import Constant, Invoke, Node, NodeId, Options
 from polytrace.lines import user_line
 from polytrace.model import Model
 from polytrace.modules import Module
 from polytrace.open_shapes import opened
+from polytrace.positions import with_positions
 from polytrace.recording import Recording
 from polytrace.storage import State
 from polytrace.tracing import InvokeBlock, Tracer, open_trace
@@ -122,6 +124,22 @@ class _View(Tracer):
     def __init__(self, edit: EditTracer, num_sequences: int, length: int) -> None:
         super().__init__(edit.model, None, edit.options, False, home=edit)
         self._invokes = [Invoke(sequences=((0,) * length,) * num_sequences)]
+        self.recording = copy(edit.recording)
+        self.recording.nodes = _Nodes(edit.recording.nodes, self.lengths_of(0))  # type: ignore[assignment]
+
+
+class _Nodes(Sequence[Node]):
+    """An edit's nodes as they are recorded, with positions for prompts of these lengths."""
+
+    def __init__(self, nodes: Sequence[Node], lengths: Sequence[int]) -> None:
+        self._nodes = nodes
+        self._lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __getitem__(self, place: Any) -> Any:
+        return with_positions(self._nodes[place], self._lengths)
 
 
 class _EditRecording(Recording):

@@ -84,6 +84,7 @@ def test_positions_masks_calls_and_parameters_follow_the_later_prompts(plain: An
         assert (hidden.dim(), hidden.shape[-1]) == (3, WIDTH)
         hidden.at(1)[:, : WIDTH // 2] = 0.0
         hidden.at([0, -1])[...] += model.model.norm.weight
+        assert hidden.at(1).shape[-1] == model.model.norm(hidden.at([0, -1])).shape[-1] == WIDTH
         mean = (hidden * edited.mask[..., None]).sum(1) / edited.mask.sum(1, keepdim=True)
         model.model.layers[2].mlp.output = model.model.layers[2].mlp.output + model.model.norm(mean)[:, None]
 
