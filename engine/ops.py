@@ -55,7 +55,7 @@ def run_op(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seed:
     if run is not None:
         return run(*args, **kwargs)
     if name in _RANDOM:
-        return _draw(name, args, kwargs, seed)
+        return _draw(name, args, {key: value for key, value in kwargs.items() if key != "draw"}, seed)
     raise GraphError(f"there is no operation {name!r}")
 
 
@@ -220,7 +220,7 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
 def _draw(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: tuple[int, int] | None) -> Tensor:
     """A draw from a CPU generator of its own, whatever the device, so that all shards draw the same numbers."""
     make = _RANDOM[name]
-    like, dtype = _like_dtype(*args, **{key: value for key, value in kwargs.items() if key != "draw"})
+    like, dtype = _like_dtype(*args, **kwargs)
     if not dtype.is_floating_point:
         raise TypeError(f"{name} needs a floating dtype, not {DTYPE_NAMES.get(dtype, dtype)}")
     if like.is_meta:

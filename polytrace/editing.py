@@ -83,6 +83,10 @@ class EditTracer(Tracer):
     def told(self) -> str:
         return "an edit runs when a later trace starts from it, so a recorded value has no data"
 
+    @property
+    def hint(self) -> str:
+        return ""
+
     def invoke(self, prompts: Any) -> InvokeBlock:
         self._refuse_prompts()
 

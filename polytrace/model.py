@@ -95,7 +95,7 @@ class Model(Module):
         session = open_trace()
         if isinstance(session, Session) and session.model.base is self.base:
             chosen = None if sharing is None else _sharing(sharing)
-            return session.trace(prompts, seed=seed, sharing=chosen, run=run, edits=sets, peek=peek)
+            return session.add_trace(prompts, seed=seed, sharing=chosen, run=run, edits=sets, peek=peek)
         return Tracer(self, prompts, _options(seed, sharing), run, edits=sets, is_peeking=peek)
 
     def session(

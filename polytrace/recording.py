@@ -63,6 +63,10 @@ class Session(Protocol):
     def told(self) -> str:
         """Why a value has no data yet."""
 
+    @property
+    def hint(self) -> str:
+        """How it could have some: the end of a refusal."""
+
 
 class Recording:
     """The nodes of one trace, in the order the user wrote them."""

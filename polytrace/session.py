@@ -34,12 +34,16 @@ class Session(Tracer):
     def told(self) -> str:
         return "this session sends when its block ends, so until then a recorded value has no data"
 
+    @property
+    def hint(self) -> str:
+        return ", or use session(..., peek=True)"
+
     def invoke(self, prompts: Any) -> InvokeBlock:
         raise GraphError(
             "a session has traces, and these have prompts: write `with model.trace(prompts):` inside", where=user_line()
         )
 
-    def trace(
+    def add_trace(
         self,
         prompts: Any,
         *,
@@ -117,10 +121,6 @@ class SessionTrace(Tracer):
         self._session = session
         self._own: list[int] = []  # its invokes
         super().__init__(session.model, prompts, session.options, True, home=session, edits=edits)
-
-    @property
-    def told(self) -> str:
-        return self._session.told
 
     def built_request(self) -> Request:
         if self.request is None:

@@ -108,6 +108,11 @@ class Tracer:
         """Why a value has no data yet."""
         return "a recorded value has no data yet"
 
+    @property
+    def hint(self) -> str:
+        """How it could have some: the end of a refusal."""
+        return ", or use trace(..., peek=True)"
+
     def __enter__(self) -> Tracer:
         other = _open.get()
         if other is not self._home:

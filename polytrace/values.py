@@ -110,13 +110,13 @@ class Recorded:
         if not can_peek(self):
             _refuse(
                 f"{_told(self)}, so `if`, `while`, `and`, `or`, `not` and `in` cannot look "
-                f"at it: write torch.where(condition, a, b), or save it and decide after the block, {_OR_PEEK}"
+                f"at it: write torch.where(condition, a, b), or save it and decide after the block{_hint(self)}"
             )
         return bool(peeked(self))
 
     def __contains__(self, item: Any) -> bool:
         if not can_peek(self):
-            _refuse(f"`in` cannot look into a recorded value: save it and look after the block, {_OR_PEEK}")
+            _refuse(f"`in` cannot look into a recorded value: save it and look after the block{_hint(self)}")
         return bool((peeked(self) == item).any())
 
     def __float__(self) -> float:
@@ -294,17 +294,18 @@ def _refuse(message: str) -> NoReturn:
     raise GraphError(message, where=user_line())
 
 
-_OR_PEEK = "or use trace(..., peek=True)"
-
-
 def _data(value: Any, what: str) -> Any:
     """The value's data where its trace lets it be looked at."""
     if can_peek(value):
         return peeked(value)
     _refuse(
         f"{_told(value)}, so {what} cannot have its number: keep computing with the value "
-        "itself, or save it and use it after the block (several: `results.append(value.save())`), " + _OR_PEEK
+        "itself, or save it and use it after the block (several: `results.append(value.save())`)" + _hint(value)
     )
+
+
+def _hint(value: Any) -> str:
+    return state_of(value).recording.session.hint
 
 
 def _told(value: Any) -> str:
