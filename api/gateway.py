@@ -26,6 +26,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from api import problems
 from api.catalogue import Deployment
+from api.edit_routes import EditRoutes
 from api.logs import logs_since
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
@@ -53,6 +54,7 @@ class Gateway:
         self._key = key
         self._deployments = Deployments(store, checker)
         self._waiting = Waiting(store)
+        self._edits = EditRoutes(store, settings, checker, self._deployments)
 
     def app(self) -> FastAPI:
         app = FastAPI(
@@ -78,6 +80,7 @@ class Gateway:
         v1.add_api_route("/requests/{request_id}", self.cancel, methods=["DELETE"])
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["GET"])
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["HEAD"], include_in_schema=False)
+        self._edits.add_to(v1)
         app.include_router(v1)
         app.add_api_route("/healthz", self.healthz)
         app.add_api_route("/readyz", self.readyz)

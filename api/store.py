@@ -29,6 +29,7 @@ from typing import Any
 from api.catalogue import Catalogue, check_taking
 from api.database import Database
 from api.doorbell import Doorbell
+from api.edits import KeptEdits
 from api.logs import logs_as_json
 from cluster.config import Mode
 from cluster.requests import Claimed, Finished, ResultPlace
@@ -81,6 +82,7 @@ class Store(Catalogue):
         self.gateway_bell = Doorbell(self.folder / "gateway.bell")
         database = Database(self.folder / "store.db")
         super().__init__(database, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
+        self.edits = KeptEdits(database)
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a worker found out about one request. Exactly one of `error` and `facts` is set."""
+    """What a worker found out about one request. One of `error` and `facts` is set; of edits no facts."""
 
     facts: bytes | None = None  # JSON for the controller: per node its ValueFacts or null
     work: int = 0  # rows x layers that it would run through
@@ -75,6 +75,10 @@ class CheckerPool:
     async def check(self, model: str, version: str, path: Path, *, certify: bool) -> Verdict:
         """What is to be said of the request in a file. `version` names the description that it is checked against."""
         return await self._run(_check, model, version, str(path), certify)
+
+    async def check_edits(self, model: str, version: str, path: Path) -> Verdict:
+        """What is to be said of the edits in a file: whether they are any, and of this model."""
+        return await self._run(_check_edits, model, version, str(path))
 
     def close(self) -> None:
         """Ends the workers, whatever they are doing."""
@@ -174,9 +178,17 @@ def _prepare(model: str, version: str) -> None:
 
 
 def _check(model: str, version: str, path: str, certify: bool) -> Verdict:
+    return _answered(model, version, lambda description, meta: _verdict(description, meta, Path(path), certify))
+
+
+def _check_edits(model: str, version: str, path: str) -> Verdict:
+    return _answered(model, version, lambda description, meta: _verdict_of_edits(description, Path(path)))
+
+
+def _answered(model: str, version: str, judge: Callable[[ModelDescription, nn.Module], Verdict]) -> Verdict:
     assert _worker is not None
     try:
-        return _verdict(*_worker.load(model, version), Path(path), certify)
+        return judge(*_worker.load(model, version))
     except PolytraceError as error:
         return Verdict(error=error.to_fields())
     except Exception as error:  # noqa: BLE001  the edge of the process: record and answer
@@ -198,3 +210,14 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, certify
     program = compile_program(RequestId(path.stem), request, description, facts)
     certificate = json.dumps(to_json(make_certificate(program, facts, description))).encode() if certify else None
     return Verdict(facts=json.dumps(to_json(facts)).encode(), work=token_layers(program), certificate=certificate)
+
+
+def _verdict_of_edits(description: ModelDescription, path: Path) -> Verdict:
+    """Sites, parameters and modules are looked up; shapes are checked when a request brings prompts."""
+    from polytrace.edits import decode_edits
+    from polytrace.graph import Write
+    from scheduling.checks import check_nodes, table_of
+
+    edits = decode_edits(path.read_bytes(), path.stem, max_nodes=description.limits.max_nodes)
+    check_nodes(edits.nodes, edits.constants, table_of(description))
+    return Verdict(work=sum(isinstance(node, Write) for node in edits.nodes))

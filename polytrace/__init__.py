@@ -26,6 +26,7 @@ from polytrace.errors import (
 )
 
 if TYPE_CHECKING:
+    from polytrace.adapters import delta, lora
     from polytrace.choice import cond
     from polytrace.client import connect, load, models
     from polytrace.model import Model
@@ -50,7 +51,9 @@ __all__ = [
     "WireError",
     "cond",
     "connect",
+    "delta",
     "load",
+    "lora",
     "models",
     "save",
 ]
@@ -58,7 +61,9 @@ __all__ = [
 _ROOMS = {
     "cond": "choice",
     "connect": "client",
+    "delta": "adapters",
     "load": "client",
+    "lora": "adapters",
     "models": "client",
     "Model": "model",
     "save": "saving",

@@ -29,6 +29,7 @@ class Certificate:
     carried_bytes: int  # values that cross from stage to stage
     live_bytes: int  # values that the graph holds at one site visit, at most
     notes: tuple[str, ...]  # for people: reads that see later lines' writes, pad rows written, ...
+    edits: tuple[str, ...] = ()  # that its traces start from, as name@version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,3 +73,4 @@ class Receipt:
     queue_seconds: float
     run_seconds: float
     notes: tuple[str, ...]
+    edits: tuple[str, ...] = ()  # that its traces started from, as name@version

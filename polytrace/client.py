@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polytrace import environment
+from polytrace.edits import LocalShelf
 from polytrace.errors import GraphError
 from polytrace.http_backend import HttpBackend, list_models
+from polytrace.http_shelf import HttpShelf
 from polytrace.keywords import check_load_keywords, chosen_device, chosen_dtype
 from polytrace.lines import user_line
 from polytrace.model import Model
@@ -25,6 +27,7 @@ def load(
     device: str | None = None,
     random_weights: int | None = None,
     offload_gib: float = 0.0,
+    edits: str | None = None,
     rename: Mapping[str, str | Sequence[str]] | None = None,
     torch_dtype: Any = None,
     device_map: Any = None,
@@ -37,6 +40,7 @@ def load(
     `polytrace.keywords` says: weights are loaded at once, whatever `dispatch` is.
     `random_weights`: a seed; no weights are read but drawn, for a model of which there is only a configuration.
     `offload_gib`: so much of the weights, or all, stays in the host's memory, and is on the GPU only while it is used.
+    `edits`: a folder where named edits are kept; without one they live as long as the model does.
     """
     check_load_keywords(load, others)
     from engine.local import LocalBackend
@@ -52,7 +56,7 @@ def load(
             offload_gib=offload_gib,
             tell=tell,
         )
-    return Model(backend, rename)
+    return Model(backend, LocalShelf(edits), rename)
 
 
 def connect(
@@ -80,7 +84,7 @@ def connect(
     if wanted not in ("auto", served):
         backend.close()
         raise GraphError(f"{backend.name} is served in {served}, not in {wanted}", where=user_line())
-    return Model(backend, rename)
+    return Model(backend, HttpShelf(backend), rename)
 
 
 def models(url: str, *, key: str | None = None) -> list[dict[str, Any]]:

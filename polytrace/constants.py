@@ -29,6 +29,15 @@ class Constants:
             self._by_object[id(value), version] = (value, name)
         return name
 
+    def take(self, raw: RawTensor) -> str:
+        """The name of a tensor that was recorded before."""
+        if (id(raw), -1) not in self._by_object:
+            key = (raw.dtype, raw.shape, bytes(raw.data))
+            if key not in self._by_content:
+                self._by_content[key] = self._new(*key)
+            self._by_object[id(raw), -1] = (raw, self._by_content[key])
+        return self._by_object[id(raw), -1][1]
+
     def _new(self, dtype: str, shape: tuple[int, ...], data: bytes) -> str:
         name = f"c{len(self.tensors)}"
         self.tensors[name] = RawTensor(dtype=dtype, shape=shape, data=memoryview(data))

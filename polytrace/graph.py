@@ -210,6 +210,7 @@ class Options:
 
     seed: int = 0  # of random ops; their draws depend on the seed and on which draw of the program it is
     sharing: Sharing = Sharing.TENANT
+    edits: tuple[str, ...] = ()  # names of those that the graph began with, for the receipt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

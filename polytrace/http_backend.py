@@ -74,6 +74,15 @@ class HttpBackend:
     def close(self) -> None:
         self._client.close()
 
+    def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        """A call of a route below the model's own. Raises the service's error, or ServiceError when nobody answers."""
+        try:
+            response = self._client.request(method, f"{self._base}/{path}", **more)
+        except httpx.TransportError as error:
+            raise _unreachable(self._url, error) from error
+        _check(response)
+        return response
+
     def _submit(self, request: Request, wait_s: float) -> memoryview | str:
         """The result file, or the place to ask for it when it takes longer."""
         parts = encode_request(request)

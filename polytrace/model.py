@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polytrace.aliases import find_aliases
 from polytrace.asked_shapes import Answers
@@ -13,6 +14,7 @@ from polytrace.backend import Backend
 from polytrace.certificate import Certificate
 from polytrace.chat import render
 from polytrace.description import ModelDescription
+from polytrace.edits import EditSet, KnownEdit, LocalShelf, Shelf, check_name, decode_edits, encode_edits
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Options, Sharing
@@ -25,6 +27,9 @@ from polytrace.session import Session
 from polytrace.tokenizer import load_tokenizer
 from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import NoSuchNameError, Table, index_description, join
+
+if TYPE_CHECKING:
+    from polytrace.editing import EditBlock, EditedModel
 
 
 class Config(dict[str, Any]):
@@ -51,9 +56,17 @@ class Model(Module):
     _index: Table
     _config: Config
     _tokenizer: list[Any]  # empty until somebody asks
+    base: Model  # the model itself; another object where this one's traces start from edits
+    shelf: Shelf  # where edits are kept by name
+    edits_of_traces: tuple[EditSet, ...]  # that traces start from
 
-    def __init__(self, backend: Backend, rename: Mapping[str, str | Sequence[str]] | None = None) -> None:
-        """`rename`: other names for modules, beside their own; see `polytrace.aliases`."""
+    def __init__(
+        self,
+        backend: Backend,
+        shelf: Shelf | None = None,
+        rename: Mapping[str, str | Sequence[str]] | None = None,
+    ) -> None:
+        """`shelf`: where edits are kept. `rename`: other names of modules, beside their own: `polytrace.aliases`."""
         description = backend.describe()
         super().__init__(self, "")
         table = index_description(description)
@@ -66,6 +79,9 @@ class Model(Module):
             _index=table,
             _config=Config(description.config),
             _tokenizer=[],
+            base=self,
+            shelf=shelf or LocalShelf(),
+            edits_of_traces=(),
         )
 
     def trace(
@@ -76,6 +92,7 @@ class Model(Module):
         sharing: str | Sharing | None = None,
         run: bool = True,
         peek: bool = False,
+        edits: Sequence[Any] = (),
         scan: bool = False,
         validate: bool = False,
         chat: Mapping[str, Any] | None = None,
@@ -89,21 +106,31 @@ class Model(Module):
         not even with your own requests. `run=False`: nothing is sent; `validate(tracer)` tells what it would cost.
         `validate=True`: the service checks all of it before anything runs, and `tracer.certificate` has the price.
         `peek=True`: `if`, `float()`, `print()` and the like on a recorded value run what it is made of, at once.
+        `edits`: what every prompt starts from, in order: names of kept edits, edited models, adapters.
         `scan`: nothing, shapes are always known. Other keywords of nnsight's are taken as `polytrace.keywords` says.
         """
+        from polytrace.editing import resolved
+
         check_trace_keywords(self.trace, others)
+        sets = (*self.edits_of_traces, *resolved(self, edits))
         session = open_trace()
-        if isinstance(session, Session):
+        if isinstance(session, Session) and session.model.base is self.base:
             chosen = None if sharing is None else _sharing(sharing)
-            return session.trace(
-                prompts, seed=seed, sharing=chosen, run=run, validate=validate, edits=(), peek=peek, chat=chat
+            return session.add_trace(
+                prompts, seed=seed, sharing=chosen, run=run, validate=validate, edits=sets, peek=peek, chat=chat
             )
-        tracer = Tracer(self, prompts, _options(seed, sharing), run, chat=chat, is_peeking=peek)
+        tracer = Tracer(self, prompts, _options(seed, sharing), run, chat=chat, edits=sets, is_peeking=peek)
         tracer.checking = Checking.VALIDATE if validate else Checking.NONE
         return tracer
 
     def scan(
-        self, prompts: Any = None, *, seed: int = 0, chat: Mapping[str, Any] | None = None, **others: Any
+        self,
+        prompts: Any = None,
+        *,
+        seed: int = 0,
+        edits: Sequence[Any] = (),
+        chat: Mapping[str, Any] | None = None,
+        **others: Any,
     ) -> Tracer:
         """A trace of which nothing runs: the service checks all that is recorded, saved or not.
 
@@ -111,7 +138,7 @@ class Model(Module):
         would cost. Raises what the trace would at its submission.
         """
         check_trace_keywords(self.scan, others)
-        tracer = self.trace(prompts, seed=seed, run=False, chat=chat)
+        tracer = self.trace(prompts, seed=seed, run=False, edits=edits, chat=chat)
         tracer.checking = Checking.SCAN
         return tracer
 
@@ -131,6 +158,48 @@ class Model(Module):
         session = Session(self, _options(seed, sharing), run, is_peeking=peek)
         session.checking = Checking.VALIDATE if validate else Checking.NONE
         return session
+
+    def edit(self, name: str | None = None, *, shared: bool = False, inplace: bool = False) -> EditBlock:
+        """A block whose changes apply to every prompt of later traces: `with model.edit() as edited:`.
+
+        Traces of `edited` start from them. With a name it is kept where the model is served, as the next version of
+        that name, for its owner alone or, if `shared`, for everyone who may use the model. `inplace`: this object's
+        own traces start from it too.
+        """
+        from polytrace.editing import EditBlock
+
+        return EditBlock(self, name, is_shared=shared, is_in_place=inplace)
+
+    def edited(self, *edits: Any, version: int | None = None) -> EditedModel:
+        """The model with edits, in this order: names of kept ones, edited models, adapters. `version`: of a name.
+
+        Raises NotFoundError for a name that is not there.
+        """
+        from polytrace.editing import EditedModel, resolved
+
+        return EditedModel(self, resolved(self, edits, version))
+
+    def edits(self) -> list[KnownEdit]:
+        """The edits that are kept by name, with all their versions: one's own, and those that others share."""
+        return self.shelf.known()
+
+    def delete_edit(self, name: str, version: int | None = None) -> None:
+        """Drops a version of one's own edit, by default all of them. Raises NotFoundError."""
+        self.shelf.delete(check_name(name, user_line()), version)
+
+    def clear_edits(self) -> None:
+        """Traces start from no edits any more; kept ones stay where they are."""
+        self.__dict__["edits_of_traces"] = ()
+
+    def keep_edits(self, name: str, edits: EditSet, *, is_shared: bool) -> EditSet:
+        """Keeps edits as the next version of a name; the same edits, called by name and version."""
+        version = self.shelf.put(check_name(name, user_line()), encode_edits(edits), is_shared=is_shared)
+        return replace(edits, label=f"{name}@{version}")
+
+    def kept_edits(self, name: str, version: int | None) -> EditSet:
+        """Edits that are kept by name, by default the newest version. Raises NotFoundError."""
+        number, data = self.shelf.get(check_name(name, user_line()), version)
+        return decode_edits(data, f"{name}@{number}", max_nodes=self.description.limits.max_nodes)
 
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it."""
@@ -176,7 +245,7 @@ class Model(Module):
         if tracer is None:
             used = what + (join(path, name) if name else path)
             raise GraphError(f"{used} exists inside a trace: `with model.trace(prompt):`", where=user_line())
-        if tracer.model is not self:
+        if tracer.model.base is not self.base:
             raise GraphError(f"the open trace is on another model, {tracer.model.description.name}", where=user_line())
         return tracer
 

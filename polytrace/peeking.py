@@ -7,6 +7,7 @@ be when the whole program runs, bit for bit. So no later line may write where a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from polytrace.backend import Result
@@ -44,7 +45,8 @@ class Peeks:
             kept = self._cone(node)
             nodes, places = renumber(self._recording.nodes, kept)
             save = Save(name="0", value=Ref(places[node]), where=self._recording.nodes[node].where)
-            request = alone((*nodes, save), self._invokes, self._recording.constants.tensors, self._options)
+            options = replace(self._options, edits=tuple(self._recording.labels))
+            request = alone((*nodes, save), self._invokes, self._recording.constants.tensors, options)
             result = self._run(request)
             self.receipts.append(result.receipt)
             self._known[node] = result.values["0"]

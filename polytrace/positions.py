@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from polytrace.errors import GraphError
+from polytrace.graph import Node, Op
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 
@@ -21,6 +23,19 @@ def position_index(lengths: Sequence[int], position: Any) -> tuple[Any, ...]:
     if all(row == table[0] for row in table):
         return (slice(None), table[0])
     return ([[prompt] for prompt in range(len(lengths))], table)
+
+
+OPEN = "at"  # an index (OPEN, position) stands for the rows of a position in prompts that are not known yet
+
+
+def with_positions(node: Node, lengths: Sequence[int]) -> Node:
+    """The node with the columns of its prompts where it has positions that were open."""
+    if not isinstance(node, Op) or node.name not in ("getitem", "setitem"):
+        return node
+    base, index, *rest = node.args
+    if not (isinstance(index, tuple) and len(index) == 2 and index[0] == OPEN):
+        return node
+    return replace(node, args=(base, position_index(lengths, index[1]), *rest))
 
 
 def _column(lengths: Sequence[int], prompt: int, position: Any) -> int:

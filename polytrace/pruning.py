@@ -91,6 +91,11 @@ def alone(
     )
 
 
+def moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
+    """The node with operands that name their new places."""
+    return _moved(node, places) if operands(node) else node
+
+
 def _moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
     """The node with operands that name their new places."""
     if isinstance(node, Op):

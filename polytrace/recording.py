@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from polytrace.certificate import ValueShape
@@ -43,9 +44,10 @@ from polytrace.lines import user_line
 from polytrace.literals import dtype_name, is_basic, scalar
 from polytrace.ops import OPS
 from polytrace.peeking import Peeks
-from polytrace.pruning import cone, effects, needed, renumber
+from polytrace.positions import with_positions
+from polytrace.pruning import cone, effects, moved, needed, renumber
 from polytrace.storage import Place, Several, State, Step, Storage, is_recorded, state_of
-from polytrace.tensors import VALUE_DTYPES
+from polytrace.tensors import VALUE_DTYPES, RawTensor
 
 
 class Session(Protocol):
@@ -67,9 +69,15 @@ class Session(Protocol):
     def row_dim(self, site: Site) -> int:
         """The dimension of a site's view that its tokens are in."""
 
+    @property
+    def hint(self) -> str:
+        """How it could have some: the end of a refusal."""
+
 
 class Recording:
     """The nodes of one trace, in the order the user wrote them."""
+
+    is_edit = False  # it has nothing to give back: its writes are what it is for
 
     def __init__(self, description: ModelDescription, session: Session) -> None:
         self.description = description
@@ -81,6 +89,7 @@ class Recording:
         self.closed: str | None = None  # why its values cannot be used any more
         self.over: set[int] = set()  # invokes whose trace has ended: in-place code does not reach the model
         self.peeks: Peeks | None = None  # where values may be looked at while they are recorded
+        self.labels: dict[str, None] = {}  # of edits that its invokes started from
         self._draws = 0  # by random ops so far: what each draws does not depend on which nodes are left of the others
         self.keeps_shapes = False  # also when it is closed: it was scanned
         self.closings = Closings(description)  # sites behind a stop, or inside of skipped modules
@@ -229,6 +238,29 @@ class Recording:
         finally:
             self._branch = outer
 
+    def replay(
+        self, nodes: Sequence[Node], constants: Mapping[str, RawTensor], invoke: int, lengths: Sequence[int]
+    ) -> None:
+        """Adds an edit's nodes, which were recorded for nobody's prompts yet, for the prompts of an invoke."""
+        places: dict[NodeId, NodeId] = {}
+        for position, node in enumerate(nodes):
+            made = with_positions(moved(node, places), lengths)
+            if isinstance(made, Constant):
+                name = self.constants.take(constants[made.name])
+                place = self._once(Constant(name=name, where=made.where), name)
+            elif isinstance(made, Parameter):
+                place = self._once(made, made.path)
+            elif isinstance(made, Mask):
+                place = self._once(replace(made, invoke=invoke), invoke)
+            elif isinstance(made, Op) and OPS[made.name].is_random:
+                place = self._add(replace(made, kwargs={**made.kwargs, "draw": self._draws}))
+                self._draws += 1
+            else:
+                place = self._add(replace(made, invoke=invoke) if isinstance(made, (Read, Write)) else made)
+            if isinstance(made, Write):
+                self._place(made.site, invoke).note(made.where, None)
+            places[NodeId(position)] = place
+
     # finishing
 
     def finish(self) -> tuple[tuple[Node, ...], tuple[str, ...]]:
@@ -236,7 +268,7 @@ class Recording:
 
         Raises GraphError when nothing is saved, or when in-place code changed a value that nothing uses.
         """
-        if not self.saved:
+        if not self.saved and not self.is_edit:
             raise GraphError(
                 "this trace saves nothing, so it would return nothing: call .save() on the values to keep",
                 where=user_line(),

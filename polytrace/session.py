@@ -19,7 +19,7 @@ from polytrace.scanning import Checking
 from polytrace.tracing import InvokeBlock, Tracer, open_trace
 
 if TYPE_CHECKING:
-    from polytrace.edits import StoredEdit
+    from polytrace.edits import EditSet
     from polytrace.model import Model
 
 
@@ -35,12 +35,16 @@ class Session(Tracer):
     def told(self) -> str:
         return "this session sends when its block ends, so until then a recorded value has no data"
 
+    @property
+    def hint(self) -> str:
+        return ", or use session(..., peek=True)"
+
     def invoke(self, prompts: Any, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
         raise GraphError(
             "a session has traces, and these have prompts: write `with model.trace(prompts):` inside", where=user_line()
         )
 
-    def trace(
+    def add_trace(
         self,
         prompts: Any,
         *,
@@ -48,7 +52,7 @@ class Session(Tracer):
         sharing: Sharing | None,
         run: bool,
         validate: bool,
-        edits: Sequence[StoredEdit],
+        edits: Sequence[EditSet],
         peek: bool,
         chat: Mapping[str, Any] | None,
     ) -> SessionTrace:
@@ -118,15 +122,11 @@ class SessionTrace(Tracer):
     """`with model.trace(...)` in a session. Its receipt, once the session has ended, is that of the session."""
 
     def __init__(
-        self, session: Session, prompts: Any, edits: Sequence[StoredEdit], chat: Mapping[str, Any] | None
+        self, session: Session, prompts: Any, edits: Sequence[EditSet], chat: Mapping[str, Any] | None
     ) -> None:
         self._session = session
         self._own: list[int] = []  # its invokes
         super().__init__(session.model, prompts, session.options, True, chat=chat, home=session, edits=edits)
-
-    @property
-    def told(self) -> str:
-        return self._session.told
 
     def built_request(self) -> Request:
         if self.request is None:

@@ -20,6 +20,7 @@ from polytrace.grammar import unknown_op
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name
 from polytrace.methods import install
+from polytrace.open_shapes import OpenShape
 from polytrace.ops import BY_TORCH_NAME
 from polytrace.storage import State, is_recorded
 from polytrace.tensors import VALUE_DTYPES, RawTensor
@@ -50,7 +51,8 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
-        return torch.Size(shape_of(self).shape)
+        shape = shape_of(self).shape
+        return shape if isinstance(shape, OpenShape) else torch.Size(shape)  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,10 @@ from polytrace.saving import save_members
 from polytrace.scanning import Checking, probing_nodes, unused_values
 from polytrace.storage import State
 from polytrace.tokenizer import token_texts
+from polytrace.wire import MAX_EDITS
 
 if TYPE_CHECKING:
-    from polytrace.edits import StoredEdit
+    from polytrace.edits import EditSet
     from polytrace.model import Model
     from polytrace.modules import Module
 
@@ -49,13 +51,13 @@ class Tracer:
         *,
         chat: Mapping[str, Any] | None = None,
         home: Tracer | None = None,
-        edits: Sequence[StoredEdit] = (),
+        edits: Sequence[EditSet] = (),
         is_peeking: bool = False,
     ) -> None:
         """`home`: the session that this trace is part of, which has the program. `edits`: where each prompt starts."""
         self.model = model
         self.options = options
-        self.recording = home.recording if home is not None else Recording(model.description, self)
+        self.recording: Recording = home.recording if home is not None else Recording(model.description, self)
         self.wrap: Callable[[State], Any] = model.kind.make  # the Python object for a value
         self.receipt: Receipt | None = None  # what the run did cost and touch, once it ran
         self.request: Request | None = None  # what was sent, once the block has ended
@@ -64,7 +66,9 @@ class Tracer:
         self._home = home
         self._edits = edits
         self._chat = chat or {}
-        self._prompts = home._prompts if home is not None else PromptBook(model.description, lambda: model.tokenizer)
+        self._prompts: PromptBook = (
+            home._prompts if home is not None else PromptBook(model.description, lambda: model.tokenizer)
+        )
         self._invokes: list[Invoke] = home._invokes if home is not None else []
         if home is None and is_peeking:
             self.recording.peeks = Peeks(self.recording, self._invokes, options, model.backend.run)
@@ -116,6 +120,11 @@ class Tracer:
     def told(self) -> str:
         """Why a value has no data yet."""
         return "a recorded value has no data yet"
+
+    @property
+    def hint(self) -> str:
+        """How it could have some: the end of a refusal."""
+        return ", or use trace(..., peek=True)"
 
     @property
     def result(self) -> Any:
@@ -324,6 +333,7 @@ class Tracer:
         index = len(self._invokes) - 1
         for edit in self._edits:
             edit.replay(self.recording, index, self.lengths_of(index))
+            self.recording.labels.setdefault(edit.label)
         return index
 
     def _own_invokes(self) -> Sequence[int]:
@@ -341,9 +351,11 @@ class Tracer:
     def _request_of(self, nodes: tuple[Node, ...]) -> Request:
         used = {node.name for node in nodes if isinstance(node, Constant)}
         constants = {name: raw for name, raw in self.recording.constants.tensors.items() if name in used}
-        return Request(
-            graph=Graph(nodes=nodes), invokes=tuple(self._invokes), constants=constants, options=self.options
-        )
+        if len(self.recording.labels) > MAX_EDITS:
+            told = f"this program starts from {len(self.recording.labels)} edits; {MAX_EDITS} is the most"
+            raise GraphError(told, where=self.where)
+        options = replace(self.options, edits=tuple(self.recording.labels))
+        return Request(graph=Graph(nodes=nodes), invokes=tuple(self._invokes), constants=constants, options=options)
 
     def _hand_out(self, names: tuple[str, ...], results: dict[str, Any]) -> None:
         """Every saved value becomes its result."""

@@ -17,9 +17,10 @@ from polytrace.errors import GraphError
 from polytrace.graph import Op
 from polytrace.lines import user_line
 from polytrace.literals import first_int
+from polytrace.open_shapes import is_open
 from polytrace.ops import OPS, Results
 from polytrace.parts import num_parts
-from polytrace.positions import position_index
+from polytrace.positions import OPEN, position_index
 from polytrace.storage import Several, State, is_recorded, recorded_in, state_of
 
 if TYPE_CHECKING:
@@ -67,10 +68,12 @@ class Recorded:
             )
         lengths = session.lengths_of(invoke)
         shape = shape_of(self).shape
-        if shape[:2] != (len(lengths), max(lengths)):
+        if lengths is None and is_open(shape, 0) and is_open(shape, 1):
+            return session.wrap(state.recording.at(state, (OPEN, position)))
+        if lengths is None or shape[:2] != (len(lengths), max(lengths)):
             raise GraphError(
-                f"positions are counted in values of shape [sequences, tokens, ...] = {[len(lengths), max(lengths)]}; "
-                f"this one is {list(shape)}",
+                f"positions are counted in values of shape [sequences, tokens, ...]{_counts(lengths)}; "
+                f"this one is {shape if lengths is None else list(shape)}",
                 where=user_line(),
             )
         return session.wrap(state.recording.at(state, position_index(lengths, position)))
@@ -111,14 +114,14 @@ class Recorded:
     def __bool__(self) -> bool:
         if not can_peek(self):
             _refuse(
-                f"{state_of(self).recording.session.told}, so `if`, `while`, `and`, `or`, `not` and `in` cannot look "
-                f"at it: write torch.where(condition, a, b), or save it and decide after the block, {_OR_PEEK}"
+                f"{_told(self)}, so `if`, `while`, `and`, `or`, `not` and `in` cannot look "
+                f"at it: write torch.where(condition, a, b), or save it and decide after the block{_hint(self)}"
             )
         return bool(peeked(self))
 
     def __contains__(self, item: Any) -> bool:
         if not can_peek(self):
-            _refuse(f"`in` cannot look into a recorded value: save it and look after the block, {_OR_PEEK}")
+            _refuse(f"`in` cannot look into a recorded value: save it and look after the block{_hint(self)}")
         return bool((peeked(self) == item).any())
 
     def __float__(self) -> float:
@@ -189,6 +192,10 @@ def shape_of(value: Any) -> ValueShape:
     recording = state.recording
     node = state.node if recording.keeps_shapes else recording.node_of(state)  # in-place code changes no shape
     return recording.session.shape_of(node)
+
+
+def _counts(lengths: Sequence[int] | None) -> str:
+    return "" if lengths is None else f" = {[len(lengths), max(lengths)]}"
 
 
 def can_peek(value: Any) -> bool:
@@ -286,14 +293,23 @@ def _refuse(message: str) -> NoReturn:
     raise GraphError(message, where=user_line())
 
 
-_OR_PEEK = "or use trace(..., peek=True)"
-
-
 def _data(value: Any, what: str) -> Any:
     """The value's data where its trace lets it be looked at."""
     if can_peek(value):
         return peeked(value)
     _refuse(
-        f"{state_of(value).recording.session.told}, so {what} cannot have its number: keep computing with the value "
-        "itself, or save it and use it after the block (several: `results.append(value.save())`), " + _OR_PEEK
+        f"{_told(value)}, so {what} cannot have its number: keep computing with the value "
+        "itself, or save it and use it after the block (several: `results.append(value.save())`)" + _hint(value)
     )
+
+
+def _hint(value: Any) -> str:
+    return state_of(value).recording.session.hint
+
+
+def _told(value: Any) -> str:
+    """Why a value has no data yet. Raises GraphError when its trace has ended, so that it will have none."""
+    state = state_of(value)
+    if state.recording.closed is not None:
+        _refuse(f"{state.recording.closed}; it was made at {state.where}")
+    return state.recording.session.told

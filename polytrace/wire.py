@@ -5,17 +5,18 @@ graph is JSON in the header's metadata; a result's saves are its tensors and its
 layout and every check of it: sizes and offsets are compared with the buffer before memory is taken, and decoding raises
 `WireError` or `GraphError`, whatever the bytes are. Knows nothing of models, and of files only that they are buffers.
 
-Version "2" of a request: {"seed", "sharing", "prompts": [[id, ...], ...], "invokes": [sizes, places], "wheres":
-["file:line", ...], "templates": [[node with holes, [column, ...]], ...], "order": templates of nodes}. What repeats
-stands once: each prompt (invokes have `sizes` prompts each, named by their places in the list), and each form of node
-(`polytrace.nodes`). In a result's receipt `fired` is {"forms": [[site, kind, line], ...], "order", "invokes",
-"passes"}: the form, the invoke and the passes of each, as columns (`polytrace.folding`).
+Version "2" of a request: {"seed", "sharing", "edits": [name, ...], "prompts": [[id, ...], ...], "invokes": [sizes,
+places], "wheres": ["file:line", ...], "templates": [[node with holes, [column, ...]], ...], "order": templates of
+nodes}. What repeats stands once: each prompt (invokes have `sizes` prompts each, named by their places in the list),
+and each form of node (`polytrace.nodes`). In a result's receipt `fired` is {"forms": [[site, kind, line], ...],
+"order", "invokes", "passes"}: the form, the invoke and the passes of each, as columns (`polytrace.folding`).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +39,8 @@ MAX_HEADER_BYTES = 32 << 20
 MAX_NODES = 1_000_000
 MAX_DIMS = 32
 MAX_TOKEN = 1 << 31
+MAX_EDITS = 16  # that a request may say it started from: its receipt names them
+LABEL = re.compile(r"[ -!#-\[\]-~]{1,80}")  # one's name: what JSON spells as it is
 _PREFIX = struct.Struct("<Q")
 _PASS_BYTES, _ROWS_BYTES = 192, 11  # of a receipt's entry of a pass, and of each layer in it
 _RECEIPT_BYTES = 8192  # of a receipt beside its list of what fired
@@ -69,6 +72,7 @@ def encode_request(request: Request) -> list[bytes | memoryview]:
     body = {
         "seed": request.options.seed,
         "sharing": request.options.sharing.value,
+        "edits": request.options.edits,
         "prompts": prompts,
         "invokes": invokes,
         "wheres": wheres,
@@ -139,7 +143,7 @@ def decode_result(
 
 
 def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Request:
-    fields = {"seed", "sharing", "prompts", "invokes", "wheres", "templates", "order"}
+    fields = {"seed", "sharing", "edits", "prompts", "invokes", "wheres", "templates", "order"}
     if not isinstance(body, dict) or body.keys() != fields:
         raise WireError(f"a request has exactly the fields {', '.join(sorted(fields))}")
     seed, sharing = body["seed"], body["sharing"]
@@ -147,13 +151,15 @@ def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Requ
         raise WireError("the seed is not an integer from 0 to 2**63 - 1")
     if not isinstance(sharing, str) or sharing not in {member.value for member in Sharing}:
         raise WireError(f"sharing is one of {', '.join(member.value for member in Sharing)}")
+    edits = body["edits"]
+    if not isinstance(edits, list) or len(edits) > MAX_EDITS or not all(_is_label(label) for label in edits):
+        raise WireError(f"edits are at most {MAX_EDITS} names of at most 80 plain characters")
     invokes = _invokes(body["prompts"], body["invokes"], max_nodes)
     nodes = decode_nodes(body["templates"], body["order"], body["wheres"], max_nodes=max_nodes)
     graph = Graph(nodes=nodes)
     check_graph(graph, num_invokes=len(invokes), constants=constants)
-    return Request(
-        graph=graph, invokes=invokes, constants=constants, options=Options(seed=seed, sharing=Sharing(sharing))
-    )
+    options = Options(seed=seed, sharing=Sharing(sharing), edits=tuple(edits))
+    return Request(graph=graph, invokes=invokes, constants=constants, options=options)
 
 
 def _dumps(value: Any) -> str:
@@ -305,6 +311,10 @@ def _fired(plain: Any) -> tuple[Fired, ...]:
 
 def _is_form(form: Any) -> bool:
     return isinstance(form, list) and len(form) == 3 and all(isinstance(part, str) for part in form)
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str) and LABEL.fullmatch(value) is not None
 
 
 def _is_positive(value: Any) -> bool:

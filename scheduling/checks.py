@@ -18,6 +18,7 @@ from polytrace.graph import (
     Graph,
     Invoke,
     Mask,
+    Node,
     NodeId,
     Op,
     Parameter,
@@ -31,6 +32,7 @@ from polytrace.graph import (
 )
 from polytrace.ops import OPS
 from polytrace.sources import Sources
+from polytrace.tensors import RawTensor
 from scheduling.levels import Levels
 
 
@@ -168,6 +170,12 @@ def resolve(request: Request, table: ModelTable) -> Resolved:
     resolved = _resolve_nodes(request, table)
     _check_saves(request.graph)
     return resolved
+
+
+def check_nodes(nodes: tuple[Node, ...], constants: Mapping[str, RawTensor], table: ModelTable) -> None:
+    """Checks the names in a graph that has one invoke, whose prompts are not known yet. Raises GraphError."""
+    nobody = Invoke(sequences=((0,),))
+    _resolve_nodes(Request(graph=Graph(nodes=nodes), invokes=(nobody,), constants=constants), table)
 
 
 def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:

@@ -197,6 +197,7 @@ class Program:
     narrowed: Mapping[NodeId, tuple[int, ...]]  # reads and writes of some columns only -> these, ascending
     invokes: tuple[Invoke, ...]
     seed: int
+    edits: tuple[str, ...] = ()  # that it started from, for its receipt
     sharing_domain: str | None  # its rows may be shared with requests of the same domain; None: not even among its own
     facts: tuple[ValueFacts | None, ...]  # per node; None for writes and saves
     below: Mapping[NodeId, Below]  # nodes that each rank works out on its part

@@ -93,6 +93,7 @@ def _compile(
         narrowed=columns.narrowed,
         invokes=request.invokes,
         seed=request.options.seed,
+        edits=request.options.edits,
         sharing_domain=domain,
         facts=columns.facts,
         below=lowered.below,
@@ -120,6 +121,7 @@ def certify(program: Program, facts: tuple[ValueFacts | None, ...], description:
         carried_bytes=carried_bytes(program, table),
         live_bytes=program.live_bytes,
         notes=find_notes(program, table),
+        edits=program.edits,
     )
 
 

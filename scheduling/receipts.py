@@ -123,6 +123,7 @@ class Account:
             queue_seconds=queue_seconds,
             run_seconds=run_seconds,
             notes=find_notes(program, table),
+            edits=program.edits,
         )
 
 

@@ -99,6 +99,36 @@ def test_receipts_say_what_fired_where_and_that_only_saves_moved(model: Model) -
     ]
 
 
+def steered(model: Model) -> tuple[list[torch.Tensor], list[int]]:
+    """A named edit, then a loop in a session whose step depends on what was seen; the values and the looks' bytes."""
+    prompts = ["The Eiffel Tower is in the city of", "The Colosseum is in the city of"]
+    vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with model.edit("steered"):
+        model.model.layers[1].output[0][:, -1] += vector
+    looks = []
+    with model.session(peek=True) as session:
+        state: Any = torch.zeros(model.config.hidden_size)
+        for _, prompt in session.repeat(3, data=prompts):
+            with model.trace(prompt, edits=["steered"]):
+                model.model.layers[2].output[0][:, -1] += state
+                seen = model.model.layers[6].output[0][:, -1]
+                state = state + seen.squeeze(0) * (0.1 if float(seen.norm()) > 1 else 0.2)
+                logits = model.lm_head.output[:, -1]
+        saved = [state.save(), logits.save()]
+        looks += [receipt.result_bytes for receipt in session.peeks]
+    assert session.receipt.edits == ("steered@1",)
+    model.delete_edit("steered")
+    return saved, looks
+
+
+def test_sessions_looks_and_kept_edits_are_what_they_are_in_one_process(model: Model) -> None:
+    with polytrace.load(str(FOLDER), threads=1, dtype="float32") as local:
+        theirs, _ = steered(local)
+    ours, looks = steered(model)
+    assert looks == [4, 4, 4]
+    assert difference(ours, theirs) <= FLOAT32_TOLERANCE
+
+
 def test_a_graph_that_fails_tells_its_owner_which_line_and_hurts_nobody(model: Model) -> None:
     prompt = "The Eiffel Tower is in the city of"
 

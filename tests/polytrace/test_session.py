@@ -239,12 +239,12 @@ def test_a_loop_is_bounded_with_the_number_of_steps_that_fit(model: Any) -> None
     whole = model.description
     model.__dict__["description"] = replace(whole, limits=replace(whole.limits, max_nodes=100))
     try:
-        with pytest.raises(TooLargeError, match=r"60 steps of 4 nodes .* the 100 .* at most 25 steps fit") as caught:
-            with model.session() as session:
-                total: Any = 0.0
-                for _ in session.repeat(60):
-                    with model.trace(IDS):
-                        total = total + model.lm_head.output[:, -1].sum()
+        told = "60 steps of 4 nodes .* the 100 .* at most 25 steps fit"
+        with pytest.raises(TooLargeError, match=told) as caught, model.session() as session:
+            total: Any = 0.0
+            for _ in session.repeat(60):
+                with model.trace(IDS):
+                    total = total + model.lm_head.output[:, -1].sum()
         assert str(caught.value.where).startswith("test_session.py:")
     finally:
         model.__dict__["description"] = whole

@@ -138,3 +138,47 @@ def test_importing_polytrace_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_sessions_looks_edits_and_adapters_need_no_torch() -> None:
+    run("""
+import json, struct, tempfile
+from pathlib import Path
+import polytrace
+
+with model.edit("happy") as edited:
+    layer.output[0].at(1)[:, :4] += np.ones(4, np.float32)
+    assert layer.output[0].shape[-1] == 8
+    refused(lambda: layer.output[0].shape[0], "later traces")
+with edited.session() as session:
+    with edited.trace([1, 2, 3]):
+        carried = layer.output[0][:, -1]
+    refused(lambda: float(carried), "this session sends when its block ends", "peek=True")
+    with model.trace([4, 5], edits=["happy"]):
+        model.model.layers[2].output[0][:, -1] = carried
+        model.lm_head.output.save()
+assert session.request.options.edits == ("happy@1",), session.request.options
+assert sum(isinstance(node, Write) for node in session.request.graph.nodes) == 3
+
+backend.results = {"0": np.array(3.0)}
+with model.trace([1, 2, 3], peek=True) as tracer:
+    norm = layer.output[0].norm()
+    assert norm.item() == 3.0 and int(norm) == 3 and bool(norm) and f"{norm:.1f}" == "3.0" and norm.tolist() == 3.0
+    assert norm.numpy() == np.asarray(norm) == 3.0
+    norm.save()
+assert len(tracer.peeks) == 1
+
+folder = Path(tempfile.mkdtemp())
+name = "base_model.model.lm_head.lora_"
+header = json.dumps({
+    name + "A.weight": {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]},
+    name + "B.weight": {"dtype": "F32", "shape": [32, 2], "data_offsets": [64, 320]},
+}).encode()
+(folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(320))
+config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+(folder / "adapter_config.json").write_text(json.dumps(config))
+try:
+    model.edited(polytrace.lora(folder))
+except GraphError as error:
+    assert "lm_head" in str(error), error  # the description by hand has no input of it
+""")
