@@ -227,6 +227,8 @@ _ROWS: tuple[OpSpec, ...] = (
     _op("randn_like", "dtype", torch="function", is_random=True),
     _op("rand_like", "dtype", torch="function", is_random=True),
     # recorded by the client, not torch callables
+    # (values, dims): one value below the other, each padded with zeros in front along `dims` to the longest
+    _op("left_pad", torch="polytrace.left_pad"),
     _op("item", torch="polytrace.item"),  # (pair or list, position): one value of a call that returns several
     # (base, index, value): base with the indexed part replaced, as a new value
     _op("setitem", torch="polytrace.setitem"),

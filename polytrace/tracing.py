@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ class Tracer:
         self._prompts = PromptBook(model.description, lambda: model.tokenizer)
         self._chat = chat or {}
         self._invokes: list[Invoke] = []
+        self._groups: list[int] = []  # how many of the invokes each empty one has
         self._invoke: int | None = None  # whose block this is
         self._has_own_prompts = prompts is not None
         self._token: Token[Tracer | None] | None = None
@@ -66,8 +67,15 @@ class Tracer:
 
     # what a user calls
 
-    def invoke(self, prompts: Any, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
-        """`with tracer.invoke(prompts)`: one of several sets of prompts, whose values may flow between them."""
+    def invoke(self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
+        """`with tracer.invoke(prompts)`: one of several sets of prompts, whose values may flow between them.
+
+        Without prompts: all of the trace so far, as one left-padded view (`polytrace.groups`). What the invokes before
+        have changed is seen there, and what is written there reaches them.
+        """
+        if prompts is None:
+            self._check_open()
+            return InvokeBlock(self, self._group())
         if self._has_own_prompts:
             raise GraphError(
                 "this trace has its prompts: write model.trace() without any to invoke several", where=user_line()
@@ -101,7 +109,7 @@ class Tracer:
         Nothing runs behind the last value that is needed anyway: this only has later code refused that wants more.
         """
         self._check_open()
-        chosen = range(len(self._invokes)) if self._invoke is None else [self._invoke]
+        chosen = range(len(self._invokes)) if self._invoke is None else self.members_of(self._invoke)
         self.recording.closings.stop(chosen, user_line())
 
     def cache(
@@ -248,7 +256,10 @@ class Tracer:
         return shape
 
     def lengths_of(self, invoke: int) -> tuple[int, ...]:
-        return tuple(len(sequence) for sequence in self._invokes[invoke].sequences)
+        return tuple(len(sequence) for one in self.members_of(invoke) for sequence in self._invokes[one].sequences)
+
+    def members_of(self, invoke: int) -> Sequence[int]:
+        return (invoke,) if invoke >= 0 else range(self._groups[-1 - invoke])
 
     def leaf_shape(self, node: Node) -> ValueShape | None:
         """What the model's description says of a node; None when it takes more than that."""
@@ -290,9 +301,20 @@ class Tracer:
         self._invokes.append(self._prompts.invoke(prompts, self._chat if chat is None else chat))
         return len(self._invokes) - 1
 
+    def _group(self) -> int:
+        """The number of the group of all invokes so far; of a single one, its own."""
+        if not self._invokes:
+            raise GraphError(
+                "tracer.invoke() without prompts means all prompts so far, and there are none yet", where=user_line()
+            )
+        if len(self._invokes) == 1:
+            return 0
+        self._groups.append(len(self._invokes))
+        return -len(self._groups)
+
     def _sequences(self) -> tuple[tuple[int, ...], ...]:
-        chosen = self._invokes if self._invoke is None else [self._invokes[self._invoke]]
-        return tuple(sequence for invoke in chosen for sequence in invoke.sequences)
+        chosen = range(len(self._invokes)) if self._invoke is None else self.members_of(self._invoke)
+        return tuple(sequence for invoke in chosen for sequence in self._invokes[invoke].sequences)
 
     def _make_request(self) -> tuple[Request, tuple[str, ...]]:
         nodes, names = self.recording.finish()
@@ -325,6 +347,7 @@ class InvokeBlock:
     def __init__(self, tracer: Tracer, index: int) -> None:
         self._tracer = tracer
         self._index = index
+        self._around: int | None = None  # the trace's own prompts, which an empty invoke stands in
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -332,7 +355,8 @@ class InvokeBlock:
         return self._tracer.lengths_of(self._index)
 
     def __enter__(self) -> InvokeBlock:
-        if self._tracer._invoke is not None:
+        self._around = self._tracer._invoke
+        if self._around is not None and not self._tracer._has_own_prompts:
             raise GraphError("an invoke is open already: one ends before the next begins", where=user_line())
         self._tracer._invoke = self._index
         return self
@@ -342,4 +366,4 @@ class InvokeBlock:
             if error is None:
                 self._tracer._close()
         finally:
-            self._tracer._invoke = None
+            self._tracer._invoke = self._around
