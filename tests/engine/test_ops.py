@@ -173,7 +173,7 @@ EXAMPLES: dict[str, list[Call]] = {
     "ones_like": [call(X), call(X, dtype=torch.bfloat16)],
     "full_like": [call(X, 3), call(X, fill_value=2.5, dtype=torch.float64)],
 }
-RECORDED_BY_THE_CLIENT = {"item", "setitem", "set_view"}
+RECORDED_BY_THE_CLIENT = {"left_pad", "item", "setitem", "set_view"}
 RANDOM = {"randn_like", "rand_like"}
 
 
