@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.asked_shapes import AskedShapes
 from polytrace.caching import Cache, CacheRequest
 from polytrace.certificate import Certificate, Receipt, ValueShape
+from polytrace.chat import conversations_in
 from polytrace.collector import young_only
 from polytrace.errors import GraphError
 from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request
@@ -63,7 +64,7 @@ class Tracer:
         self.caches: list[CacheRequest] = []  # of the invokes that are open, whose reads stand at their end
         self.logs: list[Log] = []  # what tracer.log was given; with data once it is there
         if prompts is not None:
-            self._invoke = self._add_invoke(prompts)
+            self._invoke = self._add_invoke(prompts, chat)
 
     # what a user calls
 
@@ -298,6 +299,8 @@ class Tracer:
         return self._make_request()[0]
 
     def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
+        if chat and conversations_in(prompts) is None:
+            raise GraphError("chat= is for conversations: lists of {'role', 'content'} messages", where=user_line())
         self._invokes.append(self._prompts.invoke(prompts, self._chat if chat is None else chat))
         return len(self._invokes) - 1
 
