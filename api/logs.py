@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polytrace.logs import MAX_LOG_BYTES
 from scheduling.scheduler import Progress
 
-MAX_LOG_BYTES = 16_384  # of one value
 MAX_LOGS_BYTES = 262_144  # of all that a request has logged
 
 

@@ -323,7 +323,8 @@ class Store(Catalogue):
                     else RequestState.FAILED
                 )
                 count = db.execute(
-                    "UPDATE requests SET state = ?, finished = ?, error = ? WHERE id = ? AND state = 'running'",
+                    "UPDATE requests SET state = ?, finished = ?, error = ?, logs = '[]' "
+                    "WHERE id = ? AND state = 'running'",
                     (state.value, now, end.error and json.dumps(end.error.to_fields()), end.request),
                 ).rowcount
                 if count:

@@ -61,6 +61,23 @@ def _item(results: Any, position: int) -> Tensor:
     return taken
 
 
+def _left_pad(parts: list[Tensor], dims: tuple[int, ...]) -> Tensor:
+    """Views below each other, each with zeros in front along `dims`."""
+    shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
+    for dim in dims:
+        shape[dim] = max(part.shape[dim] for part in parts)
+    padded, first = parts[0].new_zeros(shape), 0
+    for part in parts:
+        place = [slice(first, first + part.shape[0]), *[slice(None)] * (padded.ndim - 1)]
+        for dim in dims:
+            place[dim] = slice(shape[dim] - part.shape[dim], None)
+        if padded[tuple(place)].shape != part.shape:
+            raise ValueError(f"views of shapes {list(parts[0].shape)} and {list(part.shape)} do not go together")
+        padded[tuple(place)] = part
+        first += part.shape[0]
+    return padded
+
+
 def _setitem(base: Tensor, index: Any, value: Any) -> Tensor:
     if base.is_cuda:
         check_index(base, index)
@@ -313,6 +330,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     "reshape": Tensor.reshape,
     "scaled_dot_product_attention": _attention,
     "setitem": _setitem,
+    "left_pad": _left_pad,
     "split": _split,
     "take": _take,
     "take_along_dim": _take_along_dim,

@@ -271,7 +271,10 @@ class RequestState:
     def _rows(self, node_id: NodeId, node: Read | Write, info: SiteInfo, level: int) -> RowView:
         columns = self.program.narrowed.get(node_id)
         rows = self.rows[node.invoke]
-        return rows.at(level, columns) if info.rows is Rows.ALL else rows.kept(columns)
+        if info.rows is not Rows.ALL:
+            return rows.kept(columns)
+        is_inside = self.context.levels.is_inside(info.order)
+        return rows.inside(level, columns) if is_inside else rows.at(level, columns)
 
     def _own_what_stays(self, fragment: Fragment, port: PortValue) -> None:
         """Copies values that outlive the visit out of the stream, so that they do not keep all its rows alive."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
+import torch
+
 from engine.contractions import contracted, reduced_dims
 from engine.indexing import places
 from engine.meta import MISFITS, Meta, contiguous, freeze, result_of
@@ -98,6 +100,9 @@ class TokenDimensions:
 
     def op(self, position: NodeId, op: Op, args: tuple[Any, ...], values: list[Any], value: Value) -> None:
         """Notes the op's token dimensions. Raises GraphError when it would count pad rows."""
+        if op.name == "left_pad" and isinstance(value, Meta):
+            self._note(position, (self._group(op, values, value),))
+            return
         if not self._found or self._found.keys().isdisjoint(self._needs[position]):
             return
         self._refuse(op, args, values)
@@ -108,6 +113,24 @@ class TokenDimensions:
             self._note(position, self._members(op, args, values, value))
         elif isinstance(value, Meta):
             self._note(position, (self._one(op, args, values, value),))
+
+    def _group(self, op: Op, values: list[Any], value: Meta) -> Tokens | None:
+        """Views of several invokes below each other: pads are theirs, and those in front of shorter ones."""
+        parts, dims = op.args
+        assert isinstance(parts, list) and isinstance(dims, tuple)
+        found: dict[int, Columns] = {}
+        for dim in dims:
+            assert isinstance(dim, int)
+            first_full = 0
+            for part in parts:
+                assert isinstance(part, Ref)
+                tokens, longest = self._tokens(part.node), value.shape[dim]
+                own = tokens.dims.get(dim) if tokens is not None else None
+                pads = longest - values[part.node].shape[dim]
+                first_full = max(first_full, pads + (0 if own is None else own.first_full))
+            found[dim] = Columns(known=range(longest), first_full=first_full)
+        kind = Kind.MASK if value.dtype is torch.bool else Kind.RAW
+        return _tokens_of(kind, found, value)
 
     def call(self, position: NodeId, call: Call, values: list[Any], value: Meta) -> None:
         """A module works row by row: leading dimensions stay what they are."""

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from engine.arguments import Arguments
+from engine.around import Around, rows_of
 from engine.attention import AttentionPass, attending
 from engine.copies import to_device
 from engine.operations import Stops, rewritten
@@ -117,9 +118,15 @@ class StageRunner:
             entry: nn.Module = self._layers[self.window.first]
             yield entry.register_forward_pre_hook(_putting_in(hidden_1TD), with_kwargs=True)
         owned = range(self.window.first, self.window.stop)
+        pre_hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
         for level in owned:
             layer: nn.Module = self._layers[level]
             yield layer.register_forward_pre_hook(self._entering(rows, level), with_kwargs=True)
+            way = rows.streams.ways_around(level)
+            if way is not None:  # behind what visits the layer's input, and before what visits its output
+                around = Around(*way)
+                pre_hooks.append((layer, self._unless_calling(around.leave)))
+                yield layer.register_forward_hook(self._unless_calling(around.join))
         for visit in sorted(visits, key=lambda visit: visit.order):
             module = self._modules[visit.module]
             is_last = visit.order == stop_after
@@ -134,6 +141,8 @@ class StageRunner:
                 yield module.register_forward_pre_hook(self._visiting_inputs(visit, is_last), with_kwargs=True)
             else:
                 yield module.register_forward_hook(self._visiting_output(visit, is_last))
+        for layer, leave in pre_hooks:
+            yield layer.register_forward_pre_hook(leave, with_kwargs=True)
         for level in owned:
             following: nn.Module = self._layers[level]
             yield following.register_forward_hook(self._crossing(rows, level + 1))
@@ -155,17 +164,20 @@ class StageRunner:
             if self._is_calling:
                 return None
             streams = rows.streams
-            rows.attention.enter(level, streams.layer(level))
+            rows.attention.enter(level, streams.inside(level))
             origins = streams.origins(level)
             if origins is None:
                 return None
             num_rows = streams.num_root_rows
             hidden = first_argument(args, kwargs)
-            taken = _taken(args, origins, num_rows), _taken(kwargs, origins, num_rows)
+            taken = rows_of(args, origins, num_rows), rows_of(kwargs, origins, num_rows)
             is_root = level == 0 and hidden.shape[1] == num_rows  # the embeddings: cut to the rows of level 0
             return taken if is_root else replace_first_argument(*taken, hidden)
 
         return hook
+
+    def _unless_calling(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *call: None if self._is_calling else hook(*call)
 
     def _crossing(self, rows: PackedRows, level: int) -> Callable[..., Any]:
         """Behind a layer: the rows of the next level, and what was written to them."""
@@ -244,20 +256,6 @@ def replace_first_argument(
 
 class _Done(Exception):
     """Ends a forward early: not an error, there is nothing left to do."""
-
-
-def _taken(value: Any, rows: Tensor, num_rows: int) -> Any:
-    """A layer's arguments beside the hidden states, `[1, T, ...]` or `[T]` of level 0, for other rows."""
-    if isinstance(value, Tensor):
-        if value.ndim > 1 and value.shape[1] == num_rows:
-            return value.index_select(1, rows)
-        return value.index_select(0, rows) if value.shape == (num_rows,) else value
-    if isinstance(value, Mapping):
-        return {key: _taken(member, rows, num_rows) for key, member in value.items()}
-    if isinstance(value, (tuple, list)):
-        members = [_taken(member, rows, num_rows) for member in value]
-        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
-    return value
 
 
 def _visiting_point(visit: Visit, is_last: bool) -> Visitor:

@@ -95,6 +95,16 @@ class Stream(LevelRows):
         return self.bases[segment] + position - self.starts[segment] if is_live else None
 
 
+class RunningStream(Stream):
+    """The rows that a layer is run for: those of its level without the ones that go around it."""
+
+    def own(self, segment: int) -> range:
+        return range(0) if self.level in self.segments[segment].skips else super().own(segment)
+
+    def _own_row(self, segment: int, position: int) -> int | None:
+        return None if self.level in self.segments[segment].skips else super()._own_row(segment, position)
+
+
 class HeadStream(LevelRows):
     """The rows behind the last layer: of each segment chosen positions."""
 
@@ -122,6 +132,7 @@ class Streams:
         self.num_layers = len(plan.layer_rows)
         self.trunks = [place for place, segment in enumerate(plan.segments) if segment.trunk is not None]
         self._layers: list[Stream] = []
+        self._running: dict[int, Stream] = {}
         self._origins: dict[int, Tensor | None] = {}  # by id of the stream
 
     def at(self, level: int) -> LevelRows:
@@ -139,6 +150,25 @@ class Streams:
             stream = self._layers[-1] if is_same else Stream(self.plan.segments, missing, self.multiple)
             self._layers.append(stream)
         return self._layers[level]
+
+    def inside(self, level: int) -> Stream:
+        """The rows inside of a layer; the same object as the layer's when none goes around it."""
+        if level not in self._running:
+            is_skipped = any(level in segment.skips for segment in self.plan.segments)
+            own = RunningStream(self.plan.segments, level, self.multiple) if is_skipped else self.layer(level)
+            self._running[level] = own
+        return self._running[level]
+
+    def ways_around(self, level: int) -> tuple[Tensor, int] | None:
+        """`[T inside]`: the layer's row that each row inside of it is, and how many of these are no padding.
+
+        None when all rows run the layer.
+        """
+        here, running = self.layer(level), self.inside(level)
+        if running is here:
+            return None
+        rows = _rows_in(here, running) + [0] * (running.num_padded - running.num_rows)
+        return to_device(rows, self.device, torch.long), running.num_rows
 
     @cached_property
     def head(self) -> HeadStream:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.copies import to_device
 from engine.spans import SpanStore
-from engine.streams import Streams
+from engine.streams import Stream, Streams
 
 # T = packed rows, R = rows of trunks, G = key/value heads, C = head dimension, D = hidden
 
@@ -27,7 +27,7 @@ class Trunks:
 
     def through(self, layer: int, key_GTC: Tensor, value_GTC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the stream, behind them those of trunks; keeps those that later passes want."""
-        stream = self._streams.layer(layer)
+        stream = self._streams.inside(layer)
         if self._streams.trunks:
             found = [
                 self._store.kept_keys(segment.trunk, layer)
@@ -38,7 +38,7 @@ class Trunks:
             value_GTC = torch.cat([value_GTC, *(value for _, value in found)], 1)
         for keep in self._keeps:
             if keep.stops[layer]:
-                rows = self._rows(layer, keep.segment, 0, keep.stops[layer])
+                rows = self._rows(stream, keep.segment, 0, keep.stops[layer])
                 keys = key_GTC.index_select(1, rows), value_GTC.index_select(1, rows)
                 self._store.keep_keys(keep.trunk, layer, *keys)
         return key_GTC, value_GTC
@@ -53,7 +53,7 @@ class Trunks:
         for keep in self._keeps:
             start, stop = keep.outputs[layer], keep.stops[layer]
             if start < stop:
-                rows = self._rows(layer, keep.segment, start, stop)
+                rows = self._rows(self._streams.layer(layer), keep.segment, start, stop)
                 if self._streams.trunks:
                     rows = self._streams.among_outputs(layer, rows)
                 self._store.keep_output(keep.trunk, layer, self.take(layer, hidden_1TD, rows)[0])
@@ -65,6 +65,6 @@ class Trunks:
             hidden_1TD = torch.cat([hidden_1TD, outputs[None]], 1)
         return hidden_1TD.index_select(1, rows)
 
-    def _rows(self, layer: int, segment: int, start: int, stop: int) -> Tensor:
-        runs = self._streams.layer(layer).runs(segment, start, stop)
+    def _rows(self, stream: Stream, segment: int, start: int, stop: int) -> Tensor:
+        runs = stream.runs(segment, start, stop)
         return to_device(torch.cat([torch.arange(*run) for run in runs]), self._streams.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.copies import to_device
-from engine.streams import Streams, positions_of
+from engine.streams import LevelRows, Streams, positions_of
 from scheduling.plan import View
 
 # From (segment, position) to a row, None where there is none any more.
@@ -108,6 +108,10 @@ class InvokeRows:
         """Columns (None: all) of the invoke at a level."""
         return self._of(level, columns)
 
+    def inside(self, layer: int, columns: tuple[int, ...] | None) -> RowView:
+        """Columns of the invoke among the rows that a layer is run for."""
+        return self._in(self.streams.inside(layer), columns)
+
     def behind(self, layer: int, columns: tuple[int, ...] | None) -> RowView:
         """Columns of the invoke among the outputs of a layer, those of trunks included."""
         if not self.streams.trunks:
@@ -124,7 +128,9 @@ class InvokeRows:
         return self._of(None, columns)
 
     def _of(self, level: int | None, columns: tuple[int, ...] | None) -> RowView:
-        found = self.streams.at(level) if level is not None else None
+        return self._in(self.streams.at(level) if level is not None else None, columns)
+
+    def _in(self, found: LevelRows | None, columns: tuple[int, ...] | None) -> RowView:
         key = (None if found is None else id(found), columns)
         if key not in self._views:
             find = self.streams.kept_row if found is None else found.row

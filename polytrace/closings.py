@@ -44,7 +44,7 @@ class Closings:
         for module, line in own.skipped.items():
             if _is_inside(site, module):
                 raise GraphError(f"{site} cannot be {done}: {_told(module, line)}", where=where)
-        if own.stop is not None and self._orders[site.module, site.port, site.visit] > own.stop[0]:
+        if own.stop is not None and self._order(site) > own.stop[0]:
             raise GraphError(
                 f"{site} cannot be {done}: tracer.stop() at {own.stop[1]} ended this prompt's run before it comes "
                 "there; stop behind what is read or written last",
@@ -56,7 +56,7 @@ class Closings:
         """The run ends behind the last site that was used so far."""
         for invoke in invokes:
             own = self._own.setdefault(invoke, _Own())
-            last = max((self._orders[site.module, site.port, site.visit] for site in own.used), default=-1)
+            last = max(map(self._order, own.used), default=-1)
             own.stop = own.stop or (last, where)
 
     def skip(self, module: str, invoke: int, where: str) -> None:
@@ -72,6 +72,14 @@ class Closings:
                     where=where,
                 )
         own.skipped[module] = where
+
+    def _order(self, site: Site) -> int:
+        """The site's place in the model's order; of one that has none of its own, that of the output around it."""
+        order, path = self._orders.get((site.module, site.port, site.visit)), site.module
+        while order is None:
+            order = self._orders.get((path, Port.OUTPUT, 0), None if path else 0)
+            path = path.rpartition(".")[0]
+        return order
 
     @cached_property
     def _orders(self) -> dict[tuple[str, Port, int], int]:

@@ -87,7 +87,7 @@ class EditTracer(Tracer):
     def hint(self) -> str:
         return ""
 
-    def invoke(self, prompts: Any, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
+    def invoke(self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
         self._refuse_prompts()
 
     def shape_of(self, node: NodeId) -> ValueShape:

@@ -107,6 +107,8 @@ def _check_op(graph: Graph, op: Op) -> None:
             _check_dtypes(arg, op.where)
     if op.name in _OF_CLIENTS:
         _check_part(graph, op)
+    if op.name == "left_pad" and not _is_group(op):
+        raise GraphError("left_pad takes a list of views and the dimensions that run over tokens", where=op.where)
 
 
 _OF_CLIENTS = frozenset({"getitem", "setitem", "set_view", "item"})  # recorded by clients, in one form only
@@ -124,6 +126,12 @@ def _check_part(graph: Graph, op: Op) -> None:
         raise GraphError(f"{op.name} takes a value, the part of it and the new part", where=op.where)
     if op.name == "set_view":
         _check_steps(op.args[1], op.where)
+
+
+def _is_group(op: Op) -> bool:
+    if len(op.args) != 2 or not isinstance(op.args[0], list):
+        return False
+    return bool(op.args[0]) and all(isinstance(part, Ref) for part in op.args[0]) and op.args[1] in ((1,), (2, 3))
 
 
 def _check_item(graph: Graph, op: Op) -> None:

@@ -65,7 +65,8 @@ class HttpBackend:
     def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
         """Raises what the service says of the request, or ServiceError when it does not answer in time."""
         deadline = time.monotonic() + self._timeout_s
-        answer = self._submit(request, min(_FIRST_WAIT_S, self._timeout_s))
+        first_wait_s = _FIRST_WAIT_S if hear is hear_nothing else 0.0  # who logs wants to see how far it is at once
+        answer = self._submit(request, min(first_wait_s, self._timeout_s))
         waited = self._await(answer, deadline, tell, hear) if isinstance(answer, str) else answer
         raws, receipt = decode_result(waited)
         decode = value_kind().decode

@@ -1,8 +1,9 @@
 """nnsight's keywords that mean little or nothing here: taken, so that its programs run. Unknown ones are refused.
 
 What each means: `remote`, `blocking`, `dispatch`, `low_cpu_mem_usage`: nothing, for where a model runs is decided by
-`load` or `connect`. `device_map`: a device, or what means the default ("auto"). `torch_dtype`: another name of `dtype`.
-`backend`, `invoker_args`, `invoker_kwargs`: empty only. `trust_remote_code`: False only: no model's code is run.
+`load` or `connect`. `attn_implementation`: nothing, for attention is polytrace's own and patterns can always be read.
+`device_map`: a device, or what means the default ("auto"). `torch_dtype`: another name of `dtype`. `backend`,
+`invoker_args`, `invoker_kwargs`: empty only. `trust_remote_code`: False only, for no model's own code is run.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _ON_LOAD: Mapping[str, _Foreign] = {
     "remote": _NOTHING,
     "dispatch": _NOTHING,
     "low_cpu_mem_usage": _NOTHING,
+    "attn_implementation": _NOTHING,
     "trust_remote_code": _UNTRUSTED,
 }
 _ON_TRACE: Mapping[str, _Foreign] = {

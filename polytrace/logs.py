@@ -5,7 +5,7 @@ A log is a saved value whose name begins with `graph.LOG`; the service hands tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,18 +57,17 @@ def add_log(tracer: Tracer, first: Any, second: Any) -> None:
 class LogPrinter:
     """Prints each log once, when its value is there; in the order of the program among those that come together."""
 
-    def __init__(self, logs: Sequence[Log], names: Mapping[int, str], show: Callable[[str], None] = print) -> None:
+    def __init__(self, logs: Sequence[Log], names: Mapping[int, str]) -> None:
         """`names` are what the values come back under, by the place of their log."""
         self._logs = logs
         self._waiting = dict(names)
-        self._show = show
 
     def hear(self, values: Mapping[str, Any]) -> None:
         """Takes saved values by name."""
         for place, name in [*self._waiting.items()]:
             if name in values:
                 del self._waiting[place]
-                self._show(f"{self._logs[place].name}: {values[name]}")
+                print(f"{self._logs[place].name}: {values[name]}", flush=True)
 
 
 def _kind(thing: Any) -> str:

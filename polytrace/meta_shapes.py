@@ -71,6 +71,8 @@ class MetaShapes:
             args[1] = self._resolve(op.args[1], with_masks=True)
         if op.name == "item":
             return args[0][args[1]]
+        if op.name == "left_pad":
+            return _padded_shape(*args)
         if (result := _pointwise(op.name, args)) is not None:
             return result
         if OPS[op.name].needs_values:
@@ -124,3 +126,10 @@ def _pointwise(name: str, args: list[Any]) -> Tensor | None:
         return None
     shape = torch.broadcast_shapes(*(arg.shape for arg in tensors))
     return torch.empty(shape, dtype=torch.bool if name in _COMPARISONS else tensors[0].dtype, device="meta")
+
+
+def _padded_shape(parts: list[Tensor], dims: tuple[int, ...]) -> Tensor:
+    shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
+    for dim in dims:
+        shape[dim] = max(part.shape[dim] for part in parts)
+    return torch.empty(shape, dtype=parts[0].dtype, device="meta")

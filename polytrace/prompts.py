@@ -41,8 +41,6 @@ class PromptBook:
         if found is None:
             if (conversations := conversations_in(prompts)) is not None:
                 prompts = [self._encoded_chat(one, chat) for one in conversations]
-            elif chat:
-                raise GraphError("chat= is for conversations: lists of {'role', 'content'} messages", where=user_line())
             made = _make_invoke(prompts, self._description, self._tokenizer)
             found = self._known.setdefault(made.sequences, made)
             if key is not None:

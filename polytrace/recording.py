@@ -40,6 +40,7 @@ from polytrace.graph import (
     refs,
 )
 from polytrace.graph import operands as node_operands
+from polytrace.groups import GroupPlace, parts_of
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name, is_basic, scalar
 from polytrace.ops import OPS
@@ -60,7 +61,12 @@ class Session(Protocol):
         """Shape and dtype of a node's value."""
 
     def lengths_of(self, invoke: int) -> tuple[int, ...] | None:
-        """Tokens of each prompt of an invoke; None when the prompts are those of later traces."""
+        """Tokens of each prompt of an invoke, or of a group's members one after another; None when the prompts are
+        those of later traces.
+        """
+
+    def members_of(self, invoke: int) -> Sequence[int]:
+        """The invoke itself; of a group, whose number is below 0, those that it is made of."""
 
     @property
     def told(self) -> str:
@@ -95,6 +101,7 @@ class Recording:
         self.closings = Closings(description)  # sites behind a stop, or inside of skipped modules
         self._shared: dict[tuple[type, str | int], NodeId] = {}  # constants, parameters and masks, each once
         self._places: dict[tuple[Site, int], Place] = {}
+        self._groups: dict[tuple[Site, int], GroupPlace] = {}
         self._edited: list[Storage] = []  # those without a place
         self._dtypes = Derived(self._dtype_parts, self._find_dtype)  # as far as the nodes tell
         self._invokes = Derived(self._row_parts, self._find_invoke)  # whose rows it has, if one's
@@ -106,6 +113,8 @@ class Recording:
     def read(self, site: Site, invoke: int, dtype: str, where: str | None = None) -> State:
         """A fresh snapshot of a site."""
         where = where or user_line()
+        if invoke < 0:
+            return self._read_group(site, invoke, dtype, where)
         self.closings.use(site, invoke, "read", where)
         node = self._add(Read(site=site, invoke=invoke, where=where))
         self._dtypes.known[node] = dtype
@@ -117,6 +126,9 @@ class Recording:
     def mask(self, invoke: int) -> State:
         """Where the invoke's view has tokens."""
         where = user_line()
+        if invoke < 0:
+            masks = [self.mask(member).node for member in self.session.members_of(invoke)]
+            return self._fresh(self._left_pad(masks, invoke, (1,), where), where)
         return self._fresh(self._once(Mask(invoke=invoke, where=where), invoke), where)
 
     def parameter(self, path: str) -> State:
@@ -174,7 +186,8 @@ class Recording:
     def write_edge(self, site: Site, invoke: int, value: Any) -> None:
         """`site = value`."""
         where = user_line()
-        self.closings.use(site, invoke, "written", where)
+        for member in self.session.members_of(invoke):
+            self.closings.use(site, member, "written", where)
         place = self._place(site, invoke)
         self._check_branch(True, where)
         if is_recorded(value) and not state_of(value).steps and state_of(value).storage is place.writer:
@@ -186,7 +199,7 @@ class Recording:
                 "write `site[...] = value` to fill it with one value",
                 where=where,
             )
-        self._add(Write(site=site, invoke=invoke, value=operand, in_place=False, where=where))
+        self._hand_back(place, operand.node, in_place=False, where=where)
         place.note(where, None)
 
     def set_item(self, base: State, index: Any, value: Any) -> None:
@@ -457,11 +470,56 @@ class Recording:
             storage.edits.append((node, where))
             return
         place = storage.place
-        if place.in_place_refusal is not None:
-            raise GraphError(f"{place.site} cannot be changed in place: {place.in_place_refusal}", where=where)
-        self._add(Write(site=place.site, invoke=place.invoke, value=Ref(node), in_place=True, where=where))
+        self._hand_back(place, node, in_place=True, where=where)
         place.note(where, storage)
         storage.writes_seen = place.writes
+
+    def _hand_back(self, place: Place | GroupPlace, node: NodeId, *, in_place: bool, where: str) -> None:
+        """Writes a value to its site; of a group, each member its part."""
+        if in_place and place.in_place_refusal is not None:
+            raise GraphError(f"{place.site} cannot be changed in place: {place.in_place_refusal}", where=where)
+        if isinstance(place, Place):
+            self._add(Write(site=place.site, invoke=place.invoke, value=Ref(node), in_place=in_place, where=where))
+            return
+        lengths, shape = self._known_lengths(place.invoke), self.session.shape_of(node).shape
+        dims = self._token_dims(place.site)
+        sizes = [shape[dim : dim + 1] for dim in dims]
+        if shape[:1] != (len(lengths),) or any(size != (max(lengths),) for size in sizes):
+            raise GraphError(
+                f"{place.site} of all {len(lengths)} prompts is {max(lengths)} tokens wide, and the value written to "
+                f"it has shape {list(shape)}; a write needs the exact shape",
+                where=where,
+            )
+        for part in place.parts:
+            index = part.index(dims)
+            own = self._add(Op(name="getitem", args=(Ref(node), index), where=where))
+            member = part.place.invoke
+            self._add(Write(site=place.site, invoke=member, value=Ref(own), in_place=in_place, where=where))
+
+    def _read_group(self, site: Site, invoke: int, dtype: str, where: str) -> State:
+        """One view over what every member reads."""
+        members = [self.read(site, member, dtype, where).node for member in self.session.members_of(invoke)]
+        node = self._left_pad(members, invoke, self._token_dims(site), where)
+        self._dtypes.known[node] = dtype
+        state = self._fresh(node, where)
+        state.storage.place = place = self._place(site, invoke)
+        state.storage.writes_seen = place.writes
+        return state
+
+    def _known_lengths(self, invoke: int) -> tuple[int, ...]:
+        lengths = self.session.lengths_of(invoke)
+        assert lengths is not None, "groups are of prompts that are there"
+        return lengths
+
+    def _token_dims(self, site: Site) -> tuple[int, ...]:
+        """The dimensions of a site's view that run over tokens."""
+        return (2, 3) if site.port.is_of_pairs else (self.session.row_dim(site),)
+
+    def _left_pad(self, members: list[NodeId], invoke: int, dims: tuple[int, ...], where: str) -> NodeId:
+        args: tuple[Operand, ...] = ([Ref(member) for member in members], dims)
+        node = self._add(Op(name="left_pad", args=args, where=where))
+        self._invokes.known[node] = invoke
+        return node
 
     def _check_fresh(self, storage: Storage, where: str) -> None:
         """Handing back a value that lacks another line's write would silently undo that write."""
@@ -473,7 +531,15 @@ class Recording:
                 where=where,
             )
 
-    def _place(self, site: Site, invoke: int) -> Place:
+    def _place(self, site: Site, invoke: int) -> Place | GroupPlace:
+        if invoke < 0:
+            members = self.session.members_of(invoke)
+            lengths = [self._known_lengths(member) for member in members]
+            parts = parts_of([self._own_place(site, member) for member in members], lengths)
+            return self._groups.setdefault((site, invoke), GroupPlace(site, invoke, parts))
+        return self._own_place(site, invoke)
+
+    def _own_place(self, site: Site, invoke: int) -> Place:
         place = self._places.get((site, invoke))
         if place is None:
             place = self._places[site, invoke] = Place(site, invoke)

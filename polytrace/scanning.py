@@ -19,9 +19,10 @@ class Checking(Enum):
 
 
 def unused_values(recording: Recording) -> list[NodeId]:
-    """Values that no other node needs, saved or not."""
+    """Values that no other node needs, saved or not; where all are needed, the last one."""
     needed = {part for node in recording.nodes for part in operands(node)}
-    return [NodeId(place) for place, node in enumerate(recording.nodes) if place not in needed and _has_value(node)]
+    values = [NodeId(place) for place, node in enumerate(recording.nodes) if _has_value(node)]
+    return [value for value in values if value not in needed] or values[-1:]
 
 
 def probing_nodes(recording: Recording, shapes: dict[NodeId, ValueShape]) -> tuple[Node, ...]:

@@ -39,7 +39,7 @@ class Session(Tracer):
     def hint(self) -> str:
         return ", or use session(..., peek=True)"
 
-    def invoke(self, prompts: Any, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
+    def invoke(self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
         raise GraphError(
             "a session has traces, and these have prompts: write `with model.trace(prompts):` inside", where=user_line()
         )

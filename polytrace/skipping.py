@@ -20,7 +20,8 @@ def skip_module(port: OpenPort, value: Any) -> None:
     if not module:
         raise GraphError("the whole model cannot be skipped: it would make nothing", where=where)
     given = _given(port, value, where)
-    port.tracer.recording.closings.skip(module, port.tracer.invoke_index(f"{module}.skip"), where)
+    for invoke in port.tracer.members_of(port.tracer.invoke_index(f"{module}.skip")):
+        port.tracer.recording.closings.skip(module, invoke, where)
     for selector, tensor in given.items():
         port.write_leaf(selector, tensor)
 

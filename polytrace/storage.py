@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from polytrace.graph import NodeId, Operand, Site
 
 if TYPE_CHECKING:
+    from polytrace.groups import GroupPlace
     from polytrace.recording import Recording
 
 
@@ -48,7 +49,7 @@ class Storage:
     """What several values may share."""
 
     node: NodeId  # the root's newest value
-    place: Place | None = None  # the site that edits are handed back to; None: the root was computed
+    place: Place | GroupPlace | None = None  # the site that edits are handed back to; None: the root was computed
     writes_seen: int = 0  # writes at that place which the root's value has in it
     version: int = 0  # edits so far
     edits: list[tuple[NodeId, str]] = field(default_factory=list)  # and their lines, where there is no place

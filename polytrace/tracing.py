@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.asked_shapes import AskedShapes
 from polytrace.caching import Cache, CacheRequest
 from polytrace.certificate import Certificate, Receipt, ValueShape
+from polytrace.chat import conversations_in
 from polytrace.collector import young_only
 from polytrace.errors import GraphError
 from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request, Site
@@ -70,6 +71,7 @@ class Tracer:
             home._prompts if home is not None else PromptBook(model.description, lambda: model.tokenizer)
         )
         self._invokes: list[Invoke] = home._invokes if home is not None else []
+        self._groups: list[tuple[int, ...]] = home._groups if home is not None else []  # members of each empty invoke
         if home is None and is_peeking:
             self.recording.peeks = Peeks(self.recording, self._invokes, options, model.backend.run)
         self._invoke: int | None = None  # whose block this is
@@ -83,12 +85,19 @@ class Tracer:
         # what tracer.log was given; with data once it is there
         self.logs: list[Log] = home.logs if home is not None else []
         if prompts is not None:
-            self._invoke = self._add_invoke(prompts)
+            self._invoke = self._add_invoke(prompts, chat)
 
     # what a user calls
 
-    def invoke(self, prompts: Any, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
-        """`with tracer.invoke(prompts)`: one of several sets of prompts, whose values may flow between them."""
+    def invoke(self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
+        """`with tracer.invoke(prompts)`: one of several sets of prompts, whose values may flow between them.
+
+        Without prompts: all of the trace so far, as one left-padded view (`polytrace.groups`). What the invokes before
+        have changed is seen there, and what is written there reaches them.
+        """
+        if prompts is None:
+            self._check_open()
+            return InvokeBlock(self, self._group())
         if self._has_own_prompts:
             raise GraphError(
                 "this trace has its prompts: write model.trace() without any to invoke several", where=user_line()
@@ -137,7 +146,7 @@ class Tracer:
         Nothing runs behind the last value that is needed anyway: this only has later code refused that wants more.
         """
         self._check_open()
-        chosen = self._own_invokes() if self._invoke is None else [self._invoke]
+        chosen = self._own_invokes() if self._invoke is None else self.members_of(self._invoke)
         self.recording.closings.stop(chosen, user_line())
 
     def cache(
@@ -286,7 +295,10 @@ class Tracer:
         return shape
 
     def lengths_of(self, invoke: int) -> tuple[int, ...]:
-        return tuple(len(sequence) for sequence in self._invokes[invoke].sequences)
+        return tuple(len(sequence) for one in self.members_of(invoke) for sequence in self._invokes[one].sequences)
+
+    def members_of(self, invoke: int) -> Sequence[int]:
+        return (invoke,) if invoke >= 0 else self._groups[-1 - invoke]
 
     def row_dim(self, site: Site) -> int:
         """The dimension of a site's view that its tokens are in."""
@@ -329,6 +341,8 @@ class Tracer:
         return self._make_request()[0]
 
     def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
+        if chat and conversations_in(prompts) is None:
+            raise GraphError("chat= is for conversations: lists of {'role', 'content'} messages", where=user_line())
         self._invokes.append(self._prompts.invoke(prompts, self._chat if chat is None else chat))
         index = len(self._invokes) - 1
         for edit in self._edits:
@@ -340,8 +354,20 @@ class Tracer:
         """The invokes of this trace."""
         return range(len(self._invokes))
 
+    def _group(self) -> int:
+        """The number of the group of all invokes so far; of a single one, its own."""
+        members = self._own_invokes()
+        if not members:
+            raise GraphError(
+                "tracer.invoke() without prompts means all prompts so far, and there are none yet", where=user_line()
+            )
+        if len(members) == 1:
+            return members[0]
+        self._groups.append(tuple(members))
+        return -len(self._groups)
+
     def _sequences(self) -> tuple[tuple[int, ...], ...]:
-        chosen = self._own_invokes() if self._invoke is None else [self._invoke]
+        chosen = self._own_invokes() if self._invoke is None else self.members_of(self._invoke)
         return tuple(sequence for invoke in chosen for sequence in self._invokes[invoke].sequences)
 
     def _make_request(self) -> tuple[Request, tuple[str, ...]]:
@@ -377,6 +403,7 @@ class InvokeBlock:
     def __init__(self, tracer: Tracer, index: int) -> None:
         self._tracer = tracer
         self._index = index
+        self._around: int | None = None  # the trace's own prompts, which an empty invoke stands in
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -384,7 +411,8 @@ class InvokeBlock:
         return self._tracer.lengths_of(self._index)
 
     def __enter__(self) -> InvokeBlock:
-        if self._tracer._invoke is not None:
+        self._around = self._tracer._invoke
+        if self._around is not None and not self._tracer._has_own_prompts:
             raise GraphError("an invoke is open already: one ends before the next begins", where=user_line())
         self._tracer._invoke = self._index
         return self
@@ -394,4 +422,4 @@ class InvokeBlock:
             if error is None:
                 self._tracer._close()
         finally:
-            self._tracer._invoke = None
+            self._tracer._invoke = self._around

@@ -3,6 +3,9 @@
 A write to a layer's output acts from the next level on, any other write from its own level on, and from the first
 position that it changes: rows before that position and layers before that level are what they would be without it.
 
+A layer whose output is assigned need not run for these rows, unless something inside of it is read or written, or its
+output before that. Then the write acts from the layer on: whoever has it goes around the layer, with rows of its own.
+
 Two writes are equal when their keys are: a key says the site, the operations, constants by content, and for values
 read from the model what was read of which tokens after which writes; for random operations, the seed and
 the number of the draw.
@@ -10,7 +13,7 @@ the number of the draw.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -63,6 +66,8 @@ def find_cones(
         )
         if not has_forks:
             sites = ((levels.count, False, range(longest)),)
+        skipped = _skipped(run, request, resolved, columns, levels) if has_forks else {}
+        skips = tuple(sorted(skipped.values()))
         cones = []
         for place, sequence in enumerate(invoke.sequences):
             pads = longest - len(sequence)
@@ -71,11 +76,18 @@ def find_cones(
             needs = known[sites, pads]
             own_place = None if is_one else place
             edits = sorted(
-                _edits(run.writes, resolved, columns, keys, levels, own_place, range(-pads, len(sequence))),
+                _edits(run.writes, resolved, columns, keys, levels, own_place, range(-pads, len(sequence)), skipped),
                 key=_by_level,
             )
             cones.append(
-                Cone(edits=tuple(edits), needs=needs.rows, head=needs.head, inside=needs.inside, behind=needs.behind)
+                Cone(
+                    edits=tuple(edits),
+                    needs=needs.rows,
+                    head=needs.head,
+                    inside=needs.inside,
+                    behind=needs.behind,
+                    skips=skips,
+                )
             )
         found[run.wave, run.invoke] = tuple(cones)
     return found
@@ -147,6 +159,7 @@ def _edits(
     levels: Levels,
     place: int | None,
     every: range,
+    skipped: Mapping[NodeId, int],
 ) -> Iterator[Edit]:
     """The edits of one sequence: at `place`, or the only one; `every` are the positions of its view, pads below 0."""
     for write in writes:
@@ -156,7 +169,32 @@ def _edits(
         if first is not None:
             # Where the cells of the value fall in this sequence is part of what is written to it.
             key = _digest(keys.acting[write], positions, place)
-            yield Edit(levels.acts_from(resolved.order(write)), first, key)
+            if write in skipped:
+                yield Edit(skipped[write], first, _digest("skip", key))
+            else:
+                yield Edit(levels.acts_from(resolved.order(write)), first, key)
+
+
+def _skipped(run: Run, request: Request, resolved: Resolved, columns: Columns, levels: Levels) -> dict[NodeId, int]:
+    """Writes that give a layer's output, for rows that need not run the layer then; with the layer."""
+    nodes = request.graph.nodes
+    found: dict[NodeId, int] = {}
+    for write in run.writes:
+        event, entry = nodes[write], resolved.sites[write]
+        assert isinstance(event, Write) and entry is not None
+        site = entry[0]
+        is_whole = not event.in_place and write not in columns.changed and len(site.leaves) == 1
+        if is_whole and levels.is_output(site.order) and levels.of(site.order) not in found.values():
+            found[write] = levels.of(site.order)
+    if not found:
+        return found
+    layers = {layer: write for write, layer in found.items()}
+    for node in (*run.reads, *run.writes):
+        order = resolved.order(node)
+        write = layers.get(levels.of(order), node)
+        if write != node and (levels.is_inside(order) or (levels.is_output(order) and node < write)):
+            found.pop(write, None)
+    return found
 
 
 def _positions(parts: Iterable[Part], place: int, pads: int) -> Iterator[int]:

@@ -52,7 +52,8 @@ class Forest:
 
     segments: tuple[Segment, ...]
     places: tuple[int, ...]  # per sequence: its segment
-    layer_rows: tuple[int, ...]  # rows that run at each layer
+    layer_rows: tuple[int, ...]  # rows at each layer
+    skipped_rows: tuple[int, ...]  # of these, those that go around it
     used: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # per trunk: stops and outputs that its forks need
 
 
@@ -79,11 +80,20 @@ def grow(sequences: Sequence[Placed], num_layers: int, trunks: Sequence[Kept] = 
     return Forest(
         segments=segments,
         places=tuple(rows[twin] for twin in twins[: len(sequences)]),
-        layer_rows=tuple(
-            sum(max(0, segment.stops[level] - segment.starts[level]) for segment in segments if segment.trunk is None)
-            for level in range(num_layers)
-        ),
+        layer_rows=tuple(_num_rows(segments, level) for level in range(num_layers)),
+        skipped_rows=_skipped_rows(segments, num_layers),
         used=tuple((tuple(tree.stops[:num_layers]), tuple(tree.behind)) for tree in trees[len(sequences) :]),
+    )
+
+
+def _num_rows(segments: Iterable[Segment], level: int) -> int:
+    return sum(max(0, segment.stops[level] - segment.starts[level]) for segment in segments if segment.trunk is None)
+
+
+def _skipped_rows(segments: Iterable[Segment], num_layers: int) -> tuple[int, ...]:
+    around = [segment for segment in segments if segment.skips]
+    return tuple(
+        _num_rows([segment for segment in around if level in segment.skips], level) for level in range(num_layers)
     )
 
 
@@ -118,6 +128,7 @@ class _Tree:
         self.stops = list(cone.needs)
         self.head = set(cone.head)
         self.inside, self.behind = cone.inside, cone.behind
+        self.skips = cone.skips  # whoever shares its rows there has the edit that says so, and skips as well
 
     def join(self, parent: _Tree, common: int) -> None:
         """Becomes a fork of `parent`, whose first `common` tokens are its own, when that saves more than it costs."""
@@ -190,6 +201,7 @@ class _Tree:
             stops=stops,
             head=tuple(sorted(p for p in self.head if p >= self.starts[-1])),
             tokens=self.tokens[self.starts[0] : stops[0]] if stops else (),
+            skips=self.skips,
         )
 
 

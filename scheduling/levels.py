@@ -39,6 +39,11 @@ class Levels:
         """Whether a site is the output of a decoder layer."""
         return order in self._outputs
 
+    def is_inside(self, order: int) -> bool:
+        """Whether a site lies inside of a decoder layer: between its input and its output."""
+        layer = self.begun(order) - 1
+        return layer >= 0 and self._starts[layer] < order < self._ends[layer]
+
     def output(self, layer: int) -> int:
         """The order of a layer's output."""
         return self._ends[layer]

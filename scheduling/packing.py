@@ -58,6 +58,7 @@ class Packer:
             pass_id=pass_id,
             segments=forest.segments,
             layer_rows=forest.layer_rows,
+            skipped_rows=forest.skipped_rows,
             views=tuple(views),
             members=tuple(
                 Member(

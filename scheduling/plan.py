@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import sub
 from typing import Any, NewType
 
 from polytrace.errors import ServiceError
@@ -114,6 +115,7 @@ class Cone:
     head: tuple[int, ...]  # positions needed behind the last layer, ascending
     inside: tuple[int, ...]  # per level: the first position that a read inside of it gives; NOWHERE: none does
     behind: tuple[int, ...]  # per layer: the first position that a read of its output gives; NOWHERE: none does
+    skips: tuple[int, ...] = ()  # layers that none of its rows runs, ascending: their outputs are given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +230,7 @@ class Segment:
     stops: tuple[int, ...]  # per layer; never growing: rows end when nobody needs them any more
     head: tuple[int, ...]  # positions of its own rows behind the last layer, ascending
     tokens: tuple[int, ...]  # of its own rows at layer 0, or of a trunk's
+    skips: tuple[int, ...] = ()  # layers that its rows go around
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,13 +259,19 @@ class Plan:
 
     pass_id: PassId
     segments: tuple[Segment, ...]  # in the order of their rows in the stream, at every layer
-    layer_rows: tuple[int, ...]  # rows that run at each layer, without padding
+    layer_rows: tuple[int, ...]  # rows at each layer, without padding
     views: tuple[View, ...]
     members: tuple[Member, ...]
     keeps: tuple[Keep, ...]
     until: int  # order of the last visit that any member needs
     num_stages: int  # stages from this one on have no rows to run; they still do their prologues and transfers
     ended: tuple[RequestId, ...] = ()  # stopped between two waves: shards forget them before anything else
+    skipped_rows: tuple[int, ...] = ()  # rows of each layer that go around it; empty: none does
+
+    @property
+    def running_rows(self) -> tuple[int, ...]:
+        """Rows that each layer is run for."""
+        return tuple(map(sub, self.layer_rows, self.skipped_rows or (0,) * len(self.layer_rows)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

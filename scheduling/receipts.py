@@ -87,7 +87,7 @@ class Account:
                 pass_id=plan.pass_id,
                 requests=len(plan.members),
                 tokens=sum(plan.layer_rows[:1]),
-                layer_rows=plan.layer_rows,
+                layer_rows=plan.running_rows,
                 seconds=max((result.seconds for result in results), default=0.0),
             )
         )

@@ -104,7 +104,8 @@ def _use(
 
 def rows_of(forest: Forest) -> WaveRows:
     """What a forest runs."""
-    return WaveRows(widest=max(forest.layer_rows, default=0), token_layers=sum(forest.layer_rows))
+    token_layers = sum(forest.layer_rows) - sum(forest.skipped_rows)
+    return WaveRows(widest=max(forest.layer_rows, default=0), token_layers=token_layers)
 
 
 def extended(cone: Cone, trunk: Trunk) -> Cone:
@@ -141,6 +142,8 @@ def _candidates(
             continue
         for place, tokens in enumerate(invokes[run.invoke].sequences):
             cone = cones[run.wave, run.invoke][place]
+            if cone.skips:
+                continue  # it has no keys and values there to be kept
             if (tokens, cone.edits) not in seen:
                 seen.add((tokens, cone.edits))
                 yield _Candidate(run.wave, run.invoke, place, tokens, cone, [0] * num_layers, [NOWHERE] * num_layers)

@@ -577,7 +577,7 @@ EMPTY: dict[str, list[Call]] = {
 
 DETERMINED: dict[str, list[Call]] = {**ELEMENTWISE, **REDUCTIONS, **PRODUCTS, **SELECTION, **LAYOUT, **NETWORKS}
 EXAMPLES: dict[str, list[Call]] = {**DETERMINED, **UNDETERMINED, **MADE, **DRAWN, **EMPTY}
-RECORDED_BY_THE_CLIENT = {"item", "setitem", "set_view"}
+RECORDED_BY_THE_CLIENT = {"left_pad", "item", "setitem", "set_view"}
 
 
 def tensors(operand: Any) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +16,13 @@ from families import llama_like
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from programs import Program, crowds, difference, record
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from small import close, without_layers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import polytrace
 from bench.service import running_service
 from bench.tinyworld import FOLDER
+from polytrace.errors import GraphError
 from polytrace.model import Model
 
 FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
@@ -30,6 +34,10 @@ TWICE = settings(
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
 
+PROMPT = "The Eiffel Tower is in the city of"
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ ' is' if add_generation_prompt }}"
+CHAT = [{"role": "user", "content": "The Eiffel Tower"}]
+
 
 @pytest.fixture(scope="module")
 def plain() -> PreTrainedModel:
@@ -37,15 +45,25 @@ def plain() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tinyworld with a chat template."""
+    made: Path = tmp_path_factory.mktemp("world")
+    shutil.copytree(FOLDER, made, dirs_exist_ok=True)
+    settings = json.loads((made / "tokenizer_config.json").read_text())
+    (made / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("service") / "serve.log"
-    with running_service(FOLDER, name="tinyworld", stages=2, ranks=2, log=log) as service:
+    with running_service(folder, name="tinyworld", stages=2, ranks=2, log=log) as service:
         yield service.url
 
 
 @pytest.fixture(scope="module")
 def model(url: str) -> Model:
-    return polytrace.connect(url, "tinyworld")
+    return polytrace.connect(url, "tinyworld", rename={"model.layers": "blocks"}, remote=True, dispatch=True)
 
 
 def family_of(plain: PreTrainedModel) -> Any:
@@ -189,3 +207,60 @@ def test_operations_inside_of_forwards_are_those_of_this_process(model: Any) -> 
     assert (saved[1][2] - saved[1][3]).abs().max() > 1e-2
     with pytest.raises(polytrace.errors.GraphError, match="several times"), model.trace(ids):
         model.model.source.decoder_layer_0.output.save()
+
+
+def test_logs_are_told_while_a_request_runs_with_the_bits_of_its_result(model: Any, capsys: Any) -> None:
+    with model.trace() as tracer:
+        value: Any = None
+        for number in range(16):
+            with tracer.invoke(PROMPT):
+                if value is not None:
+                    model.model.layers[0].output[0][:, -1] = value
+                value = model.model.layers[7].output[0][:, -1]
+                tracer.log(f"pass {number}", value[0, :3])
+    assert len(tracer.receipt.passes) == 16
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pass ")]
+    assert [line.split(":")[0] for line in printed] == [f"pass {number}" for number in range(16)]
+    assert [line.split(": ", 1)[1] for line in printed] == [str(log.value) for log in tracer.logs]
+    heard: dict[str, Any] = {}
+    result = model.backend.run(tracer.request, hear=heard.update)
+    assert heard  # before it ended
+    assert all(torch.equal(result.values[name], value) for name, value in heard.items())
+
+
+def test_conversations_are_rendered_with_the_served_template(model: Any, folder: Path) -> None:
+    ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+    with model.trace(CHAT) as tracer:
+        by_chat = model.lm_head.output[:, -1].save()
+    with model.trace([int(token) for token in ids]):
+        by_ids = model.lm_head.output[:, -1].save()
+    assert tracer.request.invokes[0].sequences == (tuple(ids),) and torch.equal(by_chat, by_ids)
+
+
+def test_skips_caches_and_empty_invokes_are_the_same_on_four_shards(model: Any, plain: PreTrainedModel) -> None:
+    with model.trace() as tracer:
+        with tracer.invoke(PROMPT):
+            for number in (3, 4):  # the last layer of one stage and the first of the next
+                model.model.layers[number].skip(model.model.layers[number].input)
+            skipped = model.lm_head.output.save()
+        with tracer.invoke("The Colosseum is in"):
+            cache = tracer.cache(select=lambda h: h[:, -1])
+        with tracer.invoke():
+            last = model.lm_head.output[:, -1].save()
+    ids = torch.tensor([model.tokenizer.encode(PROMPT).ids])
+    with without_layers(plain, "model.layers", {3, 4}), torch.no_grad():
+        close(skipped, plain(ids, use_cache=False).logits)
+    assert torch.equal(last[:1], skipped[:, -1]) and torch.equal(last[1:], cache["lm_head"].output)
+    assert len(cache) > 90, cache.refused
+    rows = tracer.receipt.passes[0].layer_rows
+    assert rows[3] == rows[4] < rows[2]
+
+
+def test_a_scan_runs_nothing_and_aliases_and_refusals_are_as_in_one_process(model: Any, url: str) -> None:
+    with model.scan(PROMPT) as tracer:
+        hidden = model.lm_head(model.model.norm(model.model.layers[2].output[0][:, -1]))
+    assert hidden.shape == (1, 3200) and tracer.certificate.passes == 1
+    with pytest.raises(GraphError, match="exact shape"), model.scan(PROMPT):
+        model.blocks[0].output = torch.zeros(1, 2, 3)
+    with pytest.raises(GraphError, match="is served in float32, not in bfloat16"):
+        polytrace.connect(url, "tinyworld", torch_dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import sqlite3
@@ -14,10 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from api.logs import MAX_LOGS_BYTES, logs_since
 from api.store import MAX_ATTEMPTS, RequestState, Store
 from cluster.requests import DeploymentState, Finished, Published
 from polytrace.errors import CancelledError, CapacityError, RunError, ServiceError
-from scheduling.plan import RequestId
+from polytrace.graph import NodeId
+from polytrace.logs import MAX_LOG_BYTES
+from scheduling.plan import RequestId, SaveSlot, ValueFacts
+from scheduling.receipts import Logged
+from scheduling.scheduler import Progress
 
 
 @pytest.fixture
@@ -277,3 +283,35 @@ def test_nothing_acknowledged_is_lost_when_both_sides_are_killed(tmp_path: Path)
     done = {request for request, status in statuses.items() if status.state is RequestState.DONE}
     assert {request for request in answered if request in statuses} <= done
     store.close()
+
+
+def test_logs_are_told_pass_by_pass_within_their_limits_and_gone_when_the_result_is_there(store: Store) -> None:
+    request = add(store)
+    store.claim("m", 1)
+    place = store.place_result(request, room=64, data_bytes=MAX_LOGS_BYTES + 64)
+    with store.result_path(request).open("r+b") as file:
+        file.seek(place.start)
+        file.write(bytes(range(16)))
+
+    def log(name: str, offset: int, num_bytes: int, passes_done: int) -> Logged:
+        facts = ValueFacts(shape=(num_bytes,), dtype="uint8", num_bytes=num_bytes)
+        slot = SaveSlot(name=name, node=NodeId(0), stage=0, facts=facts, offset=offset)
+        return Logged(passes_done=passes_done, slot=slot)
+
+    small = [log("log0", 0, 4, 1), log("log1", 4, 8, 2)]
+    large = [log(f"log{number}", 0, MAX_LOG_BYTES, 2) for number in range(2, 40)]
+    too_large = log("log40", 0, MAX_LOG_BYTES + 1, 2)
+    told = Progress(
+        request=request, passes_done=2, passes=3, logs=(*small, too_large, *large), result_start=place.start
+    )
+    store.note_progress([told])
+    status = store.status(request)
+    assert status is not None and (status.passes_done, status.passes) == (2, 3)
+    names = [entry["name"] for entry in status.logs]
+    assert names[:2] == ["log0", "log1"] and "log40" not in names
+    assert len(names) - 2 == (MAX_LOGS_BYTES - 12) // MAX_LOG_BYTES
+    assert [base64.b64decode(entry["data"]) for entry in status.logs[:2]] == [bytes(range(4)), bytes(range(4, 12))]
+    assert "log0" not in [entry["name"] for entry in logs_since(status.logs, 1)]
+    store.finish([Finished(request=request, error=RunError("it failed"))])
+    ended = store.status(request)
+    assert ended is not None and ended.logs == ()

@@ -1,0 +1,67 @@
+"""nnsight's keywords are taken with a meaning, or refused with the nearest name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import IDS, small_llama
+
+import polytrace
+from polytrace.errors import GraphError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("llama")
+    small_llama().save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[Any]:
+    with polytrace.load(
+        str(folder),
+        threads=1,
+        device_map={"": "cpu"},
+        dispatch=True,
+        torch_dtype=torch.float32,
+        trust_remote_code=False,
+    ) as made:
+        yield made
+
+
+def test_a_program_with_nnsights_keywords_runs(model: Any) -> None:
+    assert model.description.dtype == "float32"
+    with model.trace(IDS, remote=False, scan=False, validate=False, backend=None, invoker_args={}, blocking=True):
+        hidden = model.model.layers[0].output.save()
+    with model.scan(IDS, remote=True):
+        scanned = model.model.layers[0].output
+    assert hidden.shape == scanned.shape
+
+
+def test_torch_dtype_is_dtype(folder: Path) -> None:
+    for chosen in ({"dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}):
+        with polytrace.load(str(folder), threads=1, device_map="cpu", **chosen) as model:
+            assert model.description.dtype == "bfloat16"
+
+
+def test_what_cannot_be_honoured_is_told(model: Any, folder: Path) -> None:
+    with pytest.raises(GraphError, match=r"polytrace\.load has no keyword 'device_mp'; did you mean device_map"):
+        polytrace.load(str(folder), device_mp="auto")
+    with pytest.raises(GraphError, match="no code that comes with a model is run"):
+        polytrace.load(str(folder), trust_remote_code=True)
+    with pytest.raises(GraphError, match="give one of them"):
+        polytrace.load(str(folder), dtype="float32", torch_dtype="bfloat16")
+    with pytest.raises(GraphError, match="on one device: a service splits it"):
+        polytrace.load(str(folder), device_map={"model.layers.0": 0, "model.layers.1": 1})
+    with pytest.raises(GraphError, match=r"model\.trace has no keyword 'sed'; did you mean seed") as error:
+        model.trace(IDS, sed=3)
+    assert error.value.where is not None and error.value.where.startswith("test_keywords.py")
+    with pytest.raises(GraphError, match=r"save model\.output in it"):
+        model.trace(IDS, trace=False)
+    with pytest.raises(GraphError, match=r"give the prompts to model\.trace"):
+        model.trace(IDS, invoker_args={"scan": True})
