@@ -29,6 +29,7 @@ class Certificate:
     carried_bytes: int  # values that cross from stage to stage
     live_bytes: int  # values that the graph holds at one site visit, at most
     notes: tuple[str, ...]  # for people: reads that see later lines' writes, pad rows written, ...
+    kept_bytes: int = 0  # values that stay on the service
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,3 +73,5 @@ class Receipt:
     queue_seconds: float
     run_seconds: float
     notes: tuple[str, ...]
+    kept_bytes: int = 0  # of values that stay on the service
+    loaded_bytes: int = 0  # of constants and kept values that shards had to read: 0 when they had them still

@@ -207,6 +207,16 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """A save whose value stays on the service when the request has ended well, instead of going to the user."""
+
+    save: str  # the name of the Save
+    name: str
+    is_state: bool  # the new content of a state that is there already
+    ttl_s: float | None = None  # seconds until it is purged; None: when somebody deletes it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A graph, its prompts and its constants: all that a user sends."""
 
@@ -214,6 +224,7 @@ class Request:
     invokes: tuple[Invoke, ...]
     constants: Mapping[str, RawTensor]
     options: Options = field(default_factory=Options)
+    keeps: tuple[Keep, ...] = ()
 
 
 def refs(operand: Operand) -> list[NodeId]:
