@@ -16,6 +16,7 @@ from polytrace.errors import (
     CapacityError,
     GraphError,
     KeyRefusedError,
+    MissingError,
     NotFoundError,
     PolytraceError,
     RunError,
@@ -27,6 +28,7 @@ from polytrace.errors import (
 
 if TYPE_CHECKING:
     from polytrace.client import connect, load, models
+    from polytrace.keeping import Kept, NamedState
     from polytrace.model import Model
     from polytrace.tracing import Tracer
 
@@ -36,8 +38,11 @@ __all__ = [
     "CancelledError",
     "CapacityError",
     "GraphError",
+    "Kept",
     "KeyRefusedError",
+    "MissingError",
     "Model",
+    "NamedState",
     "NotFoundError",
     "PolytraceError",
     "RunError",
@@ -52,6 +57,7 @@ __all__ = [
 ]
 
 _ROOMS = {"connect": "client", "load": "client", "models": "client", "Model": "model", "Tracer": "tracing"}
+_ROOMS |= {"Kept": "keeping", "NamedState": "keeping"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The content of a tensor by its hash: what is large, or stands on the service already, is named instead of sent.
 
-Owns what the hash is of, the file that holds one tensor, and the rules for names. Knows nothing of who keeps such files.
+Owns what the hash is of and the rules for names. Knows nothing of who keeps contents.
 A hash is over dtype, shape and the hashes of the bytes' parts, so that a large tensor is hashed by several cores.
 """
 

@@ -207,7 +207,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Keep:
+class KeptSave:
     """A save whose value stays on the service when the request has ended well, instead of going to the user."""
 
     save: str  # the name of the Save
@@ -224,7 +224,7 @@ class Request:
     invokes: tuple[Invoke, ...]
     constants: Mapping[str, RawTensor]
     options: Options = field(default_factory=Options)
-    keeps: tuple[Keep, ...] = ()
+    keeps: tuple[KeptSave, ...] = ()
 
 
 def refs(operand: Operand) -> list[NodeId]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -22,7 +23,7 @@ from polytrace.errors import NotFoundError, PolytraceError, ServiceError, WireEr
 from polytrace.graph import Request
 from polytrace.kinds import value_kind
 from polytrace.progress import Tell, tell_nobody
-from polytrace.wire import decode_result, encode_request
+from polytrace.wire import decode_result
 
 WAIT_S = 50.0  # of one call; the service may wait shorter
 _FIRST_WAIT_S = 10.0  # of the call that sends the request: what takes longer is asked how far it is
@@ -43,6 +44,9 @@ class HttpBackend:
             self.name = name if name is not None else self._only_name()
             self._base = f"/v1/models/{quote(self.name, safe='')}"
             self._description = self._described()
+            from polytrace.http_keeper import HttpKeeper  # which speaks to the service with what is below
+
+            self.keeper = HttpKeeper(self._client, url)
         except BaseException:
             self._client.close()
             raise
@@ -57,13 +61,14 @@ class HttpBackend:
             return None
 
     def validate(self, request: Request) -> Certificate:
-        response = self._call("POST", f"{self._base}/validate", request)
+        response = self.keeper.with_contents(request, partial(self._call, "POST", f"{self._base}/validate"))
         return from_json(Certificate, response.json())
 
     def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
         """Raises what the service says of the request, or ServiceError when it does not answer in time."""
         deadline = time.monotonic() + self._timeout_s
-        answer = self._submit(request, min(_FIRST_WAIT_S, self._timeout_s))
+        submit = partial(self._submit, wait_s=min(_FIRST_WAIT_S, self._timeout_s))
+        answer = self.keeper.with_contents(request, submit)
         raws, receipt = decode_result(self._await(answer, deadline, tell) if isinstance(answer, str) else answer)
         decode = value_kind().decode
         return Result(values={name: decode(raw) for name, raw in raws.items()}, receipt=receipt)
@@ -71,9 +76,8 @@ class HttpBackend:
     def close(self) -> None:
         self._client.close()
 
-    def _submit(self, request: Request, wait_s: float) -> memoryview | str:
+    def _submit(self, parts: Sequence[bytes | memoryview], *, wait_s: float) -> memoryview | str:
         """The result file, or the place to ask for it when it takes longer."""
-        parts = encode_request(request)
         headers = {
             "Content-Type": "application/vnd.safetensors",
             "Content-Length": str(sum(len(part) for part in parts)),
@@ -150,8 +154,7 @@ class HttpBackend:
         _check(response)
         return response
 
-    def _call(self, method: str, path: str, request: Request) -> httpx.Response:
-        parts = encode_request(request)
+    def _call(self, method: str, path: str, parts: Sequence[bytes | memoryview]) -> httpx.Response:
         headers = {"Content-Length": str(sum(len(part) for part in parts))}
         try:
             response = self._client.request(method, path, content=_pieces(parts), headers=headers)

@@ -10,7 +10,7 @@ follow when they are used next. A storage that was read from a site hands every 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from polytrace.certificate import ValueShape
 from polytrace.constants import Constants
@@ -43,6 +43,9 @@ from polytrace.pruning import cone, effects, needed, renumber
 from polytrace.storage import Place, Several, State, Step, Storage, is_recorded, state_of
 from polytrace.tensors import DTYPES
 
+if TYPE_CHECKING:
+    from polytrace.keeping import Leaving
+
 
 class Session(Protocol):
     """What values ask of the trace that they belong to."""
@@ -66,6 +69,7 @@ class Recording:
         self.nodes: list[Node] = []
         self.constants = Constants()
         self.saved: list[tuple[State, Any, str]] = []  # with the Python object and the line of its `.save()`
+        self.leaving: list[Leaving] = []  # what stays on the service when the trace has ended
         self.closed: str | None = None  # why its values cannot be used any more
         self._shared: dict[tuple[type, str | int], NodeId] = {}  # constants, parameters and masks, each once
         self._places: dict[tuple[Site, int], Place] = {}
@@ -95,6 +99,14 @@ class Recording:
         """A parameter or buffer of the model."""
         where = user_line()
         return self._fresh(self._once(Parameter(path=path, where=where), path), where)
+
+    def constant(self, value: Any) -> State:
+        """A tensor of the user's own, or what the service has kept."""
+        where = user_line()
+        operand = self.operand(value, where)
+        if not isinstance(operand, Ref):
+            raise GraphError(f"a {type(value).__name__} is no tensor", where=where)
+        return self._fresh(operand.node, where)
 
     # computing
 
@@ -194,7 +206,7 @@ class Recording:
 
         Raises GraphError when nothing is saved, or when in-place code changed a value that nothing uses.
         """
-        if not self.saved:
+        if not self.saved and not self.leaving:
             raise GraphError(
                 "this trace saves nothing, so it would return nothing: call .save() on the values to keep",
                 where=user_line(),
@@ -206,6 +218,8 @@ class Recording:
             if node not in names:
                 names[node] = str(len(names))
                 nodes.append(Save(name=names[node], value=Ref(node), where=where))
+        for left in self.leaving:
+            nodes.append(Save(name=left.keep.save, value=Ref(self.node_of(left.state)), where=left.where))
         live = needed(nodes, effects(nodes))
         for storage in self._edited:
             if not any(live[node] for node, _ in storage.edits):

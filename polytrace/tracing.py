@@ -111,6 +111,10 @@ class Tracer:
                     result = self.model.backend.run(self.request, tell)
                 self.receipt = result.receipt
                 self._hand_out(names, dict(result.values))
+                if self.recording.leaving:
+                    from polytrace.keeping import land
+
+                    land(self.model, self.recording.leaving, result.receipt.request)
         except BaseException:
             self.recording.closed = "the trace of this value failed, so it has no data"
             raise
@@ -182,7 +186,11 @@ class Tracer:
         used = {node.name for node in nodes if isinstance(node, Constant)}
         constants = {name: raw for name, raw in self.recording.constants.tensors.items() if name in used}
         request = Request(
-            graph=Graph(nodes=nodes), invokes=tuple(self._invokes), constants=constants, options=self.options
+            graph=Graph(nodes=nodes),
+            invokes=tuple(self._invokes),
+            constants=constants,
+            options=self.options,
+            keeps=tuple(left.keep for left in self.recording.leaving),
         )
         return request, names
 

@@ -10,8 +10,8 @@ Version "2" of a request: {"seed", "sharing", "prompts": [[id, ...], ...], "invo
 stands once: each prompt (invokes have `sizes` prompts each, named by their places in the list), and each form of node
 (`polytrace.nodes`). Constants that stand on the service are in "stored" instead of among the tensors: {name: [dtype,
 shape, hash or null, state or null]}; "keeps" are the saves that stay there: [[save, name, is a state, seconds], ...].
-Both may miss. A content is a file of the same kind with one tensor. In a result's receipt `fired` is {"forms": [[site, kind, line], ...], "order", "invokes",
-"passes"}: the form, the invoke and the passes of each, as columns (`polytrace.folding`).
+Both may miss. In a result's receipt `fired` is {"forms": [[site, kind, line], ...], "order", "invokes", "passes"}: the
+form, the invoke and the passes of each, as columns (`polytrace.folding`). A content is a file with one tensor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from polytrace.contents import is_digest, is_name
 from polytrace.errors import WireError
 from polytrace.folding import fold, fold_column, size_of, unfold, unfold_column
 from polytrace.grammar import check_graph
-from polytrace.graph import Graph, Invoke, Keep, Options, Read, Request, Save, Sharing, Write
+from polytrace.graph import Graph, Invoke, KeptSave, Options, Read, Request, Save, Sharing, Write
 from polytrace.nodes import decode_nodes, encode_nodes
 from polytrace.tensors import DTYPES, NAME_OF_CODE, RawTensor, itemsize, num_bytes
 
@@ -73,7 +73,7 @@ def encode_request(request: Request, *, stored: Collection[str] = ()) -> list[by
     """
     prompts, invokes = _encode_invokes(request.invokes)
     templates, order, wheres = encode_nodes(request.graph.nodes)
-    body = {
+    body: dict[str, Any] = {
         "seed": request.options.seed,
         "sharing": request.options.sharing.value,
         "prompts": prompts,
@@ -88,7 +88,9 @@ def encode_request(request: Request, *, stored: Collection[str] = ()) -> list[by
     if request.keeps:
         body["keeps"] = [[keep.save, keep.name, keep.is_state, keep.ttl_s] for keep in request.keeps]
     # the widest elements first, so that every tensor begins at a multiple of its element size
-    names = sorted(request.constants.keys() - there.keys(), key=lambda name: (-itemsize(request.constants[name].dtype), name))
+    names = sorted(
+        request.constants.keys() - there.keys(), key=lambda name: (-itemsize(request.constants[name].dtype), name)
+    )
     tensors: dict[str, Any] = {}
     offset = 0
     for name in names:
@@ -206,11 +208,11 @@ def _named(name: str, entry: Any, others: Collection[str]) -> RawTensor:
     return RawTensor(dtype=dtype, shape=tuple(shape), data=memoryview(b""), digest=digest, state=state)
 
 
-def _keeps(plain: Any, graph: Graph) -> tuple[Keep, ...]:
+def _keeps(plain: Any, graph: Graph) -> tuple[KeptSave, ...]:
     if not isinstance(plain, list) or not all(isinstance(entry, list) and len(entry) == 4 for entry in plain):
         raise WireError("keeps are lists of a save, a name, whether it is a state, and seconds")
     saves = {node.name for node in graph.nodes if isinstance(node, Save)}
-    keeps: list[Keep] = []
+    keeps: list[KeptSave] = []
     for save, name, is_state, ttl_s in plain:
         if not isinstance(save, str) or save not in saves or not is_name(name) or not isinstance(is_state, bool):
             raise WireError(f"there is nothing that could be kept as {brief(name)}")
@@ -219,7 +221,7 @@ def _keeps(plain: Any, graph: Graph) -> tuple[Keep, ...]:
             raise WireError(f"two values are to be kept as {brief(name)}")
         if ttl_s is not None and not (type(ttl_s) in (int, float) and 0 < ttl_s < 1 << 40):
             raise WireError(f"{brief(ttl_s)} seconds are no time to keep {brief(name)} for")
-        keeps.append(Keep(save=save, name=name, is_state=is_state, ttl_s=ttl_s))
+        keeps.append(KeptSave(save=save, name=name, is_state=is_state, ttl_s=ttl_s))
     return tuple(keeps)
 
 

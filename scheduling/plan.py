@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any, NewType
 
 from polytrace.errors import ServiceError
-from polytrace.graph import Graph, Invoke, Keep, NodeId
+from polytrace.graph import Graph, Invoke, KeptSave, NodeId
 from polytrace.tensors import RawTensor
 
 RequestId = NewType("RequestId", str)
@@ -186,7 +186,7 @@ class SaveSlot:
     stage: int  # whose rank 0 writes it
     facts: ValueFacts
     offset: int  # bytes from the start of the result's data section, or of `file`
-    keep: Keep | None = None  # it stays on the service; the result does not have it
+    keep: KeptSave | None = None  # it stays on the service; the result does not have it
     file: str | None = None  # of one that stays, where results are files
 
 

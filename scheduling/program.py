@@ -12,7 +12,7 @@ from polytrace.certificate import Certificate, ValueShape
 from polytrace.collector import young_only
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Graph, Invoke, Keep, NodeId, Read, Request, Save, Sharing, Write
+from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write
 from polytrace.tensors import itemsize
 from scheduling.below import lower
 from scheduling.checks import Resolved, resolve, table_of
@@ -155,7 +155,7 @@ def _check_writes(request: Request, resolved: Resolved, facts: tuple[ValueFacts 
 
 
 def _lay_out_saves(
-    graph: Graph, points: list[int], facts: tuple[ValueFacts | None, ...], scale: Scale, keeps: Mapping[str, Keep]
+    graph: Graph, points: list[int], facts: tuple[ValueFacts | None, ...], scale: Scale, keeps: Mapping[str, KeptSave]
 ) -> tuple[SaveSlot, ...]:
     """Slots without holes, as readers of the format demand; larger elements first keeps each aligned to its size.
 
