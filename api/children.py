@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from api.settings import GatewaySettings
+from api.settings import GatewaySettings, quota_bytes
 from cluster.config import ControllerConfig
 from polytrace.codec import from_json
 
@@ -43,7 +43,7 @@ def run_gateway(settings: GatewaySettings, listener_fd: int, lifeline: int) -> N
     from api.store import Store
     from api.worker import CheckerPool
 
-    store = Store(Path(settings.store))
+    store = Store(Path(settings.store), quota_bytes=settings.quota_bytes)
     checker = CheckerPool(store.folder, settings.checkers)
     server = GatewayServer(Gateway(store, settings, checker, os.environ.get("POLYTRACE_KEY") or None), settings)
 
@@ -60,7 +60,7 @@ def run_controller(config: ControllerConfig, store_folder: str, lifeline: int) -
     from api.store import Store
     from cluster.controller import Controller
 
-    controller = Controller(Store(Path(store_folder)), config)
+    controller = Controller(Store(Path(store_folder), quota_bytes=quota_bytes()), config)
 
     def stop() -> None:
         if not controller.stop():  # it is still starting: nothing to save, and Ray cannot be interrupted

@@ -21,6 +21,7 @@ CREATE TABLE requests (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     model TEXT NOT NULL,
+    owner TEXT NOT NULL DEFAULT 'default',
     state TEXT NOT NULL,
     created REAL NOT NULL,
     started REAL,
@@ -35,6 +36,33 @@ CREATE TABLE requests (
 );
 CREATE INDEX requests_open ON requests (model, state, seq) WHERE state IN ('queued', 'running');
 CREATE TABLE facts (id TEXT PRIMARY KEY, json BLOB NOT NULL);
+CREATE TABLE contents (
+    owner TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    used REAL NOT NULL,
+    is_uploaded INTEGER NOT NULL,
+    PRIMARY KEY (owner, digest)
+);
+CREATE TABLE kept (
+    owner TEXT NOT NULL,
+    is_state INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    dtype TEXT NOT NULL,
+    shape TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    request TEXT,
+    expires REAL,
+    PRIMARY KEY (owner, is_state, name)
+);
+CREATE INDEX kept_digest ON kept (owner, digest);
+CREATE TABLE uses (id TEXT NOT NULL, seq INTEGER, owner TEXT NOT NULL, state TEXT, digest TEXT);
+CREATE INDEX uses_id ON uses (id);
+CREATE INDEX uses_state ON uses (owner, state, seq) WHERE state IS NOT NULL;
+CREATE INDEX uses_digest ON uses (owner, digest) WHERE digest IS NOT NULL;
+CREATE TABLE room (part TEXT PRIMARY KEY, id TEXT NOT NULL, owner TEXT NOT NULL, bytes INTEGER NOT NULL);
+CREATE INDEX room_id ON room (id);
 CREATE TABLE deployments (
     model TEXT PRIMARY KEY,
     state TEXT NOT NULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.edits import MAX_BYTES, WHO_HAS_THE_KEY
+from api.edits import MAX_BYTES
 from api.served import Checker, Deployments
 from api.settings import GatewaySettings
 from api.store import Store
@@ -24,14 +25,22 @@ Version = Annotated[int | None, Query(ge=1, lt=1 << 31)]
 
 
 class EditRoutes:
-    """Has no state of its own."""
+    """Has no state of its own. `owner_of` says whose a call is."""
 
-    def __init__(self, store: Store, settings: GatewaySettings, checker: Checker, deployments: Deployments) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: GatewaySettings,
+        checker: Checker,
+        deployments: Deployments,
+        owner_of: Callable[[Request], str],
+    ) -> None:
         self._store = store
         self._kept = store.edits
         self._settings = settings
         self._checker = checker
         self._deployments = deployments
+        self._owner_of = owner_of
 
     def add_to(self, router: APIRouter) -> None:
         router.add_api_route("/models/{name}/edits", self.known)
@@ -39,15 +48,17 @@ class EditRoutes:
         router.add_api_route("/models/{name}/edits/{edit}", self.put, methods=["POST"], status_code=201)
         router.add_api_route("/models/{name}/edits/{edit}", self.delete, methods=["DELETE"])
 
-    async def known(self, name: str) -> dict[str, Any]:
+    async def known(self, name: str, request: Request) -> dict[str, Any]:
         """The edits that may be used with a model: one's own, and those that others share."""
         self._deployments.get(name)
-        return {"edits": to_json(await to_thread.run_sync(self._kept.known, name, WHO_HAS_THE_KEY))}
+        return {"edits": to_json(await to_thread.run_sync(self._kept.known, name, self._owner_of(request)))}
 
     async def get(self, name: str, edit: str, request: Request, version: Version = None) -> Response:
         """An edit's bytes, by default of its newest version. The ETag begins with the version's number."""
         self._deployments.get(name)
-        number, body = await to_thread.run_sync(self._kept.get, name, WHO_HAS_THE_KEY, check_name(edit), version)
+        number, body = await to_thread.run_sync(
+            self._kept.get, name, self._owner_of(request), check_name(edit), version
+        )
         tag = f'"{number}-{blake2b(body, digest_size=8).hexdigest()}"'
         headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
         if request.headers.get("if-none-match") == tag:
@@ -64,16 +75,16 @@ class EditRoutes:
             await receive(request, path, max_bytes=MAX_BYTES, idle_s=self._settings.upload_idle_s)
             verdict = await self._checker.check_edits(name, served.version, path)
             verdict.raise_error()
-            version = await to_thread.run_sync(self._put, name, edit, path, shared)
+            version = await to_thread.run_sync(self._put, name, self._owner_of(request), edit, path, shared)
         finally:
             self._store.discard(upload)
         return JSONResponse({"name": edit, "version": version}, status_code=201)
 
-    async def delete(self, name: str, edit: str, version: Version = None) -> dict[str, Any]:
+    async def delete(self, name: str, edit: str, request: Request, version: Version = None) -> dict[str, Any]:
         """Drops a version of one's own edit, by default all of them."""
         self._deployments.get(name)
-        await to_thread.run_sync(self._kept.delete, name, WHO_HAS_THE_KEY, check_name(edit), version)
+        await to_thread.run_sync(self._kept.delete, name, self._owner_of(request), check_name(edit), version)
         return {"name": edit, "version": version}
 
-    def _put(self, name: str, edit: str, path: Path, is_shared: bool) -> int:
-        return self._kept.put(name, WHO_HAS_THE_KEY, edit, path.read_bytes(), is_shared=is_shared)
+    def _put(self, name: str, owner: str, edit: str, path: Path, is_shared: bool) -> int:
+        return self._kept.put(name, owner, edit, path.read_bytes(), is_shared=is_shared)

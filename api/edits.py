@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import NewType
 
 from api.database import Database
 from polytrace.edits import KnownEdit, unknown_edit
@@ -19,8 +18,6 @@ MAX_BYTES = 16 << 20  # of one version
 MAX_VERSIONS = 1000  # of one owner, all names together
 MAX_OWNED_BYTES = 256 << 20  # of one owner
 
-Owner = NewType("Owner", str)
-WHO_HAS_THE_KEY = Owner("key")  # there is one key: its id
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS edits (
@@ -54,7 +51,7 @@ class KeptEdits:
         with db.transaction() as connection:
             connection.execute(_SCHEMA)
 
-    def put(self, model: str, owner: Owner, name: str, body: bytes, *, is_shared: bool) -> int:
+    def put(self, model: str, owner: str, name: str, body: bytes, *, is_shared: bool) -> int:
         """Keeps another version and returns its number, 1 for the first.
 
         Raises TooLargeError beyond the owner's limits, ConflictError when others share an edit of this name already.
@@ -84,7 +81,7 @@ class KeptEdits:
             )
         return int(newest) + 1
 
-    def get(self, model: str, owner: Owner, name: str, version: int | None) -> tuple[int, bytes]:
+    def get(self, model: str, owner: str, name: str, version: int | None) -> tuple[int, bytes]:
         """A version, by default the newest, and its number: one's own before a shared one. Raises NotFoundError."""
         rows = self._db.rows(
             "SELECT version, body FROM edits WHERE model = ?1 AND name = ?3 AND body IS NOT NULL "
@@ -96,7 +93,7 @@ class KeptEdits:
             raise unknown_edit(name, version, {known.name for known in self.known(model, owner)})
         return rows[0][0], rows[0][1]
 
-    def known(self, model: str, owner: Owner) -> list[KnownEdit]:
+    def known(self, model: str, owner: str) -> list[KnownEdit]:
         """What an owner may use, by name and version."""
         rows = self._db.rows(
             "SELECT name, version, is_shared, owner = ?2, num_bytes, created FROM edits "
@@ -115,7 +112,7 @@ class KeptEdits:
             for row in rows
         ]
 
-    def delete(self, model: str, owner: Owner, name: str, version: int | None) -> None:
+    def delete(self, model: str, owner: str, name: str, version: int | None) -> None:
         """Drops one's own version, by default all of the name. Raises NotFoundError."""
         with self._db.transaction() as db:
             count = db.execute(

@@ -26,7 +26,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from api import problems
 from api.catalogue import Deployment
+from api.contents import DEFAULT_OWNER
 from api.edit_routes import EditRoutes
+from api.keeping import KeepingRoutes
 from api.logs import logs_since
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
@@ -54,7 +56,8 @@ class Gateway:
         self._key = key
         self._deployments = Deployments(store, checker)
         self._waiting = Waiting(store)
-        self._edits = EditRoutes(store, settings, checker, self._deployments)
+        self._edits = EditRoutes(store, settings, checker, self._deployments, owner_of)
+        self._keeping = KeepingRoutes(store.contents, owner_of, upload_idle_s=settings.upload_idle_s)
 
     def app(self) -> FastAPI:
         app = FastAPI(
@@ -81,6 +84,7 @@ class Gateway:
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["GET"])
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["HEAD"], include_in_schema=False)
         self._edits.add_to(v1)
+        self._keeping.add_to(v1)
         app.include_router(v1)
         app.add_api_route("/healthz", self.healthz)
         app.add_api_route("/readyz", self.readyz)
@@ -158,7 +162,7 @@ class Gateway:
         request_id = self._store.new_id()
         try:
             await self._receive(request_id, request, served)
-            verdict = await self._check(request_id, name, served, certify=True)
+            verdict = await self._check(request_id, name, served, owner_of(request), certify=True)
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         finally:
@@ -174,7 +178,7 @@ class Gateway:
         try:
             await self._receive(request_id, request, served)
             verdict, _ = await asyncio.gather(
-                self._check(request_id, name, served, certify=False),
+                self._check(request_id, name, served, owner_of(request), certify=False),
                 to_thread.run_sync(self._store.sync_request, request_id),
             )
         except ClientDisconnect:
@@ -184,7 +188,7 @@ class Gateway:
             self._store.discard(request_id)
             raise
         try:
-            status = await to_thread.run_sync(self._add, request_id, name, verdict)
+            status = await to_thread.run_sync(self._add, request_id, name, owner_of(request), verdict)
         except PolytraceError:
             self._store.discard(request_id)
             raise
@@ -226,9 +230,12 @@ class Gateway:
         loop.add_reader(bell.listen(), self._on_bell)
         self._deployments.ring()
         self._checker.start()
+        self._store.contents.give_up_uploads()
+        purging = asyncio.create_task(self._keeping.purge_forever())
         try:
             yield
         finally:
+            purging.cancel()
             loop.remove_reader(bell.listen())
             self._checker.close()
 
@@ -249,15 +256,23 @@ class Gateway:
         path = self._store.request_path(request_id)
         await receive(request, path, max_bytes=limit, idle_s=self._settings.upload_idle_s)
 
-    async def _check(self, request_id: RequestId, name: str, served: Served, *, certify: bool) -> Verdict:
-        path = self._store.request_path(request_id)
-        verdict = await self._checker.check(name, served.version, path, certify=certify)
+    async def _check(self, request_id: RequestId, name: str, served: Served, owner: str, *, certify: bool) -> Verdict:
+        path, contents = self._store.request_path(request_id), self._store.contents.folder_of(owner)
+        verdict = await self._checker.check(name, served.version, path, contents=contents, certify=certify)
         verdict.raise_error()
         return verdict
 
-    def _add(self, request_id: RequestId, name: str, verdict: Verdict) -> RequestStatus:
+    def _add(self, request_id: RequestId, name: str, owner: str, verdict: Verdict) -> RequestStatus:
         assert verdict.facts is not None
-        return self._store.add(request_id, name, verdict.facts, work=verdict.work, max_open=self._settings.max_open)
+        return self._store.add(
+            request_id,
+            name,
+            verdict.facts,
+            work=verdict.work,
+            max_open=self._settings.max_open,
+            owner=owner,
+            needs=verdict.needs,
+        )
 
     def _preferred_wait(self, request: Request) -> float:
         """Seconds of `Prefer: wait=N` (RFC 7240), at most what the settings allow; 0 when there is none."""
@@ -293,6 +308,11 @@ class Gateway:
             return problems.problem(status.error, headers)
         headers["Location"] = f"/v1/requests/{status.id}"
         return JSONResponse(_plain(status), status_code=202, headers=headers)
+
+
+def owner_of(request: Request) -> str:
+    """Whose a call is: everything that it leaves belongs to this owner, and it can use nobody else's."""
+    return DEFAULT_OWNER  # there is one: who has the key
 
 
 class ResultResponse(FileResponse):

@@ -19,6 +19,7 @@ from polytrace.errors import UserError
 T = TypeVar("T")
 
 DEFAULT_BUDGET_TOKENS = 8192
+DEFAULT_QUOTA_BYTES = 16 << 30  # of one owner's constants, kept values and states
 MAX_REPLICAS = 64  # of one deployment: all their loops share the controller's process
 
 # variable -> what it sets. Those of RAY_AUTH are Ray's own: where the user's environment says nothing, the service sets
@@ -29,6 +30,7 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_CHECKERS": "processes that check requests before they are accepted",
     "POLYTRACE_MAX_WAIT_S": "longest time that one call may wait for a result",
     "POLYTRACE_MAX_OPEN": "unfinished requests that one deployment takes before it answers 503",
+    "POLYTRACE_QUOTA_BYTES": "bytes of constants, kept values and states that one owner may have on the service",
     "POLYTRACE_UPLOAD_IDLE_S": "silence after which an upload is given up",
     "POLYTRACE_BUDGET_TOKENS": "most rows in one merged pass",
     "RAY_AUTH_MODE": "`token` (what the service sets) or `disabled` (only for a test cluster on one machine)",
@@ -46,6 +48,7 @@ class GatewaySettings:
     max_wait_s: float = 60.0
     max_open: int = 4096
     upload_idle_s: float = 60.0
+    quota_bytes: int = DEFAULT_QUOTA_BYTES
     shutdown_s: float = 5.0  # for answers under way when the gateway is told to stop
 
 
@@ -87,8 +90,14 @@ def gateway_settings(store: str) -> GatewaySettings:
         max_wait_s=from_environment("POLYTRACE_MAX_WAIT_S", float, default.max_wait_s, at_least=0),
         max_open=from_environment("POLYTRACE_MAX_OPEN", int, default.max_open, at_least=1),
         upload_idle_s=from_environment("POLYTRACE_UPLOAD_IDLE_S", float, default.upload_idle_s, at_least=1),
+        quota_bytes=quota_bytes(),
         shutdown_s=default.shutdown_s,
     )
+
+
+def quota_bytes() -> int:
+    """What one owner may have on the service."""
+    return from_environment("POLYTRACE_QUOTA_BYTES", int, DEFAULT_QUOTA_BYTES, at_least=1)
 
 
 def deployment_spec(*, source: str, name: str | None = None, **flags: Any) -> DeploymentSpec:

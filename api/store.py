@@ -3,6 +3,7 @@
     store.db                      states, checked facts, and the deployments (`api.catalogue`)
     requests/<id>.safetensors     as received; gone once the request has ended
     results/<id>.safetensors      its full size from the start, filled by the shards; complete when the state says done
+    contents/<owner>/<hash>       what was uploaded or kept (`api.contents`)
     controller.bell, gateway.bell who wakes whom
 
 Owns durability and the states: queued -> running -> done | failed | cancelled. Knows nothing of graphs and plans.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +29,17 @@ from pathlib import Path
 from typing import Any
 
 from api.catalogue import Catalogue, check_taking
+from api.contents import DEFAULT_OWNER, HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place
 from api.database import Database
 from api.doorbell import Doorbell
 from api.edits import KeptEdits
 from api.logs import logs_as_json
+from api.settings import DEFAULT_QUOTA_BYTES
 from cluster.config import Mode
-from cluster.requests import Claimed, Finished, ResultPlace
+from cluster.requests import Claimed, Finished, LeftBehind, Place, ResultPlace
 from polytrace.errors import CancelledError, CapacityError, NotFoundError, PolytraceError, ServiceError, from_fields
+from polytrace.tensors import num_bytes
+from polytrace.wire import content_header
 from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
 
@@ -74,7 +80,7 @@ class RequestStatus:
 class Store(Catalogue):
     """One per process; its methods may be called from any thread. Construction makes the folder when there is none."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> None:
         self.folder = folder.resolve()
         for path in (self.folder, self._requests, self._results):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -83,6 +89,7 @@ class Store(Catalogue):
         database = Database(self.folder / "store.db")
         super().__init__(database, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
         self.edits = KeptEdits(database)
+        self.contents = Contents(database, self.folder / "contents", quota_bytes)
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
 
     def close(self) -> None:
@@ -110,11 +117,21 @@ class Store(Catalogue):
         _sync(self.request_path(request))
         _sync(self._requests)
 
-    def add(self, request: RequestId, model: str, facts: bytes, *, work: int, max_open: int) -> RequestStatus:
+    def add(
+        self,
+        request: RequestId,
+        model: str,
+        facts: bytes,
+        *,
+        work: int,
+        max_open: int,
+        owner: str = DEFAULT_OWNER,
+        needs: Needs = NOTHING,
+    ) -> RequestStatus:
         """Accepts a request whose file is durable and wakes the controller. `work`: as in `Claimed`.
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already or takes none, NotFoundError
-        when there is none.
+        when there is none, and what `Contents` says when the owner does not have what the request needs.
         """
         now = time.time()
         with self._db.transaction() as db:
@@ -127,10 +144,13 @@ class Store(Catalogue):
             ).fetchone()
             if waiting >= max_open:
                 raise CapacityError(f"{waiting} requests are waiting for {model}, the most it takes; try again later")
-            db.execute(
-                "INSERT INTO requests (id, model, state, created, work) VALUES (?, ?, 'queued', ?, ?)",
-                (request, model, now, max(1, work)),
-            )
+            seq = db.execute(
+                "INSERT INTO requests (id, model, owner, state, created, work) VALUES (?, ?, ?, 'queued', ?, ?)",
+                (request, model, owner, now, max(1, work)),
+            ).lastrowid
+            if not needs.is_empty:
+                assert seq is not None
+                self.contents.use(db, request, seq, owner, needs)
             db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
         self.controller_bell.ring()
         return RequestStatus(
@@ -179,6 +199,7 @@ class Store(Catalogue):
             ).rowcount
             if gone:
                 db.execute("DELETE FROM facts WHERE id = ?", (request,))
+                asked |= self.contents.end_uses(db, request)
         if gone:
             self.discard(request)
             self.gateway_bell.ring()
@@ -208,6 +229,7 @@ class Store(Catalogue):
         stale += [path for path in self._results.iterdir() if path.stem not in is_done]
         for path in stale:
             path.unlink(missing_ok=True)
+        self.contents.sweep()
         return len(stale)
 
     # --- the controller's half (cluster.requests.RequestStore)
@@ -226,6 +248,7 @@ class Store(Catalogue):
             count = db.execute(
                 "UPDATE requests SET state = 'queued', started = NULL WHERE model = ? AND state = 'running'", (model,)
             ).rowcount
+            self.contents.end_uses_of_ended(db)
         self.gateway_bell.ring()
         return count
 
@@ -234,8 +257,8 @@ class Store(Catalogue):
             return []
         with self._db.transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
             rows = db.execute(
-                "SELECT requests.id, created, json, attempts, work FROM requests JOIN facts USING (id) "
-                "WHERE model = ? AND state = 'queued' ORDER BY seq LIMIT ?",
+                "SELECT requests.id, created, json, attempts, work, owner FROM requests JOIN facts USING (id) "
+                f"WHERE model = ? AND state = 'queued' AND {HAS_ITS_TURN} ORDER BY seq LIMIT ?",
                 (model, limit),
             ).fetchall()
             if any(row[3] for row in rows):
@@ -244,6 +267,7 @@ class Store(Catalogue):
                 "UPDATE requests SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
                 [(time.time(), row[0]) for row in rows],
             )
+            states = {row[0]: self.contents.states_now(db, row[0], row[5]) for row in rows}
         return [
             Claimed(
                 request=row[0],
@@ -251,6 +275,8 @@ class Store(Catalogue):
                 accepted=row[1],
                 work=row[4],
                 facts=row[2],
+                contents=self.contents.folder_of(row[5]),
+                states=states[row[0]],
                 is_suspect=row[3] > 0,
             )
             for row in rows
@@ -269,6 +295,7 @@ class Store(Catalogue):
                 "attempts = attempts - ? WHERE id = ? AND state = 'running'",
                 [(request not in doubted, request) for request in requests],
             )
+            self.contents.end_uses_of_ended(db)
         self.controller_bell.ring()
         self.gateway_bell.ring()
 
@@ -281,6 +308,8 @@ class Store(Catalogue):
                 (time.time(), json.dumps(error.to_fields()), model),
             )
             db.executemany("DELETE FROM facts WHERE id = ?", [(request,) for request in refused])
+            for request in refused:
+                self.contents.end_uses(db, request)
         self.gateway_bell.ring()
         for request in refused:
             self.discard(request)
@@ -305,16 +334,37 @@ class Store(Catalogue):
             os.close(fd)
         return ResultPlace(path=path, start=room)
 
+    def place_left(self, request: RequestId, left: Sequence[LeftBehind]) -> list[Place]:
+        with self._db.transaction(is_durable=False) as db:
+            paths = self.contents.place(db, request, left)
+        places = []
+        for each, path in zip(left, paths, strict=True):
+            header = content_header(each.dtype, each.shape)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                _allocate(fd, len(header) + num_bytes(each.dtype, each.shape))
+                os.pwrite(fd, header, 0)
+            except OSError as error:
+                told = f"the service has no room for {each.name!r}, which is to stay there: {error.strerror}"
+                raise CapacityError(told) from error  # its end drops what has been placed
+            finally:
+                os.close(fd)
+            places.append(Place(left=each, path=path, start=len(header)))
+        return places
+
     def finish(self, finished: Sequence[Finished]) -> None:
         # 1) the files, all of a burst at once; a result that cannot be kept fails its own request only
         ended = list(self._syncers.map(self._commit, finished))
-        if any(end.header is not None for end in ended):
+        if any(end.header is not None for end, _ in ended):
             _sync(self._results)
         # 2) the states
         now = time.time()
         changed: list[Finished] = []
+        are_awaited = False
         with self._db.transaction() as db:
-            for end in ended:
+            for end, digests in ended:
+                if digests:
+                    end = self._leave(db, end, digests)
                 state = (
                     RequestState.DONE
                     if end.error is None
@@ -329,8 +379,11 @@ class Store(Catalogue):
                 ).rowcount
                 if count:
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
+                    are_awaited |= self.contents.end_uses(db, end.request)
                     changed.append(end)
         self.gateway_bell.ring()
+        if are_awaited:
+            self.controller_bell.ring()
         # 3) what is no longer needed
         for end in changed:
             self.discard(end.request)
@@ -365,11 +418,12 @@ class Store(Catalogue):
     def _results(self) -> Path:
         return self.folder / "results"
 
-    def _commit(self, end: Finished) -> Finished:
-        """Writes the header of a complete result and makes the file durable."""
+    def _commit(self, end: Finished) -> tuple[Finished, list[str]]:
+        """Writes the header of a complete result and makes its files durable; with the hashes of what it leaves."""
         if end.header is None:
-            return end
+            return end, []
         try:
+            digests = [commit_place(place) for place in end.left]
             fd = os.open(self.result_path(end.request), os.O_RDWR)
             try:
                 if os.pwrite(fd, end.header, 0) != len(end.header):
@@ -378,7 +432,16 @@ class Store(Catalogue):
             finally:
                 os.close(fd)
         except OSError as error:
-            return Finished(request=end.request, error=ServiceError(f"the result could not be kept: {error}"))
+            told = ServiceError(f"the result could not be kept: {error}")
+            return Finished(request=end.request, error=told), []
+        return end, digests
+
+    def _leave(self, db: sqlite3.Connection, end: Finished, digests: Sequence[str]) -> Finished:
+        """What a request leaves gets its names, or the request fails."""
+        try:
+            self.contents.leave(db, end.request, list(zip(end.left, digests, strict=True)))
+        except PolytraceError as error:
+            return Finished(request=end.request, error=error)
         return end
 
 

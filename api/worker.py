@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from api.contents import NOTHING, Needs, needs_of
 from polytrace.errors import PolytraceError, ServiceError, from_fields
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Verdict:
     """What a worker found out about one request. One of `error` and `facts` is set; of edits no facts."""
 
     facts: bytes | None = None  # JSON for the controller: per node its ValueFacts or null
+    needs: Needs = NOTHING  # of its owner's contents
     work: int = 0  # rows x layers that it would run through
     certificate: bytes | None = None  # JSON for the user; only when it was asked for
     error: Mapping[str, str] | None = None  # PolytraceError.to_fields()
@@ -72,9 +74,12 @@ class CheckerPool:
         """Gets every worker ready for a deployment, so that no user waits for it."""
         await asyncio.gather(*(self._run(_prepare, model, version) for _ in range(self._workers)))
 
-    async def check(self, model: str, version: str, path: Path, *, certify: bool) -> Verdict:
-        """What is to be said of the request in a file. `version` names the description that it is checked against."""
-        return await self._run(_check, model, version, str(path), certify)
+    async def check(self, model: str, version: str, path: Path, *, contents: Path, certify: bool) -> Verdict:
+        """What is to be said of the request in a file, whose owner has `contents`.
+
+        `version` names the description that it is checked against.
+        """
+        return await self._run(_check, model, version, str(path), str(contents), certify)
 
     async def check_edits(self, model: str, version: str, path: Path) -> Verdict:
         """What is to be said of the edits in a file: whether they are any, and of this model."""
@@ -177,8 +182,10 @@ def _prepare(model: str, version: str) -> None:
     _worker.load(model, version)
 
 
-def _check(model: str, version: str, path: str, certify: bool) -> Verdict:
-    return _answered(model, version, lambda description, meta: _verdict(description, meta, Path(path), certify))
+def _check(model: str, version: str, path: str, contents: str, certify: bool) -> Verdict:
+    return _answered(
+        model, version, lambda description, meta: _verdict(description, meta, Path(path), Path(contents), certify)
+    )
 
 
 def _check_edits(model: str, version: str, path: str) -> Verdict:
@@ -196,7 +203,8 @@ def _answered(model: str, version: str, judge: Callable[[ModelDescription, nn.Mo
         return Verdict(error=ServiceError(f"checking the request failed: {type(error).__name__}").to_fields())
 
 
-def _verdict(description: ModelDescription, meta: nn.Module, path: Path, certify: bool) -> Verdict:
+def _verdict(description: ModelDescription, meta: nn.Module, path: Path, contents: Path, certify: bool) -> Verdict:
+    from cluster.contents import with_contents
     from cluster.requests import read_request
     from engine.shapes import infer
     from polytrace.codec import to_json
@@ -206,10 +214,17 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, certify
     from scheduling.program import compile_program
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
+    named = tuple(request.constants.values())
+    request, _ = with_contents(request, contents, None)
     facts = infer(description, request, meta)
     program = compile_program(RequestId(path.stem), request, description, facts)
     certificate = json.dumps(to_json(make_certificate(program, facts, description))).encode() if certify else None
-    return Verdict(facts=json.dumps(to_json(facts)).encode(), work=token_layers(program), certificate=certificate)
+    return Verdict(
+        facts=json.dumps(to_json(facts)).encode(),
+        needs=needs_of(named, program.saves),
+        work=token_layers(program),
+        certificate=certificate,
+    )
 
 
 def _verdict_of_edits(description: ModelDescription, path: Path) -> Verdict:

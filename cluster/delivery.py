@@ -10,8 +10,9 @@ import logging
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from cluster.requests import Finished, RequestStore
+from cluster.requests import Finished, Place, RequestStore, left_by
 from polytrace.certificate import Receipt
 from polytrace.errors import ServiceError
 from polytrace.wire import result_header
@@ -73,8 +74,14 @@ def _finished(end: Done | Finished) -> Finished:
     if isinstance(end, Finished):
         return end
     try:
-        header = result_header(end.program.saves, end.receipt, end.program.result_start)
+        returned = [slot for slot in end.program.saves if slot.keep is None]
+        header = result_header(returned, end.receipt, end.program.result_start)
     except ValueError as error:
         _log.exception("the receipt of %s could not be written", end.program.request)
         return Finished(request=end.program.request, error=ServiceError(str(error)))
-    return Finished(request=end.program.request, header=header)
+    places = (
+        Place(left=left_by(slot), path=Path(slot.file), start=slot.offset)
+        for slot in end.program.saves
+        if slot.file is not None
+    )
+    return Finished(request=end.program.request, header=header, left=tuple(places))

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from cluster.requests import Claimed, Finished, RequestStore, read_request
+from cluster.contents import with_contents
+from cluster.requests import Claimed, Finished, RequestStore, left_by, read_request
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, WireError
 from polytrace.wire import result_room
-from scheduling.plan import Program, RequestId, ValueFacts
+from scheduling.plan import Program, RequestId, SaveSlot, ValueFacts
 from scheduling.program import compile_program
 
 _log = logging.getLogger(__name__)
@@ -154,17 +155,34 @@ class Intake:
             request = read_request(claimed.path, max_nodes=description.limits.max_nodes)
         except (WireError, OSError) as error:  # it was whole when it was accepted
             raise ServiceError(f"the stored request cannot be read: {error}") from error
+        request, contents = with_contents(request, claimed.contents, claimed.states)
         facts = tuple(None if plain is None else from_json(ValueFacts, plain) for plain in json.loads(claimed.facts))
         program = compile_program(claimed.request, request, description, facts)
-        data_bytes = max((slot.offset + slot.facts.num_bytes for slot in program.saves), default=0)
-        room = result_room(
-            program.saves, program.graph, passes=len(program.waves), num_layers=self._description.num_layers
-        )
+        returned = [slot for slot in program.saves if slot.keep is None]
+        data_bytes = max((slot.offset + slot.facts.num_bytes for slot in returned), default=0)
+        room = result_room(returned, program.graph, passes=len(program.waves), num_layers=self._description.num_layers)
         place = self._store.place_result(claimed.request, room, data_bytes)
         return replace(
             program,
             constants={},
+            contents=contents,
+            saves=self._placed(program),
             request_file=str(claimed.path),
             result_file=str(place.path),
             result_start=place.start,
         )
+
+    def _placed(self, program: Program) -> tuple[SaveSlot, ...]:
+        """The saves, those that stay on the service with the files that they go to."""
+        kept = [slot for slot in program.saves if slot.keep is not None]
+        if not kept:
+            return program.saves
+        left = [left_by(slot) for slot in kept]
+        places = iter(self._store.place_left(program.request, left))
+        saves = []
+        for slot in program.saves:
+            if slot.keep is not None:
+                place = next(places)
+                slot = replace(slot, file=str(place.path), offset=place.start)
+            saves.append(slot)
+        return tuple(saves)

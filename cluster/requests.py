@@ -7,7 +7,7 @@ whatever the controller has in memory can be made again from the store.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,7 +17,7 @@ from cluster.config import Wanted
 from polytrace.errors import PolytraceError, WireError
 from polytrace.graph import Request
 from polytrace.wire import decode_request
-from scheduling.plan import RequestId
+from scheduling.plan import RequestId, SaveSlot
 from scheduling.scheduler import Progress
 
 
@@ -68,6 +68,8 @@ class Claimed:
     facts: bytes  # JSON: per node its ValueFacts or null, worked out when the request was checked
     accepted: float  # when it was stored, seconds since the epoch
     work: int  # rows x layers that it runs through, at least 1
+    contents: Path  # folder of its owner's contents
+    states: Mapping[str, str]  # what its states are now: the hashes of their contents
     is_suspect: bool  # a controller broke down while it had this request: to be run alone, in case it was the cause
 
 
@@ -80,12 +82,33 @@ class ResultPlace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeftBehind:
+    """A value that a request leaves on the service, or a state's new content."""
+
+    name: str
+    is_state: bool
+    ttl_s: float | None
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A content's file that is there at its full size, with its header and without its data."""
+
+    left: LeftBehind
+    path: Path
+    start: int  # bytes before the data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """How a request ended."""
 
     request: RequestId
     header: bytes | None = None  # of its result file, exactly as long as the room kept free; None when it failed
     error: PolytraceError | None = None  # CancelledError when its owner cancelled it
+    left: tuple[Place, ...] = ()  # what stays on the service when there is no error
 
 
 class RequestStore(Protocol):
@@ -99,6 +122,9 @@ class RequestStore(Protocol):
 
     def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
         """Makes the result file. Raises CapacityError when the disk has no room."""
+
+    def place_left(self, request: RequestId, left: Sequence[LeftBehind]) -> list[Place]:
+        """Makes the files for what a request leaves. Raises CapacityError or TooLargeError: the disk, or the quota."""
 
     def finish(self, finished: Sequence[Finished]) -> None:
         """Commits the results and flips the states: first the files, then one transaction."""
@@ -145,6 +171,19 @@ class ControllerStore(RequestStore, Protocol):
 
         `is_clean`: nothing broke. Else each becomes a suspect, and one that saw several breakdowns fails.
         """
+
+
+def left_by(slot: SaveSlot) -> LeftBehind:
+    """What a save that stays on the service leaves."""
+    keep = slot.keep
+    assert keep is not None
+    return LeftBehind(
+        name=keep.name,
+        is_state=keep.is_state,
+        ttl_s=keep.ttl_s,
+        dtype=slot.facts.dtype,
+        shape=slot.facts.shape,
+    )
 
 
 def read_request(path: Path, *, max_nodes: int) -> Request:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
-from cluster.requests import Claimed, ControllerStore, Finished, ResultPlace
+from cluster.requests import Claimed, ControllerStore, Finished, LeftBehind, Place, ResultPlace
 from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
 
@@ -149,6 +149,9 @@ class Share:
 
     def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
         return self._store.place_result(request, room, data_bytes)
+
+    def place_left(self, request: RequestId, left: Sequence[LeftBehind]) -> list[Place]:
+        return self._store.place_left(request, left)
 
     def finish(self, finished: Sequence[Finished]) -> None:
         self._store.finish(finished)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from engine.below import finish, prepare, run_apart, travel, travels, with_parts
+from engine.constants import Constants
 from engine.copies import to_device
 from engine.links import Links
 from engine.memory import told_out_of_memory
@@ -63,6 +64,7 @@ class ShardContext:
     table: ModelTable
     levels: Levels
     device: torch.device
+    constants: Constants
 
 
 class RequestState:
@@ -76,6 +78,7 @@ class RequestState:
         self.failure: Failure | None = None
         self.fired: list[NodeId] = []  # reads, writes and saves of this pass
         self.gathered_bytes = 0  # received from other ranks in this pass
+        self.loaded_bytes = 0  # of contents that were read in this pass
         self.rows: dict[int, InvokeRows] = {}  # of this pass, by invoke
         self._written: dict[tuple[Selector, int], list[tuple[NodeId, Tensor]]] = {}  # at this visit, by invoke
         self._in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
@@ -90,7 +93,7 @@ class RequestState:
         """Takes the rows of this pass and notes which writes can reach a read's memory."""
         self.rows = rows
         self.fired = []
-        self.gathered_bytes = 0
+        self.gathered_bytes = self.loaded_bytes = 0
         self.sink.saved_bytes = 0
         self._in_place_until = {}
         for work in self.program.waves[wave].stages:
@@ -358,6 +361,11 @@ class RequestState:
 
     def _constant(self, name: str) -> Tensor:
         if name not in self._constants:
+            if name in self.program.contents:
+                before = self.context.constants.read_bytes
+                self._constants[name] = self.context.constants.get(self.program.contents[name])
+                self.loaded_bytes += self.context.constants.read_bytes - before
+                return self._constants[name]
             if self.program.request_file is None:
                 constant = from_raw(self.program.constants[name])
             else:
@@ -381,11 +389,12 @@ class RequestState:
 
 
 def from_raw(raw: RawTensor) -> Tensor:
-    """A tensor over a copy of the raw bytes (they may be read-only or unaligned)."""
+    """A tensor over the raw bytes, or over a copy where they are read-only. The caller changes nothing in it."""
     dtype = getattr(torch, raw.dtype)
     if len(raw.data) == 0:
         return torch.empty(raw.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(raw.data), dtype=torch.uint8).view(dtype).reshape(raw.shape)
+    data = bytearray(raw.data) if raw.data.readonly else raw.data
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(raw.shape)
 
 
 def _check_ids(module: nn.Embedding, args: tuple[Any, ...]) -> None:

@@ -35,7 +35,8 @@ class KnownValues:
     def note(self, node: NodeId, num_elements: int) -> None:
         """Takes in the next node, in order."""
         kind = self._request.graph.nodes[node]
-        is_known = isinstance(kind, (Constant, Mask)) or (isinstance(kind, Op) and _is_known(kind))
+        is_constant = isinstance(kind, Constant) and self._request.constants[kind.name].is_here
+        is_known = is_constant or isinstance(kind, Mask) or (isinstance(kind, Op) and _is_known(kind))
         if is_known:
             for part in self._needs[node]:
                 is_known = is_known and self._is_known[part]

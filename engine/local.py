@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from engine.keeping import LocalKeeper
 from engine.links import Solo
 from engine.loading import ShardConfig, meta_model
 from engine.reading import Reading
@@ -70,6 +71,7 @@ class DirectBackend:
         self.shards = shards
         self.description = description
         self.scheduler = Scheduler(description, policy or PassPolicy())
+        self.keeper = LocalKeeper()
         self._meta = meta
         self._lock = threading.Lock()
 
@@ -92,6 +94,10 @@ class DirectBackend:
 
     def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
         """Runs one request to its end, in as many passes as it has waves; in more when these turn out too large."""
+        with self.keeper.begun(request) as begun:
+            return self._run(begun, tell, hear)
+
+    def _run(self, request: Request, tell: Tell, hear: Hear) -> Result:
         (outcome,) = self.run_together([self.compile(request)], tell, hear)
         while outcome.may_be_cut:
             limits = replace(self.description.limits, pass_tokens=self.scheduler.budget_tokens)
@@ -101,7 +107,11 @@ class DirectBackend:
             raise outcome.error
         if outcome.receipt is None:
             raise ServiceError(f"request {outcome.request} ended without a receipt")
-        return Result(values=outcome.values, receipt=outcome.receipt)
+        if request.keeps:
+            self.keeper.publish(outcome.receipt.request, request.keeps, outcome.values)
+        left = {keep.save for keep in request.keeps}
+        values = {name: value for name, value in outcome.values.items() if name not in left}
+        return Result(values=values, receipt=outcome.receipt)
 
     def run_together(
         self, programs: Sequence[Program], tell: Tell = tell_nobody, hear: Hear = hear_nothing

@@ -139,7 +139,8 @@ class FileSink:
         tensor = _planned(slot, value)
         if tensor.nbytes:
             failed = partial(self._fail, slot.node)
-            self._writer.put(self.path, self.data_start + slot.offset, tensor, failed)
+            path, start = (self.path, self.data_start) if slot.file is None else (slot.file, 0)
+            self._writer.put(path, start + slot.offset, tensor, failed)
         self.saved_bytes += slot.facts.num_bytes
 
     def _fail(self, node: NodeId, message: str) -> None:

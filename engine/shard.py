@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.attention import AttentionPass, use_packed_attention
 from engine.chat import chat_format
+from engine.constants import Constants
 from engine.copies import to_device
 from engine.fragments import RequestState, ShardContext
 from engine.gate import run_gate
@@ -68,6 +69,7 @@ class Shard:
         self._states: dict[RequestId, RequestState] = {}
         self._writer = Writer()
         self._proven: frozenset[Place] | None = None  # see `prove_splits`
+        self._constants = Constants(self.device, config.constant_bytes)
 
     def start(self, report: Report) -> None:
         """Reads this shard's weights, without the others. `report` gets lines for people, and how far reading is."""
@@ -119,6 +121,7 @@ class Shard:
             table=table_of(description),
             levels=table_of(description).levels,
             device=self.device,
+            constants=self._constants,
         )
         self._row_multiple = description.row_multiple
         self._ports = {info.order: ((info.module, ""), info.port) for info in description.sites}
@@ -190,6 +193,7 @@ class Shard:
             carried_bytes=self.links.bytes.sent - sent_before - hidden_bytes,
             gathered_bytes=self.links.bytes.gathered - gathered_before,
             gathered={state.program.request: state.gathered_bytes for state in states},
+            loaded={state.program.request: state.loaded_bytes for state in states if state.loaded_bytes},
             seconds=watch.seconds,
             busy_seconds=watch.seconds - watch.seconds_of(Phase.WAITING),
             began=watch.began,
@@ -204,6 +208,7 @@ class Shard:
     def _forget_all(self) -> None:
         self._writer.wait()  # before their files may be laid out anew
         self._states.clear()
+        self._constants.clear()
         if hasattr(self, "store"):
             self.store.reset()
         if self.device.type == "cuda":

@@ -16,6 +16,7 @@ from polytrace.errors import (
     CapacityError,
     GraphError,
     KeyRefusedError,
+    MissingError,
     NotFoundError,
     PolytraceError,
     RunError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from polytrace.adapters import delta, lora
     from polytrace.choice import cond
     from polytrace.client import connect, load, models
+    from polytrace.keeping import Kept, NamedState
     from polytrace.model import Model
     from polytrace.saving import save
     from polytrace.tracing import Tracer
@@ -39,8 +41,11 @@ __all__ = [
     "CancelledError",
     "CapacityError",
     "GraphError",
+    "Kept",
     "KeyRefusedError",
+    "MissingError",
     "Model",
+    "NamedState",
     "NotFoundError",
     "PolytraceError",
     "RunError",
@@ -62,10 +67,12 @@ _ROOMS = {
     "cond": "choice",
     "connect": "client",
     "delta": "adapters",
+    "Kept": "keeping",
     "load": "client",
     "lora": "adapters",
     "models": "client",
     "Model": "model",
+    "NamedState": "keeping",
     "save": "saving",
     "Tracer": "tracing",
 }

@@ -71,5 +71,6 @@ class AskedShapes:
         if isinstance(node, Constant):
             raw = self._recording.constants.tensors[node.name]
             # what a mask or an index selects is a matter of its values
-            return (raw.dtype, raw.shape, None if "float" in raw.dtype else bytes(raw.data))
+            content = None if "float" in raw.dtype else raw.digest or raw.state or bytes(raw.data)
+            return (raw.dtype, raw.shape, content)
         return repr(replace(node, where=""))

@@ -30,6 +30,7 @@ class Certificate:
     live_bytes: int  # values that the graph holds at one site visit, at most
     notes: tuple[str, ...]  # for people: reads that see later lines' writes, pad rows written, ...
     edits: tuple[str, ...] = ()  # that its traces start from, as name@version
+    kept_bytes: int = 0  # values that stay on the service
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,3 +75,5 @@ class Receipt:
     run_seconds: float
     notes: tuple[str, ...]
     edits: tuple[str, ...] = ()  # that its traces started from, as name@version
+    kept_bytes: int = 0  # of values that stay on the service
+    loaded_bytes: int = 0  # of constants and kept values that shards had to read: 0 when they had them still

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from polytrace.contents import LARGE_BYTES, digest_of
 from polytrace.errors import GraphError
 from polytrace.tensors import DTYPES, RawTensor
 
@@ -13,18 +14,23 @@ class Constants:
 
     def __init__(self) -> None:
         self.tensors: dict[str, RawTensor] = {}
-        self._by_content: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._by_content: dict[tuple[str, tuple[int, ...], bytes | str], str] = {}  # or by the hash of a large one
         self._by_object: dict[tuple[int, int], tuple[Any, str]] = {}  # the object is kept: ids are reused
 
     def add(self, value: Any, where: str) -> str:
-        """The name of a torch tensor or numpy array as it is now. Raises GraphError for anything else."""
+        """The name of a torch tensor or numpy array as it is now, or of what is kept on the service.
+
+        Raises GraphError for anything else.
+        """
+        if isinstance(kept := getattr(value, "kept_tensor", None), RawTensor):
+            return self._named(kept, (kept.dtype, kept.shape, kept.digest or f"state {kept.state}"))
         version = getattr(value, "_version", None)
         if version is not None and (id(value), version) in self._by_object:
             return self._by_object[id(value), version][1]
-        key = _content(value, where)
-        name = self._by_content.get(key)
-        if name is None:
-            name = self._by_content[key] = self._new(*key)
+        dtype, shape, data = _content(value, where)
+        digest = digest_of(dtype, shape, data) if len(data) >= LARGE_BYTES else None
+        raw = RawTensor(dtype=dtype, shape=shape, data=memoryview(data), digest=digest)
+        name = self._named(raw, (dtype, shape, digest or bytes(data)))
         if version is not None:
             self._by_object[id(value), version] = (value, name)
         return name
@@ -32,20 +38,21 @@ class Constants:
     def take(self, raw: RawTensor) -> str:
         """The name of a tensor that was recorded before."""
         if (id(raw), -1) not in self._by_object:
-            key = (raw.dtype, raw.shape, bytes(raw.data))
-            if key not in self._by_content:
-                self._by_content[key] = self._new(*key)
-            self._by_object[id(raw), -1] = (raw, self._by_content[key])
+            content = raw.digest or (bytes(raw.data) if raw.state is None else f"state {raw.state}")
+            self._by_object[id(raw), -1] = (raw, self._named(raw, (raw.dtype, raw.shape, content)))
         return self._by_object[id(raw), -1][1]
 
-    def _new(self, dtype: str, shape: tuple[int, ...], data: bytes) -> str:
-        name = f"c{len(self.tensors)}"
-        self.tensors[name] = RawTensor(dtype=dtype, shape=shape, data=memoryview(data))
+    def _named(self, raw: RawTensor, content: tuple[str, tuple[int, ...], bytes | str]) -> str:
+        """The name of a content, which is kept once."""
+        name = self._by_content.get(content)
+        if name is None:
+            name = self._by_content[content] = f"c{len(self.tensors)}"
+            self.tensors[name] = raw
         return name
 
 
-def _content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes]:
-    """Dtype, shape and a copy of the bytes."""
+def _content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes | bytearray]:
+    """Dtype, shape and a copy of the bytes: one that may be shared with a tensor where it is large."""
     if hasattr(value, "untyped_storage"):
         return _torch_content(value, where)
     if hasattr(value, "__array__") and not isinstance(value, type):
@@ -54,14 +61,22 @@ def _content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes]:
         array = np.asarray(value)
         if array.dtype.name in DTYPES:
             little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-            return array.dtype.name, array.shape, little.tobytes()
+            return array.dtype.name, array.shape, _copy(little)
         raise _unknown_dtype(array.dtype.name, where)
     raise GraphError(
         f"a {type(value).__name__} cannot be part of a trace; use tensors, arrays and numbers", where=where
     )
 
 
-def _torch_content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes]:
+def _copy(array: Any) -> bytes | bytearray:
+    if array.nbytes < LARGE_BYTES:
+        return bytes(array.tobytes())
+    import numpy as np
+
+    return bytearray(np.ascontiguousarray(array).data)
+
+
+def _torch_content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes | bytearray]:
     import torch
 
     dtype = str(value.dtype).removeprefix("torch.")
@@ -70,7 +85,7 @@ def _torch_content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes]
     if value.layout is not torch.strided or value.is_meta:
         raise GraphError("only dense tensors with data can be part of a trace", where=where)
     flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return dtype, tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
+    return dtype, tuple(value.shape), _copy(flat.view(torch.uint8).numpy())
 
 
 def _unknown_dtype(name: str, where: str) -> GraphError:

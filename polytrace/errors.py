@@ -6,6 +6,7 @@
     │   ├── WireError        the bytes are not a request, or of another schema version
     │   ├── TooLargeError    the request exceeds a limit; the message has the number and the limit
     │   ├── NotFoundError    no such model, job or result
+    │   ├── MissingError     the request names contents that are not, or no longer, on the service: upload them
     │   ├── KeyRefusedError  no key, or not one the service knows
     │   ├── CancelledError   the owner cancelled the request
     │   ├── ConflictError    a deployment of this name is something else, or on its way out
@@ -60,6 +61,10 @@ class NotFoundError(UserError):
     code = "not-found"
 
 
+class MissingError(UserError):
+    code = "missing"
+
+
 class KeyRefusedError(UserError):
     code = "key-refused"
 
@@ -92,6 +97,7 @@ _BY_CODE: dict[str, type[PolytraceError]] = {
         WireError,
         TooLargeError,
         NotFoundError,
+        MissingError,
         KeyRefusedError,
         CancelledError,
         ConflictError,

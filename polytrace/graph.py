@@ -214,6 +214,16 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptSave:
+    """A save whose value stays on the service when the request has ended well, instead of going to the user."""
+
+    save: str  # the name of the Save
+    name: str
+    is_state: bool  # the new content of a state that is there already
+    ttl_s: float | None = None  # seconds until it is purged; None: when somebody deletes it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A graph, its prompts and its constants: all that a user sends."""
 
@@ -221,6 +231,7 @@ class Request:
     invokes: tuple[Invoke, ...]
     constants: Mapping[str, RawTensor]
     options: Options = field(default_factory=Options)
+    keeps: tuple[KeptSave, ...] = ()
 
 
 def refs(operand: Operand) -> list[NodeId]:

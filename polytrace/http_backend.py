@@ -10,6 +10,7 @@ import base64
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -24,7 +25,7 @@ from polytrace.graph import Request
 from polytrace.kinds import value_kind
 from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
 from polytrace.tensors import RawTensor
-from polytrace.wire import decode_result, encode_request
+from polytrace.wire import decode_result
 
 WAIT_S = 50.0  # of one call; the service may wait shorter
 _FIRST_WAIT_S = 10.0  # of the call that sends the request: what takes longer is asked how far it is
@@ -45,6 +46,9 @@ class HttpBackend:
             self.name = name if name is not None else self._only_name()
             self._base = f"/v1/models/{quote(self.name, safe='')}"
             self._description = self._described()
+            from polytrace.http_keeper import HttpKeeper  # which speaks to the service with what is below
+
+            self.keeper = HttpKeeper(self._client, url)
         except BaseException:
             self._client.close()
             raise
@@ -59,14 +63,15 @@ class HttpBackend:
             return None
 
     def validate(self, request: Request) -> Certificate:
-        response = self._call("POST", f"{self._base}/validate", request)
+        response = self.keeper.with_contents(request, partial(self._call, "POST", f"{self._base}/validate"))
         return from_json(Certificate, response.json())
 
     def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
         """Raises what the service says of the request, or ServiceError when it does not answer in time."""
         deadline = time.monotonic() + self._timeout_s
         first_wait_s = _FIRST_WAIT_S if hear is hear_nothing else 0.0  # who logs wants to see how far it is at once
-        answer = self._submit(request, min(first_wait_s, self._timeout_s))
+        submit = partial(self._submit, wait_s=min(first_wait_s, self._timeout_s))
+        answer = self.keeper.with_contents(request, submit)
         waited = self._await(answer, deadline, tell, hear) if isinstance(answer, str) else answer
         raws, receipt = decode_result(waited)
         decode = value_kind().decode
@@ -84,9 +89,8 @@ class HttpBackend:
         _check(response)
         return response
 
-    def _submit(self, request: Request, wait_s: float) -> memoryview | str:
+    def _submit(self, parts: Sequence[bytes | memoryview], *, wait_s: float) -> memoryview | str:
         """The result file, or the place to ask for it when it takes longer."""
-        parts = encode_request(request)
         headers = {
             "Content-Type": "application/vnd.safetensors",
             "Content-Length": str(sum(len(part) for part in parts)),
@@ -164,8 +168,7 @@ class HttpBackend:
         _check(response)
         return response
 
-    def _call(self, method: str, path: str, request: Request) -> httpx.Response:
-        parts = encode_request(request)
+    def _call(self, method: str, path: str, parts: Sequence[bytes | memoryview]) -> httpx.Response:
         headers = {"Content-Length": str(sum(len(part) for part in parts))}
         try:
             response = self._client.request(method, path, content=_pieces(parts), headers=headers)

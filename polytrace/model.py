@@ -8,6 +8,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from polytrace import keeping
 from polytrace.aliases import find_aliases
 from polytrace.asked_shapes import Answers
 from polytrace.backend import Backend
@@ -204,6 +205,25 @@ class Model(Module):
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it."""
         return self.backend.validate(tracer.built_request())
+
+    def kept(self, name: str | None = None) -> Any:
+        """What `value.keep(...)` has left on the service: the `polytrace.Kept` of a name, or a list of all.
+
+        Raises NotFoundError where there is none of that name (any more).
+        """
+        return keeping.kept(self, name)
+
+    def state(self, name: str, init: Any = None) -> keeping.NamedState:
+        """A named tensor on the service, which requests read and update in the order they are submitted.
+
+        `init`: its first content, a tensor, array or number; one that is there already keeps what it has, and has to be
+        of the same dtype and shape. Without `init` NotFoundError where there is none.
+        """
+        return keeping.named_state(self, name, init)
+
+    def states(self) -> list[keeping.NamedState]:
+        """The states that are there."""
+        return keeping.states(self)
 
     @property
     def tokenizer(self) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from polytrace.certificate import ValueShape
 from polytrace.closings import Closings
@@ -49,6 +49,9 @@ from polytrace.positions import with_positions
 from polytrace.pruning import cone, effects, moved, needed, renumber
 from polytrace.storage import Place, Several, State, Step, Storage, is_recorded, state_of
 from polytrace.tensors import VALUE_DTYPES, RawTensor
+
+if TYPE_CHECKING:
+    from polytrace.keeping import Leaving
 
 
 class Session(Protocol):
@@ -92,6 +95,7 @@ class Recording:
         self.constants = Constants()
         self.saved: list[tuple[State, Any, str]] = []  # with the Python object and the line of its `.save()`
         self.logged: list[State] = []  # of these, those that are told while the request runs
+        self.leaving: list[Leaving] = []  # what stays on the service when the trace has ended
         self.closed: str | None = None  # why its values cannot be used any more
         self.over: set[int] = set()  # invokes whose trace has ended: in-place code does not reach the model
         self.peeks: Peeks | None = None  # where values may be looked at while they are recorded
@@ -135,6 +139,14 @@ class Recording:
         """A parameter or buffer of the model."""
         where = user_line()
         return self._fresh(self._once(Parameter(path=path, where=where), path), where)
+
+    def constant(self, value: Any) -> State:
+        """A tensor of the user's own, or what the service has kept."""
+        where = user_line()
+        operand = self.operand(value, where)
+        if not isinstance(operand, Ref):
+            raise GraphError(f"a {type(value).__name__} is no tensor", where=where)
+        return self._fresh(operand.node, where)
 
     # computing
 
@@ -281,7 +293,7 @@ class Recording:
 
         Raises GraphError when nothing is saved, or when in-place code changed a value that nothing uses.
         """
-        if not self.saved and not self.is_edit:
+        if not self.saved and not self.leaving and not self.is_edit:
             raise GraphError(
                 "this trace saves nothing, so it would return nothing: call .save() on the values to keep",
                 where=user_line(),
@@ -294,6 +306,8 @@ class Recording:
             if node not in names:
                 names[node] = f"{LOG if node in logged else ''}{len(names)}"
                 nodes.append(Save(name=names[node], value=Ref(node), where=where))
+        for left in self.leaving:
+            nodes.append(Save(name=left.keep.save, value=Ref(self.node_of(left.state)), where=left.where))
         live = needed(nodes, effects(nodes))
         for storage in self._edited:
             if not any(live[node] for node, _ in storage.edits):

@@ -6,7 +6,7 @@ Owns dtype names (torch's, without the prefix), their sizes and safetensors code
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # name -> (bytes an element, code in a safetensors header)
 DTYPES: dict[str, tuple[int, str]] = {
@@ -40,8 +40,18 @@ def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawTensor:
-    """Dense, row-major, little-endian. `data` is borrowed: the maker keeps it alive and unchanged."""
+    """Dense, row-major, little-endian. `data` is borrowed: the maker keeps it alive and unchanged.
+
+    One that stands on the service has no data here, but a `digest` or a `state` that names it.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     data: memoryview  # format "B", `num_bytes(dtype, shape)` long
+    digest: str | None = field(default=None, compare=False)  # of its content (`polytrace.contents`), where it is known
+    state: str | None = None  # the named state whose content it is when the request begins
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the bytes are."""
+        return len(self.data) == num_bytes(self.dtype, self.shape)

@@ -14,7 +14,7 @@ from polytrace.certificate import Certificate, Receipt, ValueShape
 from polytrace.chat import conversations_in
 from polytrace.collector import young_only
 from polytrace.errors import GraphError
-from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request, Site
+from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request, Save, Site
 from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
 from polytrace.peeking import Peeks
@@ -254,6 +254,10 @@ class Tracer:
                 self.receipt = result.receipt
                 printer.hear(result.values)
                 self._hand_out(names, dict(result.values))
+                if self.recording.leaving:
+                    from polytrace.keeping import land
+
+                    land(self.model, self.recording.leaving, result.receipt.request)
         except BaseException:
             self.recording.closed = "the trace of this value failed, so it has no data"
             raise
@@ -376,12 +380,18 @@ class Tracer:
 
     def _request_of(self, nodes: tuple[Node, ...]) -> Request:
         used = {node.name for node in nodes if isinstance(node, Constant)}
+        saved = {node.name for node in nodes if isinstance(node, Save)}
         constants = {name: raw for name, raw in self.recording.constants.tensors.items() if name in used}
         if len(self.recording.labels) > MAX_EDITS:
             told = f"this program starts from {len(self.recording.labels)} edits; {MAX_EDITS} is the most"
             raise GraphError(told, where=self.where)
-        options = replace(self.options, edits=tuple(self.recording.labels))
-        return Request(graph=Graph(nodes=nodes), invokes=tuple(self._invokes), constants=constants, options=options)
+        return Request(
+            graph=Graph(nodes=nodes),
+            invokes=tuple(self._invokes),
+            constants=constants,
+            options=replace(self.options, edits=tuple(self.recording.labels)),
+            keeps=tuple(left.keep for left in self.recording.leaving if left.keep.save in saved),
+        )
 
     def _hand_out(self, names: tuple[str, ...], results: dict[str, Any]) -> None:
         """Every saved value becomes its result."""

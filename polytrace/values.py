@@ -47,6 +47,16 @@ class Recorded:
         state.recording.save(state, self)
         return self
 
+    def keep(self, name: str | None = None, ttl: float | None = None) -> Any:
+        """Leaves the value on the service when the request has ended well, and gives a `polytrace.Kept` for it.
+
+        `name`: what `model.kept(name)` finds it by; it replaces another one of that name. `ttl`: seconds until it is
+        purged; without, it stays until it is deleted. It counts in its owner's quota, and nothing of it comes here.
+        """
+        from polytrace.keeping import keep
+
+        return keep(self, name, ttl)
+
     def at(self, position: int | Sequence[int]) -> Any:
         """The rows at one or several token positions, counted in each prompt; negative from its end.
 

@@ -8,8 +8,11 @@ layout and every check of it: sizes and offsets are compared with the buffer bef
 Version "2" of a request: {"seed", "sharing", "edits": [name, ...], "prompts": [[id, ...], ...], "invokes": [sizes,
 places], "wheres": ["file:line", ...], "templates": [[node with holes, [column, ...]], ...], "order": templates of
 nodes}. What repeats stands once: each prompt (invokes have `sizes` prompts each, named by their places in the list),
-and each form of node (`polytrace.nodes`). In a result's receipt `fired` is {"forms": [[site, kind, line], ...],
-"order", "invokes", "passes"}: the form, the invoke and the passes of each, as columns (`polytrace.folding`).
+and each form of node (`polytrace.nodes`). Constants that stand on the service are in "stored" instead of among the
+tensors: {name: [dtype, shape, hash or null, state or null]}; "keeps" are the saves that stay there: [[save, name, is a
+state, seconds], ...]. Both may miss. In a result's receipt `fired` is {"forms": [[site, kind, line], ...], "order",
+"invokes", "passes"}: the form, the invoke and the passes of each, as columns (`polytrace.folding`). A content is a file
+with one tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -27,10 +30,11 @@ from typing import Any, Protocol
 from polytrace.certificate import Fired, Receipt
 from polytrace.codec import brief, from_json, to_json
 from polytrace.collector import young_only
+from polytrace.contents import is_digest, is_name
 from polytrace.errors import WireError
 from polytrace.folding import fold, fold_column, size_of, unfold, unfold_column
 from polytrace.grammar import check_graph
-from polytrace.graph import Graph, Invoke, Options, Read, Request, Sharing, Write
+from polytrace.graph import Graph, Invoke, KeptSave, Options, Read, Request, Save, Sharing, Write
 from polytrace.nodes import decode_nodes, encode_nodes
 from polytrace.tensors import DTYPES, NAME_OF_CODE, RawTensor, itemsize, num_bytes
 
@@ -41,6 +45,7 @@ MAX_DIMS = 32
 MAX_TOKEN = 1 << 31
 MAX_EDITS = 16  # that a request may say it started from: its receipt names them
 LABEL = re.compile(r"[ -!#-\[\]-~]{1,80}")  # one's name: what JSON spells as it is
+_CONTENT = "content"  # the one tensor of a content's file
 _PREFIX = struct.Struct("<Q")
 _PASS_BYTES, _ROWS_BYTES = 192, 11  # of a receipt's entry of a pass, and of each layer in it
 _RECEIPT_BYTES = 8192  # of a receipt beside its list of what fired
@@ -65,11 +70,14 @@ class Slot(Protocol):
     def offset(self) -> int: ...
 
 
-def encode_request(request: Request) -> list[bytes | memoryview]:
-    """The file as parts to be written one after another; the constants are borrowed, not copied."""
+def encode_request(request: Request, *, stored: Collection[str] = ()) -> list[bytes | memoryview]:
+    """The file as parts to be written one after another; the constants are borrowed, not copied.
+
+    `stored`: names of constants whose content the service has; those without bytes here are named without being told.
+    """
     prompts, invokes = _encode_invokes(request.invokes)
     templates, order, wheres = encode_nodes(request.graph.nodes)
-    body = {
+    body: dict[str, Any] = {
         "seed": request.options.seed,
         "sharing": request.options.sharing.value,
         "edits": request.options.edits,
@@ -79,8 +87,15 @@ def encode_request(request: Request) -> list[bytes | memoryview]:
         "templates": templates,
         "order": order,
     }
+    there = {name: raw for name, raw in request.constants.items() if name in stored or not raw.is_here}
+    if there:
+        body["stored"] = {name: [raw.dtype, raw.shape, raw.digest, raw.state] for name, raw in there.items()}
+    if request.keeps:
+        body["keeps"] = [[keep.save, keep.name, keep.is_state, keep.ttl_s] for keep in request.keeps]
     # the widest elements first, so that every tensor begins at a multiple of its element size
-    names = sorted(request.constants, key=lambda name: (-itemsize(request.constants[name].dtype), name))
+    names = sorted(
+        request.constants.keys() - there.keys(), key=lambda name: (-itemsize(request.constants[name].dtype), name)
+    )
     tensors: dict[str, Any] = {}
     offset = 0
     for name in names:
@@ -142,9 +157,24 @@ def decode_result(
     return tensors, replace(receipt, fired=_fired(body["fired"]))
 
 
+def content_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What a content's file has before the tensor's bytes: a multiple of 64 bytes."""
+    tensors = {_CONTENT: _entry(dtype, shape, 0)}
+    metadata = {"polytrace": VERSION, "content": "{}"}
+    return _header(metadata, tensors, math.ceil(len(_header(metadata, tensors)) / 64) * 64)
+
+
+def decode_content(buffer: bytes | bytearray | memoryview) -> RawTensor:
+    """The tensor of a content's file, as a view of `buffer`; WireError when it is none, or has anything else in it."""
+    _, tensors = _decode(buffer, "content", 1 << 16)
+    if tensors.keys() != {_CONTENT}:
+        raise WireError("a content is one tensor")
+    return tensors[_CONTENT]
+
+
 def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Request:
     fields = {"seed", "sharing", "edits", "prompts", "invokes", "wheres", "templates", "order"}
-    if not isinstance(body, dict) or body.keys() != fields:
+    if not isinstance(body, dict) or body.keys() - {"stored", "keeps"} != fields:
         raise WireError(f"a request has exactly the fields {', '.join(sorted(fields))}")
     seed, sharing = body["seed"], body["sharing"]
     if not _is_count(seed, 1 << 63):
@@ -157,9 +187,50 @@ def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Requ
     invokes = _invokes(body["prompts"], body["invokes"], max_nodes)
     nodes = decode_nodes(body["templates"], body["order"], body["wheres"], max_nodes=max_nodes)
     graph = Graph(nodes=nodes)
+    constants = constants | _stored(body.get("stored", {}), constants)
     check_graph(graph, num_invokes=len(invokes), constants=constants)
-    options = Options(seed=seed, sharing=Sharing(sharing), edits=tuple(edits))
-    return Request(graph=graph, invokes=invokes, constants=constants, options=options)
+    return Request(
+        graph=graph,
+        invokes=invokes,
+        constants=constants,
+        options=Options(seed=seed, sharing=Sharing(sharing), edits=tuple(edits)),
+        keeps=_keeps(body.get("keeps", []), graph),
+    )
+
+
+def _stored(plain: Any, others: Collection[str]) -> dict[str, RawTensor]:
+    """Constants that the service has, without their bytes."""
+    if not isinstance(plain, dict):
+        raise WireError("stored is an object of constants by name")
+    return {name: _named(name, entry, others) for name, entry in plain.items()}
+
+
+def _named(name: str, entry: Any, others: Collection[str]) -> RawTensor:
+    if not isinstance(entry, list) or len(entry) != 4 or name in others:
+        raise WireError(f"stored constant {brief(name)} is a dtype, a shape, a hash and a state, and nothing else")
+    dtype, shape, digest, state = entry
+    if not isinstance(dtype, str) or dtype not in DTYPES or not _is_shape(shape) or not num_bytes(dtype, shape):
+        raise WireError(f"stored constant {brief(name)} has no usable dtype and shape")
+    if not (is_digest(digest) and state is None) and not (is_name(state) and digest is None):
+        raise WireError(f"stored constant {brief(name)} has a hash or a state, one of both")
+    return RawTensor(dtype=dtype, shape=tuple(shape), data=memoryview(b""), digest=digest, state=state)
+
+
+def _keeps(plain: Any, graph: Graph) -> tuple[KeptSave, ...]:
+    if not isinstance(plain, list) or not all(isinstance(entry, list) and len(entry) == 4 for entry in plain):
+        raise WireError("keeps are lists of a save, a name, whether it is a state, and seconds")
+    saves = {node.name for node in graph.nodes if isinstance(node, Save)}
+    keeps: list[KeptSave] = []
+    for save, name, is_state, ttl_s in plain:
+        if not isinstance(save, str) or save not in saves or not is_name(name) or not isinstance(is_state, bool):
+            raise WireError(f"there is nothing that could be kept as {brief(name)}")
+        saves.remove(save)
+        if any(keep.name == name and keep.is_state is is_state for keep in keeps):
+            raise WireError(f"two values are to be kept as {brief(name)}")
+        if ttl_s is not None and not (type(ttl_s) in (int, float) and 0 < ttl_s < 1 << 40):
+            raise WireError(f"{brief(ttl_s)} seconds are no time to keep {brief(name)} for")
+        keeps.append(KeptSave(save=save, name=name, is_state=is_state, ttl_s=ttl_s))
+    return tuple(keeps)
 
 
 def _dumps(value: Any) -> str:
@@ -233,7 +304,7 @@ def _tensor(name: str, entry: Any, data: memoryview) -> RawTensor:
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in NAME_OF_CODE:
         raise WireError(f"tensor {brief(name)} has the unknown dtype {brief(code)}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_count(dim, 1 << 48) for dim in shape):
+    if not _is_shape(shape):
         raise WireError(f"tensor {brief(name)} has no usable shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset, 1 << 62) for offset in offsets):
         raise WireError(f"tensor {brief(name)} has no usable offsets")
@@ -315,6 +386,10 @@ def _is_form(form: Any) -> bool:
 
 def _is_label(value: Any) -> bool:
     return isinstance(value, str) and LABEL.fullmatch(value) is not None
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_DIMS and all(_is_count(dim, 1 << 48) for dim in value)
 
 
 def _is_positive(value: Any) -> bool:

@@ -428,7 +428,7 @@ _MAX_PLACES = 4096  # of a constant that is looked into
 
 def _places(raw: RawTensor) -> list[int] | None:
     """The integers of a short list, None when the tensor is anything else."""
-    if raw.dtype != "int64" or len(raw.shape) != 1 or raw.shape[0] > _MAX_PLACES:
+    if raw.dtype != "int64" or len(raw.shape) != 1 or raw.shape[0] > _MAX_PLACES or not raw.is_here:
         return None
     return list(memoryview(raw.data).cast("B").cast("q"))
 

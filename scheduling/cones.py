@@ -253,7 +253,8 @@ class Keys:
             return _digest("write", event.site, event.in_place, self._written(NodeId(node), event))
         if isinstance(event, Constant):
             raw = self._request.constants[event.name]
-            return _digest(raw.dtype, raw.shape, blake2b(raw.data, digest_size=16).digest())
+            content = raw.digest or raw.state or blake2b(raw.data, digest_size=16).digest()
+            return _digest(raw.dtype, raw.shape, content)
         if isinstance(event, Call):
             return _digest("call", event.module, self._spelled(event.args))
         if isinstance(event, Parameter):

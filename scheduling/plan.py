@@ -16,7 +16,7 @@ from operator import sub
 from typing import Any, NewType
 
 from polytrace.errors import ServiceError
-from polytrace.graph import Graph, Invoke, NodeId
+from polytrace.graph import Graph, Invoke, KeptSave, NodeId
 from polytrace.tensors import RawTensor
 
 RequestId = NewType("RequestId", str)
@@ -187,7 +187,9 @@ class SaveSlot:
     node: NodeId  # of the Save
     stage: int  # whose rank 0 writes it
     facts: ValueFacts
-    offset: int  # bytes from the start of the result's data section
+    offset: int  # bytes from the start of the result's data section, or of `file`
+    keep: KeptSave | None = None  # it stays on the service; the result does not have it
+    file: str | None = None  # of one that stays, where results are files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +212,7 @@ class Program:
     live_bytes: int  # of values held at one site visit, at most
     constants: Mapping[str, RawTensor] = field(default_factory=dict)  # in process; empty when `request_file` is set
     request_file: str | None = None  # the stored request: shards map its constants from here
+    contents: Mapping[str, str] = field(default_factory=dict)  # constants that stand on the service -> their files
     result_file: str | None = None  # shards write saves at `result_start + offset`; None: they return them
     result_start: int = 0  # bytes before the data section of the result file
 
@@ -318,4 +321,5 @@ class ShardResult:
     began: float = 0.0  # by the monotonic clock, which all processes of one machine share
     phases: tuple[tuple[Phase, float], ...] = ()  # with their seconds, one after another from `began`
     gathered: Mapping[RequestId, int] = field(default_factory=dict)  # of those, what each request's own nodes asked for
+    loaded: Mapping[RequestId, int] = field(default_factory=dict)  # bytes of contents that it read for each request
     values: Mapping[tuple[RequestId, str], Any] = field(default_factory=dict)  # saves, when there is no result file

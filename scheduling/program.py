@@ -6,11 +6,13 @@ other requests (`scheduling.packing` merges them) nor of files (the caller sets 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from polytrace.certificate import Certificate, ValueShape
 from polytrace.collector import young_only
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Graph, Invoke, NodeId, Read, Request, Save, Sharing, Write
+from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write
 from polytrace.tensors import itemsize
 from scheduling.below import lower
 from scheduling.checks import Resolved, resolve, table_of
@@ -83,8 +85,8 @@ def _compile(
     # 4) Plan what is carried, held and dropped, and where saved values go.
     works = stage_works(graph, resolved, points, columns.facts, executions(graph, live, points, runs, scale), scale)
     lowered = lower(columns.graph, columns.facts, resolved, live, points, scale, table)
-    saves = _lay_out_saves(graph, points, facts, scale)
-    result_bytes = sum(slot.facts.num_bytes for slot in saves)
+    saves = _lay_out_saves(graph, points, facts, scale, {keep.save: keep for keep in request.keeps})
+    result_bytes = sum(slot.facts.num_bytes for slot in saves if slot.keep is None)
     if result_bytes > limits.max_result_bytes:
         raise TooLargeError(f"all saves take {result_bytes} bytes; the limit is {limits.max_result_bytes}")
     return Program(
@@ -111,12 +113,13 @@ def certify(program: Program, facts: tuple[ValueFacts | None, ...], description:
     table = table_of(description)
     return Certificate(
         nodes=tuple(None if known is None else _shape(known) for known in facts),
-        saves={slot.name: _shape(slot.facts) for slot in program.saves},
+        saves={slot.name: _shape(slot.facts) for slot in program.saves if slot.keep is None},
         passes=len(program.waves),
         tokens=sum(wave_tokens(program, wave) for wave in program.waves),
         token_layers=token_layers(program),
         token_layers_alone=token_layers_alone(program, table),
-        result_bytes=sum(slot.facts.num_bytes for slot in program.saves),
+        result_bytes=sum(slot.facts.num_bytes for slot in program.saves if slot.keep is None),
+        kept_bytes=sum(slot.facts.num_bytes for slot in program.saves if slot.keep is not None),
         read_bytes=read_bytes(program),
         carried_bytes=carried_bytes(program, table),
         live_bytes=program.live_bytes,
@@ -154,9 +157,12 @@ def _check_writes(request: Request, resolved: Resolved, facts: tuple[ValueFacts 
 
 
 def _lay_out_saves(
-    graph: Graph, points: list[int], facts: tuple[ValueFacts | None, ...], scale: Scale
+    graph: Graph, points: list[int], facts: tuple[ValueFacts | None, ...], scale: Scale, keeps: Mapping[str, KeptSave]
 ) -> tuple[SaveSlot, ...]:
-    """Slots without holes, as readers of the format demand; larger elements first keeps each aligned to its size."""
+    """Slots without holes, as readers of the format demand; larger elements first keeps each aligned to its size.
+
+    What stays on the service has a place of its own.
+    """
     found: list[tuple[Save, NodeId, ValueFacts]] = []
     for position, node in enumerate(graph.nodes):
         if isinstance(node, Save):
@@ -169,8 +175,10 @@ def _lay_out_saves(
     slots, offset = [], 0
     for save, position, known in found:
         stage = scale.stage(points[position])
-        slots.append(SaveSlot(name=save.name, node=position, stage=stage, facts=known, offset=offset))
-        offset += known.num_bytes
+        keep = keeps.get(save.name)
+        place = 0 if keep is not None else offset
+        slots.append(SaveSlot(name=save.name, node=position, stage=stage, facts=known, offset=place, keep=keep))
+        offset += 0 if keep is not None else known.num_bytes
     return tuple(slots)
 
 

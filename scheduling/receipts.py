@@ -78,6 +78,7 @@ class Account:
         self._saved_bytes = 0
         self._gathered_bytes = 0
         self.logs: list[Logged] = []  # in the order of their passes
+        self._loaded_bytes = 0
 
     def enter(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
         """Takes in a pass that went well."""
@@ -94,6 +95,7 @@ class Account:
         for result in results:
             self._gathered_bytes += result.gathered.get(request, 0)
             self._saved_bytes += result.saved_bytes.get(request, 0)
+            self._loaded_bytes += result.loaded.get(request, 0)
             self.values.update({name: value for (owner, name), value in result.values.items() if owner == request})
             if result.rank == 0:
                 for node in result.fired.get(request, ()):
@@ -107,6 +109,7 @@ class Account:
     def receipt(self, table: ModelTable, *, is_keeping: bool, queue_seconds: float, run_seconds: float) -> Receipt:
         """The books, closed."""
         program = self.program
+        kept_bytes = sum(slot.facts.num_bytes for slot in program.saves if slot.keep is not None)
         return Receipt(
             request=program.request,
             model=table.description.name,
@@ -117,7 +120,9 @@ class Account:
             fired=tuple(_fired(program, sorted(self._passes_of.items()))),
             pad_rows_written=pad_rows_written(program),
             read_bytes=read_bytes(program),
-            result_bytes=self._saved_bytes,
+            result_bytes=self._saved_bytes - kept_bytes,
+            kept_bytes=kept_bytes,
+            loaded_bytes=self._loaded_bytes,
             carried_bytes=carried_bytes(program, table),
             gathered_bytes=self._gathered_bytes,
             queue_seconds=queue_seconds,

@@ -16,7 +16,7 @@ from small_llama import WIDTH, small_llama
 
 import polytrace
 from api.database import Database
-from api.edits import MAX_BYTES, KeptEdits, Limits, Owner
+from api.edits import MAX_BYTES, KeptEdits, Limits
 from api.gateway import Gateway
 from api.server import GatewayServer, bind
 from api.settings import GatewaySettings
@@ -31,7 +31,7 @@ from polytrace.graph import Node, NodeId, Op, Port, Read, Ref, Save, Site, Write
 from polytrace.model import Model
 from polytrace.wire import encode_request
 
-ADA, BOB = Owner("ada"), Owner("bob")
+ADA, BOB = "ada", "bob"
 IDS = [3, 17, 42, 5]
 KEY = "sesame"
 

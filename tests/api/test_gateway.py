@@ -42,7 +42,7 @@ class StandInChecker:
     async def warm(self, model: str, version: str) -> None:
         pass
 
-    async def check(self, model: str, version: str, path: Path, *, certify: bool) -> Verdict:
+    async def check(self, model: str, version: str, path: Path, *, contents: Path, certify: bool) -> Verdict:
         try:
             request = decode_request(path.read_bytes())
             if request.options.seed == REFUSE:
