@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from polytrace.graph import Invoke
     from polytrace.recording import Recording
 
-# The order of a site that the description does not tell of: what is written there may change all, what is read there may
-# see all.
+# The order of a site that the description does not tell of: what is written there may change all, and what is read
+# there may see all.
 _FIRST, _LAST = -1, 1 << 62
 
 
