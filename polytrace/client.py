@@ -44,7 +44,7 @@ def load(
             offload_gib=offload_gib,
             tell=tell,
         )
-    return Model(backend, LocalShelf(edits))
+    return Model(backend, shelf=LocalShelf(edits))
 
 
 def connect(url: str, name: str | None = None, *, key: str | None = None, timeout: float = DEFAULT_TIMEOUT_S) -> Model:
@@ -54,7 +54,7 @@ def connect(url: str, name: str | None = None, *, key: str | None = None, timeou
     `key` defaults to the environment's POLYTRACE_KEY. `timeout`: seconds that one trace may take, queueing included.
     """
     backend = HttpBackend(gateway_url(url), name, key=key or environment.key(), timeout_s=timeout)
-    return Model(backend, HttpShelf(backend))
+    return Model(backend, shelf=HttpShelf(backend))
 
 
 def models(url: str, *, key: str | None = None) -> list[dict[str, Any]]:

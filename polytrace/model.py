@@ -56,7 +56,7 @@ class Model(Module):
     shelf: Shelf  # where edits are kept by name
     edits_of_traces: tuple[EditSet, ...]  # that traces start from
 
-    def __init__(self, backend: Backend, shelf: Shelf | None = None) -> None:
+    def __init__(self, backend: Backend, *, shelf: Shelf | None = None) -> None:
         description = backend.describe()
         super().__init__(self, "")
         self.__dict__.update(
