@@ -83,7 +83,8 @@ def delta(factors: Mapping[str, tuple[Any, Any]]) -> Adapter:
     """Updates `W + left @ right` of modules' weights as the model stores them, by the modules' paths.
 
     A Linear stores `[outputs, inputs]`, so left is `[outputs, rank]` and right `[rank, inputs]`; GPT-2's Conv1D stores
-    `[inputs, outputs]`. Vectors stand for rank 1. Which of the two it is, the model says when a trace starts from it.
+    `[inputs, outputs]`. Vectors stand for rank 1. Only the named module changes, also where its weight is that of
+    another one too (a tied embedding). Modules are looked up when a trace starts from it.
     """
     where = user_line()
     if not factors:

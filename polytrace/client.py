@@ -56,7 +56,7 @@ def load(
             offload_gib=offload_gib,
             tell=tell,
         )
-    return Model(backend, LocalShelf(edits), rename)
+    return Model(backend, rename, shelf=LocalShelf(edits))
 
 
 def connect(
@@ -84,7 +84,7 @@ def connect(
     if wanted not in ("auto", served):
         backend.close()
         raise GraphError(f"{backend.name} is served in {served}, not in {wanted}", where=user_line())
-    return Model(backend, HttpShelf(backend), rename)
+    return Model(backend, rename, shelf=HttpShelf(backend))
 
 
 def models(url: str, *, key: str | None = None) -> list[dict[str, Any]]:

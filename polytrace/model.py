@@ -64,10 +64,11 @@ class Model(Module):
     def __init__(
         self,
         backend: Backend,
-        shelf: Shelf | None = None,
         rename: Mapping[str, str | Sequence[str]] | None = None,
+        *,
+        shelf: Shelf | None = None,
     ) -> None:
-        """`shelf`: where edits are kept. `rename`: other names of modules, beside their own: `polytrace.aliases`."""
+        """`rename`: other names of modules, beside their own: `polytrace.aliases`. `shelf`: where edits are kept."""
         description = backend.describe()
         super().__init__(self, "")
         table = index_description(description)

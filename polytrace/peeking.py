@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from polytrace.graph import Invoke
     from polytrace.recording import Recording
 
-_LAST = 1 << 62  # the order of a site that the description does not have
+# The order of a site that the description does not tell of: what is written there may change all, and what is read
+# there may see all.
+_FIRST, _LAST = -1, 1 << 62
 
 
 class Peeks:
@@ -56,7 +58,7 @@ class Peeks:
 
     def note(self, place: NodeId, write: Write) -> None:
         """A write is about to be recorded. Raises GraphError when it would change what somebody has looked at."""
-        order = self._order(write.site)
+        order = self._order(write.site, _FIRST)
         seen = self._seen.get(write.invoke)
         if seen is not None and order < seen[0]:
             raise GraphError(
@@ -76,7 +78,7 @@ class Peeks:
             made = nodes[node]
             parts = list(operands(made))
             if isinstance(made, Read):
-                own = (self._order(made.site), node)
+                own = (self._order(made.site, _LAST), node)
                 parts += [write for order, write in self._writes.get(made.invoke, ()) if (order, write) < own]
             fresh = [part for part in parts if part not in found]
             found.update(fresh)
@@ -85,9 +87,9 @@ class Peeks:
 
     def _remember(self, node: Any) -> None:
         if isinstance(node, Read):
-            order = self._order(node.site)
+            order = self._order(node.site, _LAST)
             if order > self._seen.get(node.invoke, (-1, node))[0]:
                 self._seen[node.invoke] = (order, node)
 
-    def _order(self, site: Site) -> int:
-        return self._orders.get((site.module, site.port, site.visit), _LAST)
+    def _order(self, site: Site, unknown: int) -> int:
+        return self._orders.get((site.module, site.port, site.visit), unknown)

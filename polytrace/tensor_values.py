@@ -25,7 +25,7 @@ from polytrace.ops import BY_TORCH_NAME
 from polytrace.storage import State, is_recorded
 from polytrace.tensors import VALUE_DTYPES, RawTensor
 from polytrace.torch_names import find, is_in_place
-from polytrace.values import Recorded, record, record_in_place, refuse_client_change, shape_of
+from polytrace.values import Recorded, data_of, record, record_in_place, refuse_client_change, shape_of
 
 Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -185,6 +185,18 @@ def _in_place_recorder(op: str) -> Handler:
     return handle
 
 
+def _looker(function: Callable[..., Any]) -> Handler:
+    """Of a function that answers with Python's own values: it needs data now."""
+
+    def handle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def plain(part: Any) -> Any:
+            return data_of(part, f"{function.__name__}()") if is_recorded(part) else part
+
+        return function(*map(plain, args), **{key: plain(part) for key, part in kwargs.items()})
+
+    return handle
+
+
 def _getitem(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return record("getitem", args, {})
 
@@ -229,9 +241,17 @@ def _handlers() -> dict[Any, Handler]:
         found[getattr(Tensor, name)] = _in_place_recorder(name.strip("_"))
     for name in ("cpu", "cuda", "requires_grad_", "pin_memory"):
         found[getattr(Tensor, name)] = _itself
+    for function in _ANSWERS:
+        found.setdefault(function, _looker(function))
     found |= {Tensor.__getitem__: _getitem, Tensor.__setitem__: _setitem, Tensor.to: _to_first, Tensor.type: _to_first}
     return found
 
+
+# functions that answer with Python's own values
+_ANSWERS: tuple[Callable[..., Any], ...] = (
+    *(torch.equal, torch.allclose, torch.is_nonzero),
+    *(Tensor.equal, Tensor.allclose, Tensor.is_nonzero, Tensor.item, Tensor.tolist),
+)
 
 _HANDLERS: dict[Any, Handler] = _handlers()
 

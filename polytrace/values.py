@@ -135,25 +135,25 @@ class Recorded:
         return bool((peeked(self) == item).any())
 
     def __float__(self) -> float:
-        return float(_data(self, "float()"))
+        return float(data_of(self, "float()"))
 
     def __int__(self) -> int:
-        return int(_data(self, "int()"))
+        return int(data_of(self, "int()"))
 
     def __index__(self) -> int:
-        return operator.index(_data(self, "an index or a range"))
+        return operator.index(data_of(self, "an index or a range"))
 
     def __complex__(self) -> complex:
-        return complex(_data(self, "complex()"))
+        return complex(data_of(self, "complex()"))
 
     def item(self) -> Any:
-        return _data(self, ".item()").item()
+        return data_of(self, ".item()").item()
 
     def tolist(self) -> Any:
-        return _data(self, ".tolist()").tolist()
+        return data_of(self, ".tolist()").tolist()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return np_array(_data(self, ".numpy()"))
+        return np_array(data_of(self, ".numpy()"))
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         if not can_peek(self):
@@ -303,7 +303,7 @@ def _refuse(message: str) -> NoReturn:
     raise GraphError(message, where=user_line())
 
 
-def _data(value: Any, what: str) -> Any:
+def data_of(value: Any, what: str) -> Any:
     """The value's data where its trace lets it be looked at."""
     if can_peek(value):
         return peeked(value)

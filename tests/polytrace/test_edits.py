@@ -245,7 +245,7 @@ def test_a_folder_keeps_edits_for_the_next_process(folder: Path, plain: Any, tmp
         steer(first, 1, HAPPY, "mood")
         steer(first, 2, CALM, "mood")
         first.delete_edit("mood", version=2)
-        again = Model(first.backend, LocalShelf(tmp_path))
+        again = Model(first.backend, shelf=LocalShelf(tmp_path))
         close(logits_of(again.edited("mood"), IDS), hooked(plain, IDS, {"model.layers.1": at_last(HAPPY)})[0])
         steer(again, 2, CALM, "mood")
         assert [known.version for known in again.edits()] == [1, 3]

@@ -84,6 +84,8 @@ def test_each_value_is_asked_for_once(model: Any) -> None:
         assert best.tolist() == best.numpy().tolist() == np.asarray(best).tolist()
         assert [IDS, OTHER][best[0] % 2] in (IDS, OTHER)
         assert int(best) in best
+        assert torch.equal(best, torch.tensor([int(best)]))
+        assert torch.allclose(torch.tensor(float(norm)), norm)
         assert int(best) + 1 not in best
         norm.save()
     assert len(tracer.peeks) == 3  # the norm, the best and the best % 2
@@ -127,7 +129,8 @@ def test_a_session_is_looked_into_between_its_traces(plain: Any, model: Any) -> 
 
 
 def test_without_peek_the_refusal_names_it(model: Any) -> None:
-    for use in (bool, float, int, complex, lambda value: value.item(), lambda value: value.tolist()):
+    uses = (bool, float, int, complex, Tensor.item, Tensor.tolist, lambda value: torch.equal(value, torch.ones(())))
+    for use in (*uses, lambda value: value.item(), lambda value: value.tolist()):
         with pytest.raises(GraphError, match=r"or use trace\(\.\.\., peek=True\)"), model.trace(IDS) as tracer:
             use(model.model.layers[1].output[0].norm())
         assert tracer.peeks == ()
