@@ -140,6 +140,7 @@ class Contents:
         """Makes rows and files agree after a crash. Only at the start, while nobody else has the store open."""
         with self._db.transaction() as db:
             db.execute("DELETE FROM room")
+            self.end_uses_of_ended(db)
             rows = {(row[0], row[1]) for row in db.execute("SELECT owner, digest FROM contents")}
             files = {(path.parent.name, path.name) for path in self._folder.glob("*/*")}
             for owner, name in files - rows:
@@ -181,8 +182,9 @@ class Contents:
         """Takes a name away, and its content when no request needs it. Raises NotFoundError."""
         with self._db.transaction() as db:
             row = db.execute(
-                "DELETE FROM kept WHERE owner = ? AND is_state = ? AND name = ? RETURNING digest",
-                (owner, is_state, name),
+                "DELETE FROM kept WHERE owner = ? AND is_state = ? AND name = ? "
+                "AND (expires IS NULL OR expires > ?) RETURNING digest",
+                (owner, is_state, name, time.time()),
             ).fetchone()
             if row is None:
                 raise not_found(name, is_state)
@@ -201,6 +203,8 @@ class Contents:
 
     def purge(self) -> int:
         """Drops what has expired; how many names."""
+        if not self._db.rows("SELECT 1 FROM kept WHERE expires <= ? LIMIT 1", (time.time(),)):
+            return 0
         with self._db.transaction() as db:
             gone = db.execute("DELETE FROM kept WHERE expires <= ? RETURNING owner, digest", (time.time(),)).fetchall()
             for owner, digest in gone:
@@ -258,8 +262,8 @@ class Contents:
     def end_uses_of_ended(self, db: sqlite3.Connection) -> None:
         """The same for every request that has ended in some other way."""
         ended = db.execute(
-            "SELECT DISTINCT uses.id FROM uses JOIN requests ON requests.id = uses.id "
-            "WHERE requests.state NOT IN ('queued', 'running')"
+            "SELECT id FROM requests WHERE state NOT IN ('queued', 'running') "
+            "AND id IN (SELECT id FROM uses UNION SELECT id FROM room)"
         ).fetchall()
         for (request,) in ended:
             self.end_uses(db, request)

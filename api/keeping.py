@@ -6,6 +6,7 @@ Owns these routes and their rules; `api.contents` keeps what they take. Every ca
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,8 @@ from polytrace.wire import MAX_DIMS
 MEDIA_TYPE = "application/vnd.safetensors"
 PURGE_S = 5.0  # between two looks at what has expired; an expired name is not found before, too
 MAX_ASKED = 10_000
+
+_log = logging.getLogger(__name__)
 
 
 class KeepingRoutes:
@@ -57,7 +60,10 @@ class KeepingRoutes:
     async def purge_forever(self) -> None:
         """Drops what has expired, every few seconds."""
         while True:
-            await to_thread.run_sync(self._contents.purge)
+            try:
+                await to_thread.run_sync(self._contents.purge)
+            except Exception:  # noqa: BLE001  the edge of the task: a disk that fails now may work later
+                _log.exception("what has expired could not be dropped")
             await asyncio.sleep(PURGE_S)
 
     async def missing(self, wish: Hashes, request: Request) -> dict[str, list[str]]:

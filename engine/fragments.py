@@ -122,6 +122,8 @@ class RequestState:
                 told = told_out_of_memory(error)
                 if told is not None and self.context.links.ranks > 1:
                     raise  # other ranks have the memory, and may wait for this one inside the node
+                if told is not None:
+                    self.context.constants.clear()  # it may be tried once more
                 self.fail(node_id, told or _told(error), is_out_of_memory=told is not None)
         self.gathered_bytes += self.context.links.bytes.gathered - gathered
         for node_id in fragment.drops:

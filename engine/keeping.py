@@ -36,6 +36,9 @@ class LocalKeeper:
     @contextlib.contextmanager
     def begun(self, request: Request) -> Iterator[Request]:
         """The request with what its states are now, which stays so until the block ends."""
+        for raw in request.constants.values():
+            if raw.state is None and not raw.is_here:
+                raise GraphError(f"a kept value of {raw.dtype} {list(raw.shape)} is on a service, not here: fetch() it")
         uses_state = any(raw.state is not None for raw in request.constants.values())
         if not uses_state and not any(keep.is_state for keep in request.keeps):
             yield request
@@ -83,6 +86,7 @@ class LocalKeeper:
 
     def delete(self, name: str, *, is_state: bool) -> None:
         with self._lock:
+            self._purge()
             if self._entries.pop((is_state, name), None) is None:
                 raise not_found(name, is_state)
             self._purge()

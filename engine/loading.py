@@ -51,7 +51,7 @@ class ShardConfig:
     device: str = "cpu"
     threads: int | None = None  # torch threads of this process; None leaves torch's choice
     kv_bytes: int = 4 << 30  # budget of the key/value store
-    constant_bytes: int = 1 << 30  # budget of contents that stay on the device, see `engine.constants`
+    constant_bytes: int = 4 << 30  # budget of contents that stay on the device, see `engine.constants`
     random_weights_seed: int | None = None  # read no weights: draw them, the same ones on every shard
     offload_bytes: int = 0  # of the weights to keep in the host's memory, see `engine.offload`
 

@@ -73,7 +73,7 @@ class Slot(Protocol):
 def encode_request(request: Request, *, stored: Collection[str] = ()) -> list[bytes | memoryview]:
     """The file as parts to be written one after another; the constants are borrowed, not copied.
 
-    `stored`: names of constants whose content the service has; those without bytes here are named without being told.
+    `stored`: names of constants whose content the service has. Those whose bytes are not here need not be told.
     """
     prompts, invokes = _encode_invokes(request.invokes)
     templates, order, wheres = encode_nodes(request.graph.nodes)

@@ -38,7 +38,7 @@ class World:
     async def checking(self, content: bytes | Request, certify: bool = False) -> Verdict:
         path = self.store.request_path(self.store.new_id())
         path.write_bytes(content if isinstance(content, bytes) else b"".join(encode_request(content)))
-        return await self.pool.check("m", "1", path, certify=certify)
+        return await self.pool.check("m", "1", path, contents=self.store.contents.folder_of("default"), certify=certify)
 
     def refusal(self, content: bytes | Request) -> PolytraceError:
         verdict = self.check(content)
