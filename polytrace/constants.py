@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polytrace.errors import GraphError
+from polytrace.not_values import refuse_among
 from polytrace.tensors import DTYPES, RawTensor
 
 
@@ -47,6 +48,7 @@ def _content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes]:
             little = array.astype(array.dtype.newbyteorder("<"), copy=False)
             return array.dtype.name, array.shape, little.tobytes()
         raise _unknown_dtype(array.dtype.name, where)
+    refuse_among(value)
     raise GraphError(
         f"a {type(value).__name__} cannot be part of a trace; use tensors, arrays and numbers", where=where
     )

@@ -7,10 +7,12 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from polytrace import hints
 from polytrace.asked_shapes import AskedShapes
 from polytrace.certificate import Receipt, ValueShape
 from polytrace.collector import young_only
 from polytrace.errors import GraphError
+from polytrace.grammar import nearest
 from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request
 from polytrace.lines import user_line
 from polytrace.progress import showing_progress
@@ -18,6 +20,7 @@ from polytrace.prompts import PromptBook
 from polytrace.recording import Recording
 from polytrace.storage import State
 from polytrace.tokenizer import token_texts
+from polytrace.tree import NoSuchNameError
 
 if TYPE_CHECKING:
     from polytrace.model import Model
@@ -38,7 +41,7 @@ class Tracer:
         self.options = options
         self.recording = Recording(model.description, self)
         self.wrap: Callable[[State], Any] = model.kind.make  # the Python object for a value
-        self.receipt: Receipt | None = None  # what the run did cost and touch, once it ran
+        self._receipt: Receipt | None = None
         self.request: Request | None = None  # what was sent, once the block has ended
         self.where = user_line()
         self._is_run = is_run
@@ -61,6 +64,24 @@ class Tracer:
             )
         self._check_open()
         return InvokeBlock(self, self._add_invoke(prompts))
+
+    @property
+    def receipt(self) -> Receipt:
+        """What the run did cost and touch. Raises GraphError before it ran."""
+        if self._receipt is None:
+            closed = self.recording.closed
+            raise GraphError(
+                f"there is no receipt{f': {closed}' if closed else ' yet: the trace runs when its block ends'}",
+                where=user_line(),
+            )
+        return self._receipt
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        known = [known for known in dir(type(self)) if not known.startswith("_")]
+        told = f": {words}" if (words := hints.of_tracer(name)) else nearest(name, known)
+        raise NoSuchNameError(f"a trace has no {name!r}{told}", where=user_line())
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -109,7 +130,7 @@ class Tracer:
             if self._is_run:
                 with showing_progress(self.model.description.name) as tell:
                     result = self.model.backend.run(self.request, tell)
-                self.receipt = result.receipt
+                self._receipt = result.receipt
                 self._hand_out(names, dict(result.values))
         except BaseException:
             self.recording.closed = "the trace of this value failed, so it has no data"

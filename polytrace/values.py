@@ -9,14 +9,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from polytrace import hints
 from polytrace.certificate import ValueShape
 from polytrace.errors import GraphError
+from polytrace.grammar import nearest
 from polytrace.graph import Op
 from polytrace.lines import user_line
 from polytrace.literals import first_int
 from polytrace.ops import OPS, Results
 from polytrace.positions import position_index
 from polytrace.storage import Several, State, is_recorded, recorded_in, state_of
+from polytrace.tree import NoSuchNameError
 
 
 class Pair(NamedTuple):
@@ -136,7 +139,14 @@ class Recorded:
         refuse_client_change("numpy")
 
     def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("gradients are not part of polytrace yet")
+        refuse_gradients()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        known = sorted({method for method in dir(type(self)) if not method.startswith("_")})
+        told = f": {words}" if (words := hints.of_value(name)) else nearest(name, known)
+        raise NoSuchNameError(f"a recorded value has no {name!r}{told}", where=user_line())
 
     def __hash__(self) -> int:
         return id(self)
@@ -152,7 +162,9 @@ class Recorded:
     def __len__(self) -> int:
         shape = shape_of(self).shape
         if not shape:
-            raise TypeError("len() of a 0-d tensor")
+            _refuse(
+                "a recorded value without dimensions has no len(); one tensor of several values is torch.stack([a, b])"
+            )
         return shape[0]
 
     def dim(self) -> int:
@@ -163,7 +175,8 @@ class Recorded:
 
     def __repr__(self, **kwargs: Any) -> str:
         state = state_of(self)
-        return f"<recorded value: {describe(state)}>"
+        closed = state.recording.closed
+        return f"<recorded value: {describe(state)}" + (f"; {closed}>" if closed else ">")
 
     def __format__(self, spec: str) -> str:
         return repr(self)
@@ -219,6 +232,10 @@ def refuse_client_change(how: str) -> NoReturn:
         f"a recorded value has no data yet, so {how} cannot put it into a tensor or array of yours: collect saved "
         "values in a list (`results.append(value.save())`) and torch.stack(results) after the block"
     )
+
+
+def refuse_gradients() -> NoReturn:
+    _refuse("gradients are not part of polytrace yet")
 
 
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
