@@ -45,7 +45,7 @@ rows, alone = tracer.receipt.token_layers, tracer.receipt.token_layers_alone
 print(f"{len(leads)} patches cost {rows} rows of a layer; one by one they would cost {alone}")
 
 figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-image = axes.imshow(restored, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", origin="lower")
+image = axes.imshow(restored.numpy(), vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", origin="lower")
 axes.set_xticks(
     range(len(tokens)), [a if a == b else f"{a}\n{b}" for a, b in zip(tokens, tracer.tokens[1], strict=True)]
 )

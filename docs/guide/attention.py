@@ -48,7 +48,7 @@ print(f"P(answer) {plain:.2f}; where the last token must not see the subject, by
 print("  " + " ".join(f"{value:.2f}" for value in blocked))
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-left.imshow(pattern, cmap="Blues")
+left.imshow(pattern.numpy(), cmap="Blues")
 left.set_title("head 1.0 on tokens said twice")
 left.set_xlabel("looks at token")
 left.set_ylabel("token")

@@ -65,7 +65,7 @@ for name, grid in maps.items():
 
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
 for one, (name, grid) in zip(axes, maps.items(), strict=True):
-    image = one.imshow(grid, vmin=0, vmax=1, cmap="Purples", aspect="auto", origin="lower")
+    image = one.imshow(grid.numpy(), vmin=0, vmax=1, cmap="Purples", aspect="auto", origin="lower")
     one.set_title(f"clean {name}" + ("" if name == "residual" else ", three layers"))
     one.set_xticks(
         range(len(tokens)), [token + "*" if 2 <= at < 4 else token for at, token in enumerate(tokens)], rotation=60

@@ -90,7 +90,7 @@ for name, row in shares.items():
     print(f"  with the {name:15} at layer", " ".join(f"{value:.2f}" for value in row))
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-image = left.imshow(effects, vmin=-3, vmax=3, cmap="RdBu_r", origin="lower")
+image = left.imshow(effects.numpy(), vmin=-3, vmax=3, cmap="RdBu_r", origin="lower")
 left.set_title("what one head's mean adds to log P(capital)")
 left.set_xlabel("head")
 left.set_ylabel("layer")

@@ -28,7 +28,7 @@ first = next(number for number in range(len(words)) if all(row[-1] == " Paris" f
 print(f"' Paris' is the first guess from layer {first} on")
 
 figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-image = axes.imshow(shares, vmin=0, vmax=1, cmap="YlOrBr", aspect="auto", origin="lower")
+image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="YlOrBr", aspect="auto", origin="lower")
 for number, row in enumerate(words):
     for column, word in enumerate(row):
         color = "white" if shares[number, column] > 0.6 else "black"

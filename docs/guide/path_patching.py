@@ -91,7 +91,7 @@ for path, value in (("the answer", only), ("later queries", by_queries), ("later
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained", sharey=True)
 for one, part, title in zip(axes, (total, direct), ("all that follows", "to the answer alone"), strict=True):
-    image = one.imshow(part, vmin=-4, vmax=4, cmap="RdBu", origin="lower")
+    image = one.imshow(part.numpy(), vmin=-4, vmax=4, cmap="RdBu", origin="lower")
     one.set_title(title)
     one.set_xlabel("head")
 axes[0].set_ylabel("layer")

@@ -93,9 +93,8 @@ fires = features[:, feature] > 0
 print(f"the SAE explains {explained:.0%} of the variance with 8 features a prompt")
 for name, got in (("as it is", plain), ("through the SAE", spliced), ("the mean residual", flattened)):
     print(f"  {name:18} {(got == answers).float().mean():4.0%} right")
-print(
-    f"its feature of Paris fires for {int(fires.sum())} of {len(asked)} places; of them in Paris: {int(is_paris[fires].sum())}"
-)
+hits, of_all = int(is_paris[fires].sum()), int(fires.sum())
+print(f"its feature of Paris fires for {of_all} of {len(asked)} places; {hits} of these are in Paris")
 print(f"turned up everywhere, {(said == first['Paris']).float().mean():.0%} of the answers are “Paris”")
 
 right, through, flat = ((got == answers).float().mean() for got in (plain, spliced, flattened))
