@@ -25,8 +25,8 @@ from polytrace.graph import operands as operands_of
 from polytrace.ops import OPS, Reach, Results
 
 _HINT = (
-    "pad rows would be counted: multiply by tracer.mask[..., None] (and divide by tracer.lengths) or use "
-    "value.at(pos); over the keys of scores and patterns the mask is tracer.mask[:, None, None, :]"
+    "pad rows would be counted: multiply by tracer.mask[..., None] (and divide by tracer.mask.sum(1, keepdim=True)) "
+    "or use value.at(pos); over the keys of scores and patterns the mask is tracer.mask[:, None, None, :]"
 )
 
 Value = Meta | tuple[Meta, ...] | None

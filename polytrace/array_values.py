@@ -9,10 +9,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from polytrace.errors import GraphError
-from polytrace.grammar import nearest
 from polytrace.graph import DType
-from polytrace.lines import user_line
 from polytrace.literals import dtype_name
 from polytrace.methods import install
 from polytrace.storage import State
@@ -90,16 +87,6 @@ class ArrayValue(_Held, Recorded):
 
     def copy_(self, value: Any) -> Any:
         return record_in_place("copy", self, (value,), {})
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        known = sorted({method for method in dir(type(self)) if not method.startswith("_")})
-        raise UnknownMethodError(f"a recorded value has no {name!r}{nearest(name, known)}", where=user_line())
-
-
-class UnknownMethodError(GraphError, AttributeError):
-    """Python's own protocols look for attributes and expect an AttributeError."""
 
 
 class ReturnedValue(_Held):

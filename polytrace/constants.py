@@ -6,6 +6,7 @@ from typing import Any
 
 from polytrace.contents import LARGE_BYTES, digest_of
 from polytrace.errors import GraphError
+from polytrace.not_values import refuse_among
 from polytrace.tensors import DTYPES, RawTensor
 
 
@@ -63,6 +64,7 @@ def _content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes | byte
             little = array.astype(array.dtype.newbyteorder("<"), copy=False)
             return array.dtype.name, array.shape, _copy(little)
         raise _unknown_dtype(array.dtype.name, where)
+    refuse_among(value)
     raise GraphError(
         f"a {type(value).__name__} cannot be part of a trace; use tensors, arrays and numbers", where=where
     )

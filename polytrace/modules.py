@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from polytrace import hints
 from polytrace.description import ModuleInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
@@ -16,6 +17,7 @@ from polytrace.graph import Port
 from polytrace.inputs import inputs_table
 from polytrace.lines import user_line
 from polytrace.literals import scalar
+from polytrace.not_values import NotAValue
 from polytrace.ports import OpenPort
 from polytrace.skipping import skip_module
 from polytrace.source_views import Source
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from polytrace.model import Model
 
 
-class Module:
+class Module(NotAValue):
     """One module of the model. Its children are made when they are first asked for, and kept."""
 
     _model: Model
@@ -85,7 +87,9 @@ class Module:
             return self._port(name).read()
         known = [*table.children.get(path, ()), *table.aliases.get(path, ()), *table.own_parameters.get(path, ())]
         known += [*self._inner, "output", "input"]
-        close = nearest(name, known) or f"; it has {', '.join(known)}"
+        close = (
+            f": {told}" if (told := hints.of_module(name)) else nearest(name, known) or f"; it has {', '.join(known)}"
+        )
         raise NoSuchNameError(
             f"{path or 'the model'} ({self._info.class_name}) has no {name!r}{close}", where=user_line()
         )
@@ -100,14 +104,17 @@ class Module:
             where=user_line(),
         )
 
-    def __getitem__(self, index: int | slice | str) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         members = self._members
         if isinstance(index, slice):
             return list(members[index])
         number = scalar(index)
+        if not self._is_indexed and (isinstance(index, tuple) or index is Ellipsis or number is not None):
+            self._refuse_as_value()
         if isinstance(index, str) or not isinstance(number, int) or not self._is_indexed:
+            numbers = f"; it is indexed by the numbers 0-{len(members) - 1}" if self._is_indexed and members else ""
             raise GraphError(
-                f"{self._path or 'the model'} ({self._info.class_name}) has no [{index!r}]", where=user_line()
+                f"{self._path or 'the model'} ({self._info.class_name}) has no [{index!r}]{numbers}", where=user_line()
             )
         if not -len(members) <= number < len(members):
             noun = "layers" if self._path == self._table.description.layers else f"{self._path}"
@@ -117,7 +124,11 @@ class Module:
 
     def __iter__(self) -> Iterator[Module]:
         if not self._is_indexed:
-            raise GraphError(f"{self._path or 'the model'} is not a list of modules", where=user_line())
+            raise GraphError(
+                f"{self._path or 'the model'} is not a list of modules; it has "
+                f"{', '.join(self._table.children.get(self._path, ())) or 'no modules of its own'}",
+                where=user_line(),
+            )
         return iter(self._members)
 
     def __len__(self) -> int:
@@ -188,6 +199,18 @@ class Module:
     def _port(self, port: str) -> OpenPort:
         table = self._ports.get(port) or self._refuse_port(port)
         return OpenPort(self._model._tracer("", self._path, port), table)
+
+    def _refuse_as_value(self) -> NoReturn:
+        path = self._path or "the model"
+        if self._info.is_list:
+            raise GraphError(
+                f"{path} is a list of modules, not a value: index it, as in {path}[0].output", where=user_line()
+            )
+        raise GraphError(
+            f"{path} ({self._info.class_name}) is a module, not a value: write `.output` behind it for what it "
+            "returns, `.input` for what it gets",
+            where=user_line(),
+        )
 
     def _refuse_port(self, port: str) -> NoReturn:
         path = self._path or "the model"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from polytrace import hints
 from polytrace.errors import GraphError
 from polytrace.graph import Site
 from polytrace.inputs import missing_argument
 from polytrace.lines import user_line
 from polytrace.literals import scalar
+from polytrace.not_values import NotAValue
 from polytrace.storage import is_recorded, state_of
 from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable
 
@@ -106,7 +108,7 @@ def plain_member(member: Any) -> Any:
     return member.plain() if isinstance(member, Members) else member
 
 
-class Members:
+class Members(NotAValue):
     """A tuple, dict or ModelOutput of the model: its tensors by index, key and attribute."""
 
     __slots__ = ("_port", "_prefix")
@@ -189,7 +191,25 @@ class Members:
         if self._port.table.is_call:
             raise missing_argument(str(self._port.site(self._prefix)), key, self._prefix, self._names())
         kind = NoSuchLayerError if isinstance(number, int) else NoSuchNameError
-        raise kind(f"{self._port.site(self._prefix)} has no {key!r}; it has {self._names()}", where=user_line())
+        raise kind(f"{self._port.site(self._prefix)} has no {_shown(key)}{self._instead(key)}", where=user_line())
+
+    def _refuse_as_value(self) -> NoReturn:
+        site = self._port.site(self._prefix)
+        raise GraphError(
+            f"{site} is a {self._port.table.info.structure}, no value{self._instead(...)}", where=user_line()
+        )
+
+    def _instead(self, key: Any) -> str:
+        """What to write instead of a key that is not there."""
+        table, keys = self._port.table, self.keys()
+        has_pattern = (table.info.module, "pattern") in self._port.tracer.model._index.ports
+        if key == 1 and has_pattern and table.info.port.value == "output":
+            return "; attention weights are `.pattern` of the module itself"
+        is_of_value = hints.is_of_values(key) if isinstance(key, str) else not isinstance(key, int)
+        if is_of_value and keys:
+            member = f".{keys[0]}" if isinstance(keys[0], str) else f"[{keys[0]}]"
+            return f": take one of its tensors first, as in `.{table.info.port.value}{member}`; it has {self._names()}"
+        return f"; it has {self._names()}"
 
     def _member(self, key: Key) -> Any:
         selector = (*self._prefix, key)
@@ -207,3 +227,8 @@ class Members:
 
     def _names(self) -> str:
         return ", ".join(repr(key) for key in self.keys()) or "no tensors"
+
+
+def _shown(key: Any) -> str:
+    """A key as the user wrote it."""
+    return "[...]" if isinstance(key, (slice, tuple)) else repr(key)

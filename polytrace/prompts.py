@@ -12,6 +12,7 @@ from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Invoke
 from polytrace.lines import user_line
 from polytrace.literals import scalar
+from polytrace.storage import is_recorded
 
 
 class Encoder(Protocol):
@@ -36,6 +37,12 @@ class PromptBook:
 
         Raises GraphError for anything else, TooLargeError for a prompt beyond the model's context.
         """
+        if is_recorded(prompts):
+            raise GraphError(
+                "prompts are known before anything runs, and this is a value of a trace: save it, and give it to a "
+                "trace of its own after the block",
+                where=user_line(),
+            )
         key = _key(prompts)
         found = self._known.get(key) if key is not None else None
         if found is None:

@@ -206,9 +206,10 @@ class Recording:
             return  # `site += v` is get, iadd, set: the iadd has written, and the set only hands the same value back
         operand = self.operand(value, where)
         if not isinstance(operand, Ref):
+            words = "write the tensor alone" if isinstance(value, (tuple, list, str)) or value is None else None
             raise GraphError(
                 f"{site} takes a tensor of its own shape, not a {type(value).__name__}; "
-                "write `site[...] = value` to fill it with one value",
+                + (words or "write `site[...] = value` to fill it with one value"),
                 where=where,
             )
         self._hand_back(place, operand.node, in_place=False, where=where)
@@ -234,6 +235,7 @@ class Recording:
             return
         self._check_fresh(state.storage, where)
         dtype = self._dtypes.of(old)
+        self._check_kind(dtype or self.session.shape_of(old).dtype, new, where)
         if state.storage.place is None or dtype is None or dtype != self._dtypes.of(new):
             new = self._add(Op(name="setitem", args=(Ref(old), Ellipsis, Ref(new)), where=where))
         self._new_root(state.storage, new, where)
@@ -311,11 +313,7 @@ class Recording:
         live = needed(nodes, effects(nodes))
         for storage in self._edited:
             if not any(live[node] for node, _ in storage.edits):
-                raise GraphError(
-                    "this in-place change reaches nothing: the value is a copy, not a view of the model's tensor, "
-                    "and nothing uses it. Write to the site itself (`site[...] = value`), or save the value",
-                    where=storage.edits[0][1],
-                )
+                raise GraphError(_lost(self.nodes, storage.edits[0][0]), where=storage.edits[0][1])
         kept = (NodeId(position) for position, is_live in enumerate(live) if is_live)
         return renumber(nodes, kept)[0], tuple(names[node] for node in targets)
 
@@ -545,6 +543,18 @@ class Recording:
                 where=where,
             )
 
+    def _check_kind(self, dtype: str, new: NodeId, where: str) -> None:
+        """In-place code does not make whole numbers of others, as in torch."""
+        if "float" in dtype:
+            return
+        made = self._dtypes.of(new) or self.session.shape_of(new).dtype
+        if "float" in made or (dtype == "bool" and made != "bool"):
+            raise GraphError(
+                f"in-place code would put {made} into a value of {dtype}: write `value = value / 2` without in-place, "
+                f"or value.float() first",
+                where=where,
+            )
+
     def _place(self, site: Site, invoke: int) -> Place | GroupPlace:
         if invoke < 0:
             members = self.session.members_of(invoke)
@@ -584,6 +594,21 @@ class Recording:
             self.peeks.note(NodeId(len(self.nodes)), node)
         self.nodes.append(node)
         return NodeId(len(self.nodes) - 1)
+
+
+def _lost(nodes: Sequence[Node], edit: NodeId) -> str:
+    """Why an in-place change reaches nothing."""
+    first = next(iter(node_operands(nodes[edit])), None)
+    changed = nodes[first] if first is not None else None
+    if isinstance(changed, Parameter):
+        return (
+            f"this in-place change reaches nothing: {changed.path} is a copy here, and no trace changes the model's "
+            "own weights. Change what the module gets or returns (`.input`, `.output`)"
+        )
+    return (
+        "this in-place change reaches nothing: the value is a copy, not a view of the model's tensor, "
+        "and nothing uses it. Write to the site itself (`site[...] = value`), or save the value"
+    )
 
 
 # types of Python values that stand in a graph as they are

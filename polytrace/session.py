@@ -115,7 +115,7 @@ class Session(Tracer):
             raise GraphError(self.broken, where=user_line())
         super()._end(error)
         for trace in self.traces:
-            trace.receipt, trace.request = self.receipt, self.request
+            trace._receipt, trace.request = self._receipt, self.request
 
 
 class SessionTrace(Tracer):

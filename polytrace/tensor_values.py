@@ -25,7 +25,15 @@ from polytrace.ops import BY_TORCH_NAME
 from polytrace.storage import State, is_recorded
 from polytrace.tensors import VALUE_DTYPES, RawTensor
 from polytrace.torch_names import find, is_in_place
-from polytrace.values import Recorded, data_of, record, record_in_place, refuse_client_change, shape_of
+from polytrace.values import (
+    Recorded,
+    data_of,
+    record,
+    record_in_place,
+    refuse_client_change,
+    refuse_gradients,
+    shape_of,
+)
 
 Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -46,6 +54,11 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
         if kwargs.get("out") is not None:
             refuse_client_change("`out=`")
         return _unknown(func, args)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        # what goes past torch's own functions (`torch.tensor(value)`) would get the empty placeholder
+        refuse_client_change("torch")
 
     # torch's getters would ask the placeholder
 
@@ -71,8 +84,16 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
         return torch.strided
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return False
+
+    @requires_grad.setter
+    def requires_grad(self, wanted: bool) -> None:
+        refuse_gradients()
+
+    @property
+    def grad(self) -> Any:  # type: ignore[override]
+        refuse_gradients()
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
@@ -105,8 +126,12 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
         return record("imag", (self,), {})
 
     @property
-    def data(self) -> Any:  # type: ignore[override]
+    def data(self) -> Any:
         return self
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self[...] = value
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]

@@ -8,12 +8,14 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from polytrace import hints
 from polytrace.asked_shapes import AskedShapes
 from polytrace.caching import Cache, CacheRequest
 from polytrace.certificate import Certificate, Receipt, ValueShape
 from polytrace.chat import conversations_in
 from polytrace.collector import young_only
 from polytrace.errors import GraphError
+from polytrace.grammar import nearest
 from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request, Save, Site
 from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
@@ -25,6 +27,7 @@ from polytrace.saving import save_members
 from polytrace.scanning import Checking, probing_nodes, unused_values
 from polytrace.storage import State
 from polytrace.tokenizer import token_texts
+from polytrace.tree import NoSuchNameError
 from polytrace.wire import MAX_EDITS
 
 if TYPE_CHECKING:
@@ -60,7 +63,7 @@ class Tracer:
         self.options = options
         self.recording: Recording = home.recording if home is not None else Recording(model.description, self)
         self.wrap: Callable[[State], Any] = model.kind.make  # the Python object for a value
-        self.receipt: Receipt | None = None  # what the run did cost and touch, once it ran
+        self._receipt: Receipt | None = None
         self.request: Request | None = None  # what was sent, once the block has ended
         self.where = user_line()
         self._is_run = is_run
@@ -104,6 +107,24 @@ class Tracer:
             )
         self._check_open()
         return InvokeBlock(self, self._add_invoke(prompts, chat))
+
+    @property
+    def receipt(self) -> Receipt:
+        """What the run did cost and touch. Raises GraphError before it ran."""
+        if self._receipt is None:
+            closed = self.recording.closed
+            raise GraphError(
+                f"there is no receipt{f': {closed}' if closed else ' yet: the trace runs when its block ends'}",
+                where=user_line(),
+            )
+        return self._receipt
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        known = [known for known in dir(type(self)) if not known.startswith("_")]
+        told = f": {words}" if (words := hints.of_tracer(name)) else nearest(name, known)
+        raise NoSuchNameError(f"a trace has no {name!r}{told}", where=user_line())
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -251,7 +272,7 @@ class Tracer:
                         result = self.model.backend.run(self.request, tell, printer.hear)
                     else:
                         result = self.model.backend.run(self.request, tell)
-                self.receipt = result.receipt
+                self._receipt = result.receipt
                 printer.hear(result.values)
                 self._hand_out(names, dict(result.values))
                 if self.recording.leaving:

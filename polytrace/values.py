@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from polytrace import hints
 from polytrace.certificate import ValueShape
 from polytrace.errors import GraphError
+from polytrace.grammar import nearest
 from polytrace.graph import Op
 from polytrace.lines import user_line
 from polytrace.literals import first_int
@@ -22,6 +24,7 @@ from polytrace.ops import OPS, Results
 from polytrace.parts import num_parts
 from polytrace.positions import OPEN, position_index
 from polytrace.storage import Several, State, is_recorded, recorded_in, state_of
+from polytrace.tree import NoSuchNameError
 
 if TYPE_CHECKING:
     from polytrace.recording import Recording
@@ -161,7 +164,14 @@ class Recorded:
         return np_array(peeked(self)).__array__(*args, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("gradients are not part of polytrace yet")
+        refuse_gradients()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        known = sorted({method for method in dir(type(self)) if not method.startswith("_")})
+        told = f": {words}" if (words := hints.of_value(name)) else nearest(name, known)
+        raise NoSuchNameError(f"a recorded value has no {name!r}{told}", where=user_line())
 
     def __hash__(self) -> int:
         return id(self)
@@ -177,7 +187,9 @@ class Recorded:
     def __len__(self) -> int:
         shape = shape_of(self).shape
         if not shape:
-            raise TypeError("len() of a 0-d tensor")
+            _refuse(
+                "a recorded value without dimensions has no len(); one tensor of several values is torch.stack([a, b])"
+            )
         return shape[0]
 
     def dim(self) -> int:
@@ -190,7 +202,8 @@ class Recorded:
         if can_peek(self):
             return repr(peeked(self))
         state = state_of(self)
-        return f"<recorded value: {describe(state)}>"
+        closed = state.recording.closed
+        return f"<recorded value: {describe(state)}" + (f"; {closed}>" if closed else ">")
 
     def __format__(self, spec: str) -> str:
         return format(peeked(self), spec) if can_peek(self) else repr(self)
@@ -275,6 +288,10 @@ def refuse_client_change(how: str) -> NoReturn:
         f"a recorded value has no data yet, so {how} cannot put it into a tensor or array of yours: collect saved "
         "values in a list (`results.append(value.save())`) and torch.stack(results) after the block"
     )
+
+
+def refuse_gradients() -> NoReturn:
+    _refuse("gradients are not part of polytrace yet")
 
 
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

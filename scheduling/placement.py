@@ -136,7 +136,8 @@ def _cycle(graph: Graph, path: list[int], again: int) -> GraphError:
     assert isinstance(write, Write)
     return GraphError(
         f"a cycle: the write to {write.site} ({write.where}) depends on the read of {read.site} ({read.where}), "
-        f"and that read sees this write, which acts earlier in the model",
+        f"and that read sees this write, which acts earlier in the model: read the value in an invoke of its own, "
+        f"`with tracer.invoke(prompt):`",
         where=write.where,
     )
 

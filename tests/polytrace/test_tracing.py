@@ -423,7 +423,7 @@ REFUSALS = {
     by_unknown_op: "no operation 'special_airy_ai'",
     by_misspelt_argument: "sum takes no argument 'dims' here; did you mean dim",
     by_backward: "gradients",
-    by_grad: "does not know its .grad",
+    by_grad: "gradients are not part",
     by_copy: r"\.clone\(\)",
     by_layer_int: r"output\[i:i\+1\]` for sequence i, `output\[:, -1\]`",
     by_layer_tuple: r"output\[:, -1\]",
