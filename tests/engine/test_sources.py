@@ -253,6 +253,7 @@ def test_an_operation_that_calls_a_module_has_the_modules_values(loaded: dict[st
             (model.source.model_0.output.last_hidden_state.save(), model.model.norm.output.save()),
         ]
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert repr(layer.source.mlp_0.source) == repr(layer.mlp.source)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +269,7 @@ def test_operations_of_a_split_model_are_those_of_the_whole(
         backend = ProcessBackend(str(tmp_path), shards, tmp_path, PassPolicy(budget_tokens=1 << 20))
         model: Any = Model(backend)
         compare_every_operation(model, plain)
+        assert model.description.notes == ()  # what is refused of operations is said where it is asked for
         cases = CASES[family]
         for case, ours in zip(cases, read(model, cases, IDS), strict=True):
             close(ours, by_hand(plain, IDS, case)[0])
@@ -308,7 +310,7 @@ def test_what_cannot_be_had_is_refused_with_the_reason(loaded: dict[str, Loaded]
     refused("first argument of .* holds no tensor", lambda: attention.source.attention_interface_0.input.save())
     refused("points q_rot, k_rot, v", lambda: attention.source.attention_interface_0.source)
     refused("every layer takes", lambda: attention.source.apply_rotary_pos_emb_0.inputs[0][2].mul_(2.0).save())
-    refused("use model.layers.0.self_attn.q_proj.source", lambda: attention.source.q_proj_0.source)
+    refused("no function of the model's own", lambda: attention.source.contiguous_0.source)
     refused("ModuleList|does not call", lambda: model.model.layers.source)
     with pytest.raises(AttributeError, match="did you mean act_fn_0"):
         _ = model.model.layers[0].mlp.source.act_fun_0
