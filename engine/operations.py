@@ -30,7 +30,7 @@ Watch = Callable[[str, Port, Any, Any], None]
 Visitor = Callable[[Any], Any]
 
 
-class Arguments(NamedTuple):
+class CallArguments(NamedTuple):
     """What an operation is called with: the value of its `inputs`."""
 
     args: tuple[Any, ...]
@@ -67,7 +67,7 @@ class Stops:
         """What is called in the place of an operation's function."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = Arguments(args, kwargs)
+            given = CallArguments(args, kwargs)
             for visitor in self.inputs:
                 given = visitor(given)
             value = self._inner(called)(*given.args, **given.kwargs)
@@ -157,7 +157,7 @@ def _telling(path: str, watch: Watch, depth: int) -> Hook:
         own = operation_path(path, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            watch(own, Port.INPUTS, Arguments(args, kwargs), called)
+            watch(own, Port.INPUTS, CallArguments(args, kwargs), called)
             rewriting = rewriting_inside(called) if depth > 1 else None
             if rewriting is None:
                 value = called(*args, **kwargs)
@@ -172,7 +172,7 @@ def _telling(path: str, watch: Watch, depth: int) -> Hook:
     return hook
 
 
-def argument_leaves(value: Arguments) -> dict[tuple[int | str, ...], Tensor]:
+def argument_leaves(value: CallArguments) -> dict[tuple[int | str, ...], Tensor]:
     """The tensors among a call's arguments, and in tuples, lists and dicts among these."""
     found: dict[tuple[int | str, ...], Tensor] = {}
     sides: tuple[Iterable[tuple[int | str, Any]], ...] = (enumerate(value.args), value.kwargs.items())

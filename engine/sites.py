@@ -21,7 +21,7 @@ from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
 from engine.kernels import why_no_kernels
 from engine.lanes import MAX_THREADS, rows_multiple
-from engine.operations import Arguments, argument_leaves, watch_operations
+from engine.operations import CallArguments, argument_leaves, watch_operations
 from engine.source_sites import SourceGroup, SourceNotes, describe_sources, group_sources
 from engine.windows import Layout, find_layout
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
@@ -100,7 +100,7 @@ class GateReport:
 
 def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
     """The structure of a port's value and the tensors in it, two levels deep."""
-    if isinstance(value, Arguments):
+    if isinstance(value, CallArguments):
         return "tuple", argument_leaves(value)
     if isinstance(value, Tensor):
         return "tensor", {(): value}

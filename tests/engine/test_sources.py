@@ -343,6 +343,8 @@ def test_a_request_that_names_an_operation_by_hand_is_checked(loaded: dict[str, 
     own = loaded["llama"].model.backend.scheduler._table
     with pytest.raises(GraphError, match="no operation 'nothing_0'"):
         own.site(Site(module="model.layers.1.mlp.source.nothing_0", port=Port.OUTPUT), "reads", "here.py:1")
+    with pytest.raises(GraphError, match="has the ports inputs and output"):
+        own.site(Site(module="model.layers.1.mlp.source.self_act_fn_0", port=Port.INPUT), "reads", "here.py:1")
 
 
 def test_a_source_is_shown_with_the_names_beside_the_lines(loaded: dict[str, Loaded]) -> None:
