@@ -16,7 +16,8 @@ from transformers.models.llama import modeling_llama
 
 import polytrace
 from engine.operations import watch_operations
-from engine.sites import port_leaves
+from engine.shard import Shard
+from engine.sites import GateReport, port_leaves
 from polytrace.errors import GraphError, RunError
 from polytrace.graph import Port, Site
 from polytrace.model import Model
@@ -284,10 +285,38 @@ def test_operations_of_a_split_model_are_those_of_the_whole(
         shards.close()
 
 
+class ReplacedShard(Shard):
+    """The gate is run again, as after a loss, and rank 0 has forgotten what it knew, as a new process has."""
+
+    def gate(self, is_first: bool = True) -> GateReport:
+        before = super().gate(is_first)
+        if self.links.rank == 0:
+            self._proven = None
+        after = super().gate(is_first=False)
+        assert after == before
+        return after
+
+
+def test_a_rank_that_is_new_knows_what_the_lost_one_knew_of_operations(tmp_path: Path) -> None:
+    model_of("llama").save_pretrained(tmp_path)
+    kinds: dict[tuple[int, int], type[Shard]] = {(0, rank): ReplacedShard for rank in range(2)}
+    shards = ProcessShards(str(tmp_path), stages=1, ranks=2, kinds=kinds)
+    try:
+        with pytest.raises(GraphError, match="may be a part of a sum"):
+            refuses_a_part_of_a_sum(Model(ProcessBackend(str(tmp_path), shards, tmp_path)))
+    finally:
+        shards.close()
+
+
+def refuses_a_part_of_a_sum(model: Any) -> None:
+    with model.trace(IDS):
+        model.model.embed_tokens.source.F_embedding_0.output.save()
+
+
 def refuses_what_no_rank_has(model: Any) -> None:
     """A rank has a part of the sum that an embedding is, and `o_proj` multiplies without its own forward."""
-    with pytest.raises(GraphError, match="may be a part of a sum"), model.trace(IDS):
-        model.model.embed_tokens.source.F_embedding_0.output.save()
+    with pytest.raises(GraphError, match="may be a part of a sum"):
+        refuses_a_part_of_a_sum(model)
     with pytest.raises(GraphError, match="ranks share"), model.trace(IDS):
         model.model.layers[0].self_attn.o_proj.source.F_linear_0.output.save()
     with pytest.raises(GraphError, match="on 2 stages"), model.trace(IDS):
