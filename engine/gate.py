@@ -46,6 +46,7 @@ _LENGTHS = (9, 21)  # tokens of A and B
 _LONGER = (100, 300, 1000)  # tokens of A on a GPU
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
+_OTHER_NUMBERS = "the model gives other numbers where its calls are visited"
 _UNPROVEN = (
     "what a rank holds of it is not its slice of the whole (it may be a part of a sum): read a module's port instead"
 )
@@ -110,13 +111,8 @@ def run_gate(
         elif not all(trial.is_same(place, rows_b, other) for other in others):
             refusal = "its rows are not the same bits in a shared pass as alone"
         elif (module, port) in trial.operations:
-            refusal = None if is_rewritten_well else "the model gives other numbers where its calls are visited"
-            if (
-                refusal is None
-                and proven is not None
-                and trial.operations[module, port].place(port, selector) not in proven
-            ):
-                refusal = _UNPROVEN
+            is_proven = proven is None or trial.operations[module, port].place(selector) in proven
+            refusal = _OTHER_NUMBERS if not is_rewritten_well else None if is_proven else _UNPROVEN
         leaves.append(
             LeafReport(
                 module=module,
@@ -127,7 +123,7 @@ def run_gate(
                 refusal=refusal,
             )
         )
-    leaves += [
+    not_run = [
         LeafReport(
             module=one.site.module,
             port=one.site.port,
@@ -141,7 +137,8 @@ def run_gate(
         for leaf in one.site.leaves
     ]
     if links.stage == links.stages - 1:
-        _check_logits(leaves, probe, runner.model)
+        of_modules = [leaf for leaf in leaves if (leaf.module, leaf.port) not in trial.operations]
+        _check_logits(of_modules, probe, runner.model)
     known = {(leaf.module, leaf.port, leaf.selector) for leaf in leaves if leaf.refusal is None}
     differing: set[_Place] = set()
     if probe.has_side_values:
@@ -172,7 +169,7 @@ def run_gate(
     return GateReport(
         stage=links.stage,
         rank=links.rank,
-        leaves=tuple(leaves),
+        leaves=(*leaves, *not_run),
         sharded=_split_dimensions(probe, runner.model, links.ranks),
         packed=dict(packed),
         row_multiple=multiple,
@@ -218,8 +215,8 @@ class _Operation:
     module: str
     way: str
 
-    def place(self, port: Port, selector: Selector) -> Place:
-        return pattern_of(self.module), self.way, port, selector
+    def place(self, selector: Selector) -> Place:
+        return pattern_of(self.module), self.way, self.site.port, selector
 
 
 def _operations(probe: Probe, links: Links) -> Iterator[_Operation]:

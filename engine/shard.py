@@ -86,10 +86,12 @@ class Shard:
     def gate(self, is_first: bool = True) -> GateReport:
         """Proves on the served weights that rows are their own; collective. ServiceError when they are not.
 
-        The first time it proves how ranks split the model as well; that does not change with lost shards.
+        It proves how ranks split the model as well, the first time and where a rank is new: what was proven of
+        operations is the same then.
         """
         self.links.barrier()  # the others may read their files for much longer than a collective waits
-        if is_first:
+        is_new = torch.tensor([is_first or (self.links.ranks > 1 and self._proven is None)])
+        if bool(self.links.gather(is_new, 0).any()):
             self._proven = prove_splits(self.loaded.model.config, self.links, self.device)
         return run_gate(
             self.probe,

@@ -23,7 +23,7 @@ from polytrace.sources import WORD, operation_path, split_operation
 Selector = tuple[int | str, ...]
 Place = tuple[str, str, Port, Selector]  # a module's pattern, the way to an operation, its side, a tensor there
 
-_SEVERAL = "it is called several times in one forward"
+_SEVERAL = "it is called several times in one forward: read what it calls instead"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

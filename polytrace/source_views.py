@@ -1,7 +1,7 @@
 """`module.source`: the text of a module's forward, and every call in it as a site, as nnsight has it.
 
 `print(module.source)` shows the names beside the lines. An operation has `.output`, `.input` (its first argument),
-`.inputs` (args and kwargs) and, where it calls a function of the model's own, a `.source` itself.
+`.inputs` (args and kwargs) and, where it calls a function of the model's own or a module, a `.source` itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from polytrace.graph import Port, Site
 from polytrace.lines import user_line
 from polytrace.ports import Members, OpenPort
 from polytrace.sources import WORD, operation_path
-from polytrace.tree import NoSuchNameError, PortTable
+from polytrace.tree import NoSuchNameError, PortTable, join
 
 if TYPE_CHECKING:
     from polytrace.model import Model
@@ -100,7 +100,11 @@ class Operation:
 
     @property
     def source(self) -> Source:
-        """The function that is called, when it is one of the model's own."""
+        """The function that is called, when it is one of the model's own; of a module, that module's forward."""
+        info = self._model._index.sources.of(self._module)
+        inner = None if info is None else info.calls.get(self._way)
+        if inner is not None:
+            return Source(self._model, join(self._module, inner), "")
         return Source(self._model, self._module, self._way)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -92,7 +92,9 @@ class ModelTable:
         """The one visit of an operation. Raises GraphError where there is none."""
         found = self.sources.site(site.module, site.port)
         if found is None:
-            told = f"graph {verb} {site}, but {site.module} {self.sources.why_none(site.module)}"
+            is_known = any(self.sources.site(site.module, port) for port in (Port.INPUTS, Port.OUTPUT))
+            why = "has the ports inputs and output" if is_known else self.sources.why_none(site.module)
+            told = f"graph {verb} {site}, but {site.module} {why}"
             raise GraphError(told, where=where)
         return [found]
 
