@@ -74,4 +74,4 @@ class Receipt:
     run_seconds: float
     notes: tuple[str, ...]
     kept_bytes: int = 0  # of values that stay on the service
-    loaded_bytes: int = 0  # of constants and kept values that shards had to read: 0 when they had them still
+    loaded_bytes: int = 0  # of constants and kept values that shards had to read, each its own: 0 when they had them
