@@ -76,4 +76,4 @@ class Receipt:
     notes: tuple[str, ...]
     edits: tuple[str, ...] = ()  # that its traces started from, as name@version
     kept_bytes: int = 0  # of values that stay on the service
-    loaded_bytes: int = 0  # of constants and kept values that shards had to read: 0 when they had them still
+    loaded_bytes: int = 0  # of constants and kept values that shards had to read, each its own: 0 when they had them

@@ -75,7 +75,7 @@ def _copy(array: Any) -> bytes | bytearray:
         return bytes(array.tobytes())
     import numpy as np
 
-    return bytearray(np.ascontiguousarray(array).data)
+    return bytearray(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _torch_content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes | bytearray]:

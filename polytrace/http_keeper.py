@@ -25,6 +25,7 @@ from polytrace.wire import content_header, decode_content, encode_request
 T = TypeVar("T")
 _TRIES = 3  # of a request whose contents are purged between their upload and its arrival
 _ASKED = 1000  # hashes in one question
+_KNOWN = 100_000  # hashes that are remembered
 _UPLOAD_S = 600.0  # for the service to hash what it has got
 
 
@@ -98,6 +99,8 @@ class HttpKeeper:
                         "has expired or was deleted, or another service has it"
                     )
                 self._put(digest, raw)
+            if len(self._there) > _KNOWN:
+                self._there.clear()
             self._there.update(some)
 
     def _put(self, digest: str, raw: RawTensor) -> None:
