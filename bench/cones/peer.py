@@ -32,13 +32,18 @@ class NoPeerError(Exception):
     """The peer cannot be had here; the message says why."""
 
 
+def made(*, cache: Path = CACHE) -> Path | None:
+    """The Python of nnsight's environment, None where nobody has made it yet."""
+    folder = _folder(cache)
+    return folder / "bin" / "python" if (folder / ".ready").is_file() else None
+
+
 def environment(*, cache: Path = CACHE) -> Path:
     """The Python of nnsight's environment, made when it is not there. Raises NoPeerError."""
-    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "transformers")}
-    folder = cache / "-".join([f"nnsight-{VERSION}", *(f"{name}-{version}" for name, version in versions.items())])
-    python = folder / "bin" / "python"
-    if (folder / ".ready").is_file():
+    if (python := made(cache=cache)) is not None:
         return python
+    folder, versions = _folder(cache), _versions()
+    python = folder / "bin" / "python"
     print(f"making {folder} for nnsight {VERSION}, once", file=sys.stderr, flush=True)
     try:
         venv.create(folder, with_pip=True, clear=True)
@@ -55,6 +60,14 @@ def environment(*, cache: Path = CACHE) -> Path:
         raise NoPeerError(f"nnsight {VERSION} could not be installed: {said[-1] if said else error}") from error
     (folder / ".ready").touch()
     return python
+
+
+def _folder(cache: Path) -> Path:
+    return cache / "-".join([f"nnsight-{VERSION}", *(f"{name}-{version}" for name, version in _versions().items())])
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "transformers")}
 
 
 class Peer:
