@@ -34,7 +34,7 @@ class Around:
     def join(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         """A hook behind it: what it made for those, and what the others came with until somebody gives them more."""
         made_1TD = output if isinstance(output, Tensor) else output[0]
-        joined_1TD = self._level.pop().index_copy(1, self._own, made_1TD[:, : len(self._own)])
+        joined_1TD = self._level.pop().to(made_1TD.dtype).index_copy(1, self._own, made_1TD[:, : len(self._own)])
         return joined_1TD if isinstance(output, Tensor) else (joined_1TD, *output[1:])
 
 

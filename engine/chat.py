@@ -19,8 +19,8 @@ def chat_format(source: str) -> ChatFormat | None:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        return None
+    except (OSError, ValueError, ImportError, KeyError, TypeError):
+        return None  # a model without a tokenizer that can be loaded serves token ids
     found = tokenizer.chat_template
     templates = {"default": found} if isinstance(found, str) else dict(found or {})
     if not templates or sum(map(len, templates.values())) > _MAX_CHARACTERS:

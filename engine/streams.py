@@ -154,10 +154,15 @@ class Streams:
     def inside(self, level: int) -> Stream:
         """The rows inside of a layer; the same object as the layer's when none goes around it."""
         if level not in self._running:
-            is_skipped = any(level in segment.skips for segment in self.plan.segments)
+            is_skipped = level in self._skipped
             own = RunningStream(self.plan.segments, level, self.multiple) if is_skipped else self.layer(level)
             self._running[level] = own
         return self._running[level]
+
+    @cached_property
+    def _skipped(self) -> frozenset[int]:
+        """Layers that some rows go around."""
+        return frozenset(level for segment in self.plan.segments for level in segment.skips)
 
     def ways_around(self, level: int) -> tuple[Tensor, int] | None:
         """`[T inside]`: the layer's row that each row inside of it is, and how many of these are no padding.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Function = Callable[[Any], Any]
 _OVER_TOKENS = ("mean", "sum", "max")
+_ROOT = "model"  # the root's name in nnsight
 
 
 class Entry:
@@ -44,6 +45,7 @@ class Entry:
 class Cache:
     """Entries by path: `cache["model.layers.0"].output`, `cache.model.layers[0].output`; aliases mean what they mean.
 
+    nnsight's paths begin with "model", the root's name there: it may stand in front here, too, where it leads nowhere.
     `refused`: paths of what could not be read, with the reason. Entries are there, with data, when the block has ended.
     """
 
@@ -59,12 +61,10 @@ class Cache:
             if not -len(names) <= key < len(names):
                 raise IndexError(f"{self._path or 'the model'} has {len(names)} children")
             return self._below(names[key])
-        path = self._table.native(key)
-        if path not in self._entries:
-            path = self._table.native(key, self._path)
-        if path not in self._entries:
-            raise KeyError(f"{key}: {self.refused.get(path, 'not in this cache')}")
-        return self._entries[path]
+        for start in ("", self._path):
+            if (path := _native(self._table, key, start)) in self._entries:
+                return self._entries[path]
+        raise KeyError(f"{key}: not in this cache")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -90,7 +90,7 @@ class Cache:
         return len(self.keys())
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._table.native(key) in self._entries
+        return isinstance(key, str) and _native(self._table, key) in self._entries
 
     def __repr__(self) -> str:
         return f"<cache of {len(self)} modules, {len(self.refused)} refused>"
@@ -98,6 +98,8 @@ class Cache:
     def _below(self, name: str) -> Cache:
         path = self._table.native(name, self._path)
         if not any(_is_below(known, path) for known in self._entries):
+            if name == _ROOT:
+                return self
             raise NoSuchNameError(f"nothing of {path} is in this cache", where=user_line())
         return Cache(self._table, path, self._entries, self.refused)
 
@@ -144,7 +146,7 @@ class CacheRequest:
     def _chosen(self, modules: Iterable[Module | str] | None) -> Sequence[str]:
         if modules is None:
             return list(self._table.modules)
-        paths = [self._table.native(one) if isinstance(one, str) else one._path for one in modules]
+        paths = [_native(self._table, one) if isinstance(one, str) else one._path for one in modules]
         for path in paths:
             info = self._table.module(path)
             if (path, "output") not in self._table.ports and (path, "input") not in self._table.ports:
@@ -216,6 +218,15 @@ def _built(made: dict[tuple[Key, ...], Any], prefix: tuple[Key, ...]) -> Any:
         return Fields({str(key): _built(made, (*prefix, key)) for key in keys})
     numbers = [key for key in keys if isinstance(key, int)]
     return tuple(_built(made, (*prefix, place)) for place in range(max(numbers) + 1))
+
+
+def _native(table: Table, path: str, start: str = "") -> str:
+    """The native path, also of one that begins with nnsight's name of the root."""
+    found = table.native(path, start)
+    if found not in table.modules and (path == _ROOT or path.startswith(f"{_ROOT}.")):
+        below = table.native(path.removeprefix(_ROOT).removeprefix("."), start)
+        return below if below in table.modules else found
+    return found
 
 
 def _is_below(path: str, start: str) -> bool:

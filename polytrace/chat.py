@@ -38,9 +38,11 @@ def conversations_in(prompts: Any) -> list[Sequence[Any]] | None:
 
 def render(format: ChatFormat | None, messages: Sequence[Any], chat: Mapping[str, Any]) -> str:
     """One conversation as text, special tokens written out. Raises GraphError for what the template refuses."""
-    options = dict(chat)
+    options: dict[str, Any] = _plain(dict(chat))
     template = _chosen(format, options.pop("chat_template", None), options.get("tools"))
-    plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    plain: list[dict[str, Any]] = [
+        {key: _plain(value) for key, value in message.items() if value is not None} for message in messages
+    ]
     is_continued = options.pop("continue_final_message", False)
     is_answered = plain[-1].get("role") == "assistant"
     options.setdefault("add_generation_prompt", not is_answered and not is_continued)
@@ -58,6 +60,20 @@ def render(format: ChatFormat | None, messages: Sequence[Any], chat: Mapping[str
 
 def _is_message(thing: Any) -> bool:
     return isinstance(thing, Mapping) and "role" in thing
+
+
+def _plain(value: Any) -> Any:
+    """A copy in dicts, lists, texts and numbers: a template of unknown origin gets no other object to call."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    raise GraphError(
+        f"messages and what chat= says are dicts, lists, texts and numbers, not a {type(value).__name__}",
+        where=user_line(),
+    )
 
 
 def _chosen(format: ChatFormat | None, wanted: str | None, tools: Any) -> str:
@@ -87,7 +103,7 @@ def _rendered(template: str, messages: list[dict[str, Any]], variables: dict[str
     compiled, failure = _compiled(template)
     try:
         return str(compiled.render(messages=messages, **variables))
-    except failure as error:
+    except (failure, TypeError, ValueError, KeyError, AttributeError) as error:  # what a template does is Python's
         raise GraphError(f"the chat template refuses this conversation: {error}", where=user_line()) from error
 
 
@@ -127,8 +143,24 @@ def _compiled(template: str) -> tuple[Any, type[Exception]]:
 
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["namespace"] = _namespace(jinja2)
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template), jinja2.TemplateError
+    try:
+        return environment.from_string(template), jinja2.TemplateError
+    except jinja2.TemplateSyntaxError as error:
+        raise GraphError(f"the chat template cannot be read: {error}", where=user_line()) from error
+
+
+def _namespace(jinja2: Any) -> Any:
+    """Jinja's namespaces, without names that begin with an underscore: these reach what the sandbox is there for."""
+
+    class Namespace(jinja2.utils.Namespace):  # type: ignore[misc]
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a template may not set {name!r}")
+            super().__setitem__(name, value)
+
+    return Namespace
 
 
 def _generation_blocks() -> Any:

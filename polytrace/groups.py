@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from polytrace.graph import Site
+from polytrace.graph import Operand, Site
 from polytrace.storage import Place, Storage
 
 
@@ -59,3 +59,20 @@ def parts_of(places: Sequence[Place], lengths: Sequence[tuple[int, ...]]) -> tup
         parts.append(Part(place, first, first + len(own), longest - max(own)))
         first += len(own)
     return tuple(parts)
+
+
+def index_from_the_end(index: Operand, shortest: int, longest: int) -> Operand | None:
+    """An index that names columns which every member has, counted from the end, where all of them are the same.
+
+    `shortest` is the width of the narrowest member, `longest` of the group. None for any other index.
+    """
+    if not isinstance(index, tuple) or len(index) < 2 or index[0] != slice(None):
+        return None
+    columns = index[1]
+    if type(columns) is int:
+        back = columns if columns < 0 else columns - longest
+        return (index[0], back, *index[2:]) if -shortest <= back < 0 else None
+    if isinstance(columns, slice) and type(columns.start) is int and columns.stop is None and columns.step is None:
+        back = columns.start if columns.start < 0 else columns.start - longest
+        return (index[0], slice(back, None), *index[2:]) if -shortest <= back < 0 else None
+    return None

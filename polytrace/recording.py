@@ -40,7 +40,7 @@ from polytrace.graph import (
     refs,
 )
 from polytrace.graph import operands as node_operands
-from polytrace.groups import GroupPlace, parts_of
+from polytrace.groups import GroupPlace, index_from_the_end, parts_of
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name, is_basic, scalar
 from polytrace.ops import OPS
@@ -166,7 +166,7 @@ class Recording:
             named.setdefault("draw", self._draws)
             self._draws += 1
         call = Op(name=name, args=operands, kwargs=named, where=where)
-        node = self._add(call)
+        node = self._of_members(call) or self._add(call)
         way: tuple[Step, ...] = ()
         base = state_of(args[0]) if OPS[name].is_view and args and is_recorded(args[0]) else None
         if base is not None and (name != "getitem" or is_basic(operands[1])):
@@ -526,6 +526,24 @@ class Recording:
     def _token_dims(self, site: Site) -> tuple[int, ...]:
         """The dimensions of a site's view that run over tokens."""
         return (2, 3) if site.port.is_of_pairs else (self.session.row_dim(site),)
+
+    def _of_members(self, call: Op) -> NodeId | None:
+        """What an index takes of a group's view, taken of each member's: nobody needs the other columns then."""
+        base = call.args[0]
+        whole = self.nodes[base.node] if call.name == "getitem" and isinstance(base, Ref) else None
+        if not isinstance(whole, Op) or whole.name != "left_pad" or whole.args[1] != (1,):
+            return None
+        assert isinstance(base, Ref) and isinstance(whole.args[0], list)
+        invoke = self._invokes.known[base.node]
+        widths = [max(self._known_lengths(member)) for member in self.session.members_of(invoke or 0)]
+        index = index_from_the_end(call.args[1], min(widths), max(widths))
+        if index is None:
+            return None
+        parts = [self._add(Op(name="getitem", args=(part, index), where=call.where)) for part in whole.args[0]]
+        args: tuple[Operand, ...] = ([Ref(part) for part in parts], 0)
+        node = self._add(Op(name="cat", args=args, where=call.where))
+        self._invokes.known[node] = invoke
+        return node
 
     def _left_pad(self, members: list[NodeId], invoke: int, dims: tuple[int, ...], where: str) -> NodeId:
         args: tuple[Operand, ...] = ([Ref(member) for member in members], dims)

@@ -127,3 +127,24 @@ def test_programs_that_skip_layers_are_what_hooks_by_hand_give_merged_and_alone(
                 assert sum(unshared.passes[0].layer_rows) <= runs
                 went_around += sum(len(part.skips) for part in parts)
     assert went_around > 5
+
+
+def test_a_request_that_fails_before_it_has_skipped_hurts_nobody(tmp_path: Path) -> None:
+    plain = model_of("llama")
+    with loaded(plain, tmp_path) as model:
+
+        def skipping(*, fails: bool) -> Any:
+            with model.trace(PROMPTS[0], run=False) as tracer:
+                layer = model.model.layers[1]
+                hidden = layer.input
+                if fails:  # an index that is known to be out of range only when it is there
+                    hidden = hidden.index_select(1, hidden[0, :, 0].argsort() + 100)
+                layer.skip(hidden)
+                model.lm_head.output.save()
+            return model.backend.compile(tracer.built_request())
+
+        ((name, alone),) = model.backend.run_together([skipping(fails=False)])[0].values.items()
+        first, failed, last = model.backend.run_together([skipping(fails=fails) for fails in (False, True, False)])
+        assert failed.error is not None and failed.error.where is not None
+        assert torch.equal(first.values[name], alone) and torch.equal(last.values[name], alone)
+        assert first.receipt.passes[0].requests == 3

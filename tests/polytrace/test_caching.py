@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import IDS, OTHER, close, loaded, logits_of, small_llama
+from small import IDS, OTHER, close, loaded, logits_of, small_gpt2, small_llama
 from torch import Tensor
 
 from polytrace.errors import GraphError, TooLargeError
@@ -86,6 +86,18 @@ def test_entries_are_found_by_path_attribute_index_and_alias(model: Any) -> None
         cache.lm_head  # noqa: B018
     with pytest.raises(AttributeError):
         cache.model.layers[3]
+
+
+def test_nnsights_paths_lead_to_the_same(tmp_path_factory: pytest.TempPathFactory, model: Any) -> None:
+    with loaded(small_gpt2(), tmp_path_factory.mktemp("gpt2")) as gpt2, gpt2.trace(IDS) as tracer:
+        cache = tracer.cache(modules=[gpt2.transformer.h[0], "model.transformer.h.1", "model.lm_head"])
+    assert cache.keys() == ["transformer.h.0", "transformer.h.1", "lm_head"]
+    assert cache["model.transformer.h.0"] is cache["transformer.h.0"] and "model.lm_head" in cache
+    assert cache.model.transformer.h[1].output is cache["transformer.h.1"].output
+    with model.trace(IDS) as tracer:
+        cache = tracer.cache(modules=["model.model.layers.0"])
+    assert cache["model.model.layers.0"] is cache["model.layers.0"]
+    assert cache.model.model.layers[0].output is cache.model.layers[0].output
 
 
 def test_a_cache_sees_changes_that_stand_before_and_behind_it(plain: Any, model: Any) -> None:

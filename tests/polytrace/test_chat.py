@@ -147,9 +147,27 @@ def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
 
 def test_a_template_runs_in_a_sandbox() -> None:
     hostile = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
-    for template in (hostile, "{% set _ = messages.append(1) %}"):
+    reaching = "{% set ns = namespace(a=1) %}{% set ns.__class__ = 1 %}"
+    for template in (hostile, "{% set _ = messages.append(1) %}", reaching):
         with pytest.raises(GraphError, match="refuses this conversation"):
             render(ChatFormat(templates={"default": template}, special_tokens={}), SHORT, {})
+
+
+def test_a_template_gets_plain_data_alone() -> None:
+    plain = ChatFormat(
+        templates={"default": "{% set ns = namespace(n=0) %}{% set ns.n = 2 %}{{ ns.n }}"}, special_tokens={}
+    )
+    assert render(plain, SHORT, {}) == "2"
+    with pytest.raises(GraphError, match="not a PosixPath"):
+        render(plain, [{"role": "user", "content": Path("/etc/passwd")}], {})
+    with pytest.raises(GraphError, match="not a function"):
+        render(plain, SHORT, {"tools": [test_a_template_runs_in_a_sandbox]})
+
+
+def test_a_template_that_breaks_is_told_as_such() -> None:
+    for template, told in (("{% for %}", "cannot be read"), ("{{ 1 + messages }}", "refuses this conversation")):
+        with pytest.raises(GraphError, match=told):
+            render(None, SHORT, {"chat_template": template})
 
 
 def test_several_templates_are_chosen_by_name(folder: Path) -> None:

@@ -11,6 +11,8 @@ from small import IDS, OTHER, close, loaded, logits_of, small_llama
 from torch import Tensor
 
 from polytrace.errors import GraphError
+from polytrace.grammar import check_graph
+from polytrace.graph import Graph, Invoke, Node, NodeId, Op, Parameter, Port, Read, Ref, Request, Save, Site
 
 THIRD = [9, 2, 33, 40, 1]
 
@@ -79,6 +81,31 @@ def test_what_is_written_there_reaches_every_prompt(plain: Any, model: Any) -> N
     assert (first - logits_of(plain, IDS)).abs().max() > 0.1
 
 
+def test_what_is_taken_from_the_end_is_all_that_runs(model: Any) -> None:
+    with model.trace() as tracer:
+        with tracer.invoke(IDS):
+            pass
+        with tracer.invoke([OTHER, THIRD]):
+            pass
+        with tracer.invoke():
+            logits = model.lm_head.output
+            hidden = model.model.layers[2].output[0]
+            found = [logits[:, -1], logits[:, -3:, :5], logits[:, 5], hidden[:, 4:], hidden[:, 1], hidden[:, :-2]]
+            saved = [value.save() for value in found]
+            whole = [logits.save(), hidden.save()]
+    with model.trace() as narrow:
+        with narrow.invoke(IDS):
+            pass
+        with narrow.invoke(OTHER):
+            pass
+        with narrow.invoke():
+            last = model.lm_head.output[:, -1].save()
+    expected = [whole[0][:, -1], whole[0][:, -3:, :5], whole[0][:, 5], *(whole[1][:, i] for i in (slice(4, None), 1))]
+    assert all(map(torch.equal, saved, [*expected, whole[1][:, :-2]]))
+    assert torch.equal(last, whole[0][:2, -1])
+    assert narrow.receipt.read_bytes == 2 * 64 * 4  # of each prompt one row of logits
+
+
 def test_a_reduction_over_its_tokens_wants_the_mask_as_everywhere(plain: Any, model: Any) -> None:
     with pytest.raises(GraphError, match="prompts of different lengths"), model.trace() as tracer:
         with tracer.invoke(IDS):
@@ -144,3 +171,25 @@ def test_it_is_refused_where_it_means_nothing_or_would_not_fit(model: Any) -> No
         with tracer.invoke():
             model.model.layers[1].output[:, -1] += 1.0
         own[:, 0] = 0.0
+
+
+def test_a_graph_that_puts_views_together_as_no_client_does_is_refused(model: Any) -> None:
+    def graph(*args: Any) -> Request:
+        site = Site(module="model.layers.0", port=Port.OUTPUT)
+        nodes: tuple[Node, ...] = (
+            Read(site=site, invoke=0, where="a.py:1"),
+            Parameter(path="model.norm.weight", where="a.py:2"),
+            Op(name="left_pad", args=args, where="a.py:3"),
+            Save(name="0", value=Ref(NodeId(2)), where="a.py:4"),
+        )
+        return Request(graph=Graph(nodes=nodes), invokes=(Invoke(sequences=((1, 2),)),), constants={})
+
+    read, weight = Ref(NodeId(0)), Ref(NodeId(1))
+    for args in ((), (read, (1,)), ([], (1,)), ([1], (1,)), ([read], (0,)), ([read], [1]), ([read], (1,), 2)):
+        with pytest.raises(GraphError, match=r"left_pad|positional arguments"):
+            check_graph(graph(*args).graph, num_invokes=1, constants=())
+    for args in (([weight], (1,)), ([read, weight], (1,)), ([read], (2, 3))):
+        check_graph(graph(*args).graph, num_invokes=1, constants=())
+        with pytest.raises(GraphError) as error:
+            model.backend.validate(graph(*args))
+        assert error.value.where == "a.py:3"

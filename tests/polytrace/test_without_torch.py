@@ -101,6 +101,42 @@ assert len(backend.validated) == 1
 """)
 
 
+def test_blocks_offer_the_same() -> None:
+    run("""
+import contextlib, io
+import polytrace
+told = io.StringIO()
+with contextlib.redirect_stdout(told), model.trace([1, 2, 3]) as tracer:
+    cache = tracer.cache(modules=["model.layers.0", "model.layers.2.mlp"], select=lambda h: h[:, -1])
+    layer.skip(layer.input)
+    refused(lambda: layer.mlp.output, "model.layers.1 is skipped")
+    backend.shape = ValueShape(shape=(1, 2), dtype="float32")
+    tracer.log(model.lm_head.output[0, -1, :2], "logits")
+    kept = polytrace.save([])
+    kept.append(model.lm_head.output)
+    tracer.stop()
+assert cache["model.layers.0"].output.shape == (1, 2) and kept[0].shape == (1, 2)
+assert told.getvalue().startswith("logits: [[0. 0.]]") and tracer.logs[0].value.shape == (1, 2)
+
+ran = len(backend.requests)
+backend.shape = ValueShape(shape=(1, 3, 8), dtype="float32")
+with model.scan([1, 2, 3]) as tracer:
+    doubled = layer.output * 2
+assert len(backend.requests) == ran and doubled.shape == (1, 3, 8) and doubled.dtype == "float32"
+refused(lambda: doubled + 1, "was scanned")
+
+with model.trace() as tracer:
+    with tracer.invoke([1, 2, 3]):
+        pass
+    with tracer.invoke([4, 5]):
+        pass
+    with tracer.invoke():
+        last = layer.output[:, -1].save()
+assert ops() == ["getitem", "getitem", "cat"], ops()
+refused(lambda: model.trace([{"role": "user", "content": "x"}]), "without a chat template")
+""")
+
+
 def test_refusals_are_the_same() -> None:
     run("""
 with model.trace([1, 2, 3]):
