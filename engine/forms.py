@@ -144,8 +144,6 @@ def _embedding(
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
 ) -> Tensor:
     if max_norm is not None:
         raise TypeError("embedding with max_norm changes its weight; write the norm down")

@@ -7,6 +7,7 @@ it. The tensor itself is an empty placeholder; when the trace ends it becomes th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -199,6 +200,15 @@ def _to_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return record("to", args[:2], {})  # client_tensor.to(value)
 
 
+def _l1_loss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch's own function hands everything on but the weight: it is in that function's frame."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not torch.nn.functional.l1_loss.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    weight = frame.f_locals.get("weight") if frame is not None else None
+    return _recorder("l1_loss")(args, {"weight": weight, **kwargs})
+
+
 def _is_dtype_like(part: Any) -> bool:
     return isinstance(part, (torch.dtype, Tensor)) or dtype_name(part) is not None
 
@@ -227,7 +237,17 @@ def _handlers() -> dict[Any, Handler]:
         found[getattr(Tensor, name)] = _in_place_recorder(name.strip("_"))
     for name in ("cpu", "cuda", "requires_grad_", "pin_memory"):
         found[getattr(Tensor, name)] = _itself
-    found |= {Tensor.__getitem__: _getitem, Tensor.__setitem__: _setitem, Tensor.to: _to_first, Tensor.type: _to_first}
+    for name, spec in BY_TORCH_NAME.items():  # the kernels behind functions that torch wrote in Python
+        kernel = getattr(torch._VF, name.removeprefix("torch."), None) if name.startswith("torch.") else None
+        if kernel is not None:
+            found.setdefault(kernel, _recorder(spec.name))
+    found |= {
+        torch.nn.functional.l1_loss: _l1_loss,
+        Tensor.__getitem__: _getitem,
+        Tensor.__setitem__: _setitem,
+        Tensor.to: _to_first,
+        Tensor.type: _to_first,
+    }
     return found
 
 
