@@ -16,6 +16,7 @@ import torch.nn.functional
 from torch import Tensor
 
 from polytrace.arguments import normalised
+from polytrace.composed import composed
 from polytrace.errors import GraphError
 from polytrace.grammar import unknown_op
 from polytrace.lines import user_line
@@ -76,6 +77,31 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
         return False
+
+    # modules of torch ask these to choose among ways that all mean the same
+
+    @property
+    def is_nested(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_sparse(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_quantized(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        return True
+
+    def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+        return True
 
     @property
     def T(self) -> Any:  # type: ignore[override]
@@ -241,6 +267,10 @@ def _handlers() -> dict[Any, Handler]:
         kernel = getattr(torch._VF, name.removeprefix("torch."), None) if name.startswith("torch.") else None
         if kernel is not None:
             found.setdefault(kernel, _recorder(spec.name))
+    for function, running in composed().items():
+        found[function] = lambda args, kwargs, running=running: running(*args, **kwargs)
+    for name in ("is_floating_point", "is_complex", "numel"):
+        found[getattr(torch, name)] = lambda args, kwargs, name=name: getattr(args[0], name)()
     found |= {
         torch.nn.functional.l1_loss: _l1_loss,
         Tensor.__getitem__: _getitem,
