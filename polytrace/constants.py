@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from polytrace.errors import GraphError
-from polytrace.tensors import DTYPES, RawTensor, itemsize
+from polytrace.tensors import DTYPES, RawTensor
 
 
 class Constants:
@@ -15,16 +14,15 @@ class Constants:
     def __init__(self) -> None:
         self.tensors: dict[str, RawTensor] = {}
         self._by_content: dict[tuple[str, tuple[int, ...], bytes], str] = {}
-        self._copies: dict[str, Any] = {}  # the bytes as torch tensors, of those that were used again
+        self._again: dict[tuple[int, int], str] = {}  # objects used more than once, and the line of the second use
         self._by_object: dict[tuple[int, int], tuple[Any, str]] = {}  # the object is kept: ids are reused
 
     def add(self, value: Any, where: str) -> str:
         """The name of a torch tensor or numpy array as it is now. Raises GraphError for anything else."""
         version = getattr(value, "_version", None)
         if version is not None and (id(value), version) in self._by_object:
-            name = self._by_object[id(value), version][1]
-            if self._is_as_copied(value, name):
-                return name
+            self._again.setdefault((id(value), version), where)
+            return self._by_object[id(value), version][1]
         key = _content(value, where)
         name = self._by_content.get(key)
         if name is None:
@@ -33,20 +31,16 @@ class Constants:
             self._by_object[id(value), version] = (value, name)
         return name
 
-    def _is_as_copied(self, value: Any, name: str) -> bool:
-        """Whether a torch tensor still has the bytes that were copied: torch does not count changes through `.data`."""
-        raw = self.tensors[name]
-        if not raw.data.nbytes:
-            return True
-        import torch
-
-        integers = (torch.uint8, torch.int16, torch.int32, torch.int64)[itemsize(raw.dtype).bit_length() - 1]
-        before = self._copies.get(name)
-        if before is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of memory that is read only: nothing here writes
-                before = self._copies[name] = torch.frombuffer(raw.data, dtype=integers)
-        return torch.equal(_flat(value).view(integers), before)
+    def check(self) -> None:
+        """Raises GraphError where a tensor used twice is not what it was: torch counts no change through `.data`."""
+        for key, where in self._again.items():
+            value, name = self._by_object[key]
+            if value._version == key[1] and _content(value, where)[2] != self.tensors[name].data:
+                raise GraphError(
+                    "a tensor was changed through .data in this trace, where nothing counts it, and it is used with "
+                    "other content before: change it with in-place code under torch.no_grad(), or use a new tensor",
+                    where=where,
+                )
 
     def _new(self, dtype: str, shape: tuple[int, ...], data: bytes) -> str:
         name = f"c{len(self.tensors)}"
@@ -79,12 +73,8 @@ def _torch_content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes]
         raise _unknown_dtype(dtype, where)
     if value.layout is not torch.strided or value.is_meta:
         raise GraphError("only dense tensors with data can be part of a trace", where=where)
-    return dtype, tuple(value.shape), _flat(value).view(torch.uint8).numpy().tobytes()
-
-
-def _flat(value: Any) -> Any:
-    """The elements of a tensor in order, on the CPU; of its own memory where that is so already."""
-    return value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return dtype, tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
 
 
 def _unknown_dtype(name: str, where: str) -> GraphError:

@@ -235,6 +235,10 @@ def _l1_loss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _recorder("l1_loss")(args, {"weight": weight, **kwargs})
 
 
+def _caller(function: Callable[..., Any]) -> Handler:
+    return lambda args, kwargs: function(*args, **kwargs)
+
+
 def _is_dtype_like(part: Any) -> bool:
     return isinstance(part, (torch.dtype, Tensor)) or dtype_name(part) is not None
 
@@ -268,9 +272,9 @@ def _handlers() -> dict[Any, Handler]:
         if kernel is not None:
             found.setdefault(kernel, _recorder(spec.name))
     for function, running in composed().items():
-        found[function] = lambda args, kwargs, running=running: running(*args, **kwargs)
+        found[function] = _caller(running)
     for name in ("is_floating_point", "is_complex", "numel"):
-        found[getattr(torch, name)] = lambda args, kwargs, name=name: getattr(args[0], name)()
+        found[getattr(torch, name)] = _caller(getattr(TensorValue, name))
     found |= {
         torch.nn.functional.l1_loss: _l1_loss,
         Tensor.__getitem__: _getitem,

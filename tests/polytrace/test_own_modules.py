@@ -316,10 +316,18 @@ def test_a_weight_that_changes_between_two_uses_is_used_as_it_was_each_time(
         with torch.no_grad():
             weight.mul_(2)
         second = (hidden * weight).save()
-        weight.data.mul_(2)  # torch keeps no count of this
-        third = (hidden * weight).save()
-    for factor, value in ((1, first), (2, second), (4, third)):
+    for factor, value in ((1, first), (2, second)):
         agree(value, read(plain) * factor)
+
+
+def test_a_change_that_torch_does_not_count_is_refused_and_not_missed(model: Any) -> None:
+    weight = nn.Parameter(torch.ones(D))
+    with pytest.raises(GraphError, match=r"changed through \.data") as caught, model.trace(IDS):
+        hidden = model.model.layers[0].output[0]
+        (hidden * weight).save()
+        weight.data.mul_(2)
+        (hidden * weight).save()
+    assert caught.value.where is not None and caught.value.where.startswith("test_own_modules.py")
 
 
 def test_masks_and_top_k_indices_select_as_written_in_practice(model: Any, plain: LlamaForCausalLM) -> None:
