@@ -24,6 +24,7 @@ _MANY = frozenset(
         *("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill"),
     }
 )
+_DIAGONALS = {"diagonal": (0, 1), "linalg_diagonal": (-2, -1)}  # the dimensions where none are given
 _BY_CLASS = frozenset({"cross_entropy", "nll_loss"})
 
 
@@ -32,6 +33,8 @@ def reduced_dims(op: Op, values: list[Any]) -> Dims:
     spec = OPS[op.name]
     everything = [found for node in operands_of(op) for found in _last(Ref(node), values, None)]
     match spec.reach:
+        case Reach.MOVED if op.name in _DIAGONALS:
+            return _last(op.args[0], values, _diagonal(op))
         case Reach.PLACE | Reach.MOVED | Reach.CONTRACTED:
             return []
         case Reach.DIM:
@@ -51,6 +54,13 @@ def reduced_dims(op: Op, values: list[Any]) -> Dims:
                 return []
             return _last(op.args[0], values, {1 if _rank(op.args[0], values) > 1 else 0})
     return everything
+
+
+def _diagonal(op: Op) -> set[int] | None:
+    """The two dimensions of which a diagonal is taken, None when they are not plain."""
+    given = [op.kwargs.get(name, (*op.args, None, None, None)[place]) for name, place in (("dim1", 2), ("dim2", 3))]
+    dims = [usual if dim is None else dim for dim, usual in zip(given, _DIAGONALS[op.name], strict=True)]
+    return {dim for dim in dims if isinstance(dim, int)} if all(isinstance(dim, int) for dim in dims) else None
 
 
 def _along(op: Op, values: list[Any], dim: Operand) -> Dims:

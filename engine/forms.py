@@ -161,8 +161,6 @@ def _embedding(
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
 ) -> Tensor:
     if max_norm is not None:
         raise TypeError("embedding with max_norm changes its weight; write the norm down")
@@ -274,6 +272,15 @@ def _of_classes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def _between(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of two values that broadcast, of which torch would warn."""
+
+    def run(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return function(*torch.broadcast_tensors(input, target), *args, **kwargs)
+
+    return run
+
+
 def _cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None, **named: Any) -> Tensor:
     return functional.cross_entropy(input, target, weight, **named)
 
@@ -308,6 +315,7 @@ _FILLED = ("index_add", "index_copy", "index_fill")
 # Methods stand where torch takes sizes or dims one by one as well as in a tuple (`h.permute(0, 2, 1)`).
 FORMS: dict[str, Callable[..., Any]] = {
     **{name: _along_dim(getattr(torch, name)) for name in (*_INDEXED, *_FILLED)},
+    **{name: _between(getattr(functional, name)) for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")},
     "batch_norm": _batch_norm,
     "binary_cross_entropy": _binary_cross_entropy,
     "cond": _cond,

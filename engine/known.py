@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from engine.ops import TORCH_DTYPES, resolve, run_op
-from polytrace.graph import Constant, Mask, NodeId, Op, Request, operands, refs
-from polytrace.ops import OPS, Cost
+from polytrace.errors import TooLargeError
+from polytrace.graph import Constant, Mask, NodeId, Op, Ref, Request, operands, refs
+from polytrace.ops import OPS, Cost, Reach
 from polytrace.tensors import RawTensor
 
 _MAX_ELEMENTS = 1 << 18  # of one known value
 _MAX_OPS = 4_096  # values made for one request
-_DEAR = frozenset({Cost.TRANSFORM, Cost.DECOMPOSITION})  # not worth running to learn a shape
+_DEAR = frozenset({Cost.PRODUCT, Cost.TRANSFORM, Cost.DECOMPOSITION})  # not worth running to learn a shape
 
 
 class KnownValues:
@@ -65,7 +66,15 @@ class KnownValues:
             return None
         found = {part: self.data(part) for part in operands(op)}
         known = {part: data for part, data in found.items() if data is not None}
-        return _value(op, known) if len(known) == len(found) else None
+        if len(known) < len(found):
+            return None
+        if op.name == "bincount" and isinstance(op.args[0], Ref):  # has as many places as its largest number says
+            least = op.kwargs.get("minlength", op.args[2] if len(op.args) > 2 else 0)
+            numbers = known[op.args[0].node]
+            largest = max(int(numbers.max()) if numbers.numel() else 0, least if isinstance(least, int) else 0)
+            if largest > _MAX_ELEMENTS:
+                raise TooLargeError(f"bincount would count {largest} numbers; the limit is {_MAX_ELEMENTS}")
+        return _value(op, known)
 
     def _run(self, position: NodeId) -> Tensor:
         node = self._request.graph.nodes[position]
@@ -87,7 +96,8 @@ def _value(op: Op, data: Mapping[NodeId, Tensor]) -> Tensor:
 
 def _is_known(op: Op) -> bool:
     """Whether the op's value is as good as known where its operands are."""
-    return not OPS[op.name].is_random and OPS[op.name].cost not in _DEAR
+    spec = OPS[op.name]
+    return not spec.is_random and spec.cost not in _DEAR and spec.reach is not Reach.LOSS
 
 
 def looks_at_data(op: Op) -> bool:

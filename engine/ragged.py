@@ -29,6 +29,15 @@ _HINT = (
     "or use value.at(pos); over the keys of scores and patterns the mask is tracer.mask[:, None, None, :]"
 )
 
+# Ops that put new parts into a value of the old shape, and ops whose result has the old elements in the old order.
+_PUT = frozenset(
+    {
+        *("setitem", "set_view", "select_scatter", "slice_scatter", "diagonal_scatter"),
+        *("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill"),
+    }
+)
+_RESHAPED = frozenset({"view", "view_as", "reshape", "reshape_as", "unflatten", "flatten", "ravel"})
+
 Value = Meta | tuple[Meta, ...] | None
 
 
@@ -177,14 +186,16 @@ class TokenDimensions:
 
     def _one(self, op: Op, args: tuple[Any, ...], values: list[Any], value: Meta) -> Tokens | None:
         kind = self._kind(op)
-        if op.name in ("getitem", "narrow", "select"):
+        if op.name in ("getitem", "narrow", "narrow_copy", "select"):
             base = self._base(op)
             if base is None:
                 return None  # a token dimension only in the index: what it picks is the program's choice
             dims = _picked(op, args, base.dims, len(base.longer.shape))
             return None if dims is None else _tokens_of(kind, dims, value)
-        if op.name in ("setitem", "set_view") and (base := self._base(op)) is not None:
+        if op.name in _PUT and (base := self._base(op)) is not None:
             return Tokens(kind=kind, dims=base.dims, longer=base.longer)
+        if op.name in _PUT - {"setitem", "set_view"}:
+            return _tokens_of(kind, self._anywhere(op, value), value)  # rows put into what has none
         try:
             longer = result_of(op.name, *self._longer(op, args, values))
         except MISFITS:  # a size written as a number does not grow
@@ -240,9 +251,12 @@ class TokenDimensions:
         """The columns of token dimensions, where the op leaves them in their places."""
         known = self._columns(op)
         if OPS[op.name].reach in (Reach.MOVED, Reach.WHOLE):
-            unknown = Columns(known=None, first_full=max(columns.first_full for columns in known))
-            return dict.fromkeys(grown, unknown)
+            return dict.fromkeys(grown, _unknown(known))
         return {dim: _matching(known, value.shape[dim]) for dim in grown}
+
+    def _anywhere(self, op: Op, value: Meta) -> dict[int, Columns]:
+        """Every dimension, where nothing says which."""
+        return dict.fromkeys(range(len(value.shape)), _unknown(self._columns(op)))
 
     def _kind(self, op: Op) -> Kind:
         kinds = {tokens.kind for part in operands_of(op) if (tokens := self._tokens(part)) is not None}
@@ -267,15 +281,20 @@ class TokenDimensions:
         return [columns for tokens in found if tokens is not None for columns in tokens.dims.values()]
 
     def _by_place(self, op: Op, values: list[Any], value: Meta) -> dict[int, Columns]:
-        """Token dimensions by where they stand: from the right for broadcasting, by strides for a new shape."""
+        """Token dimensions by where they stand: from the right for broadcasting, by strides for a new shape.
+
+        Of an op that does neither, any dimension may be one.
+        """
         dims: dict[int, Columns] = {}
+        if OPS[op.name].reach is not Reach.PLACE:
+            return self._anywhere(op, value)
         for part in operands_of(op):
             tokens = self._tokens(part)
             if tokens is None:
                 continue
             shape = values[part].shape
             for dim, columns in tokens.dims.items():
-                if op.name in ("view", "reshape", "unflatten", "flatten"):
+                if op.name in _RESHAPED:
                     dims |= dict.fromkeys(_covering(shape, dim, value.shape), columns)
                 else:
                     place = len(value.shape) - len(shape) + dim
@@ -310,6 +329,10 @@ def _matching(known: list[Columns], size: int) -> Columns:
     fitting = {columns.known: columns for columns in known if columns.known is not None and len(columns.known) == size}
     if len(fitting) == 1:
         return next(iter(fitting.values()))
+    return _unknown(known)
+
+
+def _unknown(known: list[Columns]) -> Columns:
     return Columns(known=None, first_full=max(columns.first_full for columns in known))
 
 
@@ -318,12 +341,12 @@ def _picked(op: Op, args: tuple[Any, ...], dims: dict[int, Columns], rank: int) 
     if op.name == "getitem":
         index = args[1]
     else:
-        names = ("dim", "start", "length") if op.name == "narrow" else ("dim", "index")
+        names = ("dim", "index") if op.name == "select" else ("dim", "start", "length")
         bound: dict[str, Any] = {**dict(zip(names, args[1:], strict=False)), **op.kwargs}
         if not all(isinstance(bound.get(name), int) for name in names):
             return None
         dim, start = bound["dim"] % rank, bound.get("start", 0)
-        part = slice(start, start + bound["length"]) if op.name == "narrow" else bound["index"]
+        part = bound["index"] if op.name == "select" else slice(start, start + bound["length"])
         index = (*([slice(None)] * dim), part)
     found = {}
     for new, place in enumerate(places(rank, index)):

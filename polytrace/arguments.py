@@ -25,6 +25,10 @@ _MEANINGLESS = frozenset(
         "out",
     )
 )
+# More results, or another kind of gradient, when they are True: False says what an op does anyway.
+_OFF = frozenset(
+    ("return_indices", "return_inverse", "return_counts", "as_tuple", "sparse", "sparse_grad", "scale_grad_by_freq")
+)
 _SYNONYMS = {"axis": "dim", "keepdims": "keepdim"}  # numpy's names, which torch takes too
 _FIRST = ("input", "self", "tensor", "tensors")
 
@@ -40,7 +44,7 @@ def normalised(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
         key = _SYNONYMS.get(key, key)
         if key == "requires_grad" and value:
             raise GraphError("gradients are not part of polytrace yet", where=user_line())
-        if value is None or key in _MEANINGLESS:
+        if value is None or key in _MEANINGLESS or (value is False and key in _OFF):
             continue
         if key in _FIRST and name in OPS and key not in OPS[name].kwargs:
             plain = (value, *plain)

@@ -28,6 +28,7 @@ class Certificate:
     read_bytes: int  # all values read from the model, what a client-side analysis would have to move
     carried_bytes: int  # values that cross from stage to stage
     live_bytes: int  # values that the graph holds at one site visit, at most
+    op_flops: int = 0  # of the graph's own ops, beside the model's
     notes: tuple[str, ...]  # for people: reads that see later lines' writes, pad rows written, ...
     edits: tuple[str, ...] = ()  # that its traces start from, as name@version
     kept_bytes: int = 0  # values that stay on the service

@@ -16,6 +16,7 @@ class Constants:
     def __init__(self) -> None:
         self.tensors: dict[str, RawTensor] = {}
         self._by_content: dict[tuple[str, tuple[int, ...], bytes | str], str] = {}  # or by the hash of a large one
+        self._again: dict[tuple[int, int], str] = {}  # objects used more than once, and the line of the second use
         self._by_object: dict[tuple[int, int], tuple[Any, str]] = {}  # the object is kept: ids are reused
 
     def add(self, value: Any, where: str) -> str:
@@ -27,6 +28,7 @@ class Constants:
             return self._named(kept, (kept.dtype, kept.shape, kept.digest or f"state {kept.state}"))
         version = getattr(value, "_version", None)
         if version is not None and (id(value), version) in self._by_object:
+            self._again.setdefault((id(value), version), where)
             return self._by_object[id(value), version][1]
         dtype, shape, data = _content(value, where)
         digest = digest_of(dtype, shape, data) if len(data) >= LARGE_BYTES else None
@@ -35,6 +37,17 @@ class Constants:
         if version is not None:
             self._by_object[id(value), version] = (value, name)
         return name
+
+    def check(self) -> None:
+        """Raises GraphError where a tensor used twice is not what it was: torch counts no change through `.data`."""
+        for key, where in self._again.items():
+            value, name = self._by_object[key]
+            if value._version == key[1] and memoryview(_content(value, where)[2]) != self.tensors[name].data:
+                raise GraphError(
+                    "a tensor was changed through .data in this trace, where nothing counts it, and it is used with "
+                    "other content before: change it with in-place code under torch.no_grad(), or use a new tensor",
+                    where=where,
+                )
 
     def take(self, raw: RawTensor) -> str:
         """The name of a tensor that was recorded before."""

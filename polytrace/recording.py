@@ -300,6 +300,7 @@ class Recording:
                 "this trace saves nothing, so it would return nothing: call .save() on the values to keep",
                 where=user_line(),
             )
+        self.constants.check()
         targets = [self.node_of(state) for state, _, _ in self.saved]
         logged = {self.node_of(state) for state in self.logged}
         nodes = list(self.nodes)

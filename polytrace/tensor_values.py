@@ -7,6 +7,7 @@ it. The tensor itself is an empty placeholder; when the trace ends it becomes th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional
 from torch import Tensor
 
 from polytrace.arguments import normalised
+from polytrace.composed import composed
 from polytrace.errors import GraphError
 from polytrace.grammar import unknown_op
 from polytrace.lines import user_line
@@ -98,6 +100,31 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
         return False
+
+    # modules of torch ask these to choose among ways that all mean the same
+
+    @property
+    def is_nested(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_sparse(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_quantized(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        return True
+
+    def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+        return True
 
     @property
     def T(self) -> Any:  # type: ignore[override]
@@ -238,6 +265,19 @@ def _to_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return record("to", args[:2], {})  # client_tensor.to(value)
 
 
+def _l1_loss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch's own function hands everything on but the weight: it is in that function's frame."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not torch.nn.functional.l1_loss.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    weight = frame.f_locals.get("weight") if frame is not None else None
+    return _recorder("l1_loss")(args, {"weight": weight, **kwargs})
+
+
+def _caller(function: Callable[..., Any]) -> Handler:
+    return lambda args, kwargs: function(*args, **kwargs)
+
+
 def _is_dtype_like(part: Any) -> bool:
     return isinstance(part, (torch.dtype, Tensor)) or dtype_name(part) is not None
 
@@ -268,7 +308,21 @@ def _handlers() -> dict[Any, Handler]:
         found[getattr(Tensor, name)] = _itself
     for function in _ANSWERS:
         found.setdefault(function, _looker(function))
-    found |= {Tensor.__getitem__: _getitem, Tensor.__setitem__: _setitem, Tensor.to: _to_first, Tensor.type: _to_first}
+    for name, spec in BY_TORCH_NAME.items():  # the kernels behind functions that torch wrote in Python
+        kernel = getattr(torch._VF, name.removeprefix("torch."), None) if name.startswith("torch.") else None
+        if kernel is not None:
+            found.setdefault(kernel, _recorder(spec.name))
+    for function, running in composed().items():
+        found[function] = _caller(running)
+    for name in ("is_floating_point", "is_complex", "numel"):
+        found[getattr(torch, name)] = _caller(getattr(TensorValue, name))
+    found |= {
+        torch.nn.functional.l1_loss: _l1_loss,
+        Tensor.__getitem__: _getitem,
+        Tensor.__setitem__: _setitem,
+        Tensor.to: _to_first,
+        Tensor.type: _to_first,
+    }
     return found
 
 

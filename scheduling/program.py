@@ -21,6 +21,7 @@ from scheduling.cones import Keys, find_cones, kept_columns
 from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers, token_layers_alone, wave_tokens
 from scheduling.forest import Forest, Placed, grow
 from scheduling.liveness import peak_bytes
+from scheduling.op_costs import program_flops
 from scheduling.placement import Scale, find_live, find_order, place, scale_of
 from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave, WaveRows
 from scheduling.residency import stage_works
@@ -123,6 +124,7 @@ def certify(program: Program, facts: tuple[ValueFacts | None, ...], description:
         read_bytes=read_bytes(program),
         carried_bytes=carried_bytes(program, table),
         live_bytes=program.live_bytes,
+        op_flops=program_flops(program),
         notes=find_notes(program, table),
         edits=program.edits,
     )

@@ -299,7 +299,7 @@ UNDETERMINED: dict[str, list[Call]] = {
 
 SELECTION: dict[str, list[Call]] = {
     "getitem": [call(X, 0), call(X, (slice(None), -1)), call(X, (Ellipsis, None, slice(1, 3))), call(X, BITS)],
-    "gather": [call(X, 1, INDEX), call(X, dim=1, index=INDEX, sparse_grad=False)],
+    "gather": [call(X, 1, INDEX), call(X, dim=1, index=INDEX)],
     "index_select": [call(X, 1, IDS[0, :3] % 3), call(X, dim=1, index=PICKS)],
     "take_along_dim": [call(X, INDEX, 1), call(X, indices=INDEX, dim=1), call(X, torch.tensor([5, 23]))],
     "take": [call(X, IDS), call(X, index=torch.tensor([-1, 5]))],
@@ -491,7 +491,7 @@ NETWORKS: dict[str, list[Call]] = {
     ],
     "embedding": [
         call(IDS, SQUARE),
-        call(IDS, weight=SQUARE, padding_idx=0, norm_type=2.0, scale_grad_by_freq=False, sparse=False),
+        call(IDS, weight=SQUARE, padding_idx=0, norm_type=2.0),
     ],
     "scaled_dot_product_attention": [
         call(HEADS, HEADS, HEADS),

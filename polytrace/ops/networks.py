@@ -53,8 +53,6 @@ LOOKED_UP = (
         "weight",
         "padding_idx",
         "norm_type",
-        "scale_grad_by_freq",
-        "sparse",
         torch="functional",
         reach=Reach.PLACE,
     ),

@@ -6,7 +6,7 @@ from polytrace.ops.spec import Cost, Reach, along, element, moved, op
 
 PICKED = (
     op("getitem", torch="Tensor.__getitem__", is_view=True, cost=Cost.FREE, reach=Reach.MOVED),
-    moved("gather", "dim", "index", "sparse_grad"),
+    moved("gather", "dim", "index"),
     moved("index_select", "dim", "index"),
     moved("take_along_dim", "indices", "dim"),
     moved("take", "index"),

@@ -320,6 +320,16 @@ def test_a_narrow_read_moves_only_its_columns() -> None:
     assert certificate.nodes[hidden.node].shape == (1, 3, HIDDEN)  # type: ignore[union-attr]
 
 
+def test_a_certificate_has_the_operations_of_the_ops_that_run() -> None:
+    r = Recorder(TINY, [[1, 2]])
+    hidden = r.read(layer(0))
+    r.save(r.op("mul", hidden, 2))
+    r.op("exp", hidden)  # nothing needs it
+    assert r.certify().op_flops == 2 * HIDDEN
+    r.save(r.op("mm", hidden, r.parameter("lm_head.weight"), shape=(1, 2, 7)))
+    assert r.certify().op_flops == 2 * HIDDEN + 2 * 2 * 7 * HIDDEN
+
+
 def test_a_sharded_deployment_carries_a_value_once_a_rank() -> None:
     r = Recorder(tiny_llama(ranks=4), [[1, 2, 3]], [[4, 5, 6]])
     r.write(layer(3), r.read(layer(0), invoke=0), invoke=1)
