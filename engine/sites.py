@@ -20,10 +20,13 @@ from transformers import PreTrainedModel
 from engine.arguments import Arguments
 from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
+from engine.head_outputs import HeadOutputs
 from engine.kernels import why_no_kernels
 from engine.lanes import MAX_THREADS, rows_multiple
+from engine.named import Views, name_parts, named_infos
+from engine.partitions import NamedWeight
 from engine.windows import Layout, find_layout
-from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
+from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, PointInfo, Rows, SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
 from polytrace.tensors import itemsize
@@ -63,7 +66,10 @@ class Probe:
     widths: frozenset[int]  # elements a row has at some port, unsharded
     sites: tuple[SiteInfo, ...]  # stage 0 everywhere; `describe_model` places them
     modules: tuple[ModuleInfo, ...]
-    parameters: tuple[ParameterInfo, ...]
+    parameters: tuple[ParameterInfo, ...]  # named weights among them
+    points: tuple[PointInfo, ...]
+    views: Views  # sites that are parts of other modules' values, or made of them
+    weights: tuple[NamedWeight, ...]
     first_layer_order: int  # orders below are before the decoder layers
     last_layer_order: int  # orders above are after them
 
@@ -102,6 +108,8 @@ def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
         return "tensor", {(): value}
     if isinstance(value, Arguments):
         return "arguments", value.others()
+    if isinstance(value, HeadOutputs):
+        return "tensor", {(): value.whole()}
     if isinstance(value, Mapping):
         return "dict", dict(_members(value.items()))
     if isinstance(value, (tuple, list)):
@@ -143,8 +151,11 @@ def probe_model(model: PreTrainedModel) -> Probe:
     config = model.config.get_text_config()
     experts = {path for path, module in model.named_modules() if is_experts(module)}
     events = zip(first.events, second.events, strict=True)
-    sites = tuple(_site(order, a, b, first, experts) for order, (a, b) in enumerate(events))
+    found = tuple(_site(order, a, b, first, experts) for order, (a, b) in enumerate(events))
     _check_hidden(model, layers, first)
+    named = name_parts(model, layers, _refuse_repeated_visits(found))
+    sites = named.sites
+    stored = dict(named_tensors(model))
     layer_orders = [s.order for s in sites if s.module.startswith(layers + ".")]
     return Probe(
         class_name=type(model).__name__,
@@ -158,12 +169,16 @@ def probe_model(model: PreTrainedModel) -> Probe:
         has_side_values=first.has_side_values,
         has_fixed_rows=not _takes_other_rows(model, layers),
         widths=frozenset(_widths(first, second)),
-        sites=_refuse_repeated_visits(sites),
+        sites=sites,
         modules=tuple(_modules(model, layers, first)),
         parameters=tuple(
             ParameterInfo(path=path, shape=tuple(t.shape), dtype=_name(t.dtype), stage=0, sharded_dim=None)
-            for path, t in named_tensors(model)
-        ),
+            for path, t in stored.items()
+        )
+        + tuple(named_infos(named.weights, stored)),
+        points=named.points,
+        views=named.views,
+        weights=named.weights,
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),
     )
@@ -240,7 +255,11 @@ def describe_model(
     modules = tuple(replace(module, first_stage=place.home(module.path)) for module in probe.modules)
     parameters = tuple(
         replace(
-            p, stage=place.home(p.path), sharded_dim=dim, sharded_copies=copies, sharded_blocks=packed.get(p.path, 1)
+            p,
+            stage=place.home(p.of or p.path),
+            sharded_dim=dim,
+            sharded_copies=copies,
+            sharded_blocks=packed.get(p.path, 1),
         )
         for p in probe.parameters
         for dim, copies in (sharded.get(p.path, (None, 1)),)
@@ -268,6 +287,7 @@ def describe_model(
         has_kept_rows=probe.has_kept_rows,
         has_forks=all(report.has_forks for report in reports),
         has_exact_rows=all(report.has_exact_rows for report in reports),
+        points=probe.points,
         notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
     )
 

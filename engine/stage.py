@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from engine.arguments import Arguments
 from engine.attention import AttentionPass, attending
 from engine.copies import to_device
+from engine.head_outputs import HeadOutputs, with_change
+from engine.named import HeadView, Views
 from engine.points import Point
 from engine.sites import first_argument
 from engine.streams import Streams
@@ -59,11 +61,13 @@ class PackedRows:
 class StageRunner:
     """The window of one shard."""
 
-    def __init__(self, model: PreTrainedModel, window: Window, *, keeps_rows: bool) -> None:
+    def __init__(self, model: PreTrainedModel, window: Window, *, keeps_rows: bool, views: Views | None = None) -> None:
+        """`views` are the points that are seen in other modules' values."""
         self.model = model
         self.window = window
         self._keeps_rows = keeps_rows  # whether the head can run on chosen rows
         self._layers: Any = model.get_submodule(window.layers)
+        self._views: Views = views or {}
         self._is_calling = False
 
     def run(
@@ -118,7 +122,10 @@ class StageRunner:
         for visit in sorted(visits, key=lambda visit: visit.order):
             module = self.model.get_submodule(visit.module)
             is_last = visit.order == stop_after
-            if visit.port.is_inner:
+            view = self._views.get((visit.module, visit.port))
+            if view is not None:
+                yield from self._visiting_view(visit, view, is_last)
+            elif visit.port.is_inner:
                 point = Point(visit=_visiting_point(visit, is_last), rows=visit.rows)
                 rows.attention.points.setdefault(id(module), {})[visit.port] = point
             elif visit.port is Port.INPUT:
@@ -192,6 +199,47 @@ class StageRunner:
             return None if after is before else (after.args, dict(after.kwargs))
 
         return hook
+
+    def _visiting_view(self, visit: Visit, view: HeadView, is_last: bool) -> Iterator[RemovableHandle]:
+        """A point that is a part of another module's output, or made of its input."""
+        source: Any = self.model.get_submodule(view.module)
+        units = view.units
+
+        def part(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self._is_calling:
+                return None
+            before = units.of(output, -1)
+            after = visit.visitor(before)
+            if is_last:
+                raise _Done
+            if after is before:
+                if not units.is_view:
+                    units.put(output, before)
+                return None
+            changed = output.clone()
+            units.put(changed, after)
+            return changed
+
+        def made(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            weight = source.weight if view.is_transposed else source.weight.T  # [H C, D]
+            heads = HeadOutputs(args[0].unflatten(-1, (-1, units.size)), weight.unflatten(0, (-1, units.size)))
+            if self._is_calling or heads.z.shape[2] != heads.weight.shape[0]:
+                return
+            visit.visitor(heads)
+            if is_last:
+                raise _Done
+            source.change = heads.change
+
+        def with_its_change(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            change, source.change = getattr(source, "change", None), None
+            return None if change is None else with_change(output, change)
+
+        if visit.port is not Port.HEAD_OUT:
+            yield source.register_forward_hook(part)
+            return
+        yield source.register_forward_pre_hook(made)
+        if not hasattr(source, "adds_changes"):  # modules of several ranks do, before they add up
+            yield source.register_forward_hook(with_its_change)
 
     def _visiting_output(self, visit: Visit, is_last: bool) -> Callable[..., Any]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:

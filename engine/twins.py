@@ -31,9 +31,9 @@ from engine.attention import AttentionPass, use_packed_attention
 from engine.experts import is_experts
 from engine.gate import root_segment
 from engine.links import Links, Solo
-from engine.loading import LoadedModel, ShardConfig, load_model
+from engine.loading import LoadedModel, ShardConfig, load_model, meta_model
 from engine.shrinking import shrink
-from engine.sites import Selector, port_leaves
+from engine.sites import Selector, port_leaves, probe_model
 from engine.slices import take_part
 from engine.spans import SpanStore
 from engine.splits import blocks_of
@@ -65,12 +65,12 @@ def prove_splits(config: Any, links: Links, device: torch.device) -> None:
 
         def make() -> _Seen:
             _write(_twin(config, links.ranks), Path(folder))
-            return _run(load_model(replace(part, rank=0, ranks=1), Solo()), device)
+            return _run(load_model(replace(part, rank=0, ranks=1), Solo()), device, folder)
 
         whole = _together(links, make, f"{name} has no tiny twin to prove its split with")
         fails = f"{name} cannot be split over {links.ranks} ranks: a tiny twin of it fails"
         loaded = _together(links, lambda: load_model(part, links), fails)
-        local = _together(links, lambda: _run(loaded, device), fails)
+        local = _together(links, lambda: _run(loaded, device, folder), fails)
     _compare(name, whole, local, loaded, links)
 
 
@@ -126,7 +126,7 @@ def _error(whole: Tensor, local: Tensor | None, blocks: int, links: Links) -> fl
     return (part.double() - local.double()).abs().max().item() / scale
 
 
-def _run(loaded: LoadedModel, device: torch.device) -> _Seen:
+def _run(loaded: LoadedModel, device: torch.device, folder: str) -> _Seen:
     """Every module's inputs and outputs, in the order of the forward; not of those inside experts, who sort rows."""
     model = loaded.model
     use_packed_attention(model)
@@ -165,7 +165,8 @@ def _run(loaded: LoadedModel, device: torch.device) -> _Seen:
             (path, port) for path, _ in model.named_modules() for port in Port if not path.startswith(inside)
         )
     ]
-    StageRunner(model, loaded.window, keeps_rows=False).run(rows, None, visits, stop_after=None)
+    views = probe_model(meta_model(folder)).views
+    StageRunner(model, loaded.window, keeps_rows=False, views=views).run(rows, None, visits, stop_after=None)
     return seen
 
 

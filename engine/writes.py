@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.head_outputs import HeadOutputs
 from engine.points import Pairs
 from engine.sites import row_leaves
 from engine.views import RowView
@@ -40,7 +41,8 @@ class PortValue:
         self.outputs = outputs  # that trunks have of this layer, `[R, D]`
         self.flat = flat
         # as the model made them
-        self.tensors = row_leaves(value, flat)
+        self.heads = value if isinstance(value, HeadOutputs) else None
+        self.tensors = row_leaves(value, flat) if self.heads is None else {(): self.heads.z}
         self.pairs = value if isinstance(value, Pairs) else None
         self._writes: dict[Selector, list[RowWrite]] = {}
 
@@ -55,6 +57,8 @@ class PortValue:
     def result(self) -> Any:
         """Applies the writes; what the hook returns: the original object when nothing was assigned."""
         value = self.original
+        if self.heads is not None:
+            self.heads.write(self._writes.pop((), ()))
         if self.pairs is not None:
             for write in sorted(self._writes.pop((), ()), key=lambda write: write.turn):
                 self.pairs.write(write.rows.numbers, write.value)

@@ -10,6 +10,8 @@ from polytrace.graph import Site
 from polytrace.inputs import missing_argument
 from polytrace.lines import user_line
 from polytrace.literals import scalar
+from polytrace.points import DIMS
+from polytrace.saved import container
 from polytrace.storage import is_recorded, state_of
 from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable
 
@@ -49,6 +51,8 @@ class OpenPort:
             raise GraphError(f"{site} cannot be read: {leaf.read_refusal}", where=user_line())
         state = self.tracer.recording.read(site, self.tracer.invoke_index(site), leaf.dtype)
         state.is_layer_output = self.table.is_layer_output
+        state.is_dropout_input = self.table.is_dropout_input
+        state.dims = self.table.dims or DIMS.get(site.port.value)
         if leaf.in_place_refusal is not None and state.storage.place is not None:
             state.storage.place.in_place_refusal = leaf.in_place_refusal
         return self.tracer.wrap(state)
@@ -101,6 +105,15 @@ class Members:
         object.__setattr__(self, "_port", port)
         object.__setattr__(self, "_prefix", prefix)
 
+    def save(self) -> Any:
+        """Saves every tensor in it; returns the container with these, which after the block are what they are.
+
+        A dict or ModelOutput gives a mapping whose keys are attributes too, a tuple gives a tuple with None where
+        there is no tensor.
+        """
+        members = {key: self._member(key) for key in self.keys()}
+        return container({key: member.save() for key, member in members.items() if member is not None})
+
     def keys(self) -> list[Key]:
         """Names or indices of the members that have tensors."""
         depth = len(self._prefix)
@@ -138,7 +151,7 @@ class Members:
         return key in self.keys()
 
     def __dir__(self) -> list[str]:
-        return ["keys", *(key for key in self.keys() if isinstance(key, str))]
+        return ["keys", "save", *(key for key in self.keys() if isinstance(key, str))]
 
     def __repr__(self) -> str:
         return f"<{self._port.site(self._prefix)}: {self._port.table.info.structure} with {self._names()}>"
