@@ -12,6 +12,7 @@ import copy
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -96,17 +97,19 @@ class _Key:
 
 @lru_cache(maxsize=_KEPT)
 def _find_anatomy(key: _Key) -> Anatomy:
+    """The code and the layouts of any family: where something is not as in others, it is served without names."""
     try:
         twin = _twin(key.config)
         seen = _run(twin)
-    except Exception:  # noqa: BLE001 - the code of any family: without a twin a model is served, without these names
+    except Exception:  # noqa: BLE001
         return Anatomy()
     found: dict[Signature, Parts] = {}
     listed: Any = twin.get_submodule(key.layers)
     for number, layer in enumerate(listed):
         own = signature(layer)
         if own not in found:
-            found[own] = _Layer(layer, f"{key.layers}.{number}", seen).parts()
+            with suppress(Exception):
+                found[own] = _Layer(layer, f"{key.layers}.{number}", seen).parts()
     return Anatomy(kinds=found, positions=_positions(twin, seen))
 
 
@@ -193,8 +196,10 @@ def _run(twin: nn.Module) -> _Seen:
 
 
 def _copy(value: Any) -> Any:
+    """Of tensors that have a row a token."""
     if isinstance(value, Tensor):
-        return value.clone()
+        has_rows = value.shape[:2] == (1, _TOKENS) or (value.ndim > 1 and value.shape[0] == _TOKENS)
+        return value.clone() if has_rows else None
     return tuple(map(_copy, value)) if isinstance(value, (tuple, list)) else None
 
 

@@ -162,14 +162,14 @@ class _Namer:
                 self._weight(attention, f"W_{letter}_by_head", source, "weight", Form.TO_HEADS, units, share=share)
                 self._weight(attention, f"b_{letter}_by_head", source, "bias", Form.HEADS, units, share=share)
         out = None if parts.out is None else _under(path, parts.out)
-        info = None if out is None else self.at.get((out, Port.INPUT))
+        taken = None if out is None else self.at.get((out, Port.INPUT))
         value = self.at[attention, Port.Z].leaves[0].tail
-        if out is None or info is None or info.leaves[0].is_flat or info.leaves[0].tail != (value[0] * value[1],):
+        if out is None or taken is None or taken.leaves[0].is_flat or taken.leaves[0].tail != (value[0] * value[1],):
             self._refuse(attention, "head_out", _NO_HEAD_OUT)
         else:
             units = Units(total=value[0], start=0, count=value[0], size=value[1])
             hidden = self.at[out, Port.OUTPUT].leaves[0].tail[0]
-            self._insert(info, attention, Port.HEAD_OUT, replace(info.leaves[0], tail=(value[0], hidden)))
+            self._insert(taken, attention, Port.HEAD_OUT, replace(taken.leaves[0], tail=(value[0], hidden)))
             is_transposed = isinstance(self.model.get_submodule(out), Conv1D)
             self.views[attention, Port.HEAD_OUT] = HeadView(module=out, units=units, is_transposed=is_transposed)
             self._weight(attention, "W_O", out, "weight", Form.FROM_HEADS, units)

@@ -9,6 +9,7 @@ every layer what else depends on tokens and positions (rotary tables, per-layer 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -238,6 +239,7 @@ class StageRunner:
             yield source.register_forward_hook(part)
             return
         yield source.register_forward_pre_hook(made)
+        yield _Forgetting(source)  # a pass may end before the module has run
         if not hasattr(source, "adds_changes"):  # modules of several ranks do, before they add up
             yield source.register_forward_hook(with_its_change)
 
@@ -261,6 +263,17 @@ def replace_first_argument(
         return (value, *args[1:]), dict(kwargs)
     first = next(iter(kwargs))
     return args, {**kwargs, first: value}
+
+
+class _Forgetting(RemovableHandle):
+    """Lets go, with the hooks, of what a module was to add."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__(OrderedDict())
+        self._source = source
+
+    def remove(self) -> None:
+        self._source.change = None
 
 
 class _Done(Exception):

@@ -42,7 +42,8 @@ class PortValue:
         self.flat = flat
         # as the model made them
         self.heads = value if isinstance(value, HeadOutputs) else None
-        self.tensors = row_leaves(value, flat) if self.heads is None else {(): self.heads.z}
+        own: dict[Selector, Tensor] = row_leaves(value, flat) if self.heads is None else {(): self.heads.z}
+        self.tensors = own
         self.pairs = value if isinstance(value, Pairs) else None
         self._writes: dict[Selector, list[RowWrite]] = {}
 
