@@ -189,6 +189,8 @@ class RequestState:
             rows = self._rows(node_id, node, info, level)
         if port.pairs is not None:
             value = read_pairs(port.pairs, rows, self.rows[node.invoke].view)
+        elif port.heads is not None:
+            value = port.heads.read(rows)
         else:
             value = rows.read(port.tensors[node.site.selector], port.outputs)
             if leaf.row_dim != 1:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from engine.attention import AttentionPass
 from engine.links import Links
+from engine.named import NamedParameters
 from engine.operations import is_own_forward
 from engine.points import Pairs
 from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors, row_leaves, row_multiple
@@ -198,9 +199,16 @@ def _check_logits(leaves: list[LeafReport], probe: Probe, model: nn.Module) -> N
 def _split_dimensions(probe: Probe, model: nn.Module, ranks: int) -> dict[str, tuple[int, int]]:
     """Which dimension of each parameter is smaller here than in the whole model, and how many ranks hold the same."""
     whole = {info.path: info.shape for info in probe.parameters}
-    split = {}
-    for path, tensor in named_tensors(model):
+    split: dict[str, tuple[int, int]] = {}
+    stored = dict(named_tensors(model))
+    for path, tensor in stored.items():
         differing = [dim for dim, size in enumerate(tensor.shape) if path in whole and size != whole[path][dim]]
+        if differing:
+            (dim,) = differing
+            split[path] = dim, tensor.shape[dim] * ranks // whole[path][dim]
+    copies = {path: number for path, (_, number) in split.items()}
+    for path, tensor in NamedParameters(stored, probe.weights, copies).named():
+        differing = [dim for dim, size in enumerate(tensor.shape) if size != whole[path][dim]]
         if differing:
             (dim,) = differing
             split[path] = dim, tensor.shape[dim] * ranks // whole[path][dim]

@@ -24,6 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.pytorch_utils import Conv1D
 
 from engine.experts import deal_experts
+from engine.head_outputs import with_change
 from engine.links import Distributed, Links
 from engine.splits import Part, Split, Style, counts_of_heads
 from polytrace.errors import ServiceError
@@ -147,12 +148,16 @@ def _install_column_gathered(module: nn.Module, split: Split, links: Links) -> N
 
 
 def _install_row(module: nn.Module, split: Split, links: Links) -> None:
+    row: Any = module
+    row.change, row.adds_changes = None, True
+
     def forward(x: Tensor) -> Tensor:
         weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
         if split.style is Style.ROW_OF_WHOLE:
             x = x.unflatten(-1, (links.ranks, -1)).select(-2, links.rank)
         product = x @ weight if isinstance(module, Conv1D) else F.linear(x, weight)
-        total = links.ordered_sum(product)
+        change, row.change = row.change, None  # of what heads add here, see `engine.head_outputs`
+        total = links.ordered_sum(with_change(product, change))
         return total if bias is None else total + bias
 
     module.forward = forward

@@ -27,6 +27,7 @@ from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.memory import told_out_of_memory
+from engine.named import NamedParameters
 from engine.reading import Report
 from engine.results import MemorySink, Writer, sink_for
 from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
@@ -81,7 +82,9 @@ class Shard:
         self.loaded = load_model(self.config, self.links, report)
         use_packed_attention(self.loaded.model)
         self.store = SpanStore(self.config.kv_bytes)
-        self.runner = StageRunner(self.loaded.model, self.loaded.window, keeps_rows=self.probe.has_kept_rows)
+        self.runner = StageRunner(
+            self.loaded.model, self.loaded.window, keeps_rows=self.probe.has_kept_rows, views=self.probe.views
+        )
 
     def gate(self, is_first: bool = True) -> GateReport:
         """Proves on the served weights that rows are their own; collective. ServiceError when they are not.
@@ -114,11 +117,12 @@ class Shard:
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""
         model = self.loaded.model
+        copies = {info.path: info.sharded_copies for info in description.parameters}
         self.context = ShardContext(
             runner=self.runner,
             links=self.links,
             sites=SiteIndex(description, table_of(description).sources),
-            parameters=dict(named_tensors(model)),
+            parameters=NamedParameters(dict(named_tensors(model)), self.probe.weights, copies),
             parameter_infos={info.path: info for info in description.parameters},
             table=table_of(description),
             levels=table_of(description).levels,

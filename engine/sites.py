@@ -20,12 +20,15 @@ from transformers import PreTrainedModel
 from engine.arguments import Arguments, OperationArguments
 from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
+from engine.head_outputs import HeadOutputs
 from engine.kernels import why_no_kernels
 from engine.lanes import MAX_THREADS, rows_multiple
+from engine.named import Views, name_parts, named_infos
 from engine.operations import watch_operations
+from engine.partitions import NamedWeight
 from engine.source_sites import SourceGroup, SourceNotes, describe_sources, group_sources
 from engine.windows import Layout, find_layout
-from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo
+from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, PointInfo, Rows, SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
 from polytrace.tensors import itemsize
@@ -67,7 +70,10 @@ class Probe:
     sites: tuple[SiteInfo, ...]  # stage 0 everywhere; `describe_model` places them
     sources: tuple[SourceGroup, ...]  # calls inside of modules' forwards; their orders lie between those of `sites`
     modules: tuple[ModuleInfo, ...]
-    parameters: tuple[ParameterInfo, ...]
+    parameters: tuple[ParameterInfo, ...]  # named weights among them
+    points: tuple[PointInfo, ...]
+    views: Views  # sites that are parts of other modules' values, or made of them
+    weights: tuple[NamedWeight, ...]
     first_layer_order: int  # orders below are before the decoder layers
     last_layer_order: int  # orders above are after them
 
@@ -108,6 +114,8 @@ def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
         return "tensor", {(): value}
     if isinstance(value, Arguments):
         return "arguments", value.others()
+    if isinstance(value, HeadOutputs):
+        return "tensor", {(): value.whole()}
     if isinstance(value, Mapping):
         return "dict", dict(_members(value.items()))
     if isinstance(value, (tuple, list)):
@@ -161,10 +169,19 @@ def probe_model(model: PreTrainedModel) -> Probe:
     config = model.config.get_text_config()
     experts = {path for path, module in model.named_modules() if is_experts(module)}
     events = list(enumerate(zip(first.events, second.events, strict=True)))
-    sites = tuple(_site(order, a, b, first, experts) for order, (a, b) in events if not a.is_operation)
-    begins = {site.module: site.order for site in reversed(sites) if site.port is Port.INPUT}
+    found = tuple(_site(order, a, b, first, experts) for order, (a, b) in events if not a.is_operation)
     operations = [_site(order, a, b, first, experts) for order, (a, b) in events if a.is_operation and a.leaves]
     _check_hidden(model, layers, first)
+    everything = sorted((*_refuse_repeated_visits(found), *operations), key=lambda site: site.order)
+    named = name_parts(model, layers, everything)  # puts more between them
+    inside = {site.module for site in operations}
+    sites = tuple(site for site in named.sites if site.module not in inside)
+    operations = [site for site in named.sites if site.module in inside]
+    begins: dict[str, int] = {}
+    for site in sites:
+        if site.port is Port.INPUT:
+            begins.setdefault(site.module, site.order)
+    stored = dict(named_tensors(model))
     layer_orders = [s.order for s in sites if s.module.startswith(layers + ".")]
     return Probe(
         class_name=type(model).__name__,
@@ -178,13 +195,17 @@ def probe_model(model: PreTrainedModel) -> Probe:
         has_side_values=first.has_side_values,
         has_fixed_rows=not _takes_other_rows(model, layers),
         widths=frozenset(_widths(first, second)),
-        sites=_refuse_repeated_visits(sites),
-        sources=group_sources(operations, dict(reversed(begins.items())), first.notes, refusal),
+        sites=sites,
+        sources=group_sources(operations, begins, first.notes, refusal),
         modules=tuple(_modules(model, layers, first)),
         parameters=tuple(
             ParameterInfo(path=path, shape=tuple(t.shape), dtype=_name(t.dtype), stage=0, sharded_dim=None)
-            for path, t in named_tensors(model)
-        ),
+            for path, t in stored.items()
+        )
+        + tuple(named_infos(named.weights, stored)),
+        points=named.points,
+        views=named.views,
+        weights=named.weights,
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),
     )
@@ -274,7 +295,11 @@ def describe_model(
     modules = tuple(replace(module, first_stage=place.home(module.path)) for module in probe.modules)
     parameters = tuple(
         replace(
-            p, stage=place.home(p.path), sharded_dim=dim, sharded_copies=copies, sharded_blocks=packed.get(p.path, 1)
+            p,
+            stage=place.home(p.of or p.path),
+            sharded_dim=dim,
+            sharded_copies=copies,
+            sharded_blocks=packed.get(p.path, 1),
         )
         for p in probe.parameters
         for dim, copies in (sharded.get(p.path, (None, 1)),)
@@ -311,6 +336,7 @@ def describe_model(
         has_kept_rows=probe.has_kept_rows,
         has_forks=all(report.has_forks for report in reports),
         has_exact_rows=all(report.has_exact_rows for report in reports),
+        points=probe.points,
         notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
         codes=codes,
         sources=sources,

@@ -9,6 +9,7 @@ every layer what else depends on tokens and positions (rotary tables, per-layer 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from engine.arguments import Arguments
 from engine.around import Around, rows_of
 from engine.attention import AttentionPass, attending
 from engine.copies import to_device
+from engine.head_outputs import HeadOutputs, with_change
+from engine.named import HeadView, Views
 from engine.operations import Stops, rewritten
 from engine.points import Point
 from engine.sites import first_argument
@@ -62,12 +65,14 @@ class PackedRows:
 class StageRunner:
     """The window of one shard."""
 
-    def __init__(self, model: PreTrainedModel, window: Window, *, keeps_rows: bool) -> None:
+    def __init__(self, model: PreTrainedModel, window: Window, *, keeps_rows: bool, views: Views | None = None) -> None:
+        """`views` are the points that are seen in other modules' values."""
         self.model = model
         self.window = window
         self._keeps_rows = keeps_rows  # whether the head can run on chosen rows
         self._layers: Any = model.get_submodule(window.layers)
         self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._views: Views = views or {}
         self._is_calling = False
 
     def run(
@@ -132,7 +137,10 @@ class StageRunner:
             is_last = visit.order == stop_after
             if visit.operation:
                 continue
-            if visit.port.is_inner:
+            view = self._views.get((visit.module, visit.port))
+            if view is not None:
+                yield from self._visiting_view(visit, view, is_last)
+            elif visit.port.is_inner:
                 point = Point(visit=_visiting_point(visit, is_last), rows=visit.rows)
                 rows.attention.points.setdefault(id(module), {})[visit.port] = point
             elif visit.port is Port.INPUT:
@@ -232,6 +240,48 @@ class StageRunner:
 
         return hook
 
+    def _visiting_view(self, visit: Visit, view: HeadView, is_last: bool) -> Iterator[RemovableHandle]:
+        """A point that is a part of another module's output, or made of its input."""
+        source: Any = self.model.get_submodule(view.module)
+        units = view.units
+
+        def part(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self._is_calling:
+                return None
+            before = units.of(output, -1)
+            after = visit.visitor(before)
+            if is_last:
+                raise _Done
+            if after is before:
+                if not units.is_view:
+                    units.put(output, before)
+                return None
+            changed = output.clone()
+            units.put(changed, after)
+            return changed
+
+        def made(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            weight = source.weight if view.is_transposed else source.weight.T  # [H C, D]
+            heads = HeadOutputs(args[0].unflatten(-1, (-1, units.size)), weight.unflatten(0, (-1, units.size)))
+            if self._is_calling or heads.z.shape[2] != heads.weight.shape[0]:
+                return
+            visit.visitor(heads)
+            if is_last:
+                raise _Done
+            source.change = heads.change
+
+        def with_its_change(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            change, source.change = getattr(source, "change", None), None
+            return None if change is None else with_change(output, change)
+
+        if visit.port is not Port.HEAD_OUT:
+            yield source.register_forward_hook(part)
+            return
+        yield source.register_forward_pre_hook(made)
+        yield _Forgetting(source)  # a pass may end before the module has run
+        if not hasattr(source, "adds_changes"):  # modules of several ranks do, before they add up
+            yield source.register_forward_hook(with_its_change)
+
     def _visiting_output(self, visit: Visit, is_last: bool) -> Callable[..., Any]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
             if self._is_calling:
@@ -252,6 +302,17 @@ def replace_first_argument(
         return (value, *args[1:]), dict(kwargs)
     first = next(iter(kwargs))
     return args, {**kwargs, first: value}
+
+
+class _Forgetting(RemovableHandle):
+    """Lets go, with the hooks, of what a module was to add."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__(OrderedDict())
+        self._source = source
+
+    def remove(self) -> None:
+        self._source.change = None
 
 
 class _Done(Exception):

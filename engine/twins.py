@@ -31,10 +31,10 @@ from engine.attention import AttentionPass, use_packed_attention
 from engine.experts import is_experts
 from engine.gate import root_segment
 from engine.links import Links, Solo
-from engine.loading import LoadedModel, ShardConfig, load_model
+from engine.loading import LoadedModel, ShardConfig, load_model, meta_model
 from engine.operations import watch_operations
 from engine.shrinking import shrink
-from engine.sites import Selector, port_leaves
+from engine.sites import Selector, port_leaves, probe_model
 from engine.slices import take_part
 from engine.source_sites import Place, blocks_of_operation, pattern_of
 from engine.spans import SpanStore
@@ -69,12 +69,12 @@ def prove_splits(config: Any, links: Links, device: torch.device) -> frozenset[P
 
         def make() -> _Run:
             _write(_twin(config, links.ranks), Path(folder))
-            return _run(load_model(replace(part, rank=0, ranks=1), Solo()), device)
+            return _run(load_model(replace(part, rank=0, ranks=1), Solo()), device, folder)
 
         whole = _together(links, make, f"{name} has no tiny twin to prove its split with")
         fails = f"{name} cannot be split over {links.ranks} ranks: a tiny twin of it fails"
         loaded = _together(links, lambda: load_model(part, links), fails)
-        local = _together(links, lambda: _run(loaded, device), fails)
+        local = _together(links, lambda: _run(loaded, device, folder), fails)
     _compare(name, whole.ports, local.ports, loaded, links)
     return _proven(whole, local, loaded, links)
 
@@ -160,7 +160,7 @@ def _proven(whole: _Run, local: _Run, loaded: LoadedModel, links: Links) -> froz
     return frozenset(places) - {place for place, error in zip(places, worst, strict=True) if not error <= TOLERANCE}
 
 
-def _run(loaded: LoadedModel, device: torch.device) -> _Run:
+def _run(loaded: LoadedModel, device: torch.device, folder: str) -> _Run:
     model = loaded.model
     use_packed_attention(model)
     generator = torch.Generator().manual_seed(0)
@@ -211,8 +211,9 @@ def _run(loaded: LoadedModel, device: torch.device) -> _Run:
         for selector, tensor in port_leaves(value)[1].items():
             operations.setdefault((path, port, selector), tensor.clone())
 
+    views = probe_model(meta_model(folder)).views
     with watch_operations({path: module for module, path in paths.items() if not path.startswith(inside)}, telling):
-        StageRunner(model, loaded.window, keeps_rows=False).run(rows, None, visits, stop_after=None)
+        StageRunner(model, loaded.window, keeps_rows=False, views=views).run(rows, None, visits, stop_after=None)
     return _Run(ports=seen, operations=operations, calls=calls, modules=frozenset(paths.values()))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.head_outputs import HeadOutputs
 from engine.points import Pairs
 from engine.sites import row_leaves, with_rows_back
 from engine.views import RowView
@@ -43,7 +44,9 @@ class PortValue:
         self.outputs = outputs  # that trunks have of this layer, `[R, D]`
         self.layouts = layouts
         # as the model made them
-        self.tensors = row_leaves(value, layouts)
+        self.heads = value if isinstance(value, HeadOutputs) else None
+        own: dict[Selector, Tensor] = row_leaves(value, layouts) if self.heads is None else {(): self.heads.z}
+        self.tensors = own
         self.pairs = value if isinstance(value, Pairs) else None
         self._writes: dict[Selector, list[RowWrite]] = {}
 
@@ -58,6 +61,8 @@ class PortValue:
     def result(self) -> Any:
         """Applies the writes; what the hook returns: the original object when nothing was assigned."""
         value = self.original
+        if self.heads is not None:
+            self.heads.write(self._writes.pop((), ()))
         if self.pairs is not None:
             for write in sorted(self._writes.pop((), ()), key=lambda write: write.turn):
                 self.pairs.write(write.rows.numbers, write.value)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.ports import Fields, Key
+from polytrace.ports import Key
+from polytrace.saved import SavedMapping
 from polytrace.saving import save_members
 from polytrace.storage import is_recorded
 from polytrace.tree import NoSuchNameError, PortTable, Table
@@ -215,7 +216,7 @@ def _built(made: dict[tuple[Key, ...], Any], prefix: tuple[Key, ...]) -> Any:
     if not keys:
         return None
     if all(isinstance(key, str) for key in keys):
-        return Fields({str(key): _built(made, (*prefix, key)) for key in keys})
+        return SavedMapping({str(key): _built(made, (*prefix, key)) for key in keys})
     numbers = [key for key in keys if isinstance(key, int)]
     return tuple(_built(made, (*prefix, place)) for place in range(max(numbers) + 1))
 

@@ -130,6 +130,19 @@ class ParameterInfo:
     sharded_dim: int | None  # dimension that tensor-parallel ranks split evenly; None: every rank has all
     sharded_blocks: int = 1  # see `Leaf`
     sharded_copies: int = 1
+    of: str | None = None  # of a named weight (`W_Q`): the parameter that it is a view of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointInfo:
+    """A name that is no port: the tensor that it stands for in this model, or why there is none."""
+
+    module: str  # that has the name
+    name: str
+    site: Site | None
+    refusal: str | None = None
+    write_refusal: str | None = None  # why it can only be read, None when the tensor alone decides
+    note: str | None = None  # what people have to know of it in this family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +193,7 @@ class ModelDescription:
     has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only
     has_forks: bool = True  # the gate found that equal rows may be shared and rows that nobody needs left out
     has_exact_rows: bool = True  # the gate found that a row's bits do not depend on how many rows run beside it
+    points: tuple[PointInfo, ...] = ()  # named points that are not sites of their own name
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
     codes: tuple[SourceCode, ...] = ()
     sources: tuple[SourceInfo, ...] = ()

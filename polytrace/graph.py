@@ -27,9 +27,11 @@ class Port(Enum):
 
     INPUT = "input"  # the first positional argument, else the first keyword argument, of the module's call
     OUTPUT = "output"  # what the module's call returned
-    INPUTS = (
-        "inputs"  # arguments of a call, by selectors that begin with 0 (args) or 1 (kwargs); a module's first is INPUT
-    )
+    INPUTS = "inputs"  # arguments by selectors that begin with 0 (args) or 1 (kwargs); a module's but the first one
+    # What projections make: [sequences, tokens, heads, features]
+    Q = "q"  # queries before norms of their own and rotation
+    K = "k"  # keys, of the key/value heads, before both
+    HEAD_OUT = "head_out"  # what each head adds, in the model's width: z times the head's part of the output projection
     # Where rows attend: [sequences, tokens, heads, features] but for scores and pattern.
     Q_ROT = "q_rot"  # queries as they are held against keys: rotated, not scaled
     K_ROT = "k_rot"  # keys, of the key/value heads

@@ -10,11 +10,16 @@ from dataclasses import replace
 from polytrace.errors import GraphError
 from polytrace.graph import Port
 from polytrace.lines import user_line
+from polytrace.points import point_table
 from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable, Table
 
 
 def inputs_table(table: Table, path: str) -> PortTable | None:
     """Both of them under one roof; None where the model calls no such module, or hands it no tensors."""
+    weights = table.points.get(path, {}).get(Port.INPUT.value)
+    if weights is not None:  # an attention dropout
+        point = point_table(table, path, Port.INPUT.value)
+        return None if point is None else replace(point, leaves={(0, 0): point.leaves[()]}, is_call=True)
     first, others = table.ports.get((path, Port.INPUT.value)), table.ports.get((path, Port.INPUTS.value))
     if first is None:
         return others

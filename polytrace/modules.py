@@ -18,6 +18,7 @@ from polytrace.inputs import inputs_table
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.not_values import NotAValue
+from polytrace.points import Points, owners, point_table
 from polytrace.ports import OpenPort
 from polytrace.skipping import skip_module
 from polytrace.source_views import Source
@@ -64,6 +65,10 @@ class Module(NotAValue):
         """
         skip_module(self._port("output"), value)
 
+    def points(self) -> Points:
+        """The named points of this module, of a decoder layer those inside it too, with their dimensions' names."""
+        return Points(self._table, self._path)
+
     def get_submodule(self, path: str) -> Module:
         """A module by its dotted path from here, also where its name is one of ours (`output`)."""
         full = self._table.native(path, self._path)
@@ -83,10 +88,10 @@ class Module(NotAValue):
         if name in table.own_parameters.get(path, ()):
             tracer = self._model._tracer("the parameter ", path, name)
             return tracer.wrap(tracer.recording.parameter(join(path, name)))
-        if name in self._ports:
+        if name in self._ports or name in self._points:
             return self._port(name).read()
         known = [*table.children.get(path, ()), *table.aliases.get(path, ()), *table.own_parameters.get(path, ())]
-        known += [*self._inner, "output", "input"]
+        known += [*self._points, "output", "input"]
         close = (
             f": {told}" if (told := hints.of_module(name)) else nearest(name, known) or f"; it has {', '.join(known)}"
         )
@@ -95,7 +100,7 @@ class Module(NotAValue):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("output", "input", "inputs") or name in self._ports:
+        if name in ("output", "input", "inputs") or name in self._ports or name in self._points:
             self._port(name).write(value)
             return
         raise GraphError(
@@ -156,12 +161,13 @@ class Module(NotAValue):
 
     def __dir__(self) -> list[str]:
         table = self._table
-        own = [*table.children.get(self._path, ()), *table.own_parameters.get(self._path, ()), *self._inner]
+        own = [*table.children.get(self._path, ()), *table.own_parameters.get(self._path, ()), *self._points]
         own += table.aliases.get(self._path, ())
         return sorted({*own, *(name for name in dir(type(self)) if not name.startswith("_"))})
 
     def __repr__(self) -> str:
-        return draw(self._table, self._path)
+        points = repr(self.points).replace("\n", "\n  ")
+        return draw(self._table, self._path) + (f"\npoints:\n  {points}" if points else "")
 
     @property
     def _table(self) -> Table:
@@ -185,10 +191,10 @@ class Module(NotAValue):
         arguments = inputs_table(self._table, self._path)
         return found if arguments is None else found | {Port.INPUTS.value: arguments}
 
-    @property
-    def _inner(self) -> list[str]:
-        """Names of the points inside of it."""
-        return [name for name in self._ports if name not in ("input", "output", "inputs")]
+    @cached_property
+    def _points(self) -> dict[str, str]:
+        """Names of points, and the modules that have them."""
+        return owners(self._table, self._path)
 
     @cached_property
     def _is_indexed(self) -> bool:
@@ -197,7 +203,8 @@ class Module(NotAValue):
         return self._info.is_list or (bool(names) and all(name.isdigit() for name in names))
 
     def _port(self, port: str) -> OpenPort:
-        table = self._ports.get(port) or self._refuse_port(port)
+        owner = self._points.get(port, self._path)
+        table = point_table(self._table, owner, port) or self._ports.get(port) or self._refuse_port(port)
         return OpenPort(self._model._tracer("", self._path, port), table)
 
     def _refuse_as_value(self) -> NoReturn:

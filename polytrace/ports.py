@@ -12,6 +12,8 @@ from polytrace.inputs import missing_argument
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.not_values import NotAValue
+from polytrace.points import DIMS
+from polytrace.saved import container
 from polytrace.storage import is_recorded, state_of
 from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable
 
@@ -51,6 +53,8 @@ class OpenPort:
             raise GraphError(f"{site} cannot be read: {leaf.read_refusal}", where=user_line())
         state = self.tracer.recording.read(site, self.tracer.invoke_index(site), leaf.dtype)
         state.is_layer_output = self.table.is_layer_output
+        state.is_dropout_input = self.table.is_dropout_input
+        state.dims = self.table.dims or DIMS.get(site.port.value)
         if leaf.in_place_refusal is not None and state.storage.place is not None:
             state.storage.place.in_place_refusal = leaf.in_place_refusal
         return self.tracer.wrap(state)
@@ -94,15 +98,6 @@ class OpenPort:
         return is_from_here and not state.steps and state.storage.version == 0
 
 
-class Fields(dict[str, Any]):
-    """Saved members of a dict or ModelOutput of the model, by key and attribute."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name not in self:
-            raise AttributeError(name)
-        return self[name]
-
-
 def plain_member(member: Any) -> Any:
     """A member that is a tuple or dict itself, as `Members.plain` has it."""
     return member.plain() if isinstance(member, Members) else member
@@ -119,12 +114,14 @@ class Members(NotAValue):
 
     def plain(self) -> Any:
         """Its tensors as recorded values: a tuple with None where others' members are, or names with attributes."""
-        if all(isinstance(key, str) for key in self.keys()):
-            return Fields({str(key): plain_member(self._member(key)) for key in self.keys()})
-        return tuple(plain_member(member) for member in self)
+        return container({key: plain_member(self._member(key)) for key in self.keys()})
 
     def save(self) -> Any:
-        """Saves every tensor in it; returns them as `plain` does."""
+        """Saves every tensor in it; returns the container with these, which after the block are what they are.
+
+        A dict or ModelOutput gives a mapping whose keys are attributes too, a tuple gives a tuple with None where
+        there is no tensor.
+        """
         from polytrace.saving import save
 
         return save(self.plain())
@@ -166,7 +163,7 @@ class Members(NotAValue):
         return key in self.keys()
 
     def __dir__(self) -> list[str]:
-        return ["keys", *(key for key in self.keys() if isinstance(key, str))]
+        return ["keys", "save", *(key for key in self.keys() if isinstance(key, str))]
 
     def __repr__(self) -> str:
         return f"<{self._port.site(self._prefix)}: {self._port.table.info.structure} with {self._names()}>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from polytrace.aliases import Aliases, resolved
-from polytrace.description import Leaf, ModelDescription, ModuleInfo, ParameterInfo, SiteInfo
+from polytrace.description import Leaf, ModelDescription, ModuleInfo, ParameterInfo, PointInfo, SiteInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Port, Site
@@ -28,6 +28,8 @@ class PortTable:
     info: SiteInfo
     is_layer_output: bool  # a decoder layer's `.output`, one tensor
     leaves: dict[tuple[int | str, ...], tuple[Site, Leaf]]
+    dims: tuple[str, ...] | None = None  # names of the dimensions of a named point
+    is_dropout_input: bool = False  # of a family's attention dropout: `input[0][0]` means the weights too
     is_call: bool = False  # `.inputs`: positional arguments, then those by keyword
 
 
@@ -43,6 +45,8 @@ class Table:
     ports: dict[tuple[str, str], PortTable]  # by path and the port's name; first visits
     leaves: dict[Site, Leaf]  # of these ports
     sources: Sources
+    points: dict[str, dict[str, PointInfo]]  # by path and name: names that are no ports
+    inside_layers: dict[str, tuple[str, ...]]  # decoder layer -> modules inside it that have named points
     aliases: Aliases = field(default_factory=dict)
 
     def native(self, path: str, start: str = "") -> str:
@@ -78,6 +82,15 @@ def index_description(description: ModelDescription) -> Table:
                 modules[port.module].is_decoder_layer and port.port is Port.OUTPUT and port.structure == "tensor"
             )
             ports[port.module, port.port.value] = PortTable(info=port, is_layer_output=is_layer_output, leaves=members)
+    points: dict[str, dict[str, PointInfo]] = {}
+    for point in description.points:
+        points.setdefault(point.module, {})[point.name] = point
+    owners = dict.fromkeys([*(info.module for info in description.sites if info.port.is_inner), *points])
+    inside: dict[str, list[str]] = {}
+    for owner in owners:
+        rest = owner.removeprefix(f"{description.layers}.")
+        if rest != owner and "." in rest:
+            inside.setdefault(join(description.layers, rest.partition(".")[0]), []).append(owner)
     return Table(
         description=description,
         modules=modules,
@@ -87,6 +100,8 @@ def index_description(description: ModelDescription) -> Table:
         ports=ports,
         leaves=leaves,
         sources=Sources(description),
+        points=points,
+        inside_layers={path: tuple(own) for path, own in inside.items()},
     )
 
 

@@ -17,6 +17,7 @@ from polytrace.certificate import ValueShape
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Op
+from polytrace.historic import historic_arguments
 from polytrace.lines import user_line
 from polytrace.literals import first_int
 from polytrace.open_shapes import is_open
@@ -95,6 +96,8 @@ class Recorded:
 
     def __getitem__(self, index: Any) -> Any:
         state = state_of(self)
+        if state.is_dropout_input and first_int(index) is not None:
+            return historic_arguments(state, index)
         if state.is_layer_output or state.is_hidden_states:
             number = first_int(index)
             if number is not None:
@@ -105,6 +108,8 @@ class Recorded:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         state = state_of(self)
+        if state.is_dropout_input and first_int(index) is not None:
+            historic_arguments(state, (index,))  # raises
         number = first_int(index) if state.is_layer_output or state.is_hidden_states else None
         if number is not None:
             _hidden_states(state, index, number)  # raises for all but the literal 0
@@ -183,6 +188,11 @@ class Recorded:
         _refuse("a recorded value cannot be copied with Python's copy: write .clone()")
 
     # what can be said of it now
+
+    @property
+    def dims(self) -> tuple[str, ...] | None:
+        """Names of the dimensions of a value as it was read at a named point; None of what was computed."""
+        return state_of(self).dims
 
     def __len__(self) -> int:
         shape = shape_of(self).shape

@@ -1,0 +1,123 @@
+"""Named points and weights where ranks split a model: the numbers of one process, and little that travels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, model_of
+from names import POINTS, change
+from processes import ProcessBackend, ProcessShards
+from programs import difference, find
+from torch import Tensor
+
+from engine.local import LocalBackend
+from polytrace.model import Model
+from scheduling.scheduler import PassPolicy
+
+TOLERANCE = 1e-5  # of max(1, max|one process|), float32
+PROMPTS = [[7, 3, 5, 9, 11, 2, 4], [7, 3, 5, 1]]
+LAYER = 1
+NUMBER = 4  # bytes of a float32
+GRIDS = [
+    ("gpt2", 2),
+    ("gpt_neox", 2),
+    ("qwen3", 2),
+    ("mixtral", 2),
+    ("phi", 2),
+    ("opt", 2),
+    ("gemma2", 2),
+    ("mistral", 4),
+]
+
+
+@pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: "-".join(map(str, grid)))
+def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    family, ranks = request.param
+    folder: Path = tmp_path_factory.mktemp("model")
+    model_of(family).save_pretrained(folder)
+    shards = ProcessShards(str(folder), stages=1, ranks=ranks)
+    policy = PassPolicy(budget_tokens=1 << 16, max_members=100)
+    yield (
+        family,
+        ranks,
+        Model(ProcessBackend(str(folder), shards, folder, policy)),
+        Model(LocalBackend(str(folder), threads=1)),
+    )
+    shards.close()
+
+
+def _layer(model: Any, family: str) -> Any:
+    return find(model, f"{FAMILIES[family].layers}.{LAYER}")
+
+
+def _ask(model: Any, family: str, prompts: list[list[int]], edit: str | None) -> dict[str, Tensor]:
+    with model.trace(prompts):
+        layer = _layer(model, family)
+        if edit is not None:
+            change(edit, getattr(layer, edit))
+        found = {name: getattr(layer, name).save() for name in (*POINTS[family], "head_out")}
+        found["logits"] = model.output.logits.save()
+    return found
+
+
+def test_points_are_those_of_one_process_read_and_edited_and_alone(deployed: Any) -> None:
+    family, _, model, one = deployed
+    for edit in (None, "q", "k", "head_out", *({"resid_mid", "mlp_post"} & POINTS[family].keys())):
+        ours, expected = _ask(model, family, PROMPTS, edit), _ask(one, family, PROMPTS, edit)
+        for name, value in ours.items():
+            assert difference([value], [expected[name]]) <= TOLERANCE, (edit, name)
+        alone = _ask(model, family, PROMPTS[:1], edit)
+        assert all(torch.equal(ours[name][:1, -7:], alone[name]) for name in ours), edit
+
+
+def test_of_a_head_only_that_head_travels(deployed: Any) -> None:
+    family, ranks, model, one = deployed
+    tokens, others = len(PROMPTS[0]), ranks - 1
+    for name, most in {"q": tokens * 8, "head_out": tokens * 32, "z": tokens * 8}.items():
+        with model.trace(PROMPTS[0]) as tracer:
+            ours = getattr(_layer(model, family), name)[:, :, 3].save()
+        with one.trace(PROMPTS[0]):
+            expected = getattr(_layer(one, family), name)[:, :, 3].save()
+        assert difference([ours], [expected]) <= TOLERANCE, name
+        assert 0 < tracer.receipt.gathered_bytes <= most * NUMBER * others, (name, tracer.receipt.gathered_bytes)
+    with model.trace(PROMPTS[0]) as tracer:  # an edit of it does not travel at all
+        _layer(model, family).head_out[:, -1, 3] = 0.0
+        model.lm_head.input[:, -1].save()
+    assert tracer.receipt.gathered_bytes == 0
+
+
+def test_of_a_heads_weights_only_that_heads_travel(deployed: Any) -> None:
+    family, ranks, model, one = deployed
+    path = FAMILIES[family].attention
+
+    def ask(which: Any, name: str) -> tuple[Any, Tensor]:
+        with which.trace([1, 2]) as tracer:
+            taken = getattr(find(_layer(which, family), path), name)[3].save()
+            which.lm_head.input[:, -1].save()
+        return tracer, taken
+
+    names = ["W_Q", "W_O", "W_V_by_head" if family in ("qwen3", "mixtral", "mistral") else "W_V"]
+    for name in names:
+        (tracer, ours), (_, expected) = ask(model, name), ask(one, name)
+        assert torch.equal(ours, expected), name
+        assert 0 < tracer.receipt.gathered_bytes <= 32 * 8 * NUMBER * (ranks - 1), (name, tracer.receipt.gathered_bytes)
+    for name in ("W_K", "W_V"):
+        with model.trace([1, 2]):
+            ours = getattr(find(_layer(model, family), path), name).save()
+        with one.trace([1, 2]):
+            expected = getattr(find(_layer(one, family), path), name).save()
+        assert torch.equal(ours, expected), name
+    for name in ("W_in", "W_out"):
+        owner = _layer(one, family).mlp if family not in ("opt",) else _layer(one, family)
+        if name not in dir(owner):
+            continue
+        with model.trace([1, 2]):
+            ours = getattr(_layer(model, family).mlp if family != "opt" else _layer(model, family), name)
+            ours = ours.save()
+        with one.trace([1, 2]):
+            expected = getattr(owner, name).save()
+        assert torch.equal(ours, expected), name
