@@ -65,6 +65,7 @@ class Module(NotAValue):
         """
         skip_module(self._port("output"), value)
 
+    @property
     def points(self) -> Points:
         """The named points of this module, of a decoder layer those inside it too, with their dimensions' names."""
         return Points(self._table, self._path)
