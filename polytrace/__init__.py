@@ -27,6 +27,14 @@ from polytrace.errors import (
 
 if TYPE_CHECKING:
     from polytrace.client import connect, load, models
+    from polytrace.combining import count as count
+    from polytrace.combining import covariance as covariance
+    from polytrace.combining import max as max
+    from polytrace.combining import mean as mean
+    from polytrace.combining import min as min
+    from polytrace.combining import sum as sum
+    from polytrace.combining import top_k as top_k
+    from polytrace.mapping import Map
     from polytrace.model import Model
     from polytrace.tracing import Tracer
 
@@ -37,6 +45,7 @@ __all__ = [
     "CapacityError",
     "GraphError",
     "KeyRefusedError",
+    "Map",
     "Model",
     "NotFoundError",
     "PolytraceError",
@@ -51,7 +60,16 @@ __all__ = [
     "models",
 ]
 
-_ROOMS = {"connect": "client", "load": "client", "models": "client", "Model": "model", "Tracer": "tracing"}
+_ROOMS = {
+    "connect": "client",
+    "load": "client",
+    "models": "client",
+    "Model": "model",
+    "Tracer": "tracing",
+    "Map": "mapping",
+    # not in __all__: `from polytrace import *` would hide Python's own sum, max and min
+    **dict.fromkeys(("sum", "mean", "max", "min", "count", "covariance", "top_k"), "combining"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -64,4 +82,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})

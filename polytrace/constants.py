@@ -21,7 +21,7 @@ class Constants:
         version = getattr(value, "_version", None)
         if version is not None and (id(value), version) in self._by_object:
             return self._by_object[id(value), version][1]
-        key = _content(value, where)
+        key = content(value, where)
         name = self._by_content.get(key)
         if name is None:
             name = self._by_content[key] = self._new(*key)
@@ -35,7 +35,7 @@ class Constants:
         return name
 
 
-def _content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes]:
+def content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes]:
     """Dtype, shape and a copy of the bytes."""
     if hasattr(value, "untyped_storage"):
         return _torch_content(value, where)
