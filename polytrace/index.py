@@ -25,6 +25,7 @@ _WORDS = {
     "seed": "the seed",
     "probe": "the numbers that the model gives for the first prompt",
     "first": "the first prompt",
+    "prompts": "the prompts",
 }
 
 

@@ -24,7 +24,7 @@ from polytrace.graph import Options
 from polytrace.index import Cut, Index, open_index
 from polytrace.kinds import value_kind
 from polytrace.lines import user_line
-from polytrace.parts import Part, raw_of
+from polytrace.parts import Part, digest_of, file_of, raw_of
 from polytrace.progress import showing_prompts
 from polytrace.rowwise import MixesPromptsError
 from polytrace.running import Running, TopK, running
@@ -196,25 +196,26 @@ class Map:
                     assert chunk.stored is not None
                     yield chunk.stored
                 else:
-                    yield self._stored(future.result(), chunk.dataset, index)
+                    part = future.result()
+                    yield part if index is None else index.add(part, chunk.dataset)
             if failure is not None:
                 raise failure
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _stored(self, part: Part, dataset: str, index: Index | None) -> Part:
-        return part if index is None else index.add(part, dataset)
-
     def _whole(self, data: Iterator[Datum], mixed: MixesPromptsError) -> Iterator[Part]:
         """The body works on several prompts at once: all of them in one request, or none."""
         made = all_at_once(self._model, self._body, self._wishes.options, data, mixed, self._total)
         self._begin(made.recorded.outputs, made.measured)
-        index = None
+        part, index = made.run(), None
         if self._wishes.to is not None:
-            facts = self._facts(made.member, "")
+            facts = self._facts(made.member, digest_of(file_of(part))) | {"prompts": made.dataset}
             index = open_index(open_folder(self._wishes.to), facts, Cut(tokens=0, prompts=0, bytes=0))
-        part = index.read(0) if index is not None and index.parts else None
-        yield part or self._stored(made.run(), made.dataset, index)
+            stored = index.read(0) if index.parts else None
+            if stored is None:
+                index.cut_off(0)
+            part = stored or index.add(part, made.dataset)
+        yield part
         self._finish(index)
 
     def _finish(self, index: Index | None) -> None:
