@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from polytrace.assembly import Member
 from polytrace.bodies import Measured
 from polytrace.datasets import Datum
-from polytrace.errors import ConflictError
+from polytrace.errors import ConflictError, GraphError
 from polytrace.index import Cut, DatasetDigest, Index
 from polytrace.parts import Part
+from polytrace.rowwise import MixesPromptsError
 from polytrace.sources import Source
 
 
@@ -63,7 +64,7 @@ class Cutter:
                     "map to another folder"
                 )
             if datum.problem is None:
-                member = self._source.member(datum)
+                member = self._member(datum)
                 size = self._row_bytes(member)
                 if own.members and not self._fits(own, member, size):
                     yield self._close(own, stop)
@@ -107,9 +108,17 @@ class Cutter:
 
     def _opened(self, data: list[Datum]) -> _Open:
         return _Open(
-            members=[self._source.member(datum) for datum in data if datum.problem is None],
+            members=[self._member(datum) for datum in data if datum.problem is None],
             skipped={datum.number: datum.problem for datum in data if datum.problem is not None},
         )
+
+    def _member(self, datum: Datum) -> Member:
+        """Recorded anew where the body asks for lengths; what it does then may differ from what it did first."""
+        try:
+            return self._source.member(datum)
+        except MixesPromptsError as mixed:
+            told = f"for prompt {datum.number}, of {len(datum.sequence)} tokens, {mixed.told}"
+            raise GraphError(told, where=mixed.where) from None
 
     def _fits(self, own: _Open, member: Member, size: int) -> bool:
         return (

@@ -87,7 +87,7 @@ def all_at_once(
         if tokens > limit:
             known = f" of {total}" if total is not None else ""
             raise GraphError(
-                f"{mixed.name} works on several prompts at once, so all of them must fit into one pass, which takes "
+                f"{mixed.told}, so all of them must fit into one pass, which takes "
                 f"{limit} tokens; the first {datum.number + 1}{known} have {tokens}. Combine across prompts with "
                 "polytrace.mean, sum, max, min, count, covariance or top_k, or map fewer prompts",
                 where=mixed.where,
@@ -110,8 +110,8 @@ def all_at_once(
             of_tokens = output.combined.is_of_tokens or (output.combined.way is Way.TOP_K and len(shape.shape) > 1)
             if is_ragged and of_tokens:
                 raise GraphError(
-                    f"polytrace.{output.combined.way.value} of {name!r}: {mixed.name} ({mixed.where}) works on several "
-                    "prompts at once, and in one view of prompts of different lengths pads would be counted as tokens",
+                    f"polytrace.{output.combined.way.value} of {name!r}: {mixed}, and in one view of prompts of "
+                    "different lengths pads would be counted as tokens",
                     where=output.where,
                 )
             shape = ValueShape(shape=(1, *shape.shape[1:]), dtype=shape.dtype)
