@@ -81,7 +81,9 @@ def _mapped(
             "top": polytrace.top_k(model.lm_head.output[:, -1], 10),
         }
 
-    client, service, worst, total, parts = [], [], 0.0, 0.0, 0
+    client: list[float] = []
+    service: list[float] = []
+    worst, total, parts = 0.0, 0.0, 0
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         mapping = model.map(_prompts(config, config.num_prompts), body, to=folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from polytrace.errors import GraphError, UserError
 from polytrace.lines import user_line
 from polytrace.prompts import Encoder, PromptBook
 
-_KEYS = ("text", "prompt", "input_ids")  # of a line of a .jsonl file
+_KEYS = ("text", "prompt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +30,9 @@ class Datum:
 def items_of(dataset: Any, where: str) -> tuple[Iterable[Any], int | None]:
     """The members of a dataset, and how many there are where that is known.
 
-    An iterable of prompts (a list, a generator, a column of a datasets.Dataset), or the `pathlib.Path` of a file: of a
-    `.jsonl` file each line is a string, a list of ids or an object with one of text, prompt and input_ids; of any other
-    each line is a prompt.
+    An iterable of prompts (a list, a generator, a datasets.Dataset), or the `pathlib.Path` of a file, of which each
+    line is a prompt, as JSON in a `.jsonl` file. A prompt is a string, token ids, or a row with input_ids, text or
+    prompt.
     """
     if isinstance(dataset, os.PathLike):
         return _lines(Path(dataset)), None
@@ -60,7 +60,7 @@ class Encoding:
 
     def prompt(self, item: Any) -> tuple[int, ...]:
         """The ids of one prompt. Raises GraphError, TooLargeError."""
-        invoke = PromptBook(self._description, self._tokenizer).invoke(item)
+        invoke = PromptBook(self._description, self._tokenizer).invoke(_prompt_of(item))
         if len(invoke.sequences) != 1:
             raise GraphError(f"each member of the dataset is one prompt; this one has {len(invoke.sequences)}")
         return invoke.sequences[0]
@@ -88,14 +88,18 @@ def _lines(path: Path) -> Iterator[Any]:
                 yield text
 
 
-def _parsed(text: str, place: str) -> Any:
+def _parsed(line: str, place: str) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(line)
     except ValueError as error:
         raise GraphError(f"{place} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        return value
-    key = next((key for key in _KEYS if key in value), None)
+
+
+def _prompt_of(item: Any) -> Any:
+    """A row of a dataset has its prompt under one of a few names; ids may come with their mask."""
+    if not isinstance(item, Mapping) or "input_ids" in item:
+        return item
+    key = next((key for key in _KEYS if key in item), None)
     if key is None:
-        raise GraphError(f"{place} has none of {', '.join(_KEYS)}; it has {', '.join(value)}")
-    return value[key]
+        raise GraphError(f"a row with none of input_ids, {', '.join(_KEYS)}; it has {', '.join(map(str, item))}")
+    return item[key]

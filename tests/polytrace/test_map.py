@@ -438,8 +438,13 @@ def test_a_file_is_a_dataset_of_its_lines(tmp_path: Path, model: Model) -> None:
     body = lambda: {"x": model.model.embed_tokens.input}  # noqa: E731
     assert [row.tolist() for row in rows_of(model, "x", model.map(path, body))] == [[1, 2, 3], [4, 5]]
     path.write_text('{"words": 1}\n')
-    with pytest.raises(GraphError, match=r"ids\.jsonl:1 has none of text, prompt, input_ids; it has words"):
+    with pytest.raises(GraphError, match="prompt 0: a row with none of input_ids, text, prompt; it has words"):
         model.map(path, body).run()
+    path.write_text("{\n")
+    with pytest.raises(GraphError, match=r"ids\.jsonl:1 is not JSON"):
+        model.map(path, body).run()
+    rows = [{"prompt": [7, 8]}, {"input_ids": [0, 0, 9], "attention_mask": [0, 0, 1]}]
+    assert [row.tolist() for row in rows_of(model, "x", model.map(rows, body))] == [[7, 8], [9]]
 
 
 @pytest.mark.parametrize(
