@@ -5,8 +5,8 @@
 The body keeps the last token's residual of each prompt (rows, into a folder), the mean of its norm, the covariance of
 a part of it and the ten largest logits of the dataset. The dataset is a generator. What is measured: prompts a second
 against a plain Hugging Face loop with a hook (one prompt after another, on the first of the prompts, in the same run);
-and resident memory at every tenth of the dataset, of the client and, over HTTP, of the service's own processes. Memory
-is flat when it grows by less over the last nine tenths than the results of these have.
+and resident memory at every tenth of the dataset, of the client and, over HTTP, of the service's own processes: it
+levels off, whatever the number of prompts.
 """
 
 from __future__ import annotations

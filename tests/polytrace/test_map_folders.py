@@ -206,6 +206,25 @@ def test_a_body_that_mixes_prompts_has_one_part(model: Model, tmp_path: Path) ->
         model.map([*PROMPTS[:4], [9, 9]], body, to=tmp_path).run()
 
 
+def test_a_sweep_goes_on_in_its_folder_and_knows_its_items(model: Model, tmp_path: Path) -> None:
+    def body(scale: float) -> Any:
+        model.model.layers[0].output[0][:, -1] *= scale
+        return {"logits": model.lm_head.output[:, -1]}
+
+    scales = [1.0 + number / 10 for number in range(30)]
+    whole = list(model.map(scales, body, prompts=[1, 2, 3, 4], to=tmp_path / "whole"))
+    began = iter(model.map(scales, body, prompts=[1, 2, 3, 4], to=tmp_path / "sweep"))
+    next(began)
+    began.close()  # type: ignore[attr-defined]
+    parts = list(model.map(scales, body, prompts=[1, 2, 3, 4], to=tmp_path / "sweep"))
+    assert len(parts) == len(whole) > 1 and files_of(tmp_path / "sweep") == files_of(tmp_path / "whole")
+    rows = torch.cat([part["logits"] for part in parts])
+    assert rows.shape == (30, 64) and (rows[0] - rows[29]).abs().max() > 1e-3
+    for others in ([*scales[:5], 7.0, *scales[6:]], [2.0, *scales[1:]]):
+        with pytest.raises(ConflictError, match=r"other prompts than|the body"):
+            model.map(others, body, prompts=[1, 2, 3, 4], to=tmp_path / "sweep").run()
+
+
 def test_an_address_of_fsspec_is_a_folder(model: Model, tmp_path: Path) -> None:
     import fsspec
 
