@@ -105,7 +105,10 @@ class Bodies:
                 self._check_rows(found, sequence)
                 self._of_length[len(sequence)] = found
             else:
-                self._check_rows(found, self._other(sequence))  # two tokens or more tell tokens from prompts
+                try:
+                    self._check_rows(found, self._other(sequence))  # two tokens or more tell tokens from prompts
+                except GraphError:  # a size written as a number fits this many tokens only
+                    self._check_rows(found, sequence)
                 self._of_all = found
         return found
 
@@ -113,7 +116,10 @@ class Bodies:
         """Shapes for the prompt and for one that is a token longer (shorter at the limit), which tell what grows."""
         other = self._other(sequence)
         own = output_shapes(self._model, self.of(sequence), sequence, self._options)
-        longer = output_shapes(self._model, self.of(other), other, self._options)
+        try:
+            longer = output_shapes(self._model, self.of(other), other, self._options)
+        except GraphError:  # the body takes prompts of this many tokens only
+            longer = own
         grown: dict[str, tuple[int, ...]] = {}
         for name, shape in own.items():
             pairs = zip(shape.shape, longer[name].shape, strict=False)

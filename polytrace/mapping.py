@@ -152,7 +152,7 @@ class Map:
     def _begin(self, outputs: Mapping[str, Output], measured: Measured) -> None:
         check_combined(outputs, measured)
         self._running = {
-            name: running(output.combined) for name, output in outputs.items() if output.combined is not None
+            name: running(name, output.combined) for name, output in outputs.items() if output.combined is not None
         }
 
     def _cut(self, member: Member) -> Cut:

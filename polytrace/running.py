@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polytrace.combining import Combined, Way
+from polytrace.errors import GraphError
 
 Array = NDArray[Any]
 Contribution = Mapping[str, Array]
@@ -36,26 +37,38 @@ class Running(Protocol):
         """An array, or a TopK of arrays; None before the first contribution."""
 
 
-def running(combined: Combined) -> Running:
-    """A value of which nothing is known yet."""
+def running(name: str, combined: Combined) -> Running:
+    """A value of which nothing is known yet; its name is for errors."""
     if combined.way is Way.TOP_K:
         return _Top(combined.number)
     if combined.way is Way.COVARIANCE:
-        return _Covariance(combined.number)
+        return _Covariance(name, combined)
     if combined.way is Way.MEAN:
-        return _Mean()
-    return _Folded(*_FOLDS[combined.way])
+        return _Mean(name, combined)
+    return _Folded(name, combined, *_FOLDS[combined.way])
+
+
+def _check_shape(name: str, combined: Combined, known: Array, own: Array) -> None:
+    """numpy would stretch one to the other."""
+    if known.shape != own.shape:
+        raise GraphError(
+            f"polytrace.{combined.way.value} of {name!r}: prompts have values of shapes {list(known.shape)} and "
+            f"{list(own.shape)}, and only one shape can be combined",
+            where=combined.where,
+        )
 
 
 class _Folded:
     """A sum, a count or an extreme."""
 
-    def __init__(self, name: str, fold: np.ufunc) -> None:
-        self._name, self._fold = name, fold
+    def __init__(self, name: str, combined: Combined, array: str, fold: np.ufunc) -> None:
+        self._name, self._combined, self._array, self._fold = name, combined, array, fold
         self._value: Array | None = None
 
     def take(self, given: Contribution) -> None:
-        own = given[self._name]
+        own = given[self._array]
+        if self._value is not None:
+            _check_shape(self._name, self._combined, self._value, own)
         self._value = own if self._value is None else np.asarray(self._fold(self._value, own))
 
     def result(self) -> Array | None:
@@ -71,8 +84,8 @@ _FOLDS: dict[Way, tuple[str, np.ufunc]] = {
 
 
 class _Mean:
-    def __init__(self) -> None:
-        self._sum = _Folded("sum", np.add)
+    def __init__(self, name: str, combined: Combined) -> None:
+        self._sum = _Folded(name, combined, "sum", np.add)
         self._count = 0
 
     def take(self, given: Contribution) -> None:
@@ -87,8 +100,8 @@ class _Mean:
 class _Covariance:
     """Chan, Golub and LeVeque's way to join the moments of two sets of rows (1979)."""
 
-    def __init__(self, correction: int) -> None:
-        self._correction = correction
+    def __init__(self, name: str, combined: Combined) -> None:
+        self._name, self._combined, self._correction = name, combined, combined.number
         self._count = 0
         self._mean: Array | None = None
         self._products: Array | None = None  # sums of products of what differs from the mean
@@ -104,6 +117,7 @@ class _Covariance:
         if self._mean is None or self._products is None:
             self._count, self._mean, self._products = count, mean, products
             return
+        _check_shape(self._name, self._combined, self._mean, mean)
         total = self._count + count
         apart = mean - self._mean
         self._products = self._products + products + np.outer(apart, apart) * (self._count * count / total)

@@ -90,7 +90,7 @@ class Worker:
         """The chunk in one request; in halves, and these again, where a prompt's failure fails all."""
         try:
             values = self.values(request_of(members, self.measured, self._seeded(members)))
-        except (RunError, TooLargeError) as error:
+        except (GraphError, RunError, TooLargeError) as error:
             if len(members) > 1:
                 half = len(members) // 2
                 yield from self._pieces(members[:half], skipped)

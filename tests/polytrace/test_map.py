@@ -21,7 +21,7 @@ from engine.local import LocalBackend
 from polytrace.assembly import Member, request_of
 from polytrace.backend import Backend, Result
 from polytrace.bodies import Bodies
-from polytrace.errors import GraphError, RunError, TooLargeError
+from polytrace.errors import CapacityError, GraphError, RunError, TooLargeError
 from polytrace.graph import Options, Request
 from polytrace.model import Model
 from polytrace.progress import Tell, tell_nobody
@@ -377,6 +377,46 @@ def test_a_prompt_that_fails_while_it_runs_is_found_among_its_neighbours(model: 
     assert list(mapping.skipped) == [6]
     assert [float(row) for row in rows] == [6, 12, 18, 24, 30, 36, 8]
     assert int(mapping.results["sum"]) == 1 + 2 + 3 + 4 + 5 + 6 + 8
+
+
+def test_only_values_of_one_shape_are_combined(model: Model) -> None:
+    body = lambda: {"mean": polytrace.mean(model.model.layers[0].output[0][:, :5, 0])}  # noqa: E731
+    long, short = [[number] * 8 for number in range(16)], [[number] for number in range(60)]
+    with pytest.raises(GraphError, match=r"'mean': prompts have values of shapes \[5\] and \[1\]"):
+        model.map([*long, *short], body).run()
+
+
+def test_a_size_written_as_a_number_is_refused_with_the_prompt_that_it_does_not_fit(model: Model) -> None:
+    body = lambda: {"x": model.model.layers[0].output[0].view(1, 8, 4, 8)}  # noqa: E731
+    prompts = [[1] * 8, [2] * 8, [3] * 7, [4] * 8]
+    with pytest.raises(GraphError, match="prompt 2: view: ") as caught:
+        model.map(prompts, body).run()
+    assert str(caught.value.where).startswith("test_map.py:")
+    assert len(rows_of(model, "x", model.map(prompts[:2], body))) == 2
+    mapping = model.map(prompts, body, on_error="skip")
+    assert len(rows_of(model, "x", mapping)) == 3 and list(mapping.skipped) == [2]
+
+
+def test_what_was_sent_before_a_failure_comes_before_it(model: Model) -> None:
+    prompts: list[Any] = [[number] * 8 for number in range(30)]
+    prompts[20] = ["no prompt"]
+    read = []
+    with pytest.raises(GraphError, match="prompt 20"):
+        for part in model.map(prompts, lambda: {"x": model.lm_head.output[:, -1, 0]}, in_flight=8):
+            read.append(part.prompts)
+    assert read == [range(8), range(8, 16)]
+
+
+def test_a_service_that_is_full_is_asked_again(backend: LocalBackend) -> None:
+    class Full(Watched):
+        def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
+            if not self.requests:
+                self.requests.append(request)
+                raise CapacityError("come again")
+            return super().run(request, tell)
+
+    model = Model(Full(backend))
+    assert len(list(model.map([[1, 2]], lambda: {"x": model.lm_head.output[:, -1]}))) == 1
 
 
 def test_random_draws_do_not_depend_on_the_cut(model: Model) -> None:
