@@ -22,7 +22,7 @@ import time
 from polytrace.progress import showing_prompts
 with showing_prompts("mapping") as tell:
     for part in range(5):
-        tell(part * 10, {total})
+        tell(part * 10, None)
         time.sleep(2.1 / 4)
 """
 
@@ -53,9 +53,8 @@ def test_a_terminal_sees_bytes_and_their_rate_of_what_takes_long() -> None:
 
 
 def test_a_terminal_sees_prompts_of_a_dataset_whose_number_may_not_be_known() -> None:
-    told = shown_by(PROMPTS.format(total=50))
-    assert "40/50" in told and "prompts" in told and "0:00:01" in told
-    assert "40/?" in shown_by(PROMPTS.format(total=None))
+    told = shown_by(PROMPTS)
+    assert "40/?" in told and "prompts" in told
 
 
 def test_nobody_sees_a_bar_of_what_is_soon_over_or_of_what_nobody_looks_at() -> None:
