@@ -61,7 +61,10 @@ class Worker:
 
     def probe(self, member: Member) -> str:
         """A digest of all numbers that the model gives for one prompt: another model gives others."""
-        values = self.values(request_of([member], self.measured, self._seeded([member])))
+        pieces = list(self._pieces([member], {}))
+        if not pieces:
+            return "this prompt cannot be run"
+        ((_, values),) = pieces
         found = hashlib.sha256()
         for name in sorted(values):
             raw = raw_of(values[name])

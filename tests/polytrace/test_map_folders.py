@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import polytrace
 from engine.local import LocalBackend
-from polytrace.errors import ConflictError, GraphError
+from polytrace.errors import ConflictError, GraphError, RunError
 from polytrace.model import Model
 from scheduling.policy import PassPolicy
 
@@ -195,6 +195,19 @@ def test_other_lines_are_the_same_map(model: Model, tmp_path: Path) -> None:
 
     model.map(PROMPTS, one, to=tmp_path).run()
     model.map(PROMPTS, two, to=tmp_path).run()
+
+
+def test_a_first_prompt_that_fails_while_it_runs_is_left_out_of_a_folder_too(model: Model, tmp_path: Path) -> None:
+    def body() -> Any:
+        return {"x": torch.arange(8.0)[model.model.embed_tokens.input[:, -1]]}
+
+    prompts = [[1, 60], [1, 2], [1, 3]]
+    with pytest.raises(RunError, match="prompt 0: "):
+        model.map(prompts, body, to=tmp_path).run()
+    for _ in range(2):
+        mapping = model.map(prompts, body, to=tmp_path, on_error="skip")
+        (part,) = mapping
+        assert part["x"].tolist() == [2.0, 3.0] and list(mapping.skipped) == [0]
 
 
 def test_a_body_that_mixes_prompts_has_one_part(model: Model, tmp_path: Path) -> None:
