@@ -1,7 +1,6 @@
 """The benchmarks in one command.
 
-    python -m bench.run [merged] [overhead] [cones] [overlap] [loading] [moved] [language] [large] [--quick]
-        [--model FOLDER]
+    python -m bench.run [NAME ...] [--quick] [--model FOLDER]
 
 Each prints its figures and appends one JSON line to `bench/results/`. A row whose numbers are wrong is an error, not a
 result: nothing is recorded then. `--quick` shows that a benchmark works and records nothing.
@@ -21,8 +20,8 @@ import torch
 
 from bench import record, tinyworld
 
-# Modules with `config_for(folder, quick=)`, `run(config)`, `is_right(figures)`, `tell(figures)`; `overlap`
-# and `moved` need Ray, `large` a GPU.
+# Modules with `config_for(folder, quick=)`, `run(config)`, `is_right(figures)`, `tell(figures)`; `overlap`,
+# `moved` and `maps` need Ray, `large` a GPU.
 BENCHMARKS: Mapping[str, str] = {
     "merged": "bench.merged",
     "overhead": "bench.overhead",
@@ -31,6 +30,7 @@ BENCHMARKS: Mapping[str, str] = {
     "loading": "bench.loading",
     "moved": "bench.moved",
     "language": "bench.language",
+    "maps": "bench.maps",
     "large": "bench.large",
 }
 _ON_GPUS = {"large"}

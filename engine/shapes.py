@@ -46,7 +46,7 @@ from polytrace.graph import (
     Write,
 )
 from polytrace.ops import OPS, Results
-from polytrace.parts import num_parts
+from polytrace.part_counts import num_parts
 from scheduling.checks import ModelTable, Resolved, resolve, table_of
 from scheduling.liveness import peak_bytes
 from scheduling.plan import ValueFacts

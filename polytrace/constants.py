@@ -30,7 +30,7 @@ class Constants:
         if version is not None and (id(value), version) in self._by_object:
             self._again.setdefault((id(value), version), where)
             return self._by_object[id(value), version][1]
-        dtype, shape, data = _content(value, where)
+        dtype, shape, data = content(value, where)
         digest = digest_of(dtype, shape, data) if len(data) >= LARGE_BYTES else None
         raw = RawTensor(dtype=dtype, shape=shape, data=memoryview(data), digest=digest)
         name = self._named(raw, (dtype, shape, digest or bytes(data)))
@@ -42,7 +42,7 @@ class Constants:
         """Raises GraphError where a tensor used twice is not what it was: torch counts no change through `.data`."""
         for key, where in self._again.items():
             value, name = self._by_object[key]
-            if value._version == key[1] and memoryview(_content(value, where)[2]) != self.tensors[name].data:
+            if value._version == key[1] and memoryview(content(value, where)[2]) != self.tensors[name].data:
                 raise GraphError(
                     "a tensor was changed through .data in this trace, where nothing counts it, and it is used with "
                     "other content before: change it with in-place code under torch.no_grad(), or use a new tensor",
@@ -65,7 +65,7 @@ class Constants:
         return name
 
 
-def _content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes | bytearray]:
+def content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes | bytearray]:
     """Dtype, shape and a copy of the bytes: one that may be shared with a tensor where it is large."""
     if hasattr(value, "untyped_storage"):
         return _torch_content(value, where)

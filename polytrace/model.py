@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
@@ -31,6 +32,7 @@ from polytrace.tree import NoSuchNameError, Table, index_description, join
 
 if TYPE_CHECKING:
     from polytrace.editing import EditBlock, EditedModel
+    from polytrace.mapping import Map
 
 
 class Config(dict[str, Any]):
@@ -202,6 +204,42 @@ class Model(Module):
         """Edits that are kept by name, by default the newest version. Raises NotFoundError."""
         number, data = self.shelf.get(check_name(name, user_line()), version)
         return decode_edits(data, f"{name}@{number}", max_nodes=self.description.limits.max_nodes)
+
+    def map(
+        self,
+        dataset: Any,
+        body: Callable[..., Any],
+        *,
+        prompts: Any = None,
+        to: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        sharing: str | Sharing = Sharing.TENANT,
+        in_flight: int = 4,
+        on_error: str = "raise",
+    ) -> Map:
+        """`body()` over any number of prompts; `for part in model.map(...)` gives the values part by part, in order.
+
+        `dataset`: an iterable of prompts, or the `pathlib.Path` of a file with one a line (`.jsonl` too); it is read as
+        it is needed. The body is recorded once (once for each number of tokens where it asks for shapes or lengths),
+        for one prompt, and returns a dict: each prompt's own values `[prompts, ...]`, or `polytrace.mean(value)` and
+        the like, which `results` has at the end. With `prompts=` (one prompt) it is a sweep: `body(item)` is recorded
+        for each item of `dataset`. Values have the bits of a trace of the prompt alone.
+
+        `to`: a folder or an address of fsspec (`s3://...`) that gets numbered safetensors files and `index.json`; the
+        same map goes on there after a crash. `in_flight`: requests under way at once. `on_error="skip"` leaves out
+        prompts that cannot be run and lists them. Raises GraphError where the body mixes prompts and these do not fit
+        into one pass, ConflictError where the folder has another map's parts.
+        """
+        from polytrace.mapping import Map, Wishes
+
+        if on_error not in ("raise", "skip") or not isinstance(in_flight, int) or in_flight < 1:
+            raise GraphError(
+                f"on_error is 'raise' or 'skip' and in_flight at least 1, not {on_error!r} and {in_flight!r}",
+                where=user_line(),
+            )
+        options = self.trace(seed=seed, sharing=sharing).options
+        wishes = Wishes(options=options, to=to, in_flight=in_flight, is_skipping=on_error == "skip")
+        return Map(self, dataset, body, prompts, wishes)
 
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it."""

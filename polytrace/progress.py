@@ -41,6 +41,18 @@ def showing_progress(what: str) -> Iterator[Tell]:
 
 
 @contextmanager
+def showing_prompts(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """The same for prompts of a dataset, whose number may not be known."""
+    if not _is_looked_at():
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    with _bar(what, BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn()) as tell:
+        yield tell
+
+
+@contextmanager
 def showing_bytes(what: str) -> Iterator[Tell]:
     """The same for bytes, with their rate."""
     if not _is_looked_at():
@@ -57,7 +69,7 @@ def _is_looked_at() -> bool:
 
 
 @contextmanager
-def _bar(what: str, *columns: ProgressColumn) -> Iterator[Tell]:
+def _bar(what: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int | None], None]]:
     from rich.console import Console
     from rich.progress import Progress, TextColumn
 
@@ -65,7 +77,7 @@ def _bar(what: str, *columns: ProgressColumn) -> Iterator[Tell]:
     task = bar.add_task(what, total=None)
     began = time.monotonic()
 
-    def tell(done: int, total: int) -> None:
+    def tell(done: int, total: int | None) -> None:
         bar.update(task, completed=done, total=total)
         if time.monotonic() - began >= _PATIENCE_S:
             bar.start()

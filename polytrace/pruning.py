@@ -62,7 +62,7 @@ def renumber(nodes: Sequence[Node], kept: Iterable[NodeId]) -> tuple[tuple[Node,
     for position in kept:
         place = NodeId(len(found))
         # nothing is gone before a node that stays in its place
-        found.append(nodes[position] if place == position else _moved(nodes[position], places))
+        found.append(nodes[position] if place == position else moved(nodes[position], places))
         places[position] = place
     return tuple(found), places
 

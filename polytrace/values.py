@@ -22,7 +22,7 @@ from polytrace.lines import user_line
 from polytrace.literals import first_int
 from polytrace.open_shapes import is_open
 from polytrace.ops import OPS, Results
-from polytrace.parts import num_parts
+from polytrace.part_counts import num_parts
 from polytrace.positions import OPEN, position_index
 from polytrace.storage import Several, State, is_recorded, recorded_in, state_of
 from polytrace.tree import NoSuchNameError

@@ -172,6 +172,24 @@ def decode_content(buffer: bytes | bytearray | memoryview) -> RawTensor:
     return tensors[_CONTENT]
 
 
+def encode_tensors(kind: str, body: Any, tensors: Mapping[str, RawTensor]) -> list[bytes | memoryview]:
+    """A file of another kind (a part of a map) with its own JSON, as parts to be written one after another."""
+    names = sorted(tensors, key=lambda name: (-itemsize(tensors[name].dtype), name))
+    entries: dict[str, Any] = {}
+    offset = 0
+    for name in names:
+        entries[name] = _entry(tensors[name].dtype, tensors[name].shape, offset)
+        offset += num_bytes(tensors[name].dtype, tensors[name].shape)
+    return [_header({"polytrace": VERSION, kind: _dumps(body)}, entries), *(tensors[name].data for name in names)]
+
+
+def decode_tensors(
+    buffer: bytes | bytearray | memoryview, kind: str, *, max_header_bytes: int = MAX_HEADER_BYTES
+) -> tuple[Any, dict[str, RawTensor]]:
+    """The JSON and the tensors of such a file, as views of `buffer`."""
+    return _decode(buffer, kind, max_header_bytes)
+
+
 def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Request:
     fields = {"seed", "sharing", "edits", "prompts", "invokes", "wheres", "templates", "order"}
     if not isinstance(body, dict) or body.keys() - {"stored", "keeps"} != fields:

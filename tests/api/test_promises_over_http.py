@@ -178,6 +178,47 @@ def test_a_graph_that_fails_tells_its_owner_which_line_and_hurts_nobody(model: M
     assert error.where.startswith("test_promises_over_http.py:")
 
 
+def test_a_map_over_http_gives_the_numbers_of_one_process_and_goes_on_in_its_folder(
+    model: Model, tmp_path: Path
+) -> None:
+    names = ("Eiffel Tower", "Colosseum", "Space Needle", "Brandenburg Gate")
+    prompts = [f"The {names[number % 4]} is in the city of"[: 12 + number % 25] for number in range(600)]
+
+    def body_of(model: Model) -> Any:
+        def body() -> dict[str, Any]:
+            layer = model.model.layers[4].output[0]
+            layer[:, -1] *= 1.5
+            logits = model.lm_head.output[:, -1]
+            return {
+                "layer": layer,
+                "best": polytrace.top_k(logits.softmax(-1).amax(-1), 5),
+                "mean": polytrace.mean(logits),
+                "covariance": polytrace.covariance(layer[..., :8], over="tokens"),
+            }
+
+        return body
+
+    mapping = model.map(prompts, body_of(model), to=tmp_path)
+    rows = [row for part in mapping for row in part.rows("layer")]
+    again = model.map(prompts, body_of(model), to=tmp_path).run()
+    with polytrace.load(str(FOLDER), threads=1) as here:
+        local = here.map(prompts, body_of(here))
+        theirs = [row for part in local for row in part.rows("layer")]
+    assert len(rows) == len(theirs) == 600
+    for ours, other in zip(rows, theirs, strict=True):
+        assert (ours - other).abs().max() <= FLOAT32_TOLERANCE * max(1.0, float(other.abs().max()))
+    for number in (3, 599):
+        with model.trace(prompts[number]):
+            model.model.layers[4].output[0][:, -1] *= 1.5
+            alone = model.model.layers[4].output[0].save()
+        assert torch.equal(rows[number], alone[0])
+    for name in ("mean", "covariance"):
+        ours, other = mapping.results[name], local.results[name]
+        assert (ours - other).abs().max() <= FLOAT32_TOLERANCE * max(1.0, float(other.abs().max()))
+        assert torch.equal(ours, again[name])
+    assert mapping.results["best"].prompts.tolist() == local.results["best"].prompts.tolist()
+
+
 def test_nothing_that_serves_can_run_what_a_user_sent() -> None:
     root = Path(polytrace.__file__).parent.parent
     ways = ("pickle.", "import pickle", "eval(", "exec(", "torch.load(", "trust_remote_code=True", "marshal.")

@@ -26,6 +26,15 @@ def test_patching_moves_the_fact_from_its_subject_to_the_last_token() -> None:
     assert first_layer[-1] < 0.5
 
 
-def output_of(name: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / name)]
+def test_the_dataset_is_mapped_into_a_folder_and_a_second_run_says_the_same(tmp_path: Path) -> None:
+    told = output_of("dataset.py", "--to", str(tmp_path / "map"))
+    assert output_of("dataset.py", "--to", str(tmp_path / "map")) == told
+    lines = told.splitlines()
+    assert lines[0].startswith("prompts 0 to 15: [16, ") and lines[0].endswith("part-00000.safetensors")
+    assert re.fullmatch(r"\d+ directions hold 90% of the variance", lines[1])
+    assert len(lines) == 5 and all(re.fullmatch(r"\d+% sure: '.*'", line) for line in lines[2:])
+
+
+def output_of(name: str, *flags: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

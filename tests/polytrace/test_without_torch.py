@@ -168,6 +168,37 @@ assert decode(RawTensor(dtype="int64", shape=(1, 2), data=memoryview(buffer))).t
 """)
 
 
+def test_a_map_gives_arrays() -> None:
+    run("""
+import polytrace
+from polytrace.backend import Result
+from polytrace.graph import Save
+from conftest import receipt
+
+def values(request):
+    numbers = [invoke.sequences[0][0] for invoke in request.invokes]
+    total = np.full(8, float(sum(numbers)))
+    saves = [node.name for node in request.graph.nodes if isinstance(node, Save)]
+    made = {"sum:sum": total, "mean:sum": total, "mean:count": np.array(len(numbers))}
+    return {name: made[name] if name in made else np.full((1, 8), numbers[int(name.split("/")[1])]) for name in saves}
+
+backend.run = lambda request, tell=None: Result(values=values(request), receipt=receipt())
+backend.shape = ValueShape(shape=(1, 8), dtype="float32")
+
+def body():
+    last = layer.mlp.output
+    return {"last": last, "sum": polytrace.sum(last), "mean": polytrace.mean(last * 2)}
+
+mapping = model.map([[number, 1] for number in range(1, 7)], body)
+(part,) = mapping
+assert type(part["last"]) is np.ndarray and part["last"][:, 0].tolist() == [1, 2, 3, 4, 5, 6]
+assert [row.shape for row in part.rows("last")] == [(8,)] * 6
+assert mapping.results["sum"].tolist() == [21.0] * 8 and mapping.results["mean"].tolist() == [3.5] * 8
+assert mapping.results["sum"].dtype == np.float64
+refused(lambda: model.map([[1, 2]] * 3, lambda: {"x": layer.mlp.output.softmax(0), "y": polytrace.max(1)}).run(), "max")
+""")
+
+
 def test_importing_polytrace_imports_nothing_heavy() -> None:
     program = (
         "import sys, polytrace; print(sorted({'torch', 'numpy', 'httpx', 'transformers', 'ray'} & sys.modules.keys()))"

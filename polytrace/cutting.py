@@ -1,0 +1,147 @@
+"""A dataset in pieces: which prompts go into one request, and which parts an earlier run has made already.
+
+The cut depends on the prompts and on `Cut` alone, never on time: so a map that goes on after a crash makes the parts
+that it would have made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from polytrace.assembly import Member
+from polytrace.bodies import Measured
+from polytrace.datasets import Datum
+from polytrace.errors import ConflictError, GraphError
+from polytrace.index import Cut, DatasetDigest, Index
+from polytrace.members import Source
+from polytrace.parts import Part
+from polytrace.rowwise import MixesPromptsError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Prompts that become one part."""
+
+    number: int
+    prompts: range
+    members: tuple[Member, ...]
+    skipped: dict[int, str]  # and why, of those that cannot be run
+    dataset: str  # a digest of all prompts up to its end
+    stored: Part | None = None  # what an earlier run made of it
+
+
+@dataclass(slots=True)
+class _Open:
+    """A chunk that is being filled."""
+
+    members: list[Member] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)
+    tokens: int = 0
+    bytes: int = 0
+
+
+class Cutter:
+    """Cuts one dataset."""
+
+    def __init__(self, source: Source, measured: Measured, cut: Cut, index: Index | None) -> None:
+        self._source = source
+        self._measured = measured
+        self._cut = cut
+        self._index = index
+        self._digest = DatasetDigest()
+        self._number = 0  # of the next chunk
+        self._first = 0  # the first prompt of the next chunk
+
+    def chunks(self, data: Iterator[Datum]) -> Iterator[Chunk]:
+        """What is stored first, then the rest. Raises ConflictError where what is stored is of other prompts."""
+        yield from self._stored(data)
+        own, stop = _Open(), self._first
+        for datum in data:
+            if self._index is not None and self._index.is_complete:
+                raise ConflictError(
+                    f"{self._index.folder.path('')} is complete with {self._first} prompts, and this dataset has more: "
+                    "map to another folder"
+                )
+            if datum.problem is None:
+                member = self._member(datum)
+                size = self._row_bytes(member)
+                if own.members and not self._fits(own, member, size):
+                    yield self._close(own, stop)
+                    own = _Open()
+                own.members.append(member)
+                own.tokens += len(member.sequence)
+                own.bytes += size
+            else:
+                own.skipped[datum.number] = datum.problem
+            self._note(datum)
+            stop = datum.number + 1
+        if own.members or own.skipped:
+            yield self._close(own, stop)
+
+    def _stored(self, data: Iterator[Datum]) -> Iterator[Chunk]:
+        if self._index is None:
+            return
+        for place, entry in enumerate(list(self._index.parts)):
+            first, stop = entry["prompts"]
+            own: list[Datum] = []
+            for _ in range(first, stop):
+                datum = next(data, None)
+                if datum is None:
+                    raise ConflictError(
+                        f"{self._index.folder.path('')} has parts of {stop} prompts and more, and this dataset ends "
+                        f"after {first + len(own)}: map to another folder"
+                    )
+                own.append(datum)
+                self._note(datum)
+            if self._digest.value() != entry["dataset"]:
+                raise ConflictError(
+                    f"{self._index.folder.path(entry['file'])} is of other prompts than {first} to {stop - 1} of this "
+                    "dataset: map to another folder"
+                )
+            part = self._index.read(place)
+            if part is None:  # lost or damaged: from here on everything is made again
+                self._index.cut_off(place)
+                yield self._close(self._opened(own), stop)
+                return
+            yield self._close(_Open(), stop, part)
+
+    def _opened(self, data: list[Datum]) -> _Open:
+        return _Open(
+            members=[self._member(datum) for datum in data if datum.problem is None],
+            skipped={datum.number: datum.problem for datum in data if datum.problem is not None},
+        )
+
+    def _member(self, datum: Datum) -> Member:
+        """Recorded anew where the body asks for lengths; what it does then may differ from what it did first."""
+        try:
+            return self._source.member(datum)
+        except MixesPromptsError as mixed:
+            told = f"for prompt {datum.number}, of {len(datum.sequence)} tokens, {mixed.told}"
+            raise GraphError(told, where=mixed.where) from None
+
+    def _fits(self, own: _Open, member: Member, size: int) -> bool:
+        return (
+            own.tokens + len(member.sequence) <= self._cut.tokens
+            and len(own.members) < self._cut.prompts
+            and own.bytes + size <= self._cut.bytes
+        )
+
+    def _row_bytes(self, member: Member) -> int:
+        return sum(self._measured.row_bytes(name, len(member.sequence)) for name in member.recorded.outputs)
+
+    def _note(self, datum: Datum) -> None:
+        self._digest.add(self._source.told(datum) if datum.problem is None else "skipped")
+
+    def _close(self, own: _Open, stop: int, stored: Part | None = None) -> Chunk:
+        chunk = Chunk(
+            number=self._number,
+            prompts=range(self._first, stop),
+            members=tuple(own.members),
+            skipped=own.skipped,
+            dataset=self._digest.value(),
+            stored=stored,
+        )
+        self._number += 1
+        self._first = stop
+        return chunk
