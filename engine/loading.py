@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from engine.shipped import known_source
 from engine.splits import Split, plan_splits
 from engine.windows import Layout, Window, find_layout, keep_window
 from polytrace.errors import ServiceError
+from polytrace.grammar import nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,12 +234,22 @@ def _never_warn(input_ids: Any, attention_mask: Any) -> None:
     pass
 
 
+def _unreadable(source: str, error: Exception) -> str:
+    """Why there is no model, with the nearest folders where a folder was meant."""
+    folder = Path(source)
+    if (source.count("/") > 1 or source.startswith((".", "/", "~"))) and not folder.exists():
+        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        close = nearest(str(folder), [str(one) for one in beside if one.is_dir()])
+        return f"there is no folder {source}{close}, and a hub's id is owner/name"
+    return f"cannot read a model configuration from {source}: {error}"
+
+
 def _config_and_class(source: str) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         if known_source(source) == source:
-            raise ServiceError(f"cannot read a model configuration from {source}: {error}") from error
+            raise ServiceError(_unreadable(source, error)) from error
         config = AutoConfig.from_pretrained(known_source(source))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ServiceError(

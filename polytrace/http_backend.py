@@ -253,4 +253,4 @@ def _error(response: httpx.Response) -> PolytraceError:
 
 
 def _unreachable(url: str, error: Exception) -> ServiceError:
-    return ServiceError(f"no answer from {url}: {error or type(error).__name__}")
+    return ServiceError(f"no answer from {url}: {error or type(error).__name__}; is `polytrace serve` running there?")

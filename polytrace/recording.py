@@ -235,7 +235,7 @@ class Recording:
             return
         self._check_fresh(state.storage, where)
         dtype = self._dtypes.of(old)
-        self._check_kind(dtype or self.session.shape_of(old).dtype, new, where)
+        self._check_kind(dtype, new, where)
         if state.storage.place is None or dtype is None or dtype != self._dtypes.of(new):
             new = self._add(Op(name="setitem", args=(Ref(old), Ellipsis, Ref(new)), where=where))
         self._new_root(state.storage, new, where)
@@ -418,6 +418,8 @@ class Recording:
             return self.session.shape_of(position).dtype
         if not isinstance(node, Op) or not isinstance(node.args[0], Ref):
             return None
+        if node.name in _MAKES:
+            return _MAKES[node.name]
         kinds = {self._dtypes.known[part] for part in self._dtype_parts(position)}
         if node.name in _KEEPS_DTYPE:
             return kinds.pop()
@@ -562,9 +564,9 @@ class Recording:
                 where=where,
             )
 
-    def _check_kind(self, dtype: str, new: NodeId, where: str) -> None:
+    def _check_kind(self, dtype: str | None, new: NodeId, where: str) -> None:
         """In-place code does not make whole numbers of others, as in torch."""
-        if "float" in dtype:
+        if dtype is None or "float" in dtype:
             return
         made = self._dtypes.of(new) or self.session.shape_of(new).dtype
         if "float" in made or (dtype == "bool" and made != "bool"):
@@ -632,6 +634,11 @@ def _lost(nodes: Sequence[Node], edit: NodeId) -> str:
 
 # types of Python values that stand in a graph as they are
 _PLAIN = frozenset({type(None), type(Ellipsis), bool, float, str, DType})
+
+# ops whose result has one dtype, whatever they are given
+_MAKES = dict.fromkeys(("argmax", "argmin", "argsort", "count_nonzero", "long", "one_hot"), "int64") | dict.fromkeys(
+    ("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite"), "bool"
+)
 
 # ops whose result has the dtype of their first argument
 _KEEPS_DTYPE = frozenset(

@@ -100,7 +100,7 @@ UNKNOWN_NAMES = (
     inside("a child", "model.model.layers[3].attn.output  # <-", words=("'attn'", "did you mean self_attn?")),
     inside("outputs", "model.model.layers[3].outputs  # <-", words=("'outputs'", "did you mean output")),
     inside("a method", HIDDEN, "h.meen(-1)  # <-", words=("'meen'", "did you mean mean")),
-    inside("a function", HIDDEN, "torch.linalg.eigvals(h)  # <-", words=("eigvals",)),
+    inside("a function", HIDDEN, "torch.nn.functional.grid_sample(h, h)  # <-", words=("no operation", "grid_sample")),
     inside("a keyword", HIDDEN, "h.sum(dims=1)  # <-", words=("'dims'", "did you mean dim?")),
     inside("logits", "model.logits.save()  # <-", words=("'logits'", "model.output.logits.save()")),
     inside("what tracer has not", "tracer.output.save()  # <-", words=("'output'", "model.output.logits.save()")),

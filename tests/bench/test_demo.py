@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from mistakes import MISTAKES
 from rich.console import Console
 
 import polytrace
@@ -20,6 +23,7 @@ from bench import tinyworld
 from bench.plain import TOLERANCE, Plain
 from bench.service import Service, ServiceDidNotStartError, running_service
 from bench.visits import NAME, draw, largest_difference, size, totals_table, users_table, visit_all
+from polytrace.errors import PolytraceError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +44,7 @@ def test_eight_users_share_passes_and_every_number_is_right(service: Service, tm
     entries = [entry for visit in visits for receipt in visit.receipts for entry in receipt.passes]
     assert max(entry.requests for entry in entries) > 1, "users shared passes"
 
-    text = StringIO()
+    text = io.StringIO()
     console = Console(file=text, width=160)
     console.print(users_table(visits, differences), totals_table(visits, differences, 1.0))
     for visit in visits:
@@ -57,6 +61,28 @@ def test_the_service_example_of_the_readme_runs(service: Service) -> None:
     assert isinstance(logits, torch.Tensor)
     plain = Plain(tinyworld.FOLDER)
     assert plain.text([int(logits.argmax())]) == " Rome"
+
+
+@pytest.mark.parametrize("method", ["activation_patching", "path_patching", "steering"])
+def test_a_script_of_the_guide_runs_unchanged_on_a_service(
+    service: Service, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYTRACE_URL", service.url)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    path = ROOT / "docs" / "guide" / f"{method}.py"
+    names = {"__name__": "__main__", "__file__": str(tmp_path / path.name)}  # its picture goes there
+    exec(compile(path.read_text(), str(path), "exec"), names)  # it asserts what it finds
+    assert names["url"] == service.url
+
+
+def test_a_service_tells_mistakes_as_one_process_does(service: Service) -> None:
+    names = {"model": polytrace.connect(service.url, NAME), "torch": torch, "np": np, "io": io}
+    for name, mistake in MISTAKES.items():
+        with pytest.raises(PolytraceError) as caught, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mistake.make(names)
+        assert caught.value.where == f"notebook.py:{mistake.line}", name
+        assert all(words in caught.value.message for words in mistake.words), name
 
 
 def test_a_service_that_does_not_start_says_why(tmp_path: Path) -> None:

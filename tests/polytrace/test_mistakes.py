@@ -54,6 +54,11 @@ def test_a_number_into_an_array_of_ones_own_is_told_as_the_cause(model: Any) -> 
     assert "results.append(value.save())" in str(caught.value.__cause__)
 
 
+def test_a_folder_that_is_not_there_comes_with_the_nearest() -> None:
+    with pytest.raises(PolytraceError, match=r"there is no folder .*modell; did you mean .*model\?, and a hub's id"):
+        polytrace.load(str(tinyworld.FOLDER) + "l")
+
+
 def test_what_is_no_mistake(model: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Printing, formatting, loops over a value, `torch.no_grad()` and torch's own views of a value are fine."""
     with torch.no_grad(), model.trace(PROMPT):
