@@ -55,6 +55,8 @@ _ANOTHER_FORWARD = "ranks share what its module computes, and its own forward do
 _UNFORKED = "its rows depend on how rows are shared"
 _Place = tuple[str, Port, Selector]
 _Seen = dict[_Place, Tensor]
+_Look = Callable[[_Place, Tensor, Tensor], None]  # gets a place, the rows there and the tensor that has them
+_IsSame = Callable[[_Place, Tensor, Tensor], bool]
 
 
 def run_gate(
@@ -96,20 +98,20 @@ def run_gate(
         torch.randint(0, probe.vocab_size, (length,), generator=generator).tolist()
         for length in (_LENGTHS[0], _LENGTHS[0], _LENGTHS[1])
     )
-    streams = ([a, b], [other, b], [b], [a, [*b[:-1], (b[-1] + 1) % probe.vocab_size]])
-    together, changed, alone, ahead = map(trial.watch_last, streams)
-    unwritten = trial.watch_last(streams[0], has_operations=False)[0]
-    is_rewritten_well = all(torch.equal(rows, together[0][place]) for place, rows in unwritten.items())
+    together, mutated = trial.watch_last([a, b])
+    changed = trial.differing([other, b], together, _is_equal)
     lengths = [] if device.type == "cpu" else [min(length, probe.max_tokens) for length in _LONGER]
-    longer = [trial.watch_last([(a * length)[:length], b])[0] for length in lengths]
+    lone = set[_Place]().union(
+        *(trial.differing(stream, together, trial.is_same) for stream in ([b], *([(a * n)[:n], b] for n in lengths)))
+    )
+    is_rewritten_well = not trial.differing([a, b], together, _is_equal, has_operations=False)
     leaves = []
-    for place, rows_b in together[0].items():
+    for place, rows_b in together.items():
         module, port, selector = place
-        others = [seen[place] for seen in (alone[0], *longer)]
         refusal = None
-        if not torch.equal(rows_b, changed[0][place]):
+        if place in changed:
             refusal = "its rows depend on the neighbours in a shared pass"
-        elif not all(trial.is_same(place, rows_b, other) for other in others):
+        elif place in lone:
             refusal = "its rows are not the same bits in a shared pass as alone"
         elif (module, port) in trial.operations:
             is_proven = proven is None or trial.operations[module, port].place(selector) in proven
@@ -120,7 +122,7 @@ def run_gate(
                 port=port,
                 selector=selector,
                 local_tail=tuple(rows_b.shape[1:2] if port.is_of_pairs else rows_b.shape[1:]),
-                mutated=(module, port, selector) in together[1],
+                mutated=place in mutated,
                 refusal=refusal,
             )
         )
@@ -141,14 +143,13 @@ def run_gate(
         of_modules = [leaf for leaf in leaves if (leaf.module, leaf.port) not in trial.operations]
         _check_logits(of_modules, probe, runner.model)
     known = {(leaf.module, leaf.port, leaf.selector) for leaf in leaves if leaf.refusal is None}
+    ahead = [a, [*b[:-1], (b[-1] + 1) % probe.vocab_size]]
     differing: set[_Place] = set()
     if probe.has_side_values:
         machine_notes = (*machine_notes, f"no rows are shared: layers {_SIDE_VALUES}")
     else:
         differing = trial.differing_forks(b) & known
-    moved = {
-        place for place, rows in ahead[0].items() if not trial.is_same(place, rows[:-1], together[0][place][:-1])
-    } & known
+    moved = trial.differing(ahead, {place: rows[:-1] for place, rows in together.items()}, trial.is_same) & known
     unforked = {place for place in differing | moved if place[:2] in trial.operations}
     leaves = [
         replace(leaf, refusal=_UNFORKED) if (leaf.module, leaf.port, leaf.selector) in unforked else leaf
@@ -268,19 +269,40 @@ class _Trial:
             self.rounded.add(place)
         return is_close
 
-    def watch_last(self, sequences: list[list[int]], *, has_operations: bool = True) -> tuple[_Seen, set[_Place]]:
+    def watch_last(self, sequences: list[list[int]]) -> tuple[_Seen, set[_Place]]:
         """The last sequence's rows at every leaf that this stage owns, beside the others, and which were mutated."""
-        watched = slice(sum(map(len, sequences[:-1])), sum(map(len, sequences)))
         seen: _Seen = {}
         originals: dict[_Place, tuple[Tensor, int]] = {}
 
-        def watching(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
-            return _watching(site, streams.layer(0).num_padded, watched, seen, originals)
+        def look(place: _Place, rows: Tensor, tensor: Tensor) -> None:
+            seen[place] = rows.clone()
+            originals[place] = (tensor, tensor._version)
+
+        self._look_at_last(sequences, look)
+        return seen, {place for place, (tensor, version) in originals.items() if tensor._version != version}
+
+    def differing(
+        self, sequences: list[list[int]], seen: _Seen, is_same: _IsSame, *, has_operations: bool = True
+    ) -> set[_Place]:
+        """Places where the last sequence has other rows than those seen: of these, or of as many as are there."""
+        left = {place for place in seen if has_operations or place[:2] not in self.operations}
+
+        def look(place: _Place, rows: Tensor, _tensor: Tensor) -> None:
+            if place in left and is_same(place, rows[: len(seen[place])], seen[place]):
+                left.remove(place)
+
+        self._look_at_last(sequences, look, has_operations=has_operations)
+        return left
+
+    def _look_at_last(self, sequences: list[list[int]], look: _Look, *, has_operations: bool = True) -> None:
+        """One forward that shows the last sequence's rows at every leaf that this stage owns."""
+        last = slice(sum(map(len, sequences[:-1])), sum(map(len, sequences)))
+
+        def looking(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
+            return _looking(site, streams.layer(0).num_padded, last, look)
 
         segments = [root_segment(sequence, self.probe.layout.num_layers) for sequence in sequences]
-        self._run(segments, watching, has_operations=has_operations)
-        mutated = {key for key, (tensor, version) in originals.items() if tensor._version != version}
-        return seen, mutated
+        self._run(segments, looking, has_operations=has_operations)
 
     def differing_forks(self, sequence: list[int]) -> set[_Place]:
         """Places that this stage owns where forks of a sequence that change nothing have other bits than it."""
@@ -393,24 +415,21 @@ def root_segment(sequence: list[int], num_layers: int) -> Segment:
     )
 
 
-def _watching(
-    site: SiteInfo,
-    num_rows: int,
-    last: slice,
-    seen: _Seen,
-    originals: dict[_Place, tuple[Tensor, int]],
-) -> Callable[[Any], Any]:
-    """Copies the last sequence's rows of every leaf. The gate keeps all rows for the head, so both row spaces agree."""
+def _is_equal(_place: _Place, rows: Tensor, other: Tensor) -> bool:
+    return torch.equal(rows, other)
+
+
+def _looking(site: SiteInfo, num_rows: int, last: slice, look: _Look) -> Callable[[Any], Any]:
+    """Shows the last sequence's rows of every leaf. The gate keeps all rows for the head, so both row spaces agree."""
     readable = {leaf.selector for leaf in site.leaves if leaf.read_refusal is None}
 
     def visitor(value: Any) -> Any:
         if isinstance(value, Pairs) and readable:
-            seen[site.module, site.port, ()] = value.read(range(last.start, last.stop), last.stop - last.start)
+            rows = value.read(range(last.start, last.stop), last.stop - last.start)
+            look((site.module, site.port, ()), rows, rows)
         for selector, tensor in row_leaves(value, site.layouts).items():
             if selector in readable and tensor.ndim >= 2 and tensor.shape[1] == num_rows:
-                key = (site.module, site.port, selector)
-                seen[key] = tensor[0, last].clone()
-                originals[key] = (tensor, tensor._version)
+                look((site.module, site.port, selector), tensor[0, last], tensor)
         return value
 
     return visitor
