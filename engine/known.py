@@ -20,6 +20,7 @@ from polytrace.tensors import RawTensor
 
 _MAX_ELEMENTS = 1 << 18  # of one known value
 _MAX_OPS = 4_096  # values made for one request
+_MAX_MADE = 1 << 24  # their elements together
 _DEAR = frozenset({Cost.PRODUCT, Cost.TRANSFORM, Cost.DECOMPOSITION})  # not worth running to learn a shape
 
 
@@ -32,6 +33,7 @@ class KnownValues:
         self._data: dict[NodeId, Tensor] = {}
         self._is_known: list[bool] = []
         self._ops_left = _MAX_OPS
+        self._elements_left = _MAX_MADE
 
     def note(self, node: NodeId, num_elements: int) -> None:
         """Takes in the next node, in order."""
@@ -54,10 +56,10 @@ class KnownValues:
             needed.update(fresh)
             pending.extend(part for part in fresh if part not in self._data)
         for current in sorted(needed - self._data.keys()):  # operands come before their users
-            if not self._ops_left:
+            if not self._may_run():
                 return None
-            self._ops_left -= 1
-            self._data[current] = self._run(current)
+            made = self._data[current] = self._run(current)
+            self._elements_left -= made.numel() if isinstance(made, Tensor) else sum(one.numel() for one in made)
         return self._data[node]
 
     def value_of(self, op: Op) -> Tensor | None:
@@ -66,7 +68,7 @@ class KnownValues:
             return None
         found = {part: self.data(part) for part in operands(op)}
         known = {part: data for part, data in found.items() if data is not None}
-        if len(known) < len(found):
+        if len(known) < len(found) or not self._may_run():
             return None
         if op.name == "bincount" and isinstance(op.args[0], Ref):  # has as many places as its largest number says
             least = op.kwargs.get("minlength", op.args[2] if len(op.args) > 2 else 0)
@@ -74,7 +76,13 @@ class KnownValues:
             largest = max(int(numbers.max()) if numbers.numel() else 0, least if isinstance(least, int) else 0)
             if largest > _MAX_ELEMENTS:
                 raise TooLargeError(f"bincount would count {largest} numbers; the limit is {_MAX_ELEMENTS}")
-        return _value(op, known)
+        value = _value(op, known)
+        self._elements_left -= sum(data.numel() for data in known.values())
+        return value
+
+    def _may_run(self) -> bool:
+        self._ops_left -= 1
+        return self._ops_left >= 0 and self._elements_left > 0
 
     def _run(self, position: NodeId) -> Tensor:
         node = self._request.graph.nodes[position]

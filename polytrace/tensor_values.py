@@ -274,6 +274,12 @@ def _l1_loss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _recorder("l1_loss")(args, {"weight": weight, **kwargs})
 
 
+def _feature_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("training", True):
+        raise GraphError("dropout of whole features is not drawn here: call module.eval() first", where=user_line())
+    return args[0]
+
+
 def _caller(function: Callable[..., Any]) -> Handler:
     return lambda args, kwargs: function(*args, **kwargs)
 
@@ -302,6 +308,8 @@ def _handlers() -> dict[Any, Handler]:
             changing = f"__i{bare}__" if method.startswith("__") else f"{method}_"
             if (in_place := getattr(Tensor, changing, None)) is not None:
                 found.setdefault(in_place, _in_place_recorder(spec.name))
+        elif (in_place := find(f"{name}_")) is not None:  # torch.relu_, functional.elu_
+            found.setdefault(in_place, _in_place_recorder(spec.name))
     for name in ("fill_", "zero_", "copy_"):
         found[getattr(Tensor, name)] = _in_place_recorder(name.strip("_"))
     for name in ("cpu", "cuda", "requires_grad_", "pin_memory"):
@@ -312,6 +320,8 @@ def _handlers() -> dict[Any, Handler]:
         kernel = getattr(torch._VF, name.removeprefix("torch."), None) if name.startswith("torch.") else None
         if kernel is not None:
             found.setdefault(kernel, _recorder(spec.name))
+    for name in ("dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"):
+        found[getattr(torch.nn.functional, name)] = _feature_dropout
     for function, running in composed().items():
         found[function] = _caller(running)
     for name in ("is_floating_point", "is_complex", "numel"):

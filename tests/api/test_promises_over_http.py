@@ -20,6 +20,7 @@ from small import close, without_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import polytrace
+import polytrace.functions
 from bench.service import running_service
 from bench.tinyworld import FOLDER
 from polytrace.errors import GraphError
@@ -223,7 +224,7 @@ def test_nothing_that_serves_can_run_what_a_user_sent() -> None:
     root = Path(polytrace.__file__).parent.parent
     ways = ("pickle.", "import pickle", "eval(", "exec(", "torch.load(", "trust_remote_code=True", "marshal.")
     for room in ("polytrace", "scheduling", "engine", "cluster", "api"):
-        for file in (root / room).glob("*.py"):
+        for file in (root / room).rglob("*.py"):
             text = file.read_text().replace(".eval()", "")
             assert not [way for way in ways if way in text], file
 
@@ -305,3 +306,46 @@ def test_a_scan_runs_nothing_and_aliases_and_refusals_are_as_in_one_process(mode
         model.blocks[0].output = torch.zeros(1, 2, 3)
     with pytest.raises(GraphError, match="is served in float32, not in bfloat16"):
         polytrace.connect(url, "tinyworld", torch_dtype=torch.bfloat16)
+
+
+class Splice(torch.nn.Module):
+    """An autoencoder with dropout, as a user writes it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.encode = torch.nn.Sequential(
+            torch.nn.Linear(width, 64), torch.nn.ReLU(inplace=True), torch.nn.Dropout(0.5)
+        )
+        self.decode = torch.nn.Linear(64, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.decode(self.encode(x))
+        return made
+
+
+def test_own_modules_choices_spectra_and_draws_are_the_same_in_this_process_and_on_shards(model: Model) -> None:
+    torch.manual_seed(0)
+    splice = Splice(model.config["hidden_size"])
+
+    def program(used: Model) -> list[torch.Tensor]:
+        with used.trace("The Eiffel Tower is in the city of", seed=3):
+            first, last = used.model.layers[0].output[0], used.model.layers[-1].output[0]
+            spectrum = torch.fft.rfft(first, dim=-1)
+            decoded = splice(used.model.layers[1].output[0])
+            used.model.layers[1].output[0][:] = polytrace.cond(decoded.norm() > 0, decoded, lambda: decoded / 0)
+            smooth = torch.fft.irfft(spectrum * (spectrum.abs() > 0.1), n=first.shape[-1]) + last  # from another stage
+            values = torch.linalg.svdvals(last.flatten(0, 1))
+            hidden = used.model.layers[2].mlp.down_proj.input  # each rank has a part
+            best = hidden.take_along_dim(hidden.topk(3, dim=-1).indices, dim=-1)
+            noise = polytrace.functions.randn(4, 5)
+            chosen = torch.multinomial(used.lm_head.output[0, -1].softmax(-1), 5)
+            saved = [smooth.save(), values.save(), best.save(), noise.save(), used.lm_head.output[:, -1].save()]
+            saved.append(chosen.save())
+        return saved
+
+    with polytrace.load(str(FOLDER), threads=1) as local:
+        expected = program(local)
+    ours = program(model)
+    assert difference(ours[:5], expected[:5]) <= FLOAT32_TOLERANCE
+    assert torch.equal(ours[3], expected[3]) and torch.equal(ours[5], expected[5])
+    assert all(value.isfinite().all() for value in ours[:5])

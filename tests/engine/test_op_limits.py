@@ -115,6 +115,20 @@ def test_a_shape_by_unknown_values_is_refused_and_by_known_values_is_known(meta:
     assert program.shape(meta) == shapes.get(name, (3,))
 
 
+def test_the_work_to_learn_shapes_of_one_request_is_bounded(meta: TinyModel) -> None:
+    program = Program()
+    large = program.constant(torch.arange(1 << 18))
+    for _ in range(100):
+        program.op("unique", large)
+    with pytest.raises(GraphError, match="depends on values") as caught:
+        program.facts(meta)
+    assert caught.value.where is not None and 60 <= int(caught.value.where.split(":")[1]) <= 70
+    program = Program()
+    several = program.op("topk", program.constant(torch.tensor([1.0, 4.0, 2.0])), 2)
+    program.op("unique", program.op("item", several, 1))
+    assert program.shape(meta) == (2,)
+
+
 def test_a_count_of_huge_numbers_is_refused(meta: TinyModel) -> None:
     for numbers, named in ((torch.tensor([1 << 40]), {}), (torch.tensor([1]), {"minlength": 1 << 40})):
         program = Program()

@@ -379,3 +379,35 @@ def test_complex_values_live_between_ops_and_are_refused_at_the_end(model: Any, 
         torch.fft.rfft(model.model.layers[0].output[0]).save()
     with pytest.raises(GraphError, match=r"complex64 cannot be part of a trace"), model.trace(IDS):
         (model.model.layers[0].output[0] * torch.ones(D, dtype=torch.complex64)).real.save()
+
+
+def test_dropout_of_features_is_nothing_in_evaluation_and_refused_in_training(
+    model: Any, plain: LlamaForCausalLM
+) -> None:
+    layer = nn.Dropout1d(0.5)
+    with model.trace(IDS):
+        out = layer.eval()(model.model.layers[0].output[0]).save()
+    agree(out, read(plain))
+    with pytest.raises(GraphError, match=r"call module\.eval\(\) first"), model.trace(IDS):
+        layer.train()(model.model.layers[0].output[0])
+
+
+def test_in_place_functions_change_the_value(model: Any, plain: LlamaForCausalLM) -> None:
+    with model.trace(IDS):
+        hidden = model.model.layers[0].output[0] * 1
+        functional.elu_(torch.relu_(hidden[..., :4]))
+        out = hidden.save()
+    expected = read(plain).clone()
+    expected[..., :4] = functional.elu(expected[..., :4].relu())
+    agree(out, expected)
+
+
+def test_what_python_would_decide_now_is_refused_with_what_to_write(model: Any) -> None:
+    for function, message in ((torch.equal, r"write \(a == b\)\.all\(\)"), (torch.allclose, r"torch\.isclose\(a, b\)")):
+        with pytest.raises(GraphError, match=message), model.trace(IDS):
+            function(model.model.layers[0].output[0], torch.ones(1))
+    with pytest.raises(GraphError, match=r"depends on values; use torch\.where or topk"), model.trace(IDS):
+        hidden = model.model.layers[0].output[0]
+        hidden[hidden > 0].save()
+    with pytest.raises(GraphError, match="unique: its shape depends on values"), model.trace(IDS):
+        model.lm_head.output.argmax(-1).unique().save()
