@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.attention import AttentionPass
+from engine.head_outputs import HeadOutputs
 from engine.links import Links
 from engine.named import NamedParameters
 from engine.points import Pairs
@@ -41,6 +42,7 @@ from scheduling.plan import PROLOGUE, PassId, Plan, Segment
 
 _LENGTHS = (9, 21)  # tokens of A and B
 _LONGER = (100, 300, 1000)  # tokens of A on a GPU
+_WIDE_ROWS = 4  # that are held of what each head adds, which is as wide as all heads' residuals
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
 _Place = tuple[str, Port, Selector]
@@ -317,7 +319,8 @@ def _watching(
         for selector, tensor in row_leaves(value, site.flat).items():
             if selector in readable and tensor.ndim >= 2 and tensor.shape[1] == num_rows:
                 key = (site.module, site.port, selector)
-                seen[key] = tensor[0, last].clone()
+                rows = slice(last.stop - _WIDE_ROWS, last.stop) if isinstance(value, HeadOutputs) else last
+                seen[key] = tensor[0, rows].clone()
                 originals[key] = (tensor, tensor._version)
         return value
 

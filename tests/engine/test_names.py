@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from programs import difference, find
 from torch import Tensor
 
 from engine.local import LocalBackend
+from polytrace.codec import from_json, to_json
+from polytrace.description import ModelDescription
 from polytrace.errors import GraphError
 from polytrace.model import Model
 
@@ -164,3 +167,8 @@ def test_buffers_are_read(of_family: Any) -> None:
     with llama.trace([1, 2]):
         inv_freq = llama.model.rotary_emb.inv_freq.save()
     assert torch.equal(inv_freq, plain.model.rotary_emb.inv_freq)
+
+
+def test_names_travel_with_the_description(of_family: Any) -> None:
+    description = of_family("phi3").description
+    assert from_json(ModelDescription, json.loads(json.dumps(to_json(description)))) == description
