@@ -69,6 +69,9 @@ class Module:
         if name in table.own_parameters.get(path, ()):
             tracer = self._model._tracer("the parameter ", path, name)
             return tracer.wrap(tracer.recording.parameter(join(path, name)))
+        if name in table.layer_weights.get(path, ()):
+            tracer = self._model._tracer("the weight ", path, name)
+            return tracer.wrap(tracer.recording.parameter(table.layer_weights[path][name]))
         if name in self._ports or name in self._points:
             return self._port(name).read()
         known = [*table.children.get(path, ()), *table.own_parameters.get(path, ()), *self._points, "output", "input"]
@@ -133,6 +136,7 @@ class Module:
     def __dir__(self) -> list[str]:
         table = self._table
         own = [*table.children.get(self._path, ()), *table.own_parameters.get(self._path, ()), *self._points]
+        own += table.layer_weights.get(self._path, ())
         return sorted({*own, *(name for name in dir(type(self)) if not name.startswith("_"))})
 
     def __repr__(self) -> str:

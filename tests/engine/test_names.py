@@ -100,12 +100,12 @@ def test_reading_every_name_changes_no_bit_and_names_its_dimensions(served: Any)
 def test_weights_by_name_are_views_of_the_models_own(served: Any) -> None:
     family, plain, model = served
     layer = find(model, f"{FAMILIES[family].layers}.{LAYER}")
-    owners = {"W_E": model, "W_U": model, "W_out": getattr(layer, "mlp", layer) if family != "opt" else layer}
+    owners = {"W_E": model, "W_U": model}
     with model.trace(PROMPTS):
         attention = find(layer, FAMILIES[family].attention)
         expected = weights_by_hand(plain, family, LAYER)
-        own = {name: getattr(owners.get(name, attention), name).save() for name in expected}
-        circuit = (attention.W_V_by_head if "W_V_by_head" in dir(attention) else attention.W_V)[1] @ attention.W_O[1]
+        own = {name: getattr(owners.get(name, layer), name).save() for name in expected}
+        circuit = attention.W_V_by_head[1] @ layer.W_O[1]
         found, z = circuit.save(), attention.z[:, :, 1].save()
         by_head = attention.head_out[:, :, 1].save()
         value = attention.v.save()
