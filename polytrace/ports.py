@@ -11,7 +11,7 @@ from polytrace.inputs import missing_argument
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.points import DIMS
-from polytrace.saved import container
+from polytrace.saved import SavedMapping, container
 from polytrace.storage import is_recorded, state_of
 from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable
 
@@ -109,10 +109,13 @@ class Members:
         """Saves every tensor in it; returns the container with these, which after the block are what they are.
 
         A dict or ModelOutput gives a mapping whose keys are attributes too, a tuple gives a tuple with None where
-        there is no tensor.
+        there is no tensor, `inputs` gives both.
         """
         members = {key: self._member(key) for key in self.keys()}
-        return container({key: member.save() for key, member in members.items() if member is not None})
+        saved = {key: member.save() for key, member in members.items() if member is not None}
+        if self._port.table.is_call and not self._prefix:
+            return saved.get(0, ()), saved.get(1, SavedMapping())
+        return container(saved)
 
     def keys(self) -> list[Key]:
         """Names or indices of the members that have tensors."""
