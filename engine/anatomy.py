@@ -13,6 +13,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -153,7 +154,7 @@ class _Seen:
     attended: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # by module: q, k, v, z as [T, H, C]
 
 
-_into: list[_Seen] = []  # the forward that runs now
+_into: ContextVar[_Seen | None] = ContextVar("anatomy", default=None)  # the forward that runs now
 
 
 def _attention(
@@ -164,8 +165,9 @@ def _attention(
     later = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
     z = scores.masked_fill(later, -torch.inf).softmax(-1) @ value.repeat_interleave(share, 1)
     heads = tuple(part[0].transpose(0, 1).clone() for part in (query, key, value, z))
-    if _into:
-        _into[-1].attended[id(module)] = heads
+    seen = _into.get()
+    if seen is not None:
+        seen.attended[id(module)] = heads
     return z.transpose(1, 2).contiguous(), None
 
 
@@ -186,12 +188,12 @@ def _run(twin: nn.Module) -> _Seen:
         module.register_forward_pre_hook(before(path), with_kwargs=True)
         module.register_forward_hook(after(path))
     ids = torch.arange(1, _TOKENS + 1)[None]
-    _into.append(seen)
+    token = _into.set(seen)
     try:
         with torch.no_grad():
             twin(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
     finally:
-        _into.pop()
+        _into.reset(token)
     return seen
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.attention import AttentionPass
+from engine.head_outputs import HeadOutputs
 from engine.links import Links
 from engine.named import NamedParameters
 from engine.operations import is_own_forward
@@ -45,6 +46,7 @@ from scheduling.plan import PROLOGUE, PassId, Plan, Segment
 
 _LENGTHS = (9, 21)  # tokens of A and B
 _LONGER = (100, 300, 1000)  # tokens of A on a GPU
+_WIDE_ROWS = 4  # that are held of what each head adds, which is as wide as all heads' residuals
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
 _OTHER_NUMBERS = "the model gives other numbers where its calls are visited"
@@ -429,7 +431,8 @@ def _looking(site: SiteInfo, num_rows: int, last: slice, look: _Look) -> Callabl
             look((site.module, site.port, ()), rows, rows)
         for selector, tensor in row_leaves(value, site.layouts).items():
             if selector in readable and tensor.ndim >= 2 and tensor.shape[1] == num_rows:
-                look((site.module, site.port, selector), tensor[0, last], tensor)
+                chosen = slice(last.stop - _WIDE_ROWS, last.stop) if isinstance(value, HeadOutputs) else last
+                look((site.module, site.port, selector), tensor[0, chosen], tensor)
         return value
 
     return visitor

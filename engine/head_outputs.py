@@ -35,7 +35,10 @@ class HeadOutputs:
 
     def read(self, rows: RowView) -> Tensor:
         """`[sequences, columns, H, D]`."""
-        return torch.stack([rows.read(self._head(head)) for head in range(self.z.shape[2])], 2)
+        read = self.z.new_empty(*rows.shape, self.z.shape[2], self.weight.shape[2])
+        for head in range(self.z.shape[2]):
+            read[:, :, head] = rows.read(self._head(head))  # no head's rows of the whole stream stay
+        return read
 
     def write(self, writes: Sequence[RowWrite]) -> None:
         """Takes all writes of the visit; of those to one row the last stands."""

@@ -158,7 +158,7 @@ class _Namer:
             letter = role.upper()
             self._weight(attention, f"W_{letter}", source, "weight", Form.TO_HEADS, units)
             self._weight(attention, f"b_{letter}", source, "bias", Form.HEADS, units)
-            if role != "q" and share > 1:
+            if role != "q":
                 self._weight(attention, f"W_{letter}_by_head", source, "weight", Form.TO_HEADS, units, share=share)
                 self._weight(attention, f"b_{letter}_by_head", source, "bias", Form.HEADS, units, share=share)
         out = None if parts.out is None else _under(path, parts.out)

@@ -89,6 +89,9 @@ class Module(NotAValue):
         if name in table.own_parameters.get(path, ()):
             tracer = self._model._tracer("the parameter ", path, name)
             return tracer.wrap(tracer.recording.parameter(join(path, name)))
+        if name in table.layer_weights.get(path, ()):
+            tracer = self._model._tracer("the weight ", path, name)
+            return tracer.wrap(tracer.recording.parameter(table.layer_weights[path][name]))
         if name in self._ports or name in self._points:
             return self._port(name).read()
         known = [*table.children.get(path, ()), *table.aliases.get(path, ()), *table.own_parameters.get(path, ())]
@@ -163,7 +166,7 @@ class Module(NotAValue):
     def __dir__(self) -> list[str]:
         table = self._table
         own = [*table.children.get(self._path, ()), *table.own_parameters.get(self._path, ()), *self._points]
-        own += table.aliases.get(self._path, ())
+        own += [*table.aliases.get(self._path, ()), *table.layer_weights.get(self._path, ())]
         return sorted({*own, *(name for name in dir(type(self)) if not name.startswith("_"))})
 
     def __repr__(self) -> str:

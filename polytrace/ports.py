@@ -13,7 +13,7 @@ from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.not_values import NotAValue
 from polytrace.points import DIMS
-from polytrace.saved import container
+from polytrace.saved import SavedMapping, container
 from polytrace.storage import is_recorded, state_of
 from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable
 
@@ -114,13 +114,16 @@ class Members(NotAValue):
 
     def plain(self) -> Any:
         """Its tensors as recorded values: a tuple with None where others' members are, or names with attributes."""
-        return container({key: plain_member(self._member(key)) for key in self.keys()})
+        members = {key: plain_member(self._member(key)) for key in self.keys()}
+        if self._port.table.is_call and not self._prefix:
+            return members.get(0, ()), members.get(1, SavedMapping())
+        return container(members)
 
     def save(self) -> Any:
         """Saves every tensor in it; returns the container with these, which after the block are what they are.
 
         A dict or ModelOutput gives a mapping whose keys are attributes too, a tuple gives a tuple with None where
-        there is no tensor.
+        there is no tensor, `inputs` gives both.
         """
         from polytrace.saving import save
 

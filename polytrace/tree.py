@@ -46,6 +46,7 @@ class Table:
     leaves: dict[Site, Leaf]  # of these ports
     sources: Sources
     points: dict[str, dict[str, PointInfo]]  # by path and name: names that are no ports
+    layer_weights: dict[str, dict[str, str]]  # decoder layer -> paths of named weights inside it, by name
     inside_layers: dict[str, tuple[str, ...]]  # decoder layer -> modules inside it that have named points
     aliases: Aliases = field(default_factory=dict)
 
@@ -88,9 +89,15 @@ def index_description(description: ModelDescription) -> Table:
     owners = dict.fromkeys([*(info.module for info in description.sites if info.port.is_inner), *points])
     inside: dict[str, list[str]] = {}
     for owner in owners:
-        rest = owner.removeprefix(f"{description.layers}.")
-        if rest != owner and "." in rest:
-            inside.setdefault(join(description.layers, rest.partition(".")[0]), []).append(owner)
+        layer = layer_of(owner, description)
+        if layer is not None:
+            inside.setdefault(layer, []).append(owner)
+    layer_weights: dict[str, dict[str, str]] = {}
+    for parameter in description.parameters:
+        owner, _, name = parameter.path.rpartition(".")
+        layer = layer_of(owner, description) if parameter.of is not None else None
+        if layer is not None:
+            layer_weights.setdefault(layer, {}).setdefault(name, parameter.path)
     return Table(
         description=description,
         modules=modules,
@@ -101,12 +108,20 @@ def index_description(description: ModelDescription) -> Table:
         leaves=leaves,
         sources=Sources(description),
         points=points,
+        layer_weights=layer_weights,
         inside_layers={path: tuple(own) for path, own in inside.items()},
     )
 
 
 def _site(info: SiteInfo, leaf: Leaf) -> Site:
     return Site(module=info.module, port=info.port, selector=leaf.selector, visit=info.visit)
+
+
+def layer_of(path: str, description: ModelDescription) -> str | None:
+    """The decoder layer that a module is inside of; None of a layer itself, and of what is in none."""
+    rest = path.removeprefix(f"{description.layers}.")
+    number, dot, _ = rest.partition(".")
+    return join(description.layers, number) if rest != path and dot else None
 
 
 def join(path: str, name: str) -> str:

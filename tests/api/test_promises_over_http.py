@@ -148,6 +148,47 @@ def test_sessions_looks_and_kept_edits_are_what_they_are_in_one_process(model: M
     assert difference(ours, theirs) <= FLOAT32_TOLERANCE
 
 
+def test_names_and_arguments_are_served_with_hugging_faces_numbers(model: Model, plain: PreTrainedModel) -> None:
+    ids = [5, 9, 3, 40, 7, 21]
+    with model.trace(ids):
+        layer = model.model.layers[3]
+        layer.q[:, -1, 1] *= -3.0
+        ours = [
+            layer.q.save(),
+            layer.resid_mid.save(),
+            layer.head_out[:, :, 2].save(),
+            layer.self_attn.inputs[1]["position_embeddings"][0].save(),
+            model.output.save().logits,
+        ]
+        weights = layer.self_attn.W_O[2].save()
+    seen: dict[str, torch.Tensor] = {}
+    attention, size = plain.model.layers[3].self_attn, plain.config.head_dim
+
+    def scaled(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        output.unflatten(-1, (-1, size))[:, -1, 1] *= -3.0
+        seen["q"] = output.unflatten(-1, (-1, size)).clone()
+
+    handles = [
+        attention.q_proj.register_forward_hook(scaled),
+        attention.o_proj.register_forward_pre_hook(lambda _m, args: seen.update(z=args[0].unflatten(-1, (-1, size)))),
+        attention.register_forward_pre_hook(
+            lambda _m, _a, kwargs: seen.update(cos=kwargs["position_embeddings"][0]), with_kwargs=True
+        ),
+        plain.model.layers[3].post_attention_layernorm.register_forward_pre_hook(
+            lambda _m, args: seen.update(mid=args[0].clone())
+        ),
+    ]
+    with torch.no_grad():
+        logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits
+        head = attention.o_proj.weight[:, 2 * size : 3 * size].T.clone()
+        untouched = [handle.remove() for handle in handles] and plain(input_ids=torch.tensor([ids])).logits
+    assert (
+        difference(ours, [seen["q"], seen["mid"], seen["z"][:, :, 2] @ head, seen["cos"], logits]) <= FLOAT32_TOLERANCE
+    )
+    assert torch.equal(weights, head)
+    assert difference([logits], [untouched]) > 100 * FLOAT32_TOLERANCE
+
+
 def test_a_graph_that_fails_tells_its_owner_which_line_and_hurts_nobody(model: Model) -> None:
     prompt = "The Eiffel Tower is in the city of"
 

@@ -127,6 +127,19 @@ def test_what_experts_are_given_is_changed_by_its_place(models: Any, whole: bool
         assert difference([weights[number, -1]], [args[2][-1] * 0.25]) <= TOLERANCE
 
 
+def test_all_arguments_are_saved_at_once(models: Any) -> None:
+    plain, model = models("mixtral")
+    path = f"model.layers.{LAYER}.self_attn"
+    with model.trace(PROMPTS[0]):
+        args, kwargs = find(model, path).inputs.save()
+        of_experts = model.model.layers[LAYER].mlp.experts.inputs.save()
+    (_, expected), _ = _by_hand(plain, path, PROMPTS[0], None)
+    assert args == () and set(kwargs) == {"hidden_states", "position_ids", "position_embeddings"}
+    assert difference([kwargs.hidden_states], [expected["hidden_states"]]) <= TOLERANCE
+    assert difference([*kwargs["position_embeddings"]], [*expected["position_embeddings"]]) <= TOLERANCE
+    assert [value.shape[:2] for value in of_experts[0]] == [(1, 7)] * 3 and of_experts[1] == {}
+
+
 def test_the_first_argument_is_the_input_by_whichever_name(models: Any) -> None:
     _, model = models("llama")
     layer, path = model.model.layers[LAYER], "self_attn"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from programs import difference, find
 from torch import Tensor
 
 from engine.local import LocalBackend
+from polytrace.codec import from_json, to_json
+from polytrace.description import ModelDescription
 from polytrace.errors import GraphError
 from polytrace.model import Model
 
@@ -97,12 +100,12 @@ def test_reading_every_name_changes_no_bit_and_names_its_dimensions(served: Any)
 def test_weights_by_name_are_views_of_the_models_own(served: Any) -> None:
     family, plain, model = served
     layer = find(model, f"{FAMILIES[family].layers}.{LAYER}")
-    owners = {"W_E": model, "W_U": model, "W_out": getattr(layer, "mlp", layer) if family != "opt" else layer}
+    owners = {"W_E": model, "W_U": model}
     with model.trace(PROMPTS):
         attention = find(layer, FAMILIES[family].attention)
         expected = weights_by_hand(plain, family, LAYER)
-        own = {name: getattr(owners.get(name, attention), name).save() for name in expected}
-        circuit = (attention.W_V_by_head if "W_V_by_head" in dir(attention) else attention.W_V)[1] @ attention.W_O[1]
+        own = {name: getattr(owners.get(name, layer), name).save() for name in expected}
+        circuit = attention.W_V_by_head[1] @ layer.W_O[1]
         found, z = circuit.save(), attention.z[:, :, 1].save()
         by_head = attention.head_out[:, :, 1].save()
         value = attention.v.save()
@@ -164,3 +167,8 @@ def test_buffers_are_read(of_family: Any) -> None:
     with llama.trace([1, 2]):
         inv_freq = llama.model.rotary_emb.inv_freq.save()
     assert torch.equal(inv_freq, plain.model.rotary_emb.inv_freq)
+
+
+def test_names_travel_with_the_description(of_family: Any) -> None:
+    description = of_family("phi3").description
+    assert from_json(ModelDescription, json.loads(json.dumps(to_json(description)))) == description
