@@ -207,6 +207,24 @@ def test_a_failed_request_leaves_nothing_and_changes_no_state(store: Store) -> N
     assert store.contents.kept_entries("default", is_state=False) == []
 
 
+def test_a_file_that_is_lost_before_its_request_ends_fails_that_request_only(store: Store) -> None:
+    begin_state(store, "s", 1)
+    broken, whole = add(store, states=["s"]), add(store)
+    claim(store)
+    ends = []
+    for request, each in ((broken, left("s", is_state=True)), (whole, left("mean"))):
+        places = place(store, request, (left("other"), 3), (each, 2))
+        store.place_result(request, 64, 0)
+        ends.append(Finished(request=request, header=bytes(64), left=tuple(places)))
+    ends[0].left[1].path.unlink()
+    store.finish(ends)
+    statuses = store.statuses([broken, whole])
+    assert (statuses[broken].state, statuses[whole].state) == (RequestState.FAILED, RequestState.DONE)
+    assert state_of(store, "s") == 1
+    names = [entry.name for entry in store.contents.kept_entries("default", is_state=False)]
+    assert names == ["mean", "other"] and files(store) == 3  # what the whole one left, and the state
+
+
 def test_requests_on_one_state_run_in_order_and_others_go_on(store: Store) -> None:
     begin_state(store, "s", 1)
     begin_state(store, "t", 1)
