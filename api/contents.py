@@ -55,7 +55,7 @@ class Needs:
     """What a request needs of its owner's contents, and what it will leave there."""
 
     digests: tuple[str, ...] = ()
-    states: tuple[tuple[str, str, tuple[int, ...]], ...] = ()  # name, dtype, shape: read or updated
+    states: tuple[tuple[str, bool, str, tuple[int, ...]], ...] = ()  # name, whether it is updated, dtype, shape
     kept_bytes: int = 0
 
     @property
@@ -69,10 +69,10 @@ NOTHING = Needs()
 def needs_of(constants: Iterable[RawTensor], saves: Iterable[SaveSlot]) -> Needs:
     """What a request needs: its constants as they were sent, and where its saves go."""
     digests: dict[str, None] = {}
-    states: dict[tuple[str, str, tuple[int, ...]], None] = {}
+    states: dict[tuple[str, bool, str, tuple[int, ...]], None] = {}
     for raw in constants:
         if raw.state is not None:
-            states[raw.state, raw.dtype, raw.shape] = None
+            states[raw.state, False, raw.dtype, raw.shape] = None
         elif raw.digest is not None and not raw.is_here:
             digests[raw.digest] = None
     kept_bytes = 0
@@ -80,7 +80,7 @@ def needs_of(constants: Iterable[RawTensor], saves: Iterable[SaveSlot]) -> Needs
         if slot.keep is not None:
             kept_bytes += slot.facts.num_bytes
             if slot.keep.is_state:
-                states[slot.keep.name, slot.facts.dtype, slot.facts.shape] = None
+                states[slot.keep.name, True, slot.facts.dtype, slot.facts.shape] = None
     return Needs(digests=tuple(digests), states=tuple(states), kept_bytes=kept_bytes)
 
 
@@ -242,7 +242,7 @@ class Contents:
             raise TooLargeError(f"the request keeps {needs.kept_bytes} bytes; an owner has {self.quota_bytes} in all")
         if missing := [digest for digest in needs.digests if not _has(db, owner, digest)]:
             raise _missing(missing)
-        for name, dtype, shape in needs.states:
+        for name, _, dtype, shape in needs.states:
             row = db.execute(
                 "SELECT dtype, shape FROM kept WHERE owner = ? AND is_state = 1 AND name = ?", (owner, name)
             ).fetchone()
@@ -250,9 +250,10 @@ class Contents:
                 raise not_found(name, True)
             if (row[0], tuple(json.loads(row[1]))) != (dtype, shape):
                 raise GraphError(f"the state {name!r} is {row[0]} {row[1]}, and not {dtype} {list(shape)}")
-        rows: list[tuple[Any, ...]] = [(request, seq, owner, None, digest) for digest in needs.digests]
-        rows += [(request, seq, owner, name, None) for name, _, _ in needs.states]
-        db.executemany("INSERT INTO uses (id, seq, owner, state, digest) VALUES (?, ?, ?, ?, ?)", rows)
+        contents = [(request, seq, owner, digest) for digest in needs.digests]
+        db.executemany("INSERT INTO uses (id, seq, owner, digest) VALUES (?, ?, ?, ?)", contents)
+        states = [(request, seq, owner, name, is_update) for name, is_update, _, _ in needs.states]
+        db.executemany("INSERT INTO uses (id, seq, owner, state, is_update) VALUES (?, ?, ?, ?, ?)", states)
         now = time.time()
         touched = [(now, owner, digest) for digest in needs.digests]
         db.executemany("UPDATE contents SET used = ? WHERE owner = ? AND digest = ?", touched)
@@ -398,10 +399,11 @@ class Contents:
             self._part(owner, part).unlink(missing_ok=True)
 
 
-# of a row of requests: that no earlier one, of whatever deployment, has a state that it needs
+# of a row of requests: that no earlier one, of whatever deployment, has a state that it needs; readers share one
 HAS_ITS_TURN = (
     "NOT EXISTS (SELECT 1 FROM uses AS own JOIN uses AS other ON other.owner = own.owner AND other.state = own.state "
-    "AND other.seq < own.seq WHERE own.id = requests.id AND own.state IS NOT NULL)"
+    "AND other.seq < own.seq AND (own.is_update OR other.is_update) "
+    "WHERE own.id = requests.id AND own.state IS NOT NULL)"
 )
 
 # of a row of contents: that no name and no request has it

@@ -44,10 +44,20 @@ def upload(store: Store, number: int, owner: str = "default", size: int = KIB) -
     return digest
 
 
-def add(store: Store, *digests: str, states: Sequence[str] = (), owner: str = "default", model: str = "m") -> RequestId:
+def add(
+    store: Store,
+    *digests: str,
+    states: Sequence[str] = (),
+    reads: Sequence[str] = (),
+    owner: str = "default",
+    model: str = "m",
+) -> RequestId:
+    """A request that uses these contents, updates these states and reads those."""
     request = store.new_id()
     store.request_path(request).write_bytes(b"request")
-    needs = Needs(digests=digests, states=tuple((name, "uint8", (KIB,)) for name in states))
+    updated = [(name, True, "uint8", (KIB,)) for name in states]
+    read = [(name, False, "uint8", (KIB,)) for name in reads]
+    needs = Needs(digests=digests, states=(*updated, *read))
     store.add(request, model, b"[]", work=1, max_open=100, owner=owner, needs=needs)
     return request
 
@@ -244,6 +254,23 @@ def test_requests_on_one_state_run_in_order_and_others_go_on(store: Store) -> No
     run(store, second, (left("t", is_state=True), 3))
     assert [claimed.request for claimed in claim(store, "other")] == [third]
     assert (state_of(store, "s"), state_of(store, "t")) == (2, 3)
+
+
+def test_readers_of_a_state_do_not_wait_for_each_other(store: Store) -> None:
+    begin_state(store, "s", 1)
+    first, second = add(store, reads=["s"]), add(store, reads=["s"])
+    update, last = add(store, states=["s"], reads=["s"]), add(store, reads=["s"])
+    assert {claimed.request: claimed.states for claimed in claim(store)} == {
+        first: {"s": content(1)[0]},
+        second: {"s": content(1)[0]},
+    }
+    run(store, second)
+    assert claim(store) == []  # or the first, run again after a breakdown, would see what came later
+    run(store, first)
+    assert [claimed.request for claimed in claim(store)] == [update]
+    run(store, update, (left("s", is_state=True), 2))
+    (claimed,) = claim(store)
+    assert (claimed.request, claimed.states) == (last, {"s": content(2)[0]})
 
 
 @pytest.mark.parametrize("how", ["cancel", "refuse", "worn out"])
