@@ -9,11 +9,13 @@ never what a request that has not ended uses, nor what has a name. Knows nothing
 Invariants
 - A content's row is there only when its file is, whole and durable, and its name is its hash.
 - Only its owner can use a content: others have it only if they have uploaded the same bytes.
-- Files and rows change inside transactions, which all processes take in turn.
+- Files come and go inside transactions, which all processes take in turn; one goes only when it is on the disk that its
+  row has gone, so whatever breaks, what has a name has its file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -23,6 +25,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from api.database import Database
@@ -52,7 +55,7 @@ class Needs:
     """What a request needs of its owner's contents, and what it will leave there."""
 
     digests: tuple[str, ...] = ()
-    states: tuple[tuple[str, str, tuple[int, ...]], ...] = ()  # name, dtype, shape: read or updated
+    states: tuple[tuple[str, bool, str, tuple[int, ...]], ...] = ()  # name, whether it is updated, dtype, shape
     kept_bytes: int = 0
 
     @property
@@ -66,10 +69,10 @@ NOTHING = Needs()
 def needs_of(constants: Iterable[RawTensor], saves: Iterable[SaveSlot]) -> Needs:
     """What a request needs: its constants as they were sent, and where its saves go."""
     digests: dict[str, None] = {}
-    states: dict[tuple[str, str, tuple[int, ...]], None] = {}
+    states: dict[tuple[str, bool, str, tuple[int, ...]], None] = {}
     for raw in constants:
         if raw.state is not None:
-            states[raw.state, raw.dtype, raw.shape] = None
+            states[raw.state, False, raw.dtype, raw.shape] = None
         elif raw.digest is not None and not raw.is_here:
             digests[raw.digest] = None
     kept_bytes = 0
@@ -77,7 +80,7 @@ def needs_of(constants: Iterable[RawTensor], saves: Iterable[SaveSlot]) -> Needs
         if slot.keep is not None:
             kept_bytes += slot.facts.num_bytes
             if slot.keep.is_state:
-                states[slot.keep.name, slot.facts.dtype, slot.facts.shape] = None
+                states[slot.keep.name, True, slot.facts.dtype, slot.facts.shape] = None
     return Needs(digests=tuple(digests), states=tuple(states), kept_bytes=kept_bytes)
 
 
@@ -88,6 +91,7 @@ class Contents:
         self._db = db
         self._folder = folder
         self.quota_bytes = quota_bytes  # of each owner
+        self._dropped: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and hash, whose files are to go
         folder.mkdir(mode=0o700, exist_ok=True)
 
     def folder_of(self, owner: str) -> Path:
@@ -97,6 +101,19 @@ class Contents:
         folder = self._folder / owner
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
+
+    def collect(self) -> None:
+        """Removes the files of what was dropped, behind the transaction that did it."""
+        gone: set[tuple[str, str]] = set()
+        with contextlib.suppress(Empty):
+            while True:
+                gone.add(self._dropped.get_nowait())
+        if not gone:
+            return
+        with self._db.transaction(is_durable=False) as db:  # nobody puts one there again meanwhile
+            for owner, digest in gone:
+                if not _has(db, owner, digest):
+                    (self.folder_of(owner) / digest).unlink(missing_ok=True)
 
     # --- uploads
 
@@ -113,6 +130,7 @@ class Contents:
         with self._db.transaction(is_durable=False) as db:
             self._make_room(db, owner, file_bytes, "the upload")
             db.execute("INSERT INTO room (part, id, owner, bytes) VALUES (?, ?, ?, ?)", (part, part, owner, file_bytes))
+        self.collect()
         return self._part(owner, part)
 
     def finish_upload(self, owner: str, part: str, digest: str) -> None:
@@ -189,6 +207,7 @@ class Contents:
             if row is None:
                 raise not_found(name, is_state)
             self._drop_unused(db, owner, row[0])
+        self.collect()
 
     def begin_state(self, owner: str, name: str, dtype: str, shape: tuple[int, ...], digest: str) -> KeptEntry:
         """The state of a name, made with this content when there is none. Raises MissingError without the content."""
@@ -209,9 +228,10 @@ class Contents:
             gone = db.execute("DELETE FROM kept WHERE expires <= ? RETURNING owner, digest", (time.time(),)).fetchall()
             for owner, digest in gone:
                 self._drop_unused(db, owner, digest)
+        self.collect()
         return len(gone)
 
-    # --- for requests, inside the store's transactions
+    # --- for requests, inside the store's transactions; `collect` follows behind them
 
     def use(self, db: sqlite3.Connection, request: str, seq: int, owner: str, needs: Needs) -> None:
         """A request that is accepted has its contents until it has ended, and its turn at its states.
@@ -222,7 +242,7 @@ class Contents:
             raise TooLargeError(f"the request keeps {needs.kept_bytes} bytes; an owner has {self.quota_bytes} in all")
         if missing := [digest for digest in needs.digests if not _has(db, owner, digest)]:
             raise _missing(missing)
-        for name, dtype, shape in needs.states:
+        for name, _, dtype, shape in needs.states:
             row = db.execute(
                 "SELECT dtype, shape FROM kept WHERE owner = ? AND is_state = 1 AND name = ?", (owner, name)
             ).fetchone()
@@ -230,9 +250,10 @@ class Contents:
                 raise not_found(name, True)
             if (row[0], tuple(json.loads(row[1]))) != (dtype, shape):
                 raise GraphError(f"the state {name!r} is {row[0]} {row[1]}, and not {dtype} {list(shape)}")
-        rows: list[tuple[Any, ...]] = [(request, seq, owner, None, digest) for digest in needs.digests]
-        rows += [(request, seq, owner, name, None) for name, _, _ in needs.states]
-        db.executemany("INSERT INTO uses (id, seq, owner, state, digest) VALUES (?, ?, ?, ?, ?)", rows)
+        contents = [(request, seq, owner, digest) for digest in needs.digests]
+        db.executemany("INSERT INTO uses (id, seq, owner, digest) VALUES (?, ?, ?, ?)", contents)
+        states = [(request, seq, owner, name, is_update) for name, is_update, _, _ in needs.states]
+        db.executemany("INSERT INTO uses (id, seq, owner, state, is_update) VALUES (?, ?, ?, ?, ?)", states)
         now = time.time()
         touched = [(now, owner, digest) for digest in needs.digests]
         db.executemany("UPDATE contents SET used = ? WHERE owner = ? AND digest = ?", touched)
@@ -370,18 +391,19 @@ class Contents:
             self._drop(db, owner, digest)
 
     def _drop(self, db: sqlite3.Connection, owner: str, digest: str) -> None:
-        (self.folder_of(owner) / digest).unlink(missing_ok=True)
         db.execute("DELETE FROM contents WHERE owner = ? AND digest = ?", (owner, digest))
+        self._dropped.put((owner, digest))
 
     def _drop_parts(self, db: sqlite3.Connection, request: str) -> None:
         for part, owner in db.execute("DELETE FROM room WHERE id = ? RETURNING part, owner", (request,)).fetchall():
             self._part(owner, part).unlink(missing_ok=True)
 
 
-# of a row of requests: that no earlier one, of whatever deployment, has a state that it needs
+# of a row of requests: that no earlier one, of whatever deployment, has a state that it needs; readers share one
 HAS_ITS_TURN = (
     "NOT EXISTS (SELECT 1 FROM uses AS own JOIN uses AS other ON other.owner = own.owner AND other.state = own.state "
-    "AND other.seq < own.seq WHERE own.id = requests.id AND own.state IS NOT NULL)"
+    "AND other.seq < own.seq AND (own.is_update OR other.is_update) "
+    "WHERE own.id = requests.id AND own.state IS NOT NULL)"
 )
 
 # of a row of contents: that no name and no request has it

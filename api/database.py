@@ -57,7 +57,14 @@ CREATE TABLE kept (
     PRIMARY KEY (owner, is_state, name)
 );
 CREATE INDEX kept_digest ON kept (owner, digest);
-CREATE TABLE uses (id TEXT NOT NULL, seq INTEGER, owner TEXT NOT NULL, state TEXT, digest TEXT);
+CREATE TABLE uses (
+    id TEXT NOT NULL,
+    seq INTEGER,
+    owner TEXT NOT NULL,
+    state TEXT,
+    is_update INTEGER NOT NULL DEFAULT 0,
+    digest TEXT
+);
 CREATE INDEX uses_id ON uses (id);
 CREATE INDEX uses_state ON uses (owner, state, seq) WHERE state IS NOT NULL;
 CREATE INDEX uses_digest ON uses (owner, digest) WHERE digest IS NOT NULL;

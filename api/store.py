@@ -37,7 +37,15 @@ from api.logs import logs_as_json
 from api.settings import DEFAULT_QUOTA_BYTES
 from cluster.config import Mode
 from cluster.requests import Claimed, Finished, LeftBehind, Place, ResultPlace
-from polytrace.errors import CancelledError, CapacityError, NotFoundError, PolytraceError, ServiceError, from_fields
+from polytrace.errors import (
+    CancelledError,
+    CapacityError,
+    NotFoundError,
+    PolytraceError,
+    ServiceError,
+    WireError,
+    from_fields,
+)
 from polytrace.tensors import num_bytes
 from polytrace.wire import content_header
 from scheduling.plan import RequestId
@@ -200,6 +208,7 @@ class Store(Catalogue):
             if gone:
                 db.execute("DELETE FROM facts WHERE id = ?", (request,))
                 asked |= self.contents.end_uses(db, request)
+        self.contents.collect()
         if gone:
             self.discard(request)
             self.gateway_bell.ring()
@@ -249,6 +258,7 @@ class Store(Catalogue):
                 "UPDATE requests SET state = 'queued', started = NULL WHERE model = ? AND state = 'running'", (model,)
             ).rowcount
             self.contents.end_uses_of_ended(db)
+        self.contents.collect()
         self.gateway_bell.ring()
         return count
 
@@ -296,6 +306,7 @@ class Store(Catalogue):
                 [(request not in doubted, request) for request in requests],
             )
             self.contents.end_uses_of_ended(db)
+        self.contents.collect()
         self.controller_bell.ring()
         self.gateway_bell.ring()
 
@@ -310,7 +321,9 @@ class Store(Catalogue):
             db.executemany("DELETE FROM facts WHERE id = ?", [(request,) for request in refused])
             for request in refused:
                 self.contents.end_uses(db, request)
+        self.contents.collect()
         self.gateway_bell.ring()
+        self.controller_bell.ring()  # others may have waited for their states
         for request in refused:
             self.discard(request)
             self.result_path(request).unlink(missing_ok=True)
@@ -337,6 +350,7 @@ class Store(Catalogue):
     def place_left(self, request: RequestId, left: Sequence[LeftBehind]) -> list[Place]:
         with self._db.transaction(is_durable=False) as db:
             paths = self.contents.place(db, request, left)
+        self.contents.collect()
         places = []
         for each, path in zip(left, paths, strict=True):
             header = content_header(each.dtype, each.shape)
@@ -381,6 +395,7 @@ class Store(Catalogue):
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
                     are_awaited |= self.contents.end_uses(db, end.request)
                     changed.append(end)
+        self.contents.collect()
         self.gateway_bell.ring()
         if are_awaited:
             self.controller_bell.ring()
@@ -431,17 +446,21 @@ class Store(Catalogue):
                 os.fsync(fd)  # the shards' writes too: they went into the same file
             finally:
                 os.close(fd)
-        except OSError as error:
+        except (OSError, WireError) as error:
             told = ServiceError(f"the result could not be kept: {error}")
             return Finished(request=end.request, error=told), []
         return end, digests
 
     def _leave(self, db: sqlite3.Connection, end: Finished, digests: Sequence[str]) -> Finished:
-        """What a request leaves gets its names, or the request fails."""
+        """What a request leaves gets its names, all of it, or the request fails."""
+        db.execute("SAVEPOINT leaving")
         try:
             self.contents.leave(db, end.request, list(zip(end.left, digests, strict=True)))
-        except PolytraceError as error:
-            return Finished(request=end.request, error=error)
+        except (PolytraceError, OSError) as error:
+            db.execute("ROLLBACK TO leaving")
+            told = error if isinstance(error, PolytraceError) else ServiceError(f"what it keeps could not be: {error}")
+            end = Finished(request=end.request, error=told)
+        db.execute("RELEASE leaving")
         return end
 
 

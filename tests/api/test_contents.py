@@ -44,10 +44,20 @@ def upload(store: Store, number: int, owner: str = "default", size: int = KIB) -
     return digest
 
 
-def add(store: Store, *digests: str, states: Sequence[str] = (), owner: str = "default", model: str = "m") -> RequestId:
+def add(
+    store: Store,
+    *digests: str,
+    states: Sequence[str] = (),
+    reads: Sequence[str] = (),
+    owner: str = "default",
+    model: str = "m",
+) -> RequestId:
+    """A request that uses these contents, updates these states and reads those."""
     request = store.new_id()
     store.request_path(request).write_bytes(b"request")
-    needs = Needs(digests=digests, states=tuple((name, "uint8", (KIB,)) for name in states))
+    updated = [(name, True, "uint8", (KIB,)) for name in states]
+    read = [(name, False, "uint8", (KIB,)) for name in reads]
+    needs = Needs(digests=digests, states=(*updated, *read))
     store.add(request, model, b"[]", work=1, max_open=100, owner=owner, needs=needs)
     return request
 
@@ -207,6 +217,24 @@ def test_a_failed_request_leaves_nothing_and_changes_no_state(store: Store) -> N
     assert store.contents.kept_entries("default", is_state=False) == []
 
 
+def test_a_file_that_is_lost_before_its_request_ends_fails_that_request_only(store: Store) -> None:
+    begin_state(store, "s", 1)
+    broken, whole = add(store, states=["s"]), add(store)
+    claim(store)
+    ends = []
+    for request, each in ((broken, left("s", is_state=True)), (whole, left("mean"))):
+        places = place(store, request, (left("other"), 3), (each, 2))
+        store.place_result(request, 64, 0)
+        ends.append(Finished(request=request, header=bytes(64), left=tuple(places)))
+    ends[0].left[1].path.unlink()
+    store.finish(ends)
+    statuses = store.statuses([broken, whole])
+    assert (statuses[broken].state, statuses[whole].state) == (RequestState.FAILED, RequestState.DONE)
+    assert state_of(store, "s") == 1
+    names = [entry.name for entry in store.contents.kept_entries("default", is_state=False)]
+    assert names == ["mean", "other"] and files(store) == 3  # what the whole one left, and the state
+
+
 def test_requests_on_one_state_run_in_order_and_others_go_on(store: Store) -> None:
     begin_state(store, "s", 1)
     begin_state(store, "t", 1)
@@ -226,6 +254,23 @@ def test_requests_on_one_state_run_in_order_and_others_go_on(store: Store) -> No
     run(store, second, (left("t", is_state=True), 3))
     assert [claimed.request for claimed in claim(store, "other")] == [third]
     assert (state_of(store, "s"), state_of(store, "t")) == (2, 3)
+
+
+def test_readers_of_a_state_do_not_wait_for_each_other(store: Store) -> None:
+    begin_state(store, "s", 1)
+    first, second = add(store, reads=["s"]), add(store, reads=["s"])
+    update, last = add(store, states=["s"], reads=["s"]), add(store, reads=["s"])
+    assert {claimed.request: claimed.states for claimed in claim(store)} == {
+        first: {"s": content(1)[0]},
+        second: {"s": content(1)[0]},
+    }
+    run(store, second)
+    assert claim(store) == []  # or the first, run again after a breakdown, would see what came later
+    run(store, first)
+    assert [claimed.request for claimed in claim(store)] == [update]
+    run(store, update, (left("s", is_state=True), 2))
+    (claimed,) = claim(store)
+    assert (claimed.request, claimed.states) == (last, {"s": content(2)[0]})
 
 
 @pytest.mark.parametrize("how", ["cancel", "refuse", "worn out"])
