@@ -14,9 +14,9 @@ from polytrace.bodies import Measured
 from polytrace.datasets import Datum
 from polytrace.errors import ConflictError, GraphError
 from polytrace.index import Cut, DatasetDigest, Index
-from polytrace.parts import Part
+from polytrace.map_parts import Part
+from polytrace.members import Source
 from polytrace.rowwise import MixesPromptsError
-from polytrace.sources import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

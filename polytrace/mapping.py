@@ -24,11 +24,11 @@ from polytrace.graph import Options
 from polytrace.index import Cut, Index, open_index
 from polytrace.kinds import value_kind
 from polytrace.lines import user_line
-from polytrace.parts import Part, digest_of, file_of, raw_of
+from polytrace.map_parts import Part, digest_of, file_of, raw_of
+from polytrace.members import EachItem, EachPrompt, Source, check_combined
 from polytrace.progress import showing_prompts
 from polytrace.rowwise import MixesPromptsError
 from polytrace.running import Running, TopK, running
-from polytrace.sources import EachItem, EachPrompt, Source, check_combined
 from polytrace.together import all_at_once
 from polytrace.wire import encode_tensors
 from polytrace.working import Worker
