@@ -52,7 +52,10 @@ class Wishes:
 
 
 class Map:
-    """The parts of a result, once and in order: `for part in mapping`. `results` has what is combined."""
+    """The parts of a result, once and in order: `for part in mapping`. `results` has what is combined.
+
+    A loop that is left early sends nothing more; the few requests that are under way then end by themselves.
+    """
 
     def __init__(self, model: Model, dataset: Any, body: Callable[..., Any], prompts: Any, wishes: Wishes) -> None:
         where = user_line()
