@@ -14,8 +14,8 @@ from polytrace.bodies import Measured
 from polytrace.datasets import Datum
 from polytrace.errors import ConflictError, GraphError
 from polytrace.index import Cut, DatasetDigest, Index
+from polytrace.map_parts import Part
 from polytrace.members import Source
-from polytrace.parts import Part
 from polytrace.rowwise import MixesPromptsError
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from polytrace.errors import ConflictError, WireError
 from polytrace.folders import Folder
-from polytrace.parts import Part, digest_of, file_of, part_of
+from polytrace.map_parts import Part, digest_of, file_of, part_of
 
 NAME = "index.json"
 _VERSION = 1

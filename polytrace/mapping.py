@@ -24,8 +24,8 @@ from polytrace.graph import Options
 from polytrace.index import Cut, Index, open_index
 from polytrace.kinds import value_kind
 from polytrace.lines import user_line
+from polytrace.map_parts import Part, digest_of, file_of, raw_of
 from polytrace.members import EachItem, EachPrompt, Source, check_combined
-from polytrace.parts import Part, digest_of, file_of, raw_of
 from polytrace.progress import showing_prompts
 from polytrace.rowwise import MixesPromptsError
 from polytrace.running import Running, TopK, running
@@ -52,7 +52,10 @@ class Wishes:
 
 
 class Map:
-    """The parts of a result, once and in order: `for part in mapping`. `results` has what is combined."""
+    """The parts of a result, once and in order: `for part in mapping`. `results` has what is combined.
+
+    A loop that is left early sends nothing more; the few requests that are under way then end by themselves.
+    """
 
     def __init__(self, model: Model, dataset: Any, body: Callable[..., Any], prompts: Any, wishes: Wishes) -> None:
         where = user_line()

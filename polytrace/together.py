@@ -14,7 +14,7 @@ from polytrace.datasets import Datum
 from polytrace.errors import GraphError
 from polytrace.graph import Options
 from polytrace.index import DatasetDigest
-from polytrace.parts import Part, put_contribution, raw_of
+from polytrace.map_parts import Part, put_contribution, raw_of
 from polytrace.rowwise import MixesPromptsError
 from polytrace.tensors import RawTensor
 from polytrace.working import Worker

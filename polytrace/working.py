@@ -17,7 +17,7 @@ from polytrace.combining import Way
 from polytrace.cutting import Chunk
 from polytrace.errors import CapacityError, GraphError, RunError, TooLargeError
 from polytrace.graph import Options, Request
-from polytrace.parts import Part, put_contribution, put_rows, raw_of
+from polytrace.map_parts import Part, put_contribution, put_rows, raw_of
 from polytrace.running import top_contribution
 from polytrace.tensors import RawTensor
 

@@ -75,7 +75,7 @@ def test_a_scan_knows_every_shape_and_runs_nothing(model: Any, capfd: Any) -> No
         dim = polytrace.save(hidden.shape[-1])
         hidden[:, 2] = 0
         probabilities, token = model.lm_head(hidden[:, -1]).softmax(-1).max(-1)
-    assert model.backend.scheduler._passes == before and tracer.receipt is None
+    assert model.backend.scheduler._passes == before
     assert dim == 32 and hidden.shape == (2, 7, 32) and hidden.dtype is torch.float32
     assert probabilities.shape == token.shape == (2,) and token.dtype is torch.int64
     assert tracer.certificate is not None and tracer.certificate.passes == 1

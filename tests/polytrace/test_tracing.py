@@ -438,7 +438,7 @@ REFUSALS = {
     by_list_output: r"index it, as in model.layers\[0\].output",
     by_uncallable: "cannot be called on a value: it needs positions",
     by_parameter_write: "never the model itself",
-    by_member: "output has no 'logit'; it has 'logits'",
+    by_member: "output has no 'logit': take one of its tensors first, .*it has 'logits'",
     by_member_index: r"self_attn.output has no 2; it has 0",
     by_position: r"no position 3 in prompt 0, which has 3 tokens \(0-2\)",
     by_dtype: "no dtype 'float8_e4m3fn'",

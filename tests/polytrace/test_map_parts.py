@@ -14,7 +14,7 @@ from safetensors.torch import load
 
 from polytrace.combining import Combined, Way
 from polytrace.errors import WireError
-from polytrace.parts import Part, file_of, part_of, put_contribution, put_rows
+from polytrace.map_parts import Part, file_of, part_of, put_contribution, put_rows
 from polytrace.running import running, top_contribution
 from polytrace.tensors import RawTensor
 
