@@ -52,7 +52,7 @@ def test_an_unknown_module_is_refused_with_the_nearest_names() -> None:
             lambda r: r.read("model.layers.1.mlp.up_proj"),
             "model.layers.1.mlp.up_proj.output cannot be read: rows are sorted by expert",
         ),
-        (lambda r: r.op("exq", shape=()), "there is no operation exq; the nearest are eq, exp"),
+        (lambda r: r.op("exq", shape=()), "there is no operation exq; the nearest are eq, exp, exp2"),
         (lambda r: r.op("exp", Ref(NodeId(7)), shape=()), "node 0 uses node 7, which is no earlier value"),
         (lambda r: r._add(Constant(name="v", where="a.py:0"), (1,)), "the request brings no constant v"),
     ],
