@@ -138,3 +138,23 @@ def test_importing_polytrace_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_mistakes_are_told_without_torch() -> None:
+    run(
+        """
+with model.trace([1, 2, 3]) as tracer:
+    hidden = layer.output
+    refused(lambda: layer + 1, "is a module, not a value", "`.output`")
+    refused(lambda: layer[:, -1], "is a module, not a value")
+    refused(lambda: layer.mean(-1), "'mean'", "`.output.mean`")
+    refused(lambda: hidden + layer, "is a module, not a value")
+    refused(lambda: layer.self_attn.output + 1, "tuple", "`.output[0]`")
+    refused(lambda: hidden.meen(-1), "'meen'", "did you mean mean")
+    refused(lambda: hidden.grad, "gradients")
+    refused(lambda: tracer.receipt, "when its block ends")
+    refused(lambda: tracer.output, "model.output.logits.save()")
+    refused(lambda: model.trace(hidden), "prompts are known before")
+    hidden.save()
+"""
+    )
