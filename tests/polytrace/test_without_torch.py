@@ -50,6 +50,26 @@ def run(program: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_mistakes_are_told_without_torch() -> None:
+    run(
+        """
+with model.trace([1, 2, 3]) as tracer:
+    hidden = layer.output
+    refused(lambda: layer + 1, "is a module, not a value", "`.output`")
+    refused(lambda: layer[:, -1], "is a module, not a value")
+    refused(lambda: layer.mean(-1), "'mean'", "`.output.mean`")
+    refused(lambda: hidden + layer, "is a module, not a value")
+    refused(lambda: layer.self_attn.output + 1, "tuple", "`.output[0]`")
+    refused(lambda: hidden.meen(-1), "'meen'", "did you mean mean")
+    refused(lambda: hidden.grad, "gradients")
+    refused(lambda: tracer.receipt, "when its block ends")
+    refused(lambda: tracer.output, "model.output.logits.save()")
+    refused(lambda: model.trace(hidden), "prompts are known before")
+    hidden.save()
+"""
+    )
+
+
 def test_values_record_and_become_arrays() -> None:
     run("""
 backend.results = {"0": np.arange(6, dtype=np.float32).reshape(2, 3), "1": np.array(2.0)}
