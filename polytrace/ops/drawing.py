@@ -9,9 +9,10 @@ def _drawn(
     name: str,
     *kwargs: str,
     torch: str = "function",
-    **more: object,
+    reach: Reach = Reach.PLACE,
+    first: tuple[str, ...] = (),
 ) -> OpSpec:
-    return op(name, *kwargs, torch=torch, is_random=True, **{"reach": Reach.PLACE, **more})
+    return op(name, *kwargs, torch=torch, is_random=True, reach=reach, first=first)
 
 
 def _made(name: str, *kwargs: str, first: str) -> OpSpec:
@@ -32,7 +33,7 @@ ROWS = (
     _drawn("normal", "std", first=("mean",)),
     _drawn("bernoulli", "p", torch="both"),
     _drawn("poisson"),
-    _drawn("multinomial", "num_samples", "replacement", torch="both", reach=Reach.LAST, num_last=1),
+    _drawn("multinomial", "num_samples", "replacement", torch="both", reach=Reach.WHOLE),
     _drawn("dropout", "p", "training", torch="functional torch.dropout"),
     _drawn("alpha_dropout", "p", "training", torch="functional"),
     _made("randn", "dtype", first="size"),
