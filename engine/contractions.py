@@ -25,6 +25,8 @@ _MANY = frozenset(
     }
 )
 _DIAGONALS = {"diagonal": (0, 1), "linalg_diagonal": (-2, -1)}  # the dimensions where none are given
+# The operand of which any place may decide, by its place and its name.
+_SEARCHED = {"isin": (1, "test_elements"), "bucketize": (1, "boundaries"), "searchsorted": (0, "sorted_sequence")}
 _BY_CLASS = frozenset({"cross_entropy", "nll_loss"})
 
 
@@ -35,6 +37,9 @@ def reduced_dims(op: Op, values: list[Any]) -> Dims:
     match spec.reach:
         case Reach.MOVED if op.name in _DIAGONALS:
             return _last(op.args[0], values, _diagonal(op))
+        case Reach.PLACE if op.name in _SEARCHED:
+            place, name = _SEARCHED[op.name]
+            return _last(op.args[place] if len(op.args) > place else op.kwargs.get(name), values, None)
         case Reach.PLACE | Reach.MOVED | Reach.CONTRACTED:
             return []
         case Reach.DIM:

@@ -36,6 +36,8 @@ _PUT = frozenset(
         *("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill"),
     }
 )
+# Ops that leave a dimension in its order where they leave its size.
+_ORDERED = frozenset({"cat", "stack", "hstack", "vstack", "dstack", "column_stack", "repeat", "tile", "one_hot"})
 _RESHAPED = frozenset({"view", "view_as", "reshape", "reshape_as", "unflatten", "flatten", "ravel"})
 
 Value = Meta | tuple[Meta, ...] | None
@@ -250,7 +252,7 @@ class TokenDimensions:
     def _grown(self, op: Op, grown: list[int], value: Meta) -> dict[int, Columns]:
         """The columns of token dimensions, where the op leaves them in their places."""
         known = self._columns(op)
-        if OPS[op.name].reach in (Reach.MOVED, Reach.WHOLE):
+        if OPS[op.name].reach in (Reach.MOVED, Reach.WHOLE) and op.name not in _ORDERED:
             return dict.fromkeys(grown, _unknown(known))
         return {dim: _matching(known, value.shape[dim]) for dim in grown}
 
@@ -286,7 +288,7 @@ class TokenDimensions:
         Of an op that does neither, any dimension may be one.
         """
         dims: dict[int, Columns] = {}
-        if OPS[op.name].reach is not Reach.PLACE:
+        if OPS[op.name].reach is not Reach.PLACE and op.name != "cat":
             return self._anywhere(op, value)
         for part in operands_of(op):
             tokens = self._tokens(part)

@@ -75,7 +75,6 @@ def unknown_op(name: str, where: str) -> GraphError:
 _INSTEAD = {
     "equal": "Python cannot have its answer yet; write (a == b).all() for a value",
     "allclose": "Python cannot have its answer yet; write torch.isclose(a, b).all() for a value",
-    "new_tensor": "write torch.tensor(data, dtype=value.dtype), which is the same here",
 }
 
 

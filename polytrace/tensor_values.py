@@ -123,6 +123,10 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
     def is_cpu(self) -> bool:  # type: ignore[override]
         return True
 
+    def new_tensor(self, data: Any, dtype: torch.dtype | None = None, **where: Any) -> Tensor:  # type: ignore[override]
+        """A tensor of the user's own, of this dtype."""
+        return torch.tensor(data, dtype=dtype or self.dtype)
+
     def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
         return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polytrace.ops.spec import along, element, op, operator
+from polytrace.ops.spec import Cost, along, element, operator
 
 ARITHMETIC = (
     operator("add", "other", "alpha", dunders="add radd"),
@@ -163,7 +163,7 @@ ACTIVATIONS = (
     element("hardshrink", "lambd", torch="both functional"),
     element("softshrink", "lambd", torch="functional"),
     element("tanhshrink", torch="functional"),
-    op("glu", "dim", torch="functional"),  # one half of a dimension gates the other
+    along("glu", "dim", torch="functional", default=-1),  # one half of a dimension gates the other
     along("softmax", "dim", "dtype", torch="both functional special"),
     along("log_softmax", "dim", "dtype", torch="both functional special"),
     along("softmin", "dim", "dtype", torch="functional"),
@@ -179,8 +179,8 @@ COMPLEX = (
     element("resolve_conj"),
     element("complex", "imag", torch="function", first=("real",)),
     element("polar", "angle", torch="function", first=("abs",)),
-    op("view_as_real", torch="function"),
-    op("view_as_complex", torch="function"),
+    element("view_as_real", torch="function", cost=Cost.FREE),
+    element("view_as_complex", torch="function", cost=Cost.FREE),
 )
 
 ROWS = (*ARITHMETIC, *OF_ONE_NUMBER, *LOGIC, *ACTIVATIONS, *COMPLEX)

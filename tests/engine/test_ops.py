@@ -35,7 +35,7 @@ from engine.ops import CALLABLES, DTYPE_NAMES, resolve, run_op
 from engine.ranges import check_along, check_index, check_range
 from polytrace.errors import GraphError
 from polytrace.graph import DType, NodeId, Operand, Ref
-from polytrace.ops import BY_TORCH_NAME, OPS, Results
+from polytrace.ops import BY_TORCH_NAME, OPS, Cost, Results
 from polytrace.torch_names import find
 
 
@@ -95,9 +95,21 @@ def test_an_op_is_the_plain_torch_call(name: str) -> None:
                 continue
             if expected is not NotImplemented:
                 expected = expected[:1] if name == "lstsq" else expected
-                assert equal(got, expected), (torch_name, args, kwargs)
+                # LAPACK's last bits follow where its memory lies
+                agree = agrees if OPS[name].cost is Cost.DECOMPOSITION else equal
+                assert agree(got, expected), (torch_name, args, kwargs)
                 compared += 1
         assert compared or OPS[name].torch[0].startswith("polytrace."), (name, kwargs)
+
+
+def agrees(got: Any, expected: Any) -> bool:
+    """As `equal`, but for max|a-b| <= 1e-5 max(1, max|b|)."""
+    if isinstance(expected, (tuple, list)):
+        return len(got) == len(expected) and all(map(agrees, got, expected))
+    if got.dtype is not expected.dtype or got.shape != expected.shape:
+        return False
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    return bool(((got - expected).abs() <= 1e-5 * scale).all())
 
 
 @pytest.mark.parametrize("name", MADE)
