@@ -2,34 +2,26 @@
 
 Owns which module's output holds the queries of each head, which module takes the residual between attention and MLP,
 where neurons are before and after their activation. A relation is taken for true when the twin's numbers bear it out at
-every token; what bears none out has no name, and a reason. Positions are all 0, where rotary embeddings turn nothing,
-and norms have the gains that they begin with, so that queries and keys keep their direction through both.
+every token; what bears none out has no name, and a reason.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.experts import is_experts
-from engine.shrinking import shrink
+from engine.specimen import NUM_TOKENS, Seen, make_specimen, run_specimen
 
 # T = tokens, H = heads, C = features of a head, D = hidden, W = features of some module's output
 
-NAME = "polytrace-anatomy"
-_TOKENS = 9
 _TOLERANCE = 1e-4  # of the largest value, float32
 _KEPT = 16  # anatomies, of the configurations that were asked for last
 
@@ -100,8 +92,8 @@ class _Key:
 def _find_anatomy(key: _Key) -> Anatomy:
     """The code and the layouts of any family: where something is not as in others, it is served without names."""
     try:
-        twin = _twin(key.config)
-        seen = _run(twin)
+        twin = make_specimen(key.config)
+        seen = run_specimen(twin)
     except Exception:  # noqa: BLE001
         return Anatomy()
     found: dict[Signature, Parts] = {}
@@ -114,7 +106,7 @@ def _find_anatomy(key: _Key) -> Anatomy:
     return Anatomy(kinds=found, positions=_positions(twin, seen))
 
 
-def _positions(twin: nn.Module, seen: _Seen) -> tuple[str, int] | None:
+def _positions(twin: nn.Module, seen: Seen) -> tuple[str, int] | None:
     """Every token of the twin is at position 0."""
     root: Any = twin
     for path, side, value in seen.calls:
@@ -127,88 +119,10 @@ def _positions(twin: nn.Module, seen: _Seen) -> tuple[str, int] | None:
     return None
 
 
-def _twin(config: Any) -> nn.Module:
-    """On the CPU, in float32, with matrices that make differences large."""
-    small = copy.deepcopy(config)
-    shrink(small, 1)
-    AttentionInterface.register(NAME, _attention)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        twin: Any = kind._from_config(small, dtype=torch.float32).eval()
-        for path, parameter in twin.named_parameters():
-            if parameter.ndim > 1:
-                generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
-    twin.set_attn_implementation(NAME)
-    twin.set_experts_implementation("eager")
-    module: nn.Module = twin
-    return module
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What happened in one forward, in its order."""
-
-    calls: list[tuple[str, str, Any]] = field(default_factory=list)  # path, "input" or "output", value
-    attended: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # by module: q, k, v, z as [T, H, C]
-
-
-_into: ContextVar[_Seen | None] = ContextVar("anatomy", default=None)  # the forward that runs now
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **_: Any
-) -> tuple[Tensor, None]:
-    share = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(share, 1).transpose(2, 3) * (scaling or query.shape[3] ** -0.5)
-    later = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
-    z = scores.masked_fill(later, -torch.inf).softmax(-1) @ value.repeat_interleave(share, 1)
-    heads = tuple(part[0].transpose(0, 1).clone() for part in (query, key, value, z))
-    seen = _into.get()
-    if seen is not None:
-        seen.attended[id(module)] = heads
-    return z.transpose(1, 2).contiguous(), None
-
-
-def _run(twin: nn.Module) -> _Seen:
-    seen = _Seen()
-
-    def before(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            first = args[0] if args else next(iter(kwargs.values()), None)
-            seen.calls.append((path, "input", _copy(first)))
-
-        return hook
-
-    def after(path: str) -> Callable[..., None]:
-        return lambda _module, _args, output: seen.calls.append((path, "output", _copy(output)))
-
-    for path, module in twin.named_modules():
-        module.register_forward_pre_hook(before(path), with_kwargs=True)
-        module.register_forward_hook(after(path))
-    ids = torch.arange(1, _TOKENS + 1)[None]
-    token = _into.set(seen)
-    try:
-        with torch.no_grad():
-            twin(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
-    finally:
-        _into.reset(token)
-    return seen
-
-
-def _copy(value: Any) -> Any:
-    """Of tensors that have a row a token."""
-    if isinstance(value, Tensor):
-        has_rows = value.shape[:2] == (1, _TOKENS) or (value.ndim > 1 and value.shape[0] == _TOKENS)
-        return value.clone() if has_rows else None
-    return tuple(map(_copy, value)) if isinstance(value, (tuple, list)) else None
-
-
 class _Layer:
     """One layer of the twin, and what happened in it."""
 
-    def __init__(self, layer: nn.Module, path: str, seen: _Seen) -> None:
+    def __init__(self, layer: nn.Module, path: str, seen: Seen) -> None:
         self.modules = dict(layer.named_modules())
         self.seen = seen
         inside = path + "."
@@ -319,7 +233,7 @@ class _Layer:
     # the MLP
 
     def _neurons(self) -> tuple[str | None, str | None]:
-        """The activation, and what projects the neurons back; outside of attention and experts."""
+        """The activation, and what projects the neurons back; outside of attention and experts. Both or none."""
         matrices = [
             path
             for path, side, value in self.calls
@@ -338,7 +252,7 @@ class _Layer:
                     given = _rows(value)
                     if _same(neurons, given) or any(_same(neurons, given * own) for own in self._linear(neurons)):
                         return path, down
-        return None, downs[-1] if downs else None
+        return None, None
 
     def _fused(self, act: str | None) -> Iterator[tuple[Role, Packed]]:
         """Whose output the activation is given, and what its result is multiplied with."""
@@ -438,7 +352,7 @@ def _first(value: Any) -> Any:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(_TOKENS, -1)
+    return tensor.reshape(NUM_TOKENS, -1)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

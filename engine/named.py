@@ -109,13 +109,13 @@ class _Namer:
                 (own for own, port in self.at if port is Port.Q_ROT and f"{own}.".startswith(f"{path}.")), None
             )
             parts = self.anatomy.kinds.get(signature(layer))
-            if parts is None:
-                for name in ("q", "k", "head_out") if attention is not None else ():
-                    self._refuse(attention or path, name, _NO_TWIN)
-                continue
-            if attention is not None and attention == _under(path, parts.attention or ""):
+            if attention is not None and parts is not None and attention == _under(path, parts.attention or ""):
                 self._attention(path, attention, parts)
-            self._mlp(path, parts)
+            elif attention is not None:
+                for name in ("q", "k", "head_out"):
+                    self._refuse(attention, name, _NO_TWIN if parts is None else _SEVERAL)
+            if parts is not None:
+                self._mlp(path, parts)
         self._root()
         ordered = [own for info in self.sites for own in (info, *self.behind.get(info.order, ()))]
         sites = tuple(replace(info, order=order) for order, info in enumerate(ordered))
@@ -208,14 +208,14 @@ class _Namer:
                 self._point(block, "router", router, Port.OUTPUT, way, write_refusal=told if way else None)
             else:
                 self._refuse(block, "router", "no module of this layer gives one logit for each expert")
-        if parts.mlp is None or parts.down is None:
+        if parts.mlp is None or parts.down is None or parts.act is None:
+            if parts.experts is None:
+                for name in ("mlp_pre", "mlp_post"):
+                    self._refuse(path, name, _NO_NEURONS)
             return
         owner, down = _under(path, parts.mlp), _under(path, parts.down)
         self._point(owner, "mlp_post", down, Port.INPUT)
-        if parts.act is None:
-            self._refuse(owner, "mlp_pre", f"no module of its own is the activation before {parts.down}")
-        else:
-            self._point(owner, "mlp_pre", _under(path, parts.act), Port.INPUT)
+        self._point(owner, "mlp_pre", _under(path, parts.act), Port.INPUT)
         is_gated = "up" in parts.roles
         names = {"gate": "gate" if is_gated else "in", "up": "in"}
         for role, name in names.items():
@@ -289,6 +289,8 @@ def _under(path: str, way: str) -> str:
 
 
 _NO_TWIN = "no tiny twin of this family could be run, which tells what its parts are"
+_SEVERAL = "this layer attends more than once"
+_NO_NEURONS = "no activation that is a module of its own stands before a projection back to the residual"
 _NO_HEADS = (
     "no module's output has each head's {role} as attention is given it, but for a factor, a rotation and a norm's "
     "length: read {rotated}, or the outputs of this module's projections"

@@ -1,0 +1,104 @@
+"""A tiny twin of a model, run once with data: what every module took and gave, and what attention was given.
+
+It has the model's own class and configuration with fewer and smaller layers. All tokens are at position 0, where rotary
+embeddings turn nothing, and norms have the gains that they begin with, so that queries and keys keep their direction
+through both.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from engine.shrinking import shrink
+
+NAME = "polytrace-specimen"
+NUM_TOKENS = 9
+
+
+@dataclass(slots=True)
+class Seen:
+    """What happened in one forward, in its order."""
+
+    calls: list[tuple[str, str, Any]] = field(default_factory=list)  # path, "input" or "output", value
+    attended: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # by module: q, k, v, z as [T, H, C]
+
+
+def make_specimen(config: Any) -> nn.Module:
+    """On the CPU, in float32, with matrices that make differences large."""
+    small = copy.deepcopy(config)
+    shrink(small, 1)
+    AttentionInterface.register(NAME, _attention)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        twin: Any = kind._from_config(small, dtype=torch.float32).eval()
+        for path, parameter in twin.named_parameters():
+            if parameter.ndim > 1:
+                generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    twin.set_attn_implementation(NAME)
+    twin.set_experts_implementation("eager")
+    module: nn.Module = twin
+    return module
+
+
+def run_specimen(twin: nn.Module) -> Seen:
+    """One forward."""
+    seen = Seen()
+
+    def before(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            seen.calls.append((path, "input", _copy(first)))
+
+        return hook
+
+    def after(path: str) -> Callable[..., None]:
+        return lambda _module, _args, output: seen.calls.append((path, "output", _copy(output)))
+
+    for path, module in twin.named_modules():
+        module.register_forward_pre_hook(before(path), with_kwargs=True)
+        module.register_forward_hook(after(path))
+    ids = torch.arange(1, NUM_TOKENS + 1)[None]
+    token = _into.set(seen)
+    try:
+        with torch.no_grad():
+            twin(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+    finally:
+        _into.reset(token)
+    return seen
+
+
+_into: ContextVar[Seen | None] = ContextVar("anatomy", default=None)  # the forward that runs now
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    share = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(share, 1).transpose(2, 3) * (scaling or query.shape[3] ** -0.5)
+    later = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
+    z = scores.masked_fill(later, -torch.inf).softmax(-1) @ value.repeat_interleave(share, 1)
+    heads = tuple(part[0].transpose(0, 1).clone() for part in (query, key, value, z))
+    seen = _into.get()
+    if seen is not None:
+        seen.attended[id(module)] = heads
+    return z.transpose(1, 2).contiguous(), None
+
+
+def _copy(value: Any) -> Any:
+    """Of tensors that have a row a token."""
+    if isinstance(value, Tensor):
+        has_rows = value.shape[:2] == (1, NUM_TOKENS) or (value.ndim > 1 and value.shape[0] == NUM_TOKENS)
+        return value.clone() if has_rows else None
+    return tuple(map(_copy, value)) if isinstance(value, (tuple, list)) else None
