@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from polytrace.adapters import delta, lora
     from polytrace.choice import cond
     from polytrace.client import connect, load, models
-    from polytrace.combining import count as count
-    from polytrace.combining import covariance as covariance
-    from polytrace.combining import max as max
-    from polytrace.combining import mean as mean
-    from polytrace.combining import min as min
-    from polytrace.combining import sum as sum
-    from polytrace.combining import top_k as top_k
     from polytrace.keeping import Kept, NamedState
-    from polytrace.mapping import Map
+    from polytrace.maps.combining import count as count
+    from polytrace.maps.combining import covariance as covariance
+    from polytrace.maps.combining import max as max
+    from polytrace.maps.combining import mean as mean
+    from polytrace.maps.combining import min as min
+    from polytrace.maps.combining import sum as sum
+    from polytrace.maps.combining import top_k as top_k
+    from polytrace.maps.mapping import Map
     from polytrace.model import Model
     from polytrace.saving import save
     from polytrace.tracing import Tracer
@@ -79,14 +79,14 @@ _ROOMS = {
     "Kept": "keeping",
     "load": "client",
     "lora": "adapters",
-    "Map": "mapping",
+    "Map": "maps.mapping",
     "models": "client",
     "Model": "model",
     "NamedState": "keeping",
     "save": "saving",
     "Tracer": "tracing",
     # not in __all__: `from polytrace import *` would hide Python's own sum, max and min
-    **dict.fromkeys(("sum", "mean", "max", "min", "count", "covariance", "top_k"), "combining"),
+    **dict.fromkeys(("sum", "mean", "max", "min", "count", "covariance", "top_k"), "maps.combining"),
 }
 
 

@@ -32,7 +32,7 @@ from polytrace.tree import NoSuchNameError, Table, index_description, join
 
 if TYPE_CHECKING:
     from polytrace.editing import EditBlock, EditedModel
-    from polytrace.mapping import Map
+    from polytrace.maps.mapping import Map
 
 
 class Config(dict[str, Any]):
@@ -230,7 +230,7 @@ class Model(Module):
         prompts that cannot be run and lists them. Raises GraphError where the body mixes prompts and these do not fit
         into one pass, ConflictError where the folder has another map's parts.
         """
-        from polytrace.mapping import Map, Wishes
+        from polytrace.maps.mapping import Map, Wishes
 
         if on_error not in ("raise", "skip") or not isinstance(in_flight, int) or in_flight < 1:
             raise GraphError(

@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import polytrace
 from engine.local import LocalBackend
-from polytrace.assembly import Member, request_of
 from polytrace.backend import Backend, Result
-from polytrace.bodies import Bodies
 from polytrace.errors import CapacityError, GraphError, RunError, TooLargeError
 from polytrace.graph import Options, Request
+from polytrace.maps.assembly import Member, request_of
+from polytrace.maps.bodies import Bodies
 from polytrace.model import Model
 from polytrace.progress import Tell, tell_nobody
 from scheduling.policy import PassPolicy

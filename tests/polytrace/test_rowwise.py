@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import polytrace
-from polytrace.bodies import Bodies
 from polytrace.errors import GraphError
 from polytrace.graph import Options
-from polytrace.rowwise import MixesPromptsError
+from polytrace.maps.bodies import Bodies
+from polytrace.maps.rowwise import MixesPromptsError
 
 HIDDEN, TOKENS, HEADS = 16, 5, 2
 WEIGHT = torch.randn(HIDDEN, 6, generator=torch.Generator().manual_seed(1))

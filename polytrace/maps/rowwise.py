@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from polytrace.certificate import ValueShape
 from polytrace.graph import Call, Constant, Mask, Node, Op, Parameter, Read, Save, Write, operands
-from polytrace.row_rules import RULES
-from polytrace.row_values import Dim, MixesError, Rows
+from polytrace.maps.row_rules import RULES
+from polytrace.maps.row_values import Dim, MixesError, Rows
 
 
 class MixesPromptsError(Exception):

@@ -1,4 +1,4 @@
-"""What the tracker of prompts (`polytrace.rowwise`) knows while it walks a graph: shapes, and where prompts are."""
+"""What the tracker of prompts (`rowwise`) knows while it walks a graph: shapes, and where prompts are."""
 
 from __future__ import annotations
 

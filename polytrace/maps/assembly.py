@@ -2,7 +2,7 @@
 
 Every prompt is an invoke of its own, so its rows have the bits that they have alone, whatever the cut: prompts share a
 pass, and no op sees two of them. What is saved: each prompt's own value, and of combined values what the client needs
-of this request's prompts together (`polytrace.running` goes on from there).
+of this request's prompts together (`polytrace.maps.running` goes on from there).
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from polytrace.bodies import Measured, Output, Recorded
-from polytrace.combining import Combined, Way
 from polytrace.graph import (
     Constant,
     DType,
@@ -28,6 +26,8 @@ from polytrace.graph import (
     Request,
     Save,
 )
+from polytrace.maps.bodies import Measured, Output, Recorded
+from polytrace.maps.combining import Combined, Way
 from polytrace.pruning import moved
 from polytrace.tensors import RawTensor, itemsize
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from polytrace.combining import Combined, Way
 from polytrace.errors import WireError
-from polytrace.map_parts import Part, file_of, part_of, put_contribution, put_rows
-from polytrace.running import running, top_contribution
+from polytrace.maps.combining import Combined, Way
+from polytrace.maps.parts import Part, file_of, part_of, put_contribution, put_rows
+from polytrace.maps.running import running, top_contribution
 from polytrace.tensors import RawTensor
 
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)

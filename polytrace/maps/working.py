@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from polytrace.assembly import Member, request_of
 from polytrace.backend import Backend
-from polytrace.bodies import Measured
-from polytrace.combining import Way
-from polytrace.cutting import Chunk
 from polytrace.errors import CapacityError, GraphError, RunError, TooLargeError
 from polytrace.graph import Options, Request
-from polytrace.map_parts import Part, put_contribution, put_rows, raw_of
-from polytrace.running import top_contribution
+from polytrace.maps.assembly import Member, request_of
+from polytrace.maps.bodies import Measured
+from polytrace.maps.combining import Way
+from polytrace.maps.cutting import Chunk
+from polytrace.maps.parts import Part, put_contribution, put_rows, raw_of
+from polytrace.maps.running import top_contribution
 from polytrace.tensors import RawTensor
 
 _BUSY_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # how long to wait where the service is full

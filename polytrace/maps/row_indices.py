@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from polytrace.graph import Op, Operand, Ref, refs
-from polytrace.row_values import Dim, MixesError, Rows, RowTensor
+from polytrace.maps.row_values import Dim, MixesError, Rows, RowTensor
 
 
 def _is_whole(part: Any) -> bool:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from polytrace.certificate import ValueShape
-from polytrace.combining import Combined
 from polytrace.errors import GraphError
 from polytrace.graph import (
     Call,
@@ -31,9 +30,10 @@ from polytrace.graph import (
     Save,
     operands,
 )
+from polytrace.maps.combining import Combined
+from polytrace.maps.rowwise import prompt_dims
 from polytrace.ops import OPS
 from polytrace.pruning import renumber
-from polytrace.rowwise import prompt_dims
 from polytrace.storage import is_recorded, state_of
 from polytrace.tensors import RawTensor, itemsize
 from polytrace.tracing import Tracer

@@ -1,6 +1,6 @@
 """`model.map(prompts, body)`: one body over any number of prompts, a part of the result for each request.
 
-Owns the loop: prompts are taken as they are needed (`polytrace.cutting`), a few requests are under way at once, and
+Owns the loop: prompts are taken as they are needed (`cutting`), a few requests are under way at once, and
 their parts come in the order of the dataset. Whoever reads slowly slows what is sent: nothing is asked of the dataset
 or of the service beyond the requests that are under way. So memory does not grow with the dataset.
 """
@@ -14,24 +14,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from polytrace.assembly import Member
-from polytrace.bodies import Measured, Output
-from polytrace.cutting import Chunk, Cutter
-from polytrace.datasets import Datum, Encoding, items_of
 from polytrace.errors import GraphError
-from polytrace.folders import open_folder
 from polytrace.graph import Options
-from polytrace.index import Cut, Index, open_index
 from polytrace.kinds import value_kind
 from polytrace.lines import user_line
-from polytrace.map_parts import Part, digest_of, file_of, raw_of
-from polytrace.members import EachItem, EachPrompt, Source, check_combined
+from polytrace.maps.assembly import Member
+from polytrace.maps.bodies import Measured, Output
+from polytrace.maps.cutting import Chunk, Cutter
+from polytrace.maps.datasets import Datum, Encoding, items_of
+from polytrace.maps.folders import open_folder
+from polytrace.maps.index import Cut, Index, open_index
+from polytrace.maps.members import EachItem, EachPrompt, Source, check_combined
+from polytrace.maps.parts import Part, digest_of, file_of, raw_of
+from polytrace.maps.rowwise import MixesPromptsError
+from polytrace.maps.running import Running, TopK, running
+from polytrace.maps.together import all_at_once
+from polytrace.maps.working import Worker
 from polytrace.progress import showing_prompts
-from polytrace.rowwise import MixesPromptsError
-from polytrace.running import Running, TopK, running
-from polytrace.together import all_at_once
 from polytrace.wire import encode_tensors
-from polytrace.working import Worker
 
 if TYPE_CHECKING:
     from polytrace.model import Model

@@ -17,7 +17,7 @@ import numpy as np
 
 from polytrace.constants import content
 from polytrace.kinds import value_kind
-from polytrace.running import Array, Contribution
+from polytrace.maps.running import Array, Contribution
 from polytrace.tensors import RawTensor, itemsize
 from polytrace.wire import decode_tensors, encode_tensors
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from polytrace.errors import ConflictError, WireError
-from polytrace.folders import Folder
-from polytrace.map_parts import Part, digest_of, file_of, part_of
+from polytrace.maps.folders import Folder
+from polytrace.maps.parts import Part, digest_of, file_of, part_of
 
 NAME = "index.json"
 _VERSION = 1

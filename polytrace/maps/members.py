@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from polytrace.assembly import Member
-from polytrace.bodies import Bodies, Measured, Output, Recorded, output_shapes, record
-from polytrace.combining import Way
-from polytrace.datasets import Datum
 from polytrace.errors import GraphError
 from polytrace.graph import Options
+from polytrace.maps.assembly import Member
+from polytrace.maps.bodies import Bodies, Measured, Output, Recorded, output_shapes, record
+from polytrace.maps.combining import Way
+from polytrace.maps.datasets import Datum
 
 if TYPE_CHECKING:
     from polytrace.model import Model

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from polytrace.assembly import Member
-from polytrace.bodies import Measured
-from polytrace.datasets import Datum
 from polytrace.errors import ConflictError, GraphError
-from polytrace.index import Cut, DatasetDigest, Index
-from polytrace.map_parts import Part
-from polytrace.members import Source
-from polytrace.rowwise import MixesPromptsError
+from polytrace.maps.assembly import Member
+from polytrace.maps.bodies import Measured
+from polytrace.maps.datasets import Datum
+from polytrace.maps.index import Cut, DatasetDigest, Index
+from polytrace.maps.members import Source
+from polytrace.maps.parts import Part
+from polytrace.maps.rowwise import MixesPromptsError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
 """What the body of a map says of values that are combined across prompts: `polytrace.mean(value)`.
 
 These are marks, not values: the body returns them under a name, and `mapping.results` has what became of them. Each
-request combines its own prompts where the model is, in float64 (`polytrace.assembly`), and the client combines the
-requests (`polytrace.running`). So the result does not depend on how prompts are cut into requests: exactly for `max`,
-`min`, `count`, `top_k` and sums of integers, and to 1e-12 of the largest magnitude that was added for the others.
+request combines its own prompts where the model is, in float64 (`assembly`), and the client combines the requests
+(`running`). So the result does not depend on how prompts are cut into requests: exactly for `max`, `min`, `count`,
+`top_k` and sums of integers, and to 1e-12 of the largest magnitude that was added for the others.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import prod
 
 from polytrace.graph import Op, Ref, operands
-from polytrace.row_indices import STEPS, flat, getitem, set_view, setitem, stepped
-from polytrace.row_values import Dim, MixesError, Rows, Rule, argument, only
+from polytrace.maps.row_indices import STEPS, flat, getitem, set_view, setitem, stepped
+from polytrace.maps.row_values import Dim, MixesError, Rows, Rule, argument, only
 
 
 def _elementwise(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from polytrace.combining import Combined, Way
 from polytrace.errors import GraphError
+from polytrace.maps.combining import Combined, Way
 
 Array = NDArray[Any]
 Contribution = Mapping[str, Array]

@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from polytrace.assembly import Member, request_of_all
-from polytrace.bodies import Measured, Recorded, node_shapes, record
 from polytrace.certificate import ValueShape
-from polytrace.combining import Way
-from polytrace.datasets import Datum
 from polytrace.errors import GraphError
 from polytrace.graph import Options
-from polytrace.index import DatasetDigest
-from polytrace.map_parts import Part, put_contribution, raw_of
-from polytrace.rowwise import MixesPromptsError
+from polytrace.maps.assembly import Member, request_of_all
+from polytrace.maps.bodies import Measured, Recorded, node_shapes, record
+from polytrace.maps.combining import Way
+from polytrace.maps.datasets import Datum
+from polytrace.maps.index import DatasetDigest
+from polytrace.maps.parts import Part, put_contribution, raw_of
+from polytrace.maps.rowwise import MixesPromptsError
+from polytrace.maps.working import Worker
 from polytrace.tensors import RawTensor
-from polytrace.working import Worker
 
 if TYPE_CHECKING:
     from polytrace.model import Model
