@@ -1,9 +1,10 @@
-"""README says what is true: its examples run, and its tree is the tree."""
+"""README and the page of the language say what is true: their examples run, and the tree is the tree."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,22 @@ from bench.plain import TOLERANCE, Plain, difference
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = [
-    block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "polytrace.connect(" not in block
-]
+
+
+def examples_of(page: str) -> list[str]:
+    """The blocks of code that need no service."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return [block for block in blocks if "= polytrace.connect(" not in block]
+
+
+def run_all(page: str, names: dict[str, object], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Runs the blocks one after another; what each printed."""
+    outputs = []
+    for number, block in enumerate(examples_of(page)):
+        # compiled under its own name, so that an error names the block and its line
+        exec(compile(block, f"{page}, example {number + 1}", "exec"), names)
+        outputs.append(capsys.readouterr().out)
+    return outputs
 
 
 def test_the_examples_run_one_after_another_and_are_right(
@@ -22,11 +36,7 @@ def test_the_examples_run_one_after_another_and_are_right(
 ) -> None:
     monkeypatch.chdir(ROOT)
     names: dict[str, object] = {}
-    outputs = []
-    for number, block in enumerate(EXAMPLES):
-        # compiled under its own name, so that an error names the block and its line
-        exec(compile(block, f"README.md, example {number + 1}", "exec"), names)
-        outputs.append(capsys.readouterr().out)
+    outputs = run_all("README.md", names, capsys)
     assert outputs[0].startswith(" Paris\n")
     plain = Plain(ROOT / "bench" / "tinyworld" / "model")
     ids = plain.ids("The Eiffel Tower is in the city of")
@@ -38,6 +48,34 @@ def test_the_examples_run_one_after_another_and_are_right(
     changed = names["changed"]
     assert isinstance(changed, torch.Tensor)
     assert difference(changed, logits) > 1e-3, "the edits of the second example matter"
+
+
+def test_the_page_of_the_language_runs_from_its_first_block_to_its_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    told = "".join(run_all("docs/language.md", names, capsys))
+    assert "self_act_fn_0" in told or "apply_rotary_pos_emb_0" in told, "a source was printed"
+    assert torch.equal(names["happy"], names["again"]), "an edited model and a trace that starts from the kept edit"
+    assert len(names["session"].receipt.passes) == 1, "traces that exchange nothing share a pass"
+    last, logits = names["both"], names["patched"]
+    assert last.shape[0] == 2 and names["mapping"].results["mean"].shape == names["total"].fetch().shape
+    assert logits.isfinite().all()
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)?(?:#([\w-]+))?\)", page.read_text()):
+            path, anchor = target
+            if path.startswith("http"):
+                continue
+            there = (page.parent / path) if path else page
+            assert there.exists(), f"{page.name} links to {path}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+                known = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in known, f"{page.name} links to {path}#{anchor}"
 
 
 def test_every_module_has_its_line_in_the_tree() -> None:
