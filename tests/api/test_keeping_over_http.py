@@ -236,11 +236,11 @@ def test_killed_gateway_and_controller_lose_nothing_that_was_kept(model: Any, se
     assert short.exists()
     before, state = kept.fetch(), model.state("sum", torch.zeros(2))
     content, version = state.fetch(), state.version
-    for role in ("gateway", "controller"):
-        pid = service.child(role)
+    gone = {role: service.child(role) for role in ("gateway", "controller")}
+    for pid in gone.values():
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda gone=pid, role=role: service.child(role) not in (None, gone), 60, service)
+    wait_until(lambda: all(service.child(role) not in (None, pid) for role, pid in gone.items()), 60, service)
     wait_until(service.is_ready, 240, service)
     assert torch.equal(model.kept("through").fetch(), before)
     wait_until(lambda: not short.exists(), 30, service)
