@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class Parts:
     mid: str | None = None  # its input is the residual between attention and MLP
     why_no_mid: str = ""
     norm_behind: str | None = None  # of families that norm what attention gave before they add it
+    scale: float = 1.0  # of families that scale it then
     mlp: str | None = None  # the module that holds the neurons
     act: str | None = None  # its input is the neurons before their activation
     down: str | None = None  # its input is the neurons
@@ -119,6 +120,15 @@ def _positions(twin: nn.Module, seen: Seen) -> tuple[str, int] | None:
     return None
 
 
+class _Middle(NamedTuple):
+    """Who takes the residual between attention and MLP, or why nobody does, and how attention got into it."""
+
+    module: str | None
+    why_not: str
+    norm_behind: str | None = None
+    scale: float = 1.0
+
+
 class _Layer:
     """One layer of the twin, and what happened in it."""
 
@@ -137,16 +147,17 @@ class _Layer:
     def parts(self) -> Parts:
         """Whatever can be told."""
         experts = next((path for path, module in self.modules.items() if is_experts(module)), None)
-        mid, why_no_mid, norm_behind = self._mid()
+        middle = self._middle()
         act, down = self._neurons()
         roles = dict([*self._heads(), *self._fused(act)])
         return Parts(
             attention=self.attention,
             roles=roles,
             out=self._out(),
-            mid=mid,
-            why_no_mid=why_no_mid,
-            norm_behind=norm_behind,
+            mid=middle.module,
+            why_no_mid=middle.why_not,
+            norm_behind=middle.norm_behind,
+            scale=middle.scale,
             mlp=None if down is None else down.rpartition(".")[0],
             act=act,
             down=down,
@@ -204,12 +215,11 @@ class _Layer:
 
     # the residual
 
-    def _mid(self) -> tuple[str | None, str, str | None]:
-        """Who takes it, or why nobody does; and the norm behind attention, if there is one."""
+    def _middle(self) -> _Middle:
         first = _rows(next(value for path, side, value in self.calls if (path, side) == ("", "input")))
         last = _rows(_first(next(value for path, side, value in self.calls if (path, side) == ("", "output"))))
         added: list[tuple[str, Tensor]] = []  # what the modules of the layer gave, so far
-        candidates: list[tuple[str, str, Tensor, int]] = []
+        candidates: list[tuple[str, str, float, Tensor, int]] = []
         for path, side, value in self.calls:
             tensor = _first(value)
             if path == "" or tensor is None or tensor.numel() != first.numel():
@@ -218,17 +228,18 @@ class _Layer:
             if side == "output":
                 added.append((path, rows))
             elif not _same(rows, first):
-                giver = next((other for other, own in added if _parallel(rows - first, own)), None)
+                giver = next((given for given in added if _parallel(rows - first, given[1])), None)
                 if giver is not None:
-                    candidates.append((path, giver, rows, len(added)))
-        for path, giver, rows, behind in candidates:
+                    scale = float((rows - first).norm() / giver[1].norm())
+                    candidates.append((path, giver[0], scale, rows, len(added)))
+        for path, other, scale, rows, behind in candidates:
             if any(_parallel(last - rows, own) for _, own in added[behind:]):
-                is_attention = self.attention is not None and f"{giver}.".startswith(f"{self.attention}.")
-                return path, "", None if is_attention else giver
+                is_attention = self.attention is not None and f"{other}.".startswith(f"{self.attention}.")
+                return _Middle(path, "", None if is_attention else other, scale)
         if any(_same(last - first, one + other) for _, one in added for _, other in added):
             side_by_side = "attention and MLP of this layer run side by side on resid_pre: nothing lies between them"
-            return None, side_by_side, None
-        return None, "no module of this layer takes the sum of resid_pre and what attention gave", None
+            return _Middle(None, side_by_side)
+        return _Middle(None, "no module of this layer takes the sum of resid_pre and what attention gave")
 
     # the MLP
 

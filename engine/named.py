@@ -174,8 +174,7 @@ class _Namer:
             self.views[attention, Port.HEAD_OUT] = HeadView(module=out, units=units, is_transposed=is_transposed)
             self._weight(attention, "W_O", out, "weight", Form.FROM_HEADS, units)
             self._weight(attention, "b_O", out, "bias", Form.ROWS)
-        if parts.norm_behind is not None:
-            told = f"before {parts.norm_behind}, which norms what attention gave before it is added to the residual"
+        if (told := _before_it_is_added(parts)) is not None and (attention, Port.HEAD_OUT) in self.views:
             self.points.append(
                 PointInfo(module=attention, name="head_out", note=told, site=Site(module=attention, port=Port.HEAD_OUT))
             )
@@ -281,6 +280,15 @@ class _Namer:
                 **more,
             )
         )
+
+
+def _before_it_is_added(parts: Parts) -> str | None:
+    """What happens to what heads gave before it is in the residual, where something does."""
+    if parts.norm_behind is not None:
+        return f"before {parts.norm_behind}, which norms what attention gave before it is added to the residual"
+    if abs(parts.scale - 1) > 1e-3:
+        return f"before the layer adds {parts.scale:.4g} times it to the residual"
+    return None
 
 
 def _under(path: str, way: str) -> str:
