@@ -66,16 +66,8 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 def unknown_op(name: str, where: str) -> GraphError:
     """The refusal of an op that is not in the table."""
-    if name in _INSTEAD:
-        return GraphError(f"polytrace has no operation {name!r}: {_INSTEAD[name]}", where=where)
     short = {full.removeprefix("Tensor.").removeprefix("torch.") for full in BY_TORCH_NAME if "__" not in full}
     return GraphError(f"polytrace has no operation {name!r}{nearest(name, sorted(short | OPS.keys()))}", where=where)
-
-
-_INSTEAD = {
-    "equal": "Python cannot have its answer yet; write (a == b).all() for a value",
-    "allclose": "Python cannot have its answer yet; write torch.isclose(a, b).all() for a value",
-}
 
 
 class _Value(Enum):
