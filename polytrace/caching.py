@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
+from polytrace.grammar import nearest
 from polytrace.lines import user_line
 from polytrace.ports import Key
 from polytrace.saved import SavedMapping
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 Function = Callable[[Any], Any]
 _OVER_TOKENS = ("mean", "sum", "max")
 _ROOT = "model"  # the root's name in nnsight
+
+
+class NotCachedError(GraphError, KeyError):
+    """Also a KeyError, as of any mapping."""
 
 
 class Entry:
@@ -65,7 +70,10 @@ class Cache:
         for start in ("", self._path):
             if (path := _native(self._table, key, start)) in self._entries:
                 return self._entries[path]
-        raise KeyError(f"{key}: not in this cache")
+        if not self._entries:
+            raise NotCachedError("entries are in the cache when the block has ended", where=user_line())
+        known = list(self._entries)
+        raise NotCachedError(f"{key}: not in this cache{nearest(key, known) or f' of {len(known)}'}", where=user_line())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -31,6 +31,12 @@ class EditedModel(Model):
         own = {name: value for name, value in vars(base).items() if not isinstance(value, Module)}
         self.__dict__.update(own, _model=self, base=base.base, edits_of_traces=(*base.edits_of_traces, *edits))
 
+    def __iter__(self) -> NoReturn:
+        raise GraphError(
+            "model.edit() gives the edited model alone, and it is no list: write `with model.edit() as edited:`",
+            where=user_line(),
+        )
+
     @property
     def mask(self) -> Any:
         """In the block of an edit: `[sequences, longest]`, True where the later prompts' view has a token."""

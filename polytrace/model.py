@@ -243,6 +243,12 @@ class Model(Module):
 
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it."""
+        if not isinstance(tracer, Tracer):
+            raise GraphError(
+                f"validate takes a trace, not a {type(tracer).__name__}: "
+                "`with model.trace(prompts, run=False) as tracer: ...`, then model.validate(tracer)",
+                where=user_line(),
+            )
         return self.backend.validate(tracer.built_request())
 
     def kept(self, name: str | None = None) -> Any:

@@ -14,6 +14,7 @@ from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Port, Site
 from polytrace.lines import user_line
+from polytrace.not_values import NotAValue
 from polytrace.ports import Members, OpenPort
 from polytrace.sources import WORD, operation_path
 from polytrace.tree import NoSuchNameError, PortTable, join
@@ -72,7 +73,7 @@ class Source:
         return draw_code(self._code)
 
 
-class Operation:
+class Operation(NotAValue):
     """One call in a forward. Outside of a trace it can be looked at; inside, its values are recorded."""
 
     _model: Model
@@ -120,6 +121,13 @@ class Operation:
                 port.write_members(selector, value)
         else:
             raise GraphError(f"{self._path} has output, input and inputs to be set, not {name!r}", where=user_line())
+
+    def _refuse_as_value(self) -> NoReturn:
+        raise GraphError(
+            f"{self._path} is an operation, not a value: write `.output` behind it for what it returns, "
+            "`.inputs` for what it gets",
+            where=user_line(),
+        )
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):

@@ -311,7 +311,63 @@ TRACES = (
     program("sharing", "with model.trace('a', sharing='no'): pass", words=("'off'", "'no'")),
 )
 
+AROUND_TRACES = (
+    inside(
+        "an operation", "model.model.layers[3].mlp.source.self_act_fn_0 + 1  # <-", words=("operation", "`.output`")
+    ),
+    inside("an operation's save", "model.lm_head.source.F_linear_0.save()  # <-", words=("has output", "'save'")),
+    inside("a cache inside", "tracer.cache()['lm_head']  # <-", words=("when the block has ended",)),
+    program(
+        "a cache without it",
+        f"with model.trace({PROMPT!r}) as tracer: cache = tracer.cache(modules=['model.layers.3'])",
+        "cache['model.layers.4']  # <-",
+        words=("model.layers.4: not in this cache", "did you mean model.layers.3?"),
+    ),
+    program("a prompt's price", "model.validate('a')", words=("a trace, not a str", "run=False")),
+    program(
+        "nnsight's pair", "with model.edit() as (tracer, edited): pass", words=("the edited model alone", "as edited:")
+    ),
+    program("an edit's save", "with model.edit(): model.lm_head.output.save()", words=("gives nothing back",)),
+    program("an edit of nothing", "with model.edit(): pass", words=("writes nothing",)),
+    program(
+        "a number of a session",
+        "with model.session():",
+        f"    with model.trace({PROMPT!r}): h = model.lm_head.output.mean().save()",
+        "    float(h)  # <-",
+        words=("this session sends when its block ends", "peek=True"),
+    ),
+    inside(
+        "inside of what is skipped",
+        "layer = model.model.layers[3]",
+        "layer.skip(layer.input)",
+        "layer.mlp.output  # <-",
+        words=("is skipped", "notebook.py:3"),
+    ),
+    inside(
+        "behind a stop",
+        "model.model.layers[0].output.save()",
+        "tracer.stop()",
+        "model.lm_head.output  # <-",
+        words=("tracer.stop() at notebook.py:3",),
+    ),
+    inside("a number of cond", HIDDEN, "polytrace.cond(h.mean() > 0, 1, 2)  # <-", words=("torch.full_like",)),
+    program(
+        "nobody's invoke",
+        "with model.trace() as tracer:",
+        "    with tracer.invoke(): pass  # <-",
+        words=("there are none yet",),
+    ),
+    program(
+        "a write behind a look",
+        f"with model.trace({PROMPT!r}, peek=True):",
+        "    if model.model.layers[3].output.mean() > 0: pass",
+        "    model.model.layers[1].output[:] = 0  # <-",
+        words=("was looked at", "before you look"),
+    ),
+)
+
 GROUPS = {
+    "around": AROUND_TRACES,
     "python": PYTHON_NEEDS_A_NUMBER,
     "client": TENSORS_OF_THE_CLIENT,
     "names": UNKNOWN_NAMES,

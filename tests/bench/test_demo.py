@@ -76,7 +76,7 @@ def test_a_script_of_the_guide_runs_unchanged_on_a_service(
 
 
 def test_a_service_tells_mistakes_as_one_process_does(service: Service) -> None:
-    names = {"model": polytrace.connect(service.url, NAME), "torch": torch, "np": np, "io": io}
+    names = {"model": polytrace.connect(service.url, NAME), "torch": torch, "np": np, "io": io, "polytrace": polytrace}
     for name, mistake in MISTAKES.items():
         with pytest.raises(PolytraceError) as caught, warnings.catch_warnings():
             warnings.simplefilter("ignore")

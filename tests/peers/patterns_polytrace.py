@@ -530,6 +530,61 @@ def stopped_early(model: Any) -> Any:
     return hidden
 
 
+# --- usage/access-and-modify, usage/conditionals-and-loops, usage/session, usage/edit, usage/source
+
+
+def all_inputs(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        _, kwargs = model.model.layers[LAYER].self_attn.inputs
+        hidden = kwargs["hidden_states"].save()
+        cos = kwargs["position_embeddings"][0].save()
+    return hidden, cos
+
+
+def condition_on_a_value(model: Any) -> Any:
+    with model.trace(EIFFEL, peek=True):
+        norm = model.model.layers[LAYER].output.norm(dim=-1).mean().save()
+        if norm > 1.0:
+            model.model.layers[LAYER + 1].output[:, -1] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return norm, logits
+
+
+def session(model: Any) -> Any:
+    with model.session():
+        with model.trace(EIFFEL):
+            hidden = model.model.layers[LAYER].output[:, -1, :]
+        with model.trace(GALATA):
+            model.model.layers[LAYER].output[:, -1, :] = hidden
+            logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
+def edited_model(model: Any) -> Any:
+    with model.edit() as edited:
+        edited.model.layers[1].output[:, 1] = 0
+    with model.trace(EIFFEL):
+        plain = model.model.layers[1].output.save()
+    with edited.trace(EIFFEL):
+        changed = edited.model.layers[1].output.save()
+        logits = edited.lm_head.output[:, -1, :].save()
+    return plain, changed, logits
+
+
+def source_read(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        queries = model.model.layers[LAYER].self_attn.source.self_q_proj_0.output.save()
+        activated = model.model.layers[LAYER].mlp.source.self_act_fn_0.output.save()
+    return queries, activated
+
+
+def source_changed(model: Any) -> Any:
+    with model.trace(EIFFEL):
+        model.model.layers[LAYER].mlp.source.self_act_fn_0.output[:] = 0
+        logits = model.lm_head.output[:, -1, :].save()
+    return logits
+
+
 PATTERNS = {
     name: function for name, function in list(globals().items()) if getattr(function, "__module__", None) == __name__
 }

@@ -27,7 +27,7 @@ def model() -> Iterator[Any]:
 def test_a_mistake_is_told_with_its_line_and_what_to_write_instead(mistake: Mistake, model: Any) -> None:
     with pytest.raises(PolytraceError) as caught, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has its own words for `torch.tensor(value)`, which come first
-        mistake.make({"model": model, "torch": torch, "np": np, "io": io})
+        mistake.make({"model": model, "torch": torch, "np": np, "io": io, "polytrace": polytrace})
     assert caught.value.where == f"notebook.py:{mistake.line}", caught.value
     for words in mistake.words:
         assert words in caught.value.message
@@ -41,7 +41,7 @@ def test_a_mistake_leaves_the_model_usable(model: Any) -> None:
     for mistake in list(MISTAKES.values())[::10]:
         with pytest.raises(PolytraceError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            mistake.make({"model": model, "torch": torch, "np": np, "io": io})
+            mistake.make({"model": model, "torch": torch, "np": np, "io": io, "polytrace": polytrace})
     with model.trace(PROMPT):
         token = model.lm_head.output[:, -1].argmax(-1).save()
     assert model.tokenizer.decode(token.tolist()) == " Paris"
