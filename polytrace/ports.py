@@ -159,9 +159,6 @@ class Members(NotAValue):
     def __len__(self) -> int:
         return len(self._positions())
 
-    def __bool__(self) -> bool:
-        return True
-
     def __contains__(self, key: object) -> bool:
         return key in self.keys()
 
