@@ -69,7 +69,8 @@ class Deployments:
 
     def find(self, known: Deployment) -> Served | None:
         """What is served of a deployment, None while it is not ready."""
-        return self._served.get(known.model)
+        served = self._served.get(known.model)
+        return served if served is not None and served.revision == known.revision else None
 
     def taking(self, name: str) -> Served:
         """A deployment that takes requests. Raises NotFoundError, or CapacityError with the reason."""

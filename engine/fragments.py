@@ -20,6 +20,7 @@ from engine.constants import Constants
 from engine.copies import to_device
 from engine.links import Links
 from engine.memory import told_out_of_memory
+from engine.named import NamedParameters
 from engine.ops import resolve, run_op
 from engine.pair_views import check_pairs, pairs_of, read_pairs
 from engine.results import ResultSink
@@ -59,7 +60,7 @@ class ShardContext:
     runner: StageRunner
     links: Links
     sites: Mapping[Site, tuple[SiteInfo, Leaf]]
-    parameters: Mapping[str, Tensor]  # local parts, by path
+    parameters: NamedParameters  # local parts, by path
     parameter_infos: Mapping[str, ParameterInfo]
     table: ModelTable
     levels: Levels
@@ -294,8 +295,15 @@ class RequestState:
     # Values that come from elsewhere
 
     def _parameter(self, node_id: NodeId, node: Parameter) -> Tensor:
-        local = self.context.parameters[node.path].detach().to(self.context.device)  # it may be offloaded
         info = self.context.parameter_infos[node.path]
+        if info.is_of_whole and info.of is not None:
+            stored = self.context.parameter_infos[info.of]
+            assert stored.sharded_dim is not None, "it is of the whole because ranks split that"
+            part = self.context.parameters[info.of].detach().to(self.context.device)
+            blocks, copies = stored.sharded_blocks, stored.sharded_copies
+            whole = gather_whole(self.context.links, part, stored.sharded_dim, blocks, copies)
+            return self.context.parameters.of_whole(node.path, whole)
+        local = self.context.parameters[node.path].detach().to(self.context.device)  # it may be offloaded
         if info.sharded_dim is None or node_id in self.program.below:
             return local
         blocks, copies = info.sharded_blocks, info.sharded_copies

@@ -174,7 +174,7 @@ def run_gate(
         stage=links.stage,
         rank=links.rank,
         leaves=(*leaves, *not_run),
-        sharded=_split_dimensions(probe, runner.model, links.ranks),
+        sharded=_split_dimensions(probe, runner.model, links.ranks, packed),
         packed=dict(packed),
         row_multiple=multiple,
         key_value_bytes=store.row_bytes,
@@ -199,7 +199,9 @@ def _check_logits(leaves: list[LeafReport], probe: Probe, model: nn.Module) -> N
     )
 
 
-def _split_dimensions(probe: Probe, model: nn.Module, ranks: int) -> dict[str, tuple[int, int]]:
+def _split_dimensions(
+    probe: Probe, model: nn.Module, ranks: int, packed: Mapping[str, int]
+) -> dict[str, tuple[int, int]]:
     """Which dimension of each parameter is smaller here than in the whole model, and how many ranks hold the same."""
     whole = {info.path: info.shape for info in probe.parameters}
     split: dict[str, tuple[int, int]] = {}
@@ -210,7 +212,11 @@ def _split_dimensions(probe: Probe, model: nn.Module, ranks: int) -> dict[str, t
             (dim,) = differing
             split[path] = dim, tensor.shape[dim] * ranks // whole[path][dim]
     copies = {path: number for path, (_, number) in split.items()}
-    for path, tensor in NamedParameters(stored, probe.weights, copies).named():
+    dims = {path: dim for path, (dim, _) in split.items()}
+    of_parts = [
+        one for one in probe.weights if one.of not in dims or one.is_of_parts(dims[one.of], packed.get(one.of, 1))
+    ]
+    for path, tensor in NamedParameters(stored, of_parts, copies).named():
         differing = [dim for dim, size in enumerate(tensor.shape) if size != whole[path][dim]]
         if differing:
             (dim,) = differing

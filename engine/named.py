@@ -67,6 +67,10 @@ class NamedParameters(Mapping[str, Tensor]):
             else weight.view(self._stored[weight.of], self._copies.get(weight.of, 1))
         )
 
+    def of_whole(self, path: str, parameter: Tensor) -> Tensor:
+        """A named weight of the whole parameter."""
+        return self._weights[path].view(parameter)
+
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Named weights of what is here."""
         return ((path, self[path]) for path in self._weights)

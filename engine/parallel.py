@@ -151,10 +151,15 @@ def _install_row(module: nn.Module, split: Split, links: Links) -> None:
     row: Any = module
     row.change, row.adds_changes = None, True
 
+    def own_input(x: Tensor) -> Tensor:
+        """What of the input meets this rank's weights."""
+        return x.unflatten(-1, (links.ranks, -1)).select(-2, links.rank) if split.style is Style.ROW_OF_WHOLE else x
+
+    row.own_input = own_input
+
     def forward(x: Tensor) -> Tensor:
         weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
-        if split.style is Style.ROW_OF_WHOLE:
-            x = x.unflatten(-1, (links.ranks, -1)).select(-2, links.rank)
+        x = own_input(x)
         product = x @ weight if isinstance(module, Conv1D) else F.linear(x, weight)
         change, row.change = row.change, None  # of what heads add here, see `engine.head_outputs`
         total = links.ordered_sum(with_change(product, change))

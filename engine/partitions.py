@@ -83,6 +83,16 @@ class NamedWeight:
     share: int = 1  # query heads of a key/value head, where each query head is to have its own
     first: int = 0  # row
 
+    def is_of_parts(self, split_dim: int, blocks: int) -> bool:
+        """Whether a rank's part of the parameter has that rank's part of this, and nothing of another role.
+
+        Ranks that split a fused matrix in two, whatever its roles are, have other roles each.
+        """
+        units = self.units
+        if units is None or units.is_interleaved or units.count == units.total or blocks > 1:
+            return True
+        return split_dim != int(self.is_transposed and self.form is not Form.HEADS)
+
     def view(self, parameter: Tensor, copies: int = 1) -> Tensor:
         """The named tensor, of the ranks' part as of the whole; shares memory but for `share`.
 

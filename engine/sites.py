@@ -293,10 +293,16 @@ def describe_model(
         for site in probe.sites
     )
     modules = tuple(replace(module, first_stage=place.home(module.path)) for module in probe.modules)
+    of_whole = {
+        weight.path
+        for weight in probe.weights
+        if weight.of in sharded and not weight.is_of_parts(sharded[weight.of][0], packed.get(weight.of, 1))
+    }
     parameters = tuple(
         replace(
             p,
             stage=place.home(p.of or p.path),
+            is_of_whole=p.path in of_whole,
             sharded_dim=dim,
             sharded_copies=copies,
             sharded_blocks=packed.get(p.path, 1),

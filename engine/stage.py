@@ -262,7 +262,8 @@ class StageRunner:
 
         def made(_module: nn.Module, args: tuple[Any, ...]) -> None:
             weight = source.weight if view.is_transposed else source.weight.T  # [H C, D]
-            heads = HeadOutputs(args[0].unflatten(-1, (-1, units.size)), weight.unflatten(0, (-1, units.size)))
+            z = source.own_input(args[0]) if hasattr(source, "own_input") else args[0]
+            heads = HeadOutputs(z.unflatten(-1, (-1, units.size)), weight.unflatten(0, (-1, units.size)))
             if self._is_calling or heads.z.shape[2] != heads.weight.shape[0]:
                 return
             visit.visitor(heads)

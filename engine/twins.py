@@ -127,6 +127,8 @@ def _error(whole: Tensor, local: Tensor | None, blocks: int, links: Links) -> fl
         part = take_part(links, whole, dim, blocks, copies)
     if whole.numel() == 0:
         return 0.0
+    if whole.is_complex() and local.is_complex():
+        part, local, whole = torch.view_as_real(part), torch.view_as_real(local), torch.view_as_real(whole)
     scale = max(1.0, whole.double().abs().max().item())
     return (part.double() - local.double()).abs().max().item() / scale
 

@@ -131,6 +131,7 @@ class ParameterInfo:
     sharded_blocks: int = 1  # see `Leaf`
     sharded_copies: int = 1
     of: str | None = None  # of a named weight (`W_Q`): the parameter that it is a view of
+    is_of_whole: bool = False  # ... of the whole only: ranks' parts of that do not have parts of this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

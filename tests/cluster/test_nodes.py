@@ -125,7 +125,8 @@ def test_a_killed_controller_leaves_no_shard_in_the_cluster_and_the_next_one_ser
     assert len(before) == 2 and controller is not None
     os.kill(controller, signal.SIGKILL)
     wait_until(lambda: not set(before) & shard_processes().keys(), 60, service)
-    wait_until(lambda: service.child("controller") not in (None, controller) and service.is_ready(), 120, service)
+    wait_until(lambda: service.child("controller") not in (None, controller), 120, service)
+    wait_until(lambda: len(set(nodes.shards()) - set(before)) == 2 and service.is_ready(), 120, service)
     assert answers(service) == calm
     assert len(nodes.shards()) == 2
 

@@ -22,12 +22,14 @@ TOLERANCE = 1e-5  # of max(1, max|one process|), float32
 PROMPTS = [[7, 3, 5, 9, 11, 2, 4], [7, 3, 5, 1]]
 LAYER = 1
 NUMBER = 4  # bytes of a float32
+GATHERED = ("phi3",)  # every rank has what projections give, and of their fused weights other rows than its heads'
 GRIDS = [
     ("gpt2", 2),
     ("gpt_neox", 2),
     ("qwen3", 2),
     ("mixtral", 2),
     ("phi", 2),
+    ("phi3", 2),  # whose projections give every rank the whole
     ("opt", 2),
     ("gemma2", 2),
     ("mistral", 4),
@@ -83,7 +85,8 @@ def test_of_a_head_only_that_head_travels(deployed: Any) -> None:
         with one.trace(PROMPTS[0]):
             expected = getattr(_layer(one, family), name)[:, :, 3].save()
         assert difference([ours], [expected]) <= TOLERANCE, name
-        assert 0 < tracer.receipt.gathered_bytes <= most * NUMBER * others, (name, tracer.receipt.gathered_bytes)
+        least = -1 if family in GATHERED else 0
+        assert least < tracer.receipt.gathered_bytes <= most * NUMBER * others, (name, tracer.receipt.gathered_bytes)
     with model.trace(PROMPTS[0]) as tracer:  # an edit of it does not travel at all
         _layer(model, family).head_out[:, -1, 3] = 0.0
         model.lm_head.input[:, -1].save()
@@ -103,7 +106,8 @@ def test_of_a_heads_weights_only_that_heads_travel(deployed: Any) -> None:
     for name in ("W_Q", "W_O", "W_V_by_head"):
         (tracer, ours), (_, expected) = ask(model, name), ask(one, name)
         assert torch.equal(ours, expected), name
-        assert 0 < tracer.receipt.gathered_bytes <= 32 * 8 * NUMBER * (ranks - 1), (name, tracer.receipt.gathered_bytes)
+        if family not in GATHERED:
+            assert 0 < tracer.receipt.gathered_bytes <= 32 * 8 * NUMBER * (ranks - 1), name
     names = [name for name in ("W_K", "W_V", "W_in", "W_gate", "W_out", "b_in") if name in dir(_layer(one, family))]
     for name in names:
         whole = []
