@@ -9,20 +9,20 @@ Invariant: requests whose prompts have one length cost nothing here and are neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
 import torch
 
-from engine.contractions import contracted, reduced_dims
 from engine.indexing import places
 from engine.meta import MISFITS, Meta, contiguous, freeze, result_of
 from polytrace.errors import GraphError
 from polytrace.graph import Call, NodeId, Op, Ref, Request
 from polytrace.graph import operands as operands_of
 from polytrace.ops import OPS, Reach, Results
+from polytrace.ops.contractions import contracted, reduced_dims
 
 _HINT = (
     "pad rows would be counted: multiply by tracer.mask[..., None] (and divide by tracer.mask.sum(1, keepdim=True)) "
@@ -171,11 +171,11 @@ class TokenDimensions:
     # --- refusals
 
     def _refuse(self, op: Op, args: tuple[Any, ...], values: list[Any]) -> None:
-        for operand, dims in reduced_dims(op, values):
+        for operand, dims in reduced_dims(op, _rank_in(values)):
             tokens = self._tokens(operand)
             if tokens is not None and tokens.kind is Kind.RAW and not dims.isdisjoint(tokens.dims):
                 raise GraphError(f"{op.name} runs over the tokens of prompts of different lengths; {_HINT}")
-        pairs = contracted(op, values)
+        pairs = contracted(op, _rank_in(values))
         kinds = {tokens.kind for operand, _ in pairs if (tokens := self._tokens(operand)) is not None}
         if kinds & {Kind.MASK, Kind.MASKED}:
             return  # what is 0 in the pad rows takes the others' pad rows out of the sum
@@ -234,7 +234,7 @@ class TokenDimensions:
     def _named(self, op: Op, args: tuple[Any, ...], values: list[Any], value: tuple[Meta, ...]) -> Members:
         """Of topk, sort, max, svd: a dimension that is run over and stays has no raw tokens."""
         kind = self._kind(op)
-        reduced = {dim for _, dims in reduced_dims(op, values) for dim in dims}
+        reduced = {dim for _, dims in reduced_dims(op, _rank_in(values)) for dim in dims}
         rank = max(len(values[part].shape) for part in operands_of(op) if self._tokens(part) is not None)
         try:
             longer = result_of(op.name, *self._longer(op, args, values))
@@ -315,6 +315,11 @@ class _Overlay:
     def __getitem__(self, node: NodeId) -> Any:
         tokens = self._tokens._tokens(node)
         return tokens.longer if tokens is not None else self._values[node]
+
+
+def _rank_in(values: list[Any]) -> Callable[[NodeId], int]:
+    """How many dimensions each value has; several together have none."""
+    return lambda node: len(value.shape) if isinstance(value := values[node], Meta) else 0
 
 
 def _tokens_of(kind: Kind, dims: dict[int, Columns], value: Meta) -> Tokens | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from polytrace.graph import Op, Operand, Ref, refs
-from polytrace.maps.row_values import Dim, MixesError, Rows, RowTensor
+from polytrace.maps.row_values import Dim, MixesError, Rows, RowTensor, Shape
 
 
 def _is_whole(part: Any) -> bool:
@@ -73,7 +73,7 @@ def flat(part: Any) -> list[Any]:
     return [one for member in part for one in flat(member)] if isinstance(part, (list, tuple)) else [part]
 
 
-def getitem(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
+def getitem(walk: Rows, op: Op, result: Shape) -> Dim:
     base, index = walk.tensor(op.args[0]), op.args[1]
     if base.dim is None and isinstance(index, Ref):  # rows of a table, by each prompt's own number
         shape = walk.shapes[index.node]
@@ -83,7 +83,7 @@ def getitem(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
     return picked(walk, base.rank, base.rows, index)[0]
 
 
-def setitem(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
+def setitem(walk: Rows, op: Op, result: Shape) -> Dim:
     base = walk.tensor(op.args[0])
     index, value = op.args[1], walk.tensor(op.args[2])
     mask = walk.tensor(index)
@@ -105,7 +105,7 @@ def _check_part(dim: int, rank: int, value: RowTensor) -> None:
         raise MixesError
 
 
-def set_view(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
+def set_view(walk: Rows, op: Op, result: Shape) -> Dim:
     base, steps = walk.tensor(op.args[0]), op.args[1]
     assert isinstance(steps, tuple)
     dim, rank = base.rows, base.rank
@@ -185,8 +185,14 @@ def _within(place: int) -> Step:
     return step
 
 
+def _within_number(number: int) -> Step:
+    """hsplit and the like: parts of one dimension; hsplit's is the first where there is one only."""
+    return lambda dim, rank, args, kwargs: _within(0)(dim, rank, (min(number, rank - 1),), {})
+
+
 STEPS: dict[str, Step] = {
     "transpose": _order_step(_swapped),
+    "adjoint": _order_step(lambda rank, args, kwargs: _swapped(rank, (-2, -1), {})),
     "t": _order_step(lambda rank, args, kwargs: list(range(rank))[::-1]),
     "permute": _order_step(_permuted),
     "movedim": _order_step(_moved),
@@ -194,12 +200,13 @@ STEPS: dict[str, Step] = {
     "select": _without,
     "unbind": _without,
     "narrow": _within(0),
-    "split": _within(1),
-    "chunk": _within(1),
+    "narrow_copy": _within(0),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _within(1)),
+    **{f"{letter}split": _within_number(number) for letter, number in (("v", 0), ("h", 1), ("d", 2))},
 }
 
 
-def stepped(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
+def stepped(walk: Rows, op: Op, result: Shape) -> Dim:
     base = walk.tensor(op.args[0])
     if any(isinstance(part, Ref) for part in (*op.args[1:], *op.kwargs.values())):
         raise MixesError

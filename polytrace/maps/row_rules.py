@@ -1,4 +1,8 @@
-"""Per op, where the prompts' dimension of its operands is in its result; an op that is not here may mix prompts."""
+"""Where the prompts' dimension of an op's operands is in its result, by how far the op reaches.
+
+An op that runs over it mixes prompts (`polytrace.ops.contractions` says what an op runs over). Where it goes else, a
+rule for the reach says, or for the op where the op moves dimensions in a way of its own; an op of neither may mix.
+"""
 
 from __future__ import annotations
 
@@ -6,98 +10,132 @@ from math import prod
 
 from polytrace.graph import Op, Ref, operands
 from polytrace.maps.row_indices import STEPS, flat, getitem, set_view, setitem, stepped
-from polytrace.maps.row_values import Dim, MixesError, Rows, Rule, argument, only
+from polytrace.maps.row_values import Dim, MixesError, Rows, RowTensor, Rule, Shape, argument, only
+from polytrace.ops import OPS, Reach
+from polytrace.ops.contractions import COMPARED, contracted, dims_along, einsum_terms, factors, is_between, reduced_dims
 
 
-def _elementwise(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    """Operands that broadcast: aligned from the right."""
-    assert result is not None
-    tensors = [walk.tensor(Ref(part)) for part in operands(op)]
-    return only(len(result) - tensor.rank + tensor.dim for tensor in tensors if tensor.dim is not None)
-
-
-def _along(place: int, default: int | None = None, *, operands: int = 1) -> Rule:
-    """Ops that run over `dim`, argument number `place`; without it over `default`, or everything."""
-
-    def rule(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-        tensors = [walk.tensor(arg) for arg in op.args[:operands]]
-        rank = max(tensor.rank for tensor in tensors)
-        dim = only(rank - tensor.rank + tensor.dim for tensor in tensors if tensor.dim is not None)
-        over = argument(op, place, "dim", default)
-        dims = {one % rank for one in ((over,) if type(over) is int else over or range(rank))}
-        if dim in dims or any(isinstance(part, Ref) for part in (*op.args[operands:], *op.kwargs.values())):
-            raise MixesError
-        is_kept = bool(op.kwargs.get("keepdim")) or op.name in _KEEPS_RANK or any(arg is True for arg in op.args)
-        if result is not None:
-            is_kept = len(result) == rank
-        return dim if is_kept else dim - sum(one < dim for one in dims)
-
-    return rule
-
-
-_KEEPS_RANK = frozenset({"topk", "sort"})
-
-
-def _extreme(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    """`max(other)` is element by element, `max(dim)` runs over it."""
-    if isinstance(argument(op, 1, "other"), Ref):
-        return _elementwise(walk, op, result)
-    return _along(1)(walk, op, result)
-
-
-def _layer_norm(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    base, sizes = walk.tensor(op.args[0]), argument(op, 1, "normalized_shape")
-    if base.rows >= base.rank - len(sizes) or any(walk.tensor(Ref(part)).dim is not None for part in operands(op)[1:]):
+def row_dim(walk: Rows, op: Op, result: Shape) -> Dim:
+    """The prompts' dimension of the result. Raises MixesError where the op mixes prompts or may."""
+    rule = rule_of(op)
+    if rule is None:
         raise MixesError
-    return base.rows
+    if OPS[op.name].reach is not Reach.WHOLE:  # else its rule says all
+        for node, dims in (*reduced_dims(op, walk.rank), *contracted(op, walk.rank)):
+            if walk.dims[node] in dims:
+                raise MixesError
+    return rule(walk, op, result)
 
 
-def _matmul(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    assert result is not None
-    left, right = (walk.tensor(arg) for arg in (*op.args, op.kwargs.get("other"))[:2])
-    if len(operands(op)) > sum(isinstance(arg, Ref) for arg in (*op.args, op.kwargs.get("other"))):
-        raise MixesError  # a factor under another name
-    if op.name == "rmatmul":
-        left, right = right, left
+def rule_of(op: Op) -> Rule | None:
+    """None: nothing is known of the op."""
+    return _BY_NAME.get(op.name) or _BY_REACH.get(OPS[op.name].reach)
+
+
+# --- for a reach
+
+
+def _aligned(walk: Rows, op: Op, result: Shape) -> Dim:
+    """Operands that are stretched to one shape: counted from the right."""
+    return only(len(result) - tensor.rank + tensor.dim for tensor in _tensors(walk, op) if tensor.dim is not None)
+
+
+def _along(walk: Rows, op: Op, result: Shape) -> Dim:
+    """What runs over dimensions, which stay or go."""
+    if is_between(op):
+        return _aligned(walk, op, result)
+    tensors, base = _tensors(walk, op), walk.tensor(op.args[0])
+    rank = max(tensor.rank for tensor in tensors) if op.name in COMPARED else base.rank
+    if op.name not in COMPARED and any(tensor.rank and tensor.place != base.place for tensor in tensors):
+        raise MixesError
+    dim, dims = only(rank - one.rank + one.dim for one in tensors if one.dim is not None), dims_along(op, rank)
+    if dim in dims or len(result) not in (rank, rank - len(dims)):
+        raise MixesError
+    return dim if len(result) == rank else dim - sum(one < dim for one in dims)
+
+
+def _of_first(walk: Rows, op: Op, result: Shape) -> Dim:
+    """What works on the last dimensions of its first operand, with weights that are the same for all."""
+    if any(walk.dims[part] is not None for part in operands(op)[1:]):
+        raise MixesError
+    return walk.tensor(op.args[0]).rows
+
+
+def _batched(walk: Rows, op: Op, result: Shape) -> Dim:
+    """What works on the last dimensions of each operand; those in front are a batch, and all operands have it."""
+    tensors = _tensors(walk, op)
+    if len({tensor.rank for tensor in tensors}) != 1:
+        raise MixesError
+    return only(tensor.dim for tensor in tensors)
+
+
+def _loss(walk: Rows, op: Op, result: Shape) -> Dim:
+    """Element by element, or over classes: dimension 1 of predictions, which targets have not or have too."""
+    if op.name not in ("cross_entropy", "nll_loss"):
+        return _aligned(walk, op, result)
+    base, target = walk.tensor(op.args[0]), walk.tensor(argument(op, 1, "target"))
+    dim = base.rows - (base.rows > 1)
+    if base.rank < 2 or target.rows != (base.rows if target.rank == base.rank else dim):
+        raise MixesError
+    if any(walk.dims[part] is not None for part in operands(op)[2:]):
+        raise MixesError
+    return dim
+
+
+def _product(walk: Rows, op: Op, result: Shape) -> Dim:
+    """The dimensions in front are a batch, counted from the right; each matrix has one of its own in the result."""
+    left, right = map(walk.tensor, factors(op))
     found: list[Dim] = []
-    for tensor, summed, own in ((left, -1, -2), (right, -2, -1)):
+    for tensor, own in ((left, -2), (right, -1)):
         if tensor.dim is None:
             continue
         from_right = tensor.dim - tensor.rank
-        if tensor.rank == 1 or from_right == summed:
-            raise MixesError
         if from_right == own:
             found.append(len(result) - 1 if own == -1 or right.rank == 1 else len(result) - 2)
         else:  # a batch dimension; a factor that is a vector takes its own dimension away
             found.append(len(result) + from_right + (left.rank == 1) + (right.rank == 1))
+    if op.name.startswith(("addm", "badd")):
+        added = walk.tensor(op.args[0])
+        found.append(None if added.dim is None else len(result) - added.rank + added.dim)
     return only(found)
 
 
-def _linear(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    base = walk.tensor(op.args[0])
-    others = (*op.args[1:], *op.kwargs.values())
-    if base.rows == base.rank - 1 or any(walk.tensor(part).dim is not None for part in others):
-        raise MixesError
-    return base.rows
+_BY_REACH: dict[Reach, Rule] = {
+    Reach.PLACE: _aligned,
+    Reach.DIM: _along,
+    Reach.LAST: _batched,
+    Reach.SHAPE: _of_first,
+    Reach.LOSS: _loss,
+    Reach.CONTRACTED: _product,
+}
+
+# --- for an op
 
 
-def _outer(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    left, right = (walk.tensor(arg) for arg in op.args)
+def _free(walk: Rows, op: Op, result: Shape) -> Dim:
+    """inner, tensordot: what is not summed of the left, then of the right."""
+    summed = dict(contracted(op, walk.rank))
+    found: list[Dim] = []
+    start = 0
+    for part in op.args[:2] if len(op.args) > 1 else (op.args[0], op.kwargs["other"]):
+        tensor = walk.tensor(part)
+        gone = summed[part.node] if isinstance(part, Ref) else set()
+        if tensor.dim is not None:
+            found.append(start + tensor.dim - sum(dim < tensor.dim for dim in gone))
+        start += tensor.rank - len(gone)
+    return only(found)
+
+
+def _outer(walk: Rows, op: Op, result: Shape) -> Dim:
+    left, right = (walk.tensor(part) for part in (op.args[0], argument(op, 1, "vec2")))
     return only((left.dim, None if right.dim is None else 1))
 
 
-def _einsum(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    equation, *parts = op.args
-    if len(parts) == 1 and isinstance(parts[0], (tuple, list)):
-        parts = list(parts[0])
-    if not isinstance(equation, str) or "->" not in equation:
-        raise MixesError
-    left, _, right = equation.replace(" ", "").partition("->")
+def _einsum(walk: Rows, op: Op, result: Shape) -> Dim:
+    terms, right, parts = einsum_terms(op)
     tensors = [walk.tensor(part) for part in parts]
-    widest = max(
-        tensor.rank - len(term.replace("...", "")) for term, tensor in zip(left.split(","), tensors, strict=True)
-    )
-    letters = [_letters(term, tensor.rank) for term, tensor in zip(left.split(","), tensors, strict=True)]
+    widest = max(tensor.rank - len(term.replace("...", "")) for term, tensor in zip(terms, tensors, strict=True))
+    letters = [_letters(term, tensor.rank) for term, tensor in zip(terms, tensors, strict=True)]
     letter = {own[tensor.dim] for own, tensor in zip(letters, tensors, strict=True) if tensor.dim is not None}
     if len(letter) != 1:
         raise MixesError
@@ -115,87 +153,174 @@ def _letters(term: str, rank: int) -> list[str]:
     return [*before, *(f".{place}" for place in range(free, 0, -1)), *after]
 
 
-def _squeezed(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
+def _last_two(walk: Rows, op: Op, result: Shape) -> Dim:
+    """Batches of matrices, of which rows or columns are told apart."""
+    dim, rank = _batched(walk, op, result), walk.tensor(op.args[0]).rank
+    if dim is None or dim >= rank - 2:
+        raise MixesError
+    return dim
+
+
+def _attention(walk: Rows, op: Op, result: Shape) -> Dim:
+    """The last two dimensions are rows and features; a mask is stretched."""
+    parts = [argument(op, place, name) for place, name in enumerate(("query", "key", "value"))]
+    query, *others = map(walk.tensor, parts)
+    mask = walk.tensor(argument(op, 3, "attn_mask"))
+    is_own = mask.dim is not None and mask.dim - mask.rank != query.rows - query.rank
+    if query.rows >= query.rank - 2 or any(one.place != query.place for one in others) or is_own:
+        raise MixesError
+    return query.rows
+
+
+def _bilinear(walk: Rows, op: Op, result: Shape) -> Dim:
+    base, other = map(walk.tensor, (op.args[0], op.args[1]))
+    if base.rows == base.rank - 1 or other.place != base.place:
+        raise MixesError
+    if any(walk.dims[part] is not None for part in operands(op)[2:]):
+        raise MixesError
+    return base.rows
+
+
+def _diagonal(walk: Rows, op: Op, result: Shape) -> Dim:
+    """The two dimensions go, and the diagonal is last."""
+    dim = walk.tensor(op.args[0]).rows
+    ((_, dims),) = reduced_dims(op, walk.rank)
+    return dim - sum(one < dim for one in dims)
+
+
+# what a sample has at the least, where the first dimension of more is of samples
+_SAMPLES = {
+    **dict.fromkeys(("conv1d", "conv_transpose1d", "avg_pool1d", "max_pool1d", "lp_pool1d"), 2),
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_max_pool1d", "fold", "interpolate"), 2),
+    **dict.fromkeys(("conv2d", "conv_transpose2d", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "im2col"), 3),
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), 3),
+    "conv3d": 4,
+    **dict.fromkeys(("batch_norm", "group_norm", "multinomial"), 1),
+    **dict.fromkeys(("instance_norm", "local_response_norm"), 2),
+}
+
+
+def _of_samples(walk: Rows, op: Op, result: Shape) -> Dim:
+    dim = _of_first(walk, op, result)
+    is_across = op.name == "batch_norm" and argument(op, 5, "training", False)  # by means over samples
+    if is_across or dim != 0 or walk.tensor(op.args[0]).rank <= _SAMPLES[op.name]:
+        raise MixesError
+    return dim
+
+
+def _squeezed(walk: Rows, op: Op, result: Shape) -> Dim:
     """Without `dim` the prompts' dimension would go where there is one prompt, and stay where there are two."""
     base, at = walk.tensor(op.args[0]), argument(op, 1, "dim")
-    if result is None or type(at) is not int or at % base.rank == base.rows:
+    if type(at) is not int or at % base.rank == base.rows:
         raise MixesError
     return base.rows - (len(result) < base.rank and at % base.rank < base.rows)
 
 
-def _reshaped(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
+def _reshaped(walk: Rows, op: Op, result: Shape) -> Dim:
     """Row-major: the prompts' dimension is where as many elements are before it as there were."""
-    assert result is not None
     base = walk.tensor(op.args[0])
     before = prod(base.shape[: base.rows])
     fitting = [place for place, size in enumerate(result) if size == 1 and prod(result[:place]) == before]
-    return only(fitting[:1])
+    if any(walk.dims[part] not in fitting for part in operands(op)[1:]):  # of what says the shape
+        raise MixesError
+    return only((*fitting[:1], *(walk.dims[part] for part in operands(op)[1:])))
 
 
-def _repeated(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    """`repeat`, `expand`: new dimensions come first. Whether prompts were repeated, their size says."""
-    assert result is not None
+def _made_like(walk: Rows, op: Op, result: Shape) -> Dim:
+    """Of a size that is written down: the value's own has its prompts, another has none."""
     base = walk.tensor(op.args[0])
-    return len(result) - base.rank + base.rows
+    return base.dim if result == base.shape else None
 
 
-def _of_rows(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
+def _cast(walk: Rows, op: Op, result: Shape) -> Dim:
+    """What another value gives is its dtype alone."""
+    return walk.tensor(op.args[0]).dim
+
+
+def _least_three(walk: Rows, op: Op, result: Shape) -> Dim:
+    base = walk.tensor(op.args[0])
+    return base.rows + (base.rank == 1)
+
+
+def _of_rows(walk: Rows, op: Op, result: Shape) -> Dim:
     """gather, scatter: every tensor has each prompt's own."""
     base = walk.tensor(op.args[0])
-    at = op.kwargs.get("dim", next((arg for arg in op.args[1:] if type(arg) is int), None))
+    at = argument(op, 2 if op.name == "take_along_dim" else 1, "dim")
     if type(at) is not int or at % base.rank == base.rows:
         raise MixesError
-    for part in operands(op):
-        tensor = walk.tensor(Ref(part))
-        if tensor.dim != base.rows or tensor.rank != base.rank:
-            raise MixesError
+    if any(tensor.place != base.place for tensor in _tensors(walk, op)):
+        raise MixesError
     return base.rows
 
 
-def _other_dim(place: int) -> Rule:
+def _by_numbers(walk: Rows, op: Op, result: Shape) -> Dim:
+    """index_add, index_copy: each prompt's own source is put at places that are the same for all."""
+    base, index = walk.tensor(op.args[0]), walk.tensor(argument(op, 2, "index"))
+    source = walk.tensor(argument(op, 3, "source"))
+    if index.dim is not None or source.place != base.place:
+        raise MixesError
+    return base.rows
+
+
+def _other_dim(place: int, name: str = "dim", default: int | tuple[int, ...] | None = None) -> Rule:
     """flip, roll, index_select, ...: along dimensions that are said, by numbers that are the same for all prompts."""
 
-    def rule(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
+    def rule(walk: Rows, op: Op, result: Shape) -> Dim:
         base = walk.tensor(op.args[0])
-        name = "dims" if op.name in ("flip", "roll") else "dim"
-        over = flat(op.kwargs.get(name, op.args[place:] if op.name == "flip" else argument(op, place, name)))
+        given = op.args[place:] if op.name == "flip" else argument(op, place, name, default)
+        over = flat(op.kwargs.get(name, given))
         if not all(type(one) is int for one in over) or base.rows in {one % base.rank for one in over}:
             raise MixesError
-        if any(walk.dims[part] is not None for part in operands(op)[1:]):
-            raise MixesError
-        return base.rows
+        return _of_first(walk, op, result)
 
     return rule
 
 
-def _last_two(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    base = walk.tensor(op.args[0])
-    if base.rows >= base.rank - 2:
+def _padded(walk: Rows, op: Op, result: Shape) -> Dim:
+    """Two numbers for each dimension, the last first."""
+    base, sizes = walk.tensor(op.args[0]), argument(op, 1, "pad")
+    if not isinstance(sizes, (tuple, list)) or base.rows >= base.rank - len(sizes) // 2:
         raise MixesError
-    return base.rows
+    return _of_first(walk, op, result)
 
 
-def _joined(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    parts, at = op.args[0], argument(op, 1, "dim", 0)
-    assert isinstance(parts, (tuple, list)) and result is not None and type(at) is int
+_JOINED_ALONG = {"hstack": 1, "column_stack": 1, "vstack": 0, "dstack": 2}  # of values with two dimensions or more
+
+
+def _joined(walk: Rows, op: Op, result: Shape) -> Dim:
+    parts, at = op.args[0], argument(op, 1, "dim", _JOINED_ALONG.get(op.name, 0))
+    assert isinstance(parts, (tuple, list)) and type(at) is int
     tensors = [walk.tensor(part) for part in parts]
     dim = only(tensor.rows for tensor in tensors)
     if op.name == "stack":
         return dim + (at % len(result) <= dim)
+    if op.name in _JOINED_ALONG and min(tensor.rank for tensor in tensors) < 2:
+        raise MixesError
     if at % len(result) == dim:
         raise MixesError
     return dim
 
 
-def _item(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    return walk.tensor(op.args[0]).rows
-
-
-def _same(walk: Rows, op: Op, result: tuple[int, ...] | None) -> Dim:
-    """The first operand's dimensions, with others behind them."""
-    if any(walk.dims[part] is not None for part in operands(op)[1:]):
+def _put_part(walk: Rows, op: Op, result: Shape) -> Dim:
+    """select_scatter, slice_scatter: each prompt's own part."""
+    base, part, at = walk.tensor(op.args[0]), walk.tensor(argument(op, 1, "src")), argument(op, 2, "dim", 0)
+    goes = op.name == "select_scatter"
+    if at % base.rank == base.rows or part.rows != base.rows - (goes and at % base.rank < base.rows):
         raise MixesError
+    return base.rows
+
+
+def _chosen(walk: Rows, op: Op, result: Shape) -> Dim:
+    """One side, whole: by a number that is the same for all, or by each prompt's own."""
+    return only(walk.tensor(part).dim for part in op.args[1:])
+
+
+def _item(walk: Rows, op: Op, result: Shape) -> Dim:
     return walk.tensor(op.args[0]).rows
+
+
+def _tensors(walk: Rows, op: Op) -> list[RowTensor]:
+    return [walk.tensor(Ref(part)) for part in operands(op)]
 
 
 def _words(text: str, rule: Rule) -> dict[str, Rule]:
@@ -203,49 +328,40 @@ def _words(text: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(text.split(), rule)
 
 
-_ELEMENTWISE = """
-    add sub rsub mul div rdiv floor_divide rfloor_divide remainder rremainder fmod pow rpow float_power neg
-    positive abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sign sgn sin cos tan asin acos
-    atan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv clamp clamp_min clamp_max round floor ceil
-    trunc frac maximum minimum fmax fmin hypot atan2 copysign logaddexp logaddexp2 relu relu6 gelu silu mish elu
-    selu celu leaky_relu softplus softsign logsigmoid hardtanh hardswish hardsigmoid tanhshrink nan_to_num lerp
-    addcmul addcdiv eq ne lt le gt ge isclose isfinite isinf isnan bitwise_and bitwise_or bitwise_xor bitwise_not
-    logical_and logical_or logical_not logical_xor where where_method masked_fill to float double half bfloat16
-    long int short bool type_as clone contiguous detach zeros_like ones_like full_like randn_like rand_like
-"""
-
-RULES: dict[str, Rule] = {
-    **_words(_ELEMENTWISE, _elementwise),
-    **_words("sum nansum mean nanmean prod std var amax amin argmax argmin count_nonzero all any", _along(1)),
-    **_words("logsumexp cumsum cumprod softmax log_softmax softmin logcumsumexp", _along(1)),
-    **dict.fromkeys(("median", "max", "min"), _extreme),
-    **dict.fromkeys(("norm", "linalg_norm", "vector_norm"), _along(2)),
-    "topk": _along(2, -1),
-    "sort": _along(1, -1),
-    "argsort": _along(1, -1),
-    "normalize": _along(2, 1),
-    "cosine_similarity": _along(2, 1, operands=2),
-    "layer_norm": _layer_norm,
-    "rms_norm": _layer_norm,
-    **dict.fromkeys(("matmul", "rmatmul", "mm", "bmm"), _matmul),
-    "linear": _linear,
-    "outer": _outer,
-    "einsum": _einsum,
+_BY_NAME: dict[str, Rule] = {
     "getitem": getitem,
     "setitem": setitem,
     "set_view": set_view,
+    "item": _item,
+    "cond": _chosen,
     **dict.fromkeys(STEPS, stepped),
     "squeeze": _squeezed,
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "ravel"), _reshaped),
-    **dict.fromkeys(("expand", "repeat"), _repeated),
-    "expand_as": _elementwise,
-    **dict.fromkeys(("gather", "take_along_dim", "scatter", "scatter_add"), _of_rows),
+    **_words("view view_as reshape reshape_as flatten unflatten ravel", _reshaped),
+    **_words("repeat tile broadcast_tensors", _aligned),
+    "atleast_3d": _least_three,
+    **_words("new_zeros new_ones new_full new_empty", _made_like),
+    **_words("to type_as", _cast),
+    **_words("prelu one_hot embedding view_as_real view_as_complex linear", _of_first),
+    **_words("tril triu cdist", _last_two),
+    **_words("inner tensordot", _free),
+    "outer": _outer,
+    "einsum": _einsum,
+    "bilinear": _bilinear,
+    "scaled_dot_product_attention": _attention,
+    **_words("diagonal linalg_diagonal", _diagonal),
+    **dict.fromkeys(_SAMPLES, _of_samples),
+    **_words("gather take_along_dim scatter scatter_add scatter_reduce", _of_rows),
+    **_words("index_add index_copy", _by_numbers),
+    "index_fill": _other_dim(1),
     "index_select": _other_dim(1),
     "repeat_interleave": _other_dim(2),
-    "flip": _other_dim(1),
-    "roll": _other_dim(2),
-    **dict.fromkeys(("tril", "triu"), _last_two),
-    **dict.fromkeys(("cat", "stack"), _joined),
-    "item": _item,
-    "one_hot": _same,
+    "unfold": _other_dim(1, "dimension"),
+    "flip": _other_dim(1, "dims"),
+    "fliplr": _other_dim(99, default=1),
+    "flipud": _other_dim(99, default=0),
+    "roll": _other_dim(2, "dims"),
+    "rot90": _other_dim(2, "dims", (0, 1)),
+    "pad": _padded,
+    **_words("cat stack hstack vstack dstack column_stack", _joined),
+    **_words("select_scatter slice_scatter", _put_part),
 }

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from polytrace.certificate import ValueShape
-from polytrace.graph import Op, Operand, Ref
+from polytrace.graph import NodeId, Op, Operand, Ref
 
+Shape = tuple[int, ...]
 Dim = int | None  # where the prompts' dimension is; None: the value has nothing of a prompt
 
 
@@ -20,12 +21,17 @@ class MixesError(Exception):
 class RowTensor:
     """An operand: its shape and where its prompts are."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dim: Dim
 
     @property
     def rank(self) -> int:
         return len(self.shape)
+
+    @property
+    def place(self) -> tuple[int, Dim]:
+        """How many dimensions it has, and which is the prompts'."""
+        return self.rank, self.dim
 
     @property
     def rows(self) -> int:
@@ -48,8 +54,12 @@ class Rows:
         shape = self.shapes[operand.node]
         return RowTensor(shape.shape if shape is not None else (), self.dims[operand.node])
 
+    def rank(self, node: NodeId) -> int:
+        """How many dimensions a value has."""
+        return self.tensor(Ref(node)).rank
 
-Rule = Callable[[Rows, Op, tuple[int, ...] | None], Dim]
+
+Rule = Callable[[Rows, Op, Shape], Dim]  # with the result's shape; of several results one's
 
 
 def argument(op: Op, place: int, name: str, default: Any = None) -> Any:

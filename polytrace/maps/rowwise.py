@@ -2,8 +2,8 @@
 
 A body is recorded with one prompt, so every value that has something of it has a dimension of size 1 that stands for
 all prompts of a batch. This file follows that dimension. An op that would run over it, pick from it or lose it mixes
-prompts; so does every op whose rule is not written here. Then the body means what it says only with all prompts at
-once, and the map says so instead of giving each prompt a number of its own.
+prompts; so may an op of which nothing is known (`polytrace.maps.row_rules`). Then the body means what it says only with
+all prompts at once, and the map says so instead of giving each prompt a number of its own.
 
 Knows shapes as they are told and no torch.
 """
@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polytrace.certificate import ValueShape
-from polytrace.graph import Call, Constant, Mask, Node, Op, Parameter, Read, Save, Write, operands
-from polytrace.maps.row_rules import RULES
-from polytrace.maps.row_values import Dim, MixesError, Rows
+from polytrace.graph import Call, Constant, Mask, Node, Op, Parameter, Read, Ref, Save, Write, operands
+from polytrace.maps.row_rules import row_dim, rule_of
+from polytrace.maps.row_values import Dim, MixesError, Rows, Shape
 
 
 class MixesPromptsError(Exception):
@@ -23,7 +23,7 @@ class MixesPromptsError(Exception):
 
     def __init__(self, node: Node) -> None:
         name = node.name if isinstance(node, Op) else getattr(node, "module", type(node).__name__.lower())
-        is_unknown = isinstance(node, Op) and node.name not in RULES
+        is_unknown = isinstance(node, Op) and rule_of(node) is None
         self.told = f"{name} {'may work' if is_unknown else 'works'} on several prompts at once"
         self.where = node.where
         super().__init__(f"{self.told} ({self.where})")
@@ -31,8 +31,8 @@ class MixesPromptsError(Exception):
 
 def prompt_dims(nodes: Sequence[Node], shapes: Sequence[ValueShape | None]) -> list[Dim]:
     """Per node, the prompts' dimension. `shapes`: of values for one prompt. Raises MixesPromptsError."""
-    rows = Rows(shapes)
-    for node, shape in zip(nodes, shapes, strict=True):
+    rows = Rows(_with_several(nodes, shapes))
+    for node, shape in zip(nodes, rows.shapes, strict=True):
         try:
             dim = _dim(rows, node, shape.shape if shape is not None else None)
             if dim is not None and shape is not None and not (0 <= dim < len(shape.shape) and shape.shape[dim] == 1):
@@ -43,7 +43,16 @@ def prompt_dims(nodes: Sequence[Node], shapes: Sequence[ValueShape | None]) -> l
     return rows.dims
 
 
-def _dim(rows: Rows, node: Node, result: tuple[int, ...] | None) -> Dim:
+def _with_several(nodes: Sequence[Node], shapes: Sequence[ValueShape | None]) -> list[ValueShape | None]:
+    """An op of several results stands with the shape of one that is used: their prompts are in one place."""
+    told = list(shapes)
+    for node, shape in zip(nodes, shapes, strict=True):
+        if isinstance(node, Op) and node.name == "item" and isinstance(node.args[0], Ref):
+            told[node.args[0].node] = shape
+    return told
+
+
+def _dim(rows: Rows, node: Node, result: Shape | None) -> Dim:
     if isinstance(node, (Read, Mask)):
         return 0
     if isinstance(node, (Constant, Parameter, Save)):
@@ -60,7 +69,6 @@ def _dim(rows: Rows, node: Node, result: tuple[int, ...] | None) -> Dim:
         if len(found) != 1 or result is None or len(result) != first.rank or first.rows == first.rank - 1:
             raise MixesError
         return first.rows
-    rule = RULES.get(node.name) if isinstance(node, Op) else None
-    if rule is None or not isinstance(node, Op):
+    if not isinstance(node, Op) or result is None:
         raise MixesError
-    return rule(rows, node, result)
+    return row_dim(rows, node, result)

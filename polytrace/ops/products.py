@@ -18,7 +18,8 @@ def _transform(name: str, *kwargs: str) -> OpSpec:
 
 
 def _transforms(name: str) -> OpSpec:
-    return op(name, "s", "dim", "norm", torch="fft", cost=Cost.TRANSFORM)
+    last_two = (-2, -1) if name.endswith("2") else None
+    return along(name, "s", "dim", "norm", torch="fft", at=2, default=last_two, cost=Cost.TRANSFORM)
 
 
 PRODUCTS = (
@@ -83,8 +84,8 @@ DECOMPOSITIONS = (
 TRANSFORMS = (
     *[_transform(name) for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")],
     *[_transforms(name) for name in ("fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn")],
-    op("fftshift", "dim", torch="fft", cost=Cost.FREE),
-    op("ifftshift", "dim", torch="fft", cost=Cost.FREE),
+    along("fftshift", "dim", torch="fft", cost=Cost.FREE),
+    along("ifftshift", "dim", torch="fft", cost=Cost.FREE),
 )
 
 ROWS = (*PRODUCTS, *DECOMPOSITIONS, *TRANSFORMS)

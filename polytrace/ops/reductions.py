@@ -76,9 +76,16 @@ NORMS = (
     along("norm", "p", "dim", "keepdim", "dtype", at=2),
     along("linalg_norm", "ord", "dim", "keepdim", "dtype", torch="linalg.norm", at=2),  # of a matrix for two dims
     along("vector_norm", "ord", "dim", "keepdim", "dtype", torch="linalg", at=2),
-    op("matrix_norm", "ord", "dim", "keepdim", "dtype", torch="linalg", cost=Cost.DECOMPOSITION),
+    along(
+        "matrix_norm",
+        *("ord", "dim", "keepdim", "dtype"),
+        torch="linalg",
+        at=2,
+        default=(-2, -1),
+        cost=Cost.DECOMPOSITION,
+    ),
     along("normalize", "p", "dim", "eps", torch="functional", at=2, default=1),
-    along("renorm", "p", "dim", "maxnorm", at=99),
+    op("renorm", "p", "dim", "maxnorm"),
     along("cosine_similarity", "dim", "eps", torch="function functional", at=2, default=1),
     along("pairwise_distance", "p", "eps", "keepdim", torch="torch.pairwise_distance functional", at=99, default=-1),
     op("dist", "other", "p"),

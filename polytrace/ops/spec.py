@@ -56,7 +56,7 @@ class OpSpec:
     cost: Cost = Cost.ELEMENT
     reach: Reach = Reach.WHOLE
     dim_place: int = 1  # of `dim` among the positional arguments
-    dim_default: int | None = None  # `dim` where it is not given; None: all dimensions
+    dim_default: int | tuple[int, ...] | None = None  # `dim` where it is not given; None: all dimensions
     num_last: int = 0
 
 
@@ -89,7 +89,12 @@ def operator(name: str, *kwargs: str, dunders: str, aliases: str = "") -> OpSpec
 
 
 def along(
-    name: str, *kwargs: str, torch: str = "both", at: int = 1, default: int | None = None, **more: object
+    name: str,
+    *kwargs: str,
+    torch: str = "both",
+    at: int = 1,
+    default: int | tuple[int, ...] | None = None,
+    **more: object,
 ) -> OpSpec:
     """A row of an op that runs over `dim`, the positional argument number `at`; without it over `default`."""
     return op(name, *kwargs, torch=torch, **{"reach": Reach.DIM, "dim_place": at, "dim_default": default, **more})
