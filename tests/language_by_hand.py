@@ -29,11 +29,11 @@ from language_programs import (
     Weigh,
     change,
     compute,
+    given_to,
     instead,
     made,
     tokens_first,
 )
-from language_ops import fit
 from language_sites import Attend, HeadOut, Hook, Patched, Spot, spans, spots
 from names import HEADS, SIZE, weights_by_hand
 from points import attending
@@ -110,7 +110,7 @@ class _Run:
                     found = compute(statement, [self.value(each) for each in operands], lengths)
                 case Call(_, path, operand, shape):
                     given = self.value(operand)
-                    found = self.plain.get_submodule(path)(given if shape is None else fit(given, shape))
+                    found = self.plain.get_submodule(path)(given_to(given, shape))
                 case Weigh(_, owner, weight, row):
                     found = plain_weight(self.program.family, owner, weight)[row : row + 1]
                 case Mask():
@@ -227,7 +227,9 @@ class _Together:
 
     def shortest_of(self, statement: Statement) -> int:
         blocks = self.run_.program.blocks
-        number = next(place for place, block in enumerate(blocks) if statement in block.statements and not block.prompts)
+        number = next(
+            place for place, block in enumerate(blocks) if statement in block.statements and not block.prompts
+        )
         return min(map(len, self.run_.program.prompts_of(number)))
 
     def put(self, spot: Spot, rows: Sequence[int], new: Tensor) -> None:

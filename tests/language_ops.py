@@ -256,10 +256,12 @@ PAIRS: dict[str, Run] = {
     "where_written": lambda v, w: v.masked_scatter(v > 1e9, w),
 }
 
+OF_LAST = {"cat_of", "vecdot", "pair_einsum"}  # take what is along the last dimension together
+
 OPERATIONS: dict[str, Operation] = {
     **{name: _unary(run) for name, run in UNARY.items()},
     **{name: _features(run) for name, run in FEATURES.items()},
     **{name: _whole(run) for name, run in WHOLE.items()},
-    **{name: _pair(run) for name, run in PAIRS.items()},
+    **{name: _pair(run, "features" if name in OF_LAST else "any") for name, run in PAIRS.items()},
     "cond": _pair(_cond, "whole"),
 }

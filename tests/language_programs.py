@@ -123,8 +123,10 @@ def compute(statement: Apply, values: Sequence[Any], lengths: Sequence[int]) -> 
     if operation.num_operands == 2:
         first, second = values
         second = second if tuple(second.shape) == tuple(first.shape) else fit(second, tuple(first.shape))
-        return operation.run(first, second, a, b)
-    return operation.run(values[0], a, b)
+        found = operation.run(first, second, a, b)
+    else:
+        found = operation.run(values[0], a, b)
+    return found * 1.0 if found is values[0] else found  # a value is saved once
 
 
 def _at(view: Any, a: int, b: int, lengths: Sequence[int]) -> Any:
@@ -133,6 +135,11 @@ def _at(view: Any, a: int, b: int, lengths: Sequence[int]) -> Any:
         return view.at(position)
     columns = [max(lengths) - length + position for length in lengths]
     return view[torch.arange(len(lengths)), columns]
+
+
+def given_to(value: Any, shape: tuple[int, ...] | None) -> Any:
+    """What a module is called on."""
+    return (value if shape is None else fit(value, shape)).contiguous()
 
 
 TAKEN: dict[str, Callable[..., Any]] = {
@@ -235,6 +242,7 @@ class Known:
     is_ragged: bool = False  # its rows are prompts' of different lengths
     has_features: bool = True  # its last dimension is no token's
     is_view: bool = False  # [sequences, tokens, ...] of its invoke
+    hangs_on: frozenset[int] = frozenset()  # invokes
 
 
 @dataclass
@@ -284,6 +292,7 @@ class _Author:
         self.known: list[Known] = []
         self.counted = 0
         self.used: list[Used] = []
+        self.has_flow = False  # an edit of one invoke hangs on another
 
     def one(self, choices: Sequence[Any]) -> Any:
         return self.draw(st.sampled_from(choices))
@@ -294,8 +303,8 @@ class _Author:
     def program(self) -> Program:
         blocks: list[Block] = []
         for number in range(self.one([1, 2, 2, 3])):
-            blocks.append(self.block(number, self.prompts(), blocks))
-            if self.one([False, False, True]) and number:
+            blocks.append(self.block(len(blocks), self.prompts(), blocks))
+            if number and self.one([False, False, True]):
                 blocks.append(self.block(len(blocks), (), blocks))
         return Program(self.family, tuple(blocks))
 
@@ -315,7 +324,8 @@ class _Author:
         mine = [known for known in self.known if known.block == number]
         taken = [each.name for each in mine if each.example.dtype.is_floating_point]
         saved = self.draw(st.lists(st.sampled_from(taken), max_size=4, unique=True)) if taken else []
-        return Block(prompts, tuple(statements), tuple(dict.fromkeys([*saved, *taken[-2:]])))
+        written = [each.name for each in statements if isinstance(each, Apply) and each.op in ("written", "viewed")]
+        return Block(prompts, tuple(statements), tuple(dict.fromkeys([*saved, *taken[-2:], *written])))
 
     # statements
 
@@ -395,7 +405,7 @@ class _Author:
         statement = Apply("", op, tuple(each.name for each in operands), self.numbers())
         try:
             example = compute(statement, [each.example for each in operands], self.lengths)
-        except RuntimeError:  # not of this shape
+        except (RuntimeError, IndexError, ValueError):  # not of this shape
             return
         is_small = 0 < example.numel() <= 4096 and example.dim() <= 5 and example.isfinite().all()
         if not is_small:
@@ -403,11 +413,13 @@ class _Author:
         is_taken = op in ("column", "last columns", "at", "row of heads", "masked sum")
         is_ragged = any(each.is_ragged for each in operands) and not is_taken and op != "first columns"
         is_view = value.is_view and example.shape[:2] == value.example.shape[:2] and example.dim() > 2
+        is_view = is_view and all(each.block == self.number for each in operands)
         is_view = is_view and (op not in TAKEN or op == "number") and OPERATIONS.get(op, _ANY).on != "whole"
         moment = max(each.moment for each in operands if each.block == self.number) if any(
             each.block == self.number for each in operands
         ) else 0  # fmt: skip
-        name = self.keep(example, moment, is_ragged, has_features=value.has_features, is_view=is_view)
+        name = self.keep(example, moment, is_ragged, has_features=value.has_features, is_view=is_view,
+                         operands=operands)  # fmt: skip
         yield replace(statement, name=name)
 
     def call(self) -> Iterator[Statement]:
@@ -429,16 +441,18 @@ class _Author:
             return
         value = self.one(fitting or whole)
         shape = None if fitting else (1, 2, width)
-        given = value.example if shape is None else fit(value.example, shape)
+        given = given_to(value.example, shape)
         from language_by_hand import plain_model
 
         with torch.no_grad():
             example = plain_model(self.family).get_submodule(path)(given)
         moment = value.moment if value.block == self.number else 0
-        name = self.keep(example, moment, value.is_ragged, is_view=value.is_view and shape is None)
+        name = self.keep(example, moment, value.is_ragged, is_view=value.is_view and shape is None, operands=[value])
         yield Call(name, path, value.name, shape)
 
     def edit(self) -> Iterator[Statement]:
+        if self.is_empty and self.has_flow:  # it is one write of all prompts: what they are given would hang on itself
+            return
         spot = self.spot([spot for spot in self.spots if spot.writes in ("all", "in place", "scale")])
         if spot is None:
             return
@@ -455,6 +469,8 @@ class _Author:
         yield from self.with_value(spot, how, assigns=False)
 
     def assign(self) -> Iterator[Statement]:
+        if self.is_empty and self.has_flow:
+            return
         allowed = [spot for spot in self.spots if spot.writes in ("all", "assign", "scale")]
         spot = self.spot(allowed)
         if spot is not None:
@@ -479,7 +495,7 @@ class _Author:
                 values = [each for each in values if not each.is_ragged]
             if not values:
                 return
-            operand = self.one(values[-6:]).name
+            operand = self.given(values[-6:])
         self.use(spot)
         yield Edit(spot, how, operand, self.numbers(), assigns)
 
@@ -498,9 +514,15 @@ class _Author:
         self.own.skipped.append((first, last))
         values = [known for known in self.known if self.can_use(known, first) and not known.is_ragged]
         values = [known for known in values if known.example.dtype.is_floating_point]
-        yield Skip(path, self.one(values[-4:]).name if values else None)
+        yield Skip(path, self.given(values[-4:]) if values else None)
 
     # what there is
+
+    def given(self, values: list[Known]) -> str:
+        """One of them, for an edit."""
+        value: Known = self.one(values)
+        self.has_flow |= value.hangs_on != {self.number}
+        return value.name
 
     def spot(self, choices: list[Spot]) -> Spot | None:
         others = self.used if self.is_empty else [self.own]
@@ -530,17 +552,39 @@ class _Author:
         return torch.randn(size, generator=torch.Generator().manual_seed(sum(size))).to(dtype)
 
     def keep(
-        self, example: Tensor, moment: int, is_ragged: bool = False, *, has_features: bool = True, is_view: bool = False
+        self,
+        example: Tensor,
+        moment: int,
+        is_ragged: bool = False,
+        *,
+        has_features: bool = True,
+        is_view: bool = False,
+        operands: Sequence[Known] = (),
     ) -> str:
         name = f"v{self.counted}"
         self.counted += 1
-        self.known.append(Known(name, example, self.number, moment, is_ragged, has_features, is_view))
+        hangs_on = frozenset({self.number}).union(*(each.hangs_on for each in operands))
+        self.known.append(Known(name, example, self.number, moment, is_ragged, has_features, is_view, hangs_on))
         return name
 
 
 _ANY = OPERATIONS["neg"]
 _KINDS = {
-    False: ["read", "read", "take", "apply", "apply", "apply", "edit", "edit", "edit", "assign", "call", "weigh", "skip"],
+    False: [
+        "read",
+        "read",
+        "take",
+        "apply",
+        "apply",
+        "apply",
+        "edit",
+        "edit",
+        "edit",
+        "assign",
+        "call",
+        "weigh",
+        "skip",
+    ],
     True: ["read", "read", "read", "take", "apply", "edit", "assign"],
 }
 
@@ -575,7 +619,7 @@ def _write(model: Any, tracer: Any, statement: Statement, values: dict[str, Any]
             values[name] = compute(statement, [values[each] for each in operands], lengths)
         case Call(name, path, operand, shape):
             given = values[operand]
-            values[name] = find(model, path)(given if shape is None else fit(given, shape))
+            values[name] = find(model, path)(given_to(given, shape))
         case Edit(spot, how, operand, numbers, assigns):
             value, view = values[operand] if operand else None, spot.get(model)
             if assigns:

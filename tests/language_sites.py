@@ -164,9 +164,7 @@ class _Spots:
         out = f"{layer}.{self.names.out_projection}"
         own = [self.port(path, "input")]
         if not is_gpt2:
-            own.append(
-                Spot('inputs["hidden_states"]', path, ("inputs", 1, ("hidden_states",)), Hook(path, "input"))
-            )
+            own.append(Spot('inputs["hidden_states"]', path, ("inputs", 1, ("hidden_states",)), Hook(path, "input")))
         yield from self.moment(*own)
         if is_gpt2:
             whole = self.port(f"{path}.c_attn", "output")
