@@ -193,7 +193,8 @@ class RequestState:
         elif port.heads is not None:
             value = port.heads.read(rows)
         else:
-            value = rows.read(port.tensors[node.site.selector], port.outputs)
+            # In one layout wherever its rows lie: torch adds up in another order over other strides.
+            value = rows.read(port.tensors[node.site.selector], port.outputs).contiguous()
             if leaf.row_dim != 1:
                 value = value.movedim(1, leaf.row_dim)
         if leaf.sharded_view_dim is not None and node_id not in self.program.below:

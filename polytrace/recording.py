@@ -32,6 +32,7 @@ from polytrace.graph import (
     Op,
     Operand,
     Parameter,
+    Port,
     Read,
     Ref,
     Save,
@@ -514,7 +515,8 @@ class Recording:
     def _read_group(self, site: Site, invoke: int, dtype: str, where: str) -> State:
         """One view over what every member reads."""
         members = [self.read(site, member, dtype, where).node for member in self.session.members_of(invoke)]
-        node = self._left_pad(members, invoke, self._token_dims(site), where)
+        keys = {"keys": float("-inf")} if site.port is Port.SCORES else {}  # a query does not see what is no token
+        node = self._left_pad(members, invoke, self._token_dims(site), where, **keys)
         self._dtypes.known[node] = dtype
         state = self._fresh(node, where)
         state.storage.place = place = self._place(site, invoke)
@@ -548,9 +550,11 @@ class Recording:
         self._invokes.known[node] = invoke
         return node
 
-    def _left_pad(self, members: list[NodeId], invoke: int, dims: tuple[int, ...], where: str) -> NodeId:
+    def _left_pad(
+        self, members: list[NodeId], invoke: int, dims: tuple[int, ...], where: str, **keys: Operand
+    ) -> NodeId:
         args: tuple[Operand, ...] = ([Ref(member) for member in members], dims)
-        node = self._add(Op(name="left_pad", args=args, where=where))
+        node = self._add(Op(name="left_pad", args=args, kwargs=keys, where=where))
         self._invokes.known[node] = invoke
         return node
 

@@ -111,7 +111,7 @@ def _one_prompt(
 
     logits: list[Tensor] = []
     handle = plain.get_submodule("lm_head").register_forward_hook(lambda module, args, out: logits.append(out))
-    with _by_hand(plain, at), torch.no_grad():
+    with attending(plain, at), torch.no_grad():
         plain(input_ids=torch.tensor([prompt]), use_cache=False)
     handle.remove()
     for layer in (look.layer, look.later):
@@ -129,7 +129,7 @@ def _one_prompt(
 
 
 @contextmanager
-def _by_hand(plain: PreTrainedModel, at: Callable[[nn.Module, str, Tensor], Tensor]) -> Iterator[None]:
+def attending(plain: PreTrainedModel, at: Callable[[nn.Module, str, Tensor], Tensor]) -> Iterator[None]:
     """The plain model attends by the formula below inside, and `at` sees every point."""
 
     def attention(
