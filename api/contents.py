@@ -210,10 +210,17 @@ class Contents:
         self.collect()
 
     def begin_state(self, owner: str, name: str, dtype: str, shape: tuple[int, ...], digest: str) -> KeptEntry:
-        """The state of a name, made with this content when there is none. Raises MissingError without the content."""
+        """The state of a name, made with this content when there is none.
+
+        Raises MissingError without the content, WireError when it is another one than it is said to be.
+        """
         with self._db.transaction() as db:
             if not _has(db, owner, digest):
                 raise _missing([digest])
+            content = _mapped(self.folder_of(owner) / digest)[1]
+            if (content.dtype, content.shape) != (dtype, shape):
+                told = f"{content.dtype} {list(content.shape)}, and not {dtype} {list(shape)}"
+                raise WireError(f"the first content of the state {name!r} is {told}")
             db.execute(
                 f"INSERT INTO kept ({_COLUMNS}) VALUES (?, 1, ?, ?, ?, ?, 1, NULL, NULL) ON CONFLICT DO NOTHING",
                 (owner, name, dtype, json.dumps(shape), digest),
@@ -419,12 +426,17 @@ def commit_place(place: Place) -> str:
     return _digest_of_file(place.path)
 
 
-def _digest_of_file(path: Path) -> str:
+def _mapped(path: Path) -> tuple[memoryview, RawTensor]:
+    """A content's file, and the tensor in it; nothing is read yet."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise WireError("the content is empty")
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    raw = decode_content(view)
+    return view, decode_content(view)
+
+
+def _digest_of_file(path: Path) -> str:
+    view, raw = _mapped(path)
     header = content_header(raw.dtype, raw.shape)
     if bytes(view[: len(header)]) != header or len(view) != len(header) + len(raw.data):
         raise WireError("the content is not written as contents are")

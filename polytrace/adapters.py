@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polytrace.constants import Constants
+from polytrace.contents import with_digest
 from polytrace.description import Leaf, ModuleInfo
 from polytrace.edits import EditSet, plain_label
 from polytrace.errors import GraphError
@@ -95,7 +96,7 @@ def delta(factors: Mapping[str, tuple[Any, Any]]) -> Adapter:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise GraphError(f"the delta of {path} is a pair of matrices (left, right)", where=where)
         left, right = (constants.tensors[constants.add(part, where)] for part in pair)
-        left, right = _matrix(left, (-1, 1)), _matrix(right, (1, -1))
+        left, right = _matrix(left, (-1, 1), path, where), _matrix(right, (1, -1), path, where)
         if len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
             raise GraphError(
                 f"left @ right is no matrix for {path}: left is {list(left.shape)}, right {list(right.shape)}",
@@ -105,11 +106,15 @@ def delta(factors: Mapping[str, tuple[Any, Any]]) -> Adapter:
     return Adapter(label=plain_label(f"delta at {where}"), where=where, updates=updates, is_as_stored=True)
 
 
-def _matrix(raw: RawTensor, shape: tuple[int, int]) -> RawTensor:
+def _matrix(raw: RawTensor, shape: tuple[int, int], path: str, where: str) -> RawTensor:
     """A vector as a matrix of rank 1."""
     if len(raw.shape) != 1:
         return raw
-    return RawTensor(dtype=raw.dtype, shape=tuple(raw.shape[0] if size < 0 else size for size in shape), data=raw.data)
+    if not raw.is_here:  # its shape is part of what the service knows it by
+        told = f"a factor of the delta of {path} stands on the service as a vector: keep it as a matrix, value[:, None]"
+        raise GraphError(told, where=where)
+    own = tuple(raw.shape[0] if size < 0 else size for size in shape)
+    return with_digest(RawTensor(dtype=raw.dtype, shape=own, data=raw.data))
 
 
 # --- as edits
@@ -241,7 +246,8 @@ def _tensors(place: Path, where: str) -> dict[str, RawTensor]:
         if entry["dtype"] not in NAME_OF_CODE:
             raise GraphError(f"{name} has the dtype {entry['dtype']}, which is not known here", where=where)
         data = memoryview(bytes(entry["data"]))
-        found[name] = RawTensor(dtype=NAME_OF_CODE[entry["dtype"]], shape=tuple(entry["shape"]), data=data)
+        raw = RawTensor(dtype=NAME_OF_CODE[entry["dtype"]], shape=tuple(entry["shape"]), data=data)
+        found[name] = with_digest(raw)  # the service has it once, whatever the number of traces
     return found
 
 

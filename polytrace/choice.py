@@ -7,6 +7,7 @@ from typing import Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
+from polytrace.open_shapes import OpenShape
 from polytrace.storage import State, is_recorded, state_of
 from polytrace.values import record, shape_of
 
@@ -64,18 +65,21 @@ def _choose(predicate: Any, a: Any, b: Any, path: str, where: str) -> Any:
                 "dtype; write torch.full_like(value, number) for a number",
                 where=where,
             )
-    forms = [_form(side) for side in (a, b)]
-    if forms[0] != forms[1]:
+    if _dtype(a) != _dtype(b) or a.shape != b.shape:
         raise GraphError(
-            f"the sides of polytrace.cond are {forms[0]} and {forms[1]}{_at(path)}: they need one shape and dtype",
+            f"the sides of polytrace.cond are {_form(a)} and {_form(b)}{_at(path)}: they need one shape and dtype",
             where=where,
         )
     return record("cond", (predicate, a, b), {})
 
 
+def _dtype(side: Any) -> str:
+    return str(side.dtype).removeprefix("torch.")
+
+
 def _form(side: Any) -> str:
-    dtype = str(side.dtype).removeprefix("torch.")
-    return f"{dtype}{list(side.shape)}"
+    shape = side.shape if isinstance(side.shape, OpenShape) else list(side.shape)
+    return f"{_dtype(side)}{shape!r}"
 
 
 def _at(path: str) -> str:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from polytrace.errors import GraphError
 from polytrace.tensors import RawTensor
@@ -32,6 +33,13 @@ def digest_of(dtype: str, shape: Iterable[int], data: bytes | bytearray | memory
     else:
         hashes = [_hash(part) for part in parts]
     return hashlib.sha256(json.dumps([dtype, list(shape)]).encode() + b"".join(hashes)).hexdigest()
+
+
+def with_digest(raw: RawTensor) -> RawTensor:
+    """The tensor with its hash where it is large enough to be sent as that."""
+    if raw.digest is not None or len(raw.data) < LARGE_BYTES:
+        return raw
+    return replace(raw, digest=digest_of(raw.dtype, raw.shape, raw.data))
 
 
 def is_digest(value: object) -> bool:

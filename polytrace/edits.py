@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from polytrace.contents import with_digest
 from polytrace.errors import GraphError, NotFoundError, WireError
 from polytrace.graph import Graph, Invoke, Node, Request, Save, Write
 from polytrace.tensors import RawTensor
@@ -151,7 +152,8 @@ def decode_edits(data: bytes | memoryview, label: str, *, max_nodes: int) -> Edi
     if request.invokes != (_NOBODY,):
         raise WireError("an edit has no prompts of its own")
     check_edits(request.graph.nodes)
-    return EditSet(label=label, nodes=request.graph.nodes, constants=request.constants)
+    constants = {name: with_digest(raw) for name, raw in request.constants.items()}
+    return EditSet(label=label, nodes=request.graph.nodes, constants=constants)
 
 
 def check_edits(nodes: Sequence[Node], where: str | None = None) -> None:

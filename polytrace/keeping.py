@@ -7,7 +7,7 @@ service over HTTP (`polytrace.http_keeper`), or this process (`engine.keeping`).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,30 @@ class Kept:
     def __getitem__(self, index: Any) -> Any:
         return self.value[index]
 
+    def __bool__(self) -> bool:
+        return bool(self.value)  # which looks, or says why it cannot
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.value)
+
+    def __eq__(self, other: object) -> Any:
+        """In a trace by element, as a tensor's."""
+        return self is other if open_trace() is None else self.value == _value(other)
+
+    def __ne__(self, other: object) -> Any:
+        return self is not other if open_trace() is None else self.value != _value(other)
+
+    __hash__ = object.__hash__
+
     def _land(self, keeper: Keeper, entry: KeptEntry) -> None:
         self._keeper, self._entry = keeper, entry
 
@@ -171,8 +195,8 @@ def _operator(name: str) -> Callable[..., Any]:
     return apply
 
 
-_TWO = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
-for _name in (*_TWO, *(f"r{name}" for name in _TWO), "neg", "abs", "lt", "le", "gt", "ge"):
+_TWO = ("and", "or", "xor", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+for _name in (*_TWO, *(f"r{name}" for name in _TWO), "neg", "abs", "invert", "lt", "le", "gt", "ge"):
     setattr(Kept, f"__{_name}__", _operator(f"__{_name}__"))
 
 

@@ -216,6 +216,7 @@ class Model(Module):
         sharing: str | Sharing = Sharing.TENANT,
         in_flight: int = 4,
         on_error: str = "raise",
+        edits: Sequence[Any] = (),
     ) -> Map:
         """`body()` over any number of prompts; `for part in model.map(...)` gives the values part by part, in order.
 
@@ -227,8 +228,9 @@ class Model(Module):
 
         `to`: a folder or an address of fsspec (`s3://...`) that gets numbered safetensors files and `index.json`; the
         same map goes on there after a crash. `in_flight`: requests under way at once. `on_error="skip"` leaves out
-        prompts that cannot be run and lists them. Raises GraphError where the body mixes prompts and these do not fit
-        into one pass, ConflictError where the folder has another map's parts.
+        prompts that cannot be run and lists them. `edits`: what every prompt starts from, as in `trace`. Raises
+        GraphError where the body mixes prompts and these do not fit into one pass, ConflictError where the folder has
+        another map's parts.
         """
         from polytrace.maps.mapping import Map, Wishes
 
@@ -237,9 +239,11 @@ class Model(Module):
                 f"on_error is 'raise' or 'skip' and in_flight at least 1, not {on_error!r} and {in_flight!r}",
                 where=user_line(),
             )
-        options = self.trace(seed=seed, sharing=sharing).options
+        model = self.edited(*edits) if edits else self
+        labels = dict.fromkeys(edit.label for edit in model.edits_of_traces)
+        options = replace(self.trace(seed=seed, sharing=sharing).options, edits=tuple(labels))
         wishes = Wishes(options=options, to=to, in_flight=in_flight, is_skipping=on_error == "skip")
-        return Map(self, dataset, body, prompts, wishes)
+        return Map(model, dataset, body, prompts, wishes)
 
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from polytrace.backend import Result
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
-from polytrace.graph import NodeId, Options, Read, Ref, Request, Save, Site, Write, operands
+from polytrace.graph import Constant, NodeId, Options, Read, Ref, Request, Save, Site, Write, operands
+from polytrace.lines import user_line
 from polytrace.pruning import alone, renumber
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Peeks:
         """The value of a node, as a plain tensor or array. Raises whatever running it raises."""
         if node not in self._known:
             kept = self._cone(node)
+            self._check_states(kept)
             nodes, places = renumber(self._recording.nodes, kept)
             save = Save(name="0", value=Ref(places[node]), where=self._recording.nodes[node].where)
             options = replace(self._options, edits=tuple(self._recording.labels))
@@ -68,6 +70,20 @@ class Peeks:
                 where=write.where,
             )
         self._writes.setdefault(write.invoke, []).append((order, place))
+
+    def _check_states(self, places: Sequence[NodeId]) -> None:
+        """What a state has may be another thing by the time the whole program runs."""
+        for place in places:
+            node = self._recording.nodes[place]
+            if isinstance(node, Constant):
+                state = self._recording.constants.tensors[node.name].state
+                if state is not None:
+                    raise GraphError(
+                        f"this value depends on the state {state!r}, which other requests may change before this trace "
+                        "runs, so it cannot be looked at: use what .fetch() of the state gives, or decide with "
+                        "polytrace.cond or torch.where",
+                        where=user_line(),
+                    )
 
     def _cone(self, wanted: NodeId) -> list[NodeId]:
         """A node, all that it needs, and every write that its reads see."""

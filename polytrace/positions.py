@@ -30,12 +30,19 @@ OPEN = "at"  # an index (OPEN, position) stands for the rows of a position in pr
 
 def with_positions(node: Node, lengths: Sequence[int]) -> Node:
     """The node with the columns of its prompts where it has positions that were open."""
-    if not isinstance(node, Op) or node.name not in ("getitem", "setitem"):
+    if not isinstance(node, Op) or not has_positions(node):
         return node
     base, index, *rest = node.args
-    if not (isinstance(index, tuple) and len(index) == 2 and index[0] == OPEN):
-        return node
+    assert isinstance(index, tuple)
     return replace(node, args=(base, position_index(lengths, index[1]), *rest))
+
+
+def has_positions(node: Node) -> bool:
+    """Whether a node has positions that are open."""
+    if not isinstance(node, Op) or node.name not in ("getitem", "setitem"):
+        return False
+    index = node.args[1]
+    return isinstance(index, tuple) and len(index) == 2 and isinstance(index[0], str) and index[0] == OPEN
 
 
 def _column(lengths: Sequence[int], prompt: int, position: Any) -> int:
@@ -44,8 +51,9 @@ def _column(lengths: Sequence[int], prompt: int, position: Any) -> int:
         raise GraphError(f"a position is an integer, not {type(position).__name__}", where=user_line())
     length = lengths[prompt]
     if not -length <= number < length:
+        told = f"prompt {prompt}" if len(lengths) > 1 else "this prompt"
         raise GraphError(
-            f"there is no position {number} in prompt {prompt}, which has {length} tokens (0-{length - 1})",
+            f"there is no position {number} in {told}, which has {length} tokens (0-{length - 1})",
             where=user_line(),
         )
     pads = max(lengths) - length

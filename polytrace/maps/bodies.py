@@ -33,6 +33,7 @@ from polytrace.graph import (
 from polytrace.maps.combining import Combined
 from polytrace.maps.rowwise import prompt_dims
 from polytrace.ops import OPS
+from polytrace.positions import has_positions
 from polytrace.pruning import renumber
 from polytrace.storage import is_recorded, state_of
 from polytrace.tensors import RawTensor, itemsize
@@ -175,7 +176,9 @@ def output_shapes(
 
 def record(model: Model, body: Callable[..., Any], prompts: Any, options: Options, *given: Any) -> Recorded:
     """Calls the body once, in a trace that is not run."""
-    tracer = _BodyTracer(model, [list(sequence) for sequence in prompts], options, False)
+    edits = model.edits_of_traces
+    tracer = _BodyTracer(model, [list(sequence) for sequence in prompts], options, False, edits=edits)
+    tracer.asks_length = any(has_positions(node) for edit in edits for node in edit.nodes)
     where = tracer.where
     with tracer:
         returned = _named_values(body(*given), where)
@@ -185,6 +188,12 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
             state = state_of(kept)
             tracer.recording.save(state, kept)
             outputs.append((name, value, state))
+    if tracer.recording.leaving:
+        raise GraphError(
+            "a map leaves nothing on the service: return this value under a name, and keep it, or update a state with "
+            "it, in a trace of its own",
+            where=tracer.recording.leaving[0].where,
+        )
     request = tracer.request
     assert request is not None
     saves = {save.name: save.value.node for save in request.graph.nodes if isinstance(save, Save)}
@@ -279,8 +288,10 @@ def _by_content(constants: Mapping[str, RawTensor]) -> dict[str, str]:
     """Names that are the same for the same content, whichever recording it is of."""
     found = {}
     for name, raw in constants.items():
-        content = hashlib.sha256(repr((raw.dtype, raw.shape)).encode())
-        content.update(raw.data)
+        # one that stands on the service has no bytes here
+        content = hashlib.sha256(repr((raw.dtype, raw.shape, raw.digest, raw.state)).encode())
+        if raw.digest is None:
+            content.update(raw.data)
         found[name] = f"c{content.hexdigest()[:32]}"
     return found
 

@@ -44,8 +44,12 @@ class _Open:
 class Cutter:
     """Cuts one dataset."""
 
-    def __init__(self, source: Source, measured: Measured, cut: Cut, index: Index | None) -> None:
+    def __init__(
+        self, source: Source, measured: Measured, cut: Cut, index: Index | None, *, is_skipping: bool = False
+    ) -> None:
+        """`is_skipping`: prompts that the body cannot be recorded for are left out."""
         self._source = source
+        self._is_skipping = is_skipping
         self._measured = measured
         self._cut = cut
         self._index = index
@@ -63,8 +67,8 @@ class Cutter:
                     f"{self._index.folder.path('')} is complete with {self._first} prompts, and this dataset has more: "
                     "map to another folder"
                 )
-            if datum.problem is None:
-                member = self._member(datum)
+            member = self._member(datum, own.skipped)
+            if member is not None:
                 size = self._row_bytes(member)
                 if own.members and not self._fits(own, member, size):
                     yield self._close(own, stop)
@@ -72,8 +76,6 @@ class Cutter:
                 own.members.append(member)
                 own.tokens += len(member.sequence)
                 own.bytes += size
-            else:
-                own.skipped[datum.number] = datum.problem
             self._note(datum)
             stop = datum.number + 1
         if own.members or own.skipped:
@@ -107,18 +109,25 @@ class Cutter:
             yield self._close(_Open(), stop, part)
 
     def _opened(self, data: list[Datum]) -> _Open:
-        return _Open(
-            members=[self._member(datum) for datum in data if datum.problem is None],
-            skipped={datum.number: datum.problem for datum in data if datum.problem is not None},
-        )
+        skipped: dict[int, str] = {}
+        members = [self._member(datum, skipped) for datum in data]
+        return _Open(members=[member for member in members if member is not None], skipped=skipped)
 
-    def _member(self, datum: Datum) -> Member:
+    def _member(self, datum: Datum, skipped: dict[int, str]) -> Member | None:
         """Recorded anew where the body asks for lengths; what it does then may differ from what it did first."""
-        try:
-            return self._source.member(datum)
-        except MixesPromptsError as mixed:
-            told = f"for prompt {datum.number}, of {len(datum.sequence)} tokens, {mixed.told}"
-            raise GraphError(told, where=mixed.where) from None
+        problem = datum.problem
+        if problem is None:
+            try:
+                return self._source.member(datum)
+            except MixesPromptsError as mixed:
+                told = f"for prompt {datum.number}, of {len(datum.sequence)} tokens, {mixed.told}"
+                raise GraphError(told, where=mixed.where) from None
+            except GraphError as error:
+                problem = f"prompt {datum.number}: {error.message}"
+                if not self._is_skipping:
+                    raise GraphError(problem, where=error.where) from error
+        skipped[datum.number] = problem
+        return None
 
     def _fits(self, own: _Open, member: Member, size: int) -> bool:
         return (
@@ -131,7 +140,12 @@ class Cutter:
         return sum(self._measured.row_bytes(name, len(member.sequence)) for name in member.recorded.outputs)
 
     def _note(self, datum: Datum) -> None:
-        self._digest.add(self._source.told(datum) if datum.problem is None else "skipped")
+        try:
+            self._digest.add(self._source.told(datum) if datum.problem is None else "skipped")
+        except GraphError:  # an item of a sweep that its body cannot be recorded for
+            if not self._is_skipping:
+                raise
+            self._digest.add("skipped")
 
     def _close(self, own: _Open, stop: int, stored: Part | None = None) -> Chunk:
         chunk = Chunk(

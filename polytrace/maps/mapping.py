@@ -36,6 +36,7 @@ from polytrace.wire import encode_tensors
 if TYPE_CHECKING:
     from polytrace.model import Model
 
+_TRIED = 16  # prompts that a body may fail for before it is to blame, where such are left out
 _MAX_PROMPTS = 256  # of a part
 _MAX_NODES = 100_000  # of a request
 _PART_BYTES = 64 << 20  # of a part's values, about
@@ -118,20 +119,28 @@ class Map:
         )
         source, data = self._source(encoding)
         beginning: list[Datum] = []
+        member, measured, failures = None, None, list[GraphError]()
         for datum in data:
             beginning.append(datum)
-            if datum.problem is None:
+            if datum.problem is not None:
+                continue
+            try:
+                member = source.member(datum)
+                measured = source.measured(member)
                 break
-        data = itertools.chain(beginning, data)
-        if not beginning or beginning[-1].problem is not None:
+            except MixesPromptsError as mixed:
+                yield from self._whole(itertools.chain(beginning, data), mixed)
+                return
+            except GraphError as error:
+                failures.append(error)
+                if not self._wishes.is_skipping or len(failures) == _TRIED:  # the body is to blame
+                    raise
+        if member is None or measured is None:
+            if failures:
+                raise failures[0]
             self.skipped.update((datum.number, datum.problem or "") for datum in beginning)
             return
-        try:
-            member = source.member(beginning[-1])
-            measured = source.measured(member)
-        except MixesPromptsError as mixed:
-            yield from self._whole(data, mixed)
-            return
+        data = itertools.chain(beginning, data)
         self._begin(member.recorded.outputs, measured)
         worker = Worker(self._model.backend, measured, self._wishes.options, is_skipping=self._wishes.is_skipping)
         cut = self._cut(member)
@@ -140,7 +149,8 @@ class Map:
             facts = self._facts(member, worker.probe(member))
             index = open_index(open_folder(self._wishes.to), facts, cut)
             cut = index.cut
-        yield from self._pumped(Cutter(source, measured, cut, index).chunks(iter(data)), worker, index)
+        cutter = Cutter(source, measured, cut, index, is_skipping=self._wishes.is_skipping)
+        yield from self._pumped(cutter.chunks(iter(data)), worker, index)
         self._finish(index)
 
     def _source(self, encoding: Encoding) -> tuple[Source, Iterator[Datum]]:

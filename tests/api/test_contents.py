@@ -130,6 +130,9 @@ def test_a_content_is_its_owners_alone(store: Store) -> None:
     upload(store, 1, owner="bob")
     add(store, digest, owner="bob")
     assert [claimed.contents.name for claimed in claim(store)] == ["ada", "bob"]
+    for dtype, shape in (("uint8", (KIB // 2,)), ("float64", (1 << 40,))):
+        with pytest.raises(WireError, match="the first content of the state 's' is uint8"):
+            store.contents.begin_state("ada", "s", dtype, shape, digest)
     store.contents.begin_state("ada", "s", "uint8", (KIB,), digest)
     assert store.contents.kept_entries("bob", is_state=True) == []
     with pytest.raises(ValueError):
@@ -293,8 +296,8 @@ def test_a_request_that_ends_in_any_way_gives_its_turn_on(store: Store, how: str
 def test_a_state_that_is_gone_or_another_one_is_refused(store: Store) -> None:
     with pytest.raises(NotFoundError, match="no state 's'"):
         add(store, states=["s"])
-    store.contents.begin_state("default", "s", "uint8", (3, 4), upload(store, 1))
-    with pytest.raises(GraphError, match=r"'s' is uint8 \[3, 4\]"):
+    store.contents.begin_state("default", "s", "uint8", (12,), upload(store, 1, size=12))
+    with pytest.raises(GraphError, match=r"'s' is uint8 \[12\]"):
         add(store, states=["s"])
     store.contents.delete_kept("default", "s", is_state=True)
     begin_state(store, "s", 1)

@@ -99,7 +99,7 @@ def test_positions_masks_calls_and_parameters_follow_the_later_prompts(plain: An
         added = plain.model.norm(changed.mean(1)).detach()
         edits = {"model.layers.1": by_hand, "model.layers.2.mlp": lambda out, added=added: out + added}
         close(logits[row, -len(ids) :], hooked(plain, ids, edits)[0][0])  # type: ignore[arg-type]
-    with pytest.raises(GraphError, match="no position 1 in prompt 0, which has 1 tokens"):
+    with pytest.raises(GraphError, match="no position 1 in this prompt, which has 1 tokens"):
         logits_of(edited, [5])
 
 

@@ -440,7 +440,7 @@ REFUSALS = {
     by_parameter_write: "never the model itself",
     by_member: "output has no 'logit': take one of its tensors first, .*it has 'logits'",
     by_member_index: r"self_attn.output has no 2; it has 0",
-    by_position: r"no position 3 in prompt 0, which has 3 tokens \(0-2\)",
+    by_position: r"no position 3 in this prompt, which has 3 tokens \(0-2\)",
     by_dtype: "no dtype 'float8_e4m3fn'",
     by_object: "a set cannot be part of a trace",
 }
