@@ -1,7 +1,7 @@
 """What tutorials of older versions write, in these literal forms alone.
 
 `attn_dropout.input[0][0]` are attention weights: `.input` was the call's `((args), {kwargs})`, and is the first
-argument itself now. `layer.output = (hidden, *others)` is `layer.output = hidden`: a decoder layer returned a tuple once.
+argument itself now. A decoder layer returned a tuple once, so `layer.output = (hidden, *others)` is that of `hidden`.
 """
 
 from __future__ import annotations
