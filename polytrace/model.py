@@ -216,6 +216,7 @@ class Model(Module):
         sharing: str | Sharing = Sharing.TENANT,
         in_flight: int = 4,
         on_error: str = "raise",
+        edits: Sequence[Any] = (),
     ) -> Map:
         """`body()` over any number of prompts; `for part in model.map(...)` gives the values part by part, in order.
 
@@ -227,8 +228,8 @@ class Model(Module):
 
         `to`: a folder or an address of fsspec (`s3://...`) that gets numbered safetensors files and `index.json`; the
         same map goes on there after a crash. `in_flight`: requests under way at once. `on_error="skip"` leaves out
-        prompts that cannot be run and lists them. Raises GraphError where the body mixes prompts and these do not fit
-        into one pass, ConflictError where the folder has another map's parts.
+        prompts that cannot be run and lists them. `edits` as of `trace`. Raises GraphError where the body mixes prompts
+        and these do not fit into one pass, ConflictError where the folder has another map's parts.
         """
         from polytrace.maps.mapping import Map, Wishes
 
@@ -239,7 +240,7 @@ class Model(Module):
             )
         options = self.trace(seed=seed, sharing=sharing).options
         wishes = Wishes(options=options, to=to, in_flight=in_flight, is_skipping=on_error == "skip")
-        return Map(self, dataset, body, prompts, wishes)
+        return Map(self.edited(*edits) if edits else self, dataset, body, prompts, wishes)
 
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it."""

@@ -28,14 +28,20 @@ def position_index(lengths: Sequence[int], position: Any) -> tuple[Any, ...]:
 OPEN = "at"  # an index (OPEN, position) stands for the rows of a position in prompts that are not known yet
 
 
+def has_open_positions(node: Node) -> bool:
+    """Whether the node's columns follow from its prompts' lengths."""
+    if not isinstance(node, Op) or node.name not in ("getitem", "setitem"):
+        return False
+    index = node.args[1]
+    return isinstance(index, tuple) and len(index) == 2 and index[0] == OPEN
+
+
 def with_positions(node: Node, lengths: Sequence[int]) -> Node:
     """The node with the columns of its prompts where it has positions that were open."""
-    if not isinstance(node, Op) or node.name not in ("getitem", "setitem"):
+    if not isinstance(node, Op) or not has_open_positions(node):
         return node
-    base, index, *rest = node.args
-    if not (isinstance(index, tuple) and len(index) == 2 and index[0] == OPEN):
-        return node
-    return replace(node, args=(base, position_index(lengths, index[1]), *rest))
+    base, (_, position), *rest = node.args
+    return replace(node, args=(base, position_index(lengths, position), *rest))
 
 
 def _column(lengths: Sequence[int], prompt: int, position: Any) -> int:

@@ -33,6 +33,7 @@ from polytrace.graph import (
 from polytrace.maps.combining import Combined
 from polytrace.maps.rowwise import prompt_dims
 from polytrace.ops import OPS
+from polytrace.positions import has_open_positions
 from polytrace.pruning import renumber
 from polytrace.storage import is_recorded, state_of
 from polytrace.tensors import RawTensor, itemsize
@@ -175,7 +176,8 @@ def output_shapes(
 
 def record(model: Model, body: Callable[..., Any], prompts: Any, options: Options, *given: Any) -> Recorded:
     """Calls the body once, in a trace that is not run."""
-    tracer = _BodyTracer(model, [list(sequence) for sequence in prompts], options, False)
+    sequences = [list(sequence) for sequence in prompts]
+    tracer = _BodyTracer(model, sequences, options, False, edits=model.edits_of_traces)
     where = tracer.where
     with tracer:
         returned = _named_values(body(*given), where)
@@ -235,6 +237,11 @@ class _BodyTracer(Tracer):
     def lengths_of(self, invoke: int) -> tuple[int, ...]:
         self.asks_length = True
         return super().lengths_of(invoke)
+
+    def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
+        index = super()._add_invoke(prompts, chat)
+        self.asks_length = any(has_open_positions(node) for edit in self._edits for node in edit.nodes)
+        return index
 
     def _sequences(self) -> tuple[tuple[int, ...], ...]:
         self.asks_length = True
