@@ -7,6 +7,7 @@ from typing import Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
+from polytrace.open_shapes import OpenShape
 from polytrace.storage import State, is_recorded, state_of
 from polytrace.values import record, shape_of
 
@@ -28,7 +29,7 @@ def cond(predicate: Any, if_true: Any, if_false: Any) -> Any:
     state = state_of(predicate)
     if (shape := shape_of(predicate).shape) not in ((), (1,)):
         raise GraphError(
-            f"polytrace.cond looks at one number, and this predicate has shape {list(shape)}: reduce it with .any(), "
+            f"polytrace.cond looks at one number, and this predicate has shape {_shown(shape)}: reduce it with .any(), "
             ".all() or .mean(), or choose by element with torch.where",
             where=where,
         )
@@ -75,7 +76,12 @@ def _choose(predicate: Any, a: Any, b: Any, path: str, where: str) -> Any:
 
 def _form(side: Any) -> str:
     dtype = str(side.dtype).removeprefix("torch.")
-    return f"{dtype}{list(side.shape)}"
+    return f"{dtype}{_shown(side.shape)}"
+
+
+def _shown(shape: Any) -> str:
+    """In an edit what follows from later prompts is `?`."""
+    return repr(shape) if isinstance(shape, OpenShape) else str(list(shape))
 
 
 def _at(path: str) -> str:
