@@ -29,7 +29,7 @@ def cond(predicate: Any, if_true: Any, if_false: Any) -> Any:
     state = state_of(predicate)
     if (shape := shape_of(predicate).shape) not in ((), (1,)):
         raise GraphError(
-            f"polytrace.cond looks at one number, and this predicate has shape {list(shape)}: reduce it with .any(), "
+            f"polytrace.cond looks at one number, and this predicate has shape {_shown(shape)}: reduce it with .any(), "
             ".all() or .mean(), or choose by element with torch.where",
             where=where,
         )
@@ -78,8 +78,12 @@ def _dtype(side: Any) -> str:
 
 
 def _form(side: Any) -> str:
-    shape = side.shape if isinstance(side.shape, OpenShape) else list(side.shape)
-    return f"{_dtype(side)}{shape!r}"
+    return f"{_dtype(side)}{_shown(side.shape)}"
+
+
+def _shown(shape: Any) -> str:
+    """In an edit what follows from later prompts is `?`."""
+    return repr(shape) if isinstance(shape, OpenShape) else str(list(shape))
 
 
 def _at(path: str) -> str:

@@ -1,6 +1,7 @@
-"""`attn_dropout.input[0][0]`: what tutorials of older versions write for attention weights, in that literal form alone.
+"""What tutorials of older versions write, in these literal forms alone.
 
-There `.input` was the call's `((args), {kwargs})`; now it is the first argument itself.
+`attn_dropout.input[0][0]` are attention weights: `.input` was the call's `((args), {kwargs})`, and is the first
+argument itself now. A decoder layer returned a tuple once, so `layer.output = (hidden, *others)` is that of `hidden`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,13 @@ from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.literals import first_int
 from polytrace.storage import State
+
+
+def hidden_of(value: Any) -> Any:
+    """The tensor of `(hidden,)` and `(hidden, None)`, given for a decoder layer's one; anything else as it is."""
+    if isinstance(value, (tuple, list)) and value and all(other is None for other in value[1:]):
+        return value[0]
+    return value
 
 
 def historic_arguments(state: State, index: Any) -> HistoricArguments:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from polytrace import hints
 from polytrace.errors import GraphError
 from polytrace.graph import Site
+from polytrace.historic import hidden_of
 from polytrace.inputs import missing_argument
 from polytrace.lines import user_line
 from polytrace.literals import scalar
@@ -39,7 +40,7 @@ class OpenPort:
     def write(self, value: Any) -> None:
         """`module.output = value`: of a tuple or dict, each of its tensors."""
         if () in self.table.leaves:
-            self.write_leaf((), value)
+            self.write_leaf((), hidden_of(value) if self.table.is_layer_output else value)
         else:
             self.write_members((), value)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from polytrace.errors import GraphError
+from polytrace.historic import hidden_of
 from polytrace.lines import user_line
 from polytrace.ports import Key, Members, OpenPort
 
@@ -31,9 +32,8 @@ def _given(port: OpenPort, value: Any, where: str) -> dict[tuple[Key, ...], Any]
     leaves = list(port.table.leaves)
     if len(leaves) == 1 and not isinstance(value, (tuple, list, dict, Members)):
         return {leaves[0]: value}
-    if leaves == [()] and isinstance(value, (tuple, list)) and len(value) > 1 and all(one is None for one in value[1:]):
-        value = value[0]  # a decoder layer returned (hidden, None) once, and years of notebooks skip it so
-        return {(): value}
+    if leaves == [()] and hidden_of(value) is not value:
+        return {(): hidden_of(value)}
     found = {selector: _at(value, selector) for selector in leaves}
     missing = [port.site(selector) for selector, one in found.items() if one is None]
     if missing or leaves == [()]:

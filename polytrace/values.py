@@ -104,7 +104,13 @@ class Recorded:
                 return _hidden_states(state, index, number)
         made = state.recording.op("getitem", (self, index), {})
         assert isinstance(made, State)
+        made.is_others = state.is_layer_output and isinstance(index, slice) and index == slice(1, None)
         return state.recording.session.wrap(made)
+
+    def __radd__(self, other: Any) -> Any:
+        if isinstance(other, tuple) and state_of(self).is_others:
+            return other  # `layer.output = (hidden,) + layer.output[1:]`
+        return record("add", (self, other), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
         state = state_of(self)

@@ -162,3 +162,37 @@ def test_the_models_output_is_saved_whole_by_key_attribute_and_place(gpt2: Any) 
     assert isinstance(attention, tuple) and attention[0].shape == (1, len(PROMPT), 32)
     with pytest.raises(AttributeError, match="what was saved has no 'logit'; it has logits"):
         _ = output.logit
+
+
+_TUPLES: list[Any] = [
+    lambda layer: (layer.output[0] * 2,),
+    lambda layer: (layer.output[0] * 2, None),
+    lambda layer: (layer.output[0] * 2, *layer.output[1:]),
+    lambda layer: (layer.output[0] * 2,) + layer.output[1:],  # noqa: RUF005  as it is written
+]
+
+
+@pytest.mark.parametrize("written", _TUPLES)
+def test_a_block_may_be_given_the_tuple_that_it_returned_once(gpt2: Any, written: Any) -> None:
+    plain, model = gpt2
+    with model.trace(PROMPT):
+        model.transformer.h[2].output = written(model.transformer.h[2])
+        logits = model.output.logits.save()
+    _, wanted = _by_hand(plain, plain.transformer.h[2], lambda hidden: hidden.mul_(2), takes=False)
+    assert difference([logits], [wanted]) <= TOLERANCE
+    _, unchanged = _by_hand(plain, plain.transformer.h[2], _nothing, takes=False)
+    assert difference([logits], [unchanged]) > 1e-2
+
+
+def test_the_tuple_of_several_prompts_is_theirs_too_and_other_tuples_are_refused(gpt2: Any) -> None:
+    _, model = gpt2
+    layer = model.transformer.h[2]
+    with model.trace([PROMPT, PROMPT]):
+        layer.output = (layer.output[0] * 2,) + layer.output[1:]  # noqa: RUF005
+        both = model.output.logits.save()
+    with model.trace(PROMPT):
+        layer.output = layer.output * 2
+        one = model.output.logits.save()
+    assert torch.equal(both, torch.cat([one, one]))
+    with pytest.raises(GraphError, match="write the tensor alone"), model.trace([PROMPT, PROMPT]):
+        layer.output = (layer.output[0], *layer.output[1:])

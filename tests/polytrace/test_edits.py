@@ -103,6 +103,22 @@ def test_positions_masks_calls_and_parameters_follow_the_later_prompts(plain: An
         logits_of(edited, [5])
 
 
+def test_a_choice_is_made_anew_by_each_later_prompt(plain: Any, model: Any) -> None:
+    first = [hooked(plain, ids)[1]["model.layers.1"][0, -1, 0] for ids in (IDS, OTHER)]
+    with model.edit() as edited:
+        hidden = model.model.layers[1].output[0]
+        is_larger = hidden[:, -1, 0].max() >= float(max(first)) - 1e-3
+        model.model.layers[1].output[0][:] = polytrace.cond(is_larger, lambda: hidden * 2, lambda: hidden)
+        with pytest.raises(GraphError, match=r"are float32\[\?, \?, 32\] and float32\[\?, 32\]"):
+            polytrace.cond(is_larger, hidden, hidden[:, -1])
+    for ids, number in zip((IDS, OTHER), first, strict=True):
+        change: dict[str, Any] = {"model.layers.1": lambda x: x * 2} if number == max(first) else {}
+        close(logits_of(edited, ids), hooked(plain, ids, change)[0])
+    both: dict[str, Any] = {"model.layers.1": lambda x: x * 2}
+    assert (hooked(plain, IDS, both)[0] - hooked(plain, IDS)[0]).abs().max() > 0.01
+    close(logits_of(edited, [IDS, OTHER])[:1], hooked(plain, IDS, both)[0])
+
+
 def test_several_are_stacked_in_their_order(plain: Any, model: Any) -> None:
     double = steer(model, 1, HAPPY, "happy")
     with model.edit("twice"):

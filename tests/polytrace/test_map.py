@@ -239,6 +239,30 @@ def test_an_edit_of_the_body_is_made_for_every_prompt(model: Model, plain: Any) 
     assert (ours[5] - unchanged).abs().max() > 0.1
 
 
+def test_a_map_of_an_edited_model_starts_from_its_edits(model: Model, hidden: list[Tensor]) -> None:
+    second = model.model.layers[1]
+
+    def body() -> Any:
+        return {"hidden": second.output[0], "mean": polytrace.mean(second.output[0][:, -1])}
+
+    with model.edit() as edited:
+        second.output[0].at(1)[:] = 0.0  # its column follows from the length
+    with model.edit() as doubled:
+        second.output[0][:] *= 2.0
+    for mapping in (edited.map(PROMPTS, body, edits=[doubled]), model.map(PROMPTS, body, edits=[edited, doubled])):
+        rows = rows_of(model, "hidden", mapping)
+        wanted = [2.0 * plain for plain in hidden]
+        for own, plain in zip(rows, wanted, strict=True):
+            plain[1] = 0.0
+            close(own, plain)
+        last = torch.stack([plain[-1] for plain in wanted]).double()
+        close(mapping.results["mean"].double(), last.mean(0))
+    for prompt, own in zip(PROMPTS[:3], rows, strict=False):
+        with edited.trace(prompt, edits=[doubled]):
+            alone = second.output[0].save()
+        assert torch.equal(own, alone[0])
+
+
 def test_the_body_is_called_once_or_once_a_length_where_it_asks_for_it(model: Model) -> None:
     calls = []
 
