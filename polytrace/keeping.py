@@ -93,6 +93,8 @@ class Kept:
     and the content may be purged.
     """
 
+    __array_ufunc__ = None  # an array of numpy on the left leaves the operator to this side
+
     def __init__(self, name: str, keeper: Keeper | None, entry: KeptEntry | None = None) -> None:
         self.name = name
         self._keeper = keeper
@@ -143,7 +145,7 @@ class Kept:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*_values(args), **{key: _value(value) for key, value in (kwargs or {}).items()})
+        return func(*recorded(args), **{key: recorded(value) for key, value in (kwargs or {}).items()})
 
     def __getattr__(self, name: str) -> Any:
         """A tensor's methods, in a trace."""
@@ -171,10 +173,10 @@ class Kept:
 
     def __eq__(self, other: object) -> Any:
         """In a trace by element, as a tensor's."""
-        return self is other if open_trace() is None else self.value == _value(other)
+        return self is other if open_trace() is None else self.value == recorded(other)
 
     def __ne__(self, other: object) -> Any:
-        return self is not other if open_trace() is None else self.value != _value(other)
+        return self is not other if open_trace() is None else self.value != recorded(other)
 
     __hash__ = object.__hash__
 
@@ -311,12 +313,11 @@ def _recorded(value: Any, what: str) -> Any:
     return tracer.wrap(tracer.recording.constant(value))
 
 
-def _values(args: Any) -> Any:
-    return type(args)(_value(arg) for arg in args) if type(args) in (tuple, list) else args
-
-
-def _value(arg: Any) -> Any:
-    return arg.value if isinstance(arg, Kept) else _values(arg)
+def recorded(arg: Any) -> Any:
+    """What is kept among (nested) arguments as values of the open trace, the rest as it is."""
+    if isinstance(arg, Kept):
+        return arg.value
+    return type(arg)(recorded(part) for part in arg) if type(arg) in (tuple, list) else arg
 
 
 def _dtype(name: str) -> Any:

@@ -83,7 +83,8 @@ class Tracer:
         self._shapes: Any = None
         self.checking = Checking.NONE
         self.certificate: Certificate | None = None  # what it would cost, once a scan or `validate=True` has asked
-        self.containers: list[Any] = []  # that polytrace.save was given
+        # that polytrace.save was given; what later traces of a session put into one is saved too
+        self.containers: list[Any] = home.containers if home is not None else []
         self.caches: list[CacheRequest] = []  # of the invokes that are open, whose reads stand at their end
         # what tracer.log was given; with data once it is there
         self.logs: list[Log] = home.logs if home is not None else []

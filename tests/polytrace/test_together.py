@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from small_llama import WIDTH, small_llama
@@ -173,12 +174,14 @@ def test_a_kept_value_is_compared_walked_and_asked_like_a_tensor(model: Any) -> 
         zero, unequal = (hidden == 0).save(), (data != hidden).save()
         negative, both = (~positive).save(), (positive & (hidden > 1)).save()
         rows = [row.save() for row in hidden]
+        doubled = (numpy.full(WIDTH, 2, numpy.float32) * hidden).save()
         with pytest.raises(GraphError, match=r"torch\.where"):
             bool(positive.any())
         with pytest.raises(GraphError, match=r"torch\.where"):
             bool(positive)
     assert torch.equal(zero, data == 0) and not unequal.any()
     assert torch.equal(negative, ~mask) and torch.equal(both, mask & (data > 1))
+    assert torch.equal(doubled, data * 2)
     assert len(rows) == 1 and torch.equal(rows[0], data[0])
     with pytest.raises(GraphError, match="fetch"):
         bool(positive)
@@ -208,3 +211,30 @@ def test_a_factor_that_stands_elsewhere_is_a_matrix(model: Any) -> None:
     state = model.state("factor", torch.ones(WIDTH))
     with pytest.raises(GraphError, match="keep it as a matrix"):
         polytrace.delta({"model.layers.0.mlp.down_proj": (state, torch.ones(4))})
+
+
+def test_functions_of_polytrace_and_einops_take_a_kept_value(model: Any) -> None:
+    with model.trace(PROMPTS[0]):
+        kept = model.model.layers[1].output[0][:, -1].keep()
+    with model.trace(PROMPTS[0]):
+        probabilities = polytrace.functions.softmax(kept, dim=-1).save()
+        joined = polytrace.functions.cat([kept, kept], dim=0).save()
+        chosen = polytrace.cond(model.model.layers[0].output[0].sum() > float("-inf"), kept, kept * 0).save()
+    data = kept.fetch()
+    assert torch.equal(probabilities, data.softmax(-1))
+    assert torch.equal(joined, torch.cat([data, data])) and torch.equal(chosen, data)
+
+
+def test_a_saved_list_is_filled_by_all_traces_of_a_session(model: Any) -> None:
+    with model.session(), model.trace(PROMPTS[0]):
+        found = polytrace.save([])
+        found.append(model.model.layers[0].output[0][:, -1].sum())
+    with model.session():
+        with model.trace(PROMPTS[0]):
+            both = polytrace.save([])
+            both.append(model.model.layers[0].output[0][:, -1].sum())
+        with model.trace(PROMPTS[1]):
+            both.append(model.model.layers[0].output[0][:, -1].sum())
+    with model.trace(PROMPTS[1]):
+        second = model.model.layers[0].output[0][:, -1].sum().save()
+    assert [torch.equal(one, other) for one, other in zip(both, [found[0], second], strict=True)] == [True, True]
