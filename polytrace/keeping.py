@@ -53,7 +53,7 @@ def keep(value: Any, name: str | None, ttl: float | None) -> Kept:
     """See `Recorded.keep`."""
     where = user_line()
     chosen = f"kept-{secrets.token_hex(6)}" if name is None else check_name(name, where)
-    if ttl is not None and not (isinstance(ttl, (int, float)) and 0 < ttl < 1 << 40):
+    if ttl is not None and not (type(ttl) in (int, float) and 0 < ttl < 1 << 40):
         raise GraphError(f"ttl is {ttl!r}; it is a number of seconds, more than 0", where=where)
     handle = Kept(chosen, None)
     _leave(value, chosen, ttl, handle, where)

@@ -238,3 +238,10 @@ def test_a_saved_list_is_filled_by_all_traces_of_a_session(model: Any) -> None:
     with model.trace(PROMPTS[1]):
         second = model.model.layers[0].output[0][:, -1].sum().save()
     assert [torch.equal(one, other) for one, other in zip(both, [found[0], second], strict=True)] == [True, True]
+
+
+def test_one_edit_outside_of_a_list_is_told(model: Any) -> None:
+    with pytest.raises(GraphError, match=r"a list, as in edits=\['steered'\]"):
+        logits_of(model, PROMPTS[0], edits="steered")
+    with pytest.raises(GraphError, match="a list, as in edits="):
+        logits_of(model, PROMPTS[0], edits=steered(model))
