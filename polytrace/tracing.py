@@ -262,6 +262,9 @@ class Tracer:
         if self.checking is Checking.SCAN:
             self._scan()
             return
+        if self.recording.has_looked_only:
+            self.recording.closed = "this trace saved nothing, so nothing but its looks ran: call .save() in its block"
+            return
         try:
             self.request, names = self._make_request()
             if self.checking is Checking.VALIDATE:

@@ -245,3 +245,36 @@ def test_one_edit_outside_of_a_list_is_told(model: Any) -> None:
         logits_of(model, PROMPTS[0], edits="steered")
     with pytest.raises(GraphError, match="a list, as in edits="):
         logits_of(model, PROMPTS[0], edits=steered(model))
+
+
+def test_what_is_fetched_is_the_callers_own(model: Any) -> None:
+    state = model.state("own", torch.zeros(1, WIDTH))
+    with model.trace(PROMPTS[0]):
+        hidden = model.model.layers[1].output[0][:, -1]
+        kept, saved = hidden.keep(), hidden.save()
+        state.update(hidden)
+    own = saved.clone()
+    for changed in (saved, kept.fetch(), state.fetch()):
+        assert torch.equal(changed, own)
+        changed.zero_()
+    with model.trace(PROMPTS[0]):
+        again = [kept.value.save(), state.value.save()]
+    for one in (*again, kept.fetch(), state.fetch()):
+        assert torch.equal(one, own)
+    again[0].zero_()
+    assert torch.equal(kept.fetch(), own)
+
+
+def test_a_trace_that_was_only_looked_into_ends_well(model: Any) -> None:
+    with model.trace(PROMPTS[0], peek=True) as tracer:
+        hidden = model.model.layers[1].output[0]
+        seen = float(hidden.sum())
+    with model.trace(PROMPTS[0]):
+        summed = model.model.layers[1].output[0].sum().save()
+    assert seen == float(summed) and len(tracer.peeks) == 1
+    with pytest.raises(GraphError, match="saved nothing"):
+        print(tracer.receipt)
+    with pytest.raises(GraphError, match="saved nothing"):
+        hidden.sum()
+    with pytest.raises(GraphError, match="this trace saves nothing"), model.trace(PROMPTS[0], peek=True):
+        model.model.layers[1].output[0].sum()
