@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import polytrace
 from polytrace.contents import LARGE_BYTES
 from polytrace.edits import decode_edits, encode_edits
 from polytrace.errors import GraphError
+from polytrace.maps.bodies import _by_content
 
 PROMPTS = [[3, 17, 42, 5, 9, 30, 11], [8, 25, 1, 60], [5, 5]]
 VECTOR = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)) * 3
@@ -83,15 +85,21 @@ def test_a_folder_of_a_map_with_other_edits_is_refused(model: Any, tmp_path: Pat
         model.map(PROMPTS, body, to=tmp_path, edits=[steered(model)]).run()
 
 
-def test_two_states_of_one_form_are_two_in_a_map(model: Any) -> None:
-    ones, fives = (model.state(name, torch.full((1, WIDTH), value)) for name, value in (("ones", 1.0), ("fives", 5.0)))
+def test_a_map_tells_kept_values_of_one_form_apart_and_reads_no_state(model: Any) -> None:
+    with model.trace(PROMPTS[0]):
+        hidden = model.model.layers[0].output[0][:, -1]
+        one, other = hidden.keep(), (hidden * 5).keep()
+    # as of a service, where the bytes are not here
+    named = {name: replace(kept.kept_tensor, data=memoryview(b"")) for name, kept in (("a", one), ("b", other))}
+    assert not any(raw.is_here for raw in named.values()) and len(set(_by_content(named).values())) == 2
+    state = model.state("read", torch.ones(1, WIDTH))
 
     def body() -> dict[str, Any]:
-        zero = model.model.layers[0].output[0][:, -1] * 0
-        return {"one": zero + ones.value, "five": zero + fives.value}
+        return {"h": model.model.layers[0].output[0][:, -1] + state.value}
 
-    (part,) = model.map(PROMPTS, body)
-    assert (part["one"] == 1).all() and (part["five"] == 5).all()
+    with pytest.raises(GraphError, match="the state 'read' may change between them") as refused:
+        model.map(PROMPTS, body).run()
+    assert refused.value.where is not None and refused.value.where.startswith("test_together.py:")
 
 
 def test_a_map_leaves_nothing_on_the_service_and_says_so(model: Any) -> None:
