@@ -16,7 +16,21 @@ from polytrace.chat import conversations_in
 from polytrace.collector import young_only
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
-from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request, Save, Site
+from polytrace.graph import (
+    Call,
+    Constant,
+    Graph,
+    Invoke,
+    Mask,
+    Node,
+    NodeId,
+    Options,
+    Parameter,
+    Read,
+    Request,
+    Save,
+    Site,
+)
 from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
 from polytrace.peeking import Peeks
@@ -69,6 +83,9 @@ class Tracer:
         self._is_run = is_run
         self._home = home
         self._edits = edits
+        for edit in edits:
+            for call in edit.calls:
+                self.check_call(call.module, call.where)
         self._chat = chat or {}
         self._prompts: PromptBook = (
             home._prompts if home is not None else PromptBook(model.description, lambda: model.tokenizer)
@@ -360,6 +377,11 @@ class Tracer:
                 where=user_line(),
             )
         return self._invoke
+
+    def check_call(self, module: str, where: str) -> None:
+        """Raises GraphError for a call of a module whose weights an adapter of this trace changes."""
+        for edit in self._edits:
+            edit.check_call(module, where)
 
     def built_request(self) -> Request:
         """What would be sent if the block ended here, or was when it ended."""

@@ -286,3 +286,23 @@ def test_a_trace_that_was_only_looked_into_ends_well(model: Any) -> None:
         hidden.sum()
     with pytest.raises(GraphError, match="this trace saves nothing"), model.trace(PROMPTS[0], peek=True):
         model.model.layers[1].output[0].sum()
+
+
+def test_a_call_of_a_module_that_an_adapter_changes_is_refused(model: Any) -> None:
+    factors = (torch.ones(WIDTH, 1), torch.ones(1, model.config.intermediate_size))
+    adapter = polytrace.delta({"model.layers.1.mlp.down_proj": factors})
+    with model.edit() as called:
+        hidden = model.model.layers[0].output[0]
+        hidden[:] = hidden + model.model.layers[1].mlp(hidden)
+    words = "a call has the weights that are served"
+    with pytest.raises(GraphError, match=words), model.trace(PROMPTS[0], edits=[adapter]):
+        model.model.layers[1].mlp(model.model.layers[0].output[0]).save()
+    with pytest.raises(GraphError, match=words):
+        logits_of(model, PROMPTS[0], edits=[called, adapter])
+    with model.session(), model.trace(PROMPTS[0]):
+        plain = model.model.layers[1].mlp(model.model.layers[0].output[0]).save()
+    with model.trace(PROMPTS[0], edits=[adapter]):
+        other = model.model.layers[2].mlp(model.model.layers[0].output[0]).save()
+    assert plain.shape == other.shape
+    with pytest.raises(GraphError, match="names at least one module"):
+        polytrace.delta([("model.layers.1.mlp.down_proj", factors)])  # type: ignore[arg-type]
