@@ -74,15 +74,11 @@ class LocalKeeper:
             return self._entries[is_state, name]
 
     def tensor(self, entry: KeptEntry) -> RawTensor:
-        return self.fetch(entry.name, entry.digest, is_state=False)
+        return self._content(entry.name, entry.digest, is_state=False)
 
     def fetch(self, name: str, digest: str, *, is_state: bool) -> RawTensor:
-        with self._lock:
-            self._purge()
-            raw = self._tensors.get(self.entry(name, is_state=True).digest if is_state else digest)
-        if raw is None:
-            raise not_found(name, is_state)
-        return raw
+        raw = self._content(name, digest, is_state=is_state)
+        return replace(raw, data=memoryview(bytearray(raw.data)))  # the caller may change it
 
     def delete(self, name: str, *, is_state: bool) -> None:
         with self._lock:
@@ -99,10 +95,18 @@ class LocalKeeper:
 
     # --- inside
 
+    def _content(self, name: str, digest: str, *, is_state: bool) -> RawTensor:
+        with self._lock:
+            self._purge()
+            raw = self._tensors.get(self.entry(name, is_state=True).digest if is_state else digest)
+        if raw is None:
+            raise not_found(name, is_state)
+        return raw
+
     def _now(self, raw: RawTensor) -> RawTensor:
         if raw.state is None:
             return raw
-        found = self.fetch(raw.state, "", is_state=True)
+        found = self._content(raw.state, "", is_state=True)
         if (found.dtype, found.shape) != (raw.dtype, raw.shape):
             raise GraphError(f"the state {raw.state!r} is another one now, {found.dtype} {list(found.shape)}")
         return found

@@ -27,6 +27,7 @@ from polytrace.errors import (
 )
 
 if TYPE_CHECKING:
+    from polytrace import functions as functions
     from polytrace.adapters import delta, lora
     from polytrace.choice import cond
     from polytrace.client import connect, load, models
@@ -76,6 +77,7 @@ _ROOMS = {
     "cond": "choice",
     "connect": "client",
     "delta": "adapters",
+    "functions": "functions",
     "Kept": "keeping",
     "load": "client",
     "lora": "adapters",
@@ -96,7 +98,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'polytrace' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"polytrace.{_ROOMS[name]}"), name)
+    room = import_module(f"polytrace.{_ROOMS[name]}")
+    return room if name == _ROOMS[name] else getattr(room, name)
 
 
 def __dir__() -> list[str]:

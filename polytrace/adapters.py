@@ -76,7 +76,10 @@ def lora(folder: str | Path) -> Adapter:
         halves.setdefault(found[1], {})[found[2]] = raw
     if not halves:
         raise GraphError(f"{place.name} has no updates", where=where)
-    updates = {path: _update(path, pair, config, where) for path, pair in halves.items()}
+    try:
+        updates = {path: _update(path, pair, config, where) for path, pair in halves.items()}
+    except (re.error, TypeError, AttributeError) as error:
+        raise GraphError(f"{place.name} has ranks or alphas that cannot be read: {error}", where=where) from error
     return Adapter(label=plain_label(f"lora {place.name}"), where=where, updates=updates)
 
 
@@ -88,8 +91,8 @@ def delta(factors: Mapping[str, tuple[Any, Any]]) -> Adapter:
     another one too (a tied embedding). Modules are looked up when a trace starts from it.
     """
     where = user_line()
-    if not factors:
-        raise GraphError("a delta names at least one module", where=where)
+    if not isinstance(factors, Mapping) or not factors:
+        raise GraphError("a delta names at least one module: {path: (left, right)}", where=where)
     constants = Constants()
     updates = {}
     for path, pair in factors.items():
@@ -149,7 +152,7 @@ def _edits(adapter: Adapter, model: Model) -> EditSet:
             x = op("mul", x, update.scale)
         value = op("add", add(Read(site=site, invoke=0, where=adapter.where)), x)
         add(Write(site=site, invoke=0, value=value, in_place=False, where=adapter.where))
-    return EditSet(label=adapter.label, nodes=tuple(nodes), constants=constants)
+    return EditSet(label=adapter.label, nodes=tuple(nodes), constants=constants, updates=tuple(adapter.updates))
 
 
 def _sites(

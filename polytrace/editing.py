@@ -161,6 +161,8 @@ class _EditRecording(Recording):
 
 def resolved(model: Model, items: Sequence[Any], version: int | None = None) -> tuple[EditSet, ...]:
     """What is given as edits: names (`"happy"`, `"happy@2"`), edited models, adapters. Raises NotFoundError."""
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise GraphError(f"edits are given as a list, as in edits=[{_told(items)}]", where=user_line())
     found: list[EditSet] = []
     for item in items:
         if isinstance(item, str):
@@ -179,3 +181,7 @@ def resolved(model: Model, items: Sequence[Any], version: int | None = None) -> 
                 f"edits are names, edited models and adapters, not a {type(item).__name__}", where=user_line()
             )
     return tuple(found)
+
+
+def _told(item: Any) -> str:
+    return repr(item) if isinstance(item, str) else f"<{type(item).__name__}>"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from polytrace.contents import with_digest
 from polytrace.errors import GraphError, NotFoundError, WireError
-from polytrace.graph import Graph, Invoke, Node, Request, Save, Write
+from polytrace.graph import Call, Graph, Invoke, Node, Request, Save, Write
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_request, encode_request
 
@@ -32,6 +32,22 @@ class EditSet:
     label: str  # what receipts call it: name@version, or where it was written
     nodes: tuple[Node, ...]
     constants: Mapping[str, RawTensor]
+    updates: tuple[str, ...] = ()  # modules whose weights an adapter stands for
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls of modules in it."""
+        return [node for node in self.nodes if isinstance(node, Call)]
+
+    def check_call(self, module: str, where: str) -> None:
+        """Raises GraphError for a call of a module that would not have the updates."""
+        changed = next((path for path in self.updates if path == module or path.startswith(f"{module}.")), None)
+        if changed is not None:
+            raise GraphError(
+                f"{module} is called here, and a call has the weights that are served, without what {self.label} "
+                f"changes in {changed}: read {module}.output, or start this trace without that adapter",
+                where=where,
+            )
 
     def replay(self, recording: Recording, invoke: int, lengths: Sequence[int]) -> None:
         """Writes the edits for an invoke, at the begin of its program."""

@@ -12,6 +12,7 @@ from typing import Any
 from polytrace.arguments import normalised
 from polytrace.errors import GraphError
 from polytrace.grammar import unknown_op
+from polytrace.keeping import recorded
 from polytrace.lines import user_line
 from polytrace.ops import OPS
 from polytrace.storage import recorded_in
@@ -26,6 +27,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
         raise unknown_op(name, user_line())
 
     def function(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = recorded(args), {key: recorded(value) for key, value in kwargs.items()}
         positional, named = normalised(name, args, kwargs)
         if next(recorded_in((args, tuple(kwargs.values()))), None) is not None:
             return record(name, positional, named)

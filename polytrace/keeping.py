@@ -53,7 +53,7 @@ def keep(value: Any, name: str | None, ttl: float | None) -> Kept:
     """See `Recorded.keep`."""
     where = user_line()
     chosen = f"kept-{secrets.token_hex(6)}" if name is None else check_name(name, where)
-    if ttl is not None and not (isinstance(ttl, (int, float)) and 0 < ttl < 1 << 40):
+    if ttl is not None and not (type(ttl) in (int, float) and 0 < ttl < 1 << 40):
         raise GraphError(f"ttl is {ttl!r}; it is a number of seconds, more than 0", where=where)
     handle = Kept(chosen, None)
     _leave(value, chosen, ttl, handle, where)
@@ -92,6 +92,8 @@ class Kept:
     A handle means the content that it was made for. When another value is kept under its name it goes on meaning that,
     and the content may be purged.
     """
+
+    __array_ufunc__ = None  # an array of numpy on the left leaves the operator to this side
 
     def __init__(self, name: str, keeper: Keeper | None, entry: KeptEntry | None = None) -> None:
         self.name = name
@@ -143,7 +145,7 @@ class Kept:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*_values(args), **{key: _value(value) for key, value in (kwargs or {}).items()})
+        return func(*recorded(args), **{key: recorded(value) for key, value in (kwargs or {}).items()})
 
     def __getattr__(self, name: str) -> Any:
         """A tensor's methods, in a trace."""
@@ -171,10 +173,10 @@ class Kept:
 
     def __eq__(self, other: object) -> Any:
         """In a trace by element, as a tensor's."""
-        return self is other if open_trace() is None else self.value == _value(other)
+        return self is other if open_trace() is None else self.value == recorded(other)
 
     def __ne__(self, other: object) -> Any:
-        return self is not other if open_trace() is None else self.value != _value(other)
+        return self is not other if open_trace() is None else self.value != recorded(other)
 
     __hash__ = object.__hash__
 
@@ -311,12 +313,11 @@ def _recorded(value: Any, what: str) -> Any:
     return tracer.wrap(tracer.recording.constant(value))
 
 
-def _values(args: Any) -> Any:
-    return type(args)(_value(arg) for arg in args) if type(args) in (tuple, list) else args
-
-
-def _value(arg: Any) -> Any:
-    return arg.value if isinstance(arg, Kept) else _values(arg)
+def recorded(arg: Any) -> Any:
+    """What is kept among (nested) arguments as values of the open trace, the rest as it is."""
+    if isinstance(arg, Kept):
+        return arg.value
+    return type(arg)(recorded(part) for part in arg) if type(arg) in (tuple, list) else arg
 
 
 def _dtype(name: str) -> Any:

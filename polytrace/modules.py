@@ -155,6 +155,7 @@ class Module(NotAValue):
         if kwargs or not args:
             raise GraphError(f"{path} is called with values alone, without keywords: {path}(value)", where=user_line())
         tracer = self._model._tracer("", path)
+        tracer.check_call(self._path, user_line())
         return tracer.wrap(tracer.recording.call(self._path, args))
 
     def __eq__(self, other: object) -> bool:

@@ -291,6 +291,11 @@ class Recording:
 
     # finishing
 
+    @property
+    def has_looked_only(self) -> bool:
+        """Whether all that was wanted of it has been seen (`peek=True`): it has nothing to give back."""
+        return self.peeks is not None and bool(self.peeks.receipts) and not self.saved and not self.leaving
+
     def finish(self) -> tuple[tuple[Node, ...], tuple[str, ...]]:
         """The graph without what nothing needs, and for each of `saved` the name that its value comes back under.
 

@@ -16,7 +16,21 @@ from polytrace.chat import conversations_in
 from polytrace.collector import young_only
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
-from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request, Save, Site
+from polytrace.graph import (
+    Call,
+    Constant,
+    Graph,
+    Invoke,
+    Mask,
+    Node,
+    NodeId,
+    Options,
+    Parameter,
+    Read,
+    Request,
+    Save,
+    Site,
+)
 from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
 from polytrace.peeking import Peeks
@@ -69,6 +83,9 @@ class Tracer:
         self._is_run = is_run
         self._home = home
         self._edits = edits
+        for edit in edits:
+            for call in edit.calls:
+                self.check_call(call.module, call.where)
         self._chat = chat or {}
         self._prompts: PromptBook = (
             home._prompts if home is not None else PromptBook(model.description, lambda: model.tokenizer)
@@ -83,7 +100,8 @@ class Tracer:
         self._shapes: Any = None
         self.checking = Checking.NONE
         self.certificate: Certificate | None = None  # what it would cost, once a scan or `validate=True` has asked
-        self.containers: list[Any] = []  # that polytrace.save was given
+        # that polytrace.save was given; what later traces of a session put into one is saved too
+        self.containers: list[Any] = home.containers if home is not None else []
         self.caches: list[CacheRequest] = []  # of the invokes that are open, whose reads stand at their end
         # what tracer.log was given; with data once it is there
         self.logs: list[Log] = home.logs if home is not None else []
@@ -261,6 +279,9 @@ class Tracer:
         if self.checking is Checking.SCAN:
             self._scan()
             return
+        if self.recording.has_looked_only:
+            self.recording.closed = "this trace saved nothing, so nothing but its looks ran: call .save() in its block"
+            return
         try:
             self.request, names = self._make_request()
             if self.checking is Checking.VALIDATE:
@@ -356,6 +377,11 @@ class Tracer:
                 where=user_line(),
             )
         return self._invoke
+
+    def check_call(self, module: str, where: str) -> None:
+        """Raises GraphError for a call of a module whose weights an adapter of this trace changes."""
+        for edit in self._edits:
+            edit.check_call(module, where)
 
     def built_request(self) -> Request:
         """What would be sent if the block ended here, or was when it ended."""

@@ -196,6 +196,12 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
         )
     request = tracer.request
     assert request is not None
+    for node in request.graph.nodes:
+        if isinstance(node, Constant) and (name := request.constants[node.name].state) is not None:
+            raise GraphError(
+                f"a map is many requests, and the state {name!r} may change between them: use what its .fetch() gives",
+                where=node.where,
+            )
     saves = {save.name: save.value.node for save in request.graph.nodes if isinstance(save, Save)}
     names = tracer.save_names
     if extra := [state.where for state, _, _ in tracer.recording.saved if all(state is not own for *_, own in outputs)]:
@@ -289,7 +295,7 @@ def _by_content(constants: Mapping[str, RawTensor]) -> dict[str, str]:
     found = {}
     for name, raw in constants.items():
         # one that stands on the service has no bytes here
-        content = hashlib.sha256(repr((raw.dtype, raw.shape, raw.digest, raw.state)).encode())
+        content = hashlib.sha256(repr((raw.dtype, raw.shape, raw.digest)).encode())
         if raw.digest is None:
             content.update(raw.data)
         found[name] = f"c{content.hexdigest()[:32]}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from small_llama import WIDTH, small_llama
@@ -15,6 +17,7 @@ import polytrace
 from polytrace.contents import LARGE_BYTES
 from polytrace.edits import decode_edits, encode_edits
 from polytrace.errors import GraphError
+from polytrace.maps.bodies import _by_content
 
 PROMPTS = [[3, 17, 42, 5, 9, 30, 11], [8, 25, 1, 60], [5, 5]]
 VECTOR = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)) * 3
@@ -82,15 +85,21 @@ def test_a_folder_of_a_map_with_other_edits_is_refused(model: Any, tmp_path: Pat
         model.map(PROMPTS, body, to=tmp_path, edits=[steered(model)]).run()
 
 
-def test_two_states_of_one_form_are_two_in_a_map(model: Any) -> None:
-    ones, fives = (model.state(name, torch.full((1, WIDTH), value)) for name, value in (("ones", 1.0), ("fives", 5.0)))
+def test_a_map_tells_kept_values_of_one_form_apart_and_reads_no_state(model: Any) -> None:
+    with model.trace(PROMPTS[0]):
+        hidden = model.model.layers[0].output[0][:, -1]
+        one, other = hidden.keep(), (hidden * 5).keep()
+    # as of a service, where the bytes are not here
+    named = {name: replace(kept.kept_tensor, data=memoryview(b"")) for name, kept in (("a", one), ("b", other))}
+    assert not any(raw.is_here for raw in named.values()) and len(set(_by_content(named).values())) == 2
+    state = model.state("read", torch.ones(1, WIDTH))
 
     def body() -> dict[str, Any]:
-        zero = model.model.layers[0].output[0][:, -1] * 0
-        return {"one": zero + ones.value, "five": zero + fives.value}
+        return {"h": model.model.layers[0].output[0][:, -1] + state.value}
 
-    (part,) = model.map(PROMPTS, body)
-    assert (part["one"] == 1).all() and (part["five"] == 5).all()
+    with pytest.raises(GraphError, match="the state 'read' may change between them") as refused:
+        model.map(PROMPTS, body).run()
+    assert refused.value.where is not None and refused.value.where.startswith("test_together.py:")
 
 
 def test_a_map_leaves_nothing_on_the_service_and_says_so(model: Any) -> None:
@@ -173,12 +182,14 @@ def test_a_kept_value_is_compared_walked_and_asked_like_a_tensor(model: Any) -> 
         zero, unequal = (hidden == 0).save(), (data != hidden).save()
         negative, both = (~positive).save(), (positive & (hidden > 1)).save()
         rows = [row.save() for row in hidden]
+        doubled = (numpy.full(WIDTH, 2, numpy.float32) * hidden).save()
         with pytest.raises(GraphError, match=r"torch\.where"):
             bool(positive.any())
         with pytest.raises(GraphError, match=r"torch\.where"):
             bool(positive)
     assert torch.equal(zero, data == 0) and not unequal.any()
     assert torch.equal(negative, ~mask) and torch.equal(both, mask & (data > 1))
+    assert torch.equal(doubled, data * 2)
     assert len(rows) == 1 and torch.equal(rows[0], data[0])
     with pytest.raises(GraphError, match="fetch"):
         bool(positive)
@@ -208,3 +219,90 @@ def test_a_factor_that_stands_elsewhere_is_a_matrix(model: Any) -> None:
     state = model.state("factor", torch.ones(WIDTH))
     with pytest.raises(GraphError, match="keep it as a matrix"):
         polytrace.delta({"model.layers.0.mlp.down_proj": (state, torch.ones(4))})
+
+
+def test_functions_of_polytrace_and_einops_take_a_kept_value(model: Any) -> None:
+    with model.trace(PROMPTS[0]):
+        kept = model.model.layers[1].output[0][:, -1].keep()
+    with model.trace(PROMPTS[0]):
+        probabilities = polytrace.functions.softmax(kept, dim=-1).save()
+        joined = polytrace.functions.cat([kept, kept], dim=0).save()
+        chosen = polytrace.cond(model.model.layers[0].output[0].sum() > float("-inf"), kept, kept * 0).save()
+    data = kept.fetch()
+    assert torch.equal(probabilities, data.softmax(-1))
+    assert torch.equal(joined, torch.cat([data, data])) and torch.equal(chosen, data)
+
+
+def test_a_saved_list_is_filled_by_all_traces_of_a_session(model: Any) -> None:
+    with model.session(), model.trace(PROMPTS[0]):
+        found = polytrace.save([])
+        found.append(model.model.layers[0].output[0][:, -1].sum())
+    with model.session():
+        with model.trace(PROMPTS[0]):
+            both = polytrace.save([])
+            both.append(model.model.layers[0].output[0][:, -1].sum())
+        with model.trace(PROMPTS[1]):
+            both.append(model.model.layers[0].output[0][:, -1].sum())
+    with model.trace(PROMPTS[1]):
+        second = model.model.layers[0].output[0][:, -1].sum().save()
+    assert [torch.equal(one, other) for one, other in zip(both, [found[0], second], strict=True)] == [True, True]
+
+
+def test_one_edit_outside_of_a_list_is_told(model: Any) -> None:
+    with pytest.raises(GraphError, match=r"a list, as in edits=\['steered'\]"):
+        logits_of(model, PROMPTS[0], edits="steered")
+    with pytest.raises(GraphError, match="a list, as in edits="):
+        logits_of(model, PROMPTS[0], edits=steered(model))
+
+
+def test_what_is_fetched_is_the_callers_own(model: Any) -> None:
+    state = model.state("own", torch.zeros(1, WIDTH))
+    with model.trace(PROMPTS[0]):
+        hidden = model.model.layers[1].output[0][:, -1]
+        kept, saved = hidden.keep(), hidden.save()
+        state.update(hidden)
+    own = saved.clone()
+    for changed in (saved, kept.fetch(), state.fetch()):
+        assert torch.equal(changed, own)
+        changed.zero_()
+    with model.trace(PROMPTS[0]):
+        again = [kept.value.save(), state.value.save()]
+    for one in (*again, kept.fetch(), state.fetch()):
+        assert torch.equal(one, own)
+    again[0].zero_()
+    assert torch.equal(kept.fetch(), own)
+
+
+def test_a_trace_that_was_only_looked_into_ends_well(model: Any) -> None:
+    with model.trace(PROMPTS[0], peek=True) as tracer:
+        hidden = model.model.layers[1].output[0]
+        seen = float(hidden.sum())
+    with model.trace(PROMPTS[0]):
+        summed = model.model.layers[1].output[0].sum().save()
+    assert seen == float(summed) and len(tracer.peeks) == 1
+    with pytest.raises(GraphError, match="saved nothing"):
+        print(tracer.receipt)
+    with pytest.raises(GraphError, match="saved nothing"):
+        hidden.sum()
+    with pytest.raises(GraphError, match="this trace saves nothing"), model.trace(PROMPTS[0], peek=True):
+        model.model.layers[1].output[0].sum()
+
+
+def test_a_call_of_a_module_that_an_adapter_changes_is_refused(model: Any) -> None:
+    factors = (torch.ones(WIDTH, 1), torch.ones(1, model.config.intermediate_size))
+    adapter = polytrace.delta({"model.layers.1.mlp.down_proj": factors})
+    with model.edit() as called:
+        hidden = model.model.layers[0].output[0]
+        hidden[:] = hidden + model.model.layers[1].mlp(hidden)
+    words = "a call has the weights that are served"
+    with pytest.raises(GraphError, match=words), model.trace(PROMPTS[0], edits=[adapter]):
+        model.model.layers[1].mlp(model.model.layers[0].output[0]).save()
+    with pytest.raises(GraphError, match=words):
+        logits_of(model, PROMPTS[0], edits=[called, adapter])
+    with model.session(), model.trace(PROMPTS[0]):
+        plain = model.model.layers[1].mlp(model.model.layers[0].output[0]).save()
+    with model.trace(PROMPTS[0], edits=[adapter]):
+        other = model.model.layers[2].mlp(model.model.layers[0].output[0]).save()
+    assert plain.shape == other.shape
+    with pytest.raises(GraphError, match="names at least one module"):
+        polytrace.delta([("model.layers.1.mlp.down_proj", factors)])  # type: ignore[arg-type]
