@@ -76,13 +76,18 @@ def chosen_device(device: str | None, device_map: Any) -> str | None:
     if device_map is None or (isinstance(device_map, str) and device_map in _PLACED):
         return device
     if isinstance(device_map, Mapping):
-        if len(places := set(map(str, device_map.values()))) != 1:
+        if len(places := set(map(_device, device_map.values()))) != 1:
             raise GraphError(
                 "polytrace.load runs a model on one device: a service splits it (polytrace serve --stages --ranks)",
                 where=user_line(),
             )
         return places.pop()
-    return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)
+    return _device(device_map)
+
+
+def _device(given: Any) -> str:
+    """A device as accelerate has it: a number is a GPU's."""
+    return f"cuda:{given}" if isinstance(given, int) else str(given)
 
 
 def _named(dtype: Any) -> str:

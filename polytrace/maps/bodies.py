@@ -182,6 +182,12 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
     where = tracer.where
     with tracer:
         returned = _named_values(body(*given), where)
+        if left := tracer.recording.leaving:
+            raise GraphError(
+                "a map's body stands for many prompts, so it leaves nothing on the service, and this would leave "
+                f"{left[0].keep.name!r}: return the value, and keep what you make of it in a trace of its own",
+                where=left[0].where,
+            )
         outputs = []
         for name, value in returned.items():
             kept = value.value if isinstance(value, Combined) else value

@@ -12,6 +12,7 @@ from small import IDS, small_llama
 
 import polytrace
 from polytrace.errors import GraphError
+from polytrace.keywords import chosen_device
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,10 @@ def test_what_cannot_be_honoured_is_told(model: Any, folder: Path) -> None:
         model.trace(IDS, trace=False)
     with pytest.raises(GraphError, match=r"give the prompts to model\.trace"):
         model.trace(IDS, invoker_args={"scan": True})
+
+
+@pytest.mark.parametrize(
+    ("given", "device"), [({"": 0}, "cuda:0"), (1, "cuda:1"), ({"": "cpu"}, "cpu"), ("auto", None)]
+)
+def test_a_device_map_names_one_device(given: Any, device: str | None) -> None:
+    assert chosen_device(None, given) == device

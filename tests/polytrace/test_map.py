@@ -525,11 +525,28 @@ def test_a_file_is_a_dataset_of_its_lines(tmp_path: Path, model: Model) -> None:
         (lambda h: {"x": polytrace.mean(3)}, "not a int"),
         (lambda h: {"x": polytrace.mean(h, over="layers")}, "over 'prompts' or over 'tokens'"),
         (lambda h: (h.save(), {"x": h[:, 0]})[1], "return this value under a name"),
+        (lambda h: (h.keep("mine"), {"x": h[:, 0]})[1], r"leaves nothing on the service.*'mine'"),
     ],
 )
 def test_what_a_body_cannot_return_is_refused_with_the_line(model: Model, body: Any, words: str) -> None:
     with pytest.raises(GraphError, match=words) as caught:
         model.map(PROMPTS, lambda: body(model.model.layers[0].output[0])).run()
+    assert str(caught.value.where).startswith("test_map.py:")
+
+
+def test_a_body_reads_a_state_and_does_not_update_it(model: Model) -> None:
+    state, last = model.state("added", torch.ones(32)), model.model.layers[0]
+    (part,) = model.map([[7, 8, 9]], lambda: {"x": last.output[0][:, -1] + state.value})
+    with model.trace([7, 8, 9]):
+        alone = last.output[0][:, -1].save()
+    assert torch.equal(part["x"], alone + 1)
+
+    def updating() -> Any:
+        state.update(state.value * 2)
+        return {"x": last.output[0][:, -1]}
+
+    with pytest.raises(GraphError, match=r"leaves nothing on the service.*'added'") as caught:
+        model.map(PROMPTS, updating).run()
     assert str(caught.value.where).startswith("test_map.py:")
 
 
