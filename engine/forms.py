@@ -61,8 +61,8 @@ def _item(results: Any, position: int) -> Tensor:
     return taken
 
 
-def _left_pad(parts: list[Tensor], dims: tuple[int, ...], *, keys: float = 0.0) -> Tensor:
-    """Views below each other, each with zeros in front along `dims`; with `keys` in front of each row of the last one."""
+def _left_pad(parts: list[Tensor], dims: tuple[int, ...], *, unseen: tuple[int, ...] = ()) -> Tensor:
+    """Views below each other, each with zeros in front along `dims`; -inf at each sequence's first `unseen` keys."""
     shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
     for dim in dims:
         shape[dim] = max(part.shape[dim] for part in parts)
@@ -74,9 +74,11 @@ def _left_pad(parts: list[Tensor], dims: tuple[int, ...], *, keys: float = 0.0) 
         if padded[tuple(place)].shape != part.shape:
             raise ValueError(f"views of shapes {list(parts[0].shape)} and {list(part.shape)} do not go together")
         padded[tuple(place)] = part
-        if keys != 0.0:
-            padded[(*place[:-1], slice(None, shape[-1] - part.shape[-1]))] = keys
         first += part.shape[0]
+    if unseen and len(unseen) != shape[0]:
+        raise ValueError(f"{len(unseen)} numbers of pads do not go with {shape[0]} sequences")
+    for sequence, pads in enumerate(unseen):
+        padded[sequence, :, pads:, :pads] = -torch.inf
     return padded
 
 

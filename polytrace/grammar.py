@@ -131,7 +131,10 @@ def _check_part(graph: Graph, op: Op) -> None:
 def _is_group(op: Op) -> bool:
     if len(op.args) != 2 or not isinstance(op.args[0], list):
         return False
-    if op.kwargs and (op.args[1] != (2, 3) or type(op.kwargs.get("keys")) is not float):
+    unseen = op.kwargs.get("unseen", ())
+    if not isinstance(unseen, tuple) or not all(type(pads) is int and pads >= 0 for pads in unseen):
+        return False
+    if unseen and op.args[1] != (2, 3):
         return False
     return bool(op.args[0]) and all(isinstance(part, Ref) for part in op.args[0]) and op.args[1] in ((1,), (2, 3))
 

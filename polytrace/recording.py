@@ -520,8 +520,11 @@ class Recording:
     def _read_group(self, site: Site, invoke: int, dtype: str, where: str) -> State:
         """One view over what every member reads."""
         members = [self.read(site, member, dtype, where).node for member in self.session.members_of(invoke)]
-        keys = {"keys": float("-inf")} if site.port is Port.SCORES else {}  # a query does not see what is no token
-        node = self._left_pad(members, invoke, self._token_dims(site), where, **keys)
+        unseen: dict[str, Operand] = {}
+        if site.port is Port.SCORES:  # -inf at what is no token
+            lengths = self._known_lengths(invoke)
+            unseen["unseen"] = tuple(max(lengths) - length for length in lengths)
+        node = self._left_pad(members, invoke, self._token_dims(site), where, **unseen)
         self._dtypes.known[node] = dtype
         state = self._fresh(node, where)
         state.storage.place = place = self._place(site, invoke)
@@ -556,10 +559,10 @@ class Recording:
         return node
 
     def _left_pad(
-        self, members: list[NodeId], invoke: int, dims: tuple[int, ...], where: str, **keys: Operand
+        self, members: list[NodeId], invoke: int, dims: tuple[int, ...], where: str, **unseen: Operand
     ) -> NodeId:
         args: tuple[Operand, ...] = ([Ref(member) for member in members], dims)
-        node = self._add(Op(name="left_pad", args=args, kwargs=keys, where=where))
+        node = self._add(Op(name="left_pad", args=args, kwargs=unseen, where=where))
         self._invokes.known[node] = invoke
         return node
 

@@ -1,8 +1,8 @@
 """The oracle of random programs: plain Hugging Face, prompt by prompt, with hooks and replaced functions.
 
-The prompts of an invoke run side by side, a thread each: at a site that a program names all wait for the last, one of them
-puts their tensors into the left-padded view that the program means, does what the program says with torch's own code,
-and every prompt goes on with its rows.
+The prompts of an invoke run side by side, a thread each: at a site that a program names all wait for the last, one
+of them puts their tensors into the left-padded view that the program means and does what the program says with torch's
+own code, and every prompt goes on with its rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from families import FAMILIES, model_of
+from families import model_of
 from language_programs import (
     Apply,
     Block,
@@ -22,7 +22,6 @@ from language_programs import (
     Edit,
     Mask,
     Program,
-    Prompt,
     Read,
     Skip,
     Statement,
@@ -34,7 +33,7 @@ from language_programs import (
     made,
     tokens_first,
 )
-from language_sites import Attend, HeadOut, Hook, Patched, Spot, spans, spots
+from language_sites import Attend, HeadOut, Hook, Patched, Spot, spots
 from names import HEADS, SIZE, weights_by_hand
 from points import attending
 from programs import find
@@ -76,7 +75,6 @@ class _Run:
             for each in block.statements
             if isinstance(each, (Apply, Call, Weigh, Mask))
         }
-        self.last: list[list[Tensor]] = []  # of each invoke, the last logits of each prompt
         self.parts: dict[str, list[Tensor]] = {}  # of what an invoke without prompts reads: each prompt's
         self.parts_spot: dict[str, Spot] = {}
 
@@ -85,20 +83,14 @@ class _Run:
         for number, block in enumerate(self.program.blocks):
             if block.prompts:
                 behind = [each for each in self.program.blocks[number + 1 :] if not each.prompts]
-                self.last.append(_Together(self, number, block, behind).run())
+                _Together(self, number, block, behind).run()
             else:
                 for name in [each.name for each in block.statements if isinstance(each, Read)]:
                     spot = self.parts_spot[name]
                     lengths = [len(prompt) for prompt in self.program.prompts_of(number)]
                     self.values[name] = padded(self.parts[name][: len(lengths)], spot, max(lengths))
-                self.last.append([])
             found += [self.value(name) for name in block.saved]
-            found.append(self.logits(number))
         return found
-
-    def logits(self, number: int) -> Tensor:
-        own = self.last[number] or [each for before in self.last[:number] for each in before]
-        return torch.cat(own)
 
     def value(self, name: str) -> Tensor:
         """Computed when it is first needed."""
@@ -146,23 +138,18 @@ class _Together:
         self.own = threading.local()
         self.errors: list[BaseException] = []
 
-    def run(self) -> list[Tensor]:
-        logits: list[Any] = [None] * len(self.prompts)
-
+    def run(self) -> None:
         def one(row: int) -> None:
             self.own.row, self.own.is_quiet = row, False
             try:
                 with torch.no_grad():
                     self.run_.plain(input_ids=torch.tensor([self.prompts[row]]), use_cache=False)
-                logits[row] = self.own.logits[:, -1]
             except BaseException as error:  # noqa: BLE001
                 self.errors.append(error)
                 self.barrier.abort()
 
         with ExitStack() as stack:
             stack.enter_context(installed(self.run_.plain, {spot: self.seer(spot) for spot in self.todo}, self.own))
-            head = self.run_.plain.get_submodule("lm_head")
-            stack.callback(head.register_forward_hook(self.keep_logits).remove)
             threads = [threading.Thread(target=one, args=(row,)) for row in range(len(self.prompts))]
             for thread in threads:
                 thread.start()
@@ -171,11 +158,6 @@ class _Together:
         errors = [each for each in self.errors if not isinstance(each, threading.BrokenBarrierError)]
         if self.errors:
             raise (errors or self.errors)[0]
-        return logits
-
-    def keep_logits(self, _module: Any, _args: Any, output: Tensor) -> None:
-        if not getattr(self.own, "is_quiet", True):
-            self.own.logits = output
 
     def seer(self, spot: Spot) -> See:
         def see(tensor: Tensor) -> Tensor:

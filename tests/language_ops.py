@@ -253,10 +253,10 @@ PAIRS: dict[str, Run] = {
     "pair_einsum": lambda v, w: torch.einsum("...d,...d->...", v, w).unsqueeze(-1) / v.shape[-1],
     "mse": lambda v, w: F.mse_loss(v, w, reduction="none"),
     "smooth_l1": lambda v, w: F.smooth_l1_loss(v, w, reduction="none"),
-    "where_written": lambda v, w: v.masked_scatter(v > 1e9, w),
+    "masked_scatter": lambda v, w: v.masked_scatter(v > 1e9, w),
 }
 
-OF_LAST = {"cat_of", "vecdot", "pair_einsum"}  # take what is along the last dimension together
+OF_LAST = {"cat_of", "vecdot", "pair_einsum", "masked_scatter"}  # take what is along the last dimension together
 
 OPERATIONS: dict[str, Operation] = {
     **{name: _unary(run) for name, run in UNARY.items()},

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from families import FAMILIES
 from hypothesis import strategies as st
-from language_ops import OPERATIONS, fit
+from language_ops import OPERATIONS, ROW, fit
 from language_sites import Spot, spans, spots
 from programs import find
 from torch import Tensor
@@ -90,7 +90,7 @@ Statement = Read | Weigh | Mask | Apply | Call | Edit | Skip
 
 @dataclass(frozen=True)
 class Block:
-    """An invoke; without prompts it means those of all before it."""
+    """An invoke; without prompts it means those of all before it. The last logits are saved last."""
 
     prompts: tuple[Prompt, ...]
     statements: tuple[Statement, ...]
@@ -138,8 +138,9 @@ def _at(view: Any, a: int, b: int, lengths: Sequence[int]) -> Any:
 
 
 def given_to(value: Any, shape: tuple[int, ...] | None) -> Any:
-    """What a module is called on."""
-    return (value if shape is None else fit(value, shape)).contiguous()
+    """What a module is called on; never nearly the same everywhere, where norms would show rounding."""
+    given = value if shape is None else fit(value, shape)
+    return (given.tanh() + ROW[: given.shape[-1]]).contiguous()
 
 
 TAKEN: dict[str, Callable[..., Any]] = {
@@ -173,7 +174,7 @@ def change(how: str, view: Any, value: Any, numbers: tuple[int, int], shortest: 
     elif how == "copy into column":
         view[:, column].copy_(fit(value, part))
     elif how == "fill column":
-        view[:, column].fill_(0.25 * a)
+        view[:, column].fill_(0.25 * (a % 5))
     elif how == "features":
         view[..., low:] = 0.0
     elif how == "some features":
@@ -249,14 +250,13 @@ class Known:
 class Used:
     """What statements so far have named, of some prompts."""
 
-    moments: dict[str, Spot] = field(default_factory=dict)
+    moments: dict[int, Spot] = field(default_factory=dict)
     skipped: list[tuple[int, int]] = field(default_factory=list)
 
     def allows(self, spot: Spot) -> bool:
-        now, key = spot.moment
-        if any(first < now <= last for first, last in self.skipped):
+        if any(first < spot.moment <= last for first, last in self.skipped):
             return False
-        return self.moments.get(key, spot) == spot
+        return self.moments.get(spot.moment, spot) == spot
 
 
 @cache
@@ -321,11 +321,16 @@ class _Author:
         for _ in range(self.draw(st.integers(3, 10))):
             kind = self.one(_KINDS[self.is_empty])
             statements.extend(getattr(self, kind)())
-        mine = [known for known in self.known if known.block == number]
+        logits = next(spot for spot in self.spots if spot.name == "lm_head.output")
+        name = self.keep(self.example(logits), logits.moment, len(set(self.lengths)) > 1, is_view=True)
+        last = self.apply_to(self.known[-1], "column", numbers=(0, 0))
+        statements.extend([Read(name, logits), *last])
+        mine = [known for known in self.known[:-2] if known.block == number]
         taken = [each.name for each in mine if each.example.dtype.is_floating_point]
         saved = self.draw(st.lists(st.sampled_from(taken), max_size=4, unique=True)) if taken else []
         written = [each.name for each in statements if isinstance(each, Apply) and each.op in ("written", "viewed")]
-        return Block(prompts, tuple(statements), tuple(dict.fromkeys([*saved, *taken[-2:], *written])))
+        saved = [*saved, *taken[-2:], *written, self.known[-1].name]
+        return Block(prompts, tuple(statements), tuple(dict.fromkeys(saved)))
 
     # statements
 
@@ -338,10 +343,12 @@ class _Author:
         is_ragged = len(set(self.lengths)) > 1
         example = self.example(spot)
         has_keys = spot.writes == "scale"
-        name = self.keep(example, spot.moment[0], is_ragged, has_features=not has_keys, is_view=spot.token_dim == 1)
+        name = self.keep(example, spot.moment, is_ragged, has_features=not has_keys, is_view=spot.token_dim == 1)
         yield Read(name, spot)
         if spot.name == "scores":
-            yield from self.apply_to(self.known[-1], "seen")
+            raw = self.known[-1]
+            yield from self.apply_to(raw, "seen")
+            self.known.remove(raw)  # it is -inf in places
         if self.one([True, False]) and spot.token_dim == 1:
             yield from self.take()
 
@@ -349,7 +356,7 @@ class _Author:
         views = [known for known in self.known if known.is_view and known.block == self.number]
         if not views:
             return
-        view, (a, b) = self.one(views[-3:]), self.numbers()
+        view = self.one(views[-3:])
         how = self.one(["column", "column", "first columns", "last columns", "at", "number", "masked sum"])
         if how == "masked sum":
             mask = self.keep(torch.ones(view.example.shape[:2], dtype=torch.bool), 0, is_ragged=True)
@@ -400,9 +407,11 @@ class _Author:
             if made:
                 value = self.known[-1]
 
-    def apply_to(self, value: Known, op: str, *others: Known) -> Iterator[Statement]:
+    def apply_to(
+        self, value: Known, op: str, *others: Known, numbers: tuple[int, int] | None = None
+    ) -> Iterator[Statement]:
         operands = (value, *others)
-        statement = Apply("", op, tuple(each.name for each in operands), self.numbers())
+        statement = Apply("", op, tuple(each.name for each in operands), numbers or self.numbers())
         try:
             example = compute(statement, [each.example for each in operands], self.lengths)
         except (RuntimeError, IndexError, ValueError):  # not of this shape
@@ -458,7 +467,8 @@ class _Author:
             return
         width, shape = self.example(spot).shape[-1], tokens_first(self.example(spot), spot).shape
         if spot.writes == "scale":
-            how = self.one(["head", "head", *(["hide"] if spot.name == "scores" and min(self.lengths) > 2 else [])])
+            can_hide = spot.name == "scores" and min(self.lengths) > 2 and not self.is_empty
+            how = self.one(["head", "head", *["hide"] * can_hide])
         elif self.is_empty:
             how = self.one(ROWWISE)
         else:
@@ -480,7 +490,7 @@ class _Author:
     def with_value(self, spot: Spot, how: str, *, assigns: bool) -> Iterator[Statement]:
         operand = None
         if how in WANTS_VALUE:
-            values = [known for known in self.known if self.can_use(known, spot.moment[0])]
+            values = [known for known in self.known if self.can_use(known, spot.moment)]
             values = [known for known in values if known.example.dtype.is_floating_point]
             if how == "blend":
                 shape = self.example(spot).shape
@@ -501,9 +511,9 @@ class _Author:
 
     def skip(self) -> Iterator[Statement]:
         path, (first, last) = self.one(sorted(spans(self.family).items()))
-        inside = [spot for spot in all_spots(self.family) if first < spot.moment[0] <= last]
+        inside = [spot for spot in all_spots(self.family) if first < spot.moment <= last]
         others = self.used if self.is_empty else [self.own]
-        if any(spot.moment[1] in used.moments for spot in inside for used in others) or self.is_empty:
+        if any(spot.moment in used.moments for spot in inside for used in others) or self.is_empty:
             return
         if any(low <= last and first <= high for low, high in self.own.skipped):
             return
@@ -535,7 +545,7 @@ class _Author:
         return spot
 
     def use(self, spot: Spot) -> None:
-        self.own.moments[spot.moment[1]] = spot
+        self.own.moments[spot.moment] = spot
 
     def can_use(self, known: Known, moment: int | None = None) -> bool:
         """Here, or for an edit at a moment."""
@@ -603,7 +613,6 @@ def record(model: Any, program: Program, **options: Any) -> Any:
                     _write(model, tracer, statement, values, lengths)
                 for name in block.saved:
                     values[name].save()
-                find(model, "lm_head").output[:, -1].save()
     return tracer
 
 

@@ -15,7 +15,6 @@ from names import POINTS, View
 from operations import CASES, LAYER, Case
 from programs import find
 
-
 Key = str | int | tuple[str]  # an attribute, an index, a key of a dict
 
 
@@ -64,7 +63,7 @@ class Spot:
     path: str
     keys: tuple[Key, ...]
     hand: Hand = field(repr=False)
-    moment: tuple[int, str] = (0, "")  # when in a forward, and of which tensor
+    moment: int = 0  # when in a forward
     token_dim: int = 1
     writes: str = "all"  # all, assign (never in place), scale (only products), none
     on_ranks: bool = True  # also where ranks split the model
@@ -98,7 +97,7 @@ def spans(family: str) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for spot in spots(family):
         if spot.keys[-1] in ("input", "output") and len(spot.keys) == 1:
-            path, moment = spot.path, spot.moment[0]
+            path, moment = spot.path, spot.moment
             first, last = found.get(path, (moment, moment))
             found[path] = min(first, moment), max(last, moment)
     names = FAMILIES[family]
@@ -238,8 +237,7 @@ class _Spots:
     def moment(self, *own: Spot) -> Iterator[Spot]:
         self.now += 1
         for spot in own:
-            moment = (self.now, f"{spot.path}@{self.now}")
-            yield replace(spot, moment=moment)
+            yield replace(spot, moment=self.now)
 
     def sides(self, path: str, *before: Spot) -> Iterator[Spot]:
         """What goes into a norm and what comes out of it; of a module whose input was there, its output."""

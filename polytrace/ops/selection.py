@@ -37,9 +37,9 @@ PUT = (
 RECORDED = (
     # (pair or list, position): one value of a call that returns several
     op("item", torch="polytrace.item", cost=Cost.FREE, reach=Reach.PLACE),
-    # (values, dims): one value below the other, each padded with zeros in front along `dims` to the longest; of pairs,
-    # `keys` is what a query of a token has at keys of pads
-    op("left_pad", "keys", torch="polytrace.left_pad", cost=Cost.FREE),
+    # (values, dims): one value below the other, each padded with zeros in front along `dims` to the longest; of
+    # scores, `unseen` says how many pads each sequence has: to its queries they are -inf
+    op("left_pad", "unseen", torch="polytrace.left_pad", cost=Cost.FREE),
     # (base, index, value): base with the indexed part replaced, as a new value
     op("setitem", torch="polytrace.setitem", cost=Cost.FREE, reach=Reach.PLACE),
     # (base, steps, value): base with the part reached by view steps replaced;

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, model_of
 from points import POINTS, Look, furthest, look_by_hand, looks, record_look
-from programs import difference, values_in_order
+from programs import difference, find, values_in_order
 
 from engine.local import LocalBackend
 from polytrace.errors import GraphError, RunError, TooLargeError
@@ -54,6 +54,32 @@ def test_every_point_reads_and_takes_edits_as_the_formula_has_it_and_neighbours_
             untouched = look_by_hand(plain, FAMILIES[family], replace(look, edit=None))
             others = [place for place in range(len(ours)) if place != POINTS.index(look.edit)]
             assert furthest([ours[i] for i in others], [untouched[i] for i in others]) > 10 * TOLERANCE, look
+
+
+def test_a_sum_has_the_bits_it_has_alone_wherever_the_rows_lie_that_it_is_of(served: Any) -> None:
+    """Rows that others share a beginning with do not lie one after another, and are copied; those alone are not."""
+    family, _, model, backend = served
+
+    def record(prompt: tuple[int, ...], *, changes: bool) -> Any:
+        with model.trace(list(prompt), run=False) as tracer:
+            if changes:
+                _attention(model, family).output[0][:, -1] *= 0.5
+            for point in POINTS:
+                for dim in (1, 2):
+                    getattr(_attention(model, family), point).nan_to_num(0.0, 0.0, 0.0).sum(dim).save()
+        return tracer
+
+    others = [record((*LONG[:6], 3, 4), changes=True) for _ in range(2)]
+    own = [record(LONG[:8], changes=False) for _ in range(2)]
+    crowd = [others[0], own[0], others[1]]
+    merged = backend.run_together([backend.compile(tracer.built_request()) for tracer in crowd])
+    (alone,) = backend.run_together([backend.compile(own[1].built_request())])
+    pairs = zip(values_in_order(own[0], merged[1].values), values_in_order(own[1], alone.values), strict=True)
+    assert [torch.equal(*pair) for pair in pairs] == [True] * 2 * len(POINTS)
+
+
+def _attention(model: Any, family: str) -> Any:
+    return find(model, f"{FAMILIES[family].layers}.2.{FAMILIES[family].attention}")
 
 
 def test_reading_every_point_changes_no_bit_of_the_run(served: Any) -> None:

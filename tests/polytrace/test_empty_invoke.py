@@ -56,6 +56,21 @@ def test_it_sees_all_prompts_with_what_earlier_invokes_changed(plain: Any, model
     assert pattern[1, :, :3].abs().max() == 0 and pattern[1, 0, 3, 3] == 1
 
 
+def test_scores_there_are_those_of_a_list_of_the_prompts(model: Any) -> None:
+    """Where a query sees no key they are -inf, at keys of pads too; queries of pads read 0."""
+    with model.trace([IDS, OTHER, THIRD]):
+        listed = model.model.layers[1].self_attn.scores.save()
+    with model.trace() as tracer:
+        with tracer.invoke(IDS):
+            pass
+        with tracer.invoke([OTHER, THIRD]):
+            pass
+        with tracer.invoke():
+            joined = model.model.layers[1].self_attn.scores.save()
+    assert torch.equal(joined, listed)
+    assert (joined[1, :, 3:, :3] == -torch.inf).all() and not joined[1, :, :3].any()
+
+
 def test_what_is_written_there_reaches_every_prompt(plain: Any, model: Any) -> None:
     def steer(module: Any, args: Any, output: Tensor) -> Tensor:
         output = output * 0.5
@@ -174,12 +189,12 @@ def test_it_is_refused_where_it_means_nothing_or_would_not_fit(model: Any) -> No
 
 
 def test_a_graph_that_puts_views_together_as_no_client_does_is_refused(model: Any) -> None:
-    def graph(*args: Any) -> Request:
+    def graph(*args: Any, **kwargs: Any) -> Request:
         site = Site(module="model.layers.0", port=Port.OUTPUT)
         nodes: tuple[Node, ...] = (
             Read(site=site, invoke=0, where="a.py:1"),
             Parameter(path="model.norm.weight", where="a.py:2"),
-            Op(name="left_pad", args=args, where="a.py:3"),
+            Op(name="left_pad", args=args, kwargs=kwargs, where="a.py:3"),
             Save(name="0", value=Ref(NodeId(2)), where="a.py:4"),
         )
         return Request(graph=Graph(nodes=nodes), invokes=(Invoke(sequences=((1, 2),)),), constants={})
@@ -188,6 +203,9 @@ def test_a_graph_that_puts_views_together_as_no_client_does_is_refused(model: An
     for args in ((), (read, (1,)), ([], (1,)), ([1], (1,)), ([read], (0,)), ([read], [1]), ([read], (1,), 2)):
         with pytest.raises(GraphError, match=r"left_pad|positional arguments"):
             check_graph(graph(*args).graph, num_invokes=1, constants=())
+    for dims, unseen in (((1,), (1,)), ((2, 3), (-1,)), ((2, 3), ("1",)), ((2, 3), 1.0)):
+        with pytest.raises(GraphError, match="left_pad"):
+            check_graph(graph([read], dims, unseen=unseen).graph, num_invokes=1, constants=())
     for args in (([weight], (1,)), ([read, weight], (1,)), ([read], (2, 3))):
         check_graph(graph(*args).graph, num_invokes=1, constants=())
         with pytest.raises(GraphError) as error:
