@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from small_llama import WIDTH, small_llama
+from small import WIDTH, small_llama
 
 import polytrace
 from api.database import Database

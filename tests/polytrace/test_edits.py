@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_llama import WIDTH, at_last, close, hooked, small_llama
+from small import WIDTH, at_last, close, hooked, small_llama
 from torch import Tensor
 
 import polytrace
