@@ -31,7 +31,7 @@ from polytrace.tree import NoSuchNameError
 from polytrace.wire import MAX_EDITS
 
 if TYPE_CHECKING:
-    from polytrace.edits import EditSet
+    from polytrace.edits.sets import EditSet
     from polytrace.model import Model
     from polytrace.modules import Module
 

@@ -25,7 +25,7 @@ from api.worker import CheckerPool
 from cluster.requests import DeploymentState, Published
 from engine.local import LocalBackend
 from polytrace.codec import to_json
-from polytrace.edits import EditSet, encode_edits
+from polytrace.edits.sets import EditSet, encode_edits
 from polytrace.errors import ConflictError, GraphError, NotFoundError, TooLargeError, WireError
 from polytrace.graph import Node, NodeId, Op, Port, Read, Ref, Save, Site, Write
 from polytrace.model import Model
