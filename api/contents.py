@@ -138,7 +138,7 @@ class Contents:
         path = self._part(owner, part)
         if (found := _digest_of_file(path)) != digest:
             raise WireError(f"the content's hash is {found}, not {digest}")
-        _sync(path)
+        sync(path)
         with self._db.transaction() as db:
             self._adopt(db, owner, path, digest, is_uploaded=True)
             db.execute("DELETE FROM room WHERE part = ?", (part,))
@@ -356,7 +356,7 @@ class Contents:
             path.unlink()
         else:
             path.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
         db.execute(
             "INSERT INTO contents (owner, digest, bytes, used, is_uploaded) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT DO UPDATE SET used = excluded.used, is_uploaded = max(is_uploaded, excluded.is_uploaded)",
@@ -422,7 +422,7 @@ _UNUSED = (
 
 def commit_place(place: Place) -> str:
     """Makes what shards wrote durable, and gives its hash. OSError when the disk does not take it."""
-    _sync(place.path)
+    sync(place.path)
     return _digest_of_file(place.path)
 
 
@@ -471,7 +471,8 @@ def _entry(row: Sequence[Any]) -> KeptEntry:
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when the file, or what a folder lists, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -18,7 +18,7 @@ from api.settings import GatewaySettings
 from api.store import Store
 from api.uploads import receive
 from polytrace.codec import to_json
-from polytrace.edits import check_name
+from polytrace.edits.sets import check_name
 
 MEDIA_TYPE = "application/vnd.safetensors"
 Version = Annotated[int | None, Query(ge=1, lt=1 << 31)]

@@ -1,6 +1,6 @@
 """Edits that users keep by name: in the store, in versions, each its owner's alone or shared.
 
-An edit's bytes are those of `polytrace.edits.encode_edits`; they were checked before they come here. Who is not an
+An edit's bytes are those of `polytrace.edits.sets.encode_edits`; they were checked before they come here. Who is not an
 edit's owner, and whom it is not shared with, does not learn that it exists. The number of a version that was deleted is
 never given again: receipts name edits by name and version.
 """
@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 
 from api.database import Database
-from polytrace.edits import KnownEdit, unknown_edit
+from polytrace.edits.sets import KnownEdit, unknown_edit
 from polytrace.errors import ConflictError, TooLargeError
 
 MAX_BYTES = 16 << 20  # of one version

@@ -170,7 +170,7 @@ class _Service:
     """A service from outside. Its problems are raised as the errors that they were."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        from polytrace.http_backend import make_client
+        from polytrace.http_calls import make_client
 
         self._url = url.rstrip("/")
         self._client = make_client(self._url, key or os.environ.get("POLYTRACE_KEY"))

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from api.catalogue import Catalogue, check_taking
-from api.contents import DEFAULT_OWNER, HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place
+from api.contents import DEFAULT_OWNER, HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place, sync
 from api.database import Database
 from api.doorbell import Doorbell
 from api.edits import KeptEdits
@@ -122,8 +122,8 @@ class Store(Catalogue):
 
     def sync_request(self, request: RequestId) -> None:
         """Makes the received file durable; `add` follows."""
-        _sync(self.request_path(request))
-        _sync(self._requests)
+        sync(self.request_path(request))
+        sync(self._requests)
 
     def add(
         self,
@@ -370,7 +370,7 @@ class Store(Catalogue):
         # 1) the files, all of a burst at once; a result that cannot be kept fails its own request only
         ended = list(self._syncers.map(self._commit, finished))
         if any(end.header is not None for end, _ in ended):
-            _sync(self._results)
+            sync(self._results)
         # 2) the states
         now = time.time()
         changed: list[Finished] = []
@@ -484,11 +484,3 @@ def _allocate(fd: int, num_bytes: int) -> None:
         os.posix_fallocate(fd, 0, num_bytes)
     else:  # macOS
         os.ftruncate(fd, num_bytes)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

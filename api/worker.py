@@ -229,7 +229,7 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, content
 
 def _verdict_of_edits(description: ModelDescription, path: Path) -> Verdict:
     """Sites, parameters and modules are looked up; shapes are checked when a request brings prompts."""
-    from polytrace.edits import decode_edits
+    from polytrace.edits.sets import decode_edits
     from polytrace.graph import Write
     from scheduling.checks import check_nodes, table_of
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from engine.arguments import Selector
 from engine.below import finish, prepare, run_apart, travel, travels, with_parts
 from engine.constants import Constants
 from engine.copies import to_device
@@ -27,7 +28,7 @@ from engine.results import ResultSink
 from engine.slices import gather_whole, take_part
 from engine.stage import StageRunner
 from engine.views import InvokeRows, RowView
-from engine.writes import PortValue, RowWrite, Selector
+from engine.writes import PortValue, RowWrite
 from polytrace.description import Leaf, ParameterInfo, Rows, SiteInfo
 from polytrace.graph import (
     Call,

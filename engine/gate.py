@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.arguments import Selector
 from engine.attention import AttentionPass
 from engine.head_outputs import HeadOutputs
 from engine.links import Links
 from engine.named import NamedParameters
 from engine.operations import is_own_forward
 from engine.points import Pairs
-from engine.sites import GateReport, LeafReport, Probe, Selector, named_tensors, row_leaves, row_multiple
+from engine.sites import GateReport, LeafReport, Probe, named_tensors, row_leaves, row_multiple
 from engine.source_sites import Place, pattern_of
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit

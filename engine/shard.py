@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine.arguments import Selector
 from engine.attention import AttentionPass, use_packed_attention
 from engine.chat import chat_format
 from engine.constants import Constants
@@ -39,7 +40,7 @@ from engine.streams import Streams
 from engine.trunks import Trunks
 from engine.twins import prove_splits
 from engine.views import InvokeRows
-from engine.writes import PortValue, Selector, apply_writes
+from engine.writes import PortValue, apply_writes
 from polytrace.description import Limits, ModelDescription
 from polytrace.errors import CapacityError
 from polytrace.graph import Port

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.arguments import Arguments, OperationArguments
+from engine.arguments import Arguments, OperationArguments, Selector
 from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
 from engine.head_outputs import HeadOutputs
@@ -35,8 +35,6 @@ from polytrace.tensors import itemsize
 
 # Row counts that no model dimension is likely to have, so that shapes tell rows from features.
 _PROBES = ((1511, 307), (1523, 311))  # (rows of the stream, rows the head keeps)
-
-Selector = tuple[int | str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

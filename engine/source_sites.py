@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import nn
 
+from engine.arguments import Selector
 from engine.operations import forward_of, rewriting_inside, why_closed
 from engine.rewriting import CannotRewrite, Rewriting
 from polytrace.description import Leaf, SiteInfo, SourceCode, SourceInfo
 from polytrace.graph import Port
 from polytrace.sources import WORD, operation_path, split_operation
 
-Selector = tuple[int | str, ...]
 Place = tuple[str, str, Port, Selector]  # a module's pattern, the way to an operation, its side, a tensor there
 
 _SEVERAL = "it is called several times in one forward: read what it calls instead"

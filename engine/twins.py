@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from engine.arguments import Selector
 from engine.attention import AttentionPass, use_packed_attention
 from engine.experts import is_experts
 from engine.gate import root_segment
@@ -34,7 +35,7 @@ from engine.links import Links, Solo
 from engine.loading import LoadedModel, ShardConfig, load_model, meta_model
 from engine.operations import watch_operations
 from engine.shrinking import shrink
-from engine.sites import Selector, port_leaves, probe_model
+from engine.sites import port_leaves, probe_model
 from engine.slices import take_part
 from engine.source_sites import Place, blocks_of_operation, pattern_of
 from engine.spans import SpanStore

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.arguments import Selector
 from engine.head_outputs import HeadOutputs
 from engine.points import Pairs
 from engine.sites import row_leaves, with_rows_back
 from engine.views import RowView
-
-Selector = tuple[int | str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,9 @@ from polytrace.errors import (
 
 if TYPE_CHECKING:
     from polytrace import functions as functions
-    from polytrace.adapters import delta, lora
     from polytrace.choice import cond
     from polytrace.client import connect, load, models
+    from polytrace.edits.adapters import delta, lora
     from polytrace.keeping import Kept, NamedState
     from polytrace.maps.combining import count as count
     from polytrace.maps.combining import covariance as covariance
@@ -76,11 +76,11 @@ __all__ = [
 _ROOMS = {
     "cond": "choice",
     "connect": "client",
-    "delta": "adapters",
+    "delta": "edits.adapters",
     "functions": "functions",
     "Kept": "keeping",
     "load": "client",
-    "lora": "adapters",
+    "lora": "edits.adapters",
     "Map": "maps.mapping",
     "models": "client",
     "Model": "model",

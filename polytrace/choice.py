@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from polytrace.edits.open_shapes import OpenShape
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.open_shapes import OpenShape
 from polytrace.storage import State, is_recorded, state_of
 from polytrace.values import record, shape_of
 

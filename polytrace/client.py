@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polytrace import environment
-from polytrace.edits import LocalShelf
+from polytrace.edits.http_shelf import HttpShelf
+from polytrace.edits.sets import LocalShelf
 from polytrace.errors import GraphError
 from polytrace.http_backend import HttpBackend, list_models
-from polytrace.http_shelf import HttpShelf
 from polytrace.keywords import check_load_keywords, chosen_device, chosen_dtype
 from polytrace.lines import user_line
 from polytrace.model import Model

@@ -17,7 +17,7 @@ from polytrace.codec import from_json
 from polytrace.contents import is_named
 from polytrace.errors import MissingError, NotFoundError
 from polytrace.graph import Request
-from polytrace.http_backend import _body, _check, _pieces, _timeout, _unreachable
+from polytrace.http_calls import body, call, check, pieces, timeout, unreachable
 from polytrace.keepers import KeptEntry
 from polytrace.tensors import RawTensor
 from polytrace.wire import content_header, decode_content, encode_request
@@ -67,11 +67,11 @@ class HttpKeeper:
     def fetch(self, name: str, digest: str, *, is_state: bool) -> RawTensor:
         path = f"{_path(name, True)}/content" if is_state else f"/v1/constants/{digest}"
         try:
-            with self._client.stream("GET", path, timeout=_timeout(0)) as response:
-                _check(response)
-                return decode_content(_body(response))
+            with self._client.stream("GET", path, timeout=timeout(0)) as response:
+                check(response)
+                return decode_content(body(response))
         except httpx.TransportError as error:
-            raise _unreachable(self._url, error) from error
+            raise unreachable(self._url, error) from error
 
     def delete(self, name: str, *, is_state: bool) -> None:
         self._call("DELETE", _path(name, is_state))
@@ -108,18 +108,13 @@ class HttpKeeper:
         self._call(
             "PUT",
             f"/v1/constants/{digest}",
-            content=_pieces([header, raw.data]),
+            content=pieces([header, raw.data]),
             headers={"Content-Length": str(len(header) + len(raw.data))},
-            timeout=_timeout(_UPLOAD_S),
+            timeout=timeout(_UPLOAD_S),
         )
 
     def _call(self, method: str, path: str, **more: Any) -> httpx.Response:
-        try:
-            response = self._client.request(method, path, **more)
-        except httpx.TransportError as error:
-            raise _unreachable(self._url, error) from error
-        _check(response)
-        return response
+        return call(self._client, self._url, method, path, **more)
 
 
 def _folder(is_state: bool) -> str:

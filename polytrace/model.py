@@ -16,7 +16,7 @@ from polytrace.backend import Backend
 from polytrace.certificate import Certificate
 from polytrace.chat import render
 from polytrace.description import ModelDescription
-from polytrace.edits import EditSet, KnownEdit, LocalShelf, Shelf, check_name, decode_edits, encode_edits
+from polytrace.edits.sets import EditSet, KnownEdit, LocalShelf, Shelf, check_name, decode_edits, encode_edits
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Options, Sharing
@@ -31,7 +31,7 @@ from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import NoSuchNameError, Table, index_description, join
 
 if TYPE_CHECKING:
-    from polytrace.editing import EditBlock, EditedModel
+    from polytrace.edits.block import EditBlock, EditedModel
     from polytrace.maps.mapping import Map
 
 
@@ -113,7 +113,7 @@ class Model(Module):
         `edits`: what every prompt starts from, in order: names of kept edits, edited models, adapters.
         `scan`: nothing, shapes are always known. Other keywords of nnsight's are taken as `polytrace.keywords` says.
         """
-        from polytrace.editing import resolved
+        from polytrace.edits.block import resolved
 
         check_trace_keywords(self.trace, others)
         sets = (*self.edits_of_traces, *resolved(self, edits))
@@ -170,7 +170,7 @@ class Model(Module):
         that name, for its owner alone or, if `shared`, for everyone who may use the model. `inplace`: this object's
         own traces start from it too.
         """
-        from polytrace.editing import EditBlock
+        from polytrace.edits.block import EditBlock
 
         return EditBlock(self, name, is_shared=shared, is_in_place=inplace)
 
@@ -179,7 +179,7 @@ class Model(Module):
 
         Raises NotFoundError for a name that is not there.
         """
-        from polytrace.editing import EditedModel, resolved
+        from polytrace.edits.block import EditedModel, resolved
 
         return EditedModel(self, resolved(self, edits, version))
 

@@ -19,7 +19,7 @@ from polytrace.scanning import Checking
 from polytrace.tracing import InvokeBlock, Tracer, open_trace
 
 if TYPE_CHECKING:
-    from polytrace.edits import EditSet
+    from polytrace.edits.sets import EditSet
     from polytrace.model import Model
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from polytrace.arguments import normalised
 from polytrace.composed import composed
+from polytrace.edits.open_shapes import OpenShape
 from polytrace.errors import GraphError
 from polytrace.grammar import unknown_op
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name
 from polytrace.methods import install
-from polytrace.open_shapes import OpenShape
 from polytrace.ops import BY_TORCH_NAME
 from polytrace.storage import State, is_recorded
 from polytrace.tensors import VALUE_DTYPES, RawTensor

@@ -17,7 +17,6 @@ from polytrace.collector import young_only
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import (
-    Call,
     Constant,
     Graph,
     Invoke,
@@ -45,7 +44,7 @@ from polytrace.tree import NoSuchNameError
 from polytrace.wire import MAX_EDITS
 
 if TYPE_CHECKING:
-    from polytrace.edits import EditSet
+    from polytrace.edits.sets import EditSet
     from polytrace.model import Model
     from polytrace.modules import Module
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from polytrace import hints
 from polytrace.certificate import ValueShape
+from polytrace.edits.open_shapes import is_open
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Op
 from polytrace.historic import historic_arguments
 from polytrace.lines import user_line
 from polytrace.literals import first_int
-from polytrace.open_shapes import is_open
 from polytrace.ops import OPS, Results
 from polytrace.part_counts import num_parts
 from polytrace.positions import OPEN, position_index

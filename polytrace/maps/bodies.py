@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from polytrace.certificate import ValueShape
+from polytrace.contents import identity
 from polytrace.errors import GraphError
 from polytrace.graph import (
     Call,
@@ -203,9 +204,9 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
     request = tracer.request
     assert request is not None
     for node in request.graph.nodes:
-        if isinstance(node, Constant) and (name := request.constants[node.name].state) is not None:
+        if isinstance(node, Constant) and (held := request.constants[node.name].state) is not None:
             raise GraphError(
-                f"a map is many requests, and the state {name!r} may change between them: use what its .fetch() gives",
+                f"a map is many requests, and the state {held!r} may change between them: use what its .fetch() gives",
                 where=node.where,
             )
     saves = {save.name: save.value.node for save in request.graph.nodes if isinstance(save, Save)}
@@ -298,14 +299,7 @@ def _shared(nodes: tuple[Node, ...]) -> tuple[bool, ...]:
 
 def _by_content(constants: Mapping[str, RawTensor]) -> dict[str, str]:
     """Names that are the same for the same content, whichever recording it is of."""
-    found = {}
-    for name, raw in constants.items():
-        # one that stands on the service has no bytes here
-        content = hashlib.sha256(repr((raw.dtype, raw.shape, raw.digest)).encode())
-        if raw.digest is None:
-            content.update(raw.data)
-        found[name] = f"c{content.hexdigest()[:32]}"
-    return found
+    return {name: f"c{hashlib.sha256(identity(raw).encode()).hexdigest()[:32]}" for name, raw in constants.items()}
 
 
 def _digest(nodes: tuple[Node, ...], outputs: Mapping[str, Output], constants: Mapping[str, RawTensor]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from polytrace.errors import ConflictError, WireError
 from polytrace.maps.folders import Folder
-from polytrace.maps.parts import Part, digest_of, file_of, part_of
+from polytrace.maps.parts import Part, checksum_of, file_of, part_of
 
 NAME = "index.json"
 _VERSION = 1
@@ -60,7 +60,7 @@ class Index:
                 "prompts": [part.prompts.start, part.prompts.stop],
                 "skipped": len(part.skipped),
                 "bytes": len(data),
-                "sha256": digest_of(data),
+                "sha256": checksum_of(data),
                 "dataset": dataset,
                 "tensors": {key: [raw.dtype, list(raw.shape)] for key, raw in part.tensors.items()},
             }
@@ -72,7 +72,7 @@ class Index:
         """A part that the index names; None where its file is not what it was."""
         entry = self.parts[place]
         data = self.folder.read(entry["file"])
-        if data is None or len(data) != entry["bytes"] or digest_of(data) != entry["sha256"]:
+        if data is None or len(data) != entry["bytes"] or checksum_of(data) != entry["sha256"]:
             return None
         try:
             return part_of(data, self.folder.path(entry["file"]))

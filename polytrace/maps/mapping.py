@@ -25,7 +25,7 @@ from polytrace.maps.datasets import Datum, Encoding, items_of
 from polytrace.maps.folders import open_folder
 from polytrace.maps.index import Cut, Index, open_index
 from polytrace.maps.members import EachItem, EachPrompt, Source, check_combined
-from polytrace.maps.parts import Part, digest_of, file_of, raw_of
+from polytrace.maps.parts import Part, checksum_of, file_of, raw_of
 from polytrace.maps.rowwise import MixesPromptsError
 from polytrace.maps.running import Running, TopK, running
 from polytrace.maps.together import all_at_once
@@ -222,7 +222,7 @@ class Map:
         self._begin(made.recorded.outputs, made.measured)
         part, index = made.run(), None
         if self._wishes.to is not None:
-            facts = self._facts(made.member, digest_of(file_of(part))) | {"prompts": made.dataset}
+            facts = self._facts(made.member, checksum_of(file_of(part))) | {"prompts": made.dataset}
             index = open_index(open_folder(self._wishes.to), facts, Cut(tokens=0, prompts=0, bytes=0))
             stored = index.read(0) if index.parts else None
             if stored is None:

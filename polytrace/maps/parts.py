@@ -146,7 +146,7 @@ def part_of(data: bytes, path: str) -> Part:
     )
 
 
-def digest_of(data: bytes) -> str:
+def checksum_of(data: bytes) -> str:
     """What tells whether a file is what it was."""
     return hashlib.sha256(data).hexdigest()
 

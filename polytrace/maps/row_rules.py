@@ -1,8 +1,4 @@
-"""Where the prompts' dimension of an op's operands is in its result, by how far the op reaches.
-
-An op that runs over it mixes prompts (`polytrace.ops.contractions` says what an op runs over). Where it goes else, a
-rule for the reach says, or for the op where the op moves dimensions in a way of its own; an op of neither may mix.
-"""
+"""Where the prompts' dimension of an op's operands is in its result, of ops of which their reach does not say it."""
 
 from __future__ import annotations
 
@@ -10,106 +6,9 @@ from math import prod
 
 from polytrace.graph import Op, Ref, operands
 from polytrace.maps.row_indices import STEPS, flat, getitem, set_view, setitem, stepped
-from polytrace.maps.row_values import Dim, MixesError, Rows, RowTensor, Rule, Shape, argument, only
-from polytrace.ops import OPS, Reach
-from polytrace.ops.contractions import COMPARED, contracted, dims_along, einsum_terms, factors, is_between, reduced_dims
-
-
-def row_dim(walk: Rows, op: Op, result: Shape) -> Dim:
-    """The prompts' dimension of the result. Raises MixesError where the op mixes prompts or may."""
-    rule = rule_of(op)
-    if rule is None:
-        raise MixesError
-    if OPS[op.name].reach is not Reach.WHOLE:  # else its rule says all
-        for node, dims in (*reduced_dims(op, walk.rank), *contracted(op, walk.rank)):
-            if walk.dims[node] in dims:
-                raise MixesError
-    return rule(walk, op, result)
-
-
-def rule_of(op: Op) -> Rule | None:
-    """None: nothing is known of the op."""
-    return _BY_NAME.get(op.name) or _BY_REACH.get(OPS[op.name].reach)
-
-
-# --- for a reach
-
-
-def _aligned(walk: Rows, op: Op, result: Shape) -> Dim:
-    """Operands that are stretched to one shape: counted from the right."""
-    return only(len(result) - tensor.rank + tensor.dim for tensor in _tensors(walk, op) if tensor.dim is not None)
-
-
-def _along(walk: Rows, op: Op, result: Shape) -> Dim:
-    """What runs over dimensions, which stay or go."""
-    if is_between(op):
-        return _aligned(walk, op, result)
-    tensors, base = _tensors(walk, op), walk.tensor(op.args[0])
-    rank = max(tensor.rank for tensor in tensors) if op.name in COMPARED else base.rank
-    if op.name not in COMPARED and any(tensor.rank and tensor.place != base.place for tensor in tensors):
-        raise MixesError
-    dim, dims = only(rank - one.rank + one.dim for one in tensors if one.dim is not None), dims_along(op, rank)
-    if dim in dims or len(result) not in (rank, rank - len(dims)):
-        raise MixesError
-    return dim if len(result) == rank else dim - sum(one < dim for one in dims)
-
-
-def _of_first(walk: Rows, op: Op, result: Shape) -> Dim:
-    """What works on the last dimensions of its first operand, with weights that are the same for all."""
-    if any(walk.dims[part] is not None for part in operands(op)[1:]):
-        raise MixesError
-    return walk.tensor(op.args[0]).rows
-
-
-def _batched(walk: Rows, op: Op, result: Shape) -> Dim:
-    """What works on the last dimensions of each operand; those in front are a batch, and all operands have it."""
-    tensors = _tensors(walk, op)
-    if len({tensor.rank for tensor in tensors}) != 1:
-        raise MixesError
-    return only(tensor.dim for tensor in tensors)
-
-
-def _loss(walk: Rows, op: Op, result: Shape) -> Dim:
-    """Element by element, or over classes: dimension 1 of predictions, which targets have not or have too."""
-    if op.name not in ("cross_entropy", "nll_loss"):
-        return _aligned(walk, op, result)
-    base, target = walk.tensor(op.args[0]), walk.tensor(argument(op, 1, "target"))
-    dim = base.rows - (base.rows > 1)
-    if base.rank < 2 or target.rows != (base.rows if target.rank == base.rank else dim):
-        raise MixesError
-    if any(walk.dims[part] is not None for part in operands(op)[2:]):
-        raise MixesError
-    return dim
-
-
-def _product(walk: Rows, op: Op, result: Shape) -> Dim:
-    """The dimensions in front are a batch, counted from the right; each matrix has one of its own in the result."""
-    left, right = map(walk.tensor, factors(op))
-    found: list[Dim] = []
-    for tensor, own in ((left, -2), (right, -1)):
-        if tensor.dim is None:
-            continue
-        from_right = tensor.dim - tensor.rank
-        if from_right == own:
-            found.append(len(result) - 1 if own == -1 or right.rank == 1 else len(result) - 2)
-        else:  # a batch dimension; a factor that is a vector takes its own dimension away
-            found.append(len(result) + from_right + (left.rank == 1) + (right.rank == 1))
-    if op.name.startswith(("addm", "badd")):
-        added = walk.tensor(op.args[0])
-        found.append(None if added.dim is None else len(result) - added.rank + added.dim)
-    return only(found)
-
-
-_BY_REACH: dict[Reach, Rule] = {
-    Reach.PLACE: _aligned,
-    Reach.DIM: _along,
-    Reach.LAST: _batched,
-    Reach.SHAPE: _of_first,
-    Reach.LOSS: _loss,
-    Reach.CONTRACTED: _product,
-}
-
-# --- for an op
+from polytrace.maps.row_reach import aligned, batched, of_first
+from polytrace.maps.row_values import Dim, MixesError, Rows, Rule, Shape, argument, only
+from polytrace.ops.contractions import contracted, einsum_terms, reduced_dims
 
 
 def _free(walk: Rows, op: Op, result: Shape) -> Dim:
@@ -155,7 +54,7 @@ def _letters(term: str, rank: int) -> list[str]:
 
 def _last_two(walk: Rows, op: Op, result: Shape) -> Dim:
     """Batches of matrices, of which rows or columns are told apart."""
-    dim, rank = _batched(walk, op, result), walk.tensor(op.args[0]).rank
+    dim, rank = batched(walk, op, result), walk.tensor(op.args[0]).rank
     if dim is None or dim >= rank - 2:
         raise MixesError
     return dim
@@ -201,7 +100,7 @@ _SAMPLES = {
 
 
 def _of_samples(walk: Rows, op: Op, result: Shape) -> Dim:
-    dim = _of_first(walk, op, result)
+    dim = of_first(walk, op, result)
     is_across = op.name == "batch_norm" and argument(op, 5, "training", False)  # by means over samples
     if is_across or dim != 0 or walk.tensor(op.args[0]).rank <= _SAMPLES[op.name]:
         raise MixesError
@@ -248,7 +147,7 @@ def _of_rows(walk: Rows, op: Op, result: Shape) -> Dim:
     at = argument(op, 2 if op.name == "take_along_dim" else 1, "dim")
     if type(at) is not int or at % base.rank == base.rows:
         raise MixesError
-    if any(tensor.place != base.place for tensor in _tensors(walk, op)):
+    if any(tensor.place != base.place for tensor in walk.operands(op)):
         raise MixesError
     return base.rows
 
@@ -271,7 +170,7 @@ def _other_dim(place: int, name: str = "dim", default: int | tuple[int, ...] | N
         over = flat(op.kwargs.get(name, given))
         if not all(type(one) is int for one in over) or base.rows in {one % base.rank for one in over}:
             raise MixesError
-        return _of_first(walk, op, result)
+        return of_first(walk, op, result)
 
     return rule
 
@@ -281,7 +180,7 @@ def _padded(walk: Rows, op: Op, result: Shape) -> Dim:
     base, sizes = walk.tensor(op.args[0]), argument(op, 1, "pad")
     if not isinstance(sizes, (tuple, list)) or base.rows >= base.rank - len(sizes) // 2:
         raise MixesError
-    return _of_first(walk, op, result)
+    return of_first(walk, op, result)
 
 
 _JOINED_ALONG = {"hstack": 1, "column_stack": 1, "vstack": 0, "dstack": 2}  # of values with two dimensions or more
@@ -319,16 +218,12 @@ def _item(walk: Rows, op: Op, result: Shape) -> Dim:
     return walk.tensor(op.args[0]).rows
 
 
-def _tensors(walk: Rows, op: Op) -> list[RowTensor]:
-    return [walk.tensor(Ref(part)) for part in operands(op)]
-
-
 def _words(text: str, rule: Rule) -> dict[str, Rule]:
     """One rule for many ops."""
     return dict.fromkeys(text.split(), rule)
 
 
-_BY_NAME: dict[str, Rule] = {
+BY_NAME: dict[str, Rule] = {
     "getitem": getitem,
     "setitem": setitem,
     "set_view": set_view,
@@ -337,11 +232,11 @@ _BY_NAME: dict[str, Rule] = {
     **dict.fromkeys(STEPS, stepped),
     "squeeze": _squeezed,
     **_words("view view_as reshape reshape_as flatten unflatten ravel", _reshaped),
-    **_words("repeat tile broadcast_tensors", _aligned),
+    **_words("repeat tile broadcast_tensors", aligned),
     "atleast_3d": _least_three,
     **_words("new_zeros new_ones new_full new_empty", _made_like),
     **_words("to type_as", _cast),
-    **_words("prelu one_hot embedding view_as_real view_as_complex linear", _of_first),
+    **_words("prelu one_hot embedding view_as_real view_as_complex linear", of_first),
     **_words("tril triu cdist", _last_two),
     **_words("inner tensordot", _free),
     "outer": _outer,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polytrace.certificate import ValueShape
-from polytrace.graph import NodeId, Op, Operand, Ref
+from polytrace.graph import NodeId, Op, Operand, Ref, operands
 
 Shape = tuple[int, ...]
 Dim = int | None  # where the prompts' dimension is; None: the value has nothing of a prompt
@@ -53,6 +53,10 @@ class Rows:
             return RowTensor((), None)
         shape = self.shapes[operand.node]
         return RowTensor(shape.shape if shape is not None else (), self.dims[operand.node])
+
+    def operands(self, op: Op) -> list[RowTensor]:
+        """The values that an op needs."""
+        return [self.tensor(Ref(node)) for node in operands(op)]
 
     def rank(self, node: NodeId) -> int:
         """How many dimensions a value has."""

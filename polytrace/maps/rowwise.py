@@ -2,8 +2,8 @@
 
 A body is recorded with one prompt, so every value that has something of it has a dimension of size 1 that stands for
 all prompts of a batch. This file follows that dimension. An op that would run over it, pick from it or lose it mixes
-prompts; so may an op of which nothing is known (`polytrace.maps.row_rules`). Then the body means what it says only with
-all prompts at once, and the map says so instead of giving each prompt a number of its own.
+prompts (`polytrace.ops.contractions` says what an op runs over); so may an op of which nothing is known. Then the body
+means what it says only with all prompts at once, and the map says so instead of giving each prompt a number of its own.
 
 Knows shapes as they are told and no torch.
 """
@@ -14,8 +14,11 @@ from collections.abc import Sequence
 
 from polytrace.certificate import ValueShape
 from polytrace.graph import Call, Constant, Mask, Node, Op, Parameter, Read, Ref, Save, Write, operands
-from polytrace.maps.row_rules import row_dim, rule_of
-from polytrace.maps.row_values import Dim, MixesError, Rows, Shape
+from polytrace.maps.row_reach import BY_REACH
+from polytrace.maps.row_rules import BY_NAME
+from polytrace.maps.row_values import Dim, MixesError, Rows, Rule, Shape
+from polytrace.ops import OPS, Reach
+from polytrace.ops.contractions import contracted, reduced_dims
 
 
 class MixesPromptsError(Exception):
@@ -23,7 +26,7 @@ class MixesPromptsError(Exception):
 
     def __init__(self, node: Node) -> None:
         name = node.name if isinstance(node, Op) else getattr(node, "module", type(node).__name__.lower())
-        is_unknown = isinstance(node, Op) and rule_of(node) is None
+        is_unknown = isinstance(node, Op) and _rule_of(node) is None
         self.told = f"{name} {'may work' if is_unknown else 'works'} on several prompts at once"
         self.where = node.where
         super().__init__(f"{self.told} ({self.where})")
@@ -37,7 +40,7 @@ def prompt_dims(nodes: Sequence[Node], shapes: Sequence[ValueShape | None]) -> l
             dim = _dim(rows, node, shape.shape if shape is not None else None)
             if dim is not None and shape is not None and not (0 <= dim < len(shape.shape) and shape.shape[dim] == 1):
                 raise MixesError
-        except (MixesError, IndexError, TypeError, ValueError):
+        except (MixesError, LookupError, TypeError, ValueError, ArithmeticError, AssertionError):
             raise MixesPromptsError(node) from None
         rows.dims.append(dim)
     return rows.dims
@@ -71,4 +74,16 @@ def _dim(rows: Rows, node: Node, result: Shape | None) -> Dim:
         return first.rows
     if not isinstance(node, Op) or result is None:
         raise MixesError
-    return row_dim(rows, node, result)
+    rule = _rule_of(node)
+    if rule is None:
+        raise MixesError
+    if OPS[node.name].reach is not Reach.WHOLE:  # else its rule says all
+        for part, dims in (*reduced_dims(node, rows.rank), *contracted(node, rows.rank)):
+            if rows.dims[part] in dims:
+                raise MixesError
+    return rule(rows, node, result)
+
+
+def _rule_of(op: Op) -> Rule | None:
+    """None: nothing is known of the op."""
+    return BY_NAME.get(op.name) or BY_REACH.get(OPS[op.name].reach)

@@ -2,7 +2,7 @@
 
 The op table says how far an op reaches (`polytrace.ops.Reach`); which dimensions that are is read off the arguments,
 where torch says it in the signature. What an op is not known to leave apart counts as run over. Knows no shapes but the
-number of dimensions, no tokens and pads (`engine.ragged` does) and no prompts (`polytrace.maps.row_rules` does).
+number of dimensions, no tokens and pads (`engine.ragged` does) and no prompts (`polytrace.maps.rowwise` does).
 """
 
 from __future__ import annotations

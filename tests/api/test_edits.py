@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from small_llama import WIDTH, small_llama
+from small import WIDTH, small_llama
 
 import polytrace
 from api.database import Database
@@ -25,7 +25,7 @@ from api.worker import CheckerPool
 from cluster.requests import DeploymentState, Published
 from engine.local import LocalBackend
 from polytrace.codec import to_json
-from polytrace.edits import EditSet, encode_edits
+from polytrace.edits.sets import EditSet, encode_edits
 from polytrace.errors import ConflictError, GraphError, NotFoundError, TooLargeError, WireError
 from polytrace.graph import Node, NodeId, Op, Port, Read, Ref, Save, Site, Write
 from polytrace.model import Model

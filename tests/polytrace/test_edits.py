@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_llama import WIDTH, at_last, close, hooked, small_llama
+from small import WIDTH, at_last, close, hooked, small_llama
 from torch import Tensor
 
 import polytrace
-from polytrace.edits import LocalShelf, decode_edits, encode_edits
+from polytrace.edits.sets import LocalShelf, decode_edits, encode_edits
 from polytrace.errors import GraphError, NotFoundError, WireError
 from polytrace.model import Model
 from polytrace.wire import encode_request

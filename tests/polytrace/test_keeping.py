@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from small import small_llama
+from transformers import LlamaForCausalLM
 
 import polytrace
 from polytrace.errors import GraphError, NotFoundError, RunError
@@ -22,19 +23,7 @@ TOLERANCE = 1e-5  # float32, of max(1, max|plain|)
 
 @pytest.fixture(scope="module")
 def plain() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama()
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from small import small_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import polytrace
 from polytrace.errors import GraphError, RunError
@@ -20,19 +21,7 @@ OTHER = [8, 25, 1, 60]
 
 @pytest.fixture(scope="module")
 def plain() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama()
 
 
 @pytest.fixture(scope="module")

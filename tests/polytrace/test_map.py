@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import small_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import polytrace
 from engine.local import LocalBackend
@@ -62,19 +62,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama(num_hidden_layers=3, max_position_embeddings=CONTEXT)
 
 
 @pytest.fixture(scope="module")

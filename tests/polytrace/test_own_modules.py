@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as functional
+from small import small_llama
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import polytrace
 from polytrace.errors import GraphError
@@ -23,19 +24,7 @@ D = 32
 
 @pytest.fixture(scope="module")
 def plain() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=D,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama(num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")

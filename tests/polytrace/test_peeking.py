@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_llama import close, hooked, small_llama
+from small import close, hooked, small_llama
 from torch import Tensor
 
 import polytrace

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_llama import VOCABULARY, WIDTH, at_last, close, hooked, small_llama
+from small import VOCABULARY, WIDTH, at_last, close, hooked, small_llama
 from torch import Tensor
 
 import polytrace

@@ -15,7 +15,7 @@ from polytrace.errors import GraphError
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    return small_llama(6)
+    return small_llama(num_hidden_layers=6)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from polytrace.certificate import ValueShape
-from polytrace.edits import EditSet, check_edits, check_name, plain_label, refuse_save
+from polytrace.edits.open_shapes import opened
+from polytrace.edits.sets import EditSet, check_edits, check_name, plain_label, refuse_save
 from polytrace.errors import GraphError
 from polytrace.graph import Constant, Invoke, Node, NodeId, Options
 from polytrace.lines import user_line
 from polytrace.model import Model
 from polytrace.modules import Module
-from polytrace.open_shapes import opened
 from polytrace.positions import with_positions
 from polytrace.recording import Recording
 from polytrace.storage import State

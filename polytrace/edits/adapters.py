@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.constants import Constants
 from polytrace.contents import with_digest
 from polytrace.description import Leaf, ModuleInfo
-from polytrace.edits import EditSet, plain_label
+from polytrace.edits.sets import EditSet, plain_label
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Constant, DType, Node, NodeId, Op, Port, Read, Ref, Site, Write

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polytrace.codec import from_json
-from polytrace.edits import KnownEdit
+from polytrace.edits.sets import KnownEdit
 from polytrace.http_backend import HttpBackend
 
 

@@ -1,0 +1,91 @@
+"""Calls of a service: a client with its key, bodies sent and read in pieces, and the errors that answers tell of.
+
+Knows no routes (`http_backend`, `http_keeper`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from polytrace.errors import PolytraceError, ServiceError, from_fields
+
+_SLACK_S = 30.0  # an answer may be this much later than it was asked for
+_PART_BYTES = 4 << 20
+
+
+def make_client(url: str, key: str | None) -> httpx.Client:
+    """A client of one service. A proxy of the environment is not asked for this machine's own services."""
+    host = urlsplit(url).hostname or ""
+    is_here = host == "localhost" or host == "::1" or host.startswith("127.")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=url, headers=headers, timeout=timeout(0), trust_env=not is_here)
+
+
+def call(client: httpx.Client, url: str, method: str, path: str, **more: Any) -> httpx.Response:
+    """The answer, read whole. Raises the service's own error, or ServiceError when nobody answers."""
+    try:
+        response = client.request(method, path, **more)
+    except httpx.TransportError as error:
+        raise unreachable(url, error) from error
+    check(response)
+    return response
+
+
+def get_json(client: httpx.Client, url: str, path: str) -> Any:
+    """The JSON at a path. Raises as `call` does."""
+    try:
+        return call(client, url, "GET", path).json()
+    except ValueError as error:
+        raise ServiceError(f"{url}{path} does not answer as a polytrace service does") from error
+
+
+def timeout(wait_s: float) -> httpx.Timeout:
+    """For an answer that the service may take so long to give."""
+    return httpx.Timeout(_SLACK_S + wait_s, connect=10.0, write=60.0, pool=None)
+
+
+def pieces(parts: Sequence[bytes | memoryview]) -> Iterator[bytes]:
+    """The parts in pieces that a socket likes."""
+    for part in parts:
+        view = memoryview(part)
+        for start in range(0, len(view), _PART_BYTES):
+            yield bytes(view[start : start + _PART_BYTES])
+
+
+def body(response: httpx.Response) -> memoryview:
+    """The whole body in memory of its own, which the values then share."""
+    size = int(response.headers.get("Content-Length", 0))
+    body, end = bytearray(size), 0
+    for piece in response.iter_raw():
+        body[end : end + len(piece)] = piece
+        end += len(piece)
+    return memoryview(body)[:end]
+
+
+def check(response: httpx.Response) -> None:
+    """Raises the error that an answer tells of."""
+    if response.status_code < 400:
+        return
+    response.read()
+    raise _error(response)
+
+
+def _error(response: httpx.Response) -> PolytraceError:
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = None
+    if not isinstance(problem, Mapping) or not isinstance(problem.get("code"), str):
+        return ServiceError(f"{response.request.url} answered {response.status_code} {response.reason_phrase}")
+    fields = {"code": problem["code"], "message": str(problem.get("detail") or problem.get("title") or "")}
+    where = problem.get("where")
+    return from_fields(fields | {"where": where} if isinstance(where, str) else fields)
+
+
+def unreachable(url: str, error: Exception) -> ServiceError:
+    """What is raised when nobody answers."""
+    return ServiceError(f"no answer from {url}: {error or type(error).__name__}; is `polytrace serve` running there?")
