@@ -105,9 +105,10 @@ def test_a_body_that_looks_at_several_prompts_takes_all_of_them_at_once(model: A
 
 
 def test_what_stands_on_the_service_is_told_apart(model: Any) -> None:
-    """A state has no content here: two of one shape are two constants all the same."""
-    width = model.config["hidden_size"]
-    first, second = model.state("first", torch.ones(width)), model.state("second", torch.full((width,), 3.0))
+    """What is kept has no content here: two of one shape are two constants all the same."""
+    with model.trace(PROMPTS[0]):
+        row = model.model.layers[0].output[0][0, -1]
+        first, second = torch.ones_like(row).keep("first"), torch.full_like(row, 3.0).keep("second")
 
     def body() -> Any:
         return {"value": model.model.layers[0].output[0][:, -1] * first - second}

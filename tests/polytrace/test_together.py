@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from small_llama import WIDTH, small_llama
+from small import WIDTH, small_llama
 from torch import Tensor
 
 import polytrace
