@@ -107,7 +107,7 @@ def test_a_body_that_looks_at_several_prompts_takes_all_of_them_at_once(model: A
 def test_what_stands_on_the_service_is_told_apart(model: Any) -> None:
     """What is kept has no content here: two of one shape are two constants all the same."""
     with model.trace(PROMPTS[0]):
-        row = model.model.layers[0].output[0][0, -1]
+        row = model.model.layers[0].output[:, -1].sum(0)
         first, second = torch.ones_like(row).keep("first"), torch.full_like(row, 3.0).keep("second")
 
     def body() -> Any:

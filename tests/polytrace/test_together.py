@@ -15,7 +15,7 @@ from torch import Tensor
 
 import polytrace
 from polytrace.contents import LARGE_BYTES
-from polytrace.edits import decode_edits, encode_edits
+from polytrace.edits.sets import decode_edits, encode_edits
 from polytrace.errors import GraphError
 from polytrace.maps.bodies import _by_content
 
