@@ -195,12 +195,6 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
             state = state_of(kept)
             tracer.recording.save(state, kept)
             outputs.append((name, value, state))
-    if tracer.recording.leaving:
-        raise GraphError(
-            "a map leaves nothing on the service: return this value under a name, and keep it, or update a state with "
-            "it, in a trace of its own",
-            where=tracer.recording.leaving[0].where,
-        )
     request = tracer.request
     assert request is not None
     for node in request.graph.nodes:
