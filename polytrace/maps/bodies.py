@@ -188,20 +188,9 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
             state = state_of(kept)
             tracer.recording.save(state, kept)
             outputs.append((name, value, state))
-    if tracer.recording.leaving:
-        raise GraphError(
-            "a map leaves nothing on the service: return this value under a name, and keep it, or update a state with "
-            "it, in a trace of its own",
-            where=tracer.recording.leaving[0].where,
-        )
     request = tracer.request
     assert request is not None
-    for node in request.graph.nodes:
-        if isinstance(node, Constant) and (name := request.constants[node.name].state) is not None:
-            raise GraphError(
-                f"a map is many requests, and the state {name!r} may change between them: use what its .fetch() gives",
-                where=node.where,
-            )
+    _check_kept(tracer, request)
     saves = {save.name: save.value.node for save in request.graph.nodes if isinstance(save, Save)}
     names = tracer.save_names
     if extra := [state.where for state, _, _ in tracer.recording.saved if all(state is not own for *_, own in outputs)]:
@@ -230,6 +219,23 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
         asks_length=tracer.asks_length,
         draws=any(isinstance(node, Op) and OPS[node.name].is_random for node in kept_nodes),
     )
+
+
+def _check_kept(tracer: Tracer, request: Request) -> None:
+    """Raises GraphError where a body would change what is on the service, or read what others may change meanwhile."""
+    if tracer.recording.leaving:
+        raise GraphError(
+            "a map leaves nothing on the service: return this value under a name, and keep it, or update a state with "
+            "it, in a trace of its own",
+            where=tracer.recording.leaving[0].where,
+        )
+    for node in request.graph.nodes:
+        state = request.constants[node.name].state if isinstance(node, Constant) else None
+        if state is not None:
+            raise GraphError(
+                f"a map is many requests, and the state {state!r} may change between them: use what its .fetch() gives",
+                where=node.where,
+            )
 
 
 class _BodyTracer(Tracer):
