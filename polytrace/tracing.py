@@ -16,20 +16,7 @@ from polytrace.chat import conversations_in
 from polytrace.collector import young_only
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
-from polytrace.graph import (
-    Constant,
-    Graph,
-    Invoke,
-    Mask,
-    Node,
-    NodeId,
-    Options,
-    Parameter,
-    Read,
-    Request,
-    Save,
-    Site,
-)
+from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request, Save, Site
 from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
 from polytrace.peeking import Peeks

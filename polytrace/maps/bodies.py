@@ -183,12 +183,6 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
     where = tracer.where
     with tracer:
         returned = _named_values(body(*given), where)
-        if left := tracer.recording.leaving:
-            raise GraphError(
-                "a map's body stands for many prompts, so it leaves nothing on the service, and this would leave "
-                f"{left[0].keep.name!r}: return the value, and keep what you make of it in a trace of its own",
-                where=left[0].where,
-            )
         outputs = []
         for name, value in returned.items():
             kept = value.value if isinstance(value, Combined) else value
@@ -197,12 +191,7 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
             outputs.append((name, value, state))
     request = tracer.request
     assert request is not None
-    for node in request.graph.nodes:
-        if isinstance(node, Constant) and (held := request.constants[node.name].state) is not None:
-            raise GraphError(
-                f"a map is many requests, and the state {held!r} may change between them: use what its .fetch() gives",
-                where=node.where,
-            )
+    _check_kept(tracer, request)
     saves = {save.name: save.value.node for save in request.graph.nodes if isinstance(save, Save)}
     names = tracer.save_names
     if extra := [state.where for state, _, _ in tracer.recording.saved if all(state is not own for *_, own in outputs)]:
@@ -231,6 +220,23 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
         asks_length=tracer.asks_length,
         draws=any(isinstance(node, Op) and OPS[node.name].is_random for node in kept_nodes),
     )
+
+
+def _check_kept(tracer: Tracer, request: Request) -> None:
+    """Raises GraphError where a body would change what is on the service, or read what others may change meanwhile."""
+    if left := tracer.recording.leaving:
+        raise GraphError(
+            "a map's body stands for many prompts, so it leaves nothing on the service, and this would leave "
+            f"{left[0].keep.name!r}: return the value, and keep what you make of it in a trace of its own",
+            where=left[0].where,
+        )
+    for node in request.graph.nodes:
+        state = request.constants[node.name].state if isinstance(node, Constant) else None
+        if state is not None:
+            raise GraphError(
+                f"a map is many requests, and the state {state!r} may change between them: use what its .fetch() gives",
+                where=node.where,
+            )
 
 
 class _BodyTracer(Tracer):
