@@ -103,5 +103,6 @@ def point_table(table: Table, owner: str, name: str) -> PortTable | None:
         is_layer_output=False,
         leaves={(): (site, leaf)},
         dims=DIMS.get(name, DIMS.get(info.site.port.value)),
+        is_stream=name == "resid_mid",
         is_dropout_input=name == Port.INPUT.value,
     )

@@ -64,7 +64,7 @@ class OpenPort:
         site, leaf = self.table.leaves[selector]
         if leaf.write_refusal is not None:
             raise GraphError(f"{site} cannot be written: {leaf.write_refusal}", where=user_line())
-        self.tracer.recording.write_edge(site, self.tracer.invoke_index(site), value)
+        self.tracer.recording.write_edge(site, self.tracer.invoke_index(site), value, in_place=self.table.is_stream)
 
     def write_members(self, prefix: tuple[Key, ...], value: Any) -> None:
         """A whole tuple or dict handed back: each member that is a tensor is written, the others must be none."""

@@ -196,8 +196,8 @@ class Recording:
 
     # writing
 
-    def write_edge(self, site: Site, invoke: int, value: Any) -> None:
-        """`site = value`."""
+    def write_edge(self, site: Site, invoke: int, value: Any, *, in_place: bool = False) -> None:
+        """`site = value`; `in_place`: for everyone in the model who holds the tensor."""
         where = user_line()
         for member in self.session.members_of(invoke):
             self.closings.use(site, member, "written", where)
@@ -213,7 +213,7 @@ class Recording:
                 + (words or "write `site[...] = value` to fill it with one value"),
                 where=where,
             )
-        self._hand_back(place, operand.node, in_place=False, where=where)
+        self._hand_back(place, operand.node, in_place=in_place, where=where)
         place.note(where, None)
 
     def set_item(self, base: State, index: Any, value: Any) -> None:

@@ -29,6 +29,7 @@ class PortTable:
     is_layer_output: bool  # a decoder layer's `.output`, one tensor
     leaves: dict[tuple[int | str, ...], tuple[Site, Leaf]]
     dims: tuple[str, ...] | None = None  # names of the dimensions of a named point
+    is_stream: bool = False  # the residual as a norm takes it: assigned, it is another one for the layer's sum too
     is_dropout_input: bool = False  # of a family's attention dropout: `input[0][0]` means the weights too
     is_call: bool = False  # `.inputs`: positional arguments, then those by keyword
 

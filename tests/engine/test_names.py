@@ -66,9 +66,9 @@ def test_every_name_reads_and_takes_edits_as_by_hand_and_neighbours_change_no_bi
                 assert difference([own["logits"]], [untouched["logits"]]) > 10 * TOLERANCE, edit
 
 
-def test_assigning_a_name_is_the_same_edit_where_nobody_else_holds_the_tensor(served: Any) -> None:
+def test_assigning_a_name_is_the_same_edit(served: Any) -> None:
     family, _, model = served
-    for name in ("q", "k", "head_out"):
+    for name in (*POINTS[family], "head_out"):
         in_place = _ask(model, family, PROMPTS, name)
         with model.trace(PROMPTS):
             layer = find(model, f"{FAMILIES[family].layers}.{LAYER}")
