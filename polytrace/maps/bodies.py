@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from polytrace.certificate import ValueShape
+from polytrace.contents import identity
 from polytrace.errors import GraphError
 from polytrace.graph import (
     Call,
@@ -277,12 +278,7 @@ def _shared(nodes: tuple[Node, ...]) -> tuple[bool, ...]:
 
 def _by_content(constants: Mapping[str, RawTensor]) -> dict[str, str]:
     """Names that are the same for the same content, whichever recording it is of."""
-    found = {}
-    for name, raw in constants.items():
-        content = hashlib.sha256(repr((raw.dtype, raw.shape)).encode())
-        content.update(raw.data)
-        found[name] = f"c{content.hexdigest()[:32]}"
-    return found
+    return {name: f"c{hashlib.sha256(identity(raw).encode()).hexdigest()[:32]}" for name, raw in constants.items()}
 
 
 def _digest(nodes: tuple[Node, ...], outputs: Mapping[str, Output], constants: Mapping[str, RawTensor]) -> str:

@@ -102,3 +102,18 @@ def test_a_body_that_looks_at_several_prompts_takes_all_of_them_at_once(model: A
     with model.trace(prompts):
         value = body(model).save()
     assert part.is_whole and torch.equal(torch.as_tensor(part["value"]), value)
+
+
+def test_what_stands_on_the_service_is_told_apart(model: Any) -> None:
+    """A state has no content here: two of one shape are two constants all the same."""
+    width = model.config["hidden_size"]
+    first, second = model.state("first", torch.ones(width)), model.state("second", torch.full((width,), 3.0))
+
+    def body() -> Any:
+        return {"value": model.model.layers[0].output[0][:, -1] * first - second}
+
+    rows = [row for part in model.map(PROMPTS, body) for row in part.rows("value")]
+    for row, prompt in zip(rows, PROMPTS, strict=True):
+        with model.trace(prompt):
+            plain = model.model.layers[0].output[0][:, -1].save()
+        assert torch.equal(row, plain[0] - 3.0)
