@@ -197,6 +197,10 @@ REFUSED: dict[str, Use] = {
     "einsum over tokens": lambda p: p.op("einsum", "btd,btd->bd", p.h, p.h),
     "einsum without an arrow": lambda p: p.op("einsum", "btd,btd", p.h, p.h),
     "einsum with dots": lambda p: p.op("einsum", "...td,...td->...d", p.h, p.h),
+    "einsum that sums its dots": lambda p: p.op("einsum", "...d->d", p.h),
+    "renorm of each feature": lambda p: p.h.op("renorm", p=2, dim=2, maxnorm=1.0),
+    "cosine with fewer dimensions": lambda p: p.op("cosine_similarity", p.zeros(2, 1, 1, 1), p.h, 2),
+    "a transform over tokens": lambda p: p.h.op("fftn", dim=(0, 1)),
     "attention by hand": lambda p: (p.h @ p.h.op("transpose", 1, 2)).op("softmax", -1),
     "values weighted by unmasked weights": lambda p: (p.h @ p.h.op("transpose", 1, 2)) @ p.h,
     "ones like it": lambda p: p.op("ones_like", p.h).op("sum", 1),
@@ -204,6 +208,8 @@ REFUSED: dict[str, Use] = {
 }
 
 ALLOWED: dict[str, Use] = {
+    "a transform over features": lambda p: p.h.op("fftn", dim=(2,)).op("real")[:, -1],
+    "features shifted": lambda p: p.h.op("fftshift", dim=-1),
     "over features": lambda p: p.h.op("mean", -1),
     "over prompts": lambda p: p.h.op("mean", 0),
     "softmax over features": lambda p: p.h.op("softmax", -1),
