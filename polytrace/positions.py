@@ -40,8 +40,9 @@ def with_positions(node: Node, lengths: Sequence[int]) -> Node:
     """The node with the columns of its prompts where it has positions that were open."""
     if not isinstance(node, Op) or not has_open_positions(node):
         return node
-    base, (_, position), *rest = node.args
-    return replace(node, args=(base, position_index(lengths, position), *rest))
+    base, index, *rest = node.args
+    assert isinstance(index, tuple)
+    return replace(node, args=(base, position_index(lengths, index[1]), *rest))
 
 
 def _column(lengths: Sequence[int], prompt: int, position: Any) -> int:
