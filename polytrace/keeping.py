@@ -185,7 +185,10 @@ class Kept:
 
     def _landed(self) -> tuple[Keeper, KeptEntry]:
         if self._keeper is None or self._entry is None:
-            told = "it is there when its trace has ended well, and nobody has kept another value under its name"
+            told = (
+                "it is there when its trace, or the session around it, has ended well and nobody has kept another "
+                "value under its name; until then use the value that was kept"
+            )
             raise GraphError(f"the kept value {self.name!r} is not on the service: {told}", where=user_line())
         return self._keeper, self._entry
 
