@@ -196,9 +196,9 @@ def change(how: str, view: Any, value: Any, numbers: tuple[int, int], shortest: 
     elif how == "unflattened":
         view.unflatten(-1, (width // 2, 2))[..., 1] = 0.3
     elif how == "head":
-        view[:, column, low % view.shape[2]] *= 0.25
+        view[:, column, a % view.shape[2]] *= 0.25
     elif how == "hide":
-        view[:, -1, low % view.shape[2], 1:-1] = float("-inf")
+        view[:, -1, a % view.shape[2], 1:-1] = float("-inf")
     else:
         raise AssertionError(how)
 
