@@ -256,12 +256,18 @@ PAIRS: dict[str, Run] = {
     "masked_scatter": lambda v, w: v.masked_scatter(v > 1e9, w),
 }
 
-OF_LAST = {"cat_of", "vecdot", "pair_einsum", "masked_scatter"}  # take what is along the last dimension together
+ON = {
+    "vecdot": "features",
+    "pair_einsum": "features",
+    "cat_of": "whole",
+    "stack_of": "whole",
+    "masked_scatter": "whole",
+}
 
 OPERATIONS: dict[str, Operation] = {
     **{name: _unary(run) for name, run in UNARY.items()},
     **{name: _features(run) for name, run in FEATURES.items()},
     **{name: _whole(run) for name, run in WHOLE.items()},
-    **{name: _pair(run, "features" if name in OF_LAST else "any") for name, run in PAIRS.items()},
+    **{name: _pair(run, ON.get(name, "any")) for name, run in PAIRS.items()},
     "cond": _pair(_cond, "whole"),
 }
