@@ -206,7 +206,7 @@ WHOLE: dict[str, Run] = {
     "flatten_two": lambda v, a, b: v.flatten(0, 1),
     "reshape": lambda v, a, b: v.reshape(1, -1),
     "select": lambda v, a, b: v.select(0, a % v.shape[0]),
-    "pick": lambda v, a, b: v[a % v.shape[0], ..., None],
+    "pick": lambda v, a, b: v[a % v.shape[0] :, ..., None],
     "mean_first": lambda v, a, b: v.mean(0),
     "amin_all": lambda v, a, b: v.amin().reshape(1),
     "sum_two": lambda v, a, b: v.sum((0, 1), keepdim=True) / (v.shape[0] * v.shape[1]),
