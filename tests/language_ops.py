@@ -206,7 +206,7 @@ WHOLE: dict[str, Run] = {
     "flatten_two": lambda v, a, b: v.flatten(0, 1),
     "reshape": lambda v, a, b: v.reshape(1, -1),
     "select": lambda v, a, b: v.select(0, a % v.shape[0]),
-    "pick": lambda v, a, b: v[a % v.shape[0], ..., None],
+    "pick": lambda v, a, b: v[a % v.shape[0] :, ..., None],
     "mean_first": lambda v, a, b: v.mean(0),
     "amin_all": lambda v, a, b: v.amin().reshape(1),
     "sum_two": lambda v, a, b: v.sum((0, 1), keepdim=True) / (v.shape[0] * v.shape[1]),
@@ -256,12 +256,18 @@ PAIRS: dict[str, Run] = {
     "masked_scatter": lambda v, w: v.masked_scatter(v > 1e9, w),
 }
 
-OF_LAST = {"cat_of", "vecdot", "pair_einsum", "masked_scatter"}  # take what is along the last dimension together
+ON = {
+    "vecdot": "features",
+    "pair_einsum": "features",
+    "cat_of": "whole",
+    "stack_of": "whole",
+    "masked_scatter": "whole",
+}
 
 OPERATIONS: dict[str, Operation] = {
     **{name: _unary(run) for name, run in UNARY.items()},
     **{name: _features(run) for name, run in FEATURES.items()},
     **{name: _whole(run) for name, run in WHOLE.items()},
-    **{name: _pair(run, "features" if name in OF_LAST else "any") for name, run in PAIRS.items()},
+    **{name: _pair(run, ON.get(name, "any")) for name, run in PAIRS.items()},
     "cond": _pair(_cond, "whole"),
 }
