@@ -456,7 +456,13 @@ class _Author:
         with torch.no_grad():
             example = plain_model(self.family).get_submodule(path)(given)
         moment = value.moment if value.block == self.number else 0
-        name = self.keep(example, moment, value.is_ragged, is_view=value.is_view and shape is None, operands=[value])
+        name = self.keep(
+            example,
+            moment,
+            value.is_ragged,
+            is_view=value.is_view and value.block == self.number and shape is None,
+            operands=[value],
+        )
         yield Call(name, path, value.name, shape)
 
     def edit(self) -> Iterator[Statement]:
