@@ -70,10 +70,14 @@ def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(one, other, strict=True))
 
 
+def odd(values: list[Tensor]) -> list[Tensor]:
+    """What is not finite in values (scores of unseen keys, what a program makes of them), and 0 elsewhere."""
+    return [value.masked_fill(value.isfinite(), 0).nan_to_num(7.0) for value in values]
+
+
 def far(ours: list[Tensor], by_hand: list[Tensor]) -> float:
-    """The largest difference; what is not finite (scores of unseen keys, what a program makes of them) is the same."""
-    odd = [[value.masked_fill(value.isfinite(), 0).nan_to_num(7.0) for value in values] for values in (ours, by_hand)]
-    assert all(map(torch.equal, *odd))
+    """The largest difference; what is not finite is the same."""
+    assert all(map(torch.equal, odd(ours), odd(by_hand)))
     return difference(*([value.masked_fill(~value.isfinite(), 0) for value in values] for values in (ours, by_hand)))
 
 
