@@ -91,7 +91,11 @@ def test_a_deployment_that_does_not_fit_says_what_it_waits_for_and_holds_nobody_
     ok(service, "deploy", str(model), "--name", "huge", "--stages", "2", "--cpus", "64", "--no-wait")
     wait_until(lambda: service.deployment("huge")["state"] == "waiting", 60, service)
     assert "waits for room for 2 of 2 shards of CPU 64 each; free are CPU" in service.deployment("huge")["progress"]
-    assert "waits for room" in service.http.post("/v1/models/huge/requests", content=body()).json()["detail"]
+
+    def told() -> str:
+        return str(service.http.post("/v1/models/huge/requests", content=body()).json()["detail"])
+
+    wait_until(lambda: "waits for room" in told(), 10, service)  # the gateway hears of it a moment later
     assert all_answers(service) == calm
     ok(service, "remove", "huge")
     assert service.deployment("huge") == {}
