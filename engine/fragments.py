@@ -299,17 +299,18 @@ class RequestState:
     def _parameter(self, node_id: NodeId, node: Parameter) -> Tensor:
         info = self.context.parameter_infos[node.path]
         if info.is_of_whole and info.of is not None:
-            stored = self.context.parameter_infos[info.of]
-            assert stored.sharded_dim is not None, "it is of the whole because ranks split that"
-            part = self.context.parameters[info.of].detach().to(self.context.device)
-            blocks, copies = stored.sharded_blocks, stored.sharded_copies
-            whole = gather_whole(self.context.links, part, stored.sharded_dim, blocks, copies)
-            return self.context.parameters.of_whole(node.path, whole)
-        local = self.context.parameters[node.path].detach().to(self.context.device)  # it may be offloaded
-        if info.sharded_dim is None or node_id in self.program.below:
+            return self.context.parameters.of_whole(node.path, self._whole_parameter(info.of))
+        return self._local_parameter(node.path) if node_id in self.program.below else self._whole_parameter(node.path)
+
+    def _whole_parameter(self, path: str) -> Tensor:
+        """A parameter, put together from the ranks' parts where they split it."""
+        info, local = self.context.parameter_infos[path], self._local_parameter(path)
+        if info.sharded_dim is None:
             return local
-        blocks, copies = info.sharded_blocks, info.sharded_copies
-        return gather_whole(self.context.links, local, info.sharded_dim, blocks, copies)
+        return gather_whole(self.context.links, local, info.sharded_dim, info.sharded_blocks, info.sharded_copies)
+
+    def _local_parameter(self, path: str) -> Tensor:
+        return self.context.parameters[path].detach().to(self.context.device)  # it may be offloaded
 
     def _call(self, node_id: NodeId, node: Call) -> Any:
         module = self.context.runner.model.get_submodule(node.module)

@@ -20,7 +20,7 @@ from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options
 from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
 from polytrace.peeking import Peeks
-from polytrace.progress import showing_progress
+from polytrace.progress import hear_nothing, showing_progress
 from polytrace.prompts import PromptBook
 from polytrace.recording import Recording
 from polytrace.saving import save_members
@@ -275,10 +275,8 @@ class Tracer:
             if self._is_run:
                 printer = self._log_printer(names)
                 with showing_progress(self.model.description.name) as tell:
-                    if self.logs:
-                        result = self.model.backend.run(self.request, tell, printer.hear)
-                    else:
-                        result = self.model.backend.run(self.request, tell)
+                    hear = printer.hear if self.logs else hear_nothing
+                    result = self.model.backend.run(self.request, tell, hear)
                 self._receipt = result.receipt
                 printer.hear(result.values)
                 self._hand_out(names, dict(result.values))

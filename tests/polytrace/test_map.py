@@ -24,7 +24,7 @@ from polytrace.graph import Options, Request
 from polytrace.maps.assembly import Member, request_of
 from polytrace.maps.bodies import Bodies
 from polytrace.model import Model
-from polytrace.progress import Tell, tell_nobody
+from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
 from scheduling.policy import PassPolicy
 
 FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
@@ -48,7 +48,7 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
+    def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
         with self._lock:
             self._now += 1
             self.most_at_once = max(self.most_at_once, self._now)
@@ -421,7 +421,7 @@ def test_what_was_sent_before_a_failure_comes_before_it(model: Model) -> None:
 
 def test_a_service_that_is_full_is_asked_again(backend: LocalBackend) -> None:
     class Full(Watched):
-        def run(self, request: Request, tell: Tell = tell_nobody) -> Result:
+        def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
             if not self.requests:
                 self.requests.append(request)
                 raise CapacityError("come again")
