@@ -68,6 +68,7 @@ class Anatomy:
 
     kinds: Mapping[Signature, Parts] = field(default_factory=dict)  # of layers
     positions: tuple[str, int] | None = None  # the embedding of positions, and its row for position 0
+    final_norm: str | None = None  # behind all layers, gives what the head takes
 
 
 def find_anatomy(config: Any, layers: str) -> Anatomy:
@@ -104,7 +105,20 @@ def _find_anatomy(key: _Key) -> Anatomy:
         if own not in found:
             with suppress(Exception):
                 found[own] = _Layer(layer, f"{key.layers}.{number}", seen).parts()
-    return Anatomy(kinds=found, positions=_positions(twin, seen))
+    return Anatomy(kinds=found, positions=_positions(twin, seen), final_norm=_final_norm(twin, key.layers, seen))
+
+
+def _final_norm(twin: nn.Module, layers: str, seen: Seen) -> str | None:
+    """The last module behind the layers whose output is the head's input."""
+    root: Any = twin
+    head = next(path for path, module in twin.named_modules() if module is root.get_output_embeddings())
+    taken = next(value for path, side, value in seen.calls if (path, side) == (head, "input"))
+    behind = max(place for place, (path, _, _) in enumerate(seen.calls) if path.startswith(f"{layers}."))
+    for path, side, value in seen.calls[behind:]:
+        is_one = side == "output" and path != head and not list(twin.get_submodule(path).children())
+        if is_one and isinstance(value, Tensor) and value.shape == taken.shape and bool((value == taken).all()):
+            return path
+    return None
 
 
 def _positions(twin: nn.Module, seen: Seen) -> tuple[str, int] | None:

@@ -70,6 +70,7 @@ class Probe:
     modules: tuple[ModuleInfo, ...]
     parameters: tuple[ParameterInfo, ...]  # named weights among them
     points: tuple[PointInfo, ...]
+    standard: Mapping[str, str]  # modules that every decoder has, by their standard names
     views: Views  # sites that are parts of other modules' values, or made of them
     weights: tuple[NamedWeight, ...]
     first_layer_order: int  # orders below are before the decoder layers
@@ -202,6 +203,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
         )
         + tuple(named_infos(named.weights, stored)),
         points=named.points,
+        standard=named.standard,
         views=named.views,
         weights=named.weights,
         first_layer_order=min(layer_orders),
@@ -341,6 +343,7 @@ def describe_model(
         has_forks=all(report.has_forks for report in reports),
         has_exact_rows=all(report.has_exact_rows for report in reports),
         points=probe.points,
+        standard=probe.standard,
         notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
         codes=codes,
         sources=sources,

@@ -11,9 +11,9 @@ from typing import Any
 
 from polytrace.graph import DType
 from polytrace.literals import dtype_name
-from polytrace.methods import install
 from polytrace.storage import State
 from polytrace.tensors import DTYPES, RawTensor
+from polytrace.value_methods import install
 from polytrace.values import Recorded, record, record_in_place, shape_of
 
 

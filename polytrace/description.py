@@ -195,6 +195,7 @@ class ModelDescription:
     has_forks: bool = True  # the gate found that equal rows may be shared and rows that nobody needs left out
     has_exact_rows: bool = True  # the gate found that a row's bits do not depend on how many rows run beside it
     points: tuple[PointInfo, ...] = ()  # named points that are not sites of their own name
+    standard: Mapping[str, str] = field(default_factory=dict)  # modules that every decoder has, by standard name
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
     codes: tuple[SourceCode, ...] = ()
     sources: tuple[SourceInfo, ...] = ()

@@ -75,7 +75,8 @@ class Model(Module):
         super().__init__(self, "")
         table = index_description(description)
         if rename:
-            table.aliases.update(find_aliases(rename, table.modules, table.children, _taken_names(table)))
+            for owner, names in find_aliases(rename, table.modules, table.children, _taken_names(table)).items():
+                table.aliases.setdefault(owner, {}).update(names)
         self.__dict__.update(
             backend=backend,
             description=description,

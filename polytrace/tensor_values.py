@@ -22,11 +22,11 @@ from polytrace.errors import GraphError
 from polytrace.grammar import unknown_op
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name
-from polytrace.methods import install
 from polytrace.ops import BY_TORCH_NAME
 from polytrace.storage import State, is_recorded
 from polytrace.tensors import VALUE_DTYPES, RawTensor
 from polytrace.torch_names import find, is_in_place
+from polytrace.value_methods import install
 from polytrace.values import (
     Recorded,
     data_of,

@@ -111,6 +111,7 @@ def index_description(description: ModelDescription) -> Table:
         points=points,
         layer_weights=layer_weights,
         inside_layers={path: tuple(own) for path, own in inside.items()},
+        aliases={"": {n: path for n, path in description.standard.items() if n not in children.get("", ())}},
     )
 
 

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import ROOT, run_all
 
 from bench.plain import TOLERANCE, Plain, difference
 
-ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-
-
-def examples_of(page: str) -> list[str]:
-    """The blocks of code that need no service."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    return [block for block in blocks if "= polytrace.connect(" not in block]
-
-
-def run_all(page: str, names: dict[str, object], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Runs the blocks one after another; what each printed."""
-    outputs = []
-    for number, block in enumerate(examples_of(page)):
-        # compiled under its own name, so that an error names the block and its line
-        exec(compile(block, f"{page}, example {number + 1}", "exec"), names)
-        outputs.append(capsys.readouterr().out)
-    return outputs
 
 
 def test_the_examples_run_one_after_another_and_are_right(

@@ -1,0 +1,1 @@
+"""The field's methods, each one call on any model, in one process or over HTTP, built on traces alone."""
