@@ -15,7 +15,7 @@ import typer
 
 from api.console import errors, progress
 
-Url = Annotated[str, typer.Option(help="Of the service.")]
+Url = Annotated[str, typer.Option(envvar="POLYTRACE_URL", help="Of the service.")]
 Key = Annotated[str | None, typer.Option(help="The service's key; default: POLYTRACE_KEY.")]
 Wait = Annotated[bool, typer.Option(help="Follow it until it is so.")]
 Name = Annotated[str, typer.Argument(help="Name of the deployment.")]
