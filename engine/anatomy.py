@@ -39,6 +39,16 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A layer's attention or its MLP: the smallest module with all of it, and who takes and gives its hidden states."""
+
+    module: str  # "": its modules lie in the layer itself
+    taken: str | None  # whose input is what it takes
+    given: str | None  # whose output is what it gives, without the residual
+    note: str | None = None  # what the layer does to that before it adds it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """Of one kind of layer: paths are in the layer, "" is the layer itself."""
 
@@ -55,6 +65,8 @@ class Parts:
     router: tuple[str, tuple[int | str, ...]] | None = None  # whose output, and where in it, has a logit an expert
     experts: str | None = None
     dropout: str | None = None  # the family's own module for dropping attention weights
+    attention_block: Block | None = None
+    mlp_block: Block | None = None
 
 
 def signature(layer: nn.Module) -> Signature:
@@ -109,16 +121,22 @@ def _find_anatomy(key: _Key) -> Anatomy:
 
 
 def _final_norm(twin: nn.Module, layers: str, seen: Seen) -> str | None:
-    """The last module behind the layers whose output is the head's input."""
+    """The module behind the layers that takes what the last one gives and gives what the head takes."""
     root: Any = twin
     head = next(path for path, module in twin.named_modules() if module is root.get_output_embeddings())
     taken = next(value for path, side, value in seen.calls if (path, side) == (head, "input"))
     behind = max(place for place, (path, _, _) in enumerate(seen.calls) if path.startswith(f"{layers}."))
+    last = _first(seen.calls[behind][2])
+    takes = {path for path, side, value in seen.calls[behind:] if side == "input" and _is_equal(value, last)}
     for path, side, value in seen.calls[behind:]:
-        is_one = side == "output" and path != head and not list(twin.get_submodule(path).children())
-        if is_one and isinstance(value, Tensor) and value.shape == taken.shape and bool((value == taken).all()):
+        is_one = path in takes and side == "output" and path != head and not list(twin.get_submodule(path).children())
+        if is_one and _is_equal(value, taken):
             return path
     return None
+
+
+def _is_equal(value: Any, other: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == other.shape and bool((value == other).all())
 
 
 def _positions(twin: nn.Module, seen: Seen) -> tuple[str, int] | None:
@@ -141,6 +159,7 @@ class _Middle(NamedTuple):
     why_not: str
     norm_behind: str | None = None
     scale: float = 1.0
+    rows: Tensor | None = None  # the residual that it takes
 
 
 class _Layer:
@@ -164,10 +183,15 @@ class _Layer:
         middle = self._middle()
         act, down = self._neurons()
         roles = dict([*self._heads(), *self._fused(act)])
+        out = self._out()
+        added = self._added(middle.rows)
+        taken = {role: packed.module for role, packed in roles.items()}
+        attends = [path for path in (self.attention, _owner(out)) if path is not None]
+        neurons = [path for path in map(_owner, (taken.get("gate"), down, experts)) if path is not None]
         return Parts(
             attention=self.attention,
             roles=roles,
-            out=self._out(),
+            out=out,
             mid=middle.module,
             why_no_mid=middle.why_not,
             norm_behind=middle.norm_behind,
@@ -178,7 +202,49 @@ class _Layer:
             router=None if experts is None else self._router(experts),
             experts=experts,
             dropout=self._dropout(),
+            attention_block=self._block(attends, taken.get("q"), out, added[0]),
+            mlp_block=self._block(neurons, taken.get("gate"), down, added[1]),
         )
+
+    # blocks
+
+    def _added(self, middle: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What attention and what the MLP added to the residual; None where they did so side by side."""
+        if middle is None:
+            return None, None
+        first, last = self._rows_of("", "input"), self._rows_of("", "output")
+        return (None, None) if first is None or last is None else (middle - first, last - middle)
+
+    def _block(self, parts: list[str], first: str | None, last: str | None, added: Tensor | None) -> Block | None:
+        """The block of these modules. `first` and `last` of them take and give where there is no module around all."""
+        if not parts:
+            return None
+        module = _around(parts)
+        given = self._rows_of(module, "output") if module else None
+        if not module:
+            return Block(module="", taken=first, given=last)
+        if given is None or added is None or _parallel(given, added):
+            scale = 1.0 if given is None or added is None else float(added.norm() / given.norm())
+            told = None if abs(scale - 1) < 1e-3 else f"before the layer adds {scale:.4g} times it to the residual"
+            return Block(module=module, taken=module, given=module, note=told)
+        for path, side, value in self.calls:
+            tensor = _first(value)
+            if side != "output" or not isinstance(tensor, Tensor) or not _parallel(_rows(tensor), added):
+                continue
+            if path.startswith(f"{module}."):
+                told = f"{path}.output: what {module} gives has the residual in it"
+                return Block(module=module, taken=module, given=path, note=told)
+            own = self._rows_of(path, "input")
+            if own is not None and _same(own, given):
+                told = f"before {path}, which norms it before it is added to the residual"
+                return Block(module=module, taken=module, given=module, note=told)
+        return Block(module=module, taken=module, given=module, note="the layer adds something else to the residual")
+
+    def _rows_of(self, path: str, side: str) -> Tensor | None:
+        """What a module took or gave, a row a token; None where that is no such tensor."""
+        calls = (_first(value) for called, at, value in self.calls if (called, at) == (path, side))
+        tensor = next(calls, None)
+        return _rows(tensor) if isinstance(tensor, Tensor) else None
 
     # attention
 
@@ -249,7 +315,7 @@ class _Layer:
         for path, other, scale, rows, behind in candidates:
             if any(_parallel(last - rows, own) for _, own in added[behind:]):
                 is_attention = self.attention is not None and f"{other}.".startswith(f"{self.attention}.")
-                return _Middle(path, "", None if is_attention else other, scale)
+                return _Middle(path, "", None if is_attention else other, scale, rows)
         if any(_same(last - first, one + other) for _, one in added for _, other in added):
             side_by_side = "attention and MLP of this layer run side by side on resid_pre: nothing lies between them"
             return _Middle(None, side_by_side)
@@ -337,6 +403,22 @@ class _Layer:
         for path, features in self._outputs(within=None):
             if _is_matrix(self.modules[path]) and features.shape[1] in (width, 2 * width):
                 yield from features.split(width, 1)
+
+
+def _owner(path: str | None) -> str | None:
+    """The module that has another one as a part of its own."""
+    return None if path is None else path.rpartition(".")[0]
+
+
+def _around(paths: Iterable[str]) -> str:
+    """The innermost module that is one of these or has it inside, for each."""
+    ways = [path.split(".") for path in paths]
+    common: list[str] = []
+    for names in zip(*ways, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common)
 
 
 def _expected(
