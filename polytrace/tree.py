@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from polytrace.aliases import Aliases, resolved
-from polytrace.description import Leaf, ModelDescription, ModuleInfo, ParameterInfo, PointInfo, SiteInfo
+from polytrace.aliases import Aliases, resolved, standard_aliases
+from polytrace.description import Leaf, ModelDescription, ModuleInfo, ParameterInfo, PartInfo, PointInfo, SiteInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Port, Site
@@ -49,6 +49,8 @@ class Table:
     points: dict[str, dict[str, PointInfo]]  # by path and name: names that are no ports
     layer_weights: dict[str, dict[str, str]]  # decoder layer -> paths of named weights inside it, by name
     inside_layers: dict[str, tuple[str, ...]]  # decoder layer -> modules inside it that have named points
+    standard: dict[str, str]  # modules that every decoder has, by standard name
+    parts: dict[tuple[str, str], PartInfo]  # by decoder layer and standard name
     aliases: Aliases = field(default_factory=dict)
 
     def native(self, path: str, start: str = "") -> str:
@@ -111,7 +113,9 @@ def index_description(description: ModelDescription) -> Table:
         points=points,
         layer_weights=layer_weights,
         inside_layers={path: tuple(own) for path, own in inside.items()},
-        aliases={"": {n: path for n, path in description.standard.items() if n not in children.get("", ())}},
+        standard=dict(description.standard),
+        parts={(part.module, part.name): part for part in description.parts},
+        aliases=standard_aliases(description, children),
     )
 
 
