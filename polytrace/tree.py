@@ -113,7 +113,7 @@ def index_description(description: ModelDescription) -> Table:
         points=points,
         layer_weights=layer_weights,
         inside_layers={path: tuple(own) for path, own in inside.items()},
-        standard=dict(description.standard),
+        standard={"layers": description.layers, **description.standard},
         parts={(part.module, part.name): part for part in description.parts},
         aliases=standard_aliases(description, children),
     )
