@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from engine.specimen import NUM_TOKENS, Seen, make_specimen, run_specimen
 
 # T = tokens, H = heads, C = features of a head, D = hidden, W = features of some module's output
 
+_SIDE_BY_SIDE = "attention and MLP of this layer run side by side on resid_pre: nothing lies between them"
 _TOLERANCE = 1e-4  # of the largest value, float32
 _KEPT = 16  # anatomies, of the configurations that were asked for last
 
@@ -184,10 +185,6 @@ class _Layer:
         act, down = self._neurons()
         roles = dict([*self._heads(), *self._fused(act)])
         out = self._out()
-        added = self._added(middle.rows)
-        taken = {role: packed.module for role, packed in roles.items()}
-        attends = [path for path in (self.attention, _owner(out)) if path is not None]
-        neurons = [path for path in map(_owner, (taken.get("gate"), down, experts)) if path is not None]
         return Parts(
             attention=self.attention,
             roles=roles,
@@ -202,43 +199,75 @@ class _Layer:
             router=None if experts is None else self._router(experts),
             experts=experts,
             dropout=self._dropout(),
-            attention_block=self._block(attends, taken.get("q"), out, added[0]),
-            mlp_block=self._block(neurons, taken.get("gate"), down, added[1]),
+            attention_block=self._attention_block(middle, roles, out),
+            mlp_block=self._mlp_block(middle, roles, down, experts),
         )
 
     # blocks
 
-    def _added(self, middle: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """What attention and what the MLP added to the residual; None where they did so side by side."""
-        if middle is None:
-            return None, None
-        first, last = self._rows_of("", "input"), self._rows_of("", "output")
-        return (None, None) if first is None or last is None else (middle - first, last - middle)
-
-    def _block(self, parts: list[str], first: str | None, last: str | None, added: Tensor | None) -> Block | None:
-        """The block of these modules. `first` and `last` of them take and give where there is no module around all."""
-        if not parts:
+    def _attention_block(self, middle: _Middle, roles: Mapping[Role, Packed], out: str | None) -> Block | None:
+        if self.attention is None:
             return None
-        module = _around(parts)
+        first = self._rows_of("", "input")
+        added = None if middle.rows is None or first is None else middle.rows - first
+        module = _around([self.attention] if out is None else [self.attention, _owner(out)])
+        query = roles.get("q")
+        return self._block(module, None if query is None else query.module, out, added, middle)
+
+    def _mlp_block(
+        self, middle: _Middle, roles: Mapping[Role, Packed], down: str | None, experts: str | None
+    ) -> Block | None:
+        last = self._rows_of("", "output")
+        added = None if middle.rows is None or last is None else last - middle.rows
+        gate = roles["gate"].module if "gate" in roles else None
+        inside = [_owner(path) for path in (gate, down, experts) if path is not None]
+        if not inside:  # activations that are no modules
+            module = None if added is None else self._giver(added)
+            return None if module is None else self._block(module, None, None, added, middle)
+        if experts is not None and down is not None and not _around(inside):
+            return Block(module="", taken=None, given=None)
+        return self._block(_around(inside), gate, down, added, middle)
+
+    def _giver(self, added: Tensor) -> str | None:
+        """The outermost module with parts of its own whose output is what is added, but for a norm behind it."""
+        wanted = added
+        for path, side, value in reversed(self.calls):
+            tensor = _first(value)
+            if not path or not isinstance(tensor, Tensor) or not _parallel(_rows(tensor), wanted):
+                continue
+            if side == "output" and next(self.modules[path].children(), None) is not None:
+                return path
+            taken = None if _is_matrix(self.modules[path]) else self._rows_of(path, "input")
+            if side == "output" and taken is not None and taken.shape == added.shape:
+                wanted = taken
+        return None
+
+    def _block(
+        self, module: str, first: str | None, last: str | None, added: Tensor | None, middle: _Middle
+    ) -> Block | None:
+        """`first` and `last` take and give where there is no module around all of it."""
         given = self._rows_of(module, "output") if module else None
         if not module:
             return Block(module="", taken=first, given=last)
-        if given is None or added is None or _parallel(given, added):
-            scale = 1.0 if given is None or added is None else float(added.norm() / given.norm())
+        block = Block(module=module, taken=module, given=module)
+        if given is None or added is None:
+            told = None if middle.why_not == _SIDE_BY_SIDE else "what the layer makes of it could not be told"
+            return replace(block, note=told)
+        if _parallel(given, added):
+            scale = float(added.norm() / given.norm())
             told = None if abs(scale - 1) < 1e-3 else f"before the layer adds {scale:.4g} times it to the residual"
-            return Block(module=module, taken=module, given=module, note=told)
+            return replace(block, note=told)
         for path, side, value in self.calls:
             tensor = _first(value)
             if side != "output" or not isinstance(tensor, Tensor) or not _parallel(_rows(tensor), added):
                 continue
             if path.startswith(f"{module}."):
                 told = f"{path}.output: what {module} gives has the residual in it"
-                return Block(module=module, taken=module, given=path, note=told)
+                return replace(block, given=path, note=told)
             own = self._rows_of(path, "input")
             if own is not None and _same(own, given):
-                told = f"before {path}, which norms it before it is added to the residual"
-                return Block(module=module, taken=module, given=module, note=told)
-        return Block(module=module, taken=module, given=module, note="the layer adds something else to the residual")
+                return replace(block, note=f"before {path}, which makes of it what is added to the residual")
+        return replace(block, note="the layer adds something else to the residual")
 
     def _rows_of(self, path: str, side: str) -> Tensor | None:
         """What a module took or gave, a row a token; None where that is no such tensor."""
@@ -317,8 +346,7 @@ class _Layer:
                 is_attention = self.attention is not None and f"{other}.".startswith(f"{self.attention}.")
                 return _Middle(path, "", None if is_attention else other, scale, rows)
         if any(_same(last - first, one + other) for _, one in added for _, other in added):
-            side_by_side = "attention and MLP of this layer run side by side on resid_pre: nothing lies between them"
-            return _Middle(None, side_by_side)
+            return _Middle(None, _SIDE_BY_SIDE)
         return _Middle(None, "no module of this layer takes the sum of resid_pre and what attention gave")
 
     # the MLP
@@ -405,9 +433,9 @@ class _Layer:
                 yield from features.split(width, 1)
 
 
-def _owner(path: str | None) -> str | None:
+def _owner(path: str) -> str:
     """The module that has another one as a part of its own."""
-    return None if path is None else path.rpartition(".")[0]
+    return path.rpartition(".")[0]
 
 
 def _around(paths: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ What has no such thing, or has it in another way, gets a refusal with the reason
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,14 +86,16 @@ def _root_points(modules: Mapping[str, str], at: Sites) -> Sequence[PointInfo]:
 def _part(layer: str, name: str, block: Block | None, why_not: str) -> PartInfo:
     if block is None:
         return PartInfo(module=layer, name=name, path=None, refusal=why_not)
+    if block.module == "" and block.given is None:
+        return PartInfo(module=layer, name=name, path=None, refusal=_SEVERAL)
     if block.module == "":
-        return PartInfo(module=layer, name=name, path=None, refusal=_IN_THE_LAYER.format(block.given or block.taken))
+        return PartInfo(module=layer, name=name, path=None, refusal=_IN_THE_LAYER.format(block.given))
     return PartInfo(module=layer, name=name, path=join(layer, block.module))
 
 
 def _point(layer: str, name: str, block: Block | None, side: Port, at: Sites, width: int, part: PartInfo) -> PointInfo:
     """What a block takes or gives, one tensor as wide as the residual."""
-    if block is None:
+    if block is None or (block.given is None and block.taken is None):
         return PointInfo(module=layer, name=name, site=None, refusal=part.refusal)
     module = block.taken if side is Port.INPUT else block.given
     info = None if module is None else at.get((join(layer, module), side))
@@ -111,7 +113,7 @@ def _hidden(leaves: Sequence[Leaf], width: int) -> Leaf | None:
     return next((leaf for leaf in leaves if leaf.selector in ((), (0,)) and leaf.tail == (width,)), None)
 
 
-def _facts(model: PreTrainedModel, layers: str, num_layers: int, at: Sites) -> Sequence[FactInfo]:
+def _facts(model: PreTrainedModel, layers: str, num_layers: int, at: Sites) -> Iterator[FactInfo]:
     """As attention is given them, layer by layer; where none was seen, as the configuration says."""
     attending: dict[str, list[int]] = {"num_heads": [], "num_kv_heads": [], "head_dim": []}
     others: set[tuple[int, int]] = set()  # (features of a query, of a value) where these differ
@@ -125,31 +127,38 @@ def _facts(model: PreTrainedModel, layers: str, num_layers: int, at: Sites) -> S
                 for name, count in (("num_heads", heads), ("num_kv_heads", groups), ("head_dim", size)):
                     attending[name].append(count)
     text = model.config.get_text_config(decoder=True)
-    told = {name: _told(text, keys) for name, keys in _KEYS.items()}
-    told["num_kv_heads"] = told["num_kv_heads"] or told["num_heads"]
-    if told["head_dim"] is None and told["num_heads"]:
-        told["head_dim"] = text.hidden_size // told["num_heads"]
-    facts = []
     for name, values in attending.items():
         refusal = None
         if name == "head_dim" and others:
             refusal = _TWO_SIZES.format(others=", ".join(f"{size} and {value}" for size, value in sorted(others)))
-        elif not values and told[name] is None:
+        elif not values and (told := _told(text, name)) is None:
             refusal = _NO_FACT
-        own = values or [number for number in (told[name],) if number is not None]
-        facts.append(FactInfo(name=name, values=tuple(own[:1] if len(set(own)) == 1 else own), refusal=refusal))
-    return facts
+        elif not values:
+            values = [told]
+        yield FactInfo(name=name, values=tuple(values[:1] if len(set(values)) == 1 else values), refusal=refusal)
+    logits = next((leaf for leaf in at["", Port.OUTPUT].leaves if leaf.selector == ("logits",)), None)
+    width = None if logits is None else logits.tail[-1]
+    refusal = None if width in (None, text.vocab_size) else _OTHER_LOGITS.format(width=width, told=text.vocab_size)
+    yield FactInfo(name="vocab_size", values=(text.vocab_size,), refusal=refusal)
 
 
-def _told(text: Any, keys: Sequence[str]) -> int | None:
-    """A whole number of the configuration; its own map of attributes knows what a family calls it."""
-    return next((value for key in keys if isinstance(value := getattr(text, key, None), int)), None)
+def _told(text: Any, name: str) -> int | None:
+    """What the configuration says by itself; its own map of attributes knows what a family calls it."""
+    for key in _KEYS[name]:
+        try:
+            value = getattr(text, key, None)
+        except RuntimeError:  # heterogeneous configurations, of what varies by layer
+            return None
+        if isinstance(value, int):
+            return value
+    heads = _told(text, "num_heads") if name == "head_dim" else None
+    return text.hidden_size // heads if heads else None
 
 
 _PARTS = {"attention": "self_attn", "mlp": "mlp"}
 _KEYS = {
     "num_heads": ("num_attention_heads",),
-    "num_kv_heads": ("num_key_value_heads",),
+    "num_kv_heads": ("num_key_value_heads", "num_attention_heads"),
     "head_dim": ("head_dim",),
 }
 _NO_TWIN = "no tiny twin of this family could be run, which tells what its parts are"
@@ -158,6 +167,7 @@ _NO_BLOCK = {
     "mlp": "no projection back to the residual behind an activation was found in this layer, and no experts",
 }
 _IN_THE_LAYER = "its parts ({}, ...) lie in the layer itself, not in a module of their own"
+_SEVERAL = "modules of this layer give its parts one by one, and nothing gives their sum"
 _NO_SIDE = "this forward has no tensor of {width} features as its {side}"
 _NO_MODULE = {
     "embed_tokens": "the model has no embedding of tokens that is a module",
@@ -173,4 +183,5 @@ _IDS_ARE_GIVEN = (
     "a prompt's tokens are known before it runs: give trace(...) other ids, or assign model.token_embeddings"
 )
 _TWO_SIZES = "queries and values of a head have {others} features: take `layer.q_rot.shape[-1]` or `layer.z.shape[-1]`"
+_OTHER_LOGITS = "a token has {width} logits and the configuration says {told}"
 _NO_FACT = "neither its attention nor its configuration tells"

@@ -153,9 +153,10 @@ class StandardModel(Module):
         return self.description.hidden_size
 
     @property
-    def vocab_size(self) -> int:
+    def vocab_size(self) -> Any:
         """Logits that a token has."""
-        return self.description.vocab_size
+        is_told = any(info.name == "vocab_size" for info in self.description.facts)
+        return self._fact("vocab_size") if is_told else self.description.vocab_size
 
     def project_on_vocab(self, hidden: Any) -> Any:
         """`[..., vocabulary]`: the final norm and the head on hidden states `[..., hidden]` of a trace or of one's own.
