@@ -231,6 +231,7 @@ class _Layer:
     def _giver(self, added: Tensor) -> str | None:
         """The outermost module with parts of its own whose output is what is added, but for a norm behind it."""
         wanted = added
+        path: str
         for path, side, value in reversed(self.calls):
             tensor = _first(value)
             if not path or not isinstance(tensor, Tensor) or not _parallel(_rows(tensor), wanted):

@@ -40,8 +40,8 @@ def find_standard_names(model: PreTrainedModel, layers: str, anatomy: Anatomy, a
     listed: Any = model.get_submodule(layers)
     for number, layer in enumerate(listed):
         kind, path = anatomy.kinds.get(signature(layer)), f"{layers}.{number}"
-        blocks = {"attention": kind and kind.attention_block, "mlp": kind and kind.mlp_block}
-        for name, block in blocks.items():
+        attention, mlp = (None, None) if kind is None else (kind.attention_block, kind.mlp_block)
+        for name, block in (("attention", attention), ("mlp", mlp)):
             part = _PARTS[name]
             parts.append(_part(path, part, block, _NO_TWIN if kind is None else _NO_BLOCK[name]))
             for side in (Port.INPUT, Port.OUTPUT):
@@ -128,14 +128,13 @@ def _facts(model: PreTrainedModel, layers: str, num_layers: int, at: Sites) -> I
                     attending[name].append(count)
     text = model.config.get_text_config(decoder=True)
     for name, values in attending.items():
-        refusal = None
+        refusal, told = None, None if values else _told(text, name)
         if name == "head_dim" and others:
             refusal = _TWO_SIZES.format(others=", ".join(f"{size} and {value}" for size, value in sorted(others)))
-        elif not values and (told := _told(text, name)) is None:
+        elif not values and told is None:
             refusal = _NO_FACT
-        elif not values:
-            values = [told]
-        yield FactInfo(name=name, values=tuple(values[:1] if len(set(values)) == 1 else values), refusal=refusal)
+        own = values if told is None else [told]
+        yield FactInfo(name=name, values=tuple(own[:1] if len(set(own)) == 1 else own), refusal=refusal)
     logits = next((leaf for leaf in at["", Port.OUTPUT].leaves if leaf.selector == ("logits",)), None)
     width = None if logits is None else logits.tail[-1]
     refusal = None if width in (None, text.vocab_size) else _OTHER_LOGITS.format(width=width, told=text.vocab_size)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from polytrace.aliases import Aliases
-from polytrace.description import PartInfo, PointInfo
+from polytrace.description import ModelDescription, PartInfo, PointInfo
 from polytrace.errors import GraphError
 from polytrace.graph import Port
 from polytrace.layered import LayerModules, LayerValues, numbers_of
@@ -47,6 +47,8 @@ _INSTEAD = {
 
 class StandardModel(Module):
     """The root module with these names."""
+
+    description: ModelDescription
 
     @property
     def standard(self) -> StandardNames:
@@ -241,7 +243,7 @@ class StandardModel(Module):
         info = next((info for info in self.description.facts if info.name == name), None)
         if info is None or info.refusal is not None:
             told = "the service that describes this model does not tell" if info is None else info.refusal
-            raise NoSuchNameError(f"this model has no {name}: {told}", where=user_line())
+            raise GraphError(f"this model has no {name}: {told}", where=user_line())
         return info.values[0] if len(info.values) == 1 else list(info.values)
 
 
@@ -285,7 +287,7 @@ class StandardNames(Mapping[str, Module]):
         for name in FACTS:
             try:
                 yield f"{name}: {getattr(model, name)}"
-            except NoSuchNameError as refused:
+            except GraphError as refused:
                 yield f"{name}: not here, {str(refused).partition(': ')[2]}"
 
 
@@ -302,12 +304,12 @@ def take_renamed(table: Table, renamed: Aliases) -> None:
                 _put(table, f"{path}.{child}", "resid_pre", f"{path}.{child}", Port.INPUT)
                 _put(table, f"{path}.{child}", "resid_post", f"{path}.{child}", Port.OUTPUT)
     for owner, names in renamed.items():
+        is_layer = owner.rpartition(".")[0] == table.standard["layers"]
         for name, point in (("self_attn", "attention"), ("mlp", "mlp")):
-            path = names.get(name)
-            if path is not None and owner.rpartition(".")[0] == table.standard.get("layers"):
-                table.parts[owner, name] = PartInfo(module=owner, name=name, path=path)
-                _put(table, owner, f"{point}_input", path, Port.INPUT)
-                _put(table, owner, f"{point}_output", path, Port.OUTPUT)
+            if is_layer and name in names:
+                table.parts[owner, name] = PartInfo(module=owner, name=name, path=names[name])
+                _put(table, owner, f"{point}_input", names[name], Port.INPUT)
+                _put(table, owner, f"{point}_output", names[name], Port.OUTPUT)
 
 
 def _put(table: Table, owner: str, name: str, module: str, port: Port) -> None:

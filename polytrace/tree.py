@@ -57,6 +57,11 @@ class Table:
         """The path below `start` that one with aliases in it means."""
         return resolved(path, self.aliases, self.modules, start)
 
+    def why_not(self, path: str, name: str) -> str | None:
+        """Why a module has nothing of a standard name; None of other names, and where it has."""
+        part = self.parts.get((path, name))
+        return part.refusal if part is not None else None if path else self.description.not_standard.get(name)
+
     def module(self, path: str) -> ModuleInfo:
         """Raises NoSuchNameError with the nearest paths."""
         if path not in self.modules:
