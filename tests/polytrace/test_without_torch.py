@@ -63,7 +63,7 @@ with model.trace([1, 2, 3]) as tracer:
     refused(lambda: hidden.meen(-1), "'meen'", "did you mean mean")
     refused(lambda: hidden.grad, "gradients")
     refused(lambda: tracer.receipt, "when its block ends")
-    refused(lambda: tracer.output, "model.output.logits.save()")
+    refused(lambda: tracer.output, "model.logits.save()")
     refused(lambda: model.trace(hidden), "prompts are known before")
     hidden.save()
 """
