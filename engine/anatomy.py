@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from engine.specimen import NUM_TOKENS, Seen, make_specimen, run_specimen
 
 # T = tokens, H = heads, C = features of a head, D = hidden, W = features of some module's output
 
+_SIDE_BY_SIDE = "attention and MLP of this layer run side by side on resid_pre: nothing lies between them"
 _TOLERANCE = 1e-4  # of the largest value, float32
 _KEPT = 16  # anatomies, of the configurations that were asked for last
 
@@ -36,6 +37,16 @@ class Packed:
     module: str  # path in the layer
     order: tuple[Role, ...]  # whose features it holds, one after another; the role alone: all of it
     is_interleaved: bool = False  # ... of the first key/value head, then of the second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A layer's attention or its MLP: the smallest module with all of it, and who takes and gives its hidden states."""
+
+    module: str  # "": its modules lie in the layer itself
+    taken: str | None  # whose input is what it takes
+    given: str | None  # whose output is what it gives, without the residual
+    note: str | None = None  # what the layer does to that before it adds it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +66,8 @@ class Parts:
     router: tuple[str, tuple[int | str, ...]] | None = None  # whose output, and where in it, has a logit an expert
     experts: str | None = None
     dropout: str | None = None  # the family's own module for dropping attention weights
+    attention_block: Block | None = None
+    mlp_block: Block | None = None
 
 
 def signature(layer: nn.Module) -> Signature:
@@ -109,16 +122,22 @@ def _find_anatomy(key: _Key) -> Anatomy:
 
 
 def _final_norm(twin: nn.Module, layers: str, seen: Seen) -> str | None:
-    """The last module behind the layers whose output is the head's input."""
+    """The module behind the layers that takes what the last one gives and gives what the head takes."""
     root: Any = twin
     head = next(path for path, module in twin.named_modules() if module is root.get_output_embeddings())
     taken = next(value for path, side, value in seen.calls if (path, side) == (head, "input"))
     behind = max(place for place, (path, _, _) in enumerate(seen.calls) if path.startswith(f"{layers}."))
+    last = _first(seen.calls[behind][2])
+    takes = {path for path, side, value in seen.calls[behind:] if side == "input" and _is_equal(value, last)}
     for path, side, value in seen.calls[behind:]:
-        is_one = side == "output" and path != head and not list(twin.get_submodule(path).children())
-        if is_one and isinstance(value, Tensor) and value.shape == taken.shape and bool((value == taken).all()):
+        is_one = path in takes and side == "output" and path != head and not list(twin.get_submodule(path).children())
+        if is_one and _is_equal(value, taken):
             return path
     return None
+
+
+def _is_equal(value: Any, other: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == other.shape and bool((value == other).all())
 
 
 def _positions(twin: nn.Module, seen: Seen) -> tuple[str, int] | None:
@@ -141,6 +160,7 @@ class _Middle(NamedTuple):
     why_not: str
     norm_behind: str | None = None
     scale: float = 1.0
+    rows: Tensor | None = None  # the residual that it takes
 
 
 class _Layer:
@@ -164,10 +184,11 @@ class _Layer:
         middle = self._middle()
         act, down = self._neurons()
         roles = dict([*self._heads(), *self._fused(act)])
+        out = self._out()
         return Parts(
             attention=self.attention,
             roles=roles,
-            out=self._out(),
+            out=out,
             mid=middle.module,
             why_no_mid=middle.why_not,
             norm_behind=middle.norm_behind,
@@ -178,7 +199,82 @@ class _Layer:
             router=None if experts is None else self._router(experts),
             experts=experts,
             dropout=self._dropout(),
+            attention_block=self._attention_block(middle, roles, out),
+            mlp_block=self._mlp_block(middle, roles, down, experts),
         )
+
+    # blocks
+
+    def _attention_block(self, middle: _Middle, roles: Mapping[Role, Packed], out: str | None) -> Block | None:
+        if self.attention is None:
+            return None
+        first = self._rows_of("", "input")
+        added = None if middle.rows is None or first is None else middle.rows - first
+        module = _around([self.attention] if out is None else [self.attention, _owner(out)])
+        query = roles.get("q")
+        return self._block(module, None if query is None else query.module, out, added, middle)
+
+    def _mlp_block(
+        self, middle: _Middle, roles: Mapping[Role, Packed], down: str | None, experts: str | None
+    ) -> Block | None:
+        last = self._rows_of("", "output")
+        added = None if middle.rows is None or last is None else last - middle.rows
+        gate = roles["gate"].module if "gate" in roles else None
+        inside = [_owner(path) for path in (gate, down, experts) if path is not None]
+        if not inside:  # activations that are no modules
+            module = None if added is None else self._giver(added)
+            return None if module is None else self._block(module, None, None, added, middle)
+        if experts is not None and down is not None and not _around(inside):
+            return Block(module="", taken=None, given=None)
+        return self._block(_around(inside), gate, down, added, middle)
+
+    def _giver(self, added: Tensor) -> str | None:
+        """The outermost module with parts of its own whose output is what is added, but for a norm behind it."""
+        wanted = added
+        path: str
+        for path, side, value in reversed(self.calls):
+            tensor = _first(value)
+            if not path or not isinstance(tensor, Tensor) or not _parallel(_rows(tensor), wanted):
+                continue
+            if side == "output" and next(self.modules[path].children(), None) is not None:
+                return path
+            taken = None if _is_matrix(self.modules[path]) else self._rows_of(path, "input")
+            if side == "output" and taken is not None and taken.shape == added.shape:
+                wanted = taken
+        return None
+
+    def _block(
+        self, module: str, first: str | None, last: str | None, added: Tensor | None, middle: _Middle
+    ) -> Block | None:
+        """`first` and `last` take and give where there is no module around all of it."""
+        given = self._rows_of(module, "output") if module else None
+        if not module:
+            return Block(module="", taken=first, given=last)
+        block = Block(module=module, taken=module, given=module)
+        if given is None or added is None:
+            told = None if middle.why_not == _SIDE_BY_SIDE else "what the layer makes of it could not be told"
+            return replace(block, note=told)
+        if _parallel(given, added):
+            scale = float(added.norm() / given.norm())
+            told = None if abs(scale - 1) < 1e-3 else f"before the layer adds {scale:.4g} times it to the residual"
+            return replace(block, note=told)
+        for path, side, value in self.calls:
+            tensor = _first(value)
+            if side != "output" or not isinstance(tensor, Tensor) or not _parallel(_rows(tensor), added):
+                continue
+            if path.startswith(f"{module}."):
+                told = f"{path}.output: what {module} gives has the residual in it"
+                return replace(block, given=path, note=told)
+            own = self._rows_of(path, "input")
+            if own is not None and _same(own, given):
+                return replace(block, note=f"before {path}, which makes of it what is added to the residual")
+        return replace(block, note="the layer adds something else to the residual")
+
+    def _rows_of(self, path: str, side: str) -> Tensor | None:
+        """What a module took or gave, a row a token; None where that is no such tensor."""
+        calls = (_first(value) for called, at, value in self.calls if (called, at) == (path, side))
+        tensor = next(calls, None)
+        return _rows(tensor) if isinstance(tensor, Tensor) else None
 
     # attention
 
@@ -249,10 +345,9 @@ class _Layer:
         for path, other, scale, rows, behind in candidates:
             if any(_parallel(last - rows, own) for _, own in added[behind:]):
                 is_attention = self.attention is not None and f"{other}.".startswith(f"{self.attention}.")
-                return _Middle(path, "", None if is_attention else other, scale)
+                return _Middle(path, "", None if is_attention else other, scale, rows)
         if any(_same(last - first, one + other) for _, one in added for _, other in added):
-            side_by_side = "attention and MLP of this layer run side by side on resid_pre: nothing lies between them"
-            return _Middle(None, side_by_side)
+            return _Middle(None, _SIDE_BY_SIDE)
         return _Middle(None, "no module of this layer takes the sum of resid_pre and what attention gave")
 
     # the MLP
@@ -337,6 +432,22 @@ class _Layer:
         for path, features in self._outputs(within=None):
             if _is_matrix(self.modules[path]) and features.shape[1] in (width, 2 * width):
                 yield from features.split(width, 1)
+
+
+def _owner(path: str) -> str:
+    """The module that has another one as a part of its own."""
+    return path.rpartition(".")[0]
+
+
+def _around(paths: Iterable[str]) -> str:
+    """The innermost module that is one of these or has it inside, for each."""
+    ways = [path.split(".") for path in paths]
+    common: list[str] = []
+    for names in zip(*ways, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common)
 
 
 def _expected(

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.anatomy import Anatomy, Packed, Parts, find_anatomy, signature
 from engine.partitions import Form, NamedWeight, Units, units_of
-from engine.standard import find_standard_modules
+from engine.standard import StandardNames, find_standard_names
 from polytrace.description import Leaf, ParameterInfo, PointInfo, SiteInfo
 from polytrace.graph import Port, Site
 from polytrace.tree import join
@@ -43,7 +43,7 @@ class Named:
     points: tuple[PointInfo, ...]  # but those that are sites under their own name
     views: Views
     weights: tuple[NamedWeight, ...]
-    standard: Mapping[str, str]  # modules that every decoder has, by their standard names
+    standard: StandardNames
 
 
 def name_parts(model: PreTrainedModel, layers: str, sites: Sequence[SiteInfo]) -> Named:
@@ -127,8 +127,9 @@ class _Namer:
         sites = tuple(replace(info, order=order) for order, info in enumerate(ordered))
         taken = set(dict(self.model.named_parameters())) | set(dict(self.model.named_buffers()))
         weights = tuple(weight for weight in self.weights if weight.path not in taken)
-        standard = find_standard_modules(self.model, self.layers, self.anatomy)
-        return Named(sites=sites, points=tuple(self.points), views=self.views, weights=weights, standard=standard)
+        standard = find_standard_names(self.model, self.layers, self.anatomy, self.at)
+        points = (*self.points, *standard.points)
+        return Named(sites=sites, points=points, views=self.views, weights=weights, standard=standard)
 
     # the residual
 

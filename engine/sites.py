@@ -27,6 +27,7 @@ from engine.named import Views, name_parts, named_infos
 from engine.operations import watch_operations
 from engine.partitions import NamedWeight
 from engine.source_sites import SourceGroup, SourceNotes, describe_sources, group_sources
+from engine.standard import StandardNames
 from engine.windows import Layout, find_layout
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, PointInfo, Rows, SiteInfo
 from polytrace.errors import ServiceError
@@ -70,7 +71,7 @@ class Probe:
     modules: tuple[ModuleInfo, ...]
     parameters: tuple[ParameterInfo, ...]  # named weights among them
     points: tuple[PointInfo, ...]
-    standard: Mapping[str, str]  # modules that every decoder has, by their standard names
+    standard: StandardNames
     views: Views  # sites that are parts of other modules' values, or made of them
     weights: tuple[NamedWeight, ...]
     first_layer_order: int  # orders below are before the decoder layers
@@ -343,7 +344,10 @@ def describe_model(
         has_forks=all(report.has_forks for report in reports),
         has_exact_rows=all(report.has_exact_rows for report in reports),
         points=probe.points,
-        standard=probe.standard,
+        standard=probe.standard.modules,
+        not_standard=probe.standard.refusals,
+        parts=probe.standard.parts,
+        facts=probe.standard.facts,
         notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
         codes=codes,
         sources=sources,

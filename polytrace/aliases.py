@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from polytrace.description import ModelDescription
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.lines import user_line
@@ -43,6 +44,26 @@ def find_aliases(
                 parent = target.rpartition(".")[0]
                 if plain not in children.get(parent, ()) and plain not in taken.get(parent, ()):
                     found.setdefault(parent, {}).setdefault(plain, target)  # beside its own name, too
+    return found
+
+
+def standard_aliases(description: ModelDescription, children: Children) -> Aliases:
+    """Standard names of modules, wherever they could stand: in every module that these lie in, and in their layers.
+
+    A child of that name keeps it.
+    """
+    found: Aliases = {}
+    root, _, rest = description.layers.partition(".")
+    named = [(path, name) for name, path in description.standard.items()]
+    for path, name in [*named, (root, "model")] if rest else named:
+        owner = path
+        while owner:
+            owner = owner.rpartition(".")[0]
+            if name not in children.get(owner, ()):
+                found.setdefault(owner, {})[name] = path
+    for part in description.parts:
+        if part.path is not None and part.refusal is None and part.name not in children.get(part.module, ()):
+            found.setdefault(part.module, {})[part.name] = part.path
     return found
 
 

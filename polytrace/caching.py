@@ -105,12 +105,15 @@ class Cache:
         return f"<cache of {len(self)} modules, {len(self.refused)} refused>"
 
     def _below(self, name: str) -> Cache:
+        if name == _ROOT and not self._path and name not in self._table.children.get("", ()):
+            return self  # what is below the module of that standard name is found from here too
         path = self._table.native(name, self._path)
-        if not any(_is_below(known, path) for known in self._entries):
-            if name == _ROOT:
-                return self
-            raise NoSuchNameError(f"nothing of {path} is in this cache", where=user_line())
-        return Cache(self._table, path, self._entries, self.refused)
+        for way in (path, self._table.native(f"{_ROOT}.{name}", self._path)):
+            if any(_is_below(known, way) for known in self._entries):
+                return Cache(self._table, way, self._entries, self.refused)
+        if name == _ROOT:
+            return self
+        raise NoSuchNameError(f"nothing of {path} is in this cache", where=user_line())
 
 
 class CacheRequest:

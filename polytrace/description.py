@@ -147,6 +147,25 @@ class PointInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartInfo:
+    """A module inside of a decoder layer by its standard name, or why this layer has no such module."""
+
+    module: str  # the decoder layer
+    name: str  # "self_attn" or "mlp"
+    path: str | None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactInfo:
+    """A number of the model: one for all layers, or one for each; or why there is no such number."""
+
+    name: str
+    values: tuple[int, ...]
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one request may be. Checked when it is submitted, before memory is taken."""
 
@@ -196,6 +215,9 @@ class ModelDescription:
     has_exact_rows: bool = True  # the gate found that a row's bits do not depend on how many rows run beside it
     points: tuple[PointInfo, ...] = ()  # named points that are not sites of their own name
     standard: Mapping[str, str] = field(default_factory=dict)  # modules that every decoder has, by standard name
+    not_standard: Mapping[str, str] = field(default_factory=dict)  # standard names that lead nowhere here -> why
+    parts: tuple[PartInfo, ...] = ()  # modules inside of decoder layers by their standard names
+    facts: tuple[FactInfo, ...] = ()  # heads and their sizes
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
     codes: tuple[SourceCode, ...] = ()
     sources: tuple[SourceInfo, ...] = ()

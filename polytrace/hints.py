@@ -9,7 +9,7 @@ _WEIGHTS = "a weight is read by its name inside a trace, as in `model.lm_head.we
 _TREE = "print(model) shows its modules; lists of them are iterated and indexed"
 _SERVED = "the model runs as it was loaded or is served, for everyone alike"
 _GENERATION = "generation is not part of polytrace yet: a trace is one forward"
-_RETURNED = "what the model returns is `model.output`, as in `model.output.logits.save()`"
+_RETURNED = "what the model returns is `model.output`, its logits are `model.logits`: `model.logits.save()`"
 _GRADIENTS = "gradients are not part of polytrace yet"
 
 _OF_MODULES = (

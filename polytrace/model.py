@@ -26,6 +26,7 @@ from polytrace.lines import user_line
 from polytrace.modules import Module
 from polytrace.scanning import Checking
 from polytrace.session import Session
+from polytrace.standard import StandardModel, take_renamed
 from polytrace.tokenizer import load_tokenizer
 from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import NoSuchNameError, Table, index_description, join
@@ -50,7 +51,7 @@ class Config(dict[str, Any]):
         return sorted({*super().__dir__(), *self})
 
 
-class Model(Module):
+class Model(StandardModel):
     """The root module, and what belongs to the model as a whole. Threads may share it; each has its own open trace."""
 
     backend: Backend
@@ -75,8 +76,10 @@ class Model(Module):
         super().__init__(self, "")
         table = index_description(description)
         if rename:
-            for owner, names in find_aliases(rename, table.modules, table.children, _taken_names(table)).items():
+            renamed = find_aliases(rename, table.modules, table.children, _taken_names(table))
+            for owner, names in renamed.items():
                 table.aliases.setdefault(owner, {}).update(names)
+            take_renamed(table, renamed)
         self.__dict__.update(
             backend=backend,
             description=description,
@@ -342,4 +345,6 @@ def _taken_names(table: Table) -> dict[str, set[str]]:
         taken.setdefault(path, set()).update(names)
     for path, port in table.ports:
         taken[path].add(port)
+    for path, points in table.points.items():
+        taken[path].update(points)
     return taken

@@ -19,6 +19,9 @@ _STREAM = ("sequence", "token", "feature")
 _HEADS = ("sequence", "token", "head", "feature")
 _PAIRS = ("sequence", "head", "query", "key")
 DIMS: dict[str, tuple[str, ...]] = {
+    "input_ids": ("sequence", "token"),  # of the whole model, as are
+    "token_embeddings": _STREAM,  # what the embedding gives
+    "logits": ("sequence", "token", "vocabulary"),
     "resid_pre": _STREAM,  # what a layer takes
     "q": _HEADS,  # before norms of their own and rotation, as are k
     "k": _HEADS,
@@ -29,10 +32,14 @@ DIMS: dict[str, tuple[str, ...]] = {
     "pattern": _PAIRS,
     "z": _HEADS,
     "head_out": _HEADS,  # features of the residual
+    "attention_input": _STREAM,  # what the module that attends is given
+    "attention_output": _STREAM,  # the hidden states that it gives
     "resid_mid": _STREAM,  # between attention and MLP
     "router": ("sequence", "token", "expert"),
     "mlp_pre": ("sequence", "token", "neuron"),  # what the activation takes
     "mlp_post": ("sequence", "token", "neuron"),  # what is projected back
+    "mlp_input": _STREAM,
+    "mlp_output": _STREAM,
     "resid_post": _STREAM,  # what a layer gives
 }
 
@@ -92,7 +99,7 @@ def point_table(table: Table, owner: str, name: str) -> PortTable | None:
     info = table.points.get(owner, {}).get(name)
     if info is None:
         return table.ports.get((owner, name)) if name in DIMS else None
-    if info.site is None:
+    if info.site is None or info.refusal is not None:
         raise GraphError(f"{owner or 'the model'} has no {name}: {info.refusal}", where=user_line())
     port = table.ports[info.site.module, info.site.port.value]
     site, leaf = port.leaves[info.site.selector]

@@ -638,6 +638,12 @@ def _lost(nodes: Sequence[Node], edit: NodeId) -> str:
             f"this in-place change reaches nothing: {changed.path} is a copy here, and no trace changes the model's "
             "own weights. Change what the module gets or returns (`.input`, `.output`)"
         )
+    below = next(iter(node_operands(changed)), None) if isinstance(changed, Op) else None
+    if isinstance(changed, Mask) or (below is not None and isinstance(nodes[below], Mask)):
+        return (
+            "this in-place change reaches nothing: the mask tells tokens from pads, and rows attend to their own "
+            "sequence's earlier tokens by construction. Edit `scores` or `pattern` of a layer to change who sees whom"
+        )
     return (
         "this in-place change reaches nothing: the value is a copy, not a view of the model's tensor, "
         "and nothing uses it. Write to the site itself (`site[...] = value`), or save the value"

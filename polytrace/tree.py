@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from polytrace.aliases import Aliases, resolved
-from polytrace.description import Leaf, ModelDescription, ModuleInfo, ParameterInfo, PointInfo, SiteInfo
+from polytrace.aliases import Aliases, resolved, standard_aliases
+from polytrace.description import Leaf, ModelDescription, ModuleInfo, ParameterInfo, PartInfo, PointInfo, SiteInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Port, Site
@@ -49,11 +49,18 @@ class Table:
     points: dict[str, dict[str, PointInfo]]  # by path and name: names that are no ports
     layer_weights: dict[str, dict[str, str]]  # decoder layer -> paths of named weights inside it, by name
     inside_layers: dict[str, tuple[str, ...]]  # decoder layer -> modules inside it that have named points
+    standard: dict[str, str]  # modules that every decoder has, by standard name
+    parts: dict[tuple[str, str], PartInfo]  # by decoder layer and standard name
     aliases: Aliases = field(default_factory=dict)
 
     def native(self, path: str, start: str = "") -> str:
         """The path below `start` that one with aliases in it means."""
         return resolved(path, self.aliases, self.modules, start)
+
+    def why_not(self, path: str, name: str) -> str | None:
+        """Why a module has nothing of a standard name; None of other names, and where it has."""
+        part = self.parts.get((path, name))
+        return part.refusal if part is not None else None if path else self.description.not_standard.get(name)
 
     def module(self, path: str) -> ModuleInfo:
         """Raises NoSuchNameError with the nearest paths."""
@@ -111,7 +118,9 @@ def index_description(description: ModelDescription) -> Table:
         points=points,
         layer_weights=layer_weights,
         inside_layers={path: tuple(own) for path, own in inside.items()},
-        aliases={"": {n: path for n, path in description.standard.items() if n not in children.get("", ())}},
+        standard={"layers": description.layers, **description.standard},
+        parts={(part.module, part.name): part for part in description.parts},
+        aliases=standard_aliases(description, children),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from bench.service import running_service
 from bench.tinyworld import FOLDER
 from polytrace.errors import GraphError
 from polytrace.model import Model
+from polytrace.standard import VALUES
 
 FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
 # The first example that hypothesis tries is the smallest one; the second is a random one.
@@ -290,6 +292,57 @@ def test_operations_inside_of_forwards_are_those_of_this_process(model: Any) -> 
     assert (saved[1][2] - saved[1][3]).abs().max() > 1e-2
     with pytest.raises(polytrace.errors.GraphError, match="several times"), model.trace(ids):
         model.model.source.decoder_layer_0.output.save()
+
+
+def test_standard_names_and_their_script_are_the_same_in_this_process_and_on_shards(model: Any) -> None:
+    own: Any = polytrace.load(str(FOLDER), threads=1)
+    script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "standard_names.py"))
+    vector = torch.randn(own.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def ask(served: Any, edits: str) -> dict[str, torch.Tensor]:
+        with served.trace([PROMPT, "The Colosseum is in"]):
+            if edits == "assigned":
+                served.token_embeddings = served.token_embeddings * 2
+                for name in ("layers_input", "attentions_input", "attentions_output", "mlps_input", "mlps_output"):
+                    values = getattr(served, name)
+                    values[2] = values[2] * 1.5
+                    values[-1] = values[-1] * 1.5
+                served.attention_probabilities[-2] = served.attention_probabilities[-2] * 0.5
+            elif edits == "in place":
+                served.layers_output[3][:, -1] += vector
+                served.attention_probabilities[6][:, 3, -1] = 0.0
+                served.logits[:, 0] = 0.0
+                served.steer([1, 6], vector, positions=[0, -1])
+                served.skip_layers(4, 5)
+            found = {f"{name}[{layer}]": getattr(served, name)[layer].save() for layer in (1, 3, 6) for name in VALUES}
+            for name in ("token_embeddings", "input_ids", "attention_mask", "next_token_probs", "logits"):
+                found[name] = getattr(served, name).save()
+            found["projected"] = served.project_on_vocab(served.layers_output[2][:, -1]).save()
+        return found
+
+    bare = ask(own, "")
+    for edits in ("", "assigned", "in place"):
+        here, there = ask(own, edits), ask(model, edits)
+        for name, value in here.items():
+            assert difference([there[name].float()], [value.float()]) <= FLOAT32_TOLERANCE, (edits, name)
+        assert not edits or difference([here["logits"]], [bare["logits"]]) > 0.01
+    for function, arguments in (
+        ("logit_lens", (PROMPT,)),
+        ("head_patching", ("The Colosseum is in", "The Kremlin is in")),
+        ("steering", (PROMPT, "The Colosseum is in", "The Kremlin is in", 5, 1.0)),
+    ):
+        here, there = (script[function](served, *arguments) for served in (own, model))
+        pairs = zip(here, there, strict=True) if function == "logit_lens" else [(here, there)]
+        for value, served in pairs:
+            assert difference([served.float()], [value.float()]) <= FLOAT32_TOLERANCE, function
+    with model.trace(PROMPT) as tracer:
+        hidden = torch.cat([value[:, -1] for value in model.layers_output])
+        values, tokens = model.project_on_vocab(hidden).softmax(-1).topk(3)
+        values.save(), tokens.save()
+    assert tracer.receipt.result_bytes == values.nbytes + tokens.nbytes == 8 * 3 * (4 + 8)
+    assert model.get_topk_closest_tokens(vector, 2) == pytest.approx(own.get_topk_closest_tokens(vector, 2), rel=1e-4)
+    assert (repr(model.standard), model.blocks) == (repr(own.standard), model.layers)
+    own.close()
 
 
 def test_logs_are_told_while_a_request_runs_with_the_bits_of_its_result(model: Any, capsys: Any) -> None:

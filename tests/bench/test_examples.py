@@ -26,6 +26,14 @@ def test_patching_moves_the_fact_from_its_subject_to_the_last_token() -> None:
     assert first_layer[-1] < 0.5
 
 
+def test_one_script_for_every_family_finds_rome() -> None:
+    lines = output_of("standard_names.py").splitlines()
+    assert lines[0] == "8 layers of 8 heads, 256 wide" and lines[8].startswith("layer 7: ' Rome' 9")
+    told = re.fullmatch(r"head \d of layer \d moves Rome's lead over Moscow most: (\S+) to (\S+)", lines[9])
+    assert told is not None and float(told[2]) > float(told[1]) + 1
+    assert lines[10].endswith("Rome is 0% likely") and re.search(r"Rome is 9\d% likely", lines[11])
+
+
 def test_the_dataset_is_mapped_into_a_folder_and_a_second_run_says_the_same(tmp_path: Path) -> None:
     told = output_of("dataset.py", "--to", str(tmp_path / "map"))
     assert output_of("dataset.py", "--to", str(tmp_path / "map")) == told

@@ -94,6 +94,7 @@ def test_nnsights_paths_lead_to_the_same(tmp_path_factory: pytest.TempPathFactor
     assert cache.keys() == ["transformer.h.0", "transformer.h.1", "lm_head"]
     assert cache["model.transformer.h.0"] is cache["transformer.h.0"] and "model.lm_head" in cache
     assert cache.model.transformer.h[1].output is cache["transformer.h.1"].output
+    assert cache.model.layers[1].output is cache.layers[1].output is cache.model.h[1].output
     with model.trace(IDS) as tracer:
         cache = tracer.cache(modules=["model.model.layers.0"])
     assert cache["model.model.layers.0"] is cache["model.layers.0"]

@@ -63,7 +63,7 @@ with model.trace([1, 2, 3]) as tracer:
     refused(lambda: hidden.meen(-1), "'meen'", "did you mean mean")
     refused(lambda: hidden.grad, "gradients")
     refused(lambda: tracer.receipt, "when its block ends")
-    refused(lambda: tracer.output, "model.output.logits.save()")
+    refused(lambda: tracer.output, "model.logits.save()")
     refused(lambda: model.trace(hidden), "prompts are known before")
     hidden.save()
 """
@@ -268,4 +268,31 @@ try:
     model.edited(polytrace.lora(folder))
 except GraphError as error:
     assert "lm_head" in str(error), error  # the description by hand has no input of it
+""")
+
+
+def test_standard_names_need_no_torch() -> None:
+    run("""
+from dataclasses import replace
+from polytrace.description import PointInfo
+from polytrace.graph import Port, Site
+points = [
+    PointInfo(module=f"model.layers.{n}", name="resid_post", site=Site(module=f"model.layers.{n}", port=Port.OUTPUT))
+    for n in range(4)
+]
+points.append(PointInfo(module="", name="logits", site=Site(module="", port=Port.OUTPUT, selector=("logits",))))
+backend.description = replace(
+    backend.description, points=tuple(points), standard={"ln_final": "model.norm", "lm_head": "lm_head"}
+)
+model = Model(backend)
+with model.trace([1, 2, 3]):
+    mask = model.attention_mask.save()
+    model.steer([1, -1], np.ones(8, np.float32), factor=2.0, positions=np.array([0, -1]))
+    probabilities = model.next_token_probs.save()
+    vocabulary = model.project_on_vocab(model.layers_output[2][:, -1]).save()
+written = [node.site.module for node in backend.requests[-1].graph.nodes if isinstance(node, Write)]
+assert written == ["model.layers.1", "model.layers.3"], written
+assert "softmax" in ops() and "setitem" in ops(), ops()
+assert "layers_output[0-3]: [sequence, token, feature]" in repr(model)
+refused(lambda: setattr(model, "attention_mask", 1), "attention_probabilities[i]")
 """)
