@@ -106,7 +106,7 @@ class _Capped:
 
     def __call__(self, logits: Any) -> Any:
         scaled = logits if self.factor == 1.0 else logits * self.factor
-        return functions.tanh(scaled / self.cap) * self.cap
+        return (scaled / self.cap).tanh() * self.cap
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
