@@ -142,7 +142,7 @@ def _patched(
     top_k: int,
     ids: list[int] | None,
 ) -> tuple[list[Any], Receipt]:
-    """One request: of each cell `[cells, top_k]` of what follows its target, probabilities and ids, or `[cells, ids]`."""
+    """One request: probabilities and ids of what follows each target, `[cells, top_k]`, or of the chosen ids."""
     prepare_unembedding(model)
     states: dict[tuple[int, int, int], Any] = {}
     read = []

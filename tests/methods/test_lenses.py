@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, model_of
+from families import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PreTrainedModel
 
@@ -23,21 +22,6 @@ from polytrace.methods.unembedding import final_norm
 TOLERANCE = 1e-5  # of max(1, max|plain|), float32
 PROMPTS = [[5, 17, 42, 5, 9, 30, 11], [8, 25, 1, 60], [3, 9]]
 TOWER = "The Eiffel Tower is in the city of"
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any, Any]]:
-    plain = model_of(request.param)
-    folder = tmp_path_factory.mktemp(request.param)
-    plain.save_pretrained(folder)
-    with polytrace.load(str(folder), threads=1) as model:
-        yield request.param, plain, model
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[Any]:
-    with polytrace.load(str(FOLDER), threads=1) as model:
-        yield model
 
 
 def by_hand(plain: PreTrainedModel, family: str, prompt: list[int], part: str = "output") -> Tensor:
