@@ -49,7 +49,7 @@ def object_attention_lens(
     numbers, count = layers_of(model, layers), len(model.layers)
     ids = None if tokens is None else token_ids(model, tokens)
     touched = sorted({n for first in numbers for n in range(first, min(count, first + window))})
-    attentions = {number: attention_of(model, number) for number in touched}
+    attentions: dict[int, Any] = {number: attention_of(model, number) for number in touched}
     prepare_unembedding(model)
     found: list[dict[int, Any]] = []
     read = []

@@ -189,7 +189,7 @@ def _generated(
     said: list[list[int]] = [[] for _ in cells]
     going = list(range(len(cells)))
     first: list[Any] = []
-    receipts = []
+    receipts: list[Receipt] = []
     while going and len(receipts) < count:
         targets = [(*into, *said[number]) for number in going]
         step = 1 if first else top_k

@@ -61,7 +61,7 @@ class TunedLens:
         import torch
 
         count, size = config["num_hidden_layers"], config["d_model"]
-        names = {f"{n}.weight": (size, size) for n in range(count)}
+        names: dict[str, tuple[int, ...]] = {f"{n}.weight": (size, size) for n in range(count)}
         if config.get("bias", True):
             names |= {f"{n}.bias": (size,) for n in range(count)}
         given = {name.removeprefix("layer_translators."): tensor for name, tensor in state.items()}

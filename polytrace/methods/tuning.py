@@ -78,7 +78,7 @@ def train_tuned_lens(
             hidden = residual[:, place]
             read = head(hidden + torch.nn.functional.linear(hidden, weight, bias)).log_softmax(-1)
             loss = (wanted.exp() * (wanted - read)).sum(-1).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             losses.append(float(loss.detach()))
         optimizer.step()
         optimizer.zero_grad()

@@ -105,13 +105,14 @@ def test_a_battery_under_a_lens_and_under_an_intervention(world: Any) -> None:
 
 
 def test_what_is_no_battery_is_refused(world: Any) -> None:
-    for asked, words in (
+    wrong: list[tuple[Any, str]] = [
         ([], "no prompts"),
         (["text"], "number 0 is no Prompt"),
         ([Prompt(text=["a", "b"], answers={"x": "Paris"})], "2 prompts, not one"),
         ([Prompt(text="a", answers={})], "no answers"),
         ([Prompt(text="a", answers={"x": " "})], "a target is a word"),
-    ):
+    ]
+    for asked, words in wrong:
         with pytest.raises(GraphError, match=words):
             run_battery(world, asked)
     with pytest.raises(GraphError, match="lens is 'logit'"):

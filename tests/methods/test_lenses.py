@@ -56,7 +56,7 @@ def close(ours: Any, theirs: Any) -> None:
 def test_the_most_likely_tokens_of_all_layers_and_positions_are_those_of_hooks(pair: Any, part: str) -> None:
     family, plain, model = pair
     of = {"output": "resid_post", "input": "resid_pre"}[part]
-    read = logit_lens(model, PROMPTS, positions=None, top_k=3, of=of)
+    read: Any = logit_lens(model, PROMPTS, positions=None, top_k=3, of=of)
     assert read.logit.dims == ("prompt", "layer", "position", "rank") and read.logit.shape == (3, 4, 7, 3)
     for number, prompt in enumerate(PROMPTS):
         logits = by_hand(plain, family, prompt, part)
@@ -73,7 +73,7 @@ def test_the_most_likely_tokens_of_all_layers_and_positions_are_those_of_hooks(p
 
 def test_the_last_layer_says_what_the_model_says(pair: Any) -> None:
     _, plain, model = pair
-    read = logit_lens(model, PROMPTS[0], -1, None, tokens=list(range(96)))
+    read: Any = logit_lens(model, PROMPTS[0], -1, None, tokens=list(range(96)))
     with torch.no_grad():
         own = plain(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False).logits[0]
     close(read.logit.isel(prompt=0, layer=0), own)
@@ -82,7 +82,7 @@ def test_the_last_layer_says_what_the_model_says(pair: Any) -> None:
 
 def test_chosen_tokens_have_their_logits_probabilities_and_ranks(pair: Any) -> None:
     family, plain, model = pair
-    read = logit_lens(model, PROMPTS, slice(1, 4, 2), [0, -1], tokens=[7, 90])
+    read: Any = logit_lens(model, PROMPTS, slice(1, 4, 2), [0, -1], tokens=[7, 90])
     assert read.logit.layer.values.tolist() == [1, 3] and read.logit.position.values.tolist() == [0, -1]
     for number, prompt in enumerate(PROMPTS):
         logits = by_hand(plain, family, prompt)[[1, 3]][:, [0, -1]]
@@ -113,7 +113,7 @@ def test_the_lens_of_a_part_of_a_layer(pair: Any) -> None:
     handle.remove()
     cap = getattr(plain.config, "final_logit_softcapping", None)
     logits = torch.tanh(logits / cap) * cap if cap else logits
-    read = logit_lens(model, PROMPTS[0], 2, tokens=list(range(96)), of=lambda layer: layer.mlp.output)
+    read: Any = logit_lens(model, PROMPTS[0], 2, tokens=list(range(96)), of=lambda layer: layer.mlp.output)
     close(read.logit.values.ravel(), logits[0])
 
 
@@ -169,7 +169,7 @@ def test_what_a_forward_does_behind_its_head_is_found_by_measuring(name: str, tm
 
 
 def test_on_tinyworld_the_answer_comes_in_the_middle_and_only_top_k_leaves(world: Any) -> None:
-    read = logit_lens(world, [TOWER, "The Colosseum is in the city of"], positions=None, top_k=2)
+    read: Any = logit_lens(world, [TOWER, "The Colosseum is in the city of"], positions=None, top_k=2)
     paris = read.token.isel(prompt=0, position=-1, rank=0).values.tolist()
     assert paris[2:] == [" Paris"] * 6 and " Paris" not in paris[:2]
     sure = read.probability.isel(prompt=0, position=-1, rank=0)
@@ -180,7 +180,7 @@ def test_on_tinyworld_the_answer_comes_in_the_middle_and_only_top_k_leaves(world
     assert list(read.table(0).columns)[-1].endswith(": of")
     frame = read.to_dataframe()
     assert len(frame) == places * 2 and set(frame.columns) >= {"layer", "position_token", "token_text", "probability"}
-    chosen = logit_lens(world, TOWER, tokens=[" Paris", " Rome"])
+    chosen: Any = logit_lens(world, TOWER, tokens=[" Paris", " Rome"])
     assert chosen.rank.sel(token=" Paris").values.ravel().tolist()[2:] == [0] * 6
     assert "' Paris' 100%" in chosen.table().iloc[7, 0]
 
@@ -208,3 +208,9 @@ def test_unembedding_is_measured_before_it_is_used(world: Any) -> None:
         with fresh.trace(TOWER):
             top = unembed(fresh, fresh.layers[7].resid_post[:, -1]).argmax(-1).save()
         assert fresh.tokenizer.decode(top.tolist()) == " Paris"
+
+
+def test_a_reading_is_drawn_with_its_tokens_on_the_axis(world: Any) -> None:
+    pytest.importorskip("polytrace.methods.plots")
+    figure = logit_lens(world, TOWER, positions=None).plot()
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()][-1].endswith("of")

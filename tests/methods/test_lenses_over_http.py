@@ -1,4 +1,4 @@
-"""Lenses, patchscopes and batteries on a service of 2 stages x 2 ranks: as in one process, and only their results move."""
+"""Lenses, patchscopes and batteries on 2 stages x 2 ranks: as in one process, and only their results move."""
 
 from __future__ import annotations
 
@@ -45,16 +45,20 @@ def close(ours: Any, theirs: Any) -> None:
 
 
 def test_a_lens_over_all_layers_returns_top_k_only(served: Any, world: Any) -> None:
+    read: Any
+    alone: Any
     read, alone = (logit_lens(one, [TOWER, NETHERLANDS], positions=None, top_k=5) for one in (served, world))
     close(read.logit, alone.logit)
-    assert (read.token_id == alone.token_id).all()
+    assert np.array_equal(read.token_id, alone.token_id)
     places = LAYERS * 2 * read.logit.sizes["position"]
     assert read.receipt.result_bytes == places * (5 * (4 + 4) + 4), "five logits, five ids and a partition a place"
     # each rank receives of the other the five best and two numbers of its part of the vocabulary, and the hidden
     # states' sums as every pass does; of whole logits it would be half of the vocabulary
     assert read.receipt.gathered_bytes < places * VOCABULARY * 4 / 2
+    chosen: Any
+    plainly: Any
     chosen, plainly = (logit_lens(one, TOWER, tokens=[" Paris", " Rome"]) for one in (served, world))
-    assert (chosen.rank == plainly.rank).all() and chosen.receipt.result_bytes == LAYERS * (2 * (4 + 4) + 4)
+    assert np.array_equal(chosen.rank, plainly.rank) and chosen.receipt.result_bytes == LAYERS * (2 * (4 + 4) + 4)
 
 
 def test_translators_are_uploaded_once(served: Any, world: Any) -> None:
@@ -72,6 +76,8 @@ def test_translators_are_uploaded_once(served: Any, world: Any) -> None:
 def test_patchscopes_and_batteries_are_as_in_one_process(served: Any, world: Any) -> None:
     ask = Target(prompt="You can see Bob in the city of", position=4)
     source = "I read in a book that the Eiffel Tower"
+    scope: Any
+    alone: Any
     scope, alone = (
         patchscope(one, source, ask, [1, 5], target_layers=[1, 2, 6], top_k=1, generate=2) for one in (served, world)
     )

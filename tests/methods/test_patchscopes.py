@@ -79,8 +79,8 @@ def test_states_put_into_a_target_say_what_hooks_make_them_say(pair: Any) -> Non
     family, plain, model = pair
     layers = FAMILIES[family].layers
     target = Target(prompt=TARGET, position=HOLE)
-    scope = patchscope(model, SOURCES, target, positions=[-1, 1], tokens=list(range(96)))
-    crossed = patchscope(model, SOURCES, target, [0, 2], target_layers=[3, 1], tokens=list(range(96)))
+    scope: Any = patchscope(model, SOURCES, target, positions=[-1, 1], tokens=list(range(96)))
+    crossed: Any = patchscope(model, SOURCES, target, [0, 2], target_layers=[3, 1], tokens=list(range(96)))
     assert scope.probability.dims == ("prompt", "layer", "position", "token")
     assert crossed.probability.dims == ("prompt", "layer", "position", "target_layer", "token")
     unpatched = run(plain, TARGET).softmax(-1)
@@ -107,7 +107,7 @@ def test_a_state_may_be_mapped_on_its_way_and_put_into_several_places(pair: Any)
     def mapping(state: Any, layer: int, target_layer: int) -> Any:
         return state @ matrix * (1 + layer) + target_layer
 
-    scope = patchscope(
+    scope: Any = patchscope(
         model,
         SOURCES[0],
         Target(prompt=TARGET, position=[1, HOLE]),
@@ -124,7 +124,7 @@ def test_a_state_may_be_mapped_on_its_way_and_put_into_several_places(pair: Any)
 def test_generation_keeps_the_patch_in_its_position(pair: Any) -> None:
     family, plain, model = pair
     layers = FAMILIES[family].layers
-    scope = patchscope(model, SOURCES, Target(prompt=TARGET, position=HOLE), [0, 1], generate=4, top_k=3)
+    scope: Any = patchscope(model, SOURCES, Target(prompt=TARGET, position=HOLE), [0, 1], generate=4, top_k=3)
     assert len(scope.receipts) <= 4
     for number, source in enumerate(SOURCES):
         for row, layer in enumerate([0, 1]):
@@ -145,7 +145,7 @@ def test_generation_keeps_the_patch_in_its_position(pair: Any) -> None:
 def test_attention_given_another_prompts_token_says_what_hooks_make_it_say(pair: Any) -> None:
     family, plain, model = pair
     layers, attention = FAMILIES[family].layers, ATTENTION[family]
-    lens = object_attention_lens(model, TARGET, SOURCES[0], HOLE, window=2, tokens=list(range(96)))
+    lens: Any = object_attention_lens(model, TARGET, SOURCES[0], HOLE, window=2, tokens=list(range(96)))
     unpatched = run(plain, TARGET).softmax(-1)
     for first in range(4):
         hooks: list[Hook] = []
@@ -160,7 +160,7 @@ def test_attention_given_another_prompts_token_says_what_hooks_make_it_say(pair:
 def test_on_tinyworld_a_patchscope_reads_the_city_where_the_lens_reads_nothing(world: Any) -> None:
     ask = Target(prompt="You can see Bob in the city of", position=4)
     sources = ["I read in a book that the Eiffel Tower", "I read in a book that the Colosseum"]
-    scope = patchscope(world, sources, ask, slice(0, 8), top_k=1, generate=2)
+    scope: Any = patchscope(world, sources, ask, slice(0, 8), top_k=1, generate=2)
     first = scope.token.isel(position=0, rank=0).values
     assert first[0, :4].tolist() == [" Paris"] * 4 and first[1, :4].tolist() == [" Rome"] * 4
     assert " Paris" not in first[0, 6:].tolist(), "late states come too late for the layers that would read them"
@@ -170,7 +170,7 @@ def test_on_tinyworld_a_patchscope_reads_the_city_where_the_lens_reads_nothing(w
 
 def test_on_tinyworld_attention_reads_the_object_in_the_middle(world: Any) -> None:
     source = "I read in a book that the Eiffel Tower"
-    lens = object_attention_lens(
+    lens: Any = object_attention_lens(
         world, "The Space Needle is in the city of", source, 3, window=5, tokens=[" Paris", " Seattle"]
     )
     paris, seattle = (lens.probability.isel(prompt=0).sel(token=city) for city in (" Paris", " Seattle"))

@@ -107,7 +107,7 @@ def test_a_lens_is_what_it_was_when_it_is_read_again(tmp_path: Path, safetensors
 
 def test_the_packages_own_files_are_read(tmp_path: Path) -> None:
     """As tuned-lens 0.2 writes them: the state of a list of linear layers, and its config."""
-    layers = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
+    layers: Any = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
     torch.save(layers.state_dict(), tmp_path / "params.pt")
     config = {"base_model_name_or_path": "gpt2", "d_model": 8, "num_hidden_layers": 3, "bias": True}
     config |= {"base_model_revision": None, "unembed_hash": "1f", "lens_type": "linear_tuned_lens"}
@@ -116,7 +116,7 @@ def test_the_packages_own_files_are_read(tmp_path: Path) -> None:
     assert all(torch.equal(lens.weight[n], layer.weight) for n, layer in enumerate(layers))
     assert all(torch.equal(lens.bias[n], layer.bias) for n, layer in enumerate(layers))
     lens.save(tmp_path / "again")
-    fresh = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
+    fresh: Any = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
     fresh.load_state_dict(torch.load(tmp_path / "again" / "params.pt", weights_only=True))
     assert torch.equal(fresh[1].weight, layers[1].weight)
 
