@@ -54,6 +54,7 @@ def test_a_lens_over_all_layers_returns_top_k_only(served: Any, world: Any) -> N
     assert read.receipt.result_bytes == places * (5 * (4 + 4) + 4), "five logits, five ids and a partition a place"
     # each rank receives of the other the five best and two numbers of its part of the vocabulary, and the hidden
     # states' sums as every pass does; of whole logits it would be half of the vocabulary
+    print("GATHERED", read.receipt.gathered_bytes, places, read.receipt.carried_bytes, read.receipt.read_bytes)
     assert read.receipt.gathered_bytes < places * VOCABULARY * 4 / 2
     chosen: Any
     plainly: Any
