@@ -4,44 +4,38 @@ import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
 
 import polytrace
 from bench.tinyworld.facts import RELATIONS
+from polytrace import methods
 
 url = os.environ.get("POLYTRACE_URL")
 model = polytrace.connect(url) if url else polytrace.load("bench/tinyworld/model")
-layers, lm_head, norm = model.model.layers, model.lm_head, model.model.norm
 
 encode = model.tokenizer.encode
 landmarks = next(relation.pairs for relation in RELATIONS if relation.name == "landmark_city")
 answers = {place: encode(" " + city, add_special_tokens=False).ids for place, city in landmarks.items()}
 places = [place for place, ids in answers.items() if len(ids) == 1][:60]
-wanted = torch.tensor([answers[place][0] for place in places])
-
+sources = [f"I read in a book that {place}" for place in places]
 asks = encode("You can see Bob in the city of")
-hole = asks.tokens.index("ĠBob")
 
-# one trace: a landmark's last token, in a sentence that asks nothing, is put in Bob's place at the same layer
-said, seen = [], []
-with model.trace() as tracer:
-    for place in places:
-        with tracer.invoke(f"I read in a book that {place}"):
-            states = [layer.output[0][:, -1] for layer in layers]
-            seen.append(torch.cat([lm_head(norm(state)).argmax(-1) for state in states]).save())
-        row = []
-        for layer, state in zip(layers, states, strict=True):
-            with tracer.invoke(asks.ids):
-                layer.output[0][:, hole] = state
-                row.append(lm_head.output[:, -1].argmax(-1))
-        said.append(torch.cat(row).save())
+# a landmark's last token, in a sentence that asks nothing, is put in Bob's place at the same layer
+target = methods.Target(prompt=asks.ids, position=asks.tokens.index("ĠBob"))
+said = methods.patchscope(model, sources, target, top_k=1)
+seen = methods.logit_lens(model, sources, top_k=1)
 
-scope, lens = ((torch.stack(got) == wanted[:, None]).float().mean(0).tolist() for got in (said, seen))
+scope, lens = [], []
+for shares, ids in ((scope, said.token_id), (lens, seen.token_id)):
+    right = ids.isel(position=0, rank=0).values == [answers[place] for place in places]  # landmark x layer
+    shares.extend(right.mean(0).tolist())
 print(f"the city of {len(places)} landmarks, read from one state by layer")
 print("  patchscope", " ".join(f"{value:.2f}" for value in scope))
 print("  logit lens", " ".join(f"{value:.2f}" for value in lens))
-rows, alone = tracer.receipt.token_layers, tracer.receipt.token_layers_alone
-print(f"{rows:,} rows of a layer instead of {alone:,}")
+receipt = said.receipts[0]
+print(f"{receipt.token_layers:,} rows of a layer instead of {receipt.token_layers_alone:,}")
+
+told = methods.patchscope(model, sources[:1], target, layers=[1], generate=3)
+print(f"of {places[0]} it says {told.text.values[0, 0, 0]!r}")
 
 figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
 axes.plot(scope, marker="o", label="patchscope")

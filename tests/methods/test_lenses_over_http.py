@@ -1,0 +1,100 @@
+"""Lenses, patchscopes and batteries on 2 stages x 2 ranks: as in one process, and only their results move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import polytrace
+from bench.service import running_service
+from bench.tinyworld import FOLDER
+from polytrace.methods import (
+    Prompt,
+    Target,
+    TunedLens,
+    lens_divergence,
+    logit_lens,
+    object_attention_lens,
+    patchscope,
+    run_battery,
+    token_directions,
+    tuned_lens,
+)
+
+TOLERANCE = 1e-5  # of max(1, max|one process|), float32, across rank counts
+TOWER, NETHERLANDS = "The Eiffel Tower is in the city of", "The capital city of the Netherlands is"
+LAYERS, VOCABULARY, RANKS = 8, 3200, 2
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    log = tmp_path_factory.mktemp("service") / "serve.log"
+    with running_service(FOLDER, name="tinyworld", stages=2, ranks=RANKS, log=log) as service:
+        yield polytrace.connect(service.url, "tinyworld")
+
+
+def close(ours: Any, theirs: Any) -> None:
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert np.nanmax(np.abs(ours - theirs)) <= TOLERANCE * max(1.0, float(np.nanmax(np.abs(theirs))))
+    assert np.array_equal(np.isnan(ours), np.isnan(theirs))
+
+
+def test_a_lens_over_all_layers_returns_top_k_only(served: Any, world: Any) -> None:
+    read: Any
+    alone: Any
+    read, alone = (logit_lens(one, [TOWER, NETHERLANDS], positions=None, top_k=5) for one in (served, world))
+    close(read.logit, alone.logit)
+    assert np.array_equal(read.token_id, alone.token_id)
+    places = LAYERS * 2 * read.logit.sizes["position"]
+    assert read.receipt.result_bytes == places * (5 * (4 + 4) + 4), "five logits, five ids and a partition a place"
+    # each rank receives of the other the five best and two numbers of its part of the vocabulary, and the hidden
+    # states' sums as every pass does; of whole logits it would be half of the vocabulary
+    print("GATHERED", read.receipt.gathered_bytes, places, read.receipt.carried_bytes, read.receipt.read_bytes)
+    assert read.receipt.gathered_bytes < places * VOCABULARY * 4 / 2
+    chosen: Any
+    plainly: Any
+    chosen, plainly = (logit_lens(one, TOWER, tokens=[" Paris", " Rome"]) for one in (served, world))
+    assert np.array_equal(chosen.rank, plainly.rank) and chosen.receipt.result_bytes == LAYERS * (2 * (4 + 4) + 4)
+
+
+def test_translators_are_uploaded_once(served: Any, world: Any) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    lens = TunedLens(
+        weight=0.02 * torch.randn(LAYERS, 256, 256, generator=drawn), bias=torch.randn(LAYERS, 256, generator=drawn)
+    )
+    first, again, alone = (tuned_lens(one, [TOWER, NETHERLANDS], lens, top_k=3) for one in (served, served, world))
+    close(first.logit, alone.logit)
+    assert first.receipt.loaded_bytes >= 7 * 256 * 256 * 4 and again.receipt.loaded_bytes == 0
+    assert first.receipt.result_bytes == 2 * LAYERS * (3 * 8 + 4)
+    close(lens_divergence(served, [TOWER, NETHERLANDS], lens), lens_divergence(world, [TOWER, NETHERLANDS], lens))
+
+
+def test_patchscopes_and_batteries_are_as_in_one_process(served: Any, world: Any) -> None:
+    ask = Target(prompt="You can see Bob in the city of", position=4)
+    source = "I read in a book that the Eiffel Tower"
+    scope: Any
+    alone: Any
+    scope, alone = (
+        patchscope(one, source, ask, [1, 5], target_layers=[1, 2, 6], top_k=1, generate=2) for one in (served, world)
+    )
+    close(scope.probability, alone.probability)
+    assert scope.text.values.tolist() == alone.text.values.tolist()
+    found, plainly = (
+        object_attention_lens(one, "The Space Needle is in the city of", source, 3, [0, 3]) for one in (served, world)
+    )
+    close(found.probability, plainly.probability)
+    asked = [Prompt(text=TOWER, answers={"right": "Paris", "wrong": ["Rome", "London"]})]
+    battery, by_itself = (run_battery(one, asked, lens="logit", no_space=False) for one in (served, world))
+    close(battery.probability, by_itself.probability)
+    assert battery.receipt.result_bytes == LAYERS * 2 * 4
+
+
+def test_directions_come_back_and_the_vocabulary_stays(served: Any, world: Any) -> None:
+    for kind in ("row", "pseudo_inverse"):
+        ours, theirs = (token_directions(one, [" Paris", " Rome"], kind=kind) for one in (served, world))
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
