@@ -140,6 +140,6 @@ def both(family: str, folder: Path) -> Iterator[Both]:
 
 def close(ours: Any, theirs: Tensor, scale: float = 1.0) -> None:
     """Promise 1, in float32: `max|a - b| <= 1e-5 max(1, max|b|)`."""
-    mine = torch.as_tensor(getattr(ours, "values", ours))
+    mine = ours if isinstance(ours, Tensor) else torch.as_tensor(getattr(ours, "values", ours))
     assert mine.shape == theirs.shape
     assert float((mine - theirs).abs().max()) <= scale * 1e-5 * max(1.0, float(theirs.abs().max()))
