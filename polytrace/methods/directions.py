@@ -17,6 +17,7 @@ from polytrace.certificate import Receipt
 from polytrace.errors import GraphError, WireError
 from polytrace.lines import user_line
 from polytrace.methods.choices import Layers, chosen_layers, needs_torch, token_id
+from polytrace.methods.gates import Gate
 from polytrace.methods.labels import labelled
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from polytrace.modules import Module
 
 _ONE_REQUEST = 512  # prompts of a set that go into one request; of more, a map takes them in parts
-_MEASURES = ("distance", "accuracy")
+_MEASURES = ("distance", "accuracy", "middle")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,6 +60,18 @@ class Vectors:
             method=self.method,
             separation=self.separation,
             receipts=self.receipts,
+        )
+
+    def gate(self, layer: int, position: int | None = None) -> Gate:
+        """What is open on the positive side of the middle between the sets, by the residual along a layer's vector."""
+        if self.separation is None or self.positions is not None:
+            raise GraphError("a gate needs vectors of two sets, whose separation was measured", where=user_line())
+        return Gate(
+            direction=self.unit()[layer],
+            layer=layer,
+            threshold=float(self.separation.sel(layer=layer, measure="middle")),
+            position=position,
+            site=self.site,
         )
 
     def save(self, path: str | Path) -> None:
@@ -118,8 +131,9 @@ def contrastive_vectors(
     prompt counts with its row at a position, or with the mean of its rows at several (None: of all its tokens).
 
     `separation` is of these same prompts, `[layer, measure]`: "distance", between the sets' means along the vector in
-    units of their standard deviation, and "accuracy", of deciding at the middle between the means. Sets of up to 512
-    prompts are one request; larger ones go through `model.map`, with means at the service ("pca" brings rows here).
+    units of their standard deviation, "accuracy", of deciding at the middle between the means, and "middle", where that
+    is along the vector at length 1 (`gate` uses it). Sets of up to 512 prompts are one request; larger ones go through
+    `model.map`, with means at the service ("pca" brings rows here).
     """
     if method not in ("mean", "pca"):
         raise GraphError(f"method is 'mean' or 'pca', not {method!r}", where=user_line())
@@ -269,7 +283,7 @@ def _separation(projections: Sequence[Any], layers: Sequence[int]) -> DataArray:
     spread = (centred.square().sum(1) / max(1, centred.shape[1] - 2)).sqrt()
     middle = ((means[0] + means[1]) / 2)[:, None]
     right = torch.cat([above > middle, below < middle], 1).float().mean(1)
-    return _labelled(torch.stack([(means[0] - means[1]) / spread, right], 1), layers)
+    return _labelled(torch.stack([(means[0] - means[1]) / spread, right, middle[:, 0]], 1), layers)
 
 
 def _labelled(values: Any, layers: Sequence[int]) -> DataArray:

@@ -7,7 +7,7 @@ Conditional Activation Steering (2024, arXiv:2409.05907). Where the vectors come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.methods.choices import Layers, Token, chosen_layers, needs_torch, texts_of, token_id
 from polytrace.methods.directions import Vectors
+from polytrace.methods.gates import AnyGate, Gate
 from polytrace.methods.labels import labelled
 from polytrace.methods.sublayers import find_sublayers, tensor_of
 
@@ -28,32 +29,6 @@ if TYPE_CHECKING:
 
 Positions = int | Sequence[int] | None
 STREAM = ("resid_pre", "resid_mid", "resid_post")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Gate:
-    """Steers only where `residual @ direction + bias` of a layer is above a threshold, in the same run.
-
-    With a position one number of each prompt decides for all of its tokens; without, each token decides for itself.
-    """
-
-    direction: Any  # [hidden]: a probe's weights, a difference of means
-    layer: int  # at or before those that are steered
-    threshold: float = 0.0
-    bias: float = 0.0
-    position: int | None = None
-    site: str = "resid_post"
-
-    def score(self, model: Model) -> Any:
-        """The number that is compared, `[sequences]` or `[sequences, tokens]`, inside a trace."""
-        torch = needs_torch("a gate")
-        layer = model.layers[chosen_layers(model, self.layer)[0]]
-        residual = _of_stream(layer, self.site)
-        rows = residual if self.position is None else residual.at(self.position)
-        return rows.float() @ torch.as_tensor(self.direction, dtype=torch.float32) + self.bias
-
-
-AnyGate = Gate | Callable[[], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +158,7 @@ class _Plan:
         if self.gate is not None:
             score = self.gate.score(model) - self.gate.threshold if isinstance(self.gate, Gate) else self.gate()
         for number, vector in zip(self.layers, self.vectors, strict=True):
-            residual = _of_stream(model.layers[number], self.site)
+            residual = getattr(model.layers[number], self.site)
             added = factor * vector
             if score is not None:
                 added = added * _opened(score, self.positions, residual)
@@ -247,13 +222,9 @@ def _check_gate(model: Model, gate: Gate, layers: Sequence[int], site: str) -> N
         )
 
 
-def _of_stream(layer: Module, site: str) -> Any:
-    return getattr(layer, site)
-
-
 def _written(layer: Module, site: str) -> Any:
     if site in STREAM:
-        return _of_stream(layer, site)
+        return getattr(layer, site)
     if site not in ("attention", "mlp"):
         raise GraphError(
             f"a site is one of {', '.join((*STREAM, 'attention', 'mlp'))}, not {site!r}", where=user_line()

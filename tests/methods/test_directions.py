@@ -60,6 +60,9 @@ def test_vectors_are_those_of_the_hidden_states(
         told = found.separation.sel(layer=layer)
         assert float(told.sel(measure="distance")) == pytest.approx(float((a.mean() - b.mean()) / spread), rel=1e-3)
         assert float(told.sel(measure="accuracy")) == pytest.approx(float(right))
+        gate = found.gate(layer, position=-1)
+        assert gate.threshold == pytest.approx(float(middle), abs=1e-4) and gate.layer == layer
+        close(gate.direction, unit, scale=10)
 
 
 def test_sets_of_different_sizes_have_means_and_no_pairs(served: Both) -> None:
