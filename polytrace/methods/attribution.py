@@ -8,7 +8,7 @@ and scales behind it (Gemma 2's soft-capping) are not linear and are not looked 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.methods.choices import Token, needs_torch, texts_of, token_of_each
-from polytrace.methods.frozen import freeze_norm
+from polytrace.methods.frozen import norm_form
 from polytrace.methods.labels import labelled
 from polytrace.methods.terms import LayerTerms, heads_of, layer_terms, neurons_of
 
@@ -61,28 +61,27 @@ def decompose(model: Model, prompts: Any, position: int = -1, *, by: str = "laye
     _check_choice("by", by, ("layer", "head"))
     names, parts_nD = ["embedding"], []
     with model.trace(prompts) as tracer:
+        directions = None if onto is None else _directions(onto, model).T
+        shown: Callable[[Any], Any] = lambda rows: rows if directions is None else rows @ directions  # noqa: E731
         terms = [layer_terms(layer, position) for layer in model.layers]
-        parts_nD.append(terms[0].embedding_nD)
+        parts_nD.append(shown(terms[0].embedding_nD))
         _chain(terms)
         for number, own in enumerate(terms):
             if by == "layer":
-                parts_nD.append(own.attention_nD)
+                parts_nD.append(shown(own.attention_nD))
                 names.append(f"{number}.attention")
             else:
                 out_nHD, way, constant = heads_of(own)
-                pushed = way.push(out_nHD)
-                num_heads = pushed.shape[1]
-                parts_nD += [*pushed.unbind(1), torch.zeros_like(own.attention_nD) + constant]
-                names += [*(f"{number}.head.{head}" for head in range(num_heads)), f"{number}.attention.bias"]
-            parts_nD.append(own.mlp_nD)
+                heads = shown(way.push(out_nHD)).unbind(1)
+                parts_nD += [*heads, shown(torch.zeros_like(own.attention_nD) + constant)]
+                names += [*(f"{number}.head.{head}" for head in range(len(heads))), f"{number}.attention.bias"]
+            parts_nD.append(shown(own.mlp_nD))
             names.append(f"{number}.mlp")
-        stacked = torch.stack(parts_nD, 1)  # [n, components, D]
-        terms[-1].check("the decomposition at the end", stacked.sum(1), terms[-1].residual_nD)
+        found, whole = torch.stack(parts_nD, 1).save(), shown(terms[-1].residual_nD).save()
         errors = _saved_errors(terms)
-        directions = None if onto is None else _directions(onto, model).T
-        found = (stacked if directions is None else stacked @ directions).save()
-        whole = (terms[-1].residual_nD if directions is None else terms[-1].residual_nD @ directions).save()
     _check(model, errors)
+    off = (found.sum(1) - whole).abs().max() / found.abs().sum(1).max().clamp_min(1e-30)
+    _check(model, (["the sum at the end"], off[None]))
     last = "feature" if onto is None else "direction"
     return Decomposition(
         parts=labelled(found, {"prompt": None, "component": names, last: None}, name="residual"),
@@ -121,11 +120,10 @@ def logit_attribution(
         num_prompts = len(tracer.lengths)
         wanted, other = _pair(model, tokens, num_prompts)
         unembedding_nD, offset = _unembedding(model, wanted, other)
+        final = norm_form(model.ln_final)
+        direction_nD = final.pull(unembedding_nD)  # at scale 1: known before the pass, on every stage
         terms = [layer_terms(layer, position) for layer in model.layers]
         _chain(terms)
-        final = freeze_norm(model.ln_final, terms[-1].residual_nD, terms[-1].at(model.ln_final.output))
-        terms[-1].errors["the final norm as a linear map"] = final.error
-        direction_nD = final.pull(unembedding_nD)
         rest = {"embedding": _dot(terms[0].embedding_nD, direction_nD)}
         attention = torch.stack([_dot(own.attention_nD, direction_nD) for own in terms], 1)
         mlp = torch.stack([_dot(own.mlp_nD, direction_nD) for own in terms], 1)
@@ -144,6 +142,9 @@ def logit_attribution(
                 rest["other neurons"] = dots.sum((1, 2)) - kept.sum((1, 2))
             parts = kept
             rest |= {"attention": attention.sum(1), "mlp bias": mlp.sum(1) - dots.sum((1, 2))}
+        given, got = terms[-1].residual_nD, terms[-1].at(model.ln_final.output)
+        scale_n1, terms[-1].errors["the final norm as a linear map"] = final.scale(given, got)
+        parts, rest = parts * scale_n1[:, None], {term: value * scale_n1[:, 0] for term, value in rest.items()}
         rest["bias"] = _dot(final.bias_D, unembedding_nD) + offset
         rows = torch.arange(num_prompts)
         logits = terms[-1].at(model.lm_head.output)

@@ -3,6 +3,9 @@
 What it is made of is measured by calling the norm on vectors whose result tells weight, bias and whether it centres
 (LayerNorm does, RMSNorm does not; Gemma's adds 1 to its weight), so no family is known here. `r`, one number a row, is
 the one that fits the row's own result. All of it are values of the trace.
+
+A form depends on no prompt, so directions are pulled through it wherever they are needed, before the pass; `r`, which
+is known where the norm is, is multiplied with what came of them.
 """
 
 from __future__ import annotations
@@ -17,28 +20,32 @@ _LARGE = 1024.0  # a power of two: the norm's epsilon is nothing beside its squa
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FrozenNorm:
-    """Of some rows n, with D features."""
+class NormForm:
+    """A norm but for its scale. D = features."""
 
     weight_D: Any
     bias_D: Any
     centres: Any  # 1.0 or 0.0
-    scale_n1: Any  # r
-    error: Any  # of the row that fits worst, relative to its largest value: 0.0 but for rounding
 
-    def apply(self, parts_nPD: Any) -> Any:
-        """What parts `[n, parts, features]` of the norm's input are of its output; the bias is nobody's part."""
-        centred = parts_nPD - self.centres * parts_nPD.mean(-1, keepdim=True)
-        return centred * (self.scale_n1 * self.weight_D)[:, None]
+    def push(self, parts: Any) -> Any:
+        """What parts `[..., D]` of the norm's input are of its output, at scale 1; the bias is nobody's part."""
+        return (parts - self.centres * parts.mean(-1, keepdim=True)) * self.weight_D
 
-    def pull(self, direction_nD: Any) -> Any:
-        """The direction `[n, features]` in the norm's input that one in its output is."""
-        weighted = direction_nD * (self.scale_n1 * self.weight_D)
+    def pull(self, direction: Any) -> Any:
+        """The direction `[..., D]` in the norm's input that one in its output is, at scale 1."""
+        weighted = direction * self.weight_D
         return weighted - self.centres * weighted.mean(-1, keepdim=True)
 
+    def scale(self, given_nD: Any, got_nD: Any) -> tuple[Any, Any]:
+        """`r` of rows that went in and came out, `[n, 1]`, and by how much the worst is off, of the largest value."""
+        pushed, wanted = self.push(given_nD), got_nD - self.bias_D
+        scale = (wanted * pushed).sum(-1, keepdim=True) / (pushed * pushed).sum(-1, keepdim=True).clamp_min(1e-30)
+        error = (wanted - scale * pushed).abs().amax() / wanted.abs().amax().clamp_min(1e-30)
+        return scale, error
 
-def freeze_norm(norm: Module, given_nD: Any, got_nD: Any) -> FrozenNorm:
-    """The norm on rows that went into it and came out of it, inside of a trace; float32."""
+
+def norm_form(norm: Module) -> NormForm:
+    """Inside of a trace; float32."""
     torch = needs_torch("a norm's linear form")
     features = norm._model.description.hidden_size
     signs = torch.ones(features)
@@ -51,8 +58,4 @@ def freeze_norm(norm: Module, given_nD: Any, got_nD: Any) -> FrozenNorm:
     weight, bias = (up - down) / (2 * signs), (up + down) / 2
     passed = ((flat - bias) * weight).sum() / (weight * weight).sum().clamp_min(1e-30)
     centres = 1.0 - passed.clamp(0.0, 1.0).round()  # LayerNorm makes nothing of a vector that is the same everywhere
-    centred = (given_nD - centres * given_nD.mean(-1, keepdim=True)) * weight
-    wanted = got_nD - bias
-    scale = (wanted * centred).sum(-1, keepdim=True) / (centred * centred).sum(-1, keepdim=True).clamp_min(1e-30)
-    error = (wanted - scale * centred).abs().amax() / wanted.abs().amax().clamp_min(1e-30)
-    return FrozenNorm(weight_D=weight, bias_D=bias, centres=centres, scale_n1=scale, error=error)
+    return NormForm(weight_D=weight, bias_D=bias, centres=centres)

@@ -13,7 +13,7 @@ from typing import Any
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.methods.choices import needs_torch
-from polytrace.methods.frozen import FrozenNorm, freeze_norm
+from polytrace.methods.frozen import NormForm, norm_form
 from polytrace.methods.sublayers import Sublayers, find_sublayers, tensor_of
 from polytrace.modules import Module
 
@@ -54,18 +54,17 @@ class LayerTerms:
 class Way:
     """From what a sublayer's last matrix gives to what is added to the residual: a frozen norm, a factor."""
 
-    norm: FrozenNorm | None
-    factor_n1: Any
+    norm: NormForm | None
+    scale_n1: Any  # of the norm and the factor together
+    factor_n1: Any  # of what the norm gives
 
     def push(self, parts_nPD: Any) -> Any:
         """What parts of the matrix's result are of what is added."""
-        normed = parts_nPD if self.norm is None else self.norm.apply(parts_nPD)
-        return normed * self.factor_n1[:, None]
+        return (parts_nPD if self.norm is None else self.norm.push(parts_nPD)) * self.scale_n1[:, None]
 
     def pull(self, direction_nD: Any) -> Any:
         """The direction in the matrix's result that one in the residual is."""
-        scaled = direction_nD * self.factor_n1
-        return scaled if self.norm is None else self.norm.pull(scaled)
+        return (direction_nD if self.norm is None else self.norm.pull(direction_nD)) * self.scale_n1
 
     def constant(self, bias_D: Any) -> Any:
         """What a bias of the matrix and the norm's own add, `[n, D]` (or 0.0)."""
@@ -117,12 +116,12 @@ def neurons_of(terms: LayerTerms) -> tuple[Any, Any, Way, Any]:
 
 def _way(terms: LayerTerms, norm: Module | None, whole_nD: Any, added_nD: Any) -> Way:
     torch = needs_torch("a decomposition")
-    frozen, given = None, whole_nD
+    form, given, scale = None, whole_nD, 1.0
     if norm is not None:
         taken, given = terms.at(norm.input), terms.at(norm.output)
-        frozen = freeze_norm(norm, taken, given)
-        terms.errors[f"{norm._path} as a linear map"] = frozen.error
+        form = norm_form(norm)
+        scale, terms.errors[f"{norm._path} as a linear map"] = form.scale(taken, given)
         terms.check(f"what {norm._path} takes", whole_nD, taken)
     factor = (added_nD * given).sum(-1, keepdim=True) / (given * given).sum(-1, keepdim=True).clamp_min(1e-30)
     factor = torch.where((factor - 1.0).abs() < 1e-3, torch.ones_like(factor), factor)  # most families add it as it is
-    return Way(norm=frozen, factor_n1=factor)
+    return Way(norm=form, scale_n1=factor * scale, factor_n1=factor)
