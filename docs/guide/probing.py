@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,6 +10,7 @@ import torch
 
 import polytrace
 from bench.tinyworld.facts import RELATIONS
+from polytrace.methods import collect
 
 url = os.environ.get("POLYTRACE_URL")
 model = polytrace.connect(url) if url else polytrace.load("bench/tinyworld/model")
@@ -18,10 +20,12 @@ random.Random(0).shuffle(countries)
 kinds = sorted(set(continents.values()))
 labels = torch.tensor([kinds.index(continents[country]) for country in countries])
 
-# one trace: the residual at the country's last token, in a sentence that does not ask for the continent
-with model.trace([f"The capital of {country}" for country in countries]):
-    residuals = [model.model.embed_tokens.output[:, -1].save()]
-    residuals += [layer.output[0][:, -1].save() for layer in model.model.layers]
+# the residual at the country's last token, in a sentence that does not ask for the continent
+prompts = [f"The capital of {country}" for country in countries]
+with tempfile.TemporaryDirectory() as folder:
+    found = collect(model, prompts, to=folder, of=["resid_pre", "resid_post"], positions=-1)
+    names = ["resid_pre.0", *(f"resid_post.{number}" for number in range(len(model.layers)))]
+    residuals = [found.array(name) for name in names]
 
 
 def accuracy(features, labels):
