@@ -115,6 +115,21 @@ def test_names_are_bare_hidden_states_and_slices_are_lists(served: Any) -> None:
         assert model.mlps[1]._path == f"{model.layers[1]._path}.mlp"
 
 
+def test_what_attention_and_mlp_add_makes_up_the_residual(served: Any) -> None:
+    _, _, model = served
+    pairs = []
+    with model.trace(PROMPTS):
+        for layer in model.layers:
+            layer.mlp_added[:, -1] *= 0.5
+            made = layer.resid_pre + layer.attention_added + layer.mlp_added
+            pairs.append((layer.resid_post.save(), made.save()))
+        edited = model.logits.save()
+    with model.trace(PROMPTS):
+        bare = model.logits.save()
+    assert all(difference([made], [last]) <= TOLERANCE for last, made in pairs) and len(pairs) == model.num_layers
+    assert difference([edited[:, -1]], [bare[:, -1]]) > 10 * TOLERANCE
+
+
 def test_facts_are_those_of_the_weights(served: Any) -> None:
     family, plain, model = served
     config = plain.config
