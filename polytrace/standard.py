@@ -31,6 +31,7 @@ VALUES = {  # of every layer: the point that each is
     "mlps_output": "mlp_output",
 }
 MODULES = {"attentions": "self_attn", "mlps": "mlp"}  # of every layer: the name that each has there
+ROOT_MODULES = ("layers", "embed_tokens", "ln_final", "lm_head")
 ROOT_VALUES = ("input_ids", "token_embeddings", "logits")  # points of the model itself
 FACTS = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size")
 _INSTEAD = {
@@ -293,9 +294,13 @@ class StandardNames(Mapping[str, Module]):
 
 def take_renamed(table: Table, renamed: Aliases) -> None:
     """What a user gives a standard name to stands where the service's own finding stood."""
-    for name, path in renamed.get("", {}).items():
-        if name in ("layers", "embed_tokens", "ln_final", "lm_head"):
-            table.standard[name] = path
+    for name in ROOT_MODULES:
+        path = _renamed_root(renamed, name)
+        if path is None:
+            continue
+        table.standard[name] = path
+        if name not in table.children.get("", ()):
+            table.aliases.setdefault("", {})[name] = path
         if name == "embed_tokens":
             _put(table, "", "input_ids", path, Port.INPUT)
             _put(table, "", "token_embeddings", path, Port.OUTPUT)
@@ -310,6 +315,20 @@ def take_renamed(table: Table, renamed: Aliases) -> None:
                 table.parts[owner, name] = PartInfo(module=owner, name=name, path=names[name])
                 _put(table, owner, f"{point}_input", names[name], Port.INPUT)
                 _put(table, owner, f"{point}_output", names[name], Port.OUTPUT)
+
+
+def _renamed_root(renamed: Aliases, name: str) -> str | None:
+    """The one module that a user calls by a standard name of the root, wherever it lies."""
+    targets = list(dict.fromkeys(names[name] for names in renamed.values() if name in names))
+    if name in renamed.get("", {}):
+        return renamed[""][name]
+    if len(targets) > 1:
+        raise GraphError(
+            f"rename: {name!r} of the model would be {len(targets)} modules, {targets[0]} and {targets[1]} among them: "
+            "give the whole path of one",
+            where=user_line(),
+        )
+    return targets[0] if targets else None
 
 
 def _put(table: Table, owner: str, name: str, module: str, port: Port) -> None:

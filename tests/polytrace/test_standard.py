@@ -28,10 +28,14 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def of_family(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    backends: dict[str, Any] = {}
+
     def make(family: str, **more: Any) -> Model:
-        folder = tmp_path_factory.mktemp(family)
-        model_of(family).save_pretrained(folder)
-        return polytrace.load(str(folder), threads=1, **more)
+        if family not in backends:
+            folder = tmp_path_factory.mktemp(family)
+            model_of(family).save_pretrained(folder)
+            backends[family] = polytrace.load(str(folder), threads=1).backend
+        return Model(backends[family], **more)
 
     return make
 
@@ -300,3 +304,7 @@ def test_a_renamed_embedding_and_list_of_layers_are_what_the_names_mean(of_famil
     with renamed.trace(PROMPTS[0]):
         positions, expected = renamed.token_embeddings.save(), renamed.transformer.wpe.output.save()
     assert torch.equal(positions, expected) and renamed.standard["ln_final"] == renamed.last
+    bare = of_family("gpt2", rename={"wpe": "embed_tokens", "h": "layers"})
+    assert bare.embed_tokens == bare.transformer.wpe and bare.layers == bare.transformer.h
+    with pytest.raises(GraphError, match=r"'ln_final' of the model would be 4 modules, transformer\.h\.0\.ln_1 and"):
+        of_family("gpt2", rename={"ln_1": "ln_final"})
