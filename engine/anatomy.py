@@ -46,6 +46,7 @@ class Block:
     module: str  # "": its modules lie in the layer itself
     taken: str | None  # whose input is what it takes
     given: str | None  # whose output is what it gives, without the residual
+    added: str | None = None  # whose output is, as it is, what the layer adds to the residual
     note: str | None = None  # what the layer does to that before it adds it
 
 
@@ -199,11 +200,21 @@ class _Layer:
             router=None if experts is None else self._router(experts),
             experts=experts,
             dropout=self._dropout(),
-            attention_block=self._attention_block(middle, roles, out),
-            mlp_block=self._mlp_block(middle, roles, down, experts),
+            **self._blocks(middle, roles, out, down, experts),
         )
 
     # blocks
+
+    def _blocks(
+        self, middle: _Middle, roles: Mapping[Role, Packed], out: str | None, down: str | None, experts: str | None
+    ) -> dict[str, Block | None]:
+        attention, mlp = self._attention_block(middle, roles, out), self._mlp_block(middle, roles, down, experts)
+        if middle.why_not == _SIDE_BY_SIDE and attention is not None and mlp is not None:
+            sides = ("", "input"), ("", "output"), (attention.given or "", "output"), (mlp.given or "", "output")
+            first, last, *given = (own for path, side in sides if (own := self._rows_of(path, side)) is not None)
+            if len(given) == 2 and _same(last - first, given[0] + given[1]):
+                attention, mlp = replace(attention, added=attention.given), replace(mlp, added=mlp.given)
+        return {"attention_block": attention, "mlp_block": mlp}
 
     def _attention_block(self, middle: _Middle, roles: Mapping[Role, Packed], out: str | None) -> Block | None:
         if self.attention is None:
@@ -249,25 +260,30 @@ class _Layer:
         """`first` and `last` take and give where there is no module around all of it."""
         given = self._rows_of(module, "output") if module else None
         if not module:
-            return Block(module="", taken=first, given=last)
+            own = None if last is None else self._rows_of(last, "output")
+            is_added = own is not None and added is not None and _same(own, added)
+            return Block(module="", taken=first, given=last, added=last if is_added else None)
         block = Block(module=module, taken=module, given=module)
         if given is None or added is None:
             told = None if middle.why_not == _SIDE_BY_SIDE else "what the layer makes of it could not be told"
             return replace(block, note=told)
         if _parallel(given, added):
             scale = float(added.norm() / given.norm())
-            told = None if abs(scale - 1) < 1e-3 else f"before the layer adds {scale:.4g} times it to the residual"
-            return replace(block, note=told)
+            if abs(scale - 1) > 1e-3:
+                return replace(block, note=f"before the layer adds {scale:.4g} times it to the residual")
+            return replace(block, added=module)
         for path, side, value in self.calls:
             tensor = _first(value)
             if side != "output" or not isinstance(tensor, Tensor) or not _parallel(_rows(tensor), added):
                 continue
+            exact = path if _same(_rows(tensor), added) else None
             if path.startswith(f"{module}."):
                 told = f"{path}.output: what {module} gives has the residual in it"
-                return replace(block, given=path, note=told)
+                return replace(block, given=path, added=exact, note=told)
             own = self._rows_of(path, "input")
             if own is not None and _same(own, given):
-                return replace(block, note=f"before {path}, which makes of it what is added to the residual")
+                told = f"before {path}, which makes of it what is added to the residual"
+                return replace(block, added=exact, note=told)
         return replace(block, note="the layer adds something else to the residual")
 
     def _rows_of(self, path: str, side: str) -> Tensor | None:

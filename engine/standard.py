@@ -44,8 +44,8 @@ def find_standard_names(model: PreTrainedModel, layers: str, anatomy: Anatomy, a
         for name, block in (("attention", attention), ("mlp", mlp)):
             part = _PARTS[name]
             parts.append(_part(path, part, block, _NO_TWIN if kind is None else _NO_BLOCK[name]))
-            for side in (Port.INPUT, Port.OUTPUT):
-                points.append(_point(path, f"{name}_{side.value}", block, side, at, width, parts[-1]))
+            for side in _SIDES:
+                points.append(_point(path, f"{name}_{side}", block, side, at, width, parts[-1]))
     refusals = {name: why for name, why in _NO_MODULE.items() if name not in modules}
     facts = tuple(_facts(model, layers, len(listed), at))
     return StandardNames(modules=modules, refusals=refusals, parts=tuple(parts), points=tuple(points), facts=facts)
@@ -93,19 +93,21 @@ def _part(layer: str, name: str, block: Block | None, why_not: str) -> PartInfo:
     return PartInfo(module=layer, name=name, path=join(layer, block.module))
 
 
-def _point(layer: str, name: str, block: Block | None, side: Port, at: Sites, width: int, part: PartInfo) -> PointInfo:
-    """What a block takes or gives, one tensor as wide as the residual."""
+def _point(layer: str, name: str, block: Block | None, side: str, at: Sites, width: int, part: PartInfo) -> PointInfo:
+    """What a block takes, gives or adds to the residual, one tensor as wide as that."""
     if block is None or (block.given is None and block.taken is None):
         return PointInfo(module=layer, name=name, site=None, refusal=part.refusal)
-    module = block.taken if side is Port.INPUT else block.given
-    info = None if module is None else at.get((join(layer, module), side))
+    module = {"input": block.taken, "output": block.given, "added": block.added}[side]
+    port = Port.INPUT if side == "input" else Port.OUTPUT
+    info = None if module is None else at.get((join(layer, module), port))
     leaf = None if info is None else _hidden(info.leaves, width)
     if info is None or leaf is None:
-        return PointInfo(module=layer, name=name, site=None, refusal=_NO_SIDE.format(side=side.value, width=width))
-    note = block.note if side is Port.OUTPUT else None
-    return PointInfo(
-        module=layer, name=name, site=Site(module=info.module, port=side, selector=leaf.selector), note=note
-    )
+        refusal = (
+            _NOT_ADDED.format(note=block.note or "") if side == "added" else _NO_SIDE.format(width=width, side=side)
+        )
+        return PointInfo(module=layer, name=name, site=None, refusal=refusal.rstrip(": "))
+    site = Site(module=info.module, port=port, selector=leaf.selector)
+    return PointInfo(module=layer, name=name, site=site, note=block.note if side == "output" else None)
 
 
 def _hidden(leaves: Sequence[Leaf], width: int) -> Leaf | None:
@@ -154,6 +156,7 @@ def _told(text: Any, name: str) -> int | None:
     return text.hidden_size // heads if heads else None
 
 
+_SIDES = ("input", "output", "added")
 _PARTS = {"attention": "self_attn", "mlp": "mlp"}
 _KEYS = {
     "num_heads": ("num_attention_heads",),
@@ -168,6 +171,7 @@ _NO_BLOCK = {
 _IN_THE_LAYER = "its parts ({}, ...) lie in the layer itself, not in a module of their own"
 _SEVERAL = "modules of this layer give its parts one by one, and nothing gives their sum"
 _NO_SIDE = "this forward has no tensor of {width} features as its {side}"
+_NOT_ADDED = "no tensor of this forward is what is added to the residual: {note}"
 _NO_MODULE = {
     "embed_tokens": "the model has no embedding of tokens that is a module",
     "ln_final": "no module behind the layers takes what the last one gives and gives what the head takes",

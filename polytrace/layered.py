@@ -11,6 +11,7 @@ from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.modules import Module
 from polytrace.points import DIMS, owners
+from polytrace.ports import OpenPort
 from polytrace.tree import NoSuchLayerError, NoSuchNameError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class _Layered:
 
     def refusals(self) -> list[str | None]:
         """Of each layer, why it has no such thing; None where it has."""
-        return [self._refusal(layer) for layer in self._layers]
+        return [self._refusal(layer._path) for layer in self._layers]
 
     def lines(self) -> Iterator[str]:
         """What it is, and which layers have no such thing."""
@@ -53,13 +54,17 @@ class _Layered:
                 yield f"{self._name}[{numbers}]: not here, {refusal}"
 
     @property
-    def _layers(self) -> Sequence[Module]:
-        return tuple(self._model.standard["layers"])
+    def _layers(self) -> tuple[Module, ...]:
+        """The same objects each time, which know their points."""
+        layers: Module = self._model
+        for name in self._model._table.standard["layers"].split("."):
+            layers = getattr(layers, name)
+        return layers._members
 
     def _get(self, number: int) -> Any:
         raise NotImplementedError
 
-    def _refusal(self, layer: Module) -> str | None:
+    def _refusal(self, layer: str) -> str | None:
         raise NotImplementedError
 
     def _told(self) -> str:
@@ -70,23 +75,20 @@ class LayerModules(_Layered):
     """A module of each layer."""
 
     def _get(self, number: int) -> Module:
-        layer = self._layers[number]
+        layer = self._layers[number]._path
         refusal = self._refusal(layer)
         if refusal is not None:
             raise NoSuchNameError(f"there is no {self._name}[{number}]: {refusal}", where=user_line())
-        return self._model.get_submodule(self._model._table.parts[layer._path, self._inside].path or "")
+        return self._model.get_submodule(self._model._table.parts[layer, self._inside].path or "")
 
-    def _refusal(self, layer: Module) -> str | None:
-        part = self._model._table.parts.get((layer._path, self._inside))
+    def _refusal(self, layer: str) -> str | None:
+        part = self._model._table.parts.get((layer, self._inside))
         return "nobody has told which module that is" if part is None else part.refusal
 
     def _told(self) -> str:
-        ways = {
-            part.path.removeprefix(f"{layer._path}.")
-            for layer in self._layers
-            if (part := self._model._table.parts.get((layer._path, self._inside))) is not None and part.path is not None
-        }
-        return "modules" if not ways else f"modules, {' or '.join(sorted(ways))} of each layer"
+        parts = [self._model._table.parts.get((layer._path, self._inside)) for layer in self._layers]
+        ways = sorted({p.path.removeprefix(f"{p.module}.") for p in parts if p is not None and p.path is not None})
+        return f"modules, {' or '.join(ways)} of each layer" if ways else "modules"
 
 
 class LayerValues(_Layered):
@@ -95,7 +97,7 @@ class LayerValues(_Layered):
     def __setitem__(self, index: Any, value: Any) -> None:
         numbers = numbers_of(self, index)
         if not isinstance(index, slice):
-            self._put(numbers[0], value)
+            self._port(numbers[0]).write(value)
             return
         if not isinstance(value, (list, tuple)) or len(value) != len(numbers):
             told = f"a list of {len(value)}" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
@@ -104,17 +106,17 @@ class LayerValues(_Layered):
                 where=user_line(),
             )
         for number, own in zip(numbers, value, strict=True):
-            self._put(number, own)
+            self._port(number).write(own)
 
     def _get(self, number: int) -> Any:
-        return self._layers[number]._port(self._inside).read()
+        return self._port(number).read()
 
-    def _put(self, number: int, value: Any) -> None:
-        self._layers[number]._port(self._inside).write(value)
+    def _port(self, number: int) -> OpenPort:
+        return self._layers[number]._port(self._inside)
 
-    def _refusal(self, layer: Module) -> str | None:
+    def _refusal(self, layer: str) -> str | None:
         table = self._model._table
-        owner = owners(table, layer._path).get(self._inside)
+        owner = owners(table, layer).get(self._inside)
         info = table.points.get(owner, {}).get(self._inside) if owner is not None else None
         return "it has none" if owner is None else None if info is None else info.refusal
 

@@ -24,9 +24,10 @@ from polytrace.keywords import check_trace_keywords
 from polytrace.kinds import Kind, value_kind
 from polytrace.lines import user_line
 from polytrace.modules import Module
+from polytrace.renaming import take_renamed
 from polytrace.scanning import Checking
 from polytrace.session import Session
-from polytrace.standard import StandardModel, take_renamed
+from polytrace.standard import StandardModel
 from polytrace.tokenizer import load_tokenizer
 from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import NoSuchNameError, Table, index_description, join

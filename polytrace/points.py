@@ -34,12 +34,14 @@ DIMS: dict[str, tuple[str, ...]] = {
     "head_out": _HEADS,  # features of the residual
     "attention_input": _STREAM,  # what the module that attends is given
     "attention_output": _STREAM,  # the hidden states that it gives
+    "attention_added": _STREAM,  # what is added to the residual: behind a norm where a family has one there
     "resid_mid": _STREAM,  # between attention and MLP
     "router": ("sequence", "token", "expert"),
     "mlp_pre": ("sequence", "token", "neuron"),  # what the activation takes
     "mlp_post": ("sequence", "token", "neuron"),  # what is projected back
     "mlp_input": _STREAM,
     "mlp_output": _STREAM,
+    "mlp_added": _STREAM,
     "resid_post": _STREAM,  # what a layer gives
 }
 

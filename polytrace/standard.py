@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from polytrace.aliases import Aliases
-from polytrace.description import ModelDescription, PartInfo, PointInfo
+from polytrace.description import ModelDescription
 from polytrace.errors import GraphError
-from polytrace.graph import Port
 from polytrace.layered import LayerModules, LayerValues, numbers_of
 from polytrace.lines import user_line
 from polytrace.modules import Module
 from polytrace.storage import is_recorded
-from polytrace.tree import NoSuchNameError, Table
+from polytrace.tree import NoSuchNameError
 
 VALUES = {  # of every layer: the point that each is
     "layers_input": "resid_pre",
@@ -289,32 +287,3 @@ class StandardNames(Mapping[str, Module]):
                 yield f"{name}: {getattr(model, name)}"
             except GraphError as refused:
                 yield f"{name}: not here, {str(refused).partition(': ')[2]}"
-
-
-def take_renamed(table: Table, renamed: Aliases) -> None:
-    """What a user gives a standard name to stands where the service's own finding stood."""
-    for name, path in renamed.get("", {}).items():
-        if name in ("layers", "embed_tokens", "ln_final", "lm_head"):
-            table.standard[name] = path
-        if name == "embed_tokens":
-            _put(table, "", "input_ids", path, Port.INPUT)
-            _put(table, "", "token_embeddings", path, Port.OUTPUT)
-        if name == "layers" and path != table.description.layers:
-            for child in table.children.get(path, ()):
-                _put(table, f"{path}.{child}", "resid_pre", f"{path}.{child}", Port.INPUT)
-                _put(table, f"{path}.{child}", "resid_post", f"{path}.{child}", Port.OUTPUT)
-    for owner, names in renamed.items():
-        is_layer = owner.rpartition(".")[0] == table.standard["layers"]
-        for name, point in (("self_attn", "attention"), ("mlp", "mlp")):
-            if is_layer and name in names:
-                table.parts[owner, name] = PartInfo(module=owner, name=name, path=names[name])
-                _put(table, owner, f"{point}_input", names[name], Port.INPUT)
-                _put(table, owner, f"{point}_output", names[name], Port.OUTPUT)
-
-
-def _put(table: Table, owner: str, name: str, module: str, port: Port) -> None:
-    """A point is the one tensor of a module's side, or the first of several."""
-    own = table.ports.get((module, port.value))
-    found = None if own is None else next((own.leaves[way][0] for way in ((), (0,)) if way in own.leaves), None)
-    refusal = None if found is not None else f"{module} has no {port.value} that is a tensor, or a tuple of them"
-    table.points.setdefault(owner, {})[name] = PointInfo(module=owner, name=name, site=found, refusal=refusal)

@@ -49,9 +49,10 @@ def test_attention_and_mlp_are_the_modules_with_all_their_parts() -> None:
     granite = _parts("Granite", num_hidden_layers=2, residual_multiplier=0.22)
     for block in (granite.attention_block, granite.mlp_block):
         assert block is not None and block.note is not None and "adds 0.22 times it" in block.note
+        assert block.added is None
     olmo, bitnet = _parts("Olmo2", num_hidden_layers=2), _parts("BitNet", num_hidden_layers=2)
     assert olmo.mlp_block is not None and str(olmo.mlp_block.note).startswith("before post_feedforward_layernorm")
-    assert bitnet.mlp_block == Block(module="mlp", taken="mlp", given="mlp")  # its activation is no module
+    assert bitnet.mlp_block == Block(module="mlp", taken="mlp", given="mlp", added="mlp")  # its activation is no module
     experts = list(find_anatomy(transformers.DeepseekV3Config(num_hidden_layers=4), "model.layers").kinds.values())
     assert len(experts) == 2 and {parts.mlp_block for parts in experts} == {bitnet.mlp_block}  # shared ones are inside
 
@@ -61,8 +62,9 @@ def test_what_has_the_residual_in_it_or_no_module_around_it_is_told() -> None:
     config = transformers.RobertaPreLayerNormConfig(num_hidden_layers=2, is_decoder=True)
     (roberta,) = find_anatomy(config, layers).kinds.values()
     attention, mlp = roberta.attention_block, roberta.mlp_block
-    assert attention is not None and (attention.module, attention.given) == ("attention", "attention.output.dense")
+    assert attention is not None and attention.module == "attention"
+    assert attention.given == attention.added == "attention.output.dense"
     assert attention.note == "attention.output.dense.output: what attention gives has the residual in it"
-    assert mlp == Block(module="", taken="intermediate.dense", given="output.dense")
+    assert mlp == Block(module="", taken="intermediate.dense", given="output.dense", added="output.dense")
     shared = _parts("GraniteMoeShared", num_hidden_layers=2)
     assert shared.mlp_block == Block(module="", taken=None, given=None)

@@ -28,10 +28,14 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def of_family(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    backends: dict[str, Any] = {}
+
     def make(family: str, **more: Any) -> Model:
-        folder = tmp_path_factory.mktemp(family)
-        model_of(family).save_pretrained(folder)
-        return polytrace.load(str(folder), threads=1, **more)
+        if family not in backends:
+            folder = tmp_path_factory.mktemp(family)
+            model_of(family).save_pretrained(folder)
+            backends[family] = polytrace.load(str(folder), threads=1).backend
+        return Model(backends[family], **more)
 
     return make
 
@@ -113,6 +117,21 @@ def test_names_are_bare_hidden_states_and_slices_are_lists(served: Any) -> None:
     if family != "opt":
         assert model.mlps[1] == model.layers[1].mlp == model.mlps[1:2][0]
         assert model.mlps[1]._path == f"{model.layers[1]._path}.mlp"
+
+
+def test_what_attention_and_mlp_add_makes_up_the_residual(served: Any) -> None:
+    _, _, model = served
+    pairs = []
+    with model.trace(PROMPTS):
+        for layer in model.layers:
+            layer.mlp_added[:, -1] *= 0.5
+            made = layer.resid_pre + layer.attention_added + layer.mlp_added
+            pairs.append((layer.resid_post.save(), made.save()))
+        edited = model.logits.save()
+    with model.trace(PROMPTS):
+        bare = model.logits.save()
+    assert all(difference([made], [last]) <= TOLERANCE for last, made in pairs) and len(pairs) == model.num_layers
+    assert difference([edited[:, -1]], [bare[:, -1]]) > 10 * TOLERANCE
 
 
 def test_facts_are_those_of_the_weights(served: Any) -> None:
@@ -285,3 +304,7 @@ def test_a_renamed_embedding_and_list_of_layers_are_what_the_names_mean(of_famil
     with renamed.trace(PROMPTS[0]):
         positions, expected = renamed.token_embeddings.save(), renamed.transformer.wpe.output.save()
     assert torch.equal(positions, expected) and renamed.standard["ln_final"] == renamed.last
+    bare = of_family("gpt2", rename={"wpe": "embed_tokens", "h": "layers"})
+    assert bare.embed_tokens == bare.transformer.wpe and bare.layers == bare.transformer.h
+    with pytest.raises(GraphError, match=r"'ln_final' of the model would be 4 modules, transformer\.h\.0\.ln_1 and"):
+        of_family("gpt2", rename={"ln_1": "ln_final"})
