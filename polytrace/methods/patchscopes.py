@@ -72,9 +72,9 @@ def patchscope(
 
     Every state, that is each of the source's `prompts` at each of `layers` (by default all) and `positions` (by default
     the last), goes to the target's position at the same layer, or at each of `target_layers`. `mapping(state, layer,
-    target_layer)` may change it on its way; its code is recorded. `target`: a `Target`, or a text whose last token is
-    the placeholder. What comes back is the next token behind the target: the `top_k` most likely ones, or chosen
-    `tokens`' probabilities. `of`: a named point, where states are read and put.
+    target_layer)` may change it on its way, or give a tensor of yours instead; its code is recorded. `target`: a
+    `Target`, or a text whose last token is the placeholder. What comes back is the next token behind the target: the
+    `top_k` most likely ones, or chosen `tokens`' probabilities. `of`: a named point, where states are read and put.
 
     `generate=n`: also the n tokens that the model goes on with, greedily, the state kept in its position; less where it
     ends by itself. The service does not generate, so each token is a request of its own whose prompts are one token
