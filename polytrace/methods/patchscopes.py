@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from polytrace.certificate import Receipt
     from polytrace.model import Model
 
-Mapping = Callable[[Any, int, int], Any]  # a state, the layer it is of, the layer it goes to -> what is put there
+StateMapping = Callable[[Any, int, int], Any]  # a state, the layer it is of, the layer it goes to -> what is put there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def patchscope(
     positions: Any = -1,
     *,
     target_layers: Any = None,
-    mapping: Mapping | None = None,
+    mapping: StateMapping | None = None,
     top_k: int = 5,
     tokens: Any = None,
     generate: int = 0,
@@ -137,7 +137,7 @@ def _patched(
     cells: Sequence[_Cell],
     targets: Sequence[tuple[int, ...]],
     holes: Sequence[int],
-    mapping: Mapping | None,
+    mapping: StateMapping | None,
     of: Of,
     top_k: int,
     ids: list[int] | None,
@@ -179,7 +179,7 @@ def _generated(
     cells: Sequence[_Cell],
     into: tuple[int, ...],
     holes: Sequence[int],
-    mapping: Mapping | None,
+    mapping: StateMapping | None,
     of: Of,
     count: int,
     top_k: int,

@@ -14,6 +14,7 @@ from polytrace.prompts import PromptBook
 from polytrace.tokenizer import token_texts
 
 if TYPE_CHECKING:
+    from polytrace.description import Leaf
     from polytrace.model import Model
     from polytrace.modules import Module
 
@@ -125,6 +126,12 @@ def point_of(layer: Module, of: Of) -> Any:
         known = ", ".join(name for name, dims in DIMS.items() if dims == STREAM)
         raise GraphError(f"{of!r} is no part of the residual; it is one of {known}, or a function", where=user_line())
     return getattr(layer, of)
+
+
+def residual_leaf(model: Model) -> Leaf:
+    """What is known of the residual without a trace: its features are `tail[-1]`."""
+    leaves = model._index.ports[model.layers[0]._path, "output"].leaves
+    return next(leaf for _, leaf in leaves.values())
 
 
 def attention_of(model: Model, number: int) -> Module:

@@ -185,6 +185,23 @@ def test_on_tinyworld_the_answer_comes_in_the_middle_and_only_top_k_leaves(world
     assert "' Paris' 100%" in chosen.table().iloc[7, 0]
 
 
+def test_a_prompt_has_the_bits_among_others_that_it_has_alone(pair: Any) -> None:
+    model = pair[2]
+    together: Any = logit_lens(model, PROMPTS, positions=None)
+    for number, prompt in enumerate(PROMPTS):
+        alone: Any = logit_lens(model, prompt, positions=None)
+        own = together.logit.isel(prompt=number, position=slice(7 - len(prompt), None))
+        assert np.array_equal(own, alone.logit.isel(prompt=0))
+
+
+def test_a_lens_on_a_model_in_bfloat16(world: Any) -> None:
+    with polytrace.load(str(FOLDER), threads=1, dtype="bfloat16") as half:
+        read, exact = (logit_lens(one, TOWER, [2, 5, 7], tokens=[" Paris", " Rome"]) for one in (half, world))
+        assert np.abs(read.probability - exact.probability).max() < 0.05
+        found, wanted = (token_directions(one, [" Paris"], kind="pseudo_inverse")[0] for one in (half, world))
+        assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.99
+
+
 def test_mistakes_are_told_in_the_users_line(world: Any) -> None:
     here = os.path.basename(__file__)
     for call, words in (
