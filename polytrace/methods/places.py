@@ -23,23 +23,16 @@ Of = (
     str | Callable[[Any], Any]
 )  # a named point of a layer, or what to read of a layer: `lambda layer: layer.mlp.output`
 
-_IN_ONE_VIEW = 32  # prompts: as many share one invoke, whose prompts stay together when passes are cut
-
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts as token ids, cut into the invokes of one trace."""
+    """Prompts as token ids."""
 
     sequences: tuple[tuple[int, ...], ...]
     texts: tuple[tuple[str, ...], ...]  # of each prompt's tokens
 
     def __len__(self) -> int:
         return len(self.sequences)
-
-    def groups(self) -> list[list[list[int]]]:
-        """What to give to `tracer.invoke`, in order."""
-        rows = [list(sequence) for sequence in self.sequences]
-        return [rows[first : first + _IN_ONE_VIEW] for first in range(0, len(rows), _IN_ONE_VIEW)]
 
     @property
     def longest(self) -> int:
