@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from polytrace.certificate import Receipt
     from polytrace.model import Model
 
+_LOGIT_BYTES = 64 << 20  # of the layers that are unembedded in one call, about
+
 Translate = Callable[[Any, int], Any]  # a residual and its layer's number -> the residual that is unembedded
 
 
@@ -119,21 +121,25 @@ def read_lens(
     prepare_unembedding(model)
     saved: list[Any] = []
     with model.trace() as tracer:
-        for group in batch.groups():
-            with tracer.invoke(group):
-                read = []
+        for sequence in batch.sequences:  # each an invoke of its own: the bits that it has alone
+            with tracer.invoke([list(sequence)]):
+                residuals = []
                 for number in numbers:
                     hidden = point_of(model.layers[number], of)
                     hidden = hidden if is_whole else hidden.at(places)
-                    logits = unembed(model, translate(hidden, number) if translate else hidden)
+                    residuals.append(translate(hidden, number) if translate else hidden)
+                step = max(1, _LOGIT_BYTES // (4 * vocabulary * (len(sequence) if is_whole else len(places))))
+                read = []
+                for first in range(0, len(numbers), step):
+                    logits = unembed(model, functions.stack(residuals[first : first + step], 1))
                     read.append(_kept(logits, top_k, ids))
-                saved.append([functions.stack(list(part), 1).save() for part in zip(*read, strict=True)])
+                saved.append([functions.cat(list(part), 1).save() for part in zip(*read, strict=True)])
     parts = [_joined(part, batch, is_whole) for part in zip(*saved, strict=True)]
     return _reading(model, batch, numbers, places, ids, parts, tracer.receipt)
 
 
 def _kept(logits: Any, top_k: int, ids: list[int] | None) -> tuple[Any, Any, Any]:
-    """What is left of `[prompts, positions, vocabulary]`: logits, what they are tokens or ranks of, the partition."""
+    """What is left of `[1, layers, positions, vocabulary]`: logits, what they are tokens or ranks of, the partition."""
     partition = logits.float().logsumexp(-1)
     if ids is None:
         values, tokens = logits.topk(top_k)
@@ -143,7 +149,7 @@ def _kept(logits: Any, top_k: int, ids: list[int] | None) -> tuple[Any, Any, Any
 
 
 def _joined(parts: Sequence[Any], batch: Prompts, is_whole: bool) -> Any:
-    """Groups put together, `[prompts, layers, positions, ...]`; pads are NaN or -1."""
+    """Prompts put together, `[prompts, layers, positions, ...]`; pads are NaN or -1."""
     import numpy as np
 
     arrays = [np.asarray(part) for part in parts]

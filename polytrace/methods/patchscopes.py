@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from polytrace.certificate import Receipt
     from polytrace.model import Model
 
-Mapping = Callable[[Any, int, int], Any]  # a state, the layer it is of, the layer it goes to -> what is put there
+StateMapping = Callable[[Any, int, int], Any]  # a state, the layer it is of, the layer it goes to -> what is put there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def patchscope(
     positions: Any = -1,
     *,
     target_layers: Any = None,
-    mapping: Mapping | None = None,
+    mapping: StateMapping | None = None,
     top_k: int = 5,
     tokens: Any = None,
     generate: int = 0,
@@ -72,9 +72,9 @@ def patchscope(
 
     Every state, that is each of the source's `prompts` at each of `layers` (by default all) and `positions` (by default
     the last), goes to the target's position at the same layer, or at each of `target_layers`. `mapping(state, layer,
-    target_layer)` may change it on its way; its code is recorded. `target`: a `Target`, or a text whose last token is
-    the placeholder. What comes back is the next token behind the target: the `top_k` most likely ones, or chosen
-    `tokens`' probabilities. `of`: a named point, where states are read and put.
+    target_layer)` may change it on its way, or give a tensor of yours instead; its code is recorded. `target`: a
+    `Target`, or a text whose last token is the placeholder. What comes back is the next token behind the target: the
+    `top_k` most likely ones, or chosen `tokens`' probabilities. `of`: a named point, where states are read and put.
 
     `generate=n`: also the n tokens that the model goes on with, greedily, the state kept in its position; less where it
     ends by itself. The service does not generate, so each token is a request of its own whose prompts are one token
@@ -137,7 +137,7 @@ def _patched(
     cells: Sequence[_Cell],
     targets: Sequence[tuple[int, ...]],
     holes: Sequence[int],
-    mapping: Mapping | None,
+    mapping: StateMapping | None,
     of: Of,
     top_k: int,
     ids: list[int] | None,
@@ -179,7 +179,7 @@ def _generated(
     cells: Sequence[_Cell],
     into: tuple[int, ...],
     holes: Sequence[int],
-    mapping: Mapping | None,
+    mapping: StateMapping | None,
     of: Of,
     count: int,
     top_k: int,

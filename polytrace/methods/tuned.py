@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.lines import user_line
 from polytrace.methods.lenses import Reading, Translate, read_lens
-from polytrace.methods.places import Of
+from polytrace.methods.places import Of, residual_leaf
 
 if TYPE_CHECKING:
     from polytrace.model import Model
@@ -96,7 +96,7 @@ class TunedLens:
         """What `read_lens` calls in a trace. Raises GraphError for a lens of another model's size, or another point."""
         import torch
 
-        shape = (len(model.layers), residual_width(model))
+        shape = (len(model.layers), residual_leaf(model).tail[-1])
         if (self.num_layers, int(self.weight.shape[-1])) != shape:
             raise GraphError(
                 f"this tuned lens is of {self.num_layers} layers with {self.weight.shape[-1]} features; "
@@ -136,12 +136,6 @@ def tuned_lens(
     """
     translate = lens.translation(model, of)
     return read_lens(model, prompts, layers, positions, top_k=top_k, tokens=tokens, of=of, translate=translate)
-
-
-def residual_width(model: Model) -> int:
-    """Features of the residual."""
-    leaves = model._index.ports[model.layers[0]._path, "output"].leaves
-    return next(leaf for _, leaf in leaves.values()).tail[-1]
 
 
 def _read_config(path: Path, where: str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from polytrace import functions
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.methods.labels import labelled
-from polytrace.methods.places import Of, layers_of, point_of
-from polytrace.methods.tuned import TunedLens, residual_width
+from polytrace.methods.places import Of, layers_of, point_of, residual_leaf
+from polytrace.methods.tuned import TunedLens
 from polytrace.methods.unembedding import FinalNorm, behind_head, final_norm, prepare_unembedding, unembed
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def train_tuned_lens(
             f"{learning_rate}",
             where=user_line(),
         )
-    chosen, count, width = layers_of(model, layers), len(model.layers), residual_width(model)
+    chosen, count, width = layers_of(model, layers), len(model.layers), residual_leaf(model).tail[-1]
     prepare_unembedding(model)
     head = _head(model, device)
     weights = [torch.zeros(width, width, device=device, requires_grad=True) for _ in chosen]
@@ -177,7 +177,7 @@ def _head(model: Model, device: str) -> _Head:
 
     norm = final_norm(model)
     vocabulary = model.description.vocab_size
-    step = max(1, _CHUNK_BYTES // (4 * residual_width(model)))
+    step = max(1, _CHUNK_BYTES // (4 * residual_leaf(model).tail[-1]))
     parts, bias = [], None
     for first in range(0, vocabulary, step):
         with model.base.trace([[0]]):

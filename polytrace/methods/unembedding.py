@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from polytrace import functions
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
+from polytrace.methods.places import residual_leaf
 
 if TYPE_CHECKING:
     from polytrace.model import Model
@@ -67,8 +68,7 @@ def prepare_unembedding(model: Model) -> None:
         found = functions.stack([(change(raw).float() - own).abs().max() for change in candidates]).save()
     differences = [float(one) for one in found]
     best = min(range(len(differences)), key=differences.__getitem__)
-    dtype = str(base.config.get("dtype") or "float32")
-    limit = _TOLERANCE.get(dtype, _COARSE) * max(1.0, float(largest))
+    limit = _TOLERANCE.get(residual_leaf(base).dtype, _COARSE) * max(1.0, float(largest))
     if not differences[best] <= limit:
         raise GraphError(
             f"no lens on {base.description.name}: behind its last layer, final norm and head give logits that differ "
@@ -139,15 +139,15 @@ def final_norm(model: Model) -> FinalNorm:
     """
     import torch
 
+    leaf = residual_leaf(model)
+    size = leaf.tail[-1]
+    sign = torch.ones(size)
+    sign[::2] = -1.0
+    sign = sign - sign.mean()  # of an odd number of features
+    trial = torch.randn(size, generator=torch.Generator().manual_seed(0)) + 0.5
+    rows = torch.stack([torch.zeros(size), sign, torch.ones(size), _SMALL * sign, trial])
     with model.base.trace([[0]]):
-        residual = model.layers[-1].resid_post  # for its width and dtype: nothing of it is needed
-        size = residual.shape[-1]
-        sign = torch.ones(size)
-        sign[::2] = -1.0
-        sign = sign - sign.mean()  # of an odd number of features
-        trial = torch.randn(size, generator=torch.Generator().manual_seed(0)) + 0.5
-        rows = torch.stack([torch.zeros(size), sign, torch.ones(size), _SMALL * sign, trial])
-        given = model.ln_final(rows.to(residual.dtype)).float().save()
+        given = model.ln_final(rows.to(getattr(torch, leaf.dtype))).float().save()
     shift, whole, ones, small, wanted = given
     gain = (whole - shift) / sign
     parts = gain.abs() > 1e-3

@@ -174,15 +174,37 @@ def test_on_tinyworld_the_answer_comes_in_the_middle_and_only_top_k_leaves(world
     assert paris[2:] == [" Paris"] * 6 and " Paris" not in paris[:2]
     sure = read.probability.isel(prompt=0, position=-1, rank=0)
     assert sure.sel(layer=3) < 0.5 < sure.sel(layer=5) and sure.sel(layer=7) > 0.99
-    places = 2 * 8 * read.logit.sizes["position"]
+    places = 8 * int((read.logit.position_token != "").sum())  # of the shorter prompt no pads
     assert read.receipt.result_bytes == places * (2 * (4 + 4) + 4)  # two logits and ids, and a partition
     assert read.table(0).iloc[7, -1] == " Paris 100%"
     assert list(read.table(0).columns)[-1].endswith(": of")
     frame = read.to_dataframe()
-    assert len(frame) == places * 2 and set(frame.columns) >= {"layer", "position_token", "token_text", "probability"}
+    assert len(frame) == read.logit.size and set(frame.columns) >= {
+        "layer",
+        "position_token",
+        "token_text",
+        "probability",
+    }
     chosen: Any = logit_lens(world, TOWER, tokens=[" Paris", " Rome"])
     assert chosen.rank.sel(token=" Paris").values.ravel().tolist()[2:] == [0] * 6
     assert "' Paris' 100%" in chosen.table().iloc[7, 0]
+
+
+def test_a_prompt_has_the_bits_among_others_that_it_has_alone(pair: Any) -> None:
+    model = pair[2]
+    together: Any = logit_lens(model, PROMPTS, positions=None)
+    for number, prompt in enumerate(PROMPTS):
+        alone: Any = logit_lens(model, prompt, positions=None)
+        own = together.logit.isel(prompt=number, position=slice(7 - len(prompt), None))
+        assert np.array_equal(own, alone.logit.isel(prompt=0))
+
+
+def test_a_lens_on_a_model_in_bfloat16(world: Any) -> None:
+    with polytrace.load(str(FOLDER), threads=1, dtype="bfloat16") as half:
+        read, exact = (logit_lens(one, TOWER, [2, 5, 7], tokens=[" Paris", " Rome"]) for one in (half, world))
+        assert np.abs(read.probability - exact.probability).max() < 0.05
+        found, wanted = (token_directions(one, [" Paris"], kind="pseudo_inverse")[0] for one in (half, world))
+        assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.99
 
 
 def test_mistakes_are_told_in_the_users_line(world: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,16 +27,35 @@ from polytrace.methods import (
     tuned_lens,
 )
 
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "ray"):
+    sys.modules[name] = None
+import polytrace
+from polytrace import methods
+model = polytrace.connect(sys.argv[1], "tinyworld")
+read = methods.logit_lens(model, [sys.argv[2], "The capital"], positions=None, top_k=2)
+print(read.table(0).iloc[7, -1])
+battery = methods.run_battery(model, [methods.Prompt(text=sys.argv[2], answers={"right": "Paris"})], no_space=False)
+print(f"{battery.probability.values[0, 0]:.0%}")
+ask = methods.Target(prompt="You can see Bob in the city of", position=4)
+print(methods.patchscope(model, "I read in a book that the Eiffel Tower", ask, 2, generate=2).text.values)
+"""
 TOLERANCE = 1e-5  # of max(1, max|one process|), float32, across rank counts
 TOWER, NETHERLANDS = "The Eiffel Tower is in the city of", "The capital city of the Netherlands is"
 LAYERS, VOCABULARY, RANKS = 8, 3200, 2
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("service") / "serve.log"
     with running_service(FOLDER, name="tinyworld", stages=2, ranks=RANKS, log=log) as service:
-        yield polytrace.connect(service.url, "tinyworld")
+        yield service.url
+
+
+@pytest.fixture(scope="module")
+def served(url: str) -> Any:
+    return polytrace.connect(url, "tinyworld")
 
 
 def close(ours: Any, theirs: Any) -> None:
@@ -50,12 +71,11 @@ def test_a_lens_over_all_layers_returns_top_k_only(served: Any, world: Any) -> N
     read, alone = (logit_lens(one, [TOWER, NETHERLANDS], positions=None, top_k=5) for one in (served, world))
     close(read.logit, alone.logit)
     assert np.array_equal(read.token_id, alone.token_id)
-    places = LAYERS * 2 * read.logit.sizes["position"]
+    places = LAYERS * int((read.logit.position_token != "").sum())
     assert read.receipt.result_bytes == places * (5 * (4 + 4) + 4), "five logits, five ids and a partition a place"
-    # each rank receives of the other the five best and two numbers of its part of the vocabulary, and the hidden
-    # states' sums as every pass does; of whole logits it would be half of the vocabulary
-    print("GATHERED", read.receipt.gathered_bytes, places, read.receipt.carried_bytes, read.receipt.read_bytes)
-    assert read.receipt.gathered_bytes < places * VOCABULARY * 4 / 2
+    # of each other rank's half of the vocabulary: five logits with their places, and the two numbers of the partition
+    assert read.receipt.gathered_bytes <= places * RANKS * (5 * (4 + 8) + 2 * 4)
+    assert read.receipt.gathered_bytes < places * VOCABULARY * 4 / 50, "not the logits"
     chosen: Any
     plainly: Any
     chosen, plainly = (logit_lens(one, TOWER, tokens=[" Paris", " Rome"]) for one in (served, world))
@@ -98,3 +118,10 @@ def test_directions_come_back_and_the_vocabulary_stays(served: Any, world: Any) 
     for kind in ("row", "pseudo_inverse"):
         ours, theirs = (token_directions(one, [" Paris", " Rome"], kind=kind) for one in (served, world))
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_reading_needs_no_torch(url: str) -> None:
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, url, TOWER]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [" Paris 100%", "100%", "[[[' Paris.']]]"]

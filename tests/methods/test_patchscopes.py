@@ -121,6 +121,15 @@ def test_a_state_may_be_mapped_on_its_way_and_put_into_several_places(pair: Any)
     close(scope.probability.values.ravel(), wanted)
 
 
+def test_a_vector_of_ones_own_is_asked_about(pair: Any) -> None:
+    family, plain, model = pair
+    vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(5))
+    target = Target(prompt=TARGET, position=HOLE)
+    scope = patchscope(model, SOURCES[0], target, 1, mapping=lambda *_: vector, tokens=list(range(96)))
+    wanted = run(plain, TARGET, (f"{FAMILIES[family].layers}.1", "output", put(vector[None], HOLE))).softmax(-1)
+    close(scope.probability.values.ravel(), wanted)
+
+
 def test_generation_keeps_the_patch_in_its_position(pair: Any) -> None:
     family, plain, model = pair
     layers = FAMILIES[family].layers

@@ -19,7 +19,7 @@ from polytrace.methods import TunedLens, lens_divergence, logit_lens, train_tune
 
 TOLERANCE = 1e-5  # of max(1, max|plain|), float32
 PROMPTS = [[5, 17, 42, 5, 9, 30, 11], [8, 25, 1, 60]]
-TRAINED = [p.format(s=s, o=o) for r in RELATIONS for p in r.train for s, o in list(r.pairs.items())[::25]]
+TRAINED = [p.format(s=s, o=o) for r in RELATIONS for p in r.train for s, o in list(r.pairs.items())[::40]]
 HELD_OUT = [p.split("{o}")[0].format(s=s).rstrip() for r in RELATIONS for p in r.held_out for s in list(r.pairs)[1::60]]
 
 
@@ -79,9 +79,11 @@ def test_the_divergence_is_that_of_plain_numbers(pair: Any) -> None:
 
 def test_a_trained_lens_is_nearer_to_the_model_at_every_layer_and_the_same_for_the_same_seed(world: Any) -> None:
     losses: list[list[float]] = []
-    lens = train_tuned_lens(world, TRAINED, batch_tokens=128, report=lambda step, now: losses.append(list(now)))
+    lens = train_tuned_lens(
+        world, TRAINED, batch_tokens=128, learning_rate=3e-3, report=lambda step, now: losses.append(list(now))
+    )
     one, two, other = (
-        train_tuned_lens(world, TRAINED[::4], layers=[3], batch_tokens=128, seed=seed) for seed in (0, 0, 1)
+        train_tuned_lens(world, TRAINED[::6], layers=[3], batch_tokens=128, seed=seed) for seed in (0, 0, 1)
     )
     assert torch.equal(one.weight, two.weight) and torch.equal(one.bias, two.bias)
     assert not torch.equal(one.weight, other.weight)
