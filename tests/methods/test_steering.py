@@ -133,6 +133,15 @@ def test_a_steering_edit_is_kept_by_name(llama: Both) -> None:
     close(ours, torch.tensor(steer(llama.model, PROMPTS, VECTORS[2], 2, None, 1.5, tokens=IDS).logits.values[:, 0]))
 
 
+def test_a_model_with_edits_is_steered_from_there(llama: Both) -> None:
+    edited = steering_edit(llama.model, VECTORS[1], 1)
+    found = steer(edited, PROMPTS, VECTORS[2], 2, factor=torch.tensor([0.0, 1.0]), tokens=IDS)
+    for number, ids in enumerate(PROMPTS):
+        for factor, layers in ((0.0, [1]), (1.0, [1, 2])):
+            hand = steered_by_hand(llama, ids, "output", layers, None, 1.0)
+            close(found.logits.sel(prompt=number, factor=factor), hand[IDS])
+
+
 @pytest.mark.parametrize("directions", [1, 2])
 def test_an_ablated_direction_is_nowhere_in_the_residual(served: Both, directions: int) -> None:
     basis = torch.linalg.qr(VECTORS[:directions].T).Q
