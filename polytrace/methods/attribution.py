@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.choices import Token, needs_torch, texts_of, token_of_each
+from polytrace.methods.choices import Token, needs_torch, prompt_ids, texts_of, token_of_each
 from polytrace.methods.frozen import norm_form
 from polytrace.methods.labels import labelled
 from polytrace.methods.terms import LayerTerms, heads_of, layer_terms, neurons_of
@@ -116,8 +116,8 @@ def logit_attribution(
     if "ln_final" not in model.description.standard:
         told = "this model has no final norm before its head that could be frozen: attribute with decompose(onto=...)"
         raise GraphError(told, where=user_line())
-    num_prompts = len(model.trace(prompts, run=False).lengths)
-    wanted, other = _pair(model, tokens, num_prompts)
+    prompts = prompt_ids(model, prompts)
+    wanted, other = _pair(model, tokens, len(prompts))
     # 1) the direction in the residual that the tokens are, at scale 1: no site is read, so no row of a prompt runs
     with model.trace(prompts):
         unembedding_nD, offset = _unembedding(model, wanted, other)
