@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.choices import Token, needs_torch, texts_of, token_of_each
+from polytrace.methods.choices import Token, needs_torch, prompt_ids, texts_of, token_of_each
 from polytrace.methods.frozen import norm_form
 from polytrace.methods.labels import labelled
 from polytrace.methods.terms import LayerTerms, heads_of, layer_terms, neurons_of
@@ -105,8 +105,9 @@ def logit_attribution(
     less that of b. `by="layer"`: parts "attention" and "mlp" of each layer; "head": each head; "neuron": each neuron,
     or the `top` of each layer that add or take most, with their numbers as the coordinate "neuron". `rest` has the
     other terms: the embedding, what biases of attention and MLP add, and "bias", which is what no part makes (the final
-    norm's bias, the head's). Only these numbers come back. Raises GraphError where they do not add up to the model's
-    own logit.
+    norm's bias, the head's). Only these numbers come back, and, in a small request of its own before, each prompt's
+    direction `[hidden]`, which every stage is to have. Raises GraphError where they do not add up to the model's own
+    logit to 1e-4 of it (half precision: 5e-2).
     """
     torch = needs_torch("logit_attribution")
     _check_choice("by", by, ("layer", "head", "neuron"))
@@ -115,50 +116,32 @@ def logit_attribution(
     if "ln_final" not in model.description.standard:
         told = "this model has no final norm before its head that could be frozen: attribute with decompose(onto=...)"
         raise GraphError(told, where=user_line())
-    numbers = None
-    with model.trace(prompts) as tracer:
-        num_prompts = len(tracer.lengths)
-        wanted, other = _pair(model, tokens, num_prompts)
+    prompts = prompt_ids(model, prompts)
+    wanted, other = _pair(model, tokens, len(prompts))
+    # 1) the direction in the residual that the tokens are, at scale 1: no site is read, so no row of a prompt runs
+    with model.trace(prompts):
         unembedding_nD, offset = _unembedding(model, wanted, other)
-        final = norm_form(model.ln_final)
-        direction_nD = final.pull(unembedding_nD)  # at scale 1: known before the pass, on every stage
+        form = norm_form(model.ln_final)
+        direction_nD = form.pull(unembedding_nD).save()
+        constant_n = (_dot(form.bias_D, unembedding_nD) + offset).save()
+    # 2) what each part has along it, where the part is; the scale is known behind the last layer
+    with model.trace(prompts) as tracer:
         terms = [layer_terms(layer, position) for layer in model.layers]
         _chain(terms)
-        rest = {"embedding": _dot(terms[0].embedding_nD, direction_nD)}
-        attention = torch.stack([_dot(own.attention_nD, direction_nD) for own in terms], 1)
-        mlp = torch.stack([_dot(own.mlp_nD, direction_nD) for own in terms], 1)
-        if by == "layer":
-            parts = torch.stack([attention, mlp], 2)
-        elif by == "head":
-            parts = _stacked([_head_dots(own, direction_nD) for own in terms], "heads")
-            rest |= {"attention bias": attention.sum(1) - parts.sum((1, 2)), "mlp": mlp.sum(1)}
-        else:
-            dots = _stacked([_neuron_dots(own, direction_nD) for own in terms], "neurons")
-            kept = dots
-            if top is not None:
-                numbers = dots.abs().topk(min(top, dots.shape[2])).indices
-                kept = dots.gather(2, numbers)
-                numbers.save()
-                rest["other neurons"] = dots.sum((1, 2)) - kept.sum((1, 2))
-            parts = kept
-            rest |= {"attention": attention.sum(1), "mlp bias": mlp.sum(1) - dots.sum((1, 2))}
+        parts, rest, numbers = _dots(terms, direction_nD, by, top)
         given, got = terms[-1].residual_nD, terms[-1].at(model.ln_final.output)
-        scale_n1, terms[-1].errors["the final norm as a linear map"] = final.scale(given, got)
+        scale_n1, terms[-1].errors["the final norm as a linear map"] = norm_form(model.ln_final).scale(given, got)
         parts, rest = parts * scale_n1[:, None], {term: value * scale_n1[:, 0] for term, value in rest.items()}
-        rest["bias"] = _dot(final.bias_D, unembedding_nD) + offset
-        rows = torch.arange(num_prompts)
-        logits = terms[-1].at(model.lm_head.output)
-        logit = logits[rows, torch.tensor(wanted)]
-        size = logit.abs()
-        if other is not None:
-            size = size + logits[rows, torch.tensor(other)].abs()
-            logit = logit - logits[rows, torch.tensor(other)]
+        rest["bias"] = constant_n
         sums = torch.stack(list(rest.values()), 1)
+        logit, size = _logit(terms[-1].at(model.lm_head.output), wanted, other)
         added = parts.sum((1, 2)) + sums.sum(1)
         terms[-1].errors["the logit"] = ((added - logit).abs() / size.clamp_min(1.0)).amax()
         errors = _saved_errors(terms)
         parts, sums, logit = parts.save(), sums.save(), logit.save()
+        numbers = None if numbers is None else numbers.save()
     _check(model, errors)
+    # 3) labels
     dims: dict[str, Any] = {"prompt": None, "layer": range(model.description.num_layers)}
     dims |= {"part": ["attention", "mlp"]} if by == "layer" else {by if top is None else "rank": None}
     array = labelled(parts, dims, name="logit")
@@ -213,9 +196,42 @@ def _unembedding(model: Model, wanted: Sequence[int], other: Sequence[int] | Non
     return direction, offset
 
 
+def _logit(logits_nV: Any, wanted: Sequence[int], other: Sequence[int] | None) -> tuple[Any, Any]:
+    """Each prompt's logit or difference `[n]`, and how large what it is made of is."""
+    torch = needs_torch("logit_attribution")
+    rows = torch.arange(len(wanted))
+    first = logits_nV[rows, torch.tensor(list(wanted))]
+    if other is None:
+        return first, first.abs()
+    second = logits_nV[rows, torch.tensor(list(other))]
+    return first - second, first.abs() + second.abs()
+
+
+def _dots(
+    terms: Sequence[LayerTerms], direction_nD: Any, by: str, top: int | None
+) -> tuple[Any, dict[str, Any], Any | None]:
+    """The parts `[n, layers, parts]` and the other terms `[n]` along a direction, and which neurons are kept."""
+    torch = needs_torch("logit_attribution")
+    rest = {"embedding": _dot(terms[0].embedding_nD, direction_nD)}
+    attention = torch.stack([_dot(own.attention_nD, direction_nD) for own in terms], 1)
+    mlp = torch.stack([_dot(own.mlp_nD, direction_nD) for own in terms], 1)
+    if by == "layer":
+        return torch.stack([attention, mlp], 2), rest, None
+    if by == "head":
+        parts = _stacked([_head_dots(own, direction_nD) for own in terms], "heads")
+        return parts, rest | {"attention bias": attention.sum(1) - parts.sum((1, 2)), "mlp": mlp.sum(1)}, None
+    dots = _stacked([_neuron_dots(own, direction_nD) for own in terms], "neurons")
+    rest |= {"attention": attention.sum(1), "mlp bias": mlp.sum(1) - dots.sum((1, 2))}
+    if top is None:
+        return dots, rest, None
+    numbers = dots.abs().topk(min(top, dots.shape[2])).indices
+    kept = dots.gather(2, numbers)
+    return kept, rest | {"other neurons": dots.sum((1, 2)) - kept.sum((1, 2))}, numbers
+
+
 def _head_dots(terms: LayerTerms, direction_nD: Any) -> Any:
     out_nHD, way, _ = heads_of(terms)
-    return (out_nHD @ way.pull(direction_nD)[:, :, None]).squeeze(-1)
+    return (out_nHD * way.pull(direction_nD)[:, None]).sum(-1)
 
 
 def _neuron_dots(terms: LayerTerms, direction_nD: Any) -> Any:

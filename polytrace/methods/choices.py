@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.literals import scalar
+from polytrace.prompts import PromptBook
 from polytrace.tokenizer import token_texts
 
 if TYPE_CHECKING:
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 Layers = int | slice | Iterable[int] | None
 Token = int | str
+
+
+def prompt_ids(model: Model, prompts: Any) -> list[list[int]]:
+    """Each prompt's token ids, of whatever `model.trace` takes. Raises as that does."""
+    made = PromptBook(model.description, lambda: model.tokenizer).invoke(prompts)
+    return [list(sequence) for sequence in made.sequences]
 
 
 def chosen_layers(model: Model, layers: Layers) -> list[int]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError, WireError
 from polytrace.lines import user_line
-from polytrace.methods.choices import Layers, chosen_layers, needs_torch, token_id
+from polytrace.methods.choices import Layers, chosen_layers, needs_torch, prompt_ids, token_id
 from polytrace.methods.gates import Gate
 from polytrace.methods.labels import labelled
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from polytrace.modules import Module
 
 _ONE_REQUEST = 512  # prompts of a set that go into one request; of more, a map takes them in parts
+_IN_ONE_VIEW = 32  # prompts of an invoke, which stay together when passes are cut
 _MEASURES = ("distance", "accuracy", "middle")
 
 
@@ -139,7 +140,7 @@ def contrastive_vectors(
         raise GraphError(f"method is 'mean' or 'pca', not {method!r}", where=user_line())
     needs_torch("contrastive_vectors")
     chosen = chosen_layers(model, layers)
-    sets = [_listed(prompts) for prompts in (positive, negative)]
+    sets = [prompt_ids(model, prompts) for prompts in (positive, negative)]
     if method == "pca" and len(sets[0]) != len(sets[1]):
         told = f"pairs are two lists of one length, and these have {len(sets[0])} and {len(sets[1])} prompts"
         raise GraphError(told, where=user_line())
@@ -197,9 +198,12 @@ def _at_once(
     rows: list[list[Any]] = []
     with model.trace() as tracer:
         for prompts in sets:
-            with tracer.invoke(prompts):
-                mask = tracer.mask if positions is None else None
-                rows.append([_rows(model.layers[number], site, positions, mask) for number in layers])
+            views: list[list[Any]] = []
+            for first in range(0, len(prompts), _IN_ONE_VIEW):
+                with tracer.invoke(prompts[first : first + _IN_ONE_VIEW]):
+                    mask = tracer.mask if positions is None else None
+                    views.append([_rows(model.layers[number], site, positions, mask) for number in layers])
+            rows.append([torch.cat(parts) for parts in zip(*views, strict=True)])
         if method == "mean":
             found = [a.mean(0) - b.mean(0) for a, b in zip(*rows, strict=True)]
         else:
@@ -288,7 +292,3 @@ def _separation(projections: Sequence[Any], layers: Sequence[int]) -> DataArray:
 
 def _labelled(values: Any, layers: Sequence[int]) -> DataArray:
     return labelled(values, {"layer": list(layers), "measure": list(_MEASURES)}, name="separation")
-
-
-def _listed(prompts: Any) -> Any:
-    return [prompts] if isinstance(prompts, str) else prompts if isinstance(prompts, list) else list(prompts)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.choices import Token, needs_torch, token_of_each
+from polytrace.methods.choices import Token, needs_torch, prompt_ids, token_of_each
 from polytrace.methods.labels import labelled
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ _SCORES = ("probability", "log_probability")
 class Task:
     """Prompts that ask for something, the same without it, and the answers that the former ask for."""
 
-    clean: Sequence[str]
-    corrupted: Sequence[str]
+    clean: Any  # what `model.trace` takes
+    corrupted: Any
     answers: Sequence[Token]  # one for each corrupted prompt: its first token
 
 
@@ -119,10 +119,11 @@ def _run(model: Model, task: Task, score: str, given: Any, heads: int) -> tuple[
     torch = needs_torch("function vectors")
     if score not in _SCORES:
         raise GraphError(f"score is {' or '.join(map(repr, _SCORES))}, not {score!r}", where=user_line())
-    answers = token_of_each(model, list(task.answers), len(task.corrupted), "answers")
+    clean, corrupted = prompt_ids(model, task.clean), prompt_ids(model, task.corrupted)
+    answers = token_of_each(model, list(task.answers), len(corrupted), "answers")
     layers = list(model.layers)
     with model.trace() as tracer:
-        with tracer.invoke(list(task.clean)):
+        with tracer.invoke(clean):
             means = [layer.z[:, -1].mean(0) for layer in layers]  # [heads, features]
             added = torch.cat([layer.head_out[:, -1].float().mean(0) for layer in layers])  # [all heads, hidden]
         widths = {mean.shape[0] for mean in means}
@@ -133,13 +134,13 @@ def _run(model: Model, task: Task, score: str, given: Any, heads: int) -> tuple[
             raise GraphError(f"heads is 1-{width * len(layers)}, not {heads!r}", where=user_line())
         effects = given
         if effects is None:
-            with tracer.invoke(list(task.corrupted)):
+            with tracer.invoke(corrupted):
                 plain = _score(model, answers, score)
             changed = []
             for layer, mean in zip(layers, means, strict=True):
                 for head in range(width):
-                    with tracer.invoke(list(task.corrupted)):
-                        layer.z[:, -1, head] = mean[head].expand(len(task.corrupted), -1)
+                    with tracer.invoke(corrupted):
+                        layer.z[:, -1, head] = mean[head].expand(len(corrupted), -1)
                         changed.append(_score(model, answers, score))
             effects = (torch.stack(changed) - plain).reshape(len(layers), width).save()
         elif tuple(effects.shape) != (len(layers), width):

@@ -64,8 +64,10 @@ def steer(
     where it is above 0. `site`: "resid_pre", "resid_mid" or "resid_post" (the default). `tokens`: whose probabilities
     are told.
     """
-    needs_torch("steer")
-    factors = [float(one) for one in factor] if isinstance(factor, Sequence) else [float(factor)]
+    torch = needs_torch("steer")
+    factors = torch.as_tensor(factor, dtype=torch.float64).reshape(-1).tolist()
+    if not factors:
+        raise GraphError("factor is a number or a list of numbers, and this one is empty", where=user_line())
     plan = _plan(model, vectors, layers, positions, gate, site)
     ids = [token_id(model, one) for one in tokens]
     best, logits, likely = [], [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +124,15 @@ def test_the_strongest_neurons_alone_come_back(served: Both) -> None:
             assert (all_of_them.values[kept.coords["neuron"].values] == kept.values).all()
             assert float(abs(kept).min()) == sorted(abs(all_of_them.values))[-3]
     close(some.parts.sum(["layer", "rank"]) + some.rest.sum("term"), torch.tensor(some.logit.values))
+
+
+def test_halves_add_up_within_their_precision(tmp_path: Path) -> None:
+    with both("gemma2", tmp_path) as served, polytrace.load(str(tmp_path), dtype="bfloat16", threads=1) as halves:
+        for by in ("layer", "head", "neuron"):
+            whole, found = (logit_attribution(model, PROMPTS, TOKENS, by=by) for model in (served.model, halves))
+            total = found.parts.sum(found.parts.dims[1:]) + found.rest.sum("term")
+            assert float(abs(total - found.logit).max()) < 0.05
+            assert float(abs(found.parts - whole.parts).max()) < 0.05 * float(abs(whole.parts).max())
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,7 @@ def rows_by_hand(served: Both, prompts: list[list[int]], layer: int, positions: 
 def test_vectors_are_those_of_the_hidden_states(
     served: Both, method: str, positions: Any, size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if size == "parts":
-        monkeypatch.setattr(directions, "_ONE_REQUEST", 4)
+    monkeypatch.setattr(directions, *(("_ONE_REQUEST", 4) if size == "parts" else ("_IN_ONE_VIEW", 4)))
     found = contrastive_vectors(served.model, POSITIVE, NEGATIVE, layers=[1, -1], positions=positions, method=method)
     assert found.layers == (1, 3) and bool(found.receipts) == (size == "one request")
     for layer in found.layers:
@@ -77,7 +76,7 @@ def test_sets_of_different_sizes_have_means_and_no_pairs(served: Both) -> None:
 
 def test_activation_addition_is_added_to_the_first_tokens(served: Both) -> None:
     one, other, prompt = [3, 17, 42, 5], [3, 9], [8, 25, 1, 60, 11, 2]
-    found = activation_addition(served.model, one, other, layers=[1, 2], pad=7)  # type: ignore[arg-type]
+    found = activation_addition(served.model, one, other, layers=[1, 2], pad=7)
     assert found.positions == (0, 1, 2, 3) and found.site == "resid_pre"
     changes = {}
     for layer in (1, 2):

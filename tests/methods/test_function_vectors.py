@@ -15,7 +15,7 @@ from polytrace.methods import Task, few_shot_task, function_vector, head_effects
 CLEAN = [[3, 17, 42, 5, 9], [8, 25, 1, 60], [4, 4, 11]]
 CORRUPTED = [[13, 7, 2, 51], [28, 5, 31, 6, 60]]
 ANSWERS = [7, 30]
-TASK = Task(clean=CLEAN, corrupted=CORRUPTED, answers=ANSWERS)  # type: ignore[arg-type]
+TASK = Task(clean=CLEAN, corrupted=CORRUPTED, answers=ANSWERS)
 SIZE = 8
 
 
@@ -58,12 +58,12 @@ def test_effects_and_vector_are_those_of_exchanged_heads(served: Both, score: st
     best = [divmod(place, 4) for place in hand.flatten().topk(3).indices.tolist()]
     assert list(found.heads) == best
     weights = [served.out_weight(served.names.layer(layer, served.names.out)) for layer in range(4)]
-    close(found.vector, sum(means[n][h] @ weights[n][h * SIZE : (h + 1) * SIZE] for n, h in best))  # type: ignore[arg-type]
+    close(found.vector, sum(means[n][h] @ weights[n][h * SIZE : (h + 1) * SIZE] for n, h in best))
     assert found.receipts[0].result_bytes < 4000
 
 
 def test_heads_are_chosen_by_the_effects_over_several_tasks(served: Both) -> None:
-    other = Task(clean=CORRUPTED, corrupted=CLEAN, answers=[5, 6, 7])  # type: ignore[arg-type]
+    other = Task(clean=CORRUPTED, corrupted=CLEAN, answers=[5, 6, 7])
     alone = [head_effects(served.model, task) for task in (TASK, other)]
     effects = head_effects(served.model, [TASK, other])
     close(effects, torch.tensor((alone[0] + alone[1]).values / 2))
@@ -71,7 +71,7 @@ def test_heads_are_chosen_by_the_effects_over_several_tasks(served: Both) -> Non
     assert found.heads == tuple(divmod(p, 4) for p in torch.tensor(effects.values).flatten().topk(2).indices.tolist())
     weights = [served.out_weight(served.names.layer(layer, served.names.out)) for layer in range(4)]
     mean = {n: means_by_hand(served, n) for n, _ in found.heads}
-    close(found.vector, sum(mean[n][h] @ weights[n][h * SIZE : (h + 1) * SIZE] for n, h in found.heads))  # type: ignore[arg-type]
+    close(found.vector, sum(mean[n][h] @ weights[n][h * SIZE : (h + 1) * SIZE] for n, h in found.heads))
 
 
 def test_a_few_shot_task_has_solved_examples_and_shuffled_ones() -> None:

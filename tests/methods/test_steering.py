@@ -70,19 +70,19 @@ def test_vectors_are_added_at_layers_and_positions(served: Both, site: str, side
 
 @pytest.mark.parametrize("positions", [None, -1, [1, -2]])
 @pytest.mark.parametrize("position", [None, 0])
-def test_a_gate_decides_by_token_or_by_prompt(served: Both, positions: Any, position: int | None) -> None:
+def test_a_gate_decides_by_token_or_by_prompt(llama: Both, positions: Any, position: int | None) -> None:
     direction = torch.randn(32, generator=torch.Generator().manual_seed(3))
-    place = (served.names.layer(1), "output")
-    scores = [served.run(ids, [place])[1][place][0] @ direction for ids in PROMPTS]
+    place = (llama.names.layer(1), "output")
+    scores = [llama.run(ids, [place])[1][place][0] @ direction for ids in PROMPTS]
     deciding = torch.cat(scores) if position is None else torch.stack([score[position] for score in scores])
     middle = deciding.sort().values[len(deciding) // 2 - 1 :][:2].mean()  # half of them are above it
     gate = Gate(direction=direction, layer=1, threshold=float(middle) + 0.25, bias=0.25, position=position)
-    found = steer(served.model, PROMPTS, VECTORS[2], 2, positions, tokens=IDS, gate=gate)
+    found = steer(llama.model, PROMPTS, VECTORS[2], 2, positions, tokens=IDS, gate=gate)
     changed = []
     for number, ids in enumerate(PROMPTS):
         opened = (scores[number] + gate.bias > gate.threshold).float()
         weights = opened if position is None else opened[position].expand(len(ids))
-        hand = steered_by_hand(served, ids, "output", [2], positions, 1.0, weights)
+        hand = steered_by_hand(llama, ids, "output", [2], positions, 1.0, weights)
         close(found.logits.sel(prompt=number, factor=1.0), hand[IDS])
         where = slice(None) if positions is None else positions
         changed += weights[where].flatten().tolist()
@@ -131,6 +131,15 @@ def test_a_steering_edit_is_kept_by_name(llama: Both) -> None:
     with llama.model.trace(PROMPTS, edits=["louder"]):
         ours = llama.model.lm_head.output[:, -1, IDS].save()
     close(ours, torch.tensor(steer(llama.model, PROMPTS, VECTORS[2], 2, None, 1.5, tokens=IDS).logits.values[:, 0]))
+
+
+def test_a_model_with_edits_is_steered_from_there(llama: Both) -> None:
+    edited = steering_edit(llama.model, VECTORS[1], 1)
+    found = steer(edited, PROMPTS, VECTORS[2], 2, factor=torch.tensor([0.0, 1.0]), tokens=IDS)
+    for number, ids in enumerate(PROMPTS):
+        for factor, layers in ((0.0, [1]), (1.0, [1, 2])):
+            hand = steered_by_hand(llama, ids, "output", layers, None, 1.0)
+            close(found.logits.sel(prompt=number, factor=factor), hand[IDS])
 
 
 @pytest.mark.parametrize("directions", [1, 2])

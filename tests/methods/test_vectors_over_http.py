@@ -118,7 +118,8 @@ def test_shards_give_the_same_numbers_over_http(here: Any, there: Any, tmp_path:
         for by in ("layer", "head", "neuron"):
             told = logit_attribution(model, GIVING, NAMES, by=by, top=4 if by == "neuron" else None)
             own[f"logit by {by}"], own[f"rest by {by}"] = told.parts, told.rest
-            own[f"bytes by {by}"] = told.receipt.result_bytes
+            own[f"bytes by {by}"], carried = told.receipt.result_bytes, told.receipt.carried_bytes
+            assert carried < 110_000, "numbers go from stage to stage, no heads' vectors and no weights"
         told = decompose(model, GIVING, by="head", onto=vectors[5][None])
         own["decomposed"] = told.parts
         vector = function_vector(model, task, heads=4, score="log_probability")
@@ -130,7 +131,7 @@ def test_shards_give_the_same_numbers_over_http(here: Any, there: Any, tmp_path:
         if isinstance(mine, (int, tuple)):
             assert mine == theirs, name
         else:
-            close(mine, theirs if isinstance(theirs, torch.Tensor) else torch.tensor(theirs.values), scale=3)
+            close(mine, theirs if isinstance(theirs, torch.Tensor) else torch.tensor(theirs.values))
     assert found["there"]["top"].coords["text"].equals(found["here"]["top"].coords["text"])
     assert found["there"]["bytes by head"] < 3000  # 8 x 8 numbers of 6 prompts
 
