@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MAX_ROWS, _MAX_COLUMNS = 48, 48  # labels on an axis; of longer ones every second, third, ... is written
 _UPWARDS = ("layer",)  # dimensions that grow from the bottom, as a model is drawn
-_FONT: dict[str, Any] = {"font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10}
+_FONT: Any = {"font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10}
 
 
 def heat_map(
