@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import polytrace
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.cells import Batch, Part, batch_of, paired_parts, places_in
+from polytrace.methods.cells import Batch, Part, batch_of, parts_of, places_in
 from polytrace.methods.metrics import Metric, Run, as_metric, logits_for, measure
 from polytrace.methods.patching import heads_in
 from polytrace.methods.places import Prompts, layers_of
@@ -49,9 +49,10 @@ def ablate(
     `of`: "head" (its z), "neuron" (its place in mlp_post; name some by `units`), "attention" or "mlp" (what they give),
     "layer" (all that it adds to the residual). `by`: "zero"; "mean", by default over all tokens of all prompts, or with
     `over="prompts"` at each position over prompts of equal length, with `over="tokens"` over each prompt's own;
-    "resample", from other prompts at the same positions. `reference`: prompts that means are taken over, any number of
-    them (a request of its own, `model.map`), or for "resample" one for each prompt, of its length; without it the
-    prompts themselves, for "resample" in an order drawn from `seed` in which none stays at its place. `positions`:
+    "resample", from other prompts at the same positions. `reference`: prompts that means are taken over, for
+    `over="all"` any number of them (`model.map`, in requests of their own), or for "resample" one for each prompt, of
+    its length; without it the prompts themselves, for "resample" in an order drawn from `seed` in which none stays at
+    its place. `positions`:
     where the part is replaced, all at once; None is every token.
 
     `effect` is the change of the metric against the unchanged run.
@@ -62,28 +63,22 @@ def ablate(
             where=user_line(),
         )
     batch, measured, numbers = batch_of(model, prompts), as_metric(metric), layers_of(model, layers)
-    if by == "mean" and over == "prompts" and reference is None and min(batch.lengths) != max(batch.lengths):
-        raise GraphError(
-            f"prompts of {min(batch.lengths)} to {max(batch.lengths)} tokens have no mean at each position: "
-            "over='all', or prompts of equal length",
-            where=user_line(),
-        )
     places = places_in(model, batch, positions)
-    others = _others(model, batch, reference, seed) if by == "resample" else batch
-    pairs = paired_parts(batch, places, others, places)
-    means = _means_of(model, reference, batch, numbers, of, over) if by == "mean" and reference is not None else None
+    others = _others(model, batch, by, over, reference, seed)
+    pairs = [(part, part) for part in parts_of(batch.lengths, places)]
+    given: Mapping[int, Any] = {}
+    if by == "mean" and over == "all" and reference is not None:
+        given = _means_of(model, reference, numbers, of)
     cells: dict[tuple[int, ...], Any] = {}
     with model.trace() as tracer:
         with tracer.invoke(batch.ids):
             clean = measure(measured, Run(model, batch)).save()
             logits = logits_for(measured, model)
             counts = {number: _count(model, number, of) for number in numbers}
-            if by == "mean" and means is None:
-                means = {number: _mean(tracer, said_by(model, number, of), batch, over) for number in numbers}
-        given: Mapping[int, Any] = means or {}
-        if by == "resample":
+        if by != "zero" and not given:
             with tracer.invoke(others.ids):
-                given = {number: said_by(model, number, of) for number in numbers}
+                said = {number: said_by(model, number, of) for number in numbers}
+                given = said if by == "resample" else {n: _mean(tracer, v, others, over) for n, v in said.items()}
         has_units = of in ("head", "neuron")
         chosen: list[int | None] = [*heads_in(max(counts.values()), units)] if has_units else [None]
         for row, number in enumerate(numbers):
@@ -151,34 +146,32 @@ def _mean(tracer: Tracer, value: Any, batch: Batch, over: str) -> Any:
 
 
 def _means_of(model: Model, reference: Any, batch: Batch, layers: Sequence[int], of: str, over: str) -> dict[int, Any]:
-    """Means over any number of other prompts, one request or several: as `_mean` gives them."""
-    if over == "tokens":
-        raise GraphError(
-            "a mean over each prompt's own tokens takes no reference: over='all' or 'prompts'", where=user_line()
-        )
+    """Means over all tokens of any number of other prompts, in requests of their own: as `_mean` gives them."""
 
     def body() -> dict[str, Any]:
-        own = "tokens" if over == "all" else "prompts"
-        return {str(number): polytrace.mean(said_by(model, number, of), over=own) for number in layers}
+        return {str(number): polytrace.mean(said_by(model, number, of), over="tokens") for number in layers}
 
     mapping = model.map([reference] if isinstance(reference, str) else reference, body)
     for _ in mapping:
         pass
-    found = {number: mapping.results[str(number)][None] for number in layers}
-    if over == "all":
-        return {number: mean[None] for number, mean in found.items()}
-    length = found[layers[0]].shape[1]
-    if set(batch.lengths) != {length}:
-        raise GraphError(
-            f"the reference has {length} tokens a prompt and these have {sorted(set(batch.lengths))}: over='all', or "
-            "prompts of that length",
-            where=user_line(),
-        )
-    return found
+    return {number: mapping.results[str(number)][None, None] for number in layers}
 
 
-def _others(model: Model, batch: Batch, reference: Any, seed: int) -> Batch:
-    """The prompts that resampled values come from, one for each."""
+def _others(model: Model, batch: Batch, by: str, over: str, reference: Any, seed: int) -> Batch:
+    """The prompts that are read for what is said instead, in one view."""
+    if by == "mean" and over == "prompts":
+        others = batch if reference is None else batch_of(model, reference)
+        if len({*others.lengths, *batch.lengths}) > 1:
+            raise GraphError(
+                f"prompts of {', '.join(map(str, sorted({*others.lengths, *batch.lengths})))} tokens have no mean at "
+                "each position: over='all', or prompts of equal length",
+                where=user_line(),
+            )
+        return others
+    if by == "mean" and over == "tokens" and reference is not None:
+        raise GraphError("a mean over each prompt's own tokens takes no reference", where=user_line())
+    if by != "resample":
+        return batch
     if reference is not None:
         others = batch_of(model, reference)
         if others.lengths != batch.lengths:

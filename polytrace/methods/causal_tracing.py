@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace import functions
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.cells import Batch, Places, axis_of, batch_of, columns_of, places_in, texts_at
+from polytrace.methods.cells import Batch, Places, absent_in, axis_of, batch_of, columns_of, places_in, texts_at
 from polytrace.methods.knockout import around
 from polytrace.methods.metrics import Metric, Run, as_metric, logits_for, measure
 from polytrace.methods.places import layers_of
@@ -87,6 +87,7 @@ def trace_causes(
         clean=runs.best,
         corrupt=worst,
         tokens={"position": texts_at(model, batch, axis)},
+        absent=absent_in(steps),
     )
 
 

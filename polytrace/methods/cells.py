@@ -167,6 +167,11 @@ def texts_at(model: Model, batch: Batch, axis: Axis) -> list[list[str]] | None:
     ]
 
 
+def absent_in(steps: Sequence[Places]) -> list[tuple[int, int]]:
+    """Prompts, and steps of a sweep that they have no token for."""
+    return [(prompt, step) for step, places in enumerate(steps) for prompt, own in enumerate(places) if not own]
+
+
 def _columns(lengths: Sequence[int], places: Places) -> list[list[int]]:
     longest = max(lengths)
     return [[longest - length + place for place in own] for length, own in zip(lengths, places, strict=True)]

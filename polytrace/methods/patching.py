@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.literals import scalar
-from polytrace.methods.cells import Batch, Part, Places, axis_of, batch_of, paired_parts, places_in, texts_at
+from polytrace.methods.cells import Batch, Part, Places, absent_in, axis_of, batch_of, paired_parts, places_in, texts_at
 from polytrace.methods.metrics import Metric, Run, as_metric, logits_for, measure
 from polytrace.methods.places import layers_of
 from polytrace.methods.sites import SUBLAYERS, value_of
@@ -50,8 +50,8 @@ def patch_activations(
     asks what is needed. `normalise`: 0 is the corrupt run's metric and 1 the clean one's, whatever the direction; else
     the metric itself.
 
-    `positions`: None is each token, a list a step each, a dict names steps, `{"subject": "Eiffel Tower", "last": -1}`: a
-    text or positions, or a list of these for each pair. Texts are looked for in the clean prompt; in the corrupt one
+    `positions`: None is each token, a list a step each, a dict names steps, `{"subject": "Eiffel Tower", "last": -1}`:
+    a text or positions, or a list of these for each pair. Texts are looked for in the clean prompt; in the corrupt one
     the same tokens are meant, or, where it is of another length, it is looked for again.
 
     Raises GraphError where pairs differ in length and positions would not be the same tokens.
@@ -64,9 +64,9 @@ def patch_activations(
     numbers, axis, measured = layers_of(model, layers), axis_of(clean_batch, positions), as_metric(metric)
     if positions is None:
         check_lengths(clean_batch, corrupt_batch)
+    visited = [axis.places(model, clean_batch, step) for step in range(len(axis.labels))]
     steps = []
-    for step in range(len(axis.labels)):
-        places = axis.places(model, clean_batch, step)
+    for step, places in enumerate(visited):
         others = places if is_aligned else axis.places(model, corrupt_batch, step)
         steps.append(_copies(direction, clean_batch, places, corrupt_batch, others))
     cells: dict[tuple[int, ...], Any] = {}
@@ -89,6 +89,7 @@ def patch_activations(
         clean=ends.clean,
         corrupt=ends.corrupt,
         tokens={"position": texts_at(model, clean_batch, axis)},
+        absent=absent_in(visited),
     )
 
 

@@ -69,10 +69,13 @@ def patch_paths(
     """What senders of the corrupt run change in the clean one, along their direct paths to the receivers.
 
     `senders`: "heads", each alone: `effect` [layer, head]; "mlps", each alone: [layer]; or a list of `(layer, head)`
-    and `(layer, "mlp")` that send together: no dimension. `receivers`: "logits"; "q", "k" or "v" of all later heads; or a
-    list of `(layer, head, "q")` (or "k", "v": of key/value heads), `(layer, "q")` for all heads of a layer, and
-    `(layer, "mlp")`, which receive together. `layers`: of the senders. `positions`: where senders send, all at once;
-    None is every token. `mlps`: "recomputed" or "frozen", as above. Pairs of prompts have equal lengths.
+    and `(layer, "mlp")` that send together: no dimension. `layers`: of the senders.
+
+    `receivers`: "logits"; "q", "k" or "v" of all later heads; or a list of `(layer, head, "q")` (or "k", "v": of
+    key/value heads), `(layer, "q")` for all heads of a layer, and `(layer, "mlp")`, which receive together.
+
+    `positions`: where senders send, all at once; None is every token. `mlps`: "recomputed" or "frozen", as above. Pairs
+    of prompts have equal lengths.
 
     `effect` is the change of the metric against the clean run; 0 where no receiver stands behind a sender.
     """

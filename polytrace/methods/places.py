@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ def layers_of(model: Model, layers: Any = None) -> list[int]:
 def positions_of(prompts: Prompts, positions: Any) -> tuple[list[int], bool]:
     """Positions as they label a result, and whether they are all of the prompts'.
 
-    All positions of prompts that differ in length are counted from the end. Raises GraphError where a prompt is shorter.
+    All positions of prompts that differ in length are counted from the end. Raises GraphError for a shorter prompt.
     """
     lengths = [len(sequence) for sequence in prompts.sequences]
     if positions is None:

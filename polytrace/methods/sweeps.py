@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -49,12 +49,12 @@ def collect(
     clean: Any,
     corrupt: Any = None,
     tokens: Mapping[str, list[list[str]] | None] | None = None,
-    repeats: int = 1,
+    absent: Iterable[tuple[int, int]] = (),
 ) -> Sweep:
     """Saved metrics `[prompts]` by their place in `dims`; places without one are NaN.
 
-    `tokens`: by dimension, each prompt's texts. `repeats`: a saved metric has so many runs of each prompt, of which the
-    mean is taken.
+    Of several runs of each prompt, one after another, the mean is taken. `tokens`: by dimension, each prompt's texts.
+    `absent`: prompts, and places in the last dimension that they do not have: NaN too.
     """
     import numpy as np
 
@@ -64,6 +64,8 @@ def collect(
     values = np.full((len(batch), *map(len, dims.values())), np.nan)
     for place, value in cells.items():
         values[(slice(None), *place)] = numbers(value)
+    for prompt, place in absent:
+        values[prompt, ..., place] = np.nan
     best = numbers(clean)
     least = None if corrupt is None else numbers(corrupt)
     shape = (-1, *[1] * len(dims))

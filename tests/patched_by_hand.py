@@ -1,0 +1,96 @@
+"""The oracle of patching methods: plain Hugging Face, one prompt at a time, with hooks that show and change points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from families import FAMILIES, Family, llama_like, model_of
+from points import attending
+from small import small_gpt2, small_llama
+from torch import Tensor
+
+KINDS = ("llama", "gpt2", "gemma2")
+Edits = Mapping[tuple[str, int], Callable[[Tensor], Tensor]]  # point and layer -> what it becomes
+
+
+class PlainModel:
+    """A tiny model and where its points are."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.model: Any = {"llama": small_llama, "gpt2": small_gpt2, "gemma2": lambda: model_of("gemma2")}[kind]()
+        if kind == "gemma2":
+            with torch.no_grad():
+                self.model.get_input_embeddings().weight.mul_(4)
+        self.family: Family = llama_like(4, 64, 32, 64) if kind == "llama" else FAMILIES[kind]
+        self.down = "mlp.c_proj" if kind == "gpt2" else "mlp.down_proj"
+        self.num_layers, self.num_heads = 4, 4
+
+    def run(self, ids: list[int], edits: Edits | None = None) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
+        """Logits `[tokens, vocabulary]` with edits, and every point as it was then, `[1, ...]`."""
+        edits = edits or {}
+        seen: dict[tuple[str, int], Tensor] = {}
+        left = set(edits)
+
+        def at(point: str, layer: int, value: Tensor) -> Tensor:
+            if (point, layer) in edits:
+                left.discard((point, layer))
+                value = edits[point, layer](value.clone())
+            seen[point, layer] = value.clone()
+            return value
+
+        with ExitStack() as stack, torch.no_grad():
+            for number in range(self.num_layers):
+                layer = self.model.get_submodule(f"{self.family.layers}.{number}")
+                for path, point, side in (
+                    ("", "resid_pre", "in"),
+                    ("", "resid_post", "out"),
+                    (self.family.attention, "attention", "out"),
+                    ("mlp", "mlp", "out"),
+                    ("mlp", "mlp_in", "in"),
+                    (self.down, "mlp_post", "in"),
+                ):
+                    module = layer.get_submodule(path)
+                    hook = _before(at, point, number) if side == "in" else _after(at, point, number)
+                    add = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
+                    stack.callback(add(hook, with_kwargs=True).remove)
+            embedding = self.model.get_input_embeddings()
+            stack.callback(embedding.register_forward_hook(_after(at, "embed", 0), with_kwargs=True).remove)
+            numbers = {
+                id(self.model.get_submodule(f"{self.family.layers}.{n}.{self.family.attention}")): n
+                for n in range(self.num_layers)
+            }
+            stack.enter_context(
+                attending(self.model, lambda module, point, value: at(point, numbers[id(module)], value))
+            )
+            logits: Tensor = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        assert not left, f"edits that never fired: {left}"
+        return logits, seen
+
+
+def placed(value: Tensor, index: Any, other: Any) -> Tensor:
+    """The value with some of it replaced."""
+    value[index] = other
+    return value
+
+
+def _before(at: Callable[[str, int, Tensor], Tensor], point: str, layer: int) -> Any:
+    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (at(point, layer, args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: at(point, layer, kwargs[first])}
+
+    return hook
+
+
+def _after(at: Callable[[str, int, Tensor], Tensor], point: str, layer: int) -> Any:
+    def hook(_module: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (at(point, layer, output[0]), *output[1:])
+        return at(point, layer, output)
+
+    return hook
