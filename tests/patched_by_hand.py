@@ -24,7 +24,8 @@ class PlainModel:
         self.model: Any = {"llama": small_llama, "gpt2": small_gpt2, "gemma2": lambda: model_of("gemma2")}[kind]()
         if kind == "gemma2":
             with torch.no_grad():
-                self.model.get_input_embeddings().weight.mul_(4)
+                for name, weight in self.model.named_parameters():  # so that what heads look at matters
+                    weight.mul_(4 if name.endswith(("embed_tokens.weight", "q_proj.weight")) else 1)
         self.family: Family = llama_like(4, 64, 32, 64) if kind == "llama" else FAMILIES[kind]
         self.down = "mlp.c_proj" if kind == "gpt2" else "mlp.down_proj"
         self.num_layers, self.num_heads = 4, 4

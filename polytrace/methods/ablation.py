@@ -145,7 +145,7 @@ def _mean(tracer: Tracer, value: Any, batch: Batch, over: str) -> Any:
     return (value * mask).sum(dims, keepdim=True) / mask.sum(dims, keepdim=True)
 
 
-def _means_of(model: Model, reference: Any, batch: Batch, layers: Sequence[int], of: str, over: str) -> dict[int, Any]:
+def _means_of(model: Model, reference: Any, layers: Sequence[int], of: str) -> dict[int, Any]:
     """Means over all tokens of any number of other prompts, in requests of their own: as `_mean` gives them."""
 
     def body() -> dict[str, Any]:
