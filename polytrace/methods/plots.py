@@ -81,7 +81,8 @@ def heat_map(
             if write:
                 _write(axes, one.transpose(row, column).values, low, high)
             if facet is not None:
-                axes.set_title(f"{facet} {_shown(one.coords[facet].item())}" if facet in one.coords else facet)
+                place = one.coords[facet].item()
+                axes.set_title(place if isinstance(place, str) else f"{facet} {place}", parse_math=False)
         bar = figure.colorbar(image, ax=places[: len(maps)], label=label or str(array.name or ""), aspect=30)
         bar.outline.set_visible(False)  # type: ignore[operator]
         if title is not None:

@@ -44,11 +44,11 @@ def test_values_that_are_never_negative_begin_at_zero() -> None:
 
 def test_a_third_dimension_is_a_map_each_with_one_scale() -> None:
     array = labelled(
-        np.arange(30.0).reshape(2, 3, 5), {"prompt": ["a", "b"], "layer": range(3), "position": range(5)}, name="p"
+        np.arange(30.0).reshape(2, 3, 5), {"prompt": ["a b", "c"], "layer": range(3), "position": range(5)}, name="p"
     )
     figure = heat_map(array)
     maps = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in maps] == ["prompt a", "prompt b"]
+    assert [axes.get_title() for axes in maps] == ["a b", "c"]
     assert {axes.images[0].get_clim() for axes in maps} == {(0.0, 29.0)}
     assert (np.asarray(maps[1].images[0].get_array()) == array.values[1]).all()
     by_prompt = heat_map(array, rows="prompt", columns="layer")
