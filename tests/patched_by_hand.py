@@ -13,6 +13,7 @@ from small import small_gpt2, small_llama
 from torch import Tensor
 
 KINDS = ("llama", "gpt2", "gemma2")
+OTHERS = ("phi", "opt")  # attention and MLP side by side behind one norm; an MLP without a module of its own
 Edits = Mapping[tuple[str, int], Callable[[Tensor], Tensor]]  # point and layer -> what it becomes
 
 
@@ -21,13 +22,18 @@ class PlainModel:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.model: Any = {"llama": small_llama, "gpt2": small_gpt2, "gemma2": lambda: model_of("gemma2")}[kind]()
+        own = {"llama": small_llama, "gpt2": small_gpt2}
+        self.model: Any = own[kind]() if kind in own else model_of(kind)
         if kind == "gemma2":
             with torch.no_grad():
                 for name, weight in self.model.named_parameters():  # so that what heads look at matters
                     weight.mul_(4 if name.endswith(("embed_tokens.weight", "q_proj.weight")) else 1)
         self.family: Family = llama_like(4, 64, 32, 64) if kind == "llama" else FAMILIES[kind]
-        self.down = "mlp.c_proj" if kind == "gpt2" else "mlp.down_proj"
+        self.mlp_in, self.mlp, self.down = {
+            "gpt2": ("mlp", "mlp", "mlp.c_proj"),
+            "phi": ("mlp", "mlp", "mlp.fc2"),
+            "opt": ("fc1", "fc2", "fc2"),
+        }.get(kind, ("mlp", "mlp", "mlp.down_proj"))
         self.num_layers, self.num_heads = 4, 4
 
     def run(self, ids: list[int], edits: Edits | None = None) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
@@ -37,11 +43,12 @@ class PlainModel:
         left = set(edits)
 
         def at(point: str, layer: int, value: Tensor) -> Tensor:
+            whole = value if value.shape[0] == 1 and value.dim() > 2 else value[None]  # OPT's MLPs take tokens alone
             if (point, layer) in edits:
                 left.discard((point, layer))
-                value = edits[point, layer](value.clone())
-            seen[point, layer] = value.clone()
-            return value
+                whole = edits[point, layer](whole.clone())
+            seen[point, layer] = whole.clone()
+            return whole.reshape(value.shape)
 
         with ExitStack() as stack, torch.no_grad():
             for number in range(self.num_layers):
@@ -50,8 +57,8 @@ class PlainModel:
                     ("", "resid_pre", "in"),
                     ("", "resid_post", "out"),
                     (self.family.attention, "attention", "out"),
-                    ("mlp", "mlp", "out"),
-                    ("mlp", "mlp_in", "in"),
+                    (self.mlp, "mlp", "out"),
+                    (self.mlp_in, "mlp_in", "in"),
                     (self.down, "mlp_post", "in"),
                 ):
                     module = layer.get_submodule(path)

@@ -140,7 +140,7 @@ def axis_of(batch: Batch, positions: Any) -> Axis:
     longest = max(batch.lengths)
     if positions is None or isinstance(positions, slice):
         numbers = list(range(longest)) if min(batch.lengths) == longest else list(range(-longest, 0))
-        chosen = numbers if positions is None else numbers[positions]
+        chosen: list[Any] = numbers if positions is None else numbers[positions]
         return Axis(chosen, chosen, is_named=False)
     if isinstance(positions, str):
         return Axis([positions], [positions], is_named=True)

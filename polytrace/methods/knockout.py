@@ -78,11 +78,11 @@ def around(layer: int, window: int, model: Model) -> range:
 
 def _blocks(batch: Batch, asking: Places, asked: Places) -> Iterator[tuple[Any, Any, Any]]:
     """Indices of sequences, queries and keys that together name the scores of a block."""
-    found = []
+    found: list[tuple[Any, Any, Any]] = []
     for prompt, (queries, keys) in enumerate(zip(asking, asked, strict=True)):
         if queries and keys:
             own = columns_of(batch, prompt, keys)
-            found += [(prompt, columns_of(batch, prompt, [query]).start, own) for query in queries]
+            found += [(prompt, columns_of(batch, prompt, [query]), own) for query in queries]
     alike = [block[1:] for block in found if block[0] == 0]
     if all([block[1:] for block in found if block[0] == prompt] == alike for prompt in range(len(batch))):
         found = [(slice(None), *block) for block in alike]

@@ -184,7 +184,9 @@ def _groups(
     """The dimensions of the effect, and by place in them who sends together."""
     if senders == "heads":
         counts = {number: heads_of(model, number, "z") for number in layers}
-        groups = {(row, head): [_Sender(n, head)] for row, n in enumerate(layers) for head in range(counts[n])}
+        groups: dict[tuple[int, ...], list[_Sender]] = {
+            (row, head): [_Sender(number, head)] for row, number in enumerate(layers) for head in range(counts[number])
+        }
         return {"layer": layers, "head": range(max(counts.values()))}, groups
     if senders == "mlps":
         return {"layer": layers}, {(row,): [_Sender(number, None)] for row, number in enumerate(layers)}

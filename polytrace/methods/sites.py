@@ -9,6 +9,7 @@ from polytrace.graph import Port
 from polytrace.lines import user_line
 from polytrace.methods.places import attention_of
 from polytrace.points import DIMS, owners
+from polytrace.tree import join
 
 if TYPE_CHECKING:
     from polytrace.model import Model
@@ -62,8 +63,7 @@ def _mlp(model: Model, number: int, matrix: str) -> Module:
     for owner in (owners(table, path).get("mlp_post"), owners(table, path).get("router")):
         if owner is not None and owner != path:
             return model.get_submodule(owner)
-    weight = table.layer_weights.get(path, {}).get(matrix)
-    stored = None if weight is None else table.parameters[weight].of
-    if stored is None:
+    weight = table.parameters.get(join(path, matrix))
+    if weight is None or weight.of is None:
         raise GraphError(f"layer {number} of this family has no MLP that is known", where=user_line())
-    return model.get_submodule(stored.rpartition(".")[0])
+    return model.get_submodule(weight.of.rpartition(".")[0])

@@ -61,11 +61,11 @@ def collect(
     def numbers(value: Any) -> Any:
         return np.array(value.tolist(), dtype=float).reshape(len(batch), -1).mean(1)
 
-    values = np.full((len(batch), *map(len, dims.values())), np.nan)
+    values: Any = np.full((len(batch), *map(len, dims.values())), np.nan)
     for place, value in cells.items():
         values[(slice(None), *place)] = numbers(value)
-    for prompt, place in absent:
-        values[prompt, ..., place] = np.nan
+    for prompt, last in absent:
+        values[prompt, ..., last] = np.nan
     best = numbers(clean)
     least = None if corrupt is None else numbers(corrupt)
     shape = (-1, *[1] * len(dims))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from patched_by_hand import KINDS, Edits, PlainModel, placed
+from patched_by_hand import KINDS, OTHERS, Edits, PlainModel, placed
 from small import FLOAT32_TOLERANCE, loaded
 from torch import Tensor
 
@@ -107,7 +108,18 @@ POINTS = {"q": "q_rot", "k": "k_rot", "v": "v", "mlp": "mlp_in"}
 def test_a_path_to_a_receiver_changes_what_it_takes_and_nothing_else(
     both: Both, receiver: tuple[Any, ...], mlps: str
 ) -> None:
-    model, plain = both
+    check_paths_to(*both, receiver, mlps)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_paths_are_the_same_where_layers_are_built_otherwise(kind: str, tmp_path: Path) -> None:
+    plain = PlainModel(kind)
+    with loaded(plain.model, tmp_path) as model:
+        check_paths_to(model, plain, (3, "mlp"), "frozen")
+        check_paths_to(model, plain, (3, 1, "v"), "recomputed")
+
+
+def check_paths_to(model: Any, plain: PlainModel, receiver: tuple[Any, ...], mlps: str) -> None:
     layer, taken = receiver[0], receiver[-1]
     clean = lead(plain.run(CLEAN)[0])
     until = layer + 1 if taken == "mlp" else layer

@@ -71,7 +71,9 @@ def test_the_city_goes_to_the_last_token_in_the_middle_layers(model: Any) -> Non
     subjects, cities = list(facts)[:12], list(facts.values())[:12]
     prompts = [f"You can see {subject} in the city of" for subject in subjects]
     change = knock_out_attention(model, prompts, -1, subjects, probability(cities), window=3).effect.mean("prompt")
-    assert float(abs(change[:2]).max()) < 0.05 and int(change.argmin()) in (3, 4, 5) and float(change.min()) < -0.3
+    assert (
+        float(abs(change[:2]).max()) < 0.05 and int(change.values.argmin()) in (3, 4, 5) and float(change.min()) < -0.3
+    )
 
 
 def test_the_induction_head_and_the_head_before_it_are_needed(model: Any) -> None:
