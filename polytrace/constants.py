@@ -99,7 +99,9 @@ def _torch_content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes 
         raise _unknown_dtype(dtype, where)
     if value.layout is not torch.strided or value.is_meta:
         raise GraphError("only dense tensors with data can be part of a trace", where=where)
-    flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # Not reshape: a single element counts as contiguous and would keep a stride that forbids viewing it as bytes.
+    flat = dense.as_strided((dense.numel(),), (1,))
     return dtype, tuple(value.shape), _copy(flat.view(torch.uint8).numpy())
 
 

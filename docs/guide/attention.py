@@ -9,6 +9,7 @@ import torch
 
 import polytrace
 from bench.tinyworld.facts import RELATIONS
+from polytrace.methods import knock_out_attention, lines, probability
 
 url = os.environ.get("POLYTRACE_URL")
 model = polytrace.connect(url) if url else polytrace.load("bench/tinyworld/model")
@@ -29,37 +30,24 @@ print(f"head {layer}.{head} gives {best:.0%} to what came after the last time; t
 # 2) knockout: the last token must not see the subject, in three neighbouring layers at a time
 landmarks = next(relation.pairs for relation in RELATIONS if relation.name == "landmark_city")
 encode = model.tokenizer.encode
-facts = [(subject, encode(" " + city, add_special_tokens=False).ids) for subject, city in landmarks.items()]
-facts = [(subject, ids[0]) for subject, ids in facts if len(ids) == 1][:40]
-before = len(encode("You can see").ids)
-probabilities = []
-with model.trace() as tracer:
-    for subject, answer in facts:
-        prompt, after = f"You can see {subject} in the city of", len(encode(f"You can see {subject}").ids)
-        row = []
-        for middle in (None, *range(len(layers))):
-            with tracer.invoke(prompt):
-                for one in layers[max(0, middle - 1) : middle + 2] if middle is not None else ():
-                    one.self_attn.scores[:, :, -1, before:after] = float("-inf")
-                row.append(model.lm_head.output[0:1, -1].softmax(-1)[:, answer])
-        probabilities.append(torch.cat(row).save())
-plain, *blocked = torch.stack(probabilities).mean(0).tolist()
+facts = {one: " " + city for one, city in landmarks.items() if len(encode(" " + city, add_special_tokens=False)) == 1}
+subjects, cities = (list(part)[:40] for part in (facts.keys(), facts.values()))
+prompts = [f"You can see {subject} in the city of" for subject in subjects]
+sweep = knock_out_attention(model, prompts, -1, subjects, probability(cities), window=3)
+plain = float(sweep.clean.mean())
+blocked = (sweep.effect + sweep.clean).mean("prompt").rename("P(answer)")
 print(f"P(answer) {plain:.2f}; where the last token must not see the subject, by layer:")
-print("  " + " ".join(f"{value:.2f}" for value in blocked))
+print("  " + " ".join(f"{value:.2f}" for value in blocked.values))
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 left.imshow(pattern.numpy(), cmap="Blues")
 left.set_title("head 1.0 on tokens said twice")
 left.set_xlabel("looks at token")
 left.set_ylabel("token")
-right.plot(range(len(blocked)), blocked, marker="o")
-right.axhline(plain, linestyle=":", color="gray")
+lines(blocked, title="the last token must not see the subject", ax=right, level=plain)
 right.set_ylim(0, 1.05)
-right.set_xlabel("layers around")
-right.set_ylabel("P(answer)")
-right.set_title("the last token must not see the subject")
 figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
 
 assert (layer, head) == (1, 0) and best > 0.9 and second < 0.2, "there is one induction head"
-assert min(blocked) == min(blocked[3:6]) < 0.5, "the fact goes to the last token in the middle layers"
-assert min(blocked[:2]) > plain - 0.05, "and not before"
+assert blocked.min() == blocked[3:6].min() < 0.5, "the fact goes to the last token in the middle layers"
+assert blocked[:2].min() > plain - 0.05, "and not before"

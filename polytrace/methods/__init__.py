@@ -1,16 +1,23 @@
 """The field's methods, each one call on any model, in one process or over HTTP, built on traces alone."""
 
+from polytrace.methods.ablation import ablate
 from polytrace.methods.attribution import Attribution, Decomposition, decompose, logit_attribution
 from polytrace.methods.batteries import Battery, Prompt, run_battery
+from polytrace.methods.causal_tracing import trace_causes
 from polytrace.methods.collecting import Activations, collect
 from polytrace.methods.directions import Vectors, activation_addition, contrastive_vectors
 from polytrace.methods.function_vectors import FunctionVector, Task, few_shot_task, function_vector, head_effects
 from polytrace.methods.gates import Gate
+from polytrace.methods.knockout import knock_out_attention
 from polytrace.methods.lenses import Reading, logit_lens, token_directions
+from polytrace.methods.metrics import Metric, divergence, log_probability, logit, logit_difference, loss, probability
 from polytrace.methods.object_lens import object_attention_lens
+from polytrace.methods.patching import patch_activations, patch_heads
 from polytrace.methods.patchscopes import Scope, Target, patchscope, repeat_target
+from polytrace.methods.path_patching import patch_paths
 from polytrace.methods.plots import frame, heat_map, lines, top_k_table
 from polytrace.methods.steering import Steered, ablate_direction, steer, steering_edit
+from polytrace.methods.sweeps import Sweep
 from polytrace.methods.targets import collisions, target_sets, target_tokens
 from polytrace.methods.tuned import TunedLens, tuned_lens
 from polytrace.methods.tuning import lens_divergence, train_tuned_lens
@@ -23,32 +30,45 @@ __all__ = [
     "Decomposition",
     "FunctionVector",
     "Gate",
+    "Metric",
     "Prompt",
     "Reading",
     "Scope",
     "Steered",
+    "Sweep",
     "Target",
     "Task",
     "TunedLens",
     "Vectors",
+    "ablate",
     "ablate_direction",
     "activation_addition",
     "collect",
     "collisions",
     "contrastive_vectors",
     "decompose",
+    "divergence",
     "few_shot_task",
     "frame",
     "function_vector",
     "head_effects",
     "heat_map",
+    "knock_out_attention",
     "lens_divergence",
     "lines",
+    "log_probability",
+    "logit",
     "logit_attribution",
+    "logit_difference",
     "logit_lens",
+    "loss",
     "object_attention_lens",
+    "patch_activations",
+    "patch_heads",
+    "patch_paths",
     "patchscope",
     "prepare_unembedding",
+    "probability",
     "repeat_target",
     "run_battery",
     "steer",
@@ -57,6 +77,7 @@ __all__ = [
     "target_tokens",
     "token_directions",
     "top_k_table",
+    "trace_causes",
     "train_tuned_lens",
     "tuned_lens",
     "unembed",

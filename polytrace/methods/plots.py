@@ -84,7 +84,7 @@ def heat_map(
                 place = one.coords[facet].item()
                 axes.set_title(place if isinstance(place, str) else f"{facet} {place}", parse_math=False)
         bar = figure.colorbar(image, ax=places[: len(maps)], label=label or str(array.name or ""), aspect=30)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         if title is not None:
             (places[0].set_title if facet is None else figure.suptitle)(title)
     return figure

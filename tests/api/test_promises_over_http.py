@@ -16,6 +16,7 @@ from by_hand import run_by_hand
 from families import llama_like
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from patching_calls import check_equal, every_method
 from programs import Program, crowds, difference, record
 from small import close, without_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -189,6 +190,11 @@ def test_names_and_arguments_are_served_with_hugging_faces_numbers(model: Model,
     )
     assert torch.equal(weights, head)
     assert difference([logits], [untouched]) > 100 * FLOAT32_TOLERANCE
+
+
+def test_sweeps_of_patching_are_what_they_are_in_one_process(model: Model) -> None:
+    with polytrace.load(str(FOLDER), threads=1) as local:
+        check_equal(every_method(model), every_method(local))
 
 
 def test_a_graph_that_fails_tells_its_owner_which_line_and_hurts_nobody(model: Model) -> None:

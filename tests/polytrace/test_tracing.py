@@ -577,6 +577,12 @@ def test_client_tensors_become_constants_once_each(model: Model) -> None:
     assert bytes(request.constants["c1"].data) == torch.full((8,), 2.0).numpy().tobytes()
 
 
+def test_a_single_element_of_a_larger_tensor_becomes_a_constant(model: Model) -> None:
+    column = torch.arange(12.0).reshape(1, 3, 4)[:, :1, 2]  # counts as contiguous, with a stride of its own
+    request = recorded(model, lambda model, hidden: (hidden * column.squeeze(0)).save())
+    assert [bytes(raw.data) for raw in request.constants.values()] == [torch.tensor(2.0).numpy().tobytes()]
+
+
 def test_numbers_stay_literals(model: Model) -> None:
     def program(model: Any, hidden: Any) -> None:
         value = hidden * np.float32(0.5) + float("inf") - np.int64(2) ** 2
