@@ -10,7 +10,7 @@ from polytrace.lines import user_line
 from polytrace.methods.transformer_lens.access import Access, Difference, Normalized, Point, ReadOnly, Scale
 from polytrace.methods.transformer_lens.blocks import Block, linear_of, positions_of
 from polytrace.methods.transformer_lens.facts import Facts
-from polytrace.methods.transformer_lens.names import ABSENT, BLOCK, BY_NAME_ALONE, block_of
+from polytrace.methods.transformer_lens.names import ABSENT, BLOCK, block_of
 from polytrace.model import Model
 from polytrace.modules import Module
 from polytrace.tree import NoSuchNameError
@@ -48,10 +48,6 @@ class HookTable:
     def names(self) -> tuple[str, ...]:
         """All of them, in the model's order."""
         return tuple(self._order)
-
-    def is_by_default(self, name: str) -> bool:
-        """Whether a filter may choose it; the others are had by their names."""
-        return not name.endswith(BY_NAME_ALONE)
 
     def place(self, name: str) -> int:
         """Where in the model's order it comes. Raises NoSuchNameError, which says why."""

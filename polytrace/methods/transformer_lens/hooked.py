@@ -15,7 +15,7 @@ from polytrace.methods.transformer_lens.cache import ActivationCache
 from polytrace.methods.transformer_lens.config import config_of
 from polytrace.methods.transformer_lens.facts import find_facts
 from polytrace.methods.transformer_lens.hook_table import HookTable
-from polytrace.methods.transformer_lens.names import block_of
+from polytrace.methods.transformer_lens.names import BY_NAME_ALONE, block_of
 from polytrace.methods.transformer_lens.running import Hook, Run, record
 from polytrace.methods.transformer_lens.tokens import Tokens
 from polytrace.methods.transformer_lens.weights import Weights
@@ -29,7 +29,6 @@ _LATER = {
     "generate_stream": "generation is not part of polytrace yet",
     "set_use_split_qkv_input": "heads do not get inputs of their own here: change `attn.hook_q`, `hook_k`, `hook_v`",
     "set_use_attn_in": "heads do not get inputs of their own here: change `attn.hook_q`, `hook_k`, `hook_v`",
-    "set_use_attn_result": "`attn.hook_result` is there without: name it, in names_filter or in a hook",
     "set_use_hook_mlp_in": "`hook_mlp_in` is there without: name it, in names_filter or in a hook",
     "state_dict": "weights stay where the model is served: W_E, W_Q, blocks[3].mlp.W_out and the like bring one",
     "parameters": "weights stay where the model is served: W_E, W_Q, blocks[3].mlp.W_out and the like bring one",
@@ -94,6 +93,7 @@ class HookedModel(Tokens, Weights):
         self.facts = find_facts(model, blocks)  # one small request: how norms work, what is added to the residual
         self.hook_table = HookTable(model, blocks, self.facts)  # what each activation's name stands for
         self.cfg = config_of(model, self.hook_table, default_prepend_bos)  # sizes and kinds by TransformerLens's names
+        self.use_attn_result = False  # whether filters choose `attn.hook_result` too
         self._added: list[_Added] = []
         self._points: dict[str, HookPoint] = {}
         self._kept: dict[Any, Any] = {}  # weights that have come
@@ -249,6 +249,10 @@ class HookedModel(Tokens, Weights):
         if clear_contexts:
             self._points.clear()
 
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether filters choose `attn.hook_result` too, `[prompts, positions, heads, d_model]`; by name it is had."""
+        self.use_attn_result = use_attn_result
+
     def __getattr__(self, name: str) -> Any:
         if name in _LATER:
             raise GraphError(f"HookedModel has no {name}: {_LATER[name]}", where=user_line())
@@ -286,7 +290,7 @@ class HookedModel(Tokens, Weights):
         """The activations that a filter means, in the model's order."""
         table = self.hook_table
         if names_filter is None or callable(names_filter):
-            chosen = [name for name in table.names() if table.is_by_default(name) and _is_before(name, stop)]
+            chosen = [name for name in self._offered() if _is_before(name, stop)]
             return tuple(name for name in chosen if names_filter is None or names_filter(name))
         names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
         for name in names:
@@ -302,10 +306,17 @@ class HookedModel(Tokens, Weights):
             return (names,)
         if not callable(names):
             raise GraphError(f"a hook is for a name or a function of a name, not for {names!r}", where=user_line())
-        chosen = tuple(name for name in table.names() if table.is_by_default(name) and names(name))
+        chosen = tuple(name for name in self._offered() if names(name))
         if not chosen:
             raise GraphError("the function of a hook's names says yes to none of this model's", where=user_line())
         return chosen
+
+    def _offered(self) -> list[str]:
+        """What a filter may choose."""
+        return [name for name in self.hook_table.names() if self._is_offered(name)]
+
+    def _is_offered(self, name: str) -> bool:
+        return not name.endswith(BY_NAME_ALONE) or (self.use_attn_result and name.endswith("hook_result"))
 
     def _before(self, hook: _Added, stop: int | None) -> tuple[str, ...]:
         for name in hook.names:
