@@ -77,17 +77,22 @@ class HookedModel(Tokens, Weights):
     """A polytrace model with TransformerLens's names and calls: `HookedModel(polytrace.load(folder))`.
 
     The numbers are the model's own, those of TransformerLens's `from_pretrained_no_processing`. A hook is recorded, not
-    run: Python that needs a number of the value is refused as in any trace. Needs torch. One thread at a time.
+    run: Python that needs a number of the value is refused as in any trace, or looks where `peek=True`. Needs torch.
+    One thread at a time.
     """
 
-    def __init__(self, model: Model, *, default_prepend_bos: bool = True) -> None:
-        """`default_prepend_bos`: texts begin with the model's BOS token where it has one, as in TransformerLens."""
+    def __init__(self, model: Model, *, default_prepend_bos: bool = True, peek: bool = False) -> None:
+        """`default_prepend_bos`: texts begin with the model's BOS token where it has one, as in TransformerLens.
+
+        `peek`: hooks may look at values (`if value.norm() > 10:`), each look one request more.
+        """
         try:
             import torch  # noqa: F401
         except ImportError:
             raise GraphError("HookedModel computes with torch, which is not here: pip install torch") from None
         self.model = model
         self.default_prepend_bos = default_prepend_bos
+        self.peek = peek
         self.receipt: Receipt | None = None  # of the last run
         blocks = find_blocks(model)
         self.facts = find_facts(model, blocks)  # one small request: how norms work, what is added to the residual
@@ -278,7 +283,7 @@ class HookedModel(Tokens, Weights):
     def _send(self, prompts: Any, prepend_bos: bool | None, run: Run) -> tuple[Any, dict[str, Any]]:
         """The output and the activations, which have data when this returns (in a session, when that ends)."""
         tracer: Tracer
-        with self.model.trace(self._prompts(prompts, prepend_bos)) as tracer:
+        with self.model.trace(self._prompts(prompts, prepend_bos), peek=self.peek) as tracer:
             output, found = record(self, tracer, run)
         self.receipt = tracer._receipt
         both = Output(*output) if run.stop is None and run.return_type == "both" else output
