@@ -1,7 +1,7 @@
 """Environments of peers: each a package, pinned, in a folder of its own under the user's cache.
 
-They have the versions of torch and transformers that polytrace itself runs on, so that both sides multiply matrices with
-the same library.
+They have the versions of torch and transformers that polytrace itself runs on, so that both sides multiply matrices
+with the same library.
 """
 
 from __future__ import annotations

@@ -157,7 +157,10 @@ TOWER = "The Eiffel Tower is in the city of"
 
 
 def test_only_what_is_chosen_moves_and_nothing_runs_behind_it(hooked: HookedModel) -> None:
-    _, cache = hooked.run_with_cache(TOWER, names_filter="blocks.2.hook_resid_post", return_type=None, pos_slice=-1)
+    output, cache = hooked.run_with_cache(
+        TOWER, names_filter="blocks.2.hook_resid_post", return_type=None, pos_slice=-1, stop_at_layer=4
+    )
+    assert output is None
     assert list(cache) == ["blocks.2.hook_resid_post"]
     assert hooked.receipt is not None
     assert hooked.receipt.result_bytes == cache.nbytes == 4 * 256
@@ -238,10 +241,19 @@ def test_a_hook_may_look_where_the_model_is_asked_to_let_it(hooked: HookedModel)
         hooked.run_with_hooks(TOWER, fwd_hooks=[("hook_embed", _branching)])
 
 
-def test_a_cache_of_a_session_has_data_when_it_ends(hooked: HookedModel) -> None:
-    with hooked.model.session():
+def test_runs_in_a_session_are_one_request_with_shared_rows(hooked: HookedModel) -> None:
+    def silenced(value: Any, hook: Any) -> None:
+        value[:, -1] = 0.0
+
+    names = [f"blocks.{layer}.hook_mlp_out" for layer in range(8)]
+    with hooked.model.session() as session:
         _, cache = hooked.run_with_cache(TOWER, names_filter="blocks.2.hook_resid_post")
+        runs = [hooked.run_with_hooks(TOWER, fwd_hooks=[(name, silenced)]) for name in names]
+    assert session.receipt.token_layers < session.receipt.token_layers_alone / 2
     assert torch.equal(cache["resid_post", 2], hooked.run_with_cache(TOWER)[1]["resid_post", 2])
+    for name, run in zip(names, runs, strict=True):
+        assert torch.equal(run, hooked.run_with_hooks(TOWER, fwd_hooks=[(name, silenced)])), name
+        assert (run - hooked(TOWER)).abs().max() > 0.01, name
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ class Decomposition:
         layer = self._layer(layer)
         found: list[tuple[str, tuple[Any, ...]]] = []
         if incl_embeds:
-            found += [(name, (f"hook_{name}",)) for name in ("embed", "pos_embed") if f"hook_{name}" in self]
+            found += [(name, (f"hook_{name}",)) for name in ("embed", "pos_embed") if f"hook_{name}" in self.cache_dict]
         for number in range(layer):
             found += [
                 (f"{number}_{part}_out", (f"{part}_out", number)) for part in ("attn", "mlp") if mode in ("all", part)
@@ -230,7 +230,7 @@ class Decomposition:
             parts.append(finished(mlps))
             labels += names
         for name in ("embed", "pos_embed"):
-            if f"hook_{name}" in self:
+            if f"hook_{name}" in self.cache_dict:
                 parts.append(finished(taken(self[f"hook_{name}"], pos_slice, -2)[None]))
                 labels.append(name)
         bias = self.model.accumulated_bias(layer, mlp_input, include_mlp_biases=expand_neurons)
@@ -357,7 +357,7 @@ class Decomposition:
 
     def _nothing(self, pos_slice: Any, directions: Tensor | None = None) -> Tensor:
         """A stack of no components."""
-        like = taken(self["hook_embed"], pos_slice, -2)
+        like: Tensor = taken(self["hook_embed"], pos_slice, -2)
         width = like.shape[-1] if directions is None else directions.shape[-1]
         return like.new_zeros(0, *like.shape[:-1], width)
 
@@ -383,7 +383,8 @@ class Decomposition:
         out = self._norm_facts(layer, mlp_input).centred(taken(self.model.weight(number, "W_out"), neurons, 0))
         activations = taken(taken(self["post", number, "mlp"], pos_slice, -2), neurons, -1)
         scaled = activations / self._scale(layer, mlp_input, pos_slice)
-        return (scaled[..., None] * (out @ directions)).movedim(-2, 0)
+        projected: Tensor = scaled[..., None] * (out @ directions)
+        return projected.movedim(-2, 0)
 
 
 def _columns(directions: Tensor | None) -> Tensor | None:

@@ -125,7 +125,7 @@ class HookedModel(Tokens, Weights):
 
         `prompts`: texts, or tokens as in `model.trace`; prompts of different lengths are padded on the left. "loss" is
         the mean over all tokens that are predicted, pads left out; `loss_per_token`: `[prompts, positions - 1]`.
-        `stop_at_layer`: what block that many takes, instead; nothing behind it runs.
+        `stop_at_layer`: what that block takes, instead of logits; it and all behind it does not run.
         """
         run = self._run(return_type, loss_per_token, stop_at_layer)
         return self._send(prompts, prepend_bos, run)[0]

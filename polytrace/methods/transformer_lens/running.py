@@ -91,11 +91,11 @@ def _call(hook: Hook, access: Access, written: dict[str, Any]) -> None:
 
 def _returned(hooked: HookedModel, tracer: Tracer, run: Run) -> Any:
     model = hooked.model
-    if run.stop is not None:
-        layer = model.layers[max(run.stop - 1, 0)]
-        return _saved(layer.resid_post if run.stop else layer.resid_pre)
     if run.return_type is None:
         return None
+    if run.stop is not None:
+        layer = model.layers[max(run.stop - 1, 0)]
+        return (layer.resid_post if run.stop else layer.resid_pre).save()
     logits = model.output.logits
     loss = None
     if run.return_type in ("loss", "both"):
@@ -103,7 +103,7 @@ def _returned(hooked: HookedModel, tracer: Tracer, run: Run) -> Any:
         loss = loss_of(logits, tokens, tracer.mask, per_token=run.loss_per_token).save()
     if run.return_type == "loss":
         return loss
-    saved = _saved(logits)
+    saved = logits.save()
     return saved if loss is None else (saved, loss)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polytrace.methods.transformer_lens.config import HookedConfig
-    from polytrace.methods.transformer_lens.facts import Facts
+    from polytrace.methods.transformer_lens.facts import Facts, NormFacts
     from polytrace.methods.transformer_lens.hook_table import HookTable
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
@@ -182,7 +182,7 @@ class Weights:
             self._kept |= made or self.fetched({(layer, name): self._reading(layer, name)})
         return self._kept[layer, name]  # type: ignore[no-any-return]
 
-    def norm_facts(self, path: str) -> Any:
+    def norm_facts(self, path: str) -> NormFacts:
         """How a norm works."""
         return self.facts.norms[self.model._index.modules[path].class_name]
 
