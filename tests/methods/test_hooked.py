@@ -115,6 +115,33 @@ def test_what_is_added_to_the_residual_sums_up_to_it_and_to_the_logits(both: Bot
     assert _off(plain, logits[..., 5]) > 100 * TOLERANCE  # the final norm's weight is not nothing
 
 
+def test_weights_make_of_activations_what_the_model_makes(both: Both) -> None:
+    """In front of norms that stand behind attention and MLP, which `out` and `down` are the last before."""
+    hooked, layer = both.hooked, f"{both.places.layers}.{LAYER}"
+    _, cache = hooked.run_with_cache(PROMPT)
+    block = hooked.blocks[LAYER]
+    given = _hooked_output(both.plain, f"{layer}.{both.places.out}")
+    assert _off(cache.stack_head_results(2)[4:].sum(0) + block.attn.b_O, given) <= TOLERANCE
+    assert torch.equal(hooked.W_O[LAYER], block.attn.W_O)
+    given = _hooked_output(both.plain, f"{layer}.{both.places.down}")
+    assert _off(cache.get_neuron_results(LAYER).sum(-2) + block.mlp.b_out, given) <= TOLERANCE
+    taken = cache["normalized", LAYER, "ln1"] * block.ln1.w + block.ln1.b
+    for name in ("q", "k", "v"):
+        weight, bias = getattr(block.attn, f"W_{name.upper()}"), getattr(block.attn, f"b_{name.upper()}")
+        assert _off(torch.einsum("bpd,hdc->bphc", taken, weight) + bias, cache[name, LAYER]) <= TOLERANCE, name
+    taken = cache["normalized", LAYER, "ln2"] * block.ln2.w + block.ln2.b
+    if (gate := hooked.W_gate) is not None:
+        pre = taken @ gate[LAYER]
+    else:
+        pre = taken @ block.mlp.W_in + block.mlp.b_in
+    assert _off(pre, cache["pre", LAYER]) <= TOLERANCE
+    last = hooked.unembed(hooked.ln_final(cache["resid_post", -1]))
+    assert _off(last, _hooked_output(both.plain, "lm_head")) <= TOLERANCE
+    embedded = hooked.W_E[torch.tensor(PROMPT)]
+    scale = cache["embed"].norm() / embedded.norm()  # of Gemma, the square root of the width
+    assert _off(embedded * scale, cache["embed"]) <= TOLERANCE
+
+
 def test_hooks_change_what_hooks_by_hand_change(both: Both) -> None:
     plain = _run(both.plain)
     for name, change in _changes(both.places).items():

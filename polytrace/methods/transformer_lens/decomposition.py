@@ -1,4 +1,4 @@
-"""The residual stream taken apart: what was added to it by layers, heads and neurons, and what that does to logits."""
+"""The residual stream taken apart: what layers, heads and neurons added to it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
+from polytrace.methods.transformer_lens.attribution import Attribution
 from polytrace.methods.transformer_lens.slices import taken
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polytrace.methods.transformer_lens.facts import NormFacts
-    from polytrace.methods.transformer_lens.hooked import HookedModel
-
 # Shapes: C = components, B = prompts, P = positions, D = d_model, N = neurons, K = directions; B or P may be gone
 
 
-class Decomposition:
-    """The part of `ActivationCache` that computes. What it lacks of the model's weights is fetched."""
-
-    cache_dict: dict[str, Any]
-    model: HookedModel
-    has_batch_dim: bool
-
-    def __getitem__(self, key: Any) -> Tensor:
-        raise NotImplementedError
+class Decomposition(Attribution):
+    """The part of `ActivationCache` that takes the residual apart."""
 
     # the residual stream
 
@@ -239,77 +230,7 @@ class Decomposition:
         stack = _without_column(torch.cat(parts), project_output_onto)
         return (stack, labels) if return_labels else stack
 
-    def apply_ln_to_stack(
-        self,
-        residual_stack: Tensor,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        pos_slice: Any = None,
-        batch_slice: Any = None,
-        has_batch_dim: bool = True,
-        recompute_ln: bool = False,
-    ) -> Tensor:
-        """Components `[C, B, P, D]` divided by the scale that the norm in front of `layer` had in this run.
-
-        None: the final norm. Centred before where that norm centres; its weight and bias are not applied.
-        `pos_slice`, `batch_slice` are those of the stack. `recompute_ln`: of the final norm, the norm itself, anew for
-        each component.
-        """
-        layer = self._layer(layer)
-        if has_batch_dim:
-            residual_stack = taken(residual_stack, batch_slice, 1)
-        if recompute_ln and layer == self._layers:
-            return self.model.ln_final(residual_stack)
-        facts = self._norm_facts(layer, mlp_input)
-        scaled = facts.centred(residual_stack) / self._scale(layer, mlp_input, pos_slice, batch_slice)
-        return scaled.to(residual_stack.dtype)  # type: ignore[no-any-return]
-
-    def logit_attrs(
-        self,
-        residual_stack: Tensor,
-        tokens: Any,
-        incorrect_tokens: Any = None,
-        pos_slice: Any = None,
-        batch_slice: Any = None,
-        has_batch_dim: bool = True,
-        *,
-        fold_ln: bool = True,
-    ) -> Tensor:
-        """What each component adds to the logits of tokens, less that of `incorrect_tokens`: `[C, B, P]`.
-
-        `tokens`: a token for all, or ids `[B]` or `[B, P]` as the stack has them. The sum over all components and the
-        final norm's bias times `W_U` and `b_U` is the logit. `fold_ln` as in `tokens_to_residual_directions`: False
-        leaves the final norm's weight out, which are TransformerLens's numbers without processing, and no logits.
-        """
-        directions = self.model.tokens_to_residual_directions(tokens, fold_ln=fold_ln)
-        if incorrect_tokens is not None:
-            other = self.model.tokens_to_residual_directions(incorrect_tokens, fold_ln=fold_ln)
-            if other.shape != directions.shape:
-                raise GraphError(
-                    f"tokens and incorrect_tokens have one shape, not {list(directions.shape[:-1])} and "
-                    f"{list(other.shape[:-1])}",
-                    where=user_line(),
-                )
-            directions = directions - other
-        scaled = self.apply_ln_to_stack(
-            residual_stack, -1, pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim
-        )
-        attributions: Tensor = (scaled * directions).sum(-1)
-        return attributions
-
     # what they are made of
-
-    @property
-    def _layers(self) -> int:
-        return self.model.cfg.n_layers
-
-    def _layer(self, layer: int | None) -> int:
-        """A block's number; the number of blocks stands for what is behind all."""
-        if layer is None or layer == -1:
-            return self._layers
-        if not 0 <= layer <= self._layers:
-            raise GraphError(f"layer {layer}: this model has blocks 0-{self._layers - 1}", where=user_line())
-        return layer
 
     def _stacked(self, keys: list[tuple[Any, ...]], pos_slice: Any) -> Tensor:
         import torch
@@ -360,21 +281,6 @@ class Decomposition:
         like: Tensor = taken(self["hook_embed"], pos_slice, -2)
         width = like.shape[-1] if directions is None else directions.shape[-1]
         return like.new_zeros(0, *like.shape[:-1], width)
-
-    def _norm_facts(self, layer: int, mlp_input: bool) -> NormFacts:
-        path = self.model.model.description.standard["ln_final"]
-        if layer < self._layers:
-            block = self.model.hook_table.blocks[layer]
-            own = block.ln2 if mlp_input else block.ln1
-            if own is None:
-                raise GraphError(f"block {layer} has no norm there", where=user_line())
-            path = own
-        return self.model.norm_facts(path)
-
-    def _scale(self, layer: int, mlp_input: bool, pos_slice: Any, batch_slice: Any = None) -> Tensor:
-        part = "ln_final" if layer == self._layers else f"blocks.{layer}.{'ln2' if mlp_input else 'ln1'}"
-        scale = taken(self[f"{part}.hook_scale"], pos_slice, -2)
-        return taken(scale, batch_slice, 0) if self.has_batch_dim else scale  # type: ignore[no-any-return]
 
     def _projected_through_ln(
         self, number: int, layer: int, mlp_input: bool, pos_slice: Any, neurons: list[int], directions: Tensor
