@@ -326,6 +326,32 @@ def test_where_attention_and_the_mlp_have_one_norm_what_it_gives_is_read_only(tm
             hooked.run_with_cache(PROMPT, names_filter="blocks.1.hook_resid_mid")
 
 
+def test_what_brings_its_own_request_is_asked_for_before_a_block(hooked: HookedModel) -> None:
+    with pytest.raises(GraphError, match="make it before the block begins"), hooked.model.session():
+        HookedModel(hooked.model)
+    with pytest.raises(GraphError, match="ask for it before the block begins"), hooked.model.session():
+        hooked.weights_of("W_in")
+
+
+def test_where_a_norm_stands_behind_the_sum_what_attention_adds_is_not_told(tmp_path: Path) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    config = OPTConfig(
+        **sizes, num_attention_heads=4, word_embed_proj_dim=16, do_layer_norm_before=False, max_position_embeddings=64
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    with polytrace.load(str(tmp_path), threads=1) as model:
+        hooked = HookedModel(model)
+        _, cache = hooked.run_with_cache(PROMPT)
+        assert "blocks.1.hook_attn_out" not in cache
+        assert "blocks.1.attn.hook_z" in cache
+        assert _off(cache["embed"] + cache["pos_embed"], cache["resid_pre", 0]) <= TOLERANCE  # a projection between
+        with pytest.raises(GraphError, match="what attention adds to the residual"):
+            cache.decompose_resid()
+
+
 def test_sums_that_no_module_gives_are_what_lies_between(tmp_path: Path) -> None:
     """Granite multiplies what its sublayers give before it adds them."""
     from transformers import GraniteConfig, GraniteForCausalLM

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.lines import user_line
 from polytrace.methods.transformer_lens.access import Access, Difference, Normalized, Point, ReadOnly, Scale
@@ -71,7 +70,7 @@ class HookTable:
         for number, block in enumerate(self.blocks):
             layer = self.model.layers[number]
             for short in BLOCK:
-                reason = self._missing(layer, block, short)
+                reason = self._missing(number, layer, block, short)
                 if reason is None:
                     yield f"blocks.{number}.{short}"
                 else:
@@ -80,7 +79,7 @@ class HookTable:
             yield from ("ln_final.hook_scale", "ln_final.hook_normalized")
         yield from ("unembed.hook_in", "unembed.hook_out")
 
-    def _missing(self, layer: Module, block: Block, short: str) -> str | None:
+    def _missing(self, number: int, layer: Module, block: Block, short: str) -> str | None:
         """Why a block has no such activation; "" where TransformerLens would have none either."""
         part = short.partition(".")[0]
         if part in ("ln1", "ln2", "ln1_post", "ln2_post"):
@@ -91,8 +90,12 @@ class HookTable:
             return "" if linear_of(self.model, block) is None else None
         if short == "hook_mlp_in":
             return "" if block.ln2 is None or block.has_one_norm else None
-        if short == "hook_mlp_out":
-            return "no module of this layer gives what the MLP adds" if block.mlp_out is None else None
+        if short in ("hook_attn_out", "hook_mlp_out"):
+            is_attention = short == "hook_attn_out"
+            is_between = "resid_mid" in layer.points and not block.is_parallel
+            added = "attention" if is_attention else "the MLP"
+            told = f"no module of {block.path} gives what {added} adds to the residual, and no state of it lies between"
+            return None if is_between or self._holds(number, block, is_attention=is_attention) else told
         if short in _POINTS and _POINTS[short] not in layer.points:
             owner = layer._points.get(_POINTS[short], block.path)
             info = self.model._index.points.get(owner, {}).get(_POINTS[short])
@@ -128,19 +131,16 @@ class HookTable:
             return Point(self._module(block.ln2), "input")
         return self._added(number, block, is_attention=short == "hook_attn_out")
 
+    def _holds(self, number: int, block: Block, *, is_attention: bool) -> bool:
+        """Whether a module's output was seen to be what the sublayer adds."""
+        sums = self.facts.attn_sums if is_attention and not block.is_parallel else self.facts.mlp_sums
+        return sums[number]
+
     def _added(self, number: int, block: Block, *, is_attention: bool) -> Access:
-        """What a sublayer adds: a module's output where the sum was seen to hold, else what lies between two states."""
-        facts = self.facts
-        layer = self.model.layers[number]
-        holds = (facts.mlp_sums if block.is_parallel or not is_attention else facts.attn_sums)[number]
-        if holds:
+        """What a sublayer adds: a module's output, or what lies between two states of the residual."""
+        if self._holds(number, block, is_attention=is_attention):
             return self._output(block.attn_out if is_attention else block.mlp_out)
-        if block.is_parallel or "resid_mid" not in layer.points:
-            raise GraphError(
-                f"blocks.{number}: no module of {block.path} gives what its {'attention' if is_attention else 'MLP'} "
-                "adds to the residual, and there is no state of it in between",
-                where=user_line(),
-            )
+        layer = self.model.layers[number]
         before, behind = ("resid_pre", "resid_mid") if is_attention else ("resid_mid", "resid_post")
         return Difference(Point(layer, before), Point(layer, behind))
 

@@ -18,7 +18,7 @@ from polytrace.methods.transformer_lens.hook_table import HookTable
 from polytrace.methods.transformer_lens.names import BY_NAME_ALONE, block_of
 from polytrace.methods.transformer_lens.running import Hook, Run, record
 from polytrace.methods.transformer_lens.tokens import Tokens
-from polytrace.methods.transformer_lens.weights import Weights
+from polytrace.methods.transformer_lens.weights import Weights, refuse_inside
 from polytrace.model import Model
 from polytrace.tracing import Tracer
 
@@ -94,6 +94,7 @@ class HookedModel(Tokens, Weights):
         self.default_prepend_bos = default_prepend_bos
         self.peek = peek
         self.receipt: Receipt | None = None  # of the last run
+        refuse_inside("a HookedModel asks the model about its norms: make it")
         blocks = find_blocks(model)
         self.facts = find_facts(model, blocks)  # one small request: how norms work, what is added to the residual
         self.hook_table = HookTable(model, blocks, self.facts)  # what each activation's name stands for

@@ -14,6 +14,7 @@ from polytrace.lines import user_line
 from polytrace.methods.transformer_lens.block_weights import BlockWeights, NormWeights
 from polytrace.methods.transformer_lens.factored import FactoredMatrix
 from polytrace.model import Model
+from polytrace.tracing import open_trace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from polytrace.methods.transformer_lens.hook_table import HookTable
 
 _BY_HEAD = {name: f"{name}_by_head" for name in ("W_K", "W_V", "b_K", "b_V")}  # one for each query head
+
+
+def refuse_inside(told: str) -> None:
+    """Raises GraphError in the block of a trace or session, whose values have no data yet."""
+    if open_trace() is not None:
+        raise GraphError(f"{told} before the block begins", where=user_line())
 
 
 class Stacked:
@@ -188,6 +195,7 @@ class Weights:
         """What functions of an open trace give, in one request without prompts."""
         if not wanted:
             return {}
+        refuse_inside("a weight is brought by a request of its own: ask for it")
         with self.model.base.trace():
             found = {key: make().save() for key, make in wanted.items()}
         return dict(found)
