@@ -297,6 +297,7 @@ def test_runs_in_a_session_are_one_request_with_shared_rows(hooked: HookedModel)
         (lambda model: model.run_with_hooks(TOWER, fwd_hooks=[(lambda name: False, _changed)]), "says yes to none"),
         (lambda model: model.run_with_hooks(TOWER, bwd_hooks=[("hook_embed", _changed)]), "gradients"),
         (lambda model: model.generate(TOWER), "generation is not part"),
+        (lambda model: model.W_pos, "this model has no W_pos"),
         (lambda model: model([[5]], "loss"), "one token each"),
     ],
 )
@@ -350,6 +351,18 @@ def test_where_a_norm_stands_behind_the_sum_what_attention_adds_is_not_told(tmp_
         assert _off(cache["embed"] + cache["pos_embed"], cache["resid_pre", 0]) <= TOLERANCE  # a projection between
         with pytest.raises(GraphError, match="what attention adds to the residual"):
             cache.decompose_resid()
+
+
+def test_a_weight_that_blocks_do_not_have_is_refused_with_those_they_have(tmp_path: Path) -> None:
+    model_of("mixtral").save_pretrained(tmp_path)
+    with polytrace.load(str(tmp_path), threads=1) as model:
+        hooked = HookedModel(model)
+        assert hooked.cfg.d_mlp is None
+        assert not hooked.b_O.any()  # a bias that there is not is zero
+        with pytest.raises(GraphError, match="block 0 has no W_out; it has W_K, W_O, W_Q, W_V"):
+            _ = hooked.W_out
+        with pytest.raises(GraphError, match="rows are sorted by expert"):
+            hooked.run_with_cache(PROMPT, names_filter="blocks.1.mlp.hook_post")
 
 
 def test_sums_that_no_module_gives_are_what_lies_between(tmp_path: Path) -> None:

@@ -269,3 +269,12 @@ try:
 except GraphError as error:
     assert "lm_head" in str(error), error  # the description by hand has no input of it
 """)
+
+
+def test_transformer_lens_habits_say_that_they_need_torch() -> None:
+    run(
+        """
+from polytrace.methods import HookedModel
+refused(lambda: HookedModel(model), "HookedModel computes with torch", "pip install torch")
+"""
+    )

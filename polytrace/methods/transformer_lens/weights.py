@@ -201,14 +201,22 @@ class Weights:
         return dict(found)
 
     def _reading(self, layer: int, name: str) -> Callable[[], Any]:
-        module = self.model.layers[layer]
-        return lambda: getattr(module, _BY_HEAD.get(name, name))
+        module, own = self.model.layers[layer], _BY_HEAD.get(name, name)
+        names = self._names(layer)
+        if own not in names:
+            has = ", ".join(sorted(name for name in names if not name.endswith("_by_head")))
+            raise GraphError(f"block {layer} has no {name}; it has {has}", where=user_line())
+        return lambda: getattr(module, own)
+
+    def _names(self, layer: int) -> Mapping[str, str]:
+        """Of a block's named weights, their paths."""
+        return self.model._index.layer_weights.get(self.hook_table.blocks[layer].path, {})
 
     def _zeros(self, layer: int, name: str) -> Tensor | None:
         """Of a bias that the model does not have; None of what it has."""
         import torch
 
-        names = self.model._index.layer_weights.get(self.hook_table.blocks[layer].path, {})
+        names = self._names(layer)
         if _BY_HEAD.get(name, name) in names or not name.startswith("b_"):
             return None
         weight = "W" + name.removeprefix("b")
@@ -220,6 +228,8 @@ class Weights:
         return torch.zeros(*((shape[0], shape[-1]) if is_of_heads else (shape[-1],)), dtype=self.dtype)
 
     def _of_model(self, name: str) -> Tensor:
+        if name not in self.model._index.parameters:
+            raise GraphError(f"this model has no {name}", where=user_line())
         if name not in self._kept:
             self._kept |= self.fetched({name: lambda: getattr(self.model, name)})
         return self._kept[name]  # type: ignore[no-any-return]
