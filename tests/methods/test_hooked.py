@@ -260,6 +260,20 @@ def test_a_hook_may_put_values_aside_and_use_the_users_own(hooked: HookedModel) 
     assert _off(logits[:, -2], hooked(TOWER)[:, -2]) > 100 * TOLERANCE
 
 
+def test_hooks_at_one_norm_see_what_those_before_put_there(hooked: HookedModel) -> None:
+    own = torch.full((1, 9, 1), 3.0)
+
+    def doubled(value: Any, hook: Any) -> None:
+        value *= 2.0
+
+    name = "blocks.1.ln1.hook_scale"
+    both = hooked.run_with_hooks(TOWER, fwd_hooks=[(name, lambda value, hook: own), (name, doubled)])
+    once = hooked.run_with_hooks(TOWER, fwd_hooks=[(name, lambda value, hook: 2 * own)])
+    assert torch.equal(both, once)
+    assert torch.equal(own, torch.full((1, 9, 1), 3.0))
+    assert (both - hooked(TOWER)).abs().max() > 0.01
+
+
 def test_a_hook_may_look_where_the_model_is_asked_to_let_it(hooked: HookedModel) -> None:
     looking = HookedModel(hooked.model, peek=True)
     changed = looking.run_with_hooks(TOWER, fwd_hooks=[("hook_embed", _branching)])

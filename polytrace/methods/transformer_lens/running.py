@@ -74,19 +74,20 @@ def _by(place: Callable[[str], int]) -> Callable[[Hook], int]:
 
 
 def _call(hook: Hook, access: Access, written: dict[str, Any]) -> None:
-    """What a hook returns takes the value's place; what it changed in place is changed already, where a tensor of the
-    model is meant, and takes its place where it was worked out for the hook.
-    """
+    """What a hook returns takes the value's place; so does what it changed in place that is no tensor of the model."""
     value = access.read(written)
     if not access.is_tensor:
         value = value * 1  # its own, so that in-place code is seen
-    version = state_of(value).storage.version
     made = hook.function(value, hook=hook.point)
-    is_changed = state_of(value).storage.version > version
     if made is not None and made is not value:
         access.write(written, made)
-    elif is_changed and not access.is_tensor:
+    elif not access.is_tensor and _is_changed(value):
         access.write(written, value)
+
+
+def _is_changed(value: Any) -> bool:
+    """Of a recorded value; nobody knows of the user's own tensor, which a hook before may have put there."""
+    return not is_recorded(value) or state_of(value).storage.version > 0
 
 
 def _returned(hooked: HookedModel, tracer: Tracer, run: Run) -> Any:
