@@ -21,7 +21,8 @@ import torch
 
 import polytrace
 from bench.cones.models import folder_of
-from bench.cones.peer import NoPeerError, Peer, environment
+from bench.cones.peer import Peer, environment
+from bench.environments import NoPeerError
 from bench.plain import TOLERANCE, Plain, difference
 from bench.race import interval, race
 from polytrace.graph import Request

@@ -25,8 +25,9 @@ from bench.cones.contest import TOLERANCE, Cell, chosen_size, run_cell
 from bench.cones.growth import Growth
 from bench.cones.models import folder_of, layer_parameters
 from bench.cones.ours import Ours
-from bench.cones.peer import VERSION, NoPeerError, Peer, environment
+from bench.cones.peer import VERSION, Peer, environment
 from bench.cones.workloads import CASES, shape_of
+from bench.environments import NoPeerError
 from bench.plain import Plain
 
 GOAL_SHARE = 0.90

@@ -19,17 +19,20 @@ from polytrace.methods.plots import frame, heat_map, lines, top_k_table
 from polytrace.methods.steering import Steered, ablate_direction, steer, steering_edit
 from polytrace.methods.sweeps import Sweep
 from polytrace.methods.targets import collisions, target_sets, target_tokens
+from polytrace.methods.transformer_lens import ActivationCache, HookedModel
 from polytrace.methods.tuned import TunedLens, tuned_lens
 from polytrace.methods.tuning import lens_divergence, train_tuned_lens
 from polytrace.methods.unembedding import prepare_unembedding, unembed
 
 __all__ = [
+    "ActivationCache",
     "Activations",
     "Attribution",
     "Battery",
     "Decomposition",
     "FunctionVector",
     "Gate",
+    "HookedModel",
     "Metric",
     "Prompt",
     "Reading",

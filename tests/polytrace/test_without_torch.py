@@ -296,3 +296,12 @@ assert "softmax" in ops() and "setitem" in ops(), ops()
 assert "layers_output[0-3]: [sequence, token, feature]" in repr(model)
 refused(lambda: setattr(model, "attention_mask", 1), "attention_probabilities[i]")
 """)
+
+
+def test_transformer_lens_habits_say_that_they_need_torch() -> None:
+    run(
+        """
+from polytrace.methods import HookedModel
+refused(lambda: HookedModel(model), "HookedModel computes with torch", "pip install torch")
+"""
+    )

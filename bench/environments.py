@@ -1,0 +1,73 @@
+"""Environments of peers: each a package, pinned, in a folder of its own under the user's cache.
+
+They have the versions of torch and transformers that polytrace itself runs on, so that both sides multiply matrices
+with the same library.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.cones.models import CACHE
+
+_INSTALL_TIMEOUT_S = 1800
+
+
+class NoPeerError(Exception):
+    """The peer cannot be had here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """One peer's."""
+
+    package: str
+    version: str
+    others: tuple[str, ...] = ("accelerate",)  # that it needs beside
+
+    def made(self, *, cache: Path = CACHE) -> Path | None:
+        """Its Python, None where nobody has made it yet."""
+        folder = self._folder(cache)
+        return folder / "bin" / "python" if (folder / ".ready").is_file() else None
+
+    def make(self, *, cache: Path = CACHE) -> Path:
+        """Its Python, made when it is not there. Raises NoPeerError."""
+        if (python := self.made(cache=cache)) is not None:
+            return python
+        folder, versions = self._folder(cache), _versions()
+        python = folder / "bin" / "python"
+        print(f"making {folder} for {self.package} {self.version}, once", file=sys.stderr, flush=True)
+        try:
+            venv.create(folder, with_pip=True, clear=True)
+            # torch first and alone: the build for this machine that the package index serves
+            for packages in (
+                [f"torch=={versions['torch']}"],
+                [f"{self.package}=={self.version}", f"transformers=={versions['transformers']}", *self.others],
+            ):
+                command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *packages]
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=_INSTALL_TIMEOUT_S)
+        except (subprocess.SubprocessError, OSError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            said = str(getattr(error, "stderr", None) or error).strip().splitlines()
+            told = said[-1] if said else error
+            raise NoPeerError(f"{self.package} {self.version} could not be installed: {told}") from error
+        (folder / ".ready").touch()
+        return python
+
+    def _folder(self, cache: Path) -> Path:
+        versions = (f"{name}-{version}" for name, version in _versions().items())
+        return cache / "-".join([f"{self.package}-{self.version}", *versions])
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "transformers")}
+
+
+NNSIGHT = Environment(package="nnsight", version="0.8.1")
+TRANSFORMER_LENS = Environment(package="transformer-lens", version="3.9.0")  # the last one with HookedTransformer
