@@ -44,6 +44,7 @@ class Named:
     views: Views
     weights: tuple[NamedWeight, ...]
     standard: Mapping[str, str]  # modules that every decoder has, by their standard names
+    parts: tuple[Parts | None, ...]  # of each layer, as its tiny twin has them
 
 
 def name_parts(model: PreTrainedModel, layers: str, sites: Sequence[SiteInfo]) -> Named:
@@ -128,7 +129,14 @@ class _Namer:
         taken = set(dict(self.model.named_parameters())) | set(dict(self.model.named_buffers()))
         weights = tuple(weight for weight in self.weights if weight.path not in taken)
         standard = find_standard_modules(self.model, self.layers, self.anatomy)
-        return Named(sites=sites, points=tuple(self.points), views=self.views, weights=weights, standard=standard)
+        return Named(
+            sites=sites,
+            points=tuple(self.points),
+            views=self.views,
+            weights=weights,
+            standard=standard,
+            parts=tuple(self.anatomy.kinds.get(signature(layer)) for layer in listed),
+        )
 
     # the residual
 

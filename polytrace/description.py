@@ -146,6 +146,26 @@ class PointInfo:
     note: str | None = None  # what people have to know of it in this family
 
 
+class Outcome(Enum):
+    """What became of a check at load."""
+
+    HOLDS = "holds"
+    UNCHECKED = "not checked"
+    FAILS = "fails"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What was checked of names when the model was loaded, on the served weights."""
+
+    names: tuple[str, ...]  # of points, or standard names of modules
+    says: str
+    outcome: Outcome
+    layers: tuple[int, ...]  # ascending; none: it is about the model
+    error: float | None = None  # the largest over layers, beyond rounding and relative to what is compared
+    told: str | None = None  # numbers for people, or why it does not hold or was not checked
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one request may be. Checked when it is submitted, before memory is taken."""
@@ -196,6 +216,8 @@ class ModelDescription:
     has_exact_rows: bool = True  # the gate found that a row's bits do not depend on how many rows run beside it
     points: tuple[PointInfo, ...] = ()  # named points that are not sites of their own name
     standard: Mapping[str, str] = field(default_factory=dict)  # modules that every decoder has, by standard name
+    not_standard: Mapping[str, str] = field(default_factory=dict)  # standard names that lead nowhere here -> why
+    checked: tuple[Checked, ...] = ()  # what was checked of names at load
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
     codes: tuple[SourceCode, ...] = ()
     sources: tuple[SourceInfo, ...] = ()

@@ -94,6 +94,8 @@ class Module(NotAValue):
             return tracer.wrap(tracer.recording.parameter(table.layer_weights[path][name]))
         if name in self._ports or name in self._points:
             return self._port(name).read()
+        if not path and name in table.description.not_standard:
+            raise NoSuchNameError(f"the model has no {name}: {table.description.not_standard[name]}", where=user_line())
         known = [*table.children.get(path, ()), *table.aliases.get(path, ()), *table.own_parameters.get(path, ())]
         known += [*self._points, "output", "input"]
         close = (
