@@ -16,16 +16,16 @@ A relation is checked where both its ends are on one stage. Owns what is compare
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.arguments import Selector
 from engine.copies import to_device
-from engine.gate import Trial, root_segment, stage_of
+from engine.gate import Trial, root_segment
 from engine.head_outputs import HeadOutputs
 from engine.layer_relations import LayerValues, layer_checks
 from engine.named import NamedParameters
@@ -33,11 +33,11 @@ from engine.points import Pairs
 from engine.relations import Check, Measured, equal, factor_of
 from engine.sites import GateReport
 from engine.streams import Streams
+from engine.tried_names import TriedName, TriedNames, first_leaf
 from engine.views import RowView
 from engine.writes import PortValue, RowWrite
-from polytrace.description import Leaf, Outcome, SiteInfo
+from polytrace.description import Outcome, SiteInfo
 from polytrace.graph import Port
-from polytrace.tree import join
 from scheduling.plan import View
 
 # R = rows of the base, S = trials, D = hidden
@@ -46,38 +46,13 @@ _BASE = 16  # tokens
 _TRIAL = 3  # tokens of a trial: the last two see more than one key
 _NOISE = 4.0  # so many times what a trial without an edit differs by is no effect
 _ONE_HEAD = {"q": Port.Q_ROT, "k": Port.K_ROT}  # of these one head is changed, which no other head may feel there
-_PLACES = {"input", "output"}  # names of points that are a family's own words for `pattern`
 CHANGES = "an edit of it changes the logits"
 LAYER_CHANGES = "what the layer gives changes the logits"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Name:
-    """A name and the tensor that it stands for."""
-
-    name: str
-    layer: int | None
-    site: SiteInfo
-    leaf: Leaf
-    why_read_only: str | None
-    why_unread: str | None
-
-
-class _Look(NamedTuple):
-    """Somebody who wants a tensor of a site."""
-
-    selector: Selector
-    key: str  # a name, or what `_also` calls it
-    is_name: bool
 
 
 def check_names(trial: Trial, report: GateReport, parameters: NamedParameters) -> tuple[Check, ...]:
     """Collective: every shard calls it at once, behind its gate. One forward."""
     return _Checker(trial, report, parameters).checks()
-
-
-def _first_leaf(site: SiteInfo | None) -> Leaf | None:
-    return None if site is None else next((leaf for leaf in site.leaves if leaf.selector in ((), (0,))), None)
 
 
 @dataclass(slots=True)
@@ -103,26 +78,9 @@ class _Checker:
         self.probe, self.links = trial.probe, trial.links
         self.standard = self.probe.standard
         self.layers = self.probe.layout.layers
-        self.at = {(site.module, site.port): site for site in self.probe.sites if site.visit == 0}
-        self.refused = {(leaf.module, leaf.port, leaf.selector): leaf.refusal for leaf in report.leaves}
-        self.names = [name for name in self._names() if stage_of(name.site, self.probe, self.links) == self.links.stage]
-        tried = dict.fromkeys(name.name for name in self._names())  # on every stage alike
-        self.segment = {name: number for number, name in enumerate(tried, 2)}  # behind the base and the control
+        self.names = TriedNames(self.probe, report, self.standard, self.links, trial.runner.window)
+        self.segment = {name: number for number, name in enumerate(self.names.all, 2)}  # behind base and control
         self.first_of_layers = 2 + len(self.segment)
-        self.looks: dict[tuple[str, Port], list[_Look]] = defaultdict(list)
-        self.of_layer: dict[int, list[_Name]] = defaultdict(list)
-        self.around = [name for name in self.names if name.layer is None]
-        for name in self.names:
-            if name.layer is not None:
-                self.of_layer[name.layer].append(name)
-            if name.why_unread is None:
-                place = name.site.module, name.site.port
-                self.looks[place].append(_Look(name.leaf.selector, name.name, True))
-        window = trial.runner.window
-        self.owned = range(window.first, window.stop)
-        for layer in self.owned:
-            for key, site, leaf in self._also(layer):
-                self.looks[site.module, site.port].append(_Look(leaf.selector, key, False))
         self.found: list[Check] = []
         self.values: dict[str, Tensor] = {}  # the base's, of the layer that runs
         self.stirred: dict[str, float] = defaultdict(float)  # by name, in what this layer adds
@@ -131,57 +89,6 @@ class _Checker:
         self.entered: Tensor | None = None  # what every layer is given in trials of names
         self.last: Tensor | None = None  # what the layer before gave the base
         self.logits: Tensor | None = None
-
-    # what is tried
-
-    def _names(self) -> Iterator[_Name]:
-        seen: set[tuple[str, str]] = set()
-        for point in self.probe.points:
-            site = None if point.site is None else self.at.get((point.site.module, point.site.port))
-            leaf = None
-            if site is not None and point.site is not None:
-                leaf = next((own for own in site.leaves if own.selector == point.site.selector), None)
-            if site is None or leaf is None or (point.module, point.name) in seen:
-                continue
-            if point.name in _PLACES and site.port is Port.PATTERN:
-                continue
-            seen.add((point.module, point.name))
-            yield self._name(point.name, site, leaf, point.write_refusal)
-        for site in self.at.values():
-            if site.port.is_inner and (site.module, site.port.value) not in seen:
-                yield self._name(site.port.value, site, site.leaves[0], None)
-        for name in ("embed_tokens", "ln_final", "lm_head"):
-            site = self.at.get((self.standard.get(name, ""), Port.OUTPUT))
-            leaf = _first_leaf(site)
-            if name in self.standard and site is not None and leaf is not None:
-                yield self._name(name, site, leaf, None)
-
-    def _name(self, name: str, site: SiteInfo, leaf: Leaf, write_refusal: str | None) -> _Name:
-        unread = leaf.read_refusal or self.refused.get((site.module, site.port, leaf.selector))
-        return _Name(
-            name=name,
-            layer=self.probe.layout.layer_of(site.module),
-            site=site,
-            leaf=leaf,
-            why_unread=unread,
-            why_read_only=unread or leaf.write_refusal or write_refusal,
-        )
-
-    def _also(self, layer: int) -> Iterator[tuple[str, SiteInfo, Leaf]]:
-        """Tensors that relations of a layer need beside its names, by a key that is no name."""
-        path, parts = f"{self.layers}.{layer}", self.probe.parts[layer]
-        wanted = [("input:", Port.INPUT), ("output:", Port.OUTPUT)]
-        if parts is not None:
-            for added in (parts.attention_adds, parts.mlp_adds):
-                if added is not None:
-                    way = added.module.split(".")
-                    wanted += [(f"output:{'.'.join(way[:depth])}", Port.OUTPUT) for depth in range(1, len(way) + 1)]
-            wanted += [(f"output:{own}", Port.OUTPUT) for own in (parts.out, parts.down) if own]
-        for key, port in dict.fromkeys(wanted):
-            site = self.at.get((join(path, own) if (own := key.partition(":")[2]) else path, port))
-            leaf = _first_leaf(site)
-            if site is not None and leaf is not None and leaf.read_refusal is None:
-                yield key, site, leaf
 
     # the forward
 
@@ -192,7 +99,9 @@ class _Checker:
         num_layers = self.probe.layout.num_layers
         trials = 1 + len(self.segment) + num_layers
         segments = [root_segment(base, num_layers), *[root_segment(base[:_TRIAL], num_layers)] * trials]
-        sites = [site for place, site in self.at.items() if place in self.looks or place == ("", Port.OUTPUT)]
+        sites = [
+            site for place, site in self.names.at.items() if place in self.names.looks or place == ("", Port.OUTPUT)
+        ]
         rows: list[_Rows] = []
 
         def visitor(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
@@ -201,7 +110,7 @@ class _Checker:
             return lambda value: self._visit(site, value, rows[0])
 
         self.trial.run(segments, visitor, has_operations=False, sites=sites)
-        for name in self.names:
+        for name in self.names.own:
             if name.why_unread is not None:
                 self._add(name.layer, (name.name,), "it is what its name says", _unchecked(name.why_unread))
         if self.links.stage == self.links.stages - 1:
@@ -212,10 +121,10 @@ class _Checker:
         port = PortValue(value, layouts=site.layouts)
         layer = self.probe.layout.layer_of(site.module)
         is_layer = site.module.rpartition(".")[0] == self.layers
-        leaf = _first_leaf(site)
+        leaf = first_leaf(site)
         if is_layer and site.port is Port.INPUT and leaf is not None:
             self._enter(layer, port, leaf.selector, rows)
-        for look in self.looks[site.module, site.port]:
+        for look in self.names.looks[site.module, site.port]:
             if self._is_there(port, look.selector, rows):
                 self.values[look.key] = _read(port, look.selector, rows.of(0))[0]
                 if not look.is_name:
@@ -223,7 +132,7 @@ class _Checker:
         if isinstance(value, Pairs):
             self.sinks = value.sinks_H
         self._notice_heads(site, port, rows)
-        for name in self._here(site):
+        for name in self.names.at_site(site):
             self._edit(name, port, rows, is_layer=is_layer)
         if is_layer and site.port is Port.OUTPUT and leaf is not None and layer is not None:
             self._leave(layer, port, leaf.selector, rows)
@@ -233,13 +142,6 @@ class _Checker:
             selector = next((own for own in (("logits",), (), (0,)) if own in told.tensors), None)
             self.logits = None if selector is None else told.tensors[selector][0]
         return after
-
-    def _here(self, site: SiteInfo) -> Iterator[_Name]:
-        """Names that are edited at a site."""
-        layer = self.probe.layout.layer_of(site.module)
-        for name in self.around if layer is None else self.of_layer[layer]:
-            if name.site is site and name.why_read_only is None:
-                yield name
 
     def _is_there(self, port: PortValue, selector: Selector, rows: _Rows) -> bool:
         if port.pairs is not None or port.heads is not None:
@@ -263,7 +165,7 @@ class _Checker:
         port.write(selector, RowWrite(rows=view, value=hidden.expand(*view.shape, -1), in_place=False, turn=0))
         self.entered = hidden
 
-    def _edit(self, name: _Name, port: PortValue, rows: _Rows, *, is_layer: bool) -> None:
+    def _edit(self, name: TriedName, port: PortValue, rows: _Rows, *, is_layer: bool) -> None:
         if is_layer and name.site.port is Port.OUTPUT:
             return  # a trial of its own
         view = rows.of(self.segment[name.name])
@@ -326,14 +228,14 @@ class _Checker:
             path=f"{self.layers}.{layer}",
             layer=layer,
             parts=self.probe.parts[layer],
-            names=frozenset(name.name for name in self.of_layer[layer] if name.why_unread is None),
+            names=frozenset(name.name for name in self.names.of_layer[layer] if name.why_unread is None),
             values=dict(self.values),
             sinks=self.sinks,
             strays=dict(self.strays),
             hidden_size=self.probe.hidden_size,
         )
         self.found += layer_checks(values, self.trial.runner.model, self.parameters, self.links, self._call)
-        for name in self.of_layer[layer]:
+        for name in self.names.of_layer[layer]:
             is_exit = name.site.module == values.path and name.site.port is Port.OUTPUT
             if is_exit or name.why_unread is not None:
                 continue
@@ -351,19 +253,20 @@ class _Checker:
     def _call(self, path: str, rows: Tensor) -> Tensor:
         """A module of the model applied to `[1, R, ...]`, without visits."""
         with self.trial.runner.calling(), torch.no_grad():
-            made: Tensor = self.trial.runner.model.get_submodule(path)(rows)
+            module: Any = self.trial.runner.model.get_submodule(path)
+            made: Tensor = module(rows)
         return made
 
     def _check_before(self, trials: Tensor) -> None:
         """What lies before the layers: an edit of it must change what the first of them is given."""
         changes = (trials[1:].float() - trials[:1].float()).abs().flatten(1).amax(1).tolist()
         for name, change in zip(self.segment, changes, strict=True):
-            own = next((each for each in self.around if each.name == name), None)
+            own = next((each for each in self.names.around if each.name == name), None)
             if own is None or own.site.order > self.probe.first_layer_order or own.why_unread is not None:
                 continue
             self._add_effect(own, change > 0.0)
 
-    def _add_effect(self, name: _Name, is_changed: bool) -> None:
+    def _add_effect(self, name: TriedName, is_changed: bool) -> None:
         if name.why_read_only is not None:
             found = _unchecked(f"it cannot be written: {name.why_read_only}")
         elif is_changed:
@@ -387,7 +290,7 @@ class _Checker:
             told = None if outcome is Outcome.HOLDS else "an edit of what the layer gives left the logits as they were"
             found = Measured(outcome=outcome, told=told)
             self._add(layer, ("resid_post",), LAYER_CHANGES, found, blames=("resid_post",), is_of_writing=True)
-        for name in self.around:
+        for name in self.names.around:
             if name.site.order > self.probe.last_layer_order and name.why_unread is None:
                 # behind the last layer, whose own trials of these names had no edits in it
                 change = float((logits[rows.of(self.segment[name.name]).rows].float() - control).abs().max())
@@ -433,7 +336,7 @@ def _read(port: PortValue, selector: Selector, view: RowView) -> Tensor:
         return port.pairs.read(view.numbers, view.shape[1])[None]
     if port.heads is not None:
         rows = to_device(view.numbers, port.heads.z.device, torch.long)
-        taken = HeadOutputs(port.heads.z.index_select(1, rows), port.heads.weight).whole()
-        return taken[0].unflatten(0, view.shape)
-    tensor = port.tensors[selector]
-    return tensor[0].index_select(0, view.rows).unflatten(0, view.shape)
+        taken = HeadOutputs(port.heads.z.index_select(1, rows), port.heads.weight).whole()[0]
+    else:
+        taken = port.tensors[selector][0].index_select(0, view.rows)
+    return taken.view(*view.shape, *taken.shape[1:])

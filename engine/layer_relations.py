@@ -223,7 +223,7 @@ def _step(
         elif abs(factor - 1) > _PLAIN and equal(total, factor * together).outcome is Outcome.HOLDS:
             name, _, sides = says.partition(" = ")
             found, words = Measured(outcome=Outcome.HOLDS), f"{name} = {factor:.4g} x ({sides} + {_words(added)})"
-    return _check(values, names, words, found, "resid_mid")
+    return _check(values, names, words, found, names.replace("resid_post", ""))
 
 
 def _given(values: LayerValues, name: str, added: Added | None, summed: Outcome, call: Call) -> Iterator[Check]:
@@ -231,16 +231,17 @@ def _given(values: LayerValues, name: str, added: Added | None, summed: Outcome,
     value = values.values.get(name)
     if name not in values.names or value is None:
         return
-    says, found = f"{name} is what is added to the residual", None
-    sums = values.output(None if added is None else added.module)
-    if added is None or sums is None or summed is not Outcome.HOLDS:
-        found = _told("what is added was not found on the served weights")
+    says = f"{name} is what is added to the residual"
+    given = values.output(None if added is None else added.module)
+    if added is None or given is None or summed is not Outcome.HOLDS:
+        outcome = Outcome.FAILS if summed is Outcome.FAILS else Outcome.UNCHECKED
+        found = Measured(outcome=outcome, told="what is added was not borne out by the served weights")
     elif added.is_normed:
         says = f"{name} is what is added to the residual, behind {added.module}"
-        found = equal(sums.reshape(value.shape), call(join(values.path, added.module), value[None])[0])
+        found = equal(given.reshape(value.shape), call(join(values.path, added.module), value[None])[0])
     else:
         times = "" if abs(added.scale - 1) < _PLAIN else f", {added.scale:.4g} times"
-        says, found = f"{says}{times}", equal(value, sums.reshape(value.shape))
+        says, found = f"{says}{times}", equal(value, given.reshape(value.shape))
     yield _check(values, name, says, found)
 
 
@@ -250,8 +251,9 @@ def _with_residual(values: LayerValues, added: Added | None, total: Tensor | Non
     for depth in range(1, len(way)):
         around = ".".join(way[:depth])
         given = values.output(around)
-        is_alike = given is not None and total is not None and given.numel() == total.numel()
-        if is_alike and equal(given.reshape(total.shape), total).outcome is Outcome.HOLDS:
+        if given is None or total is None or given.numel() != total.numel():
+            continue
+        if equal(given.reshape(total.shape), total).outcome is Outcome.HOLDS:
             says = f"{around}.output is {name}: it includes the residual"
             yield _check(values, name, says, Measured(outcome=Outcome.HOLDS))
 

@@ -91,6 +91,8 @@ def sum_of(total: Tensor, base: Tensor, *added: tuple[Tensor, float]) -> Measure
     between = torch.stack([(base.float() + part).abs() for part in parts]).sum(0) if len(parts) > 1 else 0.0
     rounding = eps * (total.float().abs() + torch.stack(parts).abs().sum(0) + between)
     found = measured(total.float() - base.float(), change, rounding)
+    if found.outcome is Outcome.FAILS and found.told is not None:
+        return replace(found, told=found.told.replace("compared", "added"))
     if found.outcome is Outcome.UNCHECKED and bool(change.any()):
         told = f"what is added is hardly larger than the residual's rounding to {_name(total)} in the trial"
         return replace(found, told=told)

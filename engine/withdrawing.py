@@ -19,10 +19,13 @@ _Withdrawn = Mapping[tuple[int | None, str], Check]
 
 def with_checks(description: ModelDescription, checks: Iterable[Check]) -> ModelDescription:
     """The description with what all shards' checks say of its names."""
-    told = list(_together(checks))
-    failed = [check for check in told if check.outcome is Outcome.FAILS]
-    withdrawn = {(check.layer, name): check for check in failed if not check.is_of_writing for name in check.blames}
-    read_only = {(check.layer, name): check for check in failed if check.is_of_writing for name in check.blames}
+    told = list(_alike(list(_together(checks))))
+    withdrawn: dict[tuple[int | None, str], Check] = {}
+    read_only: dict[tuple[int | None, str], Check] = {}
+    for check in told:
+        if check.outcome is Outcome.FAILS:
+            for name in check.blames:
+                (read_only if check.is_of_writing else withdrawn).setdefault((check.layer, name), check)
     gone = {name: _reason(withdrawn[None, name]) for name in description.standard if (None, name) in withdrawn}
     changed = replace(
         description,
@@ -50,12 +53,22 @@ def _together(checks: Iterable[Check]) -> Iterator[Check]:
         yield replace(worst, error=max(errors, default=None))
 
 
+def _alike(checks: Sequence[Check]) -> Iterator[Check]:
+    """Layers in which the same fails say of it what the worst of them does."""
+    worst: dict[tuple[tuple[str, ...], str], Check] = {}
+    for check in checks:
+        if check.outcome is Outcome.FAILS:
+            known = worst.setdefault((check.names, check.says), check)
+            if (check.error or 0.0) > (known.error or 0.0):
+                worst[check.names, check.says] = check
+    for check in checks:
+        same = worst.get((check.names, check.says))
+        yield check if check.outcome is not Outcome.FAILS or same is None else replace(check, told=same.told)
+
+
 def _reason(check: Check) -> str:
-    relation = f"that {check.says}" if check.is_of_writing else check.says
-    where = "" if check.layer is None else f" in layer {check.layer}"
-    return (
-        f"withdrawn when the model was loaded: on the served weights it does not hold{where} {relation} ({check.told})"
-    )
+    told = f" ({check.told})" if check.told else ""
+    return f"withdrawn at load, where on the served weights it did not hold that {check.says}{told}"
 
 
 def _point(point: PointInfo, description: ModelDescription, withdrawn: _Withdrawn, read_only: _Withdrawn) -> PointInfo:
