@@ -227,7 +227,7 @@ class _Checker:
         values = LayerValues(
             path=f"{self.layers}.{layer}",
             layer=layer,
-            parts=self.probe.parts[layer],
+            parts=self.probe.layer_parts[layer],
             names=frozenset(name.name for name in self.names.of_layer[layer] if name.why_unread is None),
             values=dict(self.values),
             sinks=self.sinks,

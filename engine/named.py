@@ -44,7 +44,7 @@ class Named:
     views: Views
     weights: tuple[NamedWeight, ...]
     standard: Mapping[str, str]  # modules that every decoder has, by their standard names
-    parts: tuple[Parts | None, ...]  # of each layer, as its tiny twin has them
+    layer_parts: tuple[Parts | None, ...]  # of each layer, as its tiny twin has them
 
 
 def name_parts(model: PreTrainedModel, layers: str, sites: Sequence[SiteInfo]) -> Named:
@@ -135,7 +135,7 @@ class _Namer:
             views=self.views,
             weights=weights,
             standard=standard,
-            parts=tuple(self.anatomy.kinds.get(signature(layer)) for layer in listed),
+            layer_parts=tuple(self.anatomy.kinds.get(signature(layer)) for layer in listed),
         )
 
     # the residual

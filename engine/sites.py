@@ -75,7 +75,7 @@ class Probe:
     standard: Mapping[str, str]  # modules that every decoder has, by their standard names
     views: Views  # sites that are parts of other modules' values, or made of them
     weights: tuple[NamedWeight, ...]
-    parts: tuple[Parts | None, ...]  # of each layer, as its tiny twin has them
+    layer_parts: tuple[Parts | None, ...]  # of each layer, as its tiny twin has them
     first_layer_order: int  # orders below are before the decoder layers
     last_layer_order: int  # orders above are after them
 
@@ -210,7 +210,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
         standard=named.standard,
         views=named.views,
         weights=named.weights,
-        parts=named.parts,
+        layer_parts=named.layer_parts,
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),
     )

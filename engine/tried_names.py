@@ -108,7 +108,7 @@ class TriedNames:
 
     def _also(self, layer: int) -> Iterator[tuple[str, SiteInfo, Leaf]]:
         """Tensors that relations of a layer need beside its names, by a key that is no name."""
-        path, parts = f"{self.layers}.{layer}", self.probe.parts[layer]
+        path, parts = f"{self.layers}.{layer}", self.probe.layer_parts[layer]
         wanted = [("input:", Port.INPUT), ("output:", Port.OUTPUT)]
         if parts is not None:
             for added in (parts.attention_adds, parts.mlp_adds):
