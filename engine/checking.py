@@ -295,6 +295,10 @@ class _Checker:
                 # behind the last layer, whose own trials of these names had no edits in it
                 change = float((logits[rows.of(self.segment[name.name]).rows].float() - control).abs().max())
                 self._add_effect(name, change > noise)
+        width, whole = logits.shape[-1], self.probe.vocab_size
+        told = None if width in (whole, whole // self.links.ranks) else f"it is [{width}] and not [{whole}]"
+        found = Measured(outcome=Outcome.FAILS if told else Outcome.HOLDS, told=told)
+        self._add(None, ("logits",), "a row is [vocab_size]", found, blames=("logits",))
         self._check_logits(logits[rows.of(0).rows])
 
     def _check_logits(self, logits: Tensor) -> None:

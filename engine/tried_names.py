@@ -103,7 +103,7 @@ class TriedNames:
             site=site,
             leaf=leaf,
             why_unread=unread,
-            why_read_only=unread or leaf.write_refusal or write_refusal,
+            why_read_only=unread or write_refusal or leaf.write_refusal,
         )
 
     def _also(self, layer: int) -> Iterator[tuple[str, SiteInfo, Leaf]]:

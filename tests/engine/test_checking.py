@@ -18,6 +18,7 @@ import engine.named
 from engine.anatomy import Anatomy, Packed, Parts, find_anatomy
 from engine.local import LocalBackend
 from engine.pages import PagedLayer
+from polytrace.codec import from_json, to_json
 from polytrace.description import Checked, ModelDescription, Outcome
 from polytrace.errors import GraphError
 from polytrace.model import Model
@@ -102,6 +103,7 @@ def test_a_layer_that_scales_attention_by_feature_has_no_middle_of_its_residual(
     assert "withdrawn at load" in told
     assert "did not hold that resid_mid = resid_pre + self_attn.output (it is off by 0.62 of the size of what" in told
     assert "resid_mid = resid_pre" in refused(model, lambda layer: layer.head_out.save())
+    assert from_json(ModelDescription, to_json(model.description)) == model.description  # so it is told over HTTP
     with model.trace(PROMPT):
         kept = model.model.layers[1].z.save()  # nothing is wrong with it
     assert kept.shape == (1, 4, 4, 8)
