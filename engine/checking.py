@@ -15,6 +15,7 @@ A relation is checked where both its ends are on one stage. Owns what is compare
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ from scheduling.plan import View
 # R = rows of the base, S = trials, D = hidden
 
 _BASE = 16  # tokens
-_TRIAL = 3  # tokens of a trial: the last two see more than one key
+_TRIAL = 2  # tokens of a name's trial: the last sees two keys; a layer's trial has one
 _NOISE = 4.0  # so many times what a trial without an edit differs by is no effect
 _ONE_HEAD = {"q": Port.Q_ROT, "k": Port.K_ROT}  # of these one head is changed, which no other head may feel there
 CHANGES = "an edit of it changes the logits"
@@ -84,6 +85,7 @@ class _Checker:
         self.found: list[Check] = []
         self.values: dict[str, Tensor] = {}  # the base's, of the layer that runs
         self.stirred: dict[str, float] = defaultdict(float)  # by name, in what this layer adds
+        self.edited: set[str] = set()  # names that were, in this layer or around the layers
         self.strays: dict[str, list[int]] = {}  # heads that an edit of one head changed
         self.sinks: Tensor | None = None
         self.entered: Tensor | None = None  # what every layer is given in trials of names
@@ -97,8 +99,11 @@ class _Checker:
         length = min(_BASE, self.probe.max_tokens)
         base = torch.randint(0, self.probe.vocab_size, (length,), generator=generator).tolist()
         num_layers = self.probe.layout.num_layers
-        trials = 1 + len(self.segment) + num_layers
-        segments = [root_segment(base, num_layers), *[root_segment(base[:_TRIAL], num_layers)] * trials]
+        segments = [
+            root_segment(base, num_layers),
+            *[root_segment(base[:_TRIAL], num_layers)] * (1 + len(self.segment)),
+            *[root_segment(base[:1], num_layers)] * num_layers,
+        ]
         sites = [
             site for place, site in self.names.at.items() if place in self.names.looks or place == ("", Port.OUTPUT)
         ]
@@ -122,7 +127,7 @@ class _Checker:
         layer = self.probe.layout.layer_of(site.module)
         is_layer = site.module.rpartition(".")[0] == self.layers
         leaf = first_leaf(site)
-        if is_layer and site.port is Port.INPUT and leaf is not None:
+        if is_layer and site.port is Port.INPUT and leaf is not None and layer is not None:
             self._enter(layer, port, leaf.selector, rows)
         for look in self.names.looks[site.module, site.port]:
             if self._is_there(port, look.selector, rows):
@@ -149,11 +154,12 @@ class _Checker:
         tensor = port.tensors.get(selector)
         return tensor is not None and tensor.ndim >= 2 and tensor.shape[1] == rows.streams.layer(0).num_padded
 
-    def _enter(self, layer: int | None, port: PortValue, selector: Selector, rows: _Rows) -> None:
+    def _enter(self, layer: int, port: PortValue, selector: Selector, rows: _Rows) -> None:
         """Every trial of a name gets what the base is given."""
         self.values.clear()
         self.stirred.clear()
         self.strays.clear()
+        self.edited.difference_update(name.name for name in self.names.of_layer[layer])
         self.sinks = None
         view = rows.of(*range(1, self.first_of_layers))
         hidden = _read(port, selector, rows.of(0))[:, :_TRIAL]
@@ -186,6 +192,7 @@ class _Checker:
             changed = before * -1
         in_place = name.name == "resid_mid"  # as `layer.resid_mid = ...` is
         port.write(name.leaf.selector, RowWrite(rows=view, value=changed, in_place=in_place, turn=1))
+        self.edited.add(name.name)
 
     def _notice(self, port: PortValue, selector: Selector, rows: _Rows, *, is_last: bool) -> None:
         """How much each name's edit changes what is added in this layer."""
@@ -201,7 +208,8 @@ class _Checker:
             if site.port is behind and name in self.segment:
                 both = _read(port, (), rows.of(1, self.segment[name])).float()
                 change = (both[1] - both[0]).abs().amax(2).amax(0)
-                self.strays[name] = (change > 0).nonzero().flatten().tolist()
+                least = 1e-2 * float(both.abs().max())  # a sign is twice the value; rounding is not
+                self.strays[name] = (change > least).nonzero().flatten().tolist()
 
     def _leave(self, layer: int, port: PortValue, selector: Selector, rows: _Rows) -> None:
         base = _read(port, selector, rows.of(0))
@@ -239,16 +247,10 @@ class _Checker:
             is_exit = name.site.module == values.path and name.site.port is Port.OUTPUT
             if is_exit or name.why_unread is not None:
                 continue
-            if name.why_read_only is not None:
-                found = _unchecked(f"it cannot be written: {name.why_read_only}")
-            elif effects[name.name] > noise:
-                found = Measured(outcome=Outcome.HOLDS)
-            elif self.stirred[name.name] > noise:
+            found = self._effect(name, effects[name.name], noise, "what the layer gives")
+            if found.outcome is Outcome.FAILS and self.stirred[name.name] > noise:
                 found = _unchecked("what it changes is lost in the rounding of the residual in the trial")
-            else:
-                found = Measured(outcome=Outcome.FAILS, told="an edit of it left what the layer gives as it was")
-            blames = (name.name,)
-            self._add(layer, (name.name,), CHANGES, found, blames=blames, is_of_writing=True)
+            self._add(layer, (name.name,), CHANGES, found, blames=(name.name,), is_of_writing=True)
 
     def _call(self, path: str, rows: Tensor) -> Tensor:
         """A module of the model applied to `[1, R, ...]`, without visits."""
@@ -264,15 +266,18 @@ class _Checker:
             own = next((each for each in self.names.around if each.name == name), None)
             if own is None or own.site.order > self.probe.first_layer_order or own.why_unread is not None:
                 continue
-            self._add_effect(own, change > 0.0)
+            self._add_effect(own, change, 0.0, "what the first layer is given")
 
-    def _add_effect(self, name: TriedName, is_changed: bool) -> None:
+    def _effect(self, name: TriedName, change: float, noise: float, what: str) -> Measured:
+        """What an edit of a name did."""
         if name.why_read_only is not None:
-            found = _unchecked(f"it cannot be written: {name.why_read_only}")
-        elif is_changed:
-            found = Measured(outcome=Outcome.HOLDS)
-        else:
-            found = Measured(outcome=Outcome.FAILS, told="an edit of it left them as they were")
+            return _unchecked(f"it cannot be written: {name.why_read_only}")
+        if name.name not in self.edited:
+            return _unchecked("its rows were not where a trial looks for them")
+        return _changed(change, noise, f"an edit of it left {what} as it was")
+
+    def _add_effect(self, name: TriedName, change: float, noise: float, what: str) -> None:
+        found = self._effect(name, change, noise, what)
         self._add(None, (name.name,), CHANGES, found, blames=(name.name,), is_of_writing=True)
 
     def _check_head(self, rows: _Rows) -> None:
@@ -285,16 +290,14 @@ class _Checker:
         num_layers = self.probe.layout.num_layers
         of_layers = range(self.first_of_layers, self.first_of_layers + num_layers)
         for layer, segment in enumerate(of_layers):
-            change = float((logits[rows.of(segment).rows].float() - control).abs().max())
-            outcome = Outcome.HOLDS if change > noise else Outcome.FAILS
-            told = None if outcome is Outcome.HOLDS else "an edit of what the layer gives left the logits as they were"
-            found = Measured(outcome=outcome, told=told)
+            change = float((logits[rows.of(segment).rows].float() - control[:1]).abs().max())
+            found = _changed(change, noise, "another one left the logits as they were")
             self._add(layer, ("resid_post",), LAYER_CHANGES, found, blames=("resid_post",), is_of_writing=True)
         for name in self.names.around:
             if name.site.order > self.probe.last_layer_order and name.why_unread is None:
                 # behind the last layer, whose own trials of these names had no edits in it
                 change = float((logits[rows.of(self.segment[name.name]).rows].float() - control).abs().max())
-                self._add_effect(name, change > noise)
+                self._add_effect(name, change, noise, "the logits")
         width, whole = logits.shape[-1], self.probe.vocab_size
         told = None if width in (whole, whole // self.links.ranks) else f"it is [{width}] and not [{whole}]"
         found = Measured(outcome=Outcome.FAILS if told else Outcome.HOLDS, told=told)
@@ -328,6 +331,13 @@ def _changed_pairs(name: str, values_RHK: Tensor) -> Tensor:
     changed = values_RHK.clone()
     changed[..., 0] *= -1
     return changed
+
+
+def _changed(change: float, noise: float, complaint: str) -> Measured:
+    """Whether a trial is other than without its edit."""
+    if not (math.isfinite(change) and math.isfinite(noise)):
+        return _unchecked("there are values that are not finite in the trial")
+    return Measured(outcome=Outcome.HOLDS) if change > noise else Measured(outcome=Outcome.FAILS, told=complaint)
 
 
 def _unchecked(told: str) -> Measured:

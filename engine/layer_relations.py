@@ -159,7 +159,7 @@ def _summed(values: LayerValues, model: nn.Module, parameters: NamedParameters, 
             total, sizes = links.ordered_sum(torch.stack([total, sizes])).unbind(0)
         if added is not None:
             total, sizes = total + added, sizes + added.abs()
-        found = None if given is None else sum_of_parts(given.reshape(total.shape), total, sizes)
+        found = None if given is None else sum_of_parts(_as(given, total), total, sizes)
         checks.append(_check(values, name, says, found))
     return checks
 
@@ -190,9 +190,11 @@ def _residual(values: LayerValues, call: Call) -> Iterator[Check]:
         words = f"{_words(parts.attention_adds)} + {_words(parts.mlp_adds)}"
         found = None
         if by_attention is not None and by_mlp is not None:
-            found = sum_of(post, pre, (by_attention, parts.attention_adds.scale), (by_mlp, parts.mlp_adds.scale))
-        says = f"resid_post = resid_pre + {words}, side by side"
-        yield _check(values, "resid_post resid_pre", says, found, "")
+            given = (by_attention, parts.attention_adds.scale), (by_mlp, parts.mlp_adds.scale)
+            found = sum_of(post, pre, *((_as(own, post), scale) for own, scale in given))
+        side_by_side = ", side by side" if parts.mid is None else ""
+        says = f"resid_post = resid_pre + {words}{side_by_side}"
+        yield _check(values, "resid_post resid_pre head_out", says, found, "head_out")
         sums = (found.outcome if found else Outcome.UNCHECKED,) * 2
     else:
         yield _check(values, "resid_pre resid_post", "the residual adds up", _told(parts.why_no_mid))
@@ -211,7 +213,7 @@ def _step(
         return _check(values, names, f"{says} + ...", _told("no module of this layer gives what is added"))
     if own is None:
         return _check(values, names, f"{says} + {_words(added)}", None)
-    own = own.reshape(total.shape)
+    own = _as(own, total)
     found = sum_of(total, base, (own, added.scale))
     words = f"{says} + {_words(added)}"
     if found.outcome is Outcome.FAILS:
@@ -238,10 +240,10 @@ def _given(values: LayerValues, name: str, added: Added | None, summed: Outcome,
         found = Measured(outcome=outcome, told="what is added was not borne out by the served weights")
     elif added.is_normed:
         says = f"{name} is what is added to the residual, behind {added.module}"
-        found = equal(given.reshape(value.shape), call(join(values.path, added.module), value[None])[0])
+        found = equal(_as(given, value), call(join(values.path, added.module), value[None])[0])
     else:
         times = "" if abs(added.scale - 1) < _PLAIN else f", {added.scale:.4g} times"
-        says, found = f"{says}{times}", equal(value, given.reshape(value.shape))
+        says, found = f"{says}{times}", equal(value, _as(given, value))
     yield _check(values, name, says, found)
 
 
@@ -253,9 +255,14 @@ def _with_residual(values: LayerValues, added: Added | None, total: Tensor | Non
         given = values.output(around)
         if given is None or total is None or given.numel() != total.numel():
             continue
-        if equal(given.reshape(total.shape), total).outcome is Outcome.HOLDS:
+        if equal(_as(given, total), total).outcome is Outcome.HOLDS:
             says = f"{around}.output is {name}: it includes the residual"
             yield _check(values, name, says, Measured(outcome=Outcome.HOLDS))
+
+
+def _as(given: Tensor, other: Tensor) -> Tensor:
+    """Rows in the shape of others where they are as many numbers: heads side by side, say."""
+    return given.reshape(other.shape) if given.numel() == other.numel() else given
 
 
 def _words(added: Added) -> str:
