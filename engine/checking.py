@@ -31,7 +31,7 @@ from engine.head_outputs import HeadOutputs
 from engine.layer_relations import LayerValues, layer_checks
 from engine.named import NamedParameters
 from engine.points import Pairs
-from engine.relations import Check, Measured, equal, factor_of
+from engine.relations import Check, Measured, cap_of, equal, factor_of
 from engine.sites import GateReport
 from engine.streams import Streams
 from engine.tried_names import TriedName, TriedNames, first_leaf
@@ -45,6 +45,7 @@ from scheduling.plan import View
 
 _BASE = 16  # tokens
 _TRIAL = 2  # tokens of a name's trial: the last sees two keys; a layer's trial has one
+_EXACTLY = 1e-5  # an error that leaves no room for a soft-cap or a factor
 _NOISE = 4.0  # so many times what a trial without an edit differs by is no effect
 _ONE_HEAD = {"q": Port.Q_ROT, "k": Port.K_ROT}  # of these one head is changed, which no other head may feel there
 CHANGES = "an edit of it changes the logits"
@@ -311,16 +312,19 @@ class _Checker:
             told = "this model has no final norm or no head that could be called"
             self._add(None, ("lm_head",), "it gives the logits", _unchecked(told))
             return
-        model = self.trial.runner.model
         says = "logits = lm_head(ln_final(resid_post of the last layer))"
         made = self._call(head, self._call(norm, self.last[None]))[0]
-        if cap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):
-            made, says = torch.tanh(made.float() / cap) * cap, f"{says}, soft-capped at {cap:g}"
+        known = getattr(self.trial.runner.model.config.get_text_config(), "final_logit_softcapping", None)
+        if known:  # a cap that these logits may be too small to show
+            made, says = torch.tanh(made.float() / known) * known, f"{says}, soft-capped at {known:g}"
         found = equal(logits, made)
-        if found.outcome is Outcome.FAILS and made.shape == logits.shape:
-            factor = factor_of(logits, torch.zeros_like(logits), made)
-            if equal(logits, made.float() * factor).outcome is Outcome.HOLDS:
-                says, found = f"{says} x {factor:.4g}", Measured(outcome=Outcome.HOLDS)
+        if found.outcome is not Outcome.UNCHECKED and (found.error or 0.0) > _EXACTLY:
+            cap, factor = cap_of(logits, made), factor_of(logits, torch.zeros_like(logits), made)
+            capped = None if cap is None else equal(logits, torch.tanh(made.float() / cap) * cap)
+            if capped is not None and capped.outcome is Outcome.HOLDS:
+                says, found = f"{says}, soft-capped at {cap:.3g}", capped
+            elif (scaled := equal(logits, made.float() * factor)).outcome is Outcome.HOLDS:
+                says, found = f"{says} x {factor:.4g}", scaled
         self._add(None, ("ln_final", "lm_head", "resid_post"), says, found, blames=("ln_final",))
 
 

@@ -106,6 +106,21 @@ def factor_of(total: Tensor, base: Tensor, added: Tensor) -> float:
     return float(change @ own) / size if size else 0.0
 
 
+def cap_of(capped: Tensor, plain: Tensor) -> float | None:
+    """The soft-cap that made the largest of some values what it is: `cap * tanh(plain / cap)`; None when none did."""
+    if capped.shape != plain.shape:
+        return None
+    place = int(plain.float().abs().flatten().argmax())
+    before, after = (float(own.flatten()[place]) for own in (plain, capped))
+    if before == 0.0 or not 0.0 < after / before < 1.0:
+        return None
+    least, most = 1e-3, 50.0  # of plain / cap: tanh(u) / u falls from 1 to 0
+    for _ in range(60):
+        middle = (least + most) / 2
+        least, most = (middle, most) if math.tanh(middle) / middle > after / before else (least, middle)
+    return abs(before) / least
+
+
 def softmax_of(pattern_RHK: Tensor, scores_RHK: Tensor, sinks_H: Tensor | None) -> Measured:
     """Whether a pattern is the softmax of its scores, with the sink's share where there is one."""
     scores = scores_RHK.float()
