@@ -8,6 +8,7 @@ every token; what bears none out has no name, and a reason.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,15 @@ class Packed:
     is_interleaved: bool = False  # ... of the first key/value head, then of the second
 
 
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What attention or the MLP adds to the residual: a module's output, or the first of its outputs."""
+
+    module: str  # path in the layer; of several that give it, the one with most inside it
+    scale: float = 1.0  # so many times it is added
+    is_normed: bool = False  # it norms, or changes otherwise, what attention or the MLP gave
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """A layer's attention or its MLP: the smallest module with all of it, and who takes and gives its hidden states."""
@@ -61,6 +71,8 @@ class Parts:
     why_no_mid: str = ""
     norm_behind: str | None = None  # of families that norm what attention gave before they add it
     scale: float = 1.0  # of families that scale it then
+    attention_adds: Added | None = None
+    mlp_adds: Added | None = None
     mlp: str | None = None  # the module that holds the neurons
     act: str | None = None  # its input is the neurons before their activation
     down: str | None = None  # its input is the neurons
@@ -162,6 +174,8 @@ class _Middle(NamedTuple):
     norm_behind: str | None = None
     scale: float = 1.0
     rows: Tensor | None = None  # the residual that it takes
+    attention_adds: Added | None = None
+    mlp_adds: Added | None = None
 
 
 class _Layer:
@@ -194,6 +208,8 @@ class _Layer:
             why_no_mid=middle.why_not,
             norm_behind=middle.norm_behind,
             scale=middle.scale,
+            attention_adds=middle.attention_adds,
+            mlp_adds=middle.mlp_adds,
             mlp=None if down is None else down.rpartition(".")[0],
             act=act,
             down=down,
@@ -359,12 +375,35 @@ class _Layer:
                     scale = float((rows - first).norm() / giver[1].norm())
                     candidates.append((path, giver[0], scale, rows, len(added)))
         for path, other, scale, rows, behind in candidates:
-            if any(_parallel(last - rows, own) for _, own in added[behind:]):
-                is_attention = self.attention is not None and f"{other}.".startswith(f"{self.attention}.")
-                return _Middle(path, "", None if is_attention else other, scale, rows)
-        if any(_same(last - first, one + other) for _, one in added for _, other in added):
-            return _Middle(None, _SIDE_BY_SIDE)
+            by_mlp = self._adding(last - rows, added[behind:])
+            if by_mlp is not None:
+                is_attention = self._is_in_attention(other)
+                by_attention = self._adding(rows - first, added[:behind])
+                return _Middle(path, "", None if is_attention else other, scale, rows, by_attention, by_mlp)
+        once = _of_one_call(added)
+        both = [(one, other) for one, a in once for other, b in once if _same(last - first, a + b)]
+        if both:
+            told = [pair for pair in both if self._is_in_attention(pair[0]) and not self._is_in_attention(pair[1])]
+            adds = [Added(path) for path in max(told, key=self._num_inside)] if told else [None, None]
+            return _Middle(None, _SIDE_BY_SIDE, None, 1.0, None, *adds)
         return _Middle(None, "no module of this layer takes the sum of resid_pre and what attention gave")
+
+    def _adding(self, change: Tensor, given: list[tuple[str, Tensor]]) -> Added | None:
+        """Which of what modules gave the change is a multiple of."""
+        found = [(path, rows) for path, rows in _of_one_call(given) if _parallel(change, rows)]
+        if not found:
+            return None
+        path, rows = max(found, key=lambda one: self._num_inside([one[0]]))
+        module = self.modules[path]
+        is_plain = _is_matrix(module) or isinstance(module, (nn.Dropout, nn.Identity)) or self._num_inside([path]) > 1
+        scale = float((change.flatten() @ rows.flatten()) / rows.norm().square())
+        return Added(path, scale, is_normed=not is_plain)
+
+    def _num_inside(self, paths: Iterable[str]) -> int:
+        return sum(1 for path in paths for _ in self.modules[path].modules())
+
+    def _is_in_attention(self, path: str) -> bool:
+        return self.attention is not None and f"{path}.".startswith(f"{self.attention}.")
 
     # the MLP
 
@@ -486,6 +525,12 @@ def _places(heads_THC: Tensor, features_TW: Tensor) -> list[int] | None:
     likeness = torch.einsum("tpc,thc->thp", windows, heads).amin(0)  # at the token where they differ most
     best, places = likeness.max(1)
     return places.tolist() if float(best.min()) > 1 - _TOLERANCE else None
+
+
+def _of_one_call(given: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """What modules gave that were called once: what others gave has no name."""
+    calls = Counter(path for path, _ in given)
+    return [(path, rows) for path, rows in given if calls[path] == 1]
 
 
 def _is_matrix(module: nn.Module) -> bool:

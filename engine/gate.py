@@ -16,7 +16,7 @@ row, and by no more than rounding does, the model serves and every receipt says 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -82,7 +82,7 @@ def run_gate(
         )
     multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
     operations = list(_operations(probe, links))
-    trial = _Trial(
+    trial = Trial(
         probe=probe,
         runner=runner,
         links=links,
@@ -240,20 +240,21 @@ class _Operation:
 def _operations(probe: Probe, links: Links) -> Iterator[_Operation]:
     """The operations that stand for all on this stage: those of one module of each group."""
     for group in probe.sources:
-        for own, site in group.sites_on(links.stage, lambda site: _stage_of(site, probe, links)):
+        for own, site in group.sites_on(links.stage, lambda site: stage_of(site, probe, links)):
             way = group.sites[own].module
             module = site.module.removesuffix(operation_path("", way)).removesuffix(".")
             yield _Operation(site=site, module=module, way=way)
 
 
-def _stage_of(site: SiteInfo, probe: Probe, links: Links) -> int:
+def stage_of(site: SiteInfo, probe: Probe, links: Links) -> int:
+    """The stage whose shards run the site's module."""
     if site.module.startswith(probe.layout.layers + "."):
         return probe.layout.home(site.module, links.stages)
     return 0 if site.order < probe.first_layer_order else links.stages - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Trial:
+class Trial:
     """What every forward of the gate needs, and the forwards: collective, each stage runs its part."""
 
     probe: Probe
@@ -311,7 +312,7 @@ class _Trial:
             return _looking(site, streams.layer(0).num_padded, last, look)
 
         segments = [root_segment(sequence, self.probe.layout.num_layers) for sequence in sequences]
-        self._run(segments, looking, has_operations=has_operations)
+        self.run(segments, looking, has_operations=has_operations)
 
     def differing_forks(self, sequence: list[int]) -> set[_Place]:
         """Places that this stage owns where forks of a sequence that change nothing have other bits than it."""
@@ -354,17 +355,18 @@ class _Trial:
 
             return visitor
 
-        self._run(segments, comparing)
+        self.run(segments, comparing)
         return differing
 
-    def _run(
+    def run(
         self,
         segments: list[Segment],
         visitor: Callable[[SiteInfo, Streams], Callable[[Any], Any]],
         *,
         has_operations: bool = True,
+        sites: Sequence[SiteInfo] | None = None,
     ) -> None:
-        """This stage's part of one forward over some segments, with a visitor at every site that it owns."""
+        """This stage's part of one forward over some segments, with a visitor at all sites that it owns, or at some."""
         links = self.links
         plan = Plan(
             pass_id=PassId(-1),
@@ -390,8 +392,8 @@ class _Trial:
                 visitor=visitor(site, streams),
                 rows=range(streams.at(self.levels.of(site.order)).num_rows) if site.port.is_of_pairs else (),
             )
-            for site in self.probe.sites
-            if site.visit == 0 and _stage_of(site, self.probe, links) == links.stage
+            for site in (self.probe.sites if sites is None else sites)
+            if site.visit == 0 and stage_of(site, self.probe, links) == links.stage
         ]
         visits += [
             Visit(

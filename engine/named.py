@@ -44,6 +44,7 @@ class Named:
     views: Views
     weights: tuple[NamedWeight, ...]
     standard: StandardNames
+    layer_parts: tuple[Parts | None, ...]  # of each layer, as its tiny twin has them
 
 
 def name_parts(model: PreTrainedModel, layers: str, sites: Sequence[SiteInfo]) -> Named:
@@ -128,8 +129,14 @@ class _Namer:
         taken = set(dict(self.model.named_parameters())) | set(dict(self.model.named_buffers()))
         weights = tuple(weight for weight in self.weights if weight.path not in taken)
         standard = find_standard_names(self.model, self.layers, self.anatomy, self.at)
-        points = (*self.points, *standard.points)
-        return Named(sites=sites, points=points, views=self.views, weights=weights, standard=standard)
+        return Named(
+            sites=sites,
+            points=(*self.points, *standard.points),
+            views=self.views,
+            weights=weights,
+            standard=standard,
+            layer_parts=tuple(self.anatomy.kinds.get(signature(layer)) for layer in listed),
+        )
 
     # the residual
 

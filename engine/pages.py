@@ -106,7 +106,7 @@ class PagedLayer:
     def _visit(self, points: Points, port: Port, held: list[Held]) -> set[int]:
         if port not in points:
             return set()
-        pairs = Pairs(held, MASKED[port], self.num_groups, self.share, self.queries_GTEC.device)
+        pairs = Pairs(held, MASKED[port], self.num_groups, self.share, self.queries_GTEC.device, self.sinks_GE)
         points[port].visit(pairs)
         return pairs.written
 

@@ -47,8 +47,17 @@ class Held:
 class Pairs:
     """Scores or patterns of some rows of one layer, `[R, H, K]` float32: rows of the stream, keys by their position."""
 
-    def __init__(self, held: Sequence[Held], masked: float, num_groups: int, share: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        held: Sequence[Held],
+        masked: float,
+        num_groups: int,
+        share: int,
+        device: torch.device,
+        sinks_GE: Tensor | None = None,
+    ) -> None:
         self.held = held
+        self.sinks_H = None if sinks_GE is None else sinks_GE.flatten()
         self.masked = masked
         self.num_groups, self.share, self.device = num_groups, share, device
         self.written: set[int] = set()  # rows

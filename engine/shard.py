@@ -20,10 +20,11 @@ from torch import Tensor
 from engine.arguments import Selector
 from engine.attention import AttentionPass, use_packed_attention
 from engine.chat import chat_format
+from engine.checking import check_names
 from engine.constants import Constants
 from engine.copies import to_device
 from engine.fragments import RequestState, ShardContext
-from engine.gate import run_gate
+from engine.gate import Trial, run_gate
 from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
@@ -40,12 +41,14 @@ from engine.streams import Streams
 from engine.trunks import Trunks
 from engine.twins import prove_splits
 from engine.views import InvokeRows
+from engine.withdrawing import with_checks
 from engine.writes import PortValue, apply_writes
 from polytrace.description import Limits, ModelDescription
 from polytrace.errors import CapacityError
 from polytrace.graph import Port
 from polytrace.sources import SiteIndex
 from scheduling.checks import table_of
+from scheduling.levels import Levels
 from scheduling.plan import (
     PROLOGUE,
     Fragment,
@@ -97,7 +100,7 @@ class Shard:
         is_new = torch.tensor([is_first or (self.links.ranks > 1 and self._proven is None)])
         if bool(self.links.gather(is_new, 0).any()):
             self._proven = prove_splits(self.loaded.model.config, self.links, self.device)
-        return run_gate(
+        report = run_gate(
             self.probe,
             self.runner,
             self.links,
@@ -106,14 +109,29 @@ class Shard:
             packed=blocks_of(self.loaded.splits),
             proven=self._proven,
         )
+        copies = {path: number for path, (_, number) in report.sharded.items()}
+        parameters = NamedParameters(dict(named_tensors(self.loaded.model)), self.probe.weights, copies)
+        trial = Trial(
+            probe=self.probe,
+            runner=self.runner,
+            links=self.links,
+            store=self.store,
+            device=self.device,
+            multiple=report.row_multiple,
+            levels=Levels(self.probe.sites, self.probe.layout.layers),
+            operations={},
+        )
+        return replace(report, checks=check_names(trial, report, parameters))
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""
+        told = tuple(reports)
         limits = Limits(max_sequence_tokens=self.probe.max_tokens, kept_bytes=self.config.kv_bytes // 2)
         description = describe_model(
-            self.probe, tuple(reports), name=name, stages=self.links.stages, ranks=self.links.ranks, limits=limits
+            self.probe, told, name=name, stages=self.links.stages, ranks=self.links.ranks, limits=limits
         )
-        return replace(description, chat=chat_format(self.config.source))
+        checked = with_checks(description, [check for report in told for check in report.checks])
+        return replace(checked, chat=chat_format(self.config.source))
 
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""

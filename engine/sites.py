@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engine.anatomy import Parts
 from engine.arguments import Arguments, OperationArguments, Selector
 from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
@@ -26,6 +27,7 @@ from engine.lanes import MAX_THREADS, rows_multiple
 from engine.named import Views, name_parts, named_infos
 from engine.operations import watch_operations
 from engine.partitions import NamedWeight
+from engine.relations import Check
 from engine.source_sites import SourceGroup, SourceNotes, describe_sources, group_sources
 from engine.standard import StandardNames
 from engine.windows import Layout, find_layout
@@ -74,6 +76,7 @@ class Probe:
     standard: StandardNames
     views: Views  # sites that are parts of other modules' values, or made of them
     weights: tuple[NamedWeight, ...]
+    layer_parts: tuple[Parts | None, ...]  # of each layer, as its tiny twin has them
     first_layer_order: int  # orders below are before the decoder layers
     last_layer_order: int  # orders above are after them
 
@@ -104,6 +107,7 @@ class GateReport:
     has_forks: bool  # a fork that changes nothing has its parent's bits, at every site seen here
     has_exact_rows: bool  # False: a row's last bits depend on how many rows run beside it
     notes: tuple[str, ...]
+    checks: tuple[Check, ...] = ()  # of standard names, see `engine.checking`
 
 
 def port_leaves(value: Any) -> tuple[str, dict[Selector, Tensor]]:
@@ -207,6 +211,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
         standard=named.standard,
         views=named.views,
         weights=named.weights,
+        layer_parts=named.layer_parts,
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),
     )

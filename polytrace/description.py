@@ -146,6 +146,26 @@ class PointInfo:
     note: str | None = None  # what people have to know of it in this family
 
 
+class Outcome(Enum):
+    """What became of a check at load."""
+
+    HOLDS = "holds"
+    UNCHECKED = "not checked"
+    FAILS = "fails"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What was checked of names when the model was loaded, on the served weights."""
+
+    names: tuple[str, ...]  # of points, or standard names of modules
+    says: str
+    outcome: Outcome
+    layers: tuple[int, ...]  # ascending; none: it is about the model
+    error: float | None = None  # the largest over layers, beyond rounding and relative to what is compared
+    told: str | None = None  # numbers for people, or why it does not hold or was not checked
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartInfo:
     """A module inside of a decoder layer by its standard name, or why this layer has no such module."""
@@ -218,6 +238,7 @@ class ModelDescription:
     not_standard: Mapping[str, str] = field(default_factory=dict)  # standard names that lead nowhere here -> why
     parts: tuple[PartInfo, ...] = ()  # modules inside of decoder layers by their standard names
     facts: tuple[FactInfo, ...] = ()  # heads and their sizes
+    checked: tuple[Checked, ...] = ()  # what was checked of names at load
     notes: tuple[str, ...] = field(default=())  # what the gate found, for people
     codes: tuple[SourceCode, ...] = ()
     sources: tuple[SourceInfo, ...] = ()

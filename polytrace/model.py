@@ -28,6 +28,7 @@ from polytrace.renaming import take_renamed
 from polytrace.scanning import Checking
 from polytrace.session import Session
 from polytrace.standard import StandardModel
+from polytrace.support import Support, support_of
 from polytrace.tokenizer import load_tokenizer
 from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import NoSuchNameError, Table, index_description, join
@@ -259,6 +260,13 @@ class Model(StandardModel):
                 where=user_line(),
             )
         return self.backend.validate(tracer.built_request())
+
+    def support(self) -> Support:
+        """Standard names: where each is in this model, in which layers and of what dimensions, and what was checked.
+
+        Printed it is a table; as data, rows. See `polytrace.support`.
+        """
+        return support_of(self._table)
 
     def kept(self, name: str | None = None) -> Any:
         """What `value.keep(...)` has left on the service: the `polytrace.Kept` of a name, or a list of all.

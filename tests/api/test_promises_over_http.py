@@ -28,6 +28,7 @@ from bench.tinyworld import FOLDER
 from polytrace.errors import GraphError
 from polytrace.model import Model
 from polytrace.standard import VALUES
+from polytrace.support import Support
 
 FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
 # The first example that hypothesis tries is the smallest one; the second is a random one.
@@ -449,3 +450,18 @@ def test_own_modules_choices_spectra_and_draws_are_the_same_in_this_process_and_
     assert difference(ours[:5], expected[:5]) <= FLOAT32_TOLERANCE
     assert torch.equal(ours[3], expected[3]) and torch.equal(ours[5], expected[5])
     assert all(value.isfinite().all() for value in ours[:5])
+
+
+def test_what_was_checked_of_names_at_load_is_told_over_http(model: Model) -> None:
+    ours, whole = model.support(), polytrace.load(FOLDER).support()
+    before = "resid_pre = resid_post of the layer before"  # whose ends are on two stages once
+
+    def told(support: Support) -> list[tuple[Any, ...]]:
+        checked = [[(check.says, check.outcome) for check in row.checked if check.says != before] for row in support]
+        return [(row.name, row.layers, row.where, row.sizes, *own) for row, own in zip(support, checked, strict=True)]
+
+    assert told(ours) == told(whole) and not ours.failing
+    (mid,) = ours["resid_mid"]
+    assert mid.where == "post_attention_layernorm.input"
+    assert {"resid_mid = resid_pre + self_attn.output", "an edit of it changes the logits"} < set(mid.holds)
+    assert "on 2 x 2 shards" in repr(ours)
