@@ -37,7 +37,7 @@ from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import LevelRows, Streams
 from engine.trunks import Trunks
-from polytrace.description import SiteInfo
+from polytrace.description import PassLayout, SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
 from polytrace.sources import operation_path
@@ -50,6 +50,7 @@ _LONGER = (100, 300, 1000)  # tokens of A on a GPU
 _WIDE_ROWS = 4  # that are held of what each head adds, which is as wide as all heads' residuals
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
+_PADDED = "each prompt runs alone and shares no rows, in the padded layout"
 _OTHER_NUMBERS = "the model gives other numbers where its calls are visited"
 _UNPROVEN = (
     "what a rank holds of it is not its slice of the whole (it may be a part of a sum): read a module's port instead"
@@ -80,7 +81,10 @@ def run_gate(
         raise ServiceError(
             f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
         )
-    multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
+    is_packed = probe.manner.layout is PassLayout.PACKED
+    multiple, machine_notes = 1, (f"{_PADDED}: {probe.why_padded}",)
+    if is_packed:
+        multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
     operations = list(_operations(probe, links))
     trial = _Trial(
         probe=probe,
@@ -148,11 +152,13 @@ def run_gate(
     known = {(leaf.module, leaf.port, leaf.selector) for leaf in leaves if leaf.refusal is None}
     ahead = [a, [*b[:-1], (b[-1] + 1) % probe.vocab_size]]
     differing: set[_Place] = set()
-    if probe.has_side_values:
+    moved: set[_Place] = set()
+    if is_packed and probe.has_side_values:
         machine_notes = (*machine_notes, f"no rows are shared: layers {_SIDE_VALUES}")
-    else:
+    elif is_packed:
         differing = trial.differing_forks(b) & known
-    moved = trial.differing(ahead, {place: rows[:-1] for place, rows in together.items()}, trial.is_same) & known
+    if is_packed:
+        moved = trial.differing(ahead, {place: rows[:-1] for place, rows in together.items()}, trial.is_same) & known
     unforked = {place for place in differing | moved if place[:2] in trial.operations}
     leaves = [
         replace(leaf, refusal=_UNFORKED) if (leaf.module, leaf.port, leaf.selector) in unforked else leaf
@@ -179,7 +185,7 @@ def run_gate(
         packed=dict(packed),
         row_multiple=multiple,
         key_value_bytes=store.row_bytes,
-        has_forks=not (differing or moved or probe.has_side_values),
+        has_forks=is_packed and not (differing or moved or probe.has_side_values),
         has_exact_rows=not trial.rounded,
         notes=notes,
     )
@@ -194,7 +200,7 @@ def _check_logits(leaves: list[LeafReport], probe: Probe, model: nn.Module) -> N
     refused = [leaf for leaf in leaves if leaf.refusal is not None]
     first = next((leaf for leaf in refused if leaf.port is Port.OUTPUT and leaf.module in sound), refused[0])
     name = type(model.get_submodule(first.module)).__name__
-    raise ServiceError(
+    raise NotPackedError(
         f"{probe.class_name} cannot be served in shared passes: at its logits, {reason}; that begins at "
         f"{first.module}.{first.port.value} ({name})"
     )
@@ -223,6 +229,10 @@ def _split_dimensions(
             (dim,) = differing
             split[path] = dim, tensor.shape[dim] * ranks // whole[path][dim]
     return split
+
+
+class NotPackedError(ServiceError):
+    """In one stream a sequence's logits depend on the others: the model has to run in another layout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,9 +399,10 @@ class _Trial:
                 port=site.port,
                 visitor=visitor(site, streams),
                 rows=range(streams.at(self.levels.of(site.order)).num_rows) if site.port.is_of_pairs else (),
+                layouts=site.layouts,
             )
             for site in self.probe.sites
-            if site.visit == 0 and _stage_of(site, self.probe, links) == links.stage
+            if site.visit == 0 and _is_readable(site) and _stage_of(site, self.probe, links) == links.stage
         ]
         visits += [
             Visit(
@@ -400,6 +411,7 @@ class _Trial:
                 operation=one.way,
                 port=one.site.port,
                 visitor=visitor(one.site, streams),
+                layouts=one.site.layouts,
             )
             for one in (self.operations.values() if has_operations else ())
         ]
@@ -411,6 +423,10 @@ class _Trial:
         if left is not None:
             links.send(left, links.stage + 1)
             links.flush()
+
+
+def _is_readable(site: SiteInfo) -> bool:
+    return any(leaf.read_refusal is None for leaf in site.leaves)
 
 
 def root_segment(sequence: list[int], num_layers: int) -> Segment:

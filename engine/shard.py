@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 
 from engine.arguments import Selector
-from engine.attention import AttentionPass, use_packed_attention
+from engine.attention import AttentionPass
 from engine.chat import chat_format
 from engine.constants import Constants
 from engine.copies import to_device
 from engine.fragments import RequestState, ShardContext
-from engine.gate import run_gate
+from engine.gate import NotPackedError, run_gate
 from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.memory import told_out_of_memory
 from engine.named import NamedParameters
+from engine.padded import PaddedRunner
 from engine.reading import Report
 from engine.results import MemorySink, Writer, sink_for
-from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
+from engine.sites import MANNERS, GateReport, Probe, describe_model, named_tensors, probe_model
 from engine.source_sites import Place
 from engine.spans import SpanStore
 from engine.splits import blocks_of
@@ -41,7 +42,7 @@ from engine.trunks import Trunks
 from engine.twins import prove_splits
 from engine.views import InvokeRows
 from engine.writes import PortValue, apply_writes
-from polytrace.description import Limits, ModelDescription
+from polytrace.description import Limits, ModelDescription, PassLayout
 from polytrace.errors import CapacityError
 from polytrace.graph import Port
 from polytrace.sources import SiteIndex
@@ -81,11 +82,14 @@ class Shard:
             forbid_split_sums()
         self.probe: Probe = probe_model(meta_model(self.config.source, self.config.dtype))
         self.loaded = load_model(self.config, self.links, report)
-        use_packed_attention(self.loaded.model)
         self.store = SpanStore(self.config.kv_bytes)
-        self.runner = StageRunner(
-            self.loaded.model, self.loaded.window, keeps_rows=self.probe.has_kept_rows, views=self.probe.views
-        )
+        self.runner = self._new_runner()
+
+    def _new_runner(self) -> StageRunner:
+        """As the probe found that the model runs."""
+        self.probe.manner.prepare(self.loaded.model)
+        kind = StageRunner if self.probe.manner.layout is PassLayout.PACKED else PaddedRunner
+        return kind(self.loaded.model, self.loaded.window, keeps_rows=self.probe.has_kept_rows, views=self.probe.views)
 
     def gate(self, is_first: bool = True) -> GateReport:
         """Proves on the served weights that rows are their own; collective. ServiceError when they are not.
@@ -97,6 +101,18 @@ class Shard:
         is_new = torch.tensor([is_first or (self.links.ranks > 1 and self._proven is None)])
         if bool(self.links.gather(is_new, 0).any()):
             self._proven = prove_splits(self.loaded.model.config, self.links, self.device)
+        try:
+            return self._gate()
+        except NotPackedError as error:
+            if self.links.stages > 1 or self.links.ranks > 1:
+                raise
+            meta = meta_model(self.config.source, self.config.dtype)
+            manners = [manner for manner in MANNERS if manner.layout is PassLayout.PADDED]
+            self.probe = probe_model(meta, manners, why_padded=error.message)
+        self.runner = self._new_runner()
+        return self._gate()
+
+    def _gate(self) -> GateReport:
         return run_gate(
             self.probe,
             self.runner,
@@ -362,6 +378,7 @@ class Shard:
                 rows={row for state, fragment in fragments for row in state.rows_at(fragment)}
                 if port.is_of_pairs
                 else (),
+                layouts=self._layouts.get(order, {}),
             )
             for order, fragments in at.items()
             for (module, operation), port in (self._port(order),)
