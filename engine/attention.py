@@ -127,14 +127,6 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         raise ServiceError(f"{type(model).__name__} does not use transformers' attention interface")
 
 
-def use_eager_attention(model: PreTrainedModel) -> None:
-    """Makes a model attend by its family's own formula, which has scores and patterns as tensors."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
-            config._attn_implementation_internal = "eager"
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,

@@ -28,6 +28,7 @@ from engine.arguments import Selector
 from engine.attention import AttentionPass
 from engine.head_outputs import HeadOutputs
 from engine.links import Links
+from engine.manners import Manner, attention_of, use_attention
 from engine.named import NamedParameters
 from engine.operations import is_own_forward
 from engine.points import Pairs
@@ -48,6 +49,7 @@ from scheduling.plan import PROLOGUE, PassId, Plan, Segment
 _LENGTHS = (9, 21)  # tokens of A and B
 _LONGER = (100, 300, 1000)  # tokens of A on a GPU
 _WIDE_ROWS = 4  # that are held of what each head adds, which is as wide as all heads' residuals
+_FAMILY = 1e-3  # of the largest logit, between two formulas of one attention
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
 _PADDED = "each prompt runs alone and shares no rows, in the padded layout"
@@ -149,6 +151,8 @@ def run_gate(
     if links.stage == links.stages - 1:
         of_modules = [leaf for leaf in leaves if (leaf.module, leaf.port) not in trial.operations]
         _check_logits(of_modules, probe, runner.model)
+        if not is_packed and probe.left:
+            _check_family(trial, together, b, probe.left[-1])
     known = {(leaf.module, leaf.port, leaf.selector) for leaf in leaves if leaf.refusal is None}
     ahead = [a, [*b[:-1], (b[-1] + 1) % probe.vocab_size]]
     differing: set[_Place] = set()
@@ -200,10 +204,32 @@ def _check_logits(leaves: list[LeafReport], probe: Probe, model: nn.Module) -> N
     refused = [leaf for leaf in leaves if leaf.refusal is not None]
     first = next((leaf for leaf in refused if leaf.port is Port.OUTPUT and leaf.module in sound), refused[0])
     name = type(model.get_submodule(first.module)).__name__
-    raise NotPackedError(
+    raise WrongMannerError(
         f"{probe.class_name} cannot be served in shared passes: at its logits, {reason}; that begins at "
         f"{first.module}.{first.port.value} ({name})"
     )
+
+
+def _check_family(trial: _Trial, seen: _Seen, sequence: list[int], family: Manner) -> None:
+    """WrongMannerError unless the logits are those of the model as transformers runs it, but for rounding."""
+    model = trial.runner.model
+    own = attention_of(model)
+    family.prepare(model)
+    try:
+        with torch.no_grad():
+            answer = model(input_ids=torch.tensor([sequence], device=trial.device), use_cache=False)
+    finally:
+        use_attention(model, own)
+    for selector, expected in row_leaves(answer, {}).items():
+        place = "", Port.OUTPUT, selector
+        if place in seen and expected.is_floating_point():
+            found, scale = seen[place].float(), max(1.0, float(expected.abs().max()))
+            far = float((found - expected[0].float()).abs().max()) / scale
+            if far > max(_FAMILY, 8 * torch.finfo(expected.dtype).eps):
+                raise WrongMannerError(
+                    f"{trial.probe.class_name} has other logits by {own} attention than by {family.attention}: "
+                    f"they differ by {far:.2g} of the largest"
+                )
 
 
 def _split_dimensions(
@@ -231,8 +257,8 @@ def _split_dimensions(
     return split
 
 
-class NotPackedError(ServiceError):
-    """In one stream a sequence's logits depend on the others: the model has to run in another layout."""
+class WrongMannerError(ServiceError):
+    """The model has to be run in another manner: its logits depend on neighbours, or are not the family's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from engine.chat import chat_format
 from engine.constants import Constants
 from engine.copies import to_device
 from engine.fragments import RequestState, ShardContext
-from engine.gate import NotPackedError, run_gate
+from engine.gate import WrongMannerError, run_gate
 from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
@@ -32,7 +32,7 @@ from engine.named import NamedParameters
 from engine.padded import PaddedRunner
 from engine.reading import Report
 from engine.results import MemorySink, Writer, sink_for
-from engine.sites import MANNERS, GateReport, Probe, describe_model, named_tensors, probe_model
+from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
 from engine.source_sites import Place
 from engine.spans import SpanStore
 from engine.splits import blocks_of
@@ -101,16 +101,15 @@ class Shard:
         is_new = torch.tensor([is_first or (self.links.ranks > 1 and self._proven is None)])
         if bool(self.links.gather(is_new, 0).any()):
             self._proven = prove_splits(self.loaded.model.config, self.links, self.device)
-        try:
-            return self._gate()
-        except NotPackedError as error:
-            if self.links.stages > 1 or self.links.ranks > 1:
-                raise
-            meta = meta_model(self.config.source, self.config.dtype)
-            manners = [manner for manner in MANNERS if manner.layout is PassLayout.PADDED]
-            self.probe = probe_model(meta, manners, why_padded=error.message)
-        self.runner = self._new_runner()
-        return self._gate()
+        while True:
+            try:
+                return self._gate()
+            except WrongMannerError as error:
+                if self.links.stages > 1 or self.links.ranks > 1 or not self.probe.left:
+                    raise
+                meta = meta_model(self.config.source, self.config.dtype)
+                self.probe = probe_model(meta, self.probe.left, self.probe.why_padded or error.message)
+            self.runner = self._new_runner()
 
     def _gate(self) -> GateReport:
         return run_gate(

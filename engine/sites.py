@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.arguments import Arguments, OperationArguments, Selector
-from engine.attention import use_eager_attention, use_packed_attention, watching
+from engine.attention import watching
 from engine.experts import is_experts
 from engine.head_outputs import HeadOutputs
 from engine.kernels import why_no_kernels
 from engine.lanes import MAX_THREADS, rows_multiple
+from engine.manners import Manner, manners_of
 from engine.named import Views, name_parts, named_infos
 from engine.operations import watch_operations
 from engine.partitions import NamedWeight
@@ -49,28 +50,6 @@ _PROBES = {PassLayout.PACKED: ((1511, 307), (1523, 311)), PassLayout.PADDED: ((3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manner:
-    """How a model is run."""
-
-    layout: PassLayout
-    has_own_attention: bool  # by the engine's attention; False: as the family wrote it, with masks that it makes
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Makes a model attend so from now on; ServiceError when its family cannot."""
-        if self.has_own_attention:
-            use_packed_attention(model)
-        else:
-            use_eager_attention(model)
-
-
-MANNERS = (  # the first in which a model runs is taken
-    Manner(layout=PassLayout.PACKED, has_own_attention=True),
-    Manner(layout=PassLayout.PADDED, has_own_attention=True),
-    Manner(layout=PassLayout.PADDED, has_own_attention=False),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One port of one module as it fired in a forward."""
 
@@ -90,6 +69,7 @@ class Probe:
     class_name: str
     manner: Manner
     why_padded: str | None  # None: it is packed
+    left: tuple[Manner, ...]  # other manners to try should this one turn out wrong
     dtype: str
     config: Mapping[str, Any]
     layout: Layout
@@ -193,21 +173,24 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def probe_model(model: PreTrainedModel, manners: Sequence[Manner] = MANNERS, why_padded: str | None = None) -> Probe:
+def probe_model(
+    model: PreTrainedModel, manners: Sequence[Manner] | None = None, why_padded: str | None = None
+) -> Probe:
     """Runs the meta model twice and reads sites, modules and parameters off it: seconds for the largest models.
 
-    In the first of the manners in which it runs; `why_padded` is known of those that are missing. ServiceError when
-    there is none.
+    In the first of the manners in which it runs, of all by default; `why_padded` is known of those that are missing.
+    ServiceError when there is none.
     """
-    for manner in manners:
+    manners = manners_of(model) if manners is None else manners
+    for place, manner in enumerate(manners):
         try:
-            return _probe(model, manner, why_padded)
+            return _probe(model, manner, why_padded, tuple(manners[place + 1 :]))
         except ServiceError as error:
             why_padded, last = why_padded or error.message, error
     raise last if why_padded == last.message else ServiceError(f"{last.message} (and packed: {why_padded})")
 
 
-def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None) -> Probe:
+def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left: tuple[Manner, ...]) -> Probe:
     layout = find_layout(model)
     layers = layout.layers
     manner.prepare(model)
@@ -236,6 +219,7 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None) -> Pr
         class_name=type(model).__name__,
         manner=manner,
         why_padded=None if is_packed else why_padded,
+        left=left,
         dtype=str(model.dtype).removeprefix("torch."),
         config=json.loads(model.config.to_json_string(use_diff=False)),
         layout=layout,
@@ -459,7 +443,7 @@ class _Recorder:
         given: dict[str, Any] = {}
         if self.manner.layout is PassLayout.PACKED:
             given["position_ids"] = ids
-        elif not self.manner.has_own_attention and "attention_mask" in _forward_names(self.model):
+        elif not self.manner.has_engine_attention and "attention_mask" in _forward_names(self.model):
             given["attention_mask"] = torch.ones_like(ids)  # without one, transformers looks for sequences in the data
         if has_kept_rows:
             given["logits_to_keep"] = torch.zeros(kept, dtype=torch.long, device="meta")

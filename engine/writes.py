@@ -5,6 +5,7 @@ Every read of the visit sees what the model made. Rows may be several requests',
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -102,7 +103,7 @@ def with_member(container: Any, selector: tuple[int | str, ...], tensor: Tensor)
     key, *rest = selector
     member = with_member(container[key], tuple(rest), tensor)
     if isinstance(container, Mapping):
-        changed: Any = container.copy()  # type: ignore[attr-defined]
+        changed: Any = copy.copy(container)
         changed[key] = member
         return changed
     members = [member if place == key else old for place, old in enumerate(container)]
