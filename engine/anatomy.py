@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.experts import is_experts
+from engine.own_formula import OwnFormula
 from engine.specimen import NUM_TOKENS, Seen, make_specimen, run_specimen
 
 # T = tokens, H = heads, C = features of a head, D = hidden, W = features of some module's output
@@ -54,6 +55,7 @@ class Parts:
     down: str | None = None  # its input is the neurons
     router: tuple[str, tuple[int | str, ...]] | None = None  # whose output, and where in it, has a logit an expert
     experts: str | None = None
+    formula: OwnFormula | None = None  # of an attention module that does not attend by the engine's function
     dropout: str | None = None  # the family's own module for dropping attention weights
 
 
@@ -71,17 +73,20 @@ class Anatomy:
     final_norm: str | None = None  # behind all layers, gives what the head takes
 
 
-def find_anatomy(config: Any, layers: str) -> Anatomy:
-    """The parts of every kind of layer that a model of this configuration has; none when it has no tiny twin."""
-    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    return _find_anatomy(_Key(text, layers, config))
+def find_anatomy(config: Any, layers: str, attention: str) -> Anatomy:
+    """The parts of every kind of layer that a model of this configuration has; none when it has no tiny twin.
+
+    `attention` is the implementation by which the model attends.
+    """
+    text = json.dumps([config.to_dict(), attention], sort_keys=True, default=str)
+    return _find_anatomy(_Key(text, layers, config, attention))
 
 
 class _Key:
     """A configuration, equal to others of the same text."""
 
-    def __init__(self, text: str, layers: str, config: Any) -> None:
-        self.text, self.layers, self.config = text, layers, config
+    def __init__(self, text: str, layers: str, config: Any, attention: str) -> None:
+        self.text, self.layers, self.config, self.attention = text, layers, config, attention
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and (other.text, other.layers) == (self.text, self.layers)
@@ -93,10 +98,13 @@ class _Key:
 @lru_cache(maxsize=_KEPT)
 def _find_anatomy(key: _Key) -> Anatomy:
     """The code and the layouts of any family: where something is not as in others, it is served without names."""
-    try:
-        twin = make_specimen(key.config)
-        seen = run_specimen(twin)
-    except Exception:  # noqa: BLE001
+    seen = None
+    for keeps_heads in (False, True):
+        with suppress(Exception):
+            twin = make_specimen(key.config, key.attention, keeps_heads=keeps_heads)
+            seen = run_specimen(twin)
+            break
+    if seen is None:
         return Anatomy()
     found: dict[Signature, Parts] = {}
     listed: Any = twin.get_submodule(key.layers)
@@ -156,6 +164,12 @@ class _Layer:
             if called == path or called.startswith(inside)
         ]
         attending = [name for name, module in self.modules.items() if id(module) in seen.attended]
+        found = [name for name in self.modules if name and inside + name in seen.formulas]
+        formulas = {name: seen.formulas[inside + name] for name in found if not _is_below(name, found)}
+        self.formula: OwnFormula | None = None
+        if not attending and len(formulas) == 1:
+            ((own, self.formula),) = formulas.items()
+            attending = [own]
         self.attention = attending[0] if len(attending) == 1 else None
 
     def parts(self) -> Parts:
@@ -177,6 +191,7 @@ class _Layer:
             down=down,
             router=None if experts is None else self._router(experts),
             experts=experts,
+            formula=self.formula,
             dropout=self._dropout(),
         )
 
@@ -184,7 +199,7 @@ class _Layer:
 
     def _heads(self) -> Iterator[tuple[Role, Packed]]:
         """Whose output has each head's queries, keys and values, and where in it."""
-        if self.attention is None:
+        if self.attention is None or self.formula is not None:
             return
         query, key, value, _ = self.seen.attended[id(self.modules[self.attention])]
         starts: dict[Role, tuple[str, list[int], int]] = {}
@@ -208,6 +223,8 @@ class _Layer:
     def _out(self) -> str | None:
         if self.attention is None:
             return None
+        if self.formula is not None:
+            return self._out_of(self.formula)
         z_THC = self.seen.attended[id(self.modules[self.attention])][3]
         for path, side, value in self.calls:
             is_tried = side == "input" and _is_matrix(self.modules[path]) and isinstance(value, Tensor)
@@ -215,9 +232,19 @@ class _Layer:
                 return path
         return None
 
+    def _out_of(self, formula: OwnFormula) -> str | None:
+        """Whose input is the pattern's mixture of features that some other module of the attention gives."""
+        for path, side, value in self.calls:
+            is_inside = path.startswith(f"{self.attention}.") and _is_matrix(self.modules[path])
+            if side == "input" and is_inside and isinstance(value, Tensor) and value.ndim <= 3:
+                given = [own for other, own in self._outputs(within=self.attention) if other != path]
+                if any(formula.sources(_rows(value), features) is not None for features in given):
+                    return path
+        return None
+
     def _dropout(self) -> str | None:
         """Ours is not called by this forward: what the family's eager formula hands attention weights to."""
-        if self.attention is None:
+        if self.attention is None or self.formula is not None:
             return None
         called = {path for path, _, _ in self.calls}
         own = [
@@ -297,7 +324,8 @@ class _Layer:
                 yield "gate", Packed(path, ("up", "gate"))
                 yield "up", Packed(path, ("up", "gate"))
         after = _rows(self._value(act, "output"))
-        downs = [_rows(value) for path, side, value in self.calls if side == "input" and self._is_in_mlp(path)]
+        taken = (value for path, side, value in self.calls if side == "input" and self._is_in_mlp(path))
+        downs = [_rows(value) for value in taken if isinstance(value, Tensor)]
         for path, features in self._outputs(within=None):
             is_tried = self._is_in_mlp(path) and _is_matrix(self.modules[path]) and features.shape == after.shape
             if is_tried and any(own.shape == after.shape and _same(own, after * features) for own in downs):
@@ -359,6 +387,10 @@ def _places(heads_THC: Tensor, features_TW: Tensor) -> list[int] | None:
     likeness = torch.einsum("tpc,thc->thp", windows, heads).amin(0)  # at the token where they differ most
     best, places = likeness.max(1)
     return places.tolist() if float(best.min()) > 1 - _TOLERANCE else None
+
+
+def _is_below(path: str, others: Iterable[str]) -> bool:
+    return any(path.startswith(f"{other}.") for other in others)
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -1,14 +1,16 @@
 """The manners in which a model can be run: how the sequences of a pass lie, and by whose attention they attend.
 
-A family is run in the first manner that works. Packed needs the engine's attention, and layers that do not mix a row with
-its neighbours. Where each sequence runs alone the engine's attention still has its points; a family that does not use
-transformers' interface, or hands masks of its own to it, runs as it was written: by its eager formula, which has
+A family is run in the first manner that works. Packed needs the engine's attention, and layers that do not mix a row
+with its neighbours. Where each sequence runs alone the engine's attention still has its points; a family that does not
+use transformers' interface, or hands masks of its own to it, runs as it was written: by its eager formula, which has
 patterns as tensors, or, where that gives other numbers than the one that transformers chooses, by that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -58,3 +60,12 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation_internal"):
             config._attn_implementation_internal = name
+
+
+def forward_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """The arguments of a model's forward."""
+    forward: Callable[..., Any] = type(model).forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    code = forward.__code__
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]

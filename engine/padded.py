@@ -67,7 +67,8 @@ class PaddedRunner(StageRunner):
                 hooks.callback(handle.remove)
             hooks.enter_context(self._operations(stopping, stop_after))
             runs = [
-                self._run_of(segment, rows, points, part) for segment, part in zip(segments, _parts(hidden_1TD, lengths), strict=True)
+                self._run_of(segment, rows, points, part)
+                for segment, part in zip(segments, _parts(hidden_1TD, lengths), strict=True)
             ]
             if is_one:
                 self._forward(runs[0])
@@ -105,7 +106,7 @@ class PaddedRunner(StageRunner):
             self.model(input_ids=tokens_1L, use_cache=False)
 
     def _following(self) -> Iterator[RemovableHandle]:
-        """Hooks that know which sequence runs: what enters at the first layer, what attends, what leaves at the last."""
+        """Hooks that know which sequence runs: what enters at the first layer, attends, leaves at the last."""
         layers: Any = self.model.get_submodule(self.window.layers)
 
         def of_run(hook: Callable[[_Run], Callable[..., Any] | None]) -> Callable[..., Any]:
@@ -152,7 +153,7 @@ def _alone(visit: Visit, rows: PackedRows) -> Callable[[Any], Any]:
 
 
 def _landed(after: Any, rows: PackedRows) -> Any:
-    """A layer's output with what visitors left to be done to its hidden states: here they are those of the next level."""
+    """A layer's output with what visitors left to be done: here the next level has the same rows."""
     for level in list(rows.landing):
         for land in rows.landing.pop(level):
             hidden = land(after if isinstance(after, Tensor) else after[0])

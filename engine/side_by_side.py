@@ -1,4 +1,4 @@
-"""Values that several sequences have at one port, laid side by side into one stream `[1, T, ...]`, and taken apart again.
+"""Values that several sequences have at one port, laid side by side into a stream `[1, T, ...]`, and taken apart again.
 
 Owns the way there and back. What a visitor changed in the stream in place goes into each sequence's own tensor, so that
 everyone in the model who holds it sees it; what was assigned goes into a new tensor, laid out in memory as the own one.
@@ -27,7 +27,7 @@ class SideBySide:
     """What the sequences of a pass have at one port during one visit."""
 
     def __init__(self, values: Sequence[Any], lengths: Sequence[int], layouts: Mapping[Selector, int]) -> None:
-        """`values` and `lengths` are by sequence; `layouts` has the dimension of the rows where it is not the second."""
+        """By sequence; `layouts` has the dimension of the rows where it is not the second."""
         self._values = values
         self._lengths = lengths
         self._starts = [0, *accumulate(lengths)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from engine.experts import is_experts
 from engine.head_outputs import HeadOutputs
 from engine.kernels import why_no_kernels
 from engine.lanes import MAX_THREADS, rows_multiple
-from engine.manners import Manner, manners_of
+from engine.manners import Manner, forward_names, manners_of
 from engine.named import Views, name_parts, named_infos
 from engine.operations import watch_operations
 from engine.partitions import NamedWeight
@@ -42,6 +42,7 @@ from polytrace.description import (
 )
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
+from polytrace.sources import split_operation
 from polytrace.tensors import itemsize
 
 # Row counts that no model dimension is likely to have, so that shapes tell rows from features: of the stream, and that
@@ -195,8 +196,8 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
     layers = layout.layers
     manner.prepare(model)
     is_packed = manner.layout is PassLayout.PACKED
-    has_kept_rows = is_packed and "logits_to_keep" in _forward_names(model)
-    first, second, refusal = _record_twice(model, layers, manner, has_kept_rows)
+    has_kept_rows = is_packed and "logits_to_keep" in forward_names(model)
+    first, second, refusals = _record_twice(model, layers, manner, has_kept_rows)
     config = model.config.get_text_config()
     experts = {path for path, module in model.named_modules() if is_experts(module)}
     events = list(enumerate(zip(first.events, second.events, strict=True)))
@@ -205,7 +206,9 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
     operations = [_site(order, a, b, both, experts) for order, (a, b) in events if a.is_operation and a.leaves]
     _check_hidden(model, layers, first)
     everything = sorted((*_refuse_repeated_visits(found), *operations), key=lambda site: site.order)
-    named = name_parts(model, layers, everything)  # puts more between them
+    named = name_parts(
+        model, layers, everything, manner.attention, dict(_pairs(first, second))
+    )  # puts more between them
     inside = {site.module for site in operations}
     sites = tuple(site for site in named.sites if site.module not in inside)
     operations = [site for site in named.sites if site.module in inside]
@@ -231,7 +234,7 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
         has_fixed_rows=is_packed and not _takes_other_rows(model, layers),
         widths=frozenset(_widths(first, second)) if is_packed else frozenset(),
         sites=sites,
-        sources=group_sources(operations, begins, first.notes, refusal),
+        sources=group_sources(operations, begins, first.notes, refusals),
         modules=tuple(_modules(model, layers, first)),
         parameters=tuple(
             ParameterInfo(path=path, shape=tuple(t.shape), dtype=_name(t.dtype), stage=0, sharded_dim=None)
@@ -255,23 +258,58 @@ def _max_tokens(config: Any) -> int:
 def _record_twice(
     model: PreTrainedModel, layers: str, manner: Manner, has_kept_rows: bool
 ) -> tuple[_Recorder, _Recorder, str | None]:
-    """What two forwards tell, with the operations in them where these can be had; why they cannot, else None."""
+    """What two forwards tell, with the operations in them where these can be had; why they cannot, by module."""
+    sizes = _PROBES[manner.layout]
+
+    def record(watched: Sequence[str]) -> tuple[_Recorder, _Recorder]:
+        first, second = (_Recorder(model, layers, manner, watched).run(*own, has_kept_rows) for own in sizes)
+        return first, second
+
+    every = [path for path, _ in model.named_modules()]
     try:
-        first, second = (
-            _Recorder(model, layers, manner, True).run(*sizes, has_kept_rows) for sizes in _PROBES[manner.layout]
-        )
-        if [(a.module, a.port) for a in first.events] == [(b.module, b.port) for b in second.events]:
-            return first, second, None
-        refusal = "what this model's forwards call depends on the prompt's length"
+        first, second = record(every)
+        differing = _differing(first, second)
+        if not differing:
+            return first, second, {}
+        refusals = dict.fromkeys(differing, "what its forward calls depends on the prompt's length")
+        first, second = record([path for path in every if path not in differing])
+        if not _differing(first, second):
+            return first, second, refusals
+        told = "what this model's forwards call depends on the prompt's length"
+    except LoopError:
+        raise
     except ServiceError as error:
-        refusal = f"the model does not run with its calls visited ({error.message})"
-    first, second = (
-        _Recorder(model, layers, manner, False).run(*sizes, has_kept_rows) for sizes in _PROBES[manner.layout]
-    )
-    if [(a.module, a.port) for a in first.events] != [(b.module, b.port) for b in second.events]:
+        told = f"the model does not run with its calls visited ({error.message})"
+    first, second = record(())
+    if _differing(first, second):
         name = type(model).__name__
         raise ServiceError(f"{name} cannot be served yet: which modules it runs depends on the prompt's length")
-    return first, second, refusal
+    return first, second, dict.fromkeys(every, told)
+
+
+def _differing(first: _Recorder, second: _Recorder) -> set[str]:
+    """Modules whose ports, or calls in whose forward, fired in another way in one of two forwards."""
+
+    def fired(recorder: _Recorder) -> dict[str, list[tuple[str, Port]]]:
+        found: dict[str, list[tuple[str, Port]]] = {}
+        for event in recorder.events:
+            split = split_operation(event.module, recorder.modules) if event.is_operation else None
+            owner = event.module if split is None else split[0]
+            found.setdefault(owner, []).append((event.module, event.port))
+        return found
+
+    one, other = fired(first), fired(second)
+    return {path for path in {*one, *other} if one.get(path) != other.get(path)}
+
+
+def _pairs(first: _Recorder, second: _Recorder) -> Iterator[tuple[tuple[str, Port, Selector], int]]:
+    """Operations' tensors `[1, heads, rows, rows]`, and their numbers of heads."""
+    for a, b in zip(first.events, second.events, strict=True):
+        for selector, tensor in a.leaves.items() if a.is_operation else ():
+            heads = tensor.shape[1] if tensor.ndim == 4 else 0
+            both = ((tensor, first.rows), (b.leaves[selector], second.rows))
+            if all(own.shape == (1, heads, rows, rows) for own, rows in both):
+                yield (a.module, a.port, selector), heads
 
 
 def _check_hidden(model: PreTrainedModel, layers: str, recorder: _Recorder) -> None:
@@ -415,16 +453,21 @@ def row_multiple(probe: Probe, ranks: int, threads: int, device: str) -> tuple[i
     return multiple, (f"with {threads} threads a CPU may round differently beside neighbours; up to 4 it does not",)
 
 
+class LoopError(ServiceError):
+    """A forward goes from token to token, so it cannot be told where a sequence begins."""
+
+
 class _Recorder:
     """One forward on the meta device with a hook on every port."""
 
-    def __init__(self, model: PreTrainedModel, layers: str, manner: Manner, has_operations: bool) -> None:
+    def __init__(self, model: PreTrainedModel, layers: str, manner: Manner, watched: Iterable[str]) -> None:
+        """`watched` are the modules whose calls are told of."""
         self.model = model
         self.layers = layers
         self.manner = manner
         self.modules = dict(model.named_modules())
         self.notes = SourceNotes(self.modules)
-        self._watched = self.modules if has_operations else {}
+        self._watched = {path: self.modules[path] for path in watched if path in self.modules}
         self.events: list[Event] = []
         self.layer_arguments: set[int] = set()  # ids of tensors that reach layers beside the hidden states
         self.layer_storages: set[int] = set()  # the memory of these
@@ -443,7 +486,7 @@ class _Recorder:
         given: dict[str, Any] = {}
         if self.manner.layout is PassLayout.PACKED:
             given["position_ids"] = ids
-        elif not self.manner.has_engine_attention and "attention_mask" in _forward_names(self.model):
+        elif not self.manner.has_engine_attention and "attention_mask" in forward_names(self.model):
             given["attention_mask"] = torch.ones_like(ids)  # without one, transformers looks for sequences in the data
         if has_kept_rows:
             given["logits_to_keep"] = torch.zeros(kept, dtype=torch.long, device="meta")
@@ -505,6 +548,8 @@ class _Recorder:
         self, path: str, port: Port, value: Any, keyword: str | None = None, *, is_operation: bool = False
     ) -> None:
         visit = self._visits.get((path, port), 0)
+        if self.manner.layout is PassLayout.PACKED and visit > self.rows // 2:
+            raise LoopError(f"{type(self.model).__name__} cannot be served in shared passes: {path} loops over tokens")
         self._visits[path, port] = visit + 1
         structure, leaves = port_leaves(value)
         self._alive.append(value)
@@ -537,9 +582,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(member)
 
 
-def _site(
-    order: int, a: Event, b: Event, recorders: tuple[_Recorder, _Recorder], experts: Iterable[str]
-) -> SiteInfo:
+def _site(order: int, a: Event, b: Event, recorders: tuple[_Recorder, _Recorder], experts: Iterable[str]) -> SiteInfo:
     """Merges what two forwards saw of one port."""
     recorder = recorders[0]
     kinds = [(Rows.ALL, (recorder.rows, recorders[1].rows)), (Rows.KEPT, (recorder.kept, recorders[1].kept))]
@@ -722,14 +765,6 @@ def _placed_leaf(
         read_refusal=read_refusal,
         write_refusal=read_refusal or write_refusal,
     )
-
-
-def _forward_names(model: PreTrainedModel) -> tuple[str, ...]:
-    forward: Callable[..., Any] = type(model).forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    code = forward.__code__
-    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -26,13 +26,15 @@ from engine.around import Around, rows_of
 from engine.attention import AttentionPass, attending
 from engine.copies import to_device
 from engine.head_outputs import HeadOutputs, with_change
-from engine.named import HeadView, Views
+from engine.named import CallView, HeadsTaken, HeadView, Views
 from engine.operations import Stops, rewritten
-from engine.points import Point, Points
-from engine.sites import first_argument
+from engine.pair_tensors import TensorPairs
+from engine.points import MASKED, Point, Points
+from engine.sites import first_argument, port_leaves
 from engine.streams import Streams
 from engine.trunks import Trunks
 from engine.windows import Window
+from engine.writes import with_member
 from polytrace.graph import Port
 
 # T = packed rows of a level, K = kept rows, D = hidden
@@ -150,10 +152,12 @@ class StageRunner:
         for visit in sorted(visits, key=lambda visit: visit.order):
             module = self._modules[visit.module]
             is_last = visit.order == stop_after
-            if visit.operation:
-                continue
             view = self._views.get((visit.module, visit.port))
-            if view is not None:
+            if visit.operation or isinstance(view, CallView):
+                continue
+            if isinstance(view, HeadsTaken):
+                yield self._visiting_heads(visit, view, is_last)
+            elif view is not None:
                 yield from self._visiting_view(visit, view, is_last)
             elif visit.port.is_inner:
                 point = Point(visit=_visiting_point(visit, is_last), rows=visit.rows)
@@ -177,7 +181,11 @@ class StageRunner:
         """The operations to stop at, by the module whose forward has them."""
         found: dict[nn.Module, Stops] = {}
         for visit in visits:
-            if visit.operation:
+            view = None if visit.operation else self._views.get((visit.module, visit.port))
+            if isinstance(view, CallView):
+                stops = found.setdefault(self.model.get_submodule(view.module), Stops())
+                stops.add(view.way, view.port, self._visiting_pairs(visit, view, visit.order == stop_after))
+            elif visit.operation:
                 stops = found.setdefault(self.model.get_submodule(visit.module), Stops())
                 stops.add(visit.operation, visit.port, self._visiting_operation(visit, visit.order == stop_after))
         return found
@@ -254,6 +262,35 @@ class StageRunner:
             return None if after is before else (after.args, dict(after.kwargs))
 
         return hook
+
+    def _visiting_pairs(self, visit: Visit, view: CallView, is_last: bool) -> Visitor:
+        """Scores or patterns between two calls."""
+
+        def stop(before: Any) -> Any:
+            if self._is_calling:
+                return before
+            tensor = port_leaves(before)[1][view.selector]
+            pairs = TensorPairs(tensor, MASKED[visit.port])
+            visit.visitor(pairs)
+            if is_last:
+                raise Done
+            return before if pairs.tensor is tensor else with_member(before, view.selector, pairs.tensor)
+
+        return stop
+
+    def _visiting_heads(self, visit: Visit, view: HeadsTaken, is_last: bool) -> RemovableHandle:
+        """Heads' results in the input of their projection."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._is_calling:
+                return None
+            before: Tensor = first_argument(args, kwargs).unflatten(-1, (view.num_heads, -1))
+            after: Tensor = visit.visitor(before)
+            if is_last:
+                raise Done
+            return None if after is before else replace_first_argument(args, kwargs, after.flatten(-2))
+
+        return self.model.get_submodule(view.module).register_forward_pre_hook(hook, with_kwargs=True)
 
     def _visiting_view(self, visit: Visit, view: HeadView, is_last: bool) -> Iterator[RemovableHandle]:
         """A point that is a part of another module's output, or made of its input."""

@@ -280,9 +280,7 @@ class _Event:
     dtype: torch.dtype | None
 
 
-def _probe(
-    model: nn.Module, layers: str, tokens: int, members: int, has_masks: bool
-) -> dict[str, list[_Event]] | None:
+def _probe(model: nn.Module, layers: str, tokens: int, members: int, has_masks: bool) -> dict[str, list[_Event]] | None:
     """Calls of the topmost modules with weights beside the layers; None when the forward cannot run with such stubs.
 
     Most forwards do without masks, some insist on one.
