@@ -33,7 +33,7 @@ class OwnFormula:
     scores_HTT: Tensor | None
 
     def sources(self, z_TW: Tensor, features_TF: Tensor) -> list[int] | None:
-        """Where in some features each head's begin of which its part of `z_TW` is the mixture; None where not all do."""
+        """Where in some features each head's begin whose mixture is its part of `z_TW`; None where not all do."""
         num_heads = self.pattern_HTT.shape[0]
         size = z_TW.shape[1] // num_heads
         if z_TW.shape[1] % num_heads or features_TF.shape[1] < size:
