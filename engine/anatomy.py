@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.attention import NAME as ENGINE
 from engine.experts import is_experts
 from engine.own_formula import OwnFormula
 from engine.specimen import NUM_TOKENS, Seen, make_specimen, run_specimen
@@ -73,10 +74,10 @@ class Anatomy:
     final_norm: str | None = None  # behind all layers, gives what the head takes
 
 
-def find_anatomy(config: Any, layers: str, attention: str) -> Anatomy:
+def find_anatomy(config: Any, layers: str, attention: str = ENGINE) -> Anatomy:
     """The parts of every kind of layer that a model of this configuration has; none when it has no tiny twin.
 
-    `attention` is the implementation by which the model attends.
+    `attention` is the implementation by which the model attends, the engine's by default.
     """
     text = json.dumps([config.to_dict(), attention], sort_keys=True, default=str)
     return _find_anatomy(_Key(text, layers, config, attention))
