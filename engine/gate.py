@@ -84,7 +84,7 @@ def run_gate(
             f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
         )
     is_packed = probe.manner.layout is PassLayout.PACKED
-    multiple, machine_notes = 1, (f"{_PADDED}: {probe.why_padded}",)
+    multiple, machine_notes = 1, tuple([f"{_PADDED}: {probe.why_padded}"])
     if is_packed:
         multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
     operations = list(_operations(probe, links))

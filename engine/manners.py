@@ -57,7 +57,7 @@ def attention_of(model: PreTrainedModel) -> str:
 def use_attention(model: PreTrainedModel, name: str) -> None:
     """Makes a model attend by an implementation of its own family; some cannot be asked to, but look there."""
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation_internal"):
             config._attn_implementation_internal = name
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class PaddedRunner(StageRunner):
                 self._forward(runs[0])
             else:
                 threads = torch.get_num_threads()
-                in_step([lambda run=run: self._in_lane(run, threads) for run in runs], meet)
+                in_step([partial(self._in_lane, run, threads) for run in runs], meet)
         left = [part for run in runs for part in run.left]
         return torch.cat(left, 1) if left else None
 

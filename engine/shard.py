@@ -43,7 +43,7 @@ from engine.twins import prove_splits
 from engine.views import InvokeRows
 from engine.writes import PortValue, apply_writes
 from polytrace.description import Limits, ModelDescription, PassLayout
-from polytrace.errors import CapacityError
+from polytrace.errors import CapacityError, ServiceError
 from polytrace.graph import Port
 from polytrace.sources import SiteIndex
 from scheduling.checks import table_of
@@ -80,10 +80,21 @@ class Shard:
             torch.set_num_threads(self.config.threads)
         if self.device.type == "cuda":
             forbid_split_sums()
-        self.probe: Probe = probe_model(meta_model(self.config.source, self.config.dtype))
+        self.probe: Probe = self._probed()
         self.loaded = load_model(self.config, self.links, report)
         self.store = SpanStore(self.config.kv_bytes)
         self.runner = self._new_runner()
+
+    def _probed(self) -> Probe:
+        """ServiceError when the model cannot be cut as it is asked for."""
+        meta = meta_model(self.config.source, self.config.dtype)
+        probe = probe_model(meta)
+        if probe.manner.layout is PassLayout.PADDED and self.config.ranks > 1:
+            raise ServiceError(f"{probe.class_name} cannot be split over ranks: {probe.why_padded}; use ranks=1")
+        if probe.manner.layout is PassLayout.PADDED and self.config.stages > 1 and probe.left:
+            # No stage alone can tell that other attention than the family's gives its logits.
+            return probe_model(meta, probe.left[-1:], probe.why_padded)
+        return probe
 
     def _new_runner(self) -> StageRunner:
         """As the probe found that the model runs."""
@@ -105,7 +116,10 @@ class Shard:
             try:
                 return self._gate()
             except WrongMannerError as error:
-                if self.links.stages > 1 or self.links.ranks > 1 or not self.probe.left:
+                if self.links.stages > 1 or self.links.ranks > 1:
+                    told = "with stages=1 and ranks=1 it is served, each prompt alone"
+                    raise ServiceError(f"{error.message}; {told}") from error
+                if not self.probe.left:
                     raise
                 meta = meta_model(self.config.source, self.config.dtype)
                 self.probe = probe_model(meta, self.probe.left, self.probe.why_padded or error.message)

@@ -83,7 +83,8 @@ class SideBySide:
         return found
 
     def _parts(self, joint: Tensor, dim: int) -> Iterable[Tensor]:
-        return joint.split(list(self._lengths), dim)
+        parts: tuple[Tensor, ...] = joint.split(list(self._lengths), dim)
+        return parts
 
     def _with_change(self, place: int, own: HeadOutputs) -> HeadOutputs:
         if self.value.change is not None:

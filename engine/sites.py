@@ -257,7 +257,7 @@ def _max_tokens(config: Any) -> int:
 
 def _record_twice(
     model: PreTrainedModel, layers: str, manner: Manner, has_kept_rows: bool
-) -> tuple[_Recorder, _Recorder, str | None]:
+) -> tuple[_Recorder, _Recorder, Mapping[str, str]]:
     """What two forwards tell, with the operations in them where these can be had; why they cannot, by module."""
     sizes = _PROBES[manner.layout]
 

@@ -15,6 +15,7 @@ from by_hand import run_by_hand
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from padded_families import CONFIGS, FAMILIES, OWN_FORMULA, model_of
+from processes import ProcessBackend, ProcessShards
 from programs import crowds, difference, find, serve
 from small import close, logits_of
 from torch import Tensor
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from engine.local import LocalBackend
 from engine.sites import port_leaves
 from polytrace.description import PassLayout
-from polytrace.errors import PolytraceError
+from polytrace.errors import PolytraceError, ServiceError
 from polytrace.graph import Port
 from polytrace.model import Model
 
@@ -179,6 +180,66 @@ def test_a_failing_request_leaves_its_neighbours_and_no_lane_behind(loaded: Load
         again = loaded.model.lm_head.output[:, -1].save()
     assert torch.equal(alone, again)
     assert threading.active_count() == before
+
+
+def test_calls_inside_of_forwards_are_visited_for_each_prompt_as_alone(loaded: Loaded) -> None:
+    """Of the middle layer and of all modules in it."""
+    paths = [info.path for info in loaded.backend.description.modules]
+    inside = [path for path in paths if path.startswith(f"{loaded.family.layers}.{LAYER}")]
+    calls = [
+        (path, site, leaf)
+        for path in inside
+        if (source := loaded.backend.description.modules[paths.index(path)].source) is not None
+        for site in loaded.backend.description.sources[source].sites
+        for leaf in site.leaves
+        if leaf.read_refusal is None and site.port is Port.OUTPUT and leaf.selector == ()
+    ]
+    assert len(calls) > 5
+
+    def read(prompts: Any) -> list[Any]:
+        with loaded.model.trace(prompts):
+            saved = []
+            for path, site, _ in calls:
+                call = find(loaded.model, path)
+                for name in site.module.split(".source."):
+                    call = getattr(call.source, name)
+                saved.append(call.output.save())
+        return saved
+
+    together = read(PROMPTS)
+    longest = max(map(len, PROMPTS))
+    for row, prompt in enumerate(PROMPTS):
+        for (_, site, leaf), ours, alone in zip(calls, together, read(prompt), strict=True):
+            own = ours[row : row + 1].narrow(leaf.row_dim, longest - len(prompt), len(prompt))
+            assert torch.equal(own.nan_to_num(7.0), alone.nan_to_num(7.0)), site.module
+
+
+@pytest.mark.parametrize(("name", "stages"), [("bloom", 2), ("mamba", 2), ("falcon_alibi", 2)])
+def test_stages_change_no_bit(name: str, stages: int, tmp_path: Path) -> None:
+    one = Loaded(name, tmp_path / "model")
+    shards = ProcessShards(str(tmp_path / "model"), stages=stages, ranks=1)
+    backend = ProcessBackend(str(tmp_path / "model"), shards, tmp_path)
+    try:
+        saved = []
+        for model in (one.model, Model(backend)):
+            layers = find(model, one.family.layers)
+            with model.trace() as tracer:
+                with tracer.invoke(PROMPTS):
+                    carried = layers[0].output[0][:, -1]
+                    saved.append(model.lm_head.output.save())
+                with tracer.invoke(PROMPTS):
+                    layers[3].output[0][:, -1] += carried
+                    saved.append(model.lm_head.output[:, -1].save())
+        assert torch.equal(saved[0], saved[2]) and torch.equal(saved[1], saved[3])
+        assert not torch.allclose(saved[0][:, -1], saved[1], atol=1e-3)
+    finally:
+        shards.close()
+
+
+def test_ranks_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    model_of("bloom").save_pretrained(tmp_path)
+    with pytest.raises(ServiceError, match=r"cannot be split over ranks: .*attention interface; use ranks=1"):
+        ProcessShards(str(tmp_path), stages=1, ranks=2)
 
 
 # families that attend by a formula of their own
