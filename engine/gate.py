@@ -2,9 +2,9 @@
 
 Using the attention interface is not enough to be packed: convolutions and recurrences mix neighbours, and experts sort
 rows. So before a model serves, every shard runs three streams on the served weights, [A, B], [A', B] and B alone, and
-compares B's rows at every site bit for bit. A model that fails at its logits is refused; a site that fails is refused
-by name. The same run shows each site's local shape (which dimension the ranks split) and which tensors the model
-changes in place.
+compares B's rows at every site bit for bit. A model that fails at its logits is run in another manner, each sequence
+alone (`engine.manners`), where its logits must be the family's own; a site that fails is refused by name. The same run
+shows each site's local shape (which dimension the ranks split) and which tensors the model changes in place.
 
 A last stream decides whether rows may be shared and left out: forks that repeat their parent must have its bits at
 every site, and another last token must not move an earlier row. Where that fails, every sequence has all its rows.
@@ -84,7 +84,8 @@ def run_gate(
             f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
         )
     is_packed = probe.manner.layout is PassLayout.PACKED
-    multiple, machine_notes = 1, tuple([f"{_PADDED}: {probe.why_padded}"])
+    machine_notes: tuple[str, ...] = (f"{_PADDED}: {probe.why_padded}",)
+    multiple = 1
     if is_packed:
         multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
     operations = list(_operations(probe, links))
