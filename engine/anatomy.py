@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -200,7 +201,10 @@ class _Layer:
 
     def _heads(self) -> Iterator[tuple[Role, Packed]]:
         """Whose output has each head's queries, keys and values, and where in it."""
-        if self.attention is None or self.formula is not None:
+        if self.attention is None:
+            return
+        if self.formula is not None:
+            yield from self._heads_of(self.formula)
             return
         query, key, value, _ = self.seen.attended[id(self.modules[self.attention])]
         starts: dict[Role, tuple[str, list[int], int]] = {}
@@ -232,6 +236,44 @@ class _Layer:
             if is_tried and _same(_rows(value), z_THC.flatten(1)):
                 return path
         return None
+
+    def _heads_of(self, formula: OwnFormula) -> Iterator[tuple[Role, Packed]]:
+        """The same where queries and keys are known by their scores alone, and values by their mixture."""
+        out = self._out_of(formula)
+        if out is None:
+            return
+        z_TW = _rows(self._value(out, "input"))
+        num_heads = formula.pattern_HTT.shape[0]
+        size = z_TW.shape[1] // num_heads
+        given = [(path, own) for path, own in self._outputs(within=self.attention) if path != out]
+        mixed = ((path, own, formula.sources(z_TW, own)) for path, own in given)
+        module, features_TW, places = next((one for one in mixed if one[2] is not None), ("", z_TW, None))
+        groups = len(set(places or ()))
+        if places is None or num_heads % groups:
+            return
+        counts = {"q": num_heads, "k": groups, "v": groups}
+        own_places = places[:: num_heads // groups]
+
+        def heads(role: Role, features: Tensor, packed: Packed) -> Tensor:
+            starts = _expected(role, packed.order, counts, groups, size, is_interleaved=packed.is_interleaved)
+            return torch.stack([features[:, start : start + size] for start in starts], 1)
+
+        if features_TW.shape[1] == size * (num_heads + 2 * groups):
+            for order in permutations(("q", "k", "v")):
+                for is_interleaved in (False, True):
+                    packed = Packed(module, order, is_interleaved)
+                    is_there = own_places == _expected("v", order, counts, groups, size, is_interleaved=is_interleaved)
+                    if is_there and formula.is_of(*(heads(role, features_TW, packed) for role in ("q", "k"))):
+                        yield from ((role, packed) for role in order)
+                        return
+        elif features_TW.shape[1] == size * groups and own_places == list(range(0, size * groups, size)):
+            yield "v", Packed(module, ("v",))
+            for (one, query), (other, key) in permutations([own for own in given if own[0] != module], 2):
+                if (query.shape[1], key.shape[1]) == (size * num_heads, size * groups):
+                    own = Packed(one, ("q",)), Packed(other, ("k",))
+                    if formula.is_of(heads("q", query, own[0]), heads("k", key, own[1])):
+                        yield from (("q", own[0]), ("k", own[1]))
+                        return
 
     def _out_of(self, formula: OwnFormula) -> str | None:
         """Whose input is the pattern's mixture of features that some other module of the attention gives."""

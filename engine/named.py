@@ -188,26 +188,7 @@ class _Namer:
         query, key = self.at[attention, Port.Q_ROT].leaves[0], self.at[attention, Port.K_ROT].leaves[0]
         heads, size = query.tail
         groups = key.tail[0]
-        share = heads // groups
-        counts = {"q": heads, "k": groups, "v": groups}
-        for role, port in (("q", Port.Q), ("k", Port.K), ("v", None)):
-            packed = parts.roles.get(role)
-            units = None if packed is None else self._units(path, packed, role, counts, size, groups)
-            if packed is None or units is None:
-                if port is not None:
-                    self._refuse(attention, role, _NO_HEADS.format(role=role, rotated=f"{role}_rot"))
-                continue
-            source = _under(path, packed.module)
-            if port is not None:
-                info = self.at[source, Port.OUTPUT]
-                self._insert(info, attention, port, replace(info.leaves[0], tail=(counts[role], size)))
-                self.views[attention, port] = HeadView(module=source, units=units)
-            letter = role.upper()
-            self._weight(attention, f"W_{letter}", source, "weight", Form.TO_HEADS, units)
-            self._weight(attention, f"b_{letter}", source, "bias", Form.HEADS, units)
-            if role != "q":
-                self._weight(attention, f"W_{letter}_by_head", source, "weight", Form.TO_HEADS, units, share=share)
-                self._weight(attention, f"b_{letter}_by_head", source, "bias", Form.HEADS, units, share=share)
+        self._roles(path, attention, parts, heads, groups, size, {"q": Port.Q, "k": Port.K, "v": None})
         out = None if parts.out is None else _under(path, parts.out)
         taken = None if out is None else self.at.get((out, Port.INPUT))
         value = self.at[attention, Port.Z].leaves[0].tail
@@ -225,6 +206,38 @@ class _Namer:
         if parts.dropout is not None:
             for name in ("input", "output"):
                 self._point(_under(path, parts.dropout), name, attention, Port.PATTERN)
+
+    def _roles(
+        self,
+        path: str,
+        attention: str,
+        parts: Parts,
+        heads: int,
+        groups: int,
+        size: int,
+        ports: Mapping[str, Port | None],
+    ) -> None:
+        """Queries, keys and values where projections give them, those of them as sites that have a port; weights."""
+        share = heads // groups
+        counts = {"q": heads, "k": groups, "v": groups}
+        for role, port in ports.items():
+            packed = parts.roles.get(role)
+            units = None if packed is None else self._units(path, packed, role, counts, size, groups)
+            if packed is None or units is None:
+                if port is not None:
+                    self._refuse(attention, role, _NO_HEADS.format(role=role, rotated=f"{role}_rot"))
+                continue
+            source = _under(path, packed.module)
+            if port is not None:
+                info = self.at[source, Port.OUTPUT]
+                self._insert(info, attention, port, replace(info.leaves[0], tail=(counts[role], size)))
+                self.views[attention, port] = HeadView(module=source, units=units)
+            letter = role.upper()
+            self._weight(attention, f"W_{letter}", source, "weight", Form.TO_HEADS, units)
+            self._weight(attention, f"b_{letter}", source, "bias", Form.HEADS, units)
+            if role != "q":
+                self._weight(attention, f"W_{letter}_by_head", source, "weight", Form.TO_HEADS, units, share=share)
+                self._weight(attention, f"b_{letter}_by_head", source, "bias", Form.HEADS, units, share=share)
 
     def _own_attention(self, path: str, attention: str, parts: Parts, formula: OwnFormula) -> None:
         """Of a module that attends by a formula of its family."""
@@ -257,6 +270,19 @@ class _Namer:
         self._weight(attention, "W_O", out, "weight", Form.FROM_HEADS, units)
         self._weight(attention, "b_O", out, "bias", Form.ROWS)
         self._tell_of_head_out(attention, parts)
+        groups = self._num_groups(path, parts, num_heads, size)
+        if groups is not None:
+            own = {"q": Port.Q, "k": Port.K, "v": Port.V}
+            self._roles(path, attention, parts, num_heads, groups, size, dict(own))
+
+    def _num_groups(self, path: str, parts: Parts, num_heads: int, size: int) -> int | None:
+        """Key/value heads, from the width of what gives the keys; None where nothing is known to."""
+        packed = parts.roles.get("k")
+        info = None if packed is None else self.at.get((_under(path, packed.module), Port.OUTPUT))
+        if packed is None or info is None or len(info.leaves[0].tail) != 1:
+            return None
+        units = info.leaves[0].tail[0] // size
+        return units if packed.order == ("k",) else (units - num_heads) // 2
 
     def _add_pairs(self, attention: str, port: Port, call: str, view: CallView) -> int | None:
         """A site of a value for each query and key, where a call has it; the number of heads."""

@@ -12,6 +12,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.arguments import Arguments, Selector
@@ -45,6 +46,17 @@ class OwnFormula:
         is_there = float(best.max()) <= 10 * _TOLERANCE * float(z_TW.abs().max())
         return places.tolist() if is_there else None
 
+    def is_of(self, query_THC: Tensor, key_TGC: Tensor) -> bool:
+        """Whether the scores are these queries times these keys, but for a factor and what each key adds to all."""
+        if self.scores_HTT is None:
+            return False
+        share = query_THC.shape[1] // key_TGC.shape[1]
+        product_HTT = torch.einsum("qhc,khc->hqk", query_THC, key_TGC.repeat_interleave(share, 1))
+        seen = torch.ones(product_HTT.shape[1:], dtype=torch.bool).tril()
+        ours, theirs = (_varying(own, seen) for own in (product_HTT, self.scores_HTT.float()))
+        likeness = float(ours @ theirs) / max(1e-12, float(ours.norm() * theirs.norm()))
+        return likeness > 1 - 1e-4
+
 
 @dataclass(slots=True)
 class FormulaFinder:
@@ -68,6 +80,12 @@ class FormulaFinder:
         own_scores = [(way, one) for way, one in given.items() if _is_softmax(pattern, one)]
         scores, scores_HTT = own_scores[0] if own_scores else (None, None)
         self.found[split[0]] = OwnFormula(way=split[1], pattern_HTT=pattern, scores=scores, scores_HTT=scores_HTT)
+
+
+def _varying(pairs_HTT: Tensor, seen: Tensor) -> Tensor:
+    """How pairs that are seen differ from query to query, flat."""
+    own = pairs_HTT.masked_fill(~seen, 0)
+    return (own - own.sum(1, keepdim=True) / seen.sum(0)).masked_fill(~seen, 0).flatten()
 
 
 def _is_of_pairs(value: Any) -> bool:
