@@ -338,3 +338,64 @@ def heads_changed(projection: Any, edit: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _mixed(which: int) -> Callable[[Tensor], Tensor]:
+    return lambda features: features.unflatten(-1, (4, 3, 8))[..., which, :]
+
+
+def _apart(features: Tensor) -> Tensor:
+    return features.unflatten(-1, (-1, 8))
+
+
+_SEPARATE = {role: (f"{role}_proj", _apart) for role in "qkv"}
+ROLES: dict[str, dict[str, tuple[str, Callable[[Tensor], Tensor]]]] = {  # beside the output projection
+    "bloom": {role: ("query_key_value", _mixed(which)) for which, role in enumerate("qkv")},
+    "gptj": _SEPARATE,
+    "gpt_neo": _SEPARATE,
+    "falcon": {
+        "q": ("query_key_value", lambda features: _apart(features)[..., :4, :]),
+        "k": ("query_key_value", lambda features: _apart(features)[..., 4:5, :]),
+        "v": ("query_key_value", lambda features: _apart(features)[..., 5:, :]),
+    },
+    "mpt": {
+        role: ("Wqkv", lambda features, which=which: features.unflatten(-1, (3, 4, 8))[..., which, :, :])
+        for which, role in enumerate("qkv")
+    },
+    "codegen": {role: ("qkv_proj", _mixed("qvk".index(role))) for role in "qkv"},
+}
+
+
+@pytest.mark.parametrize("role", ["q", "k", "v"])
+def test_queries_keys_and_values_are_those_of_plain_code(own_formula: Loaded, role: str) -> None:
+    attention = f"{own_formula.family.layers}.{LAYER}.{own_formula.family.attention}"
+    source, view = ROLES[own_formula.name][role]
+    with own_formula.model.trace() as tracer:
+        with tracer.invoke(PROMPTS[:2]):
+            before = getattr(own_formula.layer(LAYER), role).save()
+        with tracer.invoke(PROMPTS[:2]):
+            getattr(own_formula.layer(LAYER), role)[:, -2, 0] *= -3.0
+            after = own_formula.model.lm_head.output[:, -2:].save()
+    for row, prompt in enumerate(PROMPTS[:2]):
+        seen: list[Tensor] = []
+
+        def change(_module: Any, _args: Any, output: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append(view(output).clone())
+            view(output)[:, -2, 0] *= -3.0
+
+        untouched = logits_of(own_formula.plain, prompt)[:, -2:]
+        handle = own_formula.plain.get_submodule(f"{attention}.{source}").register_forward_hook(change)
+        expected = logits_of(own_formula.plain, prompt)[:, -2:]
+        handle.remove()
+        close(before[row : row + 1, -len(prompt) :], seen[0])
+        close(after[row : row + 1], expected)
+        assert float((expected - untouched).abs().max()) > 1e-4, "the edit matters"
+
+
+def test_weights_by_name_make_what_their_points_are(own_formula: Loaded) -> None:
+    with own_formula.model.trace(PROMPTS[1]):
+        layer = own_formula.layer(LAYER)
+        head_out, z = layer.head_out.save(), layer.z.save()
+        by_weight = torch.einsum("sthc,hcd->sthd", layer.z, layer.W_O).save()
+    close(by_weight, head_out)
+    assert z.shape == (1, len(PROMPTS[1]), 4, 8)
