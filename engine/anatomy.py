@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from engine.attention import NAME as ENGINE
 from engine.experts import is_experts
+from engine.own_formula import OwnFormula
 from engine.specimen import NUM_TOKENS, Seen, make_specimen, run_specimen
 
 # T = tokens, H = heads, C = features of a head, D = hidden, W = features of some module's output
@@ -78,6 +81,7 @@ class Parts:
     down: str | None = None  # its input is the neurons
     router: tuple[str, tuple[int | str, ...]] | None = None  # whose output, and where in it, has a logit an expert
     experts: str | None = None
+    formula: OwnFormula | None = None  # of an attention module that does not attend by the engine's function
     dropout: str | None = None  # the family's own module for dropping attention weights
     attention_block: Block | None = None
     mlp_block: Block | None = None
@@ -97,17 +101,20 @@ class Anatomy:
     final_norm: str | None = None  # behind all layers, gives what the head takes
 
 
-def find_anatomy(config: Any, layers: str) -> Anatomy:
-    """The parts of every kind of layer that a model of this configuration has; none when it has no tiny twin."""
-    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    return _find_anatomy(_Key(text, layers, config))
+def find_anatomy(config: Any, layers: str, attention: str = ENGINE) -> Anatomy:
+    """The parts of every kind of layer that a model of this configuration has; none when it has no tiny twin.
+
+    `attention` is the implementation by which the model attends, the engine's by default.
+    """
+    text = json.dumps([config.to_dict(), attention], sort_keys=True, default=str)
+    return _find_anatomy(_Key(text, layers, config, attention))
 
 
 class _Key:
     """A configuration, equal to others of the same text."""
 
-    def __init__(self, text: str, layers: str, config: Any) -> None:
-        self.text, self.layers, self.config = text, layers, config
+    def __init__(self, text: str, layers: str, config: Any, attention: str) -> None:
+        self.text, self.layers, self.config, self.attention = text, layers, config, attention
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and (other.text, other.layers) == (self.text, self.layers)
@@ -119,10 +126,13 @@ class _Key:
 @lru_cache(maxsize=_KEPT)
 def _find_anatomy(key: _Key) -> Anatomy:
     """The code and the layouts of any family: where something is not as in others, it is served without names."""
-    try:
-        twin = make_specimen(key.config)
-        seen = run_specimen(twin)
-    except Exception:  # noqa: BLE001
+    seen = None
+    for keeps_heads in (False, True):
+        with suppress(Exception):
+            twin = make_specimen(key.config, key.attention, keeps_heads=keeps_heads)
+            seen = run_specimen(twin)
+            break
+    if seen is None:
         return Anatomy()
     found: dict[Signature, Parts] = {}
     listed: Any = twin.get_submodule(key.layers)
@@ -191,6 +201,12 @@ class _Layer:
             if called == path or called.startswith(inside)
         ]
         attending = [name for name, module in self.modules.items() if id(module) in seen.attended]
+        found = [name for name in self.modules if name and inside + name in seen.formulas]
+        formulas = {name: seen.formulas[inside + name] for name in found if not _is_below(name, found)}
+        self.formula: OwnFormula | None = None
+        if not attending and len(formulas) == 1:
+            ((own, self.formula),) = formulas.items()
+            attending = [own]
         self.attention = attending[0] if len(attending) == 1 else None
 
     def parts(self) -> Parts:
@@ -215,6 +231,7 @@ class _Layer:
             down=down,
             router=None if experts is None else self._router(experts),
             experts=experts,
+            formula=self.formula,
             dropout=self._dropout(),
             **self._blocks(middle, roles, out, down, experts),
         )
@@ -314,6 +331,9 @@ class _Layer:
         """Whose output has each head's queries, keys and values, and where in it."""
         if self.attention is None:
             return
+        if self.formula is not None:
+            yield from self._heads_of(self.formula)
+            return
         query, key, value, _ = self.seen.attended[id(self.modules[self.attention])]
         starts: dict[Role, tuple[str, list[int], int]] = {}
         for role, heads_THC in (("q", query), ("k", key), ("v", value)):
@@ -336,6 +356,8 @@ class _Layer:
     def _out(self) -> str | None:
         if self.attention is None:
             return None
+        if self.formula is not None:
+            return self._out_of(self.formula)
         z_THC = self.seen.attended[id(self.modules[self.attention])][3]
         for path, side, value in self.calls:
             is_tried = side == "input" and _is_matrix(self.modules[path]) and isinstance(value, Tensor)
@@ -343,9 +365,57 @@ class _Layer:
                 return path
         return None
 
+    def _heads_of(self, formula: OwnFormula) -> Iterator[tuple[Role, Packed]]:
+        """The same where queries and keys are known by their scores alone, and values by their mixture."""
+        out = self._out_of(formula)
+        if out is None:
+            return
+        z_TW = _rows(self._value(out, "input"))
+        num_heads = formula.pattern_HTT.shape[0]
+        size = z_TW.shape[1] // num_heads
+        given = [(path, own) for path, own in self._outputs(within=self.attention) if path != out]
+        mixed = ((path, own, formula.sources(z_TW, own)) for path, own in given)
+        module, features_TW, places = next((one for one in mixed if one[2] is not None), ("", z_TW, None))
+        groups = len(set(places or ()))
+        if places is None or num_heads % groups:
+            return
+        counts = {"q": num_heads, "k": groups, "v": groups}
+        own_places = places[:: num_heads // groups]
+
+        def heads(role: Role, features: Tensor, packed: Packed) -> Tensor:
+            starts = _expected(role, packed.order, counts, groups, size, is_interleaved=packed.is_interleaved)
+            return torch.stack([features[:, start : start + size] for start in starts], 1)
+
+        if features_TW.shape[1] == size * (num_heads + 2 * groups):
+            for order in permutations(("q", "k", "v")):
+                for is_interleaved in (False, True):
+                    packed = Packed(module, order, is_interleaved)
+                    is_there = own_places == _expected("v", order, counts, groups, size, is_interleaved=is_interleaved)
+                    if is_there and formula.is_of(*(heads(role, features_TW, packed) for role in ("q", "k"))):
+                        yield from ((role, packed) for role in order)
+                        return
+        elif features_TW.shape[1] == size * groups and own_places == list(range(0, size * groups, size)):
+            yield "v", Packed(module, ("v",))
+            for (one, query), (other, key) in permutations([own for own in given if own[0] != module], 2):
+                if (query.shape[1], key.shape[1]) == (size * num_heads, size * groups):
+                    own = Packed(one, ("q",)), Packed(other, ("k",))
+                    if formula.is_of(heads("q", query, own[0]), heads("k", key, own[1])):
+                        yield from (("q", own[0]), ("k", own[1]))
+                        return
+
+    def _out_of(self, formula: OwnFormula) -> str | None:
+        """Whose input is the pattern's mixture of features that some other module of the attention gives."""
+        for path, side, value in self.calls:
+            is_inside = path.startswith(f"{self.attention}.") and _is_matrix(self.modules[path])
+            if side == "input" and is_inside and isinstance(value, Tensor) and value.ndim <= 3:
+                given = [own for other, own in self._outputs(within=self.attention) if other != path]
+                if any(formula.sources(_rows(value), features) is not None for features in given):
+                    return path
+        return None
+
     def _dropout(self) -> str | None:
         """Ours is not called by this forward: what the family's eager formula hands attention weights to."""
-        if self.attention is None:
+        if self.attention is None or self.formula is not None:
             return None
         called = {path for path, _, _ in self.calls}
         own = [
@@ -447,7 +517,8 @@ class _Layer:
                 yield "gate", Packed(path, ("up", "gate"))
                 yield "up", Packed(path, ("up", "gate"))
         after = _rows(self._value(act, "output"))
-        downs = [_rows(value) for path, side, value in self.calls if side == "input" and self._is_in_mlp(path)]
+        taken = (value for path, side, value in self.calls if side == "input" and self._is_in_mlp(path))
+        downs = [_rows(value) for value in taken if isinstance(value, Tensor)]
         for path, features in self._outputs(within=None):
             is_tried = self._is_in_mlp(path) and _is_matrix(self.modules[path]) and features.shape == after.shape
             if is_tried and any(own.shape == after.shape and _same(own, after * features) for own in downs):
@@ -531,6 +602,10 @@ def _of_one_call(given: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """What modules gave that were called once: what others gave has no name."""
     calls = Counter(path for path, _ in given)
     return [(path, rows) for path, rows in given if calls[path] == 1]
+
+
+def _is_below(path: str, others: Iterable[str]) -> bool:
+    return any(path.startswith(f"{other}.") for other in others)
 
 
 def _is_matrix(module: nn.Module) -> bool:

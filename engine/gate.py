@@ -2,9 +2,9 @@
 
 Using the attention interface is not enough to be packed: convolutions and recurrences mix neighbours, and experts sort
 rows. So before a model serves, every shard runs three streams on the served weights, [A, B], [A', B] and B alone, and
-compares B's rows at every site bit for bit. A model that fails at its logits is refused; a site that fails is refused
-by name. The same run shows each site's local shape (which dimension the ranks split) and which tensors the model
-changes in place.
+compares B's rows at every site bit for bit. A model that fails at its logits is run in another manner, each sequence
+alone (`engine.manners`), where its logits must be the family's own; a site that fails is refused by name. The same run
+shows each site's local shape (which dimension the ranks split) and which tensors the model changes in place.
 
 A last stream decides whether rows may be shared and left out: forks that repeat their parent must have its bits at
 every site, and another last token must not move an earlier row. Where that fails, every sequence has all its rows.
@@ -28,6 +28,7 @@ from engine.arguments import Selector
 from engine.attention import AttentionPass
 from engine.head_outputs import HeadOutputs
 from engine.links import Links
+from engine.manners import Manner, attention_of, use_attention
 from engine.named import NamedParameters
 from engine.operations import is_own_forward
 from engine.points import Pairs
@@ -37,7 +38,7 @@ from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import LevelRows, Streams
 from engine.trunks import Trunks
-from polytrace.description import SiteInfo
+from polytrace.description import PassLayout, SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
 from polytrace.sources import operation_path
@@ -48,8 +49,10 @@ from scheduling.plan import PROLOGUE, PassId, Plan, Segment
 _LENGTHS = (9, 21)  # tokens of A and B
 _LONGER = (100, 300, 1000)  # tokens of A on a GPU
 _WIDE_ROWS = 4  # that are held of what each head adds, which is as wide as all heads' residuals
+_FAMILY = 1e-3  # of the largest logit, between two formulas of one attention
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
+_PADDED = "each prompt runs alone and shares no rows, in the padded layout"
 _OTHER_NUMBERS = "the model gives other numbers where its calls are visited"
 _UNPROVEN = (
     "what a rank holds of it is not its slice of the whole (it may be a part of a sum): read a module's port instead"
@@ -80,7 +83,11 @@ def run_gate(
         raise ServiceError(
             f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
         )
-    multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
+    is_packed = probe.manner.layout is PassLayout.PACKED
+    machine_notes: tuple[str, ...] = (f"{_PADDED}: {probe.why_padded}",)
+    multiple = 1
+    if is_packed:
+        multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
     operations = list(_operations(probe, links))
     trial = Trial(
         probe=probe,
@@ -145,14 +152,18 @@ def run_gate(
     if links.stage == links.stages - 1:
         of_modules = [leaf for leaf in leaves if (leaf.module, leaf.port) not in trial.operations]
         _check_logits(of_modules, probe, runner.model)
+        if not is_packed and probe.left:
+            _check_family(trial, together, b, probe.left[-1])
     known = {(leaf.module, leaf.port, leaf.selector) for leaf in leaves if leaf.refusal is None}
     ahead = [a, [*b[:-1], (b[-1] + 1) % probe.vocab_size]]
     differing: set[_Place] = set()
-    if probe.has_side_values:
+    moved: set[_Place] = set()
+    if is_packed and probe.has_side_values:
         machine_notes = (*machine_notes, f"no rows are shared: layers {_SIDE_VALUES}")
-    else:
+    elif is_packed:
         differing = trial.differing_forks(b) & known
-    moved = trial.differing(ahead, {place: rows[:-1] for place, rows in together.items()}, trial.is_same) & known
+    if is_packed:
+        moved = trial.differing(ahead, {place: rows[:-1] for place, rows in together.items()}, trial.is_same) & known
     unforked = {place for place in differing | moved if place[:2] in trial.operations}
     leaves = [
         replace(leaf, refusal=_UNFORKED) if (leaf.module, leaf.port, leaf.selector) in unforked else leaf
@@ -179,7 +190,7 @@ def run_gate(
         packed=dict(packed),
         row_multiple=multiple,
         key_value_bytes=store.row_bytes,
-        has_forks=not (differing or moved or probe.has_side_values),
+        has_forks=is_packed and not (differing or moved or probe.has_side_values),
         has_exact_rows=not trial.rounded,
         notes=notes,
     )
@@ -194,10 +205,32 @@ def _check_logits(leaves: list[LeafReport], probe: Probe, model: nn.Module) -> N
     refused = [leaf for leaf in leaves if leaf.refusal is not None]
     first = next((leaf for leaf in refused if leaf.port is Port.OUTPUT and leaf.module in sound), refused[0])
     name = type(model.get_submodule(first.module)).__name__
-    raise ServiceError(
+    raise WrongMannerError(
         f"{probe.class_name} cannot be served in shared passes: at its logits, {reason}; that begins at "
         f"{first.module}.{first.port.value} ({name})"
     )
+
+
+def _check_family(trial: Trial, seen: _Seen, sequence: list[int], family: Manner) -> None:
+    """WrongMannerError unless the logits are those of the model as transformers runs it, but for rounding."""
+    model = trial.runner.model
+    own = attention_of(model)
+    family.prepare(model)
+    try:
+        with torch.no_grad():
+            answer = model(input_ids=torch.tensor([sequence], device=trial.device), use_cache=False)
+    finally:
+        use_attention(model, own)
+    for selector, expected in row_leaves(answer, {}).items():
+        place = "", Port.OUTPUT, selector
+        if place in seen and expected.is_floating_point():
+            found, scale = seen[place].float(), max(1.0, float(expected.abs().max()))
+            far = float((found - expected[0].float()).abs().max()) / scale
+            if far > max(_FAMILY, 8 * torch.finfo(expected.dtype).eps):
+                raise WrongMannerError(
+                    f"{trial.probe.class_name} has other logits by {own} attention than by {family.attention}: "
+                    f"they differ by {far:.2g} of the largest"
+                )
 
 
 def _split_dimensions(
@@ -223,6 +256,10 @@ def _split_dimensions(
             (dim,) = differing
             split[path] = dim, tensor.shape[dim] * ranks // whole[path][dim]
     return split
+
+
+class WrongMannerError(ServiceError):
+    """The model has to be run in another manner: its logits depend on neighbours, or are not the family's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,9 +428,10 @@ class Trial:
                 port=site.port,
                 visitor=visitor(site, streams),
                 rows=range(streams.at(self.levels.of(site.order)).num_rows) if site.port.is_of_pairs else (),
+                layouts=site.layouts,
             )
             for site in (self.probe.sites if sites is None else sites)
-            if site.visit == 0 and stage_of(site, self.probe, links) == links.stage
+            if site.visit == 0 and _is_readable(site) and stage_of(site, self.probe, links) == links.stage
         ]
         visits += [
             Visit(
@@ -402,6 +440,7 @@ class Trial:
                 operation=one.way,
                 port=one.site.port,
                 visitor=visitor(one.site, streams),
+                layouts=one.site.layouts,
             )
             for one in (self.operations.values() if has_operations else ())
         ]
@@ -413,6 +452,10 @@ class Trial:
         if left is not None:
             links.send(left, links.stage + 1)
             links.flush()
+
+
+def _is_readable(site: SiteInfo) -> bool:
+    return any(leaf.read_refusal is None for leaf in site.leaves)
 
 
 def root_segment(sequence: list[int], num_layers: int) -> Segment:

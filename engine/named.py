@@ -16,10 +16,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from engine.anatomy import Anatomy, Packed, Parts, find_anatomy, signature
+from engine.arguments import Selector
+from engine.own_formula import OwnFormula
 from engine.partitions import Form, NamedWeight, Units, units_of
 from engine.standard import StandardNames, find_standard_names
 from polytrace.description import Leaf, ParameterInfo, PointInfo, SiteInfo
 from polytrace.graph import Port, Site
+from polytrace.sources import operation_path
 from polytrace.tree import join
 
 
@@ -32,7 +35,25 @@ class HeadView:
     is_transposed: bool = False  # of what is made of the input: its weight is [W, D], as GPT-2's
 
 
-Views = Mapping[tuple[str, Port], HeadView]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsTaken:
+    """Heads' results side by side, seen in the input of the module that projects them back."""
+
+    module: str
+    num_heads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallView:
+    """Scores or patterns that are a tensor between the calls of a forward."""
+
+    module: str
+    way: str  # to the call, inside of the module's forward
+    port: Port
+    selector: Selector  # of the tensor there
+
+
+Views = Mapping[tuple[str, Port], HeadView | HeadsTaken | CallView]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +68,20 @@ class Named:
     layer_parts: tuple[Parts | None, ...]  # of each layer, as its tiny twin has them
 
 
-def name_parts(model: PreTrainedModel, layers: str, sites: Sequence[SiteInfo]) -> Named:
-    """Finds them by structure. Runs a tiny twin of the model once for each configuration."""
-    anatomy = find_anatomy(model.config, layers)
-    namer = _Namer(model, layers, sites, anatomy)
+def name_parts(
+    model: PreTrainedModel,
+    layers: str,
+    sites: Sequence[SiteInfo],
+    attention: str,
+    pairs: Mapping[tuple[str, Port, Selector], int],
+) -> Named:
+    """Finds them by structure. Runs a tiny twin of the model once for each configuration.
+
+    `attention` is the implementation by which the model attends; `pairs` are tensors between calls that have a value
+    for each query and key, with their numbers of heads.
+    """
+    anatomy = find_anatomy(model.config, layers, attention)
+    namer = _Namer(model, layers, sites, anatomy, pairs)
     return namer.named()
 
 
@@ -99,11 +130,18 @@ def named_infos(weights: Sequence[NamedWeight], stored: Mapping[str, Tensor]) ->
 class _Namer:
     """One model on the meta device."""
 
-    def __init__(self, model: PreTrainedModel, layers: str, sites: Sequence[SiteInfo], anatomy: Anatomy) -> None:
-        self.model, self.layers, self.sites, self.anatomy = model, layers, sites, anatomy
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: str,
+        sites: Sequence[SiteInfo],
+        anatomy: Anatomy,
+        pairs: Mapping[tuple[str, Port, Selector], int],
+    ) -> None:
+        self.model, self.layers, self.sites, self.anatomy, self.pairs = model, layers, sites, anatomy, pairs
         self.at = {(info.module, info.port): info for info in sites if info.visit == 0}
         self.behind: dict[int, list[SiteInfo]] = {}  # sites to be put behind one of an order
-        self.views: dict[tuple[str, Port], HeadView] = {}
+        self.views: dict[tuple[str, Port], HeadView | HeadsTaken | CallView] = {}
         self.points: list[PointInfo] = []
         self.weights: list[NamedWeight] = []
 
@@ -121,6 +159,8 @@ class _Namer:
             elif attention is not None:
                 for name in ("q", "k", "head_out"):
                     self._refuse(attention, name, _NO_TWIN if parts is None else _SEVERAL)
+            elif parts is not None and parts.formula is not None and parts.attention is not None:
+                self._own_attention(path, _under(path, parts.attention), parts, parts.formula)
             if parts is not None:
                 self._mlp(path, parts)
         self._root()
@@ -156,9 +196,39 @@ class _Namer:
         query, key = self.at[attention, Port.Q_ROT].leaves[0], self.at[attention, Port.K_ROT].leaves[0]
         heads, size = query.tail
         groups = key.tail[0]
+        self._roles(path, attention, parts, heads, groups, size, {"q": Port.Q, "k": Port.K, "v": None})
+        out = None if parts.out is None else _under(path, parts.out)
+        taken = None if out is None else self.at.get((out, Port.INPUT))
+        value = self.at[attention, Port.Z].leaves[0].tail
+        if out is None or taken is None or taken.leaves[0].is_flat or taken.leaves[0].tail != (value[0] * value[1],):
+            self._refuse(attention, "head_out", _NO_HEAD_OUT)
+        else:
+            units = Units(total=value[0], start=0, count=value[0], size=value[1])
+            hidden = self.at[out, Port.OUTPUT].leaves[0].tail[0]
+            self._insert(taken, attention, Port.HEAD_OUT, replace(taken.leaves[0], tail=(value[0], hidden)))
+            is_transposed = isinstance(self.model.get_submodule(out), Conv1D)
+            self.views[attention, Port.HEAD_OUT] = HeadView(module=out, units=units, is_transposed=is_transposed)
+            self._weight(attention, "W_O", out, "weight", Form.FROM_HEADS, units)
+            self._weight(attention, "b_O", out, "bias", Form.ROWS)
+        self._tell_of_head_out(attention, parts)
+        if parts.dropout is not None:
+            for name in ("input", "output"):
+                self._point(_under(path, parts.dropout), name, attention, Port.PATTERN)
+
+    def _roles(
+        self,
+        path: str,
+        attention: str,
+        parts: Parts,
+        heads: int,
+        groups: int,
+        size: int,
+        ports: Mapping[str, Port | None],
+    ) -> None:
+        """Queries, keys and values where projections give them, those of them as sites that have a port; weights."""
         share = heads // groups
         counts = {"q": heads, "k": groups, "v": groups}
-        for role, port in (("q", Port.Q), ("k", Port.K), ("v", None)):
+        for role, port in ports.items():
             packed = parts.roles.get(role)
             units = None if packed is None else self._units(path, packed, role, counts, size, groups)
             if packed is None or units is None:
@@ -176,26 +246,70 @@ class _Namer:
             if role != "q":
                 self._weight(attention, f"W_{letter}_by_head", source, "weight", Form.TO_HEADS, units, share=share)
                 self._weight(attention, f"b_{letter}_by_head", source, "bias", Form.HEADS, units, share=share)
+
+    def _own_attention(self, path: str, attention: str, parts: Parts, formula: OwnFormula) -> None:
+        """Of a module that attends by a formula of its family."""
+        call = operation_path(attention, formula.way)
+        num_heads = self._add_pairs(
+            attention, Port.PATTERN, call, CallView(module=attention, way=formula.way, port=Port.OUTPUT, selector=())
+        )
+        if formula.scores is not None:
+            self._add_pairs(
+                attention,
+                Port.SCORES,
+                call,
+                CallView(module=attention, way=formula.way, port=Port.INPUTS, selector=formula.scores),
+            )
         out = None if parts.out is None else _under(path, parts.out)
         taken = None if out is None else self.at.get((out, Port.INPUT))
-        value = self.at[attention, Port.Z].leaves[0].tail
-        if out is None or taken is None or taken.leaves[0].is_flat or taken.leaves[0].tail != (value[0] * value[1],):
-            self._refuse(attention, "head_out", _NO_HEAD_OUT)
-        else:
-            units = Units(total=value[0], start=0, count=value[0], size=value[1])
-            hidden = self.at[out, Port.OUTPUT].leaves[0].tail[0]
-            self._insert(taken, attention, Port.HEAD_OUT, replace(taken.leaves[0], tail=(value[0], hidden)))
-            is_transposed = isinstance(self.model.get_submodule(out), Conv1D)
-            self.views[attention, Port.HEAD_OUT] = HeadView(module=out, units=units, is_transposed=is_transposed)
-            self._weight(attention, "W_O", out, "weight", Form.FROM_HEADS, units)
-            self._weight(attention, "b_O", out, "bias", Form.ROWS)
+        width = taken.leaves[0].tail if taken is not None and not taken.leaves[0].is_flat else ()
+        if out is None or taken is None or num_heads is None or len(width) != 1 or width[0] % num_heads:
+            for name in ("z", "head_out"):
+                self._refuse(attention, name, _NO_HEAD_OUT if name == "head_out" else _NO_Z)
+            return
+        size = width[0] // num_heads
+        self._insert(taken, attention, Port.Z, replace(taken.leaves[0], tail=(num_heads, size)))
+        self.views[attention, Port.Z] = HeadsTaken(module=out, num_heads=num_heads)
+        hidden = self.at[out, Port.OUTPUT].leaves[0].tail[0]
+        self._insert(taken, attention, Port.HEAD_OUT, replace(taken.leaves[0], tail=(num_heads, hidden)))
+        units = Units(total=num_heads, start=0, count=num_heads, size=size)
+        is_transposed = isinstance(self.model.get_submodule(out), Conv1D)
+        self.views[attention, Port.HEAD_OUT] = HeadView(module=out, units=units, is_transposed=is_transposed)
+        self._weight(attention, "W_O", out, "weight", Form.FROM_HEADS, units)
+        self._weight(attention, "b_O", out, "bias", Form.ROWS)
+        self._tell_of_head_out(attention, parts)
+        groups = self._num_groups(path, parts, num_heads, size)
+        if groups is not None:
+            own = {"q": Port.Q, "k": Port.K, "v": Port.V}
+            self._roles(path, attention, parts, num_heads, groups, size, dict(own))
+
+    def _num_groups(self, path: str, parts: Parts, num_heads: int, size: int) -> int | None:
+        """Key/value heads, from the width of what gives the keys; None where nothing is known to."""
+        packed = parts.roles.get("k")
+        info = None if packed is None else self.at.get((_under(path, packed.module), Port.OUTPUT))
+        if packed is None or info is None or len(info.leaves[0].tail) != 1:
+            return None
+        units = info.leaves[0].tail[0] // size
+        return units if packed.order == ("k",) else (units - num_heads) // 2
+
+    def _add_pairs(self, attention: str, port: Port, call: str, view: CallView) -> int | None:
+        """A site of a value for each query and key, where a call has it; the number of heads."""
+        info = self.at.get((call, view.port))
+        leaf = None if info is None else next((one for one in info.leaves if one.selector == view.selector), None)
+        shape = None if leaf is None else self.pairs.get((call, view.port, view.selector))
+        if info is None or leaf is None or shape is None:
+            self._refuse(attention, port.value, f"{call} does not give it in this forward")
+            return None
+        own = replace(leaf, tail=(shape,), of_pairs=True, dtype="float32", read_refusal=None, write_refusal=None)
+        self._insert(info, attention, port, own)
+        self.views[attention, port] = view
+        return shape
+
+    def _tell_of_head_out(self, attention: str, parts: Parts) -> None:
         if (told := _before_it_is_added(parts)) is not None and (attention, Port.HEAD_OUT) in self.views:
             self.points.append(
                 PointInfo(module=attention, name="head_out", note=told, site=Site(module=attention, port=Port.HEAD_OUT))
             )
-        if parts.dropout is not None:
-            for name in ("input", "output"):
-                self._point(_under(path, parts.dropout), name, attention, Port.PATTERN)
 
     def _units(
         self, path: str, packed: Packed, role: str, counts: Mapping[str, int], size: int, groups: int
@@ -313,6 +427,7 @@ def _under(path: str, way: str) -> str:
 
 _NO_TWIN = "no tiny twin of this family could be run, which tells what its parts are"
 _SEVERAL = "this layer attends more than once"
+_NO_Z = "no module of this layer takes all heads' results side by side"
 _NO_NEURONS = "no activation that is a module of its own stands before a projection back to the residual"
 _NO_HEADS = (
     "no module's output has each head's {role} as attention is given it, but for a factor, a rotation and a norm's "

@@ -25,6 +25,7 @@ from typing import Any
 Hook = Callable[[str, Any], Any]
 
 _HOOK = "__operation__"
+_REWRITTEN = "__rewritten__"  # a function's name while it is compiled: its body may call another one of its own name
 # These look at the frame that calls them, so nothing may stand between.
 _FRAME_READERS = frozenset({"super", "locals", "globals", "vars", "dir", "eval", "exec"})
 _FUTURES = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -182,12 +183,14 @@ def _compiled(definition: ast.FunctionDef, function: FunctionType) -> CodeType:
     tree = ast.parse(f"def around({names}): pass")
     around = tree.body[0]
     assert isinstance(around, ast.FunctionDef), "it was written just now"
+    definition.name = _REWRITTEN
     around.body = [definition]
     ast.fix_missing_locations(tree)
     flags = function.__code__.co_flags & _FUTURES
     whole = compile(tree, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
     (outer,) = _codes(whole)
-    return next(code for code in _codes(outer) if code.co_name == function.__code__.co_name)
+    own = next(code for code in _codes(outer) if code.co_name == _REWRITTEN)
+    return own.replace(co_name=function.__code__.co_name, co_qualname=function.__qualname__)
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 
 from engine.arguments import Selector
-from engine.attention import AttentionPass, use_packed_attention
+from engine.attention import AttentionPass
 from engine.chat import chat_format
 from engine.checking import check_names
 from engine.constants import Constants
 from engine.copies import to_device
 from engine.fragments import RequestState, ShardContext
-from engine.gate import Trial, run_gate
+from engine.gate import Trial, WrongMannerError, run_gate
 from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.memory import told_out_of_memory
 from engine.named import NamedParameters
+from engine.padded import PaddedRunner
 from engine.reading import Report
 from engine.results import MemorySink, Writer, sink_for
 from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
@@ -43,8 +44,8 @@ from engine.twins import prove_splits
 from engine.views import InvokeRows
 from engine.withdrawing import with_checks
 from engine.writes import PortValue, apply_writes
-from polytrace.description import Limits, ModelDescription
-from polytrace.errors import CapacityError
+from polytrace.description import Limits, ModelDescription, PassLayout
+from polytrace.errors import CapacityError, ServiceError
 from polytrace.graph import Port
 from polytrace.sources import SiteIndex
 from scheduling.checks import table_of
@@ -82,13 +83,27 @@ class Shard:
             torch.set_num_threads(self.config.threads)
         if self.device.type == "cuda":
             forbid_split_sums()
-        self.probe: Probe = probe_model(meta_model(self.config.source, self.config.dtype))
+        self.probe: Probe = self._probed()
         self.loaded = load_model(self.config, self.links, report)
-        use_packed_attention(self.loaded.model)
         self.store = SpanStore(self.config.kv_bytes)
-        self.runner = StageRunner(
-            self.loaded.model, self.loaded.window, keeps_rows=self.probe.has_kept_rows, views=self.probe.views
-        )
+        self.runner = self._new_runner()
+
+    def _probed(self) -> Probe:
+        """ServiceError when the model cannot be cut as it is asked for."""
+        meta = meta_model(self.config.source, self.config.dtype)
+        probe = probe_model(meta)
+        if probe.manner.layout is PassLayout.PADDED and self.config.ranks > 1:
+            raise ServiceError(f"{probe.class_name} cannot be split over ranks: {probe.why_padded}; use ranks=1")
+        if probe.manner.layout is PassLayout.PADDED and self.config.stages > 1 and probe.left:
+            # No stage alone can tell that other attention than the family's gives its logits.
+            return probe_model(meta, probe.left[-1:], probe.why_padded)
+        return probe
+
+    def _new_runner(self) -> StageRunner:
+        """As the probe found that the model runs."""
+        self.probe.manner.prepare(self.loaded.model)
+        kind = StageRunner if self.probe.manner.layout is PassLayout.PACKED else PaddedRunner
+        return kind(self.loaded.model, self.loaded.window, keeps_rows=self.probe.has_kept_rows, views=self.probe.views)
 
     def gate(self, is_first: bool = True) -> GateReport:
         """Proves on the served weights that rows are their own; collective. ServiceError when they are not.
@@ -100,7 +115,21 @@ class Shard:
         is_new = torch.tensor([is_first or (self.links.ranks > 1 and self._proven is None)])
         if bool(self.links.gather(is_new, 0).any()):
             self._proven = prove_splits(self.loaded.model.config, self.links, self.device)
-        report = run_gate(
+        while True:
+            try:
+                return self._checked(self._gate())
+            except WrongMannerError as error:
+                if self.links.stages > 1 or self.links.ranks > 1:
+                    told = "with stages=1 and ranks=1 it is served, each prompt alone"
+                    raise ServiceError(f"{error.message}; {told}") from error
+                if not self.probe.left:
+                    raise
+                meta = meta_model(self.config.source, self.config.dtype)
+                self.probe = probe_model(meta, self.probe.left, self.probe.why_padded or error.message)
+            self.runner = self._new_runner()
+
+    def _gate(self) -> GateReport:
+        return run_gate(
             self.probe,
             self.runner,
             self.links,
@@ -109,6 +138,9 @@ class Shard:
             packed=blocks_of(self.loaded.splits),
             proven=self._proven,
         )
+
+    def _checked(self, report: GateReport) -> GateReport:
+        """The report with what the served weights say of the names."""
         copies = {path: number for path, (_, number) in report.sharded.items()}
         parameters = NamedParameters(dict(named_tensors(self.loaded.model)), self.probe.weights, copies)
         trial = Trial(
@@ -380,6 +412,7 @@ class Shard:
                 rows={row for state, fragment in fragments for row in state.rows_at(fragment)}
                 if port.is_of_pairs
                 else (),
+                layouts=self._layouts.get(order, {}),
             )
             for order, fragments in at.items()
             for (module, operation), port in (self._port(order),)

@@ -29,8 +29,11 @@ _LATENT = ("q_lora_rank", "kv_lora_rank")
 _HEAD_PARTS = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 
-def shrink(config: Any, ranks: int) -> None:
-    """Makes a configuration small in place; what decides how ranks share the model stays."""
+def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
+    """Makes a configuration small in place; what decides how ranks share the model stays.
+
+    `keeps_heads`: as many heads as there are, for families that insist on a number.
+    """
     text = config.get_text_config(decoder=True)
     config.dtype = text.dtype = torch.float32
     for each in (config, text):
@@ -38,11 +41,17 @@ def shrink(config: Any, ranks: int) -> None:
             del each.quantization_config
     # 1) layers: one of each kind, at least two
     _keep_layers(text)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for each in (config, text):
+            setattr(each, name, None if getattr(each, name, None) is None else 0)
+    text.vocab_size = 32 * ranks + text.vocab_size % ranks
     # 2) heads: as few as the ranks can share in the same way, two each where there are so many
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:  # widths without heads keep their ratios only as they are
+        return
     key_values = getattr(text, "num_key_value_heads", None) or heads
     common = (f for f in range(1, key_values + 1) if heads % f == key_values % f == 0)
-    share = max((f for f in common if key_values // f % (2 * ranks) == 0), default=1)
+    share = 1 if keeps_heads else max((f for f in common if key_values // f % (2 * ranks) == 0), default=1)
     text.num_attention_heads = heads // share
     if getattr(text, "num_key_value_heads", None):
         text.num_key_value_heads = key_values // share
@@ -55,14 +64,11 @@ def shrink(config: Any, ranks: int) -> None:
     sizes |= dict.fromkeys(("head_dim", *_HEAD_PARTS), _HEAD) | dict.fromkeys(_LATENT, _HIDDEN // 2)
     sizes["qk_head_dim"] = 2 * _HEAD
     sizes["sliding_window"] = _WINDOW
-    sizes["vocab_size"] = 32 * ranks + text.vocab_size % ranks
+    sizes["rotary_dim"] = min(_HEAD, per_head)
     sizes["word_embed_proj_dim"] = text.hidden_size * getattr(text, "word_embed_proj_dim", width) // width
     for name, size in sizes.items():
-        if isinstance(getattr(text, name, None), int):
+        if isinstance(getattr(text, name, None), int) and not isinstance(getattr(type(text), name, None), property):
             setattr(text, name, size)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        for each in (config, text):
-            setattr(each, name, None if getattr(each, name, None) is None else 0)
     for factors in _rotary_factors(getattr(text, "rope_parameters", None)):
         del factors[_HEAD // 2 :]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from engine.anatomy import Parts
 from engine.arguments import Arguments, OperationArguments, Selector
-from engine.attention import use_packed_attention, watching
+from engine.attention import watching
 from engine.experts import is_experts
 from engine.head_outputs import HeadOutputs
 from engine.kernels import why_no_kernels
 from engine.lanes import MAX_THREADS, rows_multiple
+from engine.manners import Manner, forward_names, manners_of
 from engine.named import Views, name_parts, named_infos
 from engine.operations import watch_operations
 from engine.partitions import NamedWeight
@@ -31,13 +32,25 @@ from engine.relations import Check
 from engine.source_sites import SourceGroup, SourceNotes, describe_sources, group_sources
 from engine.standard import StandardNames
 from engine.windows import Layout, find_layout
-from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, PointInfo, Rows, SiteInfo
+from polytrace.description import (
+    Leaf,
+    Limits,
+    ModelDescription,
+    ModuleInfo,
+    ParameterInfo,
+    PassLayout,
+    PointInfo,
+    Rows,
+    SiteInfo,
+)
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
+from polytrace.sources import split_operation
 from polytrace.tensors import itemsize
 
-# Row counts that no model dimension is likely to have, so that shapes tell rows from features.
-_PROBES = ((1511, 307), (1523, 311))  # (rows of the stream, rows the head keeps)
+# Row counts that no model dimension is likely to have, so that shapes tell rows from features: of the stream, and that
+# the head keeps. Where sequences run alone, forwards may be loops over tokens, and positions few.
+_PROBES = {PassLayout.PACKED: ((1511, 307), (1523, 311)), PassLayout.PADDED: ((37, 37), (43, 43))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +71,9 @@ class Probe:
     """What the whole model looks like, without weights."""
 
     class_name: str
+    manner: Manner
+    why_padded: str | None  # None: it is packed
+    left: tuple[Manner, ...]  # other manners to try should this one turn out wrong
     dtype: str
     config: Mapping[str, Any]
     layout: Layout
@@ -163,21 +179,41 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def probe_model(model: PreTrainedModel) -> Probe:
-    """Runs the meta model twice and reads sites, modules and parameters off it: seconds for the largest models."""
+def probe_model(
+    model: PreTrainedModel, manners: Sequence[Manner] | None = None, why_padded: str | None = None
+) -> Probe:
+    """Runs the meta model twice and reads sites, modules and parameters off it: seconds for the largest models.
+
+    In the first of the manners in which it runs, of all by default; `why_padded` is known of those that are missing.
+    ServiceError when there is none.
+    """
+    manners = manners_of(model) if manners is None else manners
+    for place, manner in enumerate(manners):
+        try:
+            return _probe(model, manner, why_padded, tuple(manners[place + 1 :]))
+        except ServiceError as error:
+            why_padded, last = why_padded or error.message, error
+    raise last if why_padded == last.message else ServiceError(f"{last.message} (and packed: {why_padded})")
+
+
+def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left: tuple[Manner, ...]) -> Probe:
     layout = find_layout(model)
     layers = layout.layers
-    use_packed_attention(model)
-    has_kept_rows = "logits_to_keep" in _forward_names(model)
-    first, second, refusal = _record_twice(model, layers, has_kept_rows)
+    manner.prepare(model)
+    is_packed = manner.layout is PassLayout.PACKED
+    has_kept_rows = is_packed and "logits_to_keep" in forward_names(model)
+    first, second, refusals = _record_twice(model, layers, manner, has_kept_rows)
     config = model.config.get_text_config()
     experts = {path for path, module in model.named_modules() if is_experts(module)}
     events = list(enumerate(zip(first.events, second.events, strict=True)))
-    found = tuple(_site(order, a, b, first, experts) for order, (a, b) in events if not a.is_operation)
-    operations = [_site(order, a, b, first, experts) for order, (a, b) in events if a.is_operation and a.leaves]
+    both = first, second
+    found = tuple(_site(order, a, b, both, experts) for order, (a, b) in events if not a.is_operation)
+    operations = [_site(order, a, b, both, experts) for order, (a, b) in events if a.is_operation and a.leaves]
     _check_hidden(model, layers, first)
     everything = sorted((*_refuse_repeated_visits(found), *operations), key=lambda site: site.order)
-    named = name_parts(model, layers, everything)  # puts more between them
+    named = name_parts(
+        model, layers, everything, manner.attention, dict(_pairs(first, second))
+    )  # puts more between them
     inside = {site.module for site in operations}
     sites = tuple(site for site in named.sites if site.module not in inside)
     operations = [site for site in named.sites if site.module in inside]
@@ -189,18 +225,21 @@ def probe_model(model: PreTrainedModel) -> Probe:
     layer_orders = [s.order for s in sites if s.module.startswith(layers + ".")]
     return Probe(
         class_name=type(model).__name__,
+        manner=manner,
+        why_padded=None if is_packed else why_padded,
+        left=left,
         dtype=str(model.dtype).removeprefix("torch."),
         config=json.loads(model.config.to_json_string(use_diff=False)),
         layout=layout,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_tokens=getattr(config, "max_position_embeddings", None) or 1 << 20,
+        max_tokens=_max_tokens(config),
         has_kept_rows=has_kept_rows,
         has_side_values=first.has_side_values,
-        has_fixed_rows=not _takes_other_rows(model, layers),
-        widths=frozenset(_widths(first, second)),
+        has_fixed_rows=is_packed and not _takes_other_rows(model, layers),
+        widths=frozenset(_widths(first, second)) if is_packed else frozenset(),
         sites=sites,
-        sources=group_sources(operations, begins, first.notes, refusal),
+        sources=group_sources(operations, begins, first.notes, refusals),
         modules=tuple(_modules(model, layers, first)),
         parameters=tuple(
             ParameterInfo(path=path, shape=tuple(t.shape), dtype=_name(t.dtype), stage=0, sharded_dim=None)
@@ -217,17 +256,66 @@ def probe_model(model: PreTrainedModel) -> Probe:
     )
 
 
-def _record_twice(model: PreTrainedModel, layers: str, has_kept_rows: bool) -> tuple[_Recorder, _Recorder, str | None]:
-    """What two forwards tell, with the operations in them where these can be had; why they cannot, else None."""
+def _max_tokens(config: Any) -> int:
+    names = ("max_position_embeddings", "max_seq_len")
+    return next((found for name in names if isinstance(found := getattr(config, name, None), int)), 1 << 20)
+
+
+def _record_twice(
+    model: PreTrainedModel, layers: str, manner: Manner, has_kept_rows: bool
+) -> tuple[_Recorder, _Recorder, Mapping[str, str]]:
+    """What two forwards tell, with the operations in them where these can be had; why they cannot, by module."""
+    sizes = _PROBES[manner.layout]
+
+    def record(watched: Sequence[str]) -> tuple[_Recorder, _Recorder]:
+        first, second = (_Recorder(model, layers, manner, watched).run(*own, has_kept_rows) for own in sizes)
+        return first, second
+
+    every = [path for path, _ in model.named_modules()]
     try:
-        first, second = (_Recorder(model, layers, True).run(*sizes, has_kept_rows) for sizes in _PROBES)
-        if [(a.module, a.port) for a in first.events] == [(b.module, b.port) for b in second.events]:
-            return first, second, None
-        refusal = "what this model's forwards call depends on the prompt's length"
+        first, second = record(every)
+        differing = _differing(first, second)
+        if not differing:
+            return first, second, {}
+        refusals = dict.fromkeys(differing, "what its forward calls depends on the prompt's length")
+        first, second = record([path for path in every if path not in differing])
+        if not _differing(first, second):
+            return first, second, refusals
+        told = "what this model's forwards call depends on the prompt's length"
+    except LoopError:
+        raise
     except ServiceError as error:
-        refusal = f"the model does not run with its calls visited ({error.message})"
-    first, second = (_Recorder(model, layers, False).run(*sizes, has_kept_rows) for sizes in _PROBES)
-    return first, second, refusal
+        told = f"the model does not run with its calls visited ({error.message})"
+    first, second = record(())
+    if _differing(first, second):
+        name = type(model).__name__
+        raise ServiceError(f"{name} cannot be served yet: which modules it runs depends on the prompt's length")
+    return first, second, dict.fromkeys(every, told)
+
+
+def _differing(first: _Recorder, second: _Recorder) -> set[str]:
+    """Modules whose ports, or calls in whose forward, fired in another way in one of two forwards."""
+
+    def fired(recorder: _Recorder) -> dict[str, list[tuple[str, Port]]]:
+        found: dict[str, list[tuple[str, Port]]] = {}
+        for event in recorder.events:
+            split = split_operation(event.module, recorder.modules) if event.is_operation else None
+            owner = event.module if split is None else split[0]
+            found.setdefault(owner, []).append((event.module, event.port))
+        return found
+
+    one, other = fired(first), fired(second)
+    return {path for path in {*one, *other} if one.get(path) != other.get(path)}
+
+
+def _pairs(first: _Recorder, second: _Recorder) -> Iterator[tuple[tuple[str, Port, Selector], int]]:
+    """Operations' tensors `[1, heads, rows, rows]`, and their numbers of heads."""
+    for a, b in zip(first.events, second.events, strict=True):
+        for selector, tensor in a.leaves.items() if a.is_operation else ():
+            heads = tensor.shape[1] if tensor.ndim == 4 else 0
+            both = ((tensor, first.rows), (b.leaves[selector], second.rows))
+            if all(own.shape == (1, heads, rows, rows) for own, rows in both):
+                yield (a.module, a.port, selector), heads
 
 
 def _check_hidden(model: PreTrainedModel, layers: str, recorder: _Recorder) -> None:
@@ -249,7 +337,7 @@ def _widths(first: _Recorder, second: _Recorder) -> Iterator[int]:
     Behind the head nothing but a soft-cap is left, and vocabularies may be odd. By-products, such as the few weights
     of a router's choice behind its logits, would ask for many rows: where their kernels have tails, the gate sees it.
     """
-    (rows_a, _), (rows_b, _) = _PROBES
+    rows_a, rows_b = first.rows, second.rows
     for a, b in zip(first.events, second.events, strict=True):
         if a.port.is_inner or a.port is Port.INPUTS or a.is_operation:
             continue
@@ -271,7 +359,7 @@ def _takes_other_rows(model: PreTrainedModel, layers: str) -> bool:
     decoder_layers = model.get_submodule(layers)
     assert isinstance(decoder_layers, nn.ModuleList)
     handle = decoder_layers[-1].register_forward_hook(shorten)
-    ids = torch.zeros(1, _PROBES[0][1], dtype=torch.long, device="meta")
+    ids = torch.zeros(1, _PROBES[PassLayout.PACKED][0][1], dtype=torch.long, device="meta")
     try:
         with torch.no_grad():
             model(input_ids=ids, position_ids=ids, use_cache=False)
@@ -348,6 +436,7 @@ def describe_model(
         has_kept_rows=probe.has_kept_rows,
         has_forks=all(report.has_forks for report in reports),
         has_exact_rows=all(report.has_exact_rows for report in reports),
+        layout=probe.manner.layout,
         points=probe.points,
         standard=probe.standard.modules,
         not_standard=probe.standard.refusals,
@@ -373,15 +462,21 @@ def row_multiple(probe: Probe, ranks: int, threads: int, device: str) -> tuple[i
     return multiple, (f"with {threads} threads a CPU may round differently beside neighbours; up to 4 it does not",)
 
 
+class LoopError(ServiceError):
+    """A forward goes from token to token, so it cannot be told where a sequence begins."""
+
+
 class _Recorder:
     """One forward on the meta device with a hook on every port."""
 
-    def __init__(self, model: PreTrainedModel, layers: str, has_operations: bool) -> None:
+    def __init__(self, model: PreTrainedModel, layers: str, manner: Manner, watched: Iterable[str]) -> None:
+        """`watched` are the modules whose calls are told of."""
         self.model = model
         self.layers = layers
+        self.manner = manner
         self.modules = dict(model.named_modules())
         self.notes = SourceNotes(self.modules)
-        self._watched = self.modules if has_operations else {}
+        self._watched = {path: self.modules[path] for path in watched if path in self.modules}
         self.events: list[Event] = []
         self.layer_arguments: set[int] = set()  # ids of tensors that reach layers beside the hidden states
         self.layer_storages: set[int] = set()  # the memory of these
@@ -397,7 +492,13 @@ class _Recorder:
         self.rows, self.kept = rows, kept
         handles = [handle for path, module in self.model.named_modules() for handle in self._hook(path, module)]
         ids = torch.zeros(1, rows, dtype=torch.long, device="meta")
-        keep = {"logits_to_keep": torch.zeros(kept, dtype=torch.long, device="meta")} if has_kept_rows else {}
+        given: dict[str, Any] = {}
+        if self.manner.layout is PassLayout.PACKED:
+            given["position_ids"] = ids
+        elif not self.manner.has_engine_attention and "attention_mask" in forward_names(self.model):
+            given["attention_mask"] = torch.ones_like(ids)  # without one, transformers looks for sequences in the data
+        if has_kept_rows:
+            given["logits_to_keep"] = torch.zeros(kept, dtype=torch.long, device="meta")
         paths = {id(module): path for path, module in self.model.named_modules()}
         try:
             with (
@@ -405,7 +506,7 @@ class _Recorder:
                 watching(lambda module, port, value: self._record(paths[id(module)], port, value)),
                 watch_operations(self._watched, self._record_operation),
             ):
-                self.model(input_ids=ids, position_ids=ids, use_cache=False, **keep)
+                self.model(input_ids=ids, use_cache=False, **given)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             name, reason = type(self.model).__name__, str(error).split("\n")[0]
             raise ServiceError(
@@ -456,6 +557,8 @@ class _Recorder:
         self, path: str, port: Port, value: Any, keyword: str | None = None, *, is_operation: bool = False
     ) -> None:
         visit = self._visits.get((path, port), 0)
+        if self.manner.layout is PassLayout.PACKED and visit > self.rows // 2:
+            raise LoopError(f"{type(self.model).__name__} cannot be served in shared passes: {path} loops over tokens")
         self._visits[path, port] = visit + 1
         structure, leaves = port_leaves(value)
         self._alive.append(value)
@@ -488,16 +591,18 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(member)
 
 
-def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable[str]) -> SiteInfo:
+def _site(order: int, a: Event, b: Event, recorders: tuple[_Recorder, _Recorder], experts: Iterable[str]) -> SiteInfo:
     """Merges what two forwards saw of one port."""
+    recorder = recorders[0]
+    kinds = [(Rows.ALL, (recorder.rows, recorders[1].rows)), (Rows.KEPT, (recorder.kept, recorders[1].kept))]
     is_sorted = any(a.module.startswith(f"{path}.") for path in experts)
     in_layers = a.module.startswith(recorder.layers + ".")
     rows: Rows | None = None
     leaves = []
     for selector, tensor in a.leaves.items():
-        found = _find_rows(tuple(tensor.shape), tuple(b.leaves[selector].shape))
+        found = _find_rows(tuple(tensor.shape), tuple(b.leaves[selector].shape), kinds)
         dim, kind, tail = found or (1, rows, ())
-        told = [{_PROBES[0][0]: "tokens", _PROBES[0][1]: "tokens"}.get(size, size) for size in tensor.shape]
+        told = [{recorder.rows: "tokens", recorder.kept: "tokens"}.get(size, size) for size in tensor.shape]
         refusal = None if found else f"its rows are not laid out as [1, tokens, ...] but as {told}"
         if a.is_operation and tensor.shape == b.leaves[selector].shape:
             refusal = f"it is {told} for all tokens of all prompts: what a module holds is read by its name there"
@@ -545,13 +650,14 @@ def _site(order: int, a: Event, b: Event, recorder: _Recorder, experts: Iterable
     )
 
 
-def _find_rows(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, Rows, tuple[int, ...]] | None:
+def _find_rows(
+    a: tuple[int, ...], b: tuple[int, ...], kinds: Sequence[tuple[Rows, tuple[int, int]]]
+) -> tuple[int, Rows, tuple[int, ...]] | None:
     """From a tensor's shapes in two forwards: the dimension that follows their rows, which rows, and the others.
 
     Dimension 0 is of tensors without sequences, as a mixture of experts has them; before any other stands 1.
     """
-    (rows_a, kept_a), (rows_b, kept_b) = _PROBES
-    for kind, sizes in ((Rows.ALL, (rows_a, rows_b)), (Rows.KEPT, (kept_a, kept_b))):
+    for kind, sizes in kinds:
         differing = [dim for dim, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]]
         if len(a) == len(b) and len(differing) == 1:
             (dim,) = differing
@@ -668,14 +774,6 @@ def _placed_leaf(
         read_refusal=read_refusal,
         write_refusal=read_refusal or write_refusal,
     )
-
-
-def _forward_names(model: PreTrainedModel) -> tuple[str, ...]:
-    forward: Callable[..., Any] = type(model).forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    code = forward.__code__
-    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def _name(dtype: torch.dtype) -> str:

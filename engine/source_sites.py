@@ -94,9 +94,9 @@ def pattern_of(module: str) -> str:
 
 
 def group_sources(
-    sites: Iterable[SiteInfo], begins: Mapping[str, int], notes: SourceNotes, refusal: str | None
+    sites: Iterable[SiteInfo], begins: Mapping[str, int], notes: SourceNotes, refusals: Mapping[str, str]
 ) -> tuple[SourceGroup, ...]:
-    """Puts operations' sites together by module, and equal modules together. `refusal` is of all of them."""
+    """Puts operations' sites together by module, and equal modules together. `refusals` are by module."""
     own: dict[str, list[SiteInfo]] = {module: [] for module in begins}
     several = {(site.module, site.port) for site in sites if site.visit > 0}
     for site in sites:
@@ -112,7 +112,7 @@ def group_sources(
         own[module].append(replace(site, module=way, order=order))
     groups: dict[Any, SourceGroup] = {}
     for module, begin in begins.items():
-        group = _group(module, begin, tuple(own[module]), notes, refusal)
+        group = _group(module, begin, tuple(own[module]), notes, refusals.get(module))
         ids = tuple((way, id(code)) for way, code in group.codes.items())
         key = (group.pattern, ids, group.sites, *map(_frozen, (group.calls, group.closed)), group.refusal)
         before = groups.get(key)

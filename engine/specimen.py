@@ -2,7 +2,7 @@
 
 It has the model's own class and configuration with fewer and smaller layers. All tokens are at position 0, where rotary
 embeddings turn nothing, and norms have the gains that they begin with, so that queries and keys keep their direction
-through both.
+through both. Families that attend by a formula of their own run it, and are listened to.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from engine.attention import NAME as ENGINE
+from engine.manners import attention_of, forward_names, use_attention
+from engine.operations import watch_operations
+from engine.own_formula import FormulaFinder, OwnFormula
 from engine.shrinking import shrink
 
 NAME = "polytrace-specimen"
@@ -31,12 +36,13 @@ class Seen:
 
     calls: list[tuple[str, str, Any]] = field(default_factory=list)  # path, "input" or "output", value
     attended: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # by module: q, k, v, z as [T, H, C]
+    formulas: dict[str, OwnFormula] = field(default_factory=dict)  # by path: of those that attend by their own
 
 
-def make_specimen(config: Any) -> nn.Module:
+def make_specimen(config: Any, attention: str, *, keeps_heads: bool = False) -> nn.Module:
     """On the CPU, in float32, with matrices that make differences large."""
     small = copy.deepcopy(config)
-    shrink(small, 1)
+    shrink(small, 1, keeps_heads=keeps_heads)
     AttentionInterface.register(NAME, _attention)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -46,15 +52,19 @@ def make_specimen(config: Any) -> nn.Module:
             if parameter.ndim > 1:
                 generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
-    twin.set_attn_implementation(NAME)
+    if attention == ENGINE:
+        twin.set_attn_implementation(NAME)
+    else:
+        use_attention(twin, attention)
     twin.set_experts_implementation("eager")
     module: nn.Module = twin
     return module
 
 
-def run_specimen(twin: nn.Module) -> Seen:
+def run_specimen(twin: Any) -> Seen:
     """One forward."""
     seen = Seen()
+    is_engines = attention_of(twin) == NAME
 
     def before(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -71,9 +81,18 @@ def run_specimen(twin: nn.Module) -> Seen:
         module.register_forward_hook(after(path))
     ids = torch.arange(1, NUM_TOKENS + 1)[None]
     token = _into.set(seen)
+    given: dict[str, Any] = {"position_ids": torch.zeros_like(ids)}
+    listening: Any = nullcontext()
+    if not is_engines:
+        # With a mask given nobody takes equal positions for as many sequences.
+        given["attention_mask"] = torch.ones_like(ids)
+        taken = forward_names(twin)
+        given = {name: value for name, value in given.items() if name in taken}
+        finder = FormulaFinder(dict(twin.named_modules()), seen.formulas)
+        listening = watch_operations(dict(twin.named_modules()), finder.watch)
     try:
-        with torch.no_grad():
-            twin(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+        with torch.no_grad(), listening:
+            twin(input_ids=ids, use_cache=False, **given)
     finally:
         _into.reset(token)
     return seen

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -20,18 +21,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from engine.arguments import Arguments
+from engine.arguments import Arguments, Selector
 from engine.around import Around, rows_of
 from engine.attention import AttentionPass, attending
 from engine.copies import to_device
 from engine.head_outputs import HeadOutputs, with_change
-from engine.named import HeadView, Views
+from engine.named import CallView, HeadsTaken, HeadView, Views
 from engine.operations import Stops, rewritten
-from engine.points import Point
-from engine.sites import first_argument
+from engine.pair_tensors import TensorPairs
+from engine.points import MASKED, Point, Points
+from engine.sites import first_argument, port_leaves
 from engine.streams import Streams
 from engine.trunks import Trunks
 from engine.windows import Window
+from engine.writes import with_member
 from polytrace.graph import Port
 
 # T = packed rows of a level, K = kept rows, D = hidden
@@ -50,6 +53,7 @@ class Visit:
     visitor: Visitor
     operation: str = ""  # the way to a call inside of the module's forward, "" the module itself
     rows: Collection[int] = ()  # of the stream, at a point of pairs: those that are read or written
+    layouts: Mapping[Selector, int] = field(default_factory=dict)  # of tensors whose rows are not in dimension 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +100,8 @@ class StageRunner:
         with ExitStack() as hooks, attending(rows.attention), torch.no_grad():
             for handle in self._install(rows, hidden_1TD, visits, stop_after, left):
                 hooks.callback(handle.remove)
-            for module, stops in self._stops(visits, stop_after).items():
-                hooks.enter_context(rewritten(module, stops.hook()))
-            with suppress(_Done):
+            hooks.enter_context(self._operations(visits, stop_after))
+            with suppress(Done):
                 self.model(input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, **options)
         return left[0] if left else None
 
@@ -121,7 +124,7 @@ class StageRunner:
     ) -> Iterator[RemovableHandle]:
         if hidden_1TD is not None:
             entry: nn.Module = self._layers[self.window.first]
-            yield entry.register_forward_pre_hook(_putting_in(hidden_1TD), with_kwargs=True)
+            yield entry.register_forward_pre_hook(putting_in(hidden_1TD), with_kwargs=True)
         owned = range(self.window.first, self.window.stop)
         pre_hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
         for level in owned:
@@ -132,23 +135,7 @@ class StageRunner:
                 around = Around(*way)
                 pre_hooks.append((layer, self._unless_calling(around.leave)))
                 yield layer.register_forward_hook(self._unless_calling(around.join))
-        for visit in sorted(visits, key=lambda visit: visit.order):
-            module = self._modules[visit.module]
-            is_last = visit.order == stop_after
-            if visit.operation:
-                continue
-            view = self._views.get((visit.module, visit.port))
-            if view is not None:
-                yield from self._visiting_view(visit, view, is_last)
-            elif visit.port.is_inner:
-                point = Point(visit=_visiting_point(visit, is_last), rows=visit.rows)
-                rows.attention.points.setdefault(id(module), {})[visit.port] = point
-            elif visit.port is Port.INPUT:
-                yield module.register_forward_pre_hook(self._visiting_input(visit, is_last), with_kwargs=True)
-            elif visit.port is Port.INPUTS:
-                yield module.register_forward_pre_hook(self._visiting_inputs(visit, is_last), with_kwargs=True)
-            else:
-                yield module.register_forward_hook(self._visiting_output(visit, is_last))
+        yield from self._visiting(visits, stop_after, rows.attention.points)
         for layer, leave in pre_hooks:
             yield layer.register_forward_pre_hook(leave, with_kwargs=True)
         for level in owned:
@@ -156,13 +143,49 @@ class StageRunner:
             yield following.register_forward_hook(self._crossing(rows, level + 1))
         if not self.window.is_last:
             exit_layer: nn.Module = self._layers[self.window.stop - 1]
-            yield exit_layer.register_forward_hook(_taking_out(left))
+            yield exit_layer.register_forward_hook(taking_out(left))
+
+    def _visiting(
+        self, visits: list[Visit], stop_after: int | None, points: dict[int, Points]
+    ) -> Iterator[RemovableHandle]:
+        """Hooks for visits of modules' ports; those inside of attention go into `points`."""
+        for visit in sorted(visits, key=lambda visit: visit.order):
+            module = self._modules[visit.module]
+            is_last = visit.order == stop_after
+            view = self._views.get((visit.module, visit.port))
+            if visit.operation or isinstance(view, CallView):
+                continue
+            if isinstance(view, HeadsTaken):
+                yield self._visiting_heads(visit, view, is_last)
+            elif view is not None:
+                yield from self._visiting_view(visit, view, is_last)
+            elif visit.port.is_inner:
+                point = Point(visit=_visiting_point(visit, is_last), rows=visit.rows)
+                points.setdefault(id(module), {})[visit.port] = point
+            elif visit.port is Port.INPUT:
+                yield module.register_forward_pre_hook(self._visiting_input(visit, is_last), with_kwargs=True)
+            elif visit.port is Port.INPUTS:
+                yield module.register_forward_pre_hook(self._visiting_inputs(visit, is_last), with_kwargs=True)
+            else:
+                yield module.register_forward_hook(self._visiting_output(visit, is_last))
+
+    @contextmanager
+    def _operations(self, visits: list[Visit], stop_after: int | None) -> Iterator[None]:
+        """Forwards inside stop at the operations that somebody visits."""
+        with ExitStack() as stack:
+            for module, stops in self._stops(visits, stop_after).items():
+                stack.enter_context(rewritten(module, stops.hook()))
+            yield
 
     def _stops(self, visits: list[Visit], stop_after: int | None) -> dict[nn.Module, Stops]:
         """The operations to stop at, by the module whose forward has them."""
         found: dict[nn.Module, Stops] = {}
         for visit in visits:
-            if visit.operation:
+            view = None if visit.operation else self._views.get((visit.module, visit.port))
+            if isinstance(view, CallView):
+                stops = found.setdefault(self.model.get_submodule(view.module), Stops())
+                stops.add(view.way, view.port, self._visiting_pairs(visit, view, visit.order == stop_after))
+            elif visit.operation:
                 stops = found.setdefault(self.model.get_submodule(visit.module), Stops())
                 stops.add(visit.operation, visit.port, self._visiting_operation(visit, visit.order == stop_after))
         return found
@@ -212,7 +235,7 @@ class StageRunner:
             before = first_argument(args, kwargs)
             after = visit.visitor(before)
             if is_last:
-                raise _Done
+                raise Done
             return None if after is before else replace_first_argument(args, kwargs, after)
 
         return hook
@@ -223,7 +246,7 @@ class StageRunner:
                 return before
             after = visit.visitor(before)
             if is_last:
-                raise _Done
+                raise Done
             return after
 
         return stop
@@ -235,15 +258,46 @@ class StageRunner:
             before = Arguments(args, kwargs)
             after = visit.visitor(before)
             if is_last:
-                raise _Done
+                raise Done
             return None if after is before else (after.args, dict(after.kwargs))
 
         return hook
+
+    def _visiting_pairs(self, visit: Visit, view: CallView, is_last: bool) -> Visitor:
+        """Scores or patterns between two calls."""
+
+        def stop(before: Any) -> Any:
+            if self._is_calling:
+                return before
+            tensor = port_leaves(before)[1][view.selector]
+            pairs = TensorPairs(tensor, MASKED[visit.port])
+            visit.visitor(pairs)
+            if is_last:
+                raise Done
+            return before if pairs.tensor is tensor else with_member(before, view.selector, pairs.tensor)
+
+        return stop
+
+    def _visiting_heads(self, visit: Visit, view: HeadsTaken, is_last: bool) -> RemovableHandle:
+        """Heads' results in the input of their projection."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._is_calling:
+                return None
+            before: Tensor = first_argument(args, kwargs).unflatten(-1, (view.num_heads, -1))
+            after: Tensor = visit.visitor(before)
+            if is_last:
+                raise Done
+            return None if after is before else replace_first_argument(args, kwargs, after.flatten(-2))
+
+        return self.model.get_submodule(view.module).register_forward_pre_hook(hook, with_kwargs=True)
 
     def _visiting_view(self, visit: Visit, view: HeadView, is_last: bool) -> Iterator[RemovableHandle]:
         """A point that is a part of another module's output, or made of its input."""
         source: Any = self.model.get_submodule(view.module)
         units = view.units
+        adds_changes = hasattr(source, "adds_changes")  # modules of several ranks do, before they add up
+        changes: dict[int, tuple[Tensor, Tensor] | None] = {}  # by thread: of lanes, see `engine.lockstep`
 
         def part(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if self._is_calling:
@@ -251,7 +305,7 @@ class StageRunner:
             before = units.of(output, -1)
             after = visit.visitor(before)
             if is_last:
-                raise _Done
+                raise Done
             if after is before:
                 if not units.is_view:
                     units.put(output, before)
@@ -268,19 +322,23 @@ class StageRunner:
                 return
             visit.visitor(heads)
             if is_last:
-                raise _Done
-            source.change = heads.change
+                raise Done
+            if adds_changes:
+                source.change = heads.change
+            else:
+                changes[get_ident()] = heads.change
 
         def with_its_change(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            change, source.change = getattr(source, "change", None), None
+            change = changes.pop(get_ident(), None)
             return None if change is None else with_change(output, change)
 
         if visit.port is not Port.HEAD_OUT:
             yield source.register_forward_hook(part)
             return
         yield source.register_forward_pre_hook(made)
-        yield _Forgetting(source)  # a pass may end before the module has run
-        if not hasattr(source, "adds_changes"):  # modules of several ranks do, before they add up
+        if adds_changes:
+            yield _Forgetting(source)  # a pass may end before the module has run
+        else:
             yield source.register_forward_hook(with_its_change)
 
     def _visiting_output(self, visit: Visit, is_last: bool) -> Callable[..., Any]:
@@ -289,7 +347,7 @@ class StageRunner:
                 return None
             after = visit.visitor(output)
             if is_last:
-                raise _Done
+                raise Done
             return None if after is output else after
 
         return hook
@@ -316,7 +374,7 @@ class _Forgetting(RemovableHandle):
         self._source.change = None
 
 
-class _Done(Exception):
+class Done(Exception):
     """Ends a forward early: not an error, there is nothing left to do."""
 
 
@@ -324,22 +382,22 @@ def _visiting_point(visit: Visit, is_last: bool) -> Visitor:
     def point(value: Any) -> Any:
         after = visit.visitor(value)
         if is_last:
-            raise _Done
+            raise Done
         return after
 
     return point
 
 
-def _putting_in(hidden_1TD: Tensor) -> Callable[..., Any]:
+def putting_in(hidden_1TD: Tensor) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return replace_first_argument(args, kwargs, hidden_1TD)
 
     return hook
 
 
-def _taking_out(left: list[Tensor]) -> Callable[..., Any]:
+def taking_out(left: list[Tensor]) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         left.append(output if isinstance(output, Tensor) else output[0])
-        raise _Done
+        raise Done
 
     return hook

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -196,9 +196,11 @@ def split_layers(shares: tuple[float, ...], stages: int) -> tuple[range, ...]:
 def find_layout(model: nn.Module) -> Layout:
     """Where the weights of a whole meta model lie, by running its forward with stubbed layers. Leaves it unchanged."""
     path = find_layers(model)
-    tried = ((members, _probe(model, path, _PROBE_TOKENS[0], members)) for members in _LAYER_MEMBERS)
-    members, first = next(((members, found) for members, found in tried if found is not None), (0, None))
-    second = _probe(model, path, _PROBE_TOKENS[1], members)
+    ways = [(members, has_masks) for has_masks in (False, True) for members in _LAYER_MEMBERS]
+    tried = ((way, _probe(model, path, _PROBE_TOKENS[0], *way)) for way in ways)
+    way, first = next(((way, found) for way, found in tried if found is not None), (ways[0], None))
+    members, _ = way
+    second = _probe(model, path, _PROBE_TOKENS[1], *way)
     if first is None or second is None:
         raise ServiceError(f"{type(model).__name__} cannot be split: its forward does not run with stubs for layers")
     before, after = {}, []
@@ -278,8 +280,11 @@ class _Event:
     dtype: torch.dtype | None
 
 
-def _probe(model: nn.Module, layers: str, tokens: int, members: int) -> dict[str, list[_Event]] | None:
-    """Calls of the topmost modules with weights beside the layers; None when the forward cannot run with such stubs."""
+def _probe(model: nn.Module, layers: str, tokens: int, members: int, has_masks: bool) -> dict[str, list[_Event]] | None:
+    """Calls of the topmost modules with weights beside the layers; None when the forward cannot run with such stubs.
+
+    Most forwards do without masks, some insist on one.
+    """
     events: dict[str, list[_Event]] = {}
     shapes_in: list[tuple[int, ...] | None] = []
     layer_list = _as_list(model, layers)
@@ -307,8 +312,9 @@ def _probe(model: nn.Module, layers: str, tokens: int, members: int) -> dict[str
         for index, layer in enumerate(originals):
             layer_list[index] = PassThrough(layer, members=members)
             handles.append(layer_list[index].register_forward_pre_hook(watch_layer, with_kwargs=True))
-        with torch.no_grad(), _without_masks(model):
-            model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=False)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+        with torch.no_grad(), nullcontext() if has_masks else _without_masks(model):
+            model(input_ids=ids, use_cache=False, **({"attention_mask": torch.ones_like(ids)} if has_masks else {}))
     except (IndexError, RuntimeError, TypeError, ValueError, AttributeError):
         return None
     finally:

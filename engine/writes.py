@@ -5,6 +5,7 @@ Every read of the visit sees what the model made. Rows may be several requests',
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -69,7 +70,7 @@ class PortValue:
             tensor = self.tensors[selector]
             written = apply_writes(tensor, writes)
             if written is not tensor:
-                value = _with_member(value, selector, with_rows_back(written, self.layouts.get(selector, 1)))
+                value = with_member(value, selector, with_rows_back(written, self.layouts.get(selector, 1)))
         return value
 
 
@@ -95,14 +96,14 @@ def _put_rows(packed: Tensor, writes: list[RowWrite]) -> None:
             packed[0].index_copy_(0, rows, torch.cat([write.rows.part(write.value) for write in own]))
 
 
-def _with_member(container: Any, selector: tuple[int | str, ...], tensor: Tensor) -> Any:
+def with_member(container: Any, selector: tuple[int | str, ...], tensor: Tensor) -> Any:
     """The container with one member replaced; tuples are rebuilt, mappings are copied."""
     if not selector:
         return tensor
     key, *rest = selector
-    member = _with_member(container[key], tuple(rest), tensor)
+    member = with_member(container[key], tuple(rest), tensor)
     if isinstance(container, Mapping):
-        changed: Any = container.copy()  # type: ignore[attr-defined]
+        changed: Any = copy.copy(container)
         changed[key] = member
         return changed
     members = [member if place == key else old for place, old in enumerate(container)]

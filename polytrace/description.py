@@ -25,6 +25,13 @@ class Rows(Enum):
     KEPT = "kept"  # only the positions that the plan keeps for the head (final norm's consumers: lm_head, logits)
 
 
+class PassLayout(Enum):
+    """How the sequences of a pass run."""
+
+    PACKED = "packed"  # one after another in one stream, in which rows are shared and end
+    PADDED = "padded"  # each alone, in step: for models that mix a row with its neighbours, or mask by themselves
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
     """One tensor behind a port: the port's value itself, or a member of a tuple, dict or ModelOutput."""
@@ -233,6 +240,7 @@ class ModelDescription:
     has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only
     has_forks: bool = True  # the gate found that equal rows may be shared and rows that nobody needs left out
     has_exact_rows: bool = True  # the gate found that a row's bits do not depend on how many rows run beside it
+    layout: PassLayout = PassLayout.PACKED
     points: tuple[PointInfo, ...] = ()  # named points that are not sites of their own name
     standard: Mapping[str, str] = field(default_factory=dict)  # modules that every decoder has, by standard name
     not_standard: Mapping[str, str] = field(default_factory=dict)  # standard names that lead nowhere here -> why

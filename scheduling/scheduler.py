@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from polytrace.certificate import Receipt
-from polytrace.description import ModelDescription
+from polytrace.description import ModelDescription, PassLayout
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, TooLargeError
 from scheduling.checks import table_of
 from scheduling.packing import Going, Packer
@@ -151,7 +151,9 @@ class Scheduler:
     ) -> None:
         self._table = table_of(description)
         self._policy = policy
-        self._choice = FirstComeFirstServed(policy.max_members)
+        is_packed = description.layout is PassLayout.PACKED
+        # Where sequences run one by one, a pass of several requests only makes the first wait for the last.
+        self._choice = FirstComeFirstServed(policy.max_members if is_packed else 1)
         self._depth = passes_in_flight(description.stages)
         self._packer = Packer(description)
         self._clock = clock

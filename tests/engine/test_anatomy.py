@@ -42,7 +42,8 @@ def test_what_the_numbers_do_not_bear_out_has_no_name() -> None:
     assert bitnet.out is bitnet.act is bitnet.down is None and bitnet.roles["v"].module == "self_attn.v_proj"
     cohere = _parts("Cohere", num_hidden_layers=2)
     assert cohere.mid is None and "side by side" in cohere.why_no_mid
-    assert find_anatomy(transformers.MambaConfig(num_hidden_layers=2), "backbone.layers").kinds == {}  # no heads
+    (mamba,) = find_anatomy(transformers.MambaConfig(num_hidden_layers=2), "backbone.layers").kinds.values()
+    assert mamba.attention is mamba.mid is mamba.down is None  # no heads, and no MLP
 
 
 def test_attention_and_mlp_are_the_modules_with_all_their_parts() -> None:

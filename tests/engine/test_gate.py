@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from engine.links import Solo
 from engine.loading import ShardConfig
 from engine.local import LocalBackend
 from engine.shard import Shard
-from polytrace.description import ModelDescription, Rows, index_sites
+from polytrace.description import ModelDescription, PassLayout, Rows, index_sites
 from polytrace.errors import ServiceError
 from polytrace.graph import Port, Site
 from polytrace.model import Model
@@ -93,9 +94,13 @@ MIXING: dict[str, PreTrainedConfig] = {
 
 @pytest.mark.parametrize("kind", MIXING)
 def test_layers_that_mix_neighbours_are_caught_and_named(kind: str, tmp_path: Path) -> None:
-    place = rf"begins at model\.layers\.0\.{kind.split()[0]}\.output"
-    with pytest.raises(ServiceError, match=f"depend on the neighbours.*{place}"):
-        described(MIXING[kind], tmp_path)
+    """Then each prompt runs alone, and the description says why."""
+    place = kind.split()[0]
+    mixes = rf"depend on the neighbours.*begins at model\.layers\.0\.{place}\.output"
+    loops = rf"model\.layers\.0\.{place}\.\S* loops over tokens"
+    description = described(MIXING[kind], tmp_path)
+    assert description.layout is PassLayout.PADDED
+    assert re.search(f"{mixes}|{loops}", description.notes[0])
 
 
 def test_hidden_states_of_several_streams_are_refused_with_their_shape(tmp_path: Path) -> None:

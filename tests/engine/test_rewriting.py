@@ -106,3 +106,25 @@ def test_a_function_without_its_text_cannot_be_rewritten() -> None:
     exec("def run(value): return abs(value)", made)
     with pytest.raises(CannotRewrite, match="the source of run cannot be had"):
         rewriting_of(made["run"])
+
+
+def scaled(value: int) -> int:
+    return 3 * value
+
+
+class _SameName:
+    def scaled(self, value: int) -> int:
+        """Calls the function of its own name."""
+        return scaled(value) + 1
+
+
+def test_a_function_may_call_another_one_of_its_own_name() -> None:
+    rewriting = rewriting_of(_SameName.scaled)
+    names: list[str] = []
+
+    def hook(name: str, called: Any) -> Any:
+        names.append(name)
+        return called
+
+    assert rewriting.bind(hook)(_SameName(), 5) == 16
+    assert names == ["scaled_0"] and rewriting.bind(hook).__name__ == "scaled"

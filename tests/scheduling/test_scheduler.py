@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polytrace.description import PassLayout
 from polytrace.errors import CancelledError, PolytraceError, RunError, ServiceError
 from polytrace.graph import NodeId, Read, Save, Write
 from scheduling.loop import step
@@ -114,6 +115,16 @@ def no_rows(request_id: str) -> Program:
     r = Recorder(TINY)
     r.save(r.parameter("lm_head.weight"), "weight")
     return r.compile(request_id)
+
+
+def test_requests_of_a_model_that_cannot_be_packed_go_one_by_one() -> None:
+    scheduler = Scheduler(replace(TINY, layout=PassLayout.PADDED), PassPolicy())
+    for name in "abc":
+        scheduler.add(one_wave(name))
+    shards = ObedientShards(depth=1)
+    while len(shards.plans) < 3:
+        step(scheduler, shards)
+    assert [[member.program.request for member in plan.members] for plan in shards.plans] == [["a"], ["b"], ["c"]]
 
 
 def scheduler_with(*programs: Program, budget_tokens: int = 4096, max_members: int = 256) -> Scheduler:

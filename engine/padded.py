@@ -1,0 +1,166 @@
+"""Runs one stage's window for models whose rows cannot share a stream: each sequence alone, all of them in step.
+
+In the padded layout every sequence of a pass runs the unmodified model as a batch of one, with its own tokens and
+nothing else, so it cannot matter what runs beside it. At a port that somebody visits all sequences stop; there their
+values lie side by side as the stream `[1, T, ...]` of the plan, for the same visitors that a packed pass has, and each
+goes on with its own part. Rows are never shared and never end early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from engine.attention import AttentionPass, attending
+from engine.copies import to_device
+from engine.lockstep import in_step, stop
+from engine.points import Points
+from engine.side_by_side import SideBySide
+from engine.spans import SpanStore
+from engine.stage import Done, PackedRows, StageRunner, Visit, putting_in, taking_out
+from engine.streams import Streams
+from scheduling.plan import Segment
+
+# T = rows of all sequences, L = tokens of one, D = hidden
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One sequence in one pass."""
+
+    tokens: tuple[int, ...]
+    streams: Streams  # of it alone
+    attention: AttentionPass
+    hidden_1LD: Tensor | None  # that enters at the first layer of a later stage
+    left: list[Tensor] = field(default_factory=list)  # behind the last layer of a stage that is not the last
+
+
+_running: ContextVar[_Run | None] = ContextVar("padded_run", default=None)
+
+
+class PaddedRunner(StageRunner):
+    """The window of one shard."""
+
+    def run(
+        self, rows: PackedRows, hidden_1TD: Tensor | None, visits: list[Visit], *, stop_after: int | None
+    ) -> Tensor | None:
+        """One forward of the window for each sequence. As `StageRunner.run`."""
+        segments = rows.streams.plan.segments
+        lengths = [len(segment.tokens) for segment in segments]
+
+        def meet(visit: Visit, values: list[Any]) -> list[Any]:
+            together = SideBySide(values, lengths, visit.layouts)
+            return together.apart(_landed(visit.visitor(together.value), rows))
+
+        points: dict[int, Points] = {}
+        is_one = len(segments) == 1
+        stopping = [replace(visit, visitor=_alone(visit, rows) if is_one else _stop_at(visit)) for visit in visits]
+        with ExitStack() as hooks, torch.no_grad():
+            for handle in (*self._visiting(stopping, stop_after, points), *self._following()):
+                hooks.callback(handle.remove)
+            hooks.enter_context(self._operations(stopping, stop_after))
+            runs = [
+                self._run_of(segment, rows, points, part)
+                for segment, part in zip(segments, _parts(hidden_1TD, lengths), strict=True)
+            ]
+            if is_one:
+                self._forward(runs[0])
+            else:
+                threads = torch.get_num_threads()
+                in_step([partial(self._in_lane, run, threads) for run in runs], meet)
+        left = [part for run in runs for part in run.left]
+        return torch.cat(left, 1) if left else None
+
+    def _run_of(self, segment: Segment, rows: PackedRows, points: dict[int, Points], hidden_1LD: Tensor | None) -> _Run:
+        own = replace(segment, parent=None)
+        streams = Streams(replace(rows.streams.plan, segments=(own,)), 1, rows.streams.device, is_fixed=False)
+        store = SpanStore(rows.attention.store.budget_bytes)
+        attention = AttentionPass(rows.attention.pass_id, store, rows.streams.device)
+        every = range(len(segment.tokens))  # patterns are held of all rows, so that all sequences stop there
+        attention.points = {
+            module: {port: replace(point, rows=every if port.is_of_pairs else ()) for port, point in own_points.items()}
+            for module, own_points in points.items()
+        }
+        return _Run(tokens=segment.tokens, streams=streams, attention=attention, hidden_1LD=hidden_1LD)
+
+    def _in_lane(self, run: _Run, threads: int) -> None:
+        """What torch keeps for each thread, and then the forward."""
+        torch.set_num_threads(threads)
+        device = run.streams.device
+        with ExitStack() as own:
+            if device.type == "cuda":
+                own.enter_context(torch.cuda.device(device))
+            own.enter_context(torch.no_grad())
+            self._forward(run)
+
+    def _forward(self, run: _Run) -> None:
+        tokens_1L = to_device([list(run.tokens)], run.streams.device)
+        with _current(run), attending(run.attention), suppress(Done):
+            self.model(input_ids=tokens_1L, use_cache=False)
+
+    def _following(self) -> Iterator[RemovableHandle]:
+        """Hooks that know which sequence runs: what enters at the first layer, attends, leaves at the last."""
+        layers: Any = self.model.get_submodule(self.window.layers)
+
+        def of_run(hook: Callable[[_Run], Callable[..., Any] | None]) -> Callable[..., Any]:
+            def call(*given: Any) -> Any:
+                run = _running.get()
+                found = None if self._is_calling or run is None else hook(run)
+                return None if found is None else found(*given)
+
+            return call
+
+        def put_in(run: _Run) -> Callable[..., Any] | None:
+            return None if run.hidden_1LD is None else putting_in(run.hidden_1LD)
+
+        for level in range(self.window.first, self.window.stop):
+            layer: nn.Module = layers[level]
+            yield layer.register_forward_pre_hook(of_run(_entering(level)), with_kwargs=True)
+        entry: nn.Module = layers[self.window.first]
+        yield entry.register_forward_pre_hook(of_run(put_in), with_kwargs=True, prepend=True)
+        if not self.window.is_last:
+            leaving: nn.Module = layers[self.window.stop - 1]
+            yield leaving.register_forward_hook(of_run(lambda run: taking_out(run.left)))
+
+
+def _entering(level: int) -> Callable[[_Run], None]:
+    return lambda run: run.attention.enter(level, run.streams.layer(level))
+
+
+@contextmanager
+def _current(run: _Run) -> Iterator[None]:
+    token = _running.set(run)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def _stop_at(visit: Visit) -> Callable[[Any], Any]:
+    return lambda value: stop(visit, value)
+
+
+def _alone(visit: Visit, rows: PackedRows) -> Callable[[Any], Any]:
+    """One sequence's value is the stream."""
+    return lambda value: _landed(visit.visitor(value), rows)
+
+
+def _landed(after: Any, rows: PackedRows) -> Any:
+    """A layer's output with what visitors left to be done: here the next level has the same rows."""
+    for level in list(rows.landing):
+        for land in rows.landing.pop(level):
+            hidden = land(after if isinstance(after, Tensor) else after[0])
+            after = hidden if isinstance(after, Tensor) else (hidden, *after[1:])
+    return after
+
+
+def _parts(hidden_1TD: Tensor | None, lengths: list[int]) -> list[Tensor | None]:
+    return [None] * len(lengths) if hidden_1TD is None else [*hidden_1TD[:, : sum(lengths)].split(lengths, 1)]
