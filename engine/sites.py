@@ -26,6 +26,7 @@ from engine.lanes import MAX_THREADS, rows_multiple
 from engine.named import Views, name_parts, named_infos
 from engine.operations import watch_operations
 from engine.partitions import NamedWeight
+from engine.positions import first_position
 from engine.source_sites import SourceGroup, SourceNotes, describe_sources, group_sources
 from engine.windows import Layout, find_layout
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, PointInfo, Rows, SiteInfo
@@ -189,7 +190,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
         layout=layout,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_tokens=getattr(config, "max_position_embeddings", None) or 1 << 20,
+        max_tokens=(getattr(config, "max_position_embeddings", None) or 1 << 20) - first_position(model),
         has_kept_rows=has_kept_rows,
         has_side_values=first.has_side_values,
         has_fixed_rows=not _takes_other_rows(model, layers),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from engine.positions import numbered_modules, numbering
 from engine.shrinking import shrink
 
 NAME = "polytrace-specimen"
@@ -70,6 +71,8 @@ def run_specimen(twin: nn.Module) -> Seen:
         module.register_forward_pre_hook(before(path), with_kwargs=True)
         module.register_forward_hook(after(path))
     ids = torch.arange(1, NUM_TOKENS + 1)[None]
+    for module, give in numbering(numbered_modules(twin), torch.zeros_like(ids)):
+        module.register_forward_pre_hook(give, with_kwargs=True)
     token = _into.set(seen)
     try:
         with torch.no_grad():

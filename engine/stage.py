@@ -28,6 +28,7 @@ from engine.head_outputs import HeadOutputs, with_change
 from engine.named import HeadView, Views
 from engine.operations import Stops, rewritten
 from engine.points import Point
+from engine.positions import numbered_modules, numbering
 from engine.sites import first_argument
 from engine.streams import Streams
 from engine.trunks import Trunks
@@ -73,6 +74,7 @@ class StageRunner:
         self._layers: Any = model.get_submodule(window.layers)
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._views: Views = views or {}
+        self._numbered = numbered_modules(model)
         self._is_calling = False
 
     def run(
@@ -96,6 +98,9 @@ class StageRunner:
         with ExitStack() as hooks, attending(rows.attention), torch.no_grad():
             for handle in self._install(rows, hidden_1TD, visits, stop_after, left):
                 hooks.callback(handle.remove)
+            for module, give in numbering(self._numbered, positions_1T):
+                own = self._unless_calling(give)
+                hooks.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
             for module, stops in self._stops(visits, stop_after).items():
                 hooks.enter_context(rewritten(module, stops.hook()))
             with suppress(_Done):

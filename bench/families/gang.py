@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from engine.links import Distributed, join_store, open_store
@@ -72,25 +72,35 @@ class _Shards:
 
     def close(self) -> None:
         for pipe in self._pipes:
-            pipe.close()
+            with suppress(OSError):
+                pipe.send(None)
         for process in self._processes:
             process.join(5)
             if process.is_alive():
                 process.kill()
 
     def _collect(self) -> list[Any]:
-        answers = []
-        for pipe in self._pipes:
-            if not pipe.poll(_WAIT_S):
-                raise ServiceError("a shard did not answer")
-            try:
-                answers.append(pipe.recv())
-            except EOFError:
-                raise ServiceError("a shard's process ended") from None
-        failures = [answer for answer in answers if isinstance(answer, str)]
+        """An answer of each. What fails on one is not waited for on others, who may be waiting for it."""
+        answers: dict[int, Any] = {}
+        failures: list[str] = []
+        while len(answers) < len(self._pipes):
+            open_pipes = [pipe for number, pipe in enumerate(self._pipes) if number not in answers]
+            ready = wait(open_pipes, 2.0 if failures else _WAIT_S)
+            if not ready:
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                try:
+                    answer = pipe.recv()
+                except EOFError:
+                    answer = "a shard's process ended"
+                answers[self._pipes.index(pipe)] = answer
+                failures += [answer] if isinstance(answer, str) else []
         if failures:
             raise ServiceError(min(failures, key=_is_told))
-        return answers
+        if len(answers) < len(self._pipes):
+            raise ServiceError("a shard did not answer")
+        return [answers[number] for number in range(len(self._pipes))]
 
 
 def _is_told(message: str) -> bool:
@@ -105,13 +115,13 @@ def _serve(pipe: Connection, config: ShardConfig, port: int) -> None:
         shard = Shard(config, Distributed(store, **place, timeout_s=_WAIT_S))
         shard.start(lambda line: None)
         pipe.send(shard.gate())
-        description = shard.describe("tiny", pipe.recv())
+        if (reports := pipe.recv()) is None:  # another shard has failed
+            os._exit(0)
+        description = shard.describe("tiny", reports)
         shard.open(description)
         pipe.send(description)
-        while True:
-            pipe.send(shard.run(pipe.recv()))
-    except EOFError:
-        pass  # the pipe was closed: it is over
+        while (plan := pipe.recv()) is not None:
+            pipe.send(shard.run(plan))
     except Exception as error:  # noqa: BLE001 - the edge of a process
         told = error.message if isinstance(error, PolytraceError) else traceback.format_exc().strip().split("\n")[-1]
         pipe.send(told)

@@ -47,7 +47,7 @@ def try_class(name: str) -> Trial:
     """Never raises for what the class is like: that is in the notes."""
     trial = Trial(name=name, families=tuple(config.model_type for config in classes()[name]))
     with _noting(trial, "no tiny model"):
-        plain = _tiny(name)
+        plain = tiny_model(name, tiny_config(name))
         if not is_causal(plain, PROMPTS[0]):
             trial.notes.append("not causal: a later token moves an earlier one")
             return trial
@@ -100,7 +100,7 @@ def _read_all(trial: Trial, model: Model, seen: list[Seen]) -> list[Tensor] | No
                 for path, side, leaf in _leaves(description):
                     expected = leaf_of(seen[number].calls, path, side, leaf)
                     if expected is not None:
-                        value = getattr(_module(model, path), side)
+                        value = getattr(model.get_submodule(path), side)
                         for step in leaf.selector:
                             value = value[step]
                         saved[-1].append((f"{path}.{side}", value.save(), expected))
@@ -188,18 +188,7 @@ def _points(model: Model) -> tuple[str, ...]:
 
 
 def _layers(model: Model) -> list[Any]:
-    return list(_module(model, model.backend.describe().layers))
-
-
-def _module(model: Any, path: str) -> Any:
-    for step in path.split(".") if path else ():
-        model = model[int(step)] if step.isdigit() else getattr(model, step)
-    return model
-
-
-def _tiny(name: str) -> Any:
-    plain = tiny_model(name, tiny_config(name))
-    return plain
+    return list(model.get_submodule(model.backend.describe().layers))
 
 
 def _save(plain: Any, name: str, folder: str) -> None:
