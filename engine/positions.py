@@ -57,7 +57,9 @@ def numbering(
 def _giving(one: Numbered, positions_1T: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     signature = inspect.signature(one.module.forward)
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = signature.bind(*args, **kwargs)
         given = call.arguments.get(_NAME)
         is_flat = isinstance(given, Tensor) and given.ndim == 1

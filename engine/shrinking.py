@@ -73,7 +73,7 @@ def shrink(config: Any, ranks: int) -> None:
     sizes["qk_head_dim"] = 2 * _HEAD
     sizes["sliding_window"] = _WINDOW
     sizes["vocab_size"] = 32 * ranks + _number(text, "vocab_size") % ranks
-    sizes["vocab_size_per_layer_input"] = sizes["vocab_size"]
+    sizes |= dict.fromkeys(("vocab_size_per_layer_input", "decoder_vocab_size"), sizes["vocab_size"])
     sizes["hidden_size_per_layer_input"] = _HEAD
     if width:
         sizes["word_embed_proj_dim"] = hidden * _number(text, "word_embed_proj_dim") // width
@@ -151,7 +151,9 @@ def _keep_layers(text: Any, apart: dict[int, dict[str, Any]]) -> list[int]:
     shared = _number(text, "num_kv_shared_layers")  # the last ones, which use keys of those before
     kinds: dict[str, int] = {}
     for layer in range(number):
-        kinds.setdefault(str([layer >= number - shared, apart.get(layer), *(values[layer] for values in lists.values())]), layer)
+        kinds.setdefault(
+            str([layer >= number - shared, apart.get(layer), *(values[layer] for values in lists.values())]), layer
+        )
     kept = sorted(kinds.values())[:4]
     kept = kept if len(kept) > 1 else list(range(min(2, number)))
     if shared:

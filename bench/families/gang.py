@@ -1,4 +1,7 @@
-"""A model in several processes, stages or ranks, without Ray: pipes for plans and results, gloo between shards."""
+"""A model in several processes, stages or ranks, without Ray: pipes for plans and results, gloo between shards.
+
+The processes are forked first, before this one has threads of its own, and wait until somebody has a model for them.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,37 @@ from polytrace.errors import PolytraceError, ServiceError
 from polytrace.model import Model
 from scheduling.plan import Plan, ShardResult
 
-_WAIT_S = 60.0
+_WAIT_S = 30.0
 _HOST = "127.0.0.1"
 
 
+class Workers:
+    """Processes that wait for a shard to be; each is one once."""
+
+    def __init__(self, number: int) -> None:
+        context = get_context("fork")
+        self._waiting: list[tuple[Connection, Any]] = []
+        for _ in range(number):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,))
+            process.start()
+            theirs.close()
+            self._waiting.append((ours, process))
+
+    def take(self, number: int) -> list[tuple[Connection, Any]]:
+        """So many of them."""
+        taken, self._waiting = self._waiting[:number], self._waiting[number:]
+        return taken
+
+    def close(self) -> None:
+        """Ends those that still wait."""
+        _end(self.take(len(self._waiting)))
+
+
 @contextmanager
-def gang(source: str, *, stages: int, ranks: int) -> Iterator[Model]:
-    """The model of a folder, its shards in forks of this process. ServiceError when they cannot serve it."""
-    shards = _Shards(source, stages=stages, ranks=ranks)
+def gang(workers: Workers, source: str, *, stages: int, ranks: int) -> Iterator[Model]:
+    """The model of a folder over some workers. ServiceError when they cannot serve it."""
+    shards = _Shards(workers.take(stages * ranks), source, stages=stages, ranks=ranks)
     try:
         yield Model(DirectBackend(source, shards, shards.start(), meta_model(source)))
     finally:
@@ -35,20 +61,15 @@ def gang(source: str, *, stages: int, ranks: int) -> Iterator[Model]:
 class _Shards:
     """The loop's view of them, one pass at a time."""
 
-    def __init__(self, source: str, *, stages: int, ranks: int) -> None:
-        context = get_context("fork")  # what is imported stays so, and this process has no threads of its own
+    def __init__(self, workers: list[tuple[Connection, Any]], source: str, *, stages: int, ranks: int) -> None:
         self._store = open_store(_HOST, timeout_s=_WAIT_S)
-        self._pipes: list[Connection] = []
-        self._processes: list[Any] = []
+        self._workers = workers
+        self._pipes = [pipe for pipe, _ in workers]
         self._plan: Plan | None = None
-        for stage in range(stages):
-            for rank in range(ranks):
-                config = ShardConfig(source=source, stage=stage, stages=stages, rank=rank, ranks=ranks, threads=1)
-                ours, theirs = context.Pipe()
-                self._processes.append(context.Process(target=_serve, args=(theirs, config, self._store.port)))
-                self._processes[-1].start()
-                theirs.close()
-                self._pipes.append(ours)
+        for number, pipe in enumerate(self._pipes):
+            stage, rank = divmod(number, ranks)
+            config = ShardConfig(source=source, stage=stage, stages=stages, rank=rank, ranks=ranks, threads=1)
+            pipe.send((config, self._store.port))
 
     def start(self) -> Any:
         """The deployment's description."""
@@ -71,13 +92,7 @@ class _Shards:
             yield plan, tuple(self._collect())
 
     def close(self) -> None:
-        for pipe in self._pipes:
-            with suppress(OSError):
-                pipe.send(None)
-        for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+        _end(self._workers)
 
     def _collect(self) -> list[Any]:
         """An answer of each. What fails on one is not waited for on others, who may be waiting for it."""
@@ -108,20 +123,32 @@ def _is_told(message: str) -> bool:
     return "lost" in message or "another rank" in message
 
 
-def _serve(pipe: Connection, config: ShardConfig, port: int) -> None:
+def _end(workers: list[tuple[Connection, Any]]) -> None:
+    for pipe, _ in workers:
+        with suppress(OSError):
+            pipe.send(None)
+    for _, process in workers:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+
+
+def _serve(pipe: Connection) -> None:
+    """A worker: a shard's configuration and its world's port come first, then its gang's gate reports, then plans."""
     try:
-        store = join_store(_HOST, port, timeout_s=_WAIT_S)
-        place = {name: getattr(config, name) for name in ("stage", "stages", "rank", "ranks")}
-        shard = Shard(config, Distributed(store, **place, timeout_s=_WAIT_S))
-        shard.start(lambda line: None)
-        pipe.send(shard.gate())
-        if (reports := pipe.recv()) is None:  # another shard has failed
-            os._exit(0)
-        description = shard.describe("tiny", reports)
-        shard.open(description)
-        pipe.send(description)
-        while (plan := pipe.recv()) is not None:
-            pipe.send(shard.run(plan))
+        if (told := pipe.recv()) is not None:
+            config, port = told
+            store = join_store(_HOST, port, timeout_s=_WAIT_S)
+            place = {name: getattr(config, name) for name in ("stage", "stages", "rank", "ranks")}
+            shard = Shard(config, Distributed(store, **place, timeout_s=_WAIT_S))
+            shard.start(lambda line: None)
+            pipe.send(shard.gate())
+            if (reports := pipe.recv()) is not None:
+                description = shard.describe("tiny", reports)
+                shard.open(description)
+                pipe.send(description)
+                while (plan := pipe.recv()) is not None:
+                    pipe.send(shard.run(plan))
     except Exception as error:  # noqa: BLE001 - the edge of a process
         told = error.message if isinstance(error, PolytraceError) else traceback.format_exc().strip().split("\n")[-1]
         pipe.send(told)

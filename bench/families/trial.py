@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import polytrace
 from bench.families.configurations import classes, tiny_config, tiny_model
-from bench.families.gang import gang
+from bench.families.gang import Workers, gang
 from bench.families.oracle import TOLERANCE, Seen, attentions_of, differing, is_causal, leaf_of, run_plain
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError
@@ -43,7 +43,7 @@ class Trial:
     notes: list[str] = field(default_factory=list)  # why not
 
 
-def try_class(name: str) -> Trial:
+def try_class(name: str, workers: Workers) -> Trial:
     """Never raises for what the class is like: that is in the notes."""
     trial = Trial(name=name, families=tuple(config.model_type for config in classes()[name]))
     with _noting(trial, "no tiny model"):
@@ -54,7 +54,7 @@ def try_class(name: str) -> Trial:
         seen = [run_plain(plain, ids) for ids in PROMPTS]
         with tempfile.TemporaryDirectory(prefix="polytrace-family-") as folder:
             _save(plain, name, folder)
-            _try(trial, plain, seen, folder)
+            _try(trial, plain, seen, folder, workers)
     return trial
 
 
@@ -65,10 +65,12 @@ def answer(pipe: Connection, name: str) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    pipe.send(try_class(name))
+    workers = Workers(4)  # two stages and two ranks
+    pipe.send(try_class(name, workers))
+    workers.close()
 
 
-def _try(trial: Trial, plain: Any, seen: list[Seen], folder: str) -> None:
+def _try(trial: Trial, plain: Any, seen: list[Seen], folder: str, workers: Workers) -> None:
     with _noting(trial, ""), polytrace.load(folder, threads=1) as model:
         description = model.backend.describe()
         trial.layout = str(getattr(description, "layout", "packed"))
@@ -83,9 +85,9 @@ def _try(trial: Trial, plain: Any, seen: list[Seen], folder: str) -> None:
     if not trial.is_green or alone is None:
         return
     with _noting(trial, "stages"):
-        trial.has_stages = _split(trial, folder, alone, stages=2, ranks=1)
+        trial.has_stages = _split(trial, workers, folder, alone, stages=2, ranks=1)
     with _noting(trial, "ranks"):
-        trial.has_ranks = _split(trial, folder, alone, stages=1, ranks=2)
+        trial.has_ranks = _split(trial, workers, folder, alone, stages=1, ranks=2)
 
 
 def _read_all(trial: Trial, model: Model, seen: list[Seen]) -> list[Tensor] | None:
@@ -103,6 +105,8 @@ def _read_all(trial: Trial, model: Model, seen: list[Seen]) -> list[Tensor] | No
                         value = getattr(model.get_submodule(path), side)
                         for step in leaf.selector:
                             value = value[step]
+                        if expected.is_complex():  # complex values do not travel
+                            value, expected = torch.view_as_real(value), torch.view_as_real(expected)
                         saved[-1].append((f"{path}.{side}", value.save(), expected))
                 kept.extend(_results(model))
     for found in saved:
@@ -143,11 +147,11 @@ def _merge(trial: Trial, model: Model, merged: list[Tensor]) -> None:
 
 def _patterns(trial: Trial, model: Model, plain: Any) -> None:
     """What rows attend to, against what the model tells; where it tells nothing, earlier tokens alone and at most 1."""
-    patterns: list[Any] = []
+    attending = [layer for layer in _layers(model) if "pattern" in _readable(model, layer)]
+    if not attending:
+        return
     with model.trace(PROMPTS[0]):
-        for layer in _layers(model):
-            if "pattern" in layer.points:
-                patterns.append(layer.pattern.save())
+        patterns = [layer.pattern.save() for layer in attending]
     told = attentions_of(plain, PROMPTS[0])
     if len(told) == len(patterns):
         is_right = all(differing(ours, own) <= TOLERANCE for ours, own in zip(patterns, told, strict=True))
@@ -159,9 +163,9 @@ def _patterns(trial: Trial, model: Model, plain: Any) -> None:
         trial.notes.append("attention patterns are not plain Hugging Face's")
 
 
-def _split(trial: Trial, folder: str, alone: list[Tensor], *, stages: int, ranks: int) -> bool:
+def _split(trial: Trial, workers: Workers, folder: str, alone: list[Tensor], *, stages: int, ranks: int) -> bool:
     found: list[Any] = []
-    with gang(folder, stages=stages, ranks=ranks) as model, model.trace() as tracer:
+    with gang(workers, folder, stages=stages, ranks=ranks) as model, model.trace() as tracer:
         for ids in PROMPTS:
             with tracer.invoke(ids):
                 found.extend(_results(model))
@@ -183,8 +187,24 @@ def _leaves(description: ModelDescription) -> Iterator[tuple[str, str, Any]]:
 
 
 def _points(model: Model) -> tuple[str, ...]:
-    found = {name for layer in _layers(model) for name in layer.points}
+    layers = _layers(model)
+    found: set[str] = set()
+    for layer in layers:
+        found |= set(_readable(model, layer, found))
     return tuple(name for name in DIMS if name in found)
+
+
+def _readable(model: Model, layer: Any, known: Collection[str] = ()) -> list[str]:
+    """The named points of a layer that a trace can read, but for those that are known already."""
+    found = []
+    for name in set(layer.points) - set(known):
+        try:
+            with model.scan(PROMPTS[0]):
+                getattr(layer, name).save()
+        except PolytraceError:
+            continue
+        found.append(name)
+    return found
 
 
 def _layers(model: Model) -> list[Any]:
