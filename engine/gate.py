@@ -50,6 +50,7 @@ _LONGER = (100, 300, 1000)  # tokens of A on a GPU
 _WIDE_ROWS = 4  # that are held of what each head adds, which is as wide as all heads' residuals
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
+_TOKEN_VALUES = "are given values of embeddings beside the hidden states"
 _OTHER_NUMBERS = "the model gives other numbers where its calls are visited"
 _UNPROVEN = (
     "what a rank holds of it is not its slice of the whole (it may be a part of a sum): read a module's port instead"
@@ -76,9 +77,10 @@ def run_gate(
 
     `proven` are the operations' values that ranks hold as they are taken to hold them; None where there is one rank.
     """
-    if probe.has_side_values and links.stages > 1:
+    if (probe.has_side_values or probe.has_token_values) and links.stages > 1:
+        told = _SIDE_VALUES if probe.has_side_values else _TOKEN_VALUES
         raise ServiceError(
-            f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
+            f"{probe.class_name} cannot be split into stages: its layers {told}; use stages=1 and ranks instead"
         )
     multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
     operations = list(_operations(probe, links))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engine.anatomy import find_anatomy
 from engine.arguments import Arguments, OperationArguments, Selector
 from engine.attention import use_packed_attention, watching
 from engine.experts import is_experts
@@ -64,6 +65,7 @@ class Probe:
     max_tokens: int
     has_kept_rows: bool
     has_side_values: bool  # layers hand values to later layers beside the hidden states
+    has_token_values: bool  # layers are given values of embeddings beside the hidden states
     has_fixed_rows: bool  # the root's forward insists on as many rows behind the layers as it was called with
     widths: frozenset[int]  # elements a row has at some port, unsharded
     sites: tuple[SiteInfo, ...]  # stage 0 everywhere; `describe_model` places them
@@ -193,6 +195,7 @@ def probe_model(model: PreTrainedModel) -> Probe:
         max_tokens=(getattr(config, "max_position_embeddings", None) or 1 << 20) - first_position(model),
         has_kept_rows=has_kept_rows,
         has_side_values=first.has_side_values,
+        has_token_values=find_anatomy(model.config, layers).has_token_values,
         has_fixed_rows=not _takes_other_rows(model, layers),
         widths=frozenset(_widths(first, second)),
         sites=sites,

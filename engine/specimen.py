@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,3 +105,38 @@ def _copy(value: Any) -> Any:
         has_rows = value.shape[:2] == (1, NUM_TOKENS) or (value.ndim > 1 and value.shape[0] == NUM_TOKENS)
         return value.clone() if has_rows else None
     return tuple(map(_copy, value)) if isinstance(value, (tuple, list)) else None
+
+
+def gives_layers_tokens(twin: nn.Module, layers: str) -> bool:
+    """Whether what layers are given beside the hidden states is of tokens' embeddings: a later stage has none."""
+    listed: Any = twin.get_submodule(layers)
+    one, other = (_beside_hidden(twin, listed, first) for first in (1, 2))
+    return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _beside_hidden(twin: nn.Module, layers: Any, first: int) -> list[Tensor]:
+    """The tensors that layers get behind their first argument, for a prompt of successive tokens."""
+    given: list[Tensor] = []
+
+    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        others = [*args[1:], *kwargs.values()] if args else list(kwargs.values())[1:]
+        given.extend(value.clone() for value in _tensors_in(others) if value.is_floating_point())
+
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    ids = torch.arange(first, first + NUM_TOKENS)[None]
+    try:
+        with torch.no_grad():
+            twin(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return given
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """All of them, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for own in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(own)

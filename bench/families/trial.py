@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -22,7 +22,8 @@ from bench.families.oracle import TOLERANCE, Seen, attentions_of, differing, is_
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError
 from polytrace.model import Model
-from polytrace.points import DIMS
+from polytrace.points import DIMS, owners, point_table
+from polytrace.tree import index_description
 
 PROMPTS = ([3, 7, 5, 2, 9, 1, 4], [8, 11, 6, 2, 13])
 _EFFECT = 1e-3  # that an edit has at least
@@ -147,7 +148,7 @@ def _merge(trial: Trial, model: Model, merged: list[Tensor]) -> None:
 
 def _patterns(trial: Trial, model: Model, plain: Any) -> None:
     """What rows attend to, against what the model tells; where it tells nothing, earlier tokens alone and at most 1."""
-    attending = [layer for layer in _layers(model) if "pattern" in _readable(model, layer)]
+    attending = [layer for number, layer in enumerate(_layers(model)) if "pattern" in _readable(model, number)]
     if not attending:
         return
     with model.trace(PROMPTS[0]):
@@ -187,23 +188,21 @@ def _leaves(description: ModelDescription) -> Iterator[tuple[str, str, Any]]:
 
 
 def _points(model: Model) -> tuple[str, ...]:
-    layers = _layers(model)
-    found: set[str] = set()
-    for layer in layers:
-        found |= set(_readable(model, layer, found))
+    found = {name for number in range(len(_layers(model))) for name in _readable(model, number)}
     return tuple(name for name in DIMS if name in found)
 
 
-def _readable(model: Model, layer: Any, known: Collection[str] = ()) -> list[str]:
-    """The named points of a layer that a trace can read, but for those that are known already."""
+def _readable(model: Model, number: int) -> list[str]:
+    """The named points of a layer that a trace can read."""
+    description = model.backend.describe()
+    path = f"{description.layers}.{number}"
+    table = index_description(description)
     found = []
-    for name in set(layer.points) - set(known):
-        try:
-            with model.scan(PROMPTS[0]):
-                getattr(layer, name).save()
-        except PolytraceError:
-            continue
-        found.append(name)
+    for name, owner in owners(table, path).items():
+        info = table.points.get(owner, {}).get(name)
+        port = None if info is not None and info.site is None else point_table(table, owner, name)
+        if port is not None and all(leaf.read_refusal is None for _, leaf in port.leaves.values()):
+            found.append(name)
     return found
 
 
