@@ -18,6 +18,9 @@ _NAME = "position_ids"
 _COUNTS_BEHIND_PADDING = "create_position_ids_from_input_ids"
 
 
+Hook = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]  # in front of a module: the arguments that it gets
+
+
 @dataclass(frozen=True, slots=True)
 class Numbered:
     """A module that gets its positions from here."""
@@ -46,15 +49,13 @@ def first_position(model: nn.Module) -> int:
     return max((one.first for one in numbered_modules(model)), default=0)
 
 
-def numbering(
-    numbered: Sequence[Numbered], positions_1T: Tensor
-) -> Iterator[tuple[nn.Module, Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]]]:
-    """Modules and the pre-hooks (with keywords) that give them the rows' positions, in the shape that they are given."""
+def numbering(numbered: Sequence[Numbered], positions_1T: Tensor) -> Iterator[tuple[nn.Module, Hook]]:
+    """Modules and the pre-hooks (with keywords) that give them the rows' positions, in the shape that they expect."""
     for one in numbered:
         yield one.module, _giving(one, positions_1T + one.first)
 
 
-def _giving(one: Numbered, positions_1T: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+def _giving(one: Numbered, positions_1T: Tensor) -> Hook:
     signature = inspect.signature(one.module.forward)
 
     def hook(

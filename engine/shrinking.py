@@ -123,7 +123,7 @@ def _number(config: Any, name: str) -> int:
 
 
 def _set(config: Any, name: str, size: int) -> None:
-    """Where the configuration has such a number of its own: one or one a layer, and not one that follows from others."""
+    """Where the configuration has such a number of its own, one or one a layer, and it does not follow from others."""
     own = getattr(type(config), config.attribute_map.get(name, name), None)
     value = getattr(config, name, None)
     if isinstance(own, property) and own.fset is None:

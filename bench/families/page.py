@@ -17,6 +17,7 @@ HEAD = "| class | model types | layout | standard names | without the points | s
 _RULE = "|---|---|---|---|---|---|---|---|"
 _PADDED_NEEDED = "needs padded"
 _REFUSED = "refused"
+_NOTE = 240  # letters
 
 # What refusals of the packed layout say: the model itself is sound, and another layout can serve it.
 _NEEDS_PADDED = (
@@ -72,17 +73,19 @@ def page(rows: Mapping[str, str]) -> str:
     green = [own for own in cells if own[2] in ("packed", "padded")]
     names = {own[0] for own in green}
     left = sorted(set(NNTERP) - names)
+    served = counts["packed"] + counts["padded"]
     lines = [
         "# Model families",
         "",
         "Written by `make families`, which tries every causal language model class of transformers "
-        f"({transformers.__version__}) in a process of its own, from its",
-        "default configuration made tiny and random weights, in float32 on one thread. Do not edit.",
+        f"({transformers.__version__}), each in a process of its own, from its default configuration made tiny, with "
+        "random weights, in float32 on one thread. Not edited by hand.",
         "",
-        f"Of {len(cells)} classes **{counts['packed'] + counts['padded']} are served**: {counts['packed']} packed, "
-        f"{counts['padded']} padded. {counts[_PADDED_NEEDED]} need a layout that pads, {counts[_REFUSED]} are refused.",
-        f"Over 2 stages: {_yes(green, 5)} of {len(green)}; over 2 ranks: {_yes(green, 6)}. Of the {len(NNTERP)} classes "
-        f"that nnterp names, {len(NNTERP) - len(left)} are served" + (f" (not {', '.join(left)})." if left else "."),
+        f"Of {len(cells)} classes **{served} are served**: {counts['packed']} packed, {counts['padded']} padded. "
+        f"{counts[_PADDED_NEEDED]} need a layout that pads, {counts[_REFUSED]} are refused.",
+        "",
+        f"Of the {served}, {_yes(green, 5)} run over 2 stages and {_yes(green, 6)} over 2 ranks. Of the {len(NNTERP)} "
+        f"classes that nnterp names {len(NNTERP) - len(left)} are served{f' (not {_listed(left)})' if left else ''}.",
         "",
         *_LEGEND,
         "",
@@ -95,19 +98,23 @@ def page(rows: Mapping[str, str]) -> str:
 
 
 _LEGEND = (
-    "*Served* means, each seen in the run: every site that a trace can read is plain Hugging Face's (hooks on every module),",
-    "logits among them, to 1e-5 of the largest value; an edit of the first layer's output is the hook's edit; two prompts in",
-    "one pass have, bit for bit, what they have alone; attention patterns are the model's own, where it tells them, else they",
-    "have no weight on later tokens and rows of at most 1.",
+    "*Served* means, each seen in the run: every site that a trace can read, logits among them, is plain Hugging",
+    "Face's (hooks on every module) to 1e-5 of the largest value; an edit of the first layer's output is the hook's edit; two",
+    "prompts in one pass have, bit for bit, what they have alone; attention patterns are the model's own where",
+    "it tells them, else they have no weight on later tokens and rows of at most 1.",
     "",
-    "- **layout**: how a pass holds its sequences. *packed*: in one stream, with rows shared and left out; *padded*: in a batch.",
-    f"  *{_PADDED_NEEDED}*: it cannot be packed, for the reason in the notes, and no other layout serves it yet. *{_REFUSED}*: the",
-    "  notes say why; where no tiny model could be made the class was not tried.",
-    "- **standard names**: modules found by structure. **without the points**: which of the points that are named the same in every",
-    "  family (`" + "`, `".join(DIMS) + "`) no layer has.",
-    "- **stages**, **ranks**: 2 where the model split so gives the same bits (stages), or numbers to 1e-5 (ranks), as in one process; 1",
-    "  where it does not, with the reason.",
+    "- **layout**: how a pass holds its sequences. *packed*: in one stream, with rows shared and left out; *padded*: in",
+    f"  a batch. *{_PADDED_NEEDED}*: it cannot be packed, for the reason in the notes, and no other layout serves it.",
+    f"  *{_REFUSED}*: the notes say why; where no tiny model could be made the class was not tried.",
+    "- **standard names**: those of the model that resolve, found by structure.",
+    "- **without the points**: which of the points that have one name in every family no layer has. There are",
+    f"  {', '.join(DIMS)}.",
+    "- **stages**, **ranks**: 2 where the model split so gives the bits (stages), or the numbers to 1e-5 (ranks), of",
+    "  one process; 1 where it does not, with the reason.",
 )
+
+_WAY_OUT = re.compile(r"[:;] use (ranks=1 and split it into stages|stages=1 and ranks) instead$")
+_NAME = re.compile(r"\b\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration|Decoder|LMHead) (?=has|cannot|does)")
 
 
 def _layout(trial: Trial) -> str:
@@ -118,13 +125,13 @@ def _layout(trial: Trial) -> str:
 
 
 def _short(note: str) -> str:
-    """Without the way out, which is for the service's people, and the class's name, which the row has."""
-    note = note.removesuffix(": use ranks=1 and split it into stages instead")
-    note = re.sub(
-        r"\b[A-Za-z0-9_]+(ForCausalLM|LMHeadModel|ForConditionalGeneration|Decoder) (has|cannot|does)\b", r"\2", note
-    )
-    note = note.replace("|", "/").replace("\n", " ")
-    return note if len(note) <= 220 else note[:219] + "…"
+    """Without the way out, which is for a service's people, and the class's name, which the row has."""
+    note = _NAME.sub("", _WAY_OUT.sub("", note)).replace("|", "/").replace("\n", " ")
+    return note if len(note) <= _NOTE else f"{note[: _NOTE - 1]}…"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
 
 
 def _cells(line: str) -> Sequence[str]:
