@@ -39,7 +39,7 @@ class Around:
 
 
 def rows_of(value: Any, rows: Tensor, num_rows: int) -> Any:
-    """A layer's arguments beside the hidden states, for other rows: `[1, T, ...]`, `[1, 1, T, ...]`, or `[T]` of level 0."""
+    """A layer's arguments beside the hidden states, for other rows: `[1, ..., T, ...]`, or `[T]` of level 0."""
     if isinstance(value, Tensor):
         behind = next((dim for dim, size in enumerate(value.shape) if size != 1), value.ndim)
         if behind < value.ndim and value.shape[behind] == num_rows and (behind > 0 or value.ndim == 1):

@@ -99,12 +99,12 @@ def page(rows: Mapping[str, str]) -> str:
 
 _LEGEND = (
     "*Served* means, each seen in the run: every site that a trace can read, logits among them, is plain Hugging",
-    "Face's (hooks on every module) to 1e-5 of the largest value; an edit of the first layer's output is the hook's edit; two",
-    "prompts in one pass have, bit for bit, what they have alone; attention patterns are the model's own where",
-    "it tells them, else they have no weight on later tokens and rows of at most 1.",
+    "Face's (hooks on every module) to 1e-5 of the largest value; an edit of the first layer's output is the hook's;",
+    "two prompts in one pass have, bit for bit, what they have alone; attention patterns are the model's own where it",
+    "tells them, else they have no weight on later tokens and rows of at most 1.",
     "",
-    "- **layout**: how a pass holds its sequences. *packed*: in one stream, with rows shared and left out; *padded*: in",
-    f"  a batch. *{_PADDED_NEEDED}*: it cannot be packed, for the reason in the notes, and no other layout serves it.",
+    "- **layout**: how a pass holds its sequences. *packed*: in one stream, with rows shared and left out; *padded*:",
+    f"  in a batch. *{_PADDED_NEEDED}*: it cannot be packed, for the reason in the notes, and no other layout serves it.",
     f"  *{_REFUSED}*: the notes say why; where no tiny model could be made the class was not tried.",
     "- **standard names**: those of the model that resolve, found by structure.",
     "- **without the points**: which of the points that have one name in every family no layer has. There are",
