@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 # matplotlib's list of fonts: here, not in the home folder
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
-.PHONY: help setup demo test check bench gpu-test format clean
+.PHONY: help setup demo test check bench families gpu-test format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test      all tests"
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make bench     the benchmarks; one JSON line each in bench/results/"
+	@echo "make families  every causal language model class tried from a tiny configuration; writes docs/families.md"
 	@echo "make gpu-test  the tests that need a CUDA device"
 	@echo "make format    put the sources into the house format, and the file tree into README.md"
 	@echo "make clean     remove everything that was made here"
@@ -46,6 +47,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench.run
+
+families: $(READY)
+	$(TEST_ENV) $(BIN)/python -m bench.families
 
 gpu-test: $(READY)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \

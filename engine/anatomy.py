@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from engine.attention import NAME as ENGINE
 from engine.experts import is_experts
 from engine.own_formula import OwnFormula
-from engine.specimen import NUM_TOKENS, Seen, make_specimen, run_specimen
+from engine.specimen import NUM_TOKENS, Seen, gives_layers_tokens, make_specimen, run_specimen
 
 # T = tokens, H = heads, C = features of a head, D = hidden, W = features of some module's output
 
@@ -99,6 +99,7 @@ class Anatomy:
     kinds: Mapping[Signature, Parts] = field(default_factory=dict)  # of layers
     positions: tuple[str, int] | None = None  # the embedding of positions, and its row for position 0
     final_norm: str | None = None  # behind all layers, gives what the head takes
+    has_token_values: bool = False  # layers are given values of embeddings beside the hidden states
 
 
 def find_anatomy(config: Any, layers: str, attention: str = ENGINE) -> Anatomy:
@@ -141,7 +142,12 @@ def _find_anatomy(key: _Key) -> Anatomy:
         if own not in found:
             with suppress(Exception):
                 found[own] = _Layer(layer, f"{key.layers}.{number}", seen).parts()
-    return Anatomy(kinds=found, positions=_positions(twin, seen), final_norm=_final_norm(twin, key.layers, seen))
+    return Anatomy(
+        kinds=found,
+        positions=_positions(twin, seen),
+        final_norm=_final_norm(twin, key.layers, seen),
+        has_token_values=gives_layers_tokens(twin, key.layers),
+    )
 
 
 def _final_norm(twin: nn.Module, layers: str, seen: Seen) -> str | None:

@@ -39,11 +39,12 @@ class Around:
 
 
 def rows_of(value: Any, rows: Tensor, num_rows: int) -> Any:
-    """A layer's arguments beside the hidden states, `[1, T, ...]` or `[T]` of level 0, for other rows."""
+    """A layer's arguments beside the hidden states, for other rows: `[1, ..., T, ...]`, or `[T]` of level 0."""
     if isinstance(value, Tensor):
-        if value.ndim > 1 and value.shape[1] == num_rows:
-            return value.index_select(1, rows)
-        return value.index_select(0, rows) if value.shape == (num_rows,) else value
+        behind = next((dim for dim, size in enumerate(value.shape) if size != 1), value.ndim)
+        if behind < value.ndim and value.shape[behind] == num_rows and (behind > 0 or value.ndim == 1):
+            return value.index_select(behind, rows)
+        return value
     if isinstance(value, Mapping):
         return {key: rows_of(member, rows, num_rows) for key, member in value.items()}
     if isinstance(value, (tuple, list)):

@@ -45,6 +45,7 @@ _HARMLESS = frozenset(
         "dropout",
         "is_causal",
         "layer_idx",
+        "logits_to_keep",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
@@ -180,7 +181,7 @@ def packed_attention(
         elif written:
             rows = to_device(written, current.device)
             z = z.index_copy(1, rows, layer.result(query.dtype).index_select(1, rows))
-    return visited(points, Port.Z, z), None
+    return visited(points, Port.Z, z.contiguous()), None  # some families view it as one row a token
 
 
 def _by_kernel(current: AttentionPass, query: Tensor, key_GRC: Tensor, value_GRC: Tensor, formula: Formula) -> Tensor:

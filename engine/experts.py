@@ -17,7 +17,10 @@ On the meta device there are no groups to know: every row stands once for each o
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,11 +40,21 @@ def use_padded_experts(model: PreTrainedModel) -> None:
     """Makes the experts of a model run by `padded_experts` from now on; nothing to do where there are none."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, padded_experts)
     model.set_experts_implementation(NAME)
+    for module in model.modules():
+        if _has_own_loop(type(module)):
+            module.forward = partial(_with_padding, module, module.forward)
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module runs its rows sorted by expert."""
-    return hasattr(module, "_is_expert_parallel")
+    return hasattr(module, "_is_expert_parallel") or _has_own_loop(type(module))
+
+
+@cache
+def _has_own_loop(kind: type[nn.Module]) -> bool:
+    """Whether its forward takes what routers choose and is not one that transformers lets us replace."""
+    taken = set(inspect.signature(kind.forward).parameters)
+    return {"top_k_index", "top_k_weights"} <= taken and not hasattr(kind, "_apply_gate")
 
 
 def deal_experts(module: nn.Module, rank: int, ranks: int) -> None:
@@ -143,3 +156,22 @@ def _linear(experts: Any, name: str, x_PI: Tensor, groups: list[int] | Tensor | 
             start += count
     parts.append(x_PI.new_zeros(x_PI.shape[0] - start, weights.shape[2]))
     return torch.cat(parts)
+
+
+def _with_padding(
+    experts: Any, forward: Callable[..., Tensor], hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """A loop over experts of the model's own, `[1, T, D]` or `[T, D]`, with rows of zeros behind, as many for each
+    expert as keep its rows' bits from how many they are.
+    """
+    if hidden.is_meta:
+        return torch.empty_like(hidden)
+    dim = hidden.ndim - 2
+    least = least_rows(hidden.device)
+    padding = torch.arange(experts.num_experts, device=hidden.device).repeat_interleave(least)
+    shape = list(hidden.shape)
+    shape[dim] = len(padding)
+    chosen = torch.cat([top_k_index, padding[:, None].expand(-1, top_k_index.shape[1])])
+    weights = torch.cat([top_k_weights, top_k_weights.new_zeros(len(padding), top_k_weights.shape[1])])
+    total = forward(torch.cat([hidden, hidden.new_zeros(shape)], dim), chosen, weights)
+    return total.narrow(dim, 0, hidden.shape[dim])

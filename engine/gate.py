@@ -53,6 +53,7 @@ _FAMILY = 1e-3  # of the largest logit, between two formulas of one attention
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
 _PADDED = "each prompt runs alone and shares no rows, in the padded layout"
+_TOKEN_VALUES = "are given values of embeddings beside the hidden states"
 _OTHER_NUMBERS = "the model gives other numbers where its calls are visited"
 _UNPROVEN = (
     "what a rank holds of it is not its slice of the whole (it may be a part of a sum): read a module's port instead"
@@ -79,9 +80,10 @@ def run_gate(
 
     `proven` are the operations' values that ranks hold as they are taken to hold them; None where there is one rank.
     """
-    if probe.has_side_values and links.stages > 1:
+    if (probe.has_side_values or probe.has_token_values) and links.stages > 1:
+        told = _SIDE_VALUES if probe.has_side_values else _TOKEN_VALUES
         raise ServiceError(
-            f"{probe.class_name} cannot be split into stages: its layers {_SIDE_VALUES}; use stages=1 and ranks instead"
+            f"{probe.class_name} cannot be split into stages: its layers {told}; use stages=1 and ranks instead"
         )
     is_packed = probe.manner.layout is PassLayout.PACKED
     machine_notes: tuple[str, ...] = (f"{_PADDED}: {probe.why_padded}",)

@@ -140,6 +140,10 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
         for target, source in tied.items():
             # The embedding is on the first stage, the head tied to it on the last: both read the same tensor.
             found = state.get(source) or next((v for k, v in state.items() if source.endswith(f".{k}")), None)
+            if found is None:  # of a checkpoint that names the parts of its path otherwise
+                own = ".".join(source.split(".")[-2:])
+                ends = [value for key, value in state.items() if key.endswith(f".{own}")]
+                found = ends[0] if len(ends) == 1 else None
             if target not in state and found is not None:
                 state[target] = found
         model, splits = _from_state(config, state, window, layout, links, reader)

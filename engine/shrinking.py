@@ -27,6 +27,15 @@ _INNER = (  # features inside an MLP
 )
 _LATENT = ("q_lora_rank", "kv_lora_rank")
 _HEAD_PARTS = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+# Of state-space layers: how many heads and of how many features; what says that these follow from the width; groups.
+_STATES = (
+    ("mamba_n_heads", "mamba_d_head"),
+    ("mamba_num_heads", "mamba_head_dim"),
+    ("n_mamba_heads", "mamba_headdim"),
+    ("num_heads", "head_dim"),
+)
+_EXPANDS = ("mamba_expand", "expand")
+_GROUPS = ("mamba_n_groups", "mamba_ngroups", "n_groups")
 
 
 def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
@@ -35,55 +44,123 @@ def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
     `keeps_heads`: as many heads as there are, for families that insist on a number.
     """
     text = config.get_text_config(decoder=True)
+    if text is not config and type(text) is type(config):  # an encoder and a decoder told in one: that was a copy
+        config.is_encoder_decoder = False
+        text = config
     config.dtype = text.dtype = torch.float32
     for each in (config, text):
         if hasattr(each, "quantization_config"):
             del each.quantization_config
     # 1) layers: one of each kind, at least two
-    _keep_layers(text)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        for each in (config, text):
-            setattr(each, name, None if getattr(each, name, None) is None else 0)
-    text.vocab_size = 32 * ranks + text.vocab_size % ranks
+    apart = _taken_apart(text)
+    before = {name: _number(text, name) for own in apart.values() for name in own}
+    kept_layers = _keep_layers(text, apart)
     # 2) heads: as few as the ranks can share in the same way, two each where there are so many
-    heads = getattr(text, "num_attention_heads", None)
-    if heads is None:  # widths without heads keep their ratios only as they are
-        return
-    key_values = getattr(text, "num_key_value_heads", None) or heads
-    common = (f for f in range(1, key_values + 1) if heads % f == key_values % f == 0)
-    share = 1 if keeps_heads else max((f for f in common if key_values // f % (2 * ranks) == 0), default=1)
-    text.num_attention_heads = heads // share
-    if getattr(text, "num_key_value_heads", None):
-        text.num_key_value_heads = key_values // share
+    heads = _number(text, "num_attention_heads")
+    key_values = _number(text, "num_key_value_heads") or heads
+    width = _number(text, "hidden_size")
+    states = _state_heads(text, width)
+    is_square = _number(text, "head_dim") * heads == width  # heads side by side are as wide as the residual
+    if heads:
+        common = (f for f in range(1, key_values + 1) if heads % f == key_values % f == 0)
+        share = 1 if keeps_heads else max((f for f in common if key_values // f % (2 * ranks) == 0), default=1)
+        _set(text, "num_attention_heads", heads // share)
+        _set(text, "num_key_value_heads", key_values // share)
     # 3) widths
-    width = text.hidden_size
-    has_head_dim = isinstance(getattr(text, "head_dim", None), int)
-    per_head = max(2, -(-_HIDDEN // text.num_attention_heads)) if has_head_dim else _HEAD  # some insist on a multiple
-    text.hidden_size = per_head * text.num_attention_heads
+    kept = _number(text, "num_attention_heads") or _HIDDEN // _HEAD
+    per_head = _HEAD if is_square or not _number(text, "head_dim") else max(2, -(-_HIDDEN // kept))
+    hidden = per_head * kept  # some insist on a multiple of the heads
+    _set(text, "hidden_size", hidden)
     sizes: dict[str, int] = dict.fromkeys(_INNER, 16 * ranks)
     sizes |= dict.fromkeys(("head_dim", *_HEAD_PARTS), _HEAD) | dict.fromkeys(_LATENT, _HIDDEN // 2)
     sizes["qk_head_dim"] = 2 * _HEAD
     sizes["sliding_window"] = _WINDOW
-    sizes["rotary_dim"] = min(_HEAD, per_head)
-    sizes["word_embed_proj_dim"] = text.hidden_size * getattr(text, "word_embed_proj_dim", width) // width
+    sizes["vocab_size"] = 32 * ranks + _number(text, "vocab_size") % ranks
+    sizes |= dict.fromkeys(("vocab_size_per_layer_input", "decoder_vocab_size"), sizes["vocab_size"])
+    sizes["hidden_size_per_layer_input"] = _HEAD
+    if width:
+        sizes["word_embed_proj_dim"] = hidden * _number(text, "word_embed_proj_dim") // width
+    sizes["rotary_dim"] = min(_number(text, "rotary_dim"), _HEAD // 2)
+    sizes |= {features: expand * hidden // _number(text, heads) for heads, features, expand in states}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": len(kept_layers), f"{side}_attention_heads": kept, f"{side}_ffn_dim": 16 * ranks}
     for name, size in sizes.items():
-        if isinstance(getattr(text, name, None), int) and not isinstance(getattr(type(text), name, None), property):
-            setattr(text, name, size)
+        _set(text, name, size)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for each in (config, text):
+            setattr(each, name, None if getattr(each, name, None) is None else 0)
     for factors in _rotary_factors(getattr(text, "rope_parameters", None)):
         del factors[_HEAD // 2 :]
+    # 4) layers that have other numbers than all, in the same ratio
+    if apart:
+        ratios = {name: (_number(text, name), was) for name, was in before.items()}
+        text.per_layer_config = {
+            place: {name: _scaled(value, *ratios[name]) for name, value in apart.get(layer, {}).items()}
+            for place, layer in enumerate(kept_layers)
+        }
 
 
-def _keep_layers(text: Any) -> None:
-    """Of layers that lists of the configuration tell apart, the first of each kind."""
+def _scaled(value: Any, now: int, was: int) -> Any:
+    return value * now // was if isinstance(value, int) and not isinstance(value, bool) and was else value
+
+
+def _state_heads(text: Any, width: int) -> list[tuple[str, str, int]]:
+    """Names of how many heads a state has and of how many features, where together they are so many times the width.
+
+    There are as few heads afterwards as their groups allow.
+    """
+    found = []
+    for heads, features in _STATES:
+        together = _number(text, heads) * _number(text, features)
+        if width and together and together % width == 0 and any(_number(text, name) for name in _EXPANDS):
+            groups = max((_number(text, name) for name in _GROUPS), default=0)
+            setattr(text, heads, max(2, groups))
+            found.append((heads, features, together // width))
+    return found
+
+
+def _number(config: Any, name: str) -> int:
+    """A whole number of a configuration, 0 where it has none of this name; that of all layers where these differ."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _set(config: Any, name: str, size: int) -> None:
+    """Where the configuration has such a number of its own, one or one a layer, and it does not follow from others."""
+    own = getattr(type(config), config.attribute_map.get(name, name), None)
+    value = getattr(config, name, None)
+    if isinstance(own, property) and own.fset is None:
+        return
+    if _number(config, name):
+        setattr(config, name, size)
+    elif isinstance(value, list) and value and all(isinstance(each, int) for each in value):
+        setattr(config, name, [size] * len(value))
+
+
+def _taken_apart(text: Any) -> dict[int, dict[str, Any]]:
+    """What single layers have otherwise than all; from now on they do not."""
+    told = text.to_dict().get("per_layer_config") or {}
+    if told:
+        text.per_layer_config = None
+    return {int(layer): own for layer, own in told.items()}
+
+
+def _keep_layers(text: Any, apart: dict[int, dict[str, Any]]) -> list[int]:
+    """Of layers that the configuration tells apart, in lists or one by one, the first of each kind; which these are."""
     number = text.num_hidden_layers
     lists = {
         name: value for name, value in vars(text).items() if isinstance(value, (list, tuple)) and len(value) == number
     }
+    shared = _number(text, "num_kv_shared_layers")  # the last ones, which use keys of those before
     kinds: dict[str, int] = {}
     for layer in range(number):
-        kinds.setdefault(str([values[layer] for values in lists.values()]), layer)
+        kinds.setdefault(
+            str([layer >= number - shared, apart.get(layer), *(values[layer] for values in lists.values())]), layer
+        )
     kept = sorted(kinds.values())[:4]
     kept = kept if len(kept) > 1 else list(range(min(2, number)))
+    if shared:
+        text.num_kv_shared_layers = sum(1 for layer in kept if layer >= number - shared)
     text.num_hidden_layers = len(kept)
     for name, values in lists.items():
         setattr(text, name, [values[layer] for layer in kept])
@@ -91,6 +168,7 @@ def _keep_layers(text: Any) -> None:
         text.first_k_dense_replace = min(1, text.first_k_dense_replace)
     if isinstance(getattr(text, "mlp_only_layers", None), list) and "mlp_only_layers" not in lists:
         text.mlp_only_layers = [layer for layer in text.mlp_only_layers if layer < len(kept)]
+    return kept
 
 
 def _rotary_factors(rotary: Any) -> Iterator[list[float]]:

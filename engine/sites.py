@@ -17,17 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.anatomy import Parts
+from engine.anatomy import Parts, find_anatomy
 from engine.arguments import Arguments, OperationArguments, Selector
 from engine.attention import watching
 from engine.experts import is_experts
 from engine.head_outputs import HeadOutputs
 from engine.kernels import why_no_kernels
 from engine.lanes import MAX_THREADS, rows_multiple
-from engine.manners import Manner, forward_names, manners_of
+from engine.manners import Manner, attention_of, forward_names, manners_of
 from engine.named import Views, name_parts, named_infos
 from engine.operations import watch_operations
 from engine.partitions import NamedWeight
+from engine.positions import first_position
 from engine.relations import Check
 from engine.source_sites import SourceGroup, SourceNotes, describe_sources, group_sources
 from engine.standard import StandardNames
@@ -82,6 +83,7 @@ class Probe:
     max_tokens: int
     has_kept_rows: bool
     has_side_values: bool  # layers hand values to later layers beside the hidden states
+    has_token_values: bool  # layers are given values of embeddings beside the hidden states
     has_fixed_rows: bool  # the root's forward insists on as many rows behind the layers as it was called with
     widths: frozenset[int]  # elements a row has at some port, unsharded
     sites: tuple[SiteInfo, ...]  # stage 0 everywhere; `describe_model` places them
@@ -233,9 +235,10 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
         layout=layout,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_tokens=_max_tokens(config),
+        max_tokens=_max_tokens(config) - first_position(model),
         has_kept_rows=has_kept_rows,
         has_side_values=first.has_side_values,
+        has_token_values=find_anatomy(model.config, layers, attention_of(model)).has_token_values,
         has_fixed_rows=is_packed and not _takes_other_rows(model, layers),
         widths=frozenset(_widths(first, second)) if is_packed else frozenset(),
         sites=sites,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from engine.attention import NAME as ENGINE
 from engine.manners import attention_of, forward_names, use_attention
 from engine.operations import watch_operations
 from engine.own_formula import FormulaFinder, OwnFormula
+from engine.positions import numbered_modules, numbering
 from engine.shrinking import shrink
 
 NAME = "polytrace-specimen"
@@ -80,22 +81,30 @@ def run_specimen(twin: Any) -> Seen:
         module.register_forward_pre_hook(before(path), with_kwargs=True)
         module.register_forward_hook(after(path))
     ids = torch.arange(1, NUM_TOKENS + 1)[None]
+    for module, give in numbering(numbered_modules(twin), torch.zeros_like(ids)):
+        module.register_forward_pre_hook(give, with_kwargs=True)
     token = _into.set(seen)
-    given: dict[str, Any] = {"position_ids": torch.zeros_like(ids)}
     listening: Any = nullcontext()
     if not is_engines:
-        # With a mask given nobody takes equal positions for as many sequences.
-        given["attention_mask"] = torch.ones_like(ids)
-        taken = forward_names(twin)
-        given = {name: value for name, value in given.items() if name in taken}
         finder = FormulaFinder(dict(twin.named_modules()), seen.formulas)
         listening = watch_operations(dict(twin.named_modules()), finder.watch)
     try:
         with torch.no_grad(), listening:
-            twin(input_ids=ids, use_cache=False, **given)
+            twin(input_ids=ids, use_cache=False, **_at_first_position(twin, ids))
     finally:
         _into.reset(token)
     return seen
+
+
+def _at_first_position(twin: Any, ids: Tensor) -> dict[str, Any]:
+    """What a forward is given beside its tokens."""
+    given: dict[str, Any] = {"position_ids": torch.zeros_like(ids)}
+    if attention_of(twin) != NAME:
+        # With a mask given nobody takes equal positions for as many sequences.
+        given["attention_mask"] = torch.ones_like(ids)
+        taken = forward_names(twin)
+        given = {name: value for name, value in given.items() if name in taken}
+    return given
 
 
 _into: ContextVar[Seen | None] = ContextVar("anatomy", default=None)  # the forward that runs now
@@ -121,3 +130,38 @@ def _copy(value: Any) -> Any:
         has_rows = value.shape[:2] == (1, NUM_TOKENS) or (value.ndim > 1 and value.shape[0] == NUM_TOKENS)
         return value.clone() if has_rows else None
     return tuple(map(_copy, value)) if isinstance(value, (tuple, list)) else None
+
+
+def gives_layers_tokens(twin: nn.Module, layers: str) -> bool:
+    """Whether what layers are given beside the hidden states is of tokens' embeddings: a later stage has none."""
+    listed: Any = twin.get_submodule(layers)
+    one, other = (_beside_hidden(twin, listed, first) for first in (1, 2))
+    return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _beside_hidden(twin: nn.Module, layers: Any, first: int) -> list[Tensor]:
+    """The tensors that layers get behind their first argument, for a prompt of successive tokens."""
+    given: list[Tensor] = []
+
+    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        others = [*args[1:], *kwargs.values()] if args else list(kwargs.values())[1:]
+        given.extend(value.clone() for value in _tensors_in(others) if value.is_floating_point())
+
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    ids = torch.arange(first, first + NUM_TOKENS)[None]
+    try:
+        with torch.no_grad():
+            twin(input_ids=ids, use_cache=False, **_at_first_position(twin, ids))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return given
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """All of them, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for own in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(own)

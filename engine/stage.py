@@ -30,6 +30,7 @@ from engine.named import CallView, HeadsTaken, HeadView, Views
 from engine.operations import Stops, rewritten
 from engine.pair_tensors import TensorPairs
 from engine.points import MASKED, Point, Points
+from engine.positions import numbered_modules, numbering
 from engine.sites import first_argument, port_leaves
 from engine.streams import Streams
 from engine.trunks import Trunks
@@ -77,6 +78,7 @@ class StageRunner:
         self._layers: Any = model.get_submodule(window.layers)
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._views: Views = views or {}
+        self._numbered = numbered_modules(model)
         self._is_calling = False
 
     def run(
@@ -100,6 +102,9 @@ class StageRunner:
         with ExitStack() as hooks, attending(rows.attention), torch.no_grad():
             for handle in self._install(rows, hidden_1TD, visits, stop_after, left):
                 hooks.callback(handle.remove)
+            for module, give in numbering(self._numbered, positions_1T):
+                own = self._unless_calling(give)
+                hooks.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
             hooks.enter_context(self._operations(visits, stop_after))
             with suppress(Done):
                 self.model(input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, **options)

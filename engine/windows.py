@@ -103,11 +103,14 @@ class PassThrough(nn.Module):
     """Stands for a module that the stage does not own: returns its first argument.
 
     Carries the plain attributes of the module it replaces: root forwards read `layer_idx`, `attention_type` and such.
-    With `members` it returns a tuple of so many, the rest of them None.
+    With `members` it returns a tuple of so many, the rest of them None. With `has_parts` it has stubs of the module's
+    parts, which are never called: models look for their head inside of one.
     """
 
-    def __init__(self, original: nn.Module, *, members: int = 0) -> None:
+    def __init__(self, original: nn.Module, *, members: int = 0, has_parts: bool = False) -> None:
         super().__init__()
+        for name, part in original.named_children() if has_parts else ():
+            self.add_module(name, PassThrough(part, has_parts=True))
         own = vars(self)
         for name, value in vars(original).items():
             if name not in own and not isinstance(value, Tensor):
@@ -267,7 +270,7 @@ def keep_window(model: nn.Module, window: Window, layout: Layout | None = None) 
             model.set_submodule(path, NoEmbedding(shape))
     if not window.is_last:
         for path in layout.after:
-            model.set_submodule(path, PassThrough(model.get_submodule(path)))
+            model.set_submodule(path, PassThrough(model.get_submodule(path), has_parts=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
