@@ -14,6 +14,7 @@ from polytrace.prompts import PromptBook
 from polytrace.tokenizer import token_texts
 
 if TYPE_CHECKING:
+    from polytrace.description import Leaf
     from polytrace.model import Model
     from polytrace.modules import Module
 
@@ -22,23 +23,16 @@ Of = (
     str | Callable[[Any], Any]
 )  # a named point of a layer, or what to read of a layer: `lambda layer: layer.mlp.output`
 
-_IN_ONE_VIEW = 32  # prompts: as many share one invoke, whose prompts stay together when passes are cut
-
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts as token ids, cut into the invokes of one trace."""
+    """Prompts as token ids."""
 
     sequences: tuple[tuple[int, ...], ...]
     texts: tuple[tuple[str, ...], ...]  # of each prompt's tokens
 
     def __len__(self) -> int:
         return len(self.sequences)
-
-    def groups(self) -> list[list[list[int]]]:
-        """What to give to `tracer.invoke`, in order."""
-        rows = [list(sequence) for sequence in self.sequences]
-        return [rows[first : first + _IN_ONE_VIEW] for first in range(0, len(rows), _IN_ONE_VIEW)]
 
     @property
     def longest(self) -> int:
@@ -125,6 +119,12 @@ def point_of(layer: Module, of: Of) -> Any:
         known = ", ".join(name for name, dims in DIMS.items() if dims == STREAM)
         raise GraphError(f"{of!r} is no part of the residual; it is one of {known}, or a function", where=user_line())
     return getattr(layer, of)
+
+
+def residual_leaf(model: Model) -> Leaf:
+    """What is known of the residual without a trace: its features are `tail[-1]`."""
+    leaves = model._index.ports[model.layers[0]._path, "output"].leaves
+    return next(leaf for _, leaf in leaves.values())
 
 
 def attention_of(model: Model, number: int) -> Module:
