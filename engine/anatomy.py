@@ -72,6 +72,7 @@ class Parts:
     out: str | None = None  # takes all heads' results side by side
     mid: str | None = None  # its input is the residual between attention and MLP
     why_no_mid: str = ""
+    is_parallel: bool = False  # attention and MLP run side by side
     norm_behind: str | None = None  # of families that norm what attention gave before they add it
     scale: float = 1.0  # of families that scale it then
     attention_adds: Added | None = None
@@ -228,6 +229,7 @@ class _Layer:
             out=out,
             mid=middle.module,
             why_no_mid=middle.why_not,
+            is_parallel=middle.why_not == _SIDE_BY_SIDE,
             norm_behind=middle.norm_behind,
             scale=middle.scale,
             attention_adds=middle.attention_adds,

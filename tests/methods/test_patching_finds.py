@@ -77,7 +77,7 @@ def test_the_city_goes_to_the_last_token_in_the_middle_layers(model: Any) -> Non
 
 
 def test_the_induction_head_and_the_head_before_it_are_needed(model: Any) -> None:
-    harm = ablate(model, repeated(4), loss(14), by="mean").effect
+    harm = ablate(model, repeated(4), loss(14), method="mean").effect
     assert heads(harm, 2) == {(0, 0), (1, 0)}
     assert float(abs(harm.sel(layer=slice(2, None)).mean("prompt")).max()) < 0.2
 
