@@ -22,9 +22,8 @@ Map = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both(request.param, tmp_path_factory.mktemp(request.param)) as found:
-        yield found
+def served(request: pytest.FixtureRequest, beside: Callable[[str], Both]) -> Both:
+    return beside(request.param)
 
 
 def frozen(norm: Any, given: Tensor) -> tuple[Map, Tensor]:
@@ -157,9 +156,8 @@ def test_a_residual_that_is_no_sum_is_refused(behind_norms: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with both("llama", tmp_path_factory.mktemp("llama")) as found:
-        yield found.model
+def llama(beside: Callable[[str], Both]) -> Any:
+    return beside("llama").model
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hooked import Both, both, close
+from hooked import Both, close
 from torch import Tensor
 
 from polytrace.errors import ConflictError, GraphError, NotFoundError
@@ -20,9 +20,8 @@ DATASET = [torch.randint(3, 90, (3 + n % 4,), generator=_draw).tolist() for n in
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both("llama", tmp_path_factory.mktemp("llama")) as found:
-        yield found
+def served(beside: Callable[[str], Both]) -> Both:
+    return beside("llama")
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hooked import Both, both, close
+from hooked import Both, close
 from torch import Tensor
 
 from polytrace.errors import GraphError, WireError
@@ -20,9 +20,8 @@ NEGATIVE = [torch.randint(3, 90, (4 + n % 2,), generator=_draw).tolist() for n i
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both("llama", tmp_path_factory.mktemp("llama")) as found:
-        yield found
+def served(beside: Callable[[str], Both]) -> Both:
+    return beside("llama")
 
 
 def rows_by_hand(served: Both, prompts: list[list[int]], layer: int, positions: Any, side: str = "output") -> Tensor:

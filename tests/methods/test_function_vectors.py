@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from hooked import Both, both, close
+from hooked import Both, close
 from torch import Tensor
 
 from polytrace.errors import GraphError
@@ -20,9 +20,8 @@ SIZE = 8
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "gpt_neox"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both(request.param, tmp_path_factory.mktemp(request.param)) as found:
-        yield found
+def served(request: pytest.FixtureRequest, beside: Callable[[str], Both]) -> Both:
+    return beside(request.param)
 
 
 def means_by_hand(served: Both, layer: int) -> Tensor:

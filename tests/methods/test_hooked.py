@@ -175,9 +175,8 @@ def test_of_prompts_of_different_lengths_each_has_its_own_numbers(both: Both) ->
 
 
 @pytest.fixture(scope="module")
-def hooked() -> Iterator[HookedModel]:
-    with polytrace.load(str(TINYWORLD), threads=1) as model:
-        yield HookedModel(model)
+def hooked(world: Any) -> HookedModel:
+    return HookedModel(world)
 
 
 TOWER = "The Eiffel Tower is in the city of"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,13 @@ Both = tuple[Any, PlainModel]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    plain = PlainModel(request.param)
-    with loaded(plain.model, tmp_path_factory.mktemp(request.param)) as model:
-        yield model, plain
+def both(request: pytest.FixtureRequest, patched: Callable[[str], Both]) -> Both:
+    return patched(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    plain = PlainModel("llama")
-    with loaded(plain.model, tmp_path_factory.mktemp("llama")) as model:
-        yield model, plain
+def llama(patched: Callable[[str], Both]) -> Both:
+    return patched("llama")
 
 
 def lead(logits: Tensor) -> float:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-import polytrace
-from bench.tinyworld import FOLDER
 from bench.tinyworld.facts import RELATIONS
 from polytrace.methods import (
     ablate,
@@ -32,9 +29,8 @@ LEAD = logit_difference([f" {a}" for a, _ in PEOPLE], [f" {b}" for _, b in PEOPL
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Any]:
-    with polytrace.load(str(FOLDER), threads=1) as model:
-        yield model
+def model(world: Any) -> Any:
+    return world
 
 
 def repeated(count: int) -> list[list[int]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hooked import PROMPTS, Both, both, close
+from hooked import PROMPTS, Both, close
 from torch import Tensor
 
 from polytrace.errors import GraphError
@@ -18,15 +18,13 @@ VECTORS = 2 * torch.randn(4, 32, generator=torch.Generator().manual_seed(1))  # 
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "gpt_neox"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both(request.param, tmp_path_factory.mktemp(request.param)) as found:
-        yield found
+def served(request: pytest.FixtureRequest, beside: Callable[[str], Both]) -> Both:
+    return beside(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both("llama", tmp_path_factory.mktemp("llama")) as found:
-        yield found
+def llama(beside: Callable[[str], Both]) -> Both:
+    return beside("llama")
 
 
 def added(vector: Tensor, positions: Any, weights: Tensor | None = None) -> Any:
