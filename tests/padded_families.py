@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
+    RwkvConfig,
 )
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -72,6 +73,7 @@ MIXING: dict[str, PreTrainedConfig] = {
         attention_window_size=8,
         block_types=("recurrent", "attention"),
     ),
+    "rwkv": RwkvConfig(**_SMALL, context_length=64, attention_hidden_size=32, intermediate_size=64),
     "qwen3_next": Qwen3NextConfig(
         **_HEADS,
         head_dim=8,
@@ -173,6 +175,9 @@ FAMILIES = {
     ),
     "lfm2": _family("model.layers", "model.embedding_norm", "", ("feed_forward", "output", (), 32)),
     "recurrent_gemma": _family("model.layers", "model.final_norm", "", ("mlp_block", "output", (), 32)),
+    "rwkv": _family(
+        "rwkv.blocks", "rwkv.ln_out", "", ("attention", "output", (0,), 32), ("ln2", "output", (), 32), kind=TupleFamily
+    ),
     "qwen3_next": _family("model.layers", "model.norm", "", ("input_layernorm", "output", (), 32)),
 }
 

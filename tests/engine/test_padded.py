@@ -21,6 +21,7 @@ from small import close, logits_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from engine.loading import check_split
 from engine.local import LocalBackend
 from engine.sites import port_leaves
 from polytrace.description import PassLayout
@@ -240,6 +241,12 @@ def test_ranks_are_refused_with_the_way_out(tmp_path: Path) -> None:
     model_of("bloom").save_pretrained(tmp_path)
     with pytest.raises(ServiceError, match=r"cannot be split over ranks: .*attention interface; use ranks=1"):
         ProcessShards(str(tmp_path), stages=1, ranks=2)
+
+
+def test_a_model_whose_forward_looks_into_its_layers_is_one_stage(tmp_path: Path) -> None:
+    model_of("rwkv").save_pretrained(tmp_path)
+    with pytest.raises(ServiceError, match="does not run with stubs for layers; use stages=1"):
+        check_split(str(tmp_path), "auto", stages=2, ranks=1)
 
 
 # families that attend by a formula of their own
