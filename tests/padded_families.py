@@ -73,7 +73,6 @@ MIXING: dict[str, PreTrainedConfig] = {
         attention_window_size=8,
         block_types=("recurrent", "attention"),
     ),
-    "rwkv": RwkvConfig(**_SMALL, context_length=64, attention_hidden_size=32, intermediate_size=64),
     "qwen3_next": Qwen3NextConfig(
         **_HEADS,
         head_dim=8,
@@ -89,6 +88,7 @@ MIXING: dict[str, PreTrainedConfig] = {
     ),
 }
 CONFIGS = OWN_FORMULA | MIXING
+LOOKS_INTO_LAYERS = RwkvConfig(**_SMALL, context_length=64, attention_hidden_size=32, intermediate_size=64)
 
 
 class TupleFamily(Family):
@@ -175,17 +175,19 @@ FAMILIES = {
     ),
     "lfm2": _family("model.layers", "model.embedding_norm", "", ("feed_forward", "output", (), 32)),
     "recurrent_gemma": _family("model.layers", "model.final_norm", "", ("mlp_block", "output", (), 32)),
-    "rwkv": _family(
-        "rwkv.blocks", "rwkv.ln_out", "", ("attention", "output", (0,), 32), ("ln2", "output", (), 32), kind=TupleFamily
-    ),
     "qwen3_next": _family("model.layers", "model.norm", "", ("input_layernorm", "output", (), 32)),
 }
 
 
 def model_of(family: str) -> PreTrainedModel:
     """A tiny model with weights large enough that edits matter, as transformers runs it by default."""
+    return model_from(CONFIGS[family])
+
+
+def model_from(config: PreTrainedConfig) -> PreTrainedModel:
+    """Of a configuration."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
