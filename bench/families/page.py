@@ -104,7 +104,7 @@ _LEGEND = (
     "tells them, else they have no weight on later tokens and rows of at most 1.",
     "",
     "- **layout**: how a pass holds its sequences. *packed*: in one stream, with rows shared and left out; *padded*:",
-    f"  in a batch. *{_PADDED_NEEDED}*: it cannot be packed, for the reason in the notes, and no other layout serves it.",
+    f"  in a batch. *{_PADDED_NEEDED}*: it cannot be packed, as the notes say, and no other layout serves it yet.",
     f"  *{_REFUSED}*: the notes say why; where no tiny model could be made the class was not tried.",
     "- **standard names**: those of the model that resolve, found by structure.",
     "- **without the points**: which of the points that have one name in every family no layer has. There are",

@@ -42,4 +42,5 @@ def test_what_the_numbers_do_not_bear_out_has_no_name() -> None:
     assert bitnet.out is bitnet.act is bitnet.down is None and bitnet.roles["v"].module == "self_attn.v_proj"
     cohere = _parts("Cohere", num_hidden_layers=2)
     assert cohere.mid is None and "side by side" in cohere.why_no_mid
-    assert find_anatomy(transformers.MambaConfig(num_hidden_layers=2), "backbone.layers").kinds == {}  # no heads
+    (mamba,) = find_anatomy(transformers.MambaConfig(num_hidden_layers=2), "backbone.layers").kinds.values()
+    assert mamba.attention is None and mamba.roles == {}  # no heads
