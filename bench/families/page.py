@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import transformers
 
+from bench.families.configurations import classes
 from bench.families.trial import Trial
 from polytrace.points import DIMS
 
@@ -73,6 +74,7 @@ def page(rows: Mapping[str, str]) -> str:
     green = [own for own in cells if own[2] in ("packed", "padded")]
     names = {own[0] for own in green}
     left = sorted(set(NNTERP) - names)
+    untried = [name for name in classes() if name not in rows]
     served = counts["packed"] + counts["padded"]
     lines = [
         "# Model families",
@@ -87,6 +89,7 @@ def page(rows: Mapping[str, str]) -> str:
         f"Of the {served}, {_yes(green, 5)} run over 2 stages and {_yes(green, 6)} over 2 ranks. Of the {len(NNTERP)} "
         f"classes that nnterp names {len(NNTERP) - len(left)} are served{f' (not {_listed(left)})' if left else ''}.",
         "",
+        *((f"Not tried yet: {_listed(untried)}.", "") if untried else ()),
         *_LEGEND,
         "",
         HEAD,
@@ -104,7 +107,7 @@ _LEGEND = (
     "tells them, else they have no weight on later tokens and rows of at most 1.",
     "",
     "- **layout**: how a pass holds its sequences. *packed*: in one stream, with rows shared and left out; *padded*:",
-    f"  in a batch. *{_PADDED_NEEDED}*: it cannot be packed, for the reason in the notes, and no other layout serves it.",
+    f"  in a batch. *{_PADDED_NEEDED}*: it cannot be packed, as the notes say, and no other layout serves it yet.",
     f"  *{_REFUSED}*: the notes say why; where no tiny model could be made the class was not tried.",
     "- **standard names**: those of the model that resolve, found by structure.",
     "- **without the points**: which of the points that have one name in every family no layer has. There are",

@@ -43,7 +43,7 @@ def test_what_the_numbers_do_not_bear_out_has_no_name() -> None:
     cohere = _parts("Cohere", num_hidden_layers=2)
     assert cohere.mid is None and "side by side" in cohere.why_no_mid
     (mamba,) = find_anatomy(transformers.MambaConfig(num_hidden_layers=2), "backbone.layers").kinds.values()
-    assert mamba.attention is mamba.mid is mamba.down is None  # no heads, and no MLP
+    assert mamba.attention is None and mamba.roles == {}  # no heads
 
 
 def test_attention_and_mlp_are_the_modules_with_all_their_parts() -> None:
