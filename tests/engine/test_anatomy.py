@@ -67,5 +67,5 @@ def test_what_has_the_residual_in_it_or_no_module_around_it_is_told() -> None:
     assert attention.given == attention.added == "attention.output.dense"
     assert attention.note == "attention.output.dense.output: what attention gives has the residual in it"
     assert mlp == Block(module="", taken="intermediate.dense", given="output.dense", added="output.dense")
-    shared = _parts("GraniteMoeShared", num_hidden_layers=2)
+    shared = _parts("GraniteMoeShared", num_hidden_layers=2, shared_intermediate_size=64)
     assert shared.mlp_block == Block(module="", taken=None, given=None)
