@@ -150,8 +150,8 @@ def test_a_name_whose_edit_reaches_nobody_can_only_be_read(tmp_path: Path) -> No
 def with_parts(monkeypatch: pytest.MonkeyPatch, change: Callable[[Parts], Parts], **others: Any) -> None:
     """From now on the anatomy says something else of every layer, or of the model."""
 
-    def wrong(config: Any, layers: str) -> Anatomy:
-        found = find_anatomy(config, layers)
+    def wrong(config: Any, layers: str, attention: str) -> Anatomy:
+        found = find_anatomy(config, layers, attention)
         kinds = {signature: change(parts) for signature, parts in found.kinds.items()}
         return replace(found, kinds=kinds, **others)
 
