@@ -211,8 +211,9 @@ def find_layout(model: nn.Module) -> Layout:
     why_whole = None
     if first is None or second is None:
         why_whole = f"{type(model).__name__} cannot be split: its forward does not run with stubs for layers"
+        first, second = {}, {}
     before, after = {}, []
-    for module, events in (first or {}).items() if second is not None else ():
+    for module, events in first.items():
         is_before = {event.is_before_layers for event in events}
         if is_before == {True}:
             before[module] = _output_shape(module, events[0], second[module][0])
