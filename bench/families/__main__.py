@@ -1,6 +1,7 @@
 """Tries every class, two at a time, each in a process of its own: `python -m bench.families`, or `make families`.
 
-Writes docs/families.md as it goes. With names of classes, or `--untried`, it tries these alone and leaves the other rows as they are.
+Writes docs/families.md as it goes. With names of classes, or `--untried`, it tries these alone and leaves the other
+rows as they are.
 """
 
 from __future__ import annotations
