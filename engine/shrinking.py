@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 _HIDDEN = 64
+_WIDEST = 1024  # that heads of `_HEAD` features side by side may make the residual
 _HEAD = 16  # features of a head; all kinds of it, so that rotary and latent parts fit whatever share they have
 _WINDOW = 7  # positions, of sliding attention
 _INNER = (  # features inside an MLP
@@ -68,6 +69,7 @@ def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
         _set(text, "num_key_value_heads", key_values // share)
     # 3) widths
     kept = _number(text, "num_attention_heads") or _HIDDEN // _HEAD
+    is_square &= kept * _HEAD <= _WIDEST
     per_head = _HEAD if is_square or not _number(text, "head_dim") else max(2, -(-_HIDDEN // kept))
     hidden = per_head * kept  # some insist on a multiple of the heads
     _set(text, "hidden_size", hidden)
