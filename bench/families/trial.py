@@ -74,7 +74,7 @@ def answer(pipe: Connection, name: str) -> None:
 def _try(trial: Trial, plain: Any, seen: list[Seen], folder: str, workers: Workers) -> None:
     with _noting(trial, ""), polytrace.load(folder, threads=1) as model:
         description = model.backend.describe()
-        trial.layout = str(getattr(description, "layout", "packed"))
+        trial.layout = description.layout.value
         trial.standard = tuple(sorted(description.standard))
         trial.points = _points(model)
         alone = _read_all(trial, model, seen)
@@ -195,7 +195,9 @@ def _leaves(description: ModelDescription) -> Iterator[tuple[str, str, Any]]:
 
 
 def _points(model: Model) -> tuple[str, ...]:
+    description = model.backend.describe()
     found = {name for number in range(len(_layers(model))) for name in _readable(model, number)}
+    found |= {point.name for point in description.points if not point.module and point.refusal is None}
     return tuple(name for name in DIMS if name in found)
 
 
