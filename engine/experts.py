@@ -41,17 +41,22 @@ def use_padded_experts(model: PreTrainedModel) -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, padded_experts)
     model.set_experts_implementation(NAME)
     for module in model.modules():
-        if _has_own_loop(type(module)):
+        if _runs_own_loop(module):
             module.forward = partial(_with_padding, module, module.forward)
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module runs its rows sorted by expert."""
-    return hasattr(module, "_is_expert_parallel") or _has_own_loop(type(module))
+    return hasattr(module, "_is_expert_parallel") or _runs_own_loop(module)
+
+
+def _runs_own_loop(module: nn.Module) -> bool:
+    kind: Any = type(module)
+    return _has_own_loop(kind)
 
 
 @cache
-def _has_own_loop(kind: type[nn.Module]) -> bool:
+def _has_own_loop(kind: Any) -> bool:
     """Whether its forward takes what routers choose and is not one that transformers lets us replace."""
     taken = set(inspect.signature(kind.forward).parameters)
     return {"top_k_index", "top_k_weights"} <= taken and not hasattr(kind, "_apply_gate")

@@ -91,7 +91,9 @@ def _shapes(values: LayerValues) -> Iterator[Check]:
             "pattern": ("[heads, keys]", heads),
             "z": ("[heads, ...]", heads),
         }
-        if "head_out" in shape:
+        if "head_out" in shape:  # of a rank's own heads, also where every rank attends with all
+            own = shape["head_out"][0]
+            heads = [own] if heads[0] % own == 0 else heads
             expected["head_out"] = ("[heads, hidden_size]", [*heads, values.hidden_size])
     for name, other in (("mlp_pre", "mlp_post"), ("mlp_post", "mlp_pre")):
         if other in shape:

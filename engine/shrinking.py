@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 _HIDDEN = 64
+_WIDEST = 1024
+_WIDEST = 1024  # that heads of `_HEAD` features side by side may make the residual
 _HEAD = 16  # features of a head; all kinds of it, so that rotary and latent parts fit whatever share they have
 _WINDOW = 7  # positions, of sliding attention
 _INNER = (  # features inside an MLP
@@ -60,7 +62,8 @@ def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
     key_values = _number(text, "num_key_value_heads") or heads
     width = _number(text, "hidden_size")
     states = _state_heads(text, width)
-    is_square = _number(text, "head_dim") * heads == width  # heads side by side are as wide as the residual
+    # Heads side by side are as wide as the residual, which some insist on; of very many heads it would be no tiny twin.
+    is_square = _number(text, "head_dim") * heads == width
     if heads:
         common = (f for f in range(1, key_values + 1) if heads % f == key_values % f == 0)
         share = 1 if keeps_heads else max((f for f in common if key_values // f % (2 * ranks) == 0), default=1)
@@ -68,6 +71,8 @@ def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
         _set(text, "num_key_value_heads", key_values // share)
     # 3) widths
     kept = _number(text, "num_attention_heads") or _HIDDEN // _HEAD
+    is_square &= kept * _HEAD <= _WIDEST
+    is_square &= kept * _HEAD <= _WIDEST
     per_head = _HEAD if is_square or not _number(text, "head_dim") else max(2, -(-_HIDDEN // kept))
     hidden = per_head * kept  # some insist on a multiple of the heads
     _set(text, "hidden_size", hidden)

@@ -271,8 +271,22 @@ def _record_twice(
     sizes = _PROBES[manner.layout]
 
     def record(watched: Sequence[str]) -> tuple[_Recorder, _Recorder]:
-        first, second = (_Recorder(model, layers, manner, watched).run(*own, has_kept_rows) for own in sizes)
-        return first, second
+        def run(has_mask: bool) -> tuple[_Recorder, _Recorder]:
+            first, second = (
+                _Recorder(model, layers, manner, watched).run(*own, has_kept_rows, has_mask) for own in sizes
+            )
+            return first, second
+
+        try:
+            return run(has_mask)
+        except LoopError:
+            raise
+        except ServiceError:  # with a mask transformers looks into that, without one for sequences in the data
+            if not has_mask:
+                raise
+            return run(False)
+
+    has_mask = not manner.has_engine_attention and "attention_mask" in forward_names(model)
 
     every = [path for path, _ in model.named_modules()]
     try:
@@ -491,15 +505,15 @@ class _Recorder:
         self._alive: list[Any] = []  # keeps ids unique
         self._containers: dict[int, tuple[Any, list[int]]] = {}  # given to layers, with the tensors in them at first
 
-    def run(self, rows: int, kept: int, has_kept_rows: bool) -> _Recorder:
+    def run(self, rows: int, kept: int, has_kept_rows: bool, has_mask: bool) -> _Recorder:
         self.rows, self.kept = rows, kept
         handles = [handle for path, module in self.model.named_modules() for handle in self._hook(path, module)]
         ids = torch.zeros(1, rows, dtype=torch.long, device="meta")
         given: dict[str, Any] = {}
         if self.manner.layout is PassLayout.PACKED:
             given["position_ids"] = ids
-        elif not self.manner.has_engine_attention and "attention_mask" in forward_names(self.model):
-            given["attention_mask"] = torch.ones_like(ids)  # without one, transformers looks for sequences in the data
+        if has_mask:
+            given["attention_mask"] = torch.ones_like(ids)
         if has_kept_rows:
             given["logits_to_keep"] = torch.zeros(kept, dtype=torch.long, device="meta")
         paths = {id(module): path for path, module in self.model.named_modules()}

@@ -69,6 +69,7 @@ class Layout:
     shares: tuple[
         float, ...
     ]  # of the model's bytes plus its FLOPs: of what runs before, of each layer, of what follows
+    why_whole: str | None = None  # why it is not known what runs before and after the layers: one stage only
 
     def home(self, path: str, stages: int) -> int:
         """The first stage that has the module, parameter or buffer at `path`."""
@@ -88,6 +89,9 @@ class Layout:
         return int(path[len(self.layers) + 1 :].split(".")[0])
 
     def window(self, stage: int, stages: int) -> Window:
+        """ServiceError when the model cannot be cut into so many."""
+        if stages > 1 and self.why_whole is not None:
+            raise ServiceError(f"{self.why_whole}; use stages=1")
         owned = split_layers(self.shares, stages)[stage]
         return Window(
             layers=self.layers,
@@ -204,8 +208,10 @@ def find_layout(model: nn.Module) -> Layout:
     way, first = next(((way, found) for way, found in tried if found is not None), (ways[0], None))
     members, _ = way
     second = _probe(model, path, _PROBE_TOKENS[1], *way)
+    why_whole = None
     if first is None or second is None:
-        raise ServiceError(f"{type(model).__name__} cannot be split: its forward does not run with stubs for layers")
+        why_whole = f"{type(model).__name__} cannot be split: its forward does not run with stubs for layers"
+        first, second = {}, {}
     before, after = {}, []
     for module, events in first.items():
         is_before = {event.is_before_layers for event in events}
@@ -221,6 +227,7 @@ def find_layout(model: nn.Module) -> Layout:
         after=tuple(after),
         layer_members=members,
         shares=_shares(model, [[*before], *([f"{path}.{index}"] for index in range(len(layers))), after]),
+        why_whole=why_whole,
     )
 
 

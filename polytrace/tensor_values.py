@@ -174,7 +174,8 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
         return self.dtype.is_complex
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """A dtype, or a tensor whose dtype is meant; devices mean nothing here."""
+        """A dtype or its name, or a tensor whose dtype is meant; devices mean nothing here."""
+        args = tuple([TORCH_DTYPES.get(part, part) if isinstance(part, str) else part for part in args])
         wanted = [part for part in (*args, kwargs.get("dtype"), kwargs.get("other")) if _is_dtype_like(part)]
         return record("to", (self, wanted[0]), {}) if wanted else self
 

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
+    RwkvConfig,
 )
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -87,6 +88,7 @@ MIXING: dict[str, PreTrainedConfig] = {
     ),
 }
 CONFIGS = OWN_FORMULA | MIXING
+LOOKS_INTO_LAYERS = RwkvConfig(**_SMALL, context_length=64, attention_hidden_size=32, intermediate_size=64)
 
 
 class TupleFamily(Family):
@@ -179,8 +181,13 @@ FAMILIES = {
 
 def model_of(family: str) -> PreTrainedModel:
     """A tiny model with weights large enough that edits matter, as transformers runs it by default."""
+    return model_from(CONFIGS[family])
+
+
+def model_from(config: PreTrainedConfig) -> PreTrainedModel:
+    """Of a configuration."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

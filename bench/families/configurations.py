@@ -24,7 +24,8 @@ def classes() -> Mapping[str, tuple[Any, ...]]:
     """Name of a causal language model class -> the classes of configurations that lead to it, by transformers' map."""
     found: dict[str, list[Any]] = {}
     for config in MODEL_FOR_CAUSAL_LM_MAPPING:
-        kinds = found.setdefault(MODEL_FOR_CAUSAL_LM_MAPPING[config].__name__, [])
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+        kinds = found.setdefault(kind.__name__, [])
         if config not in kinds:
             kinds.append(config)
     return {name: tuple(found[name]) for name in sorted(found, key=str.lower)}
@@ -33,7 +34,8 @@ def classes() -> Mapping[str, tuple[Any, ...]]:
 def tiny_config(name: str) -> Any:
     """Of the class, such that `engine.loading` finds the class by it."""
     kinds = classes()[name]
-    own = MODEL_FOR_CAUSAL_LM_MAPPING[kinds[0]].config_class
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kinds[0]]
+    own = model.config_class
     kind = own if own in kinds else kinds[0]
     told: Mapping[str, Any] = _overrides().get(kind.model_type, {})
     config = kind(**told.get("with", {}))

@@ -38,7 +38,7 @@ def run_plain(plain: Any, ids: list[int], edited: str | None = None, vector: Ten
     def giving(path: str) -> Callable[..., Any]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
             if path == edited:
-                hidden = (output if isinstance(output, Tensor) else output[0]).clone()
+                hidden: Any = (output if isinstance(output, Tensor) else output[0]).clone()
                 hidden[:, -1] += vector
                 output = hidden if isinstance(output, Tensor) else (hidden, *output[1:])
             calls.setdefault((path, "output"), _copy(output))
@@ -89,7 +89,7 @@ def differing(ours: Tensor, plain: Tensor) -> float:
 
 def leaf_of(calls: Mapping[tuple[str, str], Any], path: str, side: str, leaf: Leaf) -> Tensor | None:
     """The tensor behind a site, as its view has it."""
-    value = calls.get((path, side))
+    value: Any = calls.get((path, side))
     for step in leaf.selector:
         try:
             value = value[step]

@@ -10,26 +10,14 @@ from collections.abc import Mapping, Sequence
 
 import transformers
 
+from bench.families.configurations import classes
 from bench.families.trial import Trial
 from polytrace.points import DIMS
 
 HEAD = "| class | model types | layout | standard names | without the points | stages | ranks | notes |"
 _RULE = "|---|---|---|---|---|---|---|---|"
-_PADDED_NEEDED = "needs padded"
 _REFUSED = "refused"
 _NOTE = 240  # letters
-
-# What refusals of the packed layout say: the model itself is sound, and another layout can serve it.
-_NEEDS_PADDED = (
-    "cannot be served in shared passes",
-    "does not use transformers' attention interface",
-    "which packed rows do not support yet",
-    "cannot be served yet",
-    "cannot be split: its forward does not run with stubs",
-    "is not causal: packed rows",
-    "does not turn a tensor into a tensor",
-    "has no list of",
-)
 
 # The classes that nnterp's repository lists as tested (nnterp/data/status.json, transformers 4.56.2, nnsight 0.5.7;
 # its BloomModel is the body of BloomForCausalLM).
@@ -69,10 +57,11 @@ def page(rows: Mapping[str, str]) -> str:
     """All of it."""
     ordered = [rows[name] for name in sorted(rows, key=str.lower)]
     cells = [_cells(line) for line in ordered]
-    counts = {kind: sum(own[2] == kind for own in cells) for kind in ("packed", "padded", _PADDED_NEEDED, _REFUSED)}
+    counts = {kind: sum(own[2] == kind for own in cells) for kind in ("packed", "padded", _REFUSED)}
     green = [own for own in cells if own[2] in ("packed", "padded")]
     names = {own[0] for own in green}
     left = sorted(set(NNTERP) - names)
+    untried = [name for name in classes() if name not in rows]
     served = counts["packed"] + counts["padded"]
     lines = [
         "# Model families",
@@ -82,11 +71,12 @@ def page(rows: Mapping[str, str]) -> str:
         "random weights, in float32 on one thread. Not edited by hand.",
         "",
         f"Of {len(cells)} classes **{served} are served**: {counts['packed']} packed, {counts['padded']} padded. "
-        f"{counts[_PADDED_NEEDED]} need a layout that pads, {counts[_REFUSED]} are refused.",
+        f"{counts[_REFUSED]} are refused.",
         "",
         f"Of the {served}, {_yes(green, 5)} run over 2 stages and {_yes(green, 6)} over 2 ranks. Of the {len(NNTERP)} "
         f"classes that nnterp names {len(NNTERP) - len(left)} are served{f' (not {_listed(left)})' if left else ''}.",
         "",
+        *((f"Not tried yet: {_listed(untried)}.", "") if untried else ()),
         *_LEGEND,
         "",
         HEAD,
@@ -104,11 +94,11 @@ _LEGEND = (
     "tells them, else they have no weight on later tokens and rows of at most 1.",
     "",
     "- **layout**: how a pass holds its sequences. *packed*: in one stream, with rows shared and left out; *padded*:",
-    f"  in a batch. *{_PADDED_NEEDED}*: it cannot be packed, for the reason in the notes, and no other layout serves it.",
-    f"  *{_REFUSED}*: the notes say why; where no tiny model could be made the class was not tried.",
+    f"  each alone, in step with the others of its request. *{_REFUSED}*: the notes say why; where no tiny model could",
+    "  be made the class was not tried.",
     "- **standard names**: those of the model that resolve, found by structure.",
-    "- **without the points**: which of the points that have one name in every family no layer has. There are",
-    f"  {', '.join(DIMS)}.",
+    "- **without the points**: which of the points that have one name in every family neither a layer nor the model",
+    f"  has. There are {', '.join(DIMS)}.",
     "- **stages**, **ranks**: 2 where the model split so gives the bits (stages), or the numbers to 1e-5 (ranks), of",
     "  one process; 1 where it does not, with the reason.",
 )
@@ -120,8 +110,7 @@ _NAME = re.compile(r"\b\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration|Deco
 def _layout(trial: Trial) -> str:
     if trial.is_green:
         return trial.layout or "packed"
-    is_sound = any(told in note for note in trial.notes for told in _NEEDS_PADDED)
-    return _PADDED_NEEDED if is_sound else _REFUSED
+    return _REFUSED
 
 
 def _short(note: str) -> str:

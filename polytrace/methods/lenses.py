@@ -134,7 +134,7 @@ def read_lens(
                     logits = unembed(model, functions.stack(residuals[first : first + step], 1))
                     read.append(_kept(logits, top_k, ids))
                 saved.append([functions.cat(list(part), 1).save() for part in zip(*read, strict=True)])
-    parts = [_joined(part, batch, is_whole) for part in zip(*saved, strict=True)]
+    parts = [_joined(part) for part in zip(*saved, strict=True)]
     return _reading(model, batch, numbers, places, ids, parts, tracer.receipt)
 
 
@@ -148,22 +148,18 @@ def _kept(logits: Any, top_k: int, ids: list[int] | None) -> tuple[Any, Any, Any
     return logits[..., ids].float(), functions.stack(ranks, -1), partition
 
 
-def _joined(parts: Sequence[Any], batch: Prompts, is_whole: bool) -> Any:
-    """Prompts put together, `[prompts, layers, positions, ...]`; pads are NaN or -1."""
+def _joined(parts: Sequence[Any]) -> Any:
+    """Prompts put together, `[prompts, layers, positions, ...]`; what a shorter one does not have is NaN or -1."""
     import numpy as np
 
     arrays = [np.asarray(part) for part in parts]
     widest = max(array.shape[2] for array in arrays)
+    nothing = np.nan if arrays[0].dtype.kind == "f" else -1
     rows = []
     for array in arrays:
-        missing = [(0, 0), (0, 0), (widest - array.shape[2], 0), *[(0, 0)] * (array.ndim - 3)]
-        rows.append(np.pad(array, missing))
-    whole = np.concatenate(rows)
-    if is_whole:
-        nothing = np.nan if whole.dtype.kind == "f" else -1
-        for row, sequence in zip(whole, batch.sequences, strict=True):
-            row[:, : widest - len(sequence)] = nothing
-    return whole
+        before = [(0, 0), (0, 0), (widest - array.shape[2], 0), *[(0, 0)] * (array.ndim - 3)]
+        rows.append(np.pad(array, before, constant_values=nothing))
+    return np.concatenate(rows)
 
 
 def _reading(

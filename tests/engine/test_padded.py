@@ -14,13 +14,14 @@ import torch
 from by_hand import run_by_hand
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from padded_families import CONFIGS, FAMILIES, OWN_FORMULA, model_of
+from padded_families import CONFIGS, FAMILIES, LOOKS_INTO_LAYERS, OWN_FORMULA, model_from, model_of
 from processes import ProcessBackend, ProcessShards
 from programs import crowds, difference, find, serve
 from small import close, logits_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from engine.loading import check_split
 from engine.local import LocalBackend
 from engine.sites import port_leaves
 from polytrace.description import PassLayout
@@ -240,6 +241,31 @@ def test_ranks_are_refused_with_the_way_out(tmp_path: Path) -> None:
     model_of("bloom").save_pretrained(tmp_path)
     with pytest.raises(ServiceError, match=r"cannot be split over ranks: .*attention interface; use ranks=1"):
         ProcessShards(str(tmp_path), stages=1, ranks=2)
+
+
+def test_a_model_whose_forward_looks_into_its_layers_is_one_stage(tmp_path: Path) -> None:
+    model_from(LOOKS_INTO_LAYERS).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    model: Any = Model(LocalBackend(str(tmp_path), threads=1))
+    with model.trace() as tracer:
+        with tracer.invoke(PROMPTS[:2]):
+            given_last = model.rwkv.blocks[1].output[0][1, -1]
+        with tracer.invoke(PROMPTS[0]):
+            model.rwkv.blocks[2].output[0][0, -1] = given_last
+            ours = model.head.output.save()
+    with hooked(plain.rwkv.blocks[1], lambda hidden: seen.append(hidden[0, -1].clone())) as seen:
+        logits_of(plain, PROMPTS[1])
+
+    def put(hidden: Tensor) -> None:
+        hidden[0, -1] = seen[0]
+
+    untouched = logits_of(plain, PROMPTS[0])
+    with hooked(plain.rwkv.blocks[2], put):
+        expected = logits_of(plain, PROMPTS[0])
+    close(ours, expected)
+    assert not torch.allclose(untouched[:, -1], expected[:, -1], atol=1e-3)
+    with pytest.raises(ServiceError, match="does not run with stubs for layers; use stages=1"):
+        check_split(str(tmp_path), "auto", stages=2, ranks=1)
 
 
 # families that attend by a formula of their own

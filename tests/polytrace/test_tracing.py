@@ -631,6 +631,7 @@ def test_torch_s_ways_to_say_one_thing_are_one_op(model: Model) -> None:
         for value in values:
             value.save()
         assert hidden.cpu() is hidden and hidden.to("cuda") is hidden
+        assert hidden.to("int32").dtype is torch.int32, "a dtype's name is no device"
 
     expected = ["softmax"] * 3 + ["sum"] * 2 + ["relu", "layer_norm", "normalize", "gelu", "linalg_norm", "norm"]
     assert ops(recorded(model, program)) == [*expected, "to", "to", "reshape", "linear"]
