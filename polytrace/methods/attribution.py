@@ -63,8 +63,8 @@ def decompose_residual(
     """
     torch = needs_torch("decompose_residual")
     _check_choice("by", by, ("layer", "head"))
-    names, parts_nD = ["embedding"], []
-    with model.trace(prompts) as tracer:
+    batch, names, parts_nD = prompts_of(model, prompts), ["embedding"], []
+    with model.trace(batch.ids) as tracer:
         directions = None if onto is None else _directions(onto, model).T
         shown: Callable[[Any], Any] = lambda rows: rows if directions is None else rows @ directions  # noqa: E731
         terms = [layer_terms(layer, position) for layer in model.layers]
@@ -88,8 +88,8 @@ def decompose_residual(
     _check(model, (["the sum at the end"], off[None]))
     last = "feature" if onto is None else "direction"
     return Decomposition(
-        parts=labelled(found, {"prompt": None, "component": names, last: None}, name="residual"),
-        residual=labelled(whole, {"prompt": None, last: None}, name="residual"),
+        parts=labelled(found, {"prompt": None, "component": names, last: None}, name="residual", prompts=batch.labels),
+        residual=labelled(whole, {"prompt": None, last: None}, name="residual", prompts=batch.labels),
         receipt=tracer.receipt,
     )
 
@@ -124,16 +124,16 @@ def logit_attribution(
             "this model has no final norm before its head that could be frozen: decompose_residual(onto=...) needs none"
         )
         raise GraphError(told, where=user_line())
-    prompts = prompts_of(model, prompts).ids
-    wanted, other = _pair(model, tokens, len(prompts))
+    batch = prompts_of(model, prompts)
+    wanted, other = _pair(model, tokens, len(batch))
     # 1) the direction in the residual that the tokens are, at scale 1: no site is read, so no row of a prompt runs
-    with model.trace(prompts):
+    with model.trace(batch.ids):
         unembedding_nD, offset = _unembedding(model, wanted, other)
         form = norm_form(model.ln_final)
         direction_nD = form.pull(unembedding_nD).save()
         constant_n = (_dot(form.bias_D, unembedding_nD) + offset).save()
     # 2) what each part has along it, where the part is; the scale is known behind the last layer
-    with model.trace(prompts) as tracer:
+    with model.trace(batch.ids) as tracer:
         terms = [layer_terms(layer, position) for layer in model.layers]
         _chain(terms)
         parts, rest, numbers = _dots(terms, direction_nD, by, top_k)
@@ -152,15 +152,15 @@ def logit_attribution(
     # 3) labels
     dims: dict[str, Any] = {"prompt": None, "layer": range(model.description.num_layers)}
     dims |= {"part": ["attention", "mlp"]} if by == "layer" else {by if top_k is None else "rank": None}
-    array = labelled(parts, dims, name="logit")
+    array = labelled(parts, dims, name="logit", prompts=batch.labels)
     if numbers is not None:
         array = array.assign_coords(neuron=(("prompt", "layer", "rank"), numbers.numpy()))
     texts = [token_texts(model.tokenizer, ids) for ids in (wanted, other) if ids is not None]
     differences = [" - ".join(pair) for pair in zip(*texts, strict=True)]
     return Attribution(
         parts=array,
-        rest=labelled(sums, {"prompt": None, "term": list(rest)}, name="logit"),
-        logit=labelled(logit, {"prompt": None}, name="logit", tokens={"prompt": differences}),
+        rest=labelled(sums, {"prompt": None, "term": list(rest)}, name="logit", prompts=batch.labels),
+        logit=labelled(logit, {"prompt": None}, name="logit", tokens={"prompt": differences}, prompts=batch.labels),
         receipt=tracer.receipt,
     )
 

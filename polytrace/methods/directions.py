@@ -168,9 +168,7 @@ def activation_addition(
     """
     torch = needs_torch("activation_addition")
     check_stream(of)
-    if model.tokenizer is None and any(isinstance(one, str) for one in (positive, negative)):
-        raise GraphError("this model came without a tokenizer: give token ids instead of texts", where=user_line())
-    ids = [list(model.tokenizer.encode(one).ids) if isinstance(one, str) else list(one) for one in (positive, negative)]
+    ids = [prompts_of(model, one).ids[0] for one in (positive, negative)]
     longest = max(map(len, ids))
     if any(len(one) < longest for one in ids):
         ids = [[*one, *[*token_ids(model, pad)] * (longest - len(one))] for one in ids]

@@ -177,12 +177,12 @@ def _reading(
     dims: dict[str, Any] = {"prompt": None, "layer": layers, "position": places}
     dims["rank" if ids is None else "token"] = None if ids is None else list(token_texts(model.tokenizer, ids))
     around = [[own[place] if -len(own) <= place < len(own) else "" for place in places] for own in batch.texts]
-    coords = {"position_token": (("prompt", "position"), around), "prompt_text": ("prompt", batch.labels)}
+    coords: dict[str, Any] = {"position_token": (("prompt", "position"), around)}
     if ids is not None:
         coords["token_id"] = ("token", ids)
 
     def array(values: Any, name: str) -> DataArray:
-        return labelled(values, dims, name=name).assign_coords(coords)
+        return labelled(values, dims, name=name, prompts=batch.labels).assign_coords(coords)
 
     texts = None
     if ids is None:

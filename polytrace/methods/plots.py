@@ -177,7 +177,7 @@ def _maps(array: DataArray, rows: str | None, columns: str | None) -> tuple[list
         raise GraphError(
             f"a heat map has two dimensions, and a third one for maps side by side; this array has "
             f"{', '.join(f'{dim} ({size})' for dim, size in array.sizes.items()) or 'none'}: choose with .sel(...), "
-            "combine with .mean(...), or draw lines(array)",
+            "combine with .mean(...), or draw line_plot(array)",
             where=user_line(),
         )
     if not left:

@@ -18,7 +18,7 @@ from polytrace.methods.directions import Vectors
 from polytrace.methods.gates import AnyGate, Gate
 from polytrace.methods.imports import needs_torch
 from polytrace.methods.labels import labelled
-from polytrace.methods.places import Layers, Positions, check_stream, layers_of, token_ids
+from polytrace.methods.places import Layers, Positions, Prompts, check_stream, layers_of, prompts_of, token_ids
 from polytrace.tokenizer import token_texts
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ def steer(
     if not factors:
         raise GraphError("factor is a number or a list of numbers, and this one is empty", where=user_line())
     plan = _plan(model, vectors, layers, positions, gate, of)
-    ids = None if tokens is None else token_ids(model, tokens)
+    batch, ids = prompts_of(model, prompts), None if tokens is None else token_ids(model, tokens)
     saved = []
     with model.trace() as tracer:
         for one in factors:
-            with tracer.invoke(prompts):
+            with tracer.invoke(batch.ids):
                 plan.add(model, one)
                 logits = model.lm_head.output.at(position).float()
                 spread = logits.softmax(-1)
@@ -86,7 +86,7 @@ def steer(
                     kept = (spread[:, ids], logits[:, ids], torch.stack(ranks, -1))
                 saved.append([value.save() for value in kept])
     parts = [torch.stack(list(part), 1) for part in zip(*saved, strict=True)]
-    return _steered(model, factors, ids, parts, tracer.receipt)
+    return _steered(model, batch, factors, ids, parts, tracer.receipt)
 
 
 def steering_edit(
@@ -233,7 +233,12 @@ def _check_gate(model: Model, gate: Gate, layers: Sequence[int], of: str) -> Non
 
 
 def _steered(
-    model: Model, factors: Sequence[float], ids: Sequence[int] | None, parts: Sequence[Any], receipt: Receipt
+    model: Model,
+    batch: Prompts,
+    factors: Sequence[float],
+    ids: Sequence[int] | None,
+    parts: Sequence[Any],
+    receipt: Receipt,
 ) -> Steered:
     """Of values `[prompts, factors, rank or token]`."""
     import numpy as np
@@ -242,7 +247,7 @@ def _steered(
     dims: dict[str, Any] = {"prompt": None, "factor": factors, **last}
 
     def array(values: Any, name: str) -> DataArray:
-        made = labelled(values, dims, name=name)
+        made = labelled(values, dims, name=name, prompts=batch.labels)
         return made if ids is None else made.assign_coords(token_id=("token", list(ids)))
 
     words = None

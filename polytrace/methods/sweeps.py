@@ -115,4 +115,4 @@ def copy_parts(target: Any, source: Any, of: str, pairs: Sequence[tuple[Part, Pa
 def _of_prompts(values: Any, dims: Mapping[str, Sequence[Any] | None], batch: Prompts, name: str) -> DataArray:
     if batch.is_single:
         return labelled(values[0], dims, name=name)
-    return labelled(values, {"prompt": batch.labels, **dims}, name=name)
+    return labelled(values, {"prompt": None, **dims}, name=name, prompts=batch.labels)
