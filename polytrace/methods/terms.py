@@ -42,11 +42,11 @@ class LayerTerms:
     def norm_behind(self, half: str) -> Module | None:
         """The norm between what "attention" or "mlp" gives and what is added of that, None where there is none."""
         known = self.layer._table.points.get(self.layer._path, {})
-        given, added = (
-            None if info is None else info.site for info in map(known.get, (f"{half}_output", f"{half}_added"))
-        )
-        is_other = given is not None and added is not None and added.module != given.module
-        return Module(self.layer._model, added.module) if is_other and added is not None else None
+        names = f"{half}_output", f"{half}_added"
+        given, added = (known[name].site if name in known else None for name in names)
+        if given is None or added is None or given.module == added.module:
+            return None
+        return Module(self.layer._model, added.module)
 
     def check(self, what: str, got: Any, wanted: Any) -> None:
         """Notes by how much two values differ, relative to the residual's largest feature."""
