@@ -81,7 +81,7 @@ def _check(values: LayerValues, names: str, says: str, found: Measured | None, b
 
 
 def _shapes(values: LayerValues) -> Iterator[Check]:
-    """Of what lies in the rows here: the whole is made up of these, as `engine.sites` finds."""
+    """Of what lies in the rows here: the whole is made up of these, as `engine.placing` finds."""
     shape = {name: list(value.shape[1:]) for name, value in values.values.items() if name in values.names}
     expected: dict[str, tuple[str, list[int]]] = {name: ("[hidden_size]", [values.hidden_size]) for name in _STREAM}
     if "q_rot" in shape:
