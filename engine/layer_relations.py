@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.anatomy import Added, Parts
 from engine.links import Links
 from engine.named import NamedParameters
+from engine.parts import Added, Parts
 from engine.relations import Check, Measured, equal, factor_of, softmax_of, sum_of, sum_of_parts, weighted_sum
 from polytrace.description import Outcome
 from polytrace.tree import join

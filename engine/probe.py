@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.anatomy import Parts, find_anatomy
+from engine.anatomy import find_anatomy
 from engine.arguments import Selector
 from engine.experts import is_experts
 from engine.manners import Manner, attention_of, forward_names, manners_of
 from engine.named import Views, name_parts, named_infos
 from engine.partitions import NamedWeight
+from engine.parts import Parts
 from engine.positions import first_position
 from engine.recorder import LoopError, Recorder
 from engine.sites import merged_site, refuse_repeated_visits

@@ -1,0 +1,120 @@
+"""A layer's attention and its MLP as modules: the smallest with all of its parts in it, and what it takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from engine.parts import Block, Packed, Role
+from engine.residual import SIDE_BY_SIDE, Middle
+from engine.seen_layer import SeenLayer, as_rows, first_tensor, is_matrix, is_parallel, is_same
+
+
+def find_blocks(
+    layer: SeenLayer,
+    middle: Middle,
+    roles: Mapping[Role, Packed],
+    out: str | None,
+    down: str | None,
+    experts: str | None,
+) -> dict[str, Block | None]:
+    """Both, by the names that `Parts` has for them."""
+    attention, mlp = _attention_block(layer, middle, roles, out), _mlp_block(layer, middle, roles, down, experts)
+    if middle.why_not == SIDE_BY_SIDE and attention is not None and mlp is not None:
+        sides = ("", "input"), ("", "output"), (attention.given or "", "output"), (mlp.given or "", "output")
+        first, last, *given = (own for path, side in sides if (own := layer.rows_of(path, side)) is not None)
+        if len(given) == 2 and is_same(last - first, given[0] + given[1]):
+            attention, mlp = replace(attention, added=attention.given), replace(mlp, added=mlp.given)
+    return {"attention_block": attention, "mlp_block": mlp}
+
+
+def _attention_block(layer: SeenLayer, middle: Middle, roles: Mapping[Role, Packed], out: str | None) -> Block | None:
+    if layer.attention is None:
+        return None
+    first = layer.rows_of("", "input")
+    added = None if middle.rows is None or first is None else middle.rows - first
+    module = _around([layer.attention] if out is None else [layer.attention, _owner(out)])
+    query = roles.get("q")
+    return _block(layer, module, None if query is None else query.module, out, added, middle)
+
+
+def _mlp_block(
+    layer: SeenLayer, middle: Middle, roles: Mapping[Role, Packed], down: str | None, experts: str | None
+) -> Block | None:
+    last = layer.rows_of("", "output")
+    added = None if middle.rows is None or last is None else last - middle.rows
+    gate = roles["gate"].module if "gate" in roles else None
+    inside = [_owner(path) for path in (gate, down, experts) if path is not None]
+    if not inside:  # activations that are no modules
+        module = None if added is None else _giver(layer, added)
+        return None if module is None else _block(layer, module, None, None, added, middle)
+    if experts is not None and down is not None and not _around(inside):
+        return Block(module="", taken=None, given=None)
+    return _block(layer, _around(inside), gate, down, added, middle)
+
+
+def _block(
+    layer: SeenLayer, module: str, first: str | None, last: str | None, added: Tensor | None, middle: Middle
+) -> Block | None:
+    """`first` and `last` take and give where there is no module around all of it."""
+    given = layer.rows_of(module, "output") if module else None
+    if not module:
+        own = None if last is None else layer.rows_of(last, "output")
+        is_added = own is not None and added is not None and is_same(own, added)
+        return Block(module="", taken=first, given=last, added=last if is_added else None)
+    block = Block(module=module, taken=module, given=module)
+    if given is None or added is None:
+        told = None if middle.why_not == SIDE_BY_SIDE else "what the layer makes of it could not be told"
+        return replace(block, note=told)
+    if is_parallel(given, added):
+        scale = float(added.norm() / given.norm())
+        if abs(scale - 1) > 1e-3:
+            return replace(block, note=f"before the layer adds {scale:.4g} times it to the residual")
+        return replace(block, added=module)
+    for path, side, value in layer.calls:
+        tensor = first_tensor(value)
+        if side != "output" or not isinstance(tensor, Tensor) or not is_parallel(as_rows(tensor), added):
+            continue
+        exact = path if is_same(as_rows(tensor), added) else None
+        if path.startswith(f"{module}."):
+            told = f"{path}.output: what {module} gives has the residual in it"
+            return replace(block, given=path, added=exact, note=told)
+        own = layer.rows_of(path, "input")
+        if own is not None and is_same(own, given):
+            told = f"before {path}, which makes of it what is added to the residual"
+            return replace(block, added=exact, note=told)
+    return replace(block, note="the layer adds something else to the residual")
+
+
+def _giver(layer: SeenLayer, added: Tensor) -> str | None:
+    """The outermost module with parts of its own whose output is what is added, but for a norm behind it."""
+    wanted = added
+    path: str
+    for path, side, value in reversed(layer.calls):
+        tensor = first_tensor(value)
+        if not path or not isinstance(tensor, Tensor) or not is_parallel(as_rows(tensor), wanted):
+            continue
+        if side == "output" and next(layer.modules[path].children(), None) is not None:
+            return path
+        taken = None if is_matrix(layer.modules[path]) else layer.rows_of(path, "input")
+        if side == "output" and taken is not None and taken.shape == added.shape:
+            wanted = taken
+    return None
+
+
+def _owner(path: str) -> str:
+    """The module that has another one as a part of its own."""
+    return path.rpartition(".")[0]
+
+
+def _around(paths: Iterable[str]) -> str:
+    """The innermost module that is one of these or has it inside, for each."""
+    ways = [path.split(".") for path in paths]
+    common: list[str] = []
+    for names in zip(*ways, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common)
