@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from engine.parts import Block, Packed, Role
+from engine.parts import Added, Block, Packed, Role
 from engine.residual import SIDE_BY_SIDE, Middle
 from engine.seen_layer import SeenLayer, as_rows, first_tensor, is_matrix, is_parallel, is_same
 
@@ -33,58 +33,57 @@ def find_blocks(
 def _attention_block(layer: SeenLayer, middle: Middle, roles: Mapping[Role, Packed], out: str | None) -> Block | None:
     if layer.attention is None:
         return None
-    first = layer.rows_of("", "input")
-    added = None if middle.rows is None or first is None else middle.rows - first
     module = _around([layer.attention] if out is None else [layer.attention, _owner(out)])
     query = roles.get("q")
-    return _block(layer, module, None if query is None else query.module, out, added, middle)
+    return _block(layer, module, None if query is None else query.module, out, middle.attention_adds, middle)
 
 
 def _mlp_block(
     layer: SeenLayer, middle: Middle, roles: Mapping[Role, Packed], down: str | None, experts: str | None
 ) -> Block | None:
-    last = layer.rows_of("", "output")
-    added = None if middle.rows is None or last is None else last - middle.rows
     gate = roles["gate"].module if "gate" in roles else None
     inside = [_owner(path) for path in (gate, down, experts) if path is not None]
     if not inside:  # activations that are no modules
-        module = None if added is None else _giver(layer, added)
-        return None if module is None else _block(layer, module, None, None, added, middle)
+        last = layer.rows_of("", "output")
+        module = None if middle.rows is None or last is None else _giver(layer, last - middle.rows)
+        return None if module is None else _block(layer, module, None, None, middle.mlp_adds, middle)
     if experts is not None and down is not None and not _around(inside):
         return Block(module="", taken=None, given=None)
-    return _block(layer, _around(inside), gate, down, added, middle)
+    return _block(layer, _around(inside), gate, down, middle.mlp_adds, middle)
 
 
 def _block(
-    layer: SeenLayer, module: str, first: str | None, last: str | None, added: Tensor | None, middle: Middle
+    layer: SeenLayer, module: str, first: str | None, last: str | None, adds: Added | None, middle: Middle
 ) -> Block | None:
-    """`first` and `last` take and give where there is no module around all of it."""
-    given = layer.rows_of(module, "output") if module else None
+    """What it `adds` was told from the residual (`engine.residual`); here that is beside what the module gives.
+
+    `first` and `last` take and give where there is no module around all of it.
+    """
+    own = None if adds is None else layer.rows_of(adds.module, "output")
+    exact = None if adds is None or adds.is_scaled else adds.module
     if not module:
-        own = None if last is None else layer.rows_of(last, "output")
-        is_added = own is not None and added is not None and is_same(own, added)
+        rows = None if last is None else layer.rows_of(last, "output")
+        is_added = exact is not None and rows is not None and own is not None and is_same(rows, own)
         return Block(module="", taken=first, given=last, added=last if is_added else None)
     block = Block(module=module, taken=module, given=module)
-    if given is None or added is None:
+    given = layer.rows_of(module, "output")
+    if given is None or middle.rows is None:
         told = None if middle.why_not == SIDE_BY_SIDE else "what the layer makes of it could not be told"
         return replace(block, note=told)
-    if is_parallel(given, added):
-        scale = float(added.norm() / given.norm())
-        if abs(scale - 1) > 1e-3:
-            return replace(block, note=f"before the layer adds {scale:.4g} times it to the residual")
+    if adds is None or own is None:
+        return replace(block, note="the layer adds something else to the residual")
+    if is_parallel(given, own):
+        if adds.is_scaled:
+            return replace(block, note=f"before the layer adds {adds.scale:.4g} times it to the residual")
         return replace(block, added=module)
-    for path, side, value in layer.calls:
-        tensor = first_tensor(value)
-        if side != "output" or not isinstance(tensor, Tensor) or not is_parallel(as_rows(tensor), added):
-            continue
-        exact = path if is_same(as_rows(tensor), added) else None
-        if path.startswith(f"{module}."):
-            told = f"{path}.output: what {module} gives has the residual in it"
-            return replace(block, given=path, added=exact, note=told)
-        own = layer.rows_of(path, "input")
-        if own is not None and is_same(own, given):
-            told = f"before {path}, which makes of it what is added to the residual"
-            return replace(block, added=exact, note=told)
+    path = adds.module
+    if path.startswith(f"{module}."):
+        told = f"{path}.output: what {module} gives has the residual in it"
+        return replace(block, given=path, added=exact, note=told)
+    taken = layer.rows_of(path, "input")
+    if taken is not None and is_same(taken, given):
+        told = f"before {path}, which makes of it what is added to the residual"
+        return replace(block, added=exact, note=told)
     return replace(block, note="the layer adds something else to the residual")
 
 

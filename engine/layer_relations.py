@@ -244,7 +244,7 @@ def _given(values: LayerValues, name: str, added: Added | None, summed: Outcome,
         says = f"{name} is what is added to the residual, behind {added.module}"
         found = equal(_as(given, value), call(join(values.path, added.module), value[None])[0])
     else:
-        times = "" if abs(added.scale - 1) < _PLAIN else f", {added.scale:.4g} times"
+        times = f", {added.scale:.4g} times" if added.is_scaled else ""
         says, found = f"{says}{times}", equal(value, _as(given, value))
     yield _check(values, name, says, found)
 
@@ -268,7 +268,7 @@ def _as(given: Tensor, other: Tensor) -> Tensor:
 
 
 def _words(added: Added) -> str:
-    factor = "" if abs(added.scale - 1) < _PLAIN else f"{added.scale:.4g} x "
+    factor = f"{added.scale:.4g} x " if added.is_scaled else ""
     normed = " (a norm of what came before)" if added.is_normed else ""
     return f"{factor}{added.module}.output{normed}"
 

@@ -31,6 +31,11 @@ class Added:
     scale: float = 1.0  # so many times it is added
     is_normed: bool = False  # it norms, or changes otherwise, what attention or the MLP gave
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the layer adds something else than the output itself."""
+        return abs(self.scale - 1) > 1e-3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
