@@ -20,7 +20,7 @@ from engine.blocks import find_blocks
 from engine.heads import find_dropout, find_heads, find_out
 from engine.neurons import find_fused, find_neurons, find_router
 from engine.parts import Parts
-from engine.residual import find_middle
+from engine.residual import SIDE_BY_SIDE, find_middle
 from engine.seen_layer import SeenLayer, first_tensor
 from engine.specimen import Seen, gives_layers_tokens, make_specimen, run_specimen
 
@@ -105,6 +105,7 @@ def _parts(layer: SeenLayer) -> Parts:
         out=out,
         mid=middle.module,
         why_no_mid=middle.why_not,
+        is_parallel=middle.why_not == SIDE_BY_SIDE,
         norm_behind=middle.norm_behind,
         scale=middle.scale,
         attention_adds=middle.attention_adds,

@@ -57,6 +57,7 @@ class Parts:
     out: str | None = None  # takes all heads' results side by side
     mid: str | None = None  # its input is the residual between attention and MLP
     why_no_mid: str = ""
+    is_parallel: bool = False  # attention and MLP run side by side
     norm_behind: str | None = None  # of families that norm what attention gave before they add it
     scale: float = 1.0  # of families that scale it then
     attention_adds: Added | None = None

@@ -7,7 +7,7 @@ What has no such thing, or has it in another way, gets a refusal with the reason
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -44,7 +44,8 @@ def find_standard_names(model: PreTrainedModel, layers: str, anatomy: Anatomy, a
         attention, mlp = (None, None) if kind is None else (kind.attention_block, kind.mlp_block)
         for name, block in (("attention", attention), ("mlp", mlp)):
             part = _PARTS[name]
-            parts.append(_part(path, part, block, _NO_TWIN if kind is None else _NO_BLOCK[name]))
+            found = _part(path, part, block, _NO_TWIN if kind is None else _NO_BLOCK[name])
+            parts.append(replace(found, is_parallel=kind is not None and kind.is_parallel))
             for side in _SIDES:
                 points.append(_point(path, f"{name}_{side}", block, side, at, width, parts[-1]))
     refusals = {name: why for name, why in _NO_MODULE.items() if name not in modules}

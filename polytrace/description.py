@@ -181,6 +181,7 @@ class PartInfo:
     name: str  # "self_attn" or "mlp"
     path: str | None
     refusal: str | None = None
+    is_parallel: bool = False  # attention and MLP of this layer both take the residual before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

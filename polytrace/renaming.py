@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from polytrace.aliases import Aliases
 from polytrace.description import PartInfo, PointInfo
 from polytrace.errors import GraphError
@@ -32,7 +34,8 @@ def take_renamed(table: Table, renamed: Aliases) -> None:
         is_layer = owner.rpartition(".")[0] == table.standard["layers"]
         for name, point in (("self_attn", "attention"), ("mlp", "mlp")):
             if is_layer and name in names:
-                table.parts[owner, name] = PartInfo(module=owner, name=name, path=names[name])
+                found = table.parts.get((owner, name), PartInfo(module=owner, name=name, path=None))
+                table.parts[owner, name] = replace(found, path=names[name], refusal=None)
                 _put(table, owner, f"{point}_input", names[name], Port.INPUT)
                 _put(table, owner, f"{point}_output", names[name], Port.OUTPUT)
 

@@ -48,7 +48,7 @@ def every_method(model: Any) -> dict[str, Sweep]:
         ),
         "means": ablate(model, twice, loss(8), layers=range(2)),
         "others' means": ablate(model, twice, loss(8), of="mlp", reference=[*GIVES, EIFFEL], layers=[0, 1]),
-        "resampled": ablate(model, twice, loss(8), of="layer", by="resample", layers=[1, 6]),
+        "resampled": ablate(model, twice, loss(8), of="layer", method="resample", layers=[1, 6]),
         "knockout": knock_out_attention(
             model, [EIFFEL, GIVES[0]], -1, ["Eiffel Tower", "store"], city, window=3, layers=[3, 4]
         ),

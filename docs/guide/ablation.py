@@ -16,7 +16,7 @@ halves = [rng.sample(range(3, model.config.vocab_size), 16) for _ in range(8)]
 prompts = [[0, *half, *half] for half in halves]
 
 # what the second half costs, a token, when a head says its mean over all tokens and prompts instead
-sweep = ablate(model, prompts, loss(18), of="head", by="mean")
+sweep = ablate(model, prompts, loss(18), of="head", method="mean")
 harm, plain = sweep.effect.mean("prompt"), float(sweep.clean.mean())
 
 worst = top_k_table(harm, 4)

@@ -9,7 +9,7 @@ import torch
 
 import polytrace
 from bench.tinyworld.facts import RELATIONS
-from polytrace.methods import knock_out_attention, lines, probability
+from polytrace.methods import knock_out_attention, line_plot, probability
 
 url = os.environ.get("POLYTRACE_URL")
 model = polytrace.connect(url) if url else polytrace.load("bench/tinyworld/model")
@@ -44,7 +44,7 @@ left.imshow(pattern.numpy(), cmap="Blues")
 left.set_title("head 1.0 on tokens said twice")
 left.set_xlabel("looks at token")
 left.set_ylabel("token")
-lines(blocked, title="the last token must not see the subject", ax=right, level=plain)
+line_plot(blocked, title="the last token must not see the subject", ax=right, level=plain)
 right.set_ylim(0, 1.05)
 figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
 

@@ -33,8 +33,8 @@ def other(some):
 
 
 # 1) what each head says at the last token when capitals are asked for, put in where languages are: which ones matter?
-task = Task(clean=asking(measured), corrupted=other(measured), answers=[" " + capitals[one] for one in measured])
-found = function_vector(model, task, heads=6, score="log_probability")
+task = Task(clean=asking(measured), corrupt=other(measured), answers=[" " + capitals[one] for one in measured])
+found = function_vector(model, task, top_k=6, score="log_probability")
 
 # 2) as a control, six other heads
 width = found.effects.sizes["head"]
@@ -42,7 +42,7 @@ rest = [place for place in range(found.effects.size) if divmod(place, width) not
 chosen = xarray.zeros_like(found.effects)
 for place in random.Random(1).sample(rest, 6):
     chosen[divmod(place, width)] = 1.0
-control = function_vector(model, task, heads=6, effects=chosen)
+control = function_vector(model, task, top_k=6, effects=chosen)
 
 # 3) countries that were not measured: the vector is added once, at the last token of one layer
 expected = [" " + capitals[country] for country in held_out]
@@ -50,8 +50,8 @@ expected = [" " + capitals[country] for country in held_out]
 
 def share(vector, layer, factor=2.0):
     """Of the held-out countries: those whose capital is the answer."""
-    told = steer(model, other(held_out), vector, layer, positions=-1, factor=factor).top.isel(factor=0, rank=0)
-    return float((told.coords["text"].values == expected).mean())
+    told = steer(model, other(held_out), vector, layer, positions=-1, factor=factor, top_k=1)
+    return float((told.token.squeeze().values == expected).mean())
 
 
 shares = {

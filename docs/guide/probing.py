@@ -10,7 +10,7 @@ import torch
 
 import polytrace
 from bench.tinyworld.facts import RELATIONS
-from polytrace.methods import collect
+from polytrace.methods import collect_activations
 
 url = os.environ.get("POLYTRACE_URL")
 model = polytrace.connect(url) if url else polytrace.load("bench/tinyworld/model")
@@ -23,7 +23,7 @@ labels = torch.tensor([kinds.index(continents[country]) for country in countries
 # the residual at the country's last token, in a sentence that does not ask for the continent
 prompts = [f"The capital of {country}" for country in countries]
 with tempfile.TemporaryDirectory() as folder:
-    found = collect(model, prompts, to=folder, of=["resid_pre", "resid_post"], positions=-1)
+    found = collect_activations(model, prompts, to=folder, of=["resid_pre", "resid_post"], positions=-1)
     names = ["resid_pre.0", *(f"resid_post.{number}" for number in range(len(model.layers)))]
     residuals = [found.array(name) for name in names]
 

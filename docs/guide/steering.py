@@ -31,8 +31,8 @@ for name, prompts in (("landmarks", landmarks[20:]), ("capitals", capitals[20:])
     swept = steer(model, prompts, direction, positions=-1, factor=[0.0, 3.0], tokens=[" Rome"])
     gated = steer(model, prompts, direction, positions=-1, factor=3.0, gate=gate, tokens=[" Rome"])
     for how, found, factor in (("not at all", swept, 0.0), ("always", swept, 3.0), ("with the gate", gated, 3.0)):
-        said[name, how] = float((found.top.sel(factor=factor, rank=0).coords["text"] == " Rome").mean())
-        logits[name, how] = torch.tensor(found.logits.sel(factor=factor).values[:, 0])
+        said[name, how] = float((found.rank.sel(factor=factor) == 0).mean())
+        logits[name, how] = torch.tensor(found.logit.sel(factor=factor).values[:, 0])
 
 print("answers “Rome”, steered      landmarks   capitals")
 for how in ("not at all", "always", "with the gate"):

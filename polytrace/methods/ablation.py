@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 import polytrace
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.cells import Batch, Part, batch_of, parts_of, places_in
+from polytrace.methods.cells import Part, parts_of, places_in
 from polytrace.methods.metrics import Metric, Run, as_metric, logits_for, measure
-from polytrace.methods.patching import heads_in
-from polytrace.methods.places import Prompts, layers_of
-from polytrace.methods.sites import value_of
+from polytrace.methods.places import Prompts, heads_of, layers_of, prompts_of, value_of
 from polytrace.methods.sweeps import Scale, Sweep, cell, collect
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from polytrace.tracing import Tracer
 
 PARTS = {"head": "z", "neuron": "mlp_post", "attention": "attention", "mlp": "mlp", "layer": "resid_post"}
-_WAYS = ("zero", "mean", "resample")
+_METHODS = ("zero", "mean", "resample")
 _OVER = ("all", "prompts", "tokens")
 
 
@@ -36,7 +34,7 @@ def ablate(
     metric: Metric | Callable[[Any], Any],
     *,
     of: str = "head",
-    by: str = "mean",
+    method: str = "mean",
     over: str = "all",
     reference: Any = None,
     layers: Any = None,
@@ -47,8 +45,8 @@ def ablate(
     """One part of the model at a time is replaced: `effect` [layer, head], [layer, neuron] or [layer].
 
     `of`: "head" (its z), "neuron" (its place in mlp_post; name some by `units`), "attention" or "mlp" (what they give),
-    "layer" (all that it adds to the residual). `by`: "zero"; "mean", by default over all tokens of all prompts, or with
-    `over="prompts"` at each position over prompts of equal length, with `over="tokens"` over each prompt's own;
+    "layer" (all that it adds to the residual). `method`: "zero"; "mean", by default over all tokens of all prompts, or
+    with `over="prompts"` at each position over prompts of equal length, with `over="tokens"` over each prompt's own;
     "resample", from other prompts at the same positions. `reference`: prompts that means are taken over, for
     `over="all"` any number of them (`model.map`, in requests of their own), or for "resample" one for each prompt, of
     its length; without it the prompts themselves, for "resample" in an order drawn from `seed` in which none stays at
@@ -57,17 +55,18 @@ def ablate(
 
     `effect` is the change of the metric against the unchanged run.
     """
-    if of not in PARTS or by not in _WAYS or over not in _OVER:
+    if of not in PARTS or method not in _METHODS or over not in _OVER:
         raise GraphError(
-            f"of is {', '.join(PARTS)}, by {', '.join(_WAYS)}, over {', '.join(_OVER)}; not {of!r}, {by!r}, {over!r}",
+            f"of is {', '.join(PARTS)}, method {', '.join(_METHODS)}, over {', '.join(_OVER)}; not {of!r}, {method!r}, "
+            f"{over!r}",
             where=user_line(),
         )
-    batch, measured, numbers = batch_of(model, prompts), as_metric(metric), layers_of(model, layers)
+    batch, measured, numbers = prompts_of(model, prompts), as_metric(metric), layers_of(model, layers)
     places = places_in(model, batch, positions)
-    others = _others(model, batch, by, over, reference, seed)
+    others = _others(model, batch, method, over, reference, seed)
     pairs = [(part, part) for part in parts_of(batch.lengths, places)]
     given: Mapping[int, Any] = {}
-    if by == "mean" and over == "all" and reference is not None:
+    if method == "mean" and over == "all" and reference is not None:
         given = _means_of(model, reference, numbers, of)
     cells: dict[tuple[int, ...], Any] = {}
     with model.trace() as tracer:
@@ -75,17 +74,17 @@ def ablate(
             clean = measure(measured, Run(model, batch)).save()
             logits = logits_for(measured, model)
             counts = {number: _count(model, number, of) for number in numbers}
-        if by != "zero" and not given:
+        if method != "zero" and not given:
             with tracer.invoke(others.ids):
                 said = {number: said_by(model, number, of) for number in numbers}
-                given = said if by == "resample" else {n: _mean(tracer, v, others, over) for n, v in said.items()}
+                given = said if method == "resample" else {n: _mean(tracer, v, others, over) for n, v in said.items()}
         has_units = of in ("head", "neuron")
-        chosen: list[int | None] = [*heads_in(max(counts.values()), units)] if has_units else [None]
+        chosen: list[int | None] = [*heads_of(max(counts.values()), units)] if has_units else [None]
         for row, number in enumerate(numbers):
             for place, unit in enumerate(chosen):
                 if unit is None or unit < counts[number]:
                     with tracer.invoke(batch.ids):
-                        _replace(model, number, of, by, given.get(number), pairs, unit)
+                        _replace(model, number, of, method, given.get(number), pairs, unit)
                         spot = (row, place) if has_units else (row,)
                         cells[spot] = measure(measured, Run(model, batch, logits)).save()
     dims: dict[str, Sequence[Any]] = {"layer": numbers}
@@ -112,7 +111,7 @@ def _count(model: Model, number: int, of: str) -> int:
 
 
 def _replace(
-    model: Model, number: int, of: str, by: str, given: Any, pairs: Sequence[tuple[Part, Part]], unit: int | None
+    model: Model, number: int, of: str, method: str, given: Any, pairs: Sequence[tuple[Part, Part]], unit: int | None
 ) -> None:
     """The edit of the open invoke."""
     point = PARTS[of]
@@ -120,13 +119,13 @@ def _replace(
     before = value_of(model, number, "resid_pre") if of == "layer" else None
     for part, theirs in pairs:
         spot = cell(point, part, unit)
-        told = 0.0 if by == "zero" else _replacement(given, by, theirs, point, unit)
+        told = 0.0 if method == "zero" else _replacement(given, method, theirs, point, unit)
         target[spot] = told if before is None else before[spot] + told
 
 
-def _replacement(given: Any, by: str, part: Part, point: str, unit: int | None) -> Any:
+def _replacement(given: Any, method: str, part: Part, point: str, unit: int | None) -> Any:
     """What is said instead, in the shape of the part or one that is spread over it."""
-    if by == "resample":
+    if method == "resample":
         return given[cell(point, part, unit)]
     rows, columns = part
     if given.shape[0] == 1:
@@ -134,12 +133,12 @@ def _replacement(given: Any, by: str, part: Part, point: str, unit: int | None) 
     return given[cell(point, (rows, slice(0, 1) if given.shape[1] == 1 else columns), unit)]
 
 
-def _mean(tracer: Tracer, value: Any, batch: Batch, over: str) -> Any:
+def _mean(tracer: Tracer, value: Any, batch: Prompts, over: str) -> Any:
     """Of the open invoke's tokens, pads left out: `[1 or prompts, 1 or tokens, ...]`."""
     if over == "prompts":
         return value.mean(0, keepdim=True)
     dims = (0, 1) if over == "all" else (1,)
-    if min(batch.lengths) == max(batch.lengths):
+    if not batch.are_ragged:
         return value.mean(dims, keepdim=True)
     mask = tracer.mask.reshape(*value.shape[:2], *[1] * (len(value.shape) - 2))
     return (value * mask).sum(dims, keepdim=True) / mask.sum(dims, keepdim=True)
@@ -157,10 +156,10 @@ def _means_of(model: Model, reference: Any, layers: Sequence[int], of: str) -> d
     return {number: mapping.results[str(number)][None, None] for number in layers}
 
 
-def _others(model: Model, batch: Batch, by: str, over: str, reference: Any, seed: int) -> Batch:
+def _others(model: Model, batch: Prompts, method: str, over: str, reference: Any, seed: int) -> Prompts:
     """The prompts that are read for what is said instead, in one view."""
-    if by == "mean" and over == "prompts":
-        others = batch if reference is None else batch_of(model, reference)
+    if method == "mean" and over == "prompts":
+        others = batch if reference is None else prompts_of(model, reference)
         if len({*others.lengths, *batch.lengths}) > 1:
             raise GraphError(
                 f"prompts of {', '.join(map(str, sorted({*others.lengths, *batch.lengths})))} tokens have no mean at "
@@ -168,12 +167,12 @@ def _others(model: Model, batch: Batch, by: str, over: str, reference: Any, seed
                 where=user_line(),
             )
         return others
-    if by == "mean" and over == "tokens" and reference is not None:
+    if method == "mean" and over == "tokens" and reference is not None:
         raise GraphError("a mean over each prompt's own tokens takes no reference", where=user_line())
-    if by != "resample":
+    if method != "resample":
         return batch
     if reference is not None:
-        others = batch_of(model, reference)
+        others = prompts_of(model, reference)
         if others.lengths != batch.lengths:
             raise GraphError(
                 f"resampling takes one other prompt for each, of its length: {len(others)} of {others.lengths} tokens "
@@ -194,7 +193,4 @@ def _others(model: Model, batch: Batch, by: str, over: str, reference: Any, seed
         rng.shuffle(shuffled)
         for one, other in zip(shuffled, [*shuffled[1:], shuffled[0]], strict=True):  # one circle: none stays
             order[one] = other
-    prompts = Prompts(
-        tuple(batch.prompts.sequences[other] for other in order), tuple(batch.prompts.texts[other] for other in order)
-    )
-    return Batch(prompts, tuple(batch.given[other] for other in order), batch.is_single)
+    return batch[order]

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.choices import Token, needs_torch, prompt_ids, texts_of, token_of_each
 from polytrace.methods.frozen import norm_form
+from polytrace.methods.imports import needs_torch
 from polytrace.methods.labels import labelled
+from polytrace.methods.places import Token, prompts_of, token_of_each
 from polytrace.methods.terms import LayerTerms, heads_of, layer_terms, neurons_of
+from polytrace.tokenizer import token_texts
 
 if TYPE_CHECKING:
     from xarray import DataArray
@@ -48,7 +50,9 @@ class Attribution:
     receipt: Receipt
 
 
-def decompose(model: Model, prompts: Any, position: int = -1, *, by: str = "layer", onto: Any = None) -> Decomposition:
+def decompose_residual(
+    model: Model, prompts: Any, *, by: str = "layer", position: int = -1, onto: Any = None
+) -> Decomposition:
     """The final residual at a position of each prompt as a sum of the embedding and what each layer adds.
 
     `by="layer"`: components "embedding", "0.attention", "0.mlp", ...; `by="head"`: "0.head.0", ... and
@@ -57,10 +61,10 @@ def decompose(model: Model, prompts: Any, position: int = -1, *, by: str = "laye
     hidden]`; then only dot products with these come back. Raises GraphError where the parts do not add up to 1e-4 (half
     precision: 5e-2) of the largest feature.
     """
-    torch = needs_torch("decompose")
+    torch = needs_torch("decompose_residual")
     _check_choice("by", by, ("layer", "head"))
-    names, parts_nD = ["embedding"], []
-    with model.trace(prompts) as tracer:
+    batch, names, parts_nD = prompts_of(model, prompts), ["embedding"], []
+    with model.trace(batch.ids) as tracer:
         directions = None if onto is None else _directions(onto, model).T
         shown: Callable[[Any], Any] = lambda rows: rows if directions is None else rows @ directions  # noqa: E731
         terms = [layer_terms(layer, position) for layer in model.layers]
@@ -84,8 +88,8 @@ def decompose(model: Model, prompts: Any, position: int = -1, *, by: str = "laye
     _check(model, (["the sum at the end"], off[None]))
     last = "feature" if onto is None else "direction"
     return Decomposition(
-        parts=labelled(found, {"prompt": None, "component": names, last: None}, name="residual"),
-        residual=labelled(whole, {"prompt": None, last: None}, name="residual"),
+        parts=labelled(found, {"prompt": None, "component": names, last: None}, name="residual", prompts=batch.labels),
+        residual=labelled(whole, {"prompt": None, last: None}, name="residual", prompts=batch.labels),
         receipt=tracer.receipt,
     )
 
@@ -97,13 +101,13 @@ def logit_attribution(
     *,
     by: str = "layer",
     position: int = -1,
-    top: int | None = None,
+    top_k: int | None = None,
 ) -> Attribution:
     """What each part adds to a token's logit (direct logit attribution), with the final norm's scale as in the run.
 
     `tokens`: a token (id or text), a list with one for each prompt, or a tuple `(a, b)` of these for the logit of a
     less that of b. `by="layer"`: parts "attention" and "mlp" of each layer; "head": each head; "neuron": each neuron,
-    or the `top` of each layer that add or take most, with their numbers as the coordinate "neuron". `rest` has the
+    or the `top_k` of each layer that add or take most, with their numbers as the coordinate "neuron". `rest` has the
     other terms: the embedding, what biases of attention and MLP add, and "bias", which is what no part makes (the final
     norm's bias, the head's). Only these numbers come back, and, in a small request of its own before, each prompt's
     direction `[hidden]`, which every stage is to have. Raises GraphError where they do not add up to the model's own
@@ -111,24 +115,28 @@ def logit_attribution(
     """
     torch = needs_torch("logit_attribution")
     _check_choice("by", by, ("layer", "head", "neuron"))
-    if top is not None and (by != "neuron" or not isinstance(top, int) or top < 1):
-        raise GraphError(f"top is a number of neurons with by='neuron', not {top!r} with by={by!r}", where=user_line())
+    if top_k is not None and (by != "neuron" or not isinstance(top_k, int) or top_k < 1):
+        raise GraphError(
+            f"top_k is a number of neurons with by='neuron', not {top_k!r} with by={by!r}", where=user_line()
+        )
     if "ln_final" not in model.description.standard:
-        told = "this model has no final norm before its head that could be frozen: attribute with decompose(onto=...)"
+        told = (
+            "this model has no final norm before its head that could be frozen: decompose_residual(onto=...) needs none"
+        )
         raise GraphError(told, where=user_line())
-    prompts = prompt_ids(model, prompts)
-    wanted, other = _pair(model, tokens, len(prompts))
+    batch = prompts_of(model, prompts)
+    wanted, other = _pair(model, tokens, len(batch))
     # 1) the direction in the residual that the tokens are, at scale 1: no site is read, so no row of a prompt runs
-    with model.trace(prompts):
+    with model.trace(batch.ids):
         unembedding_nD, offset = _unembedding(model, wanted, other)
         form = norm_form(model.ln_final)
         direction_nD = form.pull(unembedding_nD).save()
         constant_n = (_dot(form.bias_D, unembedding_nD) + offset).save()
     # 2) what each part has along it, where the part is; the scale is known behind the last layer
-    with model.trace(prompts) as tracer:
+    with model.trace(batch.ids) as tracer:
         terms = [layer_terms(layer, position) for layer in model.layers]
         _chain(terms)
-        parts, rest, numbers = _dots(terms, direction_nD, by, top)
+        parts, rest, numbers = _dots(terms, direction_nD, by, top_k)
         given, got = terms[-1].residual_nD, terms[-1].at(model.ln_final.output)
         scale_n1, terms[-1].errors["the final norm as a linear map"] = norm_form(model.ln_final).scale(given, got)
         parts, rest = parts * scale_n1[:, None], {term: value * scale_n1[:, 0] for term, value in rest.items()}
@@ -143,16 +151,16 @@ def logit_attribution(
     _check(model, errors)
     # 3) labels
     dims: dict[str, Any] = {"prompt": None, "layer": range(model.description.num_layers)}
-    dims |= {"part": ["attention", "mlp"]} if by == "layer" else {by if top is None else "rank": None}
-    array = labelled(parts, dims, name="logit")
+    dims |= {"part": ["attention", "mlp"]} if by == "layer" else {by if top_k is None else "rank": None}
+    array = labelled(parts, dims, name="logit", prompts=batch.labels)
     if numbers is not None:
         array = array.assign_coords(neuron=(("prompt", "layer", "rank"), numbers.numpy()))
-    texts = [texts_of(model, ids) for ids in (wanted, other) if ids is not None]
+    texts = [token_texts(model.tokenizer, ids) for ids in (wanted, other) if ids is not None]
     differences = [" - ".join(pair) for pair in zip(*texts, strict=True)]
     return Attribution(
         parts=array,
-        rest=labelled(sums, {"prompt": None, "term": list(rest)}, name="logit"),
-        logit=labelled(logit, {"prompt": None}, name="logit", tokens={"prompt": differences}),
+        rest=labelled(sums, {"prompt": None, "term": list(rest)}, name="logit", prompts=batch.labels),
+        logit=labelled(logit, {"prompt": None}, name="logit", tokens={"prompt": differences}, prompts=batch.labels),
         receipt=tracer.receipt,
     )
 
@@ -208,7 +216,7 @@ def _logit(logits_nV: Any, wanted: Sequence[int], other: Sequence[int] | None) -
 
 
 def _dots(
-    terms: Sequence[LayerTerms], direction_nD: Any, by: str, top: int | None
+    terms: Sequence[LayerTerms], direction_nD: Any, by: str, top_k: int | None
 ) -> tuple[Any, dict[str, Any], Any | None]:
     """The parts `[n, layers, parts]` and the other terms `[n]` along a direction, and which neurons are kept."""
     torch = needs_torch("logit_attribution")
@@ -222,9 +230,9 @@ def _dots(
         return parts, rest | {"attention bias": attention.sum(1) - parts.sum((1, 2)), "mlp": mlp.sum(1)}, None
     dots = _stacked([_neuron_dots(own, direction_nD) for own in terms], "neurons")
     rest |= {"attention": attention.sum(1), "mlp bias": mlp.sum(1) - dots.sum((1, 2))}
-    if top is None:
+    if top_k is None:
         return dots, rest, None
-    numbers = dots.abs().topk(min(top, dots.shape[2])).indices
+    numbers = dots.abs().topk(min(top_k, dots.shape[2])).indices
     kept = dots.gather(2, numbers)
     return kept, rest | {"other neurons": dots.sum((1, 2)) - kept.sum((1, 2))}, numbers
 
@@ -258,13 +266,13 @@ def _pair(model: Model, tokens: Any, num_prompts: int) -> tuple[list[int], list[
         if len(tokens) != 2:
             told = f"a tuple is a pair (a, b) for the difference of two logits, and this one has {len(tokens)} members"
             raise GraphError(f"{told}: give a list for one token of each prompt", where=user_line())
-        first, second = (token_of_each(model, one, num_prompts, "tokens") for one in tokens)
+        first, second = (token_of_each(model, one, num_prompts) for one in tokens)
         return first, second
-    return token_of_each(model, tokens, num_prompts, "tokens"), None
+    return token_of_each(model, tokens, num_prompts), None
 
 
 def _directions(onto: Any, model: Model) -> Any:
-    torch = needs_torch("decompose")
+    torch = needs_torch("decompose_residual")
     directions = torch.as_tensor(onto, dtype=torch.float32)
     if directions.ndim != 2 or directions.shape[1] != model.description.hidden_size:
         told = f"onto is [directions, {model.description.hidden_size}], not {list(directions.shape)}"

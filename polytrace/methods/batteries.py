@@ -128,4 +128,4 @@ def _array(
         whole = whole[:, 0]
         del dims["layer"]
     labels = [prompt.name or str(prompt.text) for prompt in asked]
-    return labelled(whole, dims, name="probability").assign_coords(prompt_text=("prompt", labels))
+    return labelled(whole, dims, name="probability", prompts=labels)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from polytrace import functions
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.cells import Batch, Places, absent_in, axis_of, batch_of, columns_of, places_in, texts_at
+from polytrace.methods.cells import Places, absent_in, axis_of, columns_of, places_in, texts_at
 from polytrace.methods.knockout import around
 from polytrace.methods.metrics import Metric, Run, as_metric, logits_for, measure
-from polytrace.methods.places import layers_of
-from polytrace.methods.sites import value_of
+from polytrace.methods.places import GIVEN, Prompts, layers_of, prompts_of, value_of
 from polytrace.methods.sweeps import Scale, Sweep, cell, collect
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def trace_causes(
     (those from layer - window // 2 on, cut at the model's ends), of the others in one layer. `positions` as in
     `patch_activations`. `normalise`: 0 is the blurred run's metric and 1 the clean one's; else the metric itself.
     """
-    batch, measured, numbers = batch_of(model, prompts), as_metric(metric), layers_of(model, layers)
+    batch, measured, numbers = prompts_of(model, prompts), as_metric(metric), layers_of(model, layers)
     kinds = [restore] if isinstance(restore, str) else list(restore)
     if samples < 1 or window < 1 or not kinds:
         raise GraphError(
@@ -74,7 +73,7 @@ def trace_causes(
                 for step, places in enumerate(steps):
                     if any(places):
                         with runs.blurred():
-                            for layer in around(number, window if kind in ("attention", "mlp") else 1, model):
+                            for layer in around(number, window if kind in GIVEN else 1, model):
                                 runs.restore(kind, layer, places)
                             cells[first, row, step] = runs.measured().save()
     return collect(
@@ -95,7 +94,7 @@ class _Runs:
     """The invokes of one trace. Each prompt is there `samples` times, one after another, with a noise each."""
 
     def __init__(
-        self, tracer: Tracer, model: Model, batch: Batch, subject: Places, metric: Metric, samples: int
+        self, tracer: Tracer, model: Model, batch: Prompts, subject: Places, metric: Metric, samples: int
     ) -> None:
         self.tracer, self.model, self.batch, self.metric, self.samples = tracer, model, batch, metric, samples
         self.ids = [own for own in batch.ids for _ in range(samples)]
@@ -143,7 +142,7 @@ class _Runs:
 
     def _spread(self, embedded: Any) -> Any:
         """The standard deviation of all features of all tokens, pads left out."""
-        if min(self.batch.lengths) == max(self.batch.lengths):
+        if not self.batch.are_ragged:
             return embedded.std()
         mask, count = self.tracer.mask[..., None], sum(self.batch.lengths) * embedded.shape[-1]
         mean = (embedded * mask).sum() / count

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.literals import scalar
-from polytrace.methods.places import Prompts, prompts_of
+from polytrace.methods.places import Prompts, position_in, positions_of
 
 if TYPE_CHECKING:
     from polytrace.model import Model
@@ -22,42 +22,10 @@ if TYPE_CHECKING:
 Places = list[list[int]]
 Part = tuple[int | slice, slice | list[int]]  # sequences, columns; the columns stay a dimension
 
-WHERE = "an int, several, a text that stands in every prompt once, or for each prompt positions or a text of its own"
+_WHERE = "an int, several, a text that stands in every prompt once, or for each prompt positions or a text of its own"
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Prompts of one view."""
-
-    prompts: Prompts
-    given: tuple[str | None, ...]  # the text of each prompt as it was given, None of ids
-    is_single: bool  # one prompt, not a list of one: results have no dimension for prompts
-
-    @property
-    def ids(self) -> list[list[int]]:
-        return [list(sequence) for sequence in self.prompts.sequences]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(sequence) for sequence in self.prompts.sequences]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-
-def batch_of(model: Model, prompts: Any) -> Batch:
-    """Prompts of every kind that `model.trace` takes. Raises as that does."""
-    found = prompts_of(model, prompts)
-    given: list[str | None] = [None] * len(found)
-    if isinstance(prompts, str):
-        given = [prompts]
-    elif isinstance(prompts, (list, tuple)) and all(isinstance(one, str) for one in prompts):
-        given = list(prompts)
-    is_list = isinstance(prompts, (list, tuple)) and not isinstance(prompts[0], Mapping) and scalar(prompts[0]) is None
-    return Batch(found, tuple(given), is_single=len(found) == 1 and not is_list)
-
-
-def places_in(model: Model, batch: Batch, where: Any) -> Places:
+def places_in(model: Model, batch: Prompts, where: Any) -> Places:
     """Places that a user names; None is every token. Raises GraphError for one that is not there."""
     count = len(batch)
     if where is None:
@@ -65,18 +33,20 @@ def places_in(model: Model, batch: Batch, where: Any) -> Places:
     if isinstance(where, str):
         return [_of_text(model, batch, prompt, where) for prompt in range(count)]
     if scalar(where) is not None:
-        return [[_position(batch, prompt, where)] for prompt in range(count)]
+        return [[position_in(batch, prompt, where)] for prompt in range(count)]
     if isinstance(where, slice):
         return [list(range(length))[where] for length in batch.lengths]
     listed = list(where)
     if all(scalar(one) is not None and not isinstance(one, str) for one in listed):
-        return [[_position(batch, prompt, one) for one in listed] for prompt in range(count)]
+        return [[position_in(batch, prompt, one) for one in listed] for prompt in range(count)]
     if len(listed) != count:
-        raise GraphError(f"positions of {len(listed)} prompts for {count} prompts; they are {WHERE}", where=user_line())
+        raise GraphError(
+            f"positions of {len(listed)} prompts for {count} prompts; they are {_WHERE}", where=user_line()
+        )
     return [
         _of_text(model, batch, prompt, own)
         if isinstance(own, str)
-        else [_position(batch, prompt, one) for one in ([own] if scalar(own) is not None else own)]
+        else [position_in(batch, prompt, one) for one in ([own] if scalar(own) is not None else own)]
         for prompt, own in enumerate(listed)
     ]
 
@@ -89,13 +59,13 @@ def parts_of(lengths: Sequence[int], places: Places) -> list[Part]:
     return [(prompt, _compact(own)) for prompt, own in enumerate(columns) if own]
 
 
-def columns_of(batch: Batch, prompt: int, places: list[int]) -> slice | list[int]:
+def columns_of(batch: Prompts, prompt: int, places: list[int]) -> slice | list[int]:
     """One prompt's places in the batch's view."""
-    pads = max(batch.lengths) - batch.lengths[prompt]
+    pads = batch.longest - batch.lengths[prompt]
     return _compact([pads + place for place in places])
 
 
-def paired_parts(batch: Batch, places: Places, other: Batch, others: Places) -> list[tuple[Part, Part]]:
+def paired_parts(batch: Prompts, places: Places, other: Prompts, others: Places) -> list[tuple[Part, Part]]:
     """Places of two batches side by side, as a copy from one to the other takes them."""
     for prompt, (own, its) in enumerate(zip(places, others, strict=True)):
         if len(own) != len(its):
@@ -120,41 +90,40 @@ class Axis:
     wheres: list[Any]  # as `places_in` takes them
     is_named: bool  # labels are the user's own
 
-    def places(self, model: Model, batch: Batch, number: int) -> Places:
+    def places(self, model: Model, batch: Prompts, number: int) -> Places:
         """Of one step. Prompts that are too short for a column of a ragged view have none."""
         where = self.wheres[number]
-        if self.is_named or min(batch.lengths) == max(batch.lengths) or scalar(where) is None:
+        if self.is_named or not batch.are_ragged or scalar(where) is None:
             return places_in(model, batch, where)
         return [[length + where] if -where <= length else [] for length in batch.lengths]
 
 
-def axis_of(batch: Batch, positions: Any) -> Axis:
+def axis_of(batch: Prompts, positions: Any) -> Axis:
     """The steps of a sweep: None is each token, a dict gives names to places.
 
     Tokens of prompts that differ in length are counted from the end.
     """
     if isinstance(positions, Mapping):
         if not positions:
-            raise GraphError("there are no positions to look at", where=user_line())
+            raise GraphError("no position is chosen", where=user_line())
         return Axis(list(positions), list(positions.values()), is_named=True)
-    longest = max(batch.lengths)
     if positions is None or isinstance(positions, slice):
-        numbers = list(range(longest)) if min(batch.lengths) == longest else list(range(-longest, 0))
+        numbers, _ = positions_of(batch, None)
         chosen: list[Any] = numbers if positions is None else numbers[positions]
         return Axis(chosen, chosen, is_named=False)
     if isinstance(positions, str):
         return Axis([positions], [positions], is_named=True)
     chosen = [positions] if scalar(positions) is not None else list(positions)
     if not chosen:
-        raise GraphError("there are no positions to look at", where=user_line())
+        raise GraphError("no position is chosen", where=user_line())
     for prompt in range(len(batch)):
         for one in chosen:
             if not isinstance(one, str):
-                _position(batch, prompt, one)
+                position_in(batch, prompt, one)
     return Axis(chosen, chosen, is_named=True)
 
 
-def texts_at(model: Model, batch: Batch, axis: Axis) -> list[list[str]] | None:
+def texts_at(model: Model, batch: Prompts, axis: Axis) -> list[list[str]] | None:
     """By prompt, the token at each step; None where steps have names, or several tokens."""
     if any(isinstance(label, str) for label in axis.labels):
         return None
@@ -162,8 +131,7 @@ def texts_at(model: Model, batch: Batch, axis: Axis) -> list[list[str]] | None:
     if any(len(own) > 1 for step in steps for own in step):
         return None
     return [
-        [batch.prompts.texts[prompt][step[prompt][0]] if step[prompt] else "" for step in steps]
-        for prompt in range(len(batch))
+        [batch.texts[prompt][step[prompt][0]] if step[prompt] else "" for step in steps] for prompt in range(len(batch))
     ]
 
 
@@ -182,25 +150,13 @@ def _compact(columns: list[int]) -> slice | list[int]:
     return slice(first, first + len(columns)) if columns == list(range(first, first + len(columns))) else columns
 
 
-def _position(batch: Batch, prompt: int, position: Any) -> int:
-    number, length = scalar(position), batch.lengths[prompt]
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise GraphError(f"positions are {WHERE}; not {position!r}", where=user_line())
-    if not -length <= number < length:
-        told = f"prompt {prompt}" if len(batch) > 1 else "this prompt"
-        raise GraphError(
-            f"there is no position {number} in {told}, which has {length} tokens (0-{length - 1})", where=user_line()
-        )
-    return number % length
-
-
-def _of_text(model: Model, batch: Batch, prompt: int, text: str) -> list[int]:
+def _of_text(model: Model, batch: Prompts, prompt: int, text: str) -> list[int]:
     """The tokens of a prompt that have a part of a text."""
     whole = batch.given[prompt]
     if whole is not None:
         spans = model.tokenizer.encode(whole).offsets
     else:
-        texts, spans, end = batch.prompts.texts[prompt], [], 0
+        texts, spans, end = batch.texts[prompt], [], 0
         for own in texts:
             spans.append((end, end + len(own)))
             end += len(own)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import ConflictError, GraphError, NotFoundError
 from polytrace.lines import user_line
-from polytrace.methods.choices import Layers, chosen_layers, needs_torch
+from polytrace.methods.imports import needs_torch
+from polytrace.methods.places import Layers, Positions, layers_of
 from polytrace.points import DIMS
 
 if TYPE_CHECKING:
@@ -33,14 +34,14 @@ class Batch:
     labels: Any | None  # [rows], where labels were given
 
 
-def collect(
+def collect_activations(
     model: Model,
     dataset: Any,
     *,
     to: str | os.PathLike[str],
     of: str | Sequence[str] = "resid_post",
     layers: Layers = None,
-    positions: int | Sequence[int] | None = None,
+    positions: Positions = None,
     on_error: str = "raise",
 ) -> Activations:
     """What named points have for each prompt of a dataset, in a folder (or `s3://...`); returns its reader.
@@ -55,7 +56,7 @@ def collect(
         if DIMS.get(name, ())[:2] != ("sequence", "token"):
             known = ", ".join(name for name, dims in DIMS.items() if dims[:2] == ("sequence", "token"))
             raise GraphError(f"{name!r} has no row for each token; collected are {known}", where=user_line())
-    chosen = chosen_layers(model, layers)
+    chosen = layers_of(model, layers)
 
     def body() -> dict[str, Any]:
         values = {f"{name}.{number}": getattr(model.layers[number], name) for name in names for number in chosen}
@@ -66,7 +67,7 @@ def collect(
     return Activations(to)
 
 
-def _picked(value: Any, positions: int | Sequence[int] | None) -> Any:
+def _picked(value: Any, positions: Positions) -> Any:
     """Of one prompt, so without pads."""
     if positions is None:
         return value
@@ -74,7 +75,7 @@ def _picked(value: Any, positions: int | Sequence[int] | None) -> Any:
 
 
 class Activations:
-    """A folder that `collect` has filled, or is filling: what is complete can be read."""
+    """A folder that `collect_activations` has filled, or is filling: what is complete can be read."""
 
     def __init__(self, place: str | os.PathLike[str]) -> None:
         """Raises NotFoundError where there is none."""
@@ -85,7 +86,9 @@ class Activations:
         folder = open_folder(place)
         data = folder.read(NAME)
         if data is None:
-            raise NotFoundError(f"there are no activations in {self.place}: collect(..., to=...) makes them")
+            raise NotFoundError(
+                f"there are no activations in {self.place}: collect_activations(..., to=...) makes them"
+            )
         told = json.loads(data)
         self._index = Index(folder, {}, Cut(**told["cut"]), told["parts"], told["is_complete"])
         self.is_complete: bool = told["is_complete"]

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError, WireError
 from polytrace.lines import user_line
-from polytrace.methods.choices import Layers, chosen_layers, needs_torch, prompt_ids, token_id
 from polytrace.methods.gates import Gate
+from polytrace.methods.imports import needs_torch
 from polytrace.methods.labels import labelled
+from polytrace.methods.places import Layers, Positions, check_stream, layers_of, prompts_of, token_ids
 
 if TYPE_CHECKING:
     from xarray import DataArray
@@ -38,7 +39,7 @@ class Vectors:
     tensor: Any  # [layers, hidden], or [layers, positions, hidden]; float32
     layers: tuple[int, ...]
     positions: tuple[int, ...] | None = None  # of each prompt where they belong; None: wherever one wants
-    site: str = "resid_post"
+    of: str = "resid_post"
     method: str = ""
     separation: DataArray | None = None  # [layer, measure]
     receipts: tuple[Receipt, ...] = ()
@@ -57,7 +58,7 @@ class Vectors:
             tensor=self.tensor / length,
             layers=self.layers,
             positions=self.positions,
-            site=self.site,
+            of=self.of,
             method=self.method,
             separation=self.separation,
             receipts=self.receipts,
@@ -72,7 +73,7 @@ class Vectors:
             layer=layer,
             threshold=float(self.separation.sel(layer=layer, measure="middle")),
             position=position,
-            site=self.site,
+            of=self.of,
         )
 
     def save(self, path: str | Path) -> None:
@@ -83,7 +84,7 @@ class Vectors:
         tensors = {"vectors": self.tensor.contiguous()}
         if self.separation is not None:
             tensors["separation"] = torch.tensor(self.separation.values)
-        told = {"layers": self.layers, "positions": self.positions, "site": self.site, "method": self.method}
+        told = {"layers": self.layers, "positions": self.positions, "of": self.of, "method": self.method}
         save_file(tensors, str(path), metadata={"polytrace_vectors": json.dumps(told)})
 
     @staticmethod
@@ -101,7 +102,7 @@ class Vectors:
                 tensor=tensors["vectors"],
                 layers=layers or (),
                 positions=positions,
-                site=told["site"],
+                of=told["of"],
                 method=told["method"],
                 separation=_labelled(tensors["separation"], layers or ()) if "separation" in tensors else None,
             )
@@ -120,9 +121,9 @@ def contrastive_vectors(
     negative: Any,
     *,
     layers: Layers = None,
-    positions: int | Sequence[int] | None = -1,
+    positions: Positions = -1,
     method: str = "mean",
-    site: str = "resid_post",
+    of: str = "resid_post",
 ) -> Vectors:
     """The vector from `negative` prompts to `positive` ones at each layer.
 
@@ -139,17 +140,18 @@ def contrastive_vectors(
     if method not in ("mean", "pca"):
         raise GraphError(f"method is 'mean' or 'pca', not {method!r}", where=user_line())
     needs_torch("contrastive_vectors")
-    chosen = chosen_layers(model, layers)
-    sets = [prompt_ids(model, prompts) for prompts in (positive, negative)]
+    check_stream(of)
+    chosen = layers_of(model, layers)
+    sets = [prompts_of(model, prompts).ids for prompts in (positive, negative)]
     if method == "pca" and len(sets[0]) != len(sets[1]):
         told = f"pairs are two lists of one length, and these have {len(sets[0])} and {len(sets[1])} prompts"
         raise GraphError(told, where=user_line())
     run = _in_parts if max(map(len, sets)) > _ONE_REQUEST else _at_once
-    tensor, projections, receipts = run(model, sets, chosen, positions, method, site)
+    tensor, projections, receipts = run(model, sets, chosen, positions, method, of)
     return Vectors(
         tensor=tensor,
         layers=tuple(chosen),
-        site=site,
+        of=of,
         method=method,
         separation=_separation(projections, chosen),
         receipts=receipts,
@@ -157,7 +159,7 @@ def contrastive_vectors(
 
 
 def activation_addition(
-    model: Model, positive: str, negative: str, *, layers: Layers, pad: int | str = " ", site: str = "resid_pre"
+    model: Model, positive: str, negative: str, *, layers: Layers, pad: int | str = " ", of: str = "resid_pre"
 ) -> Vectors:
     """The difference of two prompts token by token, to be added to the first tokens of others (ActAdd).
 
@@ -165,24 +167,23 @@ def activation_addition(
     positions 0, 1, ... as the places where `steer` adds them.
     """
     torch = needs_torch("activation_addition")
-    if model.tokenizer is None and any(isinstance(one, str) for one in (positive, negative)):
-        raise GraphError("this model came without a tokenizer: give token ids instead of texts", where=user_line())
-    ids = [list(model.tokenizer.encode(one).ids) if isinstance(one, str) else list(one) for one in (positive, negative)]
+    check_stream(of)
+    ids = [prompts_of(model, one).ids[0] for one in (positive, negative)]
     longest = max(map(len, ids))
     if any(len(one) < longest for one in ids):
-        ids = [[*one, *[token_id(model, pad)] * (longest - len(one))] for one in ids]
-    chosen = chosen_layers(model, layers)
+        ids = [[*one, *[*token_ids(model, pad)] * (longest - len(one))] for one in ids]
+    chosen = layers_of(model, layers)
     with model.trace() as tracer:
         rows = []
         for one in ids:
             with tracer.invoke(one):
-                rows.append([getattr(model.layers[number], site)[0].float() for number in chosen])
+                rows.append([getattr(model.layers[number], of)[0].float() for number in chosen])
         difference = torch.stack([a - b for a, b in zip(*rows, strict=True)]).save()
     return Vectors(
         tensor=difference,
         layers=tuple(chosen),
         positions=tuple(range(longest)),
-        site=site,
+        of=of,
         method="activation addition",
         receipts=(tracer.receipt,),
     )
@@ -192,7 +193,7 @@ def activation_addition(
 
 
 def _at_once(
-    model: Model, sets: Sequence[Any], layers: Sequence[int], positions: Any, method: str, site: str
+    model: Model, sets: Sequence[Any], layers: Sequence[int], positions: Any, method: str, of: str
 ) -> tuple[Any, list[Any], tuple[Receipt, ...]]:
     torch = needs_torch("contrastive_vectors")
     rows: list[list[Any]] = []
@@ -202,7 +203,7 @@ def _at_once(
             for first in range(0, len(prompts), _IN_ONE_VIEW):
                 with tracer.invoke(prompts[first : first + _IN_ONE_VIEW]):
                     mask = tracer.mask if positions is None else None
-                    views.append([_rows(model.layers[number], site, positions, mask) for number in layers])
+                    views.append([_rows(model.layers[number], of, positions, mask) for number in layers])
             rows.append([torch.cat(parts) for parts in zip(*views, strict=True)])
         if method == "mean":
             found = [a.mean(0) - b.mean(0) for a, b in zip(*rows, strict=True)]
@@ -214,9 +215,9 @@ def _at_once(
     return tensor, told, (tracer.receipt,)
 
 
-def _rows(layer: Module, site: str, positions: Any, mask: Any) -> Any:
+def _rows(layer: Module, of: str, positions: Any, mask: Any) -> Any:
     """`[prompts, hidden]`."""
-    residual = getattr(layer, site)
+    residual = getattr(layer, of)
     if positions is None:
         kept = mask[..., None].float()
         return (residual.float() * kept).sum(1) / kept.sum(1)
@@ -235,7 +236,7 @@ def _main_direction(differences_nD: Any) -> Any:
 
 
 def _in_parts(
-    model: Model, sets: Sequence[Any], layers: Sequence[int], positions: Any, method: str, site: str
+    model: Model, sets: Sequence[Any], layers: Sequence[int], positions: Any, method: str, of: str
 ) -> tuple[Any, list[Any], tuple[Receipt, ...]]:
     """As at once: two maps for the vectors, and two for how far they tell the sets apart."""
     import polytrace
@@ -245,7 +246,7 @@ def _in_parts(
     def rows() -> dict[int, Any]:
         found = {}
         for number in layers:
-            residual = getattr(model.layers[number], site)  # one prompt, without pads
+            residual = getattr(model.layers[number], of)  # one prompt, without pads
             if isinstance(positions, int):
                 found[number] = residual[:, positions].float()
             else:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from polytrace.methods.choices import needs_torch
+from polytrace.methods.imports import needs_torch
 from polytrace.modules import Module
 
 _LARGE = 1024.0  # a power of two: the norm's epsilon is nothing beside its square

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.choices import Token, needs_torch, prompt_ids, token_of_each
+from polytrace.methods.imports import needs_torch
 from polytrace.methods.labels import labelled
+from polytrace.methods.places import Token, prompts_of, token_of_each
 
 if TYPE_CHECKING:
     from xarray import DataArray
@@ -30,8 +31,8 @@ class Task:
     """Prompts that ask for something, the same without it, and the answers that the former ask for."""
 
     clean: Any  # what `model.trace` takes
-    corrupted: Any
-    answers: Sequence[Token]  # one for each corrupted prompt: its first token
+    corrupt: Any
+    answers: Sequence[Token]  # one for each corrupt prompt: its first token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,7 +42,7 @@ class FunctionVector:
     vector: Any  # [hidden]
     heads: tuple[tuple[int, int], ...]  # (layer, head), the most effective first
     effects: DataArray  # [layer, head]
-    receipts: tuple[Receipt, ...]
+    receipt: Receipt
 
 
 def few_shot_task(
@@ -55,9 +56,9 @@ def few_shot_task(
     first_token: Any = None,
     seed: int = 0,
 ) -> Task:
-    """Prompts of `shots` solved examples and a question; corrupted, the examples' answers are shuffled among them.
+    """Prompts of `shots` solved examples and a question; corrupt, the examples' answers are shuffled among them.
 
-    An example reads `question + x + answer + " " + y + end`. The corrupted prompts have other examples and questions
+    An example reads `question + x + answer + " " + y + end`. The corrupt prompts have other examples and questions
     than the clean ones. `first_token`: from an answer to its token, by default the answer with a space before it, which
     is to be one token.
     """
@@ -66,7 +67,7 @@ def few_shot_task(
         raise GraphError(told, where=user_line())
     draw = random.Random(seed)
     clean: list[str] = []
-    corrupted: list[str] = []
+    corrupt: list[str] = []
     answers: list[Token] = []
     for number in range(2 * prompts):
         *examples, (asked, wanted) = draw.sample(list(pairs), shots + 1)
@@ -74,17 +75,17 @@ def few_shot_task(
         if number >= prompts:
             draw.shuffle(ys)
         shown = "".join(f"{question}{x}{answer} {y}{end}" for (x, _), y in zip(examples, ys, strict=True))
-        (clean if number < prompts else corrupted).append(f"{shown}{question}{asked}{answer}")
+        (clean if number < prompts else corrupt).append(f"{shown}{question}{asked}{answer}")
         if number >= prompts:
             answers.append(first_token(wanted) if first_token else f" {wanted}")
-    return Task(clean=clean, corrupted=corrupted, answers=answers)
+    return Task(clean=clean, corrupt=corrupt, answers=answers)
 
 
 def head_effects(model: Model, tasks: Task | Sequence[Task], *, score: str = "probability") -> DataArray:
     """The average indirect effect of each head, `[layer, head]`: averaged over prompts, then over tasks.
 
     What a head finds at the last token of the clean prompts on average (`z`) is put in its place at the last token of
-    each corrupted one; the effect is by how much the answer's probability (or its logarithm) grows. One request a task,
+    each corrupt one; the effect is by how much the answer's probability (or its logarithm) grows. One request a task,
     with an invoke for each head, of which one number comes back.
     """
     needs_torch("head_effects")
@@ -95,32 +96,32 @@ def head_effects(model: Model, tasks: Task | Sequence[Task], *, score: str = "pr
 
 
 def function_vector(
-    model: Model, task: Task, *, heads: int = 10, effects: DataArray | None = None, score: str = "probability"
+    model: Model, task: Task, *, top_k: int = 10, effects: DataArray | None = None, score: str = "probability"
 ) -> FunctionVector:
-    """The sum of what the `heads` most effective heads add at the last token of the task's clean prompts.
+    """The sum of what the `top_k` most effective heads add at the last token of the task's clean prompts.
 
     `effects`: those of `head_effects` over several tasks, as in the paper; by default they are measured on this task,
     in the same request. What heads add is `head_out`: before a norm behind attention, where a family has one.
     """
     torch = needs_torch("function_vector")
     given = None if effects is None else torch.tensor(effects.values)
-    vector, measured, best, receipt = _run(model, task, score, given, heads)
+    vector, measured, best, receipt = _run(model, task, score, given, top_k)
     width = measured.shape[1]
     return FunctionVector(
         vector=vector,
         heads=tuple(divmod(place, width) for place in best.tolist()),
         effects=_effects(measured, score),
-        receipts=(receipt,),
+        receipt=receipt,
     )
 
 
-def _run(model: Model, task: Task, score: str, given: Any, heads: int) -> tuple[Any, Any, Any, Receipt]:
+def _run(model: Model, task: Task, score: str, given: Any, top_k: int) -> tuple[Any, Any, Any, Receipt]:
     """The vector `[hidden]`, the effects `[layers, heads]`, the places of the best, the receipt."""
     torch = needs_torch("function vectors")
     if score not in _SCORES:
         raise GraphError(f"score is {' or '.join(map(repr, _SCORES))}, not {score!r}", where=user_line())
-    clean, corrupted = prompt_ids(model, task.clean), prompt_ids(model, task.corrupted)
-    answers = token_of_each(model, list(task.answers), len(corrupted), "answers")
+    clean, corrupt = (prompts_of(model, prompts).ids for prompts in (task.clean, task.corrupt))
+    answers = token_of_each(model, list(task.answers), len(corrupt), "answers")
     layers = list(model.layers)
     with model.trace() as tracer:
         with tracer.invoke(clean):
@@ -130,23 +131,23 @@ def _run(model: Model, task: Task, score: str, given: Any, heads: int) -> tuple[
         if len(widths) > 1:
             raise GraphError(f"layers differ in their number of heads: {sorted(widths)}", where=user_line())
         (width,) = widths
-        if not 1 <= heads <= width * len(layers):
-            raise GraphError(f"heads is 1-{width * len(layers)}, not {heads!r}", where=user_line())
+        if not 1 <= top_k <= width * len(layers):
+            raise GraphError(f"top_k is 1-{width * len(layers)}, not {top_k!r}", where=user_line())
         effects = given
         if effects is None:
-            with tracer.invoke(corrupted):
+            with tracer.invoke(corrupt):
                 plain = _score(model, answers, score)
             changed = []
             for layer, mean in zip(layers, means, strict=True):
                 for head in range(width):
-                    with tracer.invoke(corrupted):
-                        layer.z[:, -1, head] = mean[head].expand(len(corrupted), -1)
+                    with tracer.invoke(corrupt):
+                        layer.z[:, -1, head] = mean[head].expand(len(corrupt), -1)
                         changed.append(_score(model, answers, score))
             effects = (torch.stack(changed) - plain).reshape(len(layers), width).save()
         elif tuple(effects.shape) != (len(layers), width):
             told = f"effects are [{len(layers)}, {width}], not {list(effects.shape)}"
             raise GraphError(told, where=user_line())
-        best = effects.flatten().topk(heads).indices
+        best = effects.flatten().topk(top_k).indices
         best = best.save() if given is None else best
         vector = added[best].sum(0).save()
     return vector, effects, best, tracer.receipt

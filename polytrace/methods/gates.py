@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from polytrace.methods.choices import chosen_layers, needs_torch
+from polytrace.methods.imports import needs_torch
+from polytrace.methods.places import layers_of
 
 if TYPE_CHECKING:
     from polytrace.model import Model
@@ -27,12 +28,12 @@ class Gate:
     threshold: float = 0.0
     bias: float = 0.0
     position: int | None = None
-    site: str = "resid_post"
+    of: str = "resid_post"
 
     def score(self, model: Model) -> Any:
         """The number that is compared, `[sequences]` or `[sequences, tokens]`, inside a trace."""
         torch = needs_torch("a gate")
-        residual = getattr(model.layers[chosen_layers(model, self.layer)[0]], self.site)
+        residual = getattr(model.layers[layers_of(model, self.layer)[0]], self.of)
         rows = residual if self.position is None else residual.at(self.position)
         return rows.float() @ torch.as_tensor(self.direction, dtype=torch.float32) + self.bias
 

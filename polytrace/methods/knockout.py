@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.cells import Batch, Places, batch_of, columns_of, places_in
+from polytrace.methods.cells import Places, columns_of, places_in
 from polytrace.methods.metrics import Metric, Run, as_metric, logits_for, measure
-from polytrace.methods.patching import heads_in
-from polytrace.methods.places import layers_of
-from polytrace.methods.sites import heads_of, value_of
+from polytrace.methods.places import Prompts, heads_of, layers_of, num_heads, prompts_of, value_of
 from polytrace.methods.sweeps import Scale, Sweep, collect
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ def knock_out_attention(
 
     Raises GraphError for a query that would see no key.
     """
-    batch, measured, numbers = batch_of(model, prompts), as_metric(metric), layers_of(model, layers)
+    batch, measured, numbers = prompts_of(model, prompts), as_metric(metric), layers_of(model, layers)
     asking, asked = places_in(model, batch, queries), places_in(model, batch, keys)
     if window < 1:
         raise GraphError(f"a window has at least 1 layer, not {window}", where=user_line())
@@ -50,7 +48,7 @@ def knock_out_attention(
         with tracer.invoke(batch.ids):
             clean = measure(measured, Run(model, batch)).save()
             logits = logits_for(measured, model)
-            chosen = None if heads is None else heads_in(heads_of(model, numbers[0], "scores"), heads)
+            chosen = None if heads is None else heads_of(num_heads(model, numbers[0], "scores"), heads)
         for row, number in enumerate(numbers):
             with tracer.invoke(batch.ids):
                 for layer in around(number, window, model):
@@ -76,7 +74,7 @@ def around(layer: int, window: int, model: Model) -> range:
     return range(max(0, first), min(len(model.layers), first + window))
 
 
-def _blocks(batch: Batch, asking: Places, asked: Places) -> Iterator[tuple[Any, Any, Any]]:
+def _blocks(batch: Prompts, asking: Places, asked: Places) -> Iterator[tuple[Any, Any, Any]]:
     """Indices of sequences, queries and keys that together name the scores of a block."""
     found: list[tuple[Any, Any, Any]] = []
     for prompt, (queries, keys) in enumerate(zip(asking, asked, strict=True)):

@@ -14,12 +14,18 @@ Labels = Sequence[Any] | None  # of a dimension's places; None: they are numbere
 
 
 def labelled(
-    values: Any, dims: Mapping[str, Labels], *, name: str, tokens: Mapping[str, Sequence[str]] | None = None
+    values: Any,
+    dims: Mapping[str, Labels],
+    *,
+    name: str,
+    tokens: Mapping[str, Sequence[str]] | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> DataArray:
     """An array with labels. `values` is a saved value (a tensor or an array), or lists of numbers.
 
     `tokens`: by dimension, the text of the token at each of its places; it becomes the coordinate `<dimension>_token`
-    beside the numbers, as texts may repeat. Floating values become float32 or stay float64.
+    beside the numbers, as texts may repeat, and texts of `prompts` become `prompt_text`. Floating values become
+    float32 or stay float64.
     """
     try:
         import numpy as np
@@ -33,4 +39,6 @@ def labelled(
     coords: dict[str, Any] = {dim: list(labels) for dim, labels in dims.items() if labels is not None}
     for dim, texts in (tokens or {}).items():
         coords[f"{dim}_token"] = (dim, list(texts))
+    if prompts is not None:
+        coords["prompt_text"] = ("prompt", list(prompts))
     return DataArray(array, dims=tuple(dims), coords=coords, name=name)

@@ -177,12 +177,12 @@ def _reading(
     dims: dict[str, Any] = {"prompt": None, "layer": layers, "position": places}
     dims["rank" if ids is None else "token"] = None if ids is None else list(token_texts(model.tokenizer, ids))
     around = [[own[place] if -len(own) <= place < len(own) else "" for place in places] for own in batch.texts]
-    coords = {"position_token": (("prompt", "position"), around), "prompt_text": ("prompt", batch.labels)}
+    coords: dict[str, Any] = {"position_token": (("prompt", "position"), around)}
     if ids is not None:
         coords["token_id"] = ("token", ids)
 
     def array(values: Any, name: str) -> DataArray:
-        return labelled(values, dims, name=name).assign_coords(coords)
+        return labelled(values, dims, name=name, prompts=batch.labels).assign_coords(coords)
 
     texts = None
     if ids is None:
@@ -198,16 +198,16 @@ def _reading(
     )
 
 
-def token_directions(model: Model, tokens: Any, *, kind: str = "row") -> Any:
+def token_directions(model: Model, tokens: Any, *, method: str = "row") -> Any:
     """The inverse of the logit lens: the directions of the residual that it reads as tokens, `[tokens, features]`.
 
     With `W` the unembedding, `g` the final norm's gain and `C` its centring (of a LayerNorm; else nothing), the lens
     of a residual `h` is `scale(h) * W (g * C h)` and what does not depend on `h`. So, with `w` a token's row of `W`:
 
-    - `kind="row"`: `C (g * w)`, the gradient of the token's logit at a fixed scale, not normalised. `h @ direction` is
-      the token's logit up to `scale(h)` and a constant: what direct logit attribution projects on. Of all residuals of
-      one length, its own has the largest logit of this token; other tokens' rows may lie along it too.
-    - `kind="pseudo_inverse"`: the smallest `d` for which the logits `W (g * C d)`, less their mean over the vocabulary,
+    - `method="row"`: `C (g * w)`, the gradient of the token's logit at a fixed scale, not normalised. `h @ direction`
+      is the token's logit up to `scale(h)` and a constant: what direct logit attribution projects on. Of all residuals
+      of one length, its own has the largest logit of this token; other tokens' rows may lie along it too.
+    - `method="pseudo_inverse"`: the smallest `d` for which the logits `W (g * C d)`, less their mean over all tokens,
       are closest (least squares) to 1 for the token and to 0 for all others: it says this token and as little else as
       possible. In the words of Park, Choe and Veitch (2023, arXiv:2311.03658) the row is the unembedding vector and
       this one its embedding vector under the causal inner product, the inverse covariance of the unembeddings.
@@ -218,15 +218,15 @@ def token_directions(model: Model, tokens: Any, *, kind: str = "row") -> Any:
     """
     import torch
 
-    if kind not in ("row", "pseudo_inverse"):
-        raise GraphError(f"kind is 'row' or 'pseudo_inverse', not {kind!r}", where=user_line())
+    if method not in ("row", "pseudo_inverse"):
+        raise GraphError(f"method is 'row' or 'pseudo_inverse', not {method!r}", where=user_line())
     ids = token_ids(model, tokens)
     prepare_unembedding(model)
     norm = final_norm(model)
     size = len(norm.gain)
     with model.base.trace([[0]]):
         rows = model.W_U[:, ids].T.float()
-        if kind == "pseudo_inverse":
+        if method == "pseudo_inverse":
             products, total, count = _moments(model)
             mean = total / count
             covariance = products - torch.outer(mean, mean) * count
@@ -234,7 +234,7 @@ def token_directions(model: Model, tokens: Any, *, kind: str = "row") -> Any:
         found = rows * norm.gain
         if norm.is_centred:
             found = found - found.mean(-1, keepdim=True)
-        if kind == "pseudo_inverse":
+        if method == "pseudo_inverse":
             centring = torch.eye(size, dtype=torch.float64) - (1 / size if norm.is_centred else 0.0)
             folded = centring * norm.gain.double()  # C diag(g)
             found = found @ torch.linalg.pinv(folded @ covariance @ folded.T, rtol=1e-7, hermitian=True)

@@ -6,16 +6,16 @@ Logits are those that the model returns, with its own soft-cap and scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.places import token_ids
+from polytrace.methods.places import token_of_each
 
 if TYPE_CHECKING:
-    from polytrace.methods.cells import Batch
+    from polytrace.methods.places import Prompts
     from polytrace.model import Model
 
 
@@ -24,7 +24,7 @@ class Run:
     """What a metric may know beside the logits."""
 
     model: Model
-    batch: Batch
+    batch: Prompts
     clean: Any = None  # logits of the clean run, as this run's; None in that one
     repeats: int = 1  # runs of each prompt, one after another
 
@@ -79,7 +79,7 @@ def loss(start: int = 1) -> Metric:
     """
 
     def of(logits: Any, run: Run) -> Any:
-        sequences = [own for own in run.batch.prompts.sequences for _ in range(run.repeats)]
+        sequences = [own for own in run.batch.sequences for _ in range(run.repeats)]
         longest = max(map(len, sequences))
         if start >= 0 and min(map(len, sequences)) != longest:
             raise GraphError("prompts differ in length: count `start` from the end", where=user_line())
@@ -134,10 +134,8 @@ def logits_for(metric: Metric, model: Model) -> Any:
 
 def _pick(values: Any, run: Run, tokens: Any) -> Any:
     """Of `[prompts, vocabulary]` each prompt's token."""
-    ids = token_ids(run.model, tokens)
-    if len(ids) == 1:
+    ids = token_of_each(run.model, tokens, len(run.batch))
+    if len(set(ids)) == 1:
         return values[:, ids[0]]
-    if len(ids) != len(run.batch):
-        raise GraphError(f"{len(ids)} tokens for {len(run.batch)} prompts: give one, or one each", where=user_line())
-    every: Sequence[int] = [token for token in ids for _ in range(run.repeats)]
+    every = [token for token in ids for _ in range(run.repeats)]
     return values[list(range(len(every))), list(every)]

@@ -8,7 +8,7 @@ from polytrace import functions
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.methods.patchscopes import Scope, next_tokens, scope_of
-from polytrace.methods.places import attention_of, layers_of, positions_of, prompts_of, token_ids
+from polytrace.methods.places import layers_of, position_in, prompts_of, token_ids
 from polytrace.methods.unembedding import behind_head, prepare_unembedding
 
 if TYPE_CHECKING:
@@ -44,27 +44,27 @@ def object_attention_lens(
         raise GraphError(f"{len(given)} sources do not fit {len(asked)} prompts: give one, or one each", where=where)
     if not isinstance(window, int) or window < 1:
         raise GraphError(f"window is a number of layers, not {window!r}", where=where)
-    positions_of(asked, position)
-    positions_of(given, source_position)
+    for batch, place in ((asked, position), (given, source_position)):
+        for prompt in range(len(batch)):
+            position_in(batch, prompt, place)
     numbers, count = layers_of(model, layers), len(model.layers)
     ids = None if tokens is None else token_ids(model, tokens)
     touched = sorted({n for first in numbers for n in range(first, min(count, first + window))})
-    attentions: dict[int, Any] = {number: attention_of(model, number) for number in touched}
     prepare_unembedding(model)
     found: list[dict[int, Any]] = []
     read = []
     with model.trace() as tracer:
         for sequence in given.sequences:
             with tracer.invoke([list(sequence)]):
-                found.append({n: attention.input[:, source_position] for n, attention in attentions.items()})
+                found.append({n: model.attentions_input[n][:, source_position] for n in touched})
         for row, sequence in enumerate(asked.sequences):
             states = found[row if len(found) > 1 else 0]
             for first in numbers:
                 with tracer.invoke([list(sequence)]):
                     for number in range(first, min(count, first + window)):
-                        changed = attentions[number].input.clone()
+                        changed = model.attentions_input[number].clone()
                         changed[:, position] = states[number]
-                        attentions[number].input = changed
+                        model.attentions_input[number] = changed
                     read.append(next_tokens(behind_head(model, model.lm_head.output[:, -1]), top_k, ids))
         saved = [functions.cat(list(part)).save() for part in zip(*read, strict=True)]
     return scope_of(model, asked, {"prompt": None, "layer": numbers}, saved, ids, (tracer.receipt,))

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.literals import scalar
-from polytrace.methods.cells import Batch, Part, Places, absent_in, axis_of, batch_of, paired_parts, places_in, texts_at
+from polytrace.methods.cells import Part, Places, absent_in, axis_of, paired_parts, places_in, texts_at
 from polytrace.methods.metrics import Metric, Run, as_metric, logits_for, measure
-from polytrace.methods.places import layers_of
-from polytrace.methods.sites import SUBLAYERS, value_of
+from polytrace.methods.places import GIVEN, OF_LAYERS, Prompts, heads_of, layers_of, prompts_of, value_of
 from polytrace.methods.sweeps import Scale, Sweep, collect, copy_parts
 from polytrace.points import DIMS
 
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from polytrace.tracing import Tracer
 
 DIRECTIONS = ("denoise", "noise")
-_STREAMS = (*SUBLAYERS, *(name for name, dims in DIMS.items() if dims[1] == "token" and name != "router"))
+_STREAMS = (*GIVEN, *(name for name in OF_LAYERS if DIMS[name][1] == "token" and name != "router"))
 _OF_HEADS = tuple(name for name, dims in DIMS.items() if "head" in dims and name != "head_out")
 
 
@@ -129,7 +127,7 @@ def patch_heads(
         ends = record_ends(tracer, model, clean_batch, corrupt_batch, measured)
         values = record_values(tracer, model, giver, numbers, of)
         counts = {number: int(values[number].shape[DIMS[of].index("head")]) for number in numbers}
-        chosen = heads_in(max(counts.values()), heads)
+        chosen = heads_of(max(counts.values()), heads)
         for row, number in enumerate(numbers):
             for place, head in enumerate(chosen):
                 if head < counts[number]:
@@ -148,19 +146,6 @@ def patch_heads(
     )
 
 
-def heads_in(count: int, heads: Any) -> list[int]:
-    """Numbers of heads: an int, several, a slice; None is all, negative ones count from the end."""
-    if heads is None or isinstance(heads, slice):
-        return list(range(count))[heads or slice(None)]
-    found = []
-    for one in [heads] if scalar(heads) is not None else list(heads):
-        number = scalar(one)
-        if not isinstance(number, int) or isinstance(number, bool) or not -count <= number < count:
-            raise GraphError(f"there is no head {one!r}; there are heads 0-{count - 1}", where=user_line())
-        found.append(number % count)
-    return found
-
-
 class Ends(NamedTuple):
     """The runs that others are measured by: the metric in both, saved, and the clean run's logits."""
 
@@ -169,7 +154,7 @@ class Ends(NamedTuple):
     reference: Any
 
 
-def record_ends(tracer: Tracer, model: Model, clean: Batch, corrupt: Batch, metric: Metric) -> Ends:
+def record_ends(tracer: Tracer, model: Model, clean: Prompts, corrupt: Prompts, metric: Metric) -> Ends:
     """Two invokes."""
     with tracer.invoke(clean.ids):
         reference = logits_for(metric, model)
@@ -179,15 +164,15 @@ def record_ends(tracer: Tracer, model: Model, clean: Batch, corrupt: Batch, metr
     return Ends(best, least, reference)
 
 
-def record_values(tracer: Tracer, model: Model, batch: Batch, layers: Sequence[int], of: str) -> dict[int, Any]:
+def record_values(tracer: Tracer, model: Model, batch: Prompts, layers: Sequence[int], of: str) -> dict[int, Any]:
     """What a point has in an unchanged run, by layer."""
     with tracer.invoke(batch.ids):
         return {number: value_of(model, number, of) for number in layers}
 
 
-def pairs_of(model: Model, clean: Any, corrupt: Any) -> tuple[Batch, Batch]:
+def pairs_of(model: Model, clean: Any, corrupt: Any) -> tuple[Prompts, Prompts]:
     """Two batches of as many prompts. Raises GraphError else."""
-    one, other = batch_of(model, clean), batch_of(model, corrupt)
+    one, other = prompts_of(model, clean), prompts_of(model, corrupt)
     if len(one) != len(other):
         raise GraphError(
             f"{len(one)} clean prompts and {len(other)} corrupt ones: they are pairs, so give as many",
@@ -196,7 +181,7 @@ def pairs_of(model: Model, clean: Any, corrupt: Any) -> tuple[Batch, Batch]:
     return one, other
 
 
-def check_lengths(clean: Batch, corrupt: Batch) -> None:
+def check_lengths(clean: Prompts, corrupt: Prompts) -> None:
     """Raises GraphError for a pair whose positions are not the same tokens."""
     for prompt, (one, other) in enumerate(zip(clean.lengths, corrupt.lengths, strict=True)):
         if one != other:
@@ -207,7 +192,7 @@ def check_lengths(clean: Batch, corrupt: Batch) -> None:
             )
 
 
-def _runs(direction: str, clean: Batch, corrupt: Batch) -> tuple[Batch, Batch]:
+def _runs(direction: str, clean: Prompts, corrupt: Prompts) -> tuple[Prompts, Prompts]:
     """The run that is changed, and the one that gives."""
     if direction not in DIRECTIONS:
         raise GraphError(f"the direction is 'denoise' or 'noise', not {direction!r}", where=user_line())
@@ -220,7 +205,9 @@ def _scale(direction: str, normalise: bool) -> Scale:
     return Scale.RESTORED if direction == "denoise" else Scale.KEPT
 
 
-def _copies(direction: str, clean: Batch, places: Places, corrupt: Batch, others: Places) -> list[tuple[Part, Part]]:
+def _copies(
+    direction: str, clean: Prompts, places: Places, corrupt: Prompts, others: Places
+) -> list[tuple[Part, Part]]:
     """Parts of the run that is changed, beside those of the run that gives."""
     pairs = paired_parts(clean, places, corrupt, others)
     return [(two, one) for one, two in pairs] if direction == "denoise" else pairs

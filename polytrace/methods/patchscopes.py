@@ -225,14 +225,14 @@ def scope_of(
 
     shape = [len(sources), *(len(labels) for labels in dims.values() if labels is not None)]
     last = {"rank": None} if ids is None else {"token": list(token_texts(model.tokenizer, ids))}
-    coords: dict[str, Any] = {"prompt_text": ("prompt", sources.labels)}
+    coords: dict[str, Any] = {}
     if "position" in dims:
         around = [[own[place] for place in dims["position"]] for own in sources.texts]
         coords["position_token"] = (("prompt", "position"), around)
 
     def array(values: Any, name: str, more: dict[str, Any]) -> DataArray:
         whole = np.asarray(values).reshape([*shape, *([-1] if more else [])])
-        return labelled(whole, {**dims, **more}, name=name).assign_coords(coords)
+        return labelled(whole, {**dims, **more}, name=name, prompts=sources.labels).assign_coords(coords)
 
     tokens = None if ids is not None else np.asarray(rows[1])
     words = None if tokens is None else np.array(token_texts(model.tokenizer, tokens.ravel().tolist()), dtype=object)

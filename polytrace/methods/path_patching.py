@@ -20,18 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.cells import Batch, Part, paired_parts, places_in
+from polytrace.methods.cells import Part, paired_parts, places_in
 from polytrace.methods.metrics import Metric, Run, as_metric, measure
-from polytrace.methods.patching import check_lengths, heads_in, pairs_of, record_ends
-from polytrace.methods.places import layers_of
-from polytrace.methods.sites import heads_of, taken_by_mlp, value_of
+from polytrace.methods.patching import check_lengths, pairs_of, record_ends
+from polytrace.methods.places import Prompts, heads_of, layers_of, num_heads, value_of
 from polytrace.methods.sweeps import Scale, Sweep, collect, copy_parts
 
 if TYPE_CHECKING:
     from polytrace.model import Model
     from polytrace.tracing import Tracer
 
-_TAKEN = {"q": "q_rot", "k": "k_rot", "v": "v"}  # a receiver's input -> the point that it is read and written at
+_TAKEN = {
+    "q": "q_rot",
+    "k": "k_rot",
+    "v": "v",
+    "mlp": "mlp_input",
+}  # a receiver's input -> the point that it is read and written at
 _SENDERS = "'heads', 'mlps', or a list of (layer, head) and (layer, 'mlp')"
 _RECEIVERS = "'logits', 'q', 'k', 'v', or a list of (layer, head, 'q'), (layer, 'q') and (layer, 'mlp')"
 _Pairs = list[tuple[Part, Part]]
@@ -115,7 +119,9 @@ def patch_paths(
 class _Paths:
     """The runs of one trace."""
 
-    def __init__(self, tracer: Tracer, model: Model, base: Batch, other: Batch, pairs: _Pairs, is_frozen: bool) -> None:
+    def __init__(
+        self, tracer: Tracer, model: Model, base: Prompts, other: Prompts, pairs: _Pairs, is_frozen: bool
+    ) -> None:
         self.tracer, self.model, self.base, self.other, self.pairs = tracer, model, base, other, pairs
         self.is_frozen = is_frozen  # of MLPs in between
         self.sent: dict[tuple[str, int], Any] = {}  # what heads or the MLP of a layer give in the corrupt run
@@ -148,7 +154,7 @@ class _Paths:
         with self.tracer.invoke(self.base.ids):
             same = [(ours, ours) for ours, _ in self.pairs]
             for receiver, value in zip(receivers, taken, strict=True):
-                copy_parts(self._input(receiver), value, _TAKEN.get(receiver.taken, "mlp"), same, receiver.head)
+                copy_parts(self._input(receiver), value, _TAKEN[receiver.taken], same, receiver.head)
             yield
 
     def _send(self, senders: Sequence[_Sender], until: int) -> None:
@@ -173,8 +179,6 @@ class _Paths:
         copy_parts(value_of(self.model, number, point), self.kept[point, number], point, same)
 
     def _input(self, receiver: _Receiver) -> Any:
-        if receiver.taken == "mlp":
-            return taken_by_mlp(self.model, receiver.layer)
         return value_of(self.model, receiver.layer, _TAKEN[receiver.taken])
 
 
@@ -183,7 +187,7 @@ def _groups(
 ) -> tuple[dict[str, Sequence[Any]], dict[tuple[int, ...], list[_Sender]]]:
     """The dimensions of the effect, and by place in them who sends together."""
     if senders == "heads":
-        counts = {number: heads_of(model, number, "z") for number in layers}
+        counts = {number: num_heads(model, number, "z") for number in layers}
         groups: dict[tuple[int, ...], list[_Sender]] = {
             (row, head): [_Sender(number, head)] for row, number in enumerate(layers) for head in range(counts[number])
         }
@@ -197,7 +201,9 @@ def _groups(
         if not isinstance(one, (tuple, list)) or len(one) != 2:
             raise GraphError(f"senders are {_SENDERS}, not {one!r}", where=user_line())
         (number,) = layers_of(model, one[0])
-        together.append(_Sender(number, None if one[1] == "mlp" else heads_in(heads_of(model, number, "z"), one[1])[0]))
+        together.append(
+            _Sender(number, None if one[1] == "mlp" else heads_of(num_heads(model, number, "z"), one[1])[0])
+        )
     if not together:
         raise GraphError(f"senders are {_SENDERS}; there are none", where=user_line())
     return {}, {(): together}
@@ -207,17 +213,17 @@ def _receivers(model: Model, receivers: Any) -> list[_Receiver] | None:
     """None: the logits."""
     if receivers == "logits":
         return None
-    if isinstance(receivers, str) and receivers in _TAKEN:
+    if receivers in ("q", "k", "v"):
         return [_Receiver(number, None, receivers) for number in range(len(model.layers))]
     found = []
     for one in receivers if isinstance(receivers, (list, tuple)) else [receivers]:
-        is_known = isinstance(one, (tuple, list)) and len(one) in (2, 3) and one[-1] in (*_TAKEN, "mlp")
+        is_known = isinstance(one, (tuple, list)) and len(one) in (2, 3) and one[-1] in (*_TAKEN,)
         if not is_known or (len(one) == 3 and one[-1] == "mlp"):
             raise GraphError(f"receivers are {_RECEIVERS}, not {one!r}", where=user_line())
         (number,) = layers_of(model, one[0])
         head = None
         if len(one) == 3:
-            (head,) = heads_in(heads_of(model, number, _TAKEN[one[2]]), one[1])
+            (head,) = heads_of(num_heads(model, number, _TAKEN[one[2]]), one[1])
         found.append(_Receiver(number, head, one[-1]))
     if not found:
         raise GraphError(f"receivers are {_RECEIVERS}; there are none", where=user_line())

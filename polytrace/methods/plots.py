@@ -90,7 +90,7 @@ def heat_map(
     return figure
 
 
-def lines(
+def line_plot(
     array: DataArray,
     *,
     x: str | None = None,
@@ -136,7 +136,7 @@ def lines(
     return figure  # type: ignore[no-any-return]
 
 
-def frame(array: DataArray) -> DataFrame:
+def data_frame(array: DataArray) -> DataFrame:
     """A labelled array as a table: a row for each place, columns for its labels, its tokens and its value."""
     named = array.rename(array.name or "value")
     numbered = {dim: range(size) for dim, size in array.sizes.items() if dim not in array.coords}
@@ -156,7 +156,7 @@ def top_k_table(
         raise GraphError(f"by is 'value' or 'magnitude' and k at least 1, not {by!r} and {k}", where=user_line())
     groups = [within] if isinstance(within, str) else list(within)
     _check_dims(array, *groups)
-    table = frame(array).dropna(subset=[array.name or "value"])
+    table = data_frame(array).dropna(subset=[array.name or "value"])
     strength = table[array.name or "value"]
     order = (strength.abs() if by == "magnitude" else strength).sort_values(ascending=smallest, kind="stable").index
     best = table.loc[order]
@@ -177,7 +177,7 @@ def _maps(array: DataArray, rows: str | None, columns: str | None) -> tuple[list
         raise GraphError(
             f"a heat map has two dimensions, and a third one for maps side by side; this array has "
             f"{', '.join(f'{dim} ({size})' for dim, size in array.sizes.items()) or 'none'}: choose with .sel(...), "
-            "combine with .mean(...), or draw lines(array)",
+            "combine with .mean(...), or draw line_plot(array)",
             where=user_line(),
         )
     if not left:

@@ -14,30 +14,31 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.choices import Layers, Token, chosen_layers, needs_torch, texts_of, token_id
 from polytrace.methods.directions import Vectors
 from polytrace.methods.gates import AnyGate, Gate
+from polytrace.methods.imports import needs_torch
 from polytrace.methods.labels import labelled
-from polytrace.methods.sublayers import find_sublayers, tensor_of
+from polytrace.methods.places import Layers, Positions, Prompts, check_stream, layers_of, prompts_of, token_ids
+from polytrace.tokenizer import token_texts
 
 if TYPE_CHECKING:
     from xarray import DataArray
 
     from polytrace.edits.block import EditedModel
     from polytrace.model import Model
-    from polytrace.modules import Module
 
-Positions = int | Sequence[int] | None
-STREAM = ("resid_pre", "resid_mid", "resid_post")
+RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # in the order of the forward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steered:
-    """What the prompts are answered with, for each factor."""
+    """What prompts are answered with: arrays over prompt x factor x rank, or x token where tokens were asked for."""
 
-    top: DataArray  # [prompt, factor, rank] probabilities, with the coordinates "token" and "text"
-    probabilities: DataArray  # [prompt, factor, token] of the tokens that were asked for
-    logits: DataArray  # [prompt, factor, token] of these
+    probability: DataArray
+    logit: DataArray  # of `lm_head`
+    token: DataArray | None  # texts, most likely first; None where tokens were asked for
+    token_id: DataArray | None
+    rank: DataArray | None  # of the tokens that were asked for: 0 is the most likely one of the vocabulary
     receipt: Receipt
 
 
@@ -49,40 +50,43 @@ def steer(
     positions: Positions = None,
     factor: float | Sequence[float] = 1.0,
     *,
+    of: str | None = None,
     gate: AnyGate | None = None,
-    site: str | None = None,
-    tokens: Sequence[Token] = (),
-    top_k: int = 5,
     position: int = -1,
+    top_k: int = 5,
+    tokens: Any = None,
 ) -> Steered:
     """What the model says at a position of each prompt while `factor * vector` is added: a list of factors is a sweep.
 
     One request with an invoke for each factor; 0.0 is the model as it is. `vectors`: `[hidden]` for all layers,
     `[layers, hidden]` with one for each, `[layers, positions, hidden]`, or `Vectors`, which have their own layers,
-    positions and site where none are given. `positions`: where it is added, counted in each prompt; None: at every
-    token. `gate`: a `Gate`, or a function that gives a value of the trace `[sequences]` or `[sequences, tokens]`, open
-    where it is above 0. `site`: "resid_pre", "resid_mid" or "resid_post" (the default). `tokens`: whose probabilities
-    are told.
+    positions and point where none are given. `positions`: where it is added, counted in each prompt; None: at every
+    token. `of`: what it is added to, "resid_pre", "resid_mid" or "resid_post" (the default). `gate`: a `Gate`, or a
+    function that gives a value of the trace `[sequences]` or `[sequences, tokens]`, open where it is above 0. At
+    `position` the `top_k` most likely next tokens come back, or chosen `tokens`.
     """
     torch = needs_torch("steer")
     factors = torch.as_tensor(factor, dtype=torch.float64).reshape(-1).tolist()
     if not factors:
         raise GraphError("factor is a number or a list of numbers, and this one is empty", where=user_line())
-    plan = _plan(model, vectors, layers, positions, gate, site)
-    ids = [token_id(model, one) for one in tokens]
-    best, logits, likely = [], [], []
+    plan = _plan(model, vectors, layers, positions, gate, of)
+    batch, ids = prompts_of(model, prompts), None if tokens is None else token_ids(model, tokens)
+    saved = []
     with model.trace() as tracer:
         for one in factors:
-            with tracer.invoke(prompts):
+            with tracer.invoke(batch.ids):
                 plan.add(model, one)
-                found = model.lm_head.output.at(position).float()
-                spread = found.softmax(-1)
-                top = spread.topk(top_k)
-                best.append((top.values.save(), top.indices.save()))
-                if ids:
-                    logits.append(found[:, ids].save())
-                    likely.append(spread[:, ids].save())
-    return _steered(model, factors, ids, best, logits, likely, tracer.receipt)
+                logits = model.lm_head.output.at(position).float()
+                spread = logits.softmax(-1)
+                if ids is None:
+                    values, found = spread.topk(top_k)
+                    kept = (values, logits.gather(1, found), found.int())
+                else:
+                    ranks = [(logits > logits[:, token : token + 1]).sum(-1).int() for token in ids]
+                    kept = (spread[:, ids], logits[:, ids], torch.stack(ranks, -1))
+                saved.append([value.save() for value in kept])
+    parts = [torch.stack(list(part), 1) for part in zip(*saved, strict=True)]
+    return _steered(model, batch, factors, ids, parts, tracer.receipt)
 
 
 def steering_edit(
@@ -92,8 +96,8 @@ def steering_edit(
     positions: Positions = None,
     factor: float = 1.0,
     *,
+    of: str | None = None,
     gate: AnyGate | None = None,
-    site: str | None = None,
     name: str | None = None,
     shared: bool = False,
 ) -> EditedModel:
@@ -102,7 +106,7 @@ def steering_edit(
     With a name the edit is kept where the model is served: `model.trace(prompt, edits=[name])`.
     """
     needs_torch("steering_edit")
-    plan = _plan(model, vectors, layers, positions, gate, site)
+    plan = _plan(model, vectors, layers, positions, gate, of)
     with model.edit(name, shared=shared) as edited:
         plan.add(model, float(factor))
     return edited
@@ -112,8 +116,8 @@ def ablate_direction(
     model: Model,
     direction: Any,
     layers: Layers = None,
-    sites: Sequence[str] = ("resid_pre", "attention", "mlp"),
     *,
+    of: str | Sequence[str] = ("resid_pre", "attention_added", "mlp_added"),
     name: str | None = None,
     shared: bool = False,
 ) -> EditedModel:
@@ -121,9 +125,8 @@ def ablate_direction(
 
     Arditi et al., Refusal in Language Models Is Mediated by a Single Direction (2024, arXiv:2406.11717).
 
-    `direction`: `[hidden]`, or `[directions, hidden]` for all that they span; of any length. `sites`: names of the
-    residual ("resid_pre", "resid_mid", "resid_post"), "attention" and "mlp" for what these add to it (behind a norm of
-    their own).
+    `direction`: `[hidden]`, or `[directions, hidden]` for all that they span; of any length. `of`: points with the
+    residual's features.
     """
     torch = needs_torch("ablate_direction")
     given = torch.as_tensor(direction, dtype=torch.float32)
@@ -132,11 +135,13 @@ def ablate_direction(
         told = f"a direction is [{model.description.hidden_size}] or several of these, none of them 0"
         raise GraphError(f"{told}, not {list(given.shape)}", where=user_line())
     basis_DK = torch.linalg.qr(rows.T).Q
-    chosen = chosen_layers(model, layers)
+    chosen, points = layers_of(model, layers), [of] if isinstance(of, str) else list(of)
+    for point in points:
+        check_stream(point)
     with model.edit(name, shared=shared) as edited:
         for number in chosen:
-            for site in sites:
-                value = _written(model.layers[number], site)
+            for point in points:
+                value = getattr(model.layers[number], point)
                 value[:] = value - ((value.float() @ basis_DK) @ basis_DK.T)
     return edited
 
@@ -152,7 +157,7 @@ class _Plan:
     layers: list[int]
     positions: Positions
     gate: AnyGate | None
-    site: str
+    of: str
 
     def add(self, model: Model, factor: float) -> None:
         """Records the change in the open trace, or edit."""
@@ -160,7 +165,7 @@ class _Plan:
         if self.gate is not None:
             score = self.gate.score(model) - self.gate.threshold if isinstance(self.gate, Gate) else self.gate()
         for number, vector in zip(self.layers, self.vectors, strict=True):
-            residual = getattr(model.layers[number], self.site)
+            residual = getattr(model.layers[number], self.of)
             added = factor * vector
             if score is not None:
                 added = added * _opened(score, self.positions, residual)
@@ -183,20 +188,20 @@ def _opened(score: Any, positions: Positions, residual: Any) -> Any:
 
 
 def _plan(
-    model: Model, vectors: Any, layers: Layers, positions: Positions, gate: AnyGate | None, site: str | None
+    model: Model, vectors: Any, layers: Layers, positions: Positions, gate: AnyGate | None, of: str | None
 ) -> _Plan:
     torch = needs_torch("steering")
     own: Any = vectors
     if isinstance(vectors, Vectors):
-        chosen = list(vectors.layers) if layers is None else chosen_layers(model, layers)
+        chosen = list(vectors.layers) if layers is None else layers_of(model, layers)
         own = torch.stack([vectors[number] for number in chosen])
         positions = vectors.positions if positions is None else positions
-        site = site or vectors.site
+        of = of or vectors.of
     else:
-        chosen = chosen_layers(model, layers)
+        chosen = layers_of(model, layers)
         own = torch.as_tensor(vectors, dtype=torch.float32)
-    site = site or "resid_post"
-    _check_site(site)
+    of = of or "resid_post"
+    check_stream(of, RESIDUAL)
     hidden = model.description.hidden_size
     own = own.expand(len(chosen), hidden) if own.ndim == 1 and own.shape[0] == hidden else own
     shapes: set[tuple[int, ...]] = {(len(chosen), hidden)}
@@ -208,35 +213,20 @@ def _plan(
             f"vectors for {len(chosen)} layers are [{hidden}] or {told}, not {list(own.shape)}", where=user_line()
         )
     if isinstance(gate, Gate):
-        _check_gate(model, gate, chosen, site)
-    return _Plan(vectors=own.float(), layers=chosen, positions=positions, gate=gate, site=site)
+        _check_gate(model, gate, chosen, of)
+    return _Plan(vectors=own.float(), layers=chosen, positions=positions, gate=gate, of=of)
 
 
-def _check_gate(model: Model, gate: Gate, layers: Sequence[int], site: str) -> None:
-    own = chosen_layers(model, gate.layer)[0]
-    _check_site(gate.site)
+def _check_gate(model: Model, gate: Gate, layers: Sequence[int], of: str) -> None:
+    own = layers_of(model, gate.layer)[0]
+    check_stream(gate.of, RESIDUAL)
     first = min(layers)
-    if (own, STREAM.index(gate.site)) > (first, STREAM.index(site)):
+    if (own, RESIDUAL.index(gate.of)) > (first, RESIDUAL.index(of)):
         raise GraphError(
-            f"the gate looks at {gate.site} of layer {own}, behind {site} of layer {first} that it "
+            f"the gate looks at {gate.of} of layer {own}, behind {of} of layer {first} that it "
             "decides about: look at an earlier layer",
             where=user_line(),
         )
-
-
-def _written(layer: Module, site: str) -> Any:
-    if site in STREAM:
-        return getattr(layer, site)
-    if site not in ("attention", "mlp"):
-        raise GraphError(
-            f"a site is one of {', '.join((*STREAM, 'attention', 'mlp'))}, not {site!r}", where=user_line()
-        )
-    return tensor_of(find_sublayers(layer).adding()[site].output)
-
-
-def _check_site(site: str) -> None:
-    if site not in STREAM:
-        raise GraphError(f"a site of the residual is one of {', '.join(STREAM)}, not {site!r}", where=user_line())
 
 
 # --- what comes back
@@ -244,34 +234,30 @@ def _check_site(site: str) -> None:
 
 def _steered(
     model: Model,
+    batch: Prompts,
     factors: Sequence[float],
-    ids: Sequence[int],
-    best: Sequence[tuple[Any, Any]],
-    logits: Sequence[Any],
-    likely: Sequence[Any],
+    ids: Sequence[int] | None,
+    parts: Sequence[Any],
     receipt: Receipt,
 ) -> Steered:
+    """Of values `[prompts, factors, rank or token]`."""
     import numpy as np
 
-    torch = needs_torch("steer")
-    values, indices = (torch.stack(list(one), 1) for one in zip(*best, strict=True))
-    words = {token: text for token in set(indices.flatten().tolist()) for text in texts_of(model, [token])}
-    texts = np.vectorize(words.__getitem__, otypes=[object])(indices.numpy())
-    dims = ("prompt", "factor", "rank")
-    top = labelled(values, {"prompt": None, "factor": factors, "rank": None}, name="probability")
-    empty = torch.zeros(values.shape[0], len(factors), 0)
-    told = [
-        labelled(
-            torch.stack(list(rows), 1) if rows else empty,
-            {"prompt": None, "factor": factors, "token": list(ids)},
-            name=name,
-            tokens={"token": texts_of(model, ids)},
-        )
-        for name, rows in (("probability", likely), ("logit", logits))
-    ]
+    last = {"rank": None} if ids is None else {"token": list(token_texts(model.tokenizer, ids))}
+    dims: dict[str, Any] = {"prompt": None, "factor": factors, **last}
+
+    def array(values: Any, name: str) -> DataArray:
+        made = labelled(values, dims, name=name, prompts=batch.labels)
+        return made if ids is None else made.assign_coords(token_id=("token", list(ids)))
+
+    words = None
+    if ids is None:
+        words = np.array(token_texts(model.tokenizer, parts[2].flatten().tolist()), dtype=object)
     return Steered(
-        top=top.assign_coords(token=(dims, indices.numpy()), text=(dims, texts)),
-        probabilities=told[0],
-        logits=told[1],
+        probability=array(parts[0], "probability"),
+        logit=array(parts[1], "logit"),
+        token=None if words is None else array(words.reshape(parts[2].shape), "token"),
+        token_id=None if ids is not None else array(parts[2], "token_id"),
+        rank=None if ids is None else array(parts[2], "rank"),
         receipt=receipt,
     )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.cells import Batch, Part
+from polytrace.methods.cells import Part
 from polytrace.methods.labels import labelled
+from polytrace.methods.places import Prompts
 from polytrace.points import DIMS
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Scale(Enum):
 def collect(
     cells: Mapping[tuple[int, ...], Any],
     dims: Mapping[str, Sequence[Any]],
-    batch: Batch,
+    batch: Prompts,
     *,
     name: str,
     scale: Scale,
@@ -111,7 +112,7 @@ def copy_parts(target: Any, source: Any, of: str, pairs: Sequence[tuple[Part, Pa
         target[cell(of, ours, unit)] = source[cell(of, theirs, unit)]
 
 
-def _of_prompts(values: Any, dims: Mapping[str, Sequence[Any] | None], batch: Batch, name: str) -> DataArray:
+def _of_prompts(values: Any, dims: Mapping[str, Sequence[Any] | None], batch: Prompts, name: str) -> DataArray:
     if batch.is_single:
         return labelled(values[0], dims, name=name)
-    return labelled(values, {"prompt": batch.prompts.labels, **dims}, name=name)
+    return labelled(values, {"prompt": None, **dims}, name=name, prompts=batch.labels)

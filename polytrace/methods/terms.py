@@ -12,9 +12,8 @@ from typing import Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.choices import needs_torch
 from polytrace.methods.frozen import NormForm, norm_form
-from polytrace.methods.sublayers import Sublayers, find_sublayers, tensor_of
+from polytrace.methods.imports import needs_torch
 from polytrace.modules import Module
 
 
@@ -40,9 +39,14 @@ class LayerTerms:
         is_there = name in table.layer_weights.get(path, {}) or name in table.own_parameters.get(path, ())
         return getattr(self.layer, name).float() if is_there else None
 
-    @property
-    def sublayers(self) -> Sublayers:
-        return find_sublayers(self.layer)
+    def norm_behind(self, half: str) -> Module | None:
+        """The norm between what "attention" or "mlp" gives and what is added of that, None where there is none."""
+        known = self.layer._table.points.get(self.layer._path, {})
+        given, added = (
+            None if info is None else info.site for info in map(known.get, (f"{half}_output", f"{half}_added"))
+        )
+        is_other = given is not None and added is not None and added.module != given.module
+        return Module(self.layer._model, added.module) if is_other and added is not None else None
 
     def check(self, what: str, got: Any, wanted: Any) -> None:
         """Notes by how much two values differ, relative to the residual's largest feature."""
@@ -81,8 +85,7 @@ def layer_terms(layer: Module, position: int) -> LayerTerms:
         return LayerTerms(
             layer=layer, position=position, embedding_nD=before, attention_nD=attention, mlp_nD=mlp, residual_nD=after
         )
-    adding = find_sublayers(layer).adding()  # side by side
-    attention, mlp = (tensor_of(module.output).at(position).float() for module in adding.values())
+    attention, mlp = (value.at(position).float() for value in (layer.attention_added, layer.mlp_added))  # side by side
     terms = LayerTerms(
         layer=layer, position=position, embedding_nD=before, attention_nD=attention, mlp_nD=mlp, residual_nD=after
     )
@@ -95,7 +98,7 @@ def heads_of(terms: LayerTerms) -> tuple[Any, Way, Any]:
     out_nHD = terms.at(terms.layer.head_out)
     bias = terms.weight("b_O")
     whole = out_nHD.sum(1) if bias is None else out_nHD.sum(1) + bias
-    way = _way(terms, terms.sublayers.attention_norm, whole, terms.attention_nD)
+    way = _way(terms, terms.norm_behind("attention"), whole, terms.attention_nD)
     constant = way.constant(bias)
     terms.check("the heads", way.push(out_nHD).sum(1) + constant, terms.attention_nD)
     return out_nHD, way, constant
@@ -107,7 +110,7 @@ def neurons_of(terms: LayerTerms) -> tuple[Any, Any, Way, Any]:
     if weight_ND is None:
         raise GraphError(f"{terms.layer._path} has no W_out to say what a neuron adds", where=user_line())
     whole = neurons_nN @ weight_ND if bias is None else neurons_nN @ weight_ND + bias
-    way = _way(terms, terms.sublayers.mlp_norm, whole, terms.mlp_nD)
+    way = _way(terms, terms.norm_behind("mlp"), whole, terms.mlp_nD)
     constant = way.constant(bias)
     pushed = way.push(whole[:, None])[:, 0] + (0.0 if way.norm is None else way.norm.bias_D * way.factor_n1)
     terms.check("the neurons", pushed, terms.mlp_nD)

@@ -14,7 +14,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import polytrace
 from polytrace.errors import GraphError
-from polytrace.methods import decompose, logit_attribution
+from polytrace.methods import decompose_residual, logit_attribution
 
 LAYERS, HEADS, SIZE = 4, 4, 8
 TOKENS = (5, [7, 8])  # a token for all prompts less one for each
@@ -22,9 +22,8 @@ Map = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both(request.param, tmp_path_factory.mktemp(request.param)) as found:
-        yield found
+def served(request: pytest.FixtureRequest, beside: Callable[[str], Both]) -> Both:
+    return beside(request.param)
 
 
 def frozen(norm: Any, given: Tensor) -> tuple[Map, Tensor]:
@@ -70,7 +69,7 @@ def parts_by_hand(served: Both, ids: list[int]) -> dict[str, Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("by", ["layer", "head"])
 def test_the_final_residual_is_the_sum_of_its_parts(served: Both, by: str) -> None:
-    found = decompose(served.model, PROMPTS, by=by)
+    found = decompose_residual(served.model, PROMPTS, by=by)
     close(found.parts.sum("component"), torch.tensor(found.residual.values))
     for number, ids in enumerate(PROMPTS):
         hand = parts_by_hand(served, ids)
@@ -82,7 +81,7 @@ def test_the_final_residual_is_the_sum_of_its_parts(served: Both, by: str) -> No
 
 def test_directions_alone_come_back_where_they_are_asked_for(served: Both) -> None:
     directions = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    whole, some = decompose(served.model, PROMPTS), decompose(served.model, PROMPTS, onto=directions)
+    whole, some = decompose_residual(served.model, PROMPTS), decompose_residual(served.model, PROMPTS, onto=directions)
     close(some.parts, torch.tensor(whole.parts.values) @ directions.T)
     assert some.parts.dims == ("prompt", "component", "direction")
     assert some.receipt.result_bytes < whole.receipt.result_bytes / 4
@@ -117,7 +116,7 @@ def test_a_logit_is_the_sum_of_what_parts_add_to_it(served: Both, by: str) -> No
 
 def test_the_strongest_neurons_alone_come_back(served: Both) -> None:
     whole = logit_attribution(served.model, PROMPTS, 5, by="neuron")
-    some = logit_attribution(served.model, PROMPTS, 5, by="neuron", top=3)
+    some = logit_attribution(served.model, PROMPTS, 5, by="neuron", top_k=3)
     for number in range(len(PROMPTS)):
         for layer in range(LAYERS):
             all_of_them, kept = whole.parts.sel(prompt=number, layer=layer), some.parts.sel(prompt=number, layer=layer)
@@ -150,30 +149,38 @@ def behind_norms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def test_a_residual_that_is_no_sum_is_refused(behind_norms: Any) -> None:
-    with pytest.raises(GraphError, match=r"is not the sum .* off by .* of the largest value.*test_attribution.py"):
-        decompose(behind_norms, [3, 4, 5])
+    with pytest.raises(GraphError, match=r"no tensor of this forward is what is added.*test_attribution.py"):
+        decompose_residual(behind_norms, [3, 4, 5])
     with pytest.raises(GraphError, match="no final norm"):
         logit_attribution(behind_norms, [3, 4, 5], 5)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with both("llama", tmp_path_factory.mktemp("llama")) as found:
-        yield found.model
+def llama(beside: Callable[[str], Both]) -> Any:
+    return beside("llama").model
 
 
 @pytest.mark.parametrize(
     ("tokens", "options", "told"),
     [
-        (96, {}, "96 is no token; ids are 0-95"),
+        (96, {}, "there is no token 96; ids are 0-95"),
         ([5, 6, 7], {}, "3 tokens for 2 prompts"),
         ((5, 6, 7), {}, "a tuple is a pair"),
         (" Paris", {}, "came without a tokenizer"),
         (5, {"by": "feature"}, "by is 'layer' or 'head' or 'neuron'"),
-        (5, {"top": 3}, "with by='neuron'"),
+        (5, {"top_k": 3}, "with by='neuron'"),
         (5, {"position": 9}, "no position 9 in prompt 0"),
     ],
 )
 def test_wrong_arguments_are_told_with_their_line(llama: Any, tokens: Any, options: Any, told: str) -> None:
     with pytest.raises(GraphError, match=f"{told}.*test_attribution.py"):
         logit_attribution(llama, PROMPTS, tokens, **options)
+
+
+def test_parts_that_do_not_add_up_are_refused_with_what_is_off(llama: Any) -> None:
+    with llama.edit() as edited:
+        edited.layers[1].attention_added[:] += 1.0  # which no head says
+    decompose_residual(edited, PROMPTS)
+    told = r"is not the sum .* the heads of .*layers.1 is off by .* of the largest value.*test_attribution.py"
+    with pytest.raises(GraphError, match=told):
+        decompose_residual(edited, PROMPTS, by="head")

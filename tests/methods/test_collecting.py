@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hooked import Both, both, close
+from hooked import Both, close
 from torch import Tensor
 
 from polytrace.errors import ConflictError, GraphError, NotFoundError
 from polytrace.maps import mapping
-from polytrace.methods import Activations, collect
+from polytrace.methods import Activations, collect_activations
 
 _draw = torch.Generator().manual_seed(0)
 DATASET = [torch.randint(3, 90, (3 + n % 4,), generator=_draw).tolist() for n in range(11)]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both("llama", tmp_path_factory.mktemp("llama")) as found:
-        yield found
+def served(beside: Callable[[str], Both]) -> Both:
+    return beside("llama")
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def rows_by_hand(served: Both, place: tuple[str, str]) -> list[Tensor]:
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("positions", [None, -1, [0, -2]])
 def test_rows_are_those_of_each_prompt_alone(served: Both, positions: Any, tmp_path: Path) -> None:
-    found = collect(
+    found = collect_activations(
         served.model, iter(DATASET), to=tmp_path, of=["resid_post", "z"], layers=[1, 3], positions=positions
     )
     assert found.names == ("resid_post.1", "resid_post.3", "z.1", "z.3")
@@ -59,7 +58,7 @@ def test_rows_are_those_of_each_prompt_alone(served: Both, positions: Any, tmp_p
 
 @pytest.mark.usefixtures("small_parts")
 def test_shuffled_batches_have_every_row_once_with_its_label(served: Both, tmp_path: Path) -> None:
-    collect(served.model, DATASET, to=tmp_path, layers=2)
+    collect_activations(served.model, DATASET, to=tmp_path, layers=2)
     found = Activations(tmp_path)
     labels = [len(ids) for ids in DATASET]
     straight, mixed = (list(found.batches("resid_post.2", 6, labels=labels, shuffle=seed)) for seed in (None, 5))
@@ -81,24 +80,24 @@ def test_collecting_goes_on_behind_the_last_complete_part(served: Both, tmp_path
         raise RuntimeError("the disk of the dataset is gone")
 
     with pytest.raises(RuntimeError, match="is gone"):
-        collect(served.model, broken(), to=tmp_path / "a", layers=2)
+        collect_activations(served.model, broken(), to=tmp_path / "a", layers=2)
     begun = Activations(tmp_path / "a")
     assert not begun.is_complete and len(begun) == 8
     first = (tmp_path / "a" / "part-00000.safetensors").stat().st_mtime_ns
-    again = collect(served.model, DATASET, to=tmp_path / "a", layers=2)
-    whole = collect(served.model, DATASET, to=tmp_path / "b", layers=2)
+    again = collect_activations(served.model, DATASET, to=tmp_path / "a", layers=2)
+    whole = collect_activations(served.model, DATASET, to=tmp_path / "b", layers=2)
     assert torch.equal(again.array("resid_post.2"), whole.array("resid_post.2"))
     assert (tmp_path / "a" / "part-00000.safetensors").stat().st_mtime_ns == first
     with pytest.raises(ConflictError, match="is of another map"):
-        collect(served.model, DATASET, to=tmp_path / "a", layers=1)
+        collect_activations(served.model, DATASET, to=tmp_path / "a", layers=1)
 
 
 def test_what_cannot_be_collected_or_read_is_told(served: Both, tmp_path: Path) -> None:
     with pytest.raises(GraphError, match=r"'pattern' has no row for each token.*test_collecting.py"):
-        collect(served.model, DATASET, to=tmp_path, of="pattern")
+        collect_activations(served.model, DATASET, to=tmp_path, of="pattern")
     with pytest.raises(NotFoundError, match="there are no activations"):
         Activations(tmp_path / "nowhere")
-    found = collect(served.model, DATASET, to=tmp_path, layers=2, positions=-1)
+    found = collect_activations(served.model, DATASET, to=tmp_path, layers=2, positions=-1)
     with pytest.raises(NotFoundError, match=r"has no 'resid_post.1'; it has resid_post.2"):
         found.array("resid_post.1")
     part = tmp_path / "part-00000.safetensors"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hooked import Both, both, close
+from hooked import Both, close
 from torch import Tensor
 
 from polytrace.errors import GraphError, WireError
@@ -20,9 +20,8 @@ NEGATIVE = [torch.randint(3, 90, (4 + n % 2,), generator=_draw).tolist() for n i
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both("llama", tmp_path_factory.mktemp("llama")) as found:
-        yield found
+def served(beside: Callable[[str], Both]) -> Both:
+    return beside("llama")
 
 
 def rows_by_hand(served: Both, prompts: list[list[int]], layer: int, positions: Any, side: str = "output") -> Tensor:
@@ -65,7 +64,7 @@ def test_vectors_are_those_of_the_hidden_states(
 
 
 def test_sets_of_different_sizes_have_means_and_no_pairs(served: Both) -> None:
-    found = contrastive_vectors(served.model, POSITIVE, NEGATIVE[:4], layers=2, site="resid_pre")
+    found = contrastive_vectors(served.model, POSITIVE, NEGATIVE[:4], layers=2, of="resid_pre")
     means = [rows_by_hand(served, prompts, 2, -1, "input").mean(0) for prompts in (POSITIVE, NEGATIVE[:4])]
     close(found[2], means[0] - means[1])
     with pytest.raises(GraphError, match=r"these have 9 and 4 prompts.*test_directions.py"):
@@ -77,7 +76,7 @@ def test_sets_of_different_sizes_have_means_and_no_pairs(served: Both) -> None:
 def test_activation_addition_is_added_to_the_first_tokens(served: Both) -> None:
     one, other, prompt = [3, 17, 42, 5], [3, 9], [8, 25, 1, 60, 11, 2]
     found = activation_addition(served.model, one, other, layers=[1, 2], pad=7)
-    assert found.positions == (0, 1, 2, 3) and found.site == "resid_pre"
+    assert found.positions == (0, 1, 2, 3) and found.of == "resid_pre"
     changes = {}
     for layer in (1, 2):
         place = (f"model.layers.{layer}", "input")
@@ -90,7 +89,7 @@ def test_activation_addition_is_added_to_the_first_tokens(served: Both) -> None:
 
         changes[place] = change
     hand, plain = served.run(prompt, changes=changes)[0][-1], served.run(prompt)[0][-1]
-    ours = steer(served.model, prompt, found, factor=3.0, tokens=[5, 6]).logits
+    ours = steer(served.model, prompt, found, factor=3.0, tokens=[5, 6]).logit
     close(ours.values[0, 0], hand[[5, 6]])
     assert float((hand - plain)[[5, 6]].abs().max()) > 0.05
 
@@ -100,7 +99,7 @@ def test_vectors_come_back_from_their_file(served: Both, tmp_path: Path) -> None
     found.save(tmp_path / "v.safetensors")
     again = Vectors.load(tmp_path / "v.safetensors")
     assert torch.equal(again.tensor, found.tensor)
-    assert (again.layers, again.site, again.method) == (found.layers, found.site, "mean")
+    assert (again.layers, again.of, again.method) == (found.layers, found.of, "mean")
     assert again.separation is not None and again.separation.equals(found.separation)
     close(again.unit()[3].norm(), torch.tensor(1.0))
     (tmp_path / "other.safetensors").write_bytes(b"no tensors")

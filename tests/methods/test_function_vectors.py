@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from hooked import Both, both, close
+from hooked import Both, close
 from torch import Tensor
 
 from polytrace.errors import GraphError
@@ -15,14 +15,13 @@ from polytrace.methods import Task, few_shot_task, function_vector, head_effects
 CLEAN = [[3, 17, 42, 5, 9], [8, 25, 1, 60], [4, 4, 11]]
 CORRUPTED = [[13, 7, 2, 51], [28, 5, 31, 6, 60]]
 ANSWERS = [7, 30]
-TASK = Task(clean=CLEAN, corrupted=CORRUPTED, answers=ANSWERS)
+TASK = Task(clean=CLEAN, corrupt=CORRUPTED, answers=ANSWERS)
 SIZE = 8
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "gpt_neox"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both(request.param, tmp_path_factory.mktemp(request.param)) as found:
-        yield found
+def served(request: pytest.FixtureRequest, beside: Callable[[str], Both]) -> Both:
+    return beside(request.param)
 
 
 def means_by_hand(served: Both, layer: int) -> Tensor:
@@ -48,7 +47,7 @@ def effect_by_hand(served: Both, layer: int, head: int, mean: Tensor, score: str
 
 @pytest.mark.parametrize("score", ["probability", "log_probability"])
 def test_effects_and_vector_are_those_of_exchanged_heads(served: Both, score: str) -> None:
-    found = function_vector(served.model, TASK, heads=3, score=score)
+    found = function_vector(served.model, TASK, top_k=3, score=score)
     means = [means_by_hand(served, layer) for layer in range(4)]
     hand = torch.stack(
         [torch.stack([effect_by_hand(served, n, h, means[n][h], score) for h in range(4)]) for n in range(4)]
@@ -59,15 +58,15 @@ def test_effects_and_vector_are_those_of_exchanged_heads(served: Both, score: st
     assert list(found.heads) == best
     weights = [served.out_weight(served.names.layer(layer, served.names.out)) for layer in range(4)]
     close(found.vector, sum(means[n][h] @ weights[n][h * SIZE : (h + 1) * SIZE] for n, h in best))
-    assert found.receipts[0].result_bytes < 4000
+    assert found.receipt.result_bytes < 4000
 
 
 def test_heads_are_chosen_by_the_effects_over_several_tasks(served: Both) -> None:
-    other = Task(clean=CORRUPTED, corrupted=CLEAN, answers=[5, 6, 7])
+    other = Task(clean=CORRUPTED, corrupt=CLEAN, answers=[5, 6, 7])
     alone = [head_effects(served.model, task) for task in (TASK, other)]
     effects = head_effects(served.model, [TASK, other])
     close(effects, torch.tensor((alone[0] + alone[1]).values / 2))
-    found = function_vector(served.model, TASK, heads=2, effects=effects)
+    found = function_vector(served.model, TASK, top_k=2, effects=effects)
     assert found.heads == tuple(divmod(p, 4) for p in torch.tensor(effects.values).flatten().topk(2).indices.tolist())
     weights = [served.out_weight(served.names.layer(layer, served.names.out)) for layer in range(4)]
     mean = {n: means_by_hand(served, n) for n, _ in found.heads}
@@ -77,7 +76,7 @@ def test_heads_are_chosen_by_the_effects_over_several_tasks(served: Both) -> Non
 def test_a_few_shot_task_has_solved_examples_and_shuffled_ones() -> None:
     pairs = [(f"x{n}", f"y{n}") for n in range(12)]
     task = few_shot_task(pairs, shots=5, prompts=20, seed=3)
-    assert len(task.clean) == len(task.corrupted) == len(task.answers) == 20
+    assert len(task.clean) == len(task.corrupt) == len(task.answers) == 20
     asked = dict(pairs)
 
     def share_right(prompts: list[str]) -> float:
@@ -86,8 +85,8 @@ def test_a_few_shot_task_has_solved_examples_and_shuffled_ones() -> None:
         return sum(asked[x] == y for x, y in shown) / len(shown)
 
     assert share_right(list(task.clean)) == 1.0
-    assert 0.0 < share_right(list(task.corrupted)) < 0.5
-    for prompt, answer in zip(task.corrupted, task.answers, strict=True):
+    assert 0.0 < share_right(list(task.corrupt)) < 0.5
+    for prompt, answer in zip(task.corrupt, task.answers, strict=True):
         *_, last = prompt.split("\n\n")
         question = last.removeprefix("Q: ").removesuffix("\nA:")
         assert answer == f" {asked[question]}" and prompt.count(question + "\n") == 1

@@ -175,9 +175,8 @@ def test_of_prompts_of_different_lengths_each_has_its_own_numbers(both: Both) ->
 
 
 @pytest.fixture(scope="module")
-def hooked() -> Iterator[HookedModel]:
-    with polytrace.load(str(TINYWORLD), threads=1) as model:
-        yield HookedModel(model)
+def hooked(world: Any) -> HookedModel:
+    return HookedModel(world)
 
 
 TOWER = "The Eiffel Tower is in the city of"
@@ -398,7 +397,7 @@ def test_sums_that_no_module_gives_are_what_lies_between(tmp_path: Path) -> None
     plain.save_pretrained(tmp_path)
     with polytrace.load(str(tmp_path), threads=1) as model:
         hooked = HookedModel(model)
-        assert hooked.facts.attn_sums == hooked.facts.mlp_sums == (False,) * 3
+        assert not {"attention_added", "mlp_added"} & set(model.layers[1].points)
         _, cache = hooked.run_with_cache(PROMPT)
         assert _off(cache.decompose_resid().sum(0), cache["resid_post", -1]) <= TOLERANCE
         given = _hooked_output(plain, "model.layers.1.self_attn")

@@ -121,7 +121,7 @@ def test_the_lens_of_a_part_of_a_layer(pair: Any) -> None:
 def test_the_lens_reads_a_tokens_direction_as_the_token(pair: Any, kind: str) -> None:
     family, plain, model = pair
     tokens = [3, 41, 90]
-    found = token_directions(model, tokens, kind=kind)
+    found = token_directions(model, tokens, method=kind)
     norm = final_norm(model)
     weight = plain.lm_head.weight.detach().double()
     gain = norm.gain.double()
@@ -203,7 +203,7 @@ def test_a_lens_on_a_model_in_bfloat16(world: Any) -> None:
     with polytrace.load(str(FOLDER), threads=1, dtype="bfloat16") as half:
         read, exact = (logit_lens(one, TOWER, [2, 5, 7], tokens=[" Paris", " Rome"]) for one in (half, world))
         assert np.abs(read.probability - exact.probability).max() < 0.05
-        found, wanted = (token_directions(one, [" Paris"], kind="pseudo_inverse")[0] for one in (half, world))
+        found, wanted = (token_directions(one, [" Paris"], method="pseudo_inverse")[0] for one in (half, world))
         assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.99
 
 
@@ -215,7 +215,7 @@ def test_mistakes_are_told_in_the_users_line(world: Any) -> None:
         (lambda: logit_lens(world, TOWER, tokens="Paris"), "'P', 'aris'"),
         (lambda: logit_lens(world, TOWER, top_k=0), "top_k is 1-3200"),
         (lambda: logit_lens(world, TOWER, of="pattern"), "resid_post"),
-        (lambda: token_directions(world, " Paris", kind="best"), "pseudo_inverse"),
+        (lambda: token_directions(world, " Paris", method="best"), "pseudo_inverse"),
     ):
         with pytest.raises(GraphError, match=words) as told:
             call()

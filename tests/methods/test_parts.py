@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,13 @@ Both = tuple[Any, PlainModel]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    plain = PlainModel(request.param)
-    with loaded(plain.model, tmp_path_factory.mktemp(request.param)) as model:
-        yield model, plain
+def both(request: pytest.FixtureRequest, patched: Callable[[str], Both]) -> Both:
+    return patched(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    plain = PlainModel("llama")
-    with loaded(plain.model, tmp_path_factory.mktemp("llama")) as model:
-        yield model, plain
+def llama(patched: Callable[[str], Both]) -> Both:
+    return patched("llama")
 
 
 def lead(logits: Tensor) -> float:
@@ -245,7 +241,7 @@ def test_each_part_replaced_is_a_plain_run_without_it(
         prompts,
         METRIC,
         of=of,
-        by=by,
+        method=by,
         over=over,
         reference=reference,
         layers=[1, 2],
@@ -288,14 +284,14 @@ def test_each_part_replaced_is_a_plain_run_without_it(
 
 def test_resampling_takes_another_prompt_of_the_same_length(llama: Both) -> None:
     model, plain = llama
-    found = ablate(model, [CLEAN, CORRUPT], METRIC, of="mlp", by="resample", layers=0)
+    found = ablate(model, [CLEAN, CORRUPT], METRIC, of="mlp", method="resample", layers=0)
     theirs = []
     for ids, other in ((CLEAN, CORRUPT), (CORRUPT, CLEAN)):
         given = plain.run(other)[1]["mlp", 0]
         theirs.append([lead(plain.run(ids, {("mlp", 0): lambda v, g=given: g})[0]) - lead(plain.run(ids)[0])])
     agree(found.effect.values, theirs)
     with pytest.raises(GraphError, match="prompt 1 is the only one of 5 tokens"):
-        ablate(model, PROMPTS[:2], METRIC, by="resample")
+        ablate(model, PROMPTS[:2], METRIC, method="resample")
 
 
 # knockout

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from patched_by_hand import KINDS, PlainModel, placed
-from small import FLOAT32_TOLERANCE, loaded
+from small import FLOAT32_TOLERANCE
 from torch import Tensor
 
 from polytrace.errors import GraphError
@@ -30,17 +30,13 @@ RIGHT, WRONG = 7, 21
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, PlainModel]]:
-    plain = PlainModel(request.param)
-    with loaded(plain.model, tmp_path_factory.mktemp(request.param)) as model:
-        yield model, plain
+def both(request: pytest.FixtureRequest, patched: Callable[[str], tuple[Any, PlainModel]]) -> tuple[Any, PlainModel]:
+    return patched(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, PlainModel]]:
-    plain = PlainModel("llama")
-    with loaded(plain.model, tmp_path_factory.mktemp("llama")) as model:
-        yield model, plain
+def llama(patched: Callable[[str], tuple[Any, PlainModel]]) -> tuple[Any, PlainModel]:
+    return patched("llama")
 
 
 def lead(logits: Tensor) -> float:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-import polytrace
-from bench.tinyworld import FOLDER
 from bench.tinyworld.facts import RELATIONS
 from polytrace.methods import (
     ablate,
@@ -32,9 +29,8 @@ LEAD = logit_difference([f" {a}" for a, _ in PEOPLE], [f" {b}" for _, b in PEOPL
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Any]:
-    with polytrace.load(str(FOLDER), threads=1) as model:
-        yield model
+def model(world: Any) -> Any:
+    return world
 
 
 def repeated(count: int) -> list[list[int]]:
@@ -77,7 +73,7 @@ def test_the_city_goes_to_the_last_token_in_the_middle_layers(model: Any) -> Non
 
 
 def test_the_induction_head_and_the_head_before_it_are_needed(model: Any) -> None:
-    harm = ablate(model, repeated(4), loss(14), by="mean").effect
+    harm = ablate(model, repeated(4), loss(14), method="mean").effect
     assert heads(harm, 2) == {(0, 0), (1, 0)}
     assert float(abs(harm.sel(layer=slice(2, None)).mean("prompt")).max()) < 0.2
 

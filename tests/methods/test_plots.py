@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from polytrace.errors import GraphError
-from polytrace.methods import frame, heat_map, lines, top_k_table
+from polytrace.methods import data_frame, heat_map, line_plot, top_k_table
 from polytrace.methods.labels import labelled
 
 TOKENS = ["<bos>", " $cost", " is", "\n", ""]
@@ -73,7 +73,7 @@ def test_dimensions_of_one_place_need_no_choice_and_others_do() -> None:
 
 
 def test_curves_are_over_layers_and_named() -> None:
-    axes = lines(grid(), level=0.5, label="P").axes[0]
+    axes = line_plot(grid(), level=0.5, label="P").axes[0]
     assert len(axes.lines) == 6 and list(axes.lines[1].get_ydata()) == [-3.0, 2.0, 7.0]
     legend = axes.get_legend()
     assert legend is not None
@@ -96,7 +96,7 @@ def test_a_table_has_the_strongest_places_with_their_tokens() -> None:
 
 
 def test_a_frame_has_a_row_for_each_place() -> None:
-    table = frame(grid())
+    table = data_frame(grid())
     assert len(table) == 15 and table["restored"].tolist() == list(range(-4, 11))
     bare = labelled(np.zeros((2, 2)), {"head": None, "layer": None}, name="x")
-    assert frame(bare)["head"].tolist() == [0, 0, 1, 1]
+    assert data_frame(bare)["head"].tolist() == [0, 0, 1, 1]

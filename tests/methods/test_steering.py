@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hooked import PROMPTS, Both, both, close
+from hooked import PROMPTS, Both, close
 from torch import Tensor
 
 from polytrace.errors import GraphError
@@ -18,15 +18,13 @@ VECTORS = 2 * torch.randn(4, 32, generator=torch.Generator().manual_seed(1))  # 
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "gpt_neox"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both(request.param, tmp_path_factory.mktemp(request.param)) as found:
-        yield found
+def served(request: pytest.FixtureRequest, beside: Callable[[str], Both]) -> Both:
+    return beside(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    with both("llama", tmp_path_factory.mktemp("llama")) as found:
-        yield found
+def llama(beside: Callable[[str], Both]) -> Both:
+    return beside("llama")
 
 
 def added(vector: Tensor, positions: Any, weights: Tensor | None = None) -> Any:
@@ -53,17 +51,21 @@ def steered_by_hand(
 @pytest.mark.parametrize(("site", "side"), [("resid_post", "output"), ("resid_pre", "input")])
 @pytest.mark.parametrize("positions", [None, -1, [1, -2]])
 def test_vectors_are_added_at_layers_and_positions(served: Both, site: str, side: str, positions: Any) -> None:
-    found = steer(served.model, PROMPTS, VECTORS[[1, 2]], [1, -2], positions, [0.0, 0.5, -1.5], site=site, tokens=IDS)
-    assert found.probabilities.dims == ("prompt", "factor", "token")
+    arguments: Any = (served.model, PROMPTS, VECTORS[[1, 2]], [1, -2], positions, [0.0, 0.5, -1.5])
+    found, likely = steer(*arguments, of=site, tokens=IDS), steer(*arguments, of=site)
+    assert found.rank is not None and likely.token_id is not None
+    assert found.probability.dims == ("prompt", "factor", "token")
     for number, ids in enumerate(PROMPTS):
         plain = steered_by_hand(served, ids, side, [], None, 0.0)
         for factor in (0.0, 0.5, -1.5):
             hand = steered_by_hand(served, ids, side, [1, 2], positions, factor)
-            close(found.probabilities.sel(prompt=number, factor=factor), hand.softmax(-1)[IDS])
-            close(found.logits.sel(prompt=number, factor=factor), hand[IDS])
+            close(found.probability.sel(prompt=number, factor=factor), hand.softmax(-1)[IDS])
+            close(found.logit.sel(prompt=number, factor=factor), hand[IDS])
             best = hand.softmax(-1).topk(5)
-            close(found.top.sel(prompt=number, factor=factor), best.values)
-            assert found.top.sel(prompt=number, factor=factor).coords["token"].values.tolist() == best.indices.tolist()
+            close(likely.probability.sel(prompt=number, factor=factor), best.values)
+            assert likely.token_id.sel(prompt=number, factor=factor).values.tolist() == best.indices.tolist()
+            ranks = [int((hand > hand[token]).sum()) for token in IDS]
+            assert found.rank.sel(prompt=number, factor=factor).values.tolist() == ranks
             if factor:
                 assert float((hand - plain).abs().max()) > 0.05
 
@@ -83,7 +85,7 @@ def test_a_gate_decides_by_token_or_by_prompt(llama: Both, positions: Any, posit
         opened = (scores[number] + gate.bias > gate.threshold).float()
         weights = opened if position is None else opened[position].expand(len(ids))
         hand = steered_by_hand(llama, ids, "output", [2], positions, 1.0, weights)
-        close(found.logits.sel(prompt=number, factor=1.0), hand[IDS])
+        close(found.logit.sel(prompt=number, factor=1.0), hand[IDS])
         where = slice(None) if positions is None else positions
         changed += weights[where].flatten().tolist()
     assert positions == -1 or 0.0 < sum(changed) < len(changed)  # open for some, closed for others
@@ -97,7 +99,7 @@ def test_a_gate_may_be_any_value_of_the_trace(llama: Both) -> None:
         opened = (llama.run(ids, [place])[1][place][0, :, 3] > 0.01).float()
         assert 0 < opened.sum() < len(ids)
         close(
-            found.logits.sel(prompt=number, factor=1.0),
+            found.logit.sel(prompt=number, factor=1.0),
             steered_by_hand(llama, ids, "output", [2], None, 1.0, opened)[IDS],
         )
 
@@ -107,7 +109,7 @@ def test_a_vector_with_positions_is_added_row_by_row(llama: Both) -> None:
     found = steer(llama.model, PROMPTS, rows, 1, [0, 2], tokens=IDS)
     for number, ids in enumerate(PROMPTS):
         change = {("model.layers.1", "output"): added(rows[0], [0, 2])}
-        close(found.logits.sel(prompt=number, factor=1.0), llama.run(ids, changes=change)[0][-1, IDS])
+        close(found.logit.sel(prompt=number, factor=1.0), llama.run(ids, changes=change)[0][-1, IDS])
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_an_edit_steers_every_trace(llama: Both, positions: Any, gate: Gate | No
     with llama.model.trace(PROMPTS):
         plain = llama.model.lm_head.output[:, -1, IDS].save()
     expected = steer(llama.model, PROMPTS, VECTORS[2], 2, positions, 1.5, gate=gate, tokens=IDS)
-    close(ours, torch.tensor(expected.logits.sel(factor=1.5).values))
+    close(ours, torch.tensor(expected.logit.sel(factor=1.5).values))
     if gate is None:
         assert float((ours - plain).abs().max()) > 0.05
 
@@ -130,7 +132,7 @@ def test_a_steering_edit_is_kept_by_name(llama: Both) -> None:
     steering_edit(llama.model, VECTORS[2], 2, factor=1.5, name="louder")
     with llama.model.trace(PROMPTS, edits=["louder"]):
         ours = llama.model.lm_head.output[:, -1, IDS].save()
-    close(ours, torch.tensor(steer(llama.model, PROMPTS, VECTORS[2], 2, None, 1.5, tokens=IDS).logits.values[:, 0]))
+    close(ours, torch.tensor(steer(llama.model, PROMPTS, VECTORS[2], 2, None, 1.5, tokens=IDS).logit.values[:, 0]))
 
 
 def test_a_model_with_edits_is_steered_from_there(llama: Both) -> None:
@@ -139,7 +141,7 @@ def test_a_model_with_edits_is_steered_from_there(llama: Both) -> None:
     for number, ids in enumerate(PROMPTS):
         for factor, layers in ((0.0, [1]), (1.0, [1, 2])):
             hand = steered_by_hand(llama, ids, "output", layers, None, 1.0)
-            close(found.logits.sel(prompt=number, factor=factor), hand[IDS])
+            close(found.logit.sel(prompt=number, factor=factor), hand[IDS])
 
 
 @pytest.mark.parametrize("directions", [1, 2])
@@ -164,7 +166,7 @@ def test_an_ablated_direction_is_nowhere_in_the_residual(served: Both, direction
 
 
 def test_sites_and_layers_of_an_ablation_are_chosen(llama: Both) -> None:
-    edited = ablate_direction(llama.model, VECTORS[0], layers=slice(1, 3), sites=["mlp"])
+    edited = ablate_direction(llama.model, VECTORS[0], layers=slice(1, 3), of=["mlp_added"])
     with edited.trace(PROMPTS[0]):
         ours = llama.model.lm_head.output[0, -1].save()
     unit = VECTORS[0] / VECTORS[0].norm()
@@ -179,7 +181,7 @@ def test_sites_and_layers_of_an_ablation_are_chosen(llama: Both) -> None:
         ((VECTORS[0], []), {}, "no layer is chosen"),
         ((VECTORS[0, :5], 1), {}, r"vectors for 1 layers are \[32\] or \[1, 32\], not \[5\]"),
         ((VECTORS, [1, 2]), {}, r"vectors for 2 layers are .* not \[4, 32\]"),
-        ((VECTORS[0], 1), {"site": "z"}, "a site of the residual is one of resid_pre, resid_mid, resid_post, not 'z'"),
+        ((VECTORS[0], 1), {"of": "z"}, "'z' is no part of the residual; it is one of resid_pre, resid_mid, resid_post"),
         ((VECTORS[0], 1), {"gate": Gate(direction=VECTORS[0], layer=2)}, "behind resid_post of layer 1"),
         ((VECTORS[0], 1, 9), {}, "no position 9 in prompt 0"),
     ],
@@ -193,5 +195,5 @@ def test_a_direction_that_is_none_is_refused(llama: Both) -> None:
     for wrong in (torch.zeros(32), torch.zeros(5), torch.zeros(2, 2, 32)):
         with pytest.raises(GraphError, match=r"a direction is \[32\] .*test_steering.py"):
             ablate_direction(llama.model, wrong)
-    with pytest.raises(GraphError, match=r"a site is one of .* not 'z'"):
-        ablate_direction(llama.model, VECTORS[0], sites=["z"])
+    with pytest.raises(GraphError, match="'z' is no part of the residual"):
+        ablate_direction(llama.model, VECTORS[0], of=["z"])

@@ -1,7 +1,7 @@
 """Where a model keeps what TransformerLens's blocks have: attention, MLP, norms. Told from the model's description.
 
 Structure alone: a norm is what comes before attention, between it and the MLP, or behind the MLP, and what takes the
-residual between them (`resid_mid`) is known. What is said of sums is proven on the model's numbers in `facts`.
+residual between them (`resid_mid`) is known.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ class Block:
     ln2: str | None = None
     ln1_post: str | None = None  # norms what attention gave before it is added
     ln2_post: str | None = None
-    attn_out: str  # whose output is added to the residual, as far as the structure tells
-    mlp_out: str | None
     is_parallel: bool = False  # attention and MLP both read resid_pre
     has_one_norm: bool = False  # ... through the same norm
 
@@ -76,9 +74,9 @@ def _find(table: Table, path: str) -> Block:
         mlp = _last(table, path, attention)
     middle = table.points.get(path, {}).get("resid_mid")
     taker = None if middle is None or middle.site is None else middle.site.module
-    is_parallel = middle is not None and middle.refusal is not None and "side by side" in middle.refusal
     before, between, behind = _norms(table, path, attention, mlp)
-    if is_parallel:
+    part = table.parts.get((path, "mlp"))
+    if part is not None and part.is_parallel:
         several = [*before, *between]
         ln1 = several[0] if several else None
         return Block(
@@ -87,8 +85,6 @@ def _find(table: Table, path: str) -> Block:
             mlp=mlp,
             ln1=ln1,
             ln2=several[1] if len(several) > 1 else ln1,
-            attn_out=attention,
-            mlp_out=mlp,
             is_parallel=True,
             has_one_norm=len(several) == 1,
         )
@@ -104,8 +100,6 @@ def _find(table: Table, path: str) -> Block:
         ln2=ln2_post if is_behind_alone else taker if has_norm_before else None,
         ln1_post=None if is_behind_alone else ln1_post,
         ln2_post=None if is_behind_alone else ln2_post,
-        attn_out=ln1_post or attention,
-        mlp_out=ln2_post or mlp,
     )
 
 

@@ -1,4 +1,4 @@
-"""What of a model is found by asking it: how its norms work, and whether its sublayers give what is added.
+"""What of a model is found by asking it: how its norms work, and whether embeddings are what the first layer takes.
 
 One small request for each model: its norms are called on a few constants, and two tokens run through it.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _LARGE = 1024.0  # beside its square no epsilon of a norm shows
 _SMALL = 2.0**-8  # ... and beside this one's it does
-_ADDED = 0.02  # of the largest of what a sublayer adds: sums may be off by so much, and by the dtype's rounding
+_ADDED = 0.02  # of the largest of the embeddings: sums may be off by so much, and by the dtype's rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,6 @@ class Facts:
     """Of one model."""
 
     norms: Mapping[str, NormFacts] = field(default_factory=dict)  # by class
-    attn_sums: tuple[bool, ...]  # by layer: resid_mid is resid_pre and what the block's `attn_out` gives
-    mlp_sums: tuple[bool, ...]  # resid_post is resid_mid and its `mlp_out`; of parallel blocks all of it
     embed_sums: bool  # the first layer takes what the embeddings give
 
 
@@ -85,14 +83,9 @@ def find_facts(model: Model, blocks: tuple[Block, ...]) -> Facts:
     with model.base.trace([[min(1, last), min(2, last)]]):
         constants = _cast(probes(width), model.description.dtype)
         probed = {kind: model.get_submodule(path)(constants).float().save() for kind, path in norms.items()}
-        added = [_sums(model, block) for block in blocks]
-        embedded = _embedded(model)
-        for value in [value for pair in added for value in pair if value is not None] + [embedded]:
-            value.save()
+        embedded = _embedded(model).save()
     return Facts(
         norms={kind: _norm_facts(model, given) for kind, given in probed.items()},
-        attn_sums=tuple(_holds(model, attn) for attn, _ in added),
-        mlp_sums=tuple(_holds(model, mlp) for _, mlp in added),
         embed_sums=_holds(model, embedded),
     )
 
@@ -111,19 +104,6 @@ def _norm_facts(model: Model, given: Any) -> NormFacts:
     said = [float(value) for name, value in model.config.items() if "eps" in name and isinstance(value, float)]
     close = [value for value in said if measured / 1.5 <= value <= measured * 1.5]  # half precision measures roughly
     return NormFacts(is_centring, close[0] if close else measured, width, dtype)
-
-
-def _sums(model: Model, block: Block) -> tuple[Any, Any]:
-    """How far sums are off, how large what is added is and how large the sum is, `[3]`; None where there is no sum."""
-    layer = model.get_submodule(block.path)
-    before, behind = layer.resid_pre, layer.resid_post
-    attn = _output(model, block.attn_out)
-    mlp = None if block.mlp_out is None else _output(model, block.mlp_out)
-    if block.is_parallel:
-        return None, None if mlp is None else _off(before, attn + mlp, behind)
-    if "resid_mid" not in layer.points:
-        return None, None
-    return _off(before, attn, layer.resid_mid), None if mlp is None else _off(layer.resid_mid, mlp, behind)
 
 
 def _embedded(model: Model) -> Any:
@@ -149,8 +129,6 @@ def _output(model: Model, path: str) -> Any:
 def _holds(model: Model, told: Any) -> bool:
     import torch
 
-    if told is None:
-        return False
     off, added, total = told.tolist()
     return bool(off <= _ADDED * added + 8 * torch.finfo(getattr(torch, model.description.dtype)).eps * total)
 

@@ -30,6 +30,7 @@ _POINTS = {
     "mlp.hook_pre": "mlp_pre",
     "mlp.hook_post": "mlp_post",
 }
+_ADDED = {True: "attention_added", False: "mlp_added"}  # by whether it is attention
 _SHARED_NORM = "attention and the MLP take what the same norm gives: change `attn.hook_q`, `mlp.hook_pre` and the like"
 
 
@@ -70,7 +71,7 @@ class HookTable:
         for number, block in enumerate(self.blocks):
             layer = self.model.layers[number]
             for short in BLOCK:
-                reason = self._missing(number, layer, block, short)
+                reason = self._missing(layer, block, short)
                 if reason is None:
                     yield f"blocks.{number}.{short}"
                 else:
@@ -79,7 +80,7 @@ class HookTable:
             yield from ("ln_final.hook_scale", "ln_final.hook_normalized")
         yield from ("unembed.hook_in", "unembed.hook_out")
 
-    def _missing(self, number: int, layer: Module, block: Block, short: str) -> str | None:
+    def _missing(self, layer: Module, block: Block, short: str) -> str | None:
         """Why a block has no such activation; "" where TransformerLens would have none either."""
         part = short.partition(".")[0]
         if part in ("ln1", "ln2", "ln1_post", "ln2_post"):
@@ -95,7 +96,7 @@ class HookTable:
             is_between = "resid_mid" in layer.points and not block.is_parallel
             added = "attention" if is_attention else "the MLP"
             told = f"no module of {block.path} gives what {added} adds to the residual, and no state of it lies between"
-            return None if is_between or self._holds(number, block, is_attention=is_attention) else told
+            return None if is_between or _ADDED[is_attention] in layer.points else told
         if short in _POINTS and _POINTS[short] not in layer.points:
             owner = layer._points.get(_POINTS[short], block.path)
             info = self.model._index.points.get(owner, {}).get(_POINTS[short])
@@ -129,20 +130,7 @@ class HookTable:
             return self._output(linear_of(self.model, block))
         if short == "hook_mlp_in":
             return Point(self._module(block.ln2), "input")
-        return self._added(number, block, is_attention=short == "hook_attn_out")
-
-    def _holds(self, number: int, block: Block, *, is_attention: bool) -> bool:
-        """Whether a module's output was seen to be what the sublayer adds."""
-        sums = self.facts.attn_sums if is_attention and not block.is_parallel else self.facts.mlp_sums
-        return sums[number]
-
-    def _added(self, number: int, block: Block, *, is_attention: bool) -> Access:
-        """What a sublayer adds: a module's output, or what lies between two states of the residual."""
-        if self._holds(number, block, is_attention=is_attention):
-            return self._output(block.attn_out if is_attention else block.mlp_out)
-        layer = self.model.layers[number]
-        before, behind = ("resid_pre", "resid_mid") if is_attention else ("resid_mid", "resid_post")
-        return Difference(Point(layer, before), Point(layer, behind))
+        return _added(layer, is_attention=short == "hook_attn_out")
 
     def _outside(self, name: str) -> Access:
         model, positions = self.model, positions_of(self.model)
@@ -173,3 +161,11 @@ class HookTable:
     def _module(self, path: str | None) -> Module:
         assert path is not None
         return self.model.get_submodule(path)
+
+
+def _added(layer: Module, *, is_attention: bool) -> Access:
+    """What attention or the MLP adds: one tensor of the forward, or what lies between two states of the residual."""
+    if _ADDED[is_attention] in layer.points:
+        return Point(layer, _ADDED[is_attention])
+    before, behind = ("resid_pre", "resid_mid") if is_attention else ("resid_mid", "resid_post")
+    return Difference(Point(layer, before), Point(layer, behind))

@@ -1,30 +1,20 @@
-"""TransformerLens's habits over HTTP, on two stages of two ranks: the same numbers as in one process."""
+"""TransformerLens's habits, called once on a served model and once in this process."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from services import PROMPT, Service, make_model, wait_until
 
-import polytrace
-from polytrace.methods.transformer_lens import HookedModel
+from polytrace.methods import HookedModel
 
+PROMPT = [3, 14, 15, 92, 65, 35]
 TOLERANCE = 1e-5  # of max(1, max|in one process|), float32
 
 
-def test_a_cut_model_over_http_gives_what_one_process_gives(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model")
-    service = Service(folder, tmp_path, "--stages", "2", "--ranks", "2")
-    try:
-        with polytrace.load(str(folder), threads=1) as model:
-            expected = _results(HookedModel(model))
-        wait_until(service.is_ready, 240, service)
-        with polytrace.connect(str(service.http.base_url), "tiny", key="sesame") as model:
-            found = _results(HookedModel(model))
-    finally:
-        service.kill_all()
+def check_habits(served: Any, world: Any) -> None:
+    """Runs, caches, hooks and weights are the same."""
+    found, expected = _results(HookedModel(served)), _results(HookedModel(world))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         ours = found[name].masked_fill(found[name].isneginf(), 0.0)

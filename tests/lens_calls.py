@@ -1,19 +1,14 @@
-"""Lenses, patchscopes and batteries on 2 stages x 2 ranks: as in one process, and only their results move."""
+"""Lenses, patchscopes and batteries of a served tinyworld: as in this process, and only their results move."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
-import polytrace
-from bench.service import running_service
-from bench.tinyworld import FOLDER
 from polytrace.methods import (
     Prompt,
     Target,
@@ -46,18 +41,6 @@ TOWER, NETHERLANDS = "The Eiffel Tower is in the city of", "The capital city of 
 LAYERS, VOCABULARY, RANKS = 8, 3200, 2
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("service") / "serve.log"
-    with running_service(FOLDER, name="tinyworld", stages=2, ranks=RANKS, log=log) as service:
-        yield service.url
-
-
-@pytest.fixture(scope="module")
-def served(url: str) -> Any:
-    return polytrace.connect(url, "tinyworld")
-
-
 def close(ours: Any, theirs: Any) -> None:
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
@@ -65,7 +48,8 @@ def close(ours: Any, theirs: Any) -> None:
     assert np.array_equal(np.isnan(ours), np.isnan(theirs))
 
 
-def test_a_lens_over_all_layers_returns_top_k_only(served: Any, world: Any) -> None:
+def check_lens(served: Any, world: Any) -> None:
+    """Top-k, or what is told of chosen tokens, is all that moves, between ranks too."""
     read: Any
     alone: Any
     read, alone = (logit_lens(one, [TOWER, NETHERLANDS], positions=None, top_k=5) for one in (served, world))
@@ -82,7 +66,8 @@ def test_a_lens_over_all_layers_returns_top_k_only(served: Any, world: Any) -> N
     assert np.array_equal(chosen.rank, plainly.rank) and chosen.receipt.result_bytes == LAYERS * (2 * (4 + 4) + 4)
 
 
-def test_translators_are_uploaded_once(served: Any, world: Any) -> None:
+def check_tuned_lens(served: Any, world: Any) -> None:
+    """Translators are uploaded once."""
     drawn = torch.Generator().manual_seed(0)
     lens = TunedLens(
         weight=0.02 * torch.randn(LAYERS, 256, 256, generator=drawn), bias=torch.randn(LAYERS, 256, generator=drawn)
@@ -94,7 +79,8 @@ def test_translators_are_uploaded_once(served: Any, world: Any) -> None:
     close(lens_divergence(served, [TOWER, NETHERLANDS], lens), lens_divergence(world, [TOWER, NETHERLANDS], lens))
 
 
-def test_patchscopes_and_batteries_are_as_in_one_process(served: Any, world: Any) -> None:
+def check_scopes(served: Any, world: Any) -> None:
+    """Patchscopes, the object-attention lens and batteries."""
     ask = Target(prompt="You can see Bob in the city of", position=4)
     source = "I read in a book that the Eiffel Tower"
     scope: Any
@@ -114,13 +100,15 @@ def test_patchscopes_and_batteries_are_as_in_one_process(served: Any, world: Any
     assert battery.receipt.result_bytes == LAYERS * 2 * 4
 
 
-def test_directions_come_back_and_the_vocabulary_stays(served: Any, world: Any) -> None:
+def check_directions(served: Any, world: Any) -> None:
+    """Tokens' directions."""
     for kind in ("row", "pseudo_inverse"):
-        ours, theirs = (token_directions(one, [" Paris", " Rome"], kind=kind) for one in (served, world))
+        ours, theirs = (token_directions(one, [" Paris", " Rome"], method=kind) for one in (served, world))
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
-def test_reading_needs_no_torch(url: str) -> None:
+def check_without_torch(url: str) -> None:
+    """Reading needs no torch."""
     command = [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, url, TOWER]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
