@@ -1,4 +1,4 @@
-"""Files of SAEs: what Gemma Scope and SAELens write is read, and what is malformed is a clear error, unrun and unread."""
+"""Files of SAEs: what Gemma Scope and SAELens write is read; what is malformed is a clear error, and unrun."""
 
 from __future__ import annotations
 
@@ -250,9 +250,7 @@ def test_a_hubs_repository_is_read_from_its_cache(tmp_path: Path) -> None:
     weights = weights_of("jumprelu")
     made = write_gemma_scope(tmp_path / "made", weights)
     cached(tmp_path / "cache", "google/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_59", made)
-    sae = load_sae(
-        "google/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_59", cache_dir=tmp_path / "cache"
-    )
+    sae = load_sae("google/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_59", cache_dir=tmp_path / "cache")
     assert sae.site == LayerPoint("resid_post", 3)
     close(sae(X), by_hand("jumprelu", weights, X, {})[1])
     made = write_lens(tmp_path / "lens", config_of("jumprelu", weights, "blocks.5.hook_mlp_out"), weights)
@@ -264,5 +262,5 @@ def test_what_the_cache_has_not_is_told_offline(tmp_path: Path) -> None:
     """Tests run with HF_HUB_OFFLINE=1: `conftest.py`."""
     with pytest.raises(GraphError, match=r"HF_HUB_OFFLINE"):
         load_sae("google/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_59", cache_dir=tmp_path)
-    with pytest.raises(GraphError, match="there is no folder .*nowhere, and a hub's id is owner/name"):
+    with pytest.raises(GraphError, match=r"there is no folder .*nowhere, and a hub's id is owner/name"):
         load_sae("nowhere")

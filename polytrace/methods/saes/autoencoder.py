@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
@@ -57,8 +58,9 @@ class SparseAutoencoder:
     apply_b_dec_to_input: bool = False
     rescale_by_decoder_norm: bool = False  # features are in units of the length of their row of W_dec
     normalize: str = "none"
-    site: LayerPoint | None = None  # where it reads
-    gives: LayerPoint | None = None  # where its reconstruction belongs; of an autoencoder `site`
+    site: LayerPoint | None = None  # where it reads, and, unless it is a transcoder, what it stands in for
+    is_transcoder: bool = False
+    gives: LayerPoint | None = None  # what a transcoder stands in for
     config: dict[str, Any] = field(default_factory=dict)  # what its files say
     _cut: dict[Any, Any] = field(default_factory=dict, init=False)  # parts of weights: each is hashed once a trace
 
@@ -78,9 +80,8 @@ class SparseAutoencoder:
         return int(self.W_enc.shape[0])
 
     def at(self, point: str, layer: int, gives: LayerPoint | None = None) -> SparseAutoencoder:
-        """The same SAE at a point of a layer: for files that do not say where they belong."""
-        place = LayerPoint(point, layer)
-        return replace(self, site=place, gives=gives or place)
+        """The same SAE at a point of a layer: for files that do not say where they belong. `gives`: a transcoder's."""
+        return replace(self, site=LayerPoint(point, layer), gives=gives or self.gives)
 
     def __call__(self, x: Any) -> Any:
         """The reconstruction of `x`, shaped as `x`."""
@@ -174,11 +175,12 @@ class SparseAutoencoder:
 
     def taken(self, model: Model) -> Any:
         """What it reads in the open trace. Raises GraphError for a model that does not fit."""
-        return self._value(model, self.site, self.d_in)
+        return self._value(model, self.site, self.d_in, "hook_name")
 
     def given(self, model: Model) -> Any:
         """What its reconstruction stands for in the open trace, to be changed in place."""
-        return self._value(model, self.gives or self.site, int(self.W_dec.shape[1]))
+        place, hook = (self.gives, "hook_name_out") if self.is_transcoder else (self.site, "hook_name")
+        return self._value(model, place, int(self.W_dec.shape[1]), hook)
 
     # --- the formulas
 
@@ -234,17 +236,15 @@ class SparseAutoencoder:
             return found
         return found.unflatten(-1, (self.d_in // int(like.shape[-1]), int(like.shape[-1])))
 
-    def _value(self, model: Model, place: LayerPoint | None, size: int) -> Any:
+    def _value(self, model: Model, place: LayerPoint | None, size: int, hook: str) -> Any:
         if place is None:
-            hook = self.config.get("hook_name")
-            told = f"names the place {hook!r}, which is no named point" if hook else "do not say where it belongs"
-            raise GraphError(f"the files of this SAE {told}: sae.at('resid_post', layer)", where=user_line())
+            said = self.config.get(hook)
+            told = f"name the place {said!r}, which is no named point" if said else "do not say where it belongs"
+            ask = "sae.at('resid_post', layer)" if hook == "hook_name" else "sae.at(..., gives=LayerPoint(...))"
+            raise GraphError(f"the files of this SAE {told}: {ask}", where=user_line())
         value = place.value(model)
         found = [int(own) for own in value.shape[2:]]
-        width = 1
-        for own in found:
-            width *= own
-        if width != size:
+        if prod(found) != size:
             told = f"this SAE is of {size} numbers at {place.point} of layer {place.layer}"
             own = " x ".join(map(str, found))
             raise GraphError(f"{told}, where {model.description.name} has {own}", where=user_line())
@@ -316,9 +316,9 @@ def _check(sae: SparseAutoencoder) -> None:
             raise GraphError(f"{name} of the SAE {told}", where=user_line())
     if sae.architecture == "topk" and not (isinstance(sae.k, int) and 1 <= sae.k <= features):
         raise GraphError(f"k of a topk SAE is 1-{features}, not {sae.k!r}", where=user_line())
-    if (sae.gives or sae.site) != sae.site and (sae.apply_b_dec_to_input or sae.normalize != "none"):
+    if sae.is_transcoder and (sae.apply_b_dec_to_input or sae.normalize != "none"):
         told = "a transcoder gives what belongs elsewhere: it takes no b_dec from its input, and undoes no norm"
         raise GraphError(told, where=user_line())
-    if sae.apply_b_dec_to_input and out != size:
-        told = f"b_dec has {out} numbers and the input {size}: it cannot be taken from it"
+    if not sae.is_transcoder and out != size:
+        told = f"it takes {size} numbers and gives {out}: it is no autoencoder, but a transcoder"
         raise GraphError(told, where=user_line())

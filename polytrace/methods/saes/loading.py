@@ -89,13 +89,13 @@ def _of_gemma_scope(name: str, config: dict[str, Any], where: str) -> Meaning:
     if config.get("architecture", "jump_relu") != "jump_relu":
         told = f"config.json says {config['architecture']!r}"
         raise GraphError(f"{told}; Gemma Scope's are 'jump_relu'", where=where)
-    site, gives = place_of_hook(config.get("hf_hook_point_in")), place_of_hook(config.get("hf_hook_point_out"))
-    if config.get("hf_hook_point_out") is not None and gives is None:
-        told = f"it gives what belongs at {config['hf_hook_point_out']!r}"
-        raise GraphError(f"{told}, which is no named point", where=where)
-    hook = config.get("hf_hook_point_in")
+    hook, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
     return Meaning(
-        architecture="jumprelu", site=site or place_of_folder(name), gives=gives, config={**config, "hook_name": hook}
+        architecture="jumprelu",
+        site=place_of_hook(hook) or place_of_folder(name),
+        is_transcoder=hook_out is not None,
+        gives=place_of_hook(hook_out),
+        config={**config, "hook_name": hook, "hook_name_out": hook_out},
     )
 
 
@@ -110,7 +110,7 @@ def _built(
     if unknown := sorted(shapes.keys() - known):
         told = f"{file.path} has {', '.join(unknown[:5])}"
         raise GraphError(f"{told}, which an SAE of kind {meaning.architecture!r} has not", where=where)
-    if skip is not None and not meaning.has_skip and meaning.gives is None:
+    if skip is not None and not meaning.is_transcoder:
         raise GraphError(f"{file.path} has {skip}, and nothing says that it is a transcoder", where=where)
     found = {name: file.read(name, dtype) for name in names}
     if skip is not None:
@@ -131,7 +131,8 @@ def _built(
         rescale_by_decoder_norm=meaning.rescale_by_decoder_norm,
         normalize=meaning.normalize,
         site=meaning.site,
-        gives=meaning.gives or meaning.site,
+        is_transcoder=meaning.is_transcoder,
+        gives=meaning.gives,
         config=meaning.config,
     )
 
@@ -157,7 +158,7 @@ def _check_shapes(file: TensorFile, names: list[str], meaning: Meaning, where: s
         if tuple(shapes[name]) != shape:
             told = f"{name} in {file.path} has the shape {list(shapes[name])}, not {list(shape)}"
             raise GraphError(told, where=where)
-    if not meaning.is_transcoder and meaning.gives is None and out != size:
+    if not meaning.is_transcoder and out != size:
         raise GraphError(f"{file.path} takes {size} numbers and gives {out}: it is no autoencoder", where=where)
 
 

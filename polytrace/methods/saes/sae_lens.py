@@ -47,7 +47,6 @@ class Meaning:
     needs_factor: bool = False  # inputs were multiplied by a number that is not in the files
     is_finetuned: bool = False
     is_transcoder: bool = False
-    has_skip: bool = False
     has_one_threshold: bool = False
     site: LayerPoint | None = None
     gives: LayerPoint | None = None
@@ -92,9 +91,6 @@ def meaning_of(config: dict[str, Any], where: str) -> Meaning:
         raise GraphError(f"cfg.json says reshape_activations {told_of!r}; known are none and hook_z", where=where)
     site = place_of_hook(told.get("hf_hook_name")) or place_of_hook(told.get("hook_name"))
     gives = place_of_hook(told.get("hf_hook_name_out")) or place_of_hook(told.get("hook_name_out"))
-    if is_transcoder and site is not None and gives is None:
-        told_of = told.get("hook_name_out")
-        raise GraphError(f"cfg.json says that it gives {told_of!r}, which is no named point", where=where)
     return Meaning(
         architecture=architecture,
         d_in=_size(told, "d_in", where),
@@ -108,7 +104,6 @@ def meaning_of(config: dict[str, Any], where: str) -> Meaning:
         needs_factor=needs_factor,
         is_finetuned=bool(told.get("finetuning_scaling_factor", False)),
         is_transcoder=is_transcoder,
-        has_skip="skip" in kind,
         has_one_threshold=is_batched,
         site=site,
         gives=gives if is_transcoder else None,
