@@ -246,8 +246,8 @@ class SparseAutoencoder:
         found = [int(own) for own in value.shape[2:]]
         if prod(found) != size:
             told = f"this SAE is of {size} numbers at {place.point} of layer {place.layer}"
-            own = " x ".join(map(str, found))
-            raise GraphError(f"{told}, where {model.description.name} has {own}", where=user_line())
+            sizes = " x ".join(map(str, found))
+            raise GraphError(f"{told}, where {model.description.name} has {sizes}", where=user_line())
         return value
 
     # --- parts of the weights

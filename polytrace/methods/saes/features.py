@@ -75,7 +75,7 @@ def sae_features(
     numbers = None if features is None else sae.numbers(features)
     if numbers is None and (not isinstance(top_k, int) or not 1 <= top_k <= sae.num_features):
         raise GraphError(f"top_k is 1-{sae.num_features}, not {top_k!r}", where=user_line())
-    saved = []
+    saved: list[tuple[Any, ...]] = []
     with model.trace() as tracer:
         for sequence in batch.sequences:  # each an invoke of its own: the bits that it has alone
             with tracer.invoke([list(sequence)]):

@@ -29,10 +29,11 @@ def from_hub(
     except ImportError:
         told = f"there is no folder {Path(source) / folder}, and reading from the hub needs huggingface_hub"
         raise GraphError(f"{told}: pip install huggingface_hub", where=where) from None
+    cache = None if cache_dir is None else Path(cache_dir)
     for layout in layouts:
         try:
             found = [
-                hf_hub_download(source, f"{folder}/{name}" if folder else name, revision=revision, cache_dir=cache_dir)
+                hf_hub_download(source, f"{folder}/{name}" if folder else name, revision=revision, cache_dir=cache)
                 for name in layout
             ]
         except EntryNotFoundError:  # not in the repository, or not in the cache where the hub cannot be asked

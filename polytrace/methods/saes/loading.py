@@ -149,7 +149,8 @@ def _check_shapes(file: TensorFile, names: list[str], meaning: Meaning, where: s
             raise GraphError(f"{name} in {file.path} has the shape {list(shapes[name])}, not two sizes", where=where)
     size, features = shapes["W_enc"]
     out = shapes["W_dec"][1]
-    wanted = {"W_enc": (meaning.d_in or size, meaning.d_sae or features), "W_dec": (features, meaning.d_out or out)}
+    wanted: dict[str, tuple[int, ...]] = {}
+    wanted |= {"W_enc": (meaning.d_in or size, meaning.d_sae or features), "W_dec": (features, meaning.d_out or out)}
     wanted |= {"b_dec": (out,)}
     wanted |= {name: () if name == "topk_threshold" else (features,) for name in meaning.vectors}
     wanted |= {"W_skip": (out, size)} if "W_skip" in shapes else {}

@@ -97,5 +97,7 @@ def _measured(model: Model, tracer: Any, group: list[list[int]], sae: SparseAuto
         losses = [-one[:, :-1].gather(-1, answers).double().sum() for one in (plain, spliced, without)]
         size = len(group) * len(places)
         counts = torch.tensor([size, size - len(group)], dtype=torch.float64)
-        found = torch.stack([counts[0], *sums, counts[1], *losses, kl]).save()
+        measured: list[Any] = [counts[0], *sums, counts[1], *losses, kl]
+        found: Any = torch.stack(measured)
+        found = found.save()
     return found, vector

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -15,7 +14,7 @@ class TensorFile(Protocol):
     """A file whose shapes are known."""
 
     path: Path
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str, dtype: Any) -> Any:
         """A tensor of it, in a dtype."""
@@ -69,7 +68,9 @@ class SafetensorsFile:
             _check_size(path, path.stat().st_size, most_bytes, where)
             with safe_open(str(path), framework="pt") as file:
                 self._names = {"W_" + own[2:] if own.startswith("w_") else own: own for own in list(file.keys())}
-                self.shapes = {name: tuple(file.get_slice(own).get_shape()) for name, own in self._names.items()}
+                self.shapes: dict[str, tuple[int, ...]] = {
+                    name: tuple(file.get_slice(own).get_shape()) for name, own in self._names.items()
+                }
         except (OSError, SafetensorError) as error:
             raise GraphError(f"{path} is no safetensors file: {error}", where=where) from None
 
