@@ -71,3 +71,4 @@ def _versions() -> dict[str, str]:
 
 NNSIGHT = Environment(package="nnsight", version="0.8.1")
 TRANSFORMER_LENS = Environment(package="transformer-lens", version="3.9.0")  # the last one with HookedTransformer
+SAE_LENS = Environment(package="sae-lens", version="6.54.12")

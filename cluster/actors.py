@@ -21,8 +21,8 @@ import ray
 from engine.links import Distributed, join_store, open_store
 from engine.loading import ShardConfig
 from engine.reading import Reading
+from engine.reports import GateReport
 from engine.shard import Shard
-from engine.sites import GateReport
 from polytrace.description import ModelDescription
 from polytrace.errors import ServiceError
 from scheduling.plan import Plan, ShardResult

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from engine.sites import first_argument
+from engine.leaves import first_argument
 
 # T = rows of the level, D = hidden
 

@@ -32,7 +32,7 @@ from engine.layer_relations import LayerValues, layer_checks
 from engine.named import NamedParameters
 from engine.points import Pairs
 from engine.relations import Check, Measured, cap_of, equal, factor_of
-from engine.sites import GateReport
+from engine.reports import GateReport
 from engine.streams import Streams
 from engine.tried_names import TriedName, TriedNames, first_leaf
 from engine.views import RowView

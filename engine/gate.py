@@ -27,12 +27,15 @@ from torch import Tensor, nn
 from engine.arguments import Selector
 from engine.attention import AttentionPass
 from engine.head_outputs import HeadOutputs
+from engine.lanes import stream_multiple
+from engine.leaves import row_leaves
 from engine.links import Links
 from engine.manners import Manner, attention_of, use_attention
 from engine.named import NamedParameters
 from engine.operations import is_own_forward
 from engine.points import Pairs
-from engine.sites import GateReport, LeafReport, Probe, named_tensors, row_leaves, row_multiple
+from engine.probe import Probe, named_tensors
+from engine.reports import GateReport, LeafReport
 from engine.source_sites import Place, pattern_of
 from engine.spans import SpanStore
 from engine.stage import PackedRows, StageRunner, Visit
@@ -89,7 +92,7 @@ def run_gate(
     machine_notes: tuple[str, ...] = (f"{_PADDED}: {probe.why_padded}",)
     multiple = 1
     if is_packed:
-        multiple, machine_notes = row_multiple(probe, links.ranks, torch.get_num_threads(), device.type)
+        multiple, machine_notes = stream_multiple(probe.widths, links.ranks, torch.get_num_threads(), device.type)
     operations = list(_operations(probe, links))
     trial = Trial(
         probe=probe,

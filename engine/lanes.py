@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 import torch
 
+from engine.kernels import why_no_kernels
 from scheduling.plan import MIN_ROWS
 
 MAX_THREADS = 4  # shares for more threads would ask for absurd numbers of rows
@@ -49,3 +50,17 @@ def rows_multiple(widths: Iterable[int], threads: int, device: torch.device) -> 
         return _GPU_ROWS
     shares = math.lcm(*range(1, min(threads, MAX_THREADS) + 1)) * _LANES
     return math.lcm(*(shares // math.gcd(shares, width) for width in widths if width > 1))
+
+
+def stream_multiple(widths: frozenset[int], ranks: int, threads: int, device: str) -> tuple[int, tuple[str, ...]]:
+    """The number of rows of which streams must be a multiple so that no thread's share ends inside a vector.
+
+    With it come notes for people: what cannot be promised on this machine. A GPU wants full tiles.
+    """
+    parts = {width // ranks for width in widths if width % ranks == 0}
+    multiple = rows_multiple(widths | parts, threads, torch.device(device))
+    if device == "cuda" and (reason := why_no_kernels()) is not None:
+        return multiple, (f"attention and experts are slow on this GPU: no kernel can be compiled ({reason})",)
+    if device != "cpu" or threads <= MAX_THREADS:
+        return multiple, ()
+    return multiple, (f"with {threads} threads a CPU may round differently beside neighbours; up to 4 it does not",)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.anatomy import Added, Parts
 from engine.links import Links
 from engine.named import NamedParameters
+from engine.parts import Added, Parts
 from engine.relations import Check, Measured, equal, factor_of, softmax_of, sum_of, sum_of_parts, weighted_sum
 from polytrace.description import Outcome
 from polytrace.tree import join
@@ -81,7 +81,7 @@ def _check(values: LayerValues, names: str, says: str, found: Measured | None, b
 
 
 def _shapes(values: LayerValues) -> Iterator[Check]:
-    """Of what lies in the rows here: the whole is made up of these, as `engine.sites` finds."""
+    """Of what lies in the rows here: the whole is made up of these, as `engine.placing` finds."""
     shape = {name: list(value.shape[1:]) for name, value in values.values.items() if name in values.names}
     expected: dict[str, tuple[str, list[int]]] = {name: ("[hidden_size]", [values.hidden_size]) for name in _STREAM}
     if "q_rot" in shape:
@@ -244,7 +244,7 @@ def _given(values: LayerValues, name: str, added: Added | None, summed: Outcome,
         says = f"{name} is what is added to the residual, behind {added.module}"
         found = equal(_as(given, value), call(join(values.path, added.module), value[None])[0])
     else:
-        times = "" if abs(added.scale - 1) < _PLAIN else f", {added.scale:.4g} times"
+        times = f", {added.scale:.4g} times" if added.is_scaled else ""
         says, found = f"{says}{times}", equal(value, _as(given, value))
     yield _check(values, name, says, found)
 
@@ -268,7 +268,7 @@ def _as(given: Tensor, other: Tensor) -> Tensor:
 
 
 def _words(added: Added) -> str:
-    factor = "" if abs(added.scale - 1) < _PLAIN else f"{added.scale:.4g} x "
+    factor = f"{added.scale:.4g} x " if added.is_scaled else ""
     normed = " (a norm of what came before)" if added.is_normed else ""
     return f"{factor}{added.module}.output{normed}"
 

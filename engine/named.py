@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from engine.anatomy import Anatomy, Packed, Parts, find_anatomy, signature
+from engine.anatomy import Anatomy, find_anatomy, signature
 from engine.arguments import Selector
 from engine.own_formula import OwnFormula
 from engine.partitions import Form, NamedWeight, Units, units_of
+from engine.parts import Packed, Parts
 from engine.standard import StandardNames, find_standard_names
 from polytrace.description import Leaf, ParameterInfo, PointInfo, SiteInfo
 from polytrace.graph import Port, Site

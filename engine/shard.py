@@ -31,9 +31,11 @@ from engine.loading import ShardConfig, load_model, meta_model
 from engine.memory import told_out_of_memory
 from engine.named import NamedParameters
 from engine.padded import PaddedRunner
+from engine.placing import describe_model
+from engine.probe import Probe, named_tensors, probe_model
 from engine.reading import Report
+from engine.reports import GateReport
 from engine.results import MemorySink, Writer, sink_for
-from engine.sites import GateReport, Probe, describe_model, named_tensors, probe_model
 from engine.source_sites import Place
 from engine.spans import SpanStore
 from engine.splits import blocks_of

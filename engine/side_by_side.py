@@ -16,8 +16,8 @@ from torch import Tensor
 from engine.arguments import Selector
 from engine.copies import to_device
 from engine.head_outputs import HeadOutputs
+from engine.leaves import port_leaves
 from engine.points import Pairs
-from engine.sites import port_leaves
 from engine.writes import with_member
 
 # n = sequences, T = rows of all of them, L = tokens of one, H = heads, K = positions of keys

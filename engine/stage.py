@@ -26,12 +26,12 @@ from engine.around import Around, rows_of
 from engine.attention import AttentionPass, attending
 from engine.copies import to_device
 from engine.head_outputs import HeadOutputs, with_change
+from engine.leaves import first_argument, port_leaves
 from engine.named import CallView, HeadsTaken, HeadView, Views
 from engine.operations import Stops, rewritten
 from engine.pair_tensors import TensorPairs
 from engine.points import MASKED, Point, Points
 from engine.positions import numbered_modules, numbering
-from engine.sites import first_argument, port_leaves
 from engine.streams import Streams
 from engine.trunks import Trunks
 from engine.windows import Window

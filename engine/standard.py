@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from engine.anatomy import Anatomy, Block, signature
+from engine.anatomy import Anatomy, signature
+from engine.parts import Block
 from polytrace.description import FactInfo, Leaf, PartInfo, PointInfo, SiteInfo
 from polytrace.graph import Port, Site
 from polytrace.tree import join

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from engine.arguments import Selector
 from engine.gate import stage_of
 from engine.links import Links
-from engine.sites import GateReport, Probe
+from engine.probe import Probe
+from engine.reports import GateReport
 from engine.windows import Window
 from polytrace.description import Leaf, SiteInfo
 from polytrace.graph import Port

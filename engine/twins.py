@@ -31,11 +31,12 @@ from engine.arguments import Selector
 from engine.attention import AttentionPass, use_packed_attention
 from engine.experts import is_experts
 from engine.gate import root_segment
+from engine.leaves import port_leaves
 from engine.links import Links, Solo
 from engine.loading import LoadedModel, ShardConfig, load_model, meta_model
 from engine.operations import watch_operations
+from engine.probe import probe_model
 from engine.shrinking import shrink
-from engine.sites import port_leaves, probe_model
 from engine.slices import take_part
 from engine.source_sites import Place, blocks_of_operation, pattern_of
 from engine.spans import SpanStore

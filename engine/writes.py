@@ -16,8 +16,8 @@ from torch import Tensor
 
 from engine.arguments import Selector
 from engine.head_outputs import HeadOutputs
+from engine.leaves import row_leaves, with_rows_back
 from engine.points import Pairs
-from engine.sites import row_leaves, with_rows_back
 from engine.views import RowView
 
 

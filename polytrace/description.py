@@ -1,7 +1,7 @@
 """What a deployment tells of its model: module tree, sites in the model's order, parameters, limits. Pure data.
 
 One object serves three readers: the client (paths, shapes, nearest names), the planner (orders, stages) and
-`engine.shapes` (view shapes). It is made once, at load, by probing (`engine.sites`), and is JSON on the wire.
+`engine.shapes` (view shapes). It is made once, at load (`engine.probe`, `engine.placing`), and is JSON on the wire.
 
 Invariants
 - `sites` is sorted by `order`; orders are unique and grow along the forward, so also along stages.

@@ -15,24 +15,8 @@ from typing import Any
 
 import torch
 from families import model_of
-from language_programs import (
-    Apply,
-    Block,
-    Call,
-    Edit,
-    Mask,
-    Program,
-    Read,
-    Skip,
-    Statement,
-    Weigh,
-    change,
-    compute,
-    given_to,
-    instead,
-    made,
-    tokens_first,
-)
+from language_meanings import change, compute, given_to, instead, made, tokens_first
+from language_programs import Apply, Block, Call, Edit, Mask, Program, Read, Skip, Statement, Weigh
 from language_sites import Attend, HeadOut, Hook, Patched, Spot, spots
 from names import HEADS, SIZE, weights_by_hand
 from points import attending
@@ -58,7 +42,7 @@ def plain_weight(family: str, owner: str, weight: str) -> Tensor:
 
 
 def run_by_hand(program: Program, *, without_edits: bool = False) -> list[Tensor]:
-    """The saved values of `language_programs.record`, in order."""
+    """The saved values of `language_written.record`, in order."""
     return _Run(program, without_edits).saved()
 
 

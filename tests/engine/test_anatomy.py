@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import transformers
 
-from engine.anatomy import Block, Parts, find_anatomy
+from engine.anatomy import find_anatomy
+from engine.parts import Block, Parts
 
 FUSED = ("q", "k", "v")
 

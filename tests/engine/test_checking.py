@@ -15,9 +15,10 @@ from processes import ProcessShards
 from torch import Tensor
 
 import engine.named
-from engine.anatomy import Anatomy, Packed, Parts, find_anatomy
+from engine.anatomy import Anatomy, find_anatomy
 from engine.local import LocalBackend
 from engine.pages import PagedLayer
+from engine.parts import Packed, Parts
 from polytrace.codec import from_json, to_json
 from polytrace.description import Checked, ModelDescription, Outcome
 from polytrace.errors import GraphError

@@ -21,9 +21,9 @@ from small import close, logits_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from engine.leaves import port_leaves
 from engine.loading import check_split
 from engine.local import LocalBackend
-from engine.sites import port_leaves
 from polytrace.description import PassLayout
 from polytrace.errors import PolytraceError, ServiceError
 from polytrace.graph import Port

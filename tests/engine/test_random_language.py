@@ -13,9 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from language_author import crowds
 from language_by_hand import plain_model, run_by_hand
+from language_desk import all_spots, shapes
 from language_ops import OPERATIONS
-from language_programs import Apply, Call, Edit, Program, Read, Skip, Weigh, all_spots, crowds, record, shapes
+from language_programs import Apply, Call, Edit, Program, Read, Skip, Weigh
+from language_written import record
 from processes import ProcessBackend, ProcessShards
 from programs import difference, values_in_order
 from torch import Tensor

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 import polytrace
+from engine.leaves import port_leaves
 from engine.operations import watch_operations
+from engine.reports import GateReport
 from engine.shard import Shard
-from engine.sites import GateReport, port_leaves
 from polytrace.errors import GraphError, RunError
 from polytrace.graph import Port, Site
 from polytrace.model import Model
