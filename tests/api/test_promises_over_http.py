@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from lens_calls import check_directions, check_lens, check_scopes, check_tuned_lens, check_without_torch
 from patching_calls import check_equal, every_method
 from programs import Program, crowds, difference, record
+from sae_calls import check_saes
 from small import close, without_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from vector_calls import check_vectors
@@ -213,8 +214,11 @@ def test_a_method_gives_what_it_gives_in_one_process_and_moves_no_more(check: An
     check(polytrace.connect(url, "tinyworld"), local)
 
 
-def test_vectors_are_what_they_are_in_one_process(model: Model, local: Model, tmp_path: Path) -> None:
-    check_vectors(model, local, tmp_path)
+@pytest.mark.parametrize("check", [check_vectors, check_saes])
+def test_vectors_and_features_are_what_they_are_in_one_process(
+    check: Any, url: str, local: Model, tmp_path: Path
+) -> None:
+    check(polytrace.connect(url, "tinyworld"), local, tmp_path)
 
 
 def test_a_method_that_only_reads_needs_no_torch(url: str) -> None:

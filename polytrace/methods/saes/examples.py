@@ -39,20 +39,22 @@ def top_activations(
     dataset: Iterable[Any],
     sae: SparseAutoencoder,
     features: Sequence[int] | int,
-    k: int = 10,
+    top_k: int = 10,
     *,
     once: bool = True,
     context: int = 12,
 ) -> Examples:
-    """The `k` strongest tokens of each of some features over a dataset (Bricken et al. 2023).
+    """The `top_k` strongest tokens of each of some features over a dataset (Bricken et al. 2023).
 
     `dataset`: prompts as `model.map` takes them; they are kept here, as the examples' words are found again in them.
     `once`: of each prompt its strongest token alone. `context`: tokens that are told before and after. Encoded and
-    combined where the model is: of each feature `k` numbers and their places come back.
+    combined where the model is: of each feature `top_k` numbers and their places come back.
     """
     numbers = sae.numbers(features)
-    if not isinstance(k, int) or k < 1 or not isinstance(context, int) or context < 0:
-        raise GraphError(f"k is at least 1 and context at least 0, not {k!r} and {context!r}", where=user_line())
+    if not isinstance(top_k, int) or top_k < 1 or not isinstance(context, int) or context < 0:
+        raise GraphError(
+            f"top_k is at least 1 and context at least 0, not {top_k!r} and {context!r}", where=user_line()
+        )
     if isinstance(dataset, str):
         raise GraphError("a dataset is a list of prompts, or another iterable, not one text", where=user_line())
     prompts = list(dataset)
@@ -61,7 +63,7 @@ def top_activations(
         active = sae.encode(sae.taken(model), numbers).float()
         if once:
             active = active * (active == active.amax(1, keepdim=True))
-        return {str(number): polytrace.top_k(active[..., place], k) for place, number in enumerate(numbers)}
+        return {str(number): polytrace.top_k(active[..., place], top_k) for place, number in enumerate(numbers)}
 
     found = model.map(prompts, body).run()
     rows = []
@@ -70,11 +72,11 @@ def top_activations(
         own = zip(best.values.tolist(), best.prompts.tolist(), best.positions.tolist(), strict=True)
         told = [_example(model, prompts[prompt], prompt, place[0], value, context) for value, prompt, place in own]
         told = [one for one in told if one[0] > 0]
-        rows.append(told + [(0.0, -1, -1, "", "", "")] * (k - len(told)))
+        rows.append(told + [(0.0, -1, -1, "", "", "")] * (top_k - len(told)))
     columns = [[[one[place] for one in row] for row in rows] for place in range(6)]
     names = ("prompt", "position", "before", "token", "after")
     coords = {name: (("feature", "rank"), column) for name, column in zip(names, columns[1:], strict=True)}
-    dims: dict[str, Any] = {"feature": numbers, "rank": list(range(k))}
+    dims: dict[str, Any] = {"feature": numbers, "rank": list(range(top_k))}
     return Examples(activation=labelled(columns[0], dims, name="activation").assign_coords(coords))
 
 

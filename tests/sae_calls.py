@@ -1,19 +1,14 @@
-"""SAEs on 2 stages x 2 ranks: the same results as in one process, weights uploaded once, and little comes back."""
+"""Methods of sparse autoencoders, called once on a served tinyworld and once in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hooked import close
 from sae_files import config_of, weights_of, write_gemma_scope, write_lens
 
-import polytrace
-from bench.service import running_service
-from bench.tinyworld import FOLDER
 from polytrace.methods import (
     ablate_features,
     load_sae,
@@ -28,25 +23,13 @@ FEATURES = 4096
 PROMPTS = ["The Eiffel Tower is in the city of", "The capital city of the Netherlands is", "The Colosseum stands in"]
 
 
-@pytest.fixture(scope="module")
-def here() -> Iterator[Any]:
-    with polytrace.load(FOLDER, threads=1) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    log = tmp_path_factory.mktemp("service") / "serve.log"
-    with running_service(FOLDER, name="tinyworld", stages=2, ranks=2, log=log) as service:
-        yield polytrace.connect(service.url, "tinyworld")
-
-
-def test_shards_give_the_same_numbers_and_little_moves(here: Any, there: Any, tmp_path: Path) -> None:
+def check_saes(there: Any, here: Any, folder: Path) -> None:
+    """The same numbers; weights are uploaded once, and little comes back."""
     weights = weights_of("jumprelu", size=256, features=FEATURES)
-    wide = load_sae(write_gemma_scope(tmp_path / "gemma-scope-tiny-pt-res/layer_5/width_4k", weights))
+    wide = load_sae(write_gemma_scope(folder / "gemma-scope-tiny-pt-res/layer_5/width_4k", weights))
     small = weights_of("topk", size=256)
     heads = config_of("topk", small, "blocks.2.attn.hook_z", reshape_activations="hook_z")
-    of_heads = load_sae(write_lens(tmp_path / "heads", heads, small))
+    of_heads = load_sae(write_lens(folder / "heads", heads, small))
     found: dict[str, dict[str, Any]] = {}
     for name, model in (("here", here), ("there", there)):
         own = found[name] = {}
