@@ -208,11 +208,11 @@ def _generated(
         for number, token in zip(going, rows[1][:, 0].tolist(), strict=True):
             said[number].append(token)
         going = [number for number in going if said[number][-1] not in ends]
-    texts = [_text(model, into, [token for token in own if token not in ends]) for own in said]
+    texts = [generated_text(model, into, [token for token in own if token not in ends]) for own in said]
     return first, texts, tuple(receipts)
 
 
-def _text(model: Model, before: Sequence[int], said: Sequence[int]) -> str:
+def generated_text(model: Model, before: Sequence[int], said: Sequence[int]) -> str:
     """Tokens as the text that they are behind others: a character may lie in several, a space in the first."""
     if model.tokenizer is None:
         return "".join(token_texts(None, said))
