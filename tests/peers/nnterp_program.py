@@ -89,7 +89,10 @@ def changes(name: str) -> Part:
         accessor = getattr(model, name)
         with model.trace(PROMPTS):
             value = accessor[0]
-            value[:, :, -1] *= 0.25 if name == "attention_probabilities" else -2.0
+            if name == "attention_probabilities":
+                value[:, :, -1, 0] *= 0.25
+            else:
+                value[:, :, -1] *= -2.0
             logits = model.logits.save()
         yield f"{name} changed in place", logits
 
