@@ -29,7 +29,7 @@ answers = torch.tensor([first[city] for city in landmarks.values()])
 
 # 1) what the residual is like: one vector a prompt comes back
 with tempfile.TemporaryDirectory() as folder:
-    rows = methods.collect(model, training, to=folder, layers=6, positions=-1).array("resid_post.6")
+    rows = methods.collect_activations(model, training, to=folder, layers=6, positions=-1).array("resid_post.6")
 mean = rows.mean(0)
 
 

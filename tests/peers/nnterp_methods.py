@@ -60,7 +60,7 @@ def collected(model: Any) -> Iterator[tuple[str, Any]]:
     yield from (("get_token_activations", whole), ("get_token_activations of layers", last))
     yield "get_token_activations of attention", attention
     with TemporaryDirectory() as folder:
-        kept = methods.collect(model, PROMPTS, to=Path(folder) / "kept", of="resid_post", positions=-1)
+        kept = methods.collect_activations(model, PROMPTS, to=Path(folder) / "kept", of="resid_post", positions=-1)
         batched = torch.stack([kept.array(f"resid_post.{layer}") for layer in LAYERS])
     yield from (("collect_token_activations_batched", batched), ("collect_last_token_activations_session", batched))
 

@@ -164,7 +164,7 @@ def test_activation_collection(model: Any, tmp_path: Any) -> None:
     with model.trace(prompts):
         acts = torch.stack([hidden[:, -1] for hidden in model.layers_output]).save()
         shares = model.next_token_probs.save()
-    kept = methods.collect(model, prompts, to=tmp_path / "kept", positions=-1)
+    kept = methods.collect_activations(model, prompts, to=tmp_path / "kept", positions=-1)
     batched = torch.stack([kept.array(f"resid_post.{layer}") for layer in range(model.num_layers)])
     assert acts.shape == (model.num_layers, 4, model.hidden_size) and torch.equal(acts, batched)
     assert shares.shape == (4, model.vocab_size)
