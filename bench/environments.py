@@ -72,3 +72,5 @@ def _versions() -> dict[str, str]:
 NNSIGHT = Environment(package="nnsight", version="0.8.1")
 TRANSFORMER_LENS = Environment(package="transformer-lens", version="3.9.0")  # the last one with HookedTransformer
 SAE_LENS = Environment(package="sae-lens", version="6.54.12")
+# nnsight 0.8 has no `nnsight.intervention.tracing`, which nnterp imports; pytest runs nnterp's own tests
+NNTERP = Environment(package="nnterp", version="1.3.0", others=("accelerate", "nnsight==0.7.0", "pytest"))

@@ -25,6 +25,22 @@ def position_index(lengths: Sequence[int], position: Any) -> tuple[Any, ...]:
     return ([[prompt] for prompt in range(len(lengths))], table)
 
 
+def prompt_index(lengths: Sequence[int], prompts: Any, positions: Any = None) -> tuple[Any, ...]:
+    """The index of chosen prompts' rows: all, or each prompt's at its own of as many positions, or at one for all."""
+    chosen = [_prompt(lengths, prompt) for prompt in _several(prompts)]
+    if positions is None:
+        return (chosen,)
+    places = _several(positions)
+    if len(chosen) > 1 < len(places) != len(chosen):
+        raise GraphError(
+            f"{len(places)} positions do not go with {len(chosen)} prompts: give one, or one for each prompt",
+            where=user_line(),
+        )
+    count = max(len(chosen), len(places))
+    chosen, places = (own * count if len(own) == 1 else own for own in (chosen, places))
+    return (chosen, [_column(lengths, prompt, place) for prompt, place in zip(chosen, places, strict=True)])
+
+
 OPEN = "at"  # an index (OPEN, position) stands for the rows of a position in prompts that are not known yet
 
 
@@ -43,6 +59,17 @@ def has_positions(node: Node) -> bool:
         return False
     index = node.args[1]
     return isinstance(index, tuple) and len(index) == 2 and isinstance(index[0], str) and index[0] == OPEN
+
+
+def _several(numbers: Any) -> list[Any]:
+    return list(numbers) if isinstance(numbers, (list, tuple, range)) else [numbers]
+
+
+def _prompt(lengths: Sequence[int], prompt: Any) -> int:
+    number = scalar(prompt)
+    if not isinstance(number, int) or isinstance(number, bool) or not -len(lengths) <= number < len(lengths):
+        raise GraphError(f"there is no prompt {prompt!r}; there are {len(lengths)}", where=user_line())
+    return number % len(lengths)
 
 
 def _column(lengths: Sequence[int], prompt: int, position: Any) -> int:

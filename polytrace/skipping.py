@@ -21,10 +21,29 @@ def skip_module(port: OpenPort, value: Any) -> None:
     if not module:
         raise GraphError("the whole model cannot be skipped: it would make nothing", where=where)
     given = _given(port, value, where)
-    for invoke in port.tracer.members_of(port.tracer.invoke_index(f"{module}.skip")):
-        port.tracer.recording.closings.skip(module, invoke, where)
+    _close(port, where)
     for selector, tensor in given.items():
         port.write_leaf(selector, tensor)
+
+
+def skip_layer(port: OpenPort, hidden: Any) -> None:
+    """Gives a decoder layer's hidden states alone, whatever it returns beside them (attention weights, in BLOOM).
+
+    A layer that returns more than hidden states runs, and what it makes of them is thrown away.
+    """
+    hidden = hidden_of(hidden)
+    if len(port.table.leaves) == 1 or isinstance(hidden, (tuple, list, dict, Members)):
+        skip_module(port, hidden)
+        return
+    _close(port, user_line())
+    port.write_leaf((0,), hidden)
+
+
+def _close(port: OpenPort, where: str) -> None:
+    """What lies inside of the module cannot be read or written then."""
+    module = port.table.info.module
+    for invoke in port.tracer.members_of(port.tracer.invoke_index(f"{module}.skip")):
+        port.tracer.recording.closings.skip(module, invoke, where)
 
 
 def _given(port: OpenPort, value: Any, where: str) -> dict[tuple[Key, ...], Any]:

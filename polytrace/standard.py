@@ -16,6 +16,8 @@ from polytrace.errors import GraphError
 from polytrace.layered import LayerModules, LayerValues, numbers_of
 from polytrace.lines import user_line
 from polytrace.modules import Module
+from polytrace.positions import prompt_index
+from polytrace.skipping import skip_layer
 from polytrace.storage import is_recorded
 from polytrace.tree import NoSuchNameError
 
@@ -179,20 +181,35 @@ class StandardModel(Module):
             raise GraphError(f"there are no layers from {start_layer} to {end_layer}", where=user_line())
         given = self.layers_input[first] if skip_with is None else skip_with
         for layer in list(self.standard["layers"])[first : last + 1]:
-            layer.skip(given)
+            skip_layer(layer._port("output"), given)
 
-    def steer(self, layers: Any, steering_vector: Any, factor: Any = 1.0, positions: Any = None) -> None:
+    def steer(
+        self,
+        layers: Any,
+        steering_vector: Any,
+        factor: Any = 1.0,
+        positions: Any = None,
+        token_positions: Any = None,
+        batch_index: Any = None,
+    ) -> None:
         """Adds `factor * steering_vector` `[hidden]` to what layers give, at all tokens or at some.
 
-        `layers`: an int, several, a slice, or None for all. `positions`: an int or several, counted in each prompt
-        without its pads, negative from its end.
+        `layers`: an int, several, a slice, or None for all. `positions`, which may be called `token_positions` too: an
+        int or several, counted in each prompt without its pads, negative from its end. `batch_index`: of which prompts,
+        an int or several; beside several positions the first prompt goes with the first position, and so on.
         """
-        if hasattr(positions, "tolist"):
-            positions = positions.tolist()
+        if positions is not None and token_positions is not None:
+            raise GraphError("positions and token_positions are one thing: give one of them", where=user_line())
+        places = _plain(token_positions if positions is None else positions)
+        prompts = _plain(batch_index)
         for layer in sorted(numbers_of(self.layers_output, layers)):
             value = self.layers_output[layer]
-            place = value if positions is None else value.at(positions)
-            place += factor * steering_vector
+            if prompts is None:
+                place = value if places is None else value.at(places)
+                place += factor * steering_vector
+            else:
+                lengths = self._tracer("steer", "").lengths
+                value[prompt_index(lengths, prompts, places)] += factor * steering_vector
 
     def get_topk_closest_tokens(self, hidden_state: Any, k: int = 5) -> Any:
         """The tokens that hidden states `[hidden]` or `[number, hidden]` of one's own are closest to, and how likely.
@@ -243,6 +260,11 @@ class StandardModel(Module):
             told = "the service that describes this model does not tell" if info is None else info.refusal
             raise GraphError(f"this model has no {name}: {told}", where=user_line())
         return info.values[0] if len(info.values) == 1 else list(info.values)
+
+
+def _plain(numbers: Any) -> Any:
+    """A tensor of integers as these."""
+    return numbers.tolist() if hasattr(numbers, "tolist") else numbers
 
 
 class StandardNames(Mapping[str, Module]):

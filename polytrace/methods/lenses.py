@@ -86,6 +86,7 @@ def logit_lens(
     top_k: int = 5,
     tokens: Any = None,
     of: Of = "resid_post",
+    negated: bool = False,
 ) -> Reading:
     """Unembeds the residual of each layer with the model's own final norm and head (nostalgebraist, 2020).
 
@@ -94,9 +95,10 @@ def logit_lens(
     in the whole vocabulary. `of`: the point that is read, `resid_pre`, `resid_mid`, `resid_post`, or a function of the
     layer (`lambda layer: layer.mlp.output`: what the MLP says by itself, through the same norm). Logits are those of
     the model's forward, caps and scales included, so that the last layer's are its own; probabilities are over the
-    whole vocabulary. One request; only what is named here leaves the service.
+    whole vocabulary. `negated`: what minus the normed residual would say, the tokens that a layer speaks against
+    (nnterp's `return_inv_logits`). One request; only what is named here leaves the service.
     """
-    return read_lens(model, prompts, layers, positions, top_k=top_k, tokens=tokens, of=of)
+    return read_lens(model, prompts, layers, positions, top_k=top_k, tokens=tokens, of=of, negated=negated)
 
 
 def read_lens(
@@ -109,6 +111,7 @@ def read_lens(
     tokens: Any,
     of: Of,
     translate: Translate | None = None,
+    negated: bool = False,
 ) -> Reading:
     """A lens whose residuals are translated before they are unembedded."""
     batch = prompts_of(model, prompts)
@@ -131,7 +134,7 @@ def read_lens(
                 step = max(1, _LOGIT_BYTES // (4 * vocabulary * (len(sequence) if is_whole else len(places))))
                 read = []
                 for first in range(0, len(numbers), step):
-                    logits = unembed(model, functions.stack(residuals[first : first + step], 1))
+                    logits = unembed(model, functions.stack(residuals[first : first + step], 1), negated=negated)
                     read.append(_kept(logits, top_k, ids))
                 saved.append([functions.cat(list(part), 1).save() for part in zip(*read, strict=True)])
     parts = [_joined(part) for part in zip(*saved, strict=True)]

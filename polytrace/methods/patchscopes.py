@@ -32,12 +32,19 @@ class Target:
     position: int | Sequence[int] = -1  # the place of the placeholder, or several that all get the state
 
 
-def repeat_target(words: Sequence[str] = ("king", "1135", "hello"), placeholder: str = "?") -> Target:
+def repeat_target(
+    words: Sequence[str] = ("king", "1135", "hello"),
+    placeholder: str = "?",
+    *,
+    between: str = " ",
+    separator: str = "\n",
+) -> Target:
     r"""A prompt that has words repeated, so that the model names what stands in the placeholder's position at its end.
 
-    As in the authors' experiments on next-token prediction: "king king\n1135 1135\nhello hello\n?".
+    As in the authors' experiments on next-token prediction: "king king\n1135 1135\nhello hello\n?". `between` stands
+    between a word and itself, `separator` between words.
     """
-    return Target(prompt="\n".join([*(f"{word} {word}" for word in words), placeholder]))
+    return Target(prompt=separator.join([*(f"{word}{between}{word}" for word in words), placeholder]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -201,8 +208,18 @@ def _generated(
         for number, token in zip(going, rows[1][:, 0].tolist(), strict=True):
             said[number].append(token)
         going = [number for number in going if said[number][-1] not in ends]
-    texts = ["".join(token_texts(model.tokenizer, [token for token in own if token not in ends])) for own in said]
+    texts = [generated_text(model, into, [token for token in own if token not in ends]) for own in said]
     return first, texts, tuple(receipts)
+
+
+def generated_text(model: Model, before: Sequence[int], said: Sequence[int]) -> str:
+    """Tokens as the text that they are behind others: a character may lie in several, a space in the first."""
+    if model.tokenizer is None:
+        return "".join(token_texts(None, said))
+    start, whole, alone = (
+        str(model.tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in (before, [*before, *said], said)
+    )
+    return whole[len(start) :] if whole.startswith(start) else alone
 
 
 def _ends(model: Model) -> set[int]:

@@ -28,17 +28,19 @@ _COARSE = 2e-2
 _behind_heads: WeakKeyDictionary[Any, Change] = WeakKeyDictionary()
 
 
-def unembed(model: Model, hidden: Any) -> Any:
+def unembed(model: Model, hidden: Any, *, negated: bool = False) -> Any:
     """Inside a trace: the logits `[..., vocabulary]` that the model would make of a residual `[..., features]`.
 
     Of the residual behind the last layer these are the model's own. Raises GraphError for a model whose logits are made
-    in another way. The first call for a model, or `prepare_unembedding` before the trace, measures how.
+    in another way. The first call for a model, or `prepare_unembedding` before the trace, measures how. `negated`: of
+    minus what the final norm gives.
     """
     if model.base not in _behind_heads:
         raise GraphError(
             "call polytrace.methods.prepare_unembedding(model) before the trace that calls unembed", where=user_line()
         )
-    return _behind_heads[model.base](model.lm_head(model.ln_final(hidden)))
+    normed = model.ln_final(hidden)
+    return _behind_heads[model.base](model.lm_head(-normed if negated else normed))
 
 
 def behind_head(model: Model, logits: Any) -> Any:

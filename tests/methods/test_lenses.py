@@ -93,6 +93,23 @@ def test_chosen_tokens_have_their_logits_probabilities_and_ranks(pair: Any) -> N
         assert read.rank.isel(prompt=number).values.tolist() == ranks
 
 
+def test_a_negated_lens_reads_minus_what_the_final_norm_gives(pair: Any) -> None:
+    family, plain, model = pair
+    seen: list[Tensor] = []
+    norm = plain.get_submodule(FAMILIES[family].norm)
+    handle = norm.register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad():
+        plain(input_ids=torch.tensor(PROMPTS[:1]), use_cache=False)
+        logits = plain.lm_head(-seen[0][0, -1])
+    handle.remove()
+    cap = getattr(plain.config, "final_logit_softcapping", None)
+    logits = torch.tanh(logits / cap) * cap if cap else logits
+    read = logit_lens(model, PROMPTS[:1], layers=-1, tokens=range(96), negated=True)
+    close(read.probability.values[0, 0, 0], logits.softmax(-1))
+    forward = logit_lens(model, PROMPTS[:1], layers=-1, tokens=range(96))
+    assert abs(read.probability.values - forward.probability.values).max() > 1e-2
+
+
 def test_a_lens_on_a_model_with_edits_sees_them(pair: Any) -> None:
     _, _, model = pair
     with model.edit() as edited:

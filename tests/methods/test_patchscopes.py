@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from polytrace.errors import GraphError
 from polytrace.methods import Target, object_attention_lens, patchscope, repeat_target
+from polytrace.methods.patchscopes import generated_text
 
 TOLERANCE = 1e-5  # of max(1, max|plain|), float32
 SOURCES = [[5, 17, 42, 5, 9, 30, 11], [8, 25, 1, 60]]
@@ -200,3 +201,12 @@ def test_what_does_not_fit_is_refused(world: Any) -> None:
     with pytest.raises(GraphError, match="3 sources"):
         object_attention_lens(world, ["a", "b"], ["a", "b", "c"], 1)
     assert repeat_target(["a", "b"], "x").prompt == "a a\nb b\nx"
+    assert repeat_target(["a", "b"], "x", between="->", separator=" | ").prompt == "a->a | b->b | x"
+
+
+def test_a_character_that_lies_in_several_tokens_is_one_in_generated_text(world: Any) -> None:
+    before, said = (world.tokenizer.encode(text, add_special_tokens=False).ids for text in ("The", " caf\u00e9"))
+    apart = [world.tokenizer.decode([token]) for token in said]
+    assert "\ufffd" in "".join(apart)
+    assert generated_text(world, before, said) == " caf\u00e9"
+    assert generated_text(world, said[:-1], said[-1:]) == apart[-1]
