@@ -71,8 +71,8 @@ with model.edit() as flattened:
 runs = {"as it is": model, "through the SAE": spliced, "the mean residual": flattened}
 said = {name: answered(edited) for name, edited in runs.items()}
 
-# 4) what its features are about. A city's feature is the one that fires most for it in the phrasings that the SAE has seen,
-# and least for other cities; then it is looked at in the one that it has not
+# 4) what its features are about. A city's feature is the one that fires most for it in the phrasings that the SAE has
+# seen, and least for other cities; then it is looked at in the one that it has not
 cities = torch.tensor([first[city] for city in landmarks.values()])
 known = sae.encode(rows) > 0
 active = methods.sae_features(model, asked, sae, features=range(256), positions=-1).activation[:, 0]
