@@ -4,168 +4,44 @@ A method is called by a verb, or by the name that the field has for it. It takes
 to it, then `layers` and `positions` (`polytrace.methods.places`). What is read or changed of a layer is `of`, how that
 is done is `method`, what comes back is `top_k` or `tokens`, and one place alone is a `position`. Arrays have named
 dimensions (xarray): prompt, layer, head, position, factor, rank, token, ...
-
-Importing this loads no method, and none of the packages that some work with; naming one does.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from polytrace.methods.ablation import ablate
-    from polytrace.methods.attribution import Attribution, Decomposition, decompose_residual, logit_attribution
-    from polytrace.methods.batteries import Battery, Prompt, run_battery
-    from polytrace.methods.causal_tracing import trace_causes
-    from polytrace.methods.collecting import Activations, collect_activations
-    from polytrace.methods.directions import Vectors, activation_addition, contrastive_vectors
-    from polytrace.methods.function_vectors import FunctionVector, Task, few_shot_task, function_vector, head_effects
-    from polytrace.methods.gates import Gate
-    from polytrace.methods.knockout import knock_out_attention
-    from polytrace.methods.lenses import Reading, logit_lens, token_directions
-    from polytrace.methods.metrics import (
-        Metric,
-        divergence,
-        log_probability,
-        logit,
-        logit_difference,
-        loss,
-        probability,
-    )
-    from polytrace.methods.object_lens import object_attention_lens
-    from polytrace.methods.patching import patch_activations, patch_heads
-    from polytrace.methods.patchscopes import Scope, Target, patchscope, repeat_target
-    from polytrace.methods.path_patching import patch_paths
-    from polytrace.methods.plots import data_frame, heat_map, line_plot, top_k_table
-    from polytrace.methods.saes import (
-        Examples,
-        Features,
-        LayerPoint,
-        SparseAutoencoder,
-        ablate_features,
-        load_sae,
-        sae_features,
-        sae_quality,
-        splice_sae,
-        steer_features,
-        top_activations,
-    )
-    from polytrace.methods.steering import Steered, ablate_direction, steer, steering_edit
-    from polytrace.methods.sweeps import Sweep
-    from polytrace.methods.targets import collisions, target_sets, target_tokens
-    from polytrace.methods.transformer_lens import ActivationCache, HookedModel
-    from polytrace.methods.tuned import TunedLens, tuned_lens
-    from polytrace.methods.tuning import lens_divergence, train_tuned_lens
-    from polytrace.methods.unembedding import prepare_unembedding, unembed
-
-_BY_MODULE: dict[str, tuple[str, ...]] = {
-    "ablation": ("ablate",),
-    "attribution": (
-        "Attribution",
-        "Decomposition",
-        "decompose_residual",
-        "logit_attribution",
-    ),
-    "batteries": (
-        "Battery",
-        "Prompt",
-        "run_battery",
-    ),
-    "causal_tracing": ("trace_causes",),
-    "collecting": (
-        "Activations",
-        "collect_activations",
-    ),
-    "directions": (
-        "Vectors",
-        "activation_addition",
-        "contrastive_vectors",
-    ),
-    "function_vectors": (
-        "FunctionVector",
-        "Task",
-        "few_shot_task",
-        "function_vector",
-        "head_effects",
-    ),
-    "gates": ("Gate",),
-    "knockout": ("knock_out_attention",),
-    "lenses": (
-        "Reading",
-        "logit_lens",
-        "token_directions",
-    ),
-    "metrics": (
-        "Metric",
-        "divergence",
-        "log_probability",
-        "logit",
-        "logit_difference",
-        "loss",
-        "probability",
-    ),
-    "object_lens": ("object_attention_lens",),
-    "patching": (
-        "patch_activations",
-        "patch_heads",
-    ),
-    "patchscopes": (
-        "Scope",
-        "Target",
-        "patchscope",
-        "repeat_target",
-    ),
-    "path_patching": ("patch_paths",),
-    "plots": (
-        "data_frame",
-        "heat_map",
-        "line_plot",
-        "top_k_table",
-    ),
-    "saes": (
-        "Examples",
-        "Features",
-        "LayerPoint",
-        "SparseAutoencoder",
-        "ablate_features",
-        "load_sae",
-        "sae_features",
-        "sae_quality",
-        "splice_sae",
-        "steer_features",
-        "top_activations",
-    ),
-    "steering": (
-        "Steered",
-        "ablate_direction",
-        "steer",
-        "steering_edit",
-    ),
-    "sweeps": ("Sweep",),
-    "targets": (
-        "collisions",
-        "target_sets",
-        "target_tokens",
-    ),
-    "transformer_lens": (
-        "ActivationCache",
-        "HookedModel",
-    ),
-    "tuned": (
-        "TunedLens",
-        "tuned_lens",
-    ),
-    "tuning": (
-        "lens_divergence",
-        "train_tuned_lens",
-    ),
-    "unembedding": (
-        "prepare_unembedding",
-        "unembed",
-    ),
-}
-_MODULE_OF = {name: module for module, names in _BY_MODULE.items() for name in names}
+from polytrace.methods.ablation import ablate
+from polytrace.methods.attribution import Attribution, Decomposition, decompose_residual, logit_attribution
+from polytrace.methods.batteries import Battery, Prompt, run_battery
+from polytrace.methods.causal_tracing import trace_causes
+from polytrace.methods.collecting import Activations, collect_activations
+from polytrace.methods.directions import Vectors, activation_addition, contrastive_vectors
+from polytrace.methods.function_vectors import FunctionVector, Task, few_shot_task, function_vector, head_effects
+from polytrace.methods.gates import Gate
+from polytrace.methods.knockout import knock_out_attention
+from polytrace.methods.lenses import Reading, logit_lens, token_directions
+from polytrace.methods.metrics import Metric, divergence, log_probability, logit, logit_difference, loss, probability
+from polytrace.methods.object_lens import object_attention_lens
+from polytrace.methods.patching import patch_activations, patch_heads
+from polytrace.methods.patchscopes import Scope, Target, patchscope, repeat_target
+from polytrace.methods.path_patching import patch_paths
+from polytrace.methods.plots import data_frame, heat_map, line_plot, top_k_table
+from polytrace.methods.saes import (
+    Examples,
+    Features,
+    LayerPoint,
+    SparseAutoencoder,
+    ablate_features,
+    load_sae,
+    sae_features,
+    sae_quality,
+    splice_sae,
+    steer_features,
+    top_activations,
+)
+from polytrace.methods.steering import Steered, ablate_direction, steer, steering_edit
+from polytrace.methods.sweeps import Sweep
+from polytrace.methods.targets import collisions, target_sets, target_tokens
+from polytrace.methods.transformer_lens import ActivationCache, HookedModel
+from polytrace.methods.tuned import TunedLens, tuned_lens
+from polytrace.methods.tuning import lens_divergence, train_tuned_lens
+from polytrace.methods.unembedding import prepare_unembedding, unembed
 
 __all__ = [
     "ActivationCache",
@@ -239,14 +115,3 @@ __all__ = [
     "tuned_lens",
     "unembed",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -106,7 +106,10 @@ class Activations:
         """All rows of a name in one tensor, those of ragged prompts end to end: for what fits into memory."""
         torch = needs_torch("reading activations")
         self._check(name)
-        return torch.cat([part[name] for part in self])
+        parts = [part[name] for part in self]
+        if len({part.shape[1:] for part in parts}) > 1:  # prompts of one part are of one length by chance
+            parts = [_rows(part, name)[2] for part in self]
+        return torch.cat(parts)
 
     def batches(
         self, name: str, size: int = 256, *, labels: Sequence[Any] | None = None, shuffle: int | None = None

@@ -35,6 +35,15 @@ def rows_by_hand(served: Both, place: tuple[str, str]) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("small_parts")
+def test_all_rows_are_one_tensor_also_where_a_parts_prompts_are_of_one_length(served: Both, tmp_path: Path) -> None:
+    place = ("model.layers.1", "output")
+    for name, lengths in (("ragged", [5] * 4 + [3, 6, 4, 6]), ("equal", [5] * 4 + [6] * 4)):
+        dataset = [list(range(7 + n, 7 + n + length)) for n, length in enumerate(lengths)]
+        found = collect(served.model, dataset, to=tmp_path / name, layers=1).array("resid_post.1")
+        close(found, torch.cat([served.run(ids, [place])[1][place][0] for ids in dataset]))
+
+
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("positions", [None, -1, [0, -2]])
 def test_rows_are_those_of_each_prompt_alone(served: Both, positions: Any, tmp_path: Path) -> None:
     found = collect_activations(

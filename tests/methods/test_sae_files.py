@@ -48,6 +48,14 @@ def test_a_folder_without_a_name_says_its_layer_alone(tmp_path: Path) -> None:
     assert load_sae(tmp_path / "layer_7/width_16k").site is None
     assert load_sae(tmp_path, "layer_7/width_16k", point="resid_pre").site == LayerPoint("resid_pre", 7)
     assert load_sae(tmp_path, "layer_7/width_16k", point="z", layer=2).site == LayerPoint("z", 2)
+    with pytest.raises(GraphError, match="which point it is of: give point= too"):
+        load_sae(tmp_path, "layer_7/width_16k", layer=3)
+    with pytest.raises(GraphError, match="which layer it is of: give layer= too"):
+        load_sae(write_gemma_scope(tmp_path / "nowhere", weights_of("jumprelu")), point="z")
+    folder = write_gemma_scope(tmp_path / "gemma-scope-2b-pt-transcoders/layer_4/width_16k", weights_of("jumprelu"))
+    sae = load_sae(folder)
+    assert sae.is_transcoder and sae.site is None and sae.gives == LayerPoint("mlp_added", 4)
+    assert sae.at("mlp_input", 4).gives == LayerPoint("mlp_added", 4)
     write_gemma_scope(tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k", weights_of("jumprelu"))
     with pytest.raises(GraphError, match="square root"):
         load_sae(tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k")

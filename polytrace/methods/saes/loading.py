@@ -75,26 +75,28 @@ def load_sae(
         meaning = meaning_of(config, where) if is_lens else _of_gemma_scope(name, config, where)
     if point is not None or layer is not None:
         number = layer if layer is not None else (meaning.site.layer if meaning.site else layer_of_folder(name))
-        if number is None:
-            raise GraphError("its files do not say which layer it is of: give layer= too", where=where)
-        own = point or (meaning.site.point if meaning.site else "resid_post")
+        own = point or (meaning.site.point if meaning.site else None)
+        if number is None or own is None:
+            told = "which layer it is of: give layer=" if number is None else "which point it is of: give point="
+            raise GraphError(f"its files do not say {told} too", where=where)
         meaning.site = LayerPoint(own, number)
     return _built(file, meaning, norm_scaling_factor, kind, where)
 
 
 def _of_gemma_scope(name: str, config: dict[str, Any], where: str) -> Meaning:
-    if "embedding" in name:
+    if "embedding" in name.split("/"):
         told = "Gemma Scope's SAEs of the embedding are of its output times the square root of its size"
         raise GraphError(f"{told}, which is no named point", where=where)
     if config.get("architecture", "jump_relu") != "jump_relu":
         told = f"config.json says {config['architecture']!r}"
         raise GraphError(f"{told}; Gemma Scope's are 'jump_relu'", where=where)
     hook, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    layer = layer_of_folder(name) if "-transcoders/" in name else None  # what those of Gemma Scope take is not said
     return Meaning(
         architecture="jumprelu",
         site=place_of_hook(hook) or place_of_folder(name),
-        is_transcoder=hook_out is not None,
-        gives=place_of_hook(hook_out),
+        is_transcoder=hook_out is not None or layer is not None,
+        gives=LayerPoint("mlp_added", layer) if layer is not None else place_of_hook(hook_out),
         config={**config, "hook_name": hook, "hook_name_out": hook_out},
     )
 
