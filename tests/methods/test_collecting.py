@@ -39,7 +39,7 @@ def test_all_rows_are_one_tensor_also_where_a_parts_prompts_are_of_one_length(se
     place = ("model.layers.1", "output")
     for name, lengths in (("ragged", [5] * 4 + [3, 6, 4, 6]), ("equal", [5] * 4 + [6] * 4)):
         dataset = [list(range(7 + n, 7 + n + length)) for n, length in enumerate(lengths)]
-        found = collect(served.model, dataset, to=tmp_path / name, layers=1).array("resid_post.1")
+        found = collect_activations(served.model, dataset, to=tmp_path / name, layers=1).array("resid_post.1")
         close(found, torch.cat([served.run(ids, [place])[1][place][0] for ids in dataset]))
 
 
