@@ -168,7 +168,8 @@ class _Namer:
         sites = tuple(replace(info, order=order) for order, info in enumerate(ordered))
         taken = set(dict(self.model.named_parameters())) | set(dict(self.model.named_buffers()))
         weights = tuple(weight for weight in self.weights if weight.path not in taken)
-        standard = find_standard_names(self.model, self.layers, self.anatomy, self.at)
+        at = {(info.module, info.port): info for info in sites if info.visit == 0}
+        standard = find_standard_names(self.model, self.layers, self.anatomy, at)
         return Named(
             sites=sites,
             points=(*self.points, *standard.points),
