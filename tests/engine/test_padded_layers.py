@@ -99,6 +99,36 @@ def test_key_value_heads_are_those_that_attention_has(how: dict[str, Any], group
         assert keys.shape == (1, 2, groups, 8)
 
 
+def test_attention_by_a_fused_kernel_has_a_module_and_says_why_it_has_no_pattern(tmp_path: Path) -> None:
+    plain = model_of("falcon_alibi")
+    model = served(plain, tmp_path)
+    prompt, seen = PROMPTS[0], {}
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        seen["given"] = output[0].clone()
+        return (output[0] * -2.0, *output[1:])
+
+    handle = plain.transformer.h[1].self_attention.register_forward_hook(hook)
+    with torch.no_grad():
+        expected = plain(input_ids=torch.tensor([prompt]), use_cache=False).logits
+        handle.remove()
+        unchanged = plain(input_ids=torch.tensor([prompt]), use_cache=False).logits
+    with model.trace(prompt):
+        given = model.attentions_output[1].clone().save()
+        model.attentions_output[1] *= -2.0
+        logits = model.logits.save()
+    assert model.attentions[1]._path == "transformer.h.1.self_attention"
+    assert float((given - seen["given"]).abs().max()) <= FLOAT32_TOLERANCE * max(1.0, float(given.abs().max()))
+    assert float((logits - expected).abs().max()) <= FLOAT32_TOLERANCE * max(1.0, float(expected.abs().max()))
+    assert float((unchanged - expected).abs().max()) > 0.1
+    with (
+        pytest.raises(GraphError, match="no pattern: this family attends by torch's fused attention"),
+        model.trace(prompt),
+    ):
+        _ = model.attention_probabilities[1]
+    assert not model.attn_probs_available
+
+
 def test_tokens_without_a_tokenizer_have_no_texts(bloom: tuple[Any, Any]) -> None:
     _, model = bloom
     with pytest.raises(GraphError, match="came without a tokenizer"):
