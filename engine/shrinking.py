@@ -85,7 +85,7 @@ def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
         sizes["word_embed_proj_dim"] = hidden * _number(text, "word_embed_proj_dim") // width
     sizes["rotary_dim"] = min(_number(text, "rotary_dim"), _HEAD // 2)
     sizes |= {features: expand * hidden // _number(text, heads) for heads, features, expand in states}
-    sizes |= {"mamba_d_ssm": expand * hidden for _, _, expand in states}  # Falcon-H1's own word for both together
+    sizes["mamba_d_ssm"] = hidden * max((expand for *_, expand in states), default=0) or _number(text, "mamba_d_ssm")
     for side in ("encoder", "decoder"):
         sizes |= {f"{side}_layers": len(kept_layers), f"{side}_attention_heads": kept, f"{side}_ffn_dim": 16 * ranks}
     for name, size in sizes.items():
