@@ -13,12 +13,14 @@ import transformers
 from bench.families.configurations import classes
 from bench.families.trial import Trial
 from polytrace.points import DIMS
+from polytrace.standard import ROOT_VALUES
 
 HEAD = "| class | model types | layout | standard names | without the points | stages | ranks | notes |"
 _RULE = "|---|---|---|---|---|---|---|---|"
 _PADDED_NEEDED = "needs padded"
 _REFUSED = "refused"
 _NOTE = 240  # letters
+_OF_LAYERS = tuple(name for name in DIMS if name not in ROOT_VALUES)
 
 # What refusals of the packed layout say: the model itself is sound, and another layout can serve it.
 _NEEDS_PADDED = (
@@ -46,7 +48,7 @@ NNTERP = (
 
 def row(trial: Trial) -> str:
     """One line of the table."""
-    missing = [name for name in DIMS if name not in trial.points]
+    missing = [name for name in _OF_LAYERS if name not in trial.points]
     cells = (
         trial.name,
         ", ".join(dict.fromkeys(trial.families)),
@@ -101,17 +103,18 @@ def page(rows: Mapping[str, str]) -> str:
 
 
 _LEGEND = (
-    "*Served* means, each seen in the run: every site that a trace can read, logits among them, is plain Hugging",
-    "Face's (hooks on every module) to 1e-5 of the largest value; an edit of the first layer's output is the hook's;",
-    "two prompts in one pass have, bit for bit, what they have alone; attention patterns are the model's own where it",
-    "tells them, else they have no weight on later tokens and rows of at most 1.",
+    "*Served* means, each seen in the run: the first argument and the output of every module, where a trace can read",
+    "them, logits among them, are plain Hugging Face's (hooks) to 1e-5 of the largest value; an edit of the first",
+    "layer's output is the hook's; two prompts in one pass have, bit for bit, what they have alone; attention patterns",
+    "are the model's own where it tells them, else they have no weight on later tokens and rows of at most 1.",
     "",
     "- **layout**: how a pass holds its sequences. *packed*: in one stream, with rows shared and left out; *padded*:",
-    f"  in a batch. *{_PADDED_NEEDED}*: it cannot be packed, as the notes say, and no other layout serves it yet.",
-    f"  *{_REFUSED}*: the notes say why; where no tiny model could be made the class was not tried.",
+    f"  each alone, those of a request in step. *{_PADDED_NEEDED}*: it cannot be packed, as the notes say, and no",
+    f"  other layout serves it yet. *{_REFUSED}*: the notes say why; where no tiny model could be made the class was",
+    "  not tried.",
     "- **standard names**: those of the model that resolve, found by structure.",
     "- **without the points**: which of the points that have one name in every family no layer has. There are",
-    f"  {', '.join(DIMS)}.",
+    f"  {', '.join(_OF_LAYERS)}.",
     "- **stages**, **ranks**: 2 where the model split so gives the bits (stages), or the numbers to 1e-5 (ranks), of",
     "  one process; 1 where it does not, with the reason.",
 )
