@@ -208,6 +208,7 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, content
     from cluster.requests import read_request
     from engine.shapes import infer
     from polytrace.codec import to_json
+    from scheduling.checks import table_of
     from scheduling.costs import token_layers
     from scheduling.plan import RequestId
     from scheduling.program import certify as make_certificate
@@ -222,7 +223,7 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, content
     return Verdict(
         facts=json.dumps(to_json(facts)).encode(),
         needs=needs_of(named, program.saves),
-        work=token_layers(program),
+        work=token_layers(program, table_of(description)),
         certificate=certificate,
     )
 

@@ -162,6 +162,9 @@ class _Namer:
                     self._refuse(attention, name, _NO_TWIN if parts is None else _SEVERAL)
             elif parts is not None and parts.formula is not None and parts.attention is not None:
                 self._own_attention(path, _under(path, parts.attention), parts, parts.formula)
+            elif parts is not None and parts.attention is not None:
+                for name in ("q", "k", "v", "scores", "pattern", "z", "head_out"):
+                    self._refuse(_under(path, parts.attention), name, _FUSED)
             if parts is not None:
                 self._mlp(path, parts)
         self._root()
@@ -169,7 +172,8 @@ class _Namer:
         sites = tuple(replace(info, order=order) for order, info in enumerate(ordered))
         taken = set(dict(self.model.named_parameters())) | set(dict(self.model.named_buffers()))
         weights = tuple(weight for weight in self.weights if weight.path not in taken)
-        standard = find_standard_names(self.model, self.layers, self.anatomy, self.at)
+        at = {(info.module, info.port): info for info in sites if info.visit == 0}
+        standard = find_standard_names(self.model, self.layers, self.anatomy, at)
         return Named(
             sites=sites,
             points=(*self.points, *standard.points),
@@ -427,6 +431,10 @@ def _under(path: str, way: str) -> str:
 
 
 _NO_TWIN = "no tiny twin of this family could be run, which tells what its parts are"
+_FUSED = (
+    "this family attends by torch's fused attention here, which shows nothing between what the module takes and gives: "
+    "`attention_input`, `attention_output`"
+)
 _SEVERAL = "this layer attends more than once"
 _NO_Z = "no module of this layer takes all heads' results side by side"
 _NO_NEURONS = "no activation that is a module of its own stands before a projection back to the residual"

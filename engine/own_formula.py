@@ -3,7 +3,8 @@
 In such families scores and patterns are tensors between calls of the attention module's forward. A call whose result is
 `[1, heads, tokens, tokens]`, of rows that sum to 1 over earlier tokens, gives the pattern; if it is the softmax of what
 the call was given, that is the scores. The matrix that takes what the pattern makes of some other matrix's features is
-the projection of all heads' results.
+the projection of all heads' results. Where a forward calls torch's fused attention instead there are no such tensors:
+who attends, and with which heads, is known.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from polytrace.sources import split_operation
 # T = tokens, H = heads, C = features of a head
 
 _TOLERANCE = 1e-5
+_FUSED = "scaled_dot_product_attention"  # of torch, which takes queries, keys and values first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +66,14 @@ class FormulaFinder:
 
     modules: Container[str]
     found: dict[str, OwnFormula] = field(default_factory=dict)  # by module: of its first call that gives a pattern
+    fused: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # by module: q, k, v, z as [T, H, C]
     _given: dict[str, dict[Selector, Tensor]] = field(default_factory=dict)
 
     def watch(self, path: str, port: Port, value: Any, _called: Any) -> None:
         """As `operations.Watch`."""
+        if path.rpartition(".")[2].rpartition("_")[0].endswith(_FUSED):
+            self._watch_fused(path, port, value)
+            return
         if port is Port.INPUTS:
             own = value.tensors() if isinstance(value, Arguments) else {}
             self._given[path] = {way: tensor[0].clone() for way, tensor in own.items() if _is_of_pairs(tensor)}
@@ -80,6 +86,15 @@ class FormulaFinder:
         own_scores = [(way, one) for way, one in given.items() if _is_softmax(pattern, one)]
         scores, scores_HTT = own_scores[0] if own_scores else (None, None)
         self.found[split[0]] = OwnFormula(way=split[1], pattern_HTT=pattern, scores=scores, scores_HTT=scores_HTT)
+
+    def _watch_fused(self, path: str, port: Port, value: Any) -> None:
+        split = split_operation(path, self.modules)
+        if port is Port.INPUTS and isinstance(value, Arguments):
+            self._given[path] = {way: tensor.clone() for way, tensor in value.tensors().items()}
+        elif isinstance(value, Tensor) and split is not None:
+            heads = [*list(self._given.pop(path, {}).values())[:3], value]
+            if len(heads) == 4 and all(own.ndim == 4 and own.shape[0] == 1 for own in heads):
+                self.fused[split[0]] = tuple(own[0].transpose(0, 1).clone() for own in heads)
 
 
 def _varying(pairs_HTT: Tensor, seen: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 _HIDDEN = 64
-_WIDEST = 1024
 _WIDEST = 1024  # that heads of `_HEAD` features side by side may make the residual
 _HEAD = 16  # features of a head; all kinds of it, so that rotary and latent parts fit whatever share they have
 _WINDOW = 7  # positions, of sliding attention
@@ -72,7 +71,6 @@ def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
     # 3) widths
     kept = _number(text, "num_attention_heads") or _HIDDEN // _HEAD
     is_square &= kept * _HEAD <= _WIDEST
-    is_square &= kept * _HEAD <= _WIDEST
     per_head = _HEAD if is_square or not _number(text, "head_dim") else max(2, -(-_HIDDEN // kept))
     hidden = per_head * kept  # some insist on a multiple of the heads
     _set(text, "hidden_size", hidden)
@@ -87,6 +85,7 @@ def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
         sizes["word_embed_proj_dim"] = hidden * _number(text, "word_embed_proj_dim") // width
     sizes["rotary_dim"] = min(_number(text, "rotary_dim"), _HEAD // 2)
     sizes |= {features: expand * hidden // _number(text, heads) for heads, features, expand in states}
+    sizes["mamba_d_ssm"] = hidden * max((expand for *_, expand in states), default=0) or _number(text, "mamba_d_ssm")
     for side in ("encoder", "decoder"):
         sizes |= {f"{side}_layers": len(kept_layers), f"{side}_attention_heads": kept, f"{side}_ffn_dim": 16 * ranks}
     for name, size in sizes.items():

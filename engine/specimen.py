@@ -85,12 +85,15 @@ def run_specimen(twin: Any) -> Seen:
         module.register_forward_pre_hook(give, with_kwargs=True)
     token = _into.set(seen)
     listening: Any = nullcontext()
+    finder: FormulaFinder | None = None
     if not is_engines:
         finder = FormulaFinder(dict(twin.named_modules()), seen.formulas)
         listening = watch_operations(dict(twin.named_modules()), finder.watch)
     try:
         with torch.no_grad(), listening:
             twin(input_ids=ids, use_cache=False, **_at_first_position(twin, ids))
+        if finder is not None:
+            seen.attended.update({id(twin.get_submodule(path)): heads for path, heads in finder.fused.items()})
     finally:
         _into.reset(token)
     return seen

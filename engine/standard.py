@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from engine.anatomy import Anatomy, signature
@@ -118,18 +119,22 @@ def _hidden(leaves: Sequence[Leaf], width: int) -> Leaf | None:
 
 
 def _facts(model: PreTrainedModel, layers: str, num_layers: int, at: Sites) -> Iterator[FactInfo]:
-    """As attention is given them, layer by layer; where none was seen, as the configuration says."""
+    """As attention is given them, layer by layer; where none was seen, as the modules or the configuration say."""
     attending: dict[str, list[int]] = {"num_heads": [], "num_kv_heads": [], "head_dim": []}
     others: set[tuple[int, int]] = set()  # (features of a query, of a value) where these differ
+    listed: Any = model.get_submodule(layers)
     for number in range(num_layers):
         inside = f"{layers}.{number}."
         for module, port in at:
-            if port is Port.Q_ROT and f"{module}.".startswith(inside):
-                (heads, size), (groups, _) = at[module, port].leaves[0].tail, at[module, Port.K_ROT].leaves[0].tail
-                value = at[module, Port.V].leaves[0].tail[1]
+            if port is Port.Z and f"{module}.".startswith(inside):
+                heads, value = at[module, Port.Z].leaves[0].tail
+                _, size = _first(at, module, (Port.Q_ROT, Port.Q)) or (heads, value)
                 others |= {(size, value)} if value != size else set()
+                groups, _ = _first(at, module, (Port.K_ROT, Port.K)) or (_counted(listed[number]), size)
                 for name, count in (("num_heads", heads), ("num_kv_heads", groups), ("head_dim", size)):
-                    attending[name].append(count)
+                    attending[name] += [] if count is None else [count]
+    if not attending["num_kv_heads"] and (counts := [own for own in map(_counted, listed) if own is not None]):
+        attending["num_kv_heads"] = counts
     text = model.config.get_text_config(decoder=True)
     for name, values in attending.items():
         refusal, told = None, None if values else _told(text, name)
@@ -143,6 +148,18 @@ def _facts(model: PreTrainedModel, layers: str, num_layers: int, at: Sites) -> I
     width = None if logits is None else logits.tail[-1]
     refusal = None if width in (None, text.vocab_size) else _OTHER_LOGITS.format(width=width, told=text.vocab_size)
     yield FactInfo(name="vocab_size", values=(text.vocab_size,), refusal=refusal)
+
+
+def _first(at: Sites, module: str, ports: Sequence[Port]) -> Sequence[int] | None:
+    """(heads, features) of the first of these points that an attention module has."""
+    return next((at[module, port].leaves[0].tail for port in ports if (module, port) in at), None)
+
+
+def _counted(layer: nn.Module) -> int | None:
+    """Key/value heads, as a module of a layer says by itself; None where none does, or several differ."""
+    names = ("num_kv_heads", "num_key_value_heads")
+    found = {own for module in layer.modules() for name in names if type(own := getattr(module, name, None)) is int}
+    return found.pop() if len(found) == 1 else None
 
 
 def _told(text: Any, name: str) -> int | None:

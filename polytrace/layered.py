@@ -48,8 +48,10 @@ class _Layered:
 
     def lines(self) -> Iterator[str]:
         """What it is, and which layers have no such thing."""
-        yield f"{self._name}[0-{len(self) - 1}]: {self._told()}"
-        for refusal, numbers in _spans(self.refusals()):
+        refusals = self.refusals()
+        if None in refusals:
+            yield f"{self._name}[0-{len(self) - 1}]: {self._told()}"
+        for refusal, numbers in _spans(refusals):
             if refusal is not None:
                 yield f"{self._name}[{numbers}]: not here, {refusal}"
 
@@ -118,7 +120,7 @@ class LayerValues(_Layered):
         table = self._model._table
         owner = owners(table, layer).get(self._inside)
         info = table.points.get(owner, {}).get(self._inside) if owner is not None else None
-        return "it has none" if owner is None else None if info is None else info.refusal
+        return f"nothing in it gives a {self._inside}" if owner is None else None if info is None else info.refusal
 
     def _told(self) -> str:
         return f"[{', '.join(DIMS[self._inside])}]"

@@ -18,7 +18,7 @@ from polytrace.inputs import inputs_table
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.not_values import NotAValue
-from polytrace.points import Points, owners, point_table
+from polytrace.points import DIMS, Points, owners, point_table
 from polytrace.ports import OpenPort
 from polytrace.skipping import skip_module
 from polytrace.source_views import Source
@@ -60,8 +60,8 @@ class Module(NotAValue):
     def skip(self, value: Any) -> None:
         """The module is not run for this invoke's prompts: `value` is its output, in the module's own structure.
 
-        A tensor for a module that returns one, or that returns a tuple with one tensor; else a tuple or dict with all
-        of them. What lies inside of the module cannot be read or written then. See `polytrace.skipping`.
+        A tensor for a module that returns one, or a tuple with one that traces can read or write; else a tuple or
+        dict with all of them. What lies inside of the module cannot be read or written then. See `polytrace.skipping`.
         """
         skip_module(self._port("output"), value)
 
@@ -99,7 +99,9 @@ class Module(NotAValue):
         known = [*table.children.get(path, ()), *table.aliases.get(path, ()), *table.own_parameters.get(path, ())]
         known += [*self._points, "output", "input"]
         close = (
-            f": {told}" if (told := hints.of_module(name)) else nearest(name, known) or f"; it has {', '.join(known)}"
+            f": {told}"
+            if (told := hints.of_module(name))
+            else nearest(name, sorted({*known, *dir(self)})) or f"; it has {', '.join(known)}"
         )
         raise NoSuchNameError(
             f"{path or 'the model'} ({self._info.class_name}) has no {name!r}{close}", where=user_line()
@@ -230,6 +232,5 @@ class Module(NotAValue):
         path = self._path or "the model"
         if self._info.is_list:
             raise GraphError(f"{path} is a list of modules: index it, as in {path}[0].{port}", where=user_line())
-        raise GraphError(
-            f"{path} has no {port}: this model's forward does not call it, or hands it no tensors", where=user_line()
-        )
+        told = f"nothing in it gives a {port}" if port in DIMS else "it is not called, or handed no tensors"
+        raise GraphError(f"{path} has no {port}: in this model's forward {told}", where=user_line())

@@ -47,8 +47,12 @@ def _close(port: OpenPort, where: str) -> None:
 
 
 def _given(port: OpenPort, value: Any, where: str) -> dict[tuple[Key, ...], Any]:
-    """The tensor for each place in the output's structure."""
-    leaves = list(port.table.leaves)
+    """The tensor for each place in the output's structure, but for those that no trace can read or write.
+
+    (Attention weights, which layers of some families hand on beside the hidden states.)
+    """
+    closed = {way for way, (_, leaf) in port.table.leaves.items() if leaf.read_refusal and leaf.write_refusal}
+    leaves = [way for way in port.table.leaves if way not in closed] or list(port.table.leaves)
     if len(leaves) == 1 and not isinstance(value, (tuple, list, dict, Members)):
         return {leaves[0]: value}
     if leaves == [()] and hidden_of(value) is not value:

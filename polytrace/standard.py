@@ -229,6 +229,12 @@ class StandardModel(Module):
                 f"{list(hidden_state.shape)}",
                 where=user_line(),
             )
+        if self.tokenizer is None:
+            raise GraphError(
+                "this model came without a tokenizer, so its tokens have no texts: in a trace take "
+                "model.project_on_vocab(hidden).softmax(-1).topk(k), whose indices are ids",
+                where=user_line(),
+            )
         with self.trace():
             found = self.project_on_vocab(hidden_state).softmax(-1).topk(k)
             probabilities, tokens = found[0].save(), found[1].save()

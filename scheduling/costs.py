@@ -18,11 +18,13 @@ def wave_tokens(program: Program, wave: Wave) -> int:
     return sum(program.invokes[invoke].num_tokens for invoke in wave.invokes)
 
 
-def token_layers(program: Program, *, is_keeping: bool = True) -> int:
+def token_layers(program: Program, table: ModelTable, *, is_keeping: bool = True) -> int:
     """Rows x decoder layers that they run through, when the request has its passes to itself.
 
     `is_keeping` says whether the shards had room for the program's trunks.
     """
+    if not table.description.has_forks:  # rows are planned everywhere; the pass still ends behind its last visit
+        return token_layers_alone(program, table)
     return sum((wave.rows if is_keeping else wave.rows_anew).token_layers for wave in program.waves)
 
 

@@ -117,7 +117,7 @@ def certify(program: Program, facts: tuple[ValueFacts | None, ...], description:
         saves={slot.name: _shape(slot.facts) for slot in program.saves if slot.keep is None},
         passes=len(program.waves),
         tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-        token_layers=token_layers(program),
+        token_layers=token_layers(program, table),
         token_layers_alone=token_layers_alone(program, table),
         result_bytes=sum(slot.facts.num_bytes for slot in program.saves if slot.keep is None),
         kept_bytes=sum(slot.facts.num_bytes for slot in program.saves if slot.keep is not None),

@@ -80,15 +80,16 @@ class Account:
         self.logs: list[Logged] = []  # in the order of their passes
         self._loaded_bytes = 0
 
-    def enter(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
+    def enter(self, plan: Plan, results: tuple[ShardResult, ...], table: ModelTable) -> None:
         """Takes in a pass that went well."""
         request, nodes = self.program.request, self.program.graph.nodes
+        begun = table.levels.begun(plan.until)  # the pass ended in the last of these layers
         self._entries.append(
             PassEntry(
                 pass_id=plan.pass_id,
                 requests=len(plan.members),
                 tokens=sum(plan.layer_rows[:1]),
-                layer_rows=plan.running_rows,
+                layer_rows=tuple(rows if layer < begun else 0 for layer, rows in enumerate(plan.running_rows)),
                 seconds=max((result.seconds for result in results), default=0.0),
             )
         )
@@ -115,7 +116,7 @@ class Account:
             model=table.description.name,
             passes=tuple(self._entries),
             tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-            token_layers=token_layers(program, is_keeping=is_keeping),
+            token_layers=token_layers(program, table, is_keeping=is_keeping),
             token_layers_alone=token_layers_alone(program, table),
             fired=tuple(_fired(program, sorted(self._passes_of.items()))),
             pad_rows_written=pad_rows_written(program),

@@ -267,7 +267,7 @@ class Scheduler:
             if error is not None:
                 self._end(job, error)
                 continue
-            job.account.enter(plan, results)
+            job.account.enter(plan, results, self._table)
             if job.num_done == job.num_waves:
                 self._finish(job)
                 continue

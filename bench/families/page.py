@@ -88,10 +88,10 @@ def page(rows: Mapping[str, str]) -> str:
 
 
 _LEGEND = (
-    "*Served* means, each seen in the run: every site that a trace can read, logits among them, is plain Hugging",
-    "Face's (hooks on every module) to 1e-5 of the largest value; an edit of the first layer's output is the hook's;",
-    "two prompts in one pass have, bit for bit, what they have alone; attention patterns are the model's own where it",
-    "tells them, else they have no weight on later tokens and rows of at most 1.",
+    "*Served* means, each seen in the run: the first argument and the output of every module, where a trace can read",
+    "them, logits among them, are plain Hugging Face's (hooks) to 1e-5 of the largest value; an edit of the first",
+    "layer's output is the hook's; two prompts in one pass have, bit for bit, what they have alone; attention patterns",
+    "are the model's own where it tells them, else they have no weight on later tokens and rows of at most 1.",
     "",
     "- **layout**: how a pass holds its sequences. *packed*: in one stream, with rows shared and left out; *padded*:",
     f"  each alone, in step with the others of its request. *{_REFUSED}*: the notes say why; where no tiny model could",

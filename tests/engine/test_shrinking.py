@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BartConfig, BartForCausalLM, Gemma4TextConfig, HeliumConfig, Mamba2Config
+from transformers import BartConfig, BartForCausalLM, FalconH1Config, Gemma4TextConfig, HeliumConfig, Mamba2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.shrinking import shrink
@@ -41,6 +41,14 @@ def test_states_follow_the_width() -> None:
     config = Mamba2Config()
     shrink(config, 1)
     assert config.num_heads * config.head_dim == config.expand * config.hidden_size
+    _run(config)
+
+
+def test_states_beside_attention_follow_the_width() -> None:
+    """As in Falcon-H1-34B, where they are twice as wide as the residual."""
+    config = FalconH1Config(mamba_d_ssm=8192, mamba_n_heads=32, mamba_d_head=256)
+    shrink(config, 1)
+    assert config.mamba_n_heads * config.mamba_d_head == config.mamba_d_ssm == 2 * config.hidden_size
     _run(config)
 
 

@@ -434,7 +434,7 @@ REFUSALS = {
     by_read_only_site: "cannot be written: token ids are the prompt",
     by_layer_out_of_range: r"no model.layers\[96\]; this model has layers 0-3",
     by_unknown_module: "has no 'self_atn'; did you mean self_attn",
-    by_uncalled_module: "forward does not call it",
+    by_uncalled_module: "it is not called, or handed no tensors",
     by_list_output: r"index it, as in model.layers\[0\].output",
     by_uncallable: "cannot be called on a value: it needs positions",
     by_parameter_write: "never the model itself",
