@@ -99,8 +99,8 @@ _LEGEND = (
     "- **standard names**: those of the model that resolve, found by structure.",
     "- **without the points**: which of the points that have one name in every family neither a layer nor the model",
     f"  has. There are {', '.join(DIMS)}.",
-    "- **stages**, **ranks**: 2 where the model split so gives the bits (stages), or the numbers to 1e-5 (ranks), of",
-    "  one process; 1 where it does not, with the reason.",
+    "- **stages**, **ranks**: 2 where the model split so gives the bits (stages; a note says where only the numbers),",
+    "  or the numbers to 1e-5 (ranks), of one process; 1 where it does not, with the reason.",
 )
 
 _WAY_OUT = re.compile(r"[:;] use (ranks=1 and split it into stages|stages=1 and ranks) instead$")
