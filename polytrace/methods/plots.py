@@ -59,7 +59,7 @@ def heat_map(
             down = -(-len(maps) // across)
             width = across * min(14 / across, max(2.6, 0.45 * maps[0].sizes[column] + 0.8)) + 1.1
             height = down * (min(9.0, max(1.6, 0.3 * maps[0].sizes[row])) + 1.3)
-            figure = figures.Figure(figsize=(width, height), layout="constrained")
+            figure: Figure = figures.Figure(figsize=(width, height), layout="constrained")
             grid = figure.subplots(down, across, squeeze=False)
             places = list(grid.flat)
             for spare in places[len(maps) :]:
