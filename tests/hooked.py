@@ -79,7 +79,10 @@ class Both:
         reads: Sequence[tuple[str, str]] = (),
         changes: Mapping[tuple[str, str], Change] | None = None,
     ) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
-        """What the head gives for one prompt, `[tokens, vocabulary]`, and what was read, by module and side."""
+        """What the head gives for one prompt, `[tokens, vocabulary]`, and what was read, by module and side.
+
+        What the model returns, capped and scaled where it does that, is among it as `"", "output"`.
+        """
         changes = changes or {}
         seen: dict[tuple[str, str], Tensor] = {}
         handles = []
@@ -99,10 +102,11 @@ class Both:
                 handles.append(module.register_forward_pre_hook(_before(place, hook), with_kwargs=True))
         try:
             with torch.no_grad():
-                self.plain(input_ids=torch.tensor([list(ids)]), use_cache=False)
+                returned = self.plain(input_ids=torch.tensor([list(ids)]), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
+        seen["", "output"] = returned.logits
         return seen["lm_head", "output"][0], seen
 
     def out_weight(self, path: str) -> Tensor:

@@ -61,6 +61,11 @@ def ablate(
             f"{over!r}",
             where=user_line(),
         )
+    has_units = of in ("head", "neuron")
+    if units is not None and not has_units:
+        raise GraphError(f"units are heads or neurons, and of={of!r} has none: leave them out", where=user_line())
+    if reference is not None and method == "zero":
+        raise GraphError("method='zero' takes nothing from a reference: leave it out", where=user_line())
     batch, measured, numbers = prompts_of(model, prompts), as_metric(metric), layers_of(model, layers)
     places = places_in(model, batch, positions)
     others = _others(model, batch, method, over, reference, seed)
@@ -78,7 +83,6 @@ def ablate(
             with tracer.invoke(others.ids):
                 said = {number: said_by(model, number, of) for number in numbers}
                 given = said if method == "resample" else {n: _mean(tracer, v, others, over) for n, v in said.items()}
-        has_units = of in ("head", "neuron")
         chosen: list[int | None] = [*heads_of(max(counts.values()), units)] if has_units else [None]
         for row, number in enumerate(numbers):
             for place, unit in enumerate(chosen):
@@ -153,6 +157,8 @@ def _means_of(model: Model, reference: Any, layers: Sequence[int], of: str) -> d
     mapping = model.map([reference] if isinstance(reference, str) else reference, body)
     for _ in mapping:
         pass
+    if not mapping.results:
+        raise GraphError("there are no prompts in reference=", where=user_line())
     return {number: mapping.results[str(number)][None, None] for number in layers}
 
 

@@ -26,10 +26,17 @@ _WHERE = "an int, several, a text that stands in every prompt once, or for each 
 
 
 def places_in(model: Model, batch: Prompts, where: Any) -> Places:
-    """Places that a user names; None is every token. Raises GraphError for one that is not there."""
-    count = len(batch)
+    """Places that a user names; None is every token. Raises GraphError for one that is not there, and for none."""
     if where is None:
         return [list(range(length)) for length in batch.lengths]
+    found = _named(model, batch, where)
+    if not any(found):
+        raise GraphError(f"{where!r} is no token of any prompt: give positions as {_WHERE}", where=user_line())
+    return found
+
+
+def _named(model: Model, batch: Prompts, where: Any) -> Places:
+    count = len(batch)
     if isinstance(where, str):
         return [_of_text(model, batch, prompt, where) for prompt in range(count)]
     if scalar(where) is not None:

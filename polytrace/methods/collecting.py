@@ -71,7 +71,7 @@ def _picked(value: Any, positions: Positions) -> Any:
     """Of one prompt, so without pads."""
     if positions is None:
         return value
-    return value[:, positions if isinstance(positions, int) else list(positions)]
+    return value.at(positions)
 
 
 class Activations:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError, WireError
 from polytrace.lines import user_line
+from polytrace.literals import scalar
 from polytrace.methods.gates import Gate
 from polytrace.methods.imports import needs_torch
 from polytrace.methods.labels import labelled
@@ -168,7 +169,10 @@ def activation_addition(
     """
     torch = needs_torch("activation_addition")
     check_stream(of)
-    ids = [prompts_of(model, one).ids[0] for one in (positive, negative)]
+    both = [prompts_of(model, one) for one in (positive, negative)]
+    if any(len(one) != 1 for one in both):
+        raise GraphError(f"one prompt and one other, not {len(both[0])} and {len(both[1])}", where=user_line())
+    ids = [one.ids[0] for one in both]
     longest = max(map(len, ids))
     if any(len(one) < longest for one in ids):
         ids = [[*one, *[*token_ids(model, pad)] * (longest - len(one))] for one in ids]
@@ -222,7 +226,7 @@ def _rows(layer: Module, of: str, positions: Any, mask: Any) -> Any:
         kept = mask[..., None].float()
         return (residual.float() * kept).sum(1) / kept.sum(1)
     rows = residual.at(positions).float()
-    return rows if isinstance(positions, int) else rows.mean(1)
+    return rows if scalar(positions) is not None else rows.mean(1)
 
 
 def _main_direction(differences_nD: Any) -> Any:
@@ -247,10 +251,8 @@ def _in_parts(
         found = {}
         for number in layers:
             residual = getattr(model.layers[number], of)  # one prompt, without pads
-            if isinstance(positions, int):
-                found[number] = residual[:, positions].float()
-            else:
-                found[number] = (residual if positions is None else residual.at(positions)).float().mean(1)
+            rows = (residual if positions is None else residual.at(positions)).float()
+            found[number] = rows if scalar(positions) is not None else rows.mean(1)
         return found
 
     def means() -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _run(model: Model, task: Task, score: str, given: Any, top_k: int) -> tuple[
 
 
 def _score(model: Model, answers: Sequence[int], score: str) -> Any:
-    logits = model.lm_head.output[:, -1].float()
+    logits = model.output.logits[:, -1].float()
     spread = logits.softmax(-1) if score == "probability" else logits.log_softmax(-1)
     return spread[list(range(len(answers))), list(answers)].mean()
 

@@ -36,7 +36,7 @@ def knock_out_attention(
     layers around each (from layer - window // 2 on, cut at the model's ends); the paper has 9 of 48. `heads`: None is
     all. `effect` is the change of the metric against the unchanged run.
 
-    Raises GraphError for a query that would see no key.
+    Raises GraphError for a query that would see no key, and where no query sees a chosen key anyhow.
     """
     batch, measured, numbers = prompts_of(model, prompts), as_metric(metric), layers_of(model, layers)
     asking, asked = places_in(model, batch, queries), places_in(model, batch, keys)
@@ -88,9 +88,12 @@ def _blocks(batch: Prompts, asking: Places, asked: Places) -> Iterator[tuple[Any
 
 
 def _check(asking: Places, asked: Places) -> None:
-    if not any(queries and keys for queries, keys in zip(asking, asked, strict=True)):
-        raise GraphError("there are no queries or no keys: nothing would be knocked out", where=user_line())
     for prompt, (queries, keys) in enumerate(zip(asking, asked, strict=True)):
+        if not queries or not keys or min(keys) > max(queries):
+            raise GraphError(
+                f"nothing would be knocked out in prompt {prompt}: no query of {queries} sees a key of {keys}",
+                where=user_line(),
+            )
         for query in queries:
             if set(range(query + 1)) <= set(keys):
                 raise GraphError(

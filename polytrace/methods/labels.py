@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from polytrace.errors import GraphError
+from polytrace.methods.imports import needs
 
 if TYPE_CHECKING:
     from xarray import DataArray
@@ -27,11 +27,9 @@ def labelled(
     beside the numbers, as texts may repeat, and texts of `prompts` become `prompt_text`. Floating values become
     float32 or stay float64.
     """
-    try:
-        import numpy as np
-        from xarray import DataArray
-    except ImportError as error:
-        raise GraphError(f"the field's methods need {error.name}: pip install 'polytrace[methods]'") from error
+    import numpy as np
+
+    xarray = needs("xarray")
     plain = values.detach().cpu() if hasattr(values, "detach") else values
     if hasattr(plain, "is_floating_point") and plain.is_floating_point() and plain.element_size() < 4:
         plain = plain.float()  # numpy knows no bfloat16
@@ -41,4 +39,5 @@ def labelled(
         coords[f"{dim}_token"] = (dim, list(texts))
     if prompts is not None:
         coords["prompt_text"] = ("prompt", list(prompts))
-    return DataArray(array, dims=tuple(dims), coords=coords, name=name)
+    made: DataArray = xarray.DataArray(array, dims=tuple(dims), coords=coords, name=name)
+    return made

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from polytrace import functions
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
+from polytrace.methods.imports import needs
 from polytrace.methods.labels import labelled
-from polytrace.methods.places import Of, Prompts, layers_of, point_of, positions_of, prompts_of, token_ids
+from polytrace.methods.places import Of, Prompts, check_top_k, layers_of, point_of, positions_of, prompts_of, token_ids
 from polytrace.methods.unembedding import final_norm, prepare_unembedding, unembed
 from polytrace.tokenizer import token_texts
 
@@ -44,8 +45,7 @@ class Reading:
 
     def table(self, prompt: int = 0) -> DataFrame:
         """One prompt's readings as people look at them: layers down, positions across, `token 93%` in each cell."""
-        import pandas
-
+        pandas = needs("pandas")
         share = self.probability.isel(prompt=prompt)
         places = zip(share.position.values.tolist(), share.position_token.values.tolist(), strict=True)
         names = [f"{place}:{text}" for place, text in places]
@@ -119,8 +119,7 @@ def read_lens(
     places, is_whole = positions_of(batch, positions)
     ids = None if tokens is None else token_ids(model, tokens)
     vocabulary = model.description.vocab_size
-    if ids is None and (not isinstance(top_k, int) or not 1 <= top_k <= vocabulary):
-        raise GraphError(f"top_k is 1-{vocabulary}, not {top_k!r}", where=user_line())
+    top_k = check_top_k(model, top_k) if ids is None else 0
     prepare_unembedding(model)
     saved: list[Any] = []
     with model.trace() as tracer:

@@ -8,7 +8,7 @@ from polytrace import functions
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.methods.patchscopes import Scope, next_tokens, scope_of
-from polytrace.methods.places import layers_of, position_in, prompts_of, token_ids
+from polytrace.methods.places import check_top_k, layers_of, position_in, prompts_of, token_ids
 from polytrace.methods.unembedding import behind_head, prepare_unembedding
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def object_attention_lens(
             position_in(batch, prompt, place)
     numbers, count = layers_of(model, layers), len(model.layers)
     ids = None if tokens is None else token_ids(model, tokens)
+    top_k = check_top_k(model, top_k) if ids is None else 0
     touched = sorted({n for first in numbers for n in range(first, min(count, first + window))})
     prepare_unembedding(model)
     found: list[dict[int, Any]] = []

@@ -11,7 +11,7 @@ from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.methods.labels import labelled
-from polytrace.methods.places import Of, Prompts, layers_of, point_of, positions_of, prompts_of, token_ids
+from polytrace.methods.places import Of, Prompts, check_top_k, layers_of, point_of, positions_of, prompts_of, token_ids
 from polytrace.methods.unembedding import behind_head, prepare_unembedding
 from polytrace.tokenizer import token_texts
 
@@ -94,6 +94,7 @@ def patchscope(
     if is_whole and len({len(own) for own in sources.sequences}) > 1:
         raise GraphError("positions=None takes prompts of one length: give positions, or one prompt", where=where)
     ids = None if tokens is None else token_ids(model, tokens)
+    top_k = check_top_k(model, top_k) if ids is None else 0
     if not isinstance(generate, int) or generate < 0 or (ids is not None and generate):
         raise GraphError("generate is a number of tokens, and does not go with tokens=", where=where)
     into, holes = _target(model, target, where)

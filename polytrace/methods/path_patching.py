@@ -96,6 +96,8 @@ def patch_paths(
         with tracer.invoke(base.ids):  # shapes are of an invoke
             dims, groups = _groups(model, senders, numbers)
             wanted = _receivers(model, receivers)
+        if wanted is not None and not any(_is_behind(one, group) for group in groups.values() for one in wanted):
+            raise GraphError("no receiver stands behind a sender, so nothing can reach one", where=user_line())
         paths = _Paths(tracer, model, base, other, pairs, mlps == "frozen")
         paths.record_sources({sender for group in groups.values() for sender in group})
         for place, group in groups.items():

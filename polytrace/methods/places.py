@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.literals import scalar
+from polytrace.methods.imports import needs
 from polytrace.points import DIMS
 from polytrace.prompts import PromptBook
 from polytrace.standard import ROOT_VALUES
@@ -79,6 +80,7 @@ class Prompts:
 
 def prompts_of(model: Model, prompts: Any) -> Prompts:
     """Prompts of every kind that `model.trace` takes. Raises as that does."""
+    needs("xarray")  # what answers are labelled with: missed before anything has run, not behind it
     sequences = PromptBook(model.description, lambda: model.tokenizer).invoke(prompts).sequences
     given: list[str | None] = [None] * len(sequences)
     if isinstance(prompts, str):
@@ -136,6 +138,14 @@ def token_ids(model: Model, tokens: Any) -> list[int]:
     if not listed:
         raise GraphError("no token is chosen", where=user_line())
     return [_token_id(model, one) for one in listed]
+
+
+def check_top_k(model: Model, top_k: Any) -> int:
+    """How many of the most likely tokens come back. Raises GraphError for more than there are, and for none."""
+    number, vocabulary = scalar(top_k), model.description.vocab_size
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= vocabulary:
+        raise GraphError(f"top_k is 1-{vocabulary}, not {top_k!r}", where=user_line())
+    return number
 
 
 def token_of_each(model: Model, tokens: Any, prompts: int, what: str = "tokens") -> list[int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
+from polytrace.methods.imports import needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,9 +44,8 @@ def heat_map(
     colour bar, by default the array's name. `write`: values stand in their cells. `ax`: axes to draw in, of one map.
     Returns the figure. Raises GraphError for more than three dimensions, or dimensions that are not there.
     """
-    import matplotlib
+    matplotlib, figures = needs("matplotlib"), needs("matplotlib.figure")
     import numpy as np
-    from matplotlib.figure import Figure
 
     maps, row, column, facet = _maps(array, rows, columns)
     if ax is not None and len(maps) > 1:
@@ -59,7 +59,7 @@ def heat_map(
             down = -(-len(maps) // across)
             width = across * min(14 / across, max(2.6, 0.45 * maps[0].sizes[column] + 0.8)) + 1.1
             height = down * (min(9.0, max(1.6, 0.3 * maps[0].sizes[row])) + 1.3)
-            figure = Figure(figsize=(width, height), layout="constrained")
+            figure: Figure = figures.Figure(figsize=(width, height), layout="constrained")
             grid = figure.subplots(down, across, squeeze=False)
             places = list(grid.flat)
             for spare in places[len(maps) :]:
@@ -104,9 +104,7 @@ def line_plot(
     Of two dimensions each place of the other one is a curve, named in the legend. `level`: a dotted line across, such
     as the value of the unchanged run. `label`: of the vertical axis, by default the array's name. Returns the figure.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    matplotlib, figures = needs("matplotlib"), needs("matplotlib.figure")
     array = _without_single(array, {x} - {None})
     over = x or ("layer" if "layer" in array.dims else str(array.dims[-1]))
     _check_dims(array, over)
@@ -118,7 +116,7 @@ def line_plot(
             where=user_line(),
         )
     with matplotlib.rc_context(_FONT):
-        figure: Any = Figure(figsize=(6.4, 3.8), layout="constrained") if ax is None else ax.figure
+        figure: Any = figures.Figure(figsize=(6.4, 3.8), layout="constrained") if ax is None else ax.figure
         axes = figure.subplots() if ax is None else ax
         curves = [array] if not others else [array.isel({others[0]: n}) for n in range(array.sizes[others[0]])]
         names = [None] if not others else [_shown(text) for text in _texts(array, others[0])]
@@ -138,6 +136,7 @@ def line_plot(
 
 def data_frame(array: DataArray) -> DataFrame:
     """A labelled array as a table: a row for each place, columns for its labels, its tokens and its value."""
+    needs("pandas")
     named = array.rename(array.name or "value")
     numbered = {dim: range(size) for dim, size in array.sizes.items() if dim not in array.coords}
     return named.assign_coords(numbered).to_dataframe().reset_index()

@@ -14,11 +14,21 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
+from polytrace.literals import scalar
 from polytrace.methods.directions import Vectors
 from polytrace.methods.gates import AnyGate, Gate
 from polytrace.methods.imports import needs_torch
 from polytrace.methods.labels import labelled
-from polytrace.methods.places import Layers, Positions, Prompts, check_stream, layers_of, prompts_of, token_ids
+from polytrace.methods.places import (
+    Layers,
+    Positions,
+    Prompts,
+    check_stream,
+    check_top_k,
+    layers_of,
+    prompts_of,
+    token_ids,
+)
 from polytrace.tokenizer import token_texts
 
 if TYPE_CHECKING:
@@ -35,7 +45,7 @@ class Steered:
     """What prompts are answered with: arrays over prompt x factor x rank, or x token where tokens were asked for."""
 
     probability: DataArray
-    logit: DataArray  # of `lm_head`
+    logit: DataArray  # of the model's forward, caps and scales included
     token: DataArray | None  # texts, most likely first; None where tokens were asked for
     token_id: DataArray | None
     rank: DataArray | None  # of the tokens that were asked for: 0 is the most likely one of the vocabulary
@@ -71,12 +81,13 @@ def steer(
         raise GraphError("factor is a number or a list of numbers, and this one is empty", where=user_line())
     plan = _plan(model, vectors, layers, positions, gate, of)
     batch, ids = prompts_of(model, prompts), None if tokens is None else token_ids(model, tokens)
+    top_k = check_top_k(model, top_k) if ids is None else 0
     saved = []
     with model.trace() as tracer:
         for one in factors:
             with tracer.invoke(batch.ids):
                 plan.add(model, one)
-                logits = model.lm_head.output.at(position).float()
+                logits = model.output.logits.at(position).float()
                 spread = logits.softmax(-1)
                 if ids is None:
                     values, found = spread.topk(top_k)
@@ -182,7 +193,7 @@ def _opened(score: Any, positions: Positions, residual: Any) -> Any:
     is_open = (score > 0).float()
     if is_of_tokens and positions is not None:
         is_open = is_open.at(positions)
-    elif not is_of_tokens and (positions is None or not isinstance(positions, int)):
+    elif not is_of_tokens and scalar(positions) is None:
         is_open = is_open[:, None]
     return is_open[..., None]
 
@@ -199,7 +210,7 @@ def _plan(
         of = of or vectors.of
     else:
         chosen = layers_of(model, layers)
-        own = torch.as_tensor(vectors, dtype=torch.float32)
+        own = _tensor(vectors)
     of = of or "resid_post"
     check_stream(of, RESIDUAL)
     hidden = model.description.hidden_size
@@ -215,6 +226,15 @@ def _plan(
     if isinstance(gate, Gate):
         _check_gate(model, gate, chosen, of)
     return _Plan(vectors=own.float(), layers=chosen, positions=positions, gate=gate, of=of)
+
+
+def _tensor(vectors: Any) -> Any:
+    torch = needs_torch("steering")
+    try:
+        return torch.as_tensor(vectors, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        told = f"vectors are a tensor or Vectors, not {type(vectors).__name__}"
+        raise GraphError(told, where=user_line()) from error
 
 
 def _check_gate(model: Model, gate: Gate, layers: Sequence[int], of: str) -> None:

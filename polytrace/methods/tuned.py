@@ -134,8 +134,18 @@ def tuned_lens(
     The translators that are used are uploaded once and stay with the service. `of`: "resid_post", so that layers are
     those of `logit_lens` (the last one has no translator), or "resid_pre", as the `tuned-lens` package counts.
     """
-    translate = lens.translation(model, of)
+    translate = as_tuned_lens(lens).translation(model, of)
     return read_lens(model, prompts, layers, positions, top_k=top_k, tokens=tokens, of=of, translate=translate)
+
+
+def as_tuned_lens(lens: Any) -> TunedLens:
+    """The same. Raises GraphError for what is none."""
+    if not isinstance(lens, TunedLens):
+        raise GraphError(
+            f"a tuned lens is a TunedLens, from TunedLens.load(folder) or train_tuned_lens, not {lens!r}",
+            where=user_line(),
+        )
+    return lens
 
 
 def _read_config(path: Path, where: str) -> dict[str, Any]:

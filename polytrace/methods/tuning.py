@@ -16,7 +16,7 @@ from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.methods.labels import labelled
 from polytrace.methods.places import Of, layers_of, point_of, residual_leaf
-from polytrace.methods.tuned import TunedLens
+from polytrace.methods.tuned import TunedLens, as_tuned_lens
 from polytrace.methods.unembedding import FinalNorm, behind_head, final_norm, prepare_unembedding, unembed
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def lens_divergence(
     """
     numbers = layers_of(model, layers)
     prepare_unembedding(model)
-    translate = lens.translation(model, of) if lens is not None else None
+    translate = as_tuned_lens(lens).translation(model, of) if lens is not None else None
 
     def body() -> dict[str, Any]:
         said = behind_head(model, model.lm_head.output).float().log_softmax(-1)

@@ -39,7 +39,7 @@ def effect_by_hand(served: Both, layer: int, head: int, mean: Tensor, score: str
 
     found = []
     for ids, answer in zip(CORRUPTED, ANSWERS, strict=True):
-        both_ways = [served.run(ids, changes=changes)[0][-1] for changes in ({place: change}, {})]
+        both_ways = [served.run(ids, changes=changes)[1]["", "output"][0, -1] for changes in ({place: change}, {})]
         told = [one.softmax(-1) if score == "probability" else one.log_softmax(-1) for one in both_ways]
         found.append(told[0][answer] - told[1][answer])
     return torch.stack(found).mean()

@@ -45,7 +45,7 @@ def steered_by_hand(
 ) -> Tensor:
     places = {layer: (served.names.layer(layer), side) for layer in layers}
     changes = {place: added(factor * VECTORS[layer], positions, weights) for layer, place in places.items()}
-    return served.run(ids, changes=changes)[0][-1]
+    return served.run(ids, changes=changes)[1]["", "output"][0, -1]
 
 
 @pytest.mark.parametrize(("site", "side"), [("resid_post", "output"), ("resid_pre", "input")])

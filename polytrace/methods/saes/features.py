@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
+from polytrace.methods.imports import needs
 from polytrace.methods.labels import labelled
 from polytrace.methods.places import Prompts, positions_of, prompts_of
 from polytrace.methods.saes.autoencoder import SparseAutoencoder
@@ -30,8 +31,7 @@ class Features:
 
     def table(self, prompt: int = 0) -> DataFrame:
         """One prompt: a row a token, a column a rank or feature; what is not active is left blank."""
-        import pandas
-
+        pandas = needs("pandas")
         own = self.activation.isel(prompt=prompt)
         cells: list[list[str]] = []
         for row in range(own.sizes["position"]):
