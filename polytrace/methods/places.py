@@ -163,7 +163,12 @@ def value_of(model: Model, number: int, of: Of) -> Any:
         return of(layer)
     if of not in GIVEN and of not in OF_LAYERS:
         raise GraphError(f"a layer has no {of!r}; it has {', '.join((*GIVEN, *OF_LAYERS))}", where=user_line())
-    return getattr(layer, GIVEN.get(of, of))
+    point = GIVEN.get(of, of)
+    if point not in layer.points:  # in hybrids only some layers attend, or have an MLP
+        found = [other for other, one in enumerate(model.layers) if point in one.points]
+        if found:
+            raise GraphError(f"layer {number} has no {of}: give layers={found}, those that have it", where=user_line())
+    return getattr(layer, point)
 
 
 def point_of(layer: Module, of: Of) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from families import model_of
+from padded_families import MIXING, model_from
 from small import loaded
 
 from polytrace import methods
@@ -60,6 +61,14 @@ def test_integers_of_numpy_are_integers(world: Any, tmp_path: Path) -> None:
     assert methods.logit_lens(world, CLEAN, layers=2, top_k=np.int64(3)).probability.sizes["rank"] == 3  # type: ignore[arg-type]
     kept = methods.collect_activations(world, [CLEAN, SHORT], to=tmp_path, layers=2, positions=last)  # type: ignore[arg-type]
     assert torch.equal(kept.array("resid_post.2")[0] - kept.array("resid_post.2")[1], plain[2])
+
+
+def test_a_layer_without_attention_names_those_that_attend(tmp_path: Path) -> None:
+    with loaded(model_from(MIXING["jamba"]), tmp_path) as model:
+        lead = methods.logit_difference(3, 50)
+        with pytest.raises(GraphError, match=r"layer 0 has no z: give layers=\[1, 3\]"):
+            methods.ablate(model, [5, 9, 23], lead, method="zero")
+        assert methods.ablate(model, [5, 9, 23], lead, method="zero", layers=[1, 3]).effect.sizes["layer"] == 2
 
 
 @pytest.fixture(scope="module")
