@@ -25,6 +25,8 @@ def classes() -> Mapping[str, tuple[Any, ...]]:
     found: dict[str, list[Any]] = {}
     for config in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+        if not kind.__module__.startswith("transformers."):  # somebody has registered a class of their own
+            continue
         kinds = found.setdefault(kind.__name__, [])
         if config not in kinds:
             kinds.append(config)

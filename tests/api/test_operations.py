@@ -177,8 +177,11 @@ def test_a_new_controller_brings_everything_back_finishes_what_was_accepted_and_
     os.kill(controller, signal.SIGKILL)
     wait_until(lambda: service.child("controller") not in (controller, None), 60, service)
     wait_until(lambda: not before & set(service.shards()), 30, service)
+    wait_until(
+        lambda: len(service.shards()) == 4, 240, service
+    )  # until there are new ones the last controller's word stands
     wait_until(lambda: set(service.replicas().values()) == {"ready"} and len(service.replicas()) == 2, 240, service)
-    wait_until(lambda: service.is_ready("other"), 240, service)
+    wait_until(lambda: service.is_ready("tiny") and service.is_ready("other"), 240, service)
     status = service.http.get(f"/v1/requests/{accepted['id']}", params={"wait": 30}).json()
     assert status["state"] == "done", status
     assert all_answers(service) == calm and all_answers(service, "other") == calm
