@@ -36,7 +36,8 @@ def append(name: str, *, config: Mapping[str, Any], figures: Mapping[str, Any], 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
     with path.open("a") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
+        # where somebody has the repository says nothing about the figures
+        file.write(json.dumps(line, allow_nan=False).replace(f"{ROOT}/", "") + "\n")
     return path
 
 

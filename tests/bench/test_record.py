@@ -22,6 +22,11 @@ def test_a_line_names_commit_hardware_versions_and_configuration(tmp_path: Path)
     assert first["commit"]
 
 
+def test_a_line_does_not_tell_where_the_repository_lies(tmp_path: Path) -> None:
+    path = record.append("speed", config={"model": str(record.ROOT / "model")}, figures={}, folder=tmp_path)
+    assert json.loads(path.read_text())["config"] == {"model": "model"}
+
+
 def test_a_figure_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         record.append("speed", config={}, figures={"ratio": float("nan")}, folder=tmp_path)
