@@ -8,7 +8,6 @@ through both. Families that attend by a formula of their own run it, and are lis
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -26,6 +25,7 @@ from engine.operations import watch_operations
 from engine.own_formula import FormulaFinder, OwnFormula
 from engine.positions import numbered_modules, numbering
 from engine.shrinking import shrink
+from engine.twin_weights import draw_weights
 
 NAME = "polytrace-specimen"
 NUM_TOKENS = 9
@@ -49,10 +49,7 @@ def make_specimen(config: Any, attention: str, *, keeps_heads: bool = False) -> 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         twin: Any = kind._from_config(small, dtype=torch.float32).eval()
-        for path, parameter in twin.named_parameters():
-            if parameter.ndim > 1:
-                generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+        draw_weights(twin, has_odd_vectors=False)
     if attention == ENGINE:
         twin.set_attn_implementation(NAME)
     else:

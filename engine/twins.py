@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import tempfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +43,7 @@ from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
 from engine.trunks import Trunks
+from engine.twin_weights import draw_weights
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
 from polytrace.sources import split_operation
@@ -229,13 +229,7 @@ def _twin(config: Any, ranks: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model: PreTrainedModel = kind._from_config(small, dtype=torch.float32).eval()
-        for path, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
-            drawn = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(drawn * parameter.shape[-1] ** -0.5)
-            else:  # norms, biases, attention sinks
-                parameter.add_(0.1 * drawn)
+        draw_weights(model)
     return model
 
 

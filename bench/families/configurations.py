@@ -7,7 +7,6 @@ What the defaults leave out (a number of experts that is None) or what does not 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.shrinking import shrink
+from engine.twin_weights import draw_weights
 
 
 @cache
@@ -58,14 +58,7 @@ def tiny_model(name: str, config: Any) -> Any:
     torch.manual_seed(0)
     model: Any = kind._from_config(own, dtype=torch.float32, attn_implementation="eager").eval()
     model.set_experts_implementation("eager")
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
-            drawn = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(drawn * parameter.shape[-1] ** -0.5)
-            else:  # norms, biases, attention sinks
-                parameter.add_(0.1 * drawn)
+    draw_weights(model)
     return model
 
 
