@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peers.nnterp_program import HOLE, LAYERS, PROMPTS, RAGGED, TARGET, TARGETS, Part
+from peers.nnterp_program import HOLE, LAYERS, PROMPTS, TARGET, TARGETS, Part, ragged
 
 from polytrace import methods
 
@@ -131,18 +131,6 @@ def prompts(model: Any) -> Iterator[tuple[str, Any]]:
     with model.trace(PROMPTS):
         shares = model.next_token_probs.save()
     yield "next_token_probs_unsqueeze", shares[:, None]
-
-
-def ragged(model: Any) -> Iterator[tuple[str, Any]]:
-    with model.trace(RAGGED):
-        together = model.logits[:, -1].save()
-    yield "ragged logits in a batch", together
-    alone = []
-    for prompt in RAGGED:
-        with model.trace(prompt):
-            logits = model.logits[:, -1].save()
-        alone.append(logits)
-    yield "ragged logits one by one", torch.cat(alone)
 
 
 FUNCTIONS: tuple[Part, ...] = (
