@@ -21,14 +21,14 @@ from engine.copies import to_device
 from engine.links import Links
 from engine.ops import run_op
 from engine.slices import take_part
-from scheduling.plan import Below, Cut, Step
+from scheduling.plan import Action, Below, Cut
 
-# Of each rank, what `_Step.send` made there.
+# Of each rank, what `_Halves.send` made there.
 Received = Sequence[Sequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _Halves:
     """What travels, and what becomes of it. Both get the step's plan, the op's name and its arguments."""
 
     send: Callable[[Below, str, tuple[Any, ...], Mapping[str, Any], Links], tuple[Tensor, ...]]
@@ -37,12 +37,12 @@ class _Step:
 
 def travels(below: Below) -> bool:
     """Whether a step sends anything."""
-    return below.step not in (Step.KEEP, Step.PUT)
+    return below.action not in (Action.KEEP, Action.PUT)
 
 
 def run_apart(below: Below, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], links: Links) -> Any:
     """The value of an op of which nothing travels, from this rank's parts: its part."""
-    if below.step is Step.PUT:
+    if below.action is Action.PUT:
         return _put(below, args, links)
     return run_op(name, with_parts(below, args, links), kwargs)
 
@@ -51,15 +51,15 @@ def prepare(
     below: Below, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], links: Links
 ) -> tuple[Tensor, ...]:
     """What this rank sends for an op, from its parts. Nothing travels yet."""
-    if below.step is Step.PICK:
+    if below.action is Action.PICK:
         mine = [local for rank, local in _owners(below, links) if rank == links.rank]
         return (args[0].index_select(below.cut.dim, _numbers(mine, args[0])).movedim(below.cut.dim, 0),)
-    return _STEPS[below.step].send(below, name, args, kwargs, links)
+    return _STEPS[below.action].send(below, name, args, kwargs, links)
 
 
 def travel(below: Below, sent: tuple[Tensor, ...], links: Links) -> Received:
     """What each rank has sent; collective over the stage. Features travel from those alone that have them."""
-    if below.step is Step.PICK:
+    if below.action is Action.PICK:
         (own,) = sent
         owners = [rank for rank, _ in _owners(below, links)]
         counts = [owners.count(rank) for rank in range(links.ranks)]
@@ -77,8 +77,8 @@ def finish(
     below: Below, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], received: Received, links: Links
 ) -> Any:
     """The value of an op, from what every rank has sent: whole, or this rank's part."""
-    if below.step is not Step.PICK:
-        return _STEPS[below.step].finish(below, name, args, kwargs, received)
+    if below.action is not Action.PICK:
+        return _STEPS[below.action].finish(below, name, args, kwargs, received)
     owners = [rank for rank, _ in _owners(below, links)]
     arrived = sorted(range(len(owners)), key=lambda place: owners[place])  # stable: within a rank they ascend
     places = [0] * len(arrived)
@@ -276,9 +276,9 @@ def _added(parts: Sequence[Tensor]) -> Tensor:
 
 
 _STEPS = {
-    Step.LARGEST: _Step(_send_largest, _finish_largest),
-    Step.EXTREME: _Step(_send_extreme, _finish_extreme),
-    Step.SUM: _Step(_send_sum, _finish_sum),
-    Step.SOFTMAX: _Step(_send_softmax, _finish_softmax),
-    Step.PRODUCT: _Step(_send_product, _finish_product),
+    Action.LARGEST: _Halves(_send_largest, _finish_largest),
+    Action.EXTREME: _Halves(_send_extreme, _finish_extreme),
+    Action.SUM: _Halves(_send_sum, _finish_sum),
+    Action.SOFTMAX: _Halves(_send_softmax, _finish_softmax),
+    Action.PRODUCT: _Halves(_send_product, _finish_product),
 }

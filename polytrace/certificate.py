@@ -43,6 +43,20 @@ class Fired:
     kind: str  # "read", "write" or "write in place"
     passes: int  # in how many of the request's passes
     where: str
+    steps: int = 1  # of a generation: at how many
+    of_steps: int = 1  # ... of how many that it had
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """How one sequence of an invoke went on."""
+
+    invoke: int
+    sequence: int
+    ids: tuple[int, ...]  # new ones; the end-of-sequence token included
+    finish: str  # "length", "eos", "stop" (a text, or `tracer.stop`)
+    logprobs: tuple[float, ...] = ()  # of the ids, when asked for
+    likeliest: tuple[tuple[tuple[int, float], ...], ...] = ()  # per id: the likeliest tokens there, likeliest first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,4 +91,5 @@ class Receipt:
     notes: tuple[str, ...]
     edits: tuple[str, ...] = ()  # that its traces started from, as name@version
     kept_bytes: int = 0  # of values that stay on the service
+    generated: tuple[Generated, ...] = ()  # by invoke and sequence
     loaded_bytes: int = 0  # of constants and kept values that shards had to read, each its own: 0 when they had them

@@ -39,11 +39,13 @@ class Port(Enum):
     SCORES = "scores"  # [sequences, heads, queries, keys], scaled and soft-capped; -inf where a query sees no key
     PATTERN = "pattern"  # [sequences, heads, queries, keys], what the softmax makes of them; without an attention sink
     Z = "z"  # what each head gives to the output projection
+    # Behind the model's own output, where a prompt generates:
+    TOKEN = "token"  # [sequences, 1] int64: what each sequence goes on with, drawn from the logits of its last token
 
     @property
     def is_inner(self) -> bool:
         """Whether it is a point inside of an attention module."""
-        return self not in (Port.INPUT, Port.OUTPUT, Port.INPUTS)
+        return self not in (Port.INPUT, Port.OUTPUT, Port.INPUTS, Port.TOKEN)
 
     @property
     def is_of_pairs(self) -> bool:
@@ -90,11 +92,16 @@ Operand: TypeAlias = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """The site's rows of one invoke, `[sequences, longest, *tail]`, left-padded with zeros: a snapshot."""
+    """The site's rows of one invoke, `[sequences, longest, *tail]`, left-padded with zeros: a snapshot.
+
+    Step 0 is the prompt. At every later step of a generation an invoke has one token a sequence, so `longest` is 1.
+    """
 
     site: Site
     invoke: int
     where: str
+    step: int = 0  # the first step at which it acts
+    num_steps: int = 1  # how many: the same body at each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +117,8 @@ class Write:
     value: Ref
     in_place: bool
     where: str
+    step: int = 0  # as of Read
+    num_steps: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,14 +169,53 @@ LOG = "log"  # what the names of saves begin with that the user is told while th
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
-    """Returns a value to the user under a name."""
+    """Returns a value to the user under a name; that of a step under `name_at(name, step)`."""
 
     name: str
     value: Ref
     where: str
+    step: int | None = None  # as of Read; None: once, whenever its value is there
+    num_steps: int = 1
 
 
-Node: TypeAlias = Read | Write | Op | Call | Parameter | Constant | Mask | Save
+def name_at(name: str, step: int) -> str:
+    """The name in a result of what a save in a loop gives at a step."""
+    return f"{name}@{step}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Last:
+    """Behind a generation's loop: the first of these values that came. Values of steps that never came are absent.
+
+    An absent value makes absent what is computed from it, but for lists (`torch.stack`), which lose it.
+    """
+
+    values: tuple[Ref, ...]  # the latest step's first
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Ends sequences of an invoke behind a step at which the value is true (not zero)."""
+
+    value: Ref  # one value, or one a sequence
+    invoke: int
+    where: str
+    step: int = 0  # as of Read
+    num_steps: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """A value that an earlier step of the generation left. Made when a request is cut into steps, never sent."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    stage: int  # that has it
+    where: str
+
+
+Node: TypeAlias = Read | Write | Op | Call | Parameter | Constant | Mask | Save | Last | Stop | Carried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,10 +226,35 @@ class Graph:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from logits: transformers' processors, in its order. The default takes the likeliest."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0  # a sequence's draws depend on it, on the sequence's place in its invoke and on the step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """How the sequences of an invoke go on."""
+
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    eos: tuple[int, ...] = ()  # a sequence ends behind one of these
+    stop: tuple[str, ...] = ()  # ... or when its new text has one of these
+    logprobs: int | None = None  # log-probabilities of its tokens are told, and of so many likeliest beside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Invoke:
-    """The prompts of one `tracer.invoke(...)`, as token ids."""
+    """The prompts of one `tracer.invoke(...)`, as token ids. Several samples of a prompt are several sequences."""
 
     sequences: tuple[tuple[int, ...], ...]
+    generation: Generation | None = None  # None: it does not go on
 
     @property
     def longest(self) -> int:
@@ -245,8 +318,10 @@ def refs(operand: Operand) -> list[NodeId]:
 
 def operands(node: Node) -> tuple[NodeId, ...]:
     """The nodes whose values a node needs, in the order they stand."""
-    if isinstance(node, (Write, Save)):
+    if isinstance(node, (Write, Save, Stop)):
         return (node.value.node,)
+    if isinstance(node, Last):
+        return tuple([value.node for value in node.values])
     if isinstance(node, (Op, Call)):
         found: list[NodeId] = []
         _collect(node.args, found)

@@ -17,7 +17,7 @@ from polytrace.graph import LEAVES, Call, Graph, NodeId, Op, Operand, Parameter,
 from scheduling.checks import ModelTable, Resolved
 from scheduling.columns import Indexing, Named, Passed, find_dimension, named_places, with_narrow_index
 from scheduling.placement import PURE, Scale
-from scheduling.plan import Below, Cut, Step, ValueFacts
+from scheduling.plan import Action, Below, Cut, ValueFacts
 
 Facts = tuple[ValueFacts | None, ...]
 Cuts = dict[NodeId, Cut]  # operands that are cut
@@ -93,20 +93,20 @@ _PAIRED = frozenset(
     }
 )
 _ACROSS = {
-    "sum": Step.SUM,
-    "mean": Step.SUM,
-    "amax": Step.EXTREME,
-    "amin": Step.EXTREME,
-    "max": Step.LARGEST,
-    "min": Step.LARGEST,
-    "argmax": Step.LARGEST,
-    "argmin": Step.LARGEST,
-    "topk": Step.LARGEST,
-    "softmax": Step.SOFTMAX,
-    "log_softmax": Step.SOFTMAX,
-    "logsumexp": Step.SOFTMAX,
+    "sum": Action.SUM,
+    "mean": Action.SUM,
+    "amax": Action.EXTREME,
+    "amin": Action.EXTREME,
+    "max": Action.LARGEST,
+    "min": Action.LARGEST,
+    "argmax": Action.LARGEST,
+    "argmin": Action.LARGEST,
+    "topk": Action.LARGEST,
+    "softmax": Action.SOFTMAX,
+    "log_softmax": Action.SOFTMAX,
+    "logsumexp": Action.SOFTMAX,
 }
-_OVER_SEVERAL = frozenset({Step.SUM, Step.EXTREME})
+_OVER_SEVERAL = frozenset({Action.SUM, Action.EXTREME})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,9 @@ def lower(
     cuts: Cuts = {}
     nodes = list(graph.nodes)
     for node in lowering.touched:
-        found = lowering.step(node, {operand: cuts[operand] for operand in resolved.operands[node] if operand in cuts})
+        found = lowering.action(
+            node, {operand: cuts[operand] for operand in resolved.operands[node] if operand in cuts}
+        )
         if found is None:
             continue
         if found.result is not None and node not in kept:
@@ -145,7 +147,7 @@ def lower(
         if found.result is not None:
             cuts[NodeId(node)] = found.result
         event = nodes[node]
-        if found.step is Step.PICK and isinstance(event, Op):
+        if found.action is Action.PICK and isinstance(event, Op):
             nodes[node] = with_narrow_index(event, lowering.picks[node], found.features)
     return Lowered(below=below, graph=Graph(nodes=tuple(nodes)) if below else graph)
 
@@ -189,7 +191,7 @@ class _Lowering:
                 self._users[operand].append(node)
             if not cuts and not isinstance(event, (Read, Call, Parameter)):
                 continue
-            found = self.step(node, cuts)
+            found = self.action(node, cuts)
             if found is not None:
                 steps[node] = found
                 self.touched.append(node)
@@ -213,7 +215,7 @@ class _Lowering:
         here, there = self.points[node], self.points[user]
         return PURE not in (here, there) and here // self.scale.width == there // self.scale.width
 
-    def step(self, node: int, cuts: Cuts) -> Below | None:
+    def action(self, node: int, cuts: Cuts) -> Below | None:
         """What a node does when these of its operands are cut; None when it needs all of them whole."""
         event = self.nodes[node]
         if isinstance(event, Op):
@@ -221,7 +223,7 @@ class _Lowering:
         if isinstance(event, Write):
             return self._write(node, event, cuts) if cuts else None
         cut = None if cuts else self._source(node, event)
-        return None if cut is None else Below(step=Step.KEEP, cut=cut, result=cut)
+        return None if cut is None else Below(action=Action.KEEP, cut=cut, result=cut)
 
     def _source(self, node: int, event: object) -> Cut | None:
         known = self.facts[node]
@@ -255,7 +257,7 @@ class _Lowering:
         leaf, cut = entry[1], cuts[event.value.node]
         same = (leaf.sharded_view_dim, leaf.sharded_blocks, leaf.sharded_copies) == (cut.dim, cut.blocks, 1)
         is_last = self._last_read.get((event.site, event.invoke), -1) < node
-        return Below(step=Step.KEEP, cut=cut, result=None) if same and is_last and not leaf.of_pairs else None
+        return Below(action=Action.KEEP, cut=cut, result=None) if same and is_last and not leaf.of_pairs else None
 
     def _op(self, node: int, op: Op, cuts: Cuts) -> Below | None:
         if op.name in ("getitem", "setitem"):
@@ -271,7 +273,7 @@ class _Lowering:
             cut = cuts[first.node]
             if op.name in _ACROSS:
                 return self._across(op, cut)
-            return Below(step=Step.KEEP, cut=cut, result=cut) if op.name in _ALONE | _PAIRED else None
+            return Below(action=Action.KEEP, cut=cut, result=cut) if op.name in _ALONE | _PAIRED else None
         if op.name == "matmul" and len(op.args) == 2 and not op.kwargs:
             return self._product(op, cuts)
         return self._paired(op, cuts) if op.name in _PAIRED and len(op.args) == 2 else None
@@ -293,7 +295,7 @@ class _Lowering:
         if len(op.args) > most:
             return None
         stays = op.name in ("softmax", "log_softmax")
-        return Below(step=step, cut=cut, result=cut if stays else None, dims=dims)
+        return Below(action=step, cut=cut, result=cut if stays else None, dims=dims)
 
     def _product(self, op: Op, cuts: Cuts) -> Below | None:
         """A product of the cut last dimension with a whole vector or matrix."""
@@ -303,7 +305,7 @@ class _Lowering:
             return None
         if cuts[left].dim != len(base.shape) - 1:
             return None
-        return Below(step=Step.PRODUCT, cut=cuts[left], result=None, parts=((1, 0),))
+        return Below(action=Action.PRODUCT, cut=cuts[left], result=None, parts=((1, 0),))
 
     def _paired(self, op: Op, cuts: Cuts) -> Below | None:
         """Element by element, of two operands that broadcast."""
@@ -332,7 +334,7 @@ class _Lowering:
                 parts.append((place, dim))
             elif dim >= 0 and shape[dim] != 1:
                 return None
-        return Below(step=Step.KEEP, cut=found, result=found, parts=tuple(parts))
+        return Below(action=Action.KEEP, cut=found, result=found, parts=tuple(parts))
 
     def _shape(self, operand: Operand) -> tuple[int, ...] | None:
         if isinstance(operand, Ref):
@@ -353,12 +355,12 @@ class _Lowering:
         features = named_places(parts[found.place], cut.size) if isinstance(found, Named) else None
         if op.name == "getitem":
             if isinstance(found, Passed):
-                return Below(step=Step.KEEP, cut=cut, result=replace(cut, dim=found.dim))
+                return Below(action=Action.KEEP, cut=cut, result=replace(cut, dim=found.dim))
             if not isinstance(found, Named) or not features:
                 return None
             chosen = tuple(sorted(set(features)))
             self.picks[node] = Indexing(node=node, step=None, place=found.place, columns=features)
-            return Below(step=Step.PICK, cut=cut, result=None, features=chosen)
+            return Below(action=Action.PICK, cut=cut, result=None, features=chosen)
         value = op.args[2] if len(op.args) == 3 else None
         if isinstance(found, Passed):
             ndim = len(known.shape) + sum((part is None) - (type(part) is int) for part in parts)
@@ -372,7 +374,7 @@ class _Lowering:
         is_only = isinstance(part, list) and not any(isinstance(one, list) for one in parts if one is not part)
         if not is_alike or any(map(refs, parts)) or not (is_simple or is_only):
             return None
-        return Below(step=Step.PUT, cut=cut, result=cut, features=tuple(features), place=found.place)
+        return Below(action=Action.PUT, cut=cut, result=cut, features=tuple(features), place=found.place)
 
     def _put_everywhere(self, cut: Cut, seen: Cut, ndim: int, value: Operand, cuts: Cuts) -> Below | None:
         """In-place code that leaves the cut dimension alone: `seen` is that of what the index gives, of `ndim`."""
@@ -381,10 +383,12 @@ class _Lowering:
             return None
         dim = seen.dim - (ndim - len(shape))
         if isinstance(value, Ref) and value.node in cuts:
-            return Below(step=Step.KEEP, cut=cut, result=cut) if cuts[value.node] == replace(seen, dim=dim) else None
+            return (
+                Below(action=Action.KEEP, cut=cut, result=cut) if cuts[value.node] == replace(seen, dim=dim) else None
+            )
         if dim >= 0 and shape[dim] == cut.size:
-            return Below(step=Step.KEEP, cut=cut, result=cut, parts=((2, dim),))
-        return Below(step=Step.KEEP, cut=cut, result=cut) if dim < 0 or shape[dim] == 1 else None
+            return Below(action=Action.KEEP, cut=cut, result=cut, parts=((2, dim),))
+        return Below(action=Action.KEEP, cut=cut, result=cut) if dim < 0 or shape[dim] == 1 else None
 
 
 def split_output(module: str, table: ModelTable) -> tuple[int, int] | None:

@@ -66,7 +66,7 @@ class Cut:
     blocks: int  # equal ones side by side, each split over the ranks
 
 
-class Step(Enum):
+class Action(Enum):
     """What a node does with parts of a value. See `scheduling.below`."""
 
     KEEP = "keep"  # each rank does on its part what the node says; nothing travels
@@ -83,7 +83,7 @@ class Step(Enum):
 class Below:
     """A node that works below the gather."""
 
-    step: Step
+    action: Action
     cut: Cut  # of its operand; of what broadcasts, after that
     result: Cut | None  # of its value; None: every rank has all of it
     parts: tuple[tuple[int, int], ...] = ()  # whole operands of which a rank takes its part: (argument, dimension)
@@ -145,7 +145,7 @@ class Trunk:
     until: int  # order of the visit that a pass has to reach for all of it
 
 
-TrunkId = tuple[RequestId, int]  # the place among `Program.trunks`
+TrunkId = tuple[RequestId, int]  # whose it is, and its place among `Program.trunks`; a cache's is below 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +156,25 @@ class Keep:
     segment: int  # the sequence's, in Plan.segments
     stops: tuple[int, ...]  # as the trunk's
     outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grow:
+    """Rows of this pass that a sequence's *cache* takes in at every layer: a trunk that grows as its sequence does.
+
+    Its keys and values lie in one piece with room for `capacity` positions, so that a decode pass reads them where they
+    are. Positions before `begin` are those of the trunk that its segment forks from, which others fork from too.
+    """
+
+    trunk: TrunkId
+    segment: int  # in Plan.segments, whose rows, and whose parents', they are
+    begin: int  # the first position that the cache has; a multiple of PAGE
+    start: int  # positions from here on are new to it; those from `begin` on are there already
+    stop: int
+    capacity: int  # positions from `begin` on, a multiple of PAGE; it may be more than when it was made, never less
+
+
+PAGE = 32  # positions that attention takes at a time, counted from position 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +226,8 @@ class Program:
     below: Mapping[NodeId, Below]  # nodes that each rank works out on its part
     waves: tuple[Wave, ...]
     saves: tuple[SaveSlot, ...]
+    holds: tuple[NodeId, ...] = ()  # values that later steps of its generation need: they outlive its last wave
+    chain: Chain | None = None  # what follows it, when it is the first step of a generation
     trunks: tuple[Trunk, ...]  # by wave
     kept_bytes: int  # of all trunks, on the shard that keeps most
     live_bytes: int  # of values held at one site visit, at most
@@ -217,13 +238,36 @@ class Program:
     result_start: int = 0  # bytes before the data section of the result file
 
 
+Held = tuple[int, NodeId]  # a value of an earlier step: the step and the node in that step's program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of a generation: which program runs, and where it finds what earlier steps left."""
+
+    part: int  # index into Chain.parts
+    binds: Mapping[NodeId, Held]  # Carried nodes of the program
+    drops: tuple[Held, ...]  # what no later step needs
+    offset: int  # bytes from the start of the data section to this step's saves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """What follows the prompts of a generation: equal steps are one program."""
+
+    parts: tuple[Program, ...]
+    steps: tuple[Step, ...]  # step 1 and on
+    ending: Step | None  # behind the last step that came
+    data_bytes: int  # of all saves, had all steps come
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """Rows of one sequence, or of several that are equal. A fork has a parent, which has its rows before its own.
 
-    A trunk has none that run: they are in the store. At layer l its own rows are those of the positions `starts[l]` to
-    `stops[l]`, none when that is empty. A row that is its own from layer l on, and was not at the layer before, begins
-    as a copy of its parent's row there.
+    A trunk has none that run: they are in the store, from its start on. At layer l its own rows are those of the
+    positions `starts[l]` to `stops[l]`, none when that is empty. A row that is its own from layer l on, and was not at
+    the layer before, begins as a copy of its parent's row there.
     """
 
     parent: int | None  # index into Plan.segments
@@ -236,6 +280,9 @@ class Segment:
     skips: tuple[int, ...] = ()  # layers that its rows go around
 
 
+NO_ROWS = -1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """One invoke in this pass."""
@@ -243,8 +290,10 @@ class View:
     member: int
     invoke: int
     lengths: tuple[int, ...]  # tokens per sequence
-    segments: tuple[int, ...]  # per sequence: index into Plan.segments
+    segments: tuple[int, ...]  # per sequence: index into Plan.segments; NO_ROWS: it has ended
     kept_columns: tuple[int, ...]  # columns of the left-padded view that the head runs on, ascending
+    begins: tuple[int, ...] = ()  # per sequence: the position of its first token here; empty: 0 for all
+    is_drawing: bool = False  # its sequences' next tokens are drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +302,13 @@ class Member:
 
     program: Program
     wave: int
-    is_last_wave: bool
+    is_last_wave: bool  # of the request, as far as is known ahead
+    step: int = 0
+    part: int | None = None  # index into Chain.parts: which program this is; None: the request's first
+    binds: Mapping[NodeId, Held] = field(default_factory=dict)
+    drops: tuple[Held, ...] = ()  # once the wave has run
+    over: frozenset[int] = frozenset()  # invokes whose sequences have all ended: what is computed of them is absent
+    offset: int = 0  # bytes that its saves' offsets count from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +321,7 @@ class Plan:
     views: tuple[View, ...]
     members: tuple[Member, ...]
     keeps: tuple[Keep, ...]
+    grows: tuple[Grow, ...] = ()
     until: int  # order of the last visit that any member needs
     num_stages: int  # stages from this one on have no rows to run; they still do their prologues and transfers
     ended: tuple[RequestId, ...] = ()  # stopped between two waves: shards forget them before anything else
@@ -285,6 +341,24 @@ class Failure:
     node: NodeId | None
     message: str
     is_out_of_memory: bool = False  # perhaps for the pass's other members: it deserves a pass to itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """What an invoke's sequences go on with, as far as they have rows."""
+
+    invoke: int
+    tokens: tuple[int, ...]  # per sequence; NO_ROWS where it has ended
+    logprobs: tuple[float, ...] = ()  # of these, when asked for
+    likeliest: tuple[tuple[tuple[int, float], ...], ...] = ()  # per sequence: tokens and log-probabilities
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """Which sequences of an invoke the graph ends."""
+
+    invoke: int
+    is_over: tuple[bool, ...]  # per sequence
 
 
 class Phase(Enum):
@@ -322,4 +396,8 @@ class ShardResult:
     phases: tuple[tuple[Phase, float], ...] = ()  # with their seconds, one after another from `began`
     gathered: Mapping[RequestId, int] = field(default_factory=dict)  # of those, what each request's own nodes asked for
     loaded: Mapping[RequestId, int] = field(default_factory=dict)  # bytes of contents that it read for each request
+    drawn: Mapping[RequestId, tuple[Drawn, ...]] = field(default_factory=dict)  # by the last stage
+    stopped: Mapping[RequestId, tuple[Stopped, ...]] = field(default_factory=dict)
+    # saves that came out smaller than planned, behind the last step: by name
+    shapes: Mapping[tuple[RequestId, str], tuple[int, ...]] = field(default_factory=dict)
     values: Mapping[tuple[RequestId, str], Any] = field(default_factory=dict)  # saves, when there is no result file

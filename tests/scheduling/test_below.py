@@ -8,7 +8,7 @@ import pytest
 
 from polytrace.description import ModelDescription
 from polytrace.graph import Operand, Port, Ref
-from scheduling.plan import Below, Cut, Step
+from scheduling.plan import Action, Below, Cut
 from tests.scheduling.tiny import HIDDEN, VOCAB, WIDE, Recorder, tiny_llama
 
 PROMPT = [[1, 2, 3, 4, 5, 6]]
@@ -31,8 +31,8 @@ def split_llama(ranks: int = 2, blocks: int = 1, copies: int = 1) -> ModelDescri
     return replace(description, sites=sites, parameters=parameters)
 
 
-def steps(recorder: Recorder) -> dict[int, Step]:
-    return {node: below.step for node, below in recorder.compile().below.items()}
+def steps(recorder: Recorder) -> dict[int, Action]:
+    return {node: below.action for node, below in recorder.compile().below.items()}
 
 
 def test_one_rank_has_nothing_below() -> None:
@@ -48,8 +48,8 @@ def test_a_feature_is_picked_and_the_index_is_into_what_was_picked() -> None:
     recorder.save(one)
     program = recorder.compile()
     cut = Cut(dim=2, size=WIDE, blocks=1)
-    assert program.below[read.node] == Below(step=Step.KEEP, cut=cut, result=cut)
-    assert program.below[one.node] == Below(step=Step.PICK, cut=cut, result=None, features=(WIDE - 3,))
+    assert program.below[read.node] == Below(action=Action.KEEP, cut=cut, result=cut)
+    assert program.below[one.node] == Below(action=Action.PICK, cut=cut, result=None, features=(WIDE - 3,))
     assert program.graph.nodes[one.node].args[1] == (EVERY, EVERY, 0)  # type: ignore[union-attr]
 
 
@@ -67,21 +67,21 @@ def test_features_are_picked_of_the_columns_that_are_read() -> None:
 @pytest.mark.parametrize(
     ("name", "rest", "step"),
     [
-        ("argmax", (-1,), Step.LARGEST),
-        ("topk", (3,), Step.LARGEST),
-        ("sum", (2,), Step.SUM),
-        ("mean", ((1, 2),), Step.SUM),
-        ("amax", (-1,), Step.EXTREME),
-        ("logsumexp", (-1,), Step.SOFTMAX),
+        ("argmax", (-1,), Action.LARGEST),
+        ("topk", (3,), Action.LARGEST),
+        ("sum", (2,), Action.SUM),
+        ("mean", ((1, 2),), Action.SUM),
+        ("amax", (-1,), Action.EXTREME),
+        ("logsumexp", (-1,), Action.SOFTMAX),
     ],
 )
-def test_reductions_over_what_is_split_are_made_of_parts(name: str, rest: tuple[Operand, ...], step: Step) -> None:
+def test_reductions_over_what_is_split_are_made_of_parts(name: str, rest: tuple[Operand, ...], step: Action) -> None:
     recorder = Recorder(split_llama(), PROMPT)
     read = recorder.read(UP)
     scaled = recorder.op("mul", read, 2.0)
     made = recorder.op(name, scaled, *rest, shape=(1, 6))
     recorder.save(made)
-    assert steps(recorder) == {read.node: Step.KEEP, scaled.node: Step.KEEP, made.node: step}
+    assert steps(recorder) == {read.node: Action.KEEP, scaled.node: Action.KEEP, made.node: step}
 
 
 @pytest.mark.parametrize(("name", "rest"), [("sum", (1,)), ("argmax", ()), ("cumsum", (-1,)), ("sort", (-1,))])
@@ -117,7 +117,7 @@ def test_a_product_with_a_whole_vector_is_made_of_partial_products() -> None:
     recorder = Recorder(split_llama(), PROMPT)
     product = recorder.op("matmul", recorder.read(UP), recorder.constant((WIDE,)), shape=(1, 6))
     recorder.save(product)
-    assert recorder.compile().below[product.node].step is Step.PRODUCT
+    assert recorder.compile().below[product.node].action is Action.PRODUCT
 
 
 def test_an_edit_goes_back_in_parts_unless_somebody_reads_the_site_behind_it() -> None:
@@ -160,8 +160,8 @@ def test_rows_of_a_split_parameter_and_logits_of_a_called_head_are_picked() -> N
     recorder.save(row)
     recorder.save(likely)
     found = steps(recorder)
-    assert found[weight.node] is Step.KEEP and found[row.node] is Step.PICK
-    assert found[lens.node] is Step.KEEP and found[likely.node] is Step.LARGEST
+    assert found[weight.node] is Action.KEEP and found[row.node] is Action.PICK
+    assert found[lens.node] is Action.KEEP and found[likely.node] is Action.LARGEST
 
 
 def test_copies_of_key_value_heads_are_gathered() -> None:
@@ -176,4 +176,4 @@ def test_values_that_nobody_needs_are_not_looked_at() -> None:
     recorder.op("sort", read, -1)
     one: Ref = recorder.index(read, EVERY, EVERY, 5, shape=(1, 6))
     recorder.save(one)
-    assert recorder.compile().below[one.node].step is Step.PICK
+    assert recorder.compile().below[one.node].action is Action.PICK
