@@ -60,6 +60,19 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One token of a generation, told as soon as its step has ended."""
+
+    invoke: int
+    sequence: int  # of the invoke
+    step: int
+    id: int
+    logprob: float | None = None  # when asked for
+    likeliest: tuple[tuple[int, float], ...] = ()
+    finish: str | None = None  # as of Generated, when its sequence ends with it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PassEntry:
     """One merged pass that the request was part of."""
 
