@@ -58,7 +58,8 @@ def draw_tokens(logits_KV: Tensor, drawings: Sequence[Drawing]) -> Tensor:
         groups.setdefault(_settings(drawing.sampling), []).append((start, drawing))
         start += len(drawing.places)
     if len(groups) == 1:
-        return _draw(logits_KV, *groups, drawings)
+        (settings,) = groups
+        return _draw(logits_KV, settings, drawings)
     tokens_K = torch.empty(len(logits_KV), dtype=torch.int64, device=logits_KV.device)
     for settings, members in groups.items():
         rows = to_device([start + row for start, one in members for row in range(len(one.places))], logits_KV.device)
