@@ -406,7 +406,7 @@ class Shard:
                     at[fragment.order].append((state, fragment))
         trunks = Trunks(streams, self.store)
         attention = AttentionPass(
-            plan.pass_id, self.store, self.device, trunks if plan.keeps or streams.trunks else None
+            plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None
         )
         rows = PackedRows(streams=streams, attention=attention, trunks=trunks)
         is_last = self.links.stage == plan.num_stages - 1
@@ -445,7 +445,7 @@ class Shard:
         streams, is_output, layouts = rows.streams, levels.is_output(order), self._layouts.get(order, {})
 
         def visit(value: object) -> object:
-            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.trunks else None, layouts)
+            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.giving else None, layouts)
             for state, fragment in fragments:
                 state.run(fragment, port)
             if is_output:  # a layer's output: what is written to it belongs to the next level's rows
