@@ -20,6 +20,11 @@ from scheduling.plan import NOWHERE, PAGE, Grow, PassId, Plan, RequestId, Segmen
 REQUEST = RequestId("decoded")
 
 
+def cache(number: int) -> TrunkId:
+    """Of a sequence."""
+    return TrunkId((REQUEST, -1 - number))
+
+
 def room(positions: int) -> int:
     """Whole pages for so many."""
     return -(-positions // PAGE) * PAGE

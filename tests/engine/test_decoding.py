@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from decoded import REQUEST, Machine
+from decoded import REQUEST, Machine, cache, threads
 from torch import Tensor
 
 from scheduling.plan import TrunkId
@@ -21,10 +21,6 @@ STEPS = 6
 def text(seed: int, length: int) -> list[int]:
     random = Random(seed)
     return [random.randrange(3, 96) for _ in range(length)]
-
-
-def cache(number: int) -> TrunkId:
-    return TrunkId((REQUEST, -1 - number))
 
 
 def decode(machine: Machine, texts: list[list[int]], lengths: tuple[int, ...], capacity: int = 64) -> list[Tensor]:
