@@ -120,10 +120,11 @@ class Machine:
             self.shard.run(replace(self.plan(own), **changes))
         finally:
             handle.remove()
-        out, first = {}, 0
+        out, first = dict[object, Tensor](), 0
         for place, segment in enumerate(own.segments):
-            out[own.names.get(place)] = found[0][first : first + len(segment.head)]
-            first += len(segment.head)
+            if segment.trunk is None:
+                out[own.names[place]] = found[0][first : first + len(segment.head)]
+                first += len(segment.head)
         return out
 
     def whole(self, tokens: Sequence[int]) -> Tensor:

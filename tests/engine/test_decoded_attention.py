@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -119,7 +118,6 @@ class Crowd:
         self.lengths: dict[int, int] = {}
         self.before: dict[int, tuple[int, ...]] = {}  # numbers of caches, by number of cache
         self.begins: dict[int, int] = {}
-        shared = [96, 32]
         roots = [Text(seed * 1000, heads, width, dtype)]
         roots.append(Text(seed * 1000 + 1, heads, width, dtype).with_start_of(roots[0], 96))
         for number in range(12):
@@ -135,10 +133,9 @@ class Crowd:
             self.begins[number], self.texts[number] = begin, text
             self.lengths[number] = begin + random.randint(0 if begin else 1, 40)
         self.texts |= {100: roots[0], 101: roots[1], "beside": Text(seed + 5, heads, width, dtype)}
-        del shared
-        self._fill()
+        self.fill()
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         own = Pass(1)
         place = own.rows(100, [0] * 96)
         own.grow(cache(100), place, 0, 96)
@@ -197,3 +194,44 @@ def test_a_row_that_decodes_has_the_bits_of_a_prompt_whoever_its_neighbours_are(
                 for name in numbers:
                     expected = alone(crowd.texts[name], crowd.lengths[name], options)[-1:]
                     assert same_bits(rows[name], expected), (heads, step, name, number)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["cache", "row", "shared"])
+def test_values_that_are_not_finite_reach_the_rows_that_see_them_and_no_others(number: float, where: str) -> None:
+    options: Options = {"sliding_window": 50}
+    crowd = Crowd(3, (8, 4), 16, torch.float32)
+    whose = [name for name in range(12) if name % 4 in (1, 2)] if where == "shared" else [4]
+    position = 90 if where == "shared" else crowd.lengths[4] - (3 if where == "cache" else 0)
+    for name in (*whose, *((100, 101) if where == "shared" else ())):
+        crowd.texts[name].qkv[2][:, position, 2] = number
+    crowd.fill()
+    own = Pass(1)
+    crowd.step(own, list(range(12)))
+    rows = run(crowd.store, own, crowd.texts, options)
+    assert not all(torch.isfinite(rows[name]).all() for name in whose)
+    for name in range(12):
+        expected = alone(crowd.texts[name], crowd.lengths[name], options)[-1:]
+        assert torch.equal(rows[name].isnan(), expected.isnan())
+        assert torch.equal(rows[name].nan_to_num(7.0), expected.nan_to_num(7.0)), name
+
+
+def test_a_row_whose_pattern_somebody_writes_to_decodes_beside_rows_that_nobody_looks_at() -> None:
+    crowd = Crowd(5, (8, 4), 16, torch.float32)
+    seen: list[Tensor] = []
+    asked = 2  # a name, and its row
+
+    def visit(pairs: Any) -> None:
+        pattern = pairs.read([asked], 192)
+        seen.append(pattern)
+        pairs.write([asked], pattern * 2)
+
+    own = Pass(1)
+    crowd.step(own, list(range(6)))
+    rows = run(crowd.store, own, crowd.texts, {}, {Port.PATTERN: Point(visit=visit, rows=(asked,))})
+    length = crowd.lengths[asked]
+    torch.testing.assert_close(seen[0].sum(2), torch.ones(1, 8))
+    assert (seen[0][..., :length] > 0).all() and not seen[0][..., length:].any()
+    for name in range(6):
+        expected = alone(crowd.texts[name], crowd.lengths[name], {})[-1:]
+        assert same_bits(rows[name], expected * 2 if name == asked else expected)
