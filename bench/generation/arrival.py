@@ -33,7 +33,7 @@ def arrival(ours: Ours, running: Sequence[Program], arriving: Program, *, rounds
 
 
 def _median(found: Sequence[dict[str, Any]], name: str) -> float:
-    return statistics.median(one[name] for one in found)
+    return float(statistics.median(one[name] for one in found))
 
 
 def _round(ours: Ours, running: Sequence[Program], arriving: Program) -> dict[str, Any]:

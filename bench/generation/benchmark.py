@@ -9,15 +9,13 @@ same. Every row holds tokens against each other: ours merged, ours alone, Huggin
 
 from __future__ import annotations
 
-import gc
+import functools
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from bench import tinyworld
@@ -25,6 +23,7 @@ from bench.cones.models import folder_of
 from bench.cones.workloads import Shape, evenly, shape_of
 from bench.generation import by_hand
 from bench.generation.arrival import arrival
+from bench.generation.left import left
 from bench.generation.ours import Ours
 from bench.generation.users import User, ablating_users, plain_users, steered_users
 from bench.plain import Plain
@@ -92,7 +91,8 @@ def _run_model(config: GenerationConfig, name: str) -> dict[str, Any]:
         figures["edits"] = _edits(config, shape, ours, plain)
         figures["arrival"] = _arrival(config, shape, ours)
         figures["sharing"] = _sharing(config, shape, ours)
-        figures["left"] = _left(config, shape, ours)
+        figures["left"] = left(ours, plain_users(shape, config.short, tokens=8, new_tokens=4))
+        _say(f"short generations: {figures['left']}")
         return figures
     finally:
         ours.close()
@@ -119,7 +119,7 @@ def _steered(config: GenerationConfig, shape: Shape, ours: Ours, plain: Plain, c
     untouched = by_hand.as_one_batch(
         plain, plain_users(shape, count, tokens=config.tokens, new_tokens=config.new_tokens)
     )
-    figures = {
+    figures: dict[str, Any] = {
         "users": count,
         "one_by_one_are": len(few),
         "ratios": _ratios(seconds, "merged"),
@@ -143,11 +143,11 @@ def _edits(config: GenerationConfig, shape: Shape, ours: Ours, plain: Plain) -> 
     }
     programs = {name: ours.programs(each) for name, each in users.items()}
     contenders: dict[str, Callable[[], object]] = {
-        name: (lambda name=name: ours.merged(programs[name])) for name in programs
+        name: functools.partial(ours.merged, each) for name, each in programs.items()
     }
     contenders["plain again"] = contenders["plain"]
     seconds = race(contenders, rounds=config.rounds)
-    figures = {
+    figures: dict[str, Any] = {
         "users": config.edited_users,
         "ratios": {
             f"{name} / plain": asdict(ratio(seconds[name], seconds["plain"])) for name in seconds if name != "plain"
@@ -175,7 +175,7 @@ def _sharing(config: GenerationConfig, shape: Shape, ours: Ours) -> dict[str, An
     off = ours.programs(users, samples=config.samples, sharing="off")
     seconds = race({"on": lambda: ours.merged(on), "off": lambda: ours.merged(off)}, rounds=config.rounds)
     tokens = ours.merged(on)
-    figures = {
+    figures: dict[str, Any] = {
         "samples": config.samples,
         "prompt": config.sampled_tokens,
         "ratios": {"off / on": asdict(ratio(seconds["off"], seconds["on"]))},
@@ -183,28 +183,6 @@ def _sharing(config: GenerationConfig, shape: Shape, ours: Ours) -> dict[str, An
         "different_samples": len(set(tokens)),
     }
     _say(f"{config.samples} samples of a prompt: " + _shown(figures["ratios"]))
-    return figures
-
-
-def _left(config: GenerationConfig, shape: Shape, ours: Ours) -> dict[str, Any]:
-    """What many short generations leave behind."""
-    users = plain_users(shape, config.short // 2, tokens=8, new_tokens=4)
-    resident = psutil.Process().memory_info
-    start = time.perf_counter()
-    ours.merged(ours.programs(users))
-    gc.collect()
-    before = resident().rss
-    ours.merged(ours.programs(users))
-    took = time.perf_counter() - start
-    gc.collect()
-    figures = {
-        "generations": 2 * len(users),
-        "seconds": took,
-        "resident_mib": before / 2**20,
-        "grown_mib": (resident().rss - before) / 2**20,
-        "cache_bytes": ours.backend.shard.store.held_bytes,
-    }
-    _say(f"short generations: {figures}")
     return figures
 
 
@@ -245,7 +223,7 @@ def tell(figures: Mapping[str, Any]) -> str:
             speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in row["tokens_a_second"].items())
             lines.append(f"  {row['users']:>3} steered: {_shown(row['ratios'])}; tokens a second: {speeds}")
         lines.append(f"  edits of {model['edits']['users']} users: {_shown(model['edits']['ratios'])}")
-        arrived, shared, left = model["arrival"], model["sharing"], model["left"]
+        arrived, shared, found = model["arrival"], model["sharing"], model["left"]
         lines.append(
             f"  while a prompt of {arrived['prompt']} tokens arrives among {arrived['running']}: "
             f"{arrived['ms_between_tokens_before']:.1f} ms between tokens before, "
@@ -254,8 +232,9 @@ def tell(figures: Mapping[str, Any]) -> str:
         )
         lines.append(f"  {shared['samples']} samples of {shared['prompt']} tokens: {_shown(shared['ratios'])}")
         lines.append(
-            f"  {left['generations']} short generations: {left['cache_bytes']} bytes left in the cache, "
-            f"process {left['resident_mib']:.0f} {left['grown_mib']:+.1f} MiB, {left['seconds']:.1f} s"
+            f"  {found['generations']} short generations: {found['cache_bytes']} bytes left in the cache, "
+            f"process {found['resident_mib'][0]:.0f} MiB behind the first quarter, {found['resident_mib'][-1]:.0f} "
+            f"behind all, {found['seconds']:.1f} s"
         )
         lines += [] if _is_right(model) else ["  WRONG tokens, or something was left"]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The users' requests in polytrace: recorded as its users write them, worked out beforehand, run merged or one by one."""
+"""The requests in polytrace: recorded as its users write them, worked out beforehand, run merged or one by one."""
 
 from __future__ import annotations
 

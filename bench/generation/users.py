@@ -58,4 +58,5 @@ def ablating_users(shape: Shape, count: int, *, tokens: int, new_tokens: int) ->
 
 def _unit(width: int, seed: int) -> Tensor:
     drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed))
-    return drawn / drawn.norm()
+    unit: Tensor = drawn / drawn.norm()
+    return unit
