@@ -40,6 +40,7 @@ from polytrace.graph import (
     Op,
     Operand,
     Parameter,
+    Port,
     Read,
     Ref,
     Save,
@@ -335,6 +336,11 @@ class RequestState:
                 info = self.context.sites[node.site][0]
                 yield from self._rows(node_id, node, info, self.context.levels.of(info.order)).numbers
 
+    def reads_of(self, fragment: Fragment) -> Iterator[int]:
+        """Invokes of whose rows a fragment reads at its visit."""
+        nodes = self.program.graph.nodes
+        yield from (node.invoke for node in map(nodes.__getitem__, fragment.nodes) if isinstance(node, Read))
+
     def _is_in_place(self, write: NodeId) -> bool:
         node = self.program.graph.nodes[write]
         return isinstance(node, Write) and node.in_place
@@ -342,6 +348,8 @@ class RequestState:
     def _rows(self, node_id: NodeId, node: Read | Write, info: SiteInfo, level: int) -> RowView:
         columns = self.program.narrowed.get(node_id)
         rows = self.rows[node.invoke]
+        if info.port is Port.TOKEN:
+            return rows.drawn(columns)
         if info.rows is not Rows.ALL:
             return rows.kept(columns)
         is_inside = self.context.levels.is_inside(info.order)

@@ -1,12 +1,12 @@
 """What the sequences of a pass go on with: drawn behind the model's output, seen and changed by graphs, then told.
 
-Owns the visit of `Port.TOKEN`. The rows are those of the logits; a token stands in the row of the last token that its
-sequence has. How a token is drawn is `engine.sampling`'s.
+Owns the visit of `Port.TOKEN`. Every sequence has a token of its own, also where several have one row of the logits:
+samples of one prompt, or users with equal ones. How a token is drawn is `engine.sampling`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,8 @@ class _Going:
     view: View
     step: int
     generation: Generation
-    rows: RowView  # of the logits: its last column
+    logits: RowView  # its last column among the rows of the logits
+    rows: RowView  # ... among the tokens
 
 
 class NextTokens:
@@ -51,37 +52,44 @@ class NextTokens:
         logits: Leaf,
         links: Links,
         device: torch.device,
+        readers: Container[tuple[int, int]] = (),
     ) -> None:
+        """`readers`: members and invokes of whose tokens something is read in this pass, also where they are not told
+        because they change in a later one.
+        """
         self._logits, self._links, self._device = logits, links, device
-        self._going = [
-            _Going(
-                state=state,
-                view=view,
-                step=members[view.member].step,
-                generation=generation,
-                rows=state.rows[view.invoke].kept((max(view.lengths) - 1,)),
+        self._going: list[_Going] = []
+        for view in views:
+            state = states[view.member]
+            generation = state.program.invokes[view.invoke].generation
+            if generation is None or not (view.is_drawing or (view.member, view.invoke) in readers):
+                continue
+            rows, last = state.rows[view.invoke], (max(view.lengths) - 1,)
+            if rows.kept(last).num_rows < sum(segment != NO_ROWS for segment in view.segments):
+                continue  # somebody reads tokens, but nobody those of the last column
+            rows.first_token = sum(one.rows.num_rows for one in self._going)
+            self._going.append(
+                _Going(
+                    state=state,
+                    view=view,
+                    step=members[view.member].step,
+                    generation=generation,
+                    logits=rows.kept(last),
+                    rows=rows.drawn(last),
+                )
             )
-            for view in views
-            if view.is_drawing
-            for state in (states[view.member],)
-            for generation in (state.program.invokes[view.invoke].generation,)
-            if generation is not None
-        ]
 
     def visit(self, output: Any, visitor: Callable[[Any], Any]) -> Any:
         """Draws, lets `visitor` see and change what was drawn, and tells the requests' states. Returns the output."""
         packed_1TV = port_leaves(output)[1][self._logits.selector]
-        numbers = [row for one in self._going for row in one.rows.numbers]
+        numbers = [row for one in self._going for row in one.logits.numbers]
         rows_K = to_device(numbers, self._device, torch.long)
         logits_KV = packed_1TV[0].index_select(0, rows_K)
         if self._logits.sharded_dim is not None:
             blocks, copies = self._logits.sharded_blocks, self._logits.sharded_copies
             logits_KV = gather_whole(self._links, logits_KV, 1, blocks, copies)
         drawn_K = draw_tokens(logits_KV, [_drawing(one) for one in self._going])
-        tokens_1T = torch.zeros(packed_1TV.shape[:2], dtype=torch.int64, device=self._device)
-        tokens_1T[0].index_copy_(0, rows_K, drawn_K)
-        final_K = visitor(tokens_1T)[0].index_select(0, rows_K)
-        self._tell(logits_KV, final_K)
+        self._tell(logits_KV, visitor(drawn_K[None])[0])
         return output
 
     def _tell(self, logits_KV: Tensor, tokens_K: Tensor) -> None:
@@ -91,7 +99,7 @@ class NextTokens:
             stop = start + one.rows.num_rows
             own = tokens[start:stop]
             wrong = [token for token in own if not 0 <= token < logits_KV.shape[1]]
-            if one.state.has_failed:
+            if one.state.has_failed or not one.view.is_drawing:
                 pass
             elif wrong:
                 last = logits_KV.shape[1] - 1

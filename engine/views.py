@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.copies import to_device
 from engine.streams import LevelRows, Streams, positions_of
-from scheduling.plan import View
+from scheduling.plan import NO_ROWS, View
 
 # From (segment, position) to a row, None where there is none any more.
 Finder = Callable[[int, int], int | None]
@@ -103,6 +103,8 @@ class InvokeRows:
         self.streams = streams
         self._views: dict[tuple[int | None, tuple[int, ...] | None], RowView] = {}
         self._outputs: dict[tuple[int, tuple[int, ...] | None], RowView] = {}
+        self._drawn: dict[tuple[int, ...] | None, RowView] = {}
+        self.first_token = 0  # of the pass: the number of its first sequence's
 
     def at(self, level: int, columns: tuple[int, ...] | None) -> RowView:
         """Columns (None: all) of the invoke at a level."""
@@ -126,6 +128,28 @@ class InvokeRows:
     def kept(self, columns: tuple[int, ...] | None) -> RowView:
         """Columns of the invoke among the rows that the head runs on."""
         return self._of(None, columns)
+
+    def drawn(self, columns: tuple[int, ...] | None) -> RowView:
+        """Columns of the invoke among the tokens that are drawn: each sequence has its own, in the last column."""
+        if columns not in self._drawn:
+            view = self.view
+            begins = view.begins or (0,) * len(view.lengths)
+            ends = [
+                (segment, begin + length - 1)
+                for segment, begin, length in zip(view.segments, begins, view.lengths, strict=True)
+                if segment != NO_ROWS
+            ]
+            taken = 0  # cells are looked for sequence by sequence: equal ones have equal ends
+
+            def find(segment: int, position: int) -> int | None:
+                nonlocal taken
+                if taken == len(ends) or ends[taken] != (segment, position):
+                    return None
+                taken += 1
+                return self.first_token + taken - 1
+
+            self._drawn[columns] = RowView(view, self._named(columns), find, self.streams.device)
+        return self._drawn[columns]
 
     def _of(self, level: int | None, columns: tuple[int, ...] | None) -> RowView:
         return self._in(self.streams.at(level) if level is not None else None, columns)
