@@ -43,7 +43,8 @@ class Trunks:
         """
         stream = self._streams.inside(layer)
         count = len(self._streams.trunks) if is_all else self._streams.num_gathered
-        found = [self._kept(stream, place, layer, key_GTC.dtype) for place in self._streams.trunks[:count]]
+        places = [place for place in self._streams.trunks[:count] if stream.segments[place].stops[layer]]
+        found = [self._kept(stream, place, layer, key_GTC.dtype) for place in places]
         if found:
             key_GTC = torch.cat([key_GTC, *(key for key, _ in found)], 1)
             value_GTC = torch.cat([value_GTC, *(value for _, value in found)], 1)

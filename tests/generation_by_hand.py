@@ -76,6 +76,8 @@ class _Run:
 
     def run(self) -> ByHand:
         for step in range(self.program.num_steps):
+            if not any(self._goes(invoke, step) for invoke in range(len(self.program.invokes))):
+                break
             for invoke in range(len(self.program.invokes)):
                 if self._goes(invoke, step):
                     self._step(invoke, step)
