@@ -21,7 +21,6 @@ from generation_programs import (
     Look,
     Mix,
     Program,
-    Scale,
     SeeToken,
     Shift,
     Slot,

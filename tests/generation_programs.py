@@ -261,7 +261,9 @@ class _Author:
             elif kind == "mix" and len(self.slots) > 1:
                 parts = random.sample(self.slots[-6:], 2)
                 # A value of this block counts as one of it: what is made of it is known no earlier.
-                self.slots.append((len(self.slots), step, invoke if any(p[1:] == (step, invoke) for p in parts) else -1))
+                self.slots.append(
+                    (len(self.slots), step, invoke if any(p[1:] == (step, invoke) for p in parts) else -1)
+                )
                 found.append(Mix(self.slots[-1][0], tuple(part[0] for part in parts)))
             elif kind == "add" and (sources := self._sources(step, invoke)):
                 found.append(Add(place, random.choice(sources[-4:])))
@@ -426,7 +428,9 @@ def _write(writer: Writer, statement: Statement, slots: dict[Slot, Ref]) -> None
         writer.write(where, writer.op("setitem", writer.read(where), index, 0.0))
     elif isinstance(statement, Favour):
         seen, index = writer.read(LOGITS), (*LAST, statement.token)
-        writer.write(LOGITS, writer.op("setitem", seen, index, writer.op("add", writer.op("getitem", seen, index), 9.0)))
+        writer.write(
+            LOGITS, writer.op("setitem", seen, index, writer.op("add", writer.op("getitem", seen, index), 9.0))
+        )
     else:
         seen = writer.read(TOKEN)
         token = writer.op("getitem", seen, LAST)
