@@ -6,7 +6,7 @@ Tokens are drawn with `engine.sampling`, which `test_sampling` holds against tra
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,10 +124,8 @@ class _Run:
         return self.taken[slot]
 
     def _save(self, name: str, value: Callable[[], Tensor]) -> None:
-        try:
+        with suppress(_AbsentError):
             self.values[name] = value()
-        except _AbsentError:
-            pass
 
     def _step(self, invoke: int, step: int) -> None:
         """One forward of every sequence that goes on."""
@@ -241,10 +239,8 @@ class _Forward:
         if statement.source is None:
             tensor[:, -1] += vector(statement.seed, statement.place.width, tensor.dtype)
             return
-        try:
+        with suppress(_AbsentError):  # a write of what did not come does not fire
             tensor[:, -1] += self.of._slot(statement.source)
-        except _AbsentError:
-            pass  # a write of what did not come does not fire
 
 
 def _place(statement: Statement) -> tuple[str, str] | None:
