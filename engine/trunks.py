@@ -27,8 +27,7 @@ class Trunks:
         self._store = store
         self._keeps = streams.plan.keeps
         self._growths: dict[int, Growth] = {}  # by id of the stream
-        for grow in streams.plan.grows:
-            store.caches.hold(grow)
+        store.hold(streams.plan.grows)
 
     def decoding(self, stream: Stream) -> Decoding | None:
         """The rows that decode among those inside of a layer; None when none does."""
