@@ -28,7 +28,6 @@ from polytrace.errors import (
 
 if TYPE_CHECKING:
     from polytrace import functions as functions
-    from polytrace.certificate import Token
     from polytrace.choice import cond
     from polytrace.client import connect, load, models
     from polytrace.edits.adapters import delta, lora
@@ -62,7 +61,6 @@ __all__ = [
     "PolytraceError",
     "RunError",
     "ServiceError",
-    "Token",
     "TooLargeError",
     "Tracer",
     "UserError",
@@ -91,7 +89,6 @@ _ROOMS = {
     "Model": "model",
     "NamedState": "keeping",
     "save": "saving",
-    "Token": "certificate",
     "Tracer": "tracing",
     # not in __all__: `from polytrace import *` would hide Python's own sum, max and min
     **dict.fromkeys(("sum", "mean", "max", "min", "count", "covariance", "top_k"), "maps.combining"),

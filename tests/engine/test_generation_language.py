@@ -16,6 +16,7 @@ from torch import Tensor
 
 import polytrace
 from polytrace.errors import GraphError
+from polytrace.streaming import Piece
 
 NEW = 8
 Change = Callable[[Tensor, int], Tensor | None]  # takes what a module gave, and the step
@@ -229,7 +230,7 @@ def test_invokes_go_on_each_in_its_own_way(model: Any, plain: Any) -> None:
         with tracer.invoke(IDS, max_new_tokens=3):
             short = tracer.result
         with tracer.invoke(IDS):
-            for step in tracer.iter[1:3]:
+            for _ in tracer.iter[1:3]:
                 model.model.layers[1].output[0][:, -1] += 0.5 * source
             patched = tracer.result
         vector = source.save()
@@ -292,7 +293,7 @@ def test_an_edited_model_is_edited_at_every_step(model: Any, plain: Any) -> None
 def test_modules_masks_and_shapes_of_later_steps(model: Any, plain: Any) -> None:
     with model.generate([IDS, OTHER], max_new_tokens=3) as tracer:
         shapes, guesses = [], []
-        for step in tracer.iter[:]:
+        for _ in tracer.iter[:]:
             hidden = model.model.layers[3].output[0]
             shapes.append(tuple(hidden.shape))
             guess = model.lm_head(model.model.norm(hidden[:, -1]))
@@ -302,20 +303,34 @@ def test_modules_masks_and_shapes_of_later_steps(model: Any, plain: Any) -> None
             shapes.append(tuple(tokens.shape))
             guesses.append((hidden.at(-1) - hidden[:, -1]).abs().max().save())
         with pytest.raises(GraphError, match="step 3"):
-            model.lm_head.next(3).output
+            model.lm_head.next(3).output.sum()
     assert shapes[:3] == [(2, len(IDS), WIDTH), (2, VOCABULARY), (2, WIDTH)]
     assert shapes[3:6] == [(2, 1, WIDTH), (2, VOCABULARY), (2, WIDTH)]
     assert all(float(one) < 1e-4 for one in guesses)
 
 
 def test_tokens_are_heard_as_they_come(model: Any) -> None:
-    heard: list[polytrace.Token] = []
+    heard: list[Piece] = []
     with model.generate([IDS, OTHER], max_new_tokens=4, stream=heard.append) as tracer:
         pass
     for place, one in enumerate(tracer.result):
         assert tuple(token.id for token in heard if token.sequence == place) == one.ids
     assert [token.finish for token in heard][-2:] == ["length", "length"]
-    assert [token.id for token in model.stream(IDS, max_new_tokens=4)] == list(tracer.result[0].ids)
+    assert [piece.id for piece in model.stream(IDS, max_new_tokens=4)] == list(tracer.result[0].ids)
+
+    def forced(tracer: Any) -> None:
+        for step in tracer.iter[:]:
+            tracer.token = 40 + step
+
+    for piece in model.stream(IDS, forced, max_new_tokens=20):
+        if piece.step == 2:
+            break
+    assert piece.id == 42
+    with pytest.raises(GraphError, match="no keyword"):
+        list(model.stream(IDS, max_tokens=4))
+    with model.generate(IDS, max_new_tokens=2) as tracer:
+        pass  # it goes on behind a loop that was left
+    assert len(tracer.result.ids) == 2
 
 
 def test_logs_and_caches_of_a_generation(model: Any, capsys: pytest.CaptureFixture[str]) -> None:
