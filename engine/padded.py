@@ -4,6 +4,9 @@ In the padded layout every sequence of a pass runs the unmodified model as a bat
 nothing else, so it cannot matter what runs beside it. At a port that somebody visits all sequences stop; there their
 values lie side by side as the stream `[1, T, ...]` of the plan, for the same visitors that a packed pass has, and each
 goes on with its own part. Rows are never shared and never end early.
+
+A sequence that generates runs with a cache that the model makes itself (`engine.own_caches`): its first pass fills it
+with the prompt, and each later pass, of one token, goes on from it.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from engine.attention import AttentionPass, attending
+from engine.continuing import EarlierKeys, new_cache
 from engine.copies import to_device
 from engine.lockstep import in_step, stop
+from engine.own_caches import OwnCache
 from engine.points import Points
 from engine.side_by_side import SideBySide
 from engine.spans import SpanStore
@@ -39,6 +44,8 @@ class _Run:
     tokens: tuple[int, ...]
     streams: Streams  # of it alone
     attention: AttentionPass
+    cache: OwnCache | None  # None: it does not go on
+    begin: int  # position of its first token here
     hidden_1LD: Tensor | None  # that enters at the first layer of a later stage
     left: list[Tensor] = field(default_factory=list)  # behind the last layer of a stage that is not the last
 
@@ -53,43 +60,97 @@ class PaddedRunner(StageRunner):
         self, rows: PackedRows, hidden_1TD: Tensor | None, visits: list[Visit], *, stop_after: int | None
     ) -> Tensor | None:
         """One forward of the window for each sequence. As `StageRunner.run`."""
-        segments = rows.streams.plan.segments
-        lengths = [len(segment.tokens) for segment in segments]
+        plan = rows.streams.plan
+        running = [place for place, segment in enumerate(plan.segments) if segment.trunk is None]
+        lengths = [len(plan.segments[place].tokens) for place in running]
 
         def meet(visit: Visit, values: list[Any]) -> list[Any]:
             together = SideBySide(values, lengths, visit.layouts)
             return together.apart(_landed(visit.visitor(together.value), rows))
 
         points: dict[int, Points] = {}
-        is_one = len(segments) == 1
+        is_one = len(running) == 1
         stopping = [replace(visit, visitor=_alone(visit, rows) if is_one else _stop_at(visit)) for visit in visits]
         with ExitStack() as hooks, torch.no_grad():
-            for handle in (*self._visiting(stopping, stop_after, points), *self._following()):
+            for handle in (self._taking(), *self._visiting(stopping, stop_after, points), *self._following()):
                 hooks.callback(handle.remove)
             hooks.enter_context(self._operations(stopping, stop_after))
             runs = [
-                self._run_of(segment, rows, points, part)
-                for segment, part in zip(segments, _parts(hidden_1TD, lengths), strict=True)
+                self._run_of(place, rows, points, part)
+                for place, part in zip(running, _parts(hidden_1TD, lengths), strict=True)
             ]
             if is_one:
                 self._forward(runs[0])
             else:
                 threads = torch.get_num_threads()
                 in_step([partial(self._in_lane, run, threads) for run in runs], meet)
+        self._keep(rows, dict(zip(running, runs, strict=True)))
         left = [part for run in runs for part in run.left]
         return torch.cat(left, 1) if left else None
 
-    def _run_of(self, segment: Segment, rows: PackedRows, points: dict[int, Points], hidden_1LD: Tensor | None) -> _Run:
-        own = replace(segment, parent=None)
-        streams = Streams(replace(rows.streams.plan, segments=(own,)), 1, rows.streams.device, is_fixed=False)
+    def _run_of(self, place: int, rows: PackedRows, points: dict[int, Points], hidden_1LD: Tensor | None) -> _Run:
+        plan = rows.streams.plan
+        segment = plan.segments[place]
+        earlier = None if segment.parent is None else plan.segments[segment.parent]
+        cache = self._cache_of(place, earlier, rows)
+        own = replace(segment, parent=None if earlier is None else 0)
+        both = (own,) if earlier is None else (earlier, own)
+        streams = Streams(replace(plan, segments=both), 1, rows.streams.device, is_fixed=False)
         store = SpanStore(rows.attention.store.budget_bytes)
-        attention = AttentionPass(rows.attention.pass_id, store, rows.streams.device)
+        trunks = None if earlier is None else EarlierKeys(streams, store)
+        attention = AttentionPass(rows.attention.pass_id, store, rows.streams.device, trunks)
+        attention.has_own_cache = cache is not None
         every = range(len(segment.tokens))  # patterns are held of all rows, so that all sequences stop there
         attention.points = {
             module: {port: replace(point, rows=every if port.is_of_pairs else ()) for port, point in own_points.items()}
             for module, own_points in points.items()
         }
-        return _Run(tokens=segment.tokens, streams=streams, attention=attention, hidden_1LD=hidden_1LD)
+        return _Run(
+            tokens=segment.tokens,
+            streams=streams,
+            attention=attention,
+            cache=cache,
+            begin=segment.starts[0],
+            hidden_1LD=hidden_1LD,
+        )
+
+    def _cache_of(self, place: int, earlier: Segment | None, rows: PackedRows) -> OwnCache | None:
+        """With what a sequence runs: None when it does not go on behind this pass."""
+        plan, caches = rows.streams.plan, rows.attention.store.own_caches
+        grows = [grow for grow in plan.grows if grow.segment == place]
+        if earlier is None:
+            return new_cache(self.model) if grows else None
+        assert earlier.trunk is not None, "in the padded layout a sequence goes on from its own cache alone"
+        cache = caches.of(earlier.trunk)
+        assert cache.length == plan.segments[place].starts[0], "a cache has the tokens before"
+        is_others = any(grow.trunk != earlier.trunk for grow in grows)
+        return cache.fork() if is_others else cache
+
+    def _keep(self, rows: PackedRows, runs: dict[int, _Run]) -> None:
+        """Caches that later passes go on from."""
+        for run in runs.values():
+            if run.cache is not None:
+                run.cache.grow(len(run.tokens), self.window, rows.streams.device)
+        taken: set[int] = set()
+        for grow in rows.streams.plan.grows:
+            cache = runs[grow.segment].cache
+            assert cache is not None and grow.begin == 0, "in the padded layout each sequence has all of its tokens"
+            rows.attention.store.own_caches.keep(grow.trunk, cache.fork() if grow.segment in taken else cache)
+            taken.add(grow.segment)
+
+    def _taking(self) -> RemovableHandle:
+        """Caches that come with the root's output."""
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            run = _running.get()
+            if run is not None and run.cache is not None and not self._is_calling:
+                run.cache.take(output)
+
+        return self.model.register_forward_hook(hook)
+
+    def _first_position(self) -> int:
+        run = _running.get()
+        return 0 if run is None else run.begin
 
     def _in_lane(self, run: _Run, threads: int) -> None:
         """What torch keeps for each thread, and then the forward."""
@@ -104,7 +165,7 @@ class PaddedRunner(StageRunner):
     def _forward(self, run: _Run) -> None:
         tokens_1L = to_device([list(run.tokens)], run.streams.device)
         with _current(run), attending(run.attention), suppress(Done):
-            self.model(input_ids=tokens_1L, use_cache=False)
+            self.model(input_ids=tokens_1L, **({"use_cache": False} if run.cache is None else run.cache.arguments))
 
     def _following(self) -> Iterator[RemovableHandle]:
         """Hooks that know which sequence runs: what enters at the first layer, attends, leaves at the last."""

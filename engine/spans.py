@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.own_caches import OwnCaches
 from polytrace.errors import CapacityError
 from scheduling.plan import PassId, RequestId, TrunkId
 
@@ -39,6 +40,7 @@ class SpanStore:
         self._blocks: dict[tuple[int, PassId], tuple[Tensor, Tensor]] = {}
         self._keys: dict[RequestId, dict[tuple[TrunkId, int], tuple[Tensor, Tensor]]] = {}  # by trunk and layer
         self._outputs: dict[RequestId, dict[tuple[TrunkId, int], Tensor]] = {}
+        self.own_caches = OwnCaches(self._take, self._give_back)  # in the padded layout
 
     def put(self, layer: int, block: PassId, key_GRC: Tensor, value_GRC: Tensor) -> None:
         """Takes (no copy) the keys and values of a pass at a layer; CapacityError when the budget would be exceeded."""
@@ -97,12 +99,17 @@ class SpanStore:
         kept = [part for pair in self._keys.pop(request, {}).values() for part in pair]
         kept += self._outputs.pop(request, {}).values()
         self.held_bytes -= sum(tensor.nbytes for tensor in kept)
+        self.own_caches.forget(request)
 
     def reset(self) -> None:
         """Forgets everything, kept rows of requests included."""
         self.clear()
         for request in {*self._keys, *self._outputs}:
             self.forget(request)
+        self.own_caches.reset()
+
+    def _give_back(self, num_bytes: int) -> None:
+        self.held_bytes -= num_bytes
 
     def _take(self, num_bytes: int) -> None:
         if self.held_bytes + num_bytes > self.budget_bytes:

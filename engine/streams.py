@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.copies import to_device
-from scheduling.plan import MIN_ROWS, Plan, Segment, TrunkId, View
+from scheduling.plan import MIN_ROWS, NO_ROWS, Plan, Segment, TrunkId, View
 
 # T = rows of a level, padded
 
@@ -325,5 +325,8 @@ def padded(rows: int, multiple: int) -> int:
 def positions_of(view: View, columns: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     """Per sequence of a view: its segment, and the positions that some columns of the view have there; pads below 0."""
     longest = max(view.lengths)
-    for segment, length in zip(view.segments, view.lengths, strict=True):
-        yield segment, [column - longest + length for column in columns]
+    begins = view.begins or (0,) * len(view.lengths)
+    for segment, length, begin in zip(view.segments, view.lengths, begins, strict=True):
+        shift = begin + length - longest
+        is_there = segment != NO_ROWS
+        yield segment, [column + shift if is_there and column + length >= longest else -1 for column in columns]
