@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from engine.encoders import has_encoder
 from engine.manners import forward_names
 from engine.own_caches import OwnCache
 from engine.trunks import Trunks
@@ -20,8 +21,12 @@ def new_cache(model: PreTrainedModel) -> OwnCache:
     name = next((name for name in _NAMES if name in forward_names(model)), None)
     if name is None:
         raise ServiceError(f"{type(model).__name__} cannot generate: its forward takes no cache")
+    config = model.config.get_text_config(decoder=True)
+    if has_encoder(model):
+        both = DynamicCache(config=config), DynamicCache(config=config)
+        return OwnCache(name=name, value=EncoderDecoderCache(*both))
     has_default = getattr(model, "_supports_default_dynamic_cache", lambda: False)()
-    return OwnCache(name=name, value=DynamicCache(config=model.config.get_text_config()) if has_default else None)
+    return OwnCache(name=name, value=DynamicCache(config=config) if has_default else None)
 
 
 class EarlierKeys(Trunks):

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutput
 
 from engine.windows import Window
 from scheduling.plan import RequestId, TrunkId
+
+_ENCODED = "encoder_last_hidden_state"  # in the root's output
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,23 +33,29 @@ class OwnCache:
     name: str  # as the model's forward takes it, and its output has it
     value: Any  # the model's; None before the first forward of a family that makes it itself
     length: int = 0  # tokens that it has
+    encoded: Tensor | None = None  # the prompt, as the encoder of a model that has one made it
 
     @property
     def arguments(self) -> dict[str, Any]:
         """With what the root's forward goes on from here."""
         given = {} if self.value is None else {self.name: self.value}
+        if self.encoded is not None:
+            given["encoder_outputs"] = BaseModelOutput(last_hidden_state=self.encoded)
         return {**given, "use_cache": True}
 
     @property
     def num_bytes(self) -> int:
         """Of all tensors in it."""
-        return sum(tensor.nbytes for tensor in _tensors(self.value, set()))
+        return sum(tensor.nbytes for tensor in _tensors((self.value, self.encoded), set()))
 
     def take(self, output: Any) -> None:
         """What the root's forward gives back."""
-        found = output.get(self.name) if isinstance(output, Mapping) else None
-        if found is not None:
-            self.value = found
+        if not isinstance(output, Mapping):
+            return
+        if output.get(self.name) is not None:
+            self.value = output[self.name]
+        if output.get(_ENCODED) is not None:
+            self.encoded = output[_ENCODED]
 
     def grow(self, num_tokens: int, window: Window, device: torch.device) -> None:
         """A forward of so many tokens is over. Layers that run elsewhere count them too: models ask the first one."""
@@ -59,7 +68,7 @@ class OwnCache:
 
     def fork(self) -> OwnCache:
         """Another sequence's, which goes on from the same tokens."""
-        return OwnCache(name=self.name, value=copy.deepcopy(self.value), length=self.length)
+        return replace(self, value=copy.deepcopy(self.value))
 
 
 @dataclass(slots=True)

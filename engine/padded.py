@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from engine.attention import AttentionPass, attending
 from engine.continuing import EarlierKeys, new_cache
 from engine.copies import to_device
+from engine.encoders import beginning, has_encoder, of_decoder
 from engine.lockstep import in_step, stop
 from engine.own_caches import OwnCache
 from engine.points import Points
@@ -61,7 +62,7 @@ class PaddedRunner(StageRunner):
     ) -> Tensor | None:
         """One forward of the window for each sequence. As `StageRunner.run`."""
         plan = rows.streams.plan
-        running = [place for place, segment in enumerate(plan.segments) if segment.trunk is None]
+        running = list(rows.streams.running)
         lengths = [len(plan.segments[place].tokens) for place in running]
 
         def meet(visit: Visit, values: list[Any]) -> list[Any]:
@@ -165,7 +166,14 @@ class PaddedRunner(StageRunner):
     def _forward(self, run: _Run) -> None:
         tokens_1L = to_device([list(run.tokens)], run.streams.device)
         with _current(run), attending(run.attention), suppress(Done):
-            self.model(input_ids=tokens_1L, **({"use_cache": False} if run.cache is None else run.cache.arguments))
+            self.model(**self._arguments(run, tokens_1L))
+
+    def _arguments(self, run: _Run, tokens_1L: Tensor) -> dict[str, Any]:
+        """What the root's forward gets, the sequence's tokens first."""
+        more: dict[str, Any] = {"use_cache": False} if run.cache is None else run.cache.arguments
+        if run.begin > 0 and has_encoder(self.model):
+            return {**of_decoder(self.model, tokens_1L), **more}
+        return {"input_ids": tokens_1L, **beginning(self.model, tokens_1L.device), **more}
 
     def _following(self) -> Iterator[RemovableHandle]:
         """Hooks that know which sequence runs: what enters at the first layer, attends, leaves at the last."""

@@ -20,6 +20,7 @@ from scheduling.plan import NOWHERE, PROLOGUE, Grow, PassId, Plan, RequestId, Se
 
 REQUEST = RequestId("by hand")
 Look = Callable[[Any], Any]
+_ROOT = ("", Port.OUTPUT)
 
 
 def trunk_of(sequence: int) -> TrunkId:
@@ -119,14 +120,14 @@ def generate(
         if step > 0:
             begins = {place: len(prompts[place]) + step - 1 for place in going}
             plan = step_pass({place: found[place][-1] for place in going}, begins, num_layers)
-        root = ("", Port.OUTPUT)
 
         def seen(output: Any, logits: list[Tensor] = logits) -> Any:
             logits.append(output["logits"])
-            return looks[root](output) if root in looks else output
+            return looks[_ROOT](output) if _ROOT in looks else output
 
-        run(shard, plan, {**looks, root: seen})
-        ends = torch.tensor([len(prompts[place]) if step == 0 else 1 for place in going]).cumsum(0) - 1
+        run(shard, plan, {**looks, _ROOT: seen})
+        is_decoder = logits[0].shape[1] == len(going)  # behind an encoder, or one token each
+        ends = torch.tensor([1 if is_decoder else len(prompts[place]) for place in going]).cumsum(0) - 1
         for place, row in zip(going, ends.tolist(), strict=True):
             found[place].append(int(logits[0][0, row].argmax()))
     shard.store.forget(REQUEST)
