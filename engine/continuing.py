@@ -32,7 +32,7 @@ def new_cache(model: PreTrainedModel) -> OwnCache:
 class EarlierKeys(Trunks):
     """Keys of one sequence whose earlier ones the model's own cache has: these are the rows of the stream's trunk."""
 
-    def through(self, layer: int, key_GRC: Tensor, value_GRC: Tensor) -> tuple[Tensor, Tensor]:
+    def through(self, layer: int, key_GRC: Tensor, value_GRC: Tensor, *, is_all: bool) -> tuple[Tensor, Tensor]:
         """The stream's rows, and behind them those of the trunk. A cache that slides has lost the first ones."""
         stream = self._streams.inside(layer)
         num_own = stream.num_rows
@@ -44,3 +44,6 @@ class EarlierKeys(Trunks):
             rows[:, stream.num_reachable - earlier.shape[1] :] = earlier
             moved.append(rows)
         return moved[0], moved[1]
+
+    def keep_keys(self, layer: int, key_GRC: Tensor, value_GRC: Tensor) -> None:
+        """The model has."""
