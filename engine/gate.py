@@ -48,7 +48,7 @@ from polytrace.graph import Port
 from polytrace.sources import operation_path
 from scheduling.costs import ROUNDED_NOTE
 from scheduling.levels import Levels
-from scheduling.plan import PROLOGUE, PassId, Plan, Segment
+from scheduling.plan import PROLOGUE, Grow, PassId, Plan, Segment
 
 _LENGTHS = (9, 21)  # tokens of A and B
 _LONGER = (100, 300, 1000)  # tokens of A on a GPU
@@ -409,6 +409,7 @@ class Trial:
         *,
         has_operations: bool = True,
         sites: Sequence[SiteInfo] | None = None,
+        grows: Sequence[Grow] = (),
     ) -> None:
         """This stage's part of one forward over some segments, with a visitor at all sites that it owns, or at some."""
         links = self.links
@@ -419,6 +420,7 @@ class Trial:
             views=(),
             members=(),
             keeps=(),
+            grows=tuple(grows),
             until=PROLOGUE,
             num_stages=links.stages,
         )

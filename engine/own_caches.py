@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -71,15 +71,22 @@ class OwnCache:
         return replace(self, value=copy.deepcopy(self.value))
 
 
+class Kept(Protocol):
+    """With what a sequence goes on."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
 @dataclass(slots=True)
 class OwnCaches:
     """Those of one shard. `take_bytes` refuses more than there is room for; `free_bytes` gives back."""
 
     take_bytes: Callable[[int], None]
     free_bytes: Callable[[int], None]
-    _held: dict[RequestId, dict[TrunkId, tuple[OwnCache, int]]] = field(default_factory=dict)
+    _held: dict[RequestId, dict[TrunkId, tuple[Kept, int]]] = field(default_factory=dict)
 
-    def keep(self, trunk: TrunkId, cache: OwnCache) -> None:
+    def keep(self, trunk: TrunkId, cache: Kept) -> None:
         """From now on this is the sequence's; CapacityError when there is no room for it."""
         held = self._held.setdefault(trunk[0], {})
         before = held[trunk][1] if trunk in held else 0
@@ -89,7 +96,7 @@ class OwnCaches:
         self.take_bytes(num_bytes)
         held[trunk] = cache, num_bytes
 
-    def of(self, trunk: TrunkId) -> OwnCache:
+    def of(self, trunk: TrunkId) -> Kept:
         """A sequence's, as the last pass left it."""
         return self._held[trunk[0]][trunk][0]
 

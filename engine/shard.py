@@ -26,6 +26,7 @@ from engine.copies import to_device
 from engine.encoders import has_encoder, why_one_stage
 from engine.fragments import RequestState, ShardContext
 from engine.gate import Trial, WrongMannerError, run_gate
+from engine.going_on import check_caches
 from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
@@ -159,7 +160,8 @@ class Shard:
             levels=Levels(self.probe.sites, self.probe.layout.layers),
             operations={},
         )
-        return replace(report, checks=check_names(trial, report, parameters))
+        notes = report.notes if self.probe.manner.layout is PassLayout.PACKED else report.notes + check_caches(trial)
+        return replace(report, notes=notes, checks=check_names(trial, report, parameters))
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""
