@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.caches import Caches
+from engine.own_caches import OwnCaches
 from polytrace.errors import CapacityError
 from scheduling.plan import Grow, PassId, RequestId, TrunkId
 
@@ -42,6 +43,7 @@ class SpanStore:
         self._keys: dict[RequestId, dict[tuple[TrunkId, int], tuple[Tensor, Tensor]]] = {}  # by trunk and layer
         self._outputs: dict[RequestId, dict[tuple[TrunkId, int], Tensor]] = {}
         self.caches = Caches(self._take, self._give)
+        self.own_caches = OwnCaches(self._take, self._give)  # of the padded layout
 
     def put(self, layer: int, block: PassId, key_GRC: Tensor, value_GRC: Tensor) -> None:
         """Takes (no copy) the keys and values of a pass at a layer; CapacityError when the budget would be exceeded."""
@@ -108,6 +110,7 @@ class SpanStore:
         kept += self._outputs.pop(request, {}).values()
         self._give(sum(tensor.nbytes for tensor in kept))
         self.caches.forget(request)
+        self.own_caches.forget(request)
 
     def reset(self) -> None:
         """Forgets everything, kept rows of requests included."""
@@ -115,6 +118,7 @@ class SpanStore:
         for request in {*self._keys, *self._outputs}:
             self.forget(request)
         self.caches.reset()
+        self.own_caches.reset()
 
     def _give(self, num_bytes: int) -> None:
         self.held_bytes -= num_bytes
