@@ -28,11 +28,13 @@ from api import problems
 from api.catalogue import Deployment
 from api.contents import DEFAULT_OWNER
 from api.edit_routes import EditRoutes
+from api.event_routes import EventRoutes
 from api.keeping import KeepingRoutes
 from api.logs import logs_since
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
+from api.streams import Streams
 from api.uploads import receive
 from api.waiting import Waiting
 from api.worker import Verdict
@@ -57,6 +59,8 @@ class Gateway:
         self._deployments = Deployments(store, checker)
         self._waiting = Waiting(store)
         self._edits = EditRoutes(store, settings, checker, self._deployments, owner_of)
+        self._streams = Streams(store, self._waiting)
+        self._events = EventRoutes(store, self._waiting, self._streams, _plain)
         self._keeping = KeepingRoutes(store.contents, owner_of, upload_idle_s=settings.upload_idle_s)
 
     def app(self) -> FastAPI:
@@ -83,6 +87,7 @@ class Gateway:
         v1.add_api_route("/requests/{request_id}", self.cancel, methods=["DELETE"])
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["GET"])
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["HEAD"], include_in_schema=False)
+        self._events.add_to(v1)
         self._edits.add_to(v1)
         self._keeping.add_to(v1)
         app.include_router(v1)
@@ -227,7 +232,9 @@ class Gateway:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         bell = self._store.gateway_bell
+        events_bell = self._store.events_bell
         loop.add_reader(bell.listen(), self._on_bell)
+        loop.add_reader(events_bell.listen(), self._on_events_bell)
         self._deployments.ring()
         self._checker.start()
         self._store.contents.give_up_uploads()
@@ -237,12 +244,17 @@ class Gateway:
         finally:
             purging.cancel()
             loop.remove_reader(bell.listen())
+            loop.remove_reader(events_bell.listen())
             self._checker.close()
 
     def _on_bell(self) -> None:
         self._store.gateway_bell.quiet()
         self._waiting.ring()
         self._deployments.ring()
+
+    def _on_events_bell(self) -> None:
+        self._store.events_bell.quiet()
+        self._streams.ring()
 
     async def _require_key(self, request: Request) -> None:
         if self._key is None:

@@ -84,4 +84,4 @@ def _finished(end: Done | Finished) -> Finished:
         for slot in end.program.saves
         if slot.file is not None
     )
-    return Finished(request=end.program.request, header=header, left=tuple(places))
+    return Finished(request=end.program.request, header=header, left=tuple(places), generated=end.receipt.generated)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.config import Wanted
+from polytrace.certificate import Generated
 from polytrace.errors import PolytraceError, WireError
 from polytrace.graph import Request
 from polytrace.wire import decode_request
@@ -109,6 +110,7 @@ class Finished:
     header: bytes | None = None  # of its result file, exactly as long as the room kept free; None when it failed
     error: PolytraceError | None = None  # CancelledError when its owner cancelled it
     left: tuple[Place, ...] = ()  # what stays on the service when there is no error
+    generated: tuple[Generated, ...] = ()  # how its sequences went on
 
 
 class RequestStore(Protocol):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from polytrace.certificate import Receipt
+from polytrace.certificate import Receipt, Token
 from polytrace.description import ModelDescription, PassLayout
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, TooLargeError
 from scheduling.checks import table_of
@@ -69,6 +69,7 @@ class Progress:
     logs: tuple[Logged, ...] = ()  # of these passes
     result_start: int = 0  # as of `Program`: where their slots are counted from
     values: Mapping[str, Any] = field(default_factory=dict)  # of logs, when the program has no result file
+    tokens: tuple[Token, ...] = ()  # of a generation, since the last word
 
 
 class _Job:
