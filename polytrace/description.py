@@ -10,7 +10,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -252,6 +252,16 @@ class ModelDescription:
     codes: tuple[SourceCode, ...] = ()
     sources: tuple[SourceInfo, ...] = ()
     chat: ChatFormat | None = None  # how conversations become prompts; None: the model came without a chat template
+
+
+def logits_of(sites: Iterable[SiteInfo]) -> tuple[SiteInfo, Leaf] | None:
+    """The logits that the model returns; None when it returns none."""
+    for info in sites:
+        if info.module == "" and info.port is Port.OUTPUT:
+            for leaf in info.leaves:
+                if leaf.selector == ("logits",) and len(leaf.tail) == 1:
+                    return info, leaf
+    return None
 
 
 def index_sites(description: ModelDescription) -> dict[Site, tuple[SiteInfo, Leaf]]:
