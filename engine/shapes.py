@@ -289,7 +289,7 @@ class _Walk:
         if count not in (1, num_sequences):
             told = "several values" if not isinstance(value, Meta) else f"shape {list(value.shape)}"
             raise GraphError(
-                f"tracer.stop(when=value) takes one value, or one for each of the {num_sequences} sequences; it has {told}",
+                f"tracer.stop(when=value) takes one value, or one for each of {num_sequences} sequences, not {told}",
                 where=node.where,
             )
 

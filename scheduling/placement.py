@@ -48,7 +48,7 @@ def scale_of(description: ModelDescription) -> Scale:
 
 
 def find_live(graph: Graph, resolved: Resolved, holds: Collection[int] = ()) -> list[bool]:
-    """Per node, whether a save or a write needs it, or it is one: writes always count, as do tokens and what is held."""
+    """Per node, whether a save or a write needs it, or it is one: writes always count, and tokens, and what is held."""
     live = [isinstance(node, (Save, Write, Stop)) or is_token(node) for node in graph.nodes]
     for node in holds:
         live[node] = True

@@ -313,7 +313,7 @@ class Member:
     binds: Mapping[NodeId, NodeId] = field(default_factory=dict)  # as of Step
     holds: Mapping[NodeId, NodeId] = field(default_factory=dict)
     drops: tuple[NodeId, ...] = ()  # once its last wave has run
-    over: frozenset[int] = frozenset()  # invokes whose sequences have all ended: what is computed of them is absent
+    absent: frozenset[NodeId] = frozenset()  # nodes that do not come: see `scheduling.absence`
     offset: int = 0  # bytes that its saves' offsets count from
 
 

@@ -49,6 +49,7 @@ class Compile(Protocol):
 
 
 TOKEN = Site(module="", port=Port.TOKEN)
+GENERATE = "generate"  # where the reads stand that are drawn for
 ENDING = 1 << 30  # the step of what stands behind the loop
 _ALIGN = 16  # bytes: each step's saves begin at a multiple
 
@@ -159,7 +160,7 @@ class Cutter:
         if step != ENDING:
             for place, invoke in enumerate(invokes):
                 if invoke.generation is not None and invoke.generation.max_new_tokens > step:
-                    nodes.append(Read(site=TOKEN, invoke=place, where="generate"))
+                    nodes.append(Read(site=TOKEN, invoke=place, where=GENERATE))
         own = invokes if step == 0 else tuple([_one_column(one, step) for one in invokes])
         return CutStep(
             request=replace(self.request, graph=Graph(nodes=tuple(nodes)), invokes=own, keeps=self._keeps(nodes)),
