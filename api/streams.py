@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -55,7 +56,8 @@ class Streams:
                     if status.state.is_final:
                         yield status
                     return
-                done, _ = await asyncio.wait({rung, ended}, timeout=IDLE_S, return_when=asyncio.FIRST_COMPLETED)
+                either: set[asyncio.Future[Any]] = {rung, ended}
+                done, _ = await asyncio.wait(either, timeout=IDLE_S, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     yield []
         finally:

@@ -31,6 +31,8 @@ from polytrace.errors import PolytraceError, ServiceError, from_fields
 if TYPE_CHECKING:
     from torch import nn
 
+    from api.wishes import ChatWish, CompletionWish
+    from cluster.requests import Published
     from polytrace.description import ModelDescription
 
 T = TypeVar("T")
@@ -51,6 +53,15 @@ class Verdict:
         """Raises what is wrong with the request, if anything is."""
         if self.error is not None:
             raise from_fields(self.error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composed:
+    """A request that a worker made of what an OpenAI client asked for, and put where an uploaded one would be."""
+
+    verdict: Verdict
+    prompts: tuple[tuple[int, ...], ...] = ()  # as token ids
+    param: str | None = None  # the field that the verdict's error is about
 
 
 class CheckerPool:
@@ -80,6 +91,12 @@ class CheckerPool:
         `version` names the description that it is checked against.
         """
         return await self._run(_check, model, version, str(path), str(contents), certify)
+
+    async def compose(
+        self, model: str, version: str, path: Path, wish: CompletionWish | ChatWish, *, contents: Path
+    ) -> Composed:
+        """Makes the request that a wish is, as a new file, and says of it what `check` would."""
+        return await self._run(_compose, model, version, str(path), str(contents), wish)
 
     async def check_edits(self, model: str, version: str, path: Path) -> Verdict:
         """What is to be said of the edits in a file: whether they are any, and of this model."""
@@ -129,23 +146,41 @@ class _Worker:
     def __init__(self, store: Path) -> None:
         self._store = store
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
+        self._speech: dict[str, tuple[str, Any, tuple[int, ...]]] = {}
 
     def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
         if model in self._loaded and self._loaded[model][0] == version:
             return self._loaded[model][1:]
-        from api.store import Store
         from engine.loading import meta_model
         from polytrace.codec import from_json
         from polytrace.description import ModelDescription
+
+        published = self._published(model)
+        description = from_json(ModelDescription, json.loads(published.description))
+        self._loaded[model] = (version, description, meta_model(published.source, published.dtype))
+        return self._loaded[model][1:]
+
+    def speech(self, model: str, version: str) -> tuple[Any, tuple[int, ...]]:
+        """The model's tokenizer, None without one, and the tokens that end a text."""
+        if model in self._speech and self._speech[model][0] == version:
+            return self._speech[model][1:]
+        from engine.tokenizer import end_tokens
+        from polytrace.tokenizer import load_tokenizer
+
+        published = self._published(model)
+        tokenizer = None if published.tokenizer is None else load_tokenizer(published.tokenizer)
+        self._speech[model] = (version, tokenizer, end_tokens(published.source))
+        return self._speech[model][1:]
+
+    def _published(self, model: str) -> Published:
+        from api.store import Store
 
         store = Store(self._store)
         published = store.published(model)
         store.close()
         if published is None:
             raise ServiceError(f"{model} has published nothing that requests could be checked against")
-        description = from_json(ModelDescription, json.loads(published.description))
-        self._loaded[model] = (version, description, meta_model(published.source, published.dtype))
-        return self._loaded[model][1:]
+        return published
 
 
 # A pool's tasks find their process' state here; there is no other way to hand it to them.
@@ -186,6 +221,31 @@ def _check(model: str, version: str, path: str, contents: str, certify: bool) ->
     return _answered(
         model, version, lambda description, meta: _verdict(description, meta, Path(path), Path(contents), certify)
     )
+
+
+def _compose(model: str, version: str, path: str, contents: str, wish: CompletionWish | ChatWish) -> Composed:
+    from api.composing import compose
+    from api.wishes import WishError
+    from polytrace.wire import encode_request
+
+    prompts: tuple[tuple[int, ...], ...] = ()
+    param: str | None = None
+
+    def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
+        nonlocal prompts, param
+        assert _worker is not None
+        try:
+            request = compose(wish, description, *_worker.speech(model, version))
+        except WishError as error:
+            param = error.param
+            raise
+        prompts = tuple(invoke.sequences[0] for invoke in request.invokes)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.writelines(encode_request(request))
+        return _verdict(description, meta, Path(path), Path(contents), certify=False)
+
+    verdict = _answered(model, version, judge)
+    return Composed(verdict=verdict, prompts=prompts, param=param)
 
 
 def _check_edits(model: str, version: str, path: str) -> Verdict:

@@ -40,6 +40,7 @@ from scheduling.plan import (
 )
 from scheduling.policy import FirstComeFirstServed, PassPolicy, passes_in_flight, share_of
 from scheduling.receipts import Account, Logged, find_error, find_out_of_memory
+from scheduling.stopping import Decode
 
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 
@@ -73,14 +74,14 @@ class Progress:
     logs: tuple[Logged, ...] = ()  # of these passes
     result_start: int = 0  # as of `Program`: where their slots are counted from
     values: Mapping[str, Any] = field(default_factory=dict)  # of logs, when the program has no result file
-    tokens: tuple[Token, ...] = ()  # of a generation, since the last word
 
 
 class _Job:
     """A request on its way through its waves."""
 
-    def __init__(self, program: Program, number: int, now: float) -> None:
+    def __init__(self, program: Program, number: int, now: float, decode: Decode | None) -> None:
         self.program = program
+        self.decode = decode
         self.number = number  # of arrival
         self.added = now
         self.is_cancelled = False
@@ -98,7 +99,7 @@ class _Job:
         self.in_flight: list[PassId] = []
         self.started: float | None = None
         self.account = Account(self.program)
-        self.generating = None if self.program.chain is None else Generating(self.program)
+        self.generating = None if self.program.chain is None else Generating(self.program, self.decode)
 
     @property
     def now(self) -> Program:
@@ -182,8 +183,14 @@ class Scheduler:
     """One deployment's queue. Not thread-safe: its owner's loop calls it."""
 
     def __init__(
-        self, description: ModelDescription, policy: PassPolicy, *, clock: Callable[[], float] = time.monotonic
+        self,
+        description: ModelDescription,
+        policy: PassPolicy,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        decode: Decode | None = None,
     ) -> None:
+        """`decode` gives the text of tokens; without it no text ends a generation."""
         self._table = table_of(description)
         self._policy = policy
         is_packed = description.layout is PassLayout.PACKED
@@ -192,6 +199,7 @@ class Scheduler:
         self._depth = passes_in_flight(description.stages)
         self._packer = Packer(description)
         self._clock = clock
+        self._decode = decode
         self._jobs: dict[RequestId, _Job] = {}
         self._ready: list[_Job] = []  # by turn: those whose next wave may go
         self._flying: dict[PassId, list[_Job]] = {}
@@ -216,7 +224,7 @@ class Scheduler:
         """Takes a request. Its id must not be one that is still on its way."""
         assert program.request not in self._jobs, f"request {program.request} was added twice"
         self._arrivals += 1
-        job = _Job(program, self._arrivals, self._clock())
+        job = _Job(program, self._arrivals, self._clock(), self._decode)
         self._jobs[program.request] = job
         if job.generating is not None and self._cache_bytes(job.generating) > self._most_kept_bytes:
             self._end(job, _no_room(self._cache_bytes(job.generating), self._most_kept_bytes))
