@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import httpx
 
-from polytrace.backend import Result
+from polytrace.backend import HearTokens, Result, hear_no_tokens
 from polytrace.certificate import Certificate
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription
@@ -64,7 +64,13 @@ class HttpBackend:
         response = self.keeper.with_contents(request, partial(self._call, "POST", f"{self._base}/validate"))
         return from_json(Certificate, response.json())
 
-    def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
+    def run(
+        self,
+        request: Request,
+        tell: Tell = tell_nobody,
+        hear: Hear = hear_nothing,
+        hear_tokens: HearTokens = hear_no_tokens,
+    ) -> Result:
         """Raises what the service says of the request, or ServiceError when it does not answer in time."""
         deadline = time.monotonic() + self._timeout_s
         first_wait_s = _FIRST_WAIT_S if hear is hear_nothing else 0.0  # who logs wants to see how far it is at once
