@@ -30,6 +30,7 @@ from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.memory import told_out_of_memory
 from engine.named import NamedParameters
+from engine.next_tokens import NextTokens, drawn_of
 from engine.padded import PaddedRunner
 from engine.placing import describe_model
 from engine.probe import Probe, named_tensors, probe_model
@@ -46,7 +47,7 @@ from engine.twins import prove_splits
 from engine.views import InvokeRows
 from engine.withdrawing import with_checks
 from engine.writes import PortValue, apply_writes
-from polytrace.description import Limits, ModelDescription, PassLayout
+from polytrace.description import Limits, ModelDescription, PassLayout, logits_of
 from polytrace.errors import CapacityError, ServiceError
 from polytrace.graph import Port
 from polytrace.sources import SiteIndex
@@ -186,6 +187,8 @@ class Shard:
         self._ports = {info.order: ((info.module, ""), info.port) for info in description.sites}
         self._layouts = {info.order: info.layouts for info in description.sites if info.layouts}
         self._hidden_size = description.hidden_size
+        logits = logits_of(description.sites)
+        self._logits = None if logits is None else logits[1]
 
     def run(self, plan: Plan) -> ShardResult:
         """Runs this shard's part of a pass.
@@ -240,6 +243,8 @@ class Shard:
         for member, state, work in zip(plan.members, states, works, strict=True):
             for node in work.drops:
                 state.values.pop(node, None)
+            if member.wave == len(member.program.waves) - 1 and not member.is_last_wave:
+                state.end_program(member)
             if member.is_last_wave:
                 self._forget(member.program.request)
         return ShardResult(
@@ -257,6 +262,9 @@ class Shard:
             busy_seconds=watch.seconds - watch.seconds_of(Phase.WAITING),
             began=watch.began,
             phases=tuple(watch.phases),
+            drawn=drawn_of(states),
+            stopped={state.program.request: state.stopped() for state in states if state.stops},
+            shapes={(state.program.request, name): shape for state in states for name, shape in state.shapes.items()},
             values=result,
         )
 
@@ -298,7 +306,7 @@ class Shard:
             if state is None:
                 state = RequestState(member.program, self.context, sink_for(member.program, self._writer))
                 self._states[request] = state
-            state.begin_wave(member.wave, rows[place])
+            state.begin_wave(member, rows[place])
             states.append(state)
         return states
 
@@ -398,7 +406,7 @@ class Shard:
                     at[fragment.order].append((state, fragment))
         trunks = Trunks(streams, self.store)
         attention = AttentionPass(
-            plan.pass_id, self.store, self.device, trunks if plan.keeps or streams.trunks else None
+            plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None
         )
         rows = PackedRows(streams=streams, attention=attention, trunks=trunks)
         is_last = self.links.stage == plan.num_stages - 1
@@ -410,7 +418,9 @@ class Shard:
                 module=module,
                 operation=operation,
                 port=port,
-                visitor=self._visitor(fragments, rows, order),
+                visitor=self._visitor(fragments, rows, order)
+                if port is not Port.TOKEN
+                else self._token_visitor(plan, states, fragments, rows, order),
                 rows={row for state, fragment in fragments for row in state.rows_at(fragment)}
                 if port.is_of_pairs
                 else (),
@@ -435,7 +445,7 @@ class Shard:
         streams, is_output, layouts = rows.streams, levels.is_output(order), self._layouts.get(order, {})
 
         def visit(value: object) -> object:
-            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.trunks else None, layouts)
+            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.giving else None, layouts)
             for state, fragment in fragments:
                 state.run(fragment, port)
             if is_output:  # a layer's output: what is written to it belongs to the next level's rows
@@ -446,6 +456,20 @@ class Shard:
             return port.result()
 
         return visit
+
+    def _token_visitor(
+        self,
+        plan: Plan,
+        states: list[RequestState],
+        fragments: list[tuple[RequestState, Fragment]],
+        rows: PackedRows,
+        order: int,
+    ) -> Callable[[object], object]:
+        """Draws what sequences go on with, which fragments may see and change."""
+        assert self._logits is not None, "a model without logits has no tokens to be drawn"
+        next_tokens = NextTokens(plan.members, states, plan.views, self._logits, self.links, self.device)
+        visit = self._visitor(fragments, rows, order)
+        return lambda output: next_tokens.visit(output, visit)
 
     def _result(self, plan: Plan, states: list[RequestState]) -> dict[tuple[RequestId, str], Tensor]:
         values: dict[tuple[RequestId, str], Tensor] = {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.caches import Caches
 from polytrace.errors import CapacityError
 from scheduling.plan import PassId, RequestId, TrunkId
 
@@ -39,6 +40,7 @@ class SpanStore:
         self._blocks: dict[tuple[int, PassId], tuple[Tensor, Tensor]] = {}
         self._keys: dict[RequestId, dict[tuple[TrunkId, int], tuple[Tensor, Tensor]]] = {}  # by trunk and layer
         self._outputs: dict[RequestId, dict[tuple[TrunkId, int], Tensor]] = {}
+        self.caches = Caches(self._take, self._give)
 
     def put(self, layer: int, block: PassId, key_GRC: Tensor, value_GRC: Tensor) -> None:
         """Takes (no copy) the keys and values of a pass at a layer; CapacityError when the budget would be exceeded."""
@@ -67,7 +69,7 @@ class SpanStore:
         """Forgets a block at a layer; unknown blocks are fine."""
         held = self._blocks.pop((layer, block), None)
         if held is not None:
-            self.held_bytes -= held[0].nbytes + held[1].nbytes
+            self._give(held[0].nbytes + held[1].nbytes)
 
     def clear(self) -> None:
         """Forgets all blocks: the end of a pass, however it ended."""
@@ -96,13 +98,18 @@ class SpanStore:
         """Drops what is kept for a request; unknown ones are fine."""
         kept = [part for pair in self._keys.pop(request, {}).values() for part in pair]
         kept += self._outputs.pop(request, {}).values()
-        self.held_bytes -= sum(tensor.nbytes for tensor in kept)
+        self._give(sum(tensor.nbytes for tensor in kept))
+        self.caches.forget(request)
 
     def reset(self) -> None:
         """Forgets everything, kept rows of requests included."""
         self.clear()
         for request in {*self._keys, *self._outputs}:
             self.forget(request)
+        self.caches.reset()
+
+    def _give(self, num_bytes: int) -> None:
+        self.held_bytes -= num_bytes
 
     def _take(self, num_bytes: int) -> None:
         if self.held_bytes + num_bytes > self.budget_bytes:

@@ -167,6 +167,8 @@ class StageRunner:
             elif visit.port.is_inner:
                 point = Point(visit=_visiting_point(visit, is_last), rows=visit.rows)
                 points.setdefault(id(module), {})[visit.port] = point
+            elif visit.port is Port.TOKEN:  # behind all other visits of what the root returns
+                yield module.register_forward_hook(self._visiting_output(visit, is_last))
             elif visit.port is Port.INPUT:
                 yield module.register_forward_pre_hook(self._visiting_input(visit, is_last), with_kwargs=True)
             elif visit.port is Port.INPUTS:

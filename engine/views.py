@@ -114,7 +114,7 @@ class InvokeRows:
 
     def behind(self, layer: int, columns: tuple[int, ...] | None) -> RowView:
         """Columns of the invoke among the outputs of a layer, those of trunks included."""
-        if not self.streams.trunks:
+        if not self.streams.giving:
             return self._of(layer, columns)
         key = layer, columns
         if key not in self._outputs:

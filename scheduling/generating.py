@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from polytrace.certificate import Generated, Token
-from polytrace.graph import Generation, NodeId
+from polytrace.graph import NodeId
 from scheduling.absence import absent_nodes
 from scheduling.caches import Caches, SequenceId, caches_of
 from scheduling.plan import NO_ROWS, Chain, Drawn, Program, ShardResult, Step
+from scheduling.stopping import EOS, STOP, Decode, Stopping
 
 
 @dataclass(slots=True)
@@ -22,7 +23,7 @@ class _Sequence:
     """One sequence as far as it has come."""
 
     prompt: tuple[int, ...]
-    generation: Generation
+    stopping: Stopping
     tokens: list[int] = field(default_factory=list)  # new ones
     logprobs: list[float] = field(default_factory=list)
     likeliest: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
@@ -40,7 +41,8 @@ class Row:
 class Generating:
     """A generation on its way."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, decode: Decode | None = None) -> None:
+        """`decode`: as of `scheduling.stopping`."""
         assert program.chain is not None
         self.base = program
         self.chain: Chain = program.chain
@@ -49,7 +51,7 @@ class Generating:
         self.caches: Caches = caches_of(program)
         self.told: list[Token] = []  # since somebody took them
         self._sequences: dict[SequenceId, _Sequence] = {
-            (index, place): _Sequence(tokens, invoke.generation)
+            (index, place): _Sequence(tokens, Stopping(invoke.generation, decode, tokens))
             for index, invoke in enumerate(program.invokes)
             if invoke.generation is not None
             for place, tokens in enumerate(invoke.sequences)
@@ -127,7 +129,9 @@ class Generating:
         for (invoke, place), one in self._sequences.items():
             if one.finish is not None or len(one.tokens) <= self.step:
                 continue
-            one.finish = _finish(one, (invoke, place) in self._stopped)
+            one.finish = one.stopping.advance(one.tokens[-1])
+            if one.finish != EOS and (invoke, place) in self._stopped:
+                one.finish = STOP
             self.told.append(
                 Token(
                     invoke=invoke,
@@ -169,12 +173,3 @@ class Generating:
                 logprobs=tuple(one.logprobs),
                 likeliest=tuple(one.likeliest),
             )
-
-
-def _finish(one: _Sequence, is_stopped: bool) -> str | None:
-    """Why a sequence ends with the token that it has come to, None when it goes on."""
-    if one.tokens[-1] in one.generation.eos:
-        return "eos"
-    if is_stopped:
-        return "stop"
-    return "length" if len(one.tokens) == one.generation.max_new_tokens else None

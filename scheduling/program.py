@@ -26,7 +26,7 @@ from scheduling.placement import Scale, find_live, find_order, is_token, place, 
 from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave, WaveRows
 from scheduling.residency import stage_works
 from scheduling.splitting import fits, split
-from scheduling.steps import Facts, Infer, compile_chain
+from scheduling.steps import Facts, Infer, compile_chain, generates
 from scheduling.trunks import TrunkChoice, choose_trunks, kept_bytes, rows_of
 from scheduling.waves import Run, executions, find_runs
 
@@ -43,13 +43,16 @@ def compile_program(request_id: RequestId, request: Request, description: ModelD
         return _compile(request_id, request, description, facts)
 
 
-def compile_generation(
+def work_out(
     request_id: RequestId, request: Request, description: ModelDescription, infer: Infer
 ) -> tuple[Program, Facts]:
-    """The program of a request that goes on behind its prompts, and what is known of each node's value.
+    """The program of a request, a generation or not, and what is known of each node's value.
 
-    `infer` says that of a request's nodes: it is asked for step 0 and then for every different step, in this order.
+    `infer` says that of a request's nodes. Of a generation it is asked for step 0 and then for every different step.
     """
+    if not generates(request):
+        facts = infer(request)
+        return compile_program(request_id, request, description, facts), facts
 
     def compile_step(step: Request, facts: Facts, holds: frozenset[NodeId], *, is_first: bool) -> Program:
         return _compile(request_id, step, description, facts, holds, is_first=is_first)
