@@ -18,47 +18,39 @@ if TYPE_CHECKING:
 
 def hand_out(recording: Recording, names: Sequence[str], results: Mapping[str, Any], kind: Kind) -> None:
     """Every saved value becomes its result. Raises ServiceError when one is missing that cannot be."""
-    plan = _Plan(recording, names, results, kind)
-    for number, (_, value, _) in enumerate(recording.saved):
-        plan.give(number, value)
-
-
-class _Plan:
-    def __init__(self, recording: Recording, names: Sequence[str], results: Mapping[str, Any], kind: Kind) -> None:
-        self._recording, self._names, self._results, self._kind = recording, names, results, kind
-        self._given: set[str] = set()  # results that a value has become: the next one gets a copy
-        self._sequences: dict[str, Steps] = {}
-        for name, when in zip(names, recording.saved_steps, strict=True):
-            if when is not None:
-                self._sequences.setdefault(name, self._sequence(name))
-
-    def give(self, number: int, value: Any) -> None:
-        """One saved value becomes what it is."""
-        name, when = self._names[number], self._recording.saved_steps[number]
-        if when is not None and when.is_loop:
-            self._kind.become_steps(value, self._sequences[name])
-            return
+    rows = [*zip([value for _, value, _ in recording.saved], names, recording.saved_steps, strict=True)]
+    given: set[str] = set()
+    own: list[Any] = []  # each value's own result: two that were one get a copy each
+    for _, name, when in rows:
         full = name if when is None else name_at(name, when.step)
-        if full not in self._results:
-            self._lose(value, when, full)
+        result = results.get(full) if when is None or not when.is_loop else None
+        own.append(kind.another(result) if result is not None and full in given else result)
+        given.add(full)
+    sequences: dict[str, dict[int, Any]] = {}  # by name: the values of steps that came
+    for (value, name, when), result in zip(rows, own, strict=True):
+        if when is not None and when.is_loop:
+            steps = {step: results.get(name_at(name, step)) for step in range(when.step, when.last + 1)}
+            kind.become_steps(value, Steps({step: one for step, one in steps.items() if one is not None}))
+            continue
+        if result is None:
+            _lose(recording, value, when, name)
         else:
-            result = self._kind.another(self._results[full]) if full in self._given else self._results[full]
-            self._given.add(full)
-            self._kind.become(value, result)
+            kind.become(value, result)
         if when is not None:
-            value.__dict__["steps"] = self._sequences[name]
+            came = sequences.setdefault(name, {})
+            if result is not None:
+                came[when.step] = value
+    for value, name, when in rows:
+        if when is not None and not when.is_loop:
+            value.__dict__["steps"] = Steps(sequences[name])
 
-    def _lose(self, value: Any, when: When | None, name: str) -> None:
-        if not self._recording.goes_on:
-            raise ServiceError(f"the service gave nothing for {name!r}")
-        step = f"step {when.step} never came" if when is not None else "a step that it is made of never came"
-        state_of(value).gone = (
-            f"this value has no data, for {step}: what it was read from had ended before. polytrace.came(values) are "
-            "those of a list that are there"
-        )
 
-    def _sequence(self, name: str) -> Steps:
-        """All that came under one name."""
-        prefix = name_at(name, 0)[:-1]
-        own = [full for full in self._results if full.startswith(prefix)]
-        return Steps({int(full.removeprefix(prefix)): self._results[full] for full in own})
+def _lose(recording: Recording, value: Any, when: When | None, name: str) -> None:
+    """A value stays without data, which is no failure where a generation ended before."""
+    if not recording.goes_on:
+        raise ServiceError(f"the service gave nothing for the saved value {name!r}")
+    step = f"step {when.step} never came" if when is not None else "a step that it is made of never came"
+    state_of(value).gone = (
+        f"this value has no data, for {step}: its prompt's generation had ended before. polytrace.came(values) are "
+        "those of a list that are there"
+    )
