@@ -32,6 +32,7 @@ from scheduling.plan import RequestId
 
 TOKEN, VALUE = "token", "value"  # kinds
 READ_BYTES = 256 << 10  # at a time; a line is far shorter
+MAX_DATA_BYTES = 1 << 20  # of values' data, in base64, in one file
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class _Told:
 
     steps: dict[tuple[int, int], int] = field(default_factory=dict)  # by invoke and sequence: its next step
     names: set[str] = field(default_factory=set)  # of values
+    data_bytes: int = 0
 
     def takes(self, token: Token) -> bool:
         """Whether the token is the next one of its sequence; then it counts as told."""
@@ -59,6 +61,15 @@ class _Told:
             return False
         self.steps[key] = token.step + 1
         return True
+
+    def line(self, value: dict[str, Any]) -> dict[str, Any]:
+        """The value as it is told, with its data while there is room, else with the range of it."""
+        self.names.add(value["name"])
+        size = len(value.get("data", ""))
+        has_room = "data" in value and self.data_bytes + size <= MAX_DATA_BYTES
+        self.data_bytes += size if has_room else 0
+        other = "range" if has_room else "data"
+        return {key: part for key, part in value.items() if key != other}
 
 
 class EventLog:
@@ -79,7 +90,7 @@ class EventLog:
     def append(self, request: RequestId, tokens: Iterable[Token], values: Iterable[dict[str, Any]] = ()) -> None:
         """Adds what does not stand there yet; a full disk leaves it to `complete`.
 
-        A value is `name`, `dtype` and `shape`, and `data` in base64 or its `range` of bytes in the result.
+        A value is `name`, `dtype`, `shape` and the `range` of its bytes in the result, and `data` in base64.
         """
         try:
             with self._lock:
@@ -88,13 +99,15 @@ class EventLog:
             _log.exception("events of %s could not be written", request)
             self.forget(request)
 
-    def complete(self, request: RequestId, generated: Sequence[Generated]) -> None:
-        """All tokens are there and on the disk when it returns. Raises OSError when it has no room."""
+    def complete(
+        self, request: RequestId, generated: Sequence[Generated], values: Iterable[dict[str, Any]] = ()
+    ) -> None:
+        """All of a generation is there and on the disk when it returns. Raises OSError when that has no room."""
         if not generated:
             return
         try:
             with self._lock:
-                self._append(request, tokens_of(generated), ())
+                self._append(request, tokens_of(generated), values)
             sync(self.path(request))
             sync(self._folder)
         finally:
@@ -149,8 +162,7 @@ class EventLog:
         lines = [_line(TOKEN, _plain(token)) for token in tokens if told.takes(token)]
         for value in values:
             if value["name"] not in told.names:
-                told.names.add(value["name"])
-                lines.append(_line(VALUE, value))
+                lines.append(_line(VALUE, told.line(value)))
         if not lines:
             return
         fd = os.open(self.path(request), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -177,7 +189,7 @@ class EventLog:
             if kind == TOKEN:
                 told.steps[plain["invoke"], plain["sequence"]] = plain["step"] + 1
             else:
-                told.names.add(plain["name"])
+                told.line(plain)
         return told
 
 

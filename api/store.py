@@ -37,6 +37,7 @@ from api.edits import KeptEdits
 from api.events import EventLog
 from api.logs import logs_as_json
 from api.settings import DEFAULT_QUOTA_BYTES
+from api.step_values import values_as_json
 from cluster.config import Mode
 from cluster.requests import Claimed, Finished, LeftBehind, Place, ResultPlace
 from polytrace.errors import (
@@ -417,9 +418,10 @@ class Store(Catalogue):
 
     def note_progress(self, progress: Sequence[Progress]) -> None:
         """How far running requests are; who waits for them hears of it."""
-        generating = [told for told in progress if told.tokens]
+        generating = [told for told in progress if told.tokens or told.saves]
         for told in generating:
-            self.events.append(told.request, told.tokens)
+            values = values_as_json(told.saves, told.result_start, self.result_path(told.request))
+            self.events.append(told.request, told.tokens, values)
         if generating:
             self.events_bell.ring()
         rows = [
@@ -466,11 +468,14 @@ class Store(Catalogue):
             return end, []
         try:
             digests = [commit_place(place) for place in end.left]
-            self.events.complete(end.request, end.generated)
+            values = values_as_json(end.saves, len(end.header), self.result_path(end.request))
+            self.events.complete(end.request, end.generated, values)
             fd = os.open(self.result_path(end.request), os.O_RDWR)
             try:
                 if os.pwrite(fd, end.header, 0) != len(end.header):
                     raise OSError("short write")
+                if end.size is not None:
+                    os.ftruncate(fd, end.size)
                 os.fsync(fd)  # the shards' writes too: they went into the same file
             finally:
                 os.close(fd)

@@ -265,6 +265,7 @@ def _answered(model: str, version: str, judge: Callable[[ModelDescription, nn.Mo
 
 def _verdict(description: ModelDescription, meta: nn.Module, path: Path, contents: Path, certify: bool) -> Verdict:
     from cluster.contents import with_contents
+    from cluster.facts import FactsNotebook
     from cluster.requests import read_request
     from engine.shapes import infer
     from polytrace.codec import to_json
@@ -272,18 +273,21 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, content
     from scheduling.costs import token_layers
     from scheduling.plan import RequestId
     from scheduling.program import certify as make_certificate
-    from scheduling.program import compile_program
+    from scheduling.program import work_out
+    from scheduling.step_costs import most_rows, step_costs
+    from scheduling.step_saves import all_slots
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
     named = tuple(request.constants.values())
     request, _ = with_contents(request, contents, None)
-    facts = infer(description, request, meta)
-    program = compile_program(RequestId(path.stem), request, description, facts)
+    notebook = FactsNotebook(lambda part: infer(description, part, meta))
+    program, facts = work_out(RequestId(path.stem), request, description, notebook.infer)
+    table = table_of(description)
     certificate = json.dumps(to_json(make_certificate(program, facts, description))).encode() if certify else None
     return Verdict(
-        facts=json.dumps(to_json(facts)).encode(),
-        needs=needs_of(named, program.saves),
-        work=token_layers(program, table_of(description)),
+        facts=notebook.encode(request),
+        needs=needs_of(named, tuple(all_slots(program))),
+        work=token_layers(program, table) + step_costs(program, most_rows(program), table).token_layers,
         certificate=certificate,
     )
 

@@ -124,7 +124,7 @@ class Dispatcher:
     def _end(self, outcome: Outcome) -> Done | Finished:
         program = self._programs.pop(outcome.request)
         if outcome.receipt is not None and outcome.error is None:
-            return Done(program=program, receipt=outcome.receipt)
+            return Done(program=program, receipt=outcome.receipt, saves=outcome.saves)
         return Finished(request=outcome.request, error=outcome.error or ServiceError("it ended without a receipt"))
 
     def _thread(self, name: str, body: Callable[[], None]) -> threading.Thread:

@@ -108,9 +108,11 @@ class Finished:
 
     request: RequestId
     header: bytes | None = None  # of its result file, exactly as long as the room kept free; None when it failed
+    size: int | None = None  # of the file, where it may be shorter than it was made
     error: PolytraceError | None = None  # CancelledError when its owner cancelled it
     left: tuple[Place, ...] = ()  # what stays on the service when there is no error
     generated: tuple[Generated, ...] = ()  # how its sequences went on
+    saves: tuple[SaveSlot, ...] = ()  # of a generation: those that came
 
 
 class RequestStore(Protocol):
