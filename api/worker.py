@@ -22,11 +22,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api.contents import NOTHING, Needs, needs_of
-from polytrace.errors import PolytraceError, ServiceError, from_fields
+from polytrace.errors import GraphError, PolytraceError, ServiceError, from_fields
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from api.wishes import ChatWish, CompletionWish
     from cluster.requests import Published
     from polytrace.description import ModelDescription
+    from scheduling.plan import Program
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -172,6 +174,9 @@ class _Worker:
         self._speech[model] = (version, tokenizer, end_tokens(published.source))
         return self._speech[model][1:]
 
+    def has_tokenizer(self, model: str, version: str) -> bool:
+        return self.speech(model, version)[0] is not None
+
     def _published(self, model: str) -> Published:
         from api.store import Store
 
@@ -218,9 +223,12 @@ def _prepare(model: str, version: str) -> None:
 
 
 def _check(model: str, version: str, path: str, contents: str, certify: bool) -> Verdict:
-    return _answered(
-        model, version, lambda description, meta: _verdict(description, meta, Path(path), Path(contents), certify)
-    )
+    def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
+        assert _worker is not None
+        has_text = partial(_worker.has_tokenizer, model, version)
+        return _verdict(description, meta, Path(path), Path(contents), certify, has_text)
+
+    return _answered(model, version, judge)
 
 
 def _compose(model: str, version: str, path: str, contents: str, wish: CompletionWish | ChatWish) -> Composed:
@@ -242,7 +250,8 @@ def _compose(model: str, version: str, path: str, contents: str, wish: Completio
         prompts = tuple(invoke.sequences[0] for invoke in request.invokes)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.writelines(encode_request(request))
-        return _verdict(description, meta, Path(path), Path(contents), certify=False)
+        has_text = partial(_worker.has_tokenizer, model, version)
+        return _verdict(description, meta, Path(path), Path(contents), False, has_text)
 
     verdict = _answered(model, version, judge)
     return Composed(verdict=verdict, prompts=prompts, param=param)
@@ -263,7 +272,14 @@ def _answered(model: str, version: str, judge: Callable[[ModelDescription, nn.Mo
         return Verdict(error=ServiceError(f"checking the request failed: {type(error).__name__}").to_fields())
 
 
-def _verdict(description: ModelDescription, meta: nn.Module, path: Path, contents: Path, certify: bool) -> Verdict:
+def _verdict(
+    description: ModelDescription,
+    meta: nn.Module,
+    path: Path,
+    contents: Path,
+    certify: bool,
+    has_text: Callable[[], bool],
+) -> Verdict:
     from cluster.contents import with_contents
     from cluster.facts import FactsNotebook
     from cluster.requests import read_request
@@ -278,10 +294,14 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, content
     from scheduling.step_saves import all_slots
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
+    stops = any(one.generation.stop for one in request.invokes if one.generation is not None)
+    if stops and not has_text():
+        raise GraphError("texts that end a generation need a tokenizer, and this model came without one")
     named = tuple(request.constants.values())
     request, _ = with_contents(request, contents, None)
     notebook = FactsNotebook(lambda part: infer(description, part, meta))
     program, facts = work_out(RequestId(path.stem), request, description, notebook.infer)
+    _check_keeps(program)
     table = table_of(description)
     certificate = json.dumps(to_json(make_certificate(program, facts, description))).encode() if certify else None
     return Verdict(
@@ -290,6 +310,18 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, content
         work=token_layers(program, table) + step_costs(program, most_rows(program), table).token_layers,
         certificate=certificate,
     )
+
+
+def _check_keeps(program: Program) -> None:
+    """What stays on the service is one value, and one that comes for sure."""
+    from scheduling.step_saves import all_slots
+
+    for slot in all_slots(program):
+        if slot.keep is not None and slot.is_of_step:
+            where = program.graph.nodes[slot.node].where if slot in program.saves else None
+            raise GraphError(
+                f"{slot.keep.name!r} is a value of each step, and one can be kept: keep a stack", where=where
+            )
 
 
 def _verdict_of_edits(description: ModelDescription, path: Path) -> Verdict:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from polytrace.certificate import Certificate, Receipt, Token
+from polytrace.certificate import Certificate, Receipt
 from polytrace.description import ModelDescription
 from polytrace.graph import Request
-from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
-
-# Takes new tokens of a generation, in order of their steps.
-HearTokens = Callable[[Sequence[Token]], None]
-
-
-def hear_no_tokens(tokens: Sequence[Token]) -> None:
-    """For callers that wait for the whole."""
+from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

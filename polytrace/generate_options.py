@@ -94,6 +94,9 @@ def _plain(given: Mapping[str, Any], called: str) -> dict[str, Any]:
             if accepted is not None and not any(value is one or value == one for one in accepted):
                 raise GraphError(f"{called}({name}={value!r}): only {accepted[0]!r} can be", where=user_line())
             continue
+        if name == "peek":
+            told = "a generation's values are there when it has ended: look at the prompt in a trace of its own"
+            raise GraphError(f"{called}(peek=...): {told}", where=user_line())
         if name not in NAMES:
             told = nearest(name, NAMES) or f"; it has {', '.join(NAMES)}"
             raise GraphError(f"{called} has no keyword {name!r}{told}", where=user_line())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from polytrace.backend import Result
+from polytrace.caching import Cache
 from polytrace.certificate import Token
 from polytrace.continuations import Continuation, Continuations
 from polytrace.errors import GraphError
@@ -14,9 +15,12 @@ from polytrace.graph import Constant, Invoke, Options, Port, Ref, Site, Stop
 from polytrace.iterating import StepBlock, StepIndex
 from polytrace.lines import user_line
 from polytrace.literals import scalar
+from polytrace.loops import Position
 from polytrace.progress import Hear, Tell
+from polytrace.step_values import came
 from polytrace.storage import is_recorded
 from polytrace.tensors import RawTensor
+from polytrace.timing import FIRST
 from polytrace.tracing import InvokeBlock, Tracer
 
 if TYPE_CHECKING:
@@ -128,6 +132,41 @@ class GenerateTracer(Tracer):
         if invoke not in self._results:
             self._results[invoke] = Continuations(lambda: self._continuations(invoke))
         return self._results[invoke]
+
+    def cache(self, *modules: Any, **how: Any) -> Cache:
+        """As of a trace: of step 0, the prompts."""
+        position = self.recording.loops.position
+        if position.loop is not None or position.of() != FIRST:
+            raise GraphError(
+                "a cache is of step 0, the prompts: write it before the loop, and save what you need of other steps",
+                where=user_line(),
+            )
+        return super().cache(*modules, **how)
+
+    def log(self, first: Any, second: Any = None) -> None:
+        """As of a trace; in `for step in tracer.iter[...]` at each step."""
+        loop = self.recording.loops.position.loop
+        if loop is not None and loop.is_once:
+            raise GraphError(
+                f"a log is printed once, and the body at {loop.where} is recorded once for several steps: write "
+                "`for step in tracer.iter[...]`",
+                where=user_line(),
+            )
+        super().log(first, second)
+
+    def _close(self) -> None:
+        loops = self.recording.loops
+        position, loops.position = loops.position, Position()  # caches are of the prompts
+        try:
+            super()._close()
+        finally:
+            loops.position = position
+
+    def _hand_out(self, names: tuple[str, ...], results: dict[str, Any]) -> None:
+        super()._hand_out(names, results)
+        for container in self.containers:
+            if isinstance(container, list):  # what was put in at a step that never came was never put in
+                container[:] = came(container)
 
     def _continuations(self, invoke: int | None) -> list[Continuation]:
         tokenizer = self.model.tokenizer

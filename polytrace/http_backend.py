@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import httpx
 
-from polytrace.backend import HearTokens, Result, hear_no_tokens
+from polytrace.backend import Result
 from polytrace.certificate import Certificate, Token
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription
@@ -26,7 +26,7 @@ from polytrace.http_calls import body, call, check, get_json, make_client, piece
 from polytrace.http_events import follow
 from polytrace.http_keeper import HttpKeeper
 from polytrace.kinds import value_kind
-from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
+from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_result
 

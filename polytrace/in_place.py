@@ -30,6 +30,7 @@ class InPlace:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self._places: dict[tuple[Site, int, When], Place] = {}
+        self._by_site: dict[tuple[Site, int], list[Place]] = {}
         self._groups: dict[tuple[Site, int], GroupPlace] = {}
         self._edited: list[Storage] = []  # those without a place
         self._branch: int | None = None  # nodes before the body of a choice that is being recorded
@@ -52,7 +53,7 @@ class InPlace:
             return
         place = storage.place
         self.hand_back(place, node, in_place=True, where=where)
-        place.note(where, storage)
+        self.note(place, where, storage)
         storage.writes_seen = place.writes
 
     def apply(self, node: NodeId, step: Step, where: str) -> NodeId:
@@ -101,6 +102,15 @@ class InPlace:
             parts = parts_of([self._own_place(site, member) for member in members], lengths)
             return self._groups.setdefault((site, invoke), GroupPlace(site, invoke, parts))
         return self._own_place(site, invoke)
+
+    def note(self, place: Place | GroupPlace, where: str, writer: Storage | None) -> None:
+        """Takes in a write; also to what the same site is at other steps that are among its own."""
+        place.note(where, writer)
+        if not self._recording.loops.are_used or isinstance(place, GroupPlace):
+            return
+        for other in self._by_site[place.site, place.invoke]:
+            if other is not place and other.when.step <= place.when.last and place.when.step <= other.when.last:
+                other.note(where, None)
 
     def _is_past(self, place: Place | GroupPlace) -> bool:
         """Whether what it was read from is no part of the model any more where the code is now."""
@@ -174,6 +184,7 @@ class InPlace:
         place = self._places.get((site, invoke, when))
         if place is None:
             place = self._places[site, invoke, when] = Place(site, invoke, when)
+            self._by_site.setdefault((site, invoke), []).append(place)
         return place
 
 

@@ -118,7 +118,7 @@ class StepBlock:
             where=user_line(),
         )
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse  # type: ignore[assignment]
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __index__ = __int__ = __float__ = __bool__ = __add__ = __sub__ = __mod__ = _refuse
 
     def __hash__(self) -> int:

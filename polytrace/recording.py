@@ -15,6 +15,7 @@ from polytrace.certificate import ValueShape
 from polytrace.closings import Closings
 from polytrace.constants import Constants
 from polytrace.description import ModelDescription
+from polytrace.edit_steps import steps_of_edit
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest, returns_several, unknown_op
 from polytrace.graph import (
@@ -244,7 +245,7 @@ class Recording:
                 where=where,
             )
         self.in_place.hand_back(place, operand.node, in_place=in_place, where=where)
-        place.note(where, None)
+        self.in_place.note(place, where, None)
 
     def set_item(self, base: State, index: Any, value: Any) -> None:
         """`base[index] = value`; the index Ellipsis is the whole value."""
@@ -299,7 +300,24 @@ class Recording:
     def replay(
         self, nodes: Sequence[Node], constants: Mapping[str, RawTensor], invoke: int, lengths: Sequence[int]
     ) -> None:
-        """Adds an edit's nodes, which were recorded for nobody's prompts yet, for the prompts of an invoke."""
+        """Adds an edit's nodes, which were recorded for nobody's prompts yet, for the prompts of an invoke.
+
+        Where the invoke goes on they act at every step, unless they name places in the prompt.
+        """
+        position = self.loops.position
+        for when, own in steps_of_edit(nodes, lengths, self.session.num_steps(invoke)):
+            position.when = when
+            self._replay(nodes, constants, invoke, own, when)
+        position.when = FIRST
+
+    def _replay(
+        self,
+        nodes: Sequence[Node],
+        constants: Mapping[str, RawTensor],
+        invoke: int,
+        lengths: Sequence[int],
+        when: When,
+    ) -> None:
         places: dict[NodeId, NodeId] = {}
         for position, node in enumerate(nodes):
             made = with_positions(moved(node, places), lengths)
@@ -312,10 +330,12 @@ class Recording:
                 place = self.once(replace(made, invoke=invoke), invoke)
             elif isinstance(made, Op) and OPS[made.name].is_random:
                 place = self.add(replace(made, kwargs={**made.kwargs, "draw": self.loops.draw()}))
+            elif isinstance(made, (Read, Write)):
+                place = self.add(replace(made, invoke=invoke, step=when.step, num_steps=when.num_steps))
             else:
-                place = self.add(replace(made, invoke=invoke) if isinstance(made, (Read, Write)) else made)
+                place = self.add(made)
             if isinstance(made, Write):
-                self.in_place.place(made.site, invoke).note(made.where, None)
+                self.in_place.note(self.in_place.place(made.site, invoke), made.where, None)
             places[NodeId(position)] = place
 
     # finishing
@@ -383,6 +403,20 @@ class Recording:
         """The invoke whose rows a value has; None when they are nobody's, or several's."""
         place = state.storage.place
         return place.invoke if place is not None else self.facts.invokes.of(state.node)
+
+    def lengths_of(self, state: State, invoke: int) -> tuple[int, ...] | None:
+        """Tokens of each prompt as a value of this invoke has them; None when the prompts are those of later traces."""
+        lengths = self.session.lengths_of(invoke)
+        if lengths is None or not self.loops.are_used:
+            return lengths
+        when = self.facts.times.of(self.node_of(state))
+        if when.is_loop and when.step == 0 and max(lengths) > 1:
+            raise GraphError(
+                "this body is recorded once for step 0, the prompts, and for later ones of one token each, so "
+                "positions are not the same at each: write value[:, -1], or `for step in tracer.iter[...]`",
+                where=user_line(),
+            )
+        return (1,) * len(lengths) if when.step > 0 else lengths
 
     def is_of_pairs(self, state: State) -> bool:
         """Whether a value is made of scores, patterns or others whose tokens are in other dimensions than elsewhere."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from polytrace.caching import Cache, CacheRequest
 from polytrace.certificate import Certificate, Receipt, ValueShape
 from polytrace.chat import conversations_in
 from polytrace.collector import young_only
+from polytrace.edits.open_shapes import BY_STEP, opened
 from polytrace.errors import GraphError
 from polytrace.generation import num_steps
 from polytrace.grammar import nearest
@@ -32,6 +34,7 @@ from polytrace.graph import (
     Request,
     Save,
     Site,
+    name_at,
 )
 from polytrace.handing import hand_out
 from polytrace.lines import user_line
@@ -50,6 +53,7 @@ from polytrace.wire import MAX_EDITS
 
 if TYPE_CHECKING:
     from polytrace.edits.sets import EditSet
+    from polytrace.kinds import Shapes
     from polytrace.model import Model
     from polytrace.modules import Module
 
@@ -101,7 +105,7 @@ class Tracer:
         self._invoke: int | None = None  # whose block this is
         self._has_own_prompts = prompts is not None
         self._token: Token[Tracer | None] | None = None
-        self._shapes: Any = None
+        self._shapes: dict[bool, Shapes] = {}
         self.checking = Checking.NONE
         self.certificate: Certificate | None = None  # what it would cost, once a scan or `validate=True` has asked
         # that polytrace.save was given; what later traces of a session put into one is saved too
@@ -337,21 +341,39 @@ class Tracer:
         self.recording.closed = "this trace was scanned: nothing ran, so its values have shapes and no data"
 
     def _log_printer(self, names: tuple[str, ...]) -> LogPrinter:
-        places = {id(value): place for place, (_, value, _) in enumerate(self.recording.saved)}
-        return LogPrinter(self.logs, {number: names[places[id(log.value)]] for number, log in enumerate(self.logs)})
+        recording = self.recording
+        full = {
+            id(value): name if when is None else name_at(name, when.step)
+            for (_, value, _), name, when in zip(recording.saved, names, recording.saved_steps, strict=True)
+        }
+        return LogPrinter(self.logs, {number: full[id(log.value)] for number, log in enumerate(self.logs)})
 
     # what values and modules call
 
     def shape_of(self, node: NodeId) -> ValueShape:
-        if self._shapes is None:
-            asked = AskedShapes(self.recording, self.leaf_shape, self._invokes, self.model.backend, self.model.answers)
-            self._shapes = self.model.kind.shapes(self.recording, self.leaf_shape, asked)
-        shape = self._shapes.of(node)
-        assert isinstance(shape, ValueShape)
+        shape = self._shapes_as(is_late=False).of(node)
+        if self.recording.loops.are_used and (when := self.recording.facts.times.of(node)).is_loop and not when.step:
+            later = self._shapes_as(is_late=True).of(node)
+            return ValueShape(shape=opened(shape.shape, later.shape, BY_STEP), dtype=shape.dtype)
         return shape
+
+    def _shapes_as(self, *, is_late: bool) -> Shapes:
+        """Shapes of all nodes; `is_late`: of those that are at step 0 and later ones, as they are later."""
+        if is_late not in self._shapes:
+            leaf = partial(self.leaf_shape, is_late=is_late)
+            backend, answers = self.model.backend, self.model.answers
+            asked = AskedShapes(self.recording, leaf, self._invokes, backend, answers, is_late=is_late)
+            self._shapes[is_late] = self.model.kind.shapes(self.recording, leaf, asked)
+        return self._shapes[is_late]
 
     def lengths_of(self, invoke: int) -> tuple[int, ...]:
         return tuple(len(sequence) for one in self.members_of(invoke) for sequence in self._invokes[one].sequences)
+
+    @property
+    def view_lengths(self) -> tuple[int, ...]:
+        """Tokens of each prompt as values have them where the code is: one behind the prompt."""
+        lengths = self.lengths
+        return lengths if self.recording.loops.position.of().step == 0 else (1,) * len(lengths)
 
     def num_steps(self, invoke: int) -> int:
         return num_steps(self._invokes[invoke]) if invoke >= 0 else 1
@@ -363,11 +385,15 @@ class Tracer:
         """The dimension of a site's view that its tokens are in."""
         return 1 if site.port is Port.TOKEN else self.model._index.leaves[site].row_dim
 
-    def leaf_shape(self, node: Node) -> ValueShape | None:
-        """What the model's description says of a node; None when it takes more than that."""
+    def leaf_shape(self, node: Node, *, is_late: bool = False) -> ValueShape | None:
+        """What the model's description says of a node; None when it takes more than that.
+
+        `is_late`: of one that is at step 0 and later ones, as it is later.
+        """
         if isinstance(node, Read):
             invoke = self._invokes[node.invoke]
-            longest = invoke.longest if node.step == 0 else 1  # behind the prompt it is one token a sequence
+            is_column = node.step > 0 or (is_late and node.num_steps > 1)
+            longest = 1 if is_column else invoke.longest  # behind the prompt it is one token a sequence
             if node.site.port is Port.TOKEN:
                 return ValueShape(shape=(len(invoke.sequences), longest), dtype="int64")
             leaf = self.model._index.leaves[node.site]

@@ -10,15 +10,8 @@ from math import sqrt
 
 import pytest
 import torch
+from generated import processors
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from engine.sampling import NO_TOKEN, Drawing, draw_tokens, log_likelihoods, process, uniform
 from polytrace.graph import Sampling
@@ -39,22 +32,6 @@ SETTINGS = [
     Sampling(do_sample=True, temperature=1.6, top_k=80, top_p=0.8, min_p=0.02, repetition_penalty=0.8),
     Sampling(do_sample=True, temperature=0.3, top_p=0.95, repetition_penalty=1.2),
 ]
-
-
-def processors(sampling: Sampling) -> LogitsProcessorList:
-    """What transformers' `generate` applies, in its order."""
-    found = LogitsProcessorList()
-    if sampling.repetition_penalty != 1:
-        found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.do_sample:
-        if sampling.temperature != 1:
-            found.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            found.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            found.append(TopPLogitsWarper(sampling.top_p))
-        found.append(MinPLogitsWarper(sampling.min_p))
-    return found
 
 
 def some_logits(rows: int, kind: str = "spread", width: int = VOCABULARY, seed: int = 0) -> Tensor:
