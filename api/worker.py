@@ -318,10 +318,7 @@ def _check_keeps(program: Program) -> None:
 
     for slot in all_slots(program):
         if slot.keep is not None and slot.is_of_step:
-            where = program.graph.nodes[slot.node].where if slot in program.saves else None
-            raise GraphError(
-                f"{slot.keep.name!r} is a value of each step, and one can be kept: keep a stack", where=where
-            )
+            raise GraphError(f"{slot.keep.name!r} would be a value of each step; keep their stack behind the loop")
 
 
 def _verdict_of_edits(description: ModelDescription, path: Path) -> Verdict:

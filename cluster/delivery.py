@@ -15,10 +15,11 @@ from pathlib import Path
 from cluster.requests import Finished, Place, RequestStore, left_by
 from cluster.results import end_of, without_holes
 from polytrace.certificate import Receipt
-from polytrace.errors import ServiceError
+from polytrace.errors import RunError, ServiceError
 from polytrace.wire import result_header
 from scheduling.plan import Program, RequestId, SaveSlot
 from scheduling.scheduler import Progress
+from scheduling.step_saves import all_slots
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +83,10 @@ def _finished(end: Done | Finished) -> Finished:
     except ValueError as error:
         _log.exception("the receipt of %s could not be written", end.program.request)
         return Finished(request=end.program.request, error=ServiceError(str(error)))
+    for slot in came:
+        if slot.file is not None and _is_short(slot, end.program):
+            told = f"{slot.name!r} was to be kept and came out as {list(slot.facts.shape)}: its generation ended early"
+            return Finished(request=end.program.request, error=RunError(told))
     places = (
         Place(left=left_by(slot), path=Path(slot.file), start=slot.offset) for slot in came if slot.file is not None
     )
@@ -93,3 +98,9 @@ def _finished(end: Done | Finished) -> Finished:
         generated=end.receipt.generated,
         saves=tuple(slot for slot in end.saves if slot.keep is None),
     )
+
+
+def _is_short(slot: SaveSlot, program: Program) -> bool:
+    """Whether a value came out smaller than its file was made for."""
+    planned = next(own for own in all_slots(program) if own.name == slot.name)
+    return planned.facts.shape != slot.facts.shape
