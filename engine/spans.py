@@ -9,6 +9,7 @@ Invariant: bytes held never exceed the budget; a block that nobody retains is go
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from engine.caches import Caches
 from polytrace.errors import CapacityError
-from scheduling.plan import PassId, RequestId, TrunkId
+from scheduling.plan import Grow, PassId, RequestId, TrunkId
 
 # R = rows of a block or of a trunk, D = hidden, G = key/value heads, C = head dimension
 
@@ -93,6 +94,13 @@ class SpanStore:
     def kept_output(self, trunk: TrunkId, layer: int) -> Tensor:
         """What a layer made of a trunk's rows, `[R, D]`."""
         return self._outputs[trunk[0]][trunk, layer]
+
+    def hold(self, grows: Sequence[Grow]) -> None:
+        """Makes caches that a pass puts rows into, and moves those that need more room. Before the pass begins."""
+        if self.held_bytes > self.budget_bytes // 4:
+            self.caches.pack()
+        for grow in grows:
+            self.caches.hold(grow)
 
     def forget(self, request: RequestId) -> None:
         """Drops what is kept for a request; unknown ones are fine."""
