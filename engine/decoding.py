@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.caches import Cache, Caches, Slab
 from engine.copies import to_device
 from engine.decoded import DecodedRow, Piece
+from engine.few_rows import fewest_rows
 from engine.pages import PagedLayer, add_pages, capped, product
 from engine.streams import Stream
 from scheduling.plan import PAGE
@@ -140,13 +141,14 @@ def _attend(run: Run, number: int, layer: PagedLayer) -> None:
         tuple(tensor[:, sight.start : piece.stop - piece.start] for tensor in _slot(cache, number))
         for (cache, piece), sight in zip(run.pieces, sights, strict=False)
     ]
+    least = fewest_rows(keys.shape[2], values.shape[2])
     # 1) scores, over the pieces that several share and over each row's own cache
     q_BEC = queries_GBEC.transpose(0, 1).reshape(-1, share, queries_GBEC.shape[3])  # B G of them
     parts = [
-        product(queries_GBEC.flatten(1, 2), key.transpose(1, 2)).unflatten(1, (slots, share)).transpose(0, 1)
+        product(queries_GBEC.flatten(1, 2), key.transpose(1, 2), least).unflatten(1, (slots, share)).transpose(0, 1)
         for key, _ in before
     ]
-    parts.append(product(q_BEC, keys.transpose(1, 2)).view(slots, groups, share, -1))
+    parts.append(product(q_BEC, keys.transpose(1, 2), least).view(slots, groups, share, -1))
     if layer.formula.softcap is not None:
         parts = [capped(part.contiguous(), layer.formula.softcap) for part in parts]
     for place, (part, sight) in enumerate(zip(parts, sights, strict=True)):
@@ -166,11 +168,11 @@ def _attend(run: Run, number: int, layer: PagedLayer) -> None:
         sum_GNU = sum_BGEU.view(groups, slots * share, -1)
         for _, value in before:
             pattern = pattern_BGEW[..., done : done + value.shape[1]].transpose(0, 1).flatten(1, 2)
-            sum_GNU = add_pages(sum_GNU, pattern, value)
+            sum_GNU = add_pages(sum_GNU, pattern, value, least)
             done += value.shape[1]
         sum_BGEU = sum_GNU.unflatten(1, (slots, share)).transpose(0, 1)
     own = pattern_BGEW[..., done:].flatten(0, 1)
-    out = add_pages(sum_BGEU.flatten(0, 1), own, values).reshape(slots, groups, share, -1)
+    out = add_pages(sum_BGEU.flatten(0, 1), own, values, least).reshape(slots, groups, share, -1)
     if run.real is not None:
         out = out.index_select(0, run.real)
     layer.out_GTEC.index_copy_(1, run.out_rows, out.transpose(0, 1))

@@ -231,6 +231,7 @@ class RequestState:
             self.fired.append(node_id)
             return
         else:
+            assert isinstance(node, Save), "what earlier steps left does not run"
             self._save(node_id, node)
             self.fired.append(node_id)
             return

@@ -120,7 +120,8 @@ def _told(one: _Going, tokens: Sequence[int], logits_KV: Tensor, tokens_K: Tenso
     if asked is None:
         return Drawn(invoke=one.view.invoke, tokens=tuple(found))
     told = log_likelihoods(logits_KV, tokens_K, asked)
-    logprobs, likeliest = [0.0] * count, [()] * count
+    logprobs = [0.0] * count
+    likeliest: list[tuple[tuple[int, float], ...]] = [()] * count
     pairs = zip(told.tokens_KC.tolist(), told.likeliest_KC.tolist(), strict=True)
     for place, own, best in zip(one.rows.places, told.chosen_K.tolist(), pairs, strict=True):
         logprobs[place] = own

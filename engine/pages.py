@@ -217,20 +217,20 @@ def _grouped(tensor_GNC: Tensor, num_tiles: int) -> Tensor:
     return grouped
 
 
-def product(a_BNC: Tensor, b_BCM: Tensor) -> Tensor:
-    """`[B, N, M]`; with at least as many rows as keep a row's bits from their number."""
-    rows, least = a_BNC.shape[1], least_rows(a_BNC.device)
+def product(a_BNC: Tensor, b_BCM: Tensor, least: int | None = None) -> Tensor:
+    """`[B, N, M]`; with at least as many rows as keep a row's bits from their number: `least`, or what always does."""
+    rows, least = a_BNC.shape[1], least or least_rows(a_BNC.device)
     if rows < least:
         return torch.bmm(F.pad(a_BNC, (0, 0, 0, least - rows)), b_BCM)[:, :rows].contiguous()
     return torch.bmm(a_BNC, b_BCM)
 
 
-def add_pages(sum_BNC: Tensor, pattern_BNP: Tensor, values_BPC: Tensor) -> Tensor:
-    """Adds a pattern's values to a sum in place, page by page, in order; returns the sum."""
-    rows, least = sum_BNC.shape[1], least_rows(sum_BNC.device)
+def add_pages(sum_BNC: Tensor, pattern_BNP: Tensor, values_BPC: Tensor, least: int | None = None) -> Tensor:
+    """Adds a pattern's values to a sum in place, page by page, in order; returns the sum. `least` as in `product`."""
+    rows, least = sum_BNC.shape[1], least or least_rows(sum_BNC.device)
     if rows < least:
         more = (0, 0, 0, least - rows)
-        return add_pages(F.pad(sum_BNC, more), F.pad(pattern_BNP, more), values_BPC)[:, :rows]
+        return add_pages(F.pad(sum_BNC, more), F.pad(pattern_BNP, more), values_BPC, least)[:, :rows]
     for first in range(0, pattern_BNP.shape[2], PAGE):
         sum_BNC.baddbmm_(pattern_BNP[:, :, first : first + PAGE], values_BPC[:, first : first + PAGE])
     return sum_BNC

@@ -25,7 +25,7 @@ from polytrace.graph import Request
 from polytrace.http_calls import body, call, check, get_json, make_client, pieces, timeout, unreachable
 from polytrace.http_keeper import HttpKeeper
 from polytrace.kinds import value_kind
-from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
+from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_result
 
@@ -64,7 +64,13 @@ class HttpBackend:
         response = self.keeper.with_contents(request, partial(self._call, "POST", f"{self._base}/validate"))
         return from_json(Certificate, response.json())
 
-    def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
+    def run(
+        self,
+        request: Request,
+        tell: Tell = tell_nobody,
+        hear: Hear = hear_nothing,
+        hear_tokens: HearTokens = hear_no_tokens,
+    ) -> Result:
         """Raises what the service says of the request, or ServiceError when it does not answer in time."""
         deadline = time.monotonic() + self._timeout_s
         first_wait_s = _FIRST_WAIT_S if hear is hear_nothing else 0.0  # who logs wants to see how far it is at once

@@ -34,6 +34,7 @@ class When(NamedTuple):
         return f"steps {self.step}-{self.last}" if self.is_loop else f"step {max(0, self.step)}"
 
 
+FIRST = When(0)  # of the prompts
 TIMELESS = When(-1)  # of constants, parameters, masks and what is made of them alone
 ENDING = When(1 << 31)  # of what is made of `Last` nodes
 

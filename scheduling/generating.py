@@ -57,6 +57,7 @@ class Generating:
             for place, tokens in enumerate(invoke.sequences)
         }
         self._stopped: set[SequenceId] = set()  # by the graph, at this step
+        self.rows_of_steps: list[int] = []  # sequences that each step behind the prompts had
         self._left: set[NodeId] = set()  # what earlier steps have left
         self.absent: frozenset[NodeId] = frozenset()  # nodes of the program that do not come
 
@@ -153,6 +154,8 @@ class Generating:
             self.is_ending = self.chain.ending is not None
             if not self.is_ending:
                 return False
+        else:
+            self.rows_of_steps.append(self.num_rows)
         self.absent = self._find_absent()
         return True
 

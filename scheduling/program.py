@@ -6,19 +6,26 @@ other requests (`scheduling.packing` merges them) nor of files (the caller sets 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from polytrace.certificate import Certificate, ValueShape
 from polytrace.collector import young_only
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write
+from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write, name_at
 from polytrace.tensors import itemsize
 from scheduling.below import lower
 from scheduling.checks import Resolved, resolve, table_of
 from scheduling.columns import find_columns
 from scheduling.cones import Keys, find_cones, kept_columns
-from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers, token_layers_alone, wave_tokens
+from scheduling.costs import (
+    carried_bytes,
+    find_notes,
+    read_bytes,
+    token_layers,
+    token_layers_alone,
+    wave_tokens,
+)
 from scheduling.forest import Forest, Placed, grow
 from scheduling.liveness import peak_bytes
 from scheduling.op_costs import program_flops
@@ -26,6 +33,7 @@ from scheduling.placement import Scale, find_live, find_order, is_token, place, 
 from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave, WaveRows
 from scheduling.residency import stage_works
 from scheduling.splitting import fits, split
+from scheduling.step_costs import most_rows, step_costs
 from scheduling.steps import Facts, Infer, compile_chain, generates
 from scheduling.trunks import TrunkChoice, choose_trunks, kept_bytes, rows_of
 from scheduling.waves import Run, executions, find_runs
@@ -135,24 +143,51 @@ def _compile(
 
 
 def certify(program: Program, facts: tuple[ValueFacts | None, ...], description: ModelDescription) -> Certificate:
-    """What a compiled program will cost and return; `facts` are those that it was compiled with."""
+    """What a compiled program will cost and return; `facts` are those that it was compiled with.
+
+    Of a generation as if no sequence ended early.
+    """
     table = table_of(description)
+    steps = step_costs(program, most_rows(program), table)
+    saves = list(_all_saves(program))
     return Certificate(
         nodes=tuple(None if known is None else _shape(known) for known in facts),
-        saves={slot.name: _shape(slot.facts) for slot in program.saves if slot.keep is None},
-        passes=len(program.waves),
-        tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-        token_layers=token_layers(program, table),
-        token_layers_alone=token_layers_alone(program, table),
-        result_bytes=sum(slot.facts.num_bytes for slot in program.saves if slot.keep is None),
-        kept_bytes=sum(slot.facts.num_bytes for slot in program.saves if slot.keep is not None),
-        read_bytes=read_bytes(program),
-        carried_bytes=carried_bytes(program, table),
-        live_bytes=program.live_bytes,
-        op_flops=program_flops(program),
+        saves={name: _shape(slot.facts) for name, slot in saves if slot.keep is None},
+        passes=len(program.waves) + _num_step_passes(program),
+        tokens=steps.tokens + sum(wave_tokens(program, wave) for wave in program.waves),
+        token_layers=steps.token_layers + token_layers(program, table),
+        token_layers_alone=steps.token_layers + token_layers_alone(program, table),
+        result_bytes=sum(slot.facts.num_bytes for _, slot in saves if slot.keep is None),
+        kept_bytes=sum(slot.facts.num_bytes for _, slot in saves if slot.keep is not None),
+        read_bytes=steps.read_bytes + read_bytes(program),
+        carried_bytes=steps.carried_bytes + carried_bytes(program, table),
+        live_bytes=max(
+            [program.live_bytes, *([] if program.chain is None else [p.live_bytes for p in program.chain.parts])]
+        ),
+        op_flops=steps.op_flops + program_flops(program),
         notes=find_notes(program, table),
         edits=program.edits,
     )
+
+
+def _all_saves(program: Program) -> Iterator[tuple[str, SaveSlot]]:
+    """Every save that a result may have, those of all steps."""
+    for slot in program.saves:
+        yield (name_at(slot.name, 0) if slot.is_of_step else slot.name), slot
+    if program.chain is not None:
+        runs = list(enumerate(program.chain.steps, 1))
+        if program.chain.ending is not None:
+            runs.append((len(runs) + 1, program.chain.ending))
+        for step, run in runs:
+            for slot in program.chain.parts[run.part].saves:
+                yield (name_at(slot.name, step) if slot.is_of_step else slot.name), slot
+
+
+def _num_step_passes(program: Program) -> int:
+    if program.chain is None:
+        return 0
+    runs = [*program.chain.steps, *([] if program.chain.ending is None else [program.chain.ending])]
+    return sum(len(program.chain.parts[run.part].waves) for run in runs)
 
 
 def _check_pairs(

@@ -24,6 +24,7 @@ from scheduling.costs import (
 )
 from scheduling.generating import Generating
 from scheduling.plan import Failure, Member, Plan, Program, SaveSlot, ShardResult
+from scheduling.step_costs import step_costs
 from scheduling.steps import GENERATE
 
 
@@ -143,22 +144,23 @@ class Account:
     ) -> Receipt:
         """The books, closed."""
         program = self.program
+        steps = step_costs(program, [] if generating is None else generating.rows_of_steps, table)
         kept_bytes = sum(slot.facts.num_bytes for slot in program.saves if slot.keep is not None)
         return Receipt(
             request=program.request,
             model=table.description.name,
             passes=tuple(self._entries),
-            tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-            token_layers=token_layers(program, table, is_keeping=is_keeping),
-            token_layers_alone=token_layers_alone(program, table),
+            tokens=steps.tokens + sum(wave_tokens(program, wave) for wave in program.waves),
+            token_layers=steps.token_layers + token_layers(program, table, is_keeping=is_keeping),
+            token_layers_alone=steps.token_layers + token_layers_alone(program, table),
             fired=tuple(_told_firings(self._fired.values(), 1 if generating is None else generating.num_steps)),
             generated=() if generating is None else tuple(generating.generated()),
             pad_rows_written=pad_rows_written(program),
-            read_bytes=read_bytes(program),
+            read_bytes=steps.read_bytes + read_bytes(program),
             result_bytes=self._saved_bytes - kept_bytes,
             kept_bytes=kept_bytes,
             loaded_bytes=self._loaded_bytes,
-            carried_bytes=carried_bytes(program, table),
+            carried_bytes=steps.carried_bytes + carried_bytes(program, table),
             gathered_bytes=self._gathered_bytes,
             queue_seconds=queue_seconds,
             run_seconds=run_seconds,

@@ -20,6 +20,11 @@ from scheduling.plan import NOWHERE, PAGE, Grow, PassId, Plan, RequestId, Segmen
 REQUEST = RequestId("decoded")
 
 
+def cache(number: int) -> TrunkId:
+    """Of a sequence."""
+    return TrunkId((REQUEST, -1 - number))
+
+
 def room(positions: int) -> int:
     """Whole pages for so many."""
     return -(-positions // PAGE) * PAGE
@@ -115,10 +120,11 @@ class Machine:
             self.shard.run(replace(self.plan(own), **changes))
         finally:
             handle.remove()
-        out, first = {}, 0
+        out, first = dict[object, Tensor](), 0
         for place, segment in enumerate(own.segments):
-            out[own.names.get(place)] = found[0][first : first + len(segment.head)]
-            first += len(segment.head)
+            if segment.trunk is None:
+                out[own.names[place]] = found[0][first : first + len(segment.head)]
+                first += len(segment.head)
         return out
 
     def whole(self, tokens: Sequence[int]) -> Tensor:
