@@ -90,7 +90,7 @@ class Shard:
             forbid_split_sums()
         self.probe: Probe = self._probed()
         self.loaded = load_model(self.config, self.links, report)
-        self.store = SpanStore(self.config.kv_bytes)
+        self.store = SpanStore(self.config.kv_bytes, self.device)
         self.runner = self._new_runner()
 
     def _probed(self) -> Probe:
