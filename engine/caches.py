@@ -5,7 +5,8 @@ layers. So what many sequences attend to at a layer is one tensor with strides, 
 On a CPU attention is computed in float32, and so slots are float32 there: each number is widened once, which is exact.
 
 Values of a slot are numbers everywhere, also where nothing has been put: what no row sees has weight zero. Slots count
-as held from when they are first used until their slab is empty and gone; before, the machine has no memory for them.
+as held from when they are first used until their slab is gone, which is when it is empty, or when what is in it has
+moved closer together (`pack`); before they are used, the machine has no memory for them.
 """
 
 from __future__ import annotations
@@ -124,6 +125,19 @@ class Caches:
         """Drops a request's caches; unknown ones are fine."""
         for cache in self._caches.pop(request, {}).values():
             self._leave(cache)
+
+    def pack(self) -> None:
+        """Moves caches closer together where many slots are held that none has; between two passes only."""
+        for capacity, slabs in list(self._slabs.items()):
+            num_used = sum(SLOTS - len(slab.free) for slab in slabs)
+            if sum(slab.num_touched for slab in slabs) <= num_used + num_used // 2:
+                continue
+            self._give(sum(slab.held_bytes for slab in slabs))
+            self._slabs[capacity] = []
+            for own in self._caches.values():
+                for trunk, cache in list(own.items()):
+                    if cache.slab.capacity == capacity:
+                        own[trunk] = self._new(capacity, cache.begin, cache)
 
     def reset(self) -> None:
         """Drops all caches."""

@@ -247,7 +247,7 @@ class RequestState:
         info, leaf = self.context.sites[node.site]
         level = self.context.levels.of(info.order)
         is_output = self.context.levels.is_output(info.order) and node.site.selector in ((), (0,))
-        if is_output:
+        if leaf.num_columns is None and is_output:
             rows = self.rows[node.invoke].behind(level, self.program.narrowed.get(node_id))
         else:
             rows = self._rows(node_id, node, info, level)
@@ -345,6 +345,8 @@ class RequestState:
         rows = self.rows[node.invoke]
         if node.site.port is Port.TOKEN:
             return rows.tokens(columns)
+        if info.rows is Rows.DECODER:
+            return rows.decoder
         if info.rows is not Rows.ALL:
             return rows.kept(columns)
         is_inside = self.context.levels.is_inside(info.order)

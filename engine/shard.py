@@ -23,8 +23,10 @@ from engine.chat import chat_format
 from engine.checking import check_names
 from engine.constants import Constants
 from engine.copies import to_device
+from engine.encoders import has_encoder, why_one_stage
 from engine.fragments import RequestState, ShardContext
 from engine.gate import Trial, WrongMannerError, run_gate
+from engine.going_on import check_caches
 from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
@@ -94,7 +96,9 @@ class Shard:
     def _probed(self) -> Probe:
         """ServiceError when the model cannot be cut as it is asked for."""
         meta = meta_model(self.config.source, self.config.dtype)
-        probe = probe_model(meta)
+        probe = probe_model(meta, why_padded="it has an encoder and a decoder" if has_encoder(meta) else None)
+        if has_encoder(meta) and self.config.stages > 1:
+            raise ServiceError(f"{why_one_stage(meta)}; use stages=1")
         if probe.manner.layout is PassLayout.PADDED and self.config.ranks > 1:
             raise ServiceError(f"{probe.class_name} cannot be split over ranks: {probe.why_padded}; use ranks=1")
         if probe.manner.layout is PassLayout.PADDED and self.config.stages > 1 and probe.left:
@@ -156,7 +160,8 @@ class Shard:
             levels=Levels(self.probe.sites, self.probe.layout.layers),
             operations={},
         )
-        return replace(report, checks=check_names(trial, report, parameters))
+        notes = report.notes if self.probe.manner.layout is PassLayout.PACKED else report.notes + check_caches(trial)
+        return replace(report, notes=notes, checks=check_names(trial, report, parameters))
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""

@@ -148,6 +148,13 @@ class InvokeRows:
 
         return RowView(replace(view, segments=tuple(own)), self._named(columns), find, self.streams.device)
 
+    @cached_property
+    def decoder(self) -> RowView:
+        """The row that each sequence has in the decoder of a model that has an encoder."""
+        places = self.streams.running
+        view = replace(self.view, lengths=(1,) * len(self.view.lengths), begins=())
+        return RowView(view, (0,), lambda segment, _position: places.get(segment), self.streams.device)
+
     def _of(self, level: int | None, columns: tuple[int, ...] | None) -> RowView:
         return self._in(self.streams.at(level) if level is not None else None, columns)
 

@@ -19,6 +19,7 @@ from polytrace.loops import Position
 from polytrace.progress import Hear, Tell
 from polytrace.step_values import came
 from polytrace.storage import is_recorded
+from polytrace.streaming import Piece, Pieces
 from polytrace.tensors import RawTensor
 from polytrace.timing import FIRST
 from polytrace.tracing import InvokeBlock, Tracer
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from polytrace.model import Model
 
 TOKEN = Site(module="", port=Port.TOKEN)
-Listener = Callable[[Token], Any]
+Listener = Callable[[Piece], Any]
 
 
 class GenerateTracer(Tracer):
@@ -44,12 +45,14 @@ class GenerateTracer(Tracer):
         *,
         chat: Mapping[str, Any] | None = None,
         edits: Sequence[EditSet] = (),
-        listener: Listener | None = None,
+        listener: Listener | bool | None = None,
     ) -> None:
-        """`given`: the keywords of `polytrace.generate_options`."""
+        """`given`: the keywords of `polytrace.generate_options`. `listener`: hears tokens; True prints their text."""
         self._ways = Ways(model.description, given, options.seed)
         self._own_way: Mapping[str, Any] = {}  # keywords of the invoke that is being made
-        self._listener = listener
+        if not (listener is None or isinstance(listener, bool) or callable(listener)):
+            raise GraphError(f"stream is a function or True, not {listener!r}", where=user_line())
+        self._listener: Listener | None = _print if listener is True else listener or None
         self._results: dict[int | None, Continuations] = {}
         super().__init__(model, prompts, options, is_run, chat=chat, edits=edits)
         self.recording.goes_on = True
@@ -187,10 +190,14 @@ class GenerateTracer(Tracer):
         assert self.request is not None
         if self._listener is None:
             return super()._run(tell, hear)
-        listener = self._listener
+        listener, pieces = self._listener, Pieces(self.model.tokenizer, self._invokes)
 
         def hear_tokens(tokens: Iterable[Token]) -> None:
-            for token in tokens:
-                listener(token)
+            for piece in pieces.of(tokens):
+                listener(piece)
 
         return self.model.backend.run(self.request, tell, hear, hear_tokens)
+
+
+def _print(piece: Piece) -> None:
+    print(piece.text, end="" if piece.finish is None else "\n", flush=True)

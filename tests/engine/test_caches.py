@@ -130,3 +130,28 @@ def test_the_store_forgets_all_caches_at_once() -> None:
     fill(store, grow(THEIRS, 0, capacity=64), 0.0)
     store.reset()
     assert store.held_bytes == 0 and grow(OURS, 0).trunk not in store.caches
+
+
+def test_where_memory_is_short_caches_move_into_slots_that_others_left() -> None:
+    one = len(LAYERS) * 32 * POSITION_BYTES
+    store = SpanStore(40 * one)
+    for number in range(SLOTS + 4):
+        fill(store, grow(RequestId(str(number)), 0), 10.0 * number)
+    store.caches.of(grow(RequestId("18"), 0).trunk).slab.layers[5].odd.add(2)
+    for number in range(SLOTS + 4):
+        if number not in (3, 9, 18):
+            store.forget(RequestId(str(number)))
+    assert store.held_bytes == (SLOTS + 4) * one
+    store.hold([])
+    assert store.held_bytes == 3 * one
+    caches = [store.caches.of(grow(RequestId(name), 0).trunk) for name in ("3", "9", "18")]
+    assert sorted(cache.slot for cache in caches) == [0, 1, 2] and len({id(cache.slab) for cache in caches}) == 1
+    for name, cache in zip((3, 9, 18), caches, strict=True):
+        layer = cache.slab.layers[5]
+        assert layer.keys_SGPC[cache.slot, 1, :3, 0].tolist() == [10.0 * name + 5 + place for place in range(3)]
+        assert (cache.slot in layer.odd) == (name == 18)
+    store.hold([])
+    assert store.caches.of(grow(RequestId("3"), 0).trunk) is caches[0], "nothing more to gain"
+    for name in ("3", "9", "18"):
+        store.forget(RequestId(name))
+    assert store.held_bytes == 0
