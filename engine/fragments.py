@@ -40,6 +40,7 @@ from polytrace.graph import (
     Op,
     Operand,
     Parameter,
+    Port,
     Read,
     Ref,
     Save,
@@ -342,6 +343,8 @@ class RequestState:
     def _rows(self, node_id: NodeId, node: Read | Write, info: SiteInfo, level: int) -> RowView:
         columns = self.program.narrowed.get(node_id)
         rows = self.rows[node.invoke]
+        if node.site.port is Port.TOKEN:
+            return rows.tokens(columns)
         if info.rows is Rows.DECODER:
             return rows.decoder
         if info.rows is not Rows.ALL:

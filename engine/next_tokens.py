@@ -1,7 +1,7 @@
 """What the sequences of a pass go on with: drawn behind the model's output, seen and changed by graphs, then told.
 
-Owns the visit of `Port.TOKEN`. The rows are those of the logits; a token stands in the row of the last token that its
-sequence has. How a token is drawn is `engine.sampling`'s.
+Owns the visit of `Port.TOKEN`. Each sequence has a token of its own there, also where several have a row of logits in
+common. How a token is drawn is `engine.sampling`'s.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ class NextTokens:
             for generation in (state.program.invokes[view.invoke].generation,)
             if generation is not None
         ]
+        start = 0
+        for one in self._going:
+            one.state.rows[one.view.invoke].first_token = start
+            start += one.rows.num_rows
 
     def visit(self, output: Any, visitor: Callable[[Any], Any]) -> Any:
         """Draws, lets `visitor` see and change what was drawn, and tells the requests' states. Returns the output."""
@@ -78,10 +82,8 @@ class NextTokens:
             blocks, copies = self._logits.sharded_blocks, self._logits.sharded_copies
             logits_KV = gather_whole(self._links, logits_KV, 1, blocks, copies)
         drawn_K = draw_tokens(logits_KV, [_drawing(one) for one in self._going])
-        tokens_1T = torch.zeros(packed_1TV.shape[:2], dtype=torch.int64, device=self._device)
-        tokens_1T[0].index_copy_(0, rows_K, drawn_K)
-        final_K = visitor(tokens_1T)[0].index_select(0, rows_K)
-        self._tell(logits_KV, final_K)
+        final_1K = visitor(drawn_K[None])
+        self._tell(logits_KV, final_1K[0])
         return output
 
     def _tell(self, logits_KV: Tensor, tokens_K: Tensor) -> None:

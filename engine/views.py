@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.copies import to_device
 from engine.streams import LevelRows, Streams, positions_of
-from scheduling.plan import View
+from scheduling.plan import NO_ROWS, View
 
 # From (segment, position) to a row, None where there is none any more.
 Finder = Callable[[int, int], int | None]
@@ -104,6 +104,7 @@ class InvokeRows:
         self.streams = streams
         self._views: dict[tuple[int | None, tuple[int, ...] | None], RowView] = {}
         self._outputs: dict[tuple[int, tuple[int, ...] | None], RowView] = {}
+        self.first_token = 0  # where its own begin among the next tokens of the pass
 
     def at(self, level: int, columns: tuple[int, ...] | None) -> RowView:
         """Columns (None: all) of the invoke at a level."""
@@ -127,6 +128,25 @@ class InvokeRows:
     def kept(self, columns: tuple[int, ...] | None) -> RowView:
         """Columns of the invoke among the rows that the head runs on."""
         return self._of(None, columns)
+
+    def tokens(self, columns: tuple[int, ...] | None) -> RowView:
+        """Columns of the invoke among the next tokens of the pass: its last one has them, one for each sequence.
+
+        Sequences that have a row of logits in common draw from it one by one.
+        """
+        view = self.view
+        begins = view.begins or (0,) * len(view.lengths)
+        own: list[int] = []
+        ends: dict[int, int] = {}  # by token: the position behind which it comes
+        for segment, begin, length in zip(view.segments, begins, view.lengths, strict=True):
+            own.append(NO_ROWS if segment == NO_ROWS else self.first_token + len(ends))
+            if segment != NO_ROWS:
+                ends[own[-1]] = begin + length - 1
+
+        def find(token: int, position: int) -> int | None:
+            return token if position == ends[token] else None
+
+        return RowView(replace(view, segments=tuple(own)), self._named(columns), find, self.streams.device)
 
     @cached_property
     def decoder(self) -> RowView:
