@@ -399,6 +399,16 @@ class RequestState:
         if self.context.links.rank == 0:
             self.sink.put(self._slots[node_id], self.values[node.value.node])
 
+    def save(self, node_id: NodeId, value: Tensor | None) -> None:
+        """Saves a value that was made beside others' (None: one that it has)."""
+        try:
+            node = self.program.graph.nodes[node_id]
+            assert isinstance(node, Save)
+            if self.context.links.rank == 0:
+                self.sink.put(self._slots[node_id], self.values[node.value.node] if value is None else value)
+        except Exception as error:  # noqa: BLE001  the edge between a user's program and the shared pass
+            self.fail(node_id, _told(error))
+
     def _resolve(self, operand: Operand) -> Any:
         return resolve(operand, self.values)
 

@@ -1,0 +1,93 @@
+"""Values that every run of a program makes alike: constants, parameters, and what is worked out of these alone.
+
+A step of a generation runs its program again and again: what is steady is worked out at its first two runs and kept
+from then on, until the request ends. What is drawn is not steady, nor what ranks have to put together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.fragments import RequestState
+from polytrace.graph import Constant, NodeId, Op, Parameter, operands
+from scheduling.plan import Fragment, Program, RequestId
+
+
+class SteadyValues:
+    """One a shard."""
+
+    def __init__(self, *, is_split: bool) -> None:
+        """`is_split`: ranks split the model."""
+        self._is_split = is_split
+        self._known: dict[RequestId, dict[int, frozenset[NodeId]]] = {}
+        self._kept: dict[RequestId, dict[int, _Kept | None]] = {}
+
+    def nodes(self, program: Program) -> frozenset[NodeId]:
+        """The program's steady values."""
+        known = self._known.setdefault(program.request, {})
+        if id(program) not in known:
+            known[id(program)] = frozenset(_steady(program, self._is_split))
+        return known[id(program)]
+
+    def run(self, state: RequestState, prologue: Fragment) -> None:
+        """Runs a prologue, or takes what is steady in it from a run before."""
+        kept = self._kept.setdefault(state.program.request, {})
+        if id(prologue) not in kept:
+            state.run(prologue, None)
+            kept[id(prologue)] = None  # many programs run once
+            return
+        found = kept[id(prologue)]
+        if found is None:
+            state.run(prologue, None)
+            if not state.has_failed:
+                kept[id(prologue)] = self._keep(state, prologue)
+            return
+        state.values.update(found.values)
+        if found.rest.nodes:
+            state.run(found.rest, None)
+
+    def forget(self, request: RequestId) -> None:
+        """A request has ended."""
+        self._known.pop(request, None)
+        self._kept.pop(request, None)
+
+    def clear(self) -> None:
+        """Gives the memory back."""
+        self._known.clear()
+        self._kept.clear()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is kept of any request."""
+        return not (self._known or self._kept)
+
+    def _keep(self, state: RequestState, prologue: Fragment) -> _Kept:
+        steady = self.nodes(state.program)
+        values = {node: state.values[node] for node in prologue.nodes if node in steady and node in state.values}
+        graph = state.program.graph
+        rest = [node for node in prologue.nodes if node not in steady]
+        for node in rest:  # what they need, where it is dropped behind the prologue
+            if any(part in steady and part not in values for part in operands(graph.nodes[node])):
+                return _Kept({}, prologue)
+        return _Kept(values, Fragment(order=prologue.order, nodes=tuple(rest), drops=prologue.drops))
+
+
+class _Kept:
+    """Of a prologue."""
+
+    def __init__(self, values: dict[NodeId, Any], rest: Fragment) -> None:
+        self.values = values
+        self.rest = rest  # what runs every time
+
+
+def _steady(program: Program, is_split: bool) -> set[NodeId]:
+    found: set[NodeId] = set()
+    for position, node in enumerate(program.graph.nodes):
+        place = NodeId(position)
+        if isinstance(node, Constant) or (isinstance(node, Parameter) and not is_split):
+            found.add(place)
+        elif isinstance(node, Op) and "draw" not in node.kwargs and place not in program.below:
+            parts = operands(node)
+            if parts and all(part in found for part in parts):
+                found.add(place)
+    return found
