@@ -15,7 +15,7 @@ from engine.arguments import Selector
 from engine.ops import TORCH_DTYPES
 from engine.row_ops import Own, Run, Slot, compiled
 from polytrace.description import Leaf, Rows, SiteInfo
-from polytrace.graph import LEAVES, DType, NodeId, Op, Operand, Port, Read, Ref, Save, Site, Write
+from polytrace.graph import LEAVES, NodeId, Op, Operand, Port, Read, Ref, Save, Site, Write
 from scheduling.plan import Fragment, Program
 
 _MAX_BYTES = 1 << 22  # of a member's values: larger ones keep a kernel busy by themselves

@@ -86,7 +86,7 @@ class RowTables:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is kept of any request."""
-        return not (self._bound or self._passes or self.steady.is_empty)
+        return not (self._bound or self._passes) and self.steady.is_empty
 
     def seated(self, members: Sequence[Member], order: int) -> Seated:
         """Who shares a table at a visit, and who stands alone."""

@@ -1,5 +1,6 @@
-"""Many users' equal small programs in one pass: one table of rows, each with the bits that it has alone, and the numbers
-of plain Hugging Face with the same lines in hooks.
+"""Many users' equal small programs in one pass: one table of rows, each with the bits that it has alone.
+
+And with the numbers of plain Hugging Face with the same lines in hooks.
 """
 
 from __future__ import annotations
@@ -115,11 +116,16 @@ def record(form: str, user: int, served: Served) -> Callable[[Any], None]:
 
 def by_hand(served: Served, prompt: list[int], form: str | None, user: int) -> Tensor:
     v, p = vector(user).to(served.dtype), columns(user).to(served.dtype)
+
+    def hook(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        assert form is not None
+        FORMS[form](out, v, p)
+        return out
+
     with ExitStack() as stack, torch.no_grad():
         for layer in served.plain.model.layers if form is not None else ():
             for module in (layer, layer.mlp):
-                edit = lambda _, __, out, form=form: FORMS[form](out, v, p) and None  # noqa: E731
-                stack.callback(module.register_forward_hook(lambda m, a, out, edit=edit: (edit(m, a, out), out)[1]).remove)
+                stack.callback(module.register_forward_hook(hook).remove)
         return served.plain(torch.tensor([prompt]), use_cache=False).logits[:, -1].float()
 
 
@@ -137,9 +143,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 def test_members_of_a_table_have_their_own_bits_and_hugging_faces_numbers(
     served: Served, form: str, sharing: str
 ) -> None:
-    requests = [
-        served.request([prompt_of(user)], record(form, user, served), sharing=sharing) for user in range(USERS)
-    ]
+    requests = [served.request([prompt_of(user)], record(form, user, served), sharing=sharing) for user in range(USERS)]
     before = served.num_rows
     together = served.run(requests)
     assert served.num_rows - before >= USERS * 2 * LAYERS, "they ran as tables"
@@ -274,9 +278,7 @@ def test_a_pass_that_runs_again_and_again_gives_the_same_and_leaves_nothing(serv
     served = served_float32
     shards = served.backend.shards
     forms = ["ablate a unit", "project", "steer scaled"]
-    requests = [
-        served.request([prompt_of(user, 1)], record(form, user, served)) for user in range(4) for form in forms
-    ]
+    requests = [served.request([prompt_of(user, 1)], record(form, user, served)) for user in range(4) for form in forms]
     served.backend.shards = seen = Seen(shards)
     first = served.run(requests)
     served.backend.shards = shards
@@ -285,17 +287,15 @@ def test_a_pass_that_runs_again_and_again_gives_the_same_and_leaves_nothing(serv
     shard = served.backend.shard
     before = shard.row_tables.num_rows
     results = [shard.run(staying) for _ in range(4)]
-    few = replace(
-        staying, members=staying.members[:5], views=tuple(view for view in staying.views if view.member < 5)
-    )
+    few = replace(staying, members=staying.members[:6], views=tuple(each for each in staying.views if each.member < 6))
     results.append(shard.run(few))
     results.append(shard.run(replace(plan, members=plan.members)))
-    assert shard.row_tables.num_rows - before == (5 * len(plan.members) + 5) * 2 * LAYERS
+    assert shard.row_tables.num_rows - before == (5 * len(plan.members) + 6) * (2 * LAYERS + 1)
     for result in results:
         assert not result.failures
         for (request, name), value in result.values.items():
             own = next(each for each in first if each.request == request)
             assert torch.equal(value, own.values[name])
-        for member in plan.members[:5]:
+        for member in plan.members[:6]:
             assert result.fired[member.program.request] == results[0].fired[member.program.request]
     assert shard.row_tables.is_empty
