@@ -112,7 +112,7 @@ class RowTables:
     def _bind(self, state: RequestState, fragment: Fragment) -> Bound | None:
         known = self._bound.setdefault(state.program.request, {})
         if id(fragment) not in known:
-            known[id(fragment)] = self._outlines.bind(state.program, fragment, self.steady.nodes(state.program))
+            known[id(fragment)] = self._outlines.bind(state.program, fragment, self.steady.asked(state.program))
         return known[id(fragment)]
 
 
@@ -247,11 +247,11 @@ class Table:
     def _values(self, port: PortValue, rows: PassTables) -> tuple[Stacks, list[tuple[RowView, Tensor]]]:
         """All stacks, and what is written where. Raises when a member's value is not what was planned."""
         outline, num = self._outline, len(self.seats)
-        stacks: Stacks = [None] * outline.num_slots
-        for place, (slot, own) in enumerate(outline.outside):
+        stacks: Stacks = [None] * len(outline.owns)
+        for place, slot in enumerate(outline.outside):
             stacks[slot] = self._steady.get(slot)
             if stacks[slot] is None:
-                stacks[slot] = self._stacked(place, own)
+                stacks[slot] = self._stacked(place, outline.owns[slot])
                 if outline.is_steady[place]:
                     self._steady[slot] = stacks[slot]
         for read, where, places in self._reads:

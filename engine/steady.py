@@ -6,6 +6,7 @@ from then on, until the request ends. What is drawn is not steady, nor what rank
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from engine.fragments import RequestState
@@ -19,15 +20,25 @@ class SteadyValues:
     def __init__(self, *, is_split: bool) -> None:
         """`is_split`: ranks split the model."""
         self._is_split = is_split
-        self._known: dict[RequestId, dict[int, frozenset[NodeId]]] = {}
+        self._known: dict[RequestId, dict[int, dict[NodeId, bool]]] = {}  # by program and node
         self._kept: dict[RequestId, dict[int, _Kept | None]] = {}
 
-    def nodes(self, program: Program) -> frozenset[NodeId]:
-        """The program's steady values."""
-        known = self._known.setdefault(program.request, {})
-        if id(program) not in known:
-            known[id(program)] = frozenset(_steady(program, self._is_split))
-        return known[id(program)]
+    def asked(self, program: Program) -> Callable[[NodeId], bool]:
+        """Tells of a program's values whether they are steady."""
+        known = self._known.setdefault(program.request, {}).setdefault(id(program), {})
+        nodes, below, is_split = program.graph.nodes, program.below, self._is_split
+
+        def is_steady(place: NodeId) -> bool:
+            if place not in known:
+                node = nodes[place]
+                if isinstance(node, Op) and "draw" not in node.kwargs and place not in below:
+                    parts = operands(node)
+                    known[place] = bool(parts) and all(is_steady(part) for part in parts)
+                else:
+                    known[place] = isinstance(node, Constant) or (isinstance(node, Parameter) and not is_split)
+            return known[place]
+
+        return is_steady
 
     def run(self, state: RequestState, prologue: Fragment) -> None:
         """Runs a prologue, or takes what is steady in it from a run before."""
@@ -62,12 +73,12 @@ class SteadyValues:
         return not (self._known or self._kept)
 
     def _keep(self, state: RequestState, prologue: Fragment) -> _Kept:
-        steady = self.nodes(state.program)
-        values = {node: state.values[node] for node in prologue.nodes if node in steady and node in state.values}
+        is_steady = self.asked(state.program)
+        values = {node: state.values[node] for node in prologue.nodes if is_steady(node) and node in state.values}
         graph = state.program.graph
-        rest = [node for node in prologue.nodes if node not in steady]
+        rest = [node for node in prologue.nodes if not is_steady(node)]
         for node in rest:  # what they need, where it is dropped behind the prologue
-            if any(part in steady and part not in values for part in operands(graph.nodes[node])):
+            if any(is_steady(part) and part not in values for part in operands(graph.nodes[node])):
                 return _Kept({}, prologue)
         return _Kept(values, Fragment(order=prologue.order, nodes=tuple(rest), drops=prologue.drops))
 
@@ -78,16 +89,3 @@ class _Kept:
     def __init__(self, values: dict[NodeId, Any], rest: Fragment) -> None:
         self.values = values
         self.rest = rest  # what runs every time
-
-
-def _steady(program: Program, is_split: bool) -> set[NodeId]:
-    found: set[NodeId] = set()
-    for position, node in enumerate(program.graph.nodes):
-        place = NodeId(position)
-        if isinstance(node, Constant) or (isinstance(node, Parameter) and not is_split):
-            found.add(place)
-        elif isinstance(node, Op) and "draw" not in node.kwargs and place not in program.below:
-            parts = operands(node)
-            if parts and all(part in found for part in parts):
-                found.add(place)
-    return found
