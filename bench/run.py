@@ -26,6 +26,7 @@ BENCHMARKS: Mapping[str, str] = {
     "merged": "bench.merged",
     "overhead": "bench.overhead",
     "cones": "bench.cones.benchmark",
+    "generation": "bench.generation.benchmark",
     "overlap": "bench.overlap",
     "loading": "bench.loading",
     "moved": "bench.moved",

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from engine.chunks import Chunk, chunks_of
 from engine.copies import to_device
+from engine.decoding import Decoding
 from engine.kernels import has_kernels
 from engine.pages import Formula, PagedLayer
 from engine.points import MASKED, Points, Watch, visited
@@ -69,6 +70,7 @@ class AttentionPass:
         self.store = store
         self.device = device
         self.trunks = trunks  # None: there are none, neither to find nor to keep
+        self.has_own_cache = False  # the model's: keys come to attention as it holds them, earlier ones first
         self.points: dict[int, Points] = {}  # visits inside of attention, by the module's id
         self.has_kernel = has_kernels(device)
         self.layer = 0  # that runs now
@@ -79,12 +81,26 @@ class AttentionPass:
         self.layer = layer
         if stream is not self._stream:
             self._stream = stream
-            for made in ("chunks", "key_tables"):
+            for made in ("chunks", "chunks_of_all", "decoding", "key_tables"):
                 self.__dict__.pop(made, None)
 
     @cached_property
+    def decoding(self) -> Decoding | None:
+        """The rows of the layer that runs now that decode, where the CPU attends."""
+        if self.trunks is None or self.device.type != "cpu":
+            return None
+        return self.trunks.decoding(self._stream)
+
+    @cached_property
     def chunks(self) -> list[Chunk]:
-        """The tiles of the layer that runs now, for `engine.pages`."""
+        """The tiles of the layer that runs now, for `engine.pages`; those of rows that decode are not among them."""
+        if self.decoding is None:
+            return self.chunks_of_all
+        return list(chunks_of(self._stream, self.device, self.decoding.segments))
+
+    @cached_property
+    def chunks_of_all(self) -> list[Chunk]:
+        """The tiles of the layer that runs now, those of rows that decode too."""
         return list(chunks_of(self._stream, self.device))
 
     @cached_property
@@ -155,11 +171,9 @@ def packed_attention(
     points = current.points.get(id(module), {})
     if points:
         query = visited(points, Port.Q_ROT, query.transpose(1, 2)).transpose(1, 2)
-        key = visited(points, Port.K_ROT, key.transpose(1, 2)).transpose(1, 2)
-        value = visited(points, Port.V, value.transpose(1, 2)).transpose(1, 2)
-    key_GRC, value_GRC = key[0], value[0]
-    if current.trunks is not None:
-        key_GRC, value_GRC = current.trunks.through(current.layer, key_GRC, value_GRC)
+        key = _visited_rows(current, points, Port.K_ROT, key, query.shape[2])
+        value = _visited_rows(current, points, Port.V, value, query.shape[2])
+    key_GRC, value_GRC, decoding = _with_trunks(current, key[0], value[0], points)
     formula = Formula(
         scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
@@ -170,9 +184,10 @@ def packed_attention(
     if current.has_kernel:
         z = _by_kernel(current, query, key_GRC, value_GRC, formula)
     if z is None or any(port in points for port in MASKED):
-        layer = PagedLayer(
-            current.store, (current.layer, current.pass_id), current.chunks, query, key_GRC, value_GRC, formula
-        )
+        chunks = current.chunks_of_all if decoding is None else current.chunks
+        layer = PagedLayer(current.store, (current.layer, current.pass_id), chunks, query, key_GRC, value_GRC, formula)
+        if decoding is not None:
+            decoding.attend(current.layer, layer)
         written = layer.attend_visited(points)
         if z is None:
             for chunk in layer.others:
@@ -182,6 +197,35 @@ def packed_attention(
             rows = to_device(written, current.device)
             z = z.index_copy(1, rows, layer.result(query.dtype).index_select(1, rows))
     return visited(points, Port.Z, z.contiguous()), None  # some families view it as one row a token
+
+
+def _visited_rows(current: AttentionPass, points: Points, port: Port, rows_1GRC: Tensor, num_rows: int) -> Tensor:
+    """Keys or values behind the visit of their point, where those of this pass are seen."""
+    own_1GTC = rows_1GRC[:, :, rows_1GRC.shape[2] - num_rows :]
+    after_1GTC = visited(points, port, own_1GTC.transpose(1, 2)).transpose(1, 2)
+    if not current.has_own_cache:
+        return after_1GTC
+    own_1GTC.copy_(after_1GTC)  # later tokens see what they have become
+    return rows_1GRC
+
+
+def _with_trunks(
+    current: AttentionPass, key_GTC: Tensor, value_GTC: Tensor, points: Points
+) -> tuple[Tensor, Tensor, Decoding | None]:
+    """Keys and values with those of trunks, once caches have taken in what is theirs; which rows decode.
+
+    Rows do not decode at a layer where somebody looks at their scores or where values are not finite.
+    """
+    trunks, decoding = current.trunks, current.decoding
+    if trunks is None:
+        return key_GTC, value_GTC, None
+    key_GRC, value_GRC = trunks.through(current.layer, key_GTC, value_GTC, is_all=decoding is None)
+    trunks.keep_keys(current.layer, key_GRC, value_GRC)
+    if decoding is not None:
+        asked = {row for port in MASKED if port in points for row in points[port].rows}
+        if asked & decoding.rows or decoding.is_odd(current.layer):
+            return *trunks.through(current.layer, key_GTC, value_GTC, is_all=True), None
+    return key_GRC, value_GRC, decoding
 
 
 def _by_kernel(current: AttentionPass, query: Tensor, key_GRC: Tensor, value_GRC: Tensor, formula: Formula) -> Tensor:

@@ -9,7 +9,7 @@ and where few forks look at a parent its pages are copied for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from engine.copies import to_device
 from engine.streams import Stream
+from scheduling.plan import PAGE
 
 # B = tiles of a chunk, Q = query rows of each, P = columns of the prefix, O = columns of a tile's own pages, W = P + O
 
-PAGE = 32  # positions; also what element-wise kernels take at a time, so that no tail falls on a row's end
+# A page is also what element-wise kernels take at a time, so that no tail falls on a row's end.
 TILE = 128  # most query rows of a tile; longer segments are cut at multiples of it
 
 # What the kernel calls of one more chunk cost, measured on one core with 256 to 1024 features:
@@ -124,18 +125,20 @@ class Chunk:
         return self._hidden[window]
 
 
-def chunks_of(stream: Stream, device: torch.device) -> Iterator[Chunk]:
-    """All tiles of a level, those of like geometry together."""
+def chunks_of(stream: Stream, device: torch.device, without: Collection[int] = ()) -> Iterator[Chunk]:
+    """All tiles of a level, those of like geometry together; none of the segments `without`."""
     groups: dict[Geometry, list[Tile]] = {}
-    for geometry, tile in _tiles_of(stream):
+    for geometry, tile in _tiles_of(stream, without):
         groups.setdefault(geometry, []).append(tile)
     for geometry, tiles in _with_copied_prefixes(stream, groups).items():
         for alike in _of_like_length(geometry, tiles):
             yield Chunk(geometry, alike, device)
 
 
-def _tiles_of(stream: Stream) -> Iterator[tuple[Geometry, Tile]]:
+def _tiles_of(stream: Stream, without: Collection[int]) -> Iterator[tuple[Geometry, Tile]]:
     for segment in range(len(stream.segments)):
+        if segment in without:
+            continue
         own = stream.own(segment)
         start = own.start
         while start < own.stop:

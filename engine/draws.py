@@ -21,9 +21,13 @@ _DEFAULT = torch.float32  # whatever this process's default is
 
 
 def draw(
-    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: tuple[int, int] | None, device: torch.device
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: tuple[int, ...] | None, device: torch.device
 ) -> Tensor:
-    """The value of a random op. `seed` is (request seed, number of the draw); it is not needed on the meta device."""
+    """The value of a random op.
+
+    `seed` is (request seed, number of the draw), and behind the prompts of a generation the step; it is not needed on
+    the meta device.
+    """
     tensors = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
     target = tensors[0].device if tensors else device
     if target == _META:
@@ -31,7 +35,7 @@ def draw(
             return _DRAWN[name](None, *args, **kwargs)
     if seed is None:
         raise ValueError(f"{name} needs the request's seed and the number of the draw")
-    digest = hashlib.blake2b(f"{seed[0]}:{seed[1]}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(":".join(map(str, seed)).encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     if name in _WITH_MASKS:
         return _DRAWN[name](generator, *args, **kwargs)

@@ -7,8 +7,8 @@ parameters, calls of modules that communicate) still happens, so that every shar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from polytrace.graph import (
     Call,
     Constant,
     Invoke,
+    Last,
     Mask,
     NodeId,
     Op,
@@ -43,15 +44,18 @@ from polytrace.graph import (
     Ref,
     Save,
     Site,
+    Stop,
     Write,
     draw_of,
+    name_at,
 )
 from polytrace.tensors import RawTensor
+from scheduling.absence import without_absent
 from scheduling.below import split_input, split_output
 from scheduling.checks import ModelTable
 from scheduling.columns import columns_of
 from scheduling.levels import Levels
-from scheduling.plan import Cut, Failure, Fragment, Program, ValueFacts
+from scheduling.plan import Cut, Drawn, Failure, Fragment, Member, Program, SaveSlot, Stopped, ValueFacts
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,26 +89,71 @@ class RequestState:
         self._written: dict[tuple[Selector, int], list[tuple[NodeId, Tensor]]] = {}  # at this visit, by invoke
         self._in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
         self._constants: dict[str, Tensor] = {}
-        self._slots = {slot.node: slot for slot in program.saves}
+        self._slots: dict[NodeId, SaveSlot] = {}
+        self._reach: dict[tuple[int | None, int], dict[int, int]] = {}  # see `begin_wave`, by part and wave
+        # of a generation
+        self.member: Member | None = None  # what it is in this pass
+        self.left: dict[NodeId, Any] = {}  # what earlier steps left, by the request's own nodes
+        self.histories: dict[tuple[int, int], list[int]] = {}  # tokens of sequences that go on, as far as they are read
+        self.drawn: list[Drawn] = []  # in this pass
+        self.stops: list[tuple[int, Tensor]] = []  # invokes and who of them ends, in this pass
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of saves that came out smaller than planned, in this pass
 
     @property
     def has_failed(self) -> bool:
         return self.failure is not None
 
-    def begin_wave(self, wave: int, rows: dict[int, InvokeRows]) -> None:
+    def begin_wave(self, member: Member, rows: dict[int, InvokeRows]) -> None:
         """Takes the rows of this pass and notes which writes can reach a read's memory."""
+        if self.member is None or self.member.step != member.step or self.member.part != member.part:
+            self._begin_program(member)
+        self.member = member
         self.rows = rows
         self.fired = []
         self.gathered_bytes = self.loaded_bytes = 0
         self.sink.saved_bytes = 0
-        self._in_place_until = {}
-        for work in self.program.waves[wave].stages:
-            for fragment in work.fragments:
-                for node_id in fragment.nodes:
-                    node = self.program.graph.nodes[node_id]
-                    if isinstance(node, Write) and node.in_place:
-                        reach = max(self._in_place_until.get(node.invoke, fragment.order), fragment.order)
-                        self._in_place_until[node.invoke] = reach
+        self.drawn, self.stops, self.shapes = [], [], {}
+        reach = self._reach.get((member.part, member.wave))
+        if reach is None:
+            reach = self._reach[member.part, member.wave] = _find_reach(member.program, member.wave)
+        self._in_place_until = reach
+
+    def _begin_program(self, member: Member) -> None:
+        """The request's first program, or the next step of its generation."""
+        self.program = member.program
+        self._slots = {slot.node: slot for slot in member.program.saves}
+        self.values = {node: self.left[left] for node, left in member.binds.items() if left in self.left}
+        if member.part is None:
+            self.histories = {
+                (index, place): list(tokens)
+                for index, invoke in enumerate(member.program.invokes)
+                if invoke.generation is not None and invoke.generation.sampling.repetition_penalty != 1
+                for place, tokens in enumerate(invoke.sequences)
+            }
+
+    def end_program(self, member: Member) -> None:
+        """Keeps what later steps need of this one, and nothing else."""
+        for node in member.drops:
+            self.left.pop(node, None)
+        for node, left in member.holds.items():
+            if node in self.values:
+                self.left[left] = self.values[node]
+        self.values = {}
+
+    def note_tokens(self, invoke: int, places: Sequence[int], tokens: Sequence[int]) -> None:
+        """What sequences go on with."""
+        for place, token in zip(places, tokens, strict=True):
+            history = self.histories.get((invoke, place))
+            if history is not None:
+                history.append(token)
+
+    def stopped(self) -> tuple[Stopped, ...]:
+        """Whom the graph ends behind this pass."""
+        found = []
+        for invoke, value in self.stops:
+            count = len(self.program.invokes[invoke].sequences)
+            found.append(Stopped(invoke=invoke, is_over=tuple((value != 0).flatten().expand(count).tolist())))
+        return tuple(found)
 
     def fail(self, node: NodeId | None, message: str, *, is_out_of_memory: bool = False) -> None:
         """Marks the request as failed; the first failure stands."""
@@ -117,7 +166,10 @@ class RequestState:
         """Runs a fragment at a visit (None at the prologue), then drops what the stage no longer needs."""
         self._written = {}
         gathered = self.context.links.bytes.gathered
+        absent = self.member.absent if self.member is not None else ()
         for node_id in fragment.nodes:
+            if node_id in absent:
+                continue
             try:
                 self._run_node(node_id, fragment.order, port)
             except Exception as error:  # the edge between a user's program and the shared pass
@@ -138,9 +190,12 @@ class RequestState:
         value = self.values.get(node_id)
         if isinstance(value, Tensor) and tuple(value.shape) == facts.shape:
             return value
-        if not self.has_failed:
+        if not self.has_failed and not self._is_absent(node_id):
             self.fail(node_id, f"its value to carry has shape {_shape(value)}, planned was {list(facts.shape)}")
         return torch.zeros(facts.shape, dtype=getattr(torch, facts.dtype), device=self.context.device)
+
+    def _is_absent(self, node_id: NodeId) -> bool:
+        return self.member is not None and node_id in self.member.absent
 
     def _run_node(self, node_id: NodeId, order: int, port: PortValue | None) -> None:
         node = self.program.graph.nodes[node_id]
@@ -159,19 +214,25 @@ class RequestState:
                 node.name,
                 tuple(self._resolve(arg) for arg in node.args),
                 {name: self._resolve(arg) for name, arg in node.kwargs.items()},
-                seed=(self.program.seed, draw_of(node, node_id)),
+                seed=self._seed(draw_of(node, node_id)),
                 device=self.context.device,
             )
         elif isinstance(node, Constant):
             value = self._constant(node.name)
         elif isinstance(node, Mask):
             value = self._mask(node.invoke)
+        elif isinstance(node, Last):
+            value = next(self.values[one.node] for one in node.values if not self._is_absent(one.node))
+        elif isinstance(node, Stop):
+            self.stops.append((node.invoke, self.values[node.value.node]))
+            return
         elif isinstance(node, Write):
             self._write(node_id, node, _visited(port))
             self.fired.append(node_id)
             return
         else:
-            self._save(node_id, node)
+            assert isinstance(node, Save), "what earlier steps left does not run"
+            self._save(node_id, self.values[node.value.node])
             self.fired.append(node_id)
             return
         if not self.has_failed:
@@ -185,7 +246,7 @@ class RequestState:
         info, leaf = self.context.sites[node.site]
         level = self.context.levels.of(info.order)
         is_output = self.context.levels.is_output(info.order) and node.site.selector in ((), (0,))
-        if is_output:
+        if leaf.num_columns is None and is_output:
             rows = self.rows[node.invoke].behind(level, self.program.narrowed.get(node_id))
         else:
             rows = self._rows(node_id, node, info, level)
@@ -281,6 +342,8 @@ class RequestState:
     def _rows(self, node_id: NodeId, node: Read | Write, info: SiteInfo, level: int) -> RowView:
         columns = self.program.narrowed.get(node_id)
         rows = self.rows[node.invoke]
+        if info.rows is Rows.DECODER:
+            return rows.decoder
         if info.rows is not Rows.ALL:
             return rows.kept(columns)
         is_inside = self.context.levels.is_inside(info.order)
@@ -395,22 +458,55 @@ class RequestState:
         pads = to_device([longest - len(sequence) for sequence in sequences], self.context.device)
         return torch.arange(longest, device=self.context.device)[None] >= pads[:, None]
 
-    def _save(self, node_id: NodeId, node: Save) -> None:
-        if self.context.links.rank == 0:
-            self.sink.put(self._slots[node_id], self.values[node.value.node])
-
     def save(self, node_id: NodeId, value: Tensor | None) -> None:
         """Saves a value that was made beside others' (None: one that it has)."""
         try:
             node = self.program.graph.nodes[node_id]
             assert isinstance(node, Save)
-            if self.context.links.rank == 0:
-                self.sink.put(self._slots[node_id], self.values[node.value.node] if value is None else value)
+            self._save(node_id, self.values[node.value.node] if value is None else value)
         except Exception as error:  # noqa: BLE001  the edge between a user's program and the shared pass
             self.fail(node_id, _told(error))
 
+    def _save(self, node_id: NodeId, value: Any) -> None:
+        if self.context.links.rank == 0:
+            slot = self._slots[node_id]
+            member = self.member
+            if member is not None and (slot.is_of_step or member.part is not None):
+                slot = self._slot_now(slot, value, member)
+            self.sink.put(slot, value)
+
+    def _slot_now(self, slot: SaveSlot, value: Any, member: Member) -> SaveSlot:
+        """Where a save goes at this step. Behind a loop that ended early lists are shorter than was planned."""
+        name = name_at(slot.name, member.step) if slot.is_of_step else slot.name
+        offset = slot.offset + member.offset if slot.keep is None else slot.offset
+        facts = slot.facts
+        if member.absent and isinstance(value, Tensor) and value.nbytes <= facts.num_bytes:
+            facts = replace(facts, shape=tuple(value.shape), num_bytes=value.nbytes)
+            if facts.shape != slot.facts.shape:
+                self.shapes[name] = facts.shape
+        return replace(slot, name=name, offset=offset, facts=facts)
+
+    def _seed(self, draw: int) -> tuple[int, ...]:
+        """Of a random op."""
+        step = 0 if self.member is None else self.member.step
+        return (self.program.seed, draw, step) if step else (self.program.seed, draw)
+
     def _resolve(self, operand: Operand) -> Any:
+        if self.member is not None and self.member.absent:
+            operand = without_absent(operand, self.member.absent)
         return resolve(operand, self.values)
+
+
+def _find_reach(program: Program, wave: int) -> dict[int, int]:
+    """Invoke -> the order of its last in-place write in a wave."""
+    found: dict[int, int] = {}
+    for work in program.waves[wave].stages:
+        for fragment in work.fragments:
+            for node_id in fragment.nodes:
+                node = program.graph.nodes[node_id]
+                if isinstance(node, Write) and node.in_place:
+                    found[node.invoke] = max(found.get(node.invoke, fragment.order), fragment.order)
+    return found
 
 
 def from_raw(raw: RawTensor) -> Tensor:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +26,14 @@ from engine.tokenizer import tokenizer_json
 from polytrace.backend import Result
 from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
-from polytrace.errors import PolytraceError, ServiceError
+from polytrace.errors import GraphError, PolytraceError, ServiceError
 from polytrace.graph import Request
-from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
+from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
+from polytrace.tokenizer import load_tokenizer
 from scheduling.loop import Shards, step
 from scheduling.plan import Plan, Program, RequestId, ShardResult, ValueFacts
-from scheduling.program import certify, compile_program
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.program import certify, work_out
+from scheduling.scheduler import Outcome, PassPolicy, Progress, Scheduler
 
 
 class LocalShards:
@@ -56,6 +59,25 @@ class LocalShards:
         yield from finished
 
 
+class _Waiting:
+    """Who waits for a request."""
+
+    def __init__(self, tell: Tell, hear: Hear, hear_tokens: HearTokens) -> None:
+        self._tell, self._hear, self._hear_tokens = tell, hear, hear_tokens
+        self.news: deque[Progress | Outcome] = deque()
+        self.outcome: Outcome | None = None
+
+    def listen(self) -> None:
+        """Takes in what is new; in the thread that waits, so that nobody else has what goes wrong there."""
+        while self.news:
+            told = self.news.popleft()
+            if isinstance(told, Progress):
+                self._tell(told.passes_done, told.passes)
+                self._hear(told.values)
+            if told.tokens:
+                self._hear_tokens(told.tokens)
+
+
 class DirectBackend:
     """Compiles requests and drives shards with them. Threads may share it; their requests take turns."""
 
@@ -70,39 +92,67 @@ class DirectBackend:
         self.source = source
         self.shards = shards
         self.description = description
-        self.scheduler = Scheduler(description, policy or PassPolicy())
+        self.scheduler = Scheduler(description, policy or PassPolicy(), decode=self._decode)
         self.keeper = LocalKeeper()
         self._meta = meta
-        self._lock = threading.Lock()
+        self._tokenizer: Any = None
+        self._arrived: deque[Program] = deque()  # for the scheduler, which one thread at a time calls
+        self._unwanted: deque[RequestId] = deque()
+        self._waiting: dict[RequestId, _Waiting] = {}
+        self._turn = threading.Condition()
+        self._is_driven = False  # by a thread, for all that wait
 
     def describe(self) -> ModelDescription:
         return self.description
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, for texts that end a sequence."""
+        if self._tokenizer is None:
+            stored = self.tokenizer_json()
+            if stored is None:
+                raise GraphError("texts that end a generation need a tokenizer, and this model came without one")
+            self._tokenizer = load_tokenizer(stored)
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def tokenizer_json(self) -> bytes | None:
         return tokenizer_json(self.source)
 
     def validate(self, request: Request) -> Certificate:
-        facts = infer(self.description, request, self._meta)
-        return certify(self._compile(request, facts), facts, self.description)
+        program, facts = self._worked_out(request)
+        return certify(program, facts, self.description)
 
     def compile(self, request: Request) -> Program:
         """The request worked out, ready for the scheduler; GraphError and TooLargeError as at a service's submit."""
-        return self._compile(request, infer(self.description, request, self._meta))
+        return self._worked_out(request)[0]
 
-    def _compile(self, request: Request, facts: tuple[ValueFacts | None, ...]) -> Program:
-        return compile_program(RequestId(secrets.token_hex(8)), request, self.description, facts)
+    def _worked_out(self, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
+        """The program, and what is known of the request's nodes."""
+        request_id = RequestId(secrets.token_hex(8))
+        return work_out(request_id, request, self.description, self._infer)
 
-    def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
-        """Runs one request to its end, in as many passes as it has waves; in more when these turn out too large."""
+    def _infer(self, request: Request) -> tuple[ValueFacts | None, ...]:
+        return infer(self.description, request, self._meta)
+
+    def run(
+        self,
+        request: Request,
+        tell: Tell = tell_nobody,
+        hear: Hear = hear_nothing,
+        hear_tokens: HearTokens = hear_no_tokens,
+    ) -> Result:
+        """Runs one request to its end, in as many passes as it has waves; in more when these turn out too large.
+
+        Requests of several threads share passes.
+        """
         with self.keeper.begun(request) as begun:
-            return self._run(begun, tell, hear)
+            return self._run(begun, tell, hear, hear_tokens)
 
-    def _run(self, request: Request, tell: Tell, hear: Hear) -> Result:
-        (outcome,) = self.run_together([self.compile(request)], tell, hear)
+    def _run(self, request: Request, tell: Tell, hear: Hear, hear_tokens: HearTokens) -> Result:
+        (outcome,) = self.run_together([self.compile(request)], tell, hear, hear_tokens)
         while outcome.may_be_cut:
             limits = replace(self.description.limits, pass_tokens=self.scheduler.budget_tokens)
             self.description = replace(self.description, limits=limits)
-            (outcome,) = self.run_together([self.compile(request)], tell, hear)
+            (outcome,) = self.run_together([self.compile(request)], tell, hear, hear_tokens)
         if outcome.error is not None:
             raise outcome.error
         if outcome.receipt is None:
@@ -114,23 +164,61 @@ class DirectBackend:
         return Result(values=values, receipt=outcome.receipt)
 
     def run_together(
-        self, programs: Sequence[Program], tell: Tell = tell_nobody, hear: Hear = hear_nothing
+        self,
+        programs: Sequence[Program],
+        tell: Tell = tell_nobody,
+        hear: Hear = hear_nothing,
+        hear_tokens: HearTokens = hear_no_tokens,
     ) -> list[Outcome]:
-        """Runs programs merged, as far as the pass policy lets them; their outcomes, in order. A program runs once.
+        """Runs programs merged, as far as the pass policy lets them, also with those of other threads; their outcomes,
+        in order. A program runs once.
 
-        `tell` hears how far those are that take several passes, and `hear` what they log on the way.
+        `tell` hears how far those are that take several passes, `hear` what they log on the way, and `hear_tokens` what
+        they go on with. One of the threads that wait runs the passes for all.
         """
-        outcomes: dict[RequestId, Outcome] = {}
-        with self._lock:
-            for program in programs:
-                self.scheduler.add(program)
-            while len(outcomes) < len(programs):
+        own = [_Waiting(tell, hear, hear_tokens) for _ in programs]
+        with self._turn:
+            self._waiting.update((program.request, one) for program, one in zip(programs, own, strict=True))
+            self._arrived.extend(programs)
+        try:
+            while not all(one.outcome is not None for one in own):
+                self._go_on()
+                for one in own:
+                    one.listen()
+        finally:
+            self._unwanted.extend(program.request for program in programs if self._waiting.pop(program.request, None))
+        return [one.outcome for one in own if one.outcome is not None]
+
+    def _go_on(self) -> None:
+        """Runs a pass, or waits until another thread has run one."""
+        with self._turn:
+            if self._is_driven:
+                self._turn.wait()
+                return
+            self._is_driven = True
+        try:
+            self._drive()
+        finally:
+            with self._turn:
+                self._is_driven = False
+                self._turn.notify_all()
+
+    def _drive(self) -> None:
+        while self._unwanted:
+            self.scheduler.cancel(self._unwanted.popleft())
+        while self._arrived:
+            self.scheduler.add(self._arrived.popleft())
+        step(self.scheduler, self.shards)
+        for told in self.scheduler.take_progress():
+            if (one := self._waiting.get(told.request)) is not None:
+                one.news.append(told)
+        for outcome in self.scheduler.take_outcomes():
+            if (one := self._waiting.pop(outcome.request, None)) is not None:
+                one.news.append(outcome)
+                one.outcome = outcome
+        if not self._waiting:
+            while self.scheduler.has_work():  # shards are told what has ended
                 step(self.scheduler, self.shards)
-                for told in self.scheduler.take_progress():
-                    tell(told.passes_done, told.passes)
-                    hear(told.values)
-                outcomes.update((outcome.request, outcome) for outcome in self.scheduler.take_outcomes())
-        return [outcomes[program.request] for program in programs]
 
     def close(self) -> None:
         """Nothing is held here: the shards are their maker's."""

@@ -48,7 +48,7 @@ def run_op(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
-    seed: tuple[int, int] | None = None,
+    seed: tuple[int, ...] | None = None,
     device: torch.device = _CPU,
 ) -> Any:
     """Runs one op of the table and returns its tensor, or its tuple of tensors for ops with several results.

@@ -237,7 +237,7 @@ class _Look:
     def _read(self, node_id: NodeId, node: Read) -> None:
         info, leaf = self._site(node.site)
         selector, invoke, columns = node.site.selector, node.invoke, self._program.narrowed.get(node_id)
-        if not self._is_plain(node, leaf) or (selector, invoke) in self._written:
+        if not self._is_plain(node, info, leaf) or (selector, invoke) in self._written:
             raise _UnfitError
         known = self._read_slots.get((selector, invoke, columns))
         if known is not None:
@@ -256,7 +256,7 @@ class _Look:
         selector, invoke, columns = node.site.selector, node.invoke, self._program.narrowed.get(node_id)
         slot = self._use(node.value.node)
         given, own = self._shape(node.value.node)[0], self._program.invokes[invoke]
-        if not self._is_plain(node, leaf) or given != (
+        if not self._is_plain(node, info, leaf) or given != (
             len(own.sequences),
             own.longest if columns is None else len(columns),
             *leaf.tail,
@@ -269,9 +269,10 @@ class _Look:
         self.write_places.append((invoke, columns))
         self.key.append(("write", selector, is_kept, invoke, slot, in_place, turn))
 
-    def _is_plain(self, node: Read | Write, leaf: Leaf) -> bool:
+    def _is_plain(self, node: Read | Write, info: SiteInfo, leaf: Leaf) -> bool:
         """Whether the site's rows are simply rows, all of each on this rank."""
-        is_of_rows = leaf.row_dim == 1 and not leaf.of_pairs and node.site.port is not Port.HEAD_OUT
+        is_of_rows = leaf.row_dim == 1 and leaf.num_columns is None and not leaf.of_pairs
+        is_of_rows = is_of_rows and info.rows is not Rows.DECODER and node.site.port is not Port.HEAD_OUT
         return is_of_rows and (not self._is_split or leaf.sharded_view_dim is None)
 
     def _shape(self, node_id: NodeId) -> tuple[tuple[int, ...], str]:

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.chunks import PAGE, Chunk
+from engine.chunks import Chunk
 from engine.lanes import FLAT_MULTIPLE, least_rows
 from engine.points import MASKED, Held, Pairs, Points, apart
 from engine.spans import Span, SpanStore
 from polytrace.graph import Port
-from scheduling.plan import PassId
+from scheduling.plan import PAGE, PassId
 
 # T = packed rows, R = those and the rows of trunks, H = query heads, G = key/value heads, E = query heads a key/value
 # head (H = G E), C = head dimension, B = tiles of a chunk, Q = query rows of each, N = B Q E: query vectors of a chunk,
@@ -65,14 +65,17 @@ class PagedLayer:
         scaled = torch.empty(self.num_groups, self.num_rows, self.share, query.shape[3], device=query.device)
         torch.mul(queries_GETC.transpose(1, 2), formula.scaling, out=scaled)
         self.queries_GTEC = scaled
-        values_GRC = value_GRC.float()
-        # A value that is not finite must not reach rows that do not see it, and zero times infinity is no zero.
         self.odd_GRC: Tensor | None = None
-        if query.device.type == "cpu" and not bool(torch.isfinite(values_GRC.sum())):
+        if chunks:
+            self._put(key_GRC, value_GRC.float())
+        self.out_GTEC = scaled.new_zeros(self.num_groups, self.num_rows, self.share, value_GRC.shape[2])
+
+    def _put(self, key_GRC: Tensor, values_GRC: Tensor) -> None:
+        # A value that is not finite must not reach rows that do not see it, and zero times infinity is no zero.
+        if values_GRC.device.type == "cpu" and not bool(torch.isfinite(values_GRC.sum())):
             self.odd_GRC = values_GRC
             values_GRC = torch.where(torch.isfinite(values_GRC), values_GRC, 0.0)
-        store.put(*block, key_GRC.float(), values_GRC)
-        self.out_GTEC = scaled.new_zeros(self.num_groups, self.num_rows, self.share, value_GRC.shape[2])
+        self.store.put(*self.block, key_GRC.float(), values_GRC)
 
     def attend(self, chunk: Chunk) -> None:
         """Computes a chunk's rows, as many tiles at a time as the scores' memory allows."""
@@ -131,12 +134,12 @@ class PagedLayer:
         else:
             q_GREC = self.queries_GTEC.index_select(1, chunk.rows)
         q_GNC = q_GREC.flatten(1, 2)
-        own_GNO = _product(_grouped(q_GNC, num_tiles), own[0].transpose(1, 2))
+        own_GNO = product(_grouped(q_GNC, num_tiles), own[0].transpose(1, 2))
         parts = [own_GNO.view(self.num_groups, -1, chunk.own_columns)]
         if prefix is not None:
-            parts.insert(0, _product(q_GNC, prefix[0].transpose(1, 2)))
+            parts.insert(0, product(q_GNC, prefix[0].transpose(1, 2)))
         if self.formula.softcap is not None:
-            parts = [_capped(part, self.formula.softcap) for part in parts]
+            parts = [capped(part, self.formula.softcap) for part in parts]
         hidden = chunk.hidden(self.formula.window)
         for part, out in zip(reversed(parts), reversed(hidden), strict=False):
             if out is not None:
@@ -157,8 +160,8 @@ class PagedLayer:
         own_pattern = _grouped(pattern_GNW[:, :, chunk.prefix_columns :], num_tiles)
         out_GNC = pattern_GNW.new_zeros(self.num_groups, pattern_GNW.shape[1], values.shape[2])
         if prefix is not None:
-            out_GNC = _add_pages(out_GNC, pattern_GNW[:, :, : chunk.prefix_columns], prefix[1])
-        out = _add_pages(_grouped(out_GNC, num_tiles), own_pattern, values)
+            out_GNC = add_pages(out_GNC, pattern_GNW[:, :, : chunk.prefix_columns], prefix[1])
+        out = add_pages(_grouped(out_GNC, num_tiles), own_pattern, values)
         out = out.reshape(self.num_groups, -1, values.shape[2])
         if self.odd_GRC is not None:
             out = self._with_odd(chunk, out, pattern_GNW, chunk.hidden(self.formula.window))
@@ -214,26 +217,26 @@ def _grouped(tensor_GNC: Tensor, num_tiles: int) -> Tensor:
     return grouped
 
 
-def _product(a_BNC: Tensor, b_BCM: Tensor) -> Tensor:
-    """`[B, N, M]`; with at least as many rows as keep a row's bits from their number."""
-    rows, least = a_BNC.shape[1], least_rows(a_BNC.device)
+def product(a_BNC: Tensor, b_BCM: Tensor, least: int | None = None) -> Tensor:
+    """`[B, N, M]`; with at least as many rows as keep a row's bits from their number: `least`, or what always does."""
+    rows, least = a_BNC.shape[1], least or least_rows(a_BNC.device)
     if rows < least:
         return torch.bmm(F.pad(a_BNC, (0, 0, 0, least - rows)), b_BCM)[:, :rows].contiguous()
     return torch.bmm(a_BNC, b_BCM)
 
 
-def _add_pages(sum_BNC: Tensor, pattern_BNP: Tensor, values_BPC: Tensor) -> Tensor:
-    """Adds a pattern's values to a sum in place, page by page, in order; returns the sum."""
-    rows, least = sum_BNC.shape[1], least_rows(sum_BNC.device)
+def add_pages(sum_BNC: Tensor, pattern_BNP: Tensor, values_BPC: Tensor, least: int | None = None) -> Tensor:
+    """Adds a pattern's values to a sum in place, page by page, in order; returns the sum. `least` as in `product`."""
+    rows, least = sum_BNC.shape[1], least or least_rows(sum_BNC.device)
     if rows < least:
         more = (0, 0, 0, least - rows)
-        return _add_pages(F.pad(sum_BNC, more), F.pad(pattern_BNP, more), values_BPC)[:, :rows]
+        return add_pages(F.pad(sum_BNC, more), F.pad(pattern_BNP, more), values_BPC, least)[:, :rows]
     for first in range(0, pattern_BNP.shape[2], PAGE):
         sum_BNC.baddbmm_(pattern_BNP[:, :, first : first + PAGE], values_BPC[:, first : first + PAGE])
     return sum_BNC
 
 
-def _capped(scores: Tensor, cap: float) -> Tensor:
+def capped(scores: Tensor, cap: float) -> Tensor:
     """`cap * tanh(scores / cap)`, with bits that do not depend on how many scores there are."""
     flat = F.pad(scores.flatten(), (0, -scores.numel() % FLAT_MULTIPLE))
     capped: Tensor = flat.div_(cap).tanh_().mul_(cap)[: scores.numel()].view(scores.shape)

@@ -16,7 +16,7 @@ from engine.probe import Probe
 from engine.reports import GateReport, LeafReport
 from engine.sites import EVERY_LAYER
 from engine.source_sites import describe_sources
-from polytrace.description import Leaf, Limits, ModelDescription, SiteInfo
+from polytrace.description import Leaf, Limits, ModelDescription, SiteInfo, logits_of
 from polytrace.graph import Port
 from polytrace.tensors import itemsize
 
@@ -37,6 +37,7 @@ def describe_model(
         )
         for site in probe.sites
     )
+    sites += _token_site(sites, stages)
     modules = tuple(replace(module, first_stage=place.home(module.path)) for module in probe.modules)
     of_whole = {
         weight.path
@@ -96,6 +97,29 @@ def describe_model(
         notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
         codes=codes,
         sources=sources,
+    )
+
+
+def _token_site(sites: tuple[SiteInfo, ...], stages: int) -> tuple[SiteInfo, ...]:
+    """Where sequences' next tokens are drawn: behind everything else, when the model gives logits."""
+    logits = logits_of(sites)
+    if logits is None:
+        return ()
+    info, leaf = logits
+    if leaf.read_refusal is not None:
+        return ()
+    token = Leaf(selector=(), tail=(), dtype="int64", in_place_refusal=None)
+    return (
+        SiteInfo(
+            module="",
+            port=Port.TOKEN,
+            visit=0,
+            order=sites[-1].order + 1,
+            stage=stages - 1,
+            structure="tensor",
+            rows=info.rows,
+            leaves=(token,),
+        ),
     )
 
 

@@ -28,14 +28,15 @@ from engine.streams import Streams
 from engine.views import RowView
 from engine.writes import PortValue, RowWrite
 from scheduling.levels import Levels
-from scheduling.plan import Fragment, RequestId, StageWork
+from scheduling.plan import Fragment, RequestId
 
 _MAX_BYTES = 1 << 26  # of all members' values
 _MAX_PASSES = 8  # kinds of passes of which tables are kept
 
 Member = tuple[RequestState, Fragment]
 Places = tuple[tuple[int, Place], ...]  # by member: which state, and what of it
-Key = tuple[tuple[int, int], ...]  # of a pass: which states do which work
+Part = tuple[int | None, int]  # which of a request's programs, and its wave
+Key = tuple[tuple[int, int | None, int], ...]  # of a pass: which states, and their parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +57,12 @@ class RowTables:
         self.num_rows = 0  # of tables that ran: a member at a visit is one
         self._levels = context.levels
         self._outlines = Outlines(context.sites.__getitem__, is_cpu=context.device.type == "cpu", is_split=is_split)
-        self._bound: dict[RequestId, dict[int, Bound | None]] = {}
+        self._bound: dict[RequestId, dict[tuple[Part, int], Bound | None]] = {}  # by part and order
         self._passes: OrderedDict[Key, _Kept] = OrderedDict()
 
-    def of_pass(self, states: Sequence[RequestState], works: Sequence[StageWork], streams: Streams) -> PassTables:
+    def of_pass(self, states: Sequence[RequestState], streams: Streams) -> PassTables:
         """The tables of a pass."""
-        key = tuple([(id(state), id(work)) for state, work in zip(states, works, strict=True)])
+        key = tuple([(id(state), *_part_of(state)) for state in states])
         kept = self._passes.get(key)
         if kept is None:
             kept = self._passes[key] = _Kept(frozenset(state.program.request for state in states), {})
@@ -111,9 +112,17 @@ class RowTables:
 
     def _bind(self, state: RequestState, fragment: Fragment) -> Bound | None:
         known = self._bound.setdefault(state.program.request, {})
-        if id(fragment) not in known:
-            known[id(fragment)] = self._outlines.bind(state.program, fragment, self.steady.asked(state.program))
-        return known[id(fragment)]
+        part = _part_of(state)
+        key = part, fragment.order
+        if key not in known:
+            is_steady = self.steady.asked(state.program, part[0])
+            known[key] = self._outlines.bind(state.program, fragment, is_steady)
+        return known[key]
+
+
+def _part_of(state: RequestState) -> Part:
+    assert state.member is not None, "a table belongs to a pass"
+    return state.member.part, state.member.wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +180,7 @@ class PassTables:
     def _space(self, where: Where) -> object:
         if where.side is Side.KEPT:
             return None
-        if where.side is Side.BEHIND and self._streams.trunks:
+        if where.side is Side.BEHIND and self._streams.giving:
             return where
         at = self._streams.inside if where.side is Side.INSIDE else self._streams.at
         return id(at(where.level))
@@ -206,6 +215,11 @@ class Where:
     level: int
 
 
+def _is_whole(state: RequestState) -> bool:
+    """Whether all of its nodes run."""
+    return state.failure is None and state.member is not None and not state.member.absent
+
+
 class Table:
     """Members whose fragments at a visit have one outline."""
 
@@ -225,8 +239,8 @@ class Table:
         self._is_proven = False  # once it has run, and all had the shapes and dtypes that were planned
 
     def run(self, port: PortValue, rows: PassTables) -> list[Seat]:
-        """Runs all members that have not failed; returns those that it could not run, to which nothing has happened."""
-        if any(state.failure is not None for state in self._states):
+        """Runs the members that are whole; returns those that it could not run, to which nothing has happened."""
+        if not all(map(_is_whole, self._states)):
             return self._run_others(port, rows)
         try:
             stacks, written = self._values(port, rows)
@@ -238,11 +252,11 @@ class Table:
         return []
 
     def _run_others(self, port: PortValue, rows: PassTables) -> list[Seat]:
-        failed = [seat for seat in self.seats if seat.state.has_failed]
-        others = [seat for seat in self.seats if not seat.state.has_failed]
+        left = [seat for seat in self.seats if not _is_whole(seat.state)]
+        others = [seat for seat in self.seats if _is_whole(seat.state)]
         if len(others) < 2:
             return self.seats
-        return [*failed, *Table(others, self._order, self._levels).run(port, rows)]
+        return [*left, *Table(others, self._order, self._levels).run(port, rows)]
 
     def _values(self, port: PortValue, rows: PassTables) -> tuple[Stacks, list[tuple[RowView, Tensor]]]:
         """All stacks, and what is written where. Raises when a member's value is not what was planned."""
@@ -280,7 +294,7 @@ class Table:
             state, bound = seat.state, seat.bound
             state.fired.extend(bound.fired)
             for node, values in zip(bound.stays, stays, strict=True):
-                is_held = node in state.program.holds  # for longer than the others' rows beside it
+                is_held = state.member is not None and node in state.member.holds  # for longer than others beside it
                 state.values[node] = values[place].clone() if is_held else values[place]
             for node, parts in zip(bound.saves, saves, strict=True):
                 state.save(node, None if parts is None else parts[place])
@@ -295,7 +309,8 @@ class Table:
             if value.shape != own.shape or value.dtype is not own.dtype or not value.is_contiguous():
                 raise ValueError("a value is not what was planned")
         if all(value is first for value in values):
-            return first.expand(len(values), *own.shape)
+            spread: Tensor = first.expand(len(values), *own.shape)
+            return spread
         return torch.stack(values)
 
     def _prove(self, stacks: Stacks) -> None:

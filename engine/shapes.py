@@ -31,8 +31,10 @@ from polytrace.description import ModelDescription, Rows
 from polytrace.errors import GraphError, PolytraceError, TooLargeError
 from polytrace.graph import (
     Call,
+    Carried,
     Constant,
     DType,
+    Last,
     Mask,
     Node,
     NodeId,
@@ -43,6 +45,7 @@ from polytrace.graph import (
     Ref,
     Request,
     Save,
+    Stop,
     Write,
 )
 from polytrace.ops import OPS, Results
@@ -55,7 +58,7 @@ _MAX_PARTS = 4_096  # values that split, chunk or unbind may return
 
 _WORK_BYTES = 4  # of an element that an op makes on its way
 
-ValueNode: TypeAlias = Read | Mask | Constant | Parameter | Call | Op
+ValueNode: TypeAlias = Read | Mask | Constant | Parameter | Call | Op | Carried | Last
 
 
 def infer(description: ModelDescription, request: Request, meta: nn.Module) -> tuple[ValueFacts | None, ...]:
@@ -133,6 +136,8 @@ class _Walk:
             if saved.dtype.is_complex:
                 told = "complex values do not travel: save .real and .imag, or torch.view_as_real(value)"
                 raise GraphError(told, where=node.where)
+        elif isinstance(node, Stop):
+            self._check_stop(node)
         else:
             structure = self._structure(position, node)
             found = self.structures.get(structure) if structure is not None else None
@@ -181,7 +186,8 @@ class _Walk:
             entry = self.sites[position]
             assert entry is not None
             leaf = entry[1]
-            return ("read", leaf.of_pairs, leaf.row_dim, leaf.tail, leaf.dtype, *self._view_of(node.invoke))
+            told = leaf.of_pairs, leaf.row_dim, leaf.num_columns, leaf.tail, leaf.dtype
+            return ("read", *told, *self._view_of(node.invoke))
         if isinstance(node, Mask):
             return ("mask", *self._view_of(node.invoke))
         if isinstance(node, Constant):
@@ -190,6 +196,10 @@ class _Walk:
         if isinstance(node, Parameter):
             info = self.parameters[node.path]
             return ("tensor", info.shape, info.dtype)
+        if isinstance(node, Carried):
+            return ("tensor", node.shape, node.dtype)
+        if isinstance(node, Last):
+            return None
         return ("call", node.module, *self._parts(node.args))
 
     def _named(self, op: Op) -> tuple[Hashable, ...]:
@@ -245,7 +255,8 @@ class _Walk:
             assert entry is not None
             num_prompts, longest, _ = self._view_of(node.invoke)
             shape = contiguous(entry[1].view_shape(num_prompts, longest), TORCH_DTYPES[entry[1].dtype])
-            self.tokens.read(position, node.invoke, shape, (2, 3) if entry[1].of_pairs else (entry[1].row_dim,))
+            if entry[1].num_columns is None:
+                self.tokens.read(position, node.invoke, shape, (2, 3) if entry[1].of_pairs else (entry[1].row_dim,))
             return shape
         if isinstance(node, Mask):
             shape = contiguous(self._view_of(node.invoke)[:2], torch.bool)
@@ -257,8 +268,32 @@ class _Walk:
         if isinstance(node, Parameter):
             info = self.parameters[node.path]
             return contiguous(info.shape, TORCH_DTYPES[info.dtype])
+        if isinstance(node, Carried):
+            return contiguous(node.shape, TORCH_DTYPES[node.dtype])
+        if isinstance(node, Last):
+            return self._last(node)
         check_depth(node)
         return self._call(position, node)
+
+    def _last(self, node: Last) -> Meta:
+        found = [self._one(value) for value in node.values]
+        if any(one != found[0] for one in found):
+            shapes = ", ".join(dict.fromkeys(str(list(one.shape)) for one in found))
+            told = (
+                f"what a loop leaves has another shape or dtype at other steps ({shapes}): use the values of each step"
+            )
+            raise GraphError(told, where=node.where)
+        return found[0]
+
+    def _check_stop(self, node: Stop) -> None:
+        value, num_sequences = self.values[node.value.node], len(self.request.invokes[node.invoke].sequences)
+        count = math.prod(value.shape) if isinstance(value, Meta) else 0
+        if count not in (1, num_sequences):
+            told = "several values" if not isinstance(value, Meta) else f"shape {list(value.shape)}"
+            raise GraphError(
+                f"tracer.stop(when=value) takes one value, or one for each of {num_sequences} sequences, not {told}",
+                where=node.where,
+            )
 
     def _check_write(self, position: NodeId, node: Write) -> None:
         entry, value = self.sites[position], self.values[node.value.node]

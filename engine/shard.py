@@ -23,13 +23,16 @@ from engine.chat import chat_format
 from engine.checking import check_names
 from engine.constants import Constants
 from engine.copies import to_device
+from engine.encoders import has_encoder, why_one_stage
 from engine.fragments import RequestState, ShardContext
 from engine.gate import Trial, WrongMannerError, run_gate
+from engine.going_on import check_caches
 from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.memory import told_out_of_memory
 from engine.named import NamedParameters
+from engine.next_tokens import NextTokens, drawn_of
 from engine.padded import PaddedRunner
 from engine.placing import describe_model
 from engine.probe import Probe, named_tensors, probe_model
@@ -47,7 +50,7 @@ from engine.twins import prove_splits
 from engine.views import InvokeRows
 from engine.withdrawing import with_checks
 from engine.writes import PortValue, apply_writes
-from polytrace.description import Limits, ModelDescription, PassLayout
+from polytrace.description import Limits, ModelDescription, PassLayout, logits_of
 from polytrace.errors import CapacityError, ServiceError
 from polytrace.graph import Port
 from polytrace.sources import SiteIndex
@@ -94,7 +97,9 @@ class Shard:
     def _probed(self) -> Probe:
         """ServiceError when the model cannot be cut as it is asked for."""
         meta = meta_model(self.config.source, self.config.dtype)
-        probe = probe_model(meta)
+        probe = probe_model(meta, why_padded="it has an encoder and a decoder" if has_encoder(meta) else None)
+        if has_encoder(meta) and self.config.stages > 1:
+            raise ServiceError(f"{why_one_stage(meta)}; use stages=1")
         if probe.manner.layout is PassLayout.PADDED and self.config.ranks > 1:
             raise ServiceError(f"{probe.class_name} cannot be split over ranks: {probe.why_padded}; use ranks=1")
         if probe.manner.layout is PassLayout.PADDED and self.config.stages > 1 and probe.left:
@@ -156,7 +161,8 @@ class Shard:
             levels=Levels(self.probe.sites, self.probe.layout.layers),
             operations={},
         )
-        return replace(report, checks=check_names(trial, report, parameters))
+        notes = report.notes if self.probe.manner.layout is PassLayout.PACKED else report.notes + check_caches(trial)
+        return replace(report, notes=notes, checks=check_names(trial, report, parameters))
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""
@@ -188,6 +194,8 @@ class Shard:
         self._ports = {info.order: ((info.module, ""), info.port) for info in description.sites}
         self._layouts = {info.order: info.layouts for info in description.sites if info.layouts}
         self._hidden_size = description.hidden_size
+        logits = logits_of(description.sites)
+        self._logits = None if logits is None else logits[1]
 
     def run(self, plan: Plan) -> ShardResult:
         """Runs this shard's part of a pass.
@@ -242,6 +250,8 @@ class Shard:
         for member, state, work in zip(plan.members, states, works, strict=True):
             for node in work.drops:
                 state.values.pop(node, None)
+            if member.wave == len(member.program.waves) - 1 and not member.is_last_wave:
+                state.end_program(member)
             if member.is_last_wave:
                 self._forget(member.program.request)
         return ShardResult(
@@ -259,6 +269,9 @@ class Shard:
             busy_seconds=watch.seconds - watch.seconds_of(Phase.WAITING),
             began=watch.began,
             phases=tuple(watch.phases),
+            drawn=drawn_of(states),
+            stopped={state.program.request: state.stopped() for state in states if state.stops},
+            shapes={(state.program.request, name): shape for state in states for name, shape in state.shapes.items()},
             values=result,
         )
 
@@ -303,7 +316,7 @@ class Shard:
             if state is None:
                 state = RequestState(member.program, self.context, sink_for(member.program, self._writer))
                 self._states[request] = state
-            state.begin_wave(member.wave, rows[place])
+            state.begin_wave(member, rows[place])
             states.append(state)
         return states
 
@@ -401,10 +414,10 @@ class Shard:
             for fragment in work.fragments:
                 if fragment.order != PROLOGUE:
                     at[fragment.order].append((state, fragment))
-        tables = self.row_tables.of_pass(states, works, streams)
+        tables = self.row_tables.of_pass(states, streams)
         trunks = Trunks(streams, self.store)
         attention = AttentionPass(
-            plan.pass_id, self.store, self.device, trunks if plan.keeps or streams.trunks else None
+            plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None
         )
         rows = PackedRows(streams=streams, attention=attention, trunks=trunks)
         is_last = self.links.stage == plan.num_stages - 1
@@ -416,7 +429,9 @@ class Shard:
                 module=module,
                 operation=operation,
                 port=port,
-                visitor=self._visitor(fragments, tables, rows, order),
+                visitor=self._visitor(fragments, tables, rows, order)
+                if port is not Port.TOKEN
+                else self._token_visitor(plan, states, fragments, tables, rows, order),
                 rows={row for state, fragment in fragments for row in state.rows_at(fragment)}
                 if port.is_of_pairs
                 else (),
@@ -441,7 +456,7 @@ class Shard:
         streams, is_output, layouts = rows.streams, levels.is_output(order), self._layouts.get(order, {})
 
         def visit(value: object) -> object:
-            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.trunks else None, layouts)
+            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.giving else None, layouts)
             for state, fragment in tables.run(order, fragments, port):
                 state.run(fragment, port)
             if is_output:  # a layer's output: what is written to it belongs to the next level's rows
@@ -452,6 +467,21 @@ class Shard:
             return port.result()
 
         return visit
+
+    def _token_visitor(
+        self,
+        plan: Plan,
+        states: list[RequestState],
+        fragments: list[tuple[RequestState, Fragment]],
+        tables: PassTables,
+        rows: PackedRows,
+        order: int,
+    ) -> Callable[[object], object]:
+        """Draws what sequences go on with, which fragments may see and change."""
+        assert self._logits is not None, "a model without logits has no tokens to be drawn"
+        next_tokens = NextTokens(plan.members, states, plan.views, self._logits, self.links, self.device)
+        visit = self._visitor(fragments, tables, rows, order)
+        return lambda output: next_tokens.visit(output, visit)
 
     def _result(self, plan: Plan, states: list[RequestState]) -> dict[tuple[RequestId, str], Tensor]:
         values: dict[tuple[RequestId, str], Tensor] = {}

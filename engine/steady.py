@@ -20,12 +20,12 @@ class SteadyValues:
     def __init__(self, *, is_split: bool) -> None:
         """`is_split`: ranks split the model."""
         self._is_split = is_split
-        self._known: dict[RequestId, dict[int, dict[NodeId, bool]]] = {}  # by program and node
-        self._kept: dict[RequestId, dict[int, _Kept | None]] = {}
+        self._known: dict[RequestId, dict[int | None, dict[NodeId, bool]]] = {}  # by part and node
+        self._kept: dict[RequestId, dict[tuple[int | None, int], _Kept | None]] = {}  # by part and wave
 
-    def asked(self, program: Program) -> Callable[[NodeId], bool]:
-        """Tells of a program's values whether they are steady."""
-        known = self._known.setdefault(program.request, {}).setdefault(id(program), {})
+    def asked(self, program: Program, part: int | None) -> Callable[[NodeId], bool]:
+        """Tells of a program's values whether they are steady. `part`: which program of its request it is."""
+        known = self._known.setdefault(program.request, {}).setdefault(part, {})
         nodes, below, is_split = program.graph.nodes, program.below, self._is_split
 
         def is_steady(place: NodeId) -> bool:
@@ -43,15 +43,15 @@ class SteadyValues:
     def run(self, state: RequestState, prologue: Fragment) -> None:
         """Runs a prologue, or takes what is steady in it from a run before."""
         kept = self._kept.setdefault(state.program.request, {})
-        if id(prologue) not in kept:
-            state.run(prologue, None)
-            kept[id(prologue)] = None  # many programs run once
-            return
-        found = kept[id(prologue)]
+        assert state.member is not None, "a prologue belongs to a pass"
+        key = state.member.part, state.member.wave
+        found = kept.get(key)
         if found is None:
             state.run(prologue, None)
-            if not state.has_failed:
-                kept[id(prologue)] = self._keep(state, prologue)
+            if key not in kept:
+                kept[key] = None  # many programs run once
+            elif not state.has_failed:
+                kept[key] = self._keep(state, prologue, key[0])
             return
         state.values.update(found.values)
         if found.rest.nodes:
@@ -72,8 +72,8 @@ class SteadyValues:
         """Whether nothing is kept of any request."""
         return not (self._known or self._kept)
 
-    def _keep(self, state: RequestState, prologue: Fragment) -> _Kept:
-        is_steady = self.asked(state.program)
+    def _keep(self, state: RequestState, prologue: Fragment, part: int | None) -> _Kept:
+        is_steady = self.asked(state.program, part)
         values = {node: state.values[node] for node in prologue.nodes if is_steady(node) and node in state.values}
         graph = state.program.graph
         rest = [node for node in prologue.nodes if not is_steady(node)]

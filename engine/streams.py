@@ -5,7 +5,8 @@ after another, and zeros up to a number of rows that the kernels want. Between t
 one gather makes a level's rows from those of the level before. Every shard computes the same from the same plan.
 
 Rows of trunks, which an earlier pass left in the store, are not in the stream. Whoever looks for them gets numbers
-behind the stream's rows: as many as a trunk has at the level, trunk after trunk.
+behind the stream's rows: as many as a trunk has at the level, trunk after trunk. Those come first that have outputs of
+layers, from which rows are born; last those that only rows read which find them where they lie (`engine.decoding`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from operator import lt
 
 import torch
 from torch import Tensor
 
 from engine.copies import to_device
-from scheduling.plan import MIN_ROWS, Plan, Segment, TrunkId, View
+from engine.decoded import decoded_rows, joined_trunks
+from scheduling.plan import MIN_ROWS, NO_ROWS, Plan, Segment, TrunkId, View
 
 # T = rows of a level, padded
 
@@ -27,7 +30,10 @@ from scheduling.plan import MIN_ROWS, Plan, Segment, TrunkId, View
 class LevelRows(ABC):
     """The rows of one level: own rows of each segment, one segment after another."""
 
-    def __init__(self, segments: Sequence[Segment], level: int, multiple: int) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], level: int, multiple: int, trunks: Sequence[int] | None = None
+    ) -> None:
+        """`trunks` are the places of those, in the order of their rows; None: as the segments are."""
         self.segments = segments
         self.level = level
         self.starts = [segment.starts[level] for segment in segments]
@@ -38,10 +44,11 @@ class LevelRows(ABC):
             self.num_rows += len(self.own(segment))
         self.num_padded = padded(self.num_rows, multiple)
         self.num_reachable = self.num_padded  # with what trunks have
-        for place, one in enumerate(segments):
-            if one.trunk is not None and level < len(one.stops):
+        for place in trunks_of(segments) if trunks is None else trunks:
+            one = segments[place]
+            if level < len(one.stops):
                 self.bases[place] = self.num_reachable
-                self.num_reachable += one.stops[level]
+                self.num_reachable += max(0, one.stops[level] - one.starts[level])
 
     @abstractmethod
     def own(self, segment: int) -> Sequence[int]:
@@ -130,10 +137,21 @@ class Streams:
         self.is_fixed = is_fixed
         self.device = device
         self.num_layers = len(plan.layer_rows)
-        self.trunks = [place for place, segment in enumerate(plan.segments) if segment.trunk is not None]
+        self.decoded = decoded_rows(plan)
+        self.giving = trunks_of(plan.segments, has_outputs=True)  # from whose outputs rows are born
+        others, joined = trunks_of(plan.segments, has_outputs=False), joined_trunks(plan, self.decoded)
+        gathered = [*self.giving, *(place for place in others if place in joined)]
+        self.num_gathered = len(gathered)  # of the trunks, the first: whose rows do not decode only
+        self.trunks = [*gathered, *(place for place in others if place not in joined)]
         self._layers: list[Stream] = []
         self._running: dict[int, Stream] = {}
         self._origins: dict[int, Tensor | None] = {}  # by id of the stream
+
+    @cached_property
+    def running(self) -> dict[int, int]:
+        """Segments that have rows in this pass, and their places among these."""
+        places = [place for place, segment in enumerate(self.plan.segments) if segment.trunk is None]
+        return {segment: place for place, segment in enumerate(places)}
 
     def at(self, level: int) -> LevelRows:
         """The rows at a level; the same object as at the level before when nothing changes there."""
@@ -142,21 +160,32 @@ class Streams:
     def layer(self, level: int) -> Stream:
         """The rows at a layer."""
         for missing in range(len(self._layers), level + 1):
-            is_same = missing > 0 and all(
-                segment.starts[missing] == segment.starts[missing - 1]
-                and segment.stops[missing] == segment.stops[missing - 1]
-                for segment in self.plan.segments
-            )
-            stream = self._layers[-1] if is_same else Stream(self.plan.segments, missing, self.multiple)
+            is_same = missing > 0 and missing not in self._changes
+            stream = self._layers[-1] if is_same else Stream(self.plan.segments, missing, self.multiple, self.trunks)
             self._layers.append(stream)
         return self._layers[level]
+
+    @cached_property
+    def _changes(self) -> frozenset[int]:
+        """Layers whose rows are not those of the layer before."""
+        bounds = {bound for segment in self.plan.segments for bound in (segment.starts, segment.stops)}
+        return frozenset(
+            level
+            for bound in bounds
+            if bound and bound.count(bound[0]) < len(bound)
+            for level in range(1, len(bound))
+            if bound[level] != bound[level - 1]
+        )
 
     def inside(self, level: int) -> Stream:
         """The rows inside of a layer; the same object as the layer's when none goes around it."""
         if level not in self._running:
             is_skipped = level in self._skipped
-            own = RunningStream(self.plan.segments, level, self.multiple) if is_skipped else self.layer(level)
-            self._running[level] = own
+            self._running[level] = (
+                RunningStream(self.plan.segments, level, self.multiple, self.trunks)
+                if is_skipped
+                else self.layer(level)
+            )
         return self._running[level]
 
     @cached_property
@@ -185,25 +214,29 @@ class Streams:
 
     @property
     def num_root_rows(self) -> int:
-        """Rows that the root's forward is called with: those of level 0 and of trunks, and more where it insists."""
+        """Rows that the root's forward is called with: of level 0, of trunks that give, and more where it insists."""
         return max(self._num_needed, self.head.num_padded) if self.is_fixed else self._num_needed
 
     @cached_property
     def _num_needed(self) -> int:
         """Rows of the root that give all others their tokens and positions: forks have those of their trunks."""
         first = self.layer(0)
-        return padded(first.num_reachable, self.multiple) if self.trunks else first.num_padded
+        if not self.giving:
+            return first.num_padded
+        last = self.plan.segments[self.giving[-1]]
+        return padded(first.bases[self.giving[-1]] + last.stops[0] - last.starts[0], self.multiple)
 
     def tokens(self) -> list[int]:
         """Token of each row of the root, those of level 0 first; pads 0."""
         own = (token for segment in self.plan.segments if segment.trunk is None for token in segment.tokens)
-        return self._of_root(own, (token for place in self.trunks for token in self.plan.segments[place].tokens))
+        return self._of_root(own, (token for place in self.giving for token in self.plan.segments[place].tokens))
 
     def positions(self) -> list[int]:
         """Position of each row of the root, as if its sequence ran alone; pads 0."""
         first = self.layer(0)
         own = (position for segment in range(len(first.segments)) for position in first.own(segment))
-        kept = (position for place in self.trunks for position in range(self.plan.segments[place].stops[0]))
+        given = (self.plan.segments[place] for place in self.giving)
+        kept = (position for segment in given for position in range(segment.starts[0], segment.stops[0]))
         return self._of_root(own, kept)
 
     def _of_root(self, own: Iterable[int], kept: Iterable[int]) -> list[int]:
@@ -223,12 +256,12 @@ class Streams:
             return None
         found = _rows_in(before, after) + [0] * (after.num_padded - after.num_rows)
         rows = to_device(found, self.device, torch.long)
-        return self.among_outputs(level - 1, rows) if self.trunks else rows
+        return self.among_outputs(level - 1, rows) if self.giving else rows
 
     def outputs(self, layer: int) -> list[tuple[TrunkId, int]]:
         """The trunks that have outputs of a layer, and how many."""
         found = []
-        for place in self.trunks:
+        for place in self.giving:
             segment = self.plan.segments[place]
             assert segment.trunk is not None
             found.append((segment.trunk, max(0, segment.stops[layer] - segment.outputs[layer])))
@@ -238,10 +271,10 @@ class Streams:
         """The row of a layer's output of a position, as `among_outputs` counts; None where there is none."""
         here = self.layer(layer)
         owner = here.owner(segment, position)
-        if owner not in self.trunks:
+        if owner not in self.giving:
             return here.row(segment, position)
         first = here.num_padded
-        for place, (_, count) in zip(self.trunks, self.outputs(layer), strict=True):
+        for place, (_, count) in zip(self.giving, self.outputs(layer), strict=True):
             if place == owner:
                 offset = position - self.plan.segments[place].outputs[layer]
                 return first + offset if 0 <= offset < count else None
@@ -253,7 +286,7 @@ class Streams:
         here = self.layer(layer)
         renumbered = rows.clone()
         first = here.num_padded
-        for place, (_, count) in zip(self.trunks, self.outputs(layer), strict=True):
+        for place, (_, count) in zip(self.giving, self.outputs(layer), strict=True):
             segment, base = self.plan.segments[place], here.bases[place]
             is_its = (rows >= base) & (rows < base + segment.stops[layer])
             renumbered += is_its * (first - base - segment.outputs[layer])
@@ -323,7 +356,24 @@ def padded(rows: int, multiple: int) -> int:
 
 
 def positions_of(view: View, columns: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Per sequence of a view: its segment, and the positions that some columns of the view have there; pads below 0."""
+    """Per sequence of a view: its segment, and the positions that some columns of the view have there.
+
+    Pads are below 0, and all columns of a sequence that has no rows.
+    """
     longest = max(view.lengths)
-    for segment, length in zip(view.segments, view.lengths, strict=True):
-        yield segment, [column - longest + length for column in columns]
+    begins = view.begins or (0,) * len(view.lengths)
+    for segment, length, begin in zip(view.segments, view.lengths, begins, strict=True):
+        if segment == NO_ROWS:
+            yield segment, [-1] * len(columns)
+            continue
+        first, shift = longest - length, begin + length - longest
+        yield segment, [column + shift if column >= first else -1 for column in columns]
+
+
+def trunks_of(segments: Sequence[Segment], *, has_outputs: bool | None = None) -> list[int]:
+    """Places of the trunks; of those only that have outputs of layers, or only that have none, when that is said."""
+    return [
+        place
+        for place, segment in enumerate(segments)
+        if segment.trunk is not None and has_outputs in (None, any(map(lt, segment.outputs, segment.stops)))
+    ]

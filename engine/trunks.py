@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.copies import to_device
+from engine.decoding import Decoding
+from engine.growth import Growth
 from engine.spans import SpanStore
 from engine.streams import Stream, Streams
 
@@ -24,24 +26,59 @@ class Trunks:
         self._streams = streams
         self._store = store
         self._keeps = streams.plan.keeps
+        self._growths: dict[int, Growth] = {}  # by id of the stream
+        store.hold(streams.plan.grows)
 
-    def through(self, layer: int, key_GTC: Tensor, value_GTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the stream, behind them those of trunks; keeps those that later passes want."""
+    def decoding(self, stream: Stream) -> Decoding | None:
+        """The rows that decode among those inside of a layer; None when none does."""
+        if not self._streams.decoded:
+            return None
+        return Decoding(stream, self._streams.decoded.values(), self._store.caches, self._streams.device)
+
+    def through(self, layer: int, key_GTC: Tensor, value_GTC: Tensor, *, is_all: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of the stream, behind them those of trunks; without those that only rows read that decode.
+
+        With `is_all` these too.
+        """
         stream = self._streams.inside(layer)
-        if self._streams.trunks:
-            found = [
-                self._store.kept_keys(segment.trunk, layer)
-                for place in self._streams.trunks
-                if (segment := stream.segments[place]).trunk is not None and segment.stops[layer]
-            ]
+        count = len(self._streams.trunks) if is_all else self._streams.num_gathered
+        found = [
+            self._kept(stream, place, layer, key_GTC.dtype)
+            for place in self._streams.trunks[:count]
+            if stream.segments[place].stops[layer] > stream.segments[place].starts[layer]
+        ]
+        if found:
             key_GTC = torch.cat([key_GTC, *(key for key, _ in found)], 1)
             value_GTC = torch.cat([value_GTC, *(value for _, value in found)], 1)
+        return key_GTC, value_GTC
+
+    def keep_keys(self, layer: int, key_GRC: Tensor, value_GRC: Tensor) -> None:
+        """Keeps the keys and values that later passes want; puts what caches take in where it belongs."""
+        stream = self._streams.inside(layer)
         for keep in self._keeps:
             if keep.stops[layer]:
                 rows = self._rows(stream, keep.segment, 0, keep.stops[layer])
-                keys = key_GTC.index_select(1, rows), value_GTC.index_select(1, rows)
-                self._store.keep_keys(keep.trunk, layer, *keys)
-        return key_GTC, value_GTC
+                self._store.keep_keys(keep.trunk, layer, key_GRC.index_select(1, rows), value_GRC.index_select(1, rows))
+        self._grow(stream, layer, key_GRC, value_GRC)
+
+    def _kept(self, stream: Stream, place: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A trunk's keys and values `[G, R, C]`, as many as it has by its segment."""
+        segment = stream.segments[place]
+        assert segment.trunk is not None
+        count = segment.stops[layer] - segment.starts[layer]
+        if segment.trunk in self._store.caches:
+            key, value = self._store.caches.rows(segment.trunk, layer, count)
+            return key.to(dtype), value.to(dtype)  # back to what it was
+        key, value = self._store.kept_keys(segment.trunk, layer)
+        return key[:, :count], value[:, :count]
+
+    def _grow(self, stream: Stream, layer: int, key_GRC: Tensor, value_GRC: Tensor) -> None:
+        if not self._streams.plan.grows:
+            return
+        if id(stream) not in self._growths:
+            plan, caches = self._streams.plan, self._store.caches
+            self._growths[id(stream)] = Growth(stream, plan.grows, caches, self._streams.device)
+        self._growths[id(stream)].put(layer, key_GRC, value_GRC)
 
     def outputs(self, layer: int) -> Tensor | None:
         """`[R, D]`: the hidden states behind a layer that trunks have, trunk after trunk; None when none has any."""
@@ -54,13 +91,13 @@ class Trunks:
             start, stop = keep.outputs[layer], keep.stops[layer]
             if start < stop:
                 rows = self._rows(self._streams.layer(layer), keep.segment, start, stop)
-                if self._streams.trunks:
+                if self._streams.giving:
                     rows = self._streams.among_outputs(layer, rows)
                 self._store.keep_output(keep.trunk, layer, self.take(layer, hidden_1TD, rows)[0])
 
     def take(self, layer: int, hidden_1TD: Tensor, rows: Tensor) -> Tensor:
         """`[1, rows, D]` of the hidden states behind a layer; rows behind the stream's are those of `outputs`."""
-        outputs = self.outputs(layer) if self._streams.trunks else None
+        outputs = self.outputs(layer) if self._streams.giving else None
         if outputs is not None:
             hidden_1TD = torch.cat([hidden_1TD, outputs[None]], 1)
         return hidden_1TD.index_select(1, rows)

@@ -202,7 +202,7 @@ def _run(loaded: LoadedModel, device: torch.device, folder: str) -> _Run:
             (path, port)
             for path, _ in model.named_modules()
             for port in Port
-            if port is not Port.INPUTS and not path.startswith(inside)
+            if port not in (Port.INPUTS, Port.TOKEN) and not path.startswith(inside)
         )
     ]
     operations: _Seen = {}

@@ -8,6 +8,7 @@ from; a view does not tell. Ragged sequences are left-padded with zeros, and wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import pairwise
 
@@ -129,7 +130,7 @@ class InvokeRows:
 
     def behind(self, layer: int, columns: tuple[int, ...] | None) -> RowView:
         """Columns of the invoke among the outputs of a layer, those of trunks included."""
-        if not self.streams.trunks:
+        if not self.streams.giving:
             return self._of(layer, columns)
         key = layer, columns
         if key not in self._outputs:
@@ -141,6 +142,13 @@ class InvokeRows:
     def kept(self, columns: tuple[int, ...] | None) -> RowView:
         """Columns of the invoke among the rows that the head runs on."""
         return self._of(None, columns)
+
+    @cached_property
+    def decoder(self) -> RowView:
+        """The row that each sequence has in the decoder of a model that has an encoder."""
+        places = self.streams.running
+        view = replace(self.view, lengths=(1,) * len(self.view.lengths), begins=())
+        return RowView(view, (0,), lambda segment, _position: places.get(segment), self.streams.device)
 
     def _of(self, level: int | None, columns: tuple[int, ...] | None) -> RowView:
         return self._in(self.streams.at(level) if level is not None else None, columns)

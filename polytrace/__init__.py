@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from polytrace.maps.mapping import Map
     from polytrace.model import Model
     from polytrace.saving import save
+    from polytrace.step_values import came
     from polytrace.tracing import Tracer
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "Tracer",
     "UserError",
     "WireError",
+    "came",
     "cond",
     "connect",
     "delta",
@@ -74,6 +76,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "came": "step_values",
     "cond": "choice",
     "connect": "client",
     "delta": "edits.adapters",

@@ -11,6 +11,7 @@ from typing import Any
 
 from polytrace.graph import DType
 from polytrace.literals import dtype_name
+from polytrace.step_values import OfSteps, Steps, refuse_as_one
 from polytrace.storage import State
 from polytrace.tensors import DTYPES, RawTensor
 from polytrace.value_methods import install
@@ -134,6 +135,20 @@ def become(value: Any, result: Any) -> None:
     value.__dict__.clear()
     value.__class__ = ReturnedValue
     value.__dict__["_array"] = result
+
+
+class StepArrays(OfSteps, _Held):
+    """A value that was recorded once for several steps, when its block has ended."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        raise refuse_as_one()
+
+
+def become_steps(value: Any, steps: Steps) -> None:
+    """The recorded value stands for a sequence of arrays from now on, for everyone who holds it."""
+    value.__dict__.clear()
+    value.__class__ = StepArrays
+    value.__dict__["steps"] = steps
 
 
 def another(result: Any) -> Any:

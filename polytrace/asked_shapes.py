@@ -6,7 +6,7 @@ the lengths of the prompts that it reads from, the form of its constants. A loop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 from polytrace.backend import Backend
@@ -15,6 +15,8 @@ from polytrace.errors import GraphError
 from polytrace.graph import Constant, Invoke, Mask, Node, NodeId, Options, Read
 from polytrace.pruning import alone
 from polytrace.recording import Recording
+from polytrace.step_questions import as_prompts
+from polytrace.tensors import RawTensor
 
 Answers = dict[tuple[Hashable, ...], tuple[ValueShape | None, ...]]
 
@@ -29,12 +31,16 @@ class AskedShapes:
         invokes: Sequence[Invoke],
         backend: Backend,
         answers: Answers,
+        *,
+        is_late: bool = False,
     ) -> None:
+        """`is_late`: what acts at several steps of a generation is meant at the last of them."""
         self._recording = recording
         self._leaf = leaf
         self._invokes = invokes
         self._backend = backend
         self._answers = answers
+        self._is_late = is_late
         self._known: dict[NodeId, ValueShape] = {}
 
     def of(self, node: NodeId) -> ValueShape:
@@ -49,10 +55,16 @@ class AskedShapes:
 
     def _ask(self, wanted: NodeId) -> None:
         nodes, places = self._recording.part(wanted)
-        key = self._key(nodes)
+        constants: Mapping[str, RawTensor] = self._recording.constants.tensors
+        invokes = self._invokes
+        if self._recording.loops.are_used or self._recording.goes_on:
+            columns = {places[node]: when for node, when in self._recording.loops.columns.items() if node in places}
+            nodes, invokes, more = as_prompts(nodes, invokes, columns, is_late=self._is_late)
+            constants = {**constants, **more}
+        # what the shapes follow from: the nodes without lines, prompts by their lengths, constants by their form
+        key = tuple([self._form(node, invokes, constants) for node in nodes])
         if key not in self._answers:
-            constants = self._recording.constants.tensors
-            self._answers[key] = self._backend.validate(alone(nodes, self._invokes, constants, Options())).nodes
+            self._answers[key] = self._backend.validate(alone(nodes, invokes, constants, Options())).nodes
         for node, place in places.items():
             shape = self._answers[key][place]
             if shape is not None:
@@ -60,16 +72,12 @@ class AskedShapes:
         if wanted not in self._known:
             raise GraphError("the service does not say this value's shape", where=self._recording.nodes[wanted].where)
 
-    def _key(self, nodes: Sequence[Node]) -> tuple[Hashable, ...]:
-        """What the shapes follow from: the nodes without lines, prompts by their lengths, constants by their form."""
-        return tuple([self._form(node) for node in nodes])
-
-    def _form(self, node: Node) -> Hashable:
+    def _form(self, node: Node, invokes: Sequence[Invoke], constants: Mapping[str, RawTensor]) -> Hashable:
         if isinstance(node, (Read, Mask)):
-            lengths = tuple([len(sequence) for sequence in self._invokes[node.invoke].sequences])
+            lengths = tuple([len(sequence) for sequence in invokes[node.invoke].sequences])
             return (node.site if isinstance(node, Read) else None, lengths)
         if isinstance(node, Constant):
-            raw = self._recording.constants.tensors[node.name]
+            raw = constants[node.name]
             # what a mask or an index selects is a matter of its values
             content = None if "float" in raw.dtype else raw.digest or raw.state or bytes(raw.data)
             return (raw.dtype, raw.shape, content)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from polytrace.certificate import Certificate, Receipt
 from polytrace.description import ModelDescription
 from polytrace.graph import Request
-from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
+from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +32,17 @@ class Backend(Protocol):
     def validate(self, request: Request) -> Certificate:
         """What the request would cost and return. Nothing runs."""
 
-    def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
-        """Runs the request and waits for its result; `tell` hears how many of its passes are done, `hear` its logs."""
+    def run(
+        self,
+        request: Request,
+        tell: Tell = tell_nobody,
+        hear: Hear = hear_nothing,
+        hear_tokens: HearTokens = hear_no_tokens,
+    ) -> Result:
+        """Runs the request and waits for its result.
+
+        `tell` hears how many of its passes are done, `hear` its logs, `hear_tokens` new tokens as their steps end.
+        """
 
     def close(self) -> None:
         """Gives back what the backend holds: connections, or the model's memory."""

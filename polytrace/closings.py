@@ -11,6 +11,7 @@ from functools import cached_property
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError
 from polytrace.graph import Port, Site
+from polytrace.timing import FIRST, When
 
 
 class _Own:
@@ -31,13 +32,13 @@ class Closings:
 
     def __init__(self, description: ModelDescription) -> None:
         self._description = description
-        self._own: dict[int, _Own] = {}
+        self._own: dict[tuple[int, When], _Own] = {}
 
-    def use(self, site: Site, invoke: int, done: str, where: str) -> None:
+    def use(self, site: Site, invoke: int, done: str, where: str, when: When = FIRST) -> None:
         """Notes that a site is read or written. Raises GraphError when it is closed; `done` is "read" or "written"."""
-        own = self._own.get(invoke)
+        own = self._own.get((invoke, when))
         if own is None:
-            own = self._own[invoke] = _Own()
+            own = self._own[invoke, when] = _Own()
         if own.is_open:
             own.used.setdefault(site, where)
             return
@@ -55,13 +56,13 @@ class Closings:
     def stop(self, invokes: Iterable[int], where: str) -> None:
         """The run ends behind the last site that was used so far."""
         for invoke in invokes:
-            own = self._own.setdefault(invoke, _Own())
+            own = self._own.setdefault((invoke, FIRST), _Own())
             last = max(map(self._order, own.used), default=-1)
             own.stop = own.stop or (last, where)
 
-    def skip(self, module: str, invoke: int, where: str) -> None:
+    def skip(self, module: str, invoke: int, where: str, when: When = FIRST) -> None:
         """A module is not run. Raises GraphError when something inside of it, or its own output, was used before."""
-        own = self._own.setdefault(invoke, _Own())
+        own = self._own.setdefault((invoke, when), _Own())
         if module in own.skipped:
             raise GraphError(f"{module} is skipped already, at {own.skipped[module]}", where=where)
         for site, line in own.used.items():

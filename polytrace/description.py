@@ -10,7 +10,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -23,6 +23,7 @@ class Rows(Enum):
 
     ALL = "all"
     KEPT = "kept"  # only the positions that the plan keeps for the head (final norm's consumers: lm_head, logits)
+    DECODER = "decoder"  # one a sequence, of a model that has an encoder: the prompt's rows are the encoder's
 
 
 class PassLayout(Enum):
@@ -49,6 +50,7 @@ class Leaf:
     in_place_refusal: str | None = None  # why only `site = value` is possible, None when in-place code is too
     of_pairs: bool = False  # it has a value for each query and key: [sequences, heads, tokens, tokens]
     row_dim: int = 1  # of a view, the dimension of its tokens: 2 in [sequences, heads, tokens, features]
+    num_columns: int | None = None  # of a view, however long the prompts are; None: the longest prompt's tokens
 
     @property
     def column_dim(self) -> int:
@@ -64,7 +66,8 @@ class Leaf:
 
     def view_shape(self, num_sequences: int, longest: int, num_columns: int | None = None) -> tuple[int, ...]:
         """The view of so many sequences; of some columns only when their number is given."""
-        columns = longest if num_columns is None else num_columns
+        whole = longest if self.num_columns is None else self.num_columns
+        columns = whole if num_columns is None else num_columns
         if self.of_pairs:
             return (num_sequences, *self.tail, columns, longest)
         before = self.row_dim - 1
@@ -252,6 +255,16 @@ class ModelDescription:
     codes: tuple[SourceCode, ...] = ()
     sources: tuple[SourceInfo, ...] = ()
     chat: ChatFormat | None = None  # how conversations become prompts; None: the model came without a chat template
+
+
+def logits_of(sites: Iterable[SiteInfo]) -> tuple[SiteInfo, Leaf] | None:
+    """The logits that the model returns; None when it returns none."""
+    for info in sites:
+        if info.module == "" and info.port is Port.OUTPUT:
+            for leaf in info.leaves:
+                if leaf.selector == ("logits",) and len(leaf.tail) == 1:
+                    return info, leaf
+    return None
 
 
 def index_sites(description: ModelDescription) -> dict[Site, tuple[SiteInfo, Leaf]]:

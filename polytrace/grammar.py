@@ -11,7 +11,24 @@ from collections.abc import Collection, Sequence
 from enum import Enum
 
 from polytrace.errors import GraphError
-from polytrace.graph import Call, Constant, DType, Graph, Mask, Node, Op, Operand, Read, Ref, Save, Write, operands
+from polytrace.graph import (
+    Call,
+    Carried,
+    Constant,
+    DType,
+    Graph,
+    Last,
+    Mask,
+    Node,
+    Op,
+    Operand,
+    Read,
+    Ref,
+    Save,
+    Stop,
+    Write,
+    operands,
+)
 from polytrace.ops import BY_TORCH_NAME, OPS, Results
 from polytrace.tensors import VALUE_DTYPES
 
@@ -29,10 +46,10 @@ def check_graph(graph: Graph, *, num_invokes: int, constants: Collection[str]) -
         if isinstance(node, Op):
             _check_op(graph, node)
             value = _Value.SEVERAL if returns_several(node) else _Value.ONE
-        elif isinstance(node, (Read, Write, Mask)):
+        elif isinstance(node, (Read, Write, Mask, Stop)):
             if not 0 <= node.invoke < num_invokes:
                 raise GraphError(f"there is no invoke {node.invoke}; this request has {num_invokes}", where=node.where)
-            value = _Value.NONE if isinstance(node, Write) else _Value.ONE
+            value = _Value.NONE if isinstance(node, (Write, Stop)) else _Value.ONE
         elif isinstance(node, Call):
             if not 1 <= len(node.args) <= MAX_CALL_ARGS:
                 told = f"a module is called with 1 to {MAX_CALL_ARGS} values, not {len(node.args)}"
@@ -40,7 +57,15 @@ def check_graph(graph: Graph, *, num_invokes: int, constants: Collection[str]) -
         elif isinstance(node, Constant):
             if node.name not in constants:
                 raise GraphError(f"there is no constant {node.name!r} in the request", where=node.where)
+        elif isinstance(node, Carried):
+            raise GraphError("a value that another step left is never sent", where=node.where)
+        elif isinstance(node, Last):
+            if not node.values:
+                raise GraphError("the last of no values is none", where=node.where)
         elif isinstance(node, Save):
+            if node.step is not None:  # `polytrace.generation` checks their names
+                values.append(_Value.NONE)
+                continue
             if node.name in save_names:
                 raise GraphError(f"two values are saved as {node.name!r}", where=node.where)
             save_names.add(node.name)

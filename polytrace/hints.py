@@ -8,7 +8,8 @@ _HOOKS = "there are no hooks: read and change `.input` and `.output` inside `wit
 _WEIGHTS = "a weight is read by its name inside a trace, as in `model.lm_head.weight`"
 _TREE = "print(model) shows its modules; lists of them are iterated and indexed"
 _SERVED = "the model runs as it was loaded or is served, for everyone alike"
-_GENERATION = "generation is not part of polytrace yet: a trace is one forward"
+STEPS = "and a trace is one forward: `with model.generate(prompt, max_new_tokens=...) as tracer:` has steps"
+_GENERATION = "the whole model generates: `with model.generate(prompt, max_new_tokens=...):`"
 _RETURNED = "what the model returns is `model.output`, its logits are `model.logits`: `model.logits.save()`"
 _GRADIENTS = "gradients are not part of polytrace yet"
 
@@ -21,7 +22,7 @@ _OF_MODULES = (
     | {"forward": "call the module itself on a value", "generate": _GENERATION, "logits": _RETURNED}
 )
 _OF_VALUES = dict.fromkeys(("grad", "grad_fn", "retain_grad", "backward", "requires_grad"), _GRADIENTS)
-_OF_TRACERS = dict.fromkeys(("iter", "all", "next"), _GENERATION)
+_OF_TRACERS = dict.fromkeys(("iter", "all", "next", "token"), f"it is for the steps of a generation, {STEPS}")
 
 # what recorded values have beside the operations
 _OF_EVERY_VALUE = ("save", "at", "shape", "dtype", "device", "ndim", "dim", "size", "numel", "item", "T", "mT")

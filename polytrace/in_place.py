@@ -18,6 +18,7 @@ from polytrace.graph import Mask, Node, NodeId, Op, Operand, Parameter, Ref, Sit
 from polytrace.graph import operands as node_operands
 from polytrace.groups import GroupPlace, parts_of
 from polytrace.storage import Place, Step, Storage
+from polytrace.timing import When
 
 if TYPE_CHECKING:
     from polytrace.recording import Recording
@@ -28,7 +29,8 @@ class InPlace:
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
-        self._places: dict[tuple[Site, int], Place] = {}
+        self._places: dict[tuple[Site, int, When], Place] = {}
+        self._by_site: dict[tuple[Site, int], list[Place]] = {}
         self._groups: dict[tuple[Site, int], GroupPlace] = {}
         self._edited: list[Storage] = []  # those without a place
         self._branch: int | None = None  # nodes before the body of a choice that is being recorded
@@ -41,16 +43,17 @@ class InPlace:
     def new_root(self, storage: Storage, node: NodeId, where: str) -> None:
         """A storage is another value from now on, in the model too where it was read from a site."""
         self.check_branch(storage.place is not None or storage.node < (self._branch or 0), where)
+        self._recording.loops.check_change(storage.node, where)
         storage.node = node
         storage.version += 1
-        if storage.place is None or storage.place.invoke in self._recording.over:
+        if storage.place is None or self._is_past(storage.place):
             if not storage.edits:
                 self._edited.append(storage)
             storage.edits.append((node, where))
             return
         place = storage.place
         self.hand_back(place, node, in_place=True, where=where)
-        place.note(where, storage)
+        self.note(place, where, storage)
         storage.writes_seen = place.writes
 
     def apply(self, node: NodeId, step: Step, where: str) -> NodeId:
@@ -65,7 +68,15 @@ class InPlace:
             raise GraphError(f"{place.site} cannot be changed in place: {place.in_place_refusal}", where=where)
         if isinstance(place, Place):
             self._recording.add(
-                Write(site=place.site, invoke=place.invoke, value=Ref(node), in_place=in_place, where=where)
+                Write(
+                    site=place.site,
+                    invoke=place.invoke,
+                    value=Ref(node),
+                    in_place=in_place,
+                    where=where,
+                    step=place.when.step,
+                    num_steps=place.when.num_steps,
+                )
             )
             return
         lengths, shape = self._recording.groups.lengths_of(place.invoke), self._recording.session.shape_of(node).shape
@@ -92,6 +103,21 @@ class InPlace:
             return self._groups.setdefault((site, invoke), GroupPlace(site, invoke, parts))
         return self._own_place(site, invoke)
 
+    def note(self, place: Place | GroupPlace, where: str, writer: Storage | None) -> None:
+        """Takes in a write; also to what the same site is at other steps that are among its own."""
+        place.note(where, writer)
+        if not self._recording.loops.are_used or isinstance(place, GroupPlace):
+            return
+        for other in self._by_site[place.site, place.invoke]:
+            if other is not place and other.when.step <= place.when.last and place.when.step <= other.when.last:
+                other.note(where, None)
+
+    def _is_past(self, place: Place | GroupPlace) -> bool:
+        """Whether what it was read from is no part of the model any more where the code is now."""
+        if place.invoke in self._recording.over:
+            return True
+        return isinstance(place, Place) and place.when != self._recording.loops.position.of(place.site)
+
     @contextmanager
     def branch(self) -> Iterator[None]:
         """The body of one side of a choice: it may change what it made itself, and nothing else."""
@@ -110,7 +136,7 @@ class InPlace:
     def check_fresh(self, storage: Storage, where: str) -> None:
         """Handing back a value that lacks another line's write would silently undo that write."""
         place = storage.place
-        if place is not None and place.writes != storage.writes_seen and place.invoke not in self._recording.over:
+        if place is not None and place.writes != storage.writes_seen and not self._is_past(place):
             raise GraphError(
                 f"this value was read before {place.line} changed {place.site}, and changing it now would undo that: "
                 f"read {place.site} again",
@@ -154,9 +180,11 @@ class InPlace:
         return self._put(root, way[:cut], Ref(self._put(inner, way[cut:], part, where)), where)
 
     def _own_place(self, site: Site, invoke: int) -> Place:
-        place = self._places.get((site, invoke))
+        when = self._recording.loops.position.of(site)
+        place = self._places.get((site, invoke, when))
         if place is None:
-            place = self._places[site, invoke] = Place(site, invoke)
+            place = self._places[site, invoke, when] = Place(site, invoke, when)
+            self._by_site.setdefault((site, invoke), []).append(place)
         return place
 
 

@@ -62,6 +62,12 @@ def check_trace_keywords(function: Callable[..., Any], given: Mapping[str, Any])
     _check(f"model.{function.__name__}", function, given, _ON_TRACE)
 
 
+def taken_keywords(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not nnsight's own, which are checked as for a trace."""
+    check_trace_keywords(function, {name: value for name, value in given.items() if name in _ON_TRACE})
+    return {name: value for name, value in given.items() if name not in _ON_TRACE}
+
+
 def chosen_dtype(dtype: Any, torch_dtype: Any) -> str:
     """`dtype` and `torch_dtype` are one keyword: a name, or torch's own object."""
     if torch_dtype is None:

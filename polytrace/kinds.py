@@ -11,6 +11,7 @@ from polytrace.asked_shapes import AskedShapes
 from polytrace.certificate import ValueShape
 from polytrace.graph import Node, NodeId
 from polytrace.recording import Recording
+from polytrace.step_values import Steps
 from polytrace.storage import State
 from polytrace.tensors import RawTensor
 
@@ -25,6 +26,7 @@ class Kind:
 
     make: Callable[[State], Any]  # the Python object for a value
     become: Callable[[Any, Any], None]  # (value, result): the object is the result from now on
+    become_steps: Callable[[Any, Steps], None]  # (value, results): the object is a sequence of these from now on
     another: Callable[[Any], Any]  # a copy of a result
     shapes: Callable[[Recording, Callable[[Node], ValueShape | None], AskedShapes], Shapes]
     decode: Callable[[RawTensor], Any]  # bytes of a result as a tensor or array, without a copy where one can be had
@@ -41,6 +43,7 @@ def value_kind() -> Kind:
         return Kind(
             make=array_values.array_value,
             become=array_values.become,
+            become_steps=array_values.become_steps,
             another=array_values.another,
             shapes=lambda recording, leaf, asked: asked,
             decode=array_values.decode,
@@ -50,6 +53,7 @@ def value_kind() -> Kind:
     return Kind(
         make=tensor_values.tensor_value,
         become=tensor_values.become,
+        become_steps=tensor_values.become_steps,
         another=tensor_values.another,
         shapes=lambda recording, leaf, asked: meta_shapes.MetaShapes(recording, leaf, asked.of),
         decode=tensor_values.decode,

@@ -39,6 +39,18 @@ def user_line() -> str:
     return _line(nearest, os.path.basename(nearest.f_code.co_filename)) if nearest else "?:0"
 
 
+def user_frame() -> FrameType | None:
+    """The frame of that code, with its variables."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        shown = _shown[name] if name in _shown else _shown.setdefault(name, _show(name))
+        if shown:
+            return frame
+        frame = frame.f_back
+    return None
+
+
 def _line(frame: FrameType, shown: str) -> str:
     """The line of a frame: one string a place, and Python reads its table of lines once a place."""
     code, place = frame.f_code, frame.f_lasti

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
@@ -20,7 +20,7 @@ from polytrace.edits.sets import EditSet, KnownEdit, LocalShelf, Shelf, check_na
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Options, Sharing
-from polytrace.keywords import check_trace_keywords
+from polytrace.keywords import check_trace_keywords, taken_keywords
 from polytrace.kinds import Kind, value_kind
 from polytrace.lines import user_line
 from polytrace.modules import Module
@@ -35,7 +35,9 @@ from polytrace.tree import NoSuchNameError, Table, index_description, join
 
 if TYPE_CHECKING:
     from polytrace.edits.block import EditBlock, EditedModel
+    from polytrace.generating import GenerateTracer
     from polytrace.maps.mapping import Map
+    from polytrace.streaming import Piece
 
 
 class Config(dict[str, Any]):
@@ -132,6 +134,63 @@ class Model(StandardModel):
         tracer = Tracer(self, prompts, _options(seed, sharing), run, chat=chat, edits=sets, is_peeking=peek)
         tracer.checking = Checking.VALIDATE if validate else Checking.NONE
         return tracer
+
+    def generate(
+        self,
+        prompts: Any = None,
+        *,
+        seed: int | None = None,
+        sharing: str | Sharing | None = None,
+        run: bool = True,
+        edits: Sequence[Any] = (),
+        validate: bool = False,
+        chat: Mapping[str, Any] | None = None,
+        stream: Callable[[Piece], Any] | bool | None = None,
+        **given: Any,
+    ) -> GenerateTracer:
+        """A block as `trace`, whose prompts go on: `with model.generate(prompt, max_new_tokens=20) as tracer:`.
+
+        Code in it acts at step 0, the prompt; `tracer.iter[...]` has the others. Behind the block `tracer.result` has
+        `ids`, `text`, `finish` ("length", "eos" or "stop") and with `logprobs=` log-probabilities.
+
+        Keywords, of which `tracer.invoke(prompts, ...)` takes its own: `max_new_tokens`; `do_sample`, `temperature`,
+        `top_k` (0: all), `top_p`, `min_p`, `repetition_penalty` as transformers' processors; `seed`; `stop`, a text or
+        texts; `eos`, a token id or several (default: the model's own; None: none); `n` samples of each prompt;
+        `logprobs`, a number of likeliest tokens to be told beside each. Transformers' `eos_token_id`, `stop_strings`
+        and `num_return_sequences` are other names of them. `stream`: a function that is given each token as soon as it
+        is there (`polytrace.streaming.Piece`: `id`, `text`, `sequence`, `step`, ...); True prints the text.
+        """
+        from polytrace.edits.block import resolved
+        from polytrace.generating import GenerateTracer
+
+        if isinstance(open_trace(), Session):
+            raise GraphError(
+                "a session has traces of one forward each: write model.generate(...) outside of it", where=user_line()
+            )
+        given = taken_keywords(self.generate, given)
+        sets = (*self.edits_of_traces, *resolved(self, edits))
+        tracer = GenerateTracer(
+            self, prompts, _options(seed, sharing), run, given, chat=chat, edits=sets, listener=stream
+        )
+        tracer.checking = Checking.VALIDATE if validate else Checking.NONE
+        return tracer
+
+    def stream(
+        self, prompts: Any, body: Callable[[GenerateTracer], Any] | None = None, **given: Any
+    ) -> Iterator[Piece]:
+        """`for piece in model.stream(prompt, max_new_tokens=20)`: tokens with their text, as they come.
+
+        `body(tracer)` is recorded as the block of `generate` would be, whose keywords `given` are. Leaving the loop
+        ends the generation.
+        """
+        from polytrace.streaming import streamed
+
+        def run(hear: Callable[[Piece], None]) -> None:
+            with self.generate(prompts, stream=hear, **given) as tracer:
+                if body is not None:
+                    body(tracer)
+
+        return streamed(run)
 
     def scan(
         self,

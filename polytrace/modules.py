@@ -65,6 +65,11 @@ class Module(NotAValue):
         """
         skip_module(self._port("output"), value)
 
+    def next(self, step: int = 1) -> Module:
+        """In a generation: behind this, the module and what is inside of it are read and written a step later."""
+        self._model._tracer("", self._path, "next").move_on(self._path, step)
+        return self
+
     @property
     def points(self) -> Points:
         """The named points of this module, of a decoder layer those inside it too, with their dimensions' names."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from polytrace.derived import Derived
 from polytrace.graph import Constant, Mask, NodeId, Op, Parameter, Read, Ref, Site, refs
 from polytrace.graph import operands as node_operands
+from polytrace.timing import When, time_of
 
 if TYPE_CHECKING:
     from polytrace.recording import Recording
@@ -24,10 +25,19 @@ class NodeFacts:
         self.dtypes = Derived(self._dtype_parts, self._find_dtype)  # as far as the nodes tell
         self.invokes = Derived(self._row_parts, self._find_invoke)  # whose rows it has, if one's
         self.pairs = Derived(self._operation_parts, self._find_pairs)  # whether it is made of scores or patterns
+        self.times = Derived(self._all_parts, self._find_time)  # the steps at which it acts
 
     def is_site_of_pairs(self, site: Site) -> bool:
         """Whether its tokens are in other dimensions than elsewhere."""
         return site.port.is_of_pairs or self._recording.session.row_dim(site) != 1
+
+    def _all_parts(self, position: NodeId) -> Iterable[NodeId]:
+        return node_operands(self._recording.nodes[position])
+
+    def _find_time(self, position: NodeId) -> When:
+        loops = self._recording.loops
+        own = loops.columns.get(position)  # of a mask
+        return own or time_of(self._recording.nodes[position], self.times.known.__getitem__)
 
     def _operation_parts(self, position: NodeId) -> Iterable[NodeId]:
         node = self._recording.nodes[position]

@@ -3,13 +3,15 @@
 A template is a node with holes, one of
     ["op", line, name, [operand, ...], {key: operand, ...}]     ["call", line, path, [operand, ...]]
     ["read", line, site]    ["write", line, site, in place]     ["parameter", line, path]    ["constant", line, name]
-    ["save", line, name]    ["mask", line]
+    ["save", line, name]    ["mask", line]    ["stop", line]    ["last", line, count]
+and of a generation ["read", line, site, "at"], ["write", line, site, in place, "at"], ["save", line, name, "at"],
 with a site as [path, port, selector, visit]. In an operand every integer is a hole (written 0), every float (0.0) and
 every reference ({"ref": 0}). A path or name is a list of texts with a number between each two, and these numbers are
-holes. The invoke of a read, write or mask and then the value of a write or save are holes that are not written. All
-else, booleans and strings among it, belongs to the form. A template's columns (`polytrace.folding`) fill its holes from
-left to right: floats are texts, and a reference counts nodes from the first one or, as {"back": column}, back from the
-node itself. `order` says, folded, the template of each node.
+holes. Holes that are not written: the invoke of a read, write or mask; then the value of a write or save; then, where
+it says "at", the step and the number of steps. A stop has its value, invoke, step and number of steps, a last `count`
+values in one column. All else, booleans and strings among it, belongs to the form. A template's columns
+(`polytrace.folding`) fill its holes from left to right: floats are texts, and a reference counts nodes from the first
+one or, as {"back": column}, back from the node itself. `order` says, folded, the template of each node.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from polytrace.errors import WireError
 from polytrace.folding import fold, fold_column, size_of, unfold, unfold_column, weight_of
 from polytrace.graph import (
     Call,
+    Carried,
     Constant,
     DType,
+    Last,
     Mask,
     Node,
     NodeId,
@@ -39,6 +43,7 @@ from polytrace.graph import (
     Ref,
     Save,
     Site,
+    Stop,
     Write,
 )
 
@@ -65,6 +70,8 @@ class _Hole:
 
 
 _INT, _FLOAT, _REF = _Hole(0), _Hole(0.0), _Hole({"ref": 0})
+_REFS = _Hole(None)  # several nodes
+_AT = "at"  # in the form of a node that says its steps
 
 
 def encode_nodes(nodes: Sequence[Node]) -> tuple[list[Any], list[Any], list[str]]:
@@ -135,15 +142,23 @@ def _form(node: Node, holes: list[Any], names: _Names) -> Form:
     if isinstance(node, Read):
         site = names.site(node.site, holes)
         holes.append(node.invoke)
-        return ("read", node.where, site, _INT)
+        return ("read", node.where, site, _INT, *_when(node, holes))
     if isinstance(node, Write):
         site = names.site(node.site, holes)
         holes += (node.invoke, node.value.node)
-        return ("write", node.where, site, node.in_place, _INT, _REF)
+        return ("write", node.where, site, node.in_place, _INT, _REF, *_when(node, holes))
     if isinstance(node, Save):
         name = names.text(node.name, holes)
         holes.append(node.value.node)
-        return ("save", node.where, name, _REF)
+        return ("save", node.where, name, _REF, *_when(node, holes))
+    if isinstance(node, Last):
+        holes.append(tuple([value.node for value in node.values]))
+        return ("last", node.where, len(node.values), _REFS)
+    if isinstance(node, Stop):
+        holes += (node.value.node, node.invoke, node.step, node.num_steps)
+        return ("stop", node.where, _REF, _INT, _INT, _INT)
+    if isinstance(node, Carried):
+        raise TypeError("a carried value is never sent")
     if isinstance(node, Call):
         module = names.text(node.module, holes)
         return ("call", node.where, module, ("list", *_forms(node.args, holes)))
@@ -153,6 +168,14 @@ def _form(node: Node, holes: list[Any], names: _Names) -> Form:
     if isinstance(node, Constant):
         return ("constant", node.where, names.text(node.name, holes))
     return ("parameter", node.where, names.text(node.path, holes))
+
+
+def _when(node: Read | Write | Save, holes: list[Any]) -> Form:
+    """The steps of a node that has any but the first alone."""
+    if (node.step, node.num_steps) == (None if isinstance(node, Save) else 0, 1):
+        return ()
+    holes += (node.step, node.num_steps)
+    return (_AT, _INT, _INT)
 
 
 def _forms(parts: Iterable[Operand], holes: list[Any]) -> list[Hashable]:
@@ -218,6 +241,9 @@ def _column(kind: _Hole, values: Sequence[Any], places: Sequence[int]) -> Any:
         return fold(values)
     if kind is _INT:
         return fold_column(values)
+    if kind is _REFS:
+        places = [place for place, own in zip(places, values, strict=True) for _ in own]
+        values = [node for own in values for node in own]
     back = fold_column([place - value for place, value in zip(places, values, strict=True)])
     if isinstance(back, int):
         return {"back": back}
@@ -310,6 +336,16 @@ class _Reader:
         self._budget.take(len(self.places))
         return [Ref(NodeId(place - step)) for place, step in zip(self.places, steps)]  # noqa: B905  repeat has no end
 
+    def ref_lists(self, count: int) -> list[tuple[Ref, ...]]:
+        """The next column, of so many nodes for each node."""
+        if isinstance(count, bool) or count < 1:
+            raise WireError(f"{brief(count)} is no number of nodes")
+        self._budget.take(len(self.places) * count)
+        places = [place for place in self.places for _ in range(count)]
+        refs = _Reader([self._next()], places, self._budget).refs()
+        every = refs if isinstance(refs, list) else [refs.value] * len(places)
+        return [tuple(every[first : first + count]) for first in range(0, len(every), count)]
+
     def each(self, make: Callable[[Any], Any], values: _Values) -> _Values:
         """`make` of each value."""
         if isinstance(values, _Same):
@@ -359,18 +395,34 @@ def _nodes(plain: Any, reader: _Reader, wheres: list[str]) -> list[Node]:
             arguments = reader.joined(tuple, _operands(args, reader))
             named = reader.joined(lambda own: dict(zip(keys, own, strict=True)), _operands(kwargs.values(), reader))
             return [Op(name=op, args=own, kwargs=more, where=where) for own, more in reader.rows(arguments, named)]
-        case "read", [site]:
-            rows = reader.rows(_sites(site, reader), reader.integers())
-            return [Read(site=place, invoke=invoke, where=where) for place, invoke in rows]
-        case "write", [site, bool(in_place)]:
-            rows = reader.rows(_sites(site, reader), reader.integers(), reader.refs())
+        case "read", [site, *at] if at in _STEPS:
+            rows = reader.rows(_sites(site, reader), reader.integers(), *_steps(at, reader, 0))
             return [
-                Write(site=place, invoke=invoke, value=value, in_place=in_place, where=where)
-                for place, invoke, value in rows
+                Read(site=place, invoke=invoke, where=where, step=step, num_steps=count)
+                for place, invoke, step, count in rows
             ]
-        case "save", [name]:
-            rows = reader.rows(_names(name, reader), reader.refs())
-            return [Save(name=text, value=value, where=where) for text, value in rows]
+        case "write", [site, bool(in_place), *at] if at in _STEPS:
+            rows = reader.rows(_sites(site, reader), reader.integers(), reader.refs(), *_steps(at, reader, 0))
+            return [
+                Write(
+                    site=place, invoke=invoke, value=value, in_place=in_place, where=where, step=step, num_steps=count
+                )
+                for place, invoke, value, step, count in rows
+            ]
+        case "save", [name, *at] if at in _STEPS:
+            rows = reader.rows(_names(name, reader), reader.refs(), *_steps(at, reader, None))
+            return [
+                Save(name=text, value=value, where=where, step=step, num_steps=count)
+                for text, value, step, count in rows
+            ]
+        case "stop", []:
+            rows = reader.rows(reader.refs(), reader.integers(), *_steps([_AT], reader, 0))
+            return [
+                Stop(value=value, invoke=invoke, where=where, step=step, num_steps=count)
+                for value, invoke, step, count in rows
+            ]
+        case "last", [int(count)]:
+            return [Last(values=values, where=where) for values in reader.ref_lists(count)]
         case "call", [module, list(args)]:
             rows = reader.rows(_names(module, reader), reader.joined(tuple, _operands(args, reader)))
             return [Call(module=path, args=own, where=where) for path, own in rows]
@@ -381,6 +433,14 @@ def _nodes(plain: Any, reader: _Reader, wheres: list[str]) -> list[Node]:
         case "parameter", [path]:
             return [Parameter(path=text, where=where) for (text,) in reader.rows(_names(path, reader))]
     raise WireError(f"{brief(kind)} with {len(rest)} parts is not a node of any kind")
+
+
+_STEPS: tuple[list[Any], ...] = ([], [_AT])
+
+
+def _steps(at: Sequence[Any], reader: _Reader, plain: int | None) -> tuple[_Values, _Values]:
+    """The first step and the number of steps of each node; `plain`: the step of nodes that do not say it."""
+    return (reader.integers(), reader.integers(1)) if at else (_Same(plain), _Same(1))
 
 
 def _operands(plain: Iterable[Any], reader: _Reader, depth: int = 0) -> list[_Values]:

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 _PLAIN = frozenset({type(None), type(Ellipsis), bool, float, str, DType})
 
 
-def operand_of(recording: Recording, value: Any, where: str) -> Operand:
-    """The operand that a Python value is: recorded values become references, tensors and arrays constants."""
+def operand_of(recording: Recording, value: Any, where: str, *, is_member: bool = False) -> Operand:
+    """The operand that a Python value is: recorded values become references, tensors and arrays constants.
+
+    `is_member`: it stands in a list.
+    """
     kind = type(value)
     if kind in _PLAIN:
         return value  # type: ignore[no-any-return]
@@ -34,11 +37,11 @@ def operand_of(recording: Recording, value: Any, where: str) -> Operand:
     if kind is slice and value.start is None and value.stop is None and value.step is None:
         return value  # type: ignore[no-any-return]
     if is_recorded(value):
-        return Ref(recording.own_node(state_of(value), where))
+        return Ref(recording.own_node(state_of(value), where, is_member=is_member))
     if isinstance(value, tuple):
         return tuple([operand_of(recording, part, where) for part in value])
     if isinstance(value, (list, range)):
-        return [operand_of(recording, part, where) for part in value]
+        return [operand_of(recording, part, where, is_member=True) for part in value]
     if isinstance(value, slice):
         return slice(*[operand_of(recording, part, where) for part in (value.start, value.stop, value.step)])
     if (number := scalar(value)) is not None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
+    from polytrace.certificate import Token
+
 # Takes how many (passes, bytes) are done, and of how many.
 Tell = Callable[[int, int], None]
 
 # Takes saved values that the user wants to see while a request runs, by their names.
 Hear = Callable[[Mapping[str, Any]], None]
+
+# Takes tokens of a generation as they come, in the order of their steps.
+HearTokens = Callable[[Sequence["Token"]], None]
 
 _PATIENCE_S = 2.0  # what is over sooner shows nothing
 
@@ -26,6 +31,10 @@ def tell_nobody(done: int, total: int) -> None:
 
 def hear_nothing(values: Mapping[str, Any]) -> None:
     """For callers that log nothing."""
+
+
+def hear_no_tokens(tokens: Sequence[Token]) -> None:
+    """For callers that wait for all of them."""
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from polytrace.graph import (
     Constant,
     Graph,
     Invoke,
+    Last,
     Mask,
     Node,
     NodeId,
@@ -20,6 +21,7 @@ from polytrace.graph import (
     Ref,
     Request,
     Save,
+    Stop,
     Write,
     operands,
     refs,
@@ -28,8 +30,8 @@ from polytrace.tensors import RawTensor
 
 
 def effects(nodes: Sequence[Node]) -> Iterator[NodeId]:
-    """The nodes that do something by themselves: writes and saves."""
-    return (NodeId(position) for position, node in enumerate(nodes) if isinstance(node, (Write, Save)))
+    """The nodes that do something by themselves: writes, saves and stops."""
+    return (NodeId(position) for position, node in enumerate(nodes) if isinstance(node, (Write, Save, Stop)))
 
 
 def needed(nodes: Sequence[Node], wanted: Iterable[NodeId]) -> list[bool]:
@@ -78,7 +80,7 @@ def alone(
     brought: dict[str, RawTensor] = {}
     own: list[Node] = []
     for node in nodes:
-        if isinstance(node, (Read, Write, Mask)):
+        if isinstance(node, (Read, Write, Mask, Stop)):
             node = replace(node, invoke=places.setdefault(node.invoke, len(places)))
         elif isinstance(node, Constant):
             brought[node.name] = constants[node.name]
@@ -106,9 +108,19 @@ def _moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
         return Call(module=node.module, args=tuple([_move(arg, places) for arg in node.args]), where=node.where)
     if isinstance(node, Write):
         value = _move_ref(node.value, places)
-        return Write(site=node.site, invoke=node.invoke, value=value, in_place=node.in_place, where=node.where)
-    if isinstance(node, Save):
-        return Save(name=node.name, value=_move_ref(node.value, places), where=node.where)
+        return Write(
+            site=node.site,
+            invoke=node.invoke,
+            value=value,
+            in_place=node.in_place,
+            where=node.where,
+            step=node.step,
+            num_steps=node.num_steps,
+        )
+    if isinstance(node, (Save, Stop)):
+        return replace(node, value=_move_ref(node.value, places))
+    if isinstance(node, Last):
+        return replace(node, values=tuple([_move_ref(value, places) for value in node.values]))
     return node
 
 

@@ -15,10 +15,10 @@ from polytrace.certificate import ValueShape
 from polytrace.closings import Closings
 from polytrace.constants import Constants
 from polytrace.description import ModelDescription
+from polytrace.edit_steps import steps_of_edit
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest, returns_several, unknown_op
 from polytrace.graph import (
-    LOG,
     Call,
     Constant,
     Mask,
@@ -37,14 +37,17 @@ from polytrace.group_views import GroupViews
 from polytrace.in_place import InPlace
 from polytrace.lines import user_line
 from polytrace.literals import is_basic
+from polytrace.loops import Loops
 from polytrace.node_facts import NodeFacts
 from polytrace.operands import operand_of
 from polytrace.ops import OPS
 from polytrace.peeking import Peeks
 from polytrace.positions import with_positions
 from polytrace.pruning import cone, effects, moved, needed, renumber
+from polytrace.step_saves import SaveNames
 from polytrace.storage import Several, State, Step, Storage, is_recorded, state_of
 from polytrace.tensors import RawTensor
+from polytrace.timing import FIRST, When
 
 if TYPE_CHECKING:
     from polytrace.keeping import Leaving
@@ -66,6 +69,9 @@ class Session(Protocol):
 
     def members_of(self, invoke: int) -> Sequence[int]:
         """The invoke itself; of a group, whose number is below 0, those that it is made of."""
+
+    def num_steps(self, invoke: int) -> int:
+        """Steps that an invoke may have: 1, or as many as it has new tokens."""
 
     @property
     def told(self) -> str:
@@ -90,16 +96,20 @@ class Recording:
         self.nodes: list[Node] = []
         self.constants = Constants()
         self.saved: list[tuple[State, Any, str]] = []  # with the Python object and the line of its `.save()`
+        self.saved_steps: tuple[
+            When | None, ...
+        ] = ()  # of each, once the block has ended; None: it is of no step alone
         self.logged: list[State] = []  # of these, those that are told while the request runs
         self.leaving: list[Leaving] = []  # what stays on the service when the trace has ended
+        self.goes_on = False  # it gives new tokens back, whatever is saved
         self.closed: str | None = None  # why its values cannot be used any more
         self.over: set[int] = set()  # invokes whose trace has ended: in-place code does not reach the model
         self.peeks: Peeks | None = None  # where values may be looked at while they are recorded
         self.labels: dict[str, None] = {}  # of edits that its invokes started from
-        self._draws = 0  # by random ops so far: what each draws does not depend on which nodes are left of the others
         self.keeps_shapes = False  # also when it is closed: it was scanned
         self.closings = Closings(description)  # sites behind a stop, or inside of skipped modules
         self._shared: dict[tuple[type, str | int], NodeId] = {}  # constants, parameters and masks, each once
+        self.loops = Loops(self)
         self.facts = NodeFacts(self)
         self.groups = GroupViews(self)
         self.in_place = InPlace(self)
@@ -110,14 +120,39 @@ class Recording:
         """A fresh snapshot of a site."""
         where = where or user_line()
         if invoke < 0:
+            self.when(site, invoke, where)
             return self.groups.read(site, invoke, dtype, where)
-        self.closings.use(site, invoke, "read", where)
-        node = self.add(Read(site=site, invoke=invoke, where=where))
+        when = self.when(site, invoke, where)
+        self.closings.use(site, invoke, "read", where, when)
+        node = self.add(Read(site=site, invoke=invoke, where=where, step=when.step, num_steps=when.num_steps))
         self.facts.dtypes.known[node] = dtype
         state = self.fresh(node, where)
         state.storage.place = place = self.in_place.place(site, invoke)
         state.storage.writes_seen = place.writes
         return state
+
+    def when(self, site: Site | None, invoke: int, where: str) -> When:
+        """The steps at which a site of an invoke is used here. Raises GraphError where it has no such step."""
+        when = self.loops.position.of(site)
+        if when == FIRST:
+            return when
+        if invoke < 0:
+            raise GraphError(
+                "tracer.invoke() without prompts is all prompts as one view, at step 0: write the loop over steps in "
+                "the invoke of each",
+                where=where,
+            )
+        limit = self.session.num_steps(invoke)
+        if when.last >= limit:
+            new = f"at most {limit} tokens are new" if limit > 1 else "this prompt does not go on"
+            raise GraphError(f"there is no step {when.last} here: {new}, so steps are 0-{limit - 1}", where=where)
+        if site is not None and site.port.is_of_pairs and when.last > 0:
+            raise GraphError(
+                f"{site} has another number of keys at each step, so it is there at step 0 alone: edit `q`, `k`, `v` "
+                "or `z`, or trace the prompt with what it went on with",
+                where=where,
+            )
+        return when
 
     def mask(self, invoke: int) -> State:
         """Where the invoke's view has tokens."""
@@ -125,7 +160,11 @@ class Recording:
         if invoke < 0:
             masks = [self.mask(member).node for member in self.session.members_of(invoke)]
             return self.fresh(self.groups.left_pad(masks, invoke, (1,), where), where)
-        return self.fresh(self.once(Mask(invoke=invoke, where=where), invoke), where)
+        when = self.when(None, invoke, where)
+        if when == FIRST:
+            return self.fresh(self.once(Mask(invoke=invoke, where=where), invoke), where)
+        self.loops.columns[NodeId(len(self.nodes))] = when
+        return self.fresh(self.add(Mask(invoke=invoke, where=where)), where)
 
     def parameter(self, path: str) -> State:
         """A parameter or buffer of the model."""
@@ -155,8 +194,8 @@ class Recording:
         operands = tuple([self.operand(arg, where) for arg in args])
         named = {key: self.operand(value, where) for key, value in kwargs.items()}
         if OPS[name].is_random:
-            named.setdefault("draw", self._draws)
-            self._draws += 1
+            # what each draws does not depend on which nodes are left of the others
+            named.setdefault("draw", self.loops.draw())
         call = Op(name=name, args=operands, kwargs=named, where=where)
         node = self.groups.taken_of_members(call) or self.add(call)
         way: tuple[Step, ...] = ()
@@ -178,7 +217,7 @@ class Recording:
         """Rows by their place in each prompt: a view to in-place code, also where the index is lists."""
         where = user_line()
         operand = self.operand(index, where)
-        node = self.add(Op(name="getitem", args=(Ref(self.node_of(base)), operand), where=where))
+        node = self.add(Op(name="getitem", args=(Ref(self.own_node(base, where)), operand), where=where))
         return self._view(base, (Step("getitem", (operand,), (), is_basic(operand)),), node, where)
 
     def alias(self, base: State) -> State:
@@ -190,8 +229,9 @@ class Recording:
     def write_edge(self, site: Site, invoke: int, value: Any, *, in_place: bool = False) -> None:
         """`site = value`; `in_place`: for everyone in the model who holds the tensor."""
         where = user_line()
+        when = self.when(site, invoke, where)
         for member in self.session.members_of(invoke):
-            self.closings.use(site, member, "written", where)
+            self.closings.use(site, member, "written", where, when)
         place = self.in_place.place(site, invoke)
         self.in_place.check_branch(True, where)
         if is_recorded(value) and not state_of(value).steps and state_of(value).storage is place.writer:
@@ -205,7 +245,7 @@ class Recording:
                 where=where,
             )
         self.in_place.hand_back(place, operand.node, in_place=in_place, where=where)
-        place.note(where, None)
+        self.in_place.note(place, where, None)
 
     def set_item(self, base: State, index: Any, value: Any) -> None:
         """`base[index] = value`; the index Ellipsis is the whole value."""
@@ -232,11 +272,16 @@ class Recording:
             new = self.add(Op(name="setitem", args=(Ref(old), Ellipsis, Ref(new)), where=where))
         self.in_place.new_root(state.storage, new, where)
 
-    def save(self, state: State, value: Any) -> None:
-        """Marks a value to be returned; in-place code after this still changes it, as it would a tensor."""
+    def save(self, state: State, value: Any, *, is_member: bool = False) -> None:
+        """Marks a value to be returned; in-place code after this still changes it, as it would a tensor.
+
+        `is_member`: of a container, where each is meant for itself.
+        """
         self.node_of(state)
         if not state.is_saved:
             state.is_saved = True
+            state.is_member = is_member
+            state.saved_at = self.loops.position.when if self.loops.position.loop is not None else None
             self.saved.append((state, value, user_line()))
 
     def snapshot(self, state: State) -> State:
@@ -255,7 +300,24 @@ class Recording:
     def replay(
         self, nodes: Sequence[Node], constants: Mapping[str, RawTensor], invoke: int, lengths: Sequence[int]
     ) -> None:
-        """Adds an edit's nodes, which were recorded for nobody's prompts yet, for the prompts of an invoke."""
+        """Adds an edit's nodes, which were recorded for nobody's prompts yet, for the prompts of an invoke.
+
+        Where the invoke goes on they act at every step, unless they name places in the prompt.
+        """
+        position = self.loops.position
+        for when, own in steps_of_edit(nodes, lengths, self.session.num_steps(invoke)):
+            position.when = when
+            self._replay(nodes, constants, invoke, own, when)
+        position.when = FIRST
+
+    def _replay(
+        self,
+        nodes: Sequence[Node],
+        constants: Mapping[str, RawTensor],
+        invoke: int,
+        lengths: Sequence[int],
+        when: When,
+    ) -> None:
         places: dict[NodeId, NodeId] = {}
         for position, node in enumerate(nodes):
             made = with_positions(moved(node, places), lengths)
@@ -267,12 +329,13 @@ class Recording:
             elif isinstance(made, Mask):
                 place = self.once(replace(made, invoke=invoke), invoke)
             elif isinstance(made, Op) and OPS[made.name].is_random:
-                place = self.add(replace(made, kwargs={**made.kwargs, "draw": self._draws}))
-                self._draws += 1
+                place = self.add(replace(made, kwargs={**made.kwargs, "draw": self.loops.draw()}))
+            elif isinstance(made, (Read, Write)):
+                place = self.add(replace(made, invoke=invoke, step=when.step, num_steps=when.num_steps))
             else:
-                place = self.add(replace(made, invoke=invoke) if isinstance(made, (Read, Write)) else made)
+                place = self.add(made)
             if isinstance(made, Write):
-                self.in_place.place(made.site, invoke).note(made.where, None)
+                self.in_place.note(self.in_place.place(made.site, invoke), made.where, None)
             places[NodeId(position)] = place
 
     # finishing
@@ -287,7 +350,7 @@ class Recording:
 
         Raises GraphError when nothing is saved, or when in-place code changed a value that nothing uses.
         """
-        if not self.saved and not self.leaving and not self.is_edit:
+        if not self.saved and not self.leaving and not self.is_edit and not self.goes_on:
             raise GraphError(
                 "this trace saves nothing, so it would return nothing: call .save() on the values to keep",
                 where=user_line(),
@@ -295,18 +358,14 @@ class Recording:
         self.constants.check()
         targets = [self.node_of(state) for state, _, _ in self.saved]
         logged = {self.node_of(state) for state in self.logged}
-        nodes = list(self.nodes)
-        names: dict[NodeId, str] = {}
-        for node, (_, _, where) in zip(targets, self.saved, strict=True):
-            if node not in names:
-                names[node] = f"{LOG if node in logged else ''}{len(names)}"
-                nodes.append(Save(name=names[node], value=Ref(node), where=where))
-        for left in self.leaving:
-            nodes.append(Save(name=left.keep.save, value=Ref(self.node_of(left.state)), where=left.where))
+        kept = [self.loops.used(self.node_of(left.state), left.where) for left in self.leaving]
+        nodes, given, self.saved_steps = SaveNames(self).saves(targets, logged)
+        for left, value in zip(self.leaving, kept, strict=True):
+            nodes.append(Save(name=left.keep.save, value=Ref(value), where=left.where))
         live = needed(nodes, effects(nodes))
         self.in_place.check_used(live)
-        kept = (NodeId(position) for position, is_live in enumerate(live) if is_live)
-        return renumber(nodes, kept)[0], tuple(names[node] for node in targets)
+        wanted = (NodeId(position) for position, is_live in enumerate(live) if is_live)
+        return renumber(nodes, wanted)[0], given
 
     def part(self, node: NodeId) -> tuple[tuple[Node, ...], dict[NodeId, NodeId]]:
         """A graph that saves one node's value, and the places in it of the nodes that it has."""
@@ -321,6 +380,8 @@ class Recording:
 
     def node_of(self, state: State) -> NodeId:
         """The node of a value as it is now: in-place code may have changed its storage since it was made."""
+        if state.gone is not None:
+            raise GraphError(state.gone, where=user_line())
         if self.closed is not None:
             raise GraphError(f"{self.closed}; it was made at {state.where}", where=user_line())
         if state.version != state.storage.version:
@@ -343,6 +404,20 @@ class Recording:
         place = state.storage.place
         return place.invoke if place is not None else self.facts.invokes.of(state.node)
 
+    def lengths_of(self, state: State, invoke: int) -> tuple[int, ...] | None:
+        """Tokens of each prompt as a value of this invoke has them; None when the prompts are those of later traces."""
+        lengths = self.session.lengths_of(invoke)
+        if lengths is None or not self.loops.are_used:
+            return lengths
+        when = self.facts.times.of(self.node_of(state))
+        if when.is_loop and when.step == 0 and max(lengths) > 1:
+            raise GraphError(
+                "this body is recorded once for step 0, the prompts, and for later ones of one token each, so "
+                "positions are not the same at each: write value[:, -1], or `for step in tracer.iter[...]`",
+                where=user_line(),
+            )
+        return (1,) * len(lengths) if when.step > 0 else lengths
+
     def is_of_pairs(self, state: State) -> bool:
         """Whether a value is made of scores, patterns or others whose tokens are in other dimensions than elsewhere."""
         place = state.storage.place
@@ -356,12 +431,13 @@ class Recording:
     def fresh(self, node: NodeId, where: str) -> State:
         return State(self, Storage(node), (), node, 0, where)
 
-    def own_node(self, state: State, where: str) -> NodeId:
+    def own_node(self, state: State, where: str, *, is_member: bool = False) -> NodeId:
+        """The node of a value as code here means it; `is_member`: of a list."""
         if state.recording is not self:
             raise GraphError(
                 state.recording.closed or "this value belongs to another trace: save it there first", where=where
             )
-        return self.node_of(state)
+        return self.loops.used(self.node_of(state), where, is_member=is_member)
 
     def once(self, node: Node, key: str | int) -> NodeId:
         if (type(node), key) not in self._shared:
@@ -374,4 +450,7 @@ class Recording:
         if self.peeks is not None and isinstance(node, Write):
             self.peeks.note(NodeId(len(self.nodes)), node)
         self.nodes.append(node)
-        return NodeId(len(self.nodes) - 1)
+        place = NodeId(len(self.nodes) - 1)
+        if self.loops.are_used:
+            self.facts.times.of(place)  # raises where its values cannot meet
+        return place

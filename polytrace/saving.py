@@ -40,7 +40,7 @@ def save_members(thing: Any) -> None:
     """Saves the values in a container, as it is now."""
     for value in values_in(thing, set()):
         state = state_of(value)
-        state.recording.save(state, value)
+        state.recording.save(state, value, is_member=value is not thing)
 
 
 def values_in(thing: Any, seen: set[int]) -> Iterator[Any]:

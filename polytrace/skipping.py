@@ -43,7 +43,9 @@ def _close(port: OpenPort, where: str) -> None:
     """What lies inside of the module cannot be read or written then."""
     module = port.table.info.module
     for invoke in port.tracer.members_of(port.tracer.invoke_index(f"{module}.skip")):
-        port.tracer.recording.closings.skip(module, invoke, where)
+        recording = port.tracer.recording
+        when = recording.when(port.site(port.below(())[0]), invoke, where)
+        recording.closings.skip(module, invoke, where, when)
 
 
 def _given(port: OpenPort, value: Any, where: str) -> dict[tuple[Key, ...], Any]:

@@ -208,7 +208,7 @@ class StandardModel(Module):
                 place = value if places is None else value.at(places)
                 place += factor * steering_vector
             else:
-                lengths = self._tracer("steer", "").lengths
+                lengths = self._tracer("steer", "").view_lengths
                 value[prompt_index(lengths, prompts, places)] += factor * steering_vector
 
     def get_topk_closest_tokens(self, hidden_state: Any, k: int = 5) -> Any:

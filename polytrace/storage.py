@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polytrace.graph import NodeId, Operand, Site
+from polytrace.timing import FIRST, When
 
 if TYPE_CHECKING:
     from polytrace.groups import GroupPlace
@@ -33,6 +34,7 @@ class Place:
 
     site: Site
     invoke: int
+    when: When = FIRST
     writes: int = 0
     line: str = ""  # of the last write
     in_place_refusal: str | None = None  # why in-place code cannot reach it, see `Leaf`
@@ -71,6 +73,9 @@ class State:
     is_dropout_input: bool = False  # of a family's attention dropout, see `polytrace.historic`
     dims: tuple[str, ...] | None = None  # names of the dimensions of what was read at a named point
     is_saved: bool = False
+    is_member: bool = False  # it was saved in a container
+    saved_at: When | None = None  # in the body of a loop over steps: which
+    gone: str | None = None  # why it has no data though it was saved: its step never came
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from polytrace.grammar import unknown_op
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name
 from polytrace.ops import BY_TORCH_NAME
+from polytrace.step_values import OfSteps, Steps, refuse_as_one
 from polytrace.storage import State, is_recorded
 from polytrace.tensors import VALUE_DTYPES, RawTensor
 from polytrace.torch_names import find, is_in_place
@@ -195,6 +196,21 @@ def tensor_value(state: State) -> TensorValue:
 def become(value: Any, result: Any) -> None:
     """The recorded value is the plain result from now on, for everyone who holds it."""
     torch.utils.swap_tensors(value, result)
+
+
+class StepTensors(OfSteps, Tensor):  # type: ignore[misc]
+    """A value that was recorded once for several steps, when its block has ended."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise refuse_as_one()
+
+
+def become_steps(value: Any, steps: Steps) -> None:
+    """The recorded value is a sequence from now on, for everyone who holds it."""
+    value.__dict__.clear()
+    value.__class__ = StepTensors
+    value.__dict__["steps"] = steps
 
 
 def another(result: Any) -> Any:

@@ -5,22 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from polytrace import hints
 from polytrace.asked_shapes import AskedShapes
+from polytrace.backend import Result
 from polytrace.caching import Cache, CacheRequest
 from polytrace.certificate import Certificate, Receipt, ValueShape
 from polytrace.chat import conversations_in
 from polytrace.collector import young_only
+from polytrace.edits.open_shapes import BY_STEP, opened
 from polytrace.errors import GraphError
+from polytrace.generation import num_steps
 from polytrace.grammar import nearest
-from polytrace.graph import Constant, Graph, Invoke, Mask, Node, NodeId, Options, Parameter, Read, Request, Save, Site
+from polytrace.graph import (
+    Constant,
+    Graph,
+    Invoke,
+    Mask,
+    Node,
+    NodeId,
+    Options,
+    Parameter,
+    Port,
+    Read,
+    Request,
+    Save,
+    Site,
+    name_at,
+)
+from polytrace.handing import hand_out
 from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
+from polytrace.loops import Position
 from polytrace.peeking import Peeks
-from polytrace.progress import hear_nothing, showing_progress
+from polytrace.progress import Hear, Tell, hear_nothing, showing_progress
 from polytrace.prompts import PromptBook
 from polytrace.recording import Recording
 from polytrace.saving import save_members
@@ -32,6 +53,7 @@ from polytrace.wire import MAX_EDITS
 
 if TYPE_CHECKING:
     from polytrace.edits.sets import EditSet
+    from polytrace.kinds import Shapes
     from polytrace.model import Model
     from polytrace.modules import Module
 
@@ -83,7 +105,7 @@ class Tracer:
         self._invoke: int | None = None  # whose block this is
         self._has_own_prompts = prompts is not None
         self._token: Token[Tracer | None] | None = None
-        self._shapes: Any = None
+        self._shapes: dict[bool, Shapes] = {}
         self.checking = Checking.NONE
         self.certificate: Certificate | None = None  # what it would cost, once a scan or `validate=True` has asked
         # that polytrace.save was given; what later traces of a session put into one is saved too
@@ -173,6 +195,10 @@ class Tracer:
         self._check_open()
         chosen = self._own_invokes() if self._invoke is None else self.members_of(self._invoke)
         self.recording.closings.stop(chosen, user_line())
+
+    def move_on(self, module: str | None, count: int) -> None:
+        """What `module.next()` says to a generation."""
+        raise GraphError(f"next() goes on by a step, {hints.STEPS}", where=user_line())
 
     def cache(
         self,
@@ -276,7 +302,7 @@ class Tracer:
                 printer = self._log_printer(names)
                 with showing_progress(self.model.description.name) as tell:
                     hear = printer.hear if self.logs else hear_nothing
-                    result = self.model.backend.run(self.request, tell, hear)
+                    result = self._run(tell, hear)
                 self._receipt = result.receipt
                 printer.hear(result.values)
                 self._hand_out(names, dict(result.values))
@@ -292,6 +318,10 @@ class Tracer:
             if self._is_run
             else "this trace was recorded with run=False: nothing ran, so its values have no data"
         )
+
+    def _run(self, tell: Tell, hear: Hear) -> Result:
+        assert self.request is not None
+        return self.model.backend.run(self.request, tell, hear)
 
     def _scan(self) -> None:
         """Has everything checked; values keep their shapes and get no data."""
@@ -311,35 +341,63 @@ class Tracer:
         self.recording.closed = "this trace was scanned: nothing ran, so its values have shapes and no data"
 
     def _log_printer(self, names: tuple[str, ...]) -> LogPrinter:
-        places = {id(value): place for place, (_, value, _) in enumerate(self.recording.saved)}
-        return LogPrinter(self.logs, {number: names[places[id(log.value)]] for number, log in enumerate(self.logs)})
+        recording = self.recording
+        full = {
+            id(value): name if when is None else name_at(name, when.step)
+            for (_, value, _), name, when in zip(recording.saved, names, recording.saved_steps, strict=True)
+        }
+        return LogPrinter(self.logs, {number: full[id(log.value)] for number, log in enumerate(self.logs)})
 
     # what values and modules call
 
     def shape_of(self, node: NodeId) -> ValueShape:
-        if self._shapes is None:
-            asked = AskedShapes(self.recording, self.leaf_shape, self._invokes, self.model.backend, self.model.answers)
-            self._shapes = self.model.kind.shapes(self.recording, self.leaf_shape, asked)
-        shape = self._shapes.of(node)
-        assert isinstance(shape, ValueShape)
+        shape = self._shapes_as(is_late=False).of(node)
+        if self.recording.loops.are_used and (when := self.recording.facts.times.of(node)).is_loop and not when.step:
+            later = self._shapes_as(is_late=True).of(node)
+            return ValueShape(shape=opened(shape.shape, later.shape, BY_STEP), dtype=shape.dtype)
         return shape
+
+    def _shapes_as(self, *, is_late: bool) -> Shapes:
+        """Shapes of all nodes; `is_late`: of those that are at step 0 and later ones, as they are later."""
+        if is_late not in self._shapes:
+            leaf = partial(self.leaf_shape, is_late=is_late)
+            backend, answers = self.model.backend, self.model.answers
+            asked = AskedShapes(self.recording, leaf, self._invokes, backend, answers, is_late=is_late)
+            self._shapes[is_late] = self.model.kind.shapes(self.recording, leaf, asked)
+        return self._shapes[is_late]
 
     def lengths_of(self, invoke: int) -> tuple[int, ...]:
         return tuple(len(sequence) for one in self.members_of(invoke) for sequence in self._invokes[one].sequences)
+
+    @property
+    def view_lengths(self) -> tuple[int, ...]:
+        """Tokens of each prompt as values have them where the code is: one behind the prompt."""
+        lengths = self.lengths
+        return lengths if self.recording.loops.position.of().step == 0 else (1,) * len(lengths)
+
+    def num_steps(self, invoke: int) -> int:
+        return num_steps(self._invokes[invoke]) if invoke >= 0 else 1
 
     def members_of(self, invoke: int) -> Sequence[int]:
         return (invoke,) if invoke >= 0 else self._groups[-1 - invoke]
 
     def row_dim(self, site: Site) -> int:
         """The dimension of a site's view that its tokens are in."""
-        return self.model._index.leaves[site].row_dim
+        return 1 if site.port is Port.TOKEN else self.model._index.leaves[site].row_dim
 
-    def leaf_shape(self, node: Node) -> ValueShape | None:
-        """What the model's description says of a node; None when it takes more than that."""
+    def leaf_shape(self, node: Node, *, is_late: bool = False) -> ValueShape | None:
+        """What the model's description says of a node; None when it takes more than that.
+
+        `is_late`: of one that is at step 0 and later ones, as it is later.
+        """
         if isinstance(node, Read):
-            leaf = self.model._index.leaves[node.site]
             invoke = self._invokes[node.invoke]
-            return ValueShape(shape=leaf.view_shape(len(invoke.sequences), invoke.longest), dtype=leaf.dtype)
+            is_column = node.step > 0 or (is_late and node.num_steps > 1)
+            longest = 1 if is_column else invoke.longest  # behind the prompt it is one token a sequence
+            if node.site.port is Port.TOKEN:
+                return ValueShape(shape=(len(invoke.sequences), longest), dtype="int64")
+            leaf = self.model._index.leaves[node.site]
+            return ValueShape(shape=leaf.view_shape(len(invoke.sequences), longest), dtype=leaf.dtype)
         if isinstance(node, Constant):
             raw = self.recording.constants.tensors[node.name]
             return ValueShape(shape=raw.shape, dtype=raw.dtype)
@@ -378,12 +436,16 @@ class Tracer:
     def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
         if chat and conversations_in(prompts) is None:
             raise GraphError("chat= is for conversations: lists of {'role', 'content'} messages", where=user_line())
-        self._invokes.append(self._prompts.invoke(prompts, self._chat if chat is None else chat))
+        self._invokes.append(self._goes_on(self._prompts.invoke(prompts, self._chat if chat is None else chat)))
         index = len(self._invokes) - 1
         for edit in self._edits:
             edit.replay(self.recording, index, self.lengths_of(index))
             self.recording.labels.setdefault(edit.label)
         return index
+
+    def _goes_on(self, invoke: Invoke) -> Invoke:
+        """The invoke as it goes on behind its prompts: in a trace it does not."""
+        return invoke
 
     def _own_invokes(self) -> Sequence[int]:
         """The invokes of this trace."""
@@ -426,12 +488,7 @@ class Tracer:
 
     def _hand_out(self, names: tuple[str, ...], results: dict[str, Any]) -> None:
         """Every saved value becomes its result."""
-        kind, own, given = self.model.kind, [], set[str]()
-        for name in names:
-            own.append(kind.another(results[name]) if name in given else results[name])
-            given.add(name)
-        for (_, value, _), result in zip(self.recording.saved, own, strict=True):
-            kind.become(value, result)
+        hand_out(self.recording, names, results, self.model.kind)
 
     def _check_open(self) -> None:
         if _open.get() is not self:
@@ -445,6 +502,7 @@ class InvokeBlock:
         self._tracer = tracer
         self._index = index
         self._around: int | None = None  # the trace's own prompts, which an empty invoke stands in
+        self._position = Position()  # in its generation
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -456,6 +514,7 @@ class InvokeBlock:
         if self._around is not None and not self._tracer._has_own_prompts:
             raise GraphError("an invoke is open already: one ends before the next begins", where=user_line())
         self._tracer._invoke = self._index
+        self._swap_positions()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
@@ -464,3 +523,9 @@ class InvokeBlock:
                 self._tracer._close()
         finally:
             self._tracer._invoke = self._around
+            self._swap_positions()
+
+    def _swap_positions(self) -> None:
+        """Each invoke has its own: what `next()` says in one is nothing to the others."""
+        loops = self._tracer.recording.loops
+        self._position, loops.position = loops.position, self._position

@@ -80,7 +80,7 @@ class Recorded:
                 "left-padded view: index them, as in value[:, :, -1] for the last token's",
                 where=user_line(),
             )
-        lengths = session.lengths_of(invoke)
+        lengths = state.recording.lengths_of(state, invoke)
         shape = shape_of(self).shape
         if lengths is None and is_open(shape, 0) and is_open(shape, 1):
             return session.wrap(state.recording.at(state, (OPEN, position)))

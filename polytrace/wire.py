@@ -10,9 +10,10 @@ places], "wheres": ["file:line", ...], "templates": [[node with holes, [column, 
 nodes}. What repeats stands once: each prompt (invokes have `sizes` prompts each, named by their places in the list),
 and each form of node (`polytrace.nodes`). Constants that stand on the service are in "stored" instead of among the
 tensors: {name: [dtype, shape, hash or null, state or null]}; "keeps" are the saves that stay there: [[save, name, is a
-state, seconds], ...]. Both may miss. In a result's receipt `fired` is {"forms": [[site, kind, line], ...], "order",
-"invokes", "passes"}: the form, the invoke and the passes of each, as columns (`polytrace.folding`). A content is a file
-with one tensor.
+state, seconds], ...]. "generations" are the ways in which prompts go on, each once, and a column of the place of each
+invoke's among them, counted from 1. All three may miss. In a result's receipt `fired` is {"forms": [[site, kind, line],
+...], "order", "invokes", "passes"}: the form, the invoke and the passes of each, as columns (`polytrace.folding`), of a
+generation "steps" and "of_steps" too. A content is a file with one tensor.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from polytrace.collector import young_only
 from polytrace.contents import is_digest, is_name
 from polytrace.errors import WireError
 from polytrace.folding import fold, fold_column, size_of, unfold, unfold_column
+from polytrace.generation import check_generation, refusals
 from polytrace.grammar import check_graph
-from polytrace.graph import Graph, Invoke, KeptSave, Options, Read, Request, Save, Sharing, Write
+from polytrace.graph import Generation, Graph, Invoke, KeptSave, Options, Read, Request, Save, Sharing, Write
 from polytrace.nodes import decode_nodes, encode_nodes
 from polytrace.tensors import DTYPES, NAME_OF_CODE, RawTensor, itemsize, num_bytes
 
 VERSION = "2"
+HOLE = "_hole"  # what the names of tensors begin with that mean nothing: places of steps that never came
 MAX_HEADER_BYTES = 32 << 20
 MAX_NODES = 1_000_000
 MAX_DIMS = 32
@@ -50,6 +53,9 @@ _PREFIX = struct.Struct("<Q")
 _PASS_BYTES, _ROWS_BYTES = 192, 11  # of a receipt's entry of a pass, and of each layer in it
 _RECEIPT_BYTES = 8192  # of a receipt beside its list of what fired
 _FIRED_BYTES = 24  # of one that fired beside its form, where nothing repeats
+_STEPS_BYTES = 18  # ... and of a generation
+_SEQUENCE_BYTES = 160  # of a receipt's entry of a sequence that went on
+_TOKEN_BYTES, _NUMBER_BYTES = 12, 28  # of each of its tokens, and of a log-probability
 
 
 class Facts(Protocol):
@@ -90,6 +96,8 @@ def encode_request(request: Request, *, stored: Collection[str] = ()) -> list[by
     there = {name: raw for name, raw in request.constants.items() if name in stored or not raw.is_here}
     if there:
         body["stored"] = {name: [raw.dtype, raw.shape, raw.digest, raw.state] for name, raw in there.items()}
+    if generations := _encode_generations(request.invokes):
+        body["generations"] = generations
     if request.keeps:
         body["keeps"] = [[keep.save, keep.name, keep.is_state, keep.ttl_s] for keep in request.keeps]
     # the widest elements first, so that every tensor begins at a multiple of its element size
@@ -117,10 +125,13 @@ def decode_request(
         return _request(*_decode(buffer, "request", max_header_bytes), max_nodes)
 
 
-def result_room(saves: Iterable[Slot], graph: Graph, *, passes: int = 1, num_layers: int = 0) -> int:
+def result_room(
+    saves: Iterable[Slot], graph: Graph, *, passes: int = 1, num_layers: int = 0, invokes: Sequence[Invoke] = ()
+) -> int:
     """Bytes to keep free before a result's data for its header, which is written last: a multiple of 64.
 
-    `passes` are those that the request takes; a receipt tells of each how many rows ran at each layer.
+    `passes` are those that the request takes; a receipt tells of each how many rows ran at each layer. `invokes`: those
+    of a generation, whose new tokens are in the receipt.
     """
     tensors = {slot.name: _entry(slot.facts.dtype, slot.facts.shape, slot.offset) for slot in saves}
     events = [node for node in graph.nodes if isinstance(node, (Read, Write))]
@@ -128,7 +139,20 @@ def result_room(saves: Iterable[Slot], graph: Graph, *, passes: int = 1, num_lay
     fired = {"forms": [[str(site), "write in place", where] for site, _, where in forms]}
     header = _header({"polytrace": VERSION, "result": _dumps(fired)}, tensors)
     room = len(header) + _FIRED_BYTES * len(events) + passes * (_PASS_BYTES + _ROWS_BYTES * num_layers) + _RECEIPT_BYTES
+    if any(invoke.generation is not None for invoke in invokes):
+        room += _STEPS_BYTES * len(events) + sum(map(_generated_room, invokes))
     return math.ceil(room / 64) * 64
+
+
+def _generated_room(invoke: Invoke) -> int:
+    """Bytes of what a receipt says of an invoke's new tokens, at most."""
+    way = invoke.generation
+    if way is None:
+        return 0
+    each = _TOKEN_BYTES
+    if way.logprobs is not None:
+        each += _NUMBER_BYTES + (_TOKEN_BYTES + _NUMBER_BYTES + 2) * way.logprobs + 3
+    return len(invoke.sequences) * (_SEQUENCE_BYTES + each * way.max_new_tokens)
 
 
 def result_header(saves: Iterable[Slot], receipt: Receipt, room: int) -> bytes:
@@ -154,6 +178,7 @@ def decode_result(
     if not isinstance(body, dict) or "fired" not in body:
         raise WireError("a receipt has a list of what fired")
     receipt = from_json(Receipt, body | {"fired": []})
+    tensors = {name: raw for name, raw in tensors.items() if not (name.startswith(HOLE) and raw.dtype == "uint8")}
     return tensors, replace(receipt, fired=_fired(body["fired"]))
 
 
@@ -192,7 +217,7 @@ def decode_tensors(
 
 def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Request:
     fields = {"seed", "sharing", "edits", "prompts", "invokes", "wheres", "templates", "order"}
-    if not isinstance(body, dict) or body.keys() - {"stored", "keeps"} != fields:
+    if not isinstance(body, dict) or body.keys() - {"stored", "keeps", "generations"} != fields:
         raise WireError(f"a request has exactly the fields {', '.join(sorted(fields))}")
     seed, sharing = body["seed"], body["sharing"]
     if not _is_count(seed, 1 << 63):
@@ -203,10 +228,12 @@ def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Requ
     if not isinstance(edits, list) or len(edits) > MAX_EDITS or not all(_is_label(label) for label in edits):
         raise WireError(f"edits are at most {MAX_EDITS} names of at most 80 plain characters")
     invokes = _invokes(body["prompts"], body["invokes"], max_nodes)
+    invokes = _with_generations(body.get("generations"), invokes)
     nodes = decode_nodes(body["templates"], body["order"], body["wheres"], max_nodes=max_nodes)
     graph = Graph(nodes=nodes)
     constants = constants | _stored(body.get("stored", {}), constants)
     check_graph(graph, num_invokes=len(invokes), constants=constants)
+    check_generation(graph, invokes, max_nodes=max_nodes)
     return Request(
         graph=graph,
         invokes=invokes,
@@ -361,6 +388,35 @@ def _invokes(prompts: Any, plain: Any, limit: int) -> tuple[Invoke, ...]:
     return tuple([made(tuple(islice(places, size))) for size in sizes])
 
 
+def _encode_generations(invokes: Sequence[Invoke]) -> list[Any]:
+    """How invokes go on: each way once, and for each invoke its place among them, 0 for one that does not."""
+    ways: dict[Generation | None, int] = {None: 0}
+    places = [ways.setdefault(invoke.generation, len(ways)) for invoke in invokes]
+    return [[to_json(way) for way in ways if way is not None], fold_column(places)] if len(ways) > 1 else []
+
+
+def _with_generations(plain: Any, invokes: tuple[Invoke, ...]) -> tuple[Invoke, ...]:
+    """The invokes with how they go on; equal ones are one object."""
+    if plain is None:
+        return invokes
+    if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[0], list) or not invokes:
+        raise WireError("generations are a list of ways to go on, and a column of their places")
+    ways = [None, *(from_json(Generation, way) for way in plain[0])]
+    for way in ways:
+        for told in refusals(way) if way is not None else ():
+            raise WireError(told)
+    column = unfold_column(plain[1], len(invokes), 0, len(ways))
+    places = [column] * len(invokes) if isinstance(column, int) else column
+    made = cache(lambda number, place: replace(invokes[number], generation=ways[place]))
+    firsts: dict[int, int] = {}  # by the object's id: the first place where it stands
+    return tuple(
+        [
+            made(firsts.setdefault(id(one), number), place)
+            for number, (one, place) in enumerate(zip(invokes, places, strict=True))
+        ]
+    )
+
+
 def _sequence(plain: Any, number: int) -> tuple[int, ...]:
     if not isinstance(plain, list) or not plain:
         raise WireError(f"prompt {number} has no tokens")
@@ -373,28 +429,37 @@ def _encode_fired(fired: Sequence[Fired]) -> dict[str, Any]:
     """What fired: each site, kind and line once, and columns of the rest."""
     forms: dict[tuple[str, str, str], int] = {}
     order = [forms.setdefault((event.site, event.kind, event.where), len(forms)) for event in fired]
+    columns: dict[str, list[int]] = {
+        "invokes": [event.invoke for event in fired],
+        "passes": [event.passes for event in fired],
+    }
+    if any(event.of_steps != 1 for event in fired):
+        columns |= {"steps": [event.steps for event in fired], "of_steps": [event.of_steps for event in fired]}
     return {
         "forms": list(forms),
         "order": fold(order),
-        "invokes": fold_column([event.invoke for event in fired]) if fired else [],
-        "passes": fold_column([event.passes for event in fired]) if fired else [],
+        **{name: fold_column(column) if column else [] for name, column in columns.items()},
     }
 
 
 def _fired(plain: Any) -> tuple[Fired, ...]:
-    if not isinstance(plain, dict) or plain.keys() != {"forms", "order", "invokes", "passes"}:
-        raise WireError("what fired has exactly the fields forms, order, invokes and passes")
+    fields = {"forms", "order", "invokes", "passes"}
+    if not isinstance(plain, dict) or plain.keys() not in (fields, fields | {"steps", "of_steps"}):
+        raise WireError("what fired has exactly the fields forms, order, invokes and passes, and perhaps steps")
     forms = plain["forms"]
     if not isinstance(forms, list) or not all(_is_form(form) for form in forms):
         raise WireError("a form of what fired is a site, a kind and a line")
     size = size_of(plain["order"], lambda value: _is_count(value, len(forms)), MAX_NODES)
     order = unfold(plain["order"], size, lambda value: _is_count(value, len(forms)))
-    columns = [unfold_column(plain[name], size, 0, 1 << 31) for name in ("invokes", "passes")]
-    invokes, passes = [[column] * size if isinstance(column, int) else column for column in columns]
+    names = ("invokes", "passes", "steps", "of_steps")
+    columns = [unfold_column(plain.get(name, 1), size, 0, 1 << 31) for name in names]
+    rows = zip(order, *([column] * size if isinstance(column, int) else column for column in columns), strict=True)
     made = []
-    for form, invoke, count in zip(order, invokes, passes, strict=True):
+    for form, invoke, passes, steps, of_steps in rows:
         site, kind, where = forms[form]
-        made.append(Fired(site=site, invoke=invoke, kind=kind, passes=count, where=where))
+        made.append(
+            Fired(site=site, invoke=invoke, kind=kind, passes=passes, where=where, steps=steps, of_steps=of_steps)
+        )
     return tuple(made)
 
 

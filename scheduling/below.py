@@ -10,7 +10,7 @@ stage in the same pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from polytrace.graph import LEAVES, Call, Graph, NodeId, Op, Operand, Parameter, Port, Read, Ref, Write, refs
@@ -125,12 +125,13 @@ def lower(
     points: Sequence[int],
     scale: Scale,
     table: ModelTable,
+    holds: Collection[int] = (),
 ) -> Lowered:
-    """Works it out for a placed graph. Linear in its nodes."""
+    """Works it out for a placed graph; what is held is whole. Linear in its nodes."""
     if table.description.ranks == 1:
         return Lowered(below={}, graph=graph)
     lowering = _Lowering(graph, facts, resolved, live, points, scale, table)
-    kept = lowering.kept()
+    kept = lowering.kept(holds)
     below: dict[NodeId, Below] = {}
     cuts: Cuts = {}
     nodes = list(graph.nodes)
@@ -179,8 +180,8 @@ class _Lowering:
             elif live[node] and isinstance(event, Write):
                 self._first_write.setdefault((event.site, event.invoke), node)
 
-    def kept(self) -> set[int]:
-        """Values that stay cut."""
+    def kept(self, holds: Collection[int]) -> set[int]:
+        """Values that stay cut: none of those that are held."""
         may: Cuts = {}
         steps: dict[int, Below] = {}
         for node, event in enumerate(self.nodes):
@@ -201,7 +202,8 @@ class _Lowering:
         kept: set[int] = set()
         for node in reversed(list(may)):
             users = self._users[node]
-            if users and all(
+            is_free = users and node not in holds
+            if is_free and all(
                 self._takes(user, steps.get(user), kept) and self._is_beside(node, user) for user in users
             ):
                 kept.add(node)

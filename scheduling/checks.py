@@ -15,8 +15,11 @@ from polytrace.description import Leaf, ModelDescription, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import (
     Call,
+    Carried,
+    Generation,
     Graph,
     Invoke,
+    Last,
     Mask,
     Node,
     NodeId,
@@ -27,6 +30,7 @@ from polytrace.graph import (
     Request,
     Save,
     Site,
+    Stop,
     Write,
     operands,
 )
@@ -170,7 +174,7 @@ def resolve(request: Request, table: ModelTable) -> Resolved:
         raise TooLargeError(f"the graph has {len(request.graph.nodes)} nodes; the limit is {limits.max_nodes}")
     _check_prompts(request, table.description)
     resolved = _resolve_nodes(request, table)
-    _check_saves(request.graph)
+    _check_saves(request)
     return resolved
 
 
@@ -205,8 +209,18 @@ def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
             sites[position] = entry
             has_value[position] = not key[1]
             _check_invoke(node.invoke, request, node.where)
+            if node.site.port is Port.TOKEN:
+                _check_generates(request.invokes[node.invoke], "names the next token", node.where)
         elif isinstance(node, Save):
             has_value[position] = False
+        elif isinstance(node, Stop):
+            has_value[position] = False
+            _check_invoke(node.invoke, request, node.where)
+            _check_generates(request.invokes[node.invoke], "stops", node.where)
+        elif isinstance(node, Last):
+            continue
+        elif isinstance(node, Carried):
+            homes[position] = node.stage
         elif isinstance(node, Call):
             homes[position] = table.call_stage(node)
         elif isinstance(node, Parameter):
@@ -235,6 +249,12 @@ def _check_invoke(invoke: int, request: Request, where: str) -> None:
         raise GraphError(f"graph names invoke {invoke}; the request has {len(request.invokes)}", where=where)
 
 
+def _check_generates(invoke: Invoke, verb: str, where: str) -> None:
+    if invoke.generation is None:
+        told = f"graph {verb} of prompts that do not go on: use model.generate(..., max_new_tokens=...)"
+        raise GraphError(told, where=where)
+
+
 def _check_prompts(request: Request, description: ModelDescription) -> None:
     tokens: dict[int, int] = {}  # of invokes that were looked at, by the object's id: many invokes may be one object
     total = 0
@@ -261,17 +281,35 @@ def _check_invoke_prompts(index: int, invoke: Invoke, description: ModelDescript
         if not (min(sequence) >= 0 and max(sequence) < description.vocab_size):
             wrong = next(token for token in sequence if not 0 <= token < description.vocab_size)
             raise GraphError(f"{place} has the token id {wrong}; ids are 0-{description.vocab_size - 1}")
+    if invoke.generation is not None:
+        _check_room(index, invoke, invoke.generation, description)
 
 
-def _check_saves(graph: Graph) -> None:
+def _check_room(index: int, invoke: Invoke, generation: Generation, description: ModelDescription) -> None:
+    """Whether the model's context takes what an invoke generates."""
+    limit, longest, more = description.limits.max_sequence_tokens, invoke.longest, generation.max_new_tokens
+    if more < 1:
+        raise GraphError(f"invoke {index} is to have {more} new tokens: at least 1, or generate=False")
+    if longest + more - 1 > limit:  # the last token is drawn and does not run
+        raise TooLargeError(
+            f"invoke {index} has prompts of {longest} tokens and {more} new ones; the model's context takes {limit}"
+        )
+    if not any(site.port is Port.TOKEN for site in description.sites):
+        raise GraphError(f"{description.class_name} does not generate here: what it returns has no logits of tokens")
+    wrong = [token for token in generation.eos if not 0 <= token < description.vocab_size]
+    if wrong:
+        raise GraphError(f"invoke {index} is to end at the token {wrong[0]}; ids are 0-{description.vocab_size - 1}")
+
+
+def _check_saves(request: Request) -> None:
     names: dict[str, str] = {}
-    for node in graph.nodes:
+    for node in request.graph.nodes:
         if isinstance(node, Save):
             if node.name in names:
                 other = names[node.name]
                 raise GraphError(f"two values are saved as {node.name!r}, the other at {other}", where=node.where)
             names[node.name] = node.where
-    if not names:
+    if not names and all(invoke.generation is None for invoke in request.invokes):
         raise GraphError("nothing is saved: call .save() on the values to get back")
 
 

@@ -21,7 +21,9 @@ from polytrace.description import Rows
 from polytrace.graph import (
     LEAVES,
     Call,
+    Carried,
     Constant,
+    Last,
     Mask,
     NodeId,
     Op,
@@ -259,6 +261,8 @@ class Keys:
             return _digest("call", event.module, self._spelled(event.args))
         if isinstance(event, Parameter):
             return _digest("parameter", event.path)
+        if isinstance(event, (Carried, Last)):
+            return _digest("earlier", node)
         assert isinstance(event, Mask)
         return _digest("mask", tuple(map(len, self._request.invokes[event.invoke].sequences)))
 

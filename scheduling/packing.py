@@ -8,12 +8,30 @@ every shard (`engine.streams`).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from polytrace.description import ModelDescription
+from scheduling.caches import Cache
 from scheduling.forest import Kept, Placed, grow
-from scheduling.plan import PROLOGUE, Cone, Keep, Member, PassId, Plan, Program, RequestId, Trunk, TrunkId, View
+from scheduling.generating import Generating, Row
+from scheduling.plan import (
+    NO_ROWS,
+    NOWHERE,
+    PROLOGUE,
+    Cone,
+    Grow,
+    Keep,
+    Member,
+    PassId,
+    Plan,
+    Program,
+    RequestId,
+    Segment,
+    Trunk,
+    TrunkId,
+    View,
+)
 from scheduling.trunks import extended
 
 
@@ -24,6 +42,12 @@ class Going:
     program: Program
     wave: int
     is_keeping: bool = False  # the program's trunks are kept, and those of earlier waves are in the store
+    generating: Generating | None = None  # whose step the program is
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is behind its prompts, with one token a sequence."""
+        return self.generating is not None and self.generating.run is not None
 
 
 class Packer:
@@ -36,7 +60,12 @@ class Packer:
 
     def pack(self, pass_id: PassId, going: Sequence[Going], ended: tuple[RequestId, ...] = ()) -> Plan:
         """The plan of a pass in which each program runs one of its waves. Members stand in the order given."""
-        runs = [(member, invoke, kept, cones) for member, one in enumerate(going) for invoke, kept, cones in _runs(one)]
+        runs = [
+            (member, invoke, kept, cones)
+            for member, one in enumerate(going)
+            if not one.is_step
+            for invoke, kept, cones in _runs(one)
+        ]
         forest = grow(
             [
                 Placed(tokens=tokens, cone=cone, domain=_domain(going[member]))
@@ -52,27 +81,145 @@ class Packer:
             lengths = tuple(map(len, going[member].program.invokes[invoke].sequences))
             places = forest.places[taken : taken + len(lengths)]
             taken += len(lengths)
-            views.append(View(member=member, invoke=invoke, lengths=lengths, segments=places, kept_columns=columns))
+            is_drawing = invoke in going[member].program.waves[going[member].wave].drawing
+            views.append(
+                View(
+                    member=member,
+                    invoke=invoke,
+                    lengths=lengths,
+                    segments=places,
+                    kept_columns=columns,
+                    is_drawing=is_drawing,
+                )
+            )
+        grows = list(_begun(going, views))
+        steps = StepRows(forest.segments, self._num_layers)
+        for member, one in enumerate(going):
+            if one.is_step:
+                views.extend(steps.views(member, one))
         until = max(map(_until, going), default=PROLOGUE)
         return Plan(
             pass_id=pass_id,
-            segments=forest.segments,
-            layer_rows=forest.layer_rows,
+            segments=tuple(steps.segments),
+            layer_rows=tuple([rows + steps.num_rows for rows in forest.layer_rows]),
             skipped_rows=forest.skipped_rows,
             views=tuple(views),
-            members=tuple(
-                Member(
-                    program=_for_shards(one.program),
-                    wave=one.wave,
-                    is_last_wave=one.wave == len(one.program.waves) - 1,
-                )
-                for one in going
-            ),
+            members=tuple(map(_member, going)),
             keeps=tuple(_keeps(going, views)),
+            grows=(*grows, *steps.grows),
             until=until,
             num_stages=1 + self._stages[bisect_left(self._orders, until)] if until != PROLOGUE else 0,
             ended=ended,
         )
+
+
+class StepRows:
+    """The rows of decode steps, behind the forest's: one a sequence, which forks from its cache."""
+
+    def __init__(self, segments: Sequence[Segment], num_layers: int) -> None:
+        self.segments = list(segments)
+        self.num_layers = num_layers
+        self.num_rows = 0
+        self.grows: list[Grow] = []
+        self._prefixes: dict[TrunkId, int] = {}  # caches that several fork from -> their segment
+
+    def views(self, member: int, one: Going) -> Iterator[View]:
+        """The views of a program that is a step of a generation, and their rows."""
+        generating = one.generating
+        assert generating is not None
+        work, over = one.program.waves[one.wave], generating.over
+        for invoke, columns in zip(work.invokes, work.kept, strict=True):
+            if invoke in over:
+                continue
+            is_drawing = invoke in work.drawing
+            rows = generating.rows(invoke)
+            places = [
+                NO_ROWS if row is None else self._place(row, generating.caches.own[invoke, place], is_drawing)
+                for place, row in enumerate(rows)
+            ]
+            yield View(
+                member=member,
+                invoke=invoke,
+                lengths=(1,) * len(rows),
+                segments=tuple(places),
+                kept_columns=columns,
+                begins=tuple([0 if row is None else row.position for row in rows]),
+                is_drawing=is_drawing,
+            )
+
+    def _place(self, row: Row, cache: Cache, is_drawing: bool) -> int:
+        """The segment of one row."""
+        parent = None
+        if cache.prefix is not None:
+            parent = self._prefixes.get(cache.prefix)
+            if parent is None:
+                parent = self._prefixes[cache.prefix] = self._trunk(cache.prefix, None, 0, cache.begin)
+        position, count = row.position, self.num_layers
+        own = self._trunk(cache.trunk, parent, cache.begin, position)
+        self.segments.append(
+            Segment(
+                parent=own,
+                starts=(position,) * (count + 1),
+                stops=(position + 1,) * count,
+                head=(position,),
+                tokens=(row.token,),
+            )
+        )
+        self.num_rows += 1
+        place = len(self.segments) - 1
+        if is_drawing:  # an invoke that runs again in a later wave of the step keeps what it has there
+            self.grows.append(cache.grow(place, position, position + 1))
+        return place
+
+    def _trunk(self, trunk: TrunkId, parent: int | None, start: int, stop: int) -> int:
+        count = self.num_layers
+        self.segments.append(
+            Segment(
+                parent=parent,
+                trunk=trunk,
+                outputs=(NOWHERE,) * count,
+                starts=(start,) * (count + 1),
+                stops=(stop,) * count,
+                head=(),
+                tokens=(),
+            )
+        )
+        return len(self.segments) - 1
+
+
+def _begun(going: Sequence[Going], views: Sequence[View]) -> Iterator[Grow]:
+    """What prompts leave in the caches of sequences that go on."""
+    for view in views:
+        generating = going[view.member].generating
+        if generating is None or not view.is_drawing:
+            continue
+        for place, (segment, length) in enumerate(zip(view.segments, view.lengths, strict=True)):
+            shared = generating.caches.shared.get((view.invoke, place))
+            if shared is not None:
+                yield shared.grow(segment, 0, shared.capacity)
+            yield generating.caches.own[view.invoke, place].grow(segment, 0, length)
+
+
+def _member(one: Going) -> Member:
+    generating = one.generating
+    run = None if generating is None else generating.run
+    is_last = one.wave == len(one.program.waves) - 1 and (generating is None or generating.is_ending)
+    program = _for_shards(one.program)
+    if generating is None or run is None:
+        holds = {} if generating is None else generating.chain.holds
+        return Member(program=program, wave=one.wave, is_last_wave=is_last, holds=holds)
+    return Member(
+        program=program,
+        wave=one.wave,
+        is_last_wave=is_last,
+        step=generating.step,
+        part=run.part,
+        binds=run.binds,
+        holds=run.holds,
+        drops=run.drops,
+        absent=generating.absent,
+        offset=run.offset,
+    )
 
 
 def _domain(one: Going) -> object:
@@ -114,7 +261,7 @@ def _keeps(going: Sequence[Going], views: Sequence[View]) -> Iterable[Keep]:
 
 def _for_shards(program: Program) -> Program:
     """The program without what only packing needs: cones grow with the prompts, and every shard gets every plan."""
-    return replace(program, waves=tuple([replace(wave, cones=()) for wave in program.waves]), trunks=())
+    return replace(program, waves=tuple([replace(wave, cones=()) for wave in program.waves]), trunks=(), chain=None)
 
 
 def _runs(one: Going) -> Iterable[tuple[int, tuple[int, ...], tuple[Cone, ...]]]:

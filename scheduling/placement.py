@@ -9,12 +9,12 @@ parameter (constants, masks and operations on them): they float, and every stage
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError
-from polytrace.graph import Call, Graph, Op, Parameter, Read, Save, Write
+from polytrace.graph import Call, Carried, Graph, Last, Node, Op, Parameter, Port, Read, Save, Stop, Write
 from scheduling.checks import Resolved
 from scheduling.plan import PROLOGUE, ValueFacts
 
@@ -47,14 +47,21 @@ def scale_of(description: ModelDescription) -> Scale:
     return Scale(stages=description.stages, width=last + 2)
 
 
-def find_live(graph: Graph, resolved: Resolved) -> list[bool]:
-    """Per node, whether a save or a write needs it (or it is one): writes always count."""
-    live = [isinstance(node, (Save, Write)) for node in graph.nodes]
+def find_live(graph: Graph, resolved: Resolved, holds: Collection[int] = ()) -> list[bool]:
+    """Per node, whether a save or a write needs it, or it is one: writes always count, and tokens, and what is held."""
+    live = [isinstance(node, (Save, Write, Stop)) or is_token(node) for node in graph.nodes]
+    for node in holds:
+        live[node] = True
     for node in range(len(live) - 1, -1, -1):
         if live[node]:
             for operand in resolved.operands[node]:
                 live[operand] = True
     return live
+
+
+def is_token(node: Node) -> bool:
+    """Whether it reads what sequences go on with: that is drawn whoever wants it."""
+    return isinstance(node, Read) and node.site.port is Port.TOKEN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +156,7 @@ def place(
     facts: tuple[ValueFacts | None, ...],
     scale: Scale,
     earliest: Sequence[int] | None = None,
+    holds: Collection[int] = (),
 ) -> list[int]:
     """The packed point of every live node; PURE for the floating ones and those that are not live.
 
@@ -157,6 +165,9 @@ def place(
     """
     points = _earliest_points(graph, resolved, order, scale, earliest)
     _run_late(graph, resolved, order, points, facts, scale)
+    for node in holds:
+        if points[node] == PURE:  # somebody has to have it when the program is over
+            points[node] = scale.point(0, 0, PROLOGUE)
     return points
 
 
@@ -172,7 +183,7 @@ def _earliest_points(
         for operand in operands[node]:
             if points[operand] > needs:
                 needs = points[operand]
-        if isinstance(event, Op):
+        if isinstance(event, (Op, Last)):
             points[node] = needs
             continue
         if isinstance(event, Read):
@@ -194,8 +205,10 @@ def _begin(node: Read | Write, wave: int, scale: Scale) -> int:
 def _point(graph: Graph, resolved: Resolved, vertex: int, needs: int, scale: Scale) -> int:
     """The node's point, from the latest that it needs (for a read: the wave of the writes it sees)."""
     node = graph.nodes[vertex]
-    if isinstance(node, Op):
+    if isinstance(node, (Op, Last)):
         return needs
+    if isinstance(node, Carried):
+        return scale.point(0, 0, PROLOGUE)  # wherever it is, it comes before anything runs
     entry = resolved.sites[vertex]
     if entry is not None:
         info = entry[0]
@@ -209,7 +222,7 @@ def _point(graph: Graph, resolved: Resolved, vertex: int, needs: int, scale: Sca
         return _first_at_or_after(needs, home, PROLOGUE, scale)
     if isinstance(node, Parameter):
         return scale.point(0, resolved.homes[vertex], PROLOGUE)
-    if isinstance(node, Save):
+    if isinstance(node, (Save, Stop)):
         return max(needs, scale.point(0, 0, PROLOGUE))
     return PURE
 

@@ -195,6 +195,7 @@ class Wave:
     until: int  # order of the last visit that this wave needs; PROLOGUE when it has no rows
     rows: WaveRows  # with what earlier waves kept
     rows_anew: WaveRows  # when nothing was kept
+    drawing: tuple[int, ...] = ()  # of the invokes above: those whose sequences' next tokens are drawn
     stages: tuple[StageWork, ...]  # one per stage of the deployment
 
 
@@ -209,6 +210,7 @@ class SaveSlot:
     offset: int  # bytes from the start of the result's data section, or of `file`
     keep: KeptSave | None = None  # it stays on the service; the result does not have it
     file: str | None = None  # of one that stays, where results are files
+    is_of_step: bool = False  # it is saved at every step that its program runs at, as `name_at(name, step)`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +228,8 @@ class Program:
     below: Mapping[NodeId, Below]  # nodes that each rank works out on its part
     waves: tuple[Wave, ...]
     saves: tuple[SaveSlot, ...]
-    holds: tuple[NodeId, ...] = ()  # values that later steps of its generation need: they outlive its last wave
+    # values that later steps of its generation need -> the stage where they outlive its last wave
+    holds: Mapping[NodeId, int] = field(default_factory=dict)
     chain: Chain | None = None  # what follows it, when it is the first step of a generation
     trunks: tuple[Trunk, ...]  # by wave
     kept_bytes: int  # of all trunks, on the shard that keeps most
@@ -238,16 +241,17 @@ class Program:
     result_start: int = 0  # bytes before the data section of the result file
 
 
-Held = tuple[int, NodeId]  # a value of an earlier step: the step and the node in that step's program
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One step of a generation: which program runs, and where it finds what earlier steps left."""
+    """One step of a generation: which program runs, and where it finds what earlier steps left.
+
+    What is left has the name of its node in the request's own graph. One that acts at several steps leaves its latest.
+    """
 
     part: int  # index into Chain.parts
-    binds: Mapping[NodeId, Held]  # Carried nodes of the program
-    drops: tuple[Held, ...]  # what no later step needs
+    binds: Mapping[NodeId, NodeId]  # Carried nodes of the program -> what was left
+    holds: Mapping[NodeId, NodeId]  # nodes of the program -> as what their values are left
+    drops: tuple[NodeId, ...]  # of what was left: what no later step needs
     offset: int  # bytes from the start of the data section to this step's saves
 
 
@@ -256,6 +260,7 @@ class Chain:
     """What follows the prompts of a generation: equal steps are one program."""
 
     parts: tuple[Program, ...]
+    holds: Mapping[NodeId, NodeId]  # of step 0
     steps: tuple[Step, ...]  # step 1 and on
     ending: Step | None  # behind the last step that came
     data_bytes: int  # of all saves, had all steps come
@@ -305,9 +310,10 @@ class Member:
     is_last_wave: bool  # of the request, as far as is known ahead
     step: int = 0
     part: int | None = None  # index into Chain.parts: which program this is; None: the request's first
-    binds: Mapping[NodeId, Held] = field(default_factory=dict)
-    drops: tuple[Held, ...] = ()  # once the wave has run
-    over: frozenset[int] = frozenset()  # invokes whose sequences have all ended: what is computed of them is absent
+    binds: Mapping[NodeId, NodeId] = field(default_factory=dict)  # as of Step
+    holds: Mapping[NodeId, NodeId] = field(default_factory=dict)
+    drops: tuple[NodeId, ...] = ()  # once its last wave has run
+    absent: frozenset[NodeId] = frozenset()  # nodes that do not come: see `scheduling.absence`
     offset: int = 0  # bytes that its saves' offsets count from
 
 

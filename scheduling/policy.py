@@ -19,6 +19,8 @@ class PassPolicy:
     budget_tokens: int = 8192  # rows of all members, each at its widest layer; a wave that alone has more goes alone
     least_tokens: int = 256  # no pass is cut below so many rows: each would read all weights for too little
     max_members: int = 256
+    tokens_beside_steps: int = 256  # rows of others in a pass of steps, so that no generation waits long for its next
+    max_waits: int = 8  # passes that one with more rows stands behind steps before it goes all the same
 
 
 def passes_in_flight(stages: int) -> int:

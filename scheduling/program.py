@@ -6,26 +6,35 @@ other requests (`scheduling.packing` merges them) nor of files (the caller sets 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from polytrace.certificate import Certificate, ValueShape
 from polytrace.collector import young_only
 from polytrace.description import ModelDescription
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write
+from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write, name_at
 from polytrace.tensors import itemsize
 from scheduling.below import lower
 from scheduling.checks import Resolved, resolve, table_of
 from scheduling.columns import find_columns
 from scheduling.cones import Keys, find_cones, kept_columns
-from scheduling.costs import carried_bytes, find_notes, read_bytes, token_layers, token_layers_alone, wave_tokens
+from scheduling.costs import (
+    carried_bytes,
+    find_notes,
+    read_bytes,
+    token_layers,
+    token_layers_alone,
+    wave_tokens,
+)
 from scheduling.forest import Forest, Placed, grow
 from scheduling.liveness import peak_bytes
 from scheduling.op_costs import program_flops
-from scheduling.placement import Scale, find_live, find_order, place, scale_of
+from scheduling.placement import Scale, find_live, find_order, is_token, place, scale_of
 from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave, WaveRows
 from scheduling.residency import stage_works
 from scheduling.splitting import fits, split
+from scheduling.step_costs import most_rows, step_costs
+from scheduling.steps import Facts, Infer, compile_chain, generates
 from scheduling.trunks import TrunkChoice, choose_trunks, kept_bytes, rows_of
 from scheduling.waves import Run, executions, find_runs
 
@@ -33,9 +42,7 @@ _NO_ROWS = WaveRows(widest=0, token_layers=0)
 _MAX_LOOKS = 3  # at waves, to split those that are too large; one that still is goes alone
 
 
-def compile_program(
-    request_id: RequestId, request: Request, description: ModelDescription, facts: tuple[ValueFacts | None, ...]
-) -> Program:
+def compile_program(request_id: RequestId, request: Request, description: ModelDescription, facts: Facts) -> Program:
     """The program of a request, `facts` being what is known of each node's value. Linear in nodes and writes.
 
     Constants stay where the request has them. Raises GraphError with the user's line, and TooLargeError.
@@ -44,8 +51,32 @@ def compile_program(
         return _compile(request_id, request, description, facts)
 
 
+def work_out(
+    request_id: RequestId, request: Request, description: ModelDescription, infer: Infer
+) -> tuple[Program, Facts]:
+    """The program of a request, a generation or not, and what is known of each node's value.
+
+    `infer` says that of a request's nodes. Of a generation it is asked for step 0 and then for every different step.
+    """
+    if not generates(request):
+        facts = infer(request)
+        return compile_program(request_id, request, description, facts), facts
+
+    def compile_step(step: Request, facts: Facts, holds: frozenset[NodeId], *, is_first: bool) -> Program:
+        return _compile(request_id, step, description, facts, holds, is_first=is_first)
+
+    with young_only:
+        return compile_chain(request, infer, compile_step)
+
+
 def _compile(
-    request_id: RequestId, request: Request, description: ModelDescription, facts: tuple[ValueFacts | None, ...]
+    request_id: RequestId,
+    request: Request,
+    description: ModelDescription,
+    facts: Facts,
+    holds: frozenset[NodeId] = frozenset(),
+    *,
+    is_first: bool = True,
 ) -> Program:
     # 1) Refuse what does not fit the model.
     graph, limits = request.graph, description.limits
@@ -55,19 +86,19 @@ def _compile(
 
     # 2) Find what a save or a write needs, and which columns of the prompts are read and written.
     scale = scale_of(description)
-    live = find_live(graph, resolved)
+    live = find_live(graph, resolved, holds)
     columns = find_columns(request, resolved, live, facts)
     _check_pairs(graph, resolved, live, columns.facts, limits.max_value_bytes)
 
     # 3) Give each node its point (wave, stage, order), and with it each wave its rows; too many take several waves.
-    is_shared = description.has_forks and request.options.sharing is not Sharing.OFF
+    is_shared = is_first and description.has_forks and request.options.sharing is not Sharing.OFF
     domain = request.options.sharing.value if is_shared else None  # there is one tenant: who has the key
     earliest = [0] * len(request.invokes)
     ancestors: set[int] = set()
     order = find_order(graph, resolved, live)
     keys = Keys(request, resolved, columns, order)
     for look in range(_MAX_LOOKS):
-        points = place(graph, resolved, order, facts, scale, earliest)
+        points = place(graph, resolved, order, facts, scale, earliest, holds)
         runs = find_runs(graph, resolved, live, points, scale)
         cones = find_cones(request, resolved, columns, keys, runs, table)
         forests = _grow(request.invokes, runs, cones, domain, description.num_layers)
@@ -84,8 +115,9 @@ def _compile(
     chosen = choose_trunks(request.invokes, runs if is_shared else [], cones, forests, ancestors, table.levels)
 
     # 4) Plan what is carried, held and dropped, and where saved values go.
-    works = stage_works(graph, resolved, points, columns.facts, executions(graph, live, points, runs, scale), scale)
-    lowered = lower(columns.graph, columns.facts, resolved, live, points, scale, table)
+    executed = executions(graph, live, points, runs, scale)
+    works = stage_works(graph, resolved, points, columns.facts, executed, scale, holds)
+    lowered = lower(columns.graph, columns.facts, resolved, live, points, scale, table, holds)
     saves = _lay_out_saves(graph, points, facts, scale, {keep.save: keep for keep in request.keeps})
     result_bytes = sum(slot.facts.num_bytes for slot in saves if slot.keep is None)
     if result_bytes > limits.max_result_bytes:
@@ -100,8 +132,9 @@ def _compile(
         sharing_domain=domain,
         facts=columns.facts,
         below=lowered.below,
-        waves=_waves(works, runs, kept, cones, forests, chosen),
+        waves=_waves(graph, works, runs, kept, cones, forests, chosen),
         saves=saves,
+        holds={node: scale.stage(points[node]) for node in sorted(holds)},
         trunks=chosen.trunks,
         kept_bytes=kept_bytes(chosen.trunks, description, table.levels),
         live_bytes=peak_bytes(resolved, [0 if known is None else known.num_bytes for known in columns.facts])[0],
@@ -110,24 +143,51 @@ def _compile(
 
 
 def certify(program: Program, facts: tuple[ValueFacts | None, ...], description: ModelDescription) -> Certificate:
-    """What a compiled program will cost and return; `facts` are those that it was compiled with."""
+    """What a compiled program will cost and return; `facts` are those that it was compiled with.
+
+    Of a generation as if no sequence ended early.
+    """
     table = table_of(description)
+    steps = step_costs(program, most_rows(program), table)
+    saves = list(_all_saves(program))
     return Certificate(
         nodes=tuple(None if known is None else _shape(known) for known in facts),
-        saves={slot.name: _shape(slot.facts) for slot in program.saves if slot.keep is None},
-        passes=len(program.waves),
-        tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-        token_layers=token_layers(program, table),
-        token_layers_alone=token_layers_alone(program, table),
-        result_bytes=sum(slot.facts.num_bytes for slot in program.saves if slot.keep is None),
-        kept_bytes=sum(slot.facts.num_bytes for slot in program.saves if slot.keep is not None),
-        read_bytes=read_bytes(program),
-        carried_bytes=carried_bytes(program, table),
-        live_bytes=program.live_bytes,
-        op_flops=program_flops(program),
+        saves={name: _shape(slot.facts) for name, slot in saves if slot.keep is None},
+        passes=len(program.waves) + _num_step_passes(program),
+        tokens=steps.tokens + sum(wave_tokens(program, wave) for wave in program.waves),
+        token_layers=steps.token_layers + token_layers(program, table),
+        token_layers_alone=steps.token_layers + token_layers_alone(program, table),
+        result_bytes=sum(slot.facts.num_bytes for _, slot in saves if slot.keep is None),
+        kept_bytes=sum(slot.facts.num_bytes for _, slot in saves if slot.keep is not None),
+        read_bytes=steps.read_bytes + read_bytes(program),
+        carried_bytes=steps.carried_bytes + carried_bytes(program, table),
+        live_bytes=max(
+            [program.live_bytes, *([] if program.chain is None else [p.live_bytes for p in program.chain.parts])]
+        ),
+        op_flops=steps.op_flops + program_flops(program),
         notes=find_notes(program, table),
         edits=program.edits,
     )
+
+
+def _all_saves(program: Program) -> Iterator[tuple[str, SaveSlot]]:
+    """Every save that a result may have, those of all steps."""
+    for slot in program.saves:
+        yield (name_at(slot.name, 0) if slot.is_of_step else slot.name), slot
+    if program.chain is not None:
+        runs = list(enumerate(program.chain.steps, 1))
+        if program.chain.ending is not None:
+            runs.append((len(runs) + 1, program.chain.ending))
+        for step, run in runs:
+            for slot in program.chain.parts[run.part].saves:
+                yield (name_at(slot.name, step) if slot.is_of_step else slot.name), slot
+
+
+def _num_step_passes(program: Program) -> int:
+    if program.chain is None:
+        return 0
+    runs = [*program.chain.steps, *([] if program.chain.ending is None else [program.chain.ending])]
+    return sum(len(program.chain.parts[run.part].waves) for run in runs)
 
 
 def _check_pairs(
@@ -179,7 +239,17 @@ def _lay_out_saves(
         stage = scale.stage(points[position])
         keep = keeps.get(save.name)
         place = 0 if keep is not None else offset
-        slots.append(SaveSlot(name=save.name, node=position, stage=stage, facts=known, offset=place, keep=keep))
+        slots.append(
+            SaveSlot(
+                name=save.name,
+                node=position,
+                stage=stage,
+                facts=known,
+                offset=place,
+                keep=keep,
+                is_of_step=save.step is not None,
+            )
+        )
         offset += 0 if keep is not None else known.num_bytes
     return tuple(slots)
 
@@ -200,6 +270,7 @@ def _grow(
 
 
 def _waves(
+    graph: Graph,
     works: list[tuple[StageWork, ...]],
     runs: list[Run],
     kept: dict[tuple[int, int], tuple[int, ...]],
@@ -217,6 +288,7 @@ def _waves(
                 invokes=tuple(run.invoke for run in own),
                 kept=tuple(kept[run.wave, run.invoke] for run in own),
                 cones=tuple(cones[run.wave, run.invoke] for run in own),
+                drawing=tuple(run.invoke for run in own if _draws(graph, run)),
                 until=max((run.until for run in own), default=PROLOGUE),
                 rows=chosen.rows.get(wave, _NO_ROWS),
                 rows_anew=rows_of(forests[wave]) if wave in forests else _NO_ROWS,
@@ -224,6 +296,11 @@ def _waves(
             )
         )
     return tuple(waves)
+
+
+def _draws(graph: Graph, run: Run) -> bool:
+    """Whether the sequences' next tokens are drawn there: that is read behind all writes."""
+    return any(is_token(graph.nodes[node]) for node in run.reads)
 
 
 def _shape(known: ValueFacts) -> ValueShape:

@@ -6,12 +6,12 @@ Owns the reading of `ShardResult`s. Only rank 0 of each stage is asked what fire
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from polytrace.certificate import Fired, PassEntry, Receipt
 from polytrace.errors import RunError
-from polytrace.graph import LOG, NodeId, Read, Save, Write
+from polytrace.graph import LOG, NodeId, Port, Read, Save, Write
 from scheduling.checks import ModelTable
 from scheduling.costs import (
     carried_bytes,
@@ -22,10 +22,14 @@ from scheduling.costs import (
     token_layers_alone,
     wave_tokens,
 )
-from scheduling.plan import Failure, Plan, Program, SaveSlot, ShardResult
+from scheduling.generating import Generating
+from scheduling.plan import Failure, Member, Plan, Program, SaveSlot, ShardResult
+from scheduling.step_costs import step_costs
+from scheduling.step_saves import came_out, slot_at
+from scheduling.steps import GENERATE
 
 
-def find_error(program: Program, wave: int, results: tuple[ShardResult, ...]) -> RunError | None:
+def find_error(program: Program, member: Member, results: tuple[ShardResult, ...]) -> RunError | None:
     """Why the request failed in this wave: what a shard reported, else what was planned and did not fire."""
     failed = [
         (failure.node is None, result.stage, result.rank, failure.node or 0, failure)
@@ -36,12 +40,12 @@ def find_error(program: Program, wave: int, results: tuple[ShardResult, ...]) ->
     if failed:
         return _told(program, min(failed, key=lambda entry: entry[:-1])[-1])
     fired = {result.stage: result.fired.get(program.request, ()) for result in results if result.rank == 0}
-    for stage, work in enumerate(program.waves[wave].stages):
+    for stage, work in enumerate(program.waves[member.wave].stages):
         here = set(fired.get(stage, ()))
         for fragment in work.fragments:
             for node in fragment.nodes:
                 event = program.graph.nodes[node]
-                if isinstance(event, (Read, Write, Save)) and node not in here:
+                if isinstance(event, (Read, Write, Save)) and node not in here and node not in member.absent:
                     return RunError(f"{_name(event)} did not fire", where=event.where)
     return None
 
@@ -74,15 +78,31 @@ class Account:
         self.program = program
         self.values: dict[str, Any] = {}  # saves, when the program has no result file
         self._entries: list[PassEntry] = []
-        self._passes_of: dict[NodeId, int] = {}  # reads and writes -> in how many passes they fired
+        self._fired: dict[object, _Firings] = {}  # reads and writes, by node, of a generation by line
         self._saved_bytes = 0
         self._gathered_bytes = 0
         self.logs: list[Logged] = []  # in the order of their passes
+        self.saves: list[SaveSlot] = []  # of a generation: those that came, where they are in the result
         self._loaded_bytes = 0
 
-    def enter(self, plan: Plan, results: tuple[ShardResult, ...], table: ModelTable) -> None:
-        """Takes in a pass that went well."""
-        request, nodes = self.program.request, self.program.graph.nodes
+    @property
+    def num_passes(self) -> int:
+        return len(self._entries)
+
+    def enter(
+        self,
+        plan: Plan,
+        results: tuple[ShardResult, ...],
+        table: ModelTable,
+        program: Program | None = None,
+        step: int = 0,
+        offset: int = 0,
+    ) -> None:
+        """Takes in a pass that went well; `program` is what ran, when that is a step of a generation, whose saves are
+        counted from `offset` on.
+        """
+        program = program or self.program
+        request, nodes = program.request, program.graph.nodes
         begun = table.levels.begun(plan.until)  # the pass ended in the last of these layers
         self._entries.append(
             PassEntry(
@@ -102,29 +122,54 @@ class Account:
                 for node in result.fired.get(request, ()):
                     event = nodes[node]
                     if isinstance(event, (Read, Write)):
-                        self._passes_of[node] = self._passes_of.get(node, 0) + 1
-                    elif isinstance(event, Save) and event.name.startswith(LOG):
-                        slot = next(slot for slot in self.program.saves if slot.node == node)
-                        self.logs.append(Logged(passes_done=len(self._entries), slot=slot))
+                        self._note(node, event, step)
+                    elif isinstance(event, Save) and (self.program.chain is not None or event.name.startswith(LOG)):
+                        slot = next(slot for slot in program.saves if slot.node == node)
+                        slot = came_out(slot_at(slot, step, offset), result.shapes, request)
+                        if self.program.chain is not None:
+                            self.saves.append(slot)
+                        if event.name.startswith(LOG):
+                            self.logs.append(Logged(passes_done=len(self._entries), slot=slot))
 
-    def receipt(self, table: ModelTable, *, is_keeping: bool, queue_seconds: float, run_seconds: float) -> Receipt:
+    def _note(self, node: NodeId, event: Read | Write, step: int) -> None:
+        if event.site.port is Port.TOKEN and event.where == GENERATE:
+            return
+        is_chain = self.program.chain is not None
+        key = (type(event), event.site, event.invoke, event.where) if is_chain else node
+        firings = self._fired.get(key)
+        if firings is None:
+            firings = self._fired[key] = _Firings(event)
+        firings.passes += 1
+        firings.steps.add(step)
+
+    def receipt(
+        self,
+        table: ModelTable,
+        *,
+        is_keeping: bool,
+        queue_seconds: float,
+        run_seconds: float,
+        generating: Generating | None = None,
+    ) -> Receipt:
         """The books, closed."""
         program = self.program
+        steps = step_costs(program, [] if generating is None else generating.rows_of_steps, table)
         kept_bytes = sum(slot.facts.num_bytes for slot in program.saves if slot.keep is not None)
         return Receipt(
             request=program.request,
             model=table.description.name,
             passes=tuple(self._entries),
-            tokens=sum(wave_tokens(program, wave) for wave in program.waves),
-            token_layers=token_layers(program, table, is_keeping=is_keeping),
-            token_layers_alone=token_layers_alone(program, table),
-            fired=tuple(_fired(program, sorted(self._passes_of.items()))),
+            tokens=steps.tokens + sum(wave_tokens(program, wave) for wave in program.waves),
+            token_layers=steps.token_layers + token_layers(program, table, is_keeping=is_keeping),
+            token_layers_alone=steps.token_layers + token_layers_alone(program, table),
+            fired=tuple(_told_firings(self._fired.values(), 1 if generating is None else generating.num_steps)),
+            generated=() if generating is None else tuple(generating.generated()),
             pad_rows_written=pad_rows_written(program),
-            read_bytes=read_bytes(program),
+            read_bytes=steps.read_bytes + read_bytes(program),
             result_bytes=self._saved_bytes - kept_bytes,
             kept_bytes=kept_bytes,
             loaded_bytes=self._loaded_bytes,
-            carried_bytes=carried_bytes(program, table),
+            carried_bytes=steps.carried_bytes + carried_bytes(program, table),
             gathered_bytes=self._gathered_bytes,
             queue_seconds=queue_seconds,
             run_seconds=run_seconds,
@@ -133,12 +178,28 @@ class Account:
         )
 
 
-def _fired(program: Program, counts: Iterable[tuple[NodeId, int]]) -> Iterable[Fired]:
-    for node, passes in counts:
-        event = program.graph.nodes[node]
-        assert isinstance(event, (Read, Write))
+@dataclass(slots=True)
+class _Firings:
+    """A read or a write, and when it happened."""
+
+    event: Read | Write
+    passes: int = 0
+    steps: set[int] = field(default_factory=set)
+
+
+def _told_firings(fired: Iterable[_Firings], of_steps: int) -> Iterable[Fired]:
+    for firings in fired:
+        event = firings.event
         kind = "read" if isinstance(event, Read) else "write in place" if event.in_place else "write"
-        yield Fired(site=str(event.site), invoke=event.invoke, kind=kind, passes=passes, where=event.where)
+        yield Fired(
+            site=str(event.site),
+            invoke=event.invoke,
+            kind=kind,
+            passes=firings.passes,
+            where=event.where,
+            steps=len(firings.steps),
+            of_steps=of_steps,
+        )
 
 
 def _told(program: Program, failure: Failure) -> RunError:

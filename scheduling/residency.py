@@ -9,10 +9,10 @@ Invariant: both sides of a transfer list the transfers between them in the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from polytrace.errors import GraphError
-from polytrace.graph import Graph, NodeId
+from polytrace.graph import Carried, Graph, NodeId
 from scheduling.checks import Resolved
 from scheduling.placement import PURE, Scale
 from scheduling.plan import PROLOGUE, Fragment, StageWork, Transfer, ValueFacts
@@ -25,14 +25,19 @@ def stage_works(
     facts: tuple[ValueFacts | None, ...],
     executions: list[tuple[int, int]],
     scale: Scale,
+    holds: Collection[int] = (),
 ) -> list[tuple[StageWork, ...]]:
-    """Per wave, per stage: fragments, transfers and drops. `executions` is sorted and lacks the floating nodes."""
-    residency = _Residency(resolved, points, scale)
+    """Per wave, per stage: fragments, transfers and drops. `executions` is sorted and lacks the floating nodes.
+
+    Values that are held stay at home.
+    """
+    carried = {place: node.stage for place, node in enumerate(graph.nodes) if isinstance(node, Carried)}
+    residency = _Residency(resolved, points, scale, carried, holds)
     residency.use(executions)
     residency.float_where_needed()
     residency.move(graph, facts)
     residency.drop()
-    num_waves = 1 + max(scale.wave(point) for point in residency.fragments)
+    num_waves = 1 + max((scale.wave(point) for point in residency.fragments), default=0)
     return [
         tuple(residency.work(wave * scale.stages + stage) for stage in range(scale.stages)) for wave in range(num_waves)
     ]
@@ -41,8 +46,17 @@ def stage_works(
 class _Residency:
     """Collects who uses what where. A slot is `wave * stages + stage`; a resident is `node * stages + stage`."""
 
-    def __init__(self, resolved: Resolved, points: list[int], scale: Scale) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        points: list[int],
+        scale: Scale,
+        carried: Mapping[int, int],
+        holds: Collection[int],
+    ) -> None:
+        """`carried` are nodes whose values are there before anything runs, and on which stage."""
         self.resolved, self.points, self.scale = resolved, points, scale
+        self.carried, self.holds = carried, holds
         self.fragments: dict[int, list[int]] = {}  # point -> nodes
         self.points_of_slot: dict[int, list[int]] = {}  # slot -> points of its fragments, ascending
         self.first_wave: dict[int, int] = {}  # resident -> first wave that uses it
@@ -91,16 +105,16 @@ class _Residency:
         for resident in sorted(self.first_wave):
             node, stage = divmod(resident, scale.stages)
             home = self.points[node]
-            if home == PURE or scale.stage(home) == stage:
+            if home == PURE or self._home(node) == stage:
                 continue
             planned = facts[node]
             if planned is None:
                 told = "the shape of this value is not known ahead, so it cannot go to another stage of the model"
                 raise GraphError(told, where=graph.nodes[node].where)
-            wave, source = self.first_wave[resident], scale.stage(home)
+            wave, source = self.first_wave[resident], self._home(node)
             transfer = Transfer(node=NodeId(node), source=source, target=stage, facts=planned)
             from_slot, to_slot = wave * scale.stages + source, wave * scale.stages + stage
-            leaves = wave == scale.wave(home)
+            leaves = wave == scale.wave(home) and node not in self.carried
             assert not leaves or source < stage, "within a wave values go forward only"
             self.departure[node] = max(self.departure.get(node, (wave, leaves)), (wave, leaves))
             (self.leaving if leaves else self.held).setdefault(from_slot, []).append(transfer)
@@ -111,16 +125,25 @@ class _Residency:
         scale = self.scale
         for resident, point in self.last_use.items():
             node, stage = divmod(resident, scale.stages)
-            home = self.points[node]
-            if home == PURE or scale.stage(home) != stage or node not in self.departure:
+            is_at_home = self.points[node] != PURE and self._home(node) == stage
+            if is_at_home and node in self.holds:
+                continue
+            if not is_at_home or node not in self.departure:
                 self.fragment_drops.setdefault(point, []).append(node)
         for node, (wave, leaves) in self.departure.items():
-            stage = scale.stage(self.points[node])
+            stage = self._home(node)
+            if node in self.holds:
+                continue
             last = self.last_use.get(node * scale.stages + stage)
             if last is None or (scale.wave(last), False) < (wave, leaves):
                 self.final_drops.setdefault(wave * scale.stages + stage, []).append(node)
             else:
                 self.fragment_drops.setdefault(last, []).append(node)
+
+    def _home(self, node: int) -> int:
+        """The stage that has a value first."""
+        stage = self.carried.get(node)
+        return self.scale.stage(self.points[node]) if stage is None else stage
 
     def work(self, slot: int) -> StageWork:
         """All that was planned for a slot."""

@@ -22,22 +22,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from polytrace.certificate import Receipt
+from polytrace.certificate import Receipt, Token
 from polytrace.description import ModelDescription, PassLayout
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, TooLargeError
 from scheduling.checks import table_of
+from scheduling.generating import Generating
 from scheduling.packing import Going, Packer
 from scheduling.plan import (
+    Member,
     PassAbandonedError,
     PassId,
     PassTooLargeError,
     Plan,
     Program,
     RequestId,
+    SaveSlot,
     ShardResult,
 )
 from scheduling.policy import FirstComeFirstServed, PassPolicy, passes_in_flight, share_of
 from scheduling.receipts import Account, Logged, find_error, find_out_of_memory
+from scheduling.stopping import Decode
 
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 
@@ -57,6 +61,8 @@ class Outcome:
         False  # too large, but for passes of fewer rows (`Scheduler.budget_tokens`) it takes more of them
     )
     values: Mapping[str, Any] = field(default_factory=dict)  # saves, when the program has no result file
+    tokens: tuple[Token, ...] = ()  # of the last steps, which no `Progress` has told
+    saves: tuple[SaveSlot, ...] = ()  # of a generation: all that came, as of `Progress`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,8 @@ class Progress:
     request: RequestId
     passes_done: int
     passes: int
+    tokens: tuple[Token, ...] = ()  # that are new since it was told before
+    saves: tuple[SaveSlot, ...] = ()  # of a generation: those that came since then, where they are in the result
     logs: tuple[Logged, ...] = ()  # of these passes
     result_start: int = 0  # as of `Program`: where their slots are counted from
     values: Mapping[str, Any] = field(default_factory=dict)  # of logs, when the program has no result file
@@ -74,8 +82,9 @@ class Progress:
 class _Job:
     """A request on its way through its waves."""
 
-    def __init__(self, program: Program, number: int, now: float) -> None:
+    def __init__(self, program: Program, number: int, now: float, decode: Decode | None) -> None:
         self.program = program
+        self.decode = decode
         self.number = number  # of arrival
         self.added = now
         self.is_cancelled = False
@@ -83,6 +92,8 @@ class _Job:
         self.losses = 0  # passes that died with shards while it was in them
         self.losses_alone = 0  # of these, those that it had to itself
         self.party: object | None = None  # with whom it goes, and with nobody else; None: with anyone
+        self.reserved: int | None = None  # bytes of its caches; None: nothing yet
+        self.num_told = 0  # steps whose tokens have been told
         self.restart()
 
     def restart(self) -> None:
@@ -91,6 +102,18 @@ class _Job:
         self.in_flight: list[PassId] = []
         self.started: float | None = None
         self.account = Account(self.program)
+        self.num_saves_told = 0
+        self.generating = None if self.program.chain is None else Generating(self.program, self.decode)
+
+    @property
+    def now(self) -> Program:
+        """What runs: the program, or the step that its generation is at."""
+        return self.program if self.generating is None else self.generating.program
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is behind its prompts, with one row a sequence."""
+        return self.generating is not None and self.generating.run is not None
 
     @property
     def is_suspect(self) -> bool:
@@ -99,16 +122,23 @@ class _Job:
 
     @property
     def num_rows(self) -> int:
+        if self.is_step and self.generating is not None:
+            return self.generating.num_rows
         wave = self.program.waves[self.wave]
         return (wave.rows_anew if self.is_keeping is False else wave.rows).widest
 
     @property
     def going(self) -> Going:
-        return Going(program=self.program, wave=self.wave, is_keeping=self.is_keeping is True)
+        return Going(
+            program=self.now,
+            wave=self.wave,
+            is_keeping=self.is_keeping is True and not self.is_step,
+            generating=self.generating,
+        )
 
     @property
     def num_waves(self) -> int:
-        return len(self.program.waves)
+        return len(self.now.waves)
 
     @property
     def num_done(self) -> int:
@@ -118,10 +148,11 @@ class _Job:
     @property
     def progress(self) -> Progress:
         logs, values = self.account.logs, self.account.values
+        steps = 0 if self.program.chain is None else len(self.program.chain.steps)
         return Progress(
             request=self.program.request,
-            passes_done=self.num_done,
-            passes=self.num_waves,
+            passes_done=self.account.num_passes,
+            passes=len(self.program.waves) + steps,
             logs=tuple(logs),
             result_start=self.program.result_start,
             values={log.slot.name: values[log.slot.name] for log in logs if log.slot.name in values},
@@ -130,16 +161,31 @@ class _Job:
     @property
     def is_held(self) -> bool:
         """Whether shards keep values for a wave that has not gone yet."""
-        return 0 < self.wave < self.num_waves
+        return 0 < self.wave < self.num_waves or self.is_step
 
     @property
-    def turn(self) -> tuple[bool, int]:
-        """Its place in the queue: those whose last wave is still under way only fill what others leave."""
-        return bool(self.in_flight), self.number
+    def turn(self) -> tuple[bool, bool, int]:
+        """Its place in the queue: steps first; those whose last wave is under way only fill what others leave."""
+        return bool(self.in_flight), not self.is_step, self.number
+
+    def take_tokens(self) -> tuple[Token, ...]:
+        """What was drawn and has not been told, also when it was drawn before."""
+        if self.generating is None:
+            return ()
+        told, self.generating.told = self.generating.told, []
+        fresh = tuple([token for token in told if token.step >= self.num_told])
+        self.num_told = max([self.num_told, *[token.step + 1 for token in fresh]])
+        return fresh
+
+    def take_saves(self) -> tuple[SaveSlot, ...]:
+        """What was saved and has not been told since it was begun."""
+        fresh = self.account.saves[self.num_saves_told :]
+        self.num_saves_told += len(fresh)
+        return tuple(fresh)
 
     def may_follow(self) -> bool:
         """Whether the next wave may go while another is in flight: no stage would wait for one behind it."""
-        works = self.program.waves[self.wave].stages
+        works = self.now.waves[self.wave].stages
         return all(held.source < held.target for work in works for held in work.held)
 
 
@@ -147,8 +193,14 @@ class Scheduler:
     """One deployment's queue. Not thread-safe: its owner's loop calls it."""
 
     def __init__(
-        self, description: ModelDescription, policy: PassPolicy, *, clock: Callable[[], float] = time.monotonic
+        self,
+        description: ModelDescription,
+        policy: PassPolicy,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        decode: Decode | None = None,
     ) -> None:
+        """`decode` gives the text of tokens; without it no text ends a generation."""
         self._table = table_of(description)
         self._policy = policy
         is_packed = description.layout is PassLayout.PACKED
@@ -157,13 +209,18 @@ class Scheduler:
         self._depth = passes_in_flight(description.stages)
         self._packer = Packer(description)
         self._clock = clock
+        self._decode = decode
         self._jobs: dict[RequestId, _Job] = {}
         self._ready: list[_Job] = []  # by turn: those whose next wave may go
         self._flying: dict[PassId, list[_Job]] = {}
         self._ended: list[RequestId] = []  # shards hold values of these; the next plan says to drop them
         self._outcomes: list[Outcome] = []
-        self._progress: dict[RequestId, Progress] = {}
-        self._kept_bytes = description.limits.kept_bytes  # that shards have left for trunks
+        self._progress: dict[RequestId, _Job] = {}  # that got further
+        self._most_kept_bytes = self._kept_bytes = description.limits.kept_bytes  # that shards have left for trunks
+        stages = table_of(description).levels.stages
+        self._position_bytes = description.key_value_bytes * max(map(stages.count, set(stages)), default=0)
+        self._has_caches_left = False  # of generations that have ended
+        self._waited = 0  # passes that somebody has stood behind steps
         self._arrivals = 0
         self._passes = 0
         self._has_suspect_in_flight = False
@@ -177,8 +234,11 @@ class Scheduler:
         """Takes a request. Its id must not be one that is still on its way."""
         assert program.request not in self._jobs, f"request {program.request} was added twice"
         self._arrivals += 1
-        job = _Job(program, self._arrivals, self._clock())
+        job = _Job(program, self._arrivals, self._clock(), self._decode)
         self._jobs[program.request] = job
+        if job.generating is not None and self._cache_bytes(job.generating) > self._most_kept_bytes:
+            self._end(job, _no_room(self._cache_bytes(job.generating), self._most_kept_bytes))
+            return
         insort(self._ready, job, key=lambda ready: ready.turn)
 
     def cancel(self, request: RequestId) -> None:
@@ -199,19 +259,25 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a wave may go into a pass now. A suspect goes when no pass is in flight, and none beside it."""
-        if not self._ready or self._has_suspect_in_flight:
+        if self._is_idle and self._has_caches_left:
+            return True
+        if self._has_suspect_in_flight:
             return False
-        return not self._flying or not self._ready[0].is_suspect
+        waiting = self._with_room()
+        return bool(waiting) and (not self._flying or not waiting[0].is_suspect)
 
     def next_pass(self) -> Plan:
-        """The next pass, in flight until `complete`, `lost` or `again`. Call it only when there is work."""
-        assert self._ready, "a pass needs a wave that is ready"
+        """The next pass, in flight until `complete`, `lost` or `again`. Call it only when there is work.
+
+        It is one of nobody, when nobody waits and shards are to forget what has ended.
+        """
         self._passes += 1
         pass_id = PassId(self._passes)
         ended, self._ended = tuple(self._ended), []
+        self._has_caches_left = False
         chosen, plan = self._fill(pass_id, ended)
         self._flying[pass_id] = chosen
-        self._has_suspect_in_flight = chosen[0].is_suspect
+        self._has_suspect_in_flight = any(job.is_suspect for job in chosen)
         now = self._clock()
         for job in chosen:
             self._ready.remove(job)
@@ -225,16 +291,17 @@ class Scheduler:
 
     def _fill(self, pass_id: PassId, ended: tuple[RequestId, ...]) -> tuple[list[_Job], Plan]:
         """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
-        waiting = sum(job.num_rows for job in self._ready)
-        budget = foreseen = share_of(waiting, self._depth - len(self._flying), self._policy)
-        chosen = self._choice.choose(self._ready, budget)
+        ready = self._with_room()
+        waiting = sum(job.num_rows for job in ready)
+        budget = foreseen = self._budget(ready, share_of(waiting, self._depth - len(self._flying), self._policy))
+        chosen = self._choice.choose(ready, budget)
         plan = self._packer.pack(pass_id, self._going(chosen), ended)
         for _ in range(_MAX_REFILLS):
             rows = max(plan.layer_rows, default=0)
-            if len(chosen) == len(self._ready) or not 0 < rows * 4 < budget * 3:
+            if len(chosen) == len(ready) or not 0 < rows * 4 < budget * 3:
                 break
             foreseen = foreseen * budget // rows
-            more = self._choice.choose(self._ready, foreseen)
+            more = self._choice.choose(ready, foreseen)
             if len(more) <= len(chosen):
                 break
             fuller = self._packer.pack(pass_id, self._going(more), ended)
@@ -243,9 +310,48 @@ class Scheduler:
             chosen, plan = more, fuller
         return chosen, plan
 
+    @property
+    def _is_idle(self) -> bool:
+        return not self._ready and not self._flying
+
+    def _with_room(self) -> list[_Job]:
+        """Those whose next wave may go: a generation needs room for its sequences' caches before it begins."""
+        left = self._kept_bytes
+        found = []
+        for job in self._ready:
+            if job.reserved is None and job.generating is not None:
+                needed = self._cache_bytes(job.generating)
+                if needed > left:
+                    continue
+                left -= needed
+            found.append(job)
+        return found
+
+    def _cache_bytes(self, generating: Generating) -> int:
+        """Of a generation's caches, on the shard that has most."""
+        return generating.caches.num_positions * self._position_bytes
+
+    def _budget(self, ready: list[_Job], budget: int) -> int:
+        """Rows of a pass: beside steps only so many others that nobody waits long for the next token.
+
+        Whoever has too many rows for that goes all the same when it has waited for a while.
+        """
+        steps = [job.num_rows for job in ready if job.is_step]
+        others = [job.num_rows for job in ready if not job.is_step]
+        if not steps or not others:
+            return budget
+        beside = self._policy.tokens_beside_steps
+        self._waited = 0 if others[0] <= beside else self._waited + 1
+        if self._waited > self._policy.max_waits:
+            self._waited, beside = 0, max(beside, others[0])
+        return min(budget, sum(steps) + beside) if beside < others[0] else max(min(budget, sum(steps) + beside), 0)
+
     def _going(self, jobs: list[_Job]) -> list[Going]:
         """The jobs with their trunks: those keep them that the store has room for when they first go."""
         for job in jobs:
+            if job.generating is not None and job.reserved is None:
+                job.reserved = self._cache_bytes(job.generating)
+                self._kept_bytes -= job.reserved
             if job.is_keeping is None:
                 job.is_keeping = job.program.kept_bytes <= self._kept_bytes
                 self._kept_bytes -= job.program.kept_bytes if job.is_keeping else 0
@@ -253,9 +359,10 @@ class Scheduler:
 
     def complete(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
         """Takes in what all shards answered to a plan: members end or become ready for their next wave."""
-        for job, wave in self._landed(plan):
+        for job, member in self._landed(plan):
+            wave = member.wave
             failure = find_out_of_memory(job.program, results)
-            error: PolytraceError | None = find_error(job.program, wave, results)
+            error: PolytraceError | None = find_error(job.now, member, results)
             if job.is_cancelled:
                 error = CancelledError("the request was cancelled")
             elif failure is not None and len(plan.members) > 1:
@@ -267,12 +374,15 @@ class Scheduler:
             if error is not None:
                 self._end(job, error)
                 continue
-            job.account.enter(plan, results, self._table)
+            job.account.enter(plan, results, self._table, job.now, member.step, member.offset)
+            if job.generating is not None:
+                job.generating.take(results)
             if job.num_done == job.num_waves:
-                self._finish(job)
-                continue
-            request = job.program.request
-            self._progress[request] = job.progress
+                if job.generating is None or not job.generating.advance():
+                    self._finish(job)
+                    continue
+                job.wave = 0
+            self._progress[job.program.request] = job
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
         self._ready.sort(key=lambda job: job.turn)
@@ -295,11 +405,12 @@ class Scheduler:
         is_too_large = isinstance(error, PassTooLargeError)
         if is_too_large:
             self._learn(max(plan.layer_rows, default=0))
-        for place, (job, wave) in enumerate(landed):
+        for place, (job, member) in enumerate(landed):
+            wave = member.wave
             if job.is_cancelled:
                 self._end(job, CancelledError("the request was cancelled"))
             elif is_too_large and len(plan.members) == 1:
-                work = job.program.waves[wave]
+                work = job.now.waves[wave]
                 may_be_cut = len(work.invokes) > 1 and work.rows.widest > self.budget_tokens
                 self._end(job, _too_large(job, wave, error.message), may_be_cut=may_be_cut)
             elif is_too_large:
@@ -316,15 +427,15 @@ class Scheduler:
                     self._queue_again(job, party=job.number)
         self._forget_values(plan)
 
-    def _landed(self, plan: Plan) -> list[tuple[_Job, int]]:
-        """The jobs that the pass still counts for, with their waves."""
+    def _landed(self, plan: Plan) -> list[tuple[_Job, Member]]:
+        """The jobs that the pass still counts for, and what they were in it."""
         flown = self._flying.pop(plan.pass_id)
         self._has_suspect_in_flight = False
         landed = []
         for job, member in zip(flown, plan.members, strict=True):
             if plan.pass_id in job.in_flight:
                 job.in_flight.remove(plan.pass_id)
-                landed.append((job, member.wave))
+                landed.append((job, member))
         return landed
 
     def _queue_again(self, job: _Job, *, party: object | None) -> None:
@@ -350,8 +461,12 @@ class Scheduler:
 
     def take_progress(self) -> list[Progress]:
         """How far the requests are that got further since the last call and have not ended."""
-        progress, self._progress = self._progress, {}
-        return [told for request, told in progress.items() if request in self._jobs]
+        jobs, self._progress = self._progress, {}
+        told = []
+        for request, job in jobs.items():
+            if request in self._jobs:
+                told.append(replace(job.progress, tokens=job.take_tokens(), saves=job.take_saves()))
+        return told
 
     def take_outcomes(self) -> list[Outcome]:
         """The requests that ended since the last call, in that order."""
@@ -365,9 +480,20 @@ class Scheduler:
             is_keeping=job.is_keeping is not False,
             queue_seconds=started - job.added,
             run_seconds=self._clock() - started,
+            generating=job.generating,
         )
+        if job.generating is not None and not job.generating.is_ending:
+            self._ended.append(job.program.request)  # no plan could say that it was the last
         self._remove(job)
-        self._outcomes.append(Outcome(request=job.program.request, receipt=receipt, values=job.account.values))
+        self._outcomes.append(
+            Outcome(
+                request=job.program.request,
+                receipt=receipt,
+                values=job.account.values,
+                tokens=job.take_tokens(),
+                saves=tuple(job.account.saves),
+            )
+        )
 
     def _end(self, job: _Job, error: PolytraceError, *, may_be_cut: bool = False) -> None:
         """Without a result."""
@@ -378,14 +504,22 @@ class Scheduler:
 
     def _remove(self, job: _Job) -> None:
         job.in_flight.clear()
+        self._has_caches_left = self._has_caches_left or job.reserved is not None
         if job in self._ready:
             self._ready.remove(job)
         del self._jobs[job.program.request]
-        self._kept_bytes += job.program.kept_bytes if job.is_keeping else 0
+        self._kept_bytes += (job.program.kept_bytes if job.is_keeping else 0) + (job.reserved or 0)
+
+
+def _no_room(needed: int, most: int) -> TooLargeError:
+    return TooLargeError(
+        f"the keys and values of this generation take {needed:,} bytes on a shard; there is room for {most:,}: "
+        "ask for fewer new tokens, shorter prompts or fewer samples"
+    )
 
 
 def _too_large(job: _Job, wave: int, told: str, *, where: str | None = None) -> TooLargeError:
-    rows = job.program.waves[wave].rows.widest
+    rows = job.now.waves[wave].rows.widest
     return TooLargeError(
         f"pass {wave + 1} of {job.num_waves} does not fit into memory though the request has it to itself, "
         f"{rows:,} rows at its widest layer: {told}. Ask for fewer or shorter prompts in one invoke, or smaller values",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from polytrace.graph import Graph, NodeId, Read, Write
+from polytrace.graph import Carried, Graph, NodeId, Read, Write
 from scheduling.checks import Resolved
 from scheduling.placement import PURE, Scale
 
@@ -66,11 +66,14 @@ def _runs_of(
 def executions(
     graph: Graph, live: list[bool], points: list[int], runs: list[Run], scale: Scale
 ) -> list[tuple[int, int]]:
-    """(point, node) of everything that runs but floating nodes, sorted: writes once a run, all others once."""
+    """(point, node) of everything that runs but floating nodes, sorted: writes once a run, all others once.
+
+    What earlier steps left is there, and does not run.
+    """
     found = [
         (points[node], node)
         for node, is_live in enumerate(live)
-        if is_live and points[node] != PURE and not isinstance(graph.nodes[node], Write)
+        if is_live and points[node] != PURE and not isinstance(graph.nodes[node], (Write, Carried))
     ]
     period = scale.stages * scale.width
     for run in runs:

@@ -155,7 +155,7 @@ class _Nodes(Sequence[Node]):
 class _EditRecording(Recording):
     is_edit = True
 
-    def save(self, state: State, value: Any) -> None:
+    def save(self, state: State, value: Any, *, is_member: bool = False) -> None:
         raise refuse_save(user_line())
 
 

@@ -13,6 +13,7 @@ class OpenShape(tuple[int, ...]):
     """A shape of which some dimensions are those of later prompts. Using one of these as a number is refused."""
 
     open: frozenset[int]  # the dimensions that are
+    told: str  # why they are
 
     def __getitem__(self, key: Any) -> Any:
         chosen = range(len(self))[key]
@@ -29,14 +30,18 @@ class OpenShape(tuple[int, ...]):
         return f"[{', '.join('?' if dim in self.open else str(self[dim]) for dim in range(len(self)))}]"
 
 
-def opened(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+BY_PROMPT = "the prompts of later traces, which an edit does not know"
+BY_STEP = "the step, and this body is recorded once for step 0, the prompts, and later ones"
+
+
+def opened(one: tuple[int, ...], other: tuple[int, ...], told: str = BY_PROMPT) -> tuple[int, ...]:
     """The shape that two have, with two choices of prompts: what differs between them follows from the prompts."""
     if len(one) != len(other):
         raise GraphError(
-            "how many dimensions this value has depends on the prompts of later traces: keep dimensions of size 1",
-            where=user_line(),
+            f"how many dimensions this value has depends on {told}: keep dimensions of size 1", where=user_line()
         )
     shape = OpenShape(one)
+    shape.told = told
     shape.open = frozenset(dim for dim, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
     return shape if shape.open else one
 
@@ -48,7 +53,7 @@ def is_open(shape: tuple[int, ...], dim: int) -> bool:
 
 def _refuse(shape: OpenShape) -> None:
     raise GraphError(
-        f"this value's shape is {shape!r}: where `?` stands it follows from the prompts of later traces, which an "
-        "edit does not know. Name dimensions from the end, and write -1, `.unflatten(-1, ...)` or `.flatten(-2)`",
+        f"this value's shape is {shape!r}: where `?` stands it follows from {shape.told}. Name dimensions from the "
+        "end, and write -1, `.unflatten(-1, ...)` or `.flatten(-2)`",
         where=user_line(),
     )

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionPass, attending, packed_attention
-from engine.chunks import PAGE, TILE
+from engine.chunks import TILE
 from engine.spans import SpanStore
 from engine.streams import Stream, padded
 from polytrace.errors import CapacityError, ServiceError
-from scheduling.plan import PassId, Segment
+from scheduling.plan import PAGE, PassId, Segment
 
 # H = query heads, G = key/value heads, T = rows of the stream, N = tokens of one sequence, C = head dimension
 

@@ -66,7 +66,7 @@ OPERANDS: st.SearchStrategy[Any] = st.recursive(
 SITES = st.builds(
     Site,
     module=texts,
-    port=st.sampled_from(Port),
+    port=st.sampled_from([port for port in Port if port is not Port.TOKEN]),  # which needs a generation
     selector=st.lists(st.text(max_size=4) | st.integers(0, 5), max_size=3).map(tuple),
     visit=st.integers(0, 2),
 )

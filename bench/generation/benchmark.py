@@ -1,0 +1,250 @@
+"""The whole benchmark of generation.
+
+    python -m bench.run generation
+
+Contenders take turns in one process on the same weights; requests are recorded and worked out beforehand, as a service
+does it at admission. Of what is run one by one a few users take part and their seconds are scaled, as each costs the
+same. Every row holds tokens against each other: ours merged, ours alone, Hugging Face alone and as one batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import tinyworld
+from bench.cones.models import folder_of
+from bench.cones.workloads import Shape, evenly, shape_of
+from bench.generation import by_hand
+from bench.generation.arrival import arrival
+from bench.generation.left import left
+from bench.generation.ours import Ours
+from bench.generation.users import User, ablating_users, plain_users, steered_users
+from bench.plain import Plain
+from bench.race import race, ratio
+
+_AIMS = {
+    "one by one / merged, 32 users": 6.0,
+    "tokens a second of the hand-batched call, 32 users": 0.9,
+    "steered / plain": 1.10,
+    "ablating / plain": 1.25,
+}
+_MOST_ONE_BY_ONE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """One run of the benchmark."""
+
+    models: tuple[str, ...]  # names of bench.cones.models, or folders
+    users: tuple[int, ...] = (1, 8, 32)
+    tokens: int = 64  # of a prompt
+    new_tokens: int = 64
+    edited_users: int = 32  # whose edits are held against none
+    long_prompt: int = 1000  # that arrives while others run
+    samples: int = 8  # of a prompt with `sampled_tokens`, with and without sharing
+    sampled_tokens: int = 512
+    short: int = 1000  # generations after which nothing may be left
+    threads: int = 2
+    rounds: int = 5
+
+
+def config_for(folder: Path, *, quick: bool) -> GenerationConfig:
+    """The configuration that `make bench` runs, or a short one to see that it works."""
+    if quick:
+        return GenerationConfig(
+            models=("4x64",),
+            users=(1, 4),
+            tokens=12,
+            new_tokens=10,
+            edited_users=4,
+            long_prompt=150,
+            samples=3,
+            sampled_tokens=70,
+            short=40,
+            threads=1,
+            rounds=2,
+        )
+    return GenerationConfig(models=("8x512", "16x1024"))
+
+
+def run(config: GenerationConfig) -> dict[str, Any]:
+    """The figures, as plain JSON."""
+    return {"models": [_run_model(config, name) for name in config.models], "aims": _AIMS}
+
+
+def _run_model(config: GenerationConfig, name: str) -> dict[str, Any]:
+    folder = folder_of(name)
+    shape = shape_of(folder)
+    ours = Ours(folder, threads=config.threads)
+    try:
+        plain = Plain(folder)
+        torch.set_num_threads(config.threads)
+        figures: dict[str, Any] = {"model": tinyworld.FOLDER.name if folder == tinyworld.FOLDER else name}
+        figures["steered"] = [_steered(config, shape, ours, plain, count) for count in config.users]
+        figures["edits"] = _edits(config, shape, ours, plain)
+        figures["arrival"] = _arrival(config, shape, ours)
+        figures["sharing"] = _sharing(config, shape, ours)
+        figures["left"] = left(ours, plain_users(shape, config.short, tokens=8, new_tokens=4))
+        _say(f"short generations: {figures['left']}")
+        return figures
+    finally:
+        ours.close()
+
+
+def _steered(config: GenerationConfig, shape: Shape, ours: Ours, plain: Plain, count: int) -> dict[str, Any]:
+    """Users with a vector each, in every way to run them."""
+    users = steered_users(shape, count, tokens=config.tokens, new_tokens=config.new_tokens)
+    programs = ours.programs(users)
+    few = evenly(range(count), _MOST_ONE_BY_ONE)
+    scale = count / len(few)
+    seconds = race(
+        {
+            "merged": lambda: ours.merged(programs),
+            "one by one": lambda: ours.one_by_one([programs[place] for place in few]),
+            "hugging face one by one": lambda: by_hand.one_by_one(plain, [users[place] for place in few]),
+            "hand-batched": lambda: by_hand.as_one_batch(plain, users),
+        },
+        rounds=config.rounds,
+    )
+    for name in ("one by one", "hugging face one by one"):
+        seconds[name] = [scale * each for each in seconds[name]]
+    merged, batched = ours.merged(programs), by_hand.as_one_batch(plain, users)
+    untouched = by_hand.as_one_batch(
+        plain, plain_users(shape, count, tokens=config.tokens, new_tokens=config.new_tokens)
+    )
+    figures: dict[str, Any] = {
+        "users": count,
+        "one_by_one_are": len(few),
+        "ratios": _ratios(seconds, "merged"),
+        "tokens_a_second": {name: _tokens_a_second(config, count, each) for name, each in seconds.items()},
+        "tokens_as_alone": merged == ours.one_by_one(programs),
+        "tokens_of_hugging_face": merged == by_hand.one_by_one(plain, users),
+        "tokens_of_hand_batched": merged == batched,
+        "steered_otherwise_than_plain": sum(map(tuple.__ne__, merged, untouched)),
+    }
+    _say(f"{count} steered users: " + _shown(figures["ratios"]))
+    return figures
+
+
+def _edits(config: GenerationConfig, shape: Shape, ours: Ours, plain: Plain) -> dict[str, Any]:
+    """What edits cost beside the same pass without them."""
+    sizes: dict[str, int] = {"tokens": config.tokens, "new_tokens": config.new_tokens}
+    users: dict[str, list[User]] = {
+        "plain": plain_users(shape, config.edited_users, **sizes),
+        "steered": steered_users(shape, config.edited_users, **sizes),
+        "ablating": ablating_users(shape, config.edited_users, **sizes),
+    }
+    programs = {name: ours.programs(each) for name, each in users.items()}
+    contenders: dict[str, Callable[[], object]] = {
+        name: functools.partial(ours.merged, each) for name, each in programs.items()
+    }
+    contenders["plain again"] = contenders["plain"]
+    seconds = race(contenders, rounds=config.rounds)
+    figures: dict[str, Any] = {
+        "users": config.edited_users,
+        "ratios": {
+            f"{name} / plain": asdict(ratio(seconds[name], seconds["plain"])) for name in seconds if name != "plain"
+        },
+        "tokens_of_hugging_face": {
+            name: ours.merged(programs[name]) == by_hand.as_one_batch(plain, each) for name, each in users.items()
+        },
+    }
+    _say(f"edits of {config.edited_users} users: " + _shown(figures["ratios"]))
+    return figures
+
+
+def _arrival(config: GenerationConfig, shape: Shape, ours: Ours) -> dict[str, Any]:
+    running = ours.programs(plain_users(shape, 8, tokens=config.tokens, new_tokens=4 * config.new_tokens))
+    (long,) = ours.programs(plain_users(shape, 1, tokens=config.long_prompt, new_tokens=2))
+    figures = arrival(ours, running, long, rounds=config.rounds)
+    _say(f"a prompt of {config.long_prompt} tokens arrives: {figures}")
+    return figures
+
+
+def _sharing(config: GenerationConfig, shape: Shape, ours: Ours) -> dict[str, Any]:
+    """Samples of one prompt, whose keys and values are there once, or once each."""
+    users = plain_users(shape, 1, tokens=config.sampled_tokens, new_tokens=config.new_tokens)
+    on = ours.programs(users, samples=config.samples)
+    off = ours.programs(users, samples=config.samples, sharing="off")
+    seconds = race({"on": lambda: ours.merged(on), "off": lambda: ours.merged(off)}, rounds=config.rounds)
+    tokens = ours.merged(on)
+    figures: dict[str, Any] = {
+        "samples": config.samples,
+        "prompt": config.sampled_tokens,
+        "ratios": {"off / on": asdict(ratio(seconds["off"], seconds["on"]))},
+        "tokens_are_equal": tokens == ours.merged(off),
+        "different_samples": len(set(tokens)),
+    }
+    _say(f"{config.samples} samples of a prompt: " + _shown(figures["ratios"]))
+    return figures
+
+
+def _ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, Any]:
+    return {f"{name} / {base}": asdict(ratio(each, seconds[base])) for name, each in seconds.items() if name != base}
+
+
+def _tokens_a_second(config: GenerationConfig, count: int, seconds: Sequence[float]) -> float:
+    return count * config.new_tokens / sorted(seconds)[len(seconds) // 2]
+
+
+def is_right(figures: Mapping[str, Any]) -> bool:
+    """Whether every token was what it should be, and nothing was left."""
+    return all(map(_is_right, figures["models"]))
+
+
+def _is_right(model: Mapping[str, Any]) -> bool:
+    steered = all(
+        row["tokens_as_alone"]
+        and row["tokens_of_hugging_face"]
+        and row["tokens_of_hand_batched"]
+        and row["steered_otherwise_than_plain"]
+        for row in model["steered"]
+    )
+    edits = all(model["edits"]["tokens_of_hugging_face"].values())
+    shared = model["sharing"]["tokens_are_equal"] and model["sharing"]["different_samples"] > 1
+    return bool(
+        steered and edits and shared and model["arrival"]["tokens_are_as_alone"] and not model["left"]["cache_bytes"]
+    )
+
+
+def tell(figures: Mapping[str, Any]) -> str:
+    """The figures for a person."""
+    lines = []
+    for model in figures["models"]:
+        lines.append(model["model"])
+        for row in model["steered"]:
+            speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in row["tokens_a_second"].items())
+            lines.append(f"  {row['users']:>3} steered: {_shown(row['ratios'])}; tokens a second: {speeds}")
+        lines.append(f"  edits of {model['edits']['users']} users: {_shown(model['edits']['ratios'])}")
+        arrived, shared, found = model["arrival"], model["sharing"], model["left"]
+        lines.append(
+            f"  while a prompt of {arrived['prompt']} tokens arrives among {arrived['running']}: "
+            f"{arrived['ms_between_tokens_before']:.1f} ms between tokens before, "
+            f"{arrived['ms_between_tokens_meanwhile']:.1f} meanwhile, {arrived['longest_ms_meanwhile']:.1f} at most; "
+            f"its first token after {arrived['ms_to_first_token_of_the_long_one']:.0f} ms"
+        )
+        lines.append(f"  {shared['samples']} samples of {shared['prompt']} tokens: {_shown(shared['ratios'])}")
+        lines.append(
+            f"  {found['generations']} short generations: {found['cache_bytes']} bytes left in the cache, "
+            f"process {found['resident_mib'][0]:.0f} MiB behind the first quarter, {found['resident_mib'][-1]:.0f} "
+            f"behind all, {found['seconds']:.1f} s"
+        )
+        lines += [] if _is_right(model) else ["  WRONG tokens, or something was left"]
+    return "\n".join(lines)
+
+
+def _shown(ratios: Mapping[str, Mapping[str, float]]) -> str:
+    return ", ".join(
+        f"{name} {each['median']:.2f} ({each['low']:.2f}-{each['high']:.2f})" for name, each in ratios.items()
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

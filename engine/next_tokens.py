@@ -1,0 +1,134 @@
+"""What the sequences of a pass go on with: drawn behind the model's output, seen and changed by graphs, then told.
+
+Owns the visit of `Port.TOKEN`. The rows are those of the logits; a token stands in the row of the last token that its
+sequence has. How a token is drawn is `engine.sampling`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.copies import to_device
+from engine.fragments import RequestState
+from engine.leaves import port_leaves
+from engine.links import Links
+from engine.sampling import NO_TOKEN, Drawing, draw_tokens, log_likelihoods
+from engine.slices import gather_whole
+from engine.views import RowView
+from polytrace.description import Leaf
+from polytrace.graph import Generation
+from scheduling.plan import NO_ROWS, Drawn, Member, RequestId, View
+
+# K = sequences that go on, V = vocabulary
+
+_NOTHING = "its logits say nothing of the next token: one is NaN, or all are -inf"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Going:
+    """One invoke whose sequences go on."""
+
+    state: RequestState
+    view: View
+    step: int
+    generation: Generation
+    rows: RowView  # of the logits: its last column
+
+
+class NextTokens:
+    """The visit in one pass."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        states: Sequence[RequestState],
+        views: Sequence[View],
+        logits: Leaf,
+        links: Links,
+        device: torch.device,
+    ) -> None:
+        self._logits, self._links, self._device = logits, links, device
+        self._going = [
+            _Going(
+                state=state,
+                view=view,
+                step=members[view.member].step,
+                generation=generation,
+                rows=state.rows[view.invoke].kept((max(view.lengths) - 1,)),
+            )
+            for view in views
+            if view.is_drawing
+            for state in (states[view.member],)
+            for generation in (state.program.invokes[view.invoke].generation,)
+            if generation is not None
+        ]
+
+    def visit(self, output: Any, visitor: Callable[[Any], Any]) -> Any:
+        """Draws, lets `visitor` see and change what was drawn, and tells the requests' states. Returns the output."""
+        packed_1TV = port_leaves(output)[1][self._logits.selector]
+        numbers = [row for one in self._going for row in one.rows.numbers]
+        rows_K = to_device(numbers, self._device, torch.long)
+        logits_KV = packed_1TV[0].index_select(0, rows_K)
+        if self._logits.sharded_dim is not None:
+            blocks, copies = self._logits.sharded_blocks, self._logits.sharded_copies
+            logits_KV = gather_whole(self._links, logits_KV, 1, blocks, copies)
+        drawn_K = draw_tokens(logits_KV, [_drawing(one) for one in self._going])
+        tokens_1T = torch.zeros(packed_1TV.shape[:2], dtype=torch.int64, device=self._device)
+        tokens_1T[0].index_copy_(0, rows_K, drawn_K)
+        final_K = visitor(tokens_1T)[0].index_select(0, rows_K)
+        self._tell(logits_KV, final_K)
+        return output
+
+    def _tell(self, logits_KV: Tensor, tokens_K: Tensor) -> None:
+        tokens = tokens_K.tolist()  # the one place in a pass where the host waits for the GPU: the next step needs it
+        start = 0
+        for one in self._going:
+            stop = start + one.rows.num_rows
+            own = tokens[start:stop]
+            wrong = [token for token in own if not 0 <= token < logits_KV.shape[1]]
+            if one.state.has_failed:
+                pass
+            elif wrong:
+                last = logits_KV.shape[1] - 1
+                told = f"a sequence is to go on with the token {wrong[0]}; ids are 0-{last}"
+                one.state.fail(None, _NOTHING if wrong[0] == NO_TOKEN else told)
+            else:
+                one.state.drawn.append(_told(one, own, logits_KV[start:stop], tokens_K[start:stop]))
+                one.state.note_tokens(one.view.invoke, one.rows.places, own)
+            start = stop
+
+
+def _drawing(one: _Going) -> Drawing:
+    sampling = one.generation.sampling
+    histories: Sequence[Sequence[int]] = ()
+    if sampling.repetition_penalty != 1:
+        histories = [one.state.histories[one.view.invoke, place] for place in one.rows.places]
+    return Drawing(sampling=sampling, places=one.rows.places, step=one.step, histories=histories)
+
+
+def _told(one: _Going, tokens: Sequence[int], logits_KV: Tensor, tokens_K: Tensor) -> Drawn:
+    count = len(one.view.lengths)
+    found = [NO_ROWS] * count
+    for place, token in zip(one.rows.places, tokens, strict=True):
+        found[place] = token
+    asked = one.generation.logprobs
+    if asked is None:
+        return Drawn(invoke=one.view.invoke, tokens=tuple(found))
+    told = log_likelihoods(logits_KV, tokens_K, asked)
+    logprobs = [0.0] * count
+    likeliest: list[tuple[tuple[int, float], ...]] = [()] * count
+    pairs = zip(told.tokens_KC.tolist(), told.likeliest_KC.tolist(), strict=True)
+    for place, own, best in zip(one.rows.places, told.chosen_K.tolist(), pairs, strict=True):
+        logprobs[place] = own
+        likeliest[place] = tuple(zip(*best, strict=True))
+    return Drawn(invoke=one.view.invoke, tokens=tuple(found), logprobs=tuple(logprobs), likeliest=tuple(likeliest))
+
+
+def drawn_of(states: Sequence[RequestState]) -> dict[RequestId, tuple[Drawn, ...]]:
+    """What each request's sequences go on with."""
+    return {state.program.request: tuple(state.drawn) for state in states if state.drawn}

@@ -1,0 +1,235 @@
+"""Steps of a generation while it is recorded: where code acts, the bodies of loops, and what their values are behind.
+
+Code acts at step 0. `for step in tracer.iter[...]` records its body anew for each step; `with tracer.iter[...]` records
+it once for all of its steps. Behind a `for`, a variable stands for what it had at the last step that came: whichever
+that will be, it is one of the values that the variable had when a body ended (`Last`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from polytrace.errors import GraphError
+from polytrace.graph import Last, NodeId, Op, Ref, Site
+from polytrace.lines import user_frame
+from polytrace.storage import State, is_recorded, state_of
+from polytrace.timing import ENDING, FIRST, TIMELESS, When
+
+if TYPE_CHECKING:
+    from polytrace.recording import Recording
+
+
+@dataclass(slots=True, eq=False)
+class Loop:
+    """One `tracer.iter[...]`, with its bodies as they were recorded."""
+
+    where: str
+    is_once: bool  # its body is recorded once for all of its steps
+    bodies: list[tuple[NodeId, NodeId]] = field(default_factory=list)  # of each: the first node, and the next free one
+    whens: list[When] = field(default_factory=list)  # ... and its steps
+    names: list[Mapping[str, NodeId]] = field(default_factory=list)  # what variables stood for: before, behind each
+
+    def history(self, nodes: Sequence[Any], node: NodeId) -> list[NodeId]:
+        """What stands in the place of a value of the last body, from there back to the first."""
+        name = next((name for name, known in self.names[-1].items() if known == node), None)
+        if name is not None:
+            found = [known[name] for known in reversed(self.names) if name in known]
+        else:
+            key, own = _key(nodes[node]), [*range(*self.bodies[-1])]
+            place = [other for other in own if _key(nodes[other]) == key].index(node)
+            found = [node]
+            for first, stop in reversed(self.bodies[:-1]):
+                like = [NodeId(other) for other in range(first, stop) if _key(nodes[other]) == key]
+                found += like[place : place + 1]
+        return list(dict.fromkeys(found))
+
+
+@dataclass(slots=True, eq=False)
+class Position:
+    """Where in its generation the code of an invoke acts."""
+
+    loop: Loop | None = None
+    when: When = FIRST
+    ahead: int = 0  # steps that `tracer.next()` has moved on
+    modules: dict[str, int] = field(default_factory=dict)  # ... and `module.next()`, by path
+
+    def of(self, site: Site | None = None) -> When:
+        """The steps that a site is read or written at."""
+        ahead = self.ahead
+        if site is not None and self.modules:
+            ahead += sum(count for path, count in self.modules.items() if _is_within(site.module, path))
+        return When(self.when.step + ahead, self.when.num_steps) if ahead else self.when
+
+    def move(self, module: str | None, count: int) -> None:
+        """Goes on by some steps: with all modules, or with one and what is inside of it."""
+        if module is None:
+            self.ahead += count
+        else:
+            self.modules[module] = self.modules.get(module, 0) + count
+
+
+class Loops:
+    """Of one recording."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self.position = Position()
+        self._starts: list[NodeId] = []  # of all bodies
+        self._owners: list[tuple[Loop, int]] = []  # and whose they are
+        self._lasts: dict[tuple[NodeId, ...], NodeId] = {}
+        self._draws: dict[int, int] = {}  # by step: random ops so far
+        self.columns: dict[NodeId, When] = {}  # masks that are not of the prompts alone
+
+    @property
+    def are_used(self) -> bool:
+        """Whether anything but step 0 has been named."""
+        return bool(self._starts) or self.position.of() != FIRST or bool(self.position.modules)
+
+    def begin(self, loop: Loop, when: When) -> None:
+        """A body begins."""
+        if not loop.names:
+            loop.names.append(self._named(user_frame()))
+        first = NodeId(len(self._recording.nodes))
+        self._starts.append(first)
+        self._owners.append((loop, len(loop.bodies)))
+        loop.bodies.append((first, first))
+        loop.whens.append(when)
+        self.position.loop, self.position.when = loop, when
+
+    def end(self, loop: Loop) -> None:
+        """A body ends."""
+        first = loop.bodies[-1][0]
+        loop.bodies[-1] = (first, NodeId(len(self._recording.nodes)))
+        loop.names.append(self._named(user_frame()))
+        self.position.loop, self.position.when = None, FIRST
+
+    def draw(self) -> int:
+        """The number of the next random op: each step counts its own, so that equal bodies stay equal."""
+        when = self.position.of()
+        steps = range(when.step, when.step + when.num_steps)
+        number = max(self._draws.get(step, 0) for step in steps)
+        self._draws.update(dict.fromkeys(steps, number + 1))
+        return number
+
+    def used(self, node: NodeId, where: str, *, is_member: bool = False) -> NodeId:
+        """A node as code at this place means it: a value of a loop that has ended is that of its last step.
+
+        `is_member`: of a list, where each is meant for itself.
+        """
+        owner = self._owner(node) if self._starts and self.position.loop is None else None
+        if owner is None:
+            return node
+        when = self._recording.facts.times.of(node)
+        if when in (TIMELESS, ENDING):
+            return node
+        loop, number = owner
+        if when.is_loop:
+            raise GraphError(
+                f"this value was recorded once for {when}, so here it could be that of any of them: .save() it, which "
+                f"gives all of them, or write `for step in tracer.iter[...]` at {loop.where}, whose body is recorded "
+                "for each step",
+                where=where,
+            )
+        is_last = number == len(loop.bodies) - 1 and not is_member
+        values = loop.history(self._recording.nodes, node) if is_last else [node]
+        return self._last([value for value in values if self._recording.facts.times.of(value) != ENDING], where)
+
+    def check_change(self, node: NodeId, where: str) -> None:
+        """GraphError for in-place code whose effect would depend on which steps come."""
+        loop = self.position.loop
+        if loop is not None and loop.is_once and node < loop.bodies[-1][0]:
+            raise GraphError(
+                f"the body at {loop.where} is recorded once for all of its steps, so it cannot change a value from "
+                "outside step by step: write `for step in tracer.iter[...]`, whose body is recorded for each step",
+                where=where,
+            )
+        if loop is None and self._starts and (owner := self._owner(node)) is not None:
+            raise GraphError(
+                f"this value belongs to a step of the loop at {owner[0].where}, which has ended: change it there, or "
+                "make another (`value = value + x`)",
+                where=where,
+            )
+
+    def check_rebinding(self, loop: Loop, frame: FrameType | None, before: Mapping[str, Any], where: str) -> None:
+        """GraphError where a variable from outside stands for a value of a body that is recorded once.
+
+        `before`: the variables as they were when the block began.
+        """
+        first, stop = loop.bodies[-1]
+        for name, value in (frame.f_locals if frame is not None else {}).items():
+            old = before.get(name)
+            if not is_recorded(value) or old is None or value is old or not _is_value(old):
+                continue
+            state = state_of(value)
+            if state.recording is not self._recording or not first <= state.node < stop:
+                continue
+            if is_recorded(old) and not self._depends(state.node, state_of(old).node):
+                continue
+            raise GraphError(
+                f"`{name}` is from outside, and the body at {where} gives it another value at each step; that body is "
+                "recorded once for all of its steps: write `for step in tracer.iter[...]`, whose body is recorded for "
+                "each step",
+                where=where,
+            )
+
+    def has_owner(self, node: NodeId) -> bool:
+        """Whether a node was made in the body of a loop that has ended."""
+        return self._owner(node) is not None
+
+    def is_of_body(self, node: NodeId, when: When) -> bool:
+        """Whether a node was made in the body of these steps."""
+        owner = self._owner(node)
+        return owner is not None and owner[0].whens[owner[1]] == when
+
+    def _depends(self, node: NodeId, on: NodeId) -> bool:
+        from polytrace.pruning import cone
+
+        return on in cone(self._recording.nodes, node)
+
+    def _named(self, frame: FrameType | None) -> dict[str, NodeId]:
+        """The variables of the user's function that stand for values of this recording."""
+        found: dict[str, NodeId] = {}
+        for name, value in (frame.f_locals if frame is not None else {}).items():
+            if is_recorded(value) and (state := state_of(value)).recording is self._recording:
+                node = _node_now(state)
+                if node is not None:
+                    found[name] = node
+        return found
+
+    def _owner(self, node: NodeId) -> tuple[Loop, int] | None:
+        place = bisect_right(self._starts, node) - 1
+        if place < 0:
+            return None
+        loop, number = self._owners[place]
+        return (loop, number) if node < loop.bodies[number][1] else None
+
+    def _last(self, values: Sequence[NodeId], where: str) -> NodeId:
+        key = tuple(values)
+        if key not in self._lasts:
+            self._lasts[key] = self._recording.add(Last(values=tuple(map(Ref, values)), where=where))
+        return self._lasts[key]
+
+
+def _node_now(state: State) -> NodeId | None:
+    """The node of a value, without making any; None where it would take one."""
+    if state.version == state.storage.version:
+        return state.node
+    return None if state.steps else state.storage.node
+
+
+def _key(node: Any) -> Hashable:
+    """What nodes of different bodies have in common that stand in the same place."""
+    return (type(node), node.where, node.name if isinstance(node, Op) else None)
+
+
+def _is_value(thing: Any) -> bool:
+    """Whether a variable had something that could be added to."""
+    return is_recorded(thing) or hasattr(thing, "dtype") or (isinstance(thing, (int, float)) and thing is not True)
+
+
+def _is_within(module: str, path: str) -> bool:
+    return not path or module == path or module.startswith(f"{path}.")

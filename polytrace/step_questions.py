@@ -1,0 +1,54 @@
+"""What is asked of the service about values of steps, put as a question about prompts: it knows shapes of one forward.
+
+A later step is a forward of one token a sequence, so a read of one is a read of prompts of one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from polytrace.graph import Constant, Invoke, Last, Mask, Node, NodeId, Op, Port, Read
+from polytrace.tensors import RawTensor
+from polytrace.timing import When
+
+
+def as_prompts(
+    nodes: Sequence[Node], invokes: Sequence[Invoke], columns: Mapping[NodeId, When], *, is_late: bool
+) -> tuple[tuple[Node, ...], tuple[Invoke, ...], dict[str, RawTensor]]:
+    """Nodes that read prompts alone, in the same places, with their invokes and constants of their own.
+
+    `columns`: masks of later steps, by place. `is_late`: what acts at several steps is meant at the last of them.
+    """
+    made: list[Node] = []
+    own: list[Invoke] = [replace(one, generation=None) for one in invokes]
+    places: dict[int, int] = {}  # of invokes' columns
+    constants: dict[str, RawTensor] = {}
+
+    def column(invoke: int) -> int:
+        if invoke not in places:
+            places[invoke] = len(own)
+            own.append(Invoke(sequences=tuple([sequence[-1:] for sequence in invokes[invoke].sequences])))
+        return places[invoke]
+
+    for place, node in enumerate(nodes):
+        if isinstance(node, Read):
+            invoke = column(node.invoke) if _is_column(When(node.step, node.num_steps), is_late) else node.invoke
+            if node.site.port is Port.TOKEN:
+                shape = (len(own[invoke].sequences), own[invoke].longest)
+                name = f"tokens {shape[0]} {shape[1]}"
+                constants[name] = RawTensor(dtype="int64", shape=shape, data=memoryview(bytes(8 * shape[0] * shape[1])))
+                made.append(Constant(name=name, where=node.where))
+            else:
+                made.append(replace(node, invoke=invoke, step=0, num_steps=1))
+        elif isinstance(node, Mask) and NodeId(place) in columns and _is_column(columns[NodeId(place)], is_late):
+            made.append(replace(node, invoke=column(node.invoke)))
+        elif isinstance(node, Last):
+            made.append(Op(name="clone", args=node.values[:1], where=node.where))
+        else:
+            made.append(node)
+    return tuple(made), tuple(own), constants
+
+
+def _is_column(when: When, is_late: bool) -> bool:
+    return when.step > 0 or (is_late and when.is_loop)
