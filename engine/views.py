@@ -51,6 +51,21 @@ class RowView:
         is_run = self.is_whole and not self.has_outputs
         self.is_run = is_run and all(after - before == 1 for before, after in pairwise(rows))
 
+    @classmethod
+    def joined(cls, views: Sequence[RowView]) -> RowView:
+        """Views of one shape in one row space, one below the other; none has outputs of trunks."""
+        joined, (sequences, columns) = cls.__new__(cls), views[0].shape
+        joined.shape = (sequences * len(views), columns)
+        joined.device = views[0].device
+        joined.numbers = [row for view in views for row in view.numbers]
+        cells = sequences * columns
+        joined.places = [place + number * cells for number, view in enumerate(views) for place in view.places]
+        joined.num_rows = len(joined.numbers)
+        joined.is_whole = all(view.is_whole for view in views)
+        joined._num_stream, joined.has_outputs = None, False
+        joined.is_run = joined.is_whole and all(after - before == 1 for before, after in pairwise(joined.numbers))
+        return joined
+
     @cached_property
     def rows(self) -> Tensor:
         """Rows of the stream, `[real]`."""
