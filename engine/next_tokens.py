@@ -19,8 +19,8 @@ from engine.leaves import port_leaves
 from engine.links import Links
 from engine.sampling import NO_TOKEN, Drawing, draw_tokens, log_likelihoods
 from engine.slices import gather_whole
-from engine.views import RowView
-from polytrace.description import Leaf
+from engine.views import InvokeRows, RowView
+from polytrace.description import Leaf, Rows
 from polytrace.graph import Generation
 from scheduling.plan import NO_ROWS, Drawn, Member, RequestId, View
 
@@ -48,10 +48,12 @@ class NextTokens:
         members: Sequence[Member],
         states: Sequence[RequestState],
         views: Sequence[View],
+        rows: Rows,
         logits: Leaf,
         links: Links,
         device: torch.device,
     ) -> None:
+        """`rows` are those of the logits."""
         self._logits, self._links, self._device = logits, links, device
         self._going = [
             _Going(
@@ -59,7 +61,7 @@ class NextTokens:
                 view=view,
                 step=members[view.member].step,
                 generation=generation,
-                rows=state.rows[view.invoke].kept((max(view.lengths) - 1,)),
+                rows=_last(state.rows[view.invoke], rows),
             )
             for view in views
             if view.is_drawing
@@ -103,6 +105,14 @@ class NextTokens:
                 one.state.drawn.append(_told(one, own, logits_KV[start:stop], tokens_K[start:stop]))
                 one.state.note_tokens(one.view.invoke, one.rows.places, own)
             start = stop
+
+
+def _last(invoke: InvokeRows, rows: Rows) -> RowView:
+    """Of each sequence the row of its last token."""
+    if rows is Rows.DECODER:
+        return invoke.decoder
+    last = (max(invoke.view.lengths) - 1,)
+    return invoke.kept(last) if rows is Rows.KEPT else invoke.at(invoke.streams.num_layers, last)
 
 
 def _drawing(one: _Going) -> Drawing:

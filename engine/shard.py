@@ -195,7 +195,7 @@ class Shard:
         self._layouts = {info.order: info.layouts for info in description.sites if info.layouts}
         self._hidden_size = description.hidden_size
         logits = logits_of(description.sites)
-        self._logits = None if logits is None else logits[1]
+        self._logits = None if logits is None else (logits[0].rows, logits[1])
 
     def run(self, plan: Plan) -> ShardResult:
         """Runs this shard's part of a pass.
@@ -479,7 +479,7 @@ class Shard:
     ) -> Callable[[object], object]:
         """Draws what sequences go on with, which fragments may see and change."""
         assert self._logits is not None, "a model without logits has no tokens to be drawn"
-        next_tokens = NextTokens(plan.members, states, plan.views, self._logits, self.links, self.device)
+        next_tokens = NextTokens(plan.members, states, plan.views, *self._logits, self.links, self.device)
         visit = self._visitor(fragments, tables, rows, order)
         return lambda output: next_tokens.visit(output, visit)
 
