@@ -336,6 +336,11 @@ class RequestState:
                 info = self.context.sites[node.site][0]
                 yield from self._rows(node_id, node, info, self.context.levels.of(info.order)).numbers
 
+    def reads_of(self, fragment: Fragment) -> Iterator[int]:
+        """Invokes of whose rows a fragment reads at its visit."""
+        nodes = self.program.graph.nodes
+        yield from (node.invoke for node in map(nodes.__getitem__, fragment.nodes) if isinstance(node, Read))
+
     def _is_in_place(self, write: NodeId) -> bool:
         node = self.program.graph.nodes[write]
         return isinstance(node, Write) and node.in_place

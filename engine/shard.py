@@ -479,7 +479,9 @@ class Shard:
     ) -> Callable[[object], object]:
         """Draws what sequences go on with, which fragments may see and change."""
         assert self._logits is not None, "a model without logits has no tokens to be drawn"
-        next_tokens = NextTokens(plan.members, states, plan.views, *self._logits, self.links, self.device)
+        places = {id(state): place for place, state in enumerate(states)}
+        readers = {(places[id(state)], invoke) for state, fragment in fragments for invoke in state.reads_of(fragment)}
+        next_tokens = NextTokens(plan.members, states, plan.views, *self._logits, self.links, self.device, readers)
         visit = self._visitor(fragments, tables, rows, order)
         return lambda output: next_tokens.visit(output, visit)
 
