@@ -233,7 +233,7 @@ class RequestState:
             return
         else:
             assert isinstance(node, Save), "what earlier steps left does not run"
-            self._save(node_id, node)
+            self._save(node_id, self.values[node.value.node])
             self.fired.append(node_id)
             return
         if not self.has_failed:
@@ -247,7 +247,7 @@ class RequestState:
         info, leaf = self.context.sites[node.site]
         level = self.context.levels.of(info.order)
         is_output = self.context.levels.is_output(info.order) and node.site.selector in ((), (0,))
-        if is_output:
+        if leaf.num_columns is None and is_output:
             rows = self.rows[node.invoke].behind(level, self.program.narrowed.get(node_id))
         else:
             rows = self._rows(node_id, node, info, level)
@@ -348,8 +348,10 @@ class RequestState:
     def _rows(self, node_id: NodeId, node: Read | Write, info: SiteInfo, level: int) -> RowView:
         columns = self.program.narrowed.get(node_id)
         rows = self.rows[node.invoke]
-        if info.port is Port.TOKEN:
-            return rows.drawn(columns)
+        if node.site.port is Port.TOKEN:
+            return rows.tokens(columns)
+        if info.rows is Rows.DECODER:
+            return rows.decoder
         if info.rows is not Rows.ALL:
             return rows.kept(columns)
         is_inside = self.context.levels.is_inside(info.order)
@@ -464,9 +466,18 @@ class RequestState:
         pads = to_device([longest - len(sequence) for sequence in sequences], self.context.device)
         return torch.arange(longest, device=self.context.device)[None] >= pads[:, None]
 
-    def _save(self, node_id: NodeId, node: Save) -> None:
+    def save(self, node_id: NodeId, value: Tensor | None) -> None:
+        """Saves a value that was made beside others' (None: one that it has)."""
+        try:
+            node = self.program.graph.nodes[node_id]
+            assert isinstance(node, Save)
+            self._save(node_id, self.values[node.value.node] if value is None else value)
+        except Exception as error:  # noqa: BLE001  the edge between a user's program and the shared pass
+            self.fail(node_id, _told(error))
+
+    def _save(self, node_id: NodeId, value: Any) -> None:
         if self.context.links.rank == 0:
-            slot, value = self._slots[node_id], self.values[node.value.node]
+            slot = self._slots[node_id]
             member = self.member
             if member is not None and (slot.is_of_step or member.part is not None):
                 slot = self._slot_now(slot, value, member)

@@ -1,7 +1,7 @@
 """What the sequences of a pass go on with: drawn behind the model's output, seen and changed by graphs, then told.
 
-Owns the visit of `Port.TOKEN`. Every sequence has a token of its own, also where several have one row of the logits:
-samples of one prompt, or users with equal ones. How a token is drawn is `engine.sampling`'s.
+Owns the visit of `Port.TOKEN`. Each sequence has a token of its own there, also where several have a row of logits in
+common. How a token is drawn is `engine.sampling`'s.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from engine.leaves import port_leaves
 from engine.links import Links
 from engine.sampling import NO_TOKEN, Drawing, draw_tokens, log_likelihoods
 from engine.slices import gather_whole
-from engine.views import RowView
-from polytrace.description import Leaf
+from engine.views import InvokeRows, RowView
+from polytrace.description import Leaf, Rows
 from polytrace.graph import Generation
 from scheduling.plan import NO_ROWS, Drawn, Member, RequestId, View
 
@@ -37,8 +37,7 @@ class _Going:
     view: View
     step: int
     generation: Generation
-    logits: RowView  # its last column among the rows of the logits
-    rows: RowView  # ... among the tokens
+    rows: RowView  # of the logits: its last column
 
 
 class NextTokens:
@@ -49,13 +48,14 @@ class NextTokens:
         members: Sequence[Member],
         states: Sequence[RequestState],
         views: Sequence[View],
+        rows: Rows,
         logits: Leaf,
         links: Links,
         device: torch.device,
         readers: Container[tuple[int, int]] = (),
     ) -> None:
-        """`readers`: members and invokes of whose tokens something is read in this pass, also where they are not told
-        because they change in a later one.
+        """`rows` are those of the logits. `readers`: members and invokes of whose tokens something is read in this
+        pass, also where they are not told because they change in a later one.
         """
         self._logits, self._links, self._device = logits, links, device
         self._going: list[_Going] = []
@@ -64,25 +64,19 @@ class NextTokens:
             generation = state.program.invokes[view.invoke].generation
             if generation is None or not (view.is_drawing or (view.member, view.invoke) in readers):
                 continue
-            rows, last = state.rows[view.invoke], (max(view.lengths) - 1,)
-            if rows.kept(last).num_rows < sum(segment != NO_ROWS for segment in view.segments):
+            own = state.rows[view.invoke]
+            last = _last(own, rows)
+            if last.num_rows < sum(segment != NO_ROWS for segment in view.segments):
                 continue  # somebody reads tokens, but nobody those of the last column
-            rows.first_token = sum(one.rows.num_rows for one in self._going)
+            own.first_token = sum(one.rows.num_rows for one in self._going)
             self._going.append(
-                _Going(
-                    state=state,
-                    view=view,
-                    step=members[view.member].step,
-                    generation=generation,
-                    logits=rows.kept(last),
-                    rows=rows.drawn(last),
-                )
+                _Going(state=state, view=view, step=members[view.member].step, generation=generation, rows=last)
             )
 
     def visit(self, output: Any, visitor: Callable[[Any], Any]) -> Any:
         """Draws, lets `visitor` see and change what was drawn, and tells the requests' states. Returns the output."""
         packed_1TV = port_leaves(output)[1][self._logits.selector]
-        numbers = [row for one in self._going for row in one.logits.numbers]
+        numbers = [row for one in self._going for row in one.rows.numbers]
         rows_K = to_device(numbers, self._device, torch.long)
         logits_KV = packed_1TV[0].index_select(0, rows_K)
         if self._logits.sharded_dim is not None:
@@ -109,6 +103,14 @@ class NextTokens:
                 one.state.drawn.append(_told(one, own, logits_KV[start:stop], tokens_K[start:stop]))
                 one.state.note_tokens(one.view.invoke, one.rows.places, own)
             start = stop
+
+
+def _last(invoke: InvokeRows, rows: Rows) -> RowView:
+    """Of each sequence the row of its last token."""
+    if rows is Rows.DECODER:
+        return invoke.decoder
+    last = (max(invoke.view.lengths) - 1,)
+    return invoke.kept(last) if rows is Rows.KEPT else invoke.at(invoke.streams.num_layers, last)
 
 
 def _drawing(one: _Going) -> Drawing:

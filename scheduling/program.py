@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from polytrace.certificate import Certificate, ValueShape
 from polytrace.collector import young_only
-from polytrace.description import ModelDescription
+from polytrace.description import Limits, ModelDescription
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write, name_at
 from polytrace.tensors import itemsize
@@ -66,7 +66,32 @@ def work_out(
         return _compile(request_id, step, description, facts, holds, is_first=is_first)
 
     with young_only:
-        return compile_chain(request, infer, compile_step)
+        _check_size(request, description.limits)
+        program, facts = compile_chain(request, infer, compile_step)
+    assert program.chain is not None
+    if program.chain.data_bytes > description.limits.max_result_bytes:
+        told = f"the saves of all steps take {program.chain.data_bytes} bytes"
+        raise TooLargeError(f"{told}; the limit is {description.limits.max_result_bytes}")
+    return program, facts
+
+
+def _check_size(request: Request, limits: Limits) -> None:
+    """What a generation may be before it is cut into steps."""
+    nodes = request.graph.nodes
+    if len(nodes) > limits.max_nodes:
+        raise TooLargeError(f"the graph has {len(nodes)} nodes; the limit is {limits.max_nodes}")
+    saves = sum(node.num_steps for node in nodes if isinstance(node, Save))
+    if saves > limits.max_nodes:
+        raise TooLargeError(f"all steps together save {saves} values; the limit is {limits.max_nodes}")
+    tokens = sum(
+        one.num_tokens + len(one.sequences) * one.generation.max_new_tokens
+        for one in request.invokes
+        if one.generation is not None
+    )
+    if tokens > limits.max_request_tokens:
+        raise TooLargeError(
+            f"all prompts and what they go on with have {tokens} tokens; the limit is {limits.max_request_tokens}"
+        )
 
 
 def _compile(
