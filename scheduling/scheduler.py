@@ -20,6 +20,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from polytrace.certificate import Receipt, Token
@@ -39,7 +40,7 @@ from scheduling.plan import (
     SaveSlot,
     ShardResult,
 )
-from scheduling.policy import FirstComeFirstServed, PassPolicy, passes_in_flight, share_of
+from scheduling.policy import FirstComeFirstServed, PassPolicy, passes_in_flight, share_of, share_of_steps
 from scheduling.receipts import Account, Logged, find_error, find_out_of_memory
 from scheduling.stopping import Decode
 
@@ -293,7 +294,7 @@ class Scheduler:
 
     def _fill(self, pass_id: PassId, ended: tuple[RequestId, ...]) -> tuple[list[_Job], Plan]:
         """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
-        ready = self._with_room()
+        ready = self._in_groups(self._with_room())
         waiting = sum(job.num_rows for job in ready)
         budget = foreseen = self._budget(ready, share_of(waiting, self._depth - len(self._flying), self._policy))
         chosen = self._choice.choose(ready, budget)
@@ -311,6 +312,14 @@ class Scheduler:
                 break
             chosen, plan = more, fuller
         return chosen, plan
+
+    def _in_groups(self, ready: list[_Job]) -> list[_Job]:
+        """Of the steps only as many as are to go now, so that the others keep other stages at work."""
+        steps = [job for job in ready if job.is_step]
+        room = share_of_steps(sum(job.num_rows for job in steps), self._depth - len(self._flying))
+        rows = accumulate(job.num_rows for job in steps)
+        late = {job.number for job, reached in zip(steps[1:], [*rows][1:], strict=True) if reached > room}
+        return [job for job in ready if not (job.is_step and job.number in late)] if late else ready
 
     @property
     def _is_idle(self) -> bool:
