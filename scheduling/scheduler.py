@@ -90,7 +90,8 @@ class _Job:
         self.added = now
         self.is_cancelled = False
         self.is_keeping: bool | None = None  # its trunks; None: nobody has asked yet
-        self.losses = 0  # passes that died with shards while it was in them
+        self.losses = 0  # passes that died with shards while it was in them, since it got further than there
+        self.lost_at = 0  # the step of its generation that it was at then
         self.losses_alone = 0  # of these, those that it had to itself
         self.party: object | None = None  # with whom it goes, and with nobody else; None: with anyone
         self.reserved: int | None = None  # bytes of its caches; None: nothing yet
@@ -170,6 +171,11 @@ class _Job:
     def turn(self) -> tuple[bool, bool, int]:
         """Its place in the queue: steps first; those whose last wave is under way only fill what others leave."""
         return bool(self.in_flight), not self.is_step, self.number
+
+    def clear(self) -> None:
+        """Ends the suspicion once its generation is behind the step at which a pass died."""
+        if self.is_suspect and self.generating is not None and self.generating.step > self.lost_at:
+            self.losses, self.party = 0, None
 
     def take_tokens(self) -> tuple[Token, ...]:
         """What was drawn and has not been told, also when it was drawn before."""
@@ -393,6 +399,7 @@ class Scheduler:
                     self._finish(job)
                     continue
                 job.wave = 0
+                job.clear()
             self._progress[job.program.request] = job
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
@@ -430,6 +437,7 @@ class Scheduler:
                 self._queue_again(job, party=job.party)
             else:
                 job.losses += 1
+                job.lost_at = 0 if job.generating is None else job.generating.step
                 job.losses_alone += len(plan.members) == 1
                 if job.losses_alone == _MAX_LOSSES_ALONE:
                     told = f"shards died in {job.losses_alone} passes with this request alone: {error.message}"
