@@ -168,9 +168,11 @@ class _Job:
         return 0 < self.wave < self.num_waves
 
     @property
-    def turn(self) -> tuple[bool, bool, int]:
-        """Its place in the queue: steps first; those whose last wave is under way only fill what others leave."""
-        return bool(self.in_flight), not self.is_step, self.number
+    def turn(self) -> tuple[bool, bool, bool, int]:
+        """Its place in the queue: suspects first, or they would wait for ever behind those that share passes; then
+        steps; those whose last wave is under way only fill what others leave.
+        """
+        return bool(self.in_flight), not self.is_suspect, not self.is_step, self.number
 
     def clear(self) -> None:
         """Ends the suspicion once its generation is behind the step at which a pass died."""

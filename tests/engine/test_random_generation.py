@@ -18,11 +18,14 @@ from generation_programs import (
     Add,
     Favour,
     Fill,
+    Flood,
     Keep,
+    Lens,
     Look,
     Mix,
     Program,
     Scale,
+    See,
     SeeToken,
     Shift,
     StopAt,
@@ -43,6 +46,7 @@ FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
 EVERYONE = PassPolicy(budget_tokens=1 << 20, max_members=1000)
 FAMILIES = ["llama", "gpt2", "gemma2", "mistral"]
 CROWD = 6
+EDITS = (Add, Fill, Flood, Scale, Favour, Shift)
 
 
 class Served:
@@ -157,10 +161,10 @@ def test_edits_matter_at_later_steps_and_every_kind_of_statement_is_drawn() -> N
         late = tuple(block for block in program.blocks if block.step > 0)
         whole = run_by_hand(plain, program)
         finishes.update(finish for _, finish in whole.generated.values())
-        if any(isinstance(one, (Add, Fill, Scale, Favour, Shift)) for block in late for one in block.statements):
+        if any(isinstance(one, EDITS) for block in late for one in block.statements):
             edited += 1
             moved += _differs(plain, program, whole.values, whole.generated)
-    assert kinds == {Take, Mix, Add, Fill, Scale, Look, Keep, Favour, SeeToken, Shift, StopAt}
+    assert kinds == {Take, Mix, Add, Fill, Flood, Scale, Look, See, Lens, Keep, Favour, SeeToken, Shift, StopAt}
     assert finishes == {"length", "eos", "stop"}
     assert edited >= 20 and moved >= 0.5 * edited  # some are at a place that nothing is read behind
 
@@ -172,11 +176,10 @@ def _programs(count: int) -> Iterator[Program]:
 
 def _differs(plain: PreTrainedModel, program: Program, values: Mapping[str, Tensor], told: object) -> bool:
     """Whether the program gives something else when its later steps edit nothing."""
-    edits = (Add, Fill, Scale, Favour, Shift)
     blocks = tuple(
         block
         if block.step == 0
-        else replace(block, statements=tuple(one for one in block.statements if not isinstance(one, edits)))
+        else replace(block, statements=tuple(one for one in block.statements if not isinstance(one, EDITS)))
         for block in program.blocks
     )
     other = run_by_hand(plain, replace(program, blocks=blocks))
