@@ -154,8 +154,8 @@ class PaddedRunner(StageRunner):
         cache = caches.of(earlier.trunk)
         assert isinstance(cache, (OwnCache, RunsAgain))
         assert cache.length == plan.segments[place].starts[0], "a cache has the tokens before"
-        is_others = any(grow.trunk != earlier.trunk for grow in grows)
-        return cache.fork() if is_others else cache
+        is_taken = [grow.trunk for grow in grows] == [earlier.trunk]
+        return cache if is_taken else cache.fork()  # another's, or a later wave runs the row again
 
     def _keep(self, rows: PackedRows, runs: dict[int, _Run]) -> None:
         """Caches that later passes go on from."""
@@ -167,7 +167,9 @@ class PaddedRunner(StageRunner):
         taken: set[int] = set()
         for grow in rows.streams.plan.grows:
             cache = runs[grow.segment].cache
-            assert cache is not None and grow.begin == 0, "in the padded layout each sequence has all of its tokens"
+            assert cache is not None, "it goes on"
+            if grow.stop < cache.length:
+                continue  # what several sequences have in common: here each has all of it
             rows.attention.store.own_caches.keep(grow.trunk, cache.fork() if grow.segment in taken else cache)
             taken.add(grow.segment)
 
@@ -246,9 +248,11 @@ def _current(run: _Run) -> Iterator[None]:
 
 
 def _earlier(plan: Plan, place: int) -> Segment | None:
-    """The trunk that a segment goes on from."""
+    """The trunk that a segment goes on from, with all tokens before."""
     parent = plan.segments[place].parent
-    return None if parent is None else plan.segments[parent]
+    if parent is None:
+        return None
+    return replace(plan.segments[parent], parent=None, starts=(0,) * len(plan.segments[place].starts))
 
 
 def _whole(segment: Segment, before: tuple[int, ...]) -> Segment:

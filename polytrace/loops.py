@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.errors import GraphError
 from polytrace.graph import Last, NodeId, Op, Ref, Site
 from polytrace.lines import user_frame
+from polytrace.step_values import OfSteps
 from polytrace.storage import State, is_recorded, state_of
 from polytrace.timing import ENDING, FIRST, TIMELESS, When
 
@@ -227,7 +228,9 @@ def _key(node: Any) -> Hashable:
 
 
 def _is_value(thing: Any) -> bool:
-    """Whether a variable had something that could be added to."""
+    """Whether a variable had something that could be added to. What an earlier block has given is a sequence."""
+    if isinstance(thing, OfSteps):
+        return False
     return is_recorded(thing) or hasattr(thing, "dtype") or (isinstance(thing, (int, float)) and thing is not True)
 
 
