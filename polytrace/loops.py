@@ -19,7 +19,7 @@ from polytrace.lines import user_frame
 from polytrace.merging import Body, is_of_a_step
 from polytrace.step_values import OfSteps
 from polytrace.storage import State, is_recorded, state_of
-from polytrace.timing import ENDING, FIRST, TIMELESS, When
+from polytrace.timing import ENDING, FIRST, TIMELESS, When, joined
 
 if TYPE_CHECKING:
     from polytrace.recording import Recording
@@ -114,9 +114,20 @@ class Loops:
         self.position.loop, self.position.when = None, FIRST
         self.position.ahead, self.position.modules = self._outside  # `next()` in a body is for the rest of it
 
-    def draw(self) -> int:
-        """The number of the next random op: each step counts its own, so that equal bodies stay equal."""
-        when = self.position.of()
+    def draw(self, needs: Sequence[NodeId], where: str) -> int:
+        """The number of the next random op, which needs these values.
+
+        Each step counts its own, so that equal bodies stay equal. An op draws at the step that it belongs to.
+        """
+        when = joined(map(self._recording.facts.times.of, needs), where) if self.are_used else FIRST
+        when = FIRST if when == TIMELESS else when
+        loop = self.position.loop
+        if loop is not None and loop.is_once and not when.is_loop:
+            raise GraphError(
+                f"the body at {loop.where} is recorded once for several steps, and this would be drawn once for all of "
+                "them: draw like a value of the step (torch.randn_like), or write `for step in tracer.iter[...]`",
+                where=where,
+            )
         steps = range(when.step, when.step + when.num_steps)
         number = max(self._draws.get(step, 0) for step in steps)
         self._draws.update(dict.fromkeys(steps, number + 1))
