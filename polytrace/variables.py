@@ -64,12 +64,9 @@ def _is_made_of(recording: Recording, node: NodeId, old: Any, body: range) -> bo
     if is_recorded(old):
         return state_of(old).recording is recording and state_of(old).node in cone(recording.nodes, node)
     if isinstance(old, (int, float)) and not isinstance(old, bool):
-        ops = [
-            made
-            for part in cone(recording.nodes, node)
-            if part in body and isinstance(made := recording.nodes[part], Op)
-        ]
-        return any(type(arg) is type(old) and arg == old for op in ops for arg in op.args)
+        ops = [recording.nodes[part] for part in cone(recording.nodes, node) if part in body]
+        arguments = (argument for op in ops if isinstance(op, Op) for argument in op.args)
+        return any(type(argument) is type(old) and argument == old for argument in arguments)
     name = recording.constants.name_of(old)
     parts = [recording.nodes[part] for part in cone(recording.nodes, node)] if name is not None else []
     return any(isinstance(made, Constant) and made.name == name for made in parts)
