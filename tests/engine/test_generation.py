@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -264,3 +266,18 @@ def test_crowds_that_come_and_go_at_any_time_get_what_each_gets_alone(llama: Fam
     while scheduler.has_work():  # shards hear of what has ended in the next pass
         step(scheduler, backend.shards)
     assert backend.shard.store.held_bytes == 0
+
+
+def test_threads_that_generate_at_any_time_share_passes_and_get_what_each_gets_alone(llama: Family) -> None:
+    chosen = random.Random(4)
+    users = [replace(some_user(llama.names, chosen), sampling=chosen.choice([Sampling(), *DRAWN])) for _ in range(12)]
+    alone = [ids_of(llama.serve([user])[0]) for user in users]
+
+    def run(user: User) -> Any:
+        time.sleep(random.Random(user.prompts[0][0]).random() / 10)
+        return record(llama.model, user)
+
+    with ThreadPoolExecutor(len(users)) as threads:
+        tracers = list(threads.map(run, users))
+    assert [[one.ids for one in tracer.result] for tracer in tracers] == alone
+    assert max(entry.requests for tracer in tracers for entry in tracer.receipt.passes) > 1
