@@ -52,8 +52,8 @@ class Setting:
     new_tokens: int = 64
     edited_users: int = 32  # whose edits are held against none
     long_prompt: int = 1000  # that arrives while others run
-    samples: int = 8  # of a prompt with `sampled_tokens`, with and without sharing
-    sampled_tokens: int = 512
+    alike: int = 8  # sequences that have most of `long_tokens` in common, with and without sharing
+    long_tokens: int = 512
     short: int = 1000  # generations after which nothing may be left
     rounds: int = 5
 
@@ -76,8 +76,8 @@ def config_for(folder: Path, *, quick: bool) -> GenerationConfig:
             new_tokens=10,
             edited_users=4,
             long_prompt=150,
-            samples=3,
-            sampled_tokens=70,
+            alike=3,
+            long_tokens=70,
             short=40,
             rounds=2,
         )
@@ -186,22 +186,32 @@ def _arrival(setting: Setting, shape: Shape, ours: Ours) -> dict[str, Any]:
     return figures
 
 
-def _sharing(setting: Setting, shape: Shape, ours: Ours) -> dict[str, Any]:
-    """Samples of one prompt, whose keys and values are there once, or once each."""
-    users = plain_users(shape, 1, tokens=setting.sampled_tokens, new_tokens=setting.new_tokens)
-    on = ours.programs(users, samples=setting.samples)
-    off = ours.programs(users, samples=setting.samples, sharing="off")
-    seconds = race({"on": lambda: ours.merged(on), "off": lambda: ours.merged(off)}, rounds=setting.rounds)
-    tokens = ours.merged(on)
-    figures: dict[str, Any] = {
-        "samples": setting.samples,
-        "prompt": setting.sampled_tokens,
-        "ratios": {"off / on": asdict(ratio(seconds["off"], seconds["on"]))},
-        "tokens_are_equal": tokens == ours.merged(off),
-        "different_samples": len(set(tokens)),
-    }
-    _say(f"{setting.samples} samples of a prompt: " + _shown(figures["ratios"]))
-    return figures
+def _sharing(setting: Setting, shape: Shape, ours: Ours) -> list[dict[str, Any]]:
+    """What is the same is there once, or once each: samples of one prompt, and prompts of users that begin alike."""
+    sizes: dict[str, int] = {"tokens": setting.long_tokens, "new_tokens": setting.new_tokens}
+    one = plain_users(shape, 1, **sizes)
+    alike = plain_users(shape, setting.alike, **sizes, shared=setting.long_tokens * 7 // 8)
+    rows: list[dict[str, Any]] = []
+    for what, users, samples in (("samples of a prompt", one, setting.alike), ("prompts that begin alike", alike, 1)):
+        on = ours.programs(users, samples=samples)
+        off = ours.programs(users, samples=samples, sharing="off")
+        seconds = race(
+            {"on": functools.partial(ours.merged, on), "off": functools.partial(ours.merged, off)},
+            rounds=setting.rounds,
+        )
+        tokens = ours.merged(on)
+        rows.append(
+            {
+                "what": what,
+                "sequences": len(tokens),
+                "tokens": setting.long_tokens,
+                "ratios": {"off / on": asdict(ratio(seconds["off"], seconds["on"]))},
+                "tokens_are_equal": tokens == ours.merged(off),
+                "different": len(set(tokens)),
+            }
+        )
+        _say(f"{len(tokens)} {what}: " + _shown(rows[-1]["ratios"]))
+    return rows
 
 
 def _ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, Any]:
@@ -229,8 +239,7 @@ def _is_right(model: Mapping[str, Any]) -> bool:
         found += model["edits"]["tokens_of_hugging_face"].values()
     if "arrival" in model:
         found.append(model["arrival"]["tokens_are_as_alone"])
-    if "sharing" in model:
-        found.append(model["sharing"]["tokens_are_equal"] and model["sharing"]["different_samples"] > 1)
+    found += [row["tokens_are_equal"] and row["different"] > 1 for row in model.get("sharing", ())]
     if "left" in model:
         found.append(model["left"]["cache_bytes"] == 0)
     return all(found)
@@ -253,8 +262,8 @@ def tell(figures: Mapping[str, Any]) -> str:
                 f"{came['ms_between_tokens_meanwhile']:.1f} meanwhile, {came['longest_ms_meanwhile']:.1f} at most; "
                 f"its first token after {came['ms_to_first_token_of_the_long_one']:.0f} ms"
             )
-        if shared := model.get("sharing"):
-            lines.append(f"  {shared['samples']} samples of {shared['prompt']} tokens: {_shown(shared['ratios'])}")
+        for row in model.get("sharing", ()):
+            lines.append(f"  {row['sequences']} {row['what']}, {row['tokens']} tokens: {_shown(row['ratios'])}")
         if found := model.get("left"):
             lines.append(
                 f"  {found['generations']} short generations: {found['cache_bytes']} bytes left in the cache, "
