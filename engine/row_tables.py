@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
 from engine.fragments import RequestState, ShardContext
-from engine.outlines import Bound, Outline, Outlines, Place
+from engine.outlines import Bound, Outline, Outlines
 from engine.row_ops import Own, Stacks
+from engine.row_spots import Group, PassRows, Places, Side, Spot, Where
 from engine.steady import SteadyValues
 from engine.streams import Streams
 from engine.views import RowView
@@ -32,10 +32,9 @@ from scheduling.plan import Fragment, RequestId
 
 _MAX_BYTES = 1 << 26  # of all members' values
 _MAX_PASSES = 8  # kinds of passes of which tables are kept
+_MAX_KEPT_BYTES = 1 << 27  # of their stacks, when another kind comes
 
 Member = tuple[RequestState, Fragment]
-Places = tuple[Place, ...]  # by member
-Group = tuple[tuple[int, ...], Places]  # which states, and what of them
 Part = tuple[int | None, int]  # which of a request's programs, and its wave
 Key = tuple[tuple[int, int | None, int], ...]  # of a pass: which states, and their parts
 
@@ -66,9 +65,10 @@ class RowTables:
         key = tuple([(id(state), *_part_of(state)) for state in states])
         kept = self._passes.get(key)
         if kept is None:
+            num_bytes = sum(one.num_bytes for one in self._passes.values())
+            while len(self._passes) >= _MAX_PASSES or num_bytes > _MAX_KEPT_BYTES:
+                num_bytes -= self._passes.popitem(last=False)[1].num_bytes
             kept = self._passes[key] = _Kept(frozenset(state.program.request for state in states), {}, {})
-            if len(self._passes) > _MAX_PASSES:
-                self._passes.popitem(last=False)
         self._passes.move_to_end(key)
         return PassTables(self, kept, streams)
 
@@ -142,15 +142,19 @@ class _Kept:
     visits: dict[int, Seated]  # by order
     groups: dict[Group, int]  # numbers of groups: most visits have the same
 
+    @property
+    def num_bytes(self) -> int:
+        """Of stacks."""
+        return sum(table.kept_bytes for seated in self.visits.values() for table in seated.tables)
+
 
 class PassTables:
-    """The tables of one pass, with the rows that their members have in it."""
+    """The tables of one pass."""
 
     def __init__(self, tables: RowTables, kept: _Kept, streams: Streams) -> None:
         self._tables = tables
         self._kept = kept
-        self._streams = streams
-        self._rows: dict[tuple[object, int], RowView | None] = {}
+        self._rows = PassRows(streams)
 
     def run(self, order: int, members: Sequence[Member], port: PortValue) -> Sequence[Member]:
         """Runs the tables of a visit; returns the members that have to run one by one."""
@@ -161,69 +165,11 @@ class PassTables:
             seated = self._kept.visits[order] = self._tables.seated(members, order, self._kept.groups)
         left = seated.alone
         for table in seated.tables:
-            missing = table.run(port, self)
+            missing = table.run(port, self._rows)
             self._tables.num_rows += len(table.seats) - len(missing)
             if missing:
                 left = [*left, *[(seat.state, seat.fragment) for seat in missing]]
         return left
-
-    def rows(self, spot: Spot, states: Sequence[RequestState]) -> RowView | None:
-        """The rows of several members, one below the other; None where some lie outside of the stream.
-
-        One object for as long as the stream is one: most levels of a pass have the same rows.
-        """
-        key = self._space(spot.where), spot.group
-        if key not in self._rows:
-            views = [self._view(spot.where, state, place) for state, place in zip(states, spot.places, strict=True)]
-            is_plain = len({view.shape for view in views}) == 1 and not any(view.has_outputs for view in views)
-            self._rows[key] = RowView.joined(views) if is_plain else None
-        return self._rows[key]
-
-    def _space(self, where: Where) -> object:
-        if where.side is Side.KEPT:
-            return None
-        if where.side is Side.BEHIND and self._streams.giving:
-            return where
-        at = self._streams.inside if where.side is Side.INSIDE else self._streams.at
-        return id(at(where.level))
-
-    def _view(self, where: Where, state: RequestState, place: Place) -> RowView:
-        invoke, columns = place
-        rows = state.rows[invoke]
-        match where.side:
-            case Side.KEPT:
-                return rows.kept(columns)
-            case Side.INSIDE:
-                return rows.inside(where.level, columns)
-            case Side.BEHIND:
-                return rows.behind(where.level, columns)
-        return rows.at(where.level, columns)
-
-
-class Side(Enum):
-    """Which rows a read or a write of a table has."""
-
-    AT = "at"  # those of a level
-    INSIDE = "inside"  # those that a layer is run for
-    BEHIND = "behind"  # a layer's outputs
-    KEPT = "kept"  # those that the head runs on
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """A row space of a pass."""
-
-    side: Side
-    level: int
-
-
-@dataclass(frozen=True, slots=True)
-class Spot:
-    """Where the members of a table have a read or a write."""
-
-    where: Where
-    places: Places
-    group: int  # equal numbers in one kind of pass: equal members and places
 
 
 def _is_whole(state: RequestState) -> bool:
@@ -251,28 +197,38 @@ class Table:
         ]
         self._steady: dict[int, Tensor] = {}  # stacks of steady values, by slot
         self._is_proven = False  # once it has run, and all had the shapes and dtypes that were planned
+        self._is_unfit = False  # once it could not run
 
-    def run(self, port: PortValue, rows: PassTables) -> list[Seat]:
+    def run(self, port: PortValue, rows: PassRows) -> list[Seat]:
         """Runs the members that are whole; returns those that it could not run, to which nothing has happened."""
+        if self._is_unfit:
+            return self.seats
         if not all(map(_is_whole, self._states)):
             return self._run_others(port, rows)
         try:
             stacks, written = self._values(port, rows)
         except Exception:  # noqa: BLE001  one of them fails: it will say so when each runs by itself
+            self._is_unfit = True
+            self._steady.clear()
             return self.seats
         for (write, _), (at, value) in zip(self._writes, written, strict=True):
             port.write(write.selector, RowWrite(rows=at, value=value, in_place=write.in_place, turn=write.turn))
         self._give_back(stacks)
         return []
 
-    def _run_others(self, port: PortValue, rows: PassTables) -> list[Seat]:
+    @property
+    def kept_bytes(self) -> int:
+        """Of stacks that stay from pass to pass."""
+        return sum(stack.nbytes for stack in self._steady.values())
+
+    def _run_others(self, port: PortValue, rows: PassRows) -> list[Seat]:
         left = [seat for seat in self.seats if not _is_whole(seat.state)]
         others = [seat for seat in self.seats if _is_whole(seat.state)]
         if len(others) < 2:
             return self.seats
         return [*left, *Table(others, self._order, self._levels, self._groups).run(port, rows)]
 
-    def _values(self, port: PortValue, rows: PassTables) -> tuple[Stacks, list[tuple[RowView, Tensor]]]:
+    def _values(self, port: PortValue, rows: PassRows) -> tuple[Stacks, list[tuple[RowView, Tensor]]]:
         """All stacks, and what is written where. Raises when a member's value is not what was planned."""
         outline, num = self._outline, len(self.seats)
         stacks: Stacks = [None] * len(outline.owns)
@@ -342,8 +298,8 @@ class Table:
                 raise ValueError("a value is not what was planned")
         self._is_proven = True
 
-    def _rows_of(self, rows: PassTables, spot: Spot) -> RowView:
-        at = rows.rows(spot, self._states)
+    def _rows_of(self, rows: PassRows, spot: Spot) -> RowView:
+        at = rows.at(spot, self._states)
         if at is None:
             raise ValueError("rows of trunks are read one by one")
         return at
