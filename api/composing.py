@@ -47,15 +47,21 @@ def compose(
     wish: CompletionWish | ChatWish, description: ModelDescription, tokenizer: Any, eos: Sequence[int]
 ) -> Request:
     """The request of a call; `eos` are the model's own ends. Raises UserErrors, WishError where a field is to blame."""
+    extension = wish.polytrace
+    recorded = None if extension is None or extension.request is None else _file(extension.request, description)
+    if recorded is not None:
+        wish = wish.model_copy(update={"max_tokens": _most_of(recorded, wish)})
     prompts = _prompts(wish, description, tokenizer)
     seed = secrets.randbelow(MAX_SEED) if wish.seed is None else wish.seed % MAX_SEED
     invokes = tuple(
         Invoke(sequences=(prompt,) * wish.samples, generation=_generation(wish, len(prompt), seed, description, eos))
         for prompt in prompts
     )
-    extension = wish.polytrace
-    if extension is not None and extension.request is not None:
-        return _of_file(extension.request, invokes, description)
+    if recorded is not None:
+        if len(recorded.invokes) != len(invokes):
+            told = f"polytrace.request has {len(recorded.invokes)} invokes, and the call {len(invokes)} prompts"
+            raise WishError(told, "polytrace")
+        return replace(recorded, invokes=invokes)
     steers = extension.steers if extension is not None else []
     nodes, constants = _steering(steers, invokes, description)
     return Request(graph=Graph(nodes=nodes), invokes=invokes, constants=constants, options=Options(seed=seed))
@@ -117,18 +123,26 @@ def _generation(
     )
 
 
-def _of_file(text: str, invokes: tuple[Invoke, ...], description: ModelDescription) -> Request:
-    """The request of a file, with these prompts instead of its own."""
+def _file(text: str, description: ModelDescription) -> Request:
+    """The request of a file, whose prompts are to be replaced."""
     try:
-        request = decode_request(base64.b64decode(text, validate=True), max_nodes=description.limits.max_nodes)
+        return decode_request(base64.b64decode(text, validate=True), max_nodes=description.limits.max_nodes)
     except binascii.Error as error:
         raise WishError(f"polytrace.request is not base64: {error}", "polytrace") from error
     except WireError as error:
         raise WishError(f"polytrace.request is no request file: {error.message}", "polytrace") from error
-    if len(request.invokes) != len(invokes):
-        told = f"polytrace.request has {len(request.invokes)} invokes, and the call {len(invokes)} prompts"
-        raise WishError(told, "polytrace")
-    return replace(request, invokes=invokes)
+
+
+def _most_of(recorded: Request, wish: CompletionWish | ChatWish) -> int | None:
+    """New tokens: as many as the graph was recorded for, whose loops may have a body for each."""
+    said = {"max_tokens", "max_completion_tokens"} & wish.model_fields_set
+    own = {invoke.generation.max_new_tokens for invoke in recorded.invokes if invoke.generation is not None}
+    if not own:
+        return wish.most_tokens
+    if len(own) > 1 or (said and wish.most_tokens not in own):
+        told = f"polytrace.request was recorded for {', '.join(map(str, sorted(own)))} new tokens"
+        raise WishError(f"{told}, and the call asks for {wish.most_tokens}", "max_tokens")
+    return own.pop()
 
 
 def _steering(

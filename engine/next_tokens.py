@@ -1,12 +1,12 @@
 """What the sequences of a pass go on with: drawn behind the model's output, seen and changed by graphs, then told.
 
-Owns the visit of `Port.TOKEN`. The rows are those of the logits; a token stands in the row of the last token that its
-sequence has. How a token is drawn is `engine.sampling`'s.
+Owns the visit of `Port.TOKEN`. Each sequence has a token of its own there, also where several have a row of logits in
+common. How a token is drawn is `engine.sampling`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,23 +52,26 @@ class NextTokens:
         logits: Leaf,
         links: Links,
         device: torch.device,
+        readers: Container[tuple[int, int]] = (),
     ) -> None:
-        """`rows` are those of the logits."""
+        """`rows` are those of the logits. `readers`: members and invokes of whose tokens something is read in this
+        pass, also where they are not told because they change in a later one.
+        """
         self._logits, self._links, self._device = logits, links, device
-        self._going = [
-            _Going(
-                state=state,
-                view=view,
-                step=members[view.member].step,
-                generation=generation,
-                rows=_last(state.rows[view.invoke], rows),
+        self._going: list[_Going] = []
+        for view in views:
+            state = states[view.member]
+            generation = state.program.invokes[view.invoke].generation
+            if generation is None or not (view.is_drawing or (view.member, view.invoke) in readers):
+                continue
+            own = state.rows[view.invoke]
+            last = _last(own, rows)
+            if last.num_rows < sum(segment != NO_ROWS for segment in view.segments):
+                continue  # somebody reads tokens, but nobody those of the last column
+            own.first_token = sum(one.rows.num_rows for one in self._going)
+            self._going.append(
+                _Going(state=state, view=view, step=members[view.member].step, generation=generation, rows=last)
             )
-            for view in views
-            if view.is_drawing
-            for state in (states[view.member],)
-            for generation in (state.program.invokes[view.invoke].generation,)
-            if generation is not None
-        ]
 
     def visit(self, output: Any, visitor: Callable[[Any], Any]) -> Any:
         """Draws, lets `visitor` see and change what was drawn, and tells the requests' states. Returns the output."""
@@ -80,10 +83,7 @@ class NextTokens:
             blocks, copies = self._logits.sharded_blocks, self._logits.sharded_copies
             logits_KV = gather_whole(self._links, logits_KV, 1, blocks, copies)
         drawn_K = draw_tokens(logits_KV, [_drawing(one) for one in self._going])
-        tokens_1T = torch.zeros(packed_1TV.shape[:2], dtype=torch.int64, device=self._device)
-        tokens_1T[0].index_copy_(0, rows_K, drawn_K)
-        final_K = visitor(tokens_1T)[0].index_select(0, rows_K)
-        self._tell(logits_KV, final_K)
+        self._tell(logits_KV, visitor(drawn_K[None])[0])
         return output
 
     def _tell(self, logits_KV: Tensor, tokens_K: Tensor) -> None:
@@ -93,7 +93,7 @@ class NextTokens:
             stop = start + one.rows.num_rows
             own = tokens[start:stop]
             wrong = [token for token in own if not 0 <= token < logits_KV.shape[1]]
-            if one.state.has_failed:
+            if one.state.has_failed or not one.view.is_drawing:
                 pass
             elif wrong:
                 last = logits_KV.shape[1] - 1

@@ -35,14 +35,15 @@ class Span:
 class SpanStore:
     """The key/value store of one shard."""
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, device: torch.device | None = None) -> None:
+        """`device`: where the shard is, None: on a CPU."""
         self.budget_bytes = budget_bytes
         self.held_bytes = 0
         self.row_bytes = 0  # of one row of a block, at most
         self._blocks: dict[tuple[int, PassId], tuple[Tensor, Tensor]] = {}
         self._keys: dict[RequestId, dict[tuple[TrunkId, int], tuple[Tensor, Tensor]]] = {}  # by trunk and layer
         self._outputs: dict[RequestId, dict[tuple[TrunkId, int], Tensor]] = {}
-        self.caches = Caches(self._take, self._give)
+        self.caches = Caches(self._take, self._give, device or torch.device("cpu"))
         self.own_caches = OwnCaches(self._take, self._give)  # of the padded layout
 
     def put(self, layer: int, block: PassId, key_GRC: Tensor, value_GRC: Tensor) -> None:

@@ -306,6 +306,7 @@ def _waves(
     runs_of: list[list[Run]] = [[] for _ in works]
     for run in runs:
         runs_of[run.wave].append(run)
+    tokens = _final_tokens(graph)
     waves = []
     for wave, (stages, own) in enumerate(zip(works, runs_of, strict=True)):
         waves.append(
@@ -313,7 +314,7 @@ def _waves(
                 invokes=tuple(run.invoke for run in own),
                 kept=tuple(kept[run.wave, run.invoke] for run in own),
                 cones=tuple(cones[run.wave, run.invoke] for run in own),
-                drawing=tuple(run.invoke for run in own if _draws(graph, run)),
+                drawing=tuple(run.invoke for run in own if not tokens.isdisjoint(run.reads)),
                 until=max((run.until for run in own), default=PROLOGUE),
                 rows=chosen.rows.get(wave, _NO_ROWS),
                 rows_anew=rows_of(forests[wave]) if wave in forests else _NO_ROWS,
@@ -323,9 +324,9 @@ def _waves(
     return tuple(waves)
 
 
-def _draws(graph: Graph, run: Run) -> bool:
-    """Whether the sequences' next tokens are drawn there: that is read behind all writes."""
-    return any(is_token(graph.nodes[node]) for node in run.reads)
+def _final_tokens(graph: Graph) -> frozenset[int]:
+    """The reads that say what sequences go on with: of each invoke its last, behind all writes."""
+    return frozenset({node.invoke: place for place, node in enumerate(graph.nodes) if is_token(node)}.values())  # type: ignore[union-attr]
 
 
 def _shape(known: ValueFacts) -> ValueShape:

@@ -62,7 +62,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     letters = [f"{space}{letter}" for space in ("", " ") for letter in "abcdefghijklmnopqrstuvwxyz"]
     pairs = [f"{one}{other}" for one in "abcdefgh" for other in "aeiou"]
     words = ["<pad>", "<bos>", "<eos>", *letters, *pairs, "."]
-    made = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words[:96])}, unk_token="<pad>"))
+    made = Tokenizer(models.BPE({word: place for place, word in enumerate(words[:96])}, [], unk_token="<pad>"))
     made.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
@@ -99,12 +99,11 @@ def test_greedy_generations_are_hugging_faces_token_for_token(family: Family) ->
 
 def test_logits_of_every_step_are_hugging_faces(family: Family) -> None:
     """And so are log-probabilities, which are of the logits before they are processed."""
-    place = family.names.logits()
     user = family.user((5, 9, 33), (8, 41, 7, 12, 13, 60, 2), edits=(Steer(family.names.residual(2), 3),))
     with family.model.generate([*map(list, user.prompts)], max_new_tokens=8, eos=None, logprobs=3) as tracer:
         with tracer.all():
             user.edits[0].change(get(family.model, user.edits[0].place))
-            kept = get(family.model, place)[:, -1].save()
+            kept = family.model.output.logits[:, -1].save()
         result = tracer.result
     theirs, logits = generate_by_hand(family.plain, user)
     assert [one.ids for one in result] == theirs
@@ -149,6 +148,36 @@ def test_samples_of_a_prompt_draw_apart_and_share_what_they_have_in_common(llama
     assert ids_of(ours) == sample_by_hand(llama.plain, replace(user, prompts=(prompt,) * 5))
     assert len(set(ids_of(ours))) > 2
     assert llama.serve([user], n=5, sharing="off") == [ours]
+
+
+def test_equal_prompts_of_several_users_draw_and_force_apart(llama: Family) -> None:
+    """Their rows of logits are the same ones; what is made of them is each one's own."""
+    prompt = (5, 9, 33, 20, 21)
+    users = [llama.user(prompt, (7, 7), sampling=Sampling(do_sample=True, seed=seed)) for seed in (1, 2, 3)]
+    users.append(llama.user(prompt))
+    alone = [llama.serve([user])[0] for user in users]
+    assert len({ids_of(one)[0] for one in alone}) > 2
+    assert llama.serve(users) == alone
+
+    tracers = [record(llama.model, user, run=False) for user in users]
+    with llama.model.generate([[*prompt]], max_new_tokens=8, eos=None, run=False) as forcing:
+        for number in forcing.iter[:3]:
+            forcing.token[:] = 40 + number
+    programs = [llama.backend.compile(tracer.built_request()) for tracer in (tracers[3], forcing, *tracers[:3])]
+    greedy, forced, *drawn = [list(outcome.receipt.generated) for outcome in llama.backend.run_together(programs)]
+    assert [greedy, *drawn] == [alone[3], *alone[:3]]
+    assert forced[0].ids[:3] == (40, 41, 42)
+    ((theirs,), _) = generate_by_hand(
+        llama.plain, replace(users[3], prompts=((*prompt, 40, 41, 42),), max_new_tokens=5)
+    )
+    assert forced[0].ids[3:] == theirs
+
+
+def test_a_name_may_stand_for_a_value_of_an_earlier_generation(llama: Family) -> None:
+    for _ in range(2):
+        with llama.model.generate([[5, 6]], max_new_tokens=2, eos=None) as tracer, tracer.all():
+            hidden = llama.model.model.layers[1].output.save()
+        assert [tuple(value.shape) for value in hidden] == [(1, 2, 32), (1, 1, 32)]
 
 
 def test_drawn_tokens_are_as_frequent_as_hugging_faces(llama: Family) -> None:
