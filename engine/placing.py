@@ -108,7 +108,7 @@ def _token_site(sites: tuple[SiteInfo, ...], stages: int) -> tuple[SiteInfo, ...
     info, leaf = logits
     if leaf.read_refusal is not None:
         return ()
-    token = Leaf(selector=(), tail=(), dtype="int64", in_place_refusal=None)
+    token = Leaf(selector=(), tail=(), dtype="int64", in_place_refusal=None, num_columns=leaf.num_columns)
     return (
         SiteInfo(
             module="",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 
-from polytrace.description import Leaf, ModelDescription, SiteInfo
+from polytrace.description import Leaf, ModelDescription, Rows, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import (
     Call,
@@ -51,6 +51,11 @@ class ModelTable:
         for info in description.sites:
             self.sites.setdefault((info.module, info.port), []).append(info)
         self.sources = Sources(description)
+
+    @cached_property
+    def has_encoder(self) -> bool:
+        """Whether the decoder has rows of its own."""
+        return any(info.rows is Rows.DECODER for info in self.description.sites)
 
     @cached_property
     def orders(self) -> dict[tuple[str, Port, int], int]:
@@ -209,6 +214,8 @@ def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
             sites[position] = entry
             has_value[position] = not key[1]
             _check_invoke(node.invoke, request, node.where)
+            if table.has_encoder and node.step + node.num_steps > 1:
+                _check_decodes(node, entry[0])
             if node.site.port is Port.TOKEN:
                 _check_generates(request.invokes[node.invoke], "names the next token", node.where)
         elif isinstance(node, Save):
@@ -242,6 +249,15 @@ def _allowed_site(node: Read | Write, table: ModelTable) -> tuple[SiteInfo, Leaf
         done = "read" if isinstance(node, Read) else "written"
         raise GraphError(f"{node.site} cannot be {done}: {refusal}", where=node.where)
     return info, leaf
+
+
+def _check_decodes(node: Read | Write, info: SiteInfo) -> None:
+    """At later steps of a generation the encoder does not run."""
+    if info.rows is not Rows.DECODER:
+        told = (
+            f"{node.site} has rows of the prompt, which the encoder reads at step 0 alone: name it outside of the loop"
+        )
+        raise GraphError(told, where=node.where)
 
 
 def _check_invoke(invoke: int, request: Request, where: str) -> None:
