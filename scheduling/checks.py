@@ -189,6 +189,16 @@ def check_nodes(nodes: tuple[Node, ...], constants: Mapping[str, RawTensor], tab
     _resolve_nodes(Request(graph=Graph(nodes=nodes), invokes=(nobody,), constants=constants), table)
 
 
+def check_steps(nodes: tuple[Node, ...], table: ModelTable) -> None:
+    """GraphError where a later step of a generation names what is of the encoder, which runs with the prompt alone."""
+    named = [node for node in nodes if isinstance(node, (Read, Write))] if table.has_encoder else []
+    for node in named:
+        is_later = node.step + node.num_steps > 1
+        if is_later and _allowed_site(node, table)[0].rows is not Rows.DECODER:
+            told = f"{node.site} is of the prompt, which the encoder reads at step 0 alone: name it outside of the loop"
+            raise GraphError(told, where=node.where)
+
+
 def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
     nodes = request.graph.nodes
     needed: list[tuple[NodeId, ...]] = []
@@ -214,8 +224,6 @@ def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
             sites[position] = entry
             has_value[position] = not key[1]
             _check_invoke(node.invoke, request, node.where)
-            if table.has_encoder and node.step + node.num_steps > 1:
-                _check_decodes(node, entry[0])
             if node.site.port is Port.TOKEN:
                 _check_generates(request.invokes[node.invoke], "names the next token", node.where)
         elif isinstance(node, Save):
@@ -249,15 +257,6 @@ def _allowed_site(node: Read | Write, table: ModelTable) -> tuple[SiteInfo, Leaf
         done = "read" if isinstance(node, Read) else "written"
         raise GraphError(f"{node.site} cannot be {done}: {refusal}", where=node.where)
     return info, leaf
-
-
-def _check_decodes(node: Read | Write, info: SiteInfo) -> None:
-    """At later steps of a generation the encoder does not run."""
-    if info.rows is not Rows.DECODER:
-        told = (
-            f"{node.site} has rows of the prompt, which the encoder reads at step 0 alone: name it outside of the loop"
-        )
-        raise GraphError(told, where=node.where)
 
 
 def _check_invoke(invoke: int, request: Request, where: str) -> None:
