@@ -98,6 +98,8 @@ def test_requests_that_generate_side_by_side_have_the_bits_that_each_has_alone(l
         assert outcome.receipt.generated == alone.receipt.generated
         assert set(outcome.values) == set(alone.values) and len(alone.values) == STEPS
         assert all(torch.equal(outcome.values[name], alone.values[name]) for name in alone.values)
+        together = [entry.requests for entry in outcome.receipt.passes]
+        assert together[0] == 1 and max(together) == 3, "prompts one by one, steps with those of others"
 
 
 def test_samples_of_a_long_prompt_are_those_that_each_is_alone(loaded: Loaded) -> None:
