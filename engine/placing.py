@@ -37,7 +37,8 @@ def describe_model(
         )
         for site in probe.sites
     )
-    sites += _token_site(sites, stages)
+    if all(report.can_generate for report in reports):
+        sites += _token_site(sites, stages)
     modules = tuple(replace(module, first_stage=place.home(module.path)) for module in probe.modules)
     of_whole = {
         weight.path
@@ -108,7 +109,7 @@ def _token_site(sites: tuple[SiteInfo, ...], stages: int) -> tuple[SiteInfo, ...
     info, leaf = logits
     if leaf.read_refusal is not None:
         return ()
-    token = Leaf(selector=(), tail=(), dtype="int64", in_place_refusal=None, num_columns=leaf.num_columns)
+    token = Leaf(selector=(), tail=(), dtype="int64", in_place_refusal=None)
     return (
         SiteInfo(
             module="",

@@ -39,6 +39,9 @@ from polytrace.sources import Sources
 from polytrace.tensors import RawTensor
 from scheduling.levels import Levels
 
+CANNOT = "no prompt goes on"  # what the note of a description begins with that says why
+_NO_LOGITS = "what it returns has no logits of tokens"
+
 
 class ModelTable:
     """A description, indexed for looking up what a graph names. `table_of` makes it once."""
@@ -70,6 +73,12 @@ class ModelTable:
         found = self.sources.site(site.module, site.port)
         assert found is not None, "the request was checked"
         return found.order
+
+    def has_pads(self, site: Site) -> bool:
+        """Whether a view of a site is as wide as the longest prompt."""
+        if not self.has_encoder:
+            return True
+        return any(info.rows is not Rows.DECODER for info in self.sites.get((site.module, site.port), ()))
 
     @cached_property
     def levels(self) -> Levels:
@@ -310,7 +319,8 @@ def _check_room(index: int, invoke: Invoke, generation: Generation, description:
             f"invoke {index} has prompts of {longest} tokens and {more} new ones; the model's context takes {limit}"
         )
     if not any(site.port is Port.TOKEN for site in description.sites):
-        raise GraphError(f"{description.class_name} does not generate here: what it returns has no logits of tokens")
+        why = next((note for note in description.notes if note.startswith(CANNOT)), _NO_LOGITS)
+        raise GraphError(f"{description.class_name} does not generate here: {why}")
     wrong = [token for token in generation.eos if not 0 <= token < description.vocab_size]
     if wrong:
         raise GraphError(f"invoke {index} is to end at the token {wrong[0]}; ids are 0-{description.vocab_size - 1}")
