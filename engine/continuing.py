@@ -26,7 +26,7 @@ def new_cache(model: PreTrainedModel) -> OwnCache:
     config = model.get_decoder().config if has_encoder(model) else model.config.get_text_config()
     if has_encoder(model):
         both = DynamicCache(config=config), DynamicCache(config=config)
-        return OwnCache(name=name, value=EncoderDecoderCache(*both))
+        return OwnCache(name=name, value=EncoderDecoderCache(*both), has_encoder=True)
     has_default = getattr(model, "_supports_default_dynamic_cache", lambda: False)()
     return OwnCache(name=name, value=DynamicCache(config=config) if has_default else None)
 

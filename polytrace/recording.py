@@ -80,6 +80,9 @@ class Session(Protocol):
     def told(self) -> str:
         """Why a value has no data yet."""
 
+    def num_columns(self, site: Site) -> int | None:
+        """Of a site's view, where that does not depend on the prompts."""
+
     def row_dim(self, site: Site) -> int:
         """The dimension of a site's view that its tokens are in."""
 

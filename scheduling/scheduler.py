@@ -39,7 +39,7 @@ from scheduling.plan import (
     SaveSlot,
     ShardResult,
 )
-from scheduling.policy import FirstComeFirstServed, PassPolicy, passes_in_flight, share_of
+from scheduling.policy import Choice, FirstComeFirstServed, InTurns, PassPolicy, passes_in_flight, share_of
 from scheduling.receipts import Account, Logged, find_error, find_out_of_memory
 from scheduling.stopping import Decode
 
@@ -206,8 +206,8 @@ class Scheduler:
         self._table = table_of(description)
         self._policy = policy
         is_packed = description.layout is PassLayout.PACKED
-        # Where sequences run one by one, a pass of several requests only makes the first wait for the last.
-        self._choice = FirstComeFirstServed(policy.max_members if is_packed else 1)
+        choice = FirstComeFirstServed if is_packed else InTurns
+        self._choice: Choice = choice(policy.max_members)
         self._depth = passes_in_flight(description.stages)
         self._packer = Packer(description)
         self._clock = clock
@@ -278,6 +278,7 @@ class Scheduler:
         ended, self._ended = tuple(self._ended), []
         self._has_caches_left = False
         chosen, plan = self._fill(pass_id, ended)
+        self._choice.went(chosen)
         self._flying[pass_id] = chosen
         self._has_suspect_in_flight = any(job.is_suspect for job in chosen)
         now = self._clock()
