@@ -28,13 +28,17 @@ from api import problems
 from api.catalogue import Deployment
 from api.contents import DEFAULT_OWNER
 from api.edit_routes import EditRoutes
+from api.event_routes import EventRoutes
 from api.keeping import KeepingRoutes
 from api.logs import logs_since
+from api.openai_errors import openai_route
+from api.openai_routes import OpenAIRoutes
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
+from api.streams import Streams
 from api.uploads import receive
-from api.waiting import Waiting
+from api.waiting import Waiting, disconnected
 from api.worker import Verdict
 from cluster.config import DeploymentSpec, Mode
 from polytrace.codec import to_json
@@ -57,6 +61,9 @@ class Gateway:
         self._deployments = Deployments(store, checker)
         self._waiting = Waiting(store)
         self._edits = EditRoutes(store, settings, checker, self._deployments, owner_of)
+        self._streams = Streams(store, self._waiting)
+        self._events = EventRoutes(store, self._waiting, self._streams, _plain)
+        self._openai = OpenAIRoutes(store, settings, checker, self._deployments, self._waiting, self._streams, owner_of)
         self._keeping = KeepingRoutes(store.contents, owner_of, upload_idle_s=settings.upload_idle_s)
 
     def app(self) -> FastAPI:
@@ -83,9 +90,13 @@ class Gateway:
         v1.add_api_route("/requests/{request_id}", self.cancel, methods=["DELETE"])
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["GET"])
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["HEAD"], include_in_schema=False)
+        self._events.add_to(v1)
         self._edits.add_to(v1)
         self._keeping.add_to(v1)
         app.include_router(v1)
+        openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
+        self._openai.add_to(openai)
+        app.include_router(openai)
         app.add_api_route("/healthz", self.healthz)
         app.add_api_route("/readyz", self.readyz)
         return app
@@ -107,7 +118,10 @@ class Gateway:
         return {"status": "ready"}
 
     async def list_models(self) -> dict[str, Any]:
-        """The deployments: what they are, how far, how many requests wait and run, and how each replica does."""
+        """The deployments: what they are, how far, how many requests wait and run, and how each replica does.
+
+        `data` has the names of those that are ready, as OpenAI's clients read them.
+        """
         counts = await to_thread.run_sync(self._store.open_requests)
         models = []
         for known in await to_thread.run_sync(self._store.deployments):
@@ -119,7 +133,12 @@ class Gateway:
                 "running": count.get(RequestState.RUNNING, 0),
             }
             models.append(entry | (_facts(served) if served else {}))
-        return {"models": models}
+        ready = [
+            {"id": known["name"], "object": "model", "created": 0, "owned_by": "polytrace"}
+            for known in models
+            if known["is_ready"]
+        ]
+        return {"models": models, "object": "list", "data": ready}
 
     async def deploy(self, name: str, wish: Deploy) -> dict[str, Any]:
         """Serves a model under this name from now on, or again when it was drained or has failed."""
@@ -227,7 +246,9 @@ class Gateway:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         bell = self._store.gateway_bell
+        events_bell = self._store.events_bell
         loop.add_reader(bell.listen(), self._on_bell)
+        loop.add_reader(events_bell.listen(), self._on_events_bell)
         self._deployments.ring()
         self._checker.start()
         self._store.contents.give_up_uploads()
@@ -237,12 +258,17 @@ class Gateway:
         finally:
             purging.cancel()
             loop.remove_reader(bell.listen())
+            loop.remove_reader(events_bell.listen())
             self._checker.close()
 
     def _on_bell(self) -> None:
         self._store.gateway_bell.quiet()
         self._waiting.ring()
         self._deployments.ring()
+
+    def _on_events_bell(self) -> None:
+        self._store.events_bell.quiet()
+        self._streams.ring()
 
     async def _require_key(self, request: Request) -> None:
         if self._key is None:
@@ -282,7 +308,7 @@ class Gateway:
     async def _wait_for_caller(self, request_id: RequestId, request: Request, wait_s: float) -> RequestStatus | None:
         """The status after waiting; None, and the request cancelled, when the caller left."""
         ended = asyncio.ensure_future(self._waiting.until_final(request_id, wait_s))
-        left = asyncio.ensure_future(_disconnected(request))
+        left = asyncio.ensure_future(disconnected(request))
         try:
             await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
@@ -326,12 +352,6 @@ def _read_small(path: Path) -> bytes | None:
     with path.open("rb", buffering=0) as file:
         content = file.read(SMALL_BYTES + 1)
     return content if len(content) <= SMALL_BYTES else None
-
-
-async def _disconnected(request: Request) -> None:
-    """Returns when the caller has left; the body was read before."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 class Deploy(BaseModel):

@@ -61,11 +61,21 @@ _CODES: dict[int, str] = {404: NotFoundError.code, 413: TooLargeError.code, 503:
 
 def problem(error: PolytraceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer for one of our own errors."""
-    status, title = next(
+    status, title = status_of(error)
+    return _answer(status, title, error.message, error.code, error.where, headers)
+
+
+def status_of(error: PolytraceError) -> tuple[HTTPStatus, str]:
+    """How an error is answered, and its title."""
+    return next(
         ((status, title) for kind, status, title in _TABLE if isinstance(error, kind)),
         (HTTPStatus.INTERNAL_SERVER_ERROR, "The service failed"),
     )
-    return _answer(status, title, error.message, error.code, error.where, headers)
+
+
+def headers_of(status: HTTPStatus) -> dict[str, str]:
+    """What an answer of this status has beside its body."""
+    return dict(_HEADERS.get(status, {}))
 
 
 def install(app: FastAPI) -> None:
@@ -123,5 +133,5 @@ def _answer(
         "where": where,
     }
     return JSONResponse(
-        body, status_code=int(status), media_type=MEDIA_TYPE, headers={**_HEADERS.get(status, {}), **(headers or {})}
+        body, status_code=int(status), media_type=MEDIA_TYPE, headers={**headers_of(status), **(headers or {})}
     )

@@ -15,7 +15,8 @@ from anyio import to_thread
 
 from api.catalogue import Deployment, check_taking
 from api.store import Store
-from api.worker import Verdict
+from api.wishes import ChatWish, CompletionWish
+from api.worker import Composed, Verdict
 from cluster.requests import DeploymentState, Published
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription
@@ -34,6 +35,9 @@ class Checker(Protocol):
     def start(self) -> None: ...
     async def warm(self, model: str, version: str) -> None: ...
     async def check(self, model: str, version: str, path: Path, *, contents: Path, certify: bool) -> Verdict: ...
+    async def compose(
+        self, model: str, version: str, path: Path, wish: CompletionWish | ChatWish, *, contents: Path
+    ) -> Composed: ...
     async def check_edits(self, model: str, version: str, path: Path) -> Verdict: ...
     def close(self) -> None: ...
 

@@ -4,7 +4,8 @@
     requests/<id>.safetensors     as received; gone once the request has ended
     results/<id>.safetensors      its full size from the start, filled by the shards; complete when the state says done
     contents/<owner>/<hash>       what was uploaded or kept (`api.contents`)
-    controller.bell, gateway.bell who wakes whom
+    events/<id>                   what a generation tells while it runs (`api.events`)
+    controller.bell, gateway.bell, events.bell    who wakes whom
 
 Owns durability and the states: queued -> running -> done | failed | cancelled. Knows nothing of graphs and plans.
 
@@ -33,8 +34,10 @@ from api.contents import DEFAULT_OWNER, HAS_ITS_TURN, NOTHING, Contents, Needs, 
 from api.database import Database
 from api.doorbell import Doorbell
 from api.edits import KeptEdits
+from api.events import EventLog
 from api.logs import logs_as_json
 from api.settings import DEFAULT_QUOTA_BYTES
+from api.step_values import values_as_json
 from cluster.config import Mode
 from cluster.requests import Claimed, Finished, LeftBehind, Place, ResultPlace
 from polytrace.errors import (
@@ -51,6 +54,7 @@ from polytrace.wire import content_header
 from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
 
+NOTE_S = 0.5  # between two words in the database of how far a generation is: its tokens go into a file
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
 _WORN_OUT = json.dumps(
     ServiceError(f"the service broke down {MAX_ATTEMPTS} times while it ran this request").to_fields()
@@ -94,10 +98,13 @@ class Store(Catalogue):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.controller_bell = Doorbell(self.folder / "controller.bell")
         self.gateway_bell = Doorbell(self.folder / "gateway.bell")
+        self.events_bell = Doorbell(self.folder / "events.bell")  # rung at every step: it costs the gateway little
         database = Database(self.folder / "store.db")
         super().__init__(database, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
         self.edits = KeptEdits(database)
         self.contents = Contents(database, self.folder / "contents", quota_bytes)
+        self.events = EventLog(self.folder / "events")
+        self._noted: dict[RequestId, float] = {}  # generations -> when their state was last told to the database
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
 
     def close(self) -> None:
@@ -106,6 +113,7 @@ class Store(Catalogue):
         self._db.close()
         self.controller_bell.close()
         self.gateway_bell.close()
+        self.events_bell.close()
 
     # --- the gateway's half
 
@@ -239,7 +247,7 @@ class Store(Catalogue):
         for path in stale:
             path.unlink(missing_ok=True)
         self.contents.sweep()
-        return len(stale)
+        return len(stale) + self.events.sweep(is_open | is_done)
 
     # --- the controller's half (cluster.requests.RequestStore)
 
@@ -400,6 +408,9 @@ class Store(Catalogue):
         if are_awaited:
             self.controller_bell.ring()
         # 3) what is no longer needed
+        for end in finished:
+            self._noted.pop(end.request, None)
+            self.events.forget(end.request)
         for end in changed:
             self.discard(end.request)
             if end.error is not None:
@@ -407,11 +418,20 @@ class Store(Catalogue):
 
     def note_progress(self, progress: Sequence[Progress]) -> None:
         """How far running requests are; who waits for them hears of it."""
+        generating = [told for told in progress if told.tokens or told.saves]
+        for told in generating:
+            values = values_as_json(told.saves, told.result_start, self.result_path(told.request))
+            self.events.append(told.request, told.tokens, values)
+        if generating:
+            self.events_bell.ring()
         rows = [
             (told.passes_done, told.passes, logs_as_json(told, self.result_path(told.request)), told.request)
             for told in progress
+            if self._is_due(told)
         ]
-        with self._db.transaction() as db:
+        if not rows:
+            return
+        with self._db.transaction(is_durable=False) as db:
             db.executemany(
                 "UPDATE requests SET passes_done = ?, passes = ?, logs = ? WHERE id = ? AND state = 'running'", rows
             )
@@ -433,16 +453,29 @@ class Store(Catalogue):
     def _results(self) -> Path:
         return self.folder / "results"
 
+    def _is_due(self, told: Progress) -> bool:
+        """Whether the database is to hear of it: every time, but of a generation only now and then."""
+        now = time.monotonic()
+        if told.tokens and now - self._noted.get(told.request, -NOTE_S) < NOTE_S:
+            return False
+        if told.tokens:
+            self._noted[told.request] = now
+        return True
+
     def _commit(self, end: Finished) -> tuple[Finished, list[str]]:
         """Writes the header of a complete result and makes its files durable; with the hashes of what it leaves."""
         if end.header is None:
             return end, []
         try:
             digests = [commit_place(place) for place in end.left]
+            values = values_as_json(end.saves, len(end.header), self.result_path(end.request))
+            self.events.complete(end.request, end.generated, values)
             fd = os.open(self.result_path(end.request), os.O_RDWR)
             try:
                 if os.pwrite(fd, end.header, 0) != len(end.header):
                     raise OSError("short write")
+                if end.size is not None:
+                    os.ftruncate(fd, end.size)
                 os.fsync(fd)  # the shards' writes too: they went into the same file
             finally:
                 os.close(fd)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from anyio import to_thread
+from starlette.requests import Request
 
 from api.store import RequestStatus, Store
 from polytrace.errors import NotFoundError
@@ -81,3 +82,9 @@ class Waiting:
 def _is_news(status: RequestStatus, passes_done: int | None) -> bool:
     """Whether it has ended, or got further than its caller knows."""
     return status.state.is_final or (passes_done is not None and status.passes_done > passes_done)
+
+
+async def disconnected(request: Request) -> None:
+    """Returns when the caller has left; the body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -22,16 +22,20 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api.contents import NOTHING, Needs, needs_of
-from polytrace.errors import PolytraceError, ServiceError, from_fields
+from polytrace.errors import GraphError, PolytraceError, ServiceError, from_fields
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from api.wishes import ChatWish, CompletionWish
+    from cluster.requests import Published
     from polytrace.description import ModelDescription
+    from scheduling.plan import Program
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -51,6 +55,15 @@ class Verdict:
         """Raises what is wrong with the request, if anything is."""
         if self.error is not None:
             raise from_fields(self.error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composed:
+    """A request that a worker made of what an OpenAI client asked for, and put where an uploaded one would be."""
+
+    verdict: Verdict
+    prompts: tuple[tuple[int, ...], ...] = ()  # as token ids
+    param: str | None = None  # the field that the verdict's error is about
 
 
 class CheckerPool:
@@ -80,6 +93,12 @@ class CheckerPool:
         `version` names the description that it is checked against.
         """
         return await self._run(_check, model, version, str(path), str(contents), certify)
+
+    async def compose(
+        self, model: str, version: str, path: Path, wish: CompletionWish | ChatWish, *, contents: Path
+    ) -> Composed:
+        """Makes the request that a wish is, as a new file, and says of it what `check` would."""
+        return await self._run(_compose, model, version, str(path), str(contents), wish)
 
     async def check_edits(self, model: str, version: str, path: Path) -> Verdict:
         """What is to be said of the edits in a file: whether they are any, and of this model."""
@@ -129,23 +148,44 @@ class _Worker:
     def __init__(self, store: Path) -> None:
         self._store = store
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
+        self._speech: dict[str, tuple[str, Any, tuple[int, ...]]] = {}
 
     def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
         if model in self._loaded and self._loaded[model][0] == version:
             return self._loaded[model][1:]
-        from api.store import Store
         from engine.loading import meta_model
         from polytrace.codec import from_json
         from polytrace.description import ModelDescription
+
+        published = self._published(model)
+        description = from_json(ModelDescription, json.loads(published.description))
+        self._loaded[model] = (version, description, meta_model(published.source, published.dtype))
+        return self._loaded[model][1:]
+
+    def speech(self, model: str, version: str) -> tuple[Any, tuple[int, ...]]:
+        """The model's tokenizer, None without one, and the tokens that end a text."""
+        if model in self._speech and self._speech[model][0] == version:
+            return self._speech[model][1:]
+        from engine.tokenizer import end_tokens
+        from polytrace.tokenizer import load_tokenizer
+
+        published = self._published(model)
+        tokenizer = None if published.tokenizer is None else load_tokenizer(published.tokenizer)
+        self._speech[model] = (version, tokenizer, end_tokens(published.source))
+        return self._speech[model][1:]
+
+    def has_tokenizer(self, model: str, version: str) -> bool:
+        return self.speech(model, version)[0] is not None
+
+    def _published(self, model: str) -> Published:
+        from api.store import Store
 
         store = Store(self._store)
         published = store.published(model)
         store.close()
         if published is None:
             raise ServiceError(f"{model} has published nothing that requests could be checked against")
-        description = from_json(ModelDescription, json.loads(published.description))
-        self._loaded[model] = (version, description, meta_model(published.source, published.dtype))
-        return self._loaded[model][1:]
+        return published
 
 
 # A pool's tasks find their process' state here; there is no other way to hand it to them.
@@ -183,9 +223,38 @@ def _prepare(model: str, version: str) -> None:
 
 
 def _check(model: str, version: str, path: str, contents: str, certify: bool) -> Verdict:
-    return _answered(
-        model, version, lambda description, meta: _verdict(description, meta, Path(path), Path(contents), certify)
-    )
+    def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
+        assert _worker is not None
+        has_text = partial(_worker.has_tokenizer, model, version)
+        return _verdict(description, meta, Path(path), Path(contents), certify, has_text)
+
+    return _answered(model, version, judge)
+
+
+def _compose(model: str, version: str, path: str, contents: str, wish: CompletionWish | ChatWish) -> Composed:
+    from api.composing import compose
+    from api.wishes import WishError
+    from polytrace.wire import encode_request
+
+    prompts: tuple[tuple[int, ...], ...] = ()
+    param: str | None = None
+
+    def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
+        nonlocal prompts, param
+        assert _worker is not None
+        try:
+            request = compose(wish, description, *_worker.speech(model, version))
+        except WishError as error:
+            param = error.param
+            raise
+        prompts = tuple(invoke.sequences[0] for invoke in request.invokes)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.writelines(encode_request(request))
+        has_text = partial(_worker.has_tokenizer, model, version)
+        return _verdict(description, meta, Path(path), Path(contents), False, has_text)
+
+    verdict = _answered(model, version, judge)
+    return Composed(verdict=verdict, prompts=prompts, param=param)
 
 
 def _check_edits(model: str, version: str, path: str) -> Verdict:
@@ -203,8 +272,16 @@ def _answered(model: str, version: str, judge: Callable[[ModelDescription, nn.Mo
         return Verdict(error=ServiceError(f"checking the request failed: {type(error).__name__}").to_fields())
 
 
-def _verdict(description: ModelDescription, meta: nn.Module, path: Path, contents: Path, certify: bool) -> Verdict:
+def _verdict(
+    description: ModelDescription,
+    meta: nn.Module,
+    path: Path,
+    contents: Path,
+    certify: bool,
+    has_text: Callable[[], bool],
+) -> Verdict:
     from cluster.contents import with_contents
+    from cluster.facts import FactsNotebook
     from cluster.requests import read_request
     from engine.shapes import infer
     from polytrace.codec import to_json
@@ -212,20 +289,36 @@ def _verdict(description: ModelDescription, meta: nn.Module, path: Path, content
     from scheduling.costs import token_layers
     from scheduling.plan import RequestId
     from scheduling.program import certify as make_certificate
-    from scheduling.program import compile_program
+    from scheduling.program import work_out
+    from scheduling.step_costs import most_rows, step_costs
+    from scheduling.step_saves import all_slots
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
+    stops = any(one.generation.stop for one in request.invokes if one.generation is not None)
+    if stops and not has_text():
+        raise GraphError("texts that end a generation need a tokenizer, and this model came without one")
     named = tuple(request.constants.values())
     request, _ = with_contents(request, contents, None)
-    facts = infer(description, request, meta)
-    program = compile_program(RequestId(path.stem), request, description, facts)
+    notebook = FactsNotebook(lambda part: infer(description, part, meta))
+    program, facts = work_out(RequestId(path.stem), request, description, notebook.infer)
+    _check_keeps(program)
+    table = table_of(description)
     certificate = json.dumps(to_json(make_certificate(program, facts, description))).encode() if certify else None
     return Verdict(
-        facts=json.dumps(to_json(facts)).encode(),
-        needs=needs_of(named, program.saves),
-        work=token_layers(program, table_of(description)),
+        facts=notebook.encode(request),
+        needs=needs_of(named, tuple(all_slots(program))),
+        work=token_layers(program, table) + step_costs(program, most_rows(program), table).token_layers,
         certificate=certificate,
     )
+
+
+def _check_keeps(program: Program) -> None:
+    """What stays on the service is one value, and one that comes for sure."""
+    from scheduling.step_saves import all_slots
+
+    for slot in all_slots(program):
+        if slot.keep is not None and slot.is_of_step:
+            raise GraphError(f"{slot.keep.name!r} would be a value of each step; keep their stack behind the loop")
 
 
 def _verdict_of_edits(description: ModelDescription, path: Path) -> Verdict:

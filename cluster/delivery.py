@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.requests import Finished, Place, RequestStore, left_by
+from cluster.results import end_of, without_holes
 from polytrace.certificate import Receipt
-from polytrace.errors import ServiceError
+from polytrace.errors import RunError, ServiceError
 from polytrace.wire import result_header
-from scheduling.plan import Program, RequestId
+from scheduling.plan import Program, RequestId, SaveSlot
 from scheduling.scheduler import Progress
+from scheduling.step_saves import all_slots
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ class Done:
 
     program: Program
     receipt: Receipt
+    saves: tuple[SaveSlot, ...] = ()  # of a generation: those that came
 
 
 class Delivery:
@@ -73,15 +76,31 @@ class Delivery:
 def _finished(end: Done | Finished) -> Finished:
     if isinstance(end, Finished):
         return end
+    came = end.program.saves if end.program.chain is None else end.saves
+    returned = without_holes(slot for slot in came if slot.keep is None)
     try:
-        returned = [slot for slot in end.program.saves if slot.keep is None]
         header = result_header(returned, end.receipt, end.program.result_start)
     except ValueError as error:
         _log.exception("the receipt of %s could not be written", end.program.request)
         return Finished(request=end.program.request, error=ServiceError(str(error)))
+    for slot in came:
+        if slot.file is not None and _is_short(slot, end.program):
+            told = f"{slot.name!r} was to be kept and came out as {list(slot.facts.shape)}: its generation ended early"
+            return Finished(request=end.program.request, error=RunError(told))
     places = (
-        Place(left=left_by(slot), path=Path(slot.file), start=slot.offset)
-        for slot in end.program.saves
-        if slot.file is not None
+        Place(left=left_by(slot), path=Path(slot.file), start=slot.offset) for slot in came if slot.file is not None
     )
-    return Finished(request=end.program.request, header=header, left=tuple(places))
+    return Finished(
+        request=end.program.request,
+        header=header,
+        size=end.program.result_start + end_of(returned),
+        left=tuple(places),
+        generated=end.receipt.generated,
+        saves=tuple(slot for slot in end.saves if slot.keep is None),
+    )
+
+
+def _is_short(slot: SaveSlot, program: Program) -> bool:
+    """Whether a value came out smaller than its file was made for."""
+    planned = next(own for own in all_slots(program) if own.name == slot.name)
+    return planned.facts.shape != slot.facts.shape

@@ -18,6 +18,7 @@ from polytrace.errors import PolytraceError, ServiceError
 from scheduling.loop import Shards, step
 from scheduling.plan import Plan, Program, RequestId, ShardResult
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.stopping import Decode
 
 
 def give_up(loss: PolytraceError) -> None:
@@ -38,10 +39,11 @@ class Dispatcher:
         awake: threading.Event,  # the shards set it when a pass has ended
         recover: Callable[[PolytraceError], None] = give_up,  # makes the shards whole after a loss, or raises
         max_active: int = 1024,  # programs in memory; the rest waits in the store
+        decode: Decode | None = None,  # the text of tokens; without it requests have no texts to end at
     ) -> None:
         self._shards = _Lossy(shards)
         self._recover = recover
-        self._scheduler = Scheduler(description, policy)
+        self._scheduler = Scheduler(description, policy, decode=decode)
         self._events: queue.SimpleQueue[IntakeEvent] = queue.SimpleQueue()
         self._awake = awake
         self._programs: dict[RequestId, Program] = {}
@@ -124,7 +126,7 @@ class Dispatcher:
     def _end(self, outcome: Outcome) -> Done | Finished:
         program = self._programs.pop(outcome.request)
         if outcome.receipt is not None and outcome.error is None:
-            return Done(program=program, receipt=outcome.receipt)
+            return Done(program=program, receipt=outcome.receipt, saves=outcome.saves)
         return Finished(request=outcome.request, error=outcome.error or ServiceError("it ended without a receipt"))
 
     def _thread(self, name: str, body: Callable[[], None]) -> threading.Thread:

@@ -7,7 +7,6 @@ comes out are events for the loop: a program to add, a request to cancel, or one
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import threading
@@ -16,13 +15,14 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from cluster.contents import with_contents
+from cluster.facts import KeptFacts
 from cluster.requests import Claimed, Finished, RequestStore, left_by, read_request
-from polytrace.codec import from_json
+from cluster.results import room_for, with_files
 from polytrace.description import ModelDescription
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, WireError
-from polytrace.wire import result_room
-from scheduling.plan import Program, RequestId, SaveSlot, ValueFacts
-from scheduling.program import compile_program
+from scheduling.plan import Program, RequestId
+from scheduling.program import work_out
+from scheduling.step_saves import data_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -156,33 +156,35 @@ class Intake:
         except (WireError, OSError) as error:  # it was whole when it was accepted
             raise ServiceError(f"the stored request cannot be read: {error}") from error
         request, contents = with_contents(request, claimed.contents, claimed.states)
-        facts = tuple(None if plain is None else from_json(ValueFacts, plain) for plain in json.loads(claimed.facts))
-        program = compile_program(claimed.request, request, description, facts)
-        returned = [slot for slot in program.saves if slot.keep is None]
-        data_bytes = max((slot.offset + slot.facts.num_bytes for slot in returned), default=0)
-        room = result_room(returned, program.graph, passes=len(program.waves), num_layers=self._description.num_layers)
-        place = self._store.place_result(claimed.request, room, data_bytes)
-        return replace(
-            program,
-            constants={},
+        program, _ = work_out(claimed.request, request, description, KeptFacts(claimed.facts).infer)
+        room = room_for(program, request, description.num_layers)
+        place = self._store.place_result(claimed.request, room, data_bytes(program))
+        return with_files(
+            self._placed(program),
             contents=contents,
-            saves=self._placed(program),
             request_file=str(claimed.path),
             result_file=str(place.path),
             result_start=place.start,
         )
 
-    def _placed(self, program: Program) -> tuple[SaveSlot, ...]:
-        """The saves, those that stay on the service with the files that they go to."""
-        kept = [slot for slot in program.saves if slot.keep is not None]
+    def _placed(self, program: Program) -> Program:
+        """The program with the files that saves go to which stay on the service."""
+        parts = () if program.chain is None else program.chain.parts
+        kept = [slot for own in (program, *parts) for slot in own.saves if slot.keep is not None]
         if not kept:
-            return program.saves
-        left = [left_by(slot) for slot in kept]
-        places = iter(self._store.place_left(program.request, left))
-        saves = []
-        for slot in program.saves:
-            if slot.keep is not None:
-                place = next(places)
-                slot = replace(slot, file=str(place.path), offset=place.start)
-            saves.append(slot)
-        return tuple(saves)
+            return program
+        places = iter(self._store.place_left(program.request, [left_by(slot) for slot in kept]))
+
+        def placed(own: Program) -> Program:
+            saves = []
+            for slot in own.saves:
+                if slot.keep is not None:
+                    place = next(places)
+                    slot = replace(slot, file=str(place.path), offset=place.start)
+                saves.append(slot)
+            return replace(own, saves=tuple(saves))
+
+        program = placed(program)
+        if program.chain is None:
+            return program
+        return replace(program, chain=replace(program.chain, parts=tuple([placed(part) for part in parts])))

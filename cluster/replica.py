@@ -24,6 +24,7 @@ from engine.tokenizer import tokenizer_json
 from polytrace.codec import to_json
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError
+from polytrace.tokenizer import decoder_of
 from scheduling.policy import PassPolicy, wave_tokens
 
 MAX_RESTARTS = 3  # from nothing, within the window below; then it has failed
@@ -154,6 +155,7 @@ class Replica:
                 awake=awake,
                 recover=self._recover,
                 max_active=self._config.max_active,
+                decode=decoder_of(tokenizer_json(self._spec.source)),
             )
             if self._is_stopped.is_set():  # looked at behind the assignment: `stop` looks in the other order
                 return

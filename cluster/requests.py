@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.config import Wanted
+from polytrace.certificate import Generated
 from polytrace.errors import PolytraceError, WireError
 from polytrace.graph import Request
 from polytrace.wire import decode_request
@@ -107,8 +108,11 @@ class Finished:
 
     request: RequestId
     header: bytes | None = None  # of its result file, exactly as long as the room kept free; None when it failed
+    size: int | None = None  # of the file, where it may be shorter than it was made
     error: PolytraceError | None = None  # CancelledError when its owner cancelled it
     left: tuple[Place, ...] = ()  # what stays on the service when there is no error
+    generated: tuple[Generated, ...] = ()  # how its sequences went on
+    saves: tuple[SaveSlot, ...] = ()  # of a generation: those that came
 
 
 class RequestStore(Protocol):

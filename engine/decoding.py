@@ -109,9 +109,15 @@ class Decoding:
             for near in _neighbours(sorted(group, key=lambda found: found[0])):
                 self.runs.append(Run(slabs[slab], near, pieces, device))  # type: ignore[index]
 
+        slots: dict[int, tuple[Slab, set[int]]] = {}
+        for run in self.runs:
+            for slab_, slot in run.caches:
+                slots.setdefault(id(slab_), (slab_, set()))[1].add(slot)
+        self._slots = list(slots.values())
+
     def is_odd(self, layer: int) -> bool:
         """Whether values that are not finite are among those that the rows see: then products of pages do not do."""
-        return any(slot in slab.layers[layer].odd for run in self.runs for slab, slot in run.caches)
+        return any(not slots.isdisjoint(slab.layers[layer].odd) for slab, slots in self._slots)
 
     def attend(self, number: int, layer: PagedLayer) -> None:
         """Computes the rows of a layer."""
@@ -151,9 +157,9 @@ def _attend(run: Run, number: int, layer: PagedLayer) -> None:
     parts.append(product(q_BEC, keys.transpose(1, 2), least).view(slots, groups, share, -1))
     if layer.formula.softcap is not None:
         parts = [capped(part.contiguous(), layer.formula.softcap) for part in parts]
-    for place, (part, sight) in enumerate(zip(parts, sights, strict=True)):
+    for part, sight in zip(parts, sights, strict=True):
         if sight.hidden is not None:
-            parts[place] = part.masked_fill(sight.hidden, -math.inf)
+            part.masked_fill_(sight.hidden, -math.inf)
     # 2) the softmax over whole pages
     if layer.sinks_GE is not None:
         sinks = queries_GBEC.new_full((slots, groups, share, PAGE), -math.inf)

@@ -9,14 +9,16 @@ Invariant: bytes held never exceed the budget; a block that nobody retains is go
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.caches import Caches
+from engine.own_caches import OwnCaches
 from polytrace.errors import CapacityError
-from scheduling.plan import PassId, RequestId, TrunkId
+from scheduling.plan import Grow, PassId, RequestId, TrunkId
 
 # R = rows of a block or of a trunk, D = hidden, G = key/value heads, C = head dimension
 
@@ -33,14 +35,16 @@ class Span:
 class SpanStore:
     """The key/value store of one shard."""
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, device: torch.device | None = None) -> None:
+        """`device`: where the shard is, None: on a CPU."""
         self.budget_bytes = budget_bytes
         self.held_bytes = 0
         self.row_bytes = 0  # of one row of a block, at most
         self._blocks: dict[tuple[int, PassId], tuple[Tensor, Tensor]] = {}
         self._keys: dict[RequestId, dict[tuple[TrunkId, int], tuple[Tensor, Tensor]]] = {}  # by trunk and layer
         self._outputs: dict[RequestId, dict[tuple[TrunkId, int], Tensor]] = {}
-        self.caches = Caches(self._take, self._give)
+        self.caches = Caches(self._take, self._give, device or torch.device("cpu"))
+        self.own_caches = OwnCaches(self._take, self._give)  # of the padded layout
 
     def put(self, layer: int, block: PassId, key_GRC: Tensor, value_GRC: Tensor) -> None:
         """Takes (no copy) the keys and values of a pass at a layer; CapacityError when the budget would be exceeded."""
@@ -94,12 +98,20 @@ class SpanStore:
         """What a layer made of a trunk's rows, `[R, D]`."""
         return self._outputs[trunk[0]][trunk, layer]
 
+    def hold(self, grows: Sequence[Grow]) -> None:
+        """Makes caches that a pass puts rows into, and moves those that need more room. Before the pass begins."""
+        if self.held_bytes > self.budget_bytes // 4:
+            self.caches.pack()
+        for grow in grows:
+            self.caches.hold(grow)
+
     def forget(self, request: RequestId) -> None:
         """Drops what is kept for a request; unknown ones are fine."""
         kept = [part for pair in self._keys.pop(request, {}).values() for part in pair]
         kept += self._outputs.pop(request, {}).values()
         self._give(sum(tensor.nbytes for tensor in kept))
         self.caches.forget(request)
+        self.own_caches.forget(request)
 
     def reset(self) -> None:
         """Forgets everything, kept rows of requests included."""
@@ -107,6 +119,7 @@ class SpanStore:
         for request in {*self._keys, *self._outputs}:
             self.forget(request)
         self.caches.reset()
+        self.own_caches.reset()
 
     def _give(self, num_bytes: int) -> None:
         self.held_bytes -= num_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
 
@@ -24,3 +24,17 @@ def tokenizer_json(source: str) -> bytes | None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str().encode() if backend is not None else None
+
+
+def end_tokens(source: str) -> tuple[int, ...]:
+    """The tokens behind which a text of the model ends, as its generation's configuration says, else its own."""
+    try:
+        found = GenerationConfig.from_pretrained(source).eos_token_id
+    except (OSError, ValueError):
+        found = None
+    if found is None:
+        try:
+            found = getattr(AutoConfig.from_pretrained(source).get_text_config(), "eos_token_id", None)
+        except (OSError, ValueError):
+            found = None
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)

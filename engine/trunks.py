@@ -27,8 +27,7 @@ class Trunks:
         self._store = store
         self._keeps = streams.plan.keeps
         self._growths: dict[int, Growth] = {}  # by id of the stream
-        for grow in streams.plan.grows:
-            store.caches.hold(grow)
+        store.hold(streams.plan.grows)
 
     def decoding(self, stream: Stream) -> Decoding | None:
         """The rows that decode among those inside of a layer; None when none does."""
@@ -43,7 +42,11 @@ class Trunks:
         """
         stream = self._streams.inside(layer)
         count = len(self._streams.trunks) if is_all else self._streams.num_gathered
-        found = [self._kept(stream, place, layer, key_GTC.dtype) for place in self._streams.trunks[:count]]
+        found = [
+            self._kept(stream, place, layer, key_GTC.dtype)
+            for place in self._streams.trunks[:count]
+            if stream.segments[place].stops[layer] > stream.segments[place].starts[layer]
+        ]
         if found:
             key_GTC = torch.cat([key_GTC, *(key for key, _ in found)], 1)
             value_GTC = torch.cat([value_GTC, *(value for _, value in found)], 1)
@@ -62,7 +65,7 @@ class Trunks:
         """A trunk's keys and values `[G, R, C]`, as many as it has by its segment."""
         segment = stream.segments[place]
         assert segment.trunk is not None
-        count = max(0, segment.stops[layer] - segment.starts[layer])
+        count = segment.stops[layer] - segment.starts[layer]
         if segment.trunk in self._store.caches:
             key, value = self._store.caches.rows(segment.trunk, layer, count)
             return key.to(dtype), value.to(dtype)  # back to what it was

@@ -46,6 +46,10 @@ class Fired:
     steps: int = 1  # of a generation: at how many
     of_steps: int = 1  # ... of how many that it had
 
+    def __str__(self) -> str:
+        steps = f" at {self.steps} of {self.of_steps} steps" if self.of_steps > 1 else ""
+        return f"{self.kind} of {self.site} ({self.where}) fired{steps}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:

@@ -11,7 +11,7 @@ from polytrace.certificate import Token
 from polytrace.continuations import Continuation, Continuations
 from polytrace.errors import GraphError
 from polytrace.generate_options import Ways, is_source
-from polytrace.graph import Constant, Invoke, Options, Port, Ref, Site, Stop
+from polytrace.graph import Invoke, Options, Port, Ref, Site, Stop
 from polytrace.iterating import StepBlock, StepIndex
 from polytrace.lines import user_line
 from polytrace.literals import scalar
@@ -19,7 +19,7 @@ from polytrace.loops import Position
 from polytrace.progress import Hear, Tell
 from polytrace.step_values import came
 from polytrace.storage import is_recorded
-from polytrace.tensors import RawTensor
+from polytrace.streaming import Piece, Pieces
 from polytrace.timing import FIRST
 from polytrace.tracing import InvokeBlock, Tracer
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from polytrace.model import Model
 
 TOKEN = Site(module="", port=Port.TOKEN)
-Listener = Callable[[Token], Any]
+Listener = Callable[[Piece], Any]
 
 
 class GenerateTracer(Tracer):
@@ -44,12 +44,14 @@ class GenerateTracer(Tracer):
         *,
         chat: Mapping[str, Any] | None = None,
         edits: Sequence[EditSet] = (),
-        listener: Listener | None = None,
+        listener: Listener | bool | None = None,
     ) -> None:
-        """`given`: the keywords of `polytrace.generate_options`."""
+        """`given`: the keywords of `polytrace.generate_options`. `listener`: hears tokens; True prints their text."""
         self._ways = Ways(model.description, given, options.seed)
         self._own_way: Mapping[str, Any] = {}  # keywords of the invoke that is being made
-        self._listener = listener
+        if not (listener is None or isinstance(listener, bool) or callable(listener)):
+            raise GraphError(f"stream is a function or True, not {listener!r}", where=user_line())
+        self._listener: Listener | None = _print if listener is True else listener or None
         self._results: dict[int | None, Continuations] = {}
         super().__init__(model, prompts, options, is_run, chat=chat, edits=edits)
         self.recording.goes_on = True
@@ -116,9 +118,7 @@ class GenerateTracer(Tracer):
         else:
             if not isinstance(flag := scalar(when), (bool, int, float)):
                 raise GraphError(f"stop takes a value of the trace or a truth, not {when!r}", where=where)
-            raw = RawTensor(dtype="bool", shape=(), data=memoryview(bytes([bool(flag)])))
-            name = self.recording.constants.take(raw)
-            operand = Ref(self.recording.once(Constant(name=name, where=where), name))
+            operand = Ref(self.recording.own_constant("bool", (), bytes([bool(flag)]), where))
         assert isinstance(operand, Ref)
         for member in self.members_of(invoke):
             self.recording.add(
@@ -187,10 +187,14 @@ class GenerateTracer(Tracer):
         assert self.request is not None
         if self._listener is None:
             return super()._run(tell, hear)
-        listener = self._listener
+        listener, pieces = self._listener, Pieces(self.model.tokenizer, self._invokes)
 
         def hear_tokens(tokens: Iterable[Token]) -> None:
-            for token in tokens:
-                listener(token)
+            for piece in pieces.of(tokens):
+                listener(piece)
 
         return self.model.backend.run(self.request, tell, hear, hear_tokens)
+
+
+def _print(piece: Piece) -> None:
+    print(piece.text, end="" if piece.finish is None else "\n", flush=True)

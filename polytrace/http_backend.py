@@ -1,7 +1,7 @@
 """A model that a service runs, over HTTP. Knows the gateway's routes, and nothing of traces or torch.
 
-A request is sent once and then waited for: first inside the call that sends it, then by long polls. Whoever stops
-waiting (Ctrl-C, a time-out) cancels it.
+A request is sent once and then waited for: first inside the call that sends it, then by long polls; who hears tokens
+follows its events instead. Whoever stops waiting (Ctrl-C, a time-out, an error of who hears) cancels it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -17,12 +17,13 @@ from urllib.parse import quote
 import httpx
 
 from polytrace.backend import Result
-from polytrace.certificate import Certificate
+from polytrace.certificate import Certificate, Token
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription
-from polytrace.errors import NotFoundError, ServiceError, WireError
+from polytrace.errors import NotFoundError, ServiceError, UserError, WireError
 from polytrace.graph import Request
 from polytrace.http_calls import body, call, check, get_json, make_client, pieces, timeout, unreachable
+from polytrace.http_events import follow
 from polytrace.http_keeper import HttpKeeper
 from polytrace.kinds import value_kind
 from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
@@ -73,10 +74,15 @@ class HttpBackend:
     ) -> Result:
         """Raises what the service says of the request, or ServiceError when it does not answer in time."""
         deadline = time.monotonic() + self._timeout_s
-        first_wait_s = _FIRST_WAIT_S if hear is hear_nothing else 0.0  # who logs wants to see how far it is at once
-        submit = partial(self._submit, wait_s=min(first_wait_s, self._timeout_s))
+        is_heard = hear is not hear_nothing or hear_tokens is not hear_no_tokens  # who listens does so from the start
+        submit = partial(self._submit, wait_s=min(0.0 if is_heard else _FIRST_WAIT_S, self._timeout_s))
         answer = self.keeper.with_contents(request, submit)
-        waited = self._await(answer, deadline, tell, hear) if isinstance(answer, str) else answer
+        if isinstance(answer, str) and hear_tokens is not hear_no_tokens:
+            waited = self._await(answer, partial(self._listen, answer, deadline, hear, hear_tokens))
+        elif isinstance(answer, str):
+            waited = self._await(answer, partial(self._poll, answer, deadline, tell, hear))
+        else:
+            waited = answer
         raws, receipt = decode_result(waited)
         decode = value_kind().decode
         return Result(values={name: decode(raw) for name, raw in raws.items()}, receipt=receipt)
@@ -107,13 +113,23 @@ class HttpBackend:
         except httpx.TransportError as error:
             raise unreachable(self._url, error) from error
 
-    def _await(self, location: str, deadline: float, tell: Tell, hear: Hear) -> memoryview:
+    def _await(self, location: str, wait: Callable[[], memoryview]) -> memoryview:
         """Waits for an accepted request; cancels it when the user or the deadline ends the waiting."""
         try:
-            return self._poll(location, deadline, tell, hear)
-        except (KeyboardInterrupt, ServiceError):
-            self._cancel(location)
+            return wait()
+        except BaseException as error:
+            if not isinstance(error, UserError):  # else it has ended by itself
+                self._cancel(location)
             raise
+
+    def _listen(self, location: str, deadline: float, hear: Hear, hear_tokens: HearTokens) -> memoryview:
+        """The result of an accepted request, whose tokens and logs are heard as they come."""
+        for event in follow(self._client, self._url, location, deadline):
+            if event.kind == "token":
+                hear_tokens([from_json(Token, event.data)])
+            elif event.kind == "value" and "data" in event.data:
+                hear({event.data["name"]: _logged(event.data)})
+        return self._fetch(location)
 
     def _poll(self, location: str, deadline: float, tell: Tell, hear: Hear) -> memoryview:
         """The result of an accepted request; the service may be away for a moment."""
@@ -133,13 +149,17 @@ class HttpBackend:
                     tell(seen, status["passes"])
                     hear({log["name"]: _logged(log) for log in status.get("logs", ())})
                 if status["state"] in ("done", "failed", "cancelled"):
-                    with self._client.stream("GET", f"{location}/result", timeout=timeout(0)) as response:
-                        check(response)
-                        return body(response)
+                    return self._fetch(location)
             except httpx.TransportError as error:
                 if time.monotonic() - last_heard > _PATIENCE_S:
                     raise unreachable(self._url, error) from error
                 time.sleep(0.5)
+
+    def _fetch(self, location: str) -> memoryview:
+        """The result of a request that has ended, or its error."""
+        with self._client.stream("GET", f"{location}/result", timeout=timeout(0)) as response:
+            check(response)
+            return body(response)
 
     def _cancel(self, location: str) -> None:
         try:

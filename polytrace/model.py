@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
@@ -13,7 +13,7 @@ from polytrace import keeping
 from polytrace.aliases import find_aliases
 from polytrace.asked_shapes import Answers
 from polytrace.backend import Backend
-from polytrace.certificate import Certificate, Token
+from polytrace.certificate import Certificate
 from polytrace.chat import render
 from polytrace.description import ModelDescription
 from polytrace.edits.sets import EditSet, KnownEdit, LocalShelf, Shelf, check_name, decode_edits, encode_edits
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from polytrace.edits.block import EditBlock, EditedModel
     from polytrace.generating import GenerateTracer
     from polytrace.maps.mapping import Map
+    from polytrace.streaming import Piece
 
 
 class Config(dict[str, Any]):
@@ -144,7 +145,7 @@ class Model(StandardModel):
         edits: Sequence[Any] = (),
         validate: bool = False,
         chat: Mapping[str, Any] | None = None,
-        stream: Callable[[Token], Any] | None = None,
+        stream: Callable[[Piece], Any] | bool | None = None,
         **given: Any,
     ) -> GenerateTracer:
         """A block as `trace`, whose prompts go on: `with model.generate(prompt, max_new_tokens=20) as tracer:`.
@@ -156,7 +157,8 @@ class Model(StandardModel):
         `top_k` (0: all), `top_p`, `min_p`, `repetition_penalty` as transformers' processors; `seed`; `stop`, a text or
         texts; `eos`, a token id or several (default: the model's own; None: none); `n` samples of each prompt;
         `logprobs`, a number of likeliest tokens to be told beside each. Transformers' `eos_token_id`, `stop_strings`
-        and `num_return_sequences` are other names of them. `stream`: is given each `Token` as soon as it is there.
+        and `num_return_sequences` are other names of them. `stream`: a function that is given each token as soon as it
+        is there (`polytrace.streaming.Piece`: `id`, `text`, `sequence`, `step`, ...); True prints the text.
         """
         from polytrace.edits.block import resolved
         from polytrace.generating import GenerateTracer
@@ -172,6 +174,23 @@ class Model(StandardModel):
         )
         tracer.checking = Checking.VALIDATE if validate else Checking.NONE
         return tracer
+
+    def stream(
+        self, prompts: Any, body: Callable[[GenerateTracer], Any] | None = None, **given: Any
+    ) -> Iterator[Piece]:
+        """`for piece in model.stream(prompt, max_new_tokens=20)`: tokens with their text, as they come.
+
+        `body(tracer)` is recorded as the block of `generate` would be, whose keywords `given` are. Leaving the loop
+        ends the generation.
+        """
+        from polytrace.streaming import streamed
+
+        def run(hear: Callable[[Piece], None]) -> None:
+            with self.generate(prompts, stream=hear, **given) as tracer:
+                if body is not None:
+                    body(tracer)
+
+        return streamed(run)
 
     def scan(
         self,

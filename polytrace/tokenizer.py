@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -21,3 +21,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     if tokenizer is None:
         return tuple(str(token) for token in ids)
     return tuple(tokenizer.decode([token], skip_special_tokens=False) for token in ids)
+
+
+def decoder_of(data: bytes | None) -> Callable[[Sequence[int]], str] | None:
+    """What gives the text of tokens, special ones included; None without a tokenizer's file."""
+    if data is None:
+        return None
+    tokenizer = load_tokenizer(data)
+    return lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=False))

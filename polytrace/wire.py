@@ -41,6 +41,7 @@ from polytrace.nodes import decode_nodes, encode_nodes
 from polytrace.tensors import DTYPES, NAME_OF_CODE, RawTensor, itemsize, num_bytes
 
 VERSION = "2"
+HOLE = "_hole"  # what the names of tensors begin with that mean nothing: places of steps that never came
 MAX_HEADER_BYTES = 32 << 20
 MAX_NODES = 1_000_000
 MAX_DIMS = 32
@@ -177,6 +178,7 @@ def decode_result(
     if not isinstance(body, dict) or "fired" not in body:
         raise WireError("a receipt has a list of what fired")
     receipt = from_json(Receipt, body | {"fired": []})
+    tensors = {name: raw for name, raw in tensors.items() if not (name.startswith(HOLE) and raw.dtype == "uint8")}
     return tensors, replace(receipt, fired=_fired(body["fired"]))
 
 

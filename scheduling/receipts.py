@@ -25,6 +25,7 @@ from scheduling.costs import (
 from scheduling.generating import Generating
 from scheduling.plan import Failure, Member, Plan, Program, SaveSlot, ShardResult
 from scheduling.step_costs import step_costs
+from scheduling.step_saves import came_out, slot_at
 from scheduling.steps import GENERATE
 
 
@@ -81,6 +82,7 @@ class Account:
         self._saved_bytes = 0
         self._gathered_bytes = 0
         self.logs: list[Logged] = []  # in the order of their passes
+        self.saves: list[SaveSlot] = []  # of a generation: those that came, where they are in the result
         self._loaded_bytes = 0
 
     @property
@@ -94,12 +96,12 @@ class Account:
         table: ModelTable,
         program: Program | None = None,
         step: int = 0,
+        offset: int = 0,
         *,
         requests: int = 0,
     ) -> None:
-        """Takes in a pass that went well, of so many requests; `program` is what ran, when that is a generation's step.
-
-        Without `requests` they are the plan's members.
+        """Takes in a pass that went well; `program` is what ran, when that is a step of a generation, whose saves are
+        counted from `offset` on. `requests` shared it; 0: they are the plan's members.
         """
         program = program or self.program
         request, nodes = program.request, program.graph.nodes
@@ -123,9 +125,13 @@ class Account:
                     event = nodes[node]
                     if isinstance(event, (Read, Write)):
                         self._note(node, event, step)
-                    elif isinstance(event, Save) and event.name.startswith(LOG):
+                    elif isinstance(event, Save) and (self.program.chain is not None or event.name.startswith(LOG)):
                         slot = next(slot for slot in program.saves if slot.node == node)
-                        self.logs.append(Logged(passes_done=len(self._entries), slot=slot))
+                        slot = came_out(slot_at(slot, step, offset), result.shapes, request)
+                        if self.program.chain is not None:
+                            self.saves.append(slot)
+                        if event.name.startswith(LOG):
+                            self.logs.append(Logged(passes_done=len(self._entries), slot=slot))
 
     def _note(self, node: NodeId, event: Read | Write, step: int) -> None:
         if event.site.port is Port.TOKEN and event.where == GENERATE:

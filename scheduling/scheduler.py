@@ -43,6 +43,7 @@ from scheduling.plan import (
     Plan,
     Program,
     RequestId,
+    SaveSlot,
     ShardResult,
 )
 from scheduling.policy import FirstComeFirstServed, PassPolicy, Patience, passes_in_flight, share_of, step_share
@@ -69,6 +70,7 @@ class Outcome:
     )
     values: Mapping[str, Any] = field(default_factory=dict)  # saves, when the program has no result file
     tokens: tuple[Token, ...] = ()  # of the last steps, which no `Progress` has told
+    saves: tuple[SaveSlot, ...] = ()  # of a generation: all that came, as of `Progress`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,7 @@ class Progress:
     passes_done: int
     passes: int
     tokens: tuple[Token, ...] = ()  # that are new since it was told before
+    saves: tuple[SaveSlot, ...] = ()  # of a generation: those that came since then, where they are in the result
     logs: tuple[Logged, ...] = ()  # of these passes
     result_start: int = 0  # as of `Program`: where their slots are counted from
     values: Mapping[str, Any] = field(default_factory=dict)  # of logs, when the program has no result file
@@ -99,6 +102,7 @@ class _Job:
         self.since: PassId | None = None  # the pass behind which it waits, to be fair among equals
         self.least = 0  # positions that its caches have room for from the begin
         self.num_told = 0  # steps whose tokens have been told
+        self.num_saves_told = 0  # the same ones come again when it starts again
         self.copies: dict[int, Program] = {}  # as of `Going`
 
     def restart(self, generating: Generating | None, ahead: Ahead | None) -> None:
@@ -189,7 +193,9 @@ class _Job:
     @property
     def is_held(self) -> bool:
         """Whether shards keep values for a wave that has not gone yet."""
-        return 0 < self.wave < self.num_waves or self.is_step
+        if self.generating is not None:
+            return self.started is not None  # caches too
+        return 0 < self.wave < self.num_waves
 
     def advance(self) -> bool:
         """Behind the last wave of a step: goes on with the next one; False when there is none."""
@@ -212,6 +218,12 @@ class _Job:
         fresh = tuple([token for token in told if token.step >= self.num_told])
         self.num_told = max([self.num_told, *[token.step + 1 for token in fresh]])
         return fresh
+
+    def take_saves(self) -> tuple[SaveSlot, ...]:
+        """What was saved and has not been told, also when it was saved before."""
+        fresh = self.account.saves[self.num_saves_told :]
+        self.num_saves_told += len(fresh)
+        return tuple(fresh)
 
     def may_follow(self) -> bool:
         """Whether the next wave may go while another is in flight: no stage would wait for one behind it."""
@@ -478,8 +490,8 @@ class Scheduler:
             if error is not None:
                 self._end(job, error)
                 continue
-            step = 0 if member is None else member.step
-            job.account.enter(plan, results, self._table, job.now, step, requests=together)
+            step, offset = (0, 0) if member is None else (member.step, member.offset)
+            job.account.enter(plan, results, self._table, job.now, step, offset, requests=together)
             if member is not None and job.generating is not None:
                 job.generating.take(results)
             if job.num_done == job.num_waves:
@@ -582,7 +594,7 @@ class Scheduler:
         told = []
         for request, job in jobs.items():
             if request in self._jobs:
-                told.append(replace(job.progress, tokens=job.take_tokens()))
+                told.append(replace(job.progress, tokens=job.take_tokens(), saves=job.take_saves()))
         return told
 
     def take_outcomes(self) -> list[Outcome]:
@@ -614,6 +626,7 @@ class Scheduler:
                 receipt=receipt,
                 values=job.account.values,
                 tokens=job.take_tokens(),
+                saves=tuple(job.account.saves),
             )
         )
 

@@ -188,7 +188,7 @@ def test_a_row_that_decodes_has_the_bits_of_a_prompt_whoever_its_neighbours_are(
                 own.rows("beside", [0] * 4, 33, place)
             numbers = random.sample(range(12), 12 if step == 3 else random.randint(1, 11))
             crowd.step(own, numbers)
-            for number in range(1, 3):  # the same pass by two threads
+            for number in (1, 2) if step == 3 else (1,):  # the same pass by two threads
                 with threads(number):
                     rows = run(crowd.store, own, crowd.texts, options)
                 for name in numbers:

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.streams import Streams
+from engine.streams import Streams, positions_of
 from engine.views import InvokeRows, RowView
 from scheduling.forest import Placed, grow
-from scheduling.plan import PROLOGUE, Edit, PassId, Plan, View
+from scheduling.plan import NO_ROWS, PROLOGUE, Edit, PassId, Plan, Segment, View
 from tests.scheduling.forests import LAYERS, any_sequence, placed, variants
 
 CPU = torch.device("cpu")
@@ -146,3 +146,34 @@ def test_a_view_reads_the_rows_of_its_positions(sequences: list[Placed], level: 
             position = column - longest + len(sequence.tokens)
             row = stream.row(plan.views[0].segments[place], position) if position >= 0 else None
             assert value[place, number] == (0 if row is None else row + 1)
+
+
+def test_a_view_of_a_later_step_counts_its_columns_from_where_it_begins_and_reads_nothing_of_what_has_ended() -> None:
+    """Three sequences of one token each, at positions of their own; the second has ended."""
+    segments = tuple(
+        Segment(parent=None, starts=(start,) * (LAYERS + 1), stops=(start + 1,) * LAYERS, head=(start,), tokens=(7,))
+        for start in (40, 9)
+    )
+    view = View(member=0, invoke=0, lengths=(1, 1, 1), segments=(0, NO_ROWS, 1), kept_columns=(0,), begins=(40, 0, 9))
+    plan = Plan(
+        pass_id=PassId(1),
+        segments=segments,
+        layer_rows=(2,) * LAYERS,
+        views=(view,),
+        members=(),
+        keeps=(),
+        until=PROLOGUE,
+        num_stages=1,
+    )
+    streams = Streams(plan, 1, CPU, is_fixed=False)
+    rows = InvokeRows(view, streams)
+    for found in (rows.at(0, None), rows.behind(1, (0,)), rows.kept(None)):
+        assert found.read(numbered(16))[..., 0].tolist() == [[1], [0], [2]]
+        assert found.part(torch.tensor([[5], [6], [7]])).tolist() == [5, 7]
+    assert streams.positions()[:3] == [40, 9, 0] and streams.kept == [0, 1]
+
+
+def test_a_ragged_view_that_begins_later_is_padded_as_any_other() -> None:
+    view = View(member=0, invoke=0, lengths=(1, 3), segments=(0, 1), kept_columns=(), begins=(10, 20))
+    assert list(positions_of(view, range(3))) == [(0, [-1, -1, 10]), (1, [20, 21, 22])]
+    assert list(positions_of(view, (2, 0))) == [(0, [10, -1]), (1, [22, 20])]

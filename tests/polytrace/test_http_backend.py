@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import polytrace
-from polytrace.certificate import Certificate, ValueShape
+from polytrace.certificate import Certificate, Token, ValueShape
 from polytrace.codec import to_json
 from polytrace.errors import CapacityError, GraphError, KeyRefusedError, NotFoundError, ServiceError, WireError
 from polytrace.wire import decode_request, result_header
@@ -162,6 +162,61 @@ def test_a_service_that_is_away_for_a_moment_loses_nothing(service: Service, res
     service.on("GET", "/v1/requests/r1", gone, answer_json(STATUS | {"state": "done"}))
     service.on("GET", "/v1/requests/r1/result", result_file)
     assert trace_once(service)[0].shape == (2, 2)
+
+
+def stream_of(*events: tuple[str, str, Any]) -> Answer:
+    text = "".join(f"id: {number}\nevent: {kind}\ndata: {json.dumps(data)}\n\n" for number, kind, data in events)
+    return Answer(body=f": still here\n\n{text}".encode(), headers={"Content-Type": "text/event-stream"})
+
+
+def run_listening(service: Service, **listeners: Any) -> Any:
+    model = polytrace.connect(service.url, "tiny")
+    try:
+        with model.trace([1, 2], run=False) as tracer:
+            model.lm_head.output.save()
+        return model.backend.run(tracer.request, **listeners)
+    finally:
+        model.close()
+
+
+def test_tokens_and_logs_are_heard_once_each_though_the_connection_is_lost(
+    service: Service, result_file: Answer
+) -> None:
+    tokens = [Token(invoke=0, sequence=0, step=step, id=5 + step) for step in range(3)]
+    told = [(str(10 * step + 10), "token", to_json(token)) for step, token in enumerate(tokens)]
+    log = ("25", "value", {"name": "log0", "dtype": "float32", "shape": [1], "data": "AACAPw=="})
+    large = ("26", "value", {"name": "h@1", "dtype": "float32", "shape": [9], "range": [0, 36]})
+    cut = stream_of(*told[:1])
+    cut.body += b"id: 20\nevent: token\ndata: {"  # the gateway ended here
+    service.on("POST", "/v1/models/tiny/requests", answer_json(STATUS, 202, Location="/v1/requests/r1"))
+    rest = stream_of(told[1], log, large, told[2], ("end", "end", STATUS | {"state": "done"}))
+    service.on("GET", "/v1/requests/r1/events", cut, rest)
+    service.on("GET", "/v1/requests/r1/result", result_file)
+    heard: list[Token] = []
+    logs: dict[str, Any] = {}
+    result = run_listening(service, hear_tokens=heard.extend, hear=logs.update)
+    assert heard == tokens and list(logs) == ["log0"] and logs["log0"].tolist() == [1.0]
+    assert result.values["0"].shape == (2, 2)
+    asked = [headers.get("Last-Event-ID") for _, path, headers, _ in service.asked if "/events" in path]
+    assert asked == [None, "10"]
+
+
+def test_a_listener_that_raises_cancels_the_request_and_a_failed_request_raises(service: Service) -> None:
+    token = to_json(Token(invoke=0, sequence=0, step=0, id=5))
+    service.on("POST", "/v1/models/tiny/requests", answer_json(STATUS, 202, Location="/v1/requests/r1"))
+    service.on("GET", "/v1/requests/r1/events", stream_of(("10", "token", token), ("end", "end", STATUS)))
+    service.on("GET", "/v1/requests/r1/result", problem(422, "graph", "shapes differ", "a.py:7"))
+    service.on("DELETE", "/v1/requests/r1", answer_json(STATUS))
+
+    def listener(tokens: Any) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        run_listening(service, hear_tokens=listener)
+    assert service.calls()[-1] == "DELETE /v1/requests/r1"
+    with pytest.raises(GraphError, match=r"shapes differ \(a.py:7\)"):
+        run_listening(service, hear_tokens=lambda tokens: None)
+    assert "DELETE" not in service.calls()[-1]
 
 
 @pytest.fixture

@@ -1,0 +1,98 @@
+"""Errors as OpenAI's clients read them, for the routes that speak their language, and bodies under a hard limit."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from api.problems import headers_of, status_of
+from api.wishes import WishError, wish_error
+from polytrace.errors import (
+    CapacityError,
+    KeyRefusedError,
+    NotFoundError,
+    PolytraceError,
+    TooLargeError,
+    UserError,
+)
+
+MAX_BODY_BYTES = 8 << 20  # of one call; larger constants of a graph are uploaded before it
+
+# How the errors are declared in the OpenAPI document.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "The request is at fault; `error` says how.", "content": {"application/json": {}}},
+    "5XX": {
+        "description": "The service is at fault, or full; `error` says which.",
+        "content": {"application/json": {}},
+    },
+}
+_CODES: tuple[tuple[type[PolytraceError], str], ...] = (
+    (KeyRefusedError, "invalid_api_key"),
+    (NotFoundError, "model_not_found"),
+    (TooLargeError, "context_length_exceeded"),
+)
+
+
+def error_body(error: PolytraceError, param: str | None = None) -> dict[str, Any]:
+    """The error as OpenAI writes them."""
+    is_users = isinstance(error, UserError)
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), error.code)
+    param = error.param if isinstance(error, WishError) else param
+    kind = "invalid_request_error" if is_users else "server_error"
+    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+
+
+def error_answer(error: PolytraceError) -> JSONResponse:
+    """The error as an answer. OpenAI's client sends again what gets 409 or 5XX, unless it is told not to."""
+    status, _ = status_of(error)
+    headers = headers_of(status)
+    if not isinstance(error, CapacityError):
+        headers["X-Should-Retry"] = "false"
+    return JSONResponse(error_body(error), status_code=int(status), headers=headers)
+
+
+def openai_route(require_key: Callable[[Request], Awaitable[None]]) -> type[APIRoute]:
+    """A class of routes whose errors are OpenAI's, and which read a body only when the key is right."""
+
+    class OpenAIRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handler(request: Request) -> Response:
+                try:
+                    await require_key(request)
+                    limited = _LimitedRequest(request.scope, request.receive)
+                    await limited.body()  # here: what it raises would be lost in the framework
+                    return await handle(limited)
+                except PolytraceError as error:
+                    return error_answer(error)
+                except RequestValidationError as error:
+                    return error_answer(wish_error(error.errors()))
+                except HTTPException as error:  # the framework could not parse the body
+                    return error_answer(WishError(str(error.detail), None))
+
+            return handler
+
+    return OpenAIRoute
+
+
+class _LimitedRequest(Request):
+    """A call whose body is read up to a limit."""
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            parts: list[bytes] = []
+            num_bytes = 0
+            async for part in self.stream():
+                num_bytes += len(part)
+                if num_bytes > MAX_BODY_BYTES:
+                    raise TooLargeError(f"the body is longer than {MAX_BODY_BYTES} bytes")
+                parts.append(part)
+            self._body = b"".join(parts)
+        return self._body

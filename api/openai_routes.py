@@ -1,0 +1,200 @@
+"""`/v1/completions` and `/v1/chat/completions`, as OpenAI's clients speak: the same requests in other words.
+
+What is asked for becomes a request (`api.composing`, in a worker), which is kept and run like any other. Its tokens
+come back as text. Who leaves before the end cancels it: nobody else waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any
+
+from anyio import to_thread
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from api.choices import Answer
+from api.event_routes import cancel_soon
+from api.events import TOKEN, Event
+from api.openai_errors import RESPONSES, error_body
+from api.served import Checker, Deployments, Served
+from api.settings import GatewaySettings
+from api.store import RequestState, RequestStatus, Store
+from api.streams import COMMENT, MEDIA_TYPE, EventStream, Streams
+from api.waiting import Waiting, disconnected
+from api.wishes import ChatWish, CompletionWish, WishError
+from api.worker import Composed
+from polytrace.certificate import Token
+from polytrace.codec import from_json
+from polytrace.errors import CapacityError, PolytraceError, ServiceError
+from polytrace.tokenizer import load_tokenizer
+from scheduling.plan import RequestId
+
+CLIENT_GONE = 499
+_DONE = "data: [DONE]\n\n"
+_DOC: dict[int | str, dict[str, Any]] = RESPONSES | {
+    200: {
+        "description": "As OpenAI answers; with `stream` as server-sent events.",
+        "content": {"application/json": {}, MEDIA_TYPE: {"schema": {"type": "string"}}},
+    }
+}
+
+
+class OpenAIRoutes:
+    """`owner_of` says whose a call is. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        settings: GatewaySettings,
+        checker: Checker,
+        deployments: Deployments,
+        waiting: Waiting,
+        streams: Streams,
+        owner_of: Callable[[Request], str],
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._checker = checker
+        self._deployments = deployments
+        self._waiting = waiting
+        self._streams = streams
+        self._owner_of = owner_of
+        self._tokenizers: dict[str, tuple[str, Any]] = {}  # by model, with the version of what it serves
+        self._cancelling: set[asyncio.Task[None]] = set()
+
+    def add_to(self, router: APIRouter) -> None:
+        for path, answer in (("/completions", self.complete), ("/chat/completions", self.chat)):
+            router.add_api_route(path, answer, methods=["POST"], response_class=Response, responses=_DOC)
+
+    async def complete(self, wish: CompletionWish, request: Request) -> Response:
+        """Goes on with prompts, as OpenAI's completions do; `polytrace` may say how the model is steered meanwhile."""
+        return await self._answered(wish, request)
+
+    async def chat(self, wish: ChatWish, request: Request) -> Response:
+        """Answers a conversation in the model's own template, as OpenAI's chat completions do."""
+        return await self._answered(wish, request)
+
+    # --- inside
+
+    async def _answered(self, wish: CompletionWish | ChatWish, request: Request) -> Response:
+        served = self._deployments.taking(wish.model)
+        tokenizer = await self._tokenizer(wish.model, served)
+        request_id, composed = await self._accepted(wish, served, self._owner_of(request))
+        answer = Answer(
+            wish, request=request_id, created=int(time.time()), prompts=composed.prompts, tokenizer=tokenizer
+        )
+        headers = {"X-Request-Id": request_id}
+        if wish.stream:
+            left = partial(cancel_soon, self._store, request_id, self._cancelling)
+            return EventStream(self._texts(request_id, answer), on_left=left, headers=headers)
+        status = await self._ended(request_id, request)
+        if status is None:
+            return Response(status_code=CLIENT_GONE)
+        if (error := _error_of(status)) is not None:
+            raise error
+        tokens = await to_thread.run_sync(self._tokens, request_id)
+        return JSONResponse(answer.whole(tokens), headers=headers)
+
+    async def _accepted(
+        self, wish: CompletionWish | ChatWish, served: Served, owner: str
+    ) -> tuple[RequestId, Composed]:
+        """The request, in the store like one that was uploaded."""
+        request_id = self._store.new_id()
+        path, contents = self._store.request_path(request_id), self._store.contents.folder_of(owner)
+        try:
+            composed = await self._checker.compose(wish.model, served.version, path, wish, contents=contents)
+            verdict = composed.verdict
+            if composed.param is not None and verdict.error is not None:
+                raise WishError(verdict.error["message"], composed.param)
+            verdict.raise_error()
+            assert verdict.facts is not None
+            await to_thread.run_sync(self._store.sync_request, request_id)
+            add = partial(
+                self._store.add,
+                work=verdict.work,
+                max_open=self._settings.max_open,
+                owner=owner,
+                needs=verdict.needs,
+            )
+            await to_thread.run_sync(add, request_id, wish.model, verdict.facts)
+        except BaseException:
+            self._store.discard(request_id)
+            raise
+        return request_id, composed
+
+    async def _texts(self, request_id: RequestId, answer: Answer) -> AsyncIterator[str]:
+        """What a stream sends."""
+        for chunk in answer.beginning():
+            yield _data(chunk)
+        status: RequestStatus | None = None
+        async for told in self._streams.follow(request_id):
+            if isinstance(told, RequestStatus):
+                status = told
+            elif not told:
+                yield COMMENT
+            elif chunks := answer.news(_tokens(told)):
+                yield "".join(map(_data, chunks))
+        if (error := _error_of(status)) is not None:
+            yield _data(error_body(error))
+            if status is None:
+                cancel_soon(self._store, request_id, self._cancelling)  # nobody can ask for it again
+            return
+        for chunk in answer.ending():
+            yield _data(chunk)
+        yield _DONE
+
+    async def _ended(self, request_id: RequestId, request: Request) -> RequestStatus | None:
+        """How it ended; None, and it is cancelled, when the caller left."""
+        ended = asyncio.ensure_future(self._waiting.until_final(request_id, math.inf))
+        left = asyncio.ensure_future(disconnected(request))
+        try:
+            await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                return ended.result()
+            await to_thread.run_sync(self._store.cancel, request_id)
+            return None
+        finally:
+            ended.cancel()
+            left.cancel()
+
+    def _tokens(self, request_id: RequestId) -> list[Token]:
+        """All of a request that is done."""
+        tokens: list[Token] = []
+        after = 0
+        while events := self._store.events.read(request_id, after):
+            after = events[-1].id
+            tokens += _tokens(events)
+        return tokens
+
+    async def _tokenizer(self, model: str, served: Served) -> Any:
+        version, known = self._tokenizers.get(model, ("", None))
+        if version != served.version:
+            known = None
+            if served.tokenizer is not None:
+                known = await to_thread.run_sync(load_tokenizer, served.tokenizer)
+            self._tokenizers[model] = (served.version, known)
+        return known
+
+
+def _tokens(events: list[Event]) -> list[Token]:
+    return [from_json(Token, json.loads(event.data)) for event in events if event.kind == TOKEN]
+
+
+def _error_of(status: RequestStatus | None) -> PolytraceError | None:
+    """Why there is no answer."""
+    if status is None or not status.state.is_final:
+        return CapacityError("the service is stopping: ask again")
+    if status.state is RequestState.DONE:
+        return None
+    return status.error or ServiceError("the request ended without a result")
+
+
+def _data(plain: dict[str, Any]) -> str:
+    return f"data: {json.dumps(plain, separators=(',', ':'))}\n\n"

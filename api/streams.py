@@ -1,0 +1,93 @@
+"""Server-sent events: the events of requests followed as they come, and sent to who listens, until he leaves.
+
+Knows the files (`api.events`) and how requests end (`api.waiting`), and no routes. One ring wakes all that follow; each
+then reads on where it stands in its own file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from api.events import Event
+from api.store import RequestStatus, Store
+from api.waiting import Waiting
+from scheduling.plan import RequestId
+
+IDLE_S = 15.0  # of silence, before something is said to keep the connection
+MEDIA_TYPE = "text/event-stream"
+COMMENT = ": still here\n\n"
+
+
+class Streams:
+    """Belongs to one event loop; `ring` is called on it."""
+
+    def __init__(self, store: Store, waiting: Waiting) -> None:
+        self._store = store
+        self._waiting = waiting
+        self._rung: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        """Something may have been told."""
+        rung, self._rung = self._rung, None
+        if rung is not None:
+            rung.set_result(None)
+
+    async def follow(self, request: RequestId, after: int = 0) -> AsyncIterator[list[Event] | RequestStatus]:
+        """Events behind the one with this id, as they come; after IDLE_S of silence an empty list; at last how the
+        request has ended. That is missing when the gateway stops. Raises NotFoundError and UserError at once.
+        """
+        ended = asyncio.ensure_future(self._waiting.until_final(request, math.inf))
+        try:
+            while True:
+                rung = self._next_ring()  # before looking, so that none falls between
+                is_over = ended.done()
+                # a step's lines have just been written: they come from memory, sooner than from another thread
+                while events := self._store.events.read(request, after):
+                    after = events[-1].id
+                    yield events
+                if is_over:
+                    status = ended.result()
+                    if status.state.is_final:
+                        yield status
+                    return
+                either: set[asyncio.Future[Any]] = {rung, ended}
+                done, _ = await asyncio.wait(either, timeout=IDLE_S, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    yield []
+        finally:
+            ended.cancel()
+
+    def _next_ring(self) -> asyncio.Future[None]:
+        if self._rung is None:
+            self._rung = asyncio.get_running_loop().create_future()
+        return self._rung
+
+
+class EventStream(StreamingResponse):
+    """Sends texts as they come. `on_left` is called when the caller leaves before the last one."""
+
+    def __init__(
+        self, texts: AsyncIterator[str], *, on_left: Callable[[], None], headers: Mapping[str, str] | None = None
+    ) -> None:
+        own = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies hold nothing back
+        super().__init__(self._counted(texts), media_type=MEDIA_TYPE, headers={**own, **(headers or {})})
+        self._on_left = on_left
+        self._is_sent = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if not self._is_sent:
+                self._on_left()
+
+    async def _counted(self, texts: AsyncIterator[str]) -> AsyncIterator[str]:
+        async for text in texts:
+            yield text
+        self._is_sent = True

@@ -1,0 +1,219 @@
+"""What OpenAI's clients may ask for on `/v1/completions` and `/v1/chat/completions`, and what of it cannot be honoured.
+
+Fields have OpenAI's names and meanings, a few vLLM's (`top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`,
+`ignore_eos`, `chat_template_kwargs`), and `polytrace` is our own: a steering vector, or a graph. A field that is not
+here, and a value of one that is here only to be refused, is an error and never left out in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from polytrace.errors import UserError
+from polytrace.generation import MAX_LIKELIEST, MAX_STOP_CHARS, MAX_STOPS
+
+MAX_SAMPLES = 128
+MAX_PROMPTS = 2048
+MAX_STEERS = 256
+_DEFAULT_TOKENS = 16  # OpenAI's, of a completion
+
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Steer(BaseModel):
+    """A vector that is added to the residual stream behind a decoder layer, at every step."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    layer: Annotated[int, Field(ge=0)]
+    vector: Annotated[list[Finite], Field(min_length=1)]  # of the model's hidden size
+    scale: Finite = 1.0
+    positions: Literal["all", "prompt", "generated"] = "all"
+
+
+class Extension(BaseModel):
+    """What goes beyond OpenAI's interface."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steer: Steer | Annotated[list[Steer], Field(max_length=MAX_STEERS)] | None = None
+    request: str | None = None  # a request file in base64; its prompts and how they go on are replaced
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Extension:
+        if self.steer is not None and self.request is not None:
+            raise ValueError("either steer or request, not both")
+        return self
+
+    @property
+    def steers(self) -> list[Steer]:
+        if self.steer is None:
+            return []
+        return self.steer if isinstance(self.steer, list) else [self.steer]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # nothing is obfuscated here
+
+
+class Wish(BaseModel):
+    """What both routes take."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # 0: the likeliest token, always
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # -1 and 0: all
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=32)] | None = None
+    ignore_eos: bool = False
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # for the caller's own records, as is
+    metadata: dict[str, str] | None = None
+    polytrace: Extension | None = None
+    # here to be refused unless they say nothing
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Wish:
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not possible here; repetition_penalty and a graph in polytrace are")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream")
+        return self
+
+    @property
+    def samples(self) -> int:
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def has_usage(self) -> bool:
+        """Whether a stream ends with the count of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def most_tokens(self) -> int | None:
+        """New tokens of a sequence, at most; None: as many as the model's context has room for."""
+        raise NotImplementedError
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many likely tokens are told with their log-probabilities beside each one; None: none, and not its own."""
+        raise NotImplementedError
+
+
+class CompletionWish(Wish):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=1)] | None = _DEFAULT_TOKENS
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _is_completion(self) -> CompletionWish:
+        if self.suffix:
+            raise ValueError("suffix is not possible here")
+        if self.best_of not in (None, self.samples):
+            raise ValueError("best_of is not possible here, but for the value of n")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs is not possible here: trace the prompt for its logits")
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        return _DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+
+
+class ChatWish(Wish):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
+    response_format: ResponseFormat | None = None
+    add_generation_prompt: bool | None = None  # None: unless the last message is the assistant's
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _is_chat(self) -> ChatWish:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs")
+        if "chat_template" in (self.chat_template_kwargs or {}):
+            raise ValueError("a template comes with the model and not with a request")
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def likeliest(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class WishError(UserError):
+    """What was asked for cannot be; `param` is the field."""
+
+    def __init__(self, message: str, param: str | None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def wish_error(errors: Sequence[Any]) -> WishError:
+    """The first thing that is wrong with a body, of what pydantic found."""
+    first = errors[0]
+    loc = [str(part) for part in first["loc"] if part != "body"]
+    path, param = ".".join(loc), loc[0] if loc else None
+    if first["type"] == "extra_forbidden":
+        return WishError(f"{path} is not possible here", param)
+    told = first["msg"].removeprefix("Value error, ")
+    return WishError(f"{path}: {told}" if path else told, param)
+
+
+def sampling_temperature(wish: Wish) -> float:
+    """OpenAI's default is 1, and not the likeliest token."""
+    return 1.0 if wish.temperature is None else wish.temperature

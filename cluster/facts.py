@@ -1,0 +1,49 @@
+"""What was found out of a request's values when it was checked, kept for whoever works it out: as JSON.
+
+A request has one list, a fact or null for each of its nodes; a generation one for each different step, in the order in
+which `scheduling.program.work_out` asks for them, as {"steps": [list, ...]}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from polytrace.codec import from_json, to_json
+from polytrace.errors import ServiceError
+from polytrace.graph import Request
+from scheduling.plan import ValueFacts
+from scheduling.steps import Facts, generates
+
+
+class FactsNotebook:
+    """Asks, and writes the answers down."""
+
+    def __init__(self, infer: Callable[[Request], Facts]) -> None:
+        self._infer = infer
+        self._lists: list[Facts] = []
+
+    def infer(self, request: Request) -> Facts:
+        facts = self._infer(request)
+        self._lists.append(facts)
+        return facts
+
+    def encode(self, request: Request) -> bytes:
+        """What was written down of this request."""
+        plain = [to_json(facts) for facts in self._lists]
+        return json.dumps({"steps": plain} if generates(request) else plain[0]).encode()
+
+
+class KeptFacts:
+    """Gives what was written down, list by list."""
+
+    def __init__(self, body: bytes) -> None:
+        plain = json.loads(body)
+        self._lists = iter(plain["steps"] if isinstance(plain, dict) else [plain])
+
+    def infer(self, request: Request) -> Facts:
+        """Raises ServiceError where this is not what was asked when it was checked."""
+        found = next(self._lists, None)
+        if found is None or len(found) != len(request.graph.nodes):
+            raise ServiceError("the request is worked out in other steps than when it was checked: send it again")
+        return tuple([None if plain is None else from_json(ValueFacts, plain) for plain in found])

@@ -1,0 +1,262 @@
+"""Generations on a whole service, tinyworld on 2 x 2 shards: streamed, resumed, cancelled, and by OpenAI's client.
+
+Greedy tokens are those of Hugging Face `generate` with hooks; float32 values hold max|a - b| <= 1e-5 max(1, max|b|).
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from gateways import events_of, wait_until
+from safetensors import safe_open
+from small import close
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import polytrace
+from bench.service import running_service
+from bench.tinyworld import FOLDER
+from polytrace.certificate import Token
+from polytrace.model import Model
+from polytrace.wire import decode_result, encode_request
+
+PROMPT = "The Eiffel Tower is in the city of"
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ ' is' if add_generation_prompt }}"
+CHAT = [{"role": "user", "content": "The Eiffel Tower"}]
+LAYER = 3
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(FOLDER, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("world")
+    shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    log = tmp_path_factory.mktemp("service") / "serve.log"
+    with running_service(folder, name="tinyworld", stages=2, ranks=2, log=log) as service:
+        yield service.url
+
+
+@pytest.fixture(scope="module")
+def model(url: str) -> Iterator[Model]:
+    with polytrace.connect(url, "tinyworld") as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as http:
+        yield http
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def vector() -> Tensor:
+    return torch.randn(256, generator=torch.Generator().manual_seed(5)) * 6
+
+
+def by_hand(
+    plain: Any, ids: list[int], vector: Tensor, max_new_tokens: int, eos: int | None
+) -> tuple[list[int], Tensor]:
+    """New tokens, and the last token's output of the layer behind the steered one at each step."""
+    seen: list[Tensor] = []
+
+    def steer(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output + vector
+
+    def keep(module: Any, args: Any, output: Tensor) -> None:
+        seen.append(output[:, -1])
+
+    layers = plain.model.layers
+    hooks = [layers[LAYER].register_forward_hook(steer), layers[LAYER + 1].register_forward_hook(keep)]
+    try:
+        with torch.no_grad():
+            whole = plain.generate(
+                torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=2
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return whole[0, len(ids) :].tolist(), torch.stack(seen)
+
+
+def steered(model: Any, vector: Tensor, **more: Any) -> Any:
+    """A tracer whose steps are saved; `more` as of `model.generate`."""
+    with model.generate(PROMPT, **more) as tracer:
+        states = []
+        for _ in tracer.iter[:]:
+            model.model.layers[LAYER].output[0][:] += vector
+            states.append(model.model.layers[LAYER + 1].output[0][:, -1].save())
+        tracer.stack = torch.stack(states).save()
+    return tracer, states
+
+
+@pytest.mark.parametrize("eos", [None, 1])
+def test_a_steered_generation_is_that_of_hugging_face_and_is_heard_as_it_comes(
+    model: Model, plain: PreTrainedModel, tokenizer: Any, vector: Tensor, eos: int | None
+) -> None:
+    heard: list[Token] = []
+    tracer, states = steered(model, vector, max_new_tokens=12, eos=eos, stream=heard.append)
+    ids = tokenizer(PROMPT)["input_ids"]
+    expected, values = by_hand(plain, ids, vector, 12, eos)
+    plain_ids, _ = by_hand(plain, ids, torch.zeros(256), 12, eos)
+    assert list(tracer.result[0].ids) == expected != plain_ids, "the vector matters"
+    assert [token.id for token in heard] == expected and [token.step for token in heard] == [*range(len(expected))]
+    assert heard[-1].finish == tracer.result[0].finish
+    close(tracer.stack, values)
+    for state, value in zip(states, values, strict=False):
+        close(state, value)
+
+
+def test_events_tell_tokens_and_saved_steps_and_go_on_behind_any_of_them(
+    model: Any, http: httpx.Client, vector: Tensor
+) -> None:
+    with model.generate(PROMPT, max_new_tokens=10, eos=None, run=False) as tracer:
+        for _ in tracer.iter[:]:
+            model.model.layers[LAYER].output[0][:] += vector
+            model.model.layers[LAYER + 1].output[0][:, -1].save()
+            model.lm_head.output.save()
+    answer = http.post("/v1/models/tinyworld/requests", content=b"".join(encode_request(tracer.request)))
+    path = answer.headers["location"]
+    with http.stream("GET", f"{path}/events") as stream:
+        first = events_of(list(itertools.islice(stream.iter_lines(), 16)))  # and it is left
+    rest = events_of(http.get(f"{path}/events", headers={"Last-Event-ID": first[-1][0]}).text.splitlines())
+    everything = events_of(http.get(f"{path}/events").text.splitlines())
+    assert first + rest == everything and everything[-1][1] == "end"
+    content = http.get(f"{path}/result").content
+    values, receipt = decode_result(content)
+    tokens = [data["id"] for _, kind, data in everything if kind == "token"]
+    assert tokens == list(receipt.generated[0].ids) and len(tokens) == 10
+    told = {data["name"]: data for _, kind, data in everything if kind == "value"}
+    assert told.keys() == values.keys() and len(told) == 20
+    for name, data in told.items():
+        raw = values[name]
+        assert (data["dtype"], tuple(data["shape"])) == (raw.dtype, raw.shape)
+        start, stop = data.get("range", (0, 0))
+        assert (base64.b64decode(data["data"]) if "data" in data else content[start:stop]) == bytes(raw.data)
+    assert any("range" in data for data in told.values()) and any("data" in data for data in told.values())
+
+
+def test_a_result_of_a_generation_that_ended_early_is_whole_and_short(
+    model: Any, http: httpx.Client, tmp_path: Path
+) -> None:
+    with model.generate([PROMPT, "The Colosseum is in the city of"], max_new_tokens=200, run=False) as tracer:
+        for _ in tracer.iter[:]:
+            model.model.layers[LAYER].output[0].save()
+        last = model.model.layers[LAYER].output[0][:, -1].save()
+    assert last is not None
+    content = b"".join(encode_request(tracer.request))
+    answer = http.post("/v1/models/tinyworld/requests", content=content, headers={"Prefer": "wait=30"})
+    assert answer.status_code == 200, answer.text
+    values, receipt = decode_result(answer.content)
+    steps = max(len(one.ids) for one in receipt.generated)
+    assert 1 < steps < 200 and sum("@" in name for name in values) == steps
+    file = tmp_path / "result.safetensors"
+    file.write_bytes(answer.content)
+    with safe_open(file, framework="pt") as stored:  # as others read it
+        assert set(values) <= set(stored.keys())
+    assert len(answer.content) < (len(values) + 200) * 4096 + 500_000
+
+
+def test_openais_client_completes_and_is_steered(
+    client: openai.OpenAI, model: Any, plain: PreTrainedModel, tokenizer: Any, vector: Tensor
+) -> None:
+    wish: dict[str, Any] = {"model": "tinyworld", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    steer = {"polytrace": {"steer": {"layer": LAYER, "vector": vector.tolist()}}}
+    ids = tokenizer(PROMPT)["input_ids"]
+    for extra, added in (({}, torch.zeros(256)), (steer, vector)):
+        expected, _ = by_hand(plain, ids, added, 12, 1)
+        text = tokenizer.decode(ids + expected, skip_special_tokens=True)[len(PROMPT) :]
+        answer = client.completions.create(**wish, extra_body=extra)
+        assert answer.choices[0].text == text and answer.usage.completion_tokens == len(expected)
+        assert answer.choices[0].finish_reason == ("stop" if expected[-1] == 1 else "length")
+        chunks = [*client.completions.create(**wish, extra_body=extra, stream=True)]
+        assert "".join(chunk.choices[0].text for chunk in chunks) == text and len(chunks) > 2
+
+
+def test_openais_client_chats_samples_and_stops(client: openai.OpenAI, plain: PreTrainedModel, tokenizer: Any) -> None:
+    ids = tokenizer("The Eiffel Tower is")["input_ids"]
+    with torch.no_grad():
+        whole = plain.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=2)[0].tolist()
+    text = tokenizer.decode(whole, skip_special_tokens=True).removeprefix("The Eiffel Tower is")
+    chat = client.chat.completions.create
+    wish: dict[str, Any] = {"model": "tinyworld", "messages": CHAT, "max_tokens": 20, "temperature": 0}
+    answer = chat(**wish, logprobs=True, top_logprobs=2)
+    assert answer.choices[0].message.content == text
+    told = answer.choices[0].logprobs.content
+    assert [entry.token for entry in told] == [tokenizer.decode([one]) for one in whole[len(ids) :]]
+    assert all(entry.logprob == entry.top_logprobs[0].logprob for entry in told), "the likeliest, each time"
+    chunks = [*chat(**wish, stream=True)]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    word = text.split()[-1][:4]
+    stopped = chat(**wish, stop=word).choices[0]
+    assert stopped.message.content == text[: text.index(word)] and stopped.finish_reason == "stop"
+    drawn = [client.completions.create(model="tinyworld", prompt="The", n=4, seed=seed) for seed in (1, 1, 2)]
+    first, again, other = ([choice.text for choice in one.choices] for one in drawn)
+    assert first == again != other and len(set(first)) > 1
+
+
+def test_who_leaves_frees_the_place(client: openai.OpenAI, http: httpx.Client) -> None:
+    wish = {"model": "tinyworld", "prompt": PROMPT, "max_tokens": 480, "extra_body": {"ignore_eos": True}}
+    stream = client.completions.create(**wish, stream=True)
+    request = next(stream).polytrace["request"]
+    stream.close()
+    wait_until(lambda: http.get(f"/v1/requests/{request}").json()["state"] == "cancelled", 30)
+    told = http.get(f"/v1/requests/{request}/events").text
+    assert told.count("event: token") < 480
+
+
+def test_many_at_once_get_what_each_gets_alone(client: openai.OpenAI, vector: Tensor) -> None:
+    def text(layer: int) -> str:
+        steer = {"layer": layer % 8, "vector": (vector * (1 + layer)).tolist(), "positions": "generated"}
+        answer = client.completions.create(
+            model="tinyworld", prompt=PROMPT, max_tokens=8, seed=layer, extra_body={"polytrace": {"steer": steer}}
+        )
+        return str(answer.choices[0].text)
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(text, range(8)))
+    assert together == [text(layer) for layer in range(8)]
+    assert len(set(together)) > 3
+
+
+def test_a_recorded_loop_comes_with_openais_client(client: openai.OpenAI, model: Any, vector: Tensor) -> None:
+    with model.generate(PROMPT, max_new_tokens=12) as tracer:
+        for step in tracer.iter[:]:
+            model.model.layers[LAYER].output[0][:] += vector * (step % 3)
+    file = base64.b64encode(b"".join(encode_request(tracer.request))).decode()
+
+    def complete(**more: Any) -> str:
+        body = {"polytrace": {"request": file}}
+        answer = client.completions.create(model="tinyworld", prompt=PROMPT, temperature=0, extra_body=body, **more)
+        return str(answer.choices[0].text)
+
+    assert complete() == complete(max_tokens=12) == tracer.result[0].text
+    with pytest.raises(openai.BadRequestError, match="recorded for 12 new tokens, and the call asks for 9"):
+        complete(max_tokens=9)

@@ -1,0 +1,152 @@
+"""A gateway over real HTTP with a real store, where the test itself is the controller."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from api.gateway import Gateway
+from api.served import Checker
+from api.server import GatewayServer, bind
+from api.settings import GatewaySettings
+from api.store import Store
+from cluster.requests import DeploymentState, Finished, Published
+from polytrace.certificate import Generated, Receipt, Token
+from polytrace.codec import to_json
+from polytrace.description import Limits, ModelDescription
+from polytrace.errors import PolytraceError
+from polytrace.wire import result_header
+from scheduling.plan import RequestId
+from scheduling.scheduler import Progress
+
+ROOM = 8192
+
+
+class GatewayService:
+    """`model` is what it serves, by the name "m"."""
+
+    def __init__(
+        self,
+        folder: Path,
+        checker: Checker,
+        model: ModelDescription,
+        tokenizer: bytes | None = None,
+        key: str | None = None,
+    ) -> None:
+        self.store = Store(folder)
+        settings = GatewaySettings(store=str(folder), max_wait_s=20.0, shutdown_s=1.0)
+        self.server = GatewayServer(Gateway(self.store, settings, checker, key), settings)
+        listener = bind("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self._thread.start()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=30)
+        body = json.dumps(to_json(model)).encode()
+        self.store.set_state("m", DeploymentState.STARTING, "")
+        self.store.publish("m", Published(source="none", dtype="auto", description=body, tokenizer=tokenizer))
+        self.store.set_state("m", DeploymentState.READY, "ready")
+        wait_until(lambda: self.http.get("/readyz").status_code == 200)
+
+    def claim(self) -> RequestId:
+        """The next request that comes."""
+        found: list[RequestId] = []
+
+        def look() -> bool:
+            found.extend(claimed.request for claimed in self.store.claim("m", 1))
+            return bool(found)
+
+        wait_until(look)
+        return found[0]
+
+    def tell(self, request: RequestId, *tokens: Token, passes_done: int = 1) -> None:
+        self.store.note_progress([Progress(request=request, passes_done=passes_done, passes=9, tokens=tokens)])
+
+    def finish(
+        self, request: RequestId, generated: Sequence[Generated] = (), error: PolytraceError | None = None
+    ) -> None:
+        if error is not None:
+            self.store.finish([Finished(request=request, error=error)])
+            return
+        place = self.store.place_result(request, ROOM, 0)
+        header = result_header([], receipt_of(request, generated), place.start)
+        self.store.finish([Finished(request=request, header=header, generated=tuple(generated))])
+
+    def close(self) -> None:
+        self.http.close()
+        self.server.should_exit = True
+        self._thread.join(timeout=10)
+        self.store.close()
+
+
+def receipt_of(request: RequestId, generated: Sequence[Generated]) -> Receipt:
+    return Receipt(
+        request=request,
+        model="m",
+        passes=(),
+        tokens=3,
+        token_layers=3,
+        token_layers_alone=3,
+        fired=(),
+        pad_rows_written=0,
+        read_bytes=0,
+        result_bytes=0,
+        carried_bytes=0,
+        gathered_bytes=0,
+        queue_seconds=0.0,
+        run_seconds=0.0,
+        notes=(),
+        generated=tuple(generated),
+    )
+
+
+def description_of_nothing() -> ModelDescription:
+    """A model without modules."""
+    return ModelDescription(
+        name="m",
+        class_name="TinyForCausalLM",
+        dtype="float32",
+        vocab_size=10,
+        hidden_size=4,
+        num_layers=1,
+        layers="model.layers",
+        stages=1,
+        ranks=1,
+        fingerprint="f",
+        config={"model_type": "tiny"},
+        modules=(),
+        sites=(),
+        parameters=(),
+        limits=Limits(max_sequence_tokens=16, max_request_bytes=1 << 20),
+        key_value_bytes=1,
+        hidden_bytes=1,
+        row_multiple=1,
+        has_kept_rows=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def events_of(lines: Sequence[str]) -> list[tuple[str, str, Any]]:
+    """Id, kind and data of what server-sent lines say."""
+    found: list[tuple[str, str, Any]] = []
+    fields: dict[str, str] = {}
+    for line in lines:
+        if line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif "data" in fields:
+            found.append((fields["id"], fields["event"], json.loads(fields["data"])))
+            fields = {}
+    return found
