@@ -422,11 +422,11 @@ class Scheduler:
             is_alone = self._memory.taken_bytes == job.reserved * self._position_bytes
             if idle:
                 self._put_back(max(idle, key=lambda other: other.number))
-            elif is_alone and (not job.reserved or job.needed * self._position_bytes > self._memory.most_bytes):
+            elif is_alone and not job.reserved:
                 self._end(job, _no_room(job.needed * self._position_bytes, self._memory.most_bytes))
                 return False
             elif is_alone:
-                self._put_back(job)  # it begins with what it has come to need, and moves nothing
+                self._put_back(job)  # it begins with no more than it has come to need, and moves nothing
             else:
                 if job.reserved and holders and not younger:
                     self._put_back(job)
