@@ -97,9 +97,11 @@ class Account:
         program: Program | None = None,
         step: int = 0,
         offset: int = 0,
+        *,
+        requests: int = 0,
     ) -> None:
         """Takes in a pass that went well; `program` is what ran, when that is a step of a generation, whose saves are
-        counted from `offset` on.
+        counted from `offset` on. `requests` shared it; 0: they are the plan's members.
         """
         program = program or self.program
         request = program.request
@@ -107,7 +109,7 @@ class Account:
         self._entries.append(
             PassEntry(
                 pass_id=plan.pass_id,
-                requests=len(plan.members),
+                requests=requests or len(plan.members),
                 tokens=sum(plan.layer_rows[:1]),
                 layer_rows=tuple(rows if layer < begun else 0 for layer, rows in enumerate(plan.running_rows)),
                 seconds=max((result.seconds for result in results), default=0.0),
@@ -162,8 +164,9 @@ class Account:
         queue_seconds: float,
         run_seconds: float,
         generating: Generating | None = None,
+        spared: int = 0,
     ) -> Receipt:
-        """The books, closed."""
+        """The books, closed; `spared` are rows x layers that need not run thanks to kept prefixes."""
         program = self.program
         steps = step_costs(program, [] if generating is None else generating.rows_of_steps, table)
         kept_bytes = sum(slot.facts.num_bytes for slot in program.saves if slot.keep is not None)
@@ -172,7 +175,7 @@ class Account:
             model=table.description.name,
             passes=tuple(self._entries),
             tokens=steps.tokens + sum(wave_tokens(program, wave) for wave in program.waves),
-            token_layers=steps.token_layers + token_layers(program, table, is_keeping=is_keeping),
+            token_layers=steps.token_layers + token_layers(program, table, is_keeping=is_keeping) - spared,
             token_layers_alone=steps.token_layers + token_layers_alone(program, table),
             fired=tuple(_told_firings(self._firings(), 1 if generating is None else generating.num_steps)),
             generated=() if generating is None else tuple(generating.generated()),
