@@ -14,7 +14,7 @@ from polytrace.backend import Backend, Result
 from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
 from polytrace.graph import Request
-from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
+from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,13 @@ class Recorder:
     def validate(self, request: Request) -> Certificate:
         return self._backend.validate(request)
 
-    def run(self, request: Request, tell: Tell = tell_nobody, hear: Hear = hear_nothing) -> Result:
+    def run(
+        self,
+        request: Request,
+        tell: Tell = tell_nobody,
+        hear: Hear = hear_nothing,
+        hear_tokens: HearTokens = hear_no_tokens,
+    ) -> Result:
         result = self._backend.run(request)
         # a copy: a saved value takes over the tensor that it is given
         copies = {name: torch.as_tensor(value).clone() for name, value in result.values.items()}

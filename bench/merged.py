@@ -89,12 +89,20 @@ def run(config: MergedConfig) -> dict[str, Any]:
 
 def run_together(backend: LocalBackend, programs: Sequence[Program]) -> list[Outcome]:
     """The outcomes of programs that share passes. Raises the first error."""
-    fresh = [dataclasses.replace(program, request=RequestId(secrets.token_hex(8))) for program in programs]
-    outcomes = backend.run_together(fresh)
+    outcomes = backend.run_together(list(map(again, programs)))
     for outcome in outcomes:
         if outcome.error is not None:
             raise outcome.error
     return outcomes
+
+
+def again(program: Program) -> Program:
+    """The program as another request: each runs once."""
+    request, chain = RequestId(secrets.token_hex(8)), program.chain
+    if chain is not None:
+        parts = tuple([dataclasses.replace(part, request=request) for part in chain.parts])
+        chain = dataclasses.replace(chain, parts=parts)
+    return dataclasses.replace(program, request=request, chain=chain)
 
 
 def run_one_by_one(backend: LocalBackend, programs: Sequence[Program]) -> None:

@@ -70,6 +70,7 @@ class AttentionPass:
         self.store = store
         self.device = device
         self.trunks = trunks  # None: there are none, neither to find nor to keep
+        self.has_own_cache = False  # the model's: keys come to attention as it holds them, earlier ones first
         self.points: dict[int, Points] = {}  # visits inside of attention, by the module's id
         self.has_kernel = has_kernels(device)
         self.layer = 0  # that runs now
@@ -170,8 +171,8 @@ def packed_attention(
     points = current.points.get(id(module), {})
     if points:
         query = visited(points, Port.Q_ROT, query.transpose(1, 2)).transpose(1, 2)
-        key = visited(points, Port.K_ROT, key.transpose(1, 2)).transpose(1, 2)
-        value = visited(points, Port.V, value.transpose(1, 2)).transpose(1, 2)
+        key = _visited_rows(current, points, Port.K_ROT, key, query.shape[2])
+        value = _visited_rows(current, points, Port.V, value, query.shape[2])
     key_GRC, value_GRC, decoding = _with_trunks(current, key[0], value[0], points)
     formula = Formula(
         scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
@@ -196,6 +197,16 @@ def packed_attention(
             rows = to_device(written, current.device)
             z = z.index_copy(1, rows, layer.result(query.dtype).index_select(1, rows))
     return visited(points, Port.Z, z.contiguous()), None  # some families view it as one row a token
+
+
+def _visited_rows(current: AttentionPass, points: Points, port: Port, rows_1GRC: Tensor, num_rows: int) -> Tensor:
+    """Keys or values behind the visit of their point, where those of this pass are seen."""
+    own_1GTC = rows_1GRC[:, :, rows_1GRC.shape[2] - num_rows :]
+    after_1GTC = visited(points, port, own_1GTC.transpose(1, 2)).transpose(1, 2)
+    if not current.has_own_cache:
+        return after_1GTC
+    own_1GTC.copy_(after_1GTC)  # later tokens see what they have become
+    return rows_1GRC
 
 
 def _with_trunks(

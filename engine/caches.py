@@ -1,12 +1,12 @@
 """Caches: keys and values of sequences that grow, each in one piece, those of like room side by side.
 
-Owns where they lie. A *slab* has, for every layer, `SLOTS` slots of equal room; a cache has the same slot at all
+Owns where they lie. A *slab* has, for every layer, some slots of equal room; a cache has the same slot at all
 layers. So what many sequences attend to at a layer is one tensor with strides, and nothing of it is copied to be read.
 On a CPU attention is computed in float32, and so slots are float32 there: each number is widened once, which is exact.
 
 Values of a slot are numbers everywhere, also where nothing has been put: what no row sees has weight zero. Slots count
 as held from when they are first used until their slab is gone, which is when it is empty, or when what is in it has
-moved closer together (`pack`); before they are used, the machine has no memory for them.
+moved closer together (`pack`). Before they are used a CPU has no memory for them; on a GPU all of a slab's count.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from scheduling.plan import Grow, RequestId, TrunkId
 # S = slots of a slab, G = key/value heads, P = positions of a slot, C = dimension of a key's head, U = of a value's,
 # N = positions of a cache
 
-SLOTS = 16  # of a slab
+# Of a slab. A CPU's memory comes with its first use; a GPU's is taken at once, and nothing there reads many slots.
+_CPU_SLOTS, _GPU_SLOTS = 32, 8
 
 
 @dataclass(slots=True)
@@ -37,21 +38,22 @@ class Layer:
 
     @property
     def slot_bytes(self) -> int:
-        return (self.keys_SGPC.nbytes + self.values_SGPU.nbytes) // SLOTS
+        return (self.keys_SGPC.nbytes + self.values_SGPU.nbytes) // self.keys_SGPC.shape[0]
 
 
 class Slab:
     """Slots of equal room."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, num_slots: int) -> None:
         self.capacity = capacity  # P
+        self.num_slots = num_slots
         self.layers: dict[int, Layer] = {}
         self.num_touched = 0  # slots that have been used since the slab was made
-        self.free = list(range(SLOTS))  # a heap: the first is used first, so that those in use lie close
+        self.free = list(range(num_slots))  # a heap: the first is used first, so that those in use lie close
 
     @property
     def is_empty(self) -> bool:
-        return len(self.free) == SLOTS
+        return len(self.free) == self.num_slots
 
     @property
     def slot_bytes(self) -> int:
@@ -75,9 +77,11 @@ class Cache:
 class Caches:
     """All caches of a shard."""
 
-    def __init__(self, take: Callable[[int], None], give: Callable[[int], None]) -> None:
+    def __init__(self, take: Callable[[int], None], give: Callable[[int], None], device: torch.device) -> None:
         """`take` counts bytes as held or raises CapacityError, `give` gives them back."""
         self._take, self._give = take, give
+        self._is_cpu = device.type == "cpu"
+        self.num_slots = _CPU_SLOTS if self._is_cpu else _GPU_SLOTS
         self._slabs: dict[int, list[Slab]] = {}  # by capacity
         self._caches: dict[RequestId, dict[TrunkId, Cache]] = {}
 
@@ -104,9 +108,8 @@ class Caches:
         """A slab's slots at a layer, made at the first use for keys and values like these."""
         found = slab.layers.get(layer)
         if found is None:
-            is_cpu = key_GTC.device.type == "cpu"
-            shape = (SLOTS, key_GTC.shape[0], slab.capacity)
-            dtypes = [torch.float32 if is_cpu else one.dtype for one in (key_GTC, value_GTC)]
+            shape = (slab.num_slots, key_GTC.shape[0], slab.capacity)
+            dtypes = [torch.float32 if self._is_cpu else one.dtype for one in (key_GTC, value_GTC)]
             keys = key_GTC.new_empty(*shape, key_GTC.shape[2], dtype=dtypes[0])
             values = value_GTC.new_empty(*shape, value_GTC.shape[2], dtype=dtypes[1])
             found = Layer(keys, values)
@@ -129,7 +132,7 @@ class Caches:
     def pack(self) -> None:
         """Moves caches closer together where many slots are held that none has; between two passes only."""
         for capacity, slabs in list(self._slabs.items()):
-            num_used = sum(SLOTS - len(slab.free) for slab in slabs)
+            num_used = sum(slab.num_slots - len(slab.free) for slab in slabs)
             if sum(slab.num_touched for slab in slabs) <= num_used + num_used // 2:
                 continue
             self._give(sum(slab.held_bytes for slab in slabs))
@@ -149,7 +152,8 @@ class Caches:
         slabs = self._slabs.setdefault(capacity, [])
         slab = next((slab for slab in slabs if slab.free), None)
         if slab is None:
-            slab = Slab(capacity)
+            slab = Slab(capacity, self.num_slots)
+            slab.num_touched = 0 if self._is_cpu else self.num_slots
             slabs.append(slab)
         slot = slab.free[0]
         if slot >= slab.num_touched:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from engine.arguments import Selector
 from engine.copies import to_device
+from engine.encoders import has_encoder
 from engine.gate import Trial, root_segment
 from engine.head_outputs import HeadOutputs
 from engine.layer_relations import LayerValues, layer_checks
@@ -54,6 +55,8 @@ LAYER_CHANGES = "what the layer gives changes the logits"
 
 def check_names(trial: Trial, report: GateReport, parameters: NamedParameters) -> tuple[Check, ...]:
     """Collective: every shard calls it at once, behind its gate. One forward."""
+    if has_encoder(trial.runner.model):
+        return ()  # it has no names but its modules'
     return _Checker(trial, report, parameters).checks()
 
 

@@ -157,9 +157,9 @@ def _attend(run: Run, number: int, layer: PagedLayer) -> None:
     parts.append(product(q_BEC, keys.transpose(1, 2), least).view(slots, groups, share, -1))
     if layer.formula.softcap is not None:
         parts = [capped(part.contiguous(), layer.formula.softcap) for part in parts]
-    for place, (part, sight) in enumerate(zip(parts, sights, strict=True)):
+    for part, sight in zip(parts, sights, strict=True):
         if sight.hidden is not None:
-            parts[place] = part.masked_fill(sight.hidden, -math.inf)
+            part.masked_fill_(sight.hidden, -math.inf)
     # 2) the softmax over whole pages
     if layer.sinks_GE is not None:
         sinks = queries_GBEC.new_full((slots, groups, share, PAGE), -math.inf)

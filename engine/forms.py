@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.copies import to_device
 from engine.ranges import check_along, check_index, check_range
+from engine.row_products import by_equation, product
 
 _WRITING = ("inplace", "out")  # parameters that make a function change a tensor
 
@@ -257,6 +258,17 @@ def _index_put(input: Tensor, indices: Sequence[Tensor], values: Tensor, accumul
     return torch.index_put(input, tuple(indices), values, accumulate)
 
 
+def _matmul(input: Tensor, other: Tensor) -> Tensor:
+    found = product(input, other)
+    return torch.matmul(input, other) if found is None else found
+
+
+def _einsum(equation: str, *operands: Any) -> Tensor:
+    parts = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+    found = by_equation(equation, *parts) if len(parts) == 2 else None
+    return torch.einsum(equation, *operands) if found is None else found
+
+
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     if tensor.is_cuda:
         check_range(tensor, num_classes if num_classes >= 0 else None, is_signed=False)
@@ -324,6 +336,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     "binary_cross_entropy": _binary_cross_entropy,
     "cond": _cond,
     "cross_entropy": _of_classes(_cross_entropy),
+    "einsum": _einsum,
     "embedding": _embedding,
     "empty_like": _empty_like,
     "flip": Tensor.flip,
@@ -333,6 +346,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     "item": _item,
     "kl_div": _kl_div,
     "lstsq": _lstsq,
+    "matmul": _matmul,
     "new_empty": _new_empty,
     "nll_loss": _of_classes(_nll_loss),
     "norm": Tensor.norm,

@@ -40,6 +40,7 @@ from polytrace.graph import (
     Op,
     Operand,
     Parameter,
+    Port,
     Read,
     Ref,
     Save,
@@ -232,7 +233,7 @@ class RequestState:
             return
         else:
             assert isinstance(node, Save), "what earlier steps left does not run"
-            self._save(node_id, node)
+            self._save(node_id, self.values[node.value.node])
             self.fired.append(node_id)
             return
         if not self.has_failed:
@@ -246,7 +247,7 @@ class RequestState:
         info, leaf = self.context.sites[node.site]
         level = self.context.levels.of(info.order)
         is_output = self.context.levels.is_output(info.order) and node.site.selector in ((), (0,))
-        if is_output:
+        if leaf.num_columns is None and is_output:
             rows = self.rows[node.invoke].behind(level, self.program.narrowed.get(node_id))
         else:
             rows = self._rows(node_id, node, info, level)
@@ -335,6 +336,11 @@ class RequestState:
                 info = self.context.sites[node.site][0]
                 yield from self._rows(node_id, node, info, self.context.levels.of(info.order)).numbers
 
+    def reads_of(self, fragment: Fragment) -> Iterator[int]:
+        """Invokes of whose rows a fragment reads at its visit."""
+        nodes = self.program.graph.nodes
+        yield from (node.invoke for node in map(nodes.__getitem__, fragment.nodes) if isinstance(node, Read))
+
     def _is_in_place(self, write: NodeId) -> bool:
         node = self.program.graph.nodes[write]
         return isinstance(node, Write) and node.in_place
@@ -342,6 +348,10 @@ class RequestState:
     def _rows(self, node_id: NodeId, node: Read | Write, info: SiteInfo, level: int) -> RowView:
         columns = self.program.narrowed.get(node_id)
         rows = self.rows[node.invoke]
+        if node.site.port is Port.TOKEN:
+            return rows.tokens(columns)
+        if info.rows is Rows.DECODER:
+            return rows.decoder
         if info.rows is not Rows.ALL:
             return rows.kept(columns)
         is_inside = self.context.levels.is_inside(info.order)
@@ -456,9 +466,18 @@ class RequestState:
         pads = to_device([longest - len(sequence) for sequence in sequences], self.context.device)
         return torch.arange(longest, device=self.context.device)[None] >= pads[:, None]
 
-    def _save(self, node_id: NodeId, node: Save) -> None:
+    def save(self, node_id: NodeId, value: Tensor | None) -> None:
+        """Saves a value that was made beside others' (None: one that it has)."""
+        try:
+            node = self.program.graph.nodes[node_id]
+            assert isinstance(node, Save)
+            self._save(node_id, self.values[node.value.node] if value is None else value)
+        except Exception as error:  # noqa: BLE001  the edge between a user's program and the shared pass
+            self.fail(node_id, _told(error))
+
+    def _save(self, node_id: NodeId, value: Any) -> None:
         if self.context.links.rank == 0:
-            slot, value = self._slots[node_id], self.values[node.value.node]
+            slot = self._slots[node_id]
             member = self.member
             if member is not None and (slot.is_of_step or member.part is not None):
                 slot = self._slot_now(slot, value, member)

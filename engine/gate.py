@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from engine.arguments import Selector
 from engine.attention import AttentionPass
+from engine.encoders import beginning
 from engine.head_outputs import HeadOutputs
 from engine.lanes import stream_multiple
 from engine.leaves import row_leaves
@@ -47,7 +48,7 @@ from polytrace.graph import Port
 from polytrace.sources import operation_path
 from scheduling.costs import ROUNDED_NOTE
 from scheduling.levels import Levels
-from scheduling.plan import PROLOGUE, PassId, Plan, Segment
+from scheduling.plan import PROLOGUE, Grow, PassId, Plan, Segment
 
 _LENGTHS = (9, 21)  # tokens of A and B
 _LONGER = (100, 300, 1000)  # tokens of A on a GPU
@@ -223,7 +224,8 @@ def _check_family(trial: Trial, seen: _Seen, sequence: list[int], family: Manner
     family.prepare(model)
     try:
         with torch.no_grad():
-            answer = model(input_ids=torch.tensor([sequence], device=trial.device), use_cache=False)
+            ids = torch.tensor([sequence], device=trial.device)
+            answer = model(input_ids=ids, use_cache=False, **beginning(model, trial.device))
     finally:
         use_attention(model, own)
     for selector, expected in row_leaves(answer, {}).items():
@@ -351,7 +353,7 @@ class Trial:
         last = slice(sum(map(len, sequences[:-1])), sum(map(len, sequences)))
 
         def looking(site: SiteInfo, streams: Streams) -> Callable[[Any], Any]:
-            return _looking(site, streams.layer(0).num_padded, last, look)
+            return _looking(site, streams.layer(0).num_padded, last, len(sequences), look)
 
         segments = [root_segment(sequence, self.probe.layout.num_layers) for sequence in sequences]
         self.run(segments, looking, has_operations=has_operations)
@@ -407,6 +409,7 @@ class Trial:
         *,
         has_operations: bool = True,
         sites: Sequence[SiteInfo] | None = None,
+        grows: Sequence[Grow] = (),
     ) -> None:
         """This stage's part of one forward over some segments, with a visitor at all sites that it owns, or at some."""
         links = self.links
@@ -417,6 +420,7 @@ class Trial:
             views=(),
             members=(),
             keeps=(),
+            grows=tuple(grows),
             until=PROLOGUE,
             num_stages=links.stages,
         )
@@ -478,16 +482,19 @@ def _is_equal(_place: _Place, rows: Tensor, other: Tensor) -> bool:
     return torch.equal(rows, other)
 
 
-def _looking(site: SiteInfo, num_rows: int, last: slice, look: _Look) -> Callable[[Any], Any]:
+def _looking(site: SiteInfo, num_rows: int, last: slice, num_sequences: int, look: _Look) -> Callable[[Any], Any]:
     """Shows the last sequence's rows of every leaf. The gate keeps all rows for the head, so both row spaces agree."""
     readable = {leaf.selector for leaf in site.leaves if leaf.read_refusal is None}
+    decoded = {leaf.selector for leaf in site.leaves if leaf.num_columns is not None}
 
     def visitor(value: Any) -> Any:
         if isinstance(value, Pairs) and readable:
             rows = value.read(range(last.start, last.stop), last.stop - last.start)
             look((site.module, site.port, ()), rows, rows)
         for selector, tensor in row_leaves(value, site.layouts).items():
-            if selector in readable and tensor.ndim >= 2 and tensor.shape[1] == num_rows:
+            if selector in decoded and selector in readable and tensor.shape[1] == num_sequences:
+                look((site.module, site.port, selector), tensor[0, -1:], tensor)
+            elif selector in readable and tensor.ndim >= 2 and tensor.shape[1] == num_rows:
                 chosen = slice(last.stop - _WIDE_ROWS, last.stop) if isinstance(value, HeadOutputs) else last
                 look((site.module, site.port, selector), tensor[0, chosen], tensor)
         return value

@@ -5,6 +5,7 @@ Worked out once for a level's rows, and used by every layer that has them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +58,7 @@ class _Part:
         for slots, rows_GRC in ((held.keys_SGPC, key_GRC), (held.values_SGPU, value_GRC)):
             taken = self._taken(rows_GRC).to(slots.dtype)
             slots.view(-1, slots.shape[3]).index_copy_(0, index, taken.reshape(-1, slots.shape[3]))
-        if self._device.type == "cpu" and not bool(torch.isfinite(taken.sum())):
+        if self._device.type == "cpu" and not math.isfinite(float(taken.sum())):
             is_odd = ~torch.isfinite(taken).all(2).all(0)
             held.odd.update(slot for slot, odd in zip(self._slots, is_odd.tolist(), strict=True) if odd)
 

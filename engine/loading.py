@@ -23,7 +23,10 @@ import transformers
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 from engine.checkpoint import Needs, check_weights, checkpoint_dtype, lazy_state
 from engine.drawing import random_state
@@ -255,11 +258,19 @@ def _config_and_class(source: str) -> tuple[Any, Any]:
         if known_source(source) == source:
             raise ServiceError(_unreadable(source, error)) from error
         config = AutoConfig.from_pretrained(known_source(source))
+    if _is_seq_to_seq(config):
+        return config, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ServiceError(
-            f"{source} is a {config.model_type} model, which transformers has no causal language model for"
-        )
+        raise ServiceError(f"{source} is a {config.model_type} model, which transformers has no language model for")
     return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _is_seq_to_seq(config: Any) -> bool:
+    """Whether a model has an encoder and a decoder. Some families have a decoder alone as well: the checkpoint says."""
+    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return False
+    name = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)].__name__
+    return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or name in (config.architectures or ())
 
 
 def _num_bytes(tensor: Any) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from engine.attention import NAME, use_packed_attention
+from engine.encoders import has_encoder
 from polytrace.description import PassLayout
 
 _EAGER = "eager"
@@ -43,6 +44,9 @@ class Manner:
 def manners_of(model: PreTrainedModel) -> tuple[Manner, ...]:
     """All of a model as transformers made it, the best first."""
     padded = dict.fromkeys((NAME, _EAGER, attention_of(model)))
+    if has_encoder(model):  # which sees all of a prompt at once
+        padded.pop(NAME)
+        return tuple(Manner(layout=PassLayout.PADDED, attention=attention) for attention in padded)
     return (
         Manner(layout=PassLayout.PACKED, attention=NAME),
         *(Manner(layout=PassLayout.PADDED, attention=attention) for attention in padded),

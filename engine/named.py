@@ -86,6 +86,24 @@ def name_parts(
     return namer.named()
 
 
+_OF_DECODERS = ("embed_tokens", "layers", "ln_final")
+_TWO_STACKS = "the model has an encoder and a decoder: name the modules of one by their paths"
+
+
+def unnamed(sites: Sequence[SiteInfo], num_layers: int) -> Named:
+    """A model whose parts have the names of its modules alone."""
+    return Named(
+        sites=tuple(sites),
+        points=(),
+        views={},
+        weights=(),
+        standard=StandardNames(
+            modules={}, refusals=dict.fromkeys(_OF_DECODERS, _TWO_STACKS), parts=(), points=(), facts=()
+        ),
+        layer_parts=(None,) * num_layers,
+    )
+
+
 class NamedParameters(Mapping[str, Tensor]):
     """Parameters and buffers by path, and named weights made when they are asked for."""
 

@@ -1,12 +1,12 @@
 """What the sequences of a pass go on with: drawn behind the model's output, seen and changed by graphs, then told.
 
-Owns the visit of `Port.TOKEN`. The rows are those of the logits; a token stands in the row of the last token that its
-sequence has. How a token is drawn is `engine.sampling`'s.
+Owns the visit of `Port.TOKEN`. Each sequence has a token of its own there, also where several have a row of logits in
+common. How a token is drawn is `engine.sampling`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from engine.leaves import port_leaves
 from engine.links import Links
 from engine.sampling import NO_TOKEN, Drawing, draw_tokens, log_likelihoods
 from engine.slices import gather_whole
-from engine.views import RowView
-from polytrace.description import Leaf
+from engine.views import InvokeRows, RowView
+from polytrace.description import Leaf, Rows
 from polytrace.graph import Generation
 from scheduling.plan import NO_ROWS, Drawn, Member, RequestId, View
 
@@ -48,25 +48,30 @@ class NextTokens:
         members: Sequence[Member],
         states: Sequence[RequestState],
         views: Sequence[View],
+        rows: Rows,
         logits: Leaf,
         links: Links,
         device: torch.device,
+        readers: Container[tuple[int, int]] = (),
     ) -> None:
+        """`rows` are those of the logits. `readers`: members and invokes of whose tokens something is read in this
+        pass, also where they are not told because they change in a later one.
+        """
         self._logits, self._links, self._device = logits, links, device
-        self._going = [
-            _Going(
-                state=state,
-                view=view,
-                step=members[view.member].step,
-                generation=generation,
-                rows=state.rows[view.invoke].kept((max(view.lengths) - 1,)),
+        self._going: list[_Going] = []
+        for view in views:
+            state = states[view.member]
+            generation = state.program.invokes[view.invoke].generation
+            if generation is None or not (view.is_drawing or (view.member, view.invoke) in readers):
+                continue
+            own = state.rows[view.invoke]
+            last = _last(own, rows)
+            if last.num_rows < sum(segment != NO_ROWS for segment in view.segments):
+                continue  # somebody reads tokens, but nobody those of the last column
+            own.first_token = sum(one.rows.num_rows for one in self._going)
+            self._going.append(
+                _Going(state=state, view=view, step=members[view.member].step, generation=generation, rows=last)
             )
-            for view in views
-            if view.is_drawing
-            for state in (states[view.member],)
-            for generation in (state.program.invokes[view.invoke].generation,)
-            if generation is not None
-        ]
 
     def visit(self, output: Any, visitor: Callable[[Any], Any]) -> Any:
         """Draws, lets `visitor` see and change what was drawn, and tells the requests' states. Returns the output."""
@@ -78,10 +83,7 @@ class NextTokens:
             blocks, copies = self._logits.sharded_blocks, self._logits.sharded_copies
             logits_KV = gather_whole(self._links, logits_KV, 1, blocks, copies)
         drawn_K = draw_tokens(logits_KV, [_drawing(one) for one in self._going])
-        tokens_1T = torch.zeros(packed_1TV.shape[:2], dtype=torch.int64, device=self._device)
-        tokens_1T[0].index_copy_(0, rows_K, drawn_K)
-        final_K = visitor(tokens_1T)[0].index_select(0, rows_K)
-        self._tell(logits_KV, final_K)
+        self._tell(logits_KV, visitor(drawn_K[None])[0])
         return output
 
     def _tell(self, logits_KV: Tensor, tokens_K: Tensor) -> None:
@@ -91,7 +93,7 @@ class NextTokens:
             stop = start + one.rows.num_rows
             own = tokens[start:stop]
             wrong = [token for token in own if not 0 <= token < logits_KV.shape[1]]
-            if one.state.has_failed:
+            if one.state.has_failed or not one.view.is_drawing:
                 pass
             elif wrong:
                 last = logits_KV.shape[1] - 1
@@ -101,6 +103,14 @@ class NextTokens:
                 one.state.drawn.append(_told(one, own, logits_KV[start:stop], tokens_K[start:stop]))
                 one.state.note_tokens(one.view.invoke, one.rows.places, own)
             start = stop
+
+
+def _last(invoke: InvokeRows, rows: Rows) -> RowView:
+    """Of each sequence the row of its last token."""
+    if rows is Rows.DECODER:
+        return invoke.decoder
+    last = (max(invoke.view.lengths) - 1,)
+    return invoke.kept(last) if rows is Rows.KEPT else invoke.at(invoke.streams.num_layers, last)
 
 
 def _drawing(one: _Going) -> Drawing:

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from engine.anatomy import find_anatomy
 from engine.arguments import Selector
+from engine.encoders import has_encoder
 from engine.experts import is_experts
 from engine.manners import Manner, attention_of, forward_names, manners_of
-from engine.named import Views, name_parts, named_infos
+from engine.named import Views, name_parts, named_infos, unnamed
 from engine.partitions import NamedWeight
 from engine.parts import Parts
 from engine.positions import first_position
@@ -102,8 +103,10 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
     operations = [merged_site(order, a, b, both, experts) for order, (a, b) in events if a.is_operation and a.leaves]
     _check_hidden(model, layers, first)
     everything = sorted((*refuse_repeated_visits(found), *operations), key=lambda site: site.order)
-    named = name_parts(
-        model, layers, everything, manner.attention, dict(_pairs(first, second))
+    named = (
+        unnamed(everything, len(_layers_of(model, layers)))
+        if has_encoder(model)
+        else name_parts(model, layers, everything, manner.attention, dict(_pairs(first, second)))
     )  # puts more between them
     inside = {site.module for site in operations}
     sites = tuple(site for site in named.sites if site.module not in inside)
@@ -127,7 +130,8 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
         max_tokens=_max_tokens(config) - first_position(model),
         has_kept_rows=has_kept_rows,
         has_side_values=first.has_side_values,
-        has_token_values=find_anatomy(model.config, layers, attention_of(model)).has_token_values,
+        has_token_values=not has_encoder(model)
+        and find_anatomy(model.config, layers, attention_of(model)).has_token_values,
         has_fixed_rows=is_packed and not _takes_other_rows(model, layers),
         widths=frozenset(_widths(first, second)) if is_packed else frozenset(),
         sites=sites,
@@ -148,6 +152,12 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),
     )
+
+
+def _layers_of(model: PreTrainedModel, layers: str) -> nn.ModuleList:
+    found = model.get_submodule(layers)
+    assert isinstance(found, nn.ModuleList)
+    return found
 
 
 def _max_tokens(config: Any) -> int:
@@ -231,11 +241,12 @@ def _check_hidden(model: PreTrainedModel, layers: str, recorder: Recorder) -> No
     for event in recorder.events:
         if event.module.rpartition(".")[0] == layers and event.port is not Port.INPUTS:
             shape = next((list(tensor.shape) for tensor in event.leaves.values()), [])
-            if shape[:2] != [1, recorder.rows] or len(shape) != 3:
+            rows = recorder.decoded if has_encoder(model) else recorder.rows
+            if shape[:2] != [1, rows] or len(shape) != 3:
                 place = f"{event.module}.{event.port.value}"
                 raise ServiceError(
                     f"{type(model).__name__} cannot be served yet: {place} is of shape {shape} and not "
-                    f"[1, {recorder.rows}, features]"
+                    f"[1, {rows}, features]"
                 )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from engine.arguments import Arguments, Selector
 from engine.attention import watching
+from engine.encoders import of_decoder
 from engine.leaves import first_argument, port_leaves
 from engine.manners import Manner
 from engine.operations import watch_operations
@@ -22,6 +23,8 @@ from engine.source_sites import SourceNotes
 from polytrace.description import PassLayout
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
+
+_MORE_DECODED = 16  # rows that a decoder has here beyond the encoder's
 
 
 class LoopError(ServiceError):
@@ -59,15 +62,16 @@ class Recorder:
         self.attending: set[str] = set()  # modules that attend, or hold one that does
         self.rows = 0
         self.kept = 0
+        self.decoded = 0  # of the decoder, where there is an encoder
         self._visits: dict[tuple[str, Port], int] = {}
         self._alive: list[Any] = []  # keeps ids unique
         self._containers: dict[int, tuple[Any, list[int]]] = {}  # given to layers, with the tensors in them at first
 
     def run(self, rows: int, kept: int, has_kept_rows: bool, has_mask: bool) -> Recorder:
-        self.rows, self.kept = rows, kept
+        self.rows, self.kept, self.decoded = rows, kept, rows + _MORE_DECODED
         handles = [handle for path, module in self.model.named_modules() for handle in self._hook(path, module)]
         ids = torch.zeros(1, rows, dtype=torch.long, device="meta")
-        given: dict[str, Any] = {}
+        given = of_decoder(self.model, torch.zeros(1, self.decoded, dtype=torch.long, device="meta"))
         if self.manner.layout is PassLayout.PACKED:
             given["position_ids"] = ids
         if has_mask:

@@ -186,7 +186,8 @@ class _Walk:
             entry = self.sites[position]
             assert entry is not None
             leaf = entry[1]
-            return ("read", leaf.of_pairs, leaf.row_dim, leaf.tail, leaf.dtype, *self._view_of(node.invoke))
+            told = leaf.of_pairs, leaf.row_dim, leaf.num_columns, leaf.tail, leaf.dtype
+            return ("read", *told, *self._view_of(node.invoke))
         if isinstance(node, Mask):
             return ("mask", *self._view_of(node.invoke))
         if isinstance(node, Constant):
@@ -254,7 +255,8 @@ class _Walk:
             assert entry is not None
             num_prompts, longest, _ = self._view_of(node.invoke)
             shape = contiguous(entry[1].view_shape(num_prompts, longest), TORCH_DTYPES[entry[1].dtype])
-            self.tokens.read(position, node.invoke, shape, (2, 3) if entry[1].of_pairs else (entry[1].row_dim,))
+            if entry[1].num_columns is None:
+                self.tokens.read(position, node.invoke, shape, (2, 3) if entry[1].of_pairs else (entry[1].row_dim,))
             return shape
         if isinstance(node, Mask):
             shape = contiguous(self._view_of(node.invoke)[:2], torch.bool)

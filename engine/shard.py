@@ -23,8 +23,10 @@ from engine.chat import chat_format
 from engine.checking import check_names
 from engine.constants import Constants
 from engine.copies import to_device
+from engine.encoders import has_encoder, why_one_stage
 from engine.fragments import RequestState, ShardContext
 from engine.gate import Trial, WrongMannerError, run_gate
+from engine.going_on import check_caches
 from engine.lanes import forbid_split_sums
 from engine.links import Links, as_bytes
 from engine.loading import ShardConfig, load_model, meta_model
@@ -37,6 +39,7 @@ from engine.probe import Probe, named_tensors, probe_model
 from engine.reading import Report
 from engine.reports import GateReport
 from engine.results import MemorySink, Writer, sink_for
+from engine.row_tables import PassTables, RowTables
 from engine.source_sites import Place
 from engine.spans import SpanStore
 from engine.splits import blocks_of
@@ -88,13 +91,15 @@ class Shard:
             forbid_split_sums()
         self.probe: Probe = self._probed()
         self.loaded = load_model(self.config, self.links, report)
-        self.store = SpanStore(self.config.kv_bytes)
+        self.store = SpanStore(self.config.kv_bytes, self.device)
         self.runner = self._new_runner()
 
     def _probed(self) -> Probe:
         """ServiceError when the model cannot be cut as it is asked for."""
         meta = meta_model(self.config.source, self.config.dtype)
-        probe = probe_model(meta)
+        probe = probe_model(meta, why_padded="it has an encoder and a decoder" if has_encoder(meta) else None)
+        if has_encoder(meta) and self.config.stages > 1:
+            raise ServiceError(f"{why_one_stage(meta)}; use stages=1")
         if probe.manner.layout is PassLayout.PADDED and self.config.ranks > 1:
             raise ServiceError(f"{probe.class_name} cannot be split over ranks: {probe.why_padded}; use ranks=1")
         if probe.manner.layout is PassLayout.PADDED and self.config.stages > 1 and probe.left:
@@ -156,7 +161,8 @@ class Shard:
             levels=Levels(self.probe.sites, self.probe.layout.layers),
             operations={},
         )
-        return replace(report, checks=check_names(trial, report, parameters))
+        notes = report.notes if self.probe.manner.layout is PassLayout.PACKED else report.notes + check_caches(trial)
+        return replace(report, notes=notes, checks=check_names(trial, report, parameters))
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""
@@ -183,12 +189,13 @@ class Shard:
             device=self.device,
             constants=self._constants,
         )
+        self.row_tables = RowTables(self.context)
         self._row_multiple = description.row_multiple
         self._ports = {info.order: ((info.module, ""), info.port) for info in description.sites}
         self._layouts = {info.order: info.layouts for info in description.sites if info.layouts}
         self._hidden_size = description.hidden_size
         logits = logits_of(description.sites)
-        self._logits = None if logits is None else logits[1]
+        self._logits = None if logits is None else (logits[0].rows, logits[1])
 
     def run(self, plan: Plan) -> ShardResult:
         """Runs this shard's part of a pass.
@@ -226,7 +233,7 @@ class Shard:
         for state, work in zip(states, works, strict=True):
             for fragment in work.fragments:
                 if fragment.order == PROLOGUE:
-                    state.run(fragment, None)
+                    self.row_tables.steady.run(state, fragment)
         hidden_out = self._run_window(plan, streams, states, works, hidden_in)
         watch.lap(Phase.COMPUTING)
         # 5) hidden rows and carried values go on
@@ -270,11 +277,14 @@ class Shard:
 
     def _forget(self, request: RequestId) -> None:
         self._states.pop(request, None)
+        self.row_tables.forget(request)
         self.store.forget(request)
 
     def _forget_all(self) -> None:
         self._writer.wait()  # before their files may be laid out anew
         self._states.clear()
+        if hasattr(self, "row_tables"):
+            self.row_tables.clear()
         self._constants.clear()
         if hasattr(self, "store"):
             self.store.reset()
@@ -404,6 +414,7 @@ class Shard:
             for fragment in work.fragments:
                 if fragment.order != PROLOGUE:
                     at[fragment.order].append((state, fragment))
+        tables = self.row_tables.of_pass(states, streams)
         trunks = Trunks(streams, self.store)
         attention = AttentionPass(
             plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None
@@ -418,9 +429,9 @@ class Shard:
                 module=module,
                 operation=operation,
                 port=port,
-                visitor=self._visitor(fragments, rows, order)
+                visitor=self._visitor(fragments, tables, rows, order)
                 if port is not Port.TOKEN
-                else self._token_visitor(plan, states, fragments, rows, order),
+                else self._token_visitor(plan, states, fragments, tables, rows, order),
                 rows={row for state, fragment in fragments for row in state.rows_at(fragment)}
                 if port.is_of_pairs
                 else (),
@@ -438,7 +449,7 @@ class Shard:
         return self._ports[order]
 
     def _visitor(
-        self, fragments: list[tuple[RequestState, Fragment]], rows: PackedRows, order: int
+        self, fragments: list[tuple[RequestState, Fragment]], tables: PassTables, rows: PackedRows, order: int
     ) -> Callable[[object], object]:
         levels = self.context.levels
         level, next_level = levels.of(order), levels.acts_from(order)
@@ -446,7 +457,7 @@ class Shard:
 
         def visit(value: object) -> object:
             port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.giving else None, layouts)
-            for state, fragment in fragments:
+            for state, fragment in tables.run(order, fragments, port):
                 state.run(fragment, port)
             if is_output:  # a layer's output: what is written to it belongs to the next level's rows
                 hidden: Selector = () if isinstance(value, Tensor) else (0,)
@@ -462,13 +473,16 @@ class Shard:
         plan: Plan,
         states: list[RequestState],
         fragments: list[tuple[RequestState, Fragment]],
+        tables: PassTables,
         rows: PackedRows,
         order: int,
     ) -> Callable[[object], object]:
         """Draws what sequences go on with, which fragments may see and change."""
         assert self._logits is not None, "a model without logits has no tokens to be drawn"
-        next_tokens = NextTokens(plan.members, states, plan.views, self._logits, self.links, self.device)
-        visit = self._visitor(fragments, rows, order)
+        places = {id(state): place for place, state in enumerate(states)}
+        readers = {(places[id(state)], invoke) for state, fragment in fragments for invoke in state.reads_of(fragment)}
+        next_tokens = NextTokens(plan.members, states, plan.views, *self._logits, self.links, self.device, readers)
+        visit = self._visitor(fragments, tables, rows, order)
         return lambda output: next_tokens.visit(output, visit)
 
     def _result(self, plan: Plan, states: list[RequestState]) -> dict[tuple[RequestId, str], Tensor]:

@@ -30,6 +30,7 @@ class SideBySide:
         """By sequence; `layouts` has the dimension of the rows where it is not the second."""
         self._values = values
         self._lengths = lengths
+        self._own_lengths: dict[Selector, list[int]] = {}  # of tensors that have rows
         self._starts = [0, *accumulate(lengths)]
         self._leaves: list[dict[Selector, Tensor]] = []
         self._dims: dict[Selector, int] = {}  # of tensors that have rows
@@ -51,6 +52,7 @@ class SideBySide:
             tensors = [tensor for tensor in own if tensor is not None]
             if len(tensors) == len(own) and self._has_rows(tensors, dim):
                 self._dims[selector] = dim
+                self._own_lengths[selector] = [tensor.shape[dim] for tensor in tensors]
                 self._joint[selector] = torch.cat(tensors, dim)
                 joined = with_member(joined, selector, self._joint[selector])
         return joined
@@ -60,7 +62,8 @@ class SideBySide:
         if any(len(shape) != len(shapes[0]) or len(shape) <= dim for shape in shapes):
             return False
         rest = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
-        return len(rest) == 1 and [shape[dim] for shape in shapes] == list(self._lengths)
+        own = [shape[dim] for shape in shapes]
+        return len(rest) == 1 and own in (list(self._lengths), [1] * len(own))  # 1: of the decoder behind an encoder
 
     def apart(self, after: Any) -> list[Any]:
         """Each sequence's value, of what a visitor made of `value`; the same objects where nothing was replaced."""
@@ -70,20 +73,20 @@ class SideBySide:
             return [self._with_change(place, own) for place, own in enumerate(self._values)]
         found = list(self._values)
         behind = {} if after is self.value else port_leaves(after)[1]
-        for selector, dim in self._dims.items():
+        for selector in self._dims:
             joint = self._joint[selector]
             if joint._version != self._versions[selector]:
-                for own, part in zip(self._leaves, self._parts(joint, dim), strict=True):
+                for own, part in zip(self._leaves, self._parts(joint, selector), strict=True):
                     own[selector].copy_(part)
             given = behind.get(selector, joint)
             if given is not joint:
-                for place, part in enumerate(self._parts(given, dim)):
+                for place, part in enumerate(self._parts(given, selector)):
                     new = torch.empty_like(self._leaves[place][selector]).copy_(part)
                     found[place] = with_member(found[place], selector, new)
         return found
 
-    def _parts(self, joint: Tensor, dim: int) -> Iterable[Tensor]:
-        parts: tuple[Tensor, ...] = joint.split(list(self._lengths), dim)
+    def _parts(self, joint: Tensor, selector: Selector) -> Iterable[Tensor]:
+        parts: tuple[Tensor, ...] = joint.split(self._own_lengths[selector], self._dims[selector])
         return parts
 
     def _with_change(self, place: int, own: HeadOutputs) -> HeadOutputs:

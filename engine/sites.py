@@ -27,6 +27,7 @@ def merged_site(
     """Merges what two forwards saw of one port."""
     recorder = recorders[0]
     kinds = [(Rows.ALL, (recorder.rows, recorders[1].rows)), (Rows.KEPT, (recorder.kept, recorders[1].kept))]
+    kinds.append((Rows.DECODER, (recorder.decoded, recorders[1].decoded)))
     is_sorted = any(a.module.startswith(f"{path}.") for path in experts)
     in_layers = a.module.startswith(recorder.layers + ".")
     rows: Rows | None = None
@@ -34,7 +35,10 @@ def merged_site(
     for selector, tensor in a.leaves.items():
         found = _find_rows(tuple(tensor.shape), tuple(b.leaves[selector].shape), kinds)
         dim, kind, tail = found or (1, rows, ())
-        told = [{recorder.rows: "tokens", recorder.kept: "tokens"}.get(size, size) for size in tensor.shape]
+        told = [
+            dict.fromkeys((recorder.rows, recorder.kept, recorder.decoded), "tokens").get(size, size)
+            for size in tensor.shape
+        ]
         refusal = None if found else f"its rows are not laid out as [1, tokens, ...] but as {told}"
         if a.is_operation and tensor.shape == b.leaves[selector].shape:
             refusal = f"it is {told} for all tokens of all prompts: what a module holds is read by its name there"
@@ -63,6 +67,7 @@ def merged_site(
                 is_flat=dim == 0,
                 row_dim=max(dim, 1),
                 of_pairs=a.port.is_of_pairs,
+                num_columns=1 if found and kind is Rows.DECODER else None,
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 read_refusal=refusal,
                 write_refusal=write_refusal,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.caches import Caches
+from engine.own_caches import OwnCaches
 from polytrace.errors import CapacityError
 from scheduling.plan import Grow, PassId, RequestId, TrunkId
 
@@ -34,14 +35,16 @@ class Span:
 class SpanStore:
     """The key/value store of one shard."""
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, device: torch.device | None = None) -> None:
+        """`device`: where the shard is, None: on a CPU."""
         self.budget_bytes = budget_bytes
         self.held_bytes = 0
         self.row_bytes = 0  # of one row of a block, at most
         self._blocks: dict[tuple[int, PassId], tuple[Tensor, Tensor]] = {}
         self._keys: dict[RequestId, dict[tuple[TrunkId, int], tuple[Tensor, Tensor]]] = {}  # by trunk and layer
         self._outputs: dict[RequestId, dict[tuple[TrunkId, int], Tensor]] = {}
-        self.caches = Caches(self._take, self._give)
+        self.caches = Caches(self._take, self._give, device or torch.device("cpu"))
+        self.own_caches = OwnCaches(self._take, self._give)  # of the padded layout
 
     def put(self, layer: int, block: PassId, key_GRC: Tensor, value_GRC: Tensor) -> None:
         """Takes (no copy) the keys and values of a pass at a layer; CapacityError when the budget would be exceeded."""
@@ -108,6 +111,7 @@ class SpanStore:
         kept += self._outputs.pop(request, {}).values()
         self._give(sum(tensor.nbytes for tensor in kept))
         self.caches.forget(request)
+        self.own_caches.forget(request)
 
     def reset(self) -> None:
         """Forgets everything, kept rows of requests included."""
@@ -115,6 +119,7 @@ class SpanStore:
         for request in {*self._keys, *self._outputs}:
             self.forget(request)
         self.caches.reset()
+        self.own_caches.reset()
 
     def _give(self, num_bytes: int) -> None:
         self.held_bytes -= num_bytes

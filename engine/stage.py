@@ -110,6 +110,10 @@ class StageRunner:
                 self.model(input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, **options)
         return left[0] if left else None
 
+    def _first_position(self) -> int:
+        """Of the sequence that runs, where each runs alone."""
+        return 0
+
     @contextmanager
     def calling(self) -> Iterator[None]:
         """Modules called inside are run on a request's own value: their visits do not fire."""
@@ -277,7 +281,7 @@ class StageRunner:
             if self._is_calling:
                 return before
             tensor = port_leaves(before)[1][view.selector]
-            pairs = TensorPairs(tensor, MASKED[visit.port])
+            pairs = TensorPairs(tensor, MASKED[visit.port], self._first_position())
             visit.visitor(pairs)
             if is_last:
                 raise Done

@@ -147,6 +147,12 @@ class Streams:
         self._running: dict[int, Stream] = {}
         self._origins: dict[int, Tensor | None] = {}  # by id of the stream
 
+    @cached_property
+    def running(self) -> dict[int, int]:
+        """Segments that have rows in this pass, and their places among these."""
+        places = [place for place, segment in enumerate(self.plan.segments) if segment.trunk is None]
+        return {segment: place for place, segment in enumerate(places)}
+
     def at(self, level: int) -> LevelRows:
         """The rows at a level; the same object as at the level before when nothing changes there."""
         return self.head if level == self.num_layers else self.layer(level)

@@ -8,6 +8,7 @@ from; a view does not tell. Ragged sequences are left-padded with zeros, and wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from engine.copies import to_device
 from engine.streams import LevelRows, Streams, positions_of
-from scheduling.plan import View
+from scheduling.plan import NO_ROWS, View
 
 # From (segment, position) to a row, None where there is none any more.
 Finder = Callable[[int, int], int | None]
@@ -49,6 +50,21 @@ class RowView:
         self.has_outputs = num_stream is not None and max(rows, default=0) >= num_stream
         is_run = self.is_whole and not self.has_outputs
         self.is_run = is_run and all(after - before == 1 for before, after in pairwise(rows))
+
+    @classmethod
+    def joined(cls, views: Sequence[RowView]) -> RowView:
+        """Views of one shape in one row space, one below the other; none has outputs of trunks."""
+        joined, (sequences, columns) = cls.__new__(cls), views[0].shape
+        joined.shape = (sequences * len(views), columns)
+        joined.device = views[0].device
+        joined.numbers = [row for view in views for row in view.numbers]
+        cells = sequences * columns
+        joined.places = [place + number * cells for number, view in enumerate(views) for place in view.places]
+        joined.num_rows = len(joined.numbers)
+        joined.is_whole = all(view.is_whole for view in views)
+        joined._num_stream, joined.has_outputs = None, False
+        joined.is_run = joined.is_whole and all(after - before == 1 for before, after in pairwise(joined.numbers))
+        return joined
 
     @cached_property
     def rows(self) -> Tensor:
@@ -103,6 +119,7 @@ class InvokeRows:
         self.streams = streams
         self._views: dict[tuple[int | None, tuple[int, ...] | None], RowView] = {}
         self._outputs: dict[tuple[int, tuple[int, ...] | None], RowView] = {}
+        self.first_token = 0  # where its own begin among the next tokens of the pass
 
     def at(self, level: int, columns: tuple[int, ...] | None) -> RowView:
         """Columns (None: all) of the invoke at a level."""
@@ -126,6 +143,32 @@ class InvokeRows:
     def kept(self, columns: tuple[int, ...] | None) -> RowView:
         """Columns of the invoke among the rows that the head runs on."""
         return self._of(None, columns)
+
+    def tokens(self, columns: tuple[int, ...] | None) -> RowView:
+        """Columns of the invoke among the next tokens of the pass: its last one has them, one for each sequence.
+
+        Sequences that have a row of logits in common draw from it one by one.
+        """
+        view = self.view
+        begins = view.begins or (0,) * len(view.lengths)
+        own: list[int] = []
+        ends: dict[int, int] = {}  # by token: the position behind which it comes
+        for segment, begin, length in zip(view.segments, begins, view.lengths, strict=True):
+            own.append(NO_ROWS if segment == NO_ROWS else self.first_token + len(ends))
+            if segment != NO_ROWS:
+                ends[own[-1]] = begin + length - 1
+
+        def find(token: int, position: int) -> int | None:
+            return token if position == ends[token] else None
+
+        return RowView(replace(view, segments=tuple(own)), self._named(columns), find, self.streams.device)
+
+    @cached_property
+    def decoder(self) -> RowView:
+        """The row that each sequence has in the decoder of a model that has an encoder."""
+        places = self.streams.running
+        view = replace(self.view, lengths=(1,) * len(self.view.lengths), begins=())
+        return RowView(view, (0,), lambda segment, _position: places.get(segment), self.streams.device)
 
     def _of(self, level: int | None, columns: tuple[int, ...] | None) -> RowView:
         return self._in(self.streams.at(level) if level is not None else None, columns)

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.encoders import has_encoder, why_one_stage
 from polytrace.errors import ServiceError
 
+_DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")  # in configurations of models that have an encoder
 _LAYER_MEMBERS = (0, 1, 2, 3)  # what root forwards take from a layer: a tensor, or a tuple of so many
 _PROBE_TOKENS = (5, 7)  # two counts: dimensions that differ between the two probes are token dimensions
 
@@ -142,11 +144,13 @@ class NoEmbedding(nn.Module):
 def find_layers(model: nn.Module) -> str:
     """Path of the ModuleList of decoder layers: as long as the configuration says, and heaviest of those."""
     config: Any = model.config
-    num_layers: int = config.get_text_config(decoder=True).num_hidden_layers
+    text = config.get_text_config(decoder=True)
+    names = (*_DECODER_LAYERS, "num_hidden_layers") if has_encoder(model) else ("num_hidden_layers",)
+    num_layers = next(int(found) for name in names if (found := getattr(text, name, None)) is not None)
     lists: list[tuple[int, str]] = [
         (sum(p.numel() for p in module.parameters()), path)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not _is_encoders(model, path)
     ]
     if not lists:
         name = type(model).__name__
@@ -203,6 +207,8 @@ def split_layers(shares: tuple[float, ...], stages: int) -> tuple[range, ...]:
 def find_layout(model: nn.Module) -> Layout:
     """Where the weights of a whole meta model lie, by running its forward with stubbed layers. Leaves it unchanged."""
     path = find_layers(model)
+    if has_encoder(model):
+        return _whole(model, path, why_one_stage(model))
     ways = [(members, has_masks) for has_masks in (False, True) for members in _LAYER_MEMBERS]
     tried = ((way, _probe(model, path, _PROBE_TOKENS[0], *way)) for way in ways)
     way, first = next(((way, found) for way, found in tried if found is not None), (ways[0], None))
@@ -229,6 +235,25 @@ def find_layout(model: nn.Module) -> Layout:
         shares=_shares(model, [[*before], *([f"{path}.{index}"] for index in range(len(layers))), after]),
         why_whole=why_whole,
     )
+
+
+def _whole(model: nn.Module, path: str, reason: str) -> Layout:
+    """Of a model that is one stage."""
+    layers = _as_list(model, path)
+    return Layout(
+        layers=path,
+        num_layers=len(layers),
+        before={},
+        after=(),
+        layer_members=0,
+        shares=_shares(model, [[], *([f"{path}.{index}"] for index in range(len(layers))), []]),
+        why_whole=reason,
+    )
+
+
+def _is_encoders(model: nn.Module, path: str) -> bool:
+    """Whether a path lies in the encoder of a model that has one."""
+    return has_encoder(model) and "encoder" in path.split(".")
 
 
 def token_flops(module: nn.Module, config: Any) -> int:

@@ -58,8 +58,7 @@ class AskedShapes:
         constants: Mapping[str, RawTensor] = self._recording.constants.tensors
         invokes = self._invokes
         if self._recording.loops.are_used or self._recording.goes_on:
-            columns = {places[node]: when for node, when in self._recording.loops.columns.items() if node in places}
-            nodes, invokes, more = as_prompts(nodes, invokes, columns, is_late=self._is_late)
+            nodes, invokes, more = as_prompts(nodes, invokes, is_late=self._is_late)
             constants = {**constants, **more}
         # what the shapes follow from: the nodes without lines, prompts by their lengths, constants by their form
         key = tuple([self._form(node, invokes, constants) for node in nodes])

@@ -23,6 +23,7 @@ class Rows(Enum):
 
     ALL = "all"
     KEPT = "kept"  # only the positions that the plan keeps for the head (final norm's consumers: lm_head, logits)
+    DECODER = "decoder"  # one a sequence, of a model that has an encoder: the prompt's rows are the encoder's
 
 
 class PassLayout(Enum):
@@ -49,6 +50,7 @@ class Leaf:
     in_place_refusal: str | None = None  # why only `site = value` is possible, None when in-place code is too
     of_pairs: bool = False  # it has a value for each query and key: [sequences, heads, tokens, tokens]
     row_dim: int = 1  # of a view, the dimension of its tokens: 2 in [sequences, heads, tokens, features]
+    num_columns: int | None = None  # of a view, however long the prompts are; None: the longest prompt's tokens
 
     @property
     def column_dim(self) -> int:
@@ -64,7 +66,8 @@ class Leaf:
 
     def view_shape(self, num_sequences: int, longest: int, num_columns: int | None = None) -> tuple[int, ...]:
         """The view of so many sequences; of some columns only when their number is given."""
-        columns = longest if num_columns is None else num_columns
+        whole = longest if self.num_columns is None else self.num_columns
+        columns = whole if num_columns is None else num_columns
         if self.of_pairs:
             return (num_sequences, *self.tail, columns, longest)
         before = self.row_dim - 1

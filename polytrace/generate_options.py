@@ -51,7 +51,7 @@ class Ways:
         self._description = description
         self._given = {"seed": seed, **_plain(given, "model.generate")}
         self._made: dict[tuple[int, Generation, int], Invoke] = {}
-        _generation({"max_new_tokens": 1, **self._given}, ())
+        _generation({**self._given, "max_new_tokens": 1}, ())
 
     def of(self, invoke: Invoke, own: Mapping[str, Any]) -> Invoke:
         """An invoke that goes on. Raises GraphError, TooLargeError beyond the model's context."""
@@ -172,7 +172,8 @@ def _tokens(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     several = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
-    return tuple(dict.fromkeys(_integer("eos", token) for token in several))
+    plain = (token.tolist() if hasattr(token, "tolist") else token for token in several)
+    return tuple(dict.fromkeys(_integer("eos", token) for token in plain))
 
 
 def _texts(value: Any) -> tuple[str, ...]:

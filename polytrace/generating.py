@@ -11,7 +11,7 @@ from polytrace.certificate import Token
 from polytrace.continuations import Continuation, Continuations
 from polytrace.errors import GraphError
 from polytrace.generate_options import Ways, is_source
-from polytrace.graph import Constant, Invoke, Options, Port, Ref, Site, Stop
+from polytrace.graph import Invoke, Options, Port, Ref, Site, Stop
 from polytrace.iterating import StepBlock, StepIndex
 from polytrace.lines import user_line
 from polytrace.literals import scalar
@@ -20,7 +20,6 @@ from polytrace.progress import Hear, Tell
 from polytrace.step_values import came
 from polytrace.storage import is_recorded
 from polytrace.streaming import Piece, Pieces
-from polytrace.tensors import RawTensor
 from polytrace.timing import FIRST
 from polytrace.tracing import InvokeBlock, Tracer
 
@@ -119,9 +118,7 @@ class GenerateTracer(Tracer):
         else:
             if not isinstance(flag := scalar(when), (bool, int, float)):
                 raise GraphError(f"stop takes a value of the trace or a truth, not {when!r}", where=where)
-            raw = RawTensor(dtype="bool", shape=(), data=memoryview(bytes([bool(flag)])))
-            name = self.recording.constants.take(raw)
-            operand = Ref(self.recording.once(Constant(name=name, where=where), name))
+            operand = Ref(self.recording.own_constant("bool", (), bytes([bool(flag)]), where))
         assert isinstance(operand, Ref)
         for member in self.members_of(invoke):
             self.recording.add(

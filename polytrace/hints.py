@@ -19,10 +19,13 @@ _OF_MODULES = (
     | dict.fromkeys(("modules", "named_modules", "children", "named_children"), _TREE)
     | dict.fromkeys(("to", "cuda", "cpu", "half", "float", "double", "bfloat16", "eval", "train"), _SERVED)
     | dict.fromkeys(("requires_grad_", "zero_grad"), _GRADIENTS)
+    | {"generator": "what a generation gives is `tracer.result`: its `ids`, `text`, `finish`"}
     | {"forward": "call the module itself on a value", "generate": _GENERATION, "logits": _RETURNED}
 )
 _OF_VALUES = dict.fromkeys(("grad", "grad_fn", "retain_grad", "backward", "requires_grad"), _GRADIENTS)
-_OF_TRACERS = dict.fromkeys(("iter", "all", "next", "token"), f"it is for the steps of a generation, {STEPS}")
+_OF_STEPS = f"it is for the steps of a generation, {STEPS}"
+_OF_TRACERS = {"generator": _OF_MODULES["generator"]} | dict.fromkeys(("iter", "all", "next", "token"), _OF_STEPS)
+
 
 # what recorded values have beside the operations
 _OF_EVERY_VALUE = ("save", "at", "shape", "dtype", "device", "ndim", "dim", "size", "numel", "item", "T", "mT")

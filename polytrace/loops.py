@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.errors import GraphError
 from polytrace.graph import Last, NodeId, Op, Ref, Site
 from polytrace.lines import user_frame
+from polytrace.step_values import OfSteps
 from polytrace.storage import State, is_recorded, state_of
 from polytrace.timing import ENDING, FIRST, TIMELESS, When
 
@@ -33,19 +34,21 @@ class Loop:
     whens: list[When] = field(default_factory=list)  # ... and its steps
     names: list[Mapping[str, NodeId]] = field(default_factory=list)  # what variables stood for: before, behind each
 
-    def history(self, nodes: Sequence[Any], node: NodeId) -> list[NodeId]:
-        """What stands in the place of a value of the last body, from there back to the first."""
+    def history(self, nodes: Sequence[Any], node: NodeId, body: int) -> list[NodeId]:
+        """What a value of a body may be behind the loop, from the latest step back.
+
+        A variable is what it was when the last step that came had run. A value without a name of the last body stands
+        for those of its line in the bodies before; one of another body for itself.
+        """
         name = next((name for name, known in self.names[-1].items() if known == node), None)
         if name is not None:
-            found = [known[name] for known in reversed(self.names) if name in known]
-        else:
-            key, own = _key(nodes[node]), [*range(*self.bodies[-1])]
-            place = [other for other in own if _key(nodes[other]) == key].index(node)
-            found = [node]
-            for first, stop in reversed(self.bodies[:-1]):
-                like = [NodeId(other) for other in range(first, stop) if _key(nodes[other]) == key]
-                found += like[place : place + 1]
-        return list(dict.fromkeys(found))
+            return list(dict.fromkeys(known[name] for known in reversed(self.names) if name in known))
+        if body != len(self.bodies) - 1:
+            return [node]
+        key = _key(nodes[node])
+        alike = [[NodeId(one) for one in range(*span) if _key(nodes[one]) == key] for span in self.bodies]
+        place = alike[-1].index(node)
+        return [own[place] for own in reversed(alike) if place < len(own)]
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +85,6 @@ class Loops:
         self._owners: list[tuple[Loop, int]] = []  # and whose they are
         self._lasts: dict[tuple[NodeId, ...], NodeId] = {}
         self._draws: dict[int, int] = {}  # by step: random ops so far
-        self.columns: dict[NodeId, When] = {}  # masks that are not of the prompts alone
 
     @property
     def are_used(self) -> bool:
@@ -134,8 +136,7 @@ class Loops:
                 "for each step",
                 where=where,
             )
-        is_last = number == len(loop.bodies) - 1 and not is_member
-        values = loop.history(self._recording.nodes, node) if is_last else [node]
+        values = [node] if is_member else loop.history(self._recording.nodes, node, number)
         return self._last([value for value in values if self._recording.facts.times.of(value) != ENDING], where)
 
     def check_change(self, node: NodeId, where: str) -> None:
@@ -227,7 +228,9 @@ def _key(node: Any) -> Hashable:
 
 
 def _is_value(thing: Any) -> bool:
-    """Whether a variable had something that could be added to."""
+    """Whether a variable had something that could be added to. What an earlier block has given is a sequence."""
+    if isinstance(thing, OfSteps):
+        return False
     return is_recorded(thing) or hasattr(thing, "dtype") or (isinstance(thing, (int, float)) and thing is not True)
 
 

@@ -35,9 +35,7 @@ class NodeFacts:
         return node_operands(self._recording.nodes[position])
 
     def _find_time(self, position: NodeId) -> When:
-        loops = self._recording.loops
-        own = loops.columns.get(position)  # of a mask
-        return own or time_of(self._recording.nodes[position], self.times.known.__getitem__)
+        return time_of(self._recording.nodes[position], self.times.known.__getitem__)
 
     def _operation_parts(self, position: NodeId) -> Iterable[NodeId]:
         node = self._recording.nodes[position]

@@ -161,15 +161,26 @@ class Recording:
             masks = [self.mask(member).node for member in self.session.members_of(invoke)]
             return self.fresh(self.groups.left_pad(masks, invoke, (1,), where), where)
         when = self.when(None, invoke, where)
-        if when == FIRST:
-            return self.fresh(self.once(Mask(invoke=invoke, where=where), invoke), where)
-        self.loops.columns[NodeId(len(self.nodes))] = when
-        return self.fresh(self.add(Mask(invoke=invoke, where=where)), where)
+        if when.step == 0 and when.is_loop:
+            raise GraphError(
+                "this body is recorded once for step 0, whose mask is that of the prompts, and for later ones of one "
+                "token each: write `for step in tracer.iter[...]`",
+                where=where,
+            )
+        if when.step > 0:
+            shape = (len(self.groups.lengths_of(invoke)), 1)
+            return self.fresh(self.own_constant("bool", shape, bytes([True] * shape[0]), where), where)
+        return self.fresh(self.once(Mask(invoke=invoke, where=where), invoke), where)
 
     def parameter(self, path: str) -> State:
         """A parameter or buffer of the model."""
         where = user_line()
         return self.fresh(self.once(Parameter(path=path, where=where), path), where)
+
+    def own_constant(self, dtype: str, shape: tuple[int, ...], data: bytes, where: str) -> NodeId:
+        """A tensor that the language itself needs."""
+        name = self.constants.take(RawTensor(dtype=dtype, shape=shape, data=memoryview(data)))
+        return self.once(Constant(name=name, where=where), name)
 
     def constant(self, value: Any) -> State:
         """A tensor of the user's own, or what the service has kept."""

@@ -5,20 +5,19 @@ A later step is a forward of one token a sequence, so a read of one is a read of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from polytrace.graph import Constant, Invoke, Last, Mask, Node, NodeId, Op, Port, Read
+from polytrace.graph import Constant, Invoke, Last, Node, Op, Port, Read
 from polytrace.tensors import RawTensor
-from polytrace.timing import When
 
 
 def as_prompts(
-    nodes: Sequence[Node], invokes: Sequence[Invoke], columns: Mapping[NodeId, When], *, is_late: bool
+    nodes: Sequence[Node], invokes: Sequence[Invoke], *, is_late: bool
 ) -> tuple[tuple[Node, ...], tuple[Invoke, ...], dict[str, RawTensor]]:
     """Nodes that read prompts alone, in the same places, with their invokes and constants of their own.
 
-    `columns`: masks of later steps, by place. `is_late`: what acts at several steps is meant at the last of them.
+    `is_late`: what acts at several steps is meant at the last of them.
     """
     made: list[Node] = []
     own: list[Invoke] = [replace(one, generation=None) for one in invokes]
@@ -31,9 +30,9 @@ def as_prompts(
             own.append(Invoke(sequences=tuple([sequence[-1:] for sequence in invokes[invoke].sequences])))
         return places[invoke]
 
-    for place, node in enumerate(nodes):
+    for node in nodes:
         if isinstance(node, Read):
-            invoke = column(node.invoke) if _is_column(When(node.step, node.num_steps), is_late) else node.invoke
+            invoke = column(node.invoke) if node.step > 0 or (is_late and node.num_steps > 1) else node.invoke
             if node.site.port is Port.TOKEN:
                 shape = (len(own[invoke].sequences), own[invoke].longest)
                 name = f"tokens {shape[0]} {shape[1]}"
@@ -41,14 +40,8 @@ def as_prompts(
                 made.append(Constant(name=name, where=node.where))
             else:
                 made.append(replace(node, invoke=invoke, step=0, num_steps=1))
-        elif isinstance(node, Mask) and NodeId(place) in columns and _is_column(columns[NodeId(place)], is_late):
-            made.append(replace(node, invoke=column(node.invoke)))
         elif isinstance(node, Last):
             made.append(Op(name="clone", args=node.values[:1], where=node.where))
         else:
             made.append(node)
     return tuple(made), tuple(own), constants
-
-
-def _is_column(when: When, is_late: bool) -> bool:
-    return when.step > 0 or (is_late and when.is_loop)

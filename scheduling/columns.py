@@ -93,6 +93,9 @@ def find_columns(request: Request, resolved: Resolved, live: list[bool], facts: 
             rewritten[indexing.node] = with_narrow_index(known, indexing, columns)
         for value, dim in chain.column_dims.items():
             compact[value] = _with_columns(facts[value], dim, len(columns))
+    for node, entry in enumerate(resolved.sites):
+        if live[node] and entry is not None and entry[1].num_columns is not None:
+            narrowed[NodeId(node)] = tuple(range(entry[1].num_columns))
     return Columns(
         narrowed=narrowed,
         changed=finder.changed(),
@@ -123,6 +126,8 @@ class _Finder:
         """What becomes of a read, None when somebody may look at any column of it."""
         event = self.nodes[read]
         assert isinstance(event, Read)
+        if self._num_columns(read) is not None:
+            return None
         longest = self.invokes[event.invoke].longest
         column_dim = self._column_dim(read)
         chain = _Chain(read, [], {read: column_dim}, [])
@@ -189,13 +194,19 @@ class _Finder:
                 return Change(node, tuple(reversed(parts))) if is_fresh else None
             if not isinstance(made, Op) or made.name not in ("setitem", "set_view"):
                 return None
-            part = self._cells(made, event, self._column_dim(write))
+            part = self._cells(made, event, self._column_dim(write)) if self._num_columns(write) is None else None
             if part is None:
                 return None
             parts.append(part)
             node = NodeId(_base(made))
             if node < 0:
                 return None
+
+    def _num_columns(self, node: int) -> int | None:
+        """Of a read's or a write's view, where that does not depend on the prompts."""
+        entry = self._sites[node]
+        assert entry is not None
+        return entry[1].num_columns
 
     def _column_dim(self, node: int) -> int:
         """Of a read's or a write's view."""

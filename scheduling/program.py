@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from polytrace.certificate import Certificate, ValueShape
 from polytrace.collector import young_only
-from polytrace.description import ModelDescription
+from polytrace.description import Limits, ModelDescription
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write, name_at
 from polytrace.tensors import itemsize
@@ -66,7 +66,32 @@ def work_out(
         return _compile(request_id, step, description, facts, holds, is_first=is_first)
 
     with young_only:
-        return compile_chain(request, infer, compile_step)
+        _check_size(request, description.limits)
+        program, facts = compile_chain(request, infer, compile_step)
+    assert program.chain is not None
+    if program.chain.data_bytes > description.limits.max_result_bytes:
+        told = f"the saves of all steps take {program.chain.data_bytes} bytes"
+        raise TooLargeError(f"{told}; the limit is {description.limits.max_result_bytes}")
+    return program, facts
+
+
+def _check_size(request: Request, limits: Limits) -> None:
+    """What a generation may be before it is cut into steps."""
+    nodes = request.graph.nodes
+    if len(nodes) > limits.max_nodes:
+        raise TooLargeError(f"the graph has {len(nodes)} nodes; the limit is {limits.max_nodes}")
+    saves = sum(node.num_steps for node in nodes if isinstance(node, Save))
+    if saves > limits.max_nodes:
+        raise TooLargeError(f"all steps together save {saves} values; the limit is {limits.max_nodes}")
+    tokens = sum(
+        one.num_tokens + len(one.sequences) * one.generation.max_new_tokens
+        for one in request.invokes
+        if one.generation is not None
+    )
+    if tokens > limits.max_request_tokens:
+        raise TooLargeError(
+            f"all prompts and what they go on with have {tokens} tokens; the limit is {limits.max_request_tokens}"
+        )
 
 
 def _compile(
@@ -281,6 +306,7 @@ def _waves(
     runs_of: list[list[Run]] = [[] for _ in works]
     for run in runs:
         runs_of[run.wave].append(run)
+    tokens = _final_tokens(graph)
     waves = []
     for wave, (stages, own) in enumerate(zip(works, runs_of, strict=True)):
         waves.append(
@@ -288,7 +314,7 @@ def _waves(
                 invokes=tuple(run.invoke for run in own),
                 kept=tuple(kept[run.wave, run.invoke] for run in own),
                 cones=tuple(cones[run.wave, run.invoke] for run in own),
-                drawing=tuple(run.invoke for run in own if _draws(graph, run)),
+                drawing=tuple(run.invoke for run in own if not tokens.isdisjoint(run.reads)),
                 until=max((run.until for run in own), default=PROLOGUE),
                 rows=chosen.rows.get(wave, _NO_ROWS),
                 rows_anew=rows_of(forests[wave]) if wave in forests else _NO_ROWS,
@@ -298,9 +324,9 @@ def _waves(
     return tuple(waves)
 
 
-def _draws(graph: Graph, run: Run) -> bool:
-    """Whether the sequences' next tokens are drawn there: that is read behind all writes."""
-    return any(is_token(graph.nodes[node]) for node in run.reads)
+def _final_tokens(graph: Graph) -> frozenset[int]:
+    """The reads that say what sequences go on with: of each invoke its last, behind all writes."""
+    return frozenset({node.invoke: place for place, node in enumerate(graph.nodes) if is_token(node)}.values())  # type: ignore[union-attr]
 
 
 def _shape(known: ValueFacts) -> ValueShape:

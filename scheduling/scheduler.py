@@ -161,7 +161,9 @@ class _Job:
     @property
     def is_held(self) -> bool:
         """Whether shards keep values for a wave that has not gone yet."""
-        return 0 < self.wave < self.num_waves or self.is_step
+        if self.generating is not None:
+            return self.started is not None  # caches too
+        return 0 < self.wave < self.num_waves
 
     @property
     def turn(self) -> tuple[bool, bool, int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from families import Family, Place
+from programs import get
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from engine.sampling import uniform
+from polytrace.certificate import Generated
 from polytrace.graph import Sampling
 
 Ids = tuple[int, ...]
@@ -183,3 +185,33 @@ def processors(sampling: Sampling) -> LogitsProcessorList:
 def _until(row: list[int], ends: Sequence[int]) -> Ids:
     last = next((place for place, token in enumerate(row) if token in ends), len(row))
     return tuple(row[: last + 1])
+
+
+# In polytrace
+
+
+def record(model: Any, user: User, **options: Any) -> Any:
+    """Writes the request as a user would; returns the tracer."""
+    sampling = {name: value for name, value in asdict(user.sampling).items() if value != getattr(Sampling(), name)}
+    given = {"max_new_tokens": user.max_new_tokens, "eos": None, **sampling, **options}
+    with model.generate([list(prompt) for prompt in user.prompts], **given) as tracer:
+        if user.edits:
+            with tracer.all():
+                for edit in user.edits:
+                    for place in edit.places:
+                        edit.change(get(model, place))
+    return tracer
+
+
+def serve(model: Any, backend: Any, users: Sequence[User], **options: Any) -> list[list[Generated]]:
+    """How the sequences of all users went on, merged as far as the backend lets them."""
+    tracers = [record(model, user, run=False, **options) for user in users]
+    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [list(outcome.receipt.generated) for outcome in outcomes]
+
+
+def ids_of(served: Sequence[Generated]) -> list[Ids]:
+    return [one.ids for one in served]

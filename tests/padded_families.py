@@ -9,6 +9,7 @@ import torch
 from families import Family, Part, Place
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BloomConfig,
     CodeGenConfig,
     FalconConfig,
@@ -20,11 +21,13 @@ from transformers import (
     Mamba2Config,
     MambaConfig,
     MptConfig,
+    MT5Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
+    T5Config,
 )
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -88,6 +91,23 @@ MIXING: dict[str, PreTrainedConfig] = {
     ),
 }
 CONFIGS = OWN_FORMULA | MIXING
+_T5: dict[str, Any] = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "tie_word_embeddings": False,
+}
+ENCODERS: dict[str, PreTrainedConfig] = {
+    "t5": T5Config(**_T5),
+    "mt5": MT5Config(**{**_T5, "feed_forward_proj": "gated-gelu"}),
+}
 LOOKS_INTO_LAYERS = RwkvConfig(**_SMALL, context_length=64, attention_hidden_size=32, intermediate_size=64)
 
 
@@ -181,17 +201,20 @@ FAMILIES = {
 
 def model_of(family: str) -> PreTrainedModel:
     """A tiny model with weights large enough that edits matter, as transformers runs it by default."""
-    return model_from(CONFIGS[family])
+    return model_from((CONFIGS | ENCODERS)[family])
 
 
 def model_from(config: PreTrainedConfig) -> PreTrainedModel:
     """Of a configuration."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_config(copy.deepcopy(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
             else:  # norms, biases
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        if config.is_encoder_decoder:  # a head of its own, or each token would be its own successor
+            model.get_output_embeddings().weight = torch.nn.Parameter(torch.randn(96, 32))
     return model

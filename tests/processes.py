@@ -120,7 +120,15 @@ class ProcessBackend(DirectBackend):
         program = super().compile(request)
         file = self._folder / f"{program.request}.safetensors"
         file.write_bytes(b"".join(encode_request(request)))
-        return dataclasses.replace(program, constants={}, request_file=str(file))
+        return _with_file(program, str(file))
+
+
+def _with_file(program: Program, file: str) -> Program:
+    """The program, and those of its steps, without constants of their own."""
+    chain = program.chain
+    if chain is not None:
+        chain = dataclasses.replace(chain, parts=tuple(_with_file(part, file) for part in chain.parts))
+    return dataclasses.replace(program, constants={}, request_file=file, chain=chain)
 
 
 BROKEN_SEED = 666

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import secrets
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,7 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 from bench.generation.ours import Ours, Watch, tokens_of
-from scheduling.plan import Program, RequestId
+from bench.merged import again
+from scheduling.plan import Program
 
 _LEAST_BEFORE = 8  # tokens of each running request until the long prompt comes
 
@@ -37,8 +36,8 @@ def _median(found: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def _round(ours: Ours, running: Sequence[Program], arriving: Program) -> dict[str, Any]:
-    running = [_fresh(program) for program in running]
-    arriving = _fresh(arriving)
+    running = [again(program) for program in running]
+    arriving = again(arriving)
     watch = Watch(ours.backend)
     for program in running:
         watch.add(program)
@@ -63,7 +62,3 @@ def _round(ours: Ours, running: Sequence[Program], arriving: Program) -> dict[st
         "first": 1e3 * (first - came),
         "tokens": [ids for program in (*running, arriving) for ids in tokens_of(watch.outcomes[program.request])],
     }
-
-
-def _fresh(program: Program) -> Program:
-    return dataclasses.replace(program, request=RequestId(secrets.token_hex(8)))

@@ -43,8 +43,9 @@ class Ours:
 
     def _record(self, user: User, samples: int, sharing: str) -> Request:
         model = self._model
-        drawn = {"do_sample": True, "seed": 1, "n": samples} if samples > 1 else {}
-        with model.generate([user.ids], max_new_tokens=user.new_tokens, sharing=sharing, run=False, **drawn) as tracer:
+        drawn: dict[str, Any] = {"do_sample": True, "seed": 1, "n": samples} if samples > 1 else {}
+        options = {"sharing": sharing, "eos": None, "run": False, **drawn}
+        with model.generate([user.ids], max_new_tokens=user.new_tokens, **options) as tracer:
             if user.vector is not None or user.unit is not None:
                 with tracer.all():
                     self._change(user)

@@ -47,6 +47,19 @@ def test_the_page_of_the_language_runs_from_its_first_block_to_its_last(
     assert logits.isfinite().all()
 
 
+def test_the_page_of_generation_runs_and_says_what_comes_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    outputs = run_all("docs/generation.md", names, capsys)
+    assert outputs[1].startswith(" the city of Paris."), "the likeliest tokens"
+    assert "Rome" in outputs[3] and "Paris" in outputs[3], "a hidden state of another prompt leads elsewhere"
+    assert outputs[4].startswith("torch.Size([6, 1, 256]) True") and "6 of 6" in outputs[4]
+    assert " France is" in outputs[7], "a token that was forced"
+    assert outputs[9].startswith(" the| city|"), "tokens as they come"
+
+
 def test_links_of_the_pages_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)?(?:#([\w-]+))?\)", page.read_text()):

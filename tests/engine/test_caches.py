@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.caches import SLOTS
 from engine.spans import SpanStore
 from polytrace.errors import CapacityError, ServiceError
 from scheduling.plan import Grow, RequestId, TrunkId
 
 OURS, THEIRS = RequestId("ours"), RequestId("theirs")
 LAYERS = (2, 5)
+SLOTS = SpanStore(0).caches.num_slots
 POSITION_BYTES = 2 * 2 * 4 * 4  # keys and values, heads, dimension, float32
 
 
@@ -36,7 +36,7 @@ def fill(store: SpanStore, one: Grow, first: float, dtype: torch.dtype = torch.f
 
 
 def test_caches_of_equal_room_lie_side_by_side_in_float32() -> None:
-    store = SpanStore(1 << 20)
+    store = SpanStore(1 << 22)
     for number in range(3):
         fill(store, grow(OURS, number), 100.0 * number, torch.bfloat16)
     caches = [store.caches.of(grow(OURS, number).trunk) for number in range(3)]
@@ -51,7 +51,7 @@ def test_caches_of_equal_room_lie_side_by_side_in_float32() -> None:
 
 
 def test_a_slot_that_is_used_again_has_no_values_of_before() -> None:
-    store = SpanStore(1 << 20)
+    store = SpanStore(1 << 22)
     fill(store, grow(THEIRS, 0), 1.0)
     fill(store, grow(OURS, 0), 1.0)
     store.forget(THEIRS)
@@ -62,7 +62,7 @@ def test_a_slot_that_is_used_again_has_no_values_of_before() -> None:
 
 
 def test_a_cache_that_gets_more_room_keeps_what_it_has() -> None:
-    store = SpanStore(1 << 20)
+    store = SpanStore(1 << 22)
     fill(store, grow(OURS, 0), 1.0)
     store.caches.of(grow(OURS, 0).trunk).slab.layers[2].odd.add(0)
     moved = store.caches.hold(grow(OURS, 0, capacity=96))
@@ -76,14 +76,14 @@ def test_a_cache_that_gets_more_room_keeps_what_it_has() -> None:
 
 
 def test_a_cache_does_not_begin_elsewhere_later() -> None:
-    store = SpanStore(1 << 20)
+    store = SpanStore(1 << 22)
     store.caches.hold(grow(OURS, 0))
     with pytest.raises(ServiceError, match="begins at position 0; rows from 32 on"):
         store.caches.hold(grow(OURS, 0, begin=32))
 
 
 def test_forgetting_a_request_frees_all_it_has_and_nothing_of_others() -> None:
-    store = SpanStore(1 << 20)
+    store = SpanStore(1 << 22)
     for number in range(SLOTS + 3):
         fill(store, grow(OURS, number), 0.0)
     fill(store, grow(THEIRS, 0, capacity=64), 7.0)
@@ -97,7 +97,7 @@ def test_forgetting_a_request_frees_all_it_has_and_nothing_of_others() -> None:
 
 
 def test_a_thousand_short_ones_leave_nothing() -> None:
-    store = SpanStore(1 << 20)
+    store = SpanStore(1 << 22)
     for number in range(1000):
         fill(store, grow(RequestId(str(number)), 0, capacity=32 * (1 + number % 3)), 0.0)
         store.forget(RequestId(str(number - 5)))
@@ -125,7 +125,7 @@ def test_what_exceeds_the_budget_is_refused_and_counts_for_nothing() -> None:
 
 
 def test_the_store_forgets_all_caches_at_once() -> None:
-    store = SpanStore(1 << 20)
+    store = SpanStore(1 << 22)
     fill(store, grow(OURS, 0), 0.0)
     fill(store, grow(THEIRS, 0, capacity=64), 0.0)
     store.reset()
@@ -134,24 +134,25 @@ def test_the_store_forgets_all_caches_at_once() -> None:
 
 def test_where_memory_is_short_caches_move_into_slots_that_others_left() -> None:
     one = len(LAYERS) * 32 * POSITION_BYTES
-    store = SpanStore(40 * one)
+    store = SpanStore((2 * SLOTS) * one)
     for number in range(SLOTS + 4):
         fill(store, grow(RequestId(str(number)), 0), 10.0 * number)
-    store.caches.of(grow(RequestId("18"), 0).trunk).slab.layers[5].odd.add(2)
+    stay = (3, 9, SLOTS + 2)
+    store.caches.of(grow(RequestId(str(stay[2])), 0).trunk).slab.layers[5].odd.add(2)
     for number in range(SLOTS + 4):
-        if number not in (3, 9, 18):
+        if number not in stay:
             store.forget(RequestId(str(number)))
     assert store.held_bytes == (SLOTS + 4) * one
     store.hold([])
     assert store.held_bytes == 3 * one
-    caches = [store.caches.of(grow(RequestId(name), 0).trunk) for name in ("3", "9", "18")]
+    caches = [store.caches.of(grow(RequestId(str(number)), 0).trunk) for number in stay]
     assert sorted(cache.slot for cache in caches) == [0, 1, 2] and len({id(cache.slab) for cache in caches}) == 1
-    for name, cache in zip((3, 9, 18), caches, strict=True):
+    for number, cache in zip(stay, caches, strict=True):
         layer = cache.slab.layers[5]
-        assert layer.keys_SGPC[cache.slot, 1, :3, 0].tolist() == [10.0 * name + 5 + place for place in range(3)]
-        assert (cache.slot in layer.odd) == (name == 18)
+        assert layer.keys_SGPC[cache.slot, 1, :3, 0].tolist() == [10.0 * number + 5 + place for place in range(3)]
+        assert (cache.slot in layer.odd) == (number == stay[2])
     store.hold([])
     assert store.caches.of(grow(RequestId("3"), 0).trunk) is caches[0], "nothing more to gain"
-    for name in ("3", "9", "18"):
-        store.forget(RequestId(name))
+    for number in stay:
+        store.forget(RequestId(str(number)))
     assert store.held_bytes == 0

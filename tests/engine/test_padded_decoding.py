@@ -1,0 +1,268 @@
+"""Sequences that go on in the padded layout, pass by pass, against Hugging Face's `generate` with hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from padded_families import ENCODERS, model_of
+from padded_steps import REQUEST, generate, prompt_pass, run, step_pass
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from engine.local import LocalBackend
+from engine.points import Pairs
+from engine.shard import Shard
+from polytrace.errors import CapacityError
+from polytrace.graph import Port
+
+FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
+PROMPTS = [[3, 14, 15, 92, 65], [35, 89, 79, 32, 38, 46, 26, 43, 5, 6, 7], [83]]
+STEPS = 12
+LAYERS = {
+    "bloom": "transformer.h",
+    "gptj": "transformer.h",
+    "falcon": "transformer.h",
+    "mamba": "backbone.layers",
+    "jamba": "model.layers",
+    "lfm2": "model.layers",
+    "recurrent_gemma": "model.layers",
+    "t5": "decoder.block",
+    "mt5": "decoder.block",
+}
+RUNS_AGAIN = "recurrent_gemma"  # whose states are its modules', so that sequences side by side would share them
+Change = Callable[[Tensor], Tensor]
+
+
+class Loaded:
+    """A family in one process, beside the plain model."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        torch.set_num_threads(1)
+        self.name, self.layers = name, LAYERS[name]
+        model = model_of(name)
+        if name == "mamba":  # its states multiply rounding: with larger weights plain float32 is off by more, too
+            for parameter in model.parameters():
+                parameter.data *= 0.7 if parameter.ndim > 1 else 1.0
+        model.save_pretrained(folder)
+        kind = AutoModelForSeq2SeqLM if name in ENCODERS else AutoModelForCausalLM
+        self.plain: Any = kind.from_pretrained(folder).eval()
+        self.backend = LocalBackend(str(folder), threads=1)
+        self.shard: Shard = self.backend.shards.shard  # type: ignore[attr-defined]
+
+    def place(self, layer: int) -> tuple[str, Port]:
+        return f"{self.layers}.{layer}", Port.OUTPUT
+
+
+@pytest.fixture(scope="module", params=sorted(LAYERS))
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return Loaded(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def by_hugging_face(loaded: Loaded, prompt: list[int], edits: Mapping[str, Change]) -> tuple[list[int], list[Tensor]]:
+    """The likeliest tokens, and each step's logits `[V]`, while hooks change what modules give at every step.
+
+    By `generate`; where its own cache is the modules' state, by a forward of all tokens at each step.
+    """
+    plain, tokens, logits = loaded.plain, list(prompt), list[Tensor]()
+    with changed(plain, edits), torch.no_grad():
+        if loaded.name == RUNS_AGAIN:
+            for _ in range(STEPS):
+                logits.append(plain(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1])
+                tokens.append(int(logits[-1].argmax()))
+            return tokens[len(prompt) :], logits
+        found = plain.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=STEPS,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return found.sequences[0, -STEPS:].tolist(), [step[0] for step in found.logits]
+
+
+@contextmanager
+def changed(plain: Any, edits: Mapping[str, Change]) -> Iterator[None]:
+    """What modules give is changed; of a tuple its first member."""
+    with ExitStack() as hooks:
+        for path, change in edits.items():
+
+            def hook(_module: Any, _args: Any, output: Any, change: Change = change) -> Any:
+                return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
+
+            hooks.callback(plain.get_submodule(path).register_forward_hook(hook).remove)
+        yield
+
+
+def looking(change: Change) -> Callable[[Any], Any]:
+    """As a visitor of a pass."""
+    return lambda value: change(value) if isinstance(value, Tensor) else (change(value[0]), *value[1:])
+
+
+def noting(seen: list[Tensor]) -> Callable[[Any], Any]:
+    """Notes a root's logits, `[rows, V]` by pass."""
+
+    def look(output: Any) -> Any:
+        seen.append(output["logits"][0].clone())
+        return output
+
+    return look
+
+
+def last_rows(loaded: Loaded, seen: list[Tensor], sequence: int) -> list[Tensor]:
+    """One sequence's logits at each step, when none ends."""
+    rows = [1 if loaded.name in ENCODERS else len(prompt) for prompt in PROMPTS]
+    first = sum(rows[: sequence + 1]) - 1
+    return [seen[0][first], *(step[sequence] for step in seen[1:])]
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    scale = max(1.0, max(float(one.abs().max()) for one in theirs))
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one - other).abs().max()) <= FLOAT32_TOLERANCE * scale
+
+
+def test_greedy_tokens_and_logits_are_those_of_generate(loaded: Loaded) -> None:
+    seen: list[Tensor] = []
+    found = generate(loaded.shard, PROMPTS, STEPS, {("", Port.OUTPUT): noting(seen)})
+    for place, prompt in enumerate(PROMPTS):
+        tokens, logits = by_hugging_face(loaded, prompt, {})
+        assert found[place] == tokens
+        assert_close(last_rows(loaded, seen, place), logits)
+    assert len({token for own in found for token in own}) >= 3, "they do not say one thing all the time"
+
+
+def test_steering_at_every_step_is_that_of_hooks(loaded: Loaded) -> None:
+    vector = 2.0 * torch.randn(32, generator=torch.Generator().manual_seed(3))
+
+    def steer(hidden: Tensor) -> Tensor:
+        return hidden + vector
+
+    def scale(hidden: Tensor) -> Tensor:
+        hidden *= 0.5  # for everyone who holds it
+        return hidden
+
+    edits = {loaded.place(0): steer, loaded.place(1): scale}
+    seen: list[Tensor] = []
+    looks = {place: looking(change) for place, change in edits.items()}
+    found = generate(loaded.shard, PROMPTS, STEPS, {**looks, ("", Port.OUTPUT): noting(seen)})
+    for place, prompt in enumerate(PROMPTS):
+        tokens, logits = by_hugging_face(loaded, prompt, {module: change for (module, _), change in edits.items()})
+        assert found[place] == tokens
+        assert_close(last_rows(loaded, seen, place), logits)
+    assert found != generate(loaded.shard, PROMPTS, STEPS, {}), "the edits matter"
+
+
+def test_what_runs_beside_a_sequence_changes_no_bit(loaded: Loaded) -> None:
+    together: list[Tensor] = []
+    tokens = generate(loaded.shard, PROMPTS, STEPS, {("", Port.OUTPUT): noting(together)})
+    for place, prompt in enumerate(PROMPTS):
+        alone: list[Tensor] = []
+        found = generate(loaded.shard, [prompt], STEPS, {("", Port.OUTPUT): noting(alone)})
+        assert found[0] == tokens[place]
+        ours = last_rows(loaded, together, place)
+        assert all(torch.equal(one[-1], other) for one, other in zip(alone, ours, strict=True))
+    lengths = {0: 3, 1: STEPS, 2: 7}
+    ragged = generate(loaded.shard, PROMPTS, STEPS, {}, forced=lengths)
+    assert ragged == [own[: lengths[place]] for place, own in enumerate(tokens)], "others have ended"
+
+
+def test_caches_are_counted_and_gone_with_their_request(loaded: Loaded) -> None:
+    shard, store = loaded.shard, loaded.shard.store
+    layers = shard.probe.layout.num_layers
+    assert store.held_bytes == 0
+
+    def change(hidden: Tensor) -> Tensor:
+        return hidden * 1.5
+
+    looks = {loaded.place(0): looking(change)}
+    run(shard, prompt_pass(PROMPTS, layers, keeps=False), looks)
+    assert store.held_bytes == 0, "nobody goes on"
+    run(shard, prompt_pass(PROMPTS, layers), looks)
+    first = store.held_bytes
+    assert first > 0
+    run(shard, step_pass({0: 5, 2: 6}, {0: len(PROMPTS[0]), 2: len(PROMPTS[2])}, layers), looks)
+    assert store.held_bytes >= first if loaded.name == "mamba" else store.held_bytes > first
+    budget, store.budget_bytes = store.budget_bytes, first // 2
+    try:
+        with pytest.raises(CapacityError, match="the store holds"):
+            run(shard, prompt_pass([[*range(3, 60)]], layers), looks)
+    finally:
+        store.budget_bytes = budget
+    store.forget(REQUEST)
+    assert store.held_bytes == 0
+
+
+# families that have points inside of attention
+
+
+@pytest.fixture(scope="module", params=["bloom", "jamba"])  # by their own formula, by the engine's attention
+def attending(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return Loaded(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_patterns_of_steps_have_the_weights_of_all_tokens_before(attending: Loaded) -> None:
+    attention = {"bloom": "transformer.h.1.self_attention", "jamba": "model.layers.1.self_attn"}[attending.name]
+    seen: list[Tensor] = []
+
+    def look(pairs: Pairs) -> Pairs:
+        num_rows = sum(map(len, PROMPTS)) if not seen else len(PROMPTS)
+        seen.append(pairs.read(range(num_rows), 32))
+        return pairs
+
+    found = generate(attending.shard, PROMPTS, 4, {(attention, Port.PATTERN): look})
+    for place, prompt in enumerate(PROMPTS):
+        with torch.no_grad():
+            eager = AutoModelForCausalLM.from_config(attending.plain.config, attn_implementation="eager").eval()
+            eager.load_state_dict(attending.plain.state_dict())
+            answer = eager(input_ids=torch.tensor([[*prompt, *found[place][:3]]]), output_attentions=True)
+        known = [own for own in answer.attentions if own is not None]
+        pattern = known[1 if attending.name == "bloom" else 0][0]  # [heads, queries, keys]
+        for step in range(1, 4):
+            ours, theirs = seen[step][place], pattern[:, len(prompt) + step - 1]
+            length = len(prompt) + step
+            assert float((ours[:, :length] - theirs[:, :length]).abs().max()) <= FLOAT32_TOLERANCE
+            assert not bool(ours[:, length:].any()), "nobody sees what comes later"
+
+
+def test_edits_of_values_are_what_later_steps_attend_to(attending: Loaded) -> None:
+    """A value of the prompt is changed at step 0 alone; the cache has what it has become."""
+    value = {"bloom": "transformer.h.1.self_attention", "jamba": "model.layers.1.self_attn"}[attending.name]
+
+    def generated(change: bool) -> list[Tensor]:
+        seen: list[Tensor] = []
+        passes: list[int] = []
+
+        def edit(own: Tensor) -> Tensor:
+            passes.append(1)
+            if change and len(passes) == 1:
+                own = own.clone()
+                own[:, 2, 0] *= -4.0
+            return own
+
+        generate(attending.shard, PROMPTS[:1], 4, {(value, Port.V): edit, ("", Port.OUTPUT): noting(seen)})
+        assert len(passes) == 4
+        return seen
+
+    is_bloom = attending.name == "bloom"
+    source, heads = f"{value}.{'query_key_value' if is_bloom else 'v_proj'}", slice(16, 24) if is_bloom else slice(0, 8)
+    calls: list[int] = []
+
+    def by_hand(features: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            features[:, 2, heads] *= -4.0  # the first head's values
+        return features
+
+    expected = by_hugging_face(attending, PROMPTS[0], {source: by_hand})[1][:4]
+    ours = generated(True)
+    assert_close([step[-1] for step in ours], expected)
+    plain = generated(False)
+    assert float((plain[3][-1] - ours[3][-1]).abs().max()) > 1e-3, "the edit matters at later steps"
