@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from api.texts import StopCutter, TextStream
+from api.texts import StopCutter, TextStream, special_tokens
 from api.wishes import ChatWish, CompletionWish
 from polytrace.certificate import Token
 
@@ -31,13 +31,22 @@ class Piece:
 class Choice:
     """One sequence on its way."""
 
-    def __init__(self, index: int, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], *, is_chat: bool):
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Any,
+        special: frozenset[int],
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        *,
+        is_chat: bool,
+    ) -> None:
         self.index = index
         self.num_tokens = 0
         self.finish: str | None = None
         self._is_chat = is_chat
         self._tokenizer = tokenizer
-        self._text = TextStream(tokenizer, prompt) if tokenizer is not None else None
+        self._text = TextStream(tokenizer, prompt, special) if tokenizer is not None else None
         self._stops = StopCutter(stops)
         self._held: list[Token] = []
         self._offset = 0  # characters that were given
@@ -122,8 +131,9 @@ class Answer:
         self._tokenizer = tokenizer
         self._prompts = prompts
         samples = wish.samples
+        special = frozenset[int]() if tokenizer is None else special_tokens(tokenizer)
         self._choices = [
-            Choice(place * samples + sample, tokenizer, prompt, wish.stops, is_chat=self._is_chat)
+            Choice(place * samples + sample, tokenizer, special, prompt, wish.stops, is_chat=self._is_chat)
             for place, prompt in enumerate(prompts)
             for sample in range(samples)
         ]

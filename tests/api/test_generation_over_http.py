@@ -201,7 +201,7 @@ def test_openais_client_completes_and_is_steered(
         text = tokenizer.decode(ids + expected, skip_special_tokens=True)[len(PROMPT) :]
         answer = client.completions.create(**wish, extra_body=extra)
         assert answer.choices[0].text == text and answer.usage.completion_tokens == len(expected)
-        assert answer.choices[0].finish_reason == ("stop" if expected[-1] == 1 else "length")
+        assert answer.choices[0].finish_reason == ("stop" if expected[-1] == eos else "length")
         chunks = [*client.completions.create(**wish, extra_body=extra, stream=True)]
         assert "".join(chunk.choices[0].text for chunk in chunks) == text and len(chunks) > 2
         texts.append(text)
