@@ -341,3 +341,34 @@ def test_logs_and_caches_of_a_generation(model: Any, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert all(f"step {step}: " in printed for step in range(3))
     assert cache["model.layers.2"].output.shape[1] == len(IDS)
+
+
+def test_a_generation_ends_where_the_models_own_configuration_says(plain: Any, tmp_path: Any) -> None:
+    ids, _ = by_hand(plain, IDS)
+    ending = small_llama()
+    ending.generation_config.eos_token_id = [ids[2], 63]
+    with loaded(ending, tmp_path) as model:
+        with model.generate(IDS, max_new_tokens=NEW) as tracer:
+            pass
+        with model.generate(IDS, max_new_tokens=NEW, eos=None) as whole:
+            pass
+    assert (list(tracer.result.ids), tracer.result.finish) == (ids[: ids.index(ids[2]) + 1], "eos")
+    assert list(whole.result.ids) == ids
+
+
+def test_what_is_drawn_at_each_step_depends_on_the_seed_alone(model: Any) -> None:
+    def noisy(seed: int) -> tuple[list[int], Tensor]:
+        with model.generate(IDS, max_new_tokens=5, seed=seed) as tracer:
+            found = []
+            for _ in tracer.iter[:]:
+                hidden = model.model.layers[1].output[0]
+                noise = torch.randn_like(hidden[:, -1])
+                hidden[:, -1] += 0.3 * noise
+                found.append(noise.save())
+        return list(tracer.result.ids), torch.stack(found)
+
+    ids, noise = noisy(3)
+    assert len({float(one.sum()) for one in noise}) == 5, "each step has draws of its own"
+    again, same = noisy(3)
+    assert ids == again and torch.equal(noise, same)
+    assert not torch.equal(noise, noisy(4)[1])
