@@ -43,10 +43,8 @@ from polytrace.wire import decode_request
 _NODES_OF_STEER = 7  # of one vector and one prompt, at most
 
 
-def compose(
-    wish: CompletionWish | ChatWish, description: ModelDescription, tokenizer: Any, eos: Sequence[int]
-) -> Request:
-    """The request of a call; `eos` are the model's own ends. Raises UserErrors, WishError where a field is to blame."""
+def compose(wish: CompletionWish | ChatWish, description: ModelDescription, tokenizer: Any) -> Request:
+    """The request of a call. Raises UserErrors, WishError where a field is to blame."""
     extension = wish.polytrace
     recorded = None if extension is None or extension.request is None else _file(extension.request, description)
     if recorded is not None:
@@ -54,7 +52,7 @@ def compose(
     prompts = _prompts(wish, description, tokenizer)
     seed = secrets.randbelow(MAX_SEED) if wish.seed is None else wish.seed % MAX_SEED
     invokes = tuple(
-        Invoke(sequences=(prompt,) * wish.samples, generation=_generation(wish, len(prompt), seed, description, eos))
+        Invoke(sequences=(prompt,) * wish.samples, generation=_generation(wish, len(prompt), seed, description))
         for prompt in prompts
     )
     if recorded is not None:
@@ -93,9 +91,7 @@ def _encoded(text: str, tokenizer: Any, param: str, *, is_plain: bool = True) ->
     return ids
 
 
-def _generation(
-    wish: CompletionWish | ChatWish, length: int, seed: int, description: ModelDescription, eos: Sequence[int]
-) -> Generation:
+def _generation(wish: CompletionWish | ChatWish, length: int, seed: int, description: ModelDescription) -> Generation:
     room = description.limits.max_sequence_tokens - length
     most = room if wish.most_tokens is None else wish.most_tokens
     if most > room or room < 1:
@@ -113,7 +109,7 @@ def _generation(
             top_p=1.0 if wish.top_p is None else wish.top_p,
             min_p=wish.min_p or 0.0,
         )
-    ends = (*(() if wish.ignore_eos else eos), *(wish.stop_token_ids or ()))
+    ends = (*(() if wish.ignore_eos else description.eos), *(wish.stop_token_ids or ()))
     return Generation(
         max_new_tokens=most,
         sampling=sampling,

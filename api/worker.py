@@ -148,7 +148,7 @@ class _Worker:
     def __init__(self, store: Path) -> None:
         self._store = store
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
-        self._speech: dict[str, tuple[str, Any, tuple[int, ...]]] = {}
+        self._tokenizers: dict[str, tuple[str, Any]] = {}
 
     def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
         if model in self._loaded and self._loaded[model][0] == version:
@@ -162,20 +162,18 @@ class _Worker:
         self._loaded[model] = (version, description, meta_model(published.source, published.dtype))
         return self._loaded[model][1:]
 
-    def speech(self, model: str, version: str) -> tuple[Any, tuple[int, ...]]:
-        """The model's tokenizer, None without one, and the tokens that end a text."""
-        if model in self._speech and self._speech[model][0] == version:
-            return self._speech[model][1:]
-        from engine.tokenizer import end_tokens
+    def tokenizer(self, model: str, version: str) -> Any:
+        """The model's tokenizer, None without one."""
+        if model in self._tokenizers and self._tokenizers[model][0] == version:
+            return self._tokenizers[model][1]
         from polytrace.tokenizer import load_tokenizer
 
-        published = self._published(model)
-        tokenizer = None if published.tokenizer is None else load_tokenizer(published.tokenizer)
-        self._speech[model] = (version, tokenizer, end_tokens(published.source))
-        return self._speech[model][1:]
+        data = self._published(model).tokenizer
+        self._tokenizers[model] = (version, None if data is None else load_tokenizer(data))
+        return self._tokenizers[model][1]
 
     def has_tokenizer(self, model: str, version: str) -> bool:
-        return self.speech(model, version)[0] is not None
+        return self.tokenizer(model, version) is not None
 
     def _published(self, model: str) -> Published:
         from api.store import Store
@@ -243,7 +241,7 @@ def _compose(model: str, version: str, path: str, contents: str, wish: Completio
         nonlocal prompts, param
         assert _worker is not None
         try:
-            request = compose(wish, description, *_worker.speech(model, version))
+            request = compose(wish, description, _worker.tokenizer(model, version))
         except WishError as error:
             param = error.param
             raise

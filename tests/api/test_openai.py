@@ -56,7 +56,7 @@ class Composer:
         self, model: str, version: str, path: Path, wish: CompletionWish | ChatWish, *, contents: Path
     ) -> Composed:
         try:
-            request = compose(wish, self.description, TOKENIZER, (EOS,))
+            request = compose(wish, self.description, TOKENIZER)
         except PolytraceError as error:
             param = error.param if isinstance(error, WishError) else None
             return Composed(verdict=Verdict(error=error.to_fields()), param=param)
@@ -492,7 +492,7 @@ def test_a_template_that_takes_too_long_or_reaches_out_of_its_sandbox_is_stopped
     def refusal(template: str) -> str:
         own = replace(description, chat=ChatFormat(templates={"default": template}, special_tokens={}))
         with pytest.raises(PolytraceError) as caught:
-            compose(wish, own, TOKENIZER, ())
+            compose(wish, own, TOKENIZER)
         return caught.value.message
 
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
