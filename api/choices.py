@@ -121,7 +121,7 @@ class Answer:
         *,
         request: str,
         created: int,
-        prompts: Sequence[Sequence[int]],
+        prompts: Mapping[int, Sequence[int]],  # by invoke
         tokenizer: Any,
     ) -> None:
         self._wish = wish
@@ -129,12 +129,13 @@ class Answer:
         self._request = request
         self._created = created
         self._tokenizer = tokenizer
-        self._prompts = prompts
+        self._prompts = list(prompts.values())
+        self._first = {invoke: place * wish.samples for place, invoke in enumerate(prompts)}  # choice of an invoke
         samples = wish.samples
         special = frozenset[int]() if tokenizer is None else special_tokens(tokenizer)
         self._choices = [
             Choice(place * samples + sample, tokenizer, special, prompt, wish.stops, is_chat=self._is_chat)
-            for place, prompt in enumerate(prompts)
+            for place, prompt in enumerate(self._prompts)
             for sample in range(samples)
         ]
 
@@ -150,7 +151,7 @@ class Answer:
         """What tokens add to the stream."""
         chunks = []
         for token in tokens:
-            one = self._choices[token.invoke * self._wish.samples + token.sequence]
+            one = self._choices[self._first[token.invoke] + token.sequence]
             chunks += self._told(one, one.take(token))
         return chunks
 
@@ -198,7 +199,7 @@ class Answer:
                 logprobs[one.index].append(told)
 
         for token in tokens:
-            one = self._choices[token.invoke * self._wish.samples + token.sequence]
+            one = self._choices[self._first[token.invoke] + token.sequence]
             enter(one, one.take(token))
         for one in self._choices:
             if one.finish is None:

@@ -56,13 +56,15 @@ def compose(wish: CompletionWish | ChatWish, description: ModelDescription, toke
         for prompt in prompts
     )
     if recorded is not None:
-        if len(recorded.invokes) != len(invokes):
-            told = f"polytrace.request has {len(recorded.invokes)} invokes, and the call {len(invokes)} prompts"
-            raise WishError(told, "polytrace")
-        return replace(recorded, invokes=invokes)
+        return replace(recorded, invokes=_replaced(recorded.invokes, invokes))
     steers = extension.steers if extension is not None else []
     nodes, constants = _steering(steers, invokes, description)
     return Request(graph=Graph(nodes=nodes), invokes=invokes, constants=constants, options=Options(seed=seed))
+
+
+def prompts_of(request: Request) -> dict[int, tuple[int, ...]]:
+    """Invokes that go on, and their prompts: of a call's, each sample has the same."""
+    return {place: invoke.sequences[0] for place, invoke in enumerate(request.invokes) if invoke.generation is not None}
 
 
 def _prompts(wish: CompletionWish | ChatWish, description: ModelDescription, tokenizer: Any) -> list[tuple[int, ...]]:
@@ -127,6 +129,17 @@ def _file(text: str, description: ModelDescription) -> Request:
         raise WishError(f"polytrace.request is not base64: {error}", "polytrace") from error
     except WireError as error:
         raise WishError(f"polytrace.request is no request file: {error.message}", "polytrace") from error
+
+
+def _replaced(recorded: Sequence[Invoke], invokes: Sequence[Invoke]) -> tuple[Invoke, ...]:
+    """The invokes of a file with the call's instead of those that go on; of all, when none was recorded to go on."""
+    goes_on = [one.generation is not None for one in recorded]
+    places = [place for place, is_own in enumerate(goes_on) if is_own or not any(goes_on)]
+    if len(places) != len(invokes):
+        told = f"polytrace.request has {len(places)} prompts to be gone on with, and the call {len(invokes)}"
+        raise WishError(told, "polytrace")
+    own = dict(zip(places, invokes, strict=True))
+    return tuple(own.get(place, one) for place, one in enumerate(recorded))
 
 
 def _most_of(recorded: Request, wish: CompletionWish | ChatWish) -> int | None:

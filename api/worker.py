@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -62,7 +62,7 @@ class Composed:
     """A request that a worker made of what an OpenAI client asked for, and put where an uploaded one would be."""
 
     verdict: Verdict
-    prompts: tuple[tuple[int, ...], ...] = ()  # as token ids
+    prompts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # invokes that go on -> their token ids
     param: str | None = None  # the field that the verdict's error is about
 
 
@@ -230,11 +230,11 @@ def _check(model: str, version: str, path: str, contents: str, certify: bool) ->
 
 
 def _compose(model: str, version: str, path: str, contents: str, wish: CompletionWish | ChatWish) -> Composed:
-    from api.composing import compose
+    from api.composing import compose, prompts_of
     from api.wishes import WishError
     from polytrace.wire import encode_request
 
-    prompts: tuple[tuple[int, ...], ...] = ()
+    prompts: dict[int, tuple[int, ...]] = {}
     param: str | None = None
 
     def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
@@ -245,7 +245,7 @@ def _compose(model: str, version: str, path: str, contents: str, wish: Completio
         except WishError as error:
             param = error.param
             raise
-        prompts = tuple(invoke.sequences[0] for invoke in request.invokes)
+        prompts = prompts_of(request)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.writelines(encode_request(request))
         has_text = partial(_worker.has_tokenizer, model, version)
