@@ -14,8 +14,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
-from polytrace.graph import Last, NodeId, Op, Ref, Site
+from polytrace.graph import Last, Node, NodeId, Op, Ref, Site
 from polytrace.lines import user_frame
+from polytrace.merging import Body, is_of_a_step
 from polytrace.step_values import OfSteps
 from polytrace.storage import State, is_recorded, state_of
 from polytrace.timing import ENDING, FIRST, TIMELESS, When
@@ -81,6 +82,7 @@ class Loops:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self.position = Position()
+        self._outside: tuple[int, dict[str, int]] = (0, {})  # what `next()` had said before the body began
         self._starts: list[NodeId] = []  # of all bodies
         self._owners: list[tuple[Loop, int]] = []  # and whose they are
         self._lasts: dict[tuple[NodeId, ...], NodeId] = {}
@@ -100,7 +102,9 @@ class Loops:
         self._owners.append((loop, len(loop.bodies)))
         loop.bodies.append((first, first))
         loop.whens.append(when)
-        self.position.loop, self.position.when = loop, when
+        position = self.position
+        self._outside = (position.ahead, position.modules)
+        position.loop, position.when, position.ahead, position.modules = loop, when, 0, {}
 
     def end(self, loop: Loop) -> None:
         """A body ends."""
@@ -108,6 +112,7 @@ class Loops:
         loop.bodies[-1] = (first, NodeId(len(self._recording.nodes)))
         loop.names.append(self._named(user_frame()))
         self.position.loop, self.position.when = None, FIRST
+        self.position.ahead, self.position.modules = self._outside  # `next()` in a body is for the rest of it
 
     def draw(self) -> int:
         """The number of the next random op: each step counts its own, so that equal bodies stay equal."""
@@ -176,6 +181,19 @@ class Loops:
                 "each step",
                 where=where,
             )
+
+    def bodies(self, nodes: Sequence[Node], places: Mapping[NodeId, NodeId]) -> list[Body]:
+        """All bodies that were recorded for one step, of the nodes that are left; `places` are where they are now."""
+        found: list[Body] = []
+        loops = {id(loop): number for number, (loop, _) in enumerate(self._owners)}
+        for loop, number in self._owners:
+            when = loop.whens[number]
+            own = [places[NodeId(node)] for node in range(*loop.bodies[number]) if NodeId(node) in places]
+            if not when.is_loop:
+                steps = tuple([node for node in own if is_of_a_step(nodes[node])])
+                among = {node: place for place, node in enumerate(steps)}
+                found.append(Body(loop=loops[id(loop)], step=when.step, nodes=steps, places=among))
+        return found
 
     def has_owner(self, node: NodeId) -> bool:
         """Whether a node was made in the body of a loop that has ended."""

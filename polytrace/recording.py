@@ -38,6 +38,7 @@ from polytrace.in_place import InPlace
 from polytrace.lines import user_line
 from polytrace.literals import is_basic
 from polytrace.loops import Loops
+from polytrace.merging import merged
 from polytrace.node_facts import NodeFacts
 from polytrace.operands import operand_of
 from polytrace.ops import OPS
@@ -376,7 +377,8 @@ class Recording:
         live = needed(nodes, effects(nodes))
         self.in_place.check_used(live)
         wanted = (NodeId(position) for position, is_live in enumerate(live) if is_live)
-        return renumber(nodes, wanted)[0], given
+        own, places = renumber(nodes, wanted)
+        return merged(own, self.loops.bodies(own, places)), given
 
     def part(self, node: NodeId) -> tuple[tuple[Node, ...], dict[NodeId, NodeId]]:
         """A graph that saves one node's value, and the places in it of the nodes that it has."""
