@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_what_came_is_what_was_planned_when_all_steps_come(ran: Any) -> None:
     assert sorted(map(repr, saves)) == sorted(map(repr, all_slots(program)))
     assert len(receipt.generated) == 2 and {len(one.ids) for one in receipt.generated} == {STEPS}
     places = sorted((slot.offset, slot.offset + slot.facts.num_bytes) for slot in saves)
-    assert all(stop <= start for (_, stop), (start, _) in zip(places, places[1:], strict=False))
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(places))
     assert places[-1][1] <= data_bytes(program)
 
 
