@@ -230,6 +230,17 @@ def test_openais_client_chats_samples_and_stops(client: openai.OpenAI, plain: Pr
     assert first == again != other and len(set(first)) > 1
 
 
+@pytest.mark.parametrize("is_heard", [False, True])
+def test_logs_of_steps_are_printed_as_they_come(model: Any, capsys: pytest.CaptureFixture[str], is_heard: bool) -> None:
+    with model.generate(
+        PROMPT, max_new_tokens=5, eos=None, stream=(lambda token: None) if is_heard else None
+    ) as tracer:
+        for step in tracer.iter[:]:
+            tracer.log("norm", model.model.layers[LAYER].output[0][:, -1].norm() * 0 + step)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("norm")]
+    assert lines == [f"norm: {step}.0" for step in range(5)], lines
+
+
 def test_who_leaves_frees_the_place(client: openai.OpenAI, http: httpx.Client) -> None:
     wish = {"model": "tinyworld", "prompt": PROMPT, "max_tokens": 480, "extra_body": {"ignore_eos": True}}
     stream = client.completions.create(**wish, stream=True)
