@@ -162,8 +162,11 @@ class Shard:
             levels=Levels(self.probe.sites, self.probe.layout.layers),
             operations={},
         )
-        notes = report.notes if self.probe.manner.layout is PassLayout.PACKED else report.notes + check_caches(trial)
-        return replace(report, notes=notes, checks=check_names(trial, report, parameters))
+        if self.probe.manner.layout is PassLayout.PADDED:
+            found = check_caches(trial)
+            notes = report.notes if found.note is None else (*report.notes, found.note)
+            report = replace(report, can_generate=found.can_generate, key_value_bytes=found.row_bytes, notes=notes)
+        return replace(report, checks=check_names(trial, report, parameters))
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""

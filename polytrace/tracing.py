@@ -381,6 +381,10 @@ class Tracer:
     def members_of(self, invoke: int) -> Sequence[int]:
         return (invoke,) if invoke >= 0 else self._groups[-1 - invoke]
 
+    def num_columns(self, site: Site) -> int | None:
+        """Of a site's view, where that does not depend on the prompts."""
+        return None if site.port is Port.TOKEN else self.model._index.leaves[site].num_columns
+
     def row_dim(self, site: Site) -> int:
         """The dimension of a site's view that its tokens are in."""
         return 1 if site.port is Port.TOKEN else self.model._index.leaves[site].row_dim

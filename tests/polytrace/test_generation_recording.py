@@ -254,6 +254,12 @@ def test_a_body_that_is_recorded_once_changes_nothing_from_outside(model: Model)
             total = total + model.model.layers[2].output[0][:, -1]
         total.save()
 
+    def adding(tracer: Any) -> None:
+        total = torch.zeros(8)
+        with tracer.all():
+            total = total + model.model.layers[2].output[0][:, -1]
+        total.save()
+
     def changing(tracer: Any) -> None:
         total = model.model.layers[1].output[0][:, -1].clone()
         with tracer.all():
@@ -277,13 +283,14 @@ def test_a_body_that_is_recorded_once_changes_nothing_from_outside(model: Model)
 
     refused("`total` is from outside", rebinding)
     refused("`total` is from outside", counting)
+    refused("`total` is from outside", adding)
     refused("cannot change a value from outside", changing)
     refused("recorded once for steps 0-3, so here it could be that of any", using)
     refused("so there is no number", numbering)
     refused("do not meet at any one step", meeting)
 
     with generate(model) as tracer:
-        hidden = None
+        hidden = torch.zeros(8)  # of an earlier cell of a notebook: another thing of the same name
         outside = model.model.layers[1].output[0][:, -1]
         with tracer.all():
             hidden = model.model.layers[2].output[0][:, -1] + outside
