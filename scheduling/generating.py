@@ -41,14 +41,14 @@ class Row:
 class Generating:
     """A generation on its way."""
 
-    def __init__(self, program: Program, decode: Decode | None = None) -> None:
-        """`decode`: as of `scheduling.stopping`."""
+    def __init__(self, program: Program, decode: Decode | None = None, caches: Caches | None = None) -> None:
+        """`decode`: as of `scheduling.stopping`. Without `caches` each has what it begins with."""
         assert program.chain is not None
         self.base = program
         self.chain: Chain = program.chain
         self.step = 0  # that runs, or runs next; behind the last one, the ending's number
         self.is_ending = False
-        self.caches: Caches = caches_of(program)
+        self.caches: Caches = caches_of(program) if caches is None else caches
         self.told: list[Token] = []  # since somebody took them
         self._sequences: dict[SequenceId, _Sequence] = {
             (index, place): _Sequence(tokens, Stopping(invoke.generation, decode, tokens))
@@ -83,6 +83,19 @@ class Generating:
     def num_rows(self) -> int:
         """Rows of a step."""
         return 0 if self.is_ending else sum(one.finish is None for one in self._sequences.values())
+
+    @property
+    def lengths(self) -> dict[SequenceId, int]:
+        """Positions of each sequence that has a row in the step, with that."""
+        if self.is_ending or not self.step:
+            return {}
+        going = ((key, one) for key, one in self._sequences.items() if one.finish is None)
+        return {key: len(one.prompt) + len(one.tokens) for key, one in going}
+
+    def cached(self, sequence: SequenceId) -> tuple[int, ...]:
+        """The tokens whose keys and values a sequence's cache has at the end: the last one has run nowhere."""
+        one = self._sequences[sequence]
+        return (*one.prompt, *one.tokens[:-1])
 
     @property
     def over(self) -> frozenset[int]:
