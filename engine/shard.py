@@ -45,6 +45,7 @@ from engine.spans import SpanStore
 from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
+from engine.tokenizer import end_tokens
 from engine.trunks import Trunks
 from engine.twins import prove_splits
 from engine.views import InvokeRows
@@ -175,7 +176,8 @@ class Shard:
             self.probe, told, name=name, stages=self.links.stages, ranks=self.links.ranks, limits=limits
         )
         checked = with_checks(description, [check for report in told for check in report.checks])
-        return replace(checked, chat=chat_format(self.config.source))
+        source = self.config.source
+        return replace(checked, chat=chat_format(source), eos=end_tokens(source))
 
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""

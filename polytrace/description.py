@@ -255,6 +255,7 @@ class ModelDescription:
     codes: tuple[SourceCode, ...] = ()
     sources: tuple[SourceInfo, ...] = ()
     chat: ChatFormat | None = None  # how conversations become prompts; None: the model came without a chat template
+    eos: tuple[int, ...] = ()  # tokens that end a text, by the model's own configuration of its generation
 
 
 def logits_of(sites: Iterable[SiteInfo]) -> tuple[SiteInfo, Leaf] | None:

@@ -7,7 +7,7 @@ from contextvars import ContextVar, Token
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from polytrace import hints
 from polytrace.asked_shapes import AskedShapes
@@ -244,7 +244,7 @@ class Tracer:
         self._check_open()
         add_log(self, first, second)
 
-    def __enter__(self) -> Tracer:
+    def __enter__(self) -> Self:
         other = _open.get()
         if other is not self._home:
             if other is None:

@@ -77,5 +77,10 @@ def caches_of(program: Program) -> Caches:
 
 
 def in_pages(positions: int) -> int:
-    """Room for so many positions."""
-    return -(-positions // PAGE) * PAGE
+    """Room for so many positions: whole pages, a power of two or half as many again, so at most a third is empty.
+
+    Caches of equal room lie side by side and are attended to together, so there are few sizes.
+    """
+    pages = -(-positions // PAGE)
+    power = 1 << max(0, pages - 1).bit_length()  # the least that is enough
+    return PAGE * (power * 3 // 4 if power > 2 and pages <= power * 3 // 4 else power)

@@ -2,7 +2,8 @@
 
 With several stages a pass is at one of them at a time, so the others have work only when there are other passes. What
 waits is therefore cut into passes of about equal cost, as many as keep every stage busy (`share_of`). Fewer and larger
-ones would leave stages idle, more and smaller ones would make kernels wait for memory.
+ones would leave stages idle, more and smaller ones would make kernels wait for memory. Steps of generations are cut by
+themselves (`share_of_steps`): each waits for the one before, and a pass of few rows costs what it costs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+from scheduling.plan import MIN_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,15 @@ def passes_in_flight(stages: int) -> int:
 def share_of(waiting_rows: int, slots: int, policy: PassPolicy) -> int:
     """The rows of the next pass when so many wait and so many passes could start: all of them in equal passes."""
     return min(policy.budget_tokens, max(policy.least_tokens, -(-waiting_rows // max(1, slots))))
+
+
+def share_of_steps(waiting_rows: int, slots: int) -> int:
+    """The rows of steps in the next pass: all that wait in equal groups, one for each pass that could start.
+
+    A step follows when the one before has been through all stages, so a group that has all steps would keep one stage
+    at work. Groups are no smaller than what kernels compute anyway.
+    """
+    return max(MIN_ROWS, -(-waiting_rows // max(1, slots)))
 
 
 def wave_tokens(policy: PassPolicy, stages: int) -> int:

@@ -20,6 +20,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from polytrace.certificate import Receipt, Token
@@ -39,7 +40,15 @@ from scheduling.plan import (
     SaveSlot,
     ShardResult,
 )
-from scheduling.policy import Choice, FirstComeFirstServed, InTurns, PassPolicy, passes_in_flight, share_of
+from scheduling.policy import (
+    Choice,
+    FirstComeFirstServed,
+    InTurns,
+    PassPolicy,
+    passes_in_flight,
+    share_of,
+    share_of_steps,
+)
 from scheduling.receipts import Account, Logged, find_error, find_out_of_memory
 from scheduling.stopping import Decode
 
@@ -89,7 +98,8 @@ class _Job:
         self.added = now
         self.is_cancelled = False
         self.is_keeping: bool | None = None  # its trunks; None: nobody has asked yet
-        self.losses = 0  # passes that died with shards while it was in them
+        self.losses = 0  # passes that died with shards while it was in them, since it got further than there
+        self.lost_at = 0  # the step of its generation that it was at then
         self.losses_alone = 0  # of these, those that it had to itself
         self.party: object | None = None  # with whom it goes, and with nobody else; None: with anyone
         self.reserved: int | None = None  # bytes of its caches; None: nothing yet
@@ -166,9 +176,16 @@ class _Job:
         return 0 < self.wave < self.num_waves
 
     @property
-    def turn(self) -> tuple[bool, bool, int]:
-        """Its place in the queue: steps first; those whose last wave is under way only fill what others leave."""
-        return bool(self.in_flight), not self.is_step, self.number
+    def turn(self) -> tuple[bool, bool, bool, int]:
+        """Its place in the queue: suspects first, or they would wait for ever behind those that share passes; then
+        steps; those whose last wave is under way only fill what others leave.
+        """
+        return bool(self.in_flight), not self.is_suspect, not self.is_step, self.number
+
+    def clear(self) -> None:
+        """Ends the suspicion once its generation is behind the step at which a pass died."""
+        if self.is_suspect and self.generating is not None and self.generating.step > self.lost_at:
+            self.losses, self.party = 0, None
 
     def take_tokens(self) -> tuple[Token, ...]:
         """What was drawn and has not been told, also when it was drawn before."""
@@ -294,7 +311,7 @@ class Scheduler:
 
     def _fill(self, pass_id: PassId, ended: tuple[RequestId, ...]) -> tuple[list[_Job], Plan]:
         """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
-        ready = self._with_room()
+        ready = self._in_groups(self._with_room())
         waiting = sum(job.num_rows for job in ready)
         budget = foreseen = self._budget(ready, share_of(waiting, self._depth - len(self._flying), self._policy))
         chosen = self._choice.choose(ready, budget)
@@ -312,6 +329,14 @@ class Scheduler:
                 break
             chosen, plan = more, fuller
         return chosen, plan
+
+    def _in_groups(self, ready: list[_Job]) -> list[_Job]:
+        """Of the steps only as many as are to go now, so that the others keep other stages at work."""
+        steps = [job for job in ready if job.is_step]
+        room = share_of_steps(sum(job.num_rows for job in steps), self._depth - len(self._flying))
+        rows = accumulate(job.num_rows for job in steps)
+        late = {job.number for job, reached in zip(steps[1:], [*rows][1:], strict=True) if reached > room}
+        return [job for job in ready if not (job.is_step and job.number in late)] if late else ready
 
     @property
     def _is_idle(self) -> bool:
@@ -385,6 +410,7 @@ class Scheduler:
                     self._finish(job)
                     continue
                 job.wave = 0
+                job.clear()
             self._progress[job.program.request] = job
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
@@ -422,6 +448,7 @@ class Scheduler:
                 self._queue_again(job, party=job.party)
             else:
                 job.losses += 1
+                job.lost_at = 0 if job.generating is None else job.generating.step
                 job.losses_alone += len(plan.members) == 1
                 if job.losses_alone == _MAX_LOSSES_ALONE:
                     told = f"shards died in {job.losses_alone} passes with this request alone: {error.message}"

@@ -260,3 +260,38 @@ def test_a_recorded_loop_comes_with_openais_client(client: openai.OpenAI, model:
     assert complete() == complete(max_tokens=12) == tracer.result[0].text
     with pytest.raises(openai.BadRequestError, match="recorded for 12 new tokens, and the call asks for 9"):
         complete(max_tokens=9)
+
+
+def test_a_program_over_steps_gives_over_http_what_it_gives_here(model: Model, vector: Tensor) -> None:
+    def run(one: Model) -> list[Any]:
+        with one.generate(max_new_tokens=8, eos=None, seed=3) as tracer:
+            with tracer.invoke(PROMPT, generate=False):
+                source = one.layers_output[LAYER][:, -1]
+            with tracer.invoke(PROMPT, logprobs=1):
+                total, norms = 0.0, []
+                for step in tracer.iter[:]:
+                    hidden = one.layers_output[LAYER]
+                    total = total + hidden[:, -1].clone()
+                    norms.append(total.norm().save())
+                    if step == 1:
+                        hidden[:, -1] = source
+                    if step == 4:
+                        tracer.token = 17
+                mean = (total / 8).save()
+            with tracer.invoke(["The Colosseum is in the city of", "The"], max_new_tokens=5):
+                with tracer.all():
+                    one.layers_output[LAYER][:] += 0.1 * vector
+                    guesses = one.logits[:, -1].argmax(-1).save()
+                    tracer.stop(when=tracer.token == 17)
+                second = one.lm_head.next().output[:, -1].save()
+        assert [sample.invoke for sample in tracer.result] == [1, 2, 2]
+        assert tracer.result[0].ids[4] == 17 and len(tracer.result[0].logprobs) == 8
+        return [tracer.result.ids, torch.stack(norms), mean, guesses.stack(), second]
+
+    with polytrace.load(str(FOLDER)) as here:
+        ours = run(here)
+    theirs = run(model)
+    assert ours[0] == theirs[0] and torch.equal(ours[3], theirs[3])
+    for one, other in zip(ours, theirs, strict=True):
+        if isinstance(one, Tensor) and one.is_floating_point():
+            close(one, other)
