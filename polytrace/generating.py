@@ -87,6 +87,7 @@ class GenerateTracer(Tracer):
         number = scalar(count)
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise GraphError(f"next() goes on by 1 step or more, not by {count!r}", where=user_line())
+        self.recording.loops.are_used = True
         self.recording.loops.position.move(module, number)
 
     @property

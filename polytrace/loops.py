@@ -80,19 +80,16 @@ class Loops:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self.position = Position()
+        self.are_used = False  # anything but step 0 has been named
         self._outside: tuple[int, dict[str, int]] = (0, {})  # what `next()` had said before the body began
         self._starts: list[NodeId] = []  # of all bodies
         self._owners: list[tuple[Loop, int]] = []  # and whose they are
         self._lasts: dict[tuple[NodeId, ...], NodeId] = {}
         self._draws: dict[int, int] = {}  # by step: random ops so far
 
-    @property
-    def are_used(self) -> bool:
-        """Whether anything but step 0 has been named."""
-        return bool(self._starts) or self.position.of() != FIRST or bool(self.position.modules)
-
     def begin(self, loop: Loop, when: When) -> None:
         """A body begins."""
+        self.are_used = True
         if not loop.names:
             loop.names.append(nodes_by_name(self._recording, user_frame()))
         first = NodeId(len(self._recording.nodes))

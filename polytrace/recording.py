@@ -324,6 +324,7 @@ class Recording:
         position = self.loops.position
         for when, own in steps_of_edit(nodes, lengths, self.session.num_steps(invoke)):
             position.when = when
+            self.loops.are_used |= when != FIRST
             self._replay(nodes, constants, invoke, own, when)
         position.when = FIRST
 

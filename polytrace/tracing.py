@@ -398,7 +398,7 @@ class Tracer:
             invoke = self._invokes[node.invoke]
             is_column = node.step > 0 or (is_late and node.num_steps > 1)
             longest = 1 if is_column else invoke.longest  # behind the prompt it is one token a sequence
-            if node.site.port is Port.TOKEN:
+            if node.site.port is Port.TOKEN and node.site not in self.model._index.leaves:
                 return ValueShape(shape=(len(invoke.sequences), longest), dtype="int64")
             leaf = self.model._index.leaves[node.site]
             return ValueShape(shape=leaf.view_shape(len(invoke.sequences), longest), dtype=leaf.dtype)

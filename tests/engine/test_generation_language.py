@@ -423,3 +423,20 @@ def test_adapters_and_standard_names_at_every_step(model: Any, plain: Any) -> No
 
 def last_steered(hidden: Tensor) -> Tensor:
     return torch.cat([hidden[:, :-1], hidden[:, -1:] + VECTOR], 1)
+
+
+def test_values_of_two_prompts_do_not_change_places_when_one_has_ended(model: Any, plain: Any) -> None:
+    short, _ = by_hand(plain, OTHER)
+    with model.generate(max_new_tokens=NEW) as tracer:
+        with tracer.invoke(OTHER, eos=short[2]):
+            others = [model.lm_head.output[:, -1] for _ in tracer.iter[:]]
+        with tracer.invoke(IDS):
+            both = []
+            for step in tracer.iter[:]:
+                pair = torch.stack([others[step], model.lm_head.output[:, -1]])
+                both.append(pair[0].save())
+    came = short.index(short[2]) + 1
+    assert len(tracer.result[0].ids) == came < NEW == len(tracer.result[1].ids)
+    logits = by_hand(plain, OTHER)[1]
+    assert len(polytrace.came(both)) == came
+    assert all(close(one, other) for one, other in zip(polytrace.came(both), logits, strict=False))

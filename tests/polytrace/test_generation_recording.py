@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import polytrace
+from polytrace.description import ChatFormat
 from polytrace.errors import GraphError, PolytraceError, TooLargeError
 from polytrace.graph import Generation, Node, Op, Port, Read, Ref, Sampling, Save, Stop, Write
 from polytrace.model import Model
@@ -103,6 +104,18 @@ def test_invokes_have_options_of_their_own(model: Model) -> None:
     assert [way and way.max_new_tokens for way in ways] == [2, None, None, 4]
     assert ways[0] is not None and ways[0].sampling == Sampling(do_sample=True, seed=7)
     assert ways[3] is not None and ways[3].sampling.seed == 4
+
+
+def test_conversations_go_on(model: Model) -> None:
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}{{ 'is' if add_generation_prompt }}"
+    object.__setattr__(model.description, "chat", ChatFormat(templates={"default": template}, special_tokens={}))
+    told = [{"role": "user", "content": "Tower"}]
+    with generate(model, told) as tracer:
+        pass
+    with generate(model, None, max_new_tokens=2) as other, other.invoke(told, chat={"add_generation_prompt": False}):
+        pass
+    assert [tracer.request.invokes[0].sequences, other.request.invokes[0].sequences] == [((4, 5),), ((4,),)]
+    assert tracer.request.invokes[0].generation.max_new_tokens == 4
 
 
 def test_a_for_records_each_step_and_a_with_all_of_them_at_once(model: Model) -> None:

@@ -169,4 +169,5 @@ def test_what_is_made_of_values_that_do_not_come_does_not_come() -> None:
     absent = absent_nodes(Graph(nodes=nodes), (), [NodeId(0)])
     assert absent == {0, 3, 5, 6}, "lists lose members, and the last that came is there"
     assert without_absent(stack.args[0], absent) == [ref(1)]
+    assert absent_nodes(Graph(nodes=nodes[:3]), (), [NodeId(0)]) == {0, 2}, "at a step a list is whole or not there"
     assert absent_nodes(Graph(nodes=(read(0), op("neg", 0), write(1, 0))), (0,), ()) == {0, 1, 2}
