@@ -309,6 +309,7 @@ def test_a_request_that_fails_at_a_step_fails_alone_and_says_where(grid: Grid, s
     if step:
         assert errors[4] is not None and errors[4].where == "program.py:5"
     if isinstance(grid.backend, LocalBackend):
+        grid.backend.forget_prefixes()
         assert not grid.backend.shard._states and not grid.backend.shard.store.held_bytes
 
 
