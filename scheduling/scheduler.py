@@ -48,7 +48,7 @@ from scheduling.plan import (
 )
 from scheduling.policy import FirstComeFirstServed, PassPolicy, Patience, passes_in_flight, share_of, step_share
 from scheduling.prefixes import left_by
-from scheduling.receipts import Account, Logged, find_error, find_out_of_memory
+from scheduling.receipts import Account, Logged, find_error, find_out_of_memory, pass_entry
 from scheduling.stopping import Decode
 
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
@@ -114,6 +114,7 @@ class _Job:
         self.started: float | None = None
         self.account = Account(self.program)
         self.generating, self.ahead = generating, ahead
+        self.is_step = False  # it is behind its prompts, with one row a sequence
         self.reserved = 0  # positions of its caches
         self.leaving = 0  # of these, what it leaves with its next step, for a larger one
         self.needed = 0 if generating is None else generating.caches.num_positions  # more, before it may go
@@ -122,11 +123,6 @@ class _Job:
     def now(self) -> Program:
         """What runs: the program, or the step that its generation is at."""
         return self.program if self.generating is None else self.generating.program
-
-    @property
-    def is_step(self) -> bool:
-        """Whether it is behind its prompts, with one row a sequence."""
-        return self.generating is not None and self.generating.run is not None
 
     @property
     def is_suspect(self) -> bool:
@@ -202,6 +198,7 @@ class _Job:
         if self.generating is None or not self.generating.advance():
             return False
         self.wave = 0
+        self.is_step = True
         self.needed = self.generating.caches.needed(self.generating.lengths)
         return True
 
@@ -476,6 +473,7 @@ class Scheduler:
         """Takes in what all shards answered to a plan: members end or become ready for their next wave."""
         flight = self._flying[plan.pass_id]
         together = len(flight.jobs)
+        entry = pass_entry(plan, results, self._table, together)
         for job, member in self._landed(plan):
             failure = find_out_of_memory(job.program, results)
             error: PolytraceError | None = None if member is None else find_error(job.now, member, results)
@@ -491,7 +489,7 @@ class Scheduler:
                 self._end(job, error)
                 continue
             step, offset = (0, 0) if member is None else (member.step, member.offset)
-            job.account.enter(plan, results, self._table, job.now, step, offset, requests=together)
+            job.account.enter(entry, results, job.now, step, offset)
             if member is not None and job.generating is not None:
                 job.generating.take(results)
             if job.num_done == job.num_waves:
