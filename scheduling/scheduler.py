@@ -368,6 +368,7 @@ class Scheduler:
     def _fill(self, pass_id: PassId) -> tuple[list[tuple[_Job, Going]], Plan]:
         """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
         waiting = self._with_room()
+        self._look(waiting)
         ready = self._patience.ordered(waiting)
         num_steps = sum(job.num_rows for job in self._jobs.values() if job.is_step)
         others = share_of(sum(job.num_rows for job in ready), self._depth - len(self._flying), self._policy)
@@ -458,15 +459,19 @@ class Scheduler:
         self._memory.give(job.reserved * self._position_bytes)
         job.reserved = 0
 
+    def _look(self, jobs: list[_Job]) -> None:
+        """Finds prefixes for prompts that have not begun."""
+        for job in jobs:
+            if job.ahead is not None and not job.is_step:
+                job.ahead.look(self._memory.prefixes)
+
     def _going(self, chosen: list[tuple[_Job, int]]) -> list[tuple[_Job, Going]]:
         """The jobs with their trunks: those keep them that the store has room for when they first go."""
         for job, _ in chosen:
             if job.is_keeping is None:
                 is_free = not job.program.kept_bytes or not self._is_short
                 job.is_keeping = is_free and self._memory.take(job.program.kept_bytes)
-        for job, _ in chosen:
-            if job.ahead is not None and not job.is_step:
-                job.ahead.look(self._memory.prefixes)
+        self._look([job for job, _ in chosen])  # again: what takes room may have been given that of prefixes
         return [(job, job.going(rows)) for job, rows in chosen]
 
     def complete(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
