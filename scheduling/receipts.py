@@ -63,6 +63,18 @@ def find_out_of_memory(program: Program, results: tuple[ShardResult, ...]) -> Fa
     )
 
 
+def pass_entry(plan: Plan, results: tuple[ShardResult, ...], table: ModelTable, requests: int) -> PassEntry:
+    """A pass that so many requests shared, in the books of each."""
+    begun = table.levels.begun(plan.until)  # the pass ended in the last of these layers
+    return PassEntry(
+        pass_id=plan.pass_id,
+        requests=requests,
+        tokens=sum(plan.layer_rows[:1]),
+        layer_rows=tuple(rows if layer < begun else 0 for layer, rows in enumerate(plan.running_rows)),
+        seconds=max((result.seconds for result in results), default=0.0),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
     """A saved value that its user wants to see while the request runs."""
@@ -91,30 +103,18 @@ class Account:
 
     def enter(
         self,
-        plan: Plan,
+        entry: PassEntry,
         results: tuple[ShardResult, ...],
-        table: ModelTable,
         program: Program | None = None,
         step: int = 0,
         offset: int = 0,
-        *,
-        requests: int = 0,
     ) -> None:
         """Takes in a pass that went well; `program` is what ran, when that is a step of a generation, whose saves are
-        counted from `offset` on. `requests` shared it; 0: they are the plan's members.
+        counted from `offset` on.
         """
         program = program or self.program
         request = program.request
-        begun = table.levels.begun(plan.until)  # the pass ended in the last of these layers
-        self._entries.append(
-            PassEntry(
-                pass_id=plan.pass_id,
-                requests=requests or len(plan.members),
-                tokens=sum(plan.layer_rows[:1]),
-                layer_rows=tuple(rows if layer < begun else 0 for layer, rows in enumerate(plan.running_rows)),
-                seconds=max((result.seconds for result in results), default=0.0),
-            )
-        )
+        self._entries.append(entry)
         for result in results:
             self._gathered_bytes += result.gathered.get(request, 0)
             self._saved_bytes += result.saved_bytes.get(request, 0)

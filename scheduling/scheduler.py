@@ -57,7 +57,7 @@ from scheduling.policy import (
     step_share,
 )
 from scheduling.prefixes import left_by
-from scheduling.receipts import Account, Logged, find_error, find_out_of_memory
+from scheduling.receipts import Account, Logged, find_error, find_out_of_memory, pass_entry
 from scheduling.stopping import Decode
 
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
@@ -124,6 +124,7 @@ class _Job:
         self.started: float | None = None
         self.account = Account(self.program)
         self.generating, self.ahead = generating, ahead
+        self.is_step = False  # it is behind its prompts, with one row a sequence
         self.reserved = 0  # positions of its caches
         self.leaving = 0  # of these, what it leaves with its next step, for a larger one
         self.needed = 0 if generating is None else generating.caches.num_positions  # more, before it may go
@@ -132,11 +133,6 @@ class _Job:
     def now(self) -> Program:
         """What runs: the program, or the step that its generation is at."""
         return self.program if self.generating is None else self.generating.program
-
-    @property
-    def is_step(self) -> bool:
-        """Whether it is behind its prompts, with one row a sequence."""
-        return self.generating is not None and self.generating.run is not None
 
     @property
     def is_suspect(self) -> bool:
@@ -212,6 +208,7 @@ class _Job:
         if self.generating is None or not self.generating.advance():
             return False
         self.wave = 0
+        self.is_step = True
         self.needed = self.generating.caches.needed(self.generating.lengths)
         return True
 
@@ -389,6 +386,7 @@ class Scheduler:
     def _fill(self, pass_id: PassId) -> tuple[list[tuple[_Job, Going]], Plan]:
         """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
         waiting = self._with_room()
+        self._look(waiting)
         ready = self._patience.ordered(waiting)
         num_steps = sum(job.num_rows for job in self._jobs.values() if job.is_step)
         others = share_of(sum(job.num_rows for job in ready), self._depth - len(self._flying), self._policy)
@@ -479,21 +477,26 @@ class Scheduler:
         self._memory.give(job.reserved * self._position_bytes)
         job.reserved = 0
 
+    def _look(self, jobs: list[_Job]) -> None:
+        """Finds prefixes for prompts that have not begun."""
+        for job in jobs:
+            if job.ahead is not None and not job.is_step:
+                job.ahead.look(self._memory.prefixes)
+
     def _going(self, chosen: list[tuple[_Job, int]]) -> list[tuple[_Job, Going]]:
         """The jobs with their trunks: those keep them that the store has room for when they first go."""
         for job, _ in chosen:
             if job.is_keeping is None:
                 is_free = not job.program.kept_bytes or not self._is_short
                 job.is_keeping = is_free and self._memory.take(job.program.kept_bytes)
-        for job, _ in chosen:
-            if job.ahead is not None and not job.is_step:
-                job.ahead.look(self._memory.prefixes)
+        self._look([job for job, _ in chosen])  # again: what takes room may have been given that of prefixes
         return [(job, job.going(rows)) for job, rows in chosen]
 
     def complete(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
         """Takes in what all shards answered to a plan: members end or become ready for their next wave."""
         flight = self._flying[plan.pass_id]
         together = len(flight.jobs)
+        entry = pass_entry(plan, results, self._table, together)
         for job, member in self._landed(plan):
             failure = find_out_of_memory(job.program, results)
             error: PolytraceError | None = None if member is None else find_error(job.now, member, results)
@@ -509,7 +512,7 @@ class Scheduler:
                 self._end(job, error)
                 continue
             step, offset = (0, 0) if member is None else (member.step, member.offset)
-            job.account.enter(plan, results, self._table, job.now, step, offset, requests=together)
+            job.account.enter(entry, results, job.now, step, offset)
             if member is not None and job.generating is not None:
                 job.generating.take(results)
             if job.num_done == job.num_waves:
