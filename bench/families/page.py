@@ -90,8 +90,8 @@ def page(rows: Mapping[str, str]) -> str:
 
 
 _ENCODERS = (
-    "Models with an encoder and a decoder (T5, mT5, UMT5, LongT5, BART, Pegasus, Marian, M2M100) are served padded, on one "
-    "stage and one rank, without standard names; they are no causal language models and not in the table."
+    "Models with an encoder and a decoder (T5, mT5, UMT5, LongT5, BART, Pegasus, Marian, M2M100) are served padded, "
+    "on one stage and one rank, without standard names; they are no causal language models and not in the table."
 )
 _LEGEND = (
     "*Served* means, each seen in the run: the first argument and the output of every module, where a trace can read",
