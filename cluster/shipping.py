@@ -160,4 +160,4 @@ def _long(levels: Levels) -> tuple[int, ...]:
     if levels and levels[0] is None:
         _, value, count = levels
         return (value,) * count
-    return levels  # type: ignore[return-value]  # whole numbers only: the other form begins with None
+    return levels  # whole numbers only: the other form begins with None

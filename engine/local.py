@@ -220,6 +220,15 @@ class DirectBackend:
             while self.scheduler.has_work():  # shards are told what has ended
                 step(self.scheduler, self.shards)
 
+    def forget_prefixes(self) -> None:
+        """Drops what generations have left in the cache for others to go on from."""
+        with self._turn:
+            while self._is_driven:
+                self._turn.wait()
+            self.scheduler.forget_prefixes()
+            while self.scheduler.has_work():
+                step(self.scheduler, self.shards)
+
     def close(self) -> None:
         """Nothing is held here: the shards are their maker's."""
 

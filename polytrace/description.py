@@ -213,7 +213,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatFormat:
-    """The tokenizer's own chat template, in Jinja. Rendered by clients, in a sandbox."""
+    """The tokenizer's own chat template, in Jinja. Rendered in a sandbox: by clients, or a worker of the service."""
 
     templates: Mapping[str, str]  # by name; "default" where there is one only
     special_tokens: Mapping[str, str]  # what templates know beside the messages: bos_token, eos_token, ...

@@ -7,7 +7,8 @@ it.
 
 Parents are found along a trie of edits within equal tokens, and along the longest common prefix between different
 ones. A *trunk* is a parent whose rows an earlier pass left in the store: of those there are keys, values and outputs of
-layers, but nothing else of what happens inside a layer. So what reads that has rows of its own from there on.
+layers, but nothing else of what happens inside a layer. So what reads that has rows of its own from there on. Of a
+trunk that is a cache there are keys and values alone: its forks, and theirs, begin at one position at all layers.
 
 Knows nothing of requests, nodes or streams: sequences go in, segments come out.
 """
@@ -139,11 +140,21 @@ class _Tree:
                 if starts[level] <= edit.position:
                     break  # they never grow
                 starts[level] = edit.position
+        if parent.root.is_cache:
+            starts = [min(starts[-1], self._first_read)] * (levels + 1)
         shared = sum(map(min, starts, self.stops))
         own_levels = sum(map(lt, starts, self.stops))
         if shared > _FORK_ROWS * own_levels:
             self.parent, self.starts = parent, starts
             self.root, self.depth = parent.root, parent.depth + 1
+
+    @property
+    def is_cache(self) -> bool:
+        return self.kept is not None and self.kept.trunk[1] < 0
+
+    @property
+    def _first_read(self) -> int:
+        return min(*self.inside, *self.behind)
 
     def need(self, other: _Tree) -> None:
         """A twin needs its rows up to there."""
@@ -165,7 +176,9 @@ class _Tree:
 
     def _tell_trunk(self, parent: _Tree) -> None:
         """What is read of rows that it has not, up to the trunk: of that there are outputs of layers only."""
-        if parent is self.root:
+        if parent is self.root and parent.is_cache:  # a twin may read more than it
+            self.starts = [min(self.starts[-1], self._first_read)] * len(self.starts)
+        elif parent is self.root:
             first = self.length
             for level, read in enumerate(self.inside):
                 first = min(first, read)
@@ -192,7 +205,7 @@ class _Tree:
                 starts=tuple(self.starts),
                 stops=self.kept.stops,
                 head=(),
-                tokens=self.tokens[: self.kept.stops[0]],
+                tokens=() if self.is_cache else self.tokens[: self.kept.stops[0]],
             )
         stops = tuple(self.stops)
         return Segment(
@@ -237,9 +250,9 @@ def _find_parents(trees: list[_Tree]) -> list[int]:
             _choose(nodes, trees)
             root = trees[nodes[0].best]
             if last is not None and root.kept is None:
-                common = _common(last.tokens, tokens)
-                if common:
-                    root.join(_owner(last, common), common)
+                count = common(last.tokens, tokens)
+                if count:
+                    root.join(_owner(last, count), count)
             last = root
             _link(nodes, trees, twins)
     return twins
@@ -300,7 +313,7 @@ def _owner(tree: _Tree, common: int) -> _Tree:
     return tree
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """Length of the longest common prefix."""
     low, high = 0, min(len(a), len(b))
     while low < high:

@@ -41,14 +41,14 @@ class Row:
 class Generating:
     """A generation on its way."""
 
-    def __init__(self, program: Program, decode: Decode | None = None) -> None:
-        """`decode`: as of `scheduling.stopping`."""
+    def __init__(self, program: Program, decode: Decode | None = None, caches: Caches | None = None) -> None:
+        """`decode`: as of `scheduling.stopping`. Without `caches` each has what it begins with."""
         assert program.chain is not None
         self.base = program
         self.chain: Chain = program.chain
         self.step = 0  # that runs, or runs next; behind the last one, the ending's number
         self.is_ending = False
-        self.caches: Caches = caches_of(program)
+        self.caches: Caches = caches_of(program) if caches is None else caches
         self.told: list[Token] = []  # since somebody took them
         self._sequences: dict[SequenceId, _Sequence] = {
             (index, place): _Sequence(tokens, Stopping(invoke.generation, decode, tokens))
@@ -56,6 +56,8 @@ class Generating:
             if invoke.generation is not None
             for place, tokens in enumerate(invoke.sequences)
         }
+        self.num_rows = len(self._sequences)  # of a step
+        self.over: frozenset[int] = frozenset()  # invokes whose sequences have all ended
         self._stopped: set[SequenceId] = set()  # by the graph, at this step
         self.rows_of_steps: list[int] = []  # sequences that each step behind the prompts had
         self._left: set[NodeId] = set()  # what earlier steps have left
@@ -80,17 +82,17 @@ class Generating:
         return self.step
 
     @property
-    def num_rows(self) -> int:
-        """Rows of a step."""
-        return 0 if self.is_ending else sum(one.finish is None for one in self._sequences.values())
+    def lengths(self) -> dict[SequenceId, int]:
+        """Positions of each sequence that has a row in the step, with that."""
+        if self.is_ending or not self.step:
+            return {}
+        going = ((key, one) for key, one in self._sequences.items() if one.finish is None)
+        return {key: len(one.prompt) + len(one.tokens) for key, one in going}
 
-    @property
-    def over(self) -> frozenset[int]:
-        """Invokes whose sequences have all ended."""
-        if self.is_ending:
-            return frozenset(index for index, _ in self._sequences)
-        going = {index for (index, _), one in self._sequences.items() if one.finish is None}
-        return frozenset(index for index, _ in self._sequences if index not in going)
+    def cached(self, sequence: SequenceId) -> tuple[int, ...]:
+        """The tokens whose keys and values a sequence's cache has at the end: the last one has run nowhere."""
+        one = self._sequences[sequence]
+        return (*one.prompt, *one.tokens[:-1])
 
     def rows(self, invoke: int) -> list[Row | None]:
         """What an invoke's sequences have in this step, None for those that have ended."""
@@ -150,6 +152,7 @@ class Generating:
         self._left.difference_update(drops)
         self._left.update(node for place, node in holds.items() if place not in self.absent)
         self.step += 1
+        self._count()
         if not self.num_rows:
             self.is_ending = self.chain.ending is not None
             if not self.is_ending:
@@ -158,6 +161,12 @@ class Generating:
             self.rows_of_steps.append(self.num_rows)
         self.absent = self._find_absent()
         return True
+
+    def _count(self) -> None:
+        going = [invoke for (invoke, _), one in self._sequences.items() if one.finish is None]
+        if len(going) < self.num_rows:
+            self.num_rows = len(going)
+            self.over = frozenset(invoke for invoke, _ in self._sequences).difference(going)
 
     def _find_absent(self) -> frozenset[NodeId]:
         run, over = self.run, self.over

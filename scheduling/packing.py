@@ -8,12 +8,14 @@ every shard (`engine.streams`).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from polytrace.description import ModelDescription
+from scheduling.ahead import Ahead, Stretch
 from scheduling.caches import Cache
-from scheduling.forest import Kept, Placed, grow
+from scheduling.checks import table_of
+from scheduling.forest import Forest, Kept, Placed, grow
 from scheduling.generating import Generating, Row
 from scheduling.plan import (
     NO_ROWS,
@@ -43,6 +45,9 @@ class Going:
     wave: int
     is_keeping: bool = False  # the program's trunks are kept, and those of earlier waves are in the store
     generating: Generating | None = None  # whose step the program is
+    ahead: Ahead | None = None  # how far its prompts are, when it is at these
+    stretches: tuple[Stretch, ...] = ()  # only these rows of its prompts go, ahead of the program
+    copies: MutableMapping[int, Program] = field(default_factory=dict)  # as shards get them: worked out once, by id
 
     @property
     def is_step(self) -> bool:
@@ -57,24 +62,31 @@ class Packer:
         self._orders = [site.order for site in description.sites]
         self._stages = [site.stage for site in description.sites]
         self._num_layers = description.num_layers
+        levels = table_of(description).levels
+        self._through = levels.output(levels.count - 1) if levels.count else PROLOGUE  # all layers
 
     def pack(self, pass_id: PassId, going: Sequence[Going], ended: tuple[RequestId, ...] = ()) -> Plan:
-        """The plan of a pass in which each program runs one of its waves. Members stand in the order given."""
+        """The plan of a pass in which each program runs one of its waves. Members stand in the order given.
+
+        Those of whom some rows only go ahead are no members.
+        """
+        stretches = [stretch for one in going for stretch in one.stretches]
+        kept = [found for one in going for found in _found(one)]
+        going = [one for one in going if not one.stretches]
         runs = [
             (member, invoke, kept, cones)
             for member, one in enumerate(going)
             if not one.is_step
             for invoke, kept, cones in _runs(one)
         ]
-        forest = grow(
-            [
-                Placed(tokens=tokens, cone=cone, domain=_domain(going[member]))
-                for member, invoke, _, cones in runs
-                for tokens, cone in zip(going[member].program.invokes[invoke].sequences, cones, strict=True)
-            ],
-            self._num_layers,
-            [kept for one in going for kept in _found(one)],
-        )
+        placed = [
+            Placed(tokens=tokens, cone=cone, domain=_domain(going[member], invoke, place))
+            for member, invoke, _, cones in runs
+            for place, (tokens, cone) in enumerate(
+                zip(going[member].program.invokes[invoke].sequences, cones, strict=True)
+            )
+        ]
+        forest = self._grow([*placed, *(stretch.placed for stretch in stretches)], kept)
         views: list[View] = []
         taken = 0
         for member, invoke, columns, _ in runs:
@@ -93,11 +105,13 @@ class Packer:
                 )
             )
         grows = list(_begun(going, views))
+        for stretch, segment in zip(stretches, forest.places[taken:], strict=True):
+            grows.append(stretch.cache.grow(segment, stretch.start, len(stretch.placed.tokens)))
         steps = StepRows(forest.segments, self._num_layers)
         for member, one in enumerate(going):
             if one.is_step:
                 views.extend(steps.views(member, one))
-        until = max(map(_until, going), default=PROLOGUE)
+        until = max([*map(_until, going), self._through if stretches else PROLOGUE])
         return Plan(
             pass_id=pass_id,
             segments=tuple(steps.segments),
@@ -111,6 +125,15 @@ class Packer:
             num_stages=1 + self._stages[bisect_left(self._orders, until)] if until != PROLOGUE else 0,
             ended=ended,
         )
+
+    def _grow(self, placed: list[Placed], kept: list[Kept]) -> Forest:
+        """Forks from caches share no rows of the pass above these: others may be better off without."""
+        forest = grow(placed, self._num_layers, kept)
+        others = [found for found in kept if found.trunk[1] >= 0]
+        if len(others) == len(kept) or len(placed) == 1:
+            return forest
+        anew = grow(placed, self._num_layers, others)
+        return anew if sum(anew.layer_rows) < sum(forest.layer_rows) else forest
 
 
 class StepRows:
@@ -190,21 +213,24 @@ class StepRows:
 def _begun(going: Sequence[Going], views: Sequence[View]) -> Iterator[Grow]:
     """What prompts leave in the caches of sequences that go on."""
     for view in views:
-        generating = going[view.member].generating
+        generating, ahead = going[view.member].generating, going[view.member].ahead
         if generating is None or not view.is_drawing:
             continue
         for place, (segment, length) in enumerate(zip(view.segments, view.lengths, strict=True)):
+            done = 0 if ahead is None else ahead.done((view.invoke, place))
             shared = generating.caches.shared.get((view.invoke, place))
-            if shared is not None:
-                yield shared.grow(segment, 0, shared.capacity)
-            yield generating.caches.own[view.invoke, place].grow(segment, 0, length)
+            if shared is not None and done < shared.capacity:
+                yield shared.grow(segment, done, shared.capacity)
+            yield generating.caches.own[view.invoke, place].grow(segment, done, length)
 
 
 def _member(one: Going) -> Member:
     generating = one.generating
     run = None if generating is None else generating.run
     is_last = one.wave == len(one.program.waves) - 1 and (generating is None or generating.is_ending)
-    program = _for_shards(one.program)
+    program = one.copies.get(id(one.program))
+    if program is None:
+        program = one.copies[id(one.program)] = _for_shards(one.program)
     if generating is None or run is None:
         holds = {} if generating is None else generating.chain.holds
         return Member(program=program, wave=one.wave, is_last_wave=is_last, holds=holds)
@@ -222,9 +248,12 @@ def _member(one: Going) -> Member:
     )
 
 
-def _domain(one: Going) -> object:
+def _domain(one: Going, invoke: int, place: int) -> object:
     """Rows of a wave that forks from its own request's trunks are that request's alone."""
-    return ("request", one.program.request) if _trunks_before(one) else one.program.sharing_domain
+    if _trunks_before(one):
+        return "request", one.program.request
+    own = None if one.ahead is None else one.ahead.domain((invoke, place))
+    return one.program.sharing_domain if own is None else own
 
 
 def _trunks_before(one: Going) -> list[TrunkId]:
@@ -242,10 +271,12 @@ def _found(one: Going) -> Iterable[Kept]:
             trunk=trunk_id,
             tokens=one.program.invokes[trunk.invoke].sequences[trunk.sequence],
             edits=trunk.edits,
-            domain=_domain(one),
+            domain=("request", one.program.request),
             stops=trunk.stops,
             outputs=trunk.outputs,
         )
+    if one.ahead is not None:
+        yield from one.ahead.kept()
 
 
 def _keeps(going: Sequence[Going], views: Sequence[View]) -> Iterable[Keep]:

@@ -2,17 +2,17 @@
 
 With several stages a pass is at one of them at a time, so the others have work only when there are other passes. What
 waits is therefore cut into passes of about equal cost, as many as keep every stage busy (`share_of`). Fewer and larger
-ones would leave stages idle, more and smaller ones would make kernels wait for memory. Steps of generations are cut by
-themselves (`share_of_steps`): each waits for the one before, and a pass of few rows costs what it costs.
+ones would leave stages idle, more and smaller ones would make kernels wait for memory.
+
+Steps of generations go first, and beside them so few rows of others that nobody waits long for the next token: prompts
+are cut, and what cannot be cut goes before steps once it has waited for some passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
-
-from scheduling.plan import MIN_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,8 @@ class PassPolicy:
     max_members: int = 256
     tokens_beside_steps: int = 256  # rows of others in a pass of steps, so that no generation waits long for its next
     max_waits: int = 8  # passes that one with more rows stands behind steps before it goes all the same
+    least_steps: int = 16  # no group of steps is cut below so many: kernels have as many rows in any case
+    prefix_bytes: int | None = None  # of caches kept for others to go on from; None: half of what shards have; 0: none
 
 
 def passes_in_flight(stages: int) -> int:
@@ -38,13 +40,9 @@ def share_of(waiting_rows: int, slots: int, policy: PassPolicy) -> int:
     return min(policy.budget_tokens, max(policy.least_tokens, -(-waiting_rows // max(1, slots))))
 
 
-def share_of_steps(waiting_rows: int, slots: int) -> int:
-    """The rows of steps in the next pass: all that wait in equal groups, one for each pass that could start.
-
-    A step follows when the one before has been through all stages, so a group that has all steps would keep one stage
-    at work. Groups are no smaller than what kernels compute anyway.
-    """
-    return max(MIN_ROWS, -(-waiting_rows // max(1, slots)))
+def step_share(step_rows: int, slots: int, policy: PassPolicy) -> int:
+    """The rows of the next pass's steps when so many are on their way in so many passes: about equal groups of them."""
+    return max(policy.least_steps, -(-step_rows // max(1, slots)))
 
 
 def wave_tokens(policy: PassPolicy, stages: int) -> int:
@@ -60,12 +58,16 @@ class Candidate(Protocol):
         """Those of one party go together and beside nobody else; None: with anyone who has none."""
 
     @property
+    def is_step(self) -> bool:
+        """Whether somebody waits for its next token."""
+
+    @property
     def num_rows(self) -> int:
         """Rows it adds to a pass."""
 
     @property
-    def is_step(self) -> bool:
-        """Whether it is a step of a generation, behind its prompts."""
+    def least_rows(self) -> int:
+        """The fewest that it may go with; less than `num_rows` when it can be cut."""
 
 
 AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
@@ -74,38 +76,47 @@ AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
 class Choice(Protocol):
     """Who goes next."""
 
-    def choose(self, candidates: Iterable[AnyCandidate], budget_tokens: int) -> list[AnyCandidate]:
-        """Those of the candidates, given in the order in which they should go, that go now."""
+    def choose(
+        self, candidates: Iterable[AnyCandidate], step_rows: int, other_rows: int
+    ) -> list[tuple[AnyCandidate, int]]:
+        """Those of the candidates, given in the order in which they should go, that go now, each with its rows."""
 
     def went(self, chosen: Sequence[Candidate]) -> None:
         """These are in a pass."""
 
 
 class FirstComeFirstServed:
-    """In order of arrival; a smaller one may fill the room that a larger one before it does not fit into.
+    """In the order given; a smaller one may fill the room that a larger one before it does not fit into.
 
-    The first candidate always goes, so nobody waits for ever. Waves without rows cost nothing and always fit. Whom the
-    first has for its party goes with it, however many rows that is.
+    Steps have room of their own, and others have what is left for them beside. The first candidate always goes, so
+    nobody waits for ever who comes first. Waves without rows cost nothing and always fit. Whom the first has for its
+    party goes with it, however many rows that is. What can be cut goes with the rows that there is room for.
     """
 
     def __init__(self, max_members: int) -> None:
         self._max_members = max_members
 
-    def choose(self, candidates: Iterable[AnyCandidate], budget_tokens: int) -> list[AnyCandidate]:
-        """Those of the candidates, given in the order in which they should go, that go now."""
-        chosen: list[AnyCandidate] = []
-        room = budget_tokens
-        has_rows = False
+    def choose(
+        self, candidates: Iterable[AnyCandidate], step_rows: int, other_rows: int
+    ) -> list[tuple[AnyCandidate, int]]:
+        """Those of the candidates that go now, each with its rows."""
+        chosen: list[tuple[AnyCandidate, int]] = []
+        room = {True: step_rows, False: other_rows}
+        is_first = True  # of those with rows
         for candidate in candidates:
             if len(chosen) == self._max_members:
                 break
-            if chosen and candidate.party != chosen[0].party:
+            if chosen and candidate.party != chosen[0][0].party:
                 continue
-            rows = candidate.num_rows
-            if candidate.party is not None or rows == 0 or rows <= room or not has_rows:
-                chosen.append(candidate)
-                room -= rows
-                has_rows = has_rows or rows > 0
+            rows, left = candidate.num_rows, room[candidate.is_step]
+            must = is_first or candidate.party is not None or not rows
+            if rows > left and candidate.least_rows < rows and (must or candidate.least_rows <= left):
+                rows = max(candidate.least_rows, left)
+            elif rows > left and not must:
+                continue
+            chosen.append((candidate, rows))
+            room[candidate.is_step] -= rows
+            is_first = is_first and not rows
         return chosen
 
     def went(self, chosen: Sequence[Candidate]) -> None:
@@ -124,15 +135,37 @@ class InTurns:
         self._steps, self._others = FirstComeFirstServed(max_members), FirstComeFirstServed(1)
         self._had_steps = False  # the last pass
 
-    def choose(self, candidates: Iterable[AnyCandidate], budget_tokens: int) -> list[AnyCandidate]:
+    def choose(
+        self, candidates: Iterable[AnyCandidate], step_rows: int, other_rows: int
+    ) -> list[tuple[AnyCandidate, int]]:
         """As `Choice.choose`."""
         waiting = list(candidates)
         steps = [one for one in waiting if one.is_step]
         others = [one for one in waiting if not one.is_step]
         if steps and not (others and self._had_steps):
-            return self._steps.choose(steps, budget_tokens)
-        return self._others.choose(others, budget_tokens)
+            return self._steps.choose(steps, step_rows, other_rows)
+        return self._others.choose(others, step_rows, other_rows)
 
     def went(self, chosen: Sequence[Candidate]) -> None:
         """As `Choice.went`."""
         self._had_steps = any(one.is_step for one in chosen)
+
+
+class Patience:
+    """How long others stand behind steps: whoever is first of them goes before these when it has waited for a while."""
+
+    def __init__(self, max_waits: int) -> None:
+        self._max_waits = max_waits
+        self._waits = 0  # passes that somebody has stood behind steps
+
+    def ordered(self, candidates: Sequence[AnyCandidate]) -> list[AnyCandidate]:
+        """The candidates, steps first, in the order in which they should go."""
+        first = next((candidate for candidate in candidates if not candidate.is_step), None)
+        if first is None or self._waits < self._max_waits:
+            return list(candidates)
+        return [first, *(candidate for candidate in candidates if candidate is not first)]
+
+    def went(self, candidates: Sequence[AnyCandidate], chosen: Collection[AnyCandidate]) -> None:
+        """Who went of them."""
+        first = next((candidate for candidate in candidates if not candidate.is_step), None)
+        self._waits = 0 if first is None or first in chosen else self._waits + 1

@@ -63,6 +63,18 @@ def find_out_of_memory(program: Program, results: tuple[ShardResult, ...]) -> Fa
     )
 
 
+def pass_entry(plan: Plan, results: tuple[ShardResult, ...], table: ModelTable, requests: int) -> PassEntry:
+    """A pass that so many requests shared, in the books of each."""
+    begun = table.levels.begun(plan.until)  # the pass ended in the last of these layers
+    return PassEntry(
+        pass_id=plan.pass_id,
+        requests=requests,
+        tokens=sum(plan.layer_rows[:1]),
+        layer_rows=tuple(rows if layer < begun else 0 for layer, rows in enumerate(plan.running_rows)),
+        seconds=max((result.seconds for result in results), default=0.0),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
     """A saved value that its user wants to see while the request runs."""
@@ -91,9 +103,8 @@ class Account:
 
     def enter(
         self,
-        plan: Plan,
+        entry: PassEntry,
         results: tuple[ShardResult, ...],
-        table: ModelTable,
         program: Program | None = None,
         step: int = 0,
         offset: int = 0,
@@ -103,16 +114,7 @@ class Account:
         """
         program = program or self.program
         request = program.request
-        begun = table.levels.begun(plan.until)  # the pass ended in the last of these layers
-        self._entries.append(
-            PassEntry(
-                pass_id=plan.pass_id,
-                requests=len(plan.members),
-                tokens=sum(plan.layer_rows[:1]),
-                layer_rows=tuple(rows if layer < begun else 0 for layer, rows in enumerate(plan.running_rows)),
-                seconds=max((result.seconds for result in results), default=0.0),
-            )
-        )
+        self._entries.append(entry)
         for result in results:
             self._gathered_bytes += result.gathered.get(request, 0)
             self._saved_bytes += result.saved_bytes.get(request, 0)
@@ -162,8 +164,9 @@ class Account:
         queue_seconds: float,
         run_seconds: float,
         generating: Generating | None = None,
+        spared: int = 0,
     ) -> Receipt:
-        """The books, closed."""
+        """The books, closed; `spared` are rows x layers that need not run thanks to kept prefixes."""
         program = self.program
         steps = step_costs(program, [] if generating is None else generating.rows_of_steps, table)
         kept_bytes = sum(slot.facts.num_bytes for slot in program.saves if slot.keep is not None)
@@ -172,7 +175,7 @@ class Account:
             model=table.description.name,
             passes=tuple(self._entries),
             tokens=steps.tokens + sum(wave_tokens(program, wave) for wave in program.waves),
-            token_layers=steps.token_layers + token_layers(program, table, is_keeping=is_keeping),
+            token_layers=steps.token_layers + token_layers(program, table, is_keeping=is_keeping) - spared,
             token_layers_alone=steps.token_layers + token_layers_alone(program, table),
             fired=tuple(_told_firings(self._firings(), 1 if generating is None else generating.num_steps)),
             generated=() if generating is None else tuple(generating.generated()),

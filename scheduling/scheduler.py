@@ -11,25 +11,31 @@ Invariants
 - A request's waves go in order, each when the one before has ended. With several stages a wave may follow while the
   one before is on its way through them, if it needs nothing that a later stage has; it stands behind all others then.
 - Every request that was added ends in exactly one outcome.
-- Requests that end between two waves are named in the next plan (`Plan.ended`), so that shards forget them.
+- Requests that end between two waves are named in the next plan (`Plan.ended`), so that shards forget them; and so are
+  caches, by their owners.
+- A generation has room for its caches before the pass that fills them. Where none is left the youngest is put back and
+  runs again from its first step, with the same result; so the oldest always goes on.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 from polytrace.certificate import Receipt, Token
 from polytrace.description import ModelDescription, PassLayout
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, TooLargeError
+from scheduling.ahead import Ahead
+from scheduling.caches import caches_of
 from scheduling.checks import table_of
 from scheduling.generating import Generating
+from scheduling.memory import Memory
 from scheduling.packing import Going, Packer
 from scheduling.plan import (
+    PAGE,
     Member,
     PassAbandonedError,
     PassId,
@@ -45,11 +51,13 @@ from scheduling.policy import (
     FirstComeFirstServed,
     InTurns,
     PassPolicy,
+    Patience,
     passes_in_flight,
     share_of,
-    share_of_steps,
+    step_share,
 )
-from scheduling.receipts import Account, Logged, find_error, find_out_of_memory
+from scheduling.prefixes import left_by
+from scheduling.receipts import Account, Logged, find_error, find_out_of_memory, pass_entry
 from scheduling.stopping import Decode
 
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
@@ -91,9 +99,8 @@ class Progress:
 class _Job:
     """A request on its way through its waves."""
 
-    def __init__(self, program: Program, number: int, now: float, decode: Decode | None) -> None:
+    def __init__(self, program: Program, number: int, now: float) -> None:
         self.program = program
-        self.decode = decode
         self.number = number  # of arrival
         self.added = now
         self.is_cancelled = False
@@ -102,18 +109,25 @@ class _Job:
         self.lost_at = 0  # the step of its generation that it was at then
         self.losses_alone = 0  # of these, those that it had to itself
         self.party: object | None = None  # with whom it goes, and with nobody else; None: with anyone
-        self.reserved: int | None = None  # bytes of its caches; None: nothing yet
+        self.since: PassId | None = None  # the pass behind which it waits, to be fair among equals
+        self.least = 0  # positions that its caches have room for from the begin
         self.num_told = 0  # steps whose tokens have been told
-        self.restart()
+        self.num_saves_told = 0  # the same ones come again when it starts again
+        self.copies: dict[int, Program] = {}  # as of `Going`
 
-    def restart(self) -> None:
-        """From its first wave; what is in flight of it counts no more."""
+    def restart(self, generating: Generating | None, ahead: Ahead | None) -> None:
+        """From its first wave, with its generation, if it is one; what is in flight of it counts no more."""
         self.wave = 0  # that goes next
         self.in_flight: list[PassId] = []
+        self.num_ahead = 0  # passes in flight that run rows of its prompts ahead
+        self.passes_ahead = 0  # that have
         self.started: float | None = None
         self.account = Account(self.program)
-        self.num_saves_told = 0
-        self.generating = None if self.program.chain is None else Generating(self.program, self.decode)
+        self.generating, self.ahead = generating, ahead
+        self.is_step = False  # it is behind its prompts, with one row a sequence
+        self.reserved = 0  # positions of its caches
+        self.leaving = 0  # of these, what it leaves with its next step, for a larger one
+        self.needed = 0 if generating is None else generating.caches.num_positions  # more, before it may go
 
     @property
     def now(self) -> Program:
@@ -121,29 +135,43 @@ class _Job:
         return self.program if self.generating is None else self.generating.program
 
     @property
-    def is_step(self) -> bool:
-        """Whether it is behind its prompts, with one row a sequence."""
-        return self.generating is not None and self.generating.run is not None
-
-    @property
     def is_suspect(self) -> bool:
         """A pass died with it in: it goes alone, so that nobody suffers should it be the cause."""
         return self.losses > 0
+
+    def land(self, pass_id: PassId, *, is_ahead: bool) -> None:
+        self.in_flight.remove(pass_id)
+        self.num_ahead -= is_ahead
+        self.passes_ahead += is_ahead
+
+    def may_be_cut(self, member: Member | None) -> bool:
+        """Whether what was too large in a pass may go with fewer rows."""
+        return member is None or (not self.is_step and self.ahead is not None and self.ahead.num_left > 0)
 
     @property
     def num_rows(self) -> int:
         if self.is_step and self.generating is not None:
             return self.generating.num_rows
         wave = self.program.waves[self.wave]
-        return (wave.rows_anew if self.is_keeping is False else wave.rows).widest
+        rows = (wave.rows_anew if self.is_keeping is False else wave.rows).widest
+        return rows if self.ahead is None else max(1, rows - self.ahead.num_spared)
 
     @property
-    def going(self) -> Going:
+    def least_rows(self) -> int:
+        can_be_cut = not self.is_step and self.ahead is not None and self.ahead.num_left >= PAGE
+        return min(PAGE, self.num_rows) if can_be_cut else self.num_rows
+
+    def going(self, num_rows: int) -> Going:
+        """With so many rows: when that is not all of them, of its prompts alone."""
+        ahead = None if self.is_step else self.ahead
         return Going(
             program=self.now,
             wave=self.wave,
             is_keeping=self.is_keeping is True and not self.is_step,
             generating=self.generating,
+            ahead=ahead,
+            stretches=() if ahead is None or num_rows >= self.num_rows else ahead.next(num_rows),
+            copies=self.copies,
         )
 
     @property
@@ -153,7 +181,7 @@ class _Job:
     @property
     def num_done(self) -> int:
         """Waves that have ended."""
-        return self.wave - len(self.in_flight)
+        return self.wave - (len(self.in_flight) - self.num_ahead)
 
     @property
     def progress(self) -> Progress:
@@ -162,7 +190,7 @@ class _Job:
         return Progress(
             request=self.program.request,
             passes_done=self.account.num_passes,
-            passes=len(self.program.waves) + steps,
+            passes=len(self.program.waves) + steps + self.passes_ahead,
             logs=tuple(logs),
             result_start=self.program.result_start,
             values={log.slot.name: values[log.slot.name] for log in logs if log.slot.name in values},
@@ -175,12 +203,21 @@ class _Job:
             return self.started is not None  # caches too
         return 0 < self.wave < self.num_waves
 
+    def advance(self) -> bool:
+        """Behind the last wave of a step: goes on with the next one; False when there is none."""
+        if self.generating is None or not self.generating.advance():
+            return False
+        self.wave = 0
+        self.is_step = True
+        self.needed = self.generating.caches.needed(self.generating.lengths)
+        return True
+
     @property
-    def turn(self) -> tuple[bool, bool, bool, int]:
+    def turn(self) -> tuple[bool, bool, bool, int, int]:
         """Its place in the queue: suspects first, or they would wait for ever behind those that share passes; then
         steps; those whose last wave is under way only fill what others leave.
         """
-        return bool(self.in_flight), not self.is_suspect, not self.is_step, self.number
+        return bool(self.in_flight), not self.is_suspect, not self.is_step, self.since or 0, self.number
 
     def clear(self) -> None:
         """Ends the suspicion once its generation is behind the step at which a pass died."""
@@ -197,7 +234,7 @@ class _Job:
         return fresh
 
     def take_saves(self) -> tuple[SaveSlot, ...]:
-        """What was saved and has not been told since it was begun."""
+        """What was saved and has not been told, also when it was saved before."""
         fresh = self.account.saves[self.num_saves_told :]
         self.num_saves_told += len(fresh)
         return tuple(fresh)
@@ -206,6 +243,18 @@ class _Job:
         """Whether the next wave may go while another is in flight: no stage would wait for one behind it."""
         works = self.now.waves[self.wave].stages
         return all(held.source < held.target for work in works for held in work.held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """Who is in a pass."""
+
+    members: list[_Job]  # of its plan
+    ahead: list[_Job]  # rows of whose prompts run ahead
+
+    @property
+    def jobs(self) -> list[_Job]:
+        return [*self.members, *self.ahead]
 
 
 class Scheduler:
@@ -227,19 +276,22 @@ class Scheduler:
         self._choice: Choice = choice(policy.max_members)
         self._depth = passes_in_flight(description.stages)
         self._packer = Packer(description)
+        self._patience = Patience(policy.max_waits)
         self._clock = clock
         self._decode = decode
+        self._has_prefixes = is_packed and description.has_forks
         self._jobs: dict[RequestId, _Job] = {}
         self._ready: list[_Job] = []  # by turn: those whose next wave may go
-        self._flying: dict[PassId, list[_Job]] = {}
+        self._flying: dict[PassId, _Flight] = {}
         self._ended: list[RequestId] = []  # shards hold values of these; the next plan says to drop them
         self._outcomes: list[Outcome] = []
         self._progress: dict[RequestId, _Job] = {}  # that got further
-        self._most_kept_bytes = self._kept_bytes = description.limits.kept_bytes  # that shards have left for trunks
+        self._memory = Memory(description.limits.kept_bytes, policy.prefix_bytes)
         stages = table_of(description).levels.stages
         self._position_bytes = description.key_value_bytes * max(map(stages.count, set(stages)), default=0)
-        self._has_caches_left = False  # of generations that have ended
-        self._waited = 0  # passes that somebody has stood behind steps
+        self._has_caches_left = False  # shards, of generations that have ended
+        self._is_short = False  # somebody waits for room
+        self._owners = 0  # of caches
         self._arrivals = 0
         self._passes = 0
         self._has_suspect_in_flight = False
@@ -253,12 +305,25 @@ class Scheduler:
         """Takes a request. Its id must not be one that is still on its way."""
         assert program.request not in self._jobs, f"request {program.request} was added twice"
         self._arrivals += 1
-        job = _Job(program, self._arrivals, self._clock(), self._decode)
+        job = _Job(program, self._arrivals, self._clock())
+        job.since = PassId(self._passes)
+        self._begin(job)
         self._jobs[program.request] = job
-        if job.generating is not None and self._cache_bytes(job.generating) > self._most_kept_bytes:
-            self._end(job, _no_room(self._cache_bytes(job.generating), self._most_kept_bytes))
-            return
         insort(self._ready, job, key=lambda ready: ready.turn)
+
+    def _begin(self, job: _Job) -> None:
+        """Brings a job before its first wave."""
+        program = job.program
+        if program.chain is None:
+            job.restart(None, None)
+            return
+        caches = caches_of(program, self._new_owner if self._has_prefixes else None, job.least)
+        ahead = Ahead(program, caches, self._table.description.num_layers) if self._has_prefixes else None
+        job.restart(Generating(program, self._decode, caches), ahead)
+
+    def _new_owner(self) -> RequestId:
+        self._owners += 1
+        return RequestId(f"cache:{self._owners}")
 
     def cancel(self, request: RequestId) -> None:
         """Ends a request: at once when it is in no pass, else after its pass. Unknown and ended ones are left alone."""
@@ -276,9 +341,13 @@ class Scheduler:
         """Requests on their way that were in a pass that died with its shards."""
         return [request for request, job in self._jobs.items() if job.is_suspect]
 
+    def forget_prefixes(self) -> None:
+        """Keeps nothing any more of what generations have left for others; the next plan says so."""
+        self._memory.forget_prefixes()
+
     def has_work(self) -> bool:
         """Whether a wave may go into a pass now. A suspect goes when no pass is in flight, and none beside it."""
-        if self._is_idle and self._has_caches_left:
+        if self._is_idle and (self._has_caches_left or self._memory.dropped):
             return True
         if self._has_suspect_in_flight:
             return False
@@ -292,129 +361,176 @@ class Scheduler:
         """
         self._passes += 1
         pass_id = PassId(self._passes)
-        ended, self._ended = tuple(self._ended), []
-        self._has_caches_left = False
-        chosen, plan = self._fill(pass_id, ended)
-        self._choice.went(chosen)
-        self._flying[pass_id] = chosen
-        self._has_suspect_in_flight = any(job.is_suspect for job in chosen)
+        going, plan = self._fill(pass_id)
+        self._choice.went([job for job, _ in going])
+        flight = _Flight([job for job, one in going if not one.stretches], [job for job, one in going if one.stretches])
+        self._flying[pass_id] = flight
+        self._has_suspect_in_flight = any(job.is_suspect for job in flight.jobs)
         now = self._clock()
-        for job in chosen:
+        for job, one in going:
             self._ready.remove(job)
             job.started = now if job.started is None else job.started
-            job.wave += 1
             job.in_flight.append(pass_id)
-            if job.wave < job.num_waves and self._depth > 1 and job.may_follow():
+            job.since = pass_id if job.is_step or one.stretches else job.since
+            if job.ahead is not None:
+                job.ahead.went(one.stretches)
+            if one.stretches:
+                job.num_ahead += 1
+            else:
+                job.wave += 1
+            if job.wave < job.num_waves and self._depth > 1 and (one.stretches or job.may_follow()):
                 self._ready.append(job)
         self._ready.sort(key=lambda job: job.turn)
         return plan
 
-    def _fill(self, pass_id: PassId, ended: tuple[RequestId, ...]) -> tuple[list[_Job], Plan]:
+    def _fill(self, pass_id: PassId) -> tuple[list[tuple[_Job, Going]], Plan]:
         """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
-        ready = self._in_groups(self._with_room())
-        waiting = sum(job.num_rows for job in ready)
-        budget = foreseen = self._budget(ready, share_of(waiting, self._depth - len(self._flying), self._policy))
-        chosen = self._choice.choose(ready, budget)
-        plan = self._packer.pack(pass_id, self._going(chosen), ended)
+        waiting = self._with_room()
+        self._look(waiting)
+        ready = self._patience.ordered(waiting)
+        num_steps = sum(job.num_rows for job in self._jobs.values() if job.is_step)
+        others = share_of(sum(job.num_rows for job in ready), self._depth - len(self._flying), self._policy)
+        budget = min(others, self._policy.tokens_beside_steps) if num_steps else others
+        foreseen, steps = budget, step_share(num_steps, self._depth, self._policy)
+        chosen = self._choice.choose(ready, steps, foreseen)
+        going = self._going(chosen)
+        ended = (*self._ended, *self._memory.dropped)
+        self._ended, self._memory.dropped, self._has_caches_left = [], [], False
+        plan = self._packer.pack(pass_id, [one for _, one in going], ended)
         for _ in range(_MAX_REFILLS):
             rows = max(plan.layer_rows, default=0)
-            if len(chosen) == len(ready) or not 0 < rows * 4 < budget * 3:
+            if num_steps or len(chosen) == len(ready) or not 0 < rows * 4 < budget * 3:
                 break
             foreseen = foreseen * budget // rows
-            more = self._choice.choose(ready, foreseen)
+            more = self._choice.choose(ready, steps, foreseen)
             if len(more) <= len(chosen):
                 break
-            fuller = self._packer.pack(pass_id, self._going(more), ended)
-            if max(fuller.layer_rows) > budget:
+            fuller = self._going(more)
+            filled = self._packer.pack(pass_id, [one for _, one in fuller], ended)
+            if max(filled.layer_rows) > budget:
                 break
-            chosen, plan = more, fuller
-        return chosen, plan
-
-    def _in_groups(self, ready: list[_Job]) -> list[_Job]:
-        """Of the steps only as many as are to go now, so that the others keep other stages at work."""
-        steps = [job for job in ready if job.is_step]
-        room = share_of_steps(sum(job.num_rows for job in steps), self._depth - len(self._flying))
-        rows = accumulate(job.num_rows for job in steps)
-        late = {job.number for job, reached in zip(steps[1:], [*rows][1:], strict=True) if reached > room}
-        return [job for job in ready if not (job.is_step and job.number in late)] if late else ready
+            chosen, going, plan = more, fuller, filled
+        self._patience.went(waiting, [job for job, _ in chosen])
+        return going, plan
 
     @property
     def _is_idle(self) -> bool:
         return not self._ready and not self._flying
 
     def _with_room(self) -> list[_Job]:
-        """Those whose next wave may go: a generation needs room for its sequences' caches before it begins."""
-        left = self._kept_bytes
-        found = []
-        for job in self._ready:
-            if job.reserved is None and job.generating is not None:
-                needed = self._cache_bytes(job.generating)
-                if needed > left:
-                    continue
-                left -= needed
-            found.append(job)
-        return found
+        """Those whose next wave may go: a generation needs room for its sequences' caches before that.
 
-    def _cache_bytes(self, generating: Generating) -> int:
-        """Of a generation's caches, on the shard that has most."""
-        return generating.caches.num_positions * self._position_bytes
-
-    def _budget(self, ready: list[_Job], budget: int) -> int:
-        """Rows of a pass: beside steps only so many others that nobody waits long for the next token.
-
-        Whoever has too many rows for that goes all the same when it has waited for a while.
+        Whoever is younger than one that waits for room waits behind it.
         """
-        steps = [job.num_rows for job in ready if job.is_step]
-        others = [job.num_rows for job in ready if not job.is_step]
-        if not steps or not others:
-            return budget
-        beside = self._policy.tokens_beside_steps
-        self._waited = 0 if others[0] <= beside else self._waited + 1
-        if self._waited > self._policy.max_waits:
-            self._waited, beside = 0, max(beside, others[0])
-        return min(budget, sum(steps) + beside) if beside < others[0] else max(min(budget, sum(steps) + beside), 0)
+        self._is_short = False
+        for job in sorted([job for job in self._ready if job.needed], key=lambda job: job.number):
+            if not self._make_room(job):
+                self._is_short = True
+                break
+        return [job for job in self._ready if not job.needed]
 
-    def _going(self, jobs: list[_Job]) -> list[Going]:
-        """The jobs with their trunks: those keep them that the store has room for when they first go."""
+    def _make_room(self, job: _Job) -> bool:
+        """Gives a job's caches the room that they need for its next step, if need be that of younger ones."""
+        while not self._memory.take(job.needed * self._position_bytes):
+            holders = [other for other in self._jobs.values() if other.reserved and other is not job]
+            younger = [other for other in holders if other.number > job.number]
+            idle = [other for other in younger if not other.in_flight]
+            is_alone = self._memory.taken_bytes == job.reserved * self._position_bytes
+            if idle:
+                self._put_back(max(idle, key=lambda other: other.number))
+            elif is_alone and not job.reserved:
+                self._end(job, _no_room(job.needed * self._position_bytes, self._memory.most_bytes))
+                return False
+            elif is_alone:
+                self._put_back(job)  # it begins with no more than it has come to need, and moves nothing
+            else:
+                if job.reserved and holders and not younger:
+                    self._put_back(job)
+                return False  # what others have comes free
+        job.reserved += job.needed
+        job.needed = 0
+        if job.generating is not None:
+            job.generating.caches.widen(job.generating.lengths)
+            job.leaving = job.reserved - job.generating.caches.num_positions
+        return True
+
+    def _put_back(self, job: _Job) -> None:
+        """It runs again from its first step, when there is room."""
+        assert job.generating is not None and not job.in_flight
+        job.least = max([job.least, *job.generating.lengths.values()])
+        self._restart(job)
+
+    def _restart(self, job: _Job) -> None:
+        """What shards have of its caches they are to forget."""
+        self._free(job)
+        if job.is_held:
+            self._ended.append(job.program.request)
+        self._begin(job)
+
+    def _free(self, job: _Job, kept: Collection[RequestId] = ()) -> None:
+        """Gives back the room of a job's caches, but of those that are kept."""
+        if job.generating is None or not job.reserved:
+            return
+        owners = {cache.trunk[0] for cache in job.generating.caches}
+        self._ended += sorted(owners.difference(kept))
+        self._has_caches_left = True
+        self._memory.give(job.reserved * self._position_bytes)
+        job.reserved = 0
+
+    def _look(self, jobs: list[_Job]) -> None:
+        """Finds prefixes for prompts that have not begun."""
         for job in jobs:
-            if job.generating is not None and job.reserved is None:
-                job.reserved = self._cache_bytes(job.generating)
-                self._kept_bytes -= job.reserved
+            if job.ahead is not None and not job.is_step:
+                job.ahead.look(self._memory.prefixes)
+
+    def _going(self, chosen: list[tuple[_Job, int]]) -> list[tuple[_Job, Going]]:
+        """The jobs with their trunks: those keep them that the store has room for when they first go."""
+        for job, _ in chosen:
             if job.is_keeping is None:
-                job.is_keeping = job.program.kept_bytes <= self._kept_bytes
-                self._kept_bytes -= job.program.kept_bytes if job.is_keeping else 0
-        return [job.going for job in jobs]
+                is_free = not job.program.kept_bytes or not self._is_short
+                job.is_keeping = is_free and self._memory.take(job.program.kept_bytes)
+        self._look([job for job, _ in chosen])  # again: what takes room may have been given that of prefixes
+        return [(job, job.going(rows)) for job, rows in chosen]
 
     def complete(self, plan: Plan, results: tuple[ShardResult, ...]) -> None:
         """Takes in what all shards answered to a plan: members end or become ready for their next wave."""
+        flight = self._flying[plan.pass_id]
+        together = len(flight.jobs)
+        entry = pass_entry(plan, results, self._table, together)
         for job, member in self._landed(plan):
-            wave = member.wave
             failure = find_out_of_memory(job.program, results)
-            error: PolytraceError | None = find_error(job.now, member, results)
+            error: PolytraceError | None = None if member is None else find_error(job.now, member, results)
             if job.is_cancelled:
                 error = CancelledError("the request was cancelled")
-            elif failure is not None and len(plan.members) > 1:
+            elif failure is not None and together > 1:
                 self._ended.append(job.program.request)
                 self._queue_again(job, party=job.number)  # its neighbours may have had the memory
                 continue
-            elif failure is not None:
-                error = _too_large(job, wave, failure.message, where=None if error is None else error.where)
+            elif failure is not None and member is not None:
+                error = _too_large(job, member.wave, failure.message, where=None if error is None else error.where)
             if error is not None:
                 self._end(job, error)
                 continue
-            job.account.enter(plan, results, self._table, job.now, member.step, member.offset)
-            if job.generating is not None:
+            step, offset = (0, 0) if member is None else (member.step, member.offset)
+            job.account.enter(entry, results, job.now, step, offset)
+            if member is not None and job.generating is not None:
                 job.generating.take(results)
             if job.num_done == job.num_waves:
-                if job.generating is None or not job.generating.advance():
+                self._settle(job)
+                if not job.advance():
                     self._finish(job)
                     continue
-                job.wave = 0
                 job.clear()
             self._progress[job.program.request] = job
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
         self._ready.sort(key=lambda job: job.turn)
+
+    def _settle(self, job: _Job) -> None:
+        """Caches that have moved are where they are."""
+        self._memory.give(job.leaving * self._position_bytes)
+        job.reserved -= job.leaving
+        job.leaving = 0
 
     def lost(self, plan: Plan, error: PolytraceError) -> None:
         """The pass died with its shards: its members end with `error`, requests between two waves start again."""
@@ -425,20 +541,24 @@ class Scheduler:
     def again(self, plan: Plan, error: PolytraceError) -> None:
         """The pass was lost, and shards have nothing left but weights: its members run again from their first waves.
 
-        With PassTooLargeError in two halves; one that was alone ends with the numbers. With PassAbandonedError as if
-        nothing had happened. With any other error each alone; one that was alone in three such passes has killed
-        three shards, as far as anybody can tell, and ends with the reason. A loss in company says little, and one or
-        two alone not enough: shards die for other reasons too.
+        With PassTooLargeError in two halves; one that was alone ends with the numbers, unless fewer rows of its prompts
+        will do. With PassAbandonedError as if nothing had happened. With any other error each alone; one that was alone
+        in three such passes has killed three shards, as far as anybody can tell, and ends with the reason. A loss in
+        company says little, and one or two alone not enough: shards die for other reasons too.
         """
+        together = len(self._flying[plan.pass_id].jobs)
         landed = self._landed(plan)
+        rows = max(plan.layer_rows, default=0)
         is_too_large = isinstance(error, PassTooLargeError)
         if is_too_large:
-            self._learn(max(plan.layer_rows, default=0))
+            self._learn(rows)
         for place, (job, member) in enumerate(landed):
-            wave = member.wave
             if job.is_cancelled:
                 self._end(job, CancelledError("the request was cancelled"))
-            elif is_too_large and len(plan.members) == 1:
+            elif is_too_large and together == 1 and job.may_be_cut(member) and rows > self.budget_tokens:
+                self._queue_again(job, party=job.party)
+            elif is_too_large and together == 1:
+                wave = 0 if member is None else member.wave
                 work = job.now.waves[wave]
                 may_be_cut = len(work.invokes) > 1 and work.rows.widest > self.budget_tokens
                 self._end(job, _too_large(job, wave, error.message), may_be_cut=may_be_cut)
@@ -449,7 +569,7 @@ class Scheduler:
             else:
                 job.losses += 1
                 job.lost_at = 0 if job.generating is None else job.generating.step
-                job.losses_alone += len(plan.members) == 1
+                job.losses_alone += together == 1
                 if job.losses_alone == _MAX_LOSSES_ALONE:
                     told = f"shards died in {job.losses_alone} passes with this request alone: {error.message}"
                     self._end(job, ServiceError(told))
@@ -457,19 +577,20 @@ class Scheduler:
                     self._queue_again(job, party=job.number)
         self._forget_values(plan)
 
-    def _landed(self, plan: Plan) -> list[tuple[_Job, Member]]:
-        """The jobs that the pass still counts for, and what they were in it."""
-        flown = self._flying.pop(plan.pass_id)
+    def _landed(self, plan: Plan) -> list[tuple[_Job, Member | None]]:
+        """The jobs that the pass still counts for, and what they were in it; None: rows of theirs ran ahead."""
+        flight = self._flying.pop(plan.pass_id)
         self._has_suspect_in_flight = False
+        flown = [*zip(flight.members, plan.members, strict=True), *((job, None) for job in flight.ahead)]
         landed = []
-        for job, member in zip(flown, plan.members, strict=True):
+        for job, member in flown:
             if plan.pass_id in job.in_flight:
-                job.in_flight.remove(plan.pass_id)
+                job.land(plan.pass_id, is_ahead=member is None)
                 landed.append((job, member))
         return landed
 
     def _queue_again(self, job: _Job, *, party: object | None) -> None:
-        job.restart()
+        self._restart(job)
         job.party = party
         if job not in self._ready:
             self._ready.append(job)
@@ -483,7 +604,8 @@ class Scheduler:
         """Requests between two waves start again: their values are gone."""
         for job in self._ready:
             if not job.in_flight:
-                job.restart()
+                self._restart(job)
+        self._memory.forget_prefixes()
         # Where the shards are still the same, they hold values and rows of all of these.
         self._ended += [member.program.request for member in plan.members]
         self._ended += [job.program.request for job in self._ready]
@@ -511,10 +633,16 @@ class Scheduler:
             queue_seconds=started - job.added,
             run_seconds=self._clock() - started,
             generating=job.generating,
+            spared=0 if job.ahead is None else job.ahead.spared,
         )
         if job.generating is not None and not job.generating.is_ending:
             self._ended.append(job.program.request)  # no plan could say that it was the last
-        self._remove(job)
+        prefixes = []
+        if job.generating is not None and self._has_prefixes:
+            num_layers = self._table.description.num_layers
+            prefixes = list(left_by(job.program, job.generating, num_layers, self._position_bytes))
+        self._remove(job, {prefix.trunk[0] for prefix in prefixes})
+        self._ended += [prefix.trunk[0] for prefix in prefixes if not self._memory.keep(prefix)]
         self._outcomes.append(
             Outcome(
                 request=job.program.request,
@@ -532,13 +660,14 @@ class Scheduler:
         self._remove(job)
         self._outcomes.append(Outcome(request=job.program.request, error=error, may_be_cut=may_be_cut))
 
-    def _remove(self, job: _Job) -> None:
+    def _remove(self, job: _Job, kept: Collection[RequestId] = ()) -> None:
+        """`kept`: owners of its caches that stay."""
         job.in_flight.clear()
-        self._has_caches_left = self._has_caches_left or job.reserved is not None
         if job in self._ready:
             self._ready.remove(job)
         del self._jobs[job.program.request]
-        self._kept_bytes += (job.program.kept_bytes if job.is_keeping else 0) + (job.reserved or 0)
+        self._free(job, kept)
+        self._memory.give(job.program.kept_bytes if job.is_keeping else 0)
 
 
 def _no_room(needed: int, most: int) -> TooLargeError:

@@ -205,12 +205,12 @@ FAMILIES = {
 }
 
 
-def model_of(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def model_of(family: str, dtype: torch.dtype = torch.float32, positions: int = 64) -> PreTrainedModel:
     """A tiny model with weights large enough that edits matter."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(CONFIGS[family]), attn_implementation="eager", experts_implementation="eager"
-    ).eval()
+    config: Any = copy.deepcopy(CONFIGS[family])
+    config.max_position_embeddings = positions
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

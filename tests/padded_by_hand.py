@@ -24,7 +24,6 @@ LAYERS = {
     "falcon": "transformer.h",
     "mamba": "backbone.layers",
     "jamba": "model.layers",
-    "lfm2": "model.layers",
     "recurrent_gemma": "model.layers",
     "t5": "decoder.block",
     "mt5": "decoder.block",

@@ -216,6 +216,25 @@ def test_values_go_from_step_to_step_between_stages_and_tokens_are_hugging_faces
         assert told[0] == told[1]
 
 
+def test_users_of_one_prompt_see_and_change_their_own_tokens(grid: Grid) -> None:
+    """They have one row of the logits in common at first, and the same lines at every step."""
+    users = []
+    for seed in range(4):
+        shift = (Shift(seed),) if seed else ()
+        blocks = [Block(step, 0, (SeeToken(f"drawn{step}"), *shift, SeeToken(f"new{step}"))) for step in range(STEPS)]
+        sampling = Sampling(do_sample=True, temperature=1.5, seed=seed)
+        users.append(program(*blocks, invokes=(greedy(OTHER, OTHER, PROMPT, sampling=sampling),)))
+    seen = set()
+    for place, (user, ours) in enumerate(zip(users, grid.run(*map(written, users)), strict=True)):
+        assert same_bits(ours, grid.run(written(user))[0])
+        new = torch.stack([ours.values[name_at(f"new{step}", step)] for step in range(STEPS)], 1)
+        old = torch.stack([ours.values[name_at(f"drawn{step}", step)] for step in range(STEPS)], 1)
+        assert [tuple(row) for row in new.tolist()] == [ids for ids, _ in generated(ours).values()]
+        assert torch.equal(new, (old + place) % 96)
+        seen.update(map(tuple, new.tolist()))
+    assert len(seen) > 8  # of 12
+
+
 def test_what_is_carried_waits_on_the_stage_that_made_it(grid: Grid) -> None:
     compiled = grid.backend.compile(written(there_and_back()))
     homes = {node.stage for part in compiled.chain.parts for node in part.graph.nodes if isinstance(node, Carried)}

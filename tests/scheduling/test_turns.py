@@ -16,10 +16,14 @@ class Waiting:
     num_rows: int = 1
     party: object | None = None
 
+    @property
+    def least_rows(self) -> int:
+        return self.num_rows
+
 
 def names(choice: InTurns, *waiting: Waiting) -> list[str]:
     """Who goes, and has gone."""
-    chosen = choice.choose(waiting, 100)
+    chosen = [one for one, _ in choice.choose(waiting, 100, 100)]
     choice.went(chosen)
     return [one.name for one in chosen]
 
@@ -39,9 +43,9 @@ def test_steps_go_together_in_turns_with_one_other_wave_at_a_time() -> None:
 def test_asking_twice_changes_nothing() -> None:
     choice = InTurns(1)
     steps = Waiting("a", is_step=True), Waiting("b", is_step=True)
-    assert [one.name for one in choice.choose(steps, 100)] == ["a"]
+    assert [one.name for one, _ in choice.choose(steps, 100, 100)] == ["a"]
     assert names(choice, *steps) == ["a"], "as many as may go"
-    assert [one.name for one in choice.choose([*steps, Waiting("c")], 100)] == ["c"]
+    assert [one.name for one, _ in choice.choose([*steps, Waiting("c")], 100, 100)] == ["c"]
     assert names(choice, *steps, Waiting("c")) == ["c"]
 
 
