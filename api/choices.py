@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from api.texts import StopCutter, TextStream
+from api.texts import StopCutter, TextStream, special_tokens
 from api.wishes import ChatWish, CompletionWish
 from polytrace.certificate import Token
 
@@ -31,13 +31,22 @@ class Piece:
 class Choice:
     """One sequence on its way."""
 
-    def __init__(self, index: int, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], *, is_chat: bool):
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Any,
+        special: frozenset[int],
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        *,
+        is_chat: bool,
+    ) -> None:
         self.index = index
         self.num_tokens = 0
         self.finish: str | None = None
         self._is_chat = is_chat
         self._tokenizer = tokenizer
-        self._text = TextStream(tokenizer, prompt) if tokenizer is not None else None
+        self._text = TextStream(tokenizer, prompt, special) if tokenizer is not None else None
         self._stops = StopCutter(stops)
         self._held: list[Token] = []
         self._offset = 0  # characters that were given
@@ -112,7 +121,7 @@ class Answer:
         *,
         request: str,
         created: int,
-        prompts: Sequence[Sequence[int]],
+        prompts: Mapping[int, Sequence[int]],  # by invoke
         tokenizer: Any,
     ) -> None:
         self._wish = wish
@@ -120,11 +129,13 @@ class Answer:
         self._request = request
         self._created = created
         self._tokenizer = tokenizer
-        self._prompts = prompts
+        self._prompts = list(prompts.values())
+        self._first = {invoke: place * wish.samples for place, invoke in enumerate(prompts)}  # choice of an invoke
         samples = wish.samples
+        special = frozenset[int]() if tokenizer is None else special_tokens(tokenizer)
         self._choices = [
-            Choice(place * samples + sample, tokenizer, prompt, wish.stops, is_chat=self._is_chat)
-            for place, prompt in enumerate(prompts)
+            Choice(place * samples + sample, tokenizer, special, prompt, wish.stops, is_chat=self._is_chat)
+            for place, prompt in enumerate(self._prompts)
             for sample in range(samples)
         ]
 
@@ -140,7 +151,7 @@ class Answer:
         """What tokens add to the stream."""
         chunks = []
         for token in tokens:
-            one = self._choices[token.invoke * self._wish.samples + token.sequence]
+            one = self._choices[self._first[token.invoke] + token.sequence]
             chunks += self._told(one, one.take(token))
         return chunks
 
@@ -188,7 +199,7 @@ class Answer:
                 logprobs[one.index].append(told)
 
         for token in tokens:
-            one = self._choices[token.invoke * self._wish.samples + token.sequence]
+            one = self._choices[self._first[token.invoke] + token.sequence]
             enter(one, one.take(token))
         for one in self._choices:
             if one.finish is None:

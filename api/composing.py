@@ -43,10 +43,8 @@ from polytrace.wire import decode_request
 _NODES_OF_STEER = 7  # of one vector and one prompt, at most
 
 
-def compose(
-    wish: CompletionWish | ChatWish, description: ModelDescription, tokenizer: Any, eos: Sequence[int]
-) -> Request:
-    """The request of a call; `eos` are the model's own ends. Raises UserErrors, WishError where a field is to blame."""
+def compose(wish: CompletionWish | ChatWish, description: ModelDescription, tokenizer: Any) -> Request:
+    """The request of a call. Raises UserErrors, WishError where a field is to blame."""
     extension = wish.polytrace
     recorded = None if extension is None or extension.request is None else _file(extension.request, description)
     if recorded is not None:
@@ -54,17 +52,19 @@ def compose(
     prompts = _prompts(wish, description, tokenizer)
     seed = secrets.randbelow(MAX_SEED) if wish.seed is None else wish.seed % MAX_SEED
     invokes = tuple(
-        Invoke(sequences=(prompt,) * wish.samples, generation=_generation(wish, len(prompt), seed, description, eos))
+        Invoke(sequences=(prompt,) * wish.samples, generation=_generation(wish, len(prompt), seed, description))
         for prompt in prompts
     )
     if recorded is not None:
-        if len(recorded.invokes) != len(invokes):
-            told = f"polytrace.request has {len(recorded.invokes)} invokes, and the call {len(invokes)} prompts"
-            raise WishError(told, "polytrace")
-        return replace(recorded, invokes=invokes)
+        return replace(recorded, invokes=_replaced(recorded.invokes, invokes))
     steers = extension.steers if extension is not None else []
     nodes, constants = _steering(steers, invokes, description)
     return Request(graph=Graph(nodes=nodes), invokes=invokes, constants=constants, options=Options(seed=seed))
+
+
+def prompts_of(request: Request) -> dict[int, tuple[int, ...]]:
+    """Invokes that go on, and their prompts: of a call's, each sample has the same."""
+    return {place: invoke.sequences[0] for place, invoke in enumerate(request.invokes) if invoke.generation is not None}
 
 
 def _prompts(wish: CompletionWish | ChatWish, description: ModelDescription, tokenizer: Any) -> list[tuple[int, ...]]:
@@ -93,9 +93,7 @@ def _encoded(text: str, tokenizer: Any, param: str, *, is_plain: bool = True) ->
     return ids
 
 
-def _generation(
-    wish: CompletionWish | ChatWish, length: int, seed: int, description: ModelDescription, eos: Sequence[int]
-) -> Generation:
+def _generation(wish: CompletionWish | ChatWish, length: int, seed: int, description: ModelDescription) -> Generation:
     room = description.limits.max_sequence_tokens - length
     most = room if wish.most_tokens is None else wish.most_tokens
     if most > room or room < 1:
@@ -113,7 +111,7 @@ def _generation(
             top_p=1.0 if wish.top_p is None else wish.top_p,
             min_p=wish.min_p or 0.0,
         )
-    ends = (*(() if wish.ignore_eos else eos), *(wish.stop_token_ids or ()))
+    ends = (*(() if wish.ignore_eos else description.eos), *(wish.stop_token_ids or ()))
     return Generation(
         max_new_tokens=most,
         sampling=sampling,
@@ -131,6 +129,17 @@ def _file(text: str, description: ModelDescription) -> Request:
         raise WishError(f"polytrace.request is not base64: {error}", "polytrace") from error
     except WireError as error:
         raise WishError(f"polytrace.request is no request file: {error.message}", "polytrace") from error
+
+
+def _replaced(recorded: Sequence[Invoke], invokes: Sequence[Invoke]) -> tuple[Invoke, ...]:
+    """The invokes of a file with the call's instead of those that go on; of all, when none was recorded to go on."""
+    goes_on = [one.generation is not None for one in recorded]
+    places = [place for place, is_own in enumerate(goes_on) if is_own or not any(goes_on)]
+    if len(places) != len(invokes):
+        told = f"polytrace.request has {len(places)} prompts to be gone on with, and the call {len(invokes)}"
+        raise WishError(told, "polytrace")
+    own = dict(zip(places, invokes, strict=True))
+    return tuple(own.get(place, one) for place, one in enumerate(recorded))
 
 
 def _most_of(recorded: Request, wish: CompletionWish | ChatWish) -> int | None:

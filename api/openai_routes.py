@@ -99,8 +99,8 @@ class OpenAIRoutes:
             return Response(status_code=CLIENT_GONE)
         if (error := _error_of(status)) is not None:
             raise error
-        tokens = await to_thread.run_sync(self._tokens, request_id)
-        return JSONResponse(answer.whole(tokens), headers=headers)
+        whole = await to_thread.run_sync(lambda: answer.whole(self._tokens(request_id)))
+        return JSONResponse(whole, headers=headers)
 
     async def _accepted(
         self, wish: CompletionWish | ChatWish, served: Served, owner: str

@@ -333,6 +333,7 @@ class Store(Catalogue):
         self.gateway_bell.ring()
         self.controller_bell.ring()  # others may have waited for their states
         for request in refused:
+            self.events.forget(request)
             self.discard(request)
             self.result_path(request).unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -62,7 +62,7 @@ class Composed:
     """A request that a worker made of what an OpenAI client asked for, and put where an uploaded one would be."""
 
     verdict: Verdict
-    prompts: tuple[tuple[int, ...], ...] = ()  # as token ids
+    prompts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # invokes that go on -> their token ids
     param: str | None = None  # the field that the verdict's error is about
 
 
@@ -148,7 +148,7 @@ class _Worker:
     def __init__(self, store: Path) -> None:
         self._store = store
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
-        self._speech: dict[str, tuple[str, Any, tuple[int, ...]]] = {}
+        self._tokenizers: dict[str, tuple[str, Any]] = {}
 
     def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
         if model in self._loaded and self._loaded[model][0] == version:
@@ -162,20 +162,18 @@ class _Worker:
         self._loaded[model] = (version, description, meta_model(published.source, published.dtype))
         return self._loaded[model][1:]
 
-    def speech(self, model: str, version: str) -> tuple[Any, tuple[int, ...]]:
-        """The model's tokenizer, None without one, and the tokens that end a text."""
-        if model in self._speech and self._speech[model][0] == version:
-            return self._speech[model][1:]
-        from engine.tokenizer import end_tokens
+    def tokenizer(self, model: str, version: str) -> Any:
+        """The model's tokenizer, None without one."""
+        if model in self._tokenizers and self._tokenizers[model][0] == version:
+            return self._tokenizers[model][1]
         from polytrace.tokenizer import load_tokenizer
 
-        published = self._published(model)
-        tokenizer = None if published.tokenizer is None else load_tokenizer(published.tokenizer)
-        self._speech[model] = (version, tokenizer, end_tokens(published.source))
-        return self._speech[model][1:]
+        data = self._published(model).tokenizer
+        self._tokenizers[model] = (version, None if data is None else load_tokenizer(data))
+        return self._tokenizers[model][1]
 
     def has_tokenizer(self, model: str, version: str) -> bool:
-        return self.speech(model, version)[0] is not None
+        return self.tokenizer(model, version) is not None
 
     def _published(self, model: str) -> Published:
         from api.store import Store
@@ -232,22 +230,22 @@ def _check(model: str, version: str, path: str, contents: str, certify: bool) ->
 
 
 def _compose(model: str, version: str, path: str, contents: str, wish: CompletionWish | ChatWish) -> Composed:
-    from api.composing import compose
+    from api.composing import compose, prompts_of
     from api.wishes import WishError
     from polytrace.wire import encode_request
 
-    prompts: tuple[tuple[int, ...], ...] = ()
+    prompts: dict[int, tuple[int, ...]] = {}
     param: str | None = None
 
     def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
         nonlocal prompts, param
         assert _worker is not None
         try:
-            request = compose(wish, description, *_worker.speech(model, version))
+            request = compose(wish, description, _worker.tokenizer(model, version))
         except WishError as error:
             param = error.param
             raise
-        prompts = tuple(invoke.sequences[0] for invoke in request.invokes)
+        prompts = prompts_of(request)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.writelines(encode_request(request))
         has_text = partial(_worker.has_tokenizer, model, version)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import ray
 
+from cluster.shipping import Incoming, Shipment
 from engine.links import Distributed, join_store, open_store
 from engine.loading import ShardConfig
 from engine.reading import Reading
@@ -25,7 +26,7 @@ from engine.reports import GateReport
 from engine.shard import Shard
 from polytrace.description import ModelDescription
 from polytrace.errors import ServiceError
-from scheduling.plan import Plan, ShardResult
+from scheduling.plan import ShardResult
 
 WATCH = "watch"  # the concurrency group of `beat`
 
@@ -47,6 +48,7 @@ class ShardActor:
         self._links: Distributed | None = None
         self._is_loaded = False
         self._has_left = False  # its world, for a failure
+        self._incoming = Incoming()
 
     @ray.method(concurrency_group=WATCH)
     def beat(self) -> None:
@@ -85,6 +87,7 @@ class ShardActor:
         """Leaves the world that it is in, if it is in one; weights stay."""
         if self._links is not None and not self._has_left:
             self._shard.leave()
+        self._incoming.forget_all()  # as the shard has
         self._has_left = True
 
     def load(self) -> Iterator[str | Reading]:
@@ -123,12 +126,12 @@ class ShardActor:
         """Takes the description; plans can run from now on."""
         self._shard.open(description)
 
-    def run(self, plan: Plan) -> ShardResult:
+    def run(self, shipment: Shipment) -> ShardResult:
         """This shard's part of a pass. When it fails, neighbours that wait for it are told by its leaving."""
         if self._has_left:
             raise ServiceError("it left after a failure")
         try:
-            return self._shard.run(plan)
+            return self._shard.run(self._incoming.unpack(shipment))
         except BaseException:
             self.leave()
             raise

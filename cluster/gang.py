@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cluster.shipping import Outgoing
 from polytrace.errors import PolytraceError, ServiceError
 from scheduling.plan import PassAbandonedError, PassTooLargeError, Plan, ShardResult
 from scheduling.policy import passes_in_flight
@@ -147,6 +148,7 @@ class RayShards:
         self._submitted: queue.SimpleQueue[tuple[Plan, list[Any]] | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]] = queue.SimpleQueue()
         self._loss: PolytraceError | None = None
+        self._outgoing = Outgoing()
         threading.Thread(target=self._watch, name="passes", daemon=True).start()
 
     def have_room(self) -> bool:
@@ -154,9 +156,9 @@ class RayShards:
         return self._loss is None and self._num_in_flight < passes_in_flight(self._gang.stages)
 
     def submit(self, plan: Plan) -> None:
-        """Sends the plan to every shard; serialised once for all."""
+        """Sends the plan to every shard, without what they have; serialised once for all."""
         self._num_in_flight += 1
-        self._submitted.put((plan, self._gang.start("run", ray.put(plan))))
+        self._submitted.put((plan, self._gang.start("run", ray.put(self._outgoing.pack(plan)))))
 
     def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:
         """The passes that ended since the last call, in the order they went in."""
@@ -177,6 +179,7 @@ class RayShards:
     def resume(self) -> None:
         """The gang is whole again. For the loop's thread, when every lost pass has been handed back."""
         assert self._num_in_flight == 0, "passes are still in flight"
+        self._outgoing.forget_all()
         self._loss = None
 
     def close(self) -> None:

@@ -93,6 +93,7 @@ class RunsAgain:
     def visit(self, visit: Visit, value: Any, go: Go) -> Any:
         """A port's value behind the visit of its new rows."""
         changes = self.changes.get(_place(visit)) or _Changes(visit)
+        after: Any
         if isinstance(value, Pairs):
             after = self._pairs(changes, value, go)
         elif isinstance(value, HeadOutputs):

@@ -62,6 +62,20 @@ _HARMLESS = frozenset(
 )
 
 
+class Gathered:
+    """Rows of a layer that look for keys behind the stream's, where those of trunks are gathered."""
+
+    def __init__(self, stream: Stream, trunks: list[int], device: torch.device, without: frozenset[int]) -> None:
+        """`trunks`: the places of those whose rows are gathered, in order; `without`: segments left to others."""
+        self.trunks = trunks
+        self._made = stream, device, without
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """Their tiles."""
+        return list(chunks_of(*self._made))
+
+
 class AttentionPass:
     """How the rows of a pass attend at the level that runs now, and the store they attend through."""
 
@@ -75,14 +89,16 @@ class AttentionPass:
         self.has_kernel = has_kernels(device)
         self.layer = 0  # that runs now
         self._stream = Stream((), 0, 1)
+        self._gathered: dict[frozenset[int], Gathered] = {}  # by what would decode
 
     def enter(self, layer: int, stream: Stream) -> None:
         """The layer that runs from now on, and its rows."""
         self.layer = layer
         if stream is not self._stream:
             self._stream = stream
-            for made in ("chunks", "chunks_of_all", "decoding", "key_tables"):
+            for made in ("decoding", "key_tables"):
                 self.__dict__.pop(made, None)
+            self._gathered = {}
 
     @cached_property
     def decoding(self) -> Decoding | None:
@@ -91,17 +107,16 @@ class AttentionPass:
             return None
         return self.trunks.decoding(self._stream)
 
-    @cached_property
-    def chunks(self) -> list[Chunk]:
-        """The tiles of the layer that runs now, for `engine.pages`; those of rows that decode are not among them."""
-        if self.decoding is None:
-            return self.chunks_of_all
-        return list(chunks_of(self._stream, self.device, self.decoding.segments))
-
-    @cached_property
-    def chunks_of_all(self) -> list[Chunk]:
-        """The tiles of the layer that runs now, those of rows that decode too."""
-        return list(chunks_of(self._stream, self.device))
+    def gathered(self, also: frozenset[int]) -> Gathered:
+        """What of the layer that runs now `engine.pages` computes: all but what decodes, and some segments of that."""
+        if also not in self._gathered:
+            stream, trunks, without = self._stream, list[int](), frozenset[int]()
+            if self.decoding is not None:
+                without = self.decoding.segments - also
+            if self.trunks is not None:
+                stream, trunks = self.trunks.gathering(stream, None if self.decoding is None else also)
+            self._gathered[also] = Gathered(stream, trunks, self.device, without)
+        return self._gathered[also]
 
     @cached_property
     def key_tables(self) -> KeyTables:
@@ -173,7 +188,7 @@ def packed_attention(
         query = visited(points, Port.Q_ROT, query.transpose(1, 2)).transpose(1, 2)
         key = _visited_rows(current, points, Port.K_ROT, key, query.shape[2])
         value = _visited_rows(current, points, Port.V, value, query.shape[2])
-    key_GRC, value_GRC, decoding = _with_trunks(current, key[0], value[0], points)
+    key_GRC, value_GRC, gathered = _with_trunks(current, key[0], value[0], points)
     formula = Formula(
         scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
@@ -184,10 +199,10 @@ def packed_attention(
     if current.has_kernel:
         z = _by_kernel(current, query, key_GRC, value_GRC, formula)
     if z is None or any(port in points for port in MASKED):
-        chunks = current.chunks_of_all if decoding is None else current.chunks
-        layer = PagedLayer(current.store, (current.layer, current.pass_id), chunks, query, key_GRC, value_GRC, formula)
-        if decoding is not None:
-            decoding.attend(current.layer, layer)
+        block = (current.layer, current.pass_id)
+        layer = PagedLayer(current.store, block, gathered.chunks, query, key_GRC, value_GRC, formula)
+        if current.decoding is not None:
+            current.decoding.attend(current.layer, layer)
         written = layer.attend_visited(points)
         if z is None:
             for chunk in layer.others:
@@ -211,21 +226,22 @@ def _visited_rows(current: AttentionPass, points: Points, port: Port, rows_1GRC:
 
 def _with_trunks(
     current: AttentionPass, key_GTC: Tensor, value_GTC: Tensor, points: Points
-) -> tuple[Tensor, Tensor, Decoding | None]:
-    """Keys and values with those of trunks, once caches have taken in what is theirs; which rows decode.
+) -> tuple[Tensor, Tensor, Gathered]:
+    """Keys and values with those of trunks, once caches have taken in what is theirs; what is computed with them.
 
-    Rows do not decode at a layer where somebody looks at their scores or where values are not finite.
+    A row does not decode at a layer where somebody looks at its scores, or where it sees a value that is not finite.
     """
-    trunks, decoding = current.trunks, current.decoding
+    trunks, layer, gathered = current.trunks, current.layer, current.gathered(frozenset())
     if trunks is None:
-        return key_GTC, value_GTC, None
-    key_GRC, value_GRC = trunks.through(current.layer, key_GTC, value_GTC, is_all=decoding is None)
-    trunks.keep_keys(current.layer, key_GRC, value_GRC)
-    if decoding is not None:
-        asked = {row for port in MASKED if port in points for row in points[port].rows}
-        if asked & decoding.rows or decoding.is_odd(current.layer):
-            return *trunks.through(current.layer, key_GTC, value_GTC, is_all=True), None
-    return key_GRC, value_GRC, decoding
+        return key_GTC, value_GTC, gathered
+    key_GRC, value_GRC = trunks.through(layer, gathered.trunks, key_GTC, value_GTC)
+    trunks.keep_keys(layer, key_GRC, value_GRC)
+    if current.decoding is not None:
+        also = current.decoding.apart(layer, {row for port in MASKED if port in points for row in points[port].rows})
+        if also:
+            gathered = current.gathered(also)
+            key_GRC, value_GRC = trunks.through(layer, gathered.trunks, key_GTC, value_GTC)
+    return key_GRC, value_GRC, gathered
 
 
 def _by_kernel(current: AttentionPass, query: Tensor, key_GRC: Tensor, value_GRC: Tensor, formula: Formula) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
@@ -24,7 +26,7 @@ def new_cache(model: PreTrainedModel) -> OwnCache:
     config = model.get_decoder().config if has_encoder(model) else model.config.get_text_config()
     if has_encoder(model):
         both = DynamicCache(config=config), DynamicCache(config=config)
-        return OwnCache(name=name, value=EncoderDecoderCache(*both))
+        return OwnCache(name=name, value=EncoderDecoderCache(*both), has_encoder=True)
     has_default = getattr(model, "_supports_default_dynamic_cache", lambda: False)()
     return OwnCache(name=name, value=DynamicCache(config=config) if has_default else None)
 
@@ -32,7 +34,7 @@ def new_cache(model: PreTrainedModel) -> OwnCache:
 class EarlierKeys(Trunks):
     """Keys of one sequence whose earlier ones the model's own cache has: these are the rows of the stream's trunk."""
 
-    def through(self, layer: int, key_GRC: Tensor, value_GRC: Tensor, *, is_all: bool) -> tuple[Tensor, Tensor]:
+    def through(self, layer: int, places: Sequence[int], key_GRC: Tensor, value_GRC: Tensor) -> tuple[Tensor, Tensor]:
         """The stream's rows, and behind them those of the trunk. A cache that slides has lost the first ones."""
         stream = self._streams.inside(layer)
         num_own = stream.num_rows

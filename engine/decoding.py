@@ -61,13 +61,14 @@ class Run:
         self.rows = to_device([row for row, _ in filled], device)
         self.real = None if len(rows) == self.num_slots else to_device(sorted(by_slot), device)
         self.out_rows = to_device([row for _, row, _ in rows], device)
+        self.segments = {slot: one.segment for slot, _, one in rows}
         self._sights: dict[int | None, list[_Sight]] = {}
 
-    @property
-    def caches(self) -> Iterable[tuple[Slab, int]]:
-        """All that it reads."""
-        yield from ((self.slab, slot) for slot in range(self.first, self.first + self.num_slots))
-        yield from ((cache.slab, cache.slot) for cache, _ in self.pieces)
+    def odd(self, layer: int) -> Iterable[int]:
+        """Segments whose rows see values that are not finite: then products of whole pages do not do."""
+        if any(cache.slot in cache.slab.layers[layer].odd for cache, _ in self.pieces):
+            return self.segments.values()
+        return [self.segments[slot] for slot in self.slab.layers[layer].odd if slot in self.segments]
 
     def sights(self, window: int | None) -> list[_Sight]:
         """Of each piece before, and of the rows' own caches."""
@@ -102,22 +103,19 @@ class Decoding:
             slabs[id(cache.slab)] = cache.slab
             groups.setdefault((id(cache.slab), one.before), []).append((cache.slot, stream.bases[one.segment], one))
         self.segments = frozenset(one.segment for group in groups.values() for _, _, one in group)
-        self.rows = frozenset(row for group in groups.values() for _, row, _ in group)
+        self._rows = {row: one.segment for group in groups.values() for _, row, one in group}
         self.runs: list[Run] = []
         for (slab, _), group in groups.items():
             pieces = [(caches.of(piece.trunk), piece) for piece in group[0][2].before]
             for near in _neighbours(sorted(group, key=lambda found: found[0])):
                 self.runs.append(Run(slabs[slab], near, pieces, device))  # type: ignore[index]
 
-        slots: dict[int, tuple[Slab, set[int]]] = {}
+    def apart(self, layer: int, asked: Iterable[int]) -> frozenset[int]:
+        """Segments that do not decode at a layer after all: with rows that are asked for, or that see odd values."""
+        found = {self._rows[row] for row in asked if row in self._rows}
         for run in self.runs:
-            for slab_, slot in run.caches:
-                slots.setdefault(id(slab_), (slab_, set()))[1].add(slot)
-        self._slots = list(slots.values())
-
-    def is_odd(self, layer: int) -> bool:
-        """Whether values that are not finite are among those that the rows see: then products of pages do not do."""
-        return any(not slots.isdisjoint(slab.layers[layer].odd) for slab, slots in self._slots)
+            found.update(run.odd(layer))
+        return frozenset(found)
 
     def attend(self, number: int, layer: PagedLayer) -> None:
         """Computes the rows of a layer."""

@@ -6,8 +6,9 @@ rounding. A model that fails this, or has no cache, runs all tokens of a sequenc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from engine.encoders import has_encoder, of_decoder
 from engine.gate import Trial, root_segment
 from engine.leaves import port_leaves
 from engine.padded import PaddedRunner
+from engine.stage import PackedRows, StageRunner, Visit
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
+from scheduling.checks import CANNOT
 from scheduling.plan import NOWHERE, PAGE, Grow, RequestId, Segment, TrunkId
 
 # V = entries of the vocabulary, N = steps
@@ -27,42 +30,83 @@ _REQUEST = RequestId("gate")
 _PROMPTS = (5, 11)  # tokens
 _STEPS = 3
 _FAR = 1e-3  # of the largest logit
+_ERRORS = (ServiceError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
-def check_caches(trial: Trial) -> tuple[str, ...]:
-    """Collective. Sets how sequences go on from now on; what a person should know of that."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """How sequences go on here."""
+
+    note: str | None  # what a person should know of that
+    can_generate: bool
+    row_bytes: int  # of a cache, for each position and layer: what it has at any length is counted by the page
+
+
+def check_caches(trial: Trial) -> Found:
+    """Collective. From now on sequences go on as is found."""
     runner = trial.runner
     assert isinstance(runner, PaddedRunner), "packed rows have the engine's own caches"
-    runner.runs_again, runner.why_alone = False, None
-    why = _why_not(trial)
+    runner.runs_again = False
+    careful = _Careful(runner, trial.probe.hidden_size)
+    why, row_bytes = _tried(replace(trial, runner=careful), careful)
     if why is None:
-        return ()
+        return Found(note=None, can_generate=True, row_bytes=row_bytes)
     if trial.links.stages > 1 or has_encoder(runner.model):
-        runner.why_alone = f"{trial.probe.class_name} cannot generate here: {why}; use stages=1"
-        return (runner.why_alone,)
+        return Found(note=f"{CANNOT}: {why}", can_generate=False, row_bytes=0)
     runner.runs_again = True
-    return (f"a sequence that generates runs all of its tokens again at every step: {why}",)
+    note = f"a sequence that generates runs all of its tokens again at every step: {why}"
+    return Found(note=note, can_generate=True, row_bytes=0)
 
 
-def _why_not(trial: Trial) -> str | None:
+class _Careful(StageRunner):
+    """Notes what a trial's forwards raise; later stages get zeros then, so that they do not wait for ever."""
+
+    def __init__(self, runner: PaddedRunner, hidden_size: int) -> None:
+        self.model, self.window = runner.model, runner.window
+        self.error: str | None = None
+        self._runner, self._hidden_size = runner, hidden_size
+
+    def run(
+        self, rows: PackedRows, hidden_1TD: Tensor | None, visits: list[Visit], *, stop_after: int | None
+    ) -> Tensor | None:
+        """As `PaddedRunner.run`."""
+        try:
+            return self._runner.run(rows, hidden_1TD, visits, stop_after=stop_after)
+        except _ERRORS as error:
+            self.error = self.error or str(error).split("\n")[0] or type(error).__name__
+        num_rows = sum(len(segment.tokens) for segment in rows.streams.plan.segments)
+        zeros = torch.zeros(1, num_rows, self._hidden_size, dtype=self.model.dtype, device=rows.streams.device)
+        return None if self.window.is_last else zeros
+
+
+def _tried(trial: Trial, careful: _Careful) -> tuple[str | None, int]:
+    """Why a sequence does not go on from the model's own cache, and what a position of that takes."""
     generator = torch.Generator().manual_seed(2)
     vocabulary = trial.probe.vocab_size
     tokens = [torch.randint(0, vocabulary, (length + _STEPS,), generator=generator).tolist() for length in _PROMPTS]
     expected = _whole(trial, tokens)
     try:
         found = _in_steps(trial, tokens)
-    except (ServiceError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        return f"its cache does not serve ({str(error).splitlines()[0]})"
+        if careful.error is not None:
+            return f"its cache does not serve ({careful.error})", 0
+        row_bytes = _row_bytes(trial)
     finally:
         trial.store.forget(_REQUEST)
-    if not expected:
-        return None  # the logits are on another stage
     far = 0.0
-    for theirs, ours in zip(expected, found, strict=True):
+    for theirs, ours in zip(expected, found, strict=True):  # none, where the logits are on another stage
         scale = max(1.0, float(theirs.abs().max()))
         far = max(far, float((ours.float() - theirs.float()).abs().max()) / scale)
-    limit = max(_FAR, 8 * torch.finfo(expected[0].dtype).eps)
-    return None if far <= limit else f"its own cache gives other logits, by {far:.2g} of the largest"
+    limit = max([_FAR, *(8 * torch.finfo(own.dtype).eps for own in expected)])
+    return (None if far <= limit else f"its own cache gives other logits, by {far:.2g} of the largest"), row_bytes
+
+
+def _row_bytes(trial: Trial) -> int:
+    """Of the two caches: what a position adds, and of what they have at any length a page's part."""
+    sizes = [trial.store.own_caches.of(_trunk(place)).num_bytes for place in range(len(_PROMPTS))]
+    added = max(0, sizes[1] - sizes[0]) / (_PROMPTS[1] - _PROMPTS[0])
+    always = max(0.0, sizes[0] - added * (_PROMPTS[0] + _STEPS))
+    window = trial.runner.window
+    return math.ceil((added + always / PAGE) / (window.stop - window.first))
 
 
 def _whole(trial: Trial, tokens: Sequence[list[int]]) -> list[Tensor]:

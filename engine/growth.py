@@ -27,8 +27,8 @@ class Growth:
         self._caches = caches
         found: dict[int, tuple[Slab, list[tuple[Cache, int]], list[int]]] = {}  # caches and positions; rows
         for grow in grows:
-            if stream.level in stream.segments[grow.segment].skips:
-                continue  # its rows have neither keys nor values here
+            if grow.start >= grow.stop or stream.level in stream.segments[grow.segment].skips:
+                continue  # none are new to it, or rows have neither keys nor values here
             cache = caches.of(grow.trunk)
             _, places, rows = found.setdefault(id(cache.slab), (cache.slab, [], []))
             for first, stop in stream.runs(grow.segment, grow.start, grow.stop):

@@ -269,8 +269,8 @@ def _is_seq_to_seq(config: Any) -> bool:
     """Whether a model has an encoder and a decoder. Some families have a decoder alone as well: the checkpoint says."""
     if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return False
-    name = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)].__name__
-    return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or name in (config.architectures or ())
+    kind: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+    return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or kind.__name__ in (config.architectures or ())
 
 
 def _num_bytes(tensor: Any) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from engine.arguments import Selector
 from engine.ops import TORCH_DTYPES
 from engine.row_ops import Own, Run, Slot, compiled
+from engine.row_spots import Place
 from polytrace.description import Leaf, Rows, SiteInfo
 from polytrace.graph import NodeId, Op, Operand, Port, Read, Ref, Save, Site, Write
 from scheduling.plan import Fragment, Program
@@ -58,9 +59,6 @@ class Outline:
     saves: tuple[int | None, ...]  # slots of what is saved, None of what was made before
     stays: tuple[int, ...]  # slots of values that are needed after the visit
     own_bytes: int  # of a member's values
-
-
-Place = tuple[int, tuple[int, ...] | None]  # an invoke and columns of its view, None for all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +205,10 @@ class _Look:
                 continue
             args = tuple([self._slotted(part) for part in op.args])
             kwargs = {name: self._slotted(part) for name, part in op.kwargs.items()}
-            made = compiled(op.name, args, kwargs, owns, owns[slot], is_cpu=is_cpu)
+            try:
+                made = compiled(op.name, args, kwargs, owns, owns[slot], is_cpu=is_cpu)
+            except Exception:  # noqa: BLE001  what does not fit tells so when it runs by itself
+                return None
             if made is None:
                 return None
             run, layout = made

@@ -33,14 +33,16 @@ class OwnCache:
     name: str  # as the model's forward takes it, and its output has it
     value: Any  # the model's; None before the first forward of a family that makes it itself
     length: int = 0  # tokens that it has
+    has_encoder: bool = False
     encoded: Tensor | None = None  # the prompt, as the encoder of a model that has one made it
 
     @property
     def arguments(self) -> dict[str, Any]:
         """With what the root's forward goes on from here."""
         given = {} if self.value is None else {self.name: self.value}
-        if self.encoded is not None:
-            given["encoder_outputs"] = BaseModelOutput(last_hidden_state=self.encoded)
+        if self.has_encoder:  # to which some families hand on that there is to be a cache
+            encoded = None if self.encoded is None else BaseModelOutput(last_hidden_state=self.encoded)
+            return {**given, "encoder_outputs": encoded}
         return {**given, "use_cache": True}
 
     @property

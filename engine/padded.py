@@ -35,7 +35,6 @@ from engine.side_by_side import SideBySide
 from engine.spans import SpanStore
 from engine.stage import Done, PackedRows, StageRunner, Visit, putting_in, taking_out
 from engine.streams import Streams
-from polytrace.errors import ServiceError
 from scheduling.plan import Plan, Segment
 
 # T = rows of all sequences, L = tokens of one, D = hidden
@@ -62,7 +61,6 @@ class PaddedRunner(StageRunner):
     """The window of one shard."""
 
     runs_again = False  # sequences that go on, all of their tokens at every step
-    why_alone: str | None = None  # why no sequence can go on here
 
     def run(
         self, rows: PackedRows, hidden_1TD: Tensor | None, visits: list[Visit], *, stop_after: int | None
@@ -144,8 +142,6 @@ class PaddedRunner(StageRunner):
         plan, caches = rows.streams.plan, rows.attention.store.own_caches
         grows = [grow for grow in plan.grows if grow.segment == place]
         earlier = _earlier(plan, place)
-        if earlier is None and grows and self.why_alone is not None:
-            raise ServiceError(self.why_alone)
         if earlier is None and grows:
             return RunsAgain() if self.runs_again else new_cache(self.model)
         if earlier is None:

@@ -37,7 +37,8 @@ def describe_model(
         )
         for site in probe.sites
     )
-    sites += _token_site(sites, stages)
+    if all(report.can_generate for report in reports):
+        sites += _token_site(sites, stages)
     modules = tuple(replace(module, first_stage=place.home(module.path)) for module in probe.modules)
     of_whole = {
         weight.path

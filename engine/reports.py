@@ -39,4 +39,5 @@ class GateReport:
     has_forks: bool  # a fork that changes nothing has its parent's bits, at every site seen here
     has_exact_rows: bool  # False: a row's last bits depend on how many rows run beside it
     notes: tuple[str, ...]
+    can_generate: bool = True  # sequences go on here
     checks: tuple[Check, ...] = ()  # of standard names, see `engine.checking`

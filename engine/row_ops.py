@@ -99,6 +99,8 @@ _KEYWORDS = frozenset({"min", "max", "other", "value", "nan", "posinf", "neginf"
 def _element_wise(name: str, args: Args, kwargs: Kwargs, owns: Sequence[Own]) -> Compiled | None:
     slots = [part for part in (*args, *kwargs.values()) if isinstance(part, Slot)]
     operands = [owns[slot.number] for slot in slots]
+    if name == "masked_fill" and isinstance(args[-1], Slot):
+        return None  # a number there stays one
     if not slots or not kwargs.keys() <= _KEYWORDS or any(isinstance(part, (tuple, list)) for part in args):
         return None
     if len({own.dtype for own in operands}) > 1 and any(own.rank == 0 for own in operands):
@@ -164,10 +166,11 @@ def _spread(args: Args, owns: Sequence[Own], result: Own) -> Compiled | None:
 def _taken(args: Args, kwargs: Kwargs, owns: Sequence[Own]) -> Compiled | None:
     if len(args) != 2 or kwargs or not isinstance(args[0], Slot):
         return None
-    number, index = args[0].number, _behind_members(args[1])
+    own, number = owns[args[0].number], args[0].number
+    index = _behind_members(args[1])
     if index is None:
         return None
-    own = owns[number]
+    torch.empty(()).expand(1, *own.shape)[index]  # a list out of range raises here, not on a GPU
     example = torch.empty((2, *own.shape), device="meta")[index]
     is_dense = own.layout is Layout.DENSE and example.is_contiguous()
     return lambda stacks: stacks[number][index], Layout.DENSE if is_dense else Layout.VIEW
@@ -212,6 +215,7 @@ def _put(args: Args, kwargs: Kwargs, owns: Sequence[Own], indices: list[Any]) ->
     for way in ways:
         if way is None:
             return None
+        torch.empty(()).expand(part.shape)[way]  # a list out of range raises here, not on a GPU
         steps.append(way)
         part = part[way]
     target, *within = steps

@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
 from engine.fragments import RequestState, ShardContext
-from engine.outlines import Bound, Outline, Outlines, Place
+from engine.outlines import Bound, Outline, Outlines
 from engine.row_ops import Own, Stacks
+from engine.row_spots import Group, PassRows, Places, Side, Spot, Where
 from engine.steady import SteadyValues
 from engine.streams import Streams
 from engine.views import RowView
@@ -32,9 +32,9 @@ from scheduling.plan import Fragment, RequestId
 
 _MAX_BYTES = 1 << 26  # of all members' values
 _MAX_PASSES = 8  # kinds of passes of which tables are kept
+_MAX_KEPT_BYTES = 1 << 27  # of their stacks, when another kind comes
 
 Member = tuple[RequestState, Fragment]
-Places = tuple[tuple[int, Place], ...]  # by member: which state, and what of it
 Part = tuple[int | None, int]  # which of a request's programs, and its wave
 Key = tuple[tuple[int, int | None, int], ...]  # of a pass: which states, and their parts
 
@@ -65,11 +65,12 @@ class RowTables:
         key = tuple([(id(state), *_part_of(state)) for state in states])
         kept = self._passes.get(key)
         if kept is None:
-            kept = self._passes[key] = _Kept(frozenset(state.program.request for state in states), {})
-            if len(self._passes) > _MAX_PASSES:
-                self._passes.popitem(last=False)
+            num_bytes = sum(one.num_bytes for one in self._passes.values())
+            while len(self._passes) >= _MAX_PASSES or num_bytes > _MAX_KEPT_BYTES:
+                num_bytes -= self._passes.popitem(last=False)[1].num_bytes
+            kept = self._passes[key] = _Kept(frozenset(state.program.request for state in states), {}, {})
         self._passes.move_to_end(key)
-        return PassTables(self, kept.visits, streams)
+        return PassTables(self, kept, streams)
 
     def forget(self, request: RequestId) -> None:
         """A request has ended."""
@@ -89,7 +90,7 @@ class RowTables:
         """Whether nothing is kept of any request."""
         return not (self._bound or self._passes) and self.steady.is_empty
 
-    def seated(self, members: Sequence[Member], order: int) -> Seated:
+    def seated(self, members: Sequence[Member], order: int, groups_known: dict[Group, int]) -> Seated:
         """Who shares a table at a visit, and who stands alone."""
         groups: dict[int, list[Seat]] = {}
         alone: list[Member] = []
@@ -105,7 +106,7 @@ class RowTables:
             for first in range(0, len(group), most):
                 seats = group[first : first + most]
                 if len(seats) > 1:
-                    tables.append(Table(seats, order, self._levels))
+                    tables.append(Table(seats, order, self._levels, groups_known))
                 else:
                     alone.extend((seat.state, seat.fragment) for seat in seats)
         return Seated(tables, alone)
@@ -139,80 +140,36 @@ class _Kept:
 
     requests: frozenset[RequestId]
     visits: dict[int, Seated]  # by order
+    groups: dict[Group, int]  # numbers of groups: most visits have the same
+
+    @property
+    def num_bytes(self) -> int:
+        """Of stacks."""
+        return sum(table.kept_bytes for seated in self.visits.values() for table in seated.tables)
 
 
 class PassTables:
-    """The tables of one pass, with the rows that their members have in it."""
+    """The tables of one pass."""
 
-    def __init__(self, tables: RowTables, visits: dict[int, Seated], streams: Streams) -> None:
+    def __init__(self, tables: RowTables, kept: _Kept, streams: Streams) -> None:
         self._tables = tables
-        self._visits = visits
-        self._streams = streams
-        self._rows: dict[tuple[object, Places], RowView | None] = {}
+        self._kept = kept
+        self._rows = PassRows(streams)
 
     def run(self, order: int, members: Sequence[Member], port: PortValue) -> Sequence[Member]:
         """Runs the tables of a visit; returns the members that have to run one by one."""
         if len(members) < 2 or port.pairs is not None or port.heads is not None:
             return members
-        seated = self._visits.get(order)
+        seated = self._kept.visits.get(order)
         if seated is None:
-            seated = self._visits[order] = self._tables.seated(members, order)
+            seated = self._kept.visits[order] = self._tables.seated(members, order, self._kept.groups)
         left = seated.alone
         for table in seated.tables:
-            missing = table.run(port, self)
+            missing = table.run(port, self._rows)
             self._tables.num_rows += len(table.seats) - len(missing)
             if missing:
                 left = [*left, *[(seat.state, seat.fragment) for seat in missing]]
         return left
-
-    def rows(self, where: Where, states: Sequence[RequestState], places: Places) -> RowView | None:
-        """The rows of several members, one below the other; None where some lie outside of the stream.
-
-        One object for as long as the stream is one: most levels of a pass have the same rows.
-        """
-        key = self._space(where), places
-        if key not in self._rows:
-            views = [self._view(where, state, place) for state, (_, place) in zip(states, places, strict=True)]
-            is_plain = len({view.shape for view in views}) == 1 and not any(view.has_outputs for view in views)
-            self._rows[key] = RowView.joined(views) if is_plain else None
-        return self._rows[key]
-
-    def _space(self, where: Where) -> object:
-        if where.side is Side.KEPT:
-            return None
-        if where.side is Side.BEHIND and self._streams.giving:
-            return where
-        at = self._streams.inside if where.side is Side.INSIDE else self._streams.at
-        return id(at(where.level))
-
-    def _view(self, where: Where, state: RequestState, place: Place) -> RowView:
-        invoke, columns = place
-        rows = state.rows[invoke]
-        match where.side:
-            case Side.KEPT:
-                return rows.kept(columns)
-            case Side.INSIDE:
-                return rows.inside(where.level, columns)
-            case Side.BEHIND:
-                return rows.behind(where.level, columns)
-        return rows.at(where.level, columns)
-
-
-class Side(Enum):
-    """Which rows a read or a write of a table has."""
-
-    AT = "at"  # those of a level
-    INSIDE = "inside"  # those that a layer is run for
-    BEHIND = "behind"  # a layer's outputs
-    KEPT = "kept"  # those that the head runs on
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """A row space of a pass."""
-
-    side: Side
-    level: int
 
 
 def _is_whole(state: RequestState) -> bool:
@@ -223,42 +180,55 @@ def _is_whole(state: RequestState) -> bool:
 class Table:
     """Members whose fragments at a visit have one outline."""
 
-    def __init__(self, seats: list[Seat], order: int, levels: Levels) -> None:
-        self.seats, self._order, self._levels = seats, order, levels
+    def __init__(self, seats: list[Seat], order: int, levels: Levels, groups: dict[Group, int]) -> None:
+        """`groups`: numbers of those that are known; they are added to."""
+        self.seats, self._order, self._levels, self._groups = seats, order, levels, groups
         self._states = [seat.state for seat in seats]
         self._outline: Outline = seats[0].bound.outline
+        reads = zip(*[seat.bound.reads for seat in seats], strict=True)
+        writes = zip(*[seat.bound.writes for seat in seats], strict=True)
         self._reads = [
-            (read, self._where(read.is_kept, read.is_output and levels.is_output(order), levels.of(order)), places)
-            for read, places in zip(self._outline.reads, self._places("reads"), strict=True)
+            (read, self._spot(read.is_kept, read.is_output and levels.is_output(order), levels.of(order), places))
+            for read, places in zip(self._outline.reads, reads, strict=True)
         ]
         self._writes = [
-            (write, self._where(write.is_kept, False, levels.acts_from(order)), places)
-            for write, places in zip(self._outline.writes, self._places("writes"), strict=True)
+            (write, self._spot(write.is_kept, False, levels.acts_from(order), places))
+            for write, places in zip(self._outline.writes, writes, strict=True)
         ]
         self._steady: dict[int, Tensor] = {}  # stacks of steady values, by slot
         self._is_proven = False  # once it has run, and all had the shapes and dtypes that were planned
+        self._is_unfit = False  # once it could not run
 
-    def run(self, port: PortValue, rows: PassTables) -> list[Seat]:
+    def run(self, port: PortValue, rows: PassRows) -> list[Seat]:
         """Runs the members that are whole; returns those that it could not run, to which nothing has happened."""
+        if self._is_unfit:
+            return self.seats
         if not all(map(_is_whole, self._states)):
             return self._run_others(port, rows)
         try:
             stacks, written = self._values(port, rows)
         except Exception:  # noqa: BLE001  one of them fails: it will say so when each runs by itself
+            self._is_unfit = True
+            self._steady.clear()
             return self.seats
-        for (write, _, _), (at, value) in zip(self._writes, written, strict=True):
+        for (write, _), (at, value) in zip(self._writes, written, strict=True):
             port.write(write.selector, RowWrite(rows=at, value=value, in_place=write.in_place, turn=write.turn))
         self._give_back(stacks)
         return []
 
-    def _run_others(self, port: PortValue, rows: PassTables) -> list[Seat]:
+    @property
+    def kept_bytes(self) -> int:
+        """Of stacks that stay from pass to pass."""
+        return sum(stack.nbytes for stack in self._steady.values())
+
+    def _run_others(self, port: PortValue, rows: PassRows) -> list[Seat]:
         left = [seat for seat in self.seats if not _is_whole(seat.state)]
         others = [seat for seat in self.seats if _is_whole(seat.state)]
         if len(others) < 2:
             return self.seats
-        return [*left, *Table(others, self._order, self._levels).run(port, rows)]
+        return [*left, *Table(others, self._order, self._levels, self._groups).run(port, rows)]
 
-    def _values(self, port: PortValue, rows: PassTables) -> tuple[Stacks, list[tuple[RowView, Tensor]]]:
+    def _values(self, port: PortValue, rows: PassRows) -> tuple[Stacks, list[tuple[RowView, Tensor]]]:
         """All stacks, and what is written where. Raises when a member's value is not what was planned."""
         outline, num = self._outline, len(self.seats)
         stacks: Stacks = [None] * len(outline.owns)
@@ -268,8 +238,8 @@ class Table:
                 stacks[slot] = self._stacked(place, outline.owns[slot])
                 if outline.is_steady[place]:
                     self._steady[slot] = stacks[slot]
-        for read, where, places in self._reads:
-            at = self._rows_of(rows, where, places)
+        for read, spot in self._reads:
+            at = self._rows_of(rows, spot)
             value = at.read(port.tensors[read.selector])
             if at.is_run:
                 value = value.clone(memory_format=torch.contiguous_format)
@@ -279,8 +249,8 @@ class Table:
         if not self._is_proven:
             self._prove(stacks)
         written = []
-        for write, where, places in self._writes:
-            at = self._rows_of(rows, where, places)
+        for write, spot in self._writes:
+            at = self._rows_of(rows, spot)
             value = stacks[write.slot].to(port.tensors[write.selector].dtype)
             written.append((at, value.reshape(*at.shape, *value.shape[3:])))
         return stacks, written
@@ -288,18 +258,26 @@ class Table:
     def _give_back(self, stacks: Stacks) -> None:
         """What each member has afterwards."""
         outline = self._outline
+        if outline.stays or outline.saves:
+            self._hand_out(stacks)
+        for seat in self.seats:
+            state, bound = seat.state, seat.bound
+            state.fired += bound.fired
+            for node in bound.drops:
+                state.values.pop(node, None)
+
+    def _hand_out(self, stacks: Stacks) -> None:
+        """Values that are saved, or needed later."""
+        outline = self._outline
         stays = [stacks[slot].unbind(0) for slot in outline.stays]
         saves = [None if slot is None else stacks[slot].unbind(0) for slot in outline.saves]
         for place, seat in enumerate(self.seats):
             state, bound = seat.state, seat.bound
-            state.fired.extend(bound.fired)
             for node, values in zip(bound.stays, stays, strict=True):
                 is_held = state.member is not None and node in state.member.holds  # for longer than others beside it
                 state.values[node] = values[place].clone() if is_held else values[place]
             for node, parts in zip(bound.saves, saves, strict=True):
                 state.save(node, None if parts is None else parts[place])
-            for node in bound.drops:
-                state.values.pop(node, None)
 
     def _stacked(self, place: int, own: Own) -> Tensor:
         """A value from outside, of all members."""
@@ -320,23 +298,16 @@ class Table:
                 raise ValueError("a value is not what was planned")
         self._is_proven = True
 
-    def _rows_of(self, rows: PassTables, where: Where, places: Places) -> RowView:
-        at = rows.rows(where, self._states, places)
+    def _rows_of(self, rows: PassRows, spot: Spot) -> RowView:
+        at = rows.at(spot, self._states)
         if at is None:
             raise ValueError("rows of trunks are read one by one")
         return at
 
-    def _where(self, is_kept: bool, is_output: bool, level: int) -> Where:
+    def _spot(self, is_kept: bool, is_output: bool, level: int, places: Places) -> Spot:
+        group = (tuple(map(id, self._states)), places)
+        number = self._groups.setdefault(group, len(self._groups))
         if is_kept:
-            return Where(Side.KEPT, 0)
-        if is_output:
-            return Where(Side.BEHIND, level)
-        return Where(Side.INSIDE if self._levels.is_inside(self._order) else Side.AT, level)
-
-    def _places(self, what: str) -> list[Places]:
-        """For each read or write of the outline, where the members have it."""
-        own = [getattr(seat.bound, what) for seat in self.seats]
-        return [
-            tuple([(id(state), place) for state, place in zip(self._states, places, strict=True)])
-            for places in zip(*own, strict=True)
-        ]
+            return Spot(Where(Side.KEPT, 0), places, number)
+        inside = Side.INSIDE if self._levels.is_inside(self._order) else Side.AT
+        return Spot(Where(Side.BEHIND if is_output else inside, level), places, number)

@@ -45,6 +45,7 @@ from engine.spans import SpanStore
 from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
+from engine.tokenizer import end_tokens
 from engine.trunks import Trunks
 from engine.twins import prove_splits
 from engine.views import InvokeRows
@@ -161,8 +162,11 @@ class Shard:
             levels=Levels(self.probe.sites, self.probe.layout.layers),
             operations={},
         )
-        notes = report.notes if self.probe.manner.layout is PassLayout.PACKED else report.notes + check_caches(trial)
-        return replace(report, notes=notes, checks=check_names(trial, report, parameters))
+        if self.probe.manner.layout is PassLayout.PADDED:
+            found = check_caches(trial)
+            notes = report.notes if found.note is None else (*report.notes, found.note)
+            report = replace(report, can_generate=found.can_generate, key_value_bytes=found.row_bytes, notes=notes)
+        return replace(report, checks=check_names(trial, report, parameters))
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""
@@ -172,7 +176,8 @@ class Shard:
             self.probe, told, name=name, stages=self.links.stages, ranks=self.links.ranks, limits=limits
         )
         checked = with_checks(description, [check for report in told for check in report.checks])
-        return replace(checked, chat=chat_format(self.config.source))
+        source = self.config.source
+        return replace(checked, chat=chat_format(source), eos=end_tokens(source))
 
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""

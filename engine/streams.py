@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import lt
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.copies import to_device
-from engine.decoded import decoded_rows, joined_trunks
+from engine.decoded import DecodedRow, decoded_rows, joined_trunks
 from scheduling.plan import MIN_ROWS, NO_ROWS, Plan, Segment, TrunkId, View
 
 # T = rows of a level, padded
@@ -139,10 +139,7 @@ class Streams:
         self.num_layers = len(plan.layer_rows)
         self.decoded = decoded_rows(plan)
         self.giving = trunks_of(plan.segments, has_outputs=True)  # from whose outputs rows are born
-        others, joined = trunks_of(plan.segments, has_outputs=False), joined_trunks(plan, self.decoded)
-        gathered = [*self.giving, *(place for place in others if place in joined)]
-        self.num_gathered = len(gathered)  # of the trunks, the first: whose rows do not decode only
-        self.trunks = [*gathered, *(place for place in others if place not in joined)]
+        self.trunks, self.num_gathered = self._in_order(self.decoded)  # of the trunks, those whose rows are gathered
         self._layers: list[Stream] = []
         self._running: dict[int, Stream] = {}
         self._origins: dict[int, Tensor | None] = {}  # by id of the stream
@@ -152,6 +149,22 @@ class Streams:
         """Segments that have rows in this pass, and their places among these."""
         places = [place for place, segment in enumerate(self.plan.segments) if segment.trunk is None]
         return {segment: place for place, segment in enumerate(places)}
+
+    def _in_order(self, decoded: Mapping[int, DecodedRow]) -> tuple[list[int], int]:
+        """The trunks in the order of their rows: those first that somebody looks for who does not decode; how many."""
+        others, joined = trunks_of(self.plan.segments, has_outputs=False), joined_trunks(self.plan, decoded)
+        gathered = [*self.giving, *(place for place in others if place in joined)]
+        return [*gathered, *(place for place in others if place not in joined)], len(gathered)
+
+    def gathering(self, stream: Stream, also: frozenset[int]) -> tuple[Stream, list[int]]:
+        """A layer's rows with numbers for those of trunks that are gathered behind them, and which trunks these are.
+
+        `also` are segments that decode at other layers, and not at this one.
+        """
+        if not also:
+            return stream, self.trunks[: self.num_gathered]
+        order, count = self._in_order({place: row for place, row in self.decoded.items() if place not in also})
+        return type(stream)(self.plan.segments, stream.level, self.multiple, order), order[:count]
 
     def at(self, level: int) -> LevelRows:
         """The rows at a level; the same object as at the level before when nothing changes there."""

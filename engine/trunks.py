@@ -7,6 +7,8 @@ has the bits that it would have beside it, since what is kept are the same tenso
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from engine.decoding import Decoding
 from engine.growth import Growth
 from engine.spans import SpanStore
 from engine.streams import Stream, Streams
+from scheduling.plan import Segment
 
 # T = packed rows, R = rows of trunks, G = key/value heads, C = head dimension, D = hidden
 
@@ -35,18 +38,16 @@ class Trunks:
             return None
         return Decoding(stream, self._streams.decoded.values(), self._store.caches, self._streams.device)
 
-    def through(self, layer: int, key_GTC: Tensor, value_GTC: Tensor, *, is_all: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values of the stream, behind them those of trunks; without those that only rows read that decode.
+    def gathering(self, stream: Stream, also: frozenset[int] | None) -> tuple[Stream, list[int]]:
+        """As `Streams.gathering`; None: no segment decodes."""
+        if also is None:
+            return stream, self._streams.trunks
+        return self._streams.gathering(stream, also)
 
-        With `is_all` these too.
-        """
-        stream = self._streams.inside(layer)
-        count = len(self._streams.trunks) if is_all else self._streams.num_gathered
-        found = [
-            self._kept(stream, place, layer, key_GTC.dtype)
-            for place in self._streams.trunks[:count]
-            if stream.segments[place].stops[layer] > stream.segments[place].starts[layer]
-        ]
+    def through(self, layer: int, places: Sequence[int], key_GTC: Tensor, value_GTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the stream, behind them those of some trunks."""
+        segments = [self._streams.plan.segments[place] for place in places]
+        found = [self._kept(one, layer, key_GTC.dtype) for one in segments if one.starts[layer] < one.stops[layer]]
         if found:
             key_GTC = torch.cat([key_GTC, *(key for key, _ in found)], 1)
             value_GTC = torch.cat([value_GTC, *(value for _, value in found)], 1)
@@ -61,9 +62,8 @@ class Trunks:
                 self._store.keep_keys(keep.trunk, layer, key_GRC.index_select(1, rows), value_GRC.index_select(1, rows))
         self._grow(stream, layer, key_GRC, value_GRC)
 
-    def _kept(self, stream: Stream, place: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _kept(self, segment: Segment, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A trunk's keys and values `[G, R, C]`, as many as it has by its segment."""
-        segment = stream.segments[place]
         assert segment.trunk is not None
         count = segment.stops[layer] - segment.starts[layer]
         if segment.trunk in self._store.caches:

@@ -144,7 +144,7 @@ class NoEmbedding(nn.Module):
 def find_layers(model: nn.Module) -> str:
     """Path of the ModuleList of decoder layers: as long as the configuration says, and heaviest of those."""
     config: Any = model.config
-    text = config.get_text_config(decoder=True)
+    text = config if has_encoder(model) else config.get_text_config(decoder=True)
     names = (*_DECODER_LAYERS, "num_hidden_layers") if has_encoder(model) else ("num_hidden_layers",)
     num_layers = next(int(found) for name in names if (found := getattr(text, name, None)) is not None)
     lists: list[tuple[int, str]] = [

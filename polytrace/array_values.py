@@ -137,7 +137,7 @@ def become(value: Any, result: Any) -> None:
     value.__dict__["_array"] = result
 
 
-class StepArrays(OfSteps, _Held):
+class StepArrays(_Held, OfSteps):
     """A value that was recorded once for several steps, when its block has ended."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:

@@ -38,6 +38,11 @@ class Constants:
             self._by_object[id(value), version] = (value, name)
         return name
 
+    def name_of(self, value: Any) -> str | None:
+        """The name of a tensor or array as it is now; None when it is no part of the program."""
+        found = self._by_object.get((id(value), getattr(value, "_version", None)))  # type: ignore[arg-type]
+        return found[1] if found is not None and found[0] is value else None
+
     def check(self) -> None:
         """Raises GraphError where a tensor used twice is not what it was: torch counts no change through `.data`."""
         for key, where in self._again.items():

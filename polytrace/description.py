@@ -213,7 +213,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatFormat:
-    """The tokenizer's own chat template, in Jinja. Rendered by clients, in a sandbox."""
+    """The tokenizer's own chat template, in Jinja. Rendered in a sandbox: by clients, or a worker of the service."""
 
     templates: Mapping[str, str]  # by name; "default" where there is one only
     special_tokens: Mapping[str, str]  # what templates know beside the messages: bos_token, eos_token, ...
@@ -255,6 +255,7 @@ class ModelDescription:
     codes: tuple[SourceCode, ...] = ()
     sources: tuple[SourceInfo, ...] = ()
     chat: ChatFormat | None = None  # how conversations become prompts; None: the model came without a chat template
+    eos: tuple[int, ...] = ()  # tokens that end a text, by the model's own configuration of its generation
 
 
 def logits_of(sites: Iterable[SiteInfo]) -> tuple[SiteInfo, Leaf] | None:

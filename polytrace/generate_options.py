@@ -135,6 +135,8 @@ def _generation(given: Mapping[str, Any], own_eos: tuple[int, ...]) -> Generatio
 
 def _own_eos(description: ModelDescription) -> tuple[int, ...]:
     """The tokens that end a sequence by the model's own configuration."""
+    if description.eos:
+        return description.eos
     config = description.config
     for part in (config, config.get("text_config"), config.get("decoder")):
         if isinstance(part, Mapping) and part.get("eos_token_id") is not None:

@@ -11,14 +11,13 @@ from polytrace.certificate import Token
 from polytrace.continuations import Continuation, Continuations
 from polytrace.errors import GraphError
 from polytrace.generate_options import Ways, is_source
-from polytrace.graph import Invoke, Options, Port, Ref, Site, Stop
+from polytrace.graph import Invoke, Operand, Options, Port, Ref, Site, Stop
 from polytrace.iterating import StepBlock, StepIndex
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.loops import Position
 from polytrace.progress import Hear, Tell
 from polytrace.step_values import came
-from polytrace.storage import is_recorded
 from polytrace.streaming import Piece, Pieces
 from polytrace.timing import FIRST
 from polytrace.tracing import InvokeBlock, Tracer
@@ -111,15 +110,13 @@ class GenerateTracer(Tracer):
         where = user_line()
         invoke = self.invoke_index("tracer.stop()")
         step = self.recording.when(None, invoke, where)
-        if when is None:
-            when = True
-        if is_recorded(when):
-            operand = self.recording.operand(when, where)
+        flag = scalar(True if when is None else when)
+        if isinstance(flag, (bool, int, float)):
+            operand: Operand = Ref(self.recording.own_constant("bool", (), bytes([bool(flag)]), where))
         else:
-            if not isinstance(flag := scalar(when), (bool, int, float)):
-                raise GraphError(f"stop takes a value of the trace or a truth, not {when!r}", where=where)
-            operand = Ref(self.recording.own_constant("bool", (), bytes([bool(flag)]), where))
-        assert isinstance(operand, Ref)
+            operand = self.recording.operand(when, where)
+        if not isinstance(operand, Ref):
+            raise GraphError(f"stop takes a value of the trace or a truth, not {when!r}", where=where)
         for member in self.members_of(invoke):
             self.recording.add(
                 Stop(value=operand, invoke=member, where=where, step=step.step, num_steps=step.num_steps)

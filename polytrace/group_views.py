@@ -73,6 +73,11 @@ class GroupViews:
         assert lengths is not None, "groups are of prompts that are there"
         return lengths
 
+    def widths_of(self, site: Site, invoke: int) -> tuple[int, ...]:
+        """Columns that each prompt has in a site's view: its tokens, but for sites of one row a sequence."""
+        lengths, columns = self.lengths_of(invoke), self._recording.session.num_columns(site)
+        return lengths if columns is None else (columns,) * len(lengths)
+
     def token_dims(self, site: Site) -> tuple[int, ...]:
         """The dimensions of a site's view that run over tokens."""
         return (2, 3) if site.port.is_of_pairs else (self._recording.session.row_dim(site),)

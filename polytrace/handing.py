@@ -52,5 +52,5 @@ def _lose(recording: Recording, value: Any, when: When | None, name: str) -> Non
     step = f"step {when.step} never came" if when is not None else "a step that it is made of never came"
     state_of(value).gone = (
         f"this value has no data, for {step}: its prompt's generation had ended before. polytrace.came(values) are "
-        "those of a list that are there"
+        "those of a list that are there, and value.steps has what one line saved at the steps that came"
     )

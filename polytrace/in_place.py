@@ -79,8 +79,8 @@ class InPlace:
                 )
             )
             return
-        lengths, shape = self._recording.groups.lengths_of(place.invoke), self._recording.session.shape_of(node).shape
-        dims = self._recording.groups.token_dims(place.site)
+        lengths = self._recording.groups.widths_of(place.site, place.invoke)
+        shape, dims = self._recording.session.shape_of(node).shape, self._recording.groups.token_dims(place.site)
         sizes = [shape[dim : dim + 1] for dim in dims]
         if shape[:1] != (len(lengths),) or any(size != (max(lengths),) for size in sizes):
             raise GraphError(
@@ -98,7 +98,7 @@ class InPlace:
         """The one of a site and an invoke or a group."""
         if invoke < 0:
             members = self._recording.session.members_of(invoke)
-            lengths = [self._recording.groups.lengths_of(member) for member in members]
+            lengths = [self._recording.groups.widths_of(site, member) for member in members]
             parts = parts_of([self._own_place(site, member) for member in members], lengths)
             return self._groups.setdefault((site, invoke), GroupPlace(site, invoke, parts))
         return self._own_place(site, invoke)

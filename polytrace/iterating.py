@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from polytrace.errors import GraphError, TooLargeError
@@ -11,6 +11,7 @@ from polytrace.lines import user_frame, user_line
 from polytrace.literals import scalar
 from polytrace.loops import Loop
 from polytrace.timing import When
+from polytrace.variables import variables
 
 if TYPE_CHECKING:
     from polytrace.generating import GenerateTracer
@@ -90,8 +91,7 @@ class StepBlock:
                 "a body that is recorded once is for steps one behind the other: write `for step in tracer.iter[...]`",
                 where=user_line(),
             )
-        frame = user_frame()
-        self._before = dict(frame.f_locals) if frame is not None else {}
+        self._before = variables(user_frame())
         self._loop = Loop(self._where, is_once=len(steps) > 1)
         self._loops.begin(self._loop, When(steps[0], len(steps)))
         return self
@@ -102,8 +102,7 @@ class StepBlock:
         assert self._loop is not None
         self._loops.end(self._loop)
         if error is None and self._loop.is_once:
-            frame: FrameType | None = user_frame()
-            self._loops.check_rebinding(self._loop, frame, self._before, self._where)
+            self._loops.check_rebinding(self._loop, self._before, self._where)
 
     def _check(self) -> None:
         self._tracer.invoke_index("a loop over steps")

@@ -10,15 +10,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
-from polytrace.graph import Last, NodeId, Op, Ref, Site
+from polytrace.graph import Last, Node, NodeId, Op, Ref, Site
 from polytrace.lines import user_frame
-from polytrace.step_values import OfSteps
-from polytrace.storage import State, is_recorded, state_of
-from polytrace.timing import ENDING, FIRST, TIMELESS, When
+from polytrace.merging import Body, is_of_a_step
+from polytrace.timing import ENDING, FIRST, TIMELESS, When, joined
+from polytrace.variables import check_rebinding, nodes_by_name
 
 if TYPE_CHECKING:
     from polytrace.recording import Recording
@@ -81,6 +80,7 @@ class Loops:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self.position = Position()
+        self._outside: tuple[int, dict[str, int]] = (0, {})  # what `next()` had said before the body began
         self._starts: list[NodeId] = []  # of all bodies
         self._owners: list[tuple[Loop, int]] = []  # and whose they are
         self._lasts: dict[tuple[NodeId, ...], NodeId] = {}
@@ -94,24 +94,38 @@ class Loops:
     def begin(self, loop: Loop, when: When) -> None:
         """A body begins."""
         if not loop.names:
-            loop.names.append(self._named(user_frame()))
+            loop.names.append(nodes_by_name(self._recording, user_frame()))
         first = NodeId(len(self._recording.nodes))
         self._starts.append(first)
         self._owners.append((loop, len(loop.bodies)))
         loop.bodies.append((first, first))
         loop.whens.append(when)
-        self.position.loop, self.position.when = loop, when
+        position = self.position
+        self._outside = (position.ahead, position.modules)
+        position.loop, position.when, position.ahead, position.modules = loop, when, 0, {}
 
     def end(self, loop: Loop) -> None:
         """A body ends."""
         first = loop.bodies[-1][0]
         loop.bodies[-1] = (first, NodeId(len(self._recording.nodes)))
-        loop.names.append(self._named(user_frame()))
+        loop.names.append(nodes_by_name(self._recording, user_frame()))
         self.position.loop, self.position.when = None, FIRST
+        self.position.ahead, self.position.modules = self._outside  # `next()` in a body is for the rest of it
 
-    def draw(self) -> int:
-        """The number of the next random op: each step counts its own, so that equal bodies stay equal."""
-        when = self.position.of()
+    def draw(self, needs: Sequence[NodeId], where: str) -> int:
+        """The number of the next random op, which needs these values.
+
+        Each step counts its own, so that equal bodies stay equal. An op draws at the step that it belongs to.
+        """
+        when = joined(map(self._recording.facts.times.of, needs), where) if self.are_used else FIRST
+        when = FIRST if when == TIMELESS else when
+        loop = self.position.loop
+        if loop is not None and loop.is_once and not when.is_loop:
+            raise GraphError(
+                f"the body at {loop.where} is recorded once for several steps, and this would be drawn once for all of "
+                "them: draw like a value of the step (torch.randn_like), or write `for step in tracer.iter[...]`",
+                where=where,
+            )
         steps = range(when.step, when.step + when.num_steps)
         number = max(self._draws.get(step, 0) for step in steps)
         self._draws.update(dict.fromkeys(steps, number + 1))
@@ -155,27 +169,25 @@ class Loops:
                 where=where,
             )
 
-    def check_rebinding(self, loop: Loop, frame: FrameType | None, before: Mapping[str, Any], where: str) -> None:
+    def check_rebinding(self, loop: Loop, before: Mapping[str, Any], where: str) -> None:
         """GraphError where a variable from outside stands for a value of a body that is recorded once.
 
         `before`: the variables as they were when the block began.
         """
-        first, stop = loop.bodies[-1]
-        for name, value in (frame.f_locals if frame is not None else {}).items():
-            old = before.get(name)
-            if not is_recorded(value) or old is None or value is old or not _is_value(old):
-                continue
-            state = state_of(value)
-            if state.recording is not self._recording or not first <= state.node < stop:
-                continue
-            if is_recorded(old) and not self._depends(state.node, state_of(old).node):
-                continue
-            raise GraphError(
-                f"`{name}` is from outside, and the body at {where} gives it another value at each step; that body is "
-                "recorded once for all of its steps: write `for step in tracer.iter[...]`, whose body is recorded for "
-                "each step",
-                where=where,
-            )
+        check_rebinding(self._recording, range(*loop.bodies[-1]), user_frame(), before, where)
+
+    def bodies(self, nodes: Sequence[Node], places: Mapping[NodeId, NodeId]) -> list[Body]:
+        """All bodies that were recorded for one step, of the nodes that are left; `places` are where they are now."""
+        found: list[Body] = []
+        loops = {id(loop): number for number, (loop, _) in enumerate(self._owners)}
+        for loop, number in self._owners:
+            when = loop.whens[number]
+            own = [places[NodeId(node)] for node in range(*loop.bodies[number]) if NodeId(node) in places]
+            if not when.is_loop:
+                steps = tuple([node for node in own if is_of_a_step(nodes[node])])
+                among = {node: place for place, node in enumerate(steps)}
+                found.append(Body(loop=loops[id(loop)], step=when.step, nodes=steps, places=among))
+        return found
 
     def has_owner(self, node: NodeId) -> bool:
         """Whether a node was made in the body of a loop that has ended."""
@@ -185,21 +197,6 @@ class Loops:
         """Whether a node was made in the body of these steps."""
         owner = self._owner(node)
         return owner is not None and owner[0].whens[owner[1]] == when
-
-    def _depends(self, node: NodeId, on: NodeId) -> bool:
-        from polytrace.pruning import cone
-
-        return on in cone(self._recording.nodes, node)
-
-    def _named(self, frame: FrameType | None) -> dict[str, NodeId]:
-        """The variables of the user's function that stand for values of this recording."""
-        found: dict[str, NodeId] = {}
-        for name, value in (frame.f_locals if frame is not None else {}).items():
-            if is_recorded(value) and (state := state_of(value)).recording is self._recording:
-                node = _node_now(state)
-                if node is not None:
-                    found[name] = node
-        return found
 
     def _owner(self, node: NodeId) -> tuple[Loop, int] | None:
         place = bisect_right(self._starts, node) - 1
@@ -215,23 +212,9 @@ class Loops:
         return self._lasts[key]
 
 
-def _node_now(state: State) -> NodeId | None:
-    """The node of a value, without making any; None where it would take one."""
-    if state.version == state.storage.version:
-        return state.node
-    return None if state.steps else state.storage.node
-
-
 def _key(node: Any) -> Hashable:
     """What nodes of different bodies have in common that stand in the same place."""
     return (type(node), node.where, node.name if isinstance(node, Op) else None)
-
-
-def _is_value(thing: Any) -> bool:
-    """Whether a variable had something that could be added to. What an earlier block has given is a sequence."""
-    if isinstance(thing, OfSteps):
-        return False
-    return is_recorded(thing) or hasattr(thing, "dtype") or (isinstance(thing, (int, float)) and thing is not True)
 
 
 def _is_within(module: str, path: str) -> bool:

@@ -32,12 +32,15 @@ from polytrace.graph import (
     Save,
     Site,
     Write,
+    refs,
 )
+from polytrace.graph import operands as node_operands
 from polytrace.group_views import GroupViews
 from polytrace.in_place import InPlace
 from polytrace.lines import user_line
 from polytrace.literals import is_basic
 from polytrace.loops import Loops
+from polytrace.merging import merged
 from polytrace.node_facts import NodeFacts
 from polytrace.operands import operand_of
 from polytrace.ops import OPS
@@ -76,6 +79,9 @@ class Session(Protocol):
     @property
     def told(self) -> str:
         """Why a value has no data yet."""
+
+    def num_columns(self, site: Site) -> int | None:
+        """Of a site's view, where that does not depend on the prompts."""
 
     def row_dim(self, site: Site) -> int:
         """The dimension of a site's view that its tokens are in."""
@@ -206,7 +212,7 @@ class Recording:
         named = {key: self.operand(value, where) for key, value in kwargs.items()}
         if OPS[name].is_random:
             # what each draws does not depend on which nodes are left of the others
-            named.setdefault("draw", self.loops.draw())
+            named.setdefault("draw", self.loops.draw(refs((*operands, *named.values())), where))
         call = Op(name=name, args=operands, kwargs=named, where=where)
         node = self.groups.taken_of_members(call) or self.add(call)
         way: tuple[Step, ...] = ()
@@ -340,7 +346,9 @@ class Recording:
             elif isinstance(made, Mask):
                 place = self.once(replace(made, invoke=invoke), invoke)
             elif isinstance(made, Op) and OPS[made.name].is_random:
-                place = self.add(replace(made, kwargs={**made.kwargs, "draw": self.loops.draw()}))
+                place = self.add(
+                    replace(made, kwargs={**made.kwargs, "draw": self.loops.draw(node_operands(made), made.where)})
+                )
             elif isinstance(made, (Read, Write)):
                 place = self.add(replace(made, invoke=invoke, step=when.step, num_steps=when.num_steps))
             else:
@@ -376,7 +384,8 @@ class Recording:
         live = needed(nodes, effects(nodes))
         self.in_place.check_used(live)
         wanted = (NodeId(position) for position, is_live in enumerate(live) if is_live)
-        return renumber(nodes, wanted)[0], given
+        own, places = renumber(nodes, wanted)
+        return merged(own, self.loops.bodies(own, places)), given
 
     def part(self, node: NodeId) -> tuple[tuple[Node, ...], dict[NodeId, NodeId]]:
         """A graph that saves one node's value, and the places in it of the nodes that it has."""

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from polytrace.errors import GraphError
-from polytrace.graph import Last, Node, NodeId, Read, Save, Stop, Write, operands
+from polytrace.graph import Last, Mask, Node, NodeId, Op, Read, Save, Stop, Write, operands
+from polytrace.ops import OPS
 
 
 class When(NamedTuple):
@@ -35,7 +36,7 @@ class When(NamedTuple):
 
 
 FIRST = When(0)  # of the prompts
-TIMELESS = When(-1)  # of constants, parameters, masks and what is made of them alone
+TIMELESS = When(-1)  # of constants, parameters and what is made of them alone
 ENDING = When(1 << 31)  # of what is made of `Last` nodes
 
 
@@ -46,6 +47,8 @@ def time_of(node: Node, known: Callable[[NodeId], When]) -> When:
     if isinstance(node, Read):
         return When(node.step, node.num_steps)
     values = joined(map(known, operands(node)), node.where)
+    if isinstance(node, Mask) or (values == TIMELESS and isinstance(node, Op) and is_random(node.name)):
+        return FIRST  # of the prompts; and what is drawn from nothing is drawn once
     if isinstance(node, Save) and node.step is None:
         return values
     if isinstance(node, (Write, Stop, Save)):
@@ -53,6 +56,11 @@ def time_of(node: Node, known: Callable[[NodeId], When]) -> When:
         check_in_time(values, own, type(node).__name__.lower(), node.where)
         return own
     return values
+
+
+def is_random(name: str) -> bool:
+    """Whether an op of the table draws."""
+    return name in OPS and OPS[name].is_random
 
 
 def joined(whens: Iterable[When], where: str) -> When:

@@ -7,7 +7,7 @@ from contextvars import ContextVar, Token
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from polytrace import hints
 from polytrace.asked_shapes import AskedShapes
@@ -244,7 +244,7 @@ class Tracer:
         self._check_open()
         add_log(self, first, second)
 
-    def __enter__(self) -> Tracer:
+    def __enter__(self) -> Self:
         other = _open.get()
         if other is not self._home:
             if other is None:
@@ -380,6 +380,10 @@ class Tracer:
 
     def members_of(self, invoke: int) -> Sequence[int]:
         return (invoke,) if invoke >= 0 else self._groups[-1 - invoke]
+
+    def num_columns(self, site: Site) -> int | None:
+        """Of a site's view, where that does not depend on the prompts."""
+        return None if site.port is Port.TOKEN else self.model._index.leaves[site].num_columns
 
     def row_dim(self, site: Site) -> int:
         """The dimension of a site's view that its tokens are in."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 
-from polytrace.description import Leaf, ModelDescription, SiteInfo
+from polytrace.description import Leaf, ModelDescription, Rows, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import (
     Call,
@@ -39,6 +39,9 @@ from polytrace.sources import Sources
 from polytrace.tensors import RawTensor
 from scheduling.levels import Levels
 
+CANNOT = "no prompt goes on"  # what the note of a description begins with that says why
+_NO_LOGITS = "what it returns has no logits of tokens"
+
 
 class ModelTable:
     """A description, indexed for looking up what a graph names. `table_of` makes it once."""
@@ -53,6 +56,11 @@ class ModelTable:
         self.sources = Sources(description)
 
     @cached_property
+    def has_encoder(self) -> bool:
+        """Whether the decoder has rows of its own."""
+        return any(info.rows is Rows.DECODER for info in self.description.sites)
+
+    @cached_property
     def orders(self) -> dict[tuple[str, Port, int], int]:
         """(module, port, visit) -> order."""
         return {(info.module, info.port, info.visit): info.order for info in self.description.sites}
@@ -65,6 +73,12 @@ class ModelTable:
         found = self.sources.site(site.module, site.port)
         assert found is not None, "the request was checked"
         return found.order
+
+    def has_pads(self, site: Site) -> bool:
+        """Whether a view of a site is as wide as the longest prompt."""
+        if not self.has_encoder:
+            return True
+        return any(info.rows is not Rows.DECODER for info in self.sites.get((site.module, site.port), ()))
 
     @cached_property
     def levels(self) -> Levels:
@@ -184,6 +198,16 @@ def check_nodes(nodes: tuple[Node, ...], constants: Mapping[str, RawTensor], tab
     _resolve_nodes(Request(graph=Graph(nodes=nodes), invokes=(nobody,), constants=constants), table)
 
 
+def check_steps(nodes: tuple[Node, ...], table: ModelTable) -> None:
+    """GraphError where a later step of a generation names what is of the encoder, which runs with the prompt alone."""
+    named = [node for node in nodes if isinstance(node, (Read, Write))] if table.has_encoder else []
+    for node in named:
+        is_later = node.step + node.num_steps > 1
+        if is_later and _allowed_site(node, table)[0].rows is not Rows.DECODER:
+            told = f"{node.site} is of the prompt, which the encoder reads at step 0 alone: name it outside of the loop"
+            raise GraphError(told, where=node.where)
+
+
 def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
     nodes = request.graph.nodes
     needed: list[tuple[NodeId, ...]] = []
@@ -295,7 +319,8 @@ def _check_room(index: int, invoke: Invoke, generation: Generation, description:
             f"invoke {index} has prompts of {longest} tokens and {more} new ones; the model's context takes {limit}"
         )
     if not any(site.port is Port.TOKEN for site in description.sites):
-        raise GraphError(f"{description.class_name} does not generate here: what it returns has no logits of tokens")
+        why = next((note for note in description.notes if note.startswith(CANNOT)), _NO_LOGITS)
+        raise GraphError(f"{description.class_name} does not generate here: {why}")
     wrong = [token for token in generation.eos if not 0 <= token < description.vocab_size]
     if wrong:
         raise GraphError(f"invoke {index} is to end at the token {wrong[0]}; ids are 0-{description.vocab_size - 1}")

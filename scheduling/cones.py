@@ -68,7 +68,9 @@ def find_cones(
         )
         if not has_forks:
             sites = ((levels.count, False, range(longest)),)
-        skipped = _skipped(run, request, resolved, columns, levels) if has_forks else {}
+        # What goes on needs the keys and values of every layer: it goes around none.
+        may_skip = has_forks and invoke.generation is None
+        skipped = _skipped(run, request, resolved, columns, levels) if may_skip else {}
         skips = tuple(sorted(skipped.values()))
         cones = []
         for place, sequence in enumerate(invoke.sequences):

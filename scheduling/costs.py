@@ -75,7 +75,7 @@ def find_notes(program: Program, table: ModelTable) -> tuple[str, ...]:
         for invoke in sorted(events)
         if (pads := _num_pads(program, invoke))
         for _, node in sorted(events[invoke])
-        if isinstance(write := program.graph.nodes[node], Write)
+        if isinstance(write := program.graph.nodes[node], Write) and table.has_pads(write.site)
     ]
     rounded = () if table.description.has_exact_rows else (ROUNDED_NOTE,)
     return (*_capped(seen), *_capped(padded), *rounded)

@@ -73,6 +73,18 @@ class Candidate(Protocol):
 AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
 
 
+class Choice(Protocol):
+    """Who goes next."""
+
+    def choose(
+        self, candidates: Iterable[AnyCandidate], step_rows: int, other_rows: int
+    ) -> list[tuple[AnyCandidate, int]]:
+        """Those of the candidates, given in the order in which they should go, that go now, each with its rows."""
+
+    def went(self, chosen: Sequence[Candidate]) -> None:
+        """These are in a pass."""
+
+
 class FirstComeFirstServed:
     """In the order given; a smaller one may fill the room that a larger one before it does not fit into.
 
@@ -106,6 +118,37 @@ class FirstComeFirstServed:
             room[candidate.is_step] -= rows
             is_first = is_first and not rows
         return chosen
+
+    def went(self, chosen: Sequence[Candidate]) -> None:
+        """As `Choice.went`: nothing depends on it."""
+
+
+class InTurns:
+    """Where sequences run one by one: steps of all generations together, in turns with one other wave at a time.
+
+    So who comes later waits for a step, and not until generations end, and these for one wave of another. Waves of
+    several requests in one pass would only make the first wait for the last.
+    """
+
+    def __init__(self, max_members: int) -> None:
+        """`max_members` are generations in one pass."""
+        self._steps, self._others = FirstComeFirstServed(max_members), FirstComeFirstServed(1)
+        self._had_steps = False  # the last pass
+
+    def choose(
+        self, candidates: Iterable[AnyCandidate], step_rows: int, other_rows: int
+    ) -> list[tuple[AnyCandidate, int]]:
+        """As `Choice.choose`."""
+        waiting = list(candidates)
+        steps = [one for one in waiting if one.is_step]
+        others = [one for one in waiting if not one.is_step]
+        if steps and not (others and self._had_steps):
+            return self._steps.choose(steps, step_rows, other_rows)
+        return self._others.choose(others, step_rows, other_rows)
+
+    def went(self, chosen: Sequence[Candidate]) -> None:
+        """As `Choice.went`."""
+        self._had_steps = any(one.is_step for one in chosen)
 
 
 class Patience:

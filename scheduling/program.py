@@ -15,7 +15,7 @@ from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write, name_at
 from polytrace.tensors import itemsize
 from scheduling.below import lower
-from scheduling.checks import Resolved, resolve, table_of
+from scheduling.checks import Resolved, check_steps, resolve, table_of
 from scheduling.columns import find_columns
 from scheduling.cones import Keys, find_cones, kept_columns
 from scheduling.costs import (
@@ -67,6 +67,7 @@ def work_out(
 
     with young_only:
         _check_size(request, description.limits)
+        check_steps(request.graph.nodes, table_of(description))
         program, facts = compile_chain(request, infer, compile_step)
     assert program.chain is not None
     if program.chain.data_bytes > description.limits.max_result_bytes:

@@ -90,7 +90,7 @@ class Account:
         self.program = program
         self.values: dict[str, Any] = {}  # saves, when the program has no result file
         self._entries: list[PassEntry] = []
-        self._fired: dict[object, _Firings] = {}  # reads and writes, by node, of a generation by line
+        self._runs: dict[tuple[int, tuple[NodeId, ...]], _Run] = {}  # by program and what fired
         self._saved_bytes = 0
         self._gathered_bytes = 0
         self.logs: list[Logged] = []  # in the order of their passes
@@ -113,7 +113,7 @@ class Account:
         counted from `offset` on.
         """
         program = program or self.program
-        request, nodes = program.request, program.graph.nodes
+        request = program.request
         self._entries.append(entry)
         for result in results:
             self._gathered_bytes += result.gathered.get(request, 0)
@@ -121,28 +121,40 @@ class Account:
             self._loaded_bytes += result.loaded.get(request, 0)
             self.values.update({name: value for (owner, name), value in result.values.items() if owner == request})
             if result.rank == 0:
-                for node in result.fired.get(request, ()):
-                    event = nodes[node]
-                    if isinstance(event, (Read, Write)):
-                        self._note(node, event, step)
-                    elif isinstance(event, Save) and (self.program.chain is not None or event.name.startswith(LOG)):
-                        slot = next(slot for slot in program.saves if slot.node == node)
-                        slot = came_out(slot_at(slot, step, offset), result.shapes, request)
-                        if self.program.chain is not None:
-                            self.saves.append(slot)
-                        if event.name.startswith(LOG):
-                            self.logs.append(Logged(passes_done=len(self._entries), slot=slot))
+                run = self._run(program, result.fired.get(request, ()))
+                run.steps.append(step)
+                for event, planned in run.told:
+                    slot = came_out(slot_at(planned, step, offset), result.shapes, request)
+                    if self.program.chain is not None:
+                        self.saves.append(slot)
+                    if event.name.startswith(LOG):
+                        self.logs.append(Logged(passes_done=len(self._entries), slot=slot))
 
-    def _note(self, node: NodeId, event: Read | Write, step: int) -> None:
-        if event.site.port is Port.TOKEN and event.where == GENERATE:
-            return
+    def _run(self, program: Program, fired: tuple[NodeId, ...]) -> _Run:
+        """What fired, and whenever else that did: most steps of a generation do the same."""
+        key = id(program), fired
+        if key not in self._runs:
+            slots = {slot.node: slot for slot in program.saves}
+            saves = [(event, slots[node]) for node in fired if isinstance(event := program.graph.nodes[node], Save)]
+            is_chain = self.program.chain is not None
+            told = [(event, slot) for event, slot in saves if is_chain or event.name.startswith(LOG)]
+            self._runs[key] = _Run(program, fired, told)
+        return self._runs[key]
+
+    def _firings(self) -> Iterable[_Firings]:
+        """Reads and writes, by node, of a generation by line."""
         is_chain = self.program.chain is not None
-        key = (type(event), event.site, event.invoke, event.where) if is_chain else node
-        firings = self._fired.get(key)
-        if firings is None:
-            firings = self._fired[key] = _Firings(event)
-        firings.passes += 1
-        firings.steps.add(step)
+        found: dict[object, _Firings] = {}
+        for run in self._runs.values():
+            for node in run.fired:
+                event = run.program.graph.nodes[node]
+                if not isinstance(event, (Read, Write)) or (event.site.port is Port.TOKEN and event.where == GENERATE):
+                    continue
+                key = (type(event), event.site, event.invoke, event.where) if is_chain else node
+                firings = found.setdefault(key, _Firings(event))
+                firings.passes += len(run.steps)
+                firings.steps.update(run.steps)
+        return found.values()
 
     def receipt(
         self,
@@ -165,7 +177,7 @@ class Account:
             tokens=steps.tokens + sum(wave_tokens(program, wave) for wave in program.waves),
             token_layers=steps.token_layers + token_layers(program, table, is_keeping=is_keeping) - spared,
             token_layers_alone=steps.token_layers + token_layers_alone(program, table),
-            fired=tuple(_told_firings(self._fired.values(), 1 if generating is None else generating.num_steps)),
+            fired=tuple(_told_firings(self._firings(), 1 if generating is None else generating.num_steps)),
             generated=() if generating is None else tuple(generating.generated()),
             pad_rows_written=pad_rows_written(program),
             read_bytes=steps.read_bytes + read_bytes(program),
@@ -179,6 +191,16 @@ class Account:
             notes=find_notes(program, table),
             edits=program.edits,
         )
+
+
+@dataclass(slots=True)
+class _Run:
+    """Runs of a program in which the same fired."""
+
+    program: Program
+    fired: tuple[NodeId, ...]
+    told: list[tuple[Save, SaveSlot]]  # saves that are told of: of a generation, and logs
+    steps: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

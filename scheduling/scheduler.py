@@ -46,7 +46,16 @@ from scheduling.plan import (
     SaveSlot,
     ShardResult,
 )
-from scheduling.policy import FirstComeFirstServed, PassPolicy, Patience, passes_in_flight, share_of, step_share
+from scheduling.policy import (
+    Choice,
+    FirstComeFirstServed,
+    InTurns,
+    PassPolicy,
+    Patience,
+    passes_in_flight,
+    share_of,
+    step_share,
+)
 from scheduling.prefixes import left_by
 from scheduling.receipts import Account, Logged, find_error, find_out_of_memory, pass_entry
 from scheduling.stopping import Decode
@@ -96,7 +105,8 @@ class _Job:
         self.added = now
         self.is_cancelled = False
         self.is_keeping: bool | None = None  # its trunks; None: nobody has asked yet
-        self.losses = 0  # passes that died with shards while it was in them
+        self.losses = 0  # passes that died with shards while it was in them, since it got further than there
+        self.lost_at = 0  # the step of its generation that it was at then
         self.losses_alone = 0  # of these, those that it had to itself
         self.party: object | None = None  # with whom it goes, and with nobody else; None: with anyone
         self.since: PassId | None = None  # the pass behind which it waits, to be fair among equals
@@ -203,9 +213,16 @@ class _Job:
         return True
 
     @property
-    def turn(self) -> tuple[bool, bool, int, int]:
-        """Its place in the queue: steps first; those whose last wave is under way only fill what others leave."""
-        return bool(self.in_flight), not self.is_step, self.since or 0, self.number
+    def turn(self) -> tuple[bool, bool, bool, int, int]:
+        """Its place in the queue: suspects first, or they would wait for ever behind those that share passes; then
+        steps; those whose last wave is under way only fill what others leave.
+        """
+        return bool(self.in_flight), not self.is_suspect, not self.is_step, self.since or 0, self.number
+
+    def clear(self) -> None:
+        """Ends the suspicion once its generation is behind the step at which a pass died."""
+        if self.is_suspect and self.generating is not None and self.generating.step > self.lost_at:
+            self.losses, self.party = 0, None
 
     def take_tokens(self) -> tuple[Token, ...]:
         """What was drawn and has not been told, also when it was drawn before."""
@@ -255,8 +272,8 @@ class Scheduler:
         self._table = table_of(description)
         self._policy = policy
         is_packed = description.layout is PassLayout.PACKED
-        # Where sequences run one by one, a pass of several requests only makes the first wait for the last.
-        self._choice = FirstComeFirstServed(policy.max_members if is_packed else 1)
+        choice = FirstComeFirstServed if is_packed else InTurns
+        self._choice: Choice = choice(policy.max_members)
         self._depth = passes_in_flight(description.stages)
         self._packer = Packer(description)
         self._patience = Patience(policy.max_waits)
@@ -345,6 +362,7 @@ class Scheduler:
         self._passes += 1
         pass_id = PassId(self._passes)
         going, plan = self._fill(pass_id)
+        self._choice.went([job for job, _ in going])
         flight = _Flight([job for job, one in going if not one.stretches], [job for job, one in going if one.stretches])
         self._flying[pass_id] = flight
         self._has_suspect_in_flight = any(job.is_suspect for job in flight.jobs)
@@ -502,6 +520,7 @@ class Scheduler:
                 if not job.advance():
                     self._finish(job)
                     continue
+                job.clear()
             self._progress[job.program.request] = job
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
@@ -549,6 +568,7 @@ class Scheduler:
                 self._queue_again(job, party=job.party)
             else:
                 job.losses += 1
+                job.lost_at = 0 if job.generating is None else job.generating.step
                 job.losses_alone += together == 1
                 if job.losses_alone == _MAX_LOSSES_ALONE:
                     told = f"shards died in {job.losses_alone} passes with this request alone: {error.message}"

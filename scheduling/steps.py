@@ -37,6 +37,7 @@ from polytrace.graph import (
     operands,
 )
 from polytrace.pruning import moved
+from polytrace.timing import is_random
 from scheduling.plan import Chain, Program, Step, ValueFacts
 
 Facts = tuple[ValueFacts | None, ...]
@@ -190,8 +191,8 @@ class Cutter:
             span = self.spans[part]
             if (span.first, span.count) > (latest.first, latest.count):
                 latest = span
-        if latest == _TIMELESS and isinstance(node, (Save, Mask)):
-            return Span(0, 1)  # of prompts, and what is computed of nothing: once
+        if latest == _TIMELESS and (isinstance(node, (Save, Mask)) or (isinstance(node, Op) and is_random(node.name))):
+            return Span(0, 1)  # of prompts, and what is computed or drawn of nothing: once
         return latest
 
     def _within(self, span: Span, node: Node) -> Span:

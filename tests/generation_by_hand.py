@@ -17,10 +17,13 @@ from generation_programs import (
     Block,
     Favour,
     Fill,
+    Flood,
     Keep,
+    Lens,
     Look,
     Mix,
     Program,
+    See,
     SeeToken,
     Shift,
     Slot,
@@ -82,8 +85,9 @@ class _Run:
                     self._step(invoke, step)
             for block in self._blocks(step):  # what saves a value of another invoke, behind all of them
                 for one in block.statements:
-                    if isinstance(one, Keep):
-                        self._save(name_at(one.name, step), lambda one=one: self._slot(one.slot))
+                    if isinstance(one, (Keep, Lens)):
+                        seen = self._slot if isinstance(one, Keep) else self._logits
+                        self._save(name_at(one.name, step), lambda seen=seen, one=one: seen(one.slot))
         for ending in self.program.endings:
             came = []
             for slot in ending.slots:
@@ -123,6 +127,12 @@ class _Run:
             raise _AbsentError
         return self.taken[slot]
 
+    def _logits(self, slot: Slot) -> Tensor:
+        norm, head = map(self.model.get_submodule, (self.program.family.norm, "lm_head"))
+        with torch.no_grad():
+            logits: Tensor = head(norm(self._slot(slot)[None]))
+        return logits
+
     def _save(self, name: str, value: Callable[[], Tensor]) -> None:
         with suppress(_AbsentError):
             self.values[name] = value()
@@ -140,11 +150,13 @@ class _Run:
         count = len(self.sequences[invoke])
         for number, found in rows.items():
             statement = statements[number]
+            if isinstance(statement, See):
+                found = _padded(found)
             some = next(iter(found.values()))
             whole = torch.stack([found.get(place, torch.zeros_like(some)) for place in range(count)])
             if isinstance(statement, Take):
                 self.taken[statement.slot] = whole.mean(0)
-            elif isinstance(statement, (Look, SeeToken)):
+            elif isinstance(statement, (Look, See, SeeToken)):
                 self.values[name_at(statement.name, step)] = whole
 
     def _draw(
@@ -219,7 +231,9 @@ class _Forward:
         for number in numbers:
             statement = self.statements[number]
             tensor = value[0] if isinstance(value, tuple) else value
-            if isinstance(statement, (Take, Look)):
+            if isinstance(statement, See):
+                self.seen[number] = tensor[0].clone()
+            elif isinstance(statement, (Take, Look)):
                 self.seen[number] = tensor[0, -1].clone()
                 if isinstance(statement, Take) and self.is_alone:
                     self.of.taken[statement.slot] = self.seen[number]
@@ -227,6 +241,8 @@ class _Forward:
                 continue
             elif isinstance(statement, Add):
                 self._add(statement, tensor)
+            elif isinstance(statement, Flood):
+                tensor += vector(statement.seed, statement.place.width, tensor.dtype)
             elif isinstance(statement, Fill):
                 tensor[:, -1, slice(*statement.features)] = 0.0
             elif isinstance(statement, Favour):
@@ -241,6 +257,12 @@ class _Forward:
             return
         with suppress(_AbsentError):  # a write of what did not come does not fire
             tensor[:, -1] += self.of._slot(statement.source)
+
+
+def _padded(found: dict[int, Tensor]) -> dict[int, Tensor]:
+    """All as long as the longest, with zeros before."""
+    longest = max(map(len, found.values()))
+    return {place: torch.nn.functional.pad(row, (0, 0, longest - len(row), 0)) for place, row in found.items()}
 
 
 def _place(statement: Statement) -> tuple[str, str] | None:

@@ -17,6 +17,7 @@ from programs import vector
 from torch import Tensor
 
 from polytrace.graph import (
+    Call,
     Constant,
     Generation,
     Graph,
@@ -92,6 +93,30 @@ class Look:
 
 
 @dataclass(frozen=True)
+class Flood:
+    """Adds a vector to all columns."""
+
+    place: Place
+    seed: int
+
+
+@dataclass(frozen=True)
+class See:
+    """Saves all columns, left-padded."""
+
+    place: Place
+    name: str
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Saves the logits of a value."""
+
+    slot: Slot
+    name: str
+
+
+@dataclass(frozen=True)
 class Keep:
     """Saves a value."""
 
@@ -127,7 +152,7 @@ class StopAt:
     remainder: int
 
 
-Statement = Take | Mix | Add | Fill | Scale | Look | Keep | Favour | SeeToken | Shift | StopAt
+Statement = Take | Mix | Add | Fill | Flood | Scale | Look | See | Lens | Keep | Favour | SeeToken | Shift | StopAt
 
 
 @dataclass(frozen=True)
@@ -179,6 +204,20 @@ def places(family: Family) -> list[Place]:
     return [*found, Place(family.norm, "input", (), family.width)]
 
 
+def inner_places(family: Family) -> list[Place]:
+    """Of other widths: queries, keys and values before anything is done to them, neurons."""
+    if family.layers.startswith("transformer"):
+        paths = (("attn.c_attn", "output", 96), ("mlp.c_proj", "input", 128))
+    else:
+        heads = (("self_attn.q_proj", "output", 32), ("self_attn.k_proj", "output", 16))
+        paths = (*heads, ("self_attn.v_proj", "output", 16), ("mlp.down_proj", "input", 64))
+    return [
+        family.place(layer, (path, port, (), width))
+        for layer in range(family.num_layers)
+        for path, port, width in paths
+    ]
+
+
 # Drawn
 
 
@@ -195,7 +234,7 @@ class _Author:
 
     def __init__(self, family: Family, random: Random, pool: Sequence[tuple[int, ...]], steps: int) -> None:
         self.family, self.random, self.pool, self.steps = family, random, pool, steps
-        self.places = places(family)
+        self.places, self.inner_places = places(family), inner_places(family)
         self.slots: list[tuple[Slot, int, int]] = []  # with the step and the invoke that took them
         self.num_names = 0
 
@@ -246,14 +285,15 @@ class _Author:
         return f"s{self.num_names}"
 
     def _constant_edit(self) -> Statement:
-        place = self.random.choice(self.places)
-        return self.random.choice([Add(place, seed=self.random.randrange(3)), Fill(place, (4, 20))])
+        place, seed = self.random.choice(self.places), self.random.randrange(3)
+        inner = Fill(self.random.choice(self.inner_places), (2, 12))
+        return self.random.choice([Add(place, seed=seed), Fill(place, (4, 20)), inner, inner, Flood(place, seed)])
 
     def _block(self, step: int, invoke: int, where: Invoke) -> Block:
         random = self.random
         found: list[Statement] = []
         for _ in range(random.randint(1, 4)):
-            kind = random.choice(["take", "take", "mix", "add", "add", "edit", "scale", "look", "keep", "end"])
+            kind = random.choice(["take", "take", "mix", "add", "add", "edit", "scale", "look", "save", "end"])
             place = random.choice(self.places)
             if kind == "take":
                 self.slots.append((len(self.slots), step, invoke))
@@ -272,9 +312,10 @@ class _Author:
             elif kind == "scale" and not place.selector:
                 found.append(Scale(place))
             elif kind == "look":
-                found.append(Look(place, self._name()))
-            elif kind == "keep" and self.slots:
-                found.append(Keep(random.choice(self.slots)[0], self._name()))
+                seen = random.choice([place, random.choice(self.inner_places)])
+                found.append(random.choice([Look, See])(seen, self._name()))
+            elif kind == "save" and self.slots:
+                found.append(random.choice([Keep, Lens])(random.choice(self.slots)[0], self._name()))
             elif kind == "end" and where.generation is not None:
                 found.append(self._end())
         if len(where.sequences) == 1 and random.random() < 0.5:
@@ -346,6 +387,9 @@ class Writer:
     def op(self, name: str, *args: Any, **kwargs: Any) -> Ref:
         return self._put(Op(name=name, args=args, kwargs=kwargs, where=self.where))
 
+    def call(self, module: str, value: Ref) -> Ref:
+        return self._put(Call(module=module, args=(value,), where=self.where))
+
     def constant(self, value: Tensor) -> Ref:
         name = f"c{len(self.constants)}"
         data = memoryview(value.numpy().tobytes())
@@ -391,7 +435,7 @@ def written(program: Program, sharing: Sharing = Sharing.TENANT) -> Request:
     for block in program.blocks:
         writer.step, writer.invoke, writer.num_steps = block.step, block.invoke, block.num_steps
         for statement in block.statements:
-            _write(writer, statement, slots)
+            _write(writer, program.family, statement, slots)
     for ending in program.endings:
         values = [slots[slot] for slot in ending.slots]
         if ending.is_stack:
@@ -402,7 +446,7 @@ def written(program: Program, sharing: Sharing = Sharing.TENANT) -> Request:
     return writer.request(program.invokes, sharing)
 
 
-def _write(writer: Writer, statement: Statement, slots: dict[Slot, Ref]) -> None:
+def _write(writer: Writer, family: Family, statement: Statement, slots: dict[Slot, Ref]) -> None:
     if isinstance(statement, Take):
         slots[statement.slot] = writer.op("mean", writer.op("getitem", writer.read(site(statement.place)), LAST), 0)
     elif isinstance(statement, Mix):
@@ -410,6 +454,15 @@ def _write(writer: Writer, statement: Statement, slots: dict[Slot, Ref]) -> None
         slots[statement.slot] = writer.op("mul", writer.op("add", first, second), 0.5)
     elif isinstance(statement, Keep):
         writer.save(slots[statement.slot], statement.name)
+    elif isinstance(statement, Lens):
+        norm = writer.call(family.norm, writer.op("getitem", slots[statement.slot], (None,)))
+        writer.save(writer.call("lm_head", norm), statement.name)
+    elif isinstance(statement, See):
+        writer.save(writer.read(site(statement.place)), statement.name)
+    elif isinstance(statement, Flood):
+        where = site(statement.place)
+        more = writer.constant(vector(statement.seed, statement.place.width, torch.float32))
+        writer.write(where, writer.op("add", writer.read(where), more))
     elif isinstance(statement, Look):
         writer.save(writer.op("getitem", writer.read(site(statement.place)), LAST), statement.name)
     elif isinstance(statement, Scale):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+from cluster.shipping import Incoming, Outgoing
 from engine.links import Distributed, join_store, open_store
 from engine.loading import ShardConfig, meta_model
 from engine.local import DirectBackend
@@ -34,8 +35,9 @@ def _serve(pipe: Connection, kind: type[Shard], config: ShardConfig, port: int) 
         description = shard.describe(name, reports)
         shard.open(description)
         pipe.send(description)
-        while (plan := pipe.recv()) is not None:
-            pipe.send(shard.run(plan))
+        incoming = Incoming()
+        while (shipment := pipe.recv()) is not None:
+            pipe.send(shard.run(incoming.unpack(shipment)))
         shard.stop()
     except Exception:
         pipe.send(traceback.format_exc())
@@ -77,14 +79,16 @@ class ProcessShards:
         assert all(description == descriptions[0] for description in descriptions)
         self.description = descriptions[0]
         self._in_flight: list[Plan] = []
+        self._outgoing = Outgoing()
 
     def have_room(self) -> bool:
         return len(self._in_flight) < passes_in_flight(self.stages)
 
     def submit(self, plan: Plan) -> None:
         self._in_flight.append(plan)
+        shipment = self._outgoing.pack(plan)
         for pipe in self._pipes:
-            pipe.send(plan)
+            pipe.send(shipment)
 
     def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:
         if self._in_flight:

@@ -38,69 +38,86 @@ _AIMS = {
 _MOST_ONE_BY_ONE = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationConfig:
-    """One run of the benchmark."""
+PARTS = ("steered", "edits", "arrival", "sharing", "left")
 
-    models: tuple[str, ...]  # names of bench.cones.models, or folders
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is measured on one model."""
+
+    model: str  # a name of bench.cones.models, or a folder
+    parts: tuple[str, ...] = PARTS
     users: tuple[int, ...] = (1, 8, 32)
     tokens: int = 64  # of a prompt
     new_tokens: int = 64
     edited_users: int = 32  # whose edits are held against none
     long_prompt: int = 1000  # that arrives while others run
-    samples: int = 8  # of a prompt with `sampled_tokens`, with and without sharing
-    sampled_tokens: int = 512
+    alike: int = 8  # sequences that have most of `long_tokens` in common, with and without sharing
+    long_tokens: int = 512
     short: int = 1000  # generations after which nothing may be left
-    threads: int = 2
     rounds: int = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """One run of the benchmark."""
+
+    settings: tuple[Setting, ...]
+    threads: int = 2
 
 
 def config_for(folder: Path, *, quick: bool) -> GenerationConfig:
     """The configuration that `make bench` runs, or a short one to see that it works."""
     if quick:
-        return GenerationConfig(
-            models=("4x64",),
+        short = Setting(
+            model="4x64",
             users=(1, 4),
             tokens=12,
             new_tokens=10,
             edited_users=4,
             long_prompt=150,
-            samples=3,
-            sampled_tokens=70,
+            alike=3,
+            long_tokens=70,
             short=40,
-            threads=1,
             rounds=2,
         )
-    return GenerationConfig(models=("8x512", "16x1024"))
+        return GenerationConfig(settings=(short,), threads=1)
+    large = Setting(model="16x1024", parts=("steered", "edits"), users=(8, 32), rounds=3)
+    return GenerationConfig(settings=(Setting(model="8x512"), large))
 
 
 def run(config: GenerationConfig) -> dict[str, Any]:
     """The figures, as plain JSON."""
-    return {"models": [_run_model(config, name) for name in config.models], "aims": _AIMS}
+    return {"models": [_run_model(setting, config.threads) for setting in config.settings], "aims": _AIMS}
 
 
-def _run_model(config: GenerationConfig, name: str) -> dict[str, Any]:
-    folder = folder_of(name)
+def _run_model(setting: Setting, threads: int) -> dict[str, Any]:
+    folder = folder_of(setting.model)
     shape = shape_of(folder)
-    ours = Ours(folder, threads=config.threads)
+    ours = Ours(folder, threads=threads)
     try:
         plain = Plain(folder)
-        torch.set_num_threads(config.threads)
-        figures: dict[str, Any] = {"model": tinyworld.FOLDER.name if folder == tinyworld.FOLDER else name}
-        figures["steered"] = [_steered(config, shape, ours, plain, count) for count in config.users]
-        figures["edits"] = _edits(config, shape, ours, plain)
-        figures["arrival"] = _arrival(config, shape, ours)
-        figures["sharing"] = _sharing(config, shape, ours)
-        figures["left"] = left(ours, plain_users(shape, config.short, tokens=8, new_tokens=4))
-        _say(f"short generations: {figures['left']}")
+        torch.set_num_threads(threads)
+        figures: dict[str, Any] = {"model": tinyworld.FOLDER.name if folder == tinyworld.FOLDER else setting.model}
+        if "steered" in setting.parts:
+            figures["steered"] = [_steered(setting, shape, ours, plain, count) for count in setting.users]
+        if "edits" in setting.parts:
+            figures["edits"] = _edits(setting, shape, ours, plain)
+        if "arrival" in setting.parts:
+            figures["arrival"] = _arrival(setting, shape, ours)
+        if "sharing" in setting.parts:
+            figures["sharing"] = _sharing(setting, shape, ours)
+        if "left" in setting.parts:
+            figures["left"] = left(ours, plain_users(shape, setting.short, tokens=8, new_tokens=4))
+            _say(f"short generations: {figures['left']}")
         return figures
     finally:
         ours.close()
 
 
-def _steered(config: GenerationConfig, shape: Shape, ours: Ours, plain: Plain, count: int) -> dict[str, Any]:
+def _steered(setting: Setting, shape: Shape, ours: Ours, plain: Plain, count: int) -> dict[str, Any]:
     """Users with a vector each, in every way to run them."""
-    users = steered_users(shape, count, tokens=config.tokens, new_tokens=config.new_tokens)
+    users = steered_users(shape, count, tokens=setting.tokens, new_tokens=setting.new_tokens)
     programs = ours.programs(users)
     few = evenly(range(count), _MOST_ONE_BY_ONE)
     scale = count / len(few)
@@ -111,21 +128,22 @@ def _steered(config: GenerationConfig, shape: Shape, ours: Ours, plain: Plain, c
             "hugging face one by one": lambda: by_hand.one_by_one(plain, [users[place] for place in few]),
             "hand-batched": lambda: by_hand.as_one_batch(plain, users),
         },
-        rounds=config.rounds,
+        rounds=setting.rounds,
     )
     for name in ("one by one", "hugging face one by one"):
         seconds[name] = [scale * each for each in seconds[name]]
     merged, batched = ours.merged(programs), by_hand.as_one_batch(plain, users)
     untouched = by_hand.as_one_batch(
-        plain, plain_users(shape, count, tokens=config.tokens, new_tokens=config.new_tokens)
+        plain, plain_users(shape, count, tokens=setting.tokens, new_tokens=setting.new_tokens)
     )
     figures: dict[str, Any] = {
         "users": count,
         "one_by_one_are": len(few),
         "ratios": _ratios(seconds, "merged"),
-        "tokens_a_second": {name: _tokens_a_second(config, count, each) for name, each in seconds.items()},
-        "tokens_as_alone": merged == ours.one_by_one(programs),
-        "tokens_of_hugging_face": merged == by_hand.one_by_one(plain, users),
+        "tokens_a_second": {name: _tokens_a_second(setting, count, each) for name, each in seconds.items()},
+        "tokens_as_alone": [merged[place] for place in few] == ours.one_by_one([programs[place] for place in few]),
+        "tokens_of_hugging_face": [merged[place] for place in few]
+        == by_hand.one_by_one(plain, [users[place] for place in few]),
         "tokens_of_hand_batched": merged == batched,
         "steered_otherwise_than_plain": sum(map(tuple.__ne__, merged, untouched)),
     }
@@ -133,22 +151,22 @@ def _steered(config: GenerationConfig, shape: Shape, ours: Ours, plain: Plain, c
     return figures
 
 
-def _edits(config: GenerationConfig, shape: Shape, ours: Ours, plain: Plain) -> dict[str, Any]:
+def _edits(setting: Setting, shape: Shape, ours: Ours, plain: Plain) -> dict[str, Any]:
     """What edits cost beside the same pass without them."""
-    sizes: dict[str, int] = {"tokens": config.tokens, "new_tokens": config.new_tokens}
+    sizes: dict[str, int] = {"tokens": setting.tokens, "new_tokens": setting.new_tokens}
     users: dict[str, list[User]] = {
-        "plain": plain_users(shape, config.edited_users, **sizes),
-        "steered": steered_users(shape, config.edited_users, **sizes),
-        "ablating": ablating_users(shape, config.edited_users, **sizes),
+        "plain": plain_users(shape, setting.edited_users, **sizes),
+        "steered": steered_users(shape, setting.edited_users, **sizes),
+        "ablating": ablating_users(shape, setting.edited_users, **sizes),
     }
     programs = {name: ours.programs(each) for name, each in users.items()}
     contenders: dict[str, Callable[[], object]] = {
         name: functools.partial(ours.merged, each) for name, each in programs.items()
     }
     contenders["plain again"] = contenders["plain"]
-    seconds = race(contenders, rounds=config.rounds)
+    seconds = race(contenders, rounds=setting.rounds)
     figures: dict[str, Any] = {
-        "users": config.edited_users,
+        "users": setting.edited_users,
         "ratios": {
             f"{name} / plain": asdict(ratio(seconds[name], seconds["plain"])) for name in seconds if name != "plain"
         },
@@ -156,42 +174,52 @@ def _edits(config: GenerationConfig, shape: Shape, ours: Ours, plain: Plain) -> 
             name: ours.merged(programs[name]) == by_hand.as_one_batch(plain, each) for name, each in users.items()
         },
     }
-    _say(f"edits of {config.edited_users} users: " + _shown(figures["ratios"]))
+    _say(f"edits of {setting.edited_users} users: " + _shown(figures["ratios"]))
     return figures
 
 
-def _arrival(config: GenerationConfig, shape: Shape, ours: Ours) -> dict[str, Any]:
-    running = ours.programs(plain_users(shape, 8, tokens=config.tokens, new_tokens=4 * config.new_tokens))
-    (long,) = ours.programs(plain_users(shape, 1, tokens=config.long_prompt, new_tokens=2))
-    figures = arrival(ours, running, long, rounds=config.rounds)
-    _say(f"a prompt of {config.long_prompt} tokens arrives: {figures}")
+def _arrival(setting: Setting, shape: Shape, ours: Ours) -> dict[str, Any]:
+    running = ours.programs(plain_users(shape, 8, tokens=setting.tokens, new_tokens=4 * setting.new_tokens))
+    (long,) = ours.programs(plain_users(shape, 1, tokens=setting.long_prompt, new_tokens=2))
+    figures = arrival(ours, running, long, rounds=setting.rounds)
+    _say(f"a prompt of {setting.long_prompt} tokens arrives: {figures}")
     return figures
 
 
-def _sharing(config: GenerationConfig, shape: Shape, ours: Ours) -> dict[str, Any]:
-    """Samples of one prompt, whose keys and values are there once, or once each."""
-    users = plain_users(shape, 1, tokens=config.sampled_tokens, new_tokens=config.new_tokens)
-    on = ours.programs(users, samples=config.samples)
-    off = ours.programs(users, samples=config.samples, sharing="off")
-    seconds = race({"on": lambda: ours.merged(on), "off": lambda: ours.merged(off)}, rounds=config.rounds)
-    tokens = ours.merged(on)
-    figures: dict[str, Any] = {
-        "samples": config.samples,
-        "prompt": config.sampled_tokens,
-        "ratios": {"off / on": asdict(ratio(seconds["off"], seconds["on"]))},
-        "tokens_are_equal": tokens == ours.merged(off),
-        "different_samples": len(set(tokens)),
-    }
-    _say(f"{config.samples} samples of a prompt: " + _shown(figures["ratios"]))
-    return figures
+def _sharing(setting: Setting, shape: Shape, ours: Ours) -> list[dict[str, Any]]:
+    """What is the same is there once, or once each: samples of one prompt, and prompts of users that begin alike."""
+    sizes: dict[str, int] = {"tokens": setting.long_tokens, "new_tokens": setting.new_tokens}
+    one = plain_users(shape, 1, **sizes)
+    alike = plain_users(shape, setting.alike, **sizes, shared=setting.long_tokens * 7 // 8)
+    rows: list[dict[str, Any]] = []
+    for what, users, samples in (("samples of a prompt", one, setting.alike), ("prompts that begin alike", alike, 1)):
+        on = ours.programs(users, samples=samples)
+        off = ours.programs(users, samples=samples, sharing="off")
+        seconds = race(
+            {"on": functools.partial(ours.merged, on), "off": functools.partial(ours.merged, off)},
+            rounds=setting.rounds,
+        )
+        tokens = ours.merged(on)
+        rows.append(
+            {
+                "what": what,
+                "sequences": len(tokens),
+                "tokens": setting.long_tokens,
+                "ratios": {"off / on": asdict(ratio(seconds["off"], seconds["on"]))},
+                "tokens_are_equal": tokens == ours.merged(off),
+                "different": len(set(tokens)),
+            }
+        )
+        _say(f"{len(tokens)} {what}: " + _shown(rows[-1]["ratios"]))
+    return rows
 
 
 def _ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, Any]:
     return {f"{name} / {base}": asdict(ratio(each, seconds[base])) for name, each in seconds.items() if name != base}
 
 
-def _tokens_a_second(config: GenerationConfig, count: int, seconds: Sequence[float]) -> float:
-    return count * config.new_tokens / sorted(seconds)[len(seconds) // 2]
+def _tokens_a_second(setting: Setting, count: int, seconds: Sequence[float]) -> float:
+    return count * setting.new_tokens / sorted(seconds)[len(seconds) // 2]
 
 
 def is_right(figures: Mapping[str, Any]) -> bool:
@@ -200,18 +228,21 @@ def is_right(figures: Mapping[str, Any]) -> bool:
 
 
 def _is_right(model: Mapping[str, Any]) -> bool:
-    steered = all(
+    found = [
         row["tokens_as_alone"]
         and row["tokens_of_hugging_face"]
         and row["tokens_of_hand_batched"]
-        and row["steered_otherwise_than_plain"]
-        for row in model["steered"]
-    )
-    edits = all(model["edits"]["tokens_of_hugging_face"].values())
-    shared = model["sharing"]["tokens_are_equal"] and model["sharing"]["different_samples"] > 1
-    return bool(
-        steered and edits and shared and model["arrival"]["tokens_are_as_alone"] and not model["left"]["cache_bytes"]
-    )
+        and row["steered_otherwise_than_plain"] > 0
+        for row in model.get("steered", ())
+    ]
+    if "edits" in model:
+        found += model["edits"]["tokens_of_hugging_face"].values()
+    if "arrival" in model:
+        found.append(model["arrival"]["tokens_are_as_alone"])
+    found += [row["tokens_are_equal"] and row["different"] > 1 for row in model.get("sharing", ())]
+    if "left" in model:
+        found.append(model["left"]["cache_bytes"] == 0)
+    return all(found)
 
 
 def tell(figures: Mapping[str, Any]) -> str:
@@ -219,23 +250,26 @@ def tell(figures: Mapping[str, Any]) -> str:
     lines = []
     for model in figures["models"]:
         lines.append(model["model"])
-        for row in model["steered"]:
+        for row in model.get("steered", ()):
             speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in row["tokens_a_second"].items())
             lines.append(f"  {row['users']:>3} steered: {_shown(row['ratios'])}; tokens a second: {speeds}")
-        lines.append(f"  edits of {model['edits']['users']} users: {_shown(model['edits']['ratios'])}")
-        arrived, shared, found = model["arrival"], model["sharing"], model["left"]
-        lines.append(
-            f"  while a prompt of {arrived['prompt']} tokens arrives among {arrived['running']}: "
-            f"{arrived['ms_between_tokens_before']:.1f} ms between tokens before, "
-            f"{arrived['ms_between_tokens_meanwhile']:.1f} meanwhile, {arrived['longest_ms_meanwhile']:.1f} at most; "
-            f"its first token after {arrived['ms_to_first_token_of_the_long_one']:.0f} ms"
-        )
-        lines.append(f"  {shared['samples']} samples of {shared['prompt']} tokens: {_shown(shared['ratios'])}")
-        lines.append(
-            f"  {found['generations']} short generations: {found['cache_bytes']} bytes left in the cache, "
-            f"process {found['resident_mib'][0]:.0f} MiB behind the first quarter, {found['resident_mib'][-1]:.0f} "
-            f"behind all, {found['seconds']:.1f} s"
-        )
+        if edits := model.get("edits"):
+            lines.append(f"  edits of {edits['users']} users: {_shown(edits['ratios'])}")
+        if came := model.get("arrival"):
+            lines.append(
+                f"  while a prompt of {came['prompt']} tokens arrives among {came['running']}: "
+                f"{came['ms_between_tokens_before']:.1f} ms between tokens before, "
+                f"{came['ms_between_tokens_meanwhile']:.1f} meanwhile, {came['longest_ms_meanwhile']:.1f} at most; "
+                f"its first token after {came['ms_to_first_token_of_the_long_one']:.0f} ms"
+            )
+        for row in model.get("sharing", ()):
+            lines.append(f"  {row['sequences']} {row['what']}, {row['tokens']} tokens: {_shown(row['ratios'])}")
+        if found := model.get("left"):
+            lines.append(
+                f"  {found['generations']} short generations: {found['cache_bytes']} bytes left in the cache, "
+                f"process {found['resident_mib'][0]:.0f} MiB behind the first quarter, {found['resident_mib'][-1]:.0f} "
+                f"behind all, {found['seconds']:.1f} s"
+            )
         lines += [] if _is_right(model) else ["  WRONG tokens, or something was left"]
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import api.event_routes
+import api.events
 from api.events import EventLog, tokens_of
 from api.store import RequestState
 from api.worker import Verdict
@@ -116,11 +117,31 @@ def test_what_a_full_disk_did_not_take_comes_at_the_end(tmp_path: Path) -> None:
 
 def test_a_value_stands_once(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
-    value = {"name": "h@3", "dtype": "float32", "shape": [1], "data": "AACAPw=="}
+    value = {"name": "h@3", "dtype": "float32", "shape": [1], "data": "AACAPw==", "range": [0, 4]}
     log.append(MINE, [], [value])
     log.append(MINE, [], [value])
     EventLog(tmp_path).append(MINE, [], [value])
     assert [event.kind for event in log.read(MINE)] == ["value"]
+
+
+def test_values_beyond_what_a_file_takes_are_told_by_their_place_in_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.events, "MAX_DATA_BYTES", 20)
+    values = [
+        {"name": f"h@{step}", "dtype": "float32", "shape": [1], "data": "AACAPw==", "range": [4 * step, 4 * step + 4]}
+        for step in range(3)
+    ]
+    log = EventLog(tmp_path)
+    log.append(MINE, [], values[:1])
+    log = EventLog(tmp_path)  # it counts what stands there
+    log.append(MINE, [], values)
+    told = [json.loads(event.data) for event in log.read(MINE)]
+    assert [(value["name"], value.get("data"), value.get("range")) for value in told] == [
+        ("h@0", "AACAPw==", None),
+        ("h@1", "AACAPw==", None),
+        ("h@2", None, [8, 12]),
+    ]
 
 
 def test_tokens_come_over_http_as_they_are_told_and_the_end_says_how_it_ended(service: GatewayService) -> None:

@@ -78,7 +78,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def vector() -> Tensor:
-    return torch.randn(256, generator=torch.Generator().manual_seed(5)) * 6
+    return torch.randn(256, generator=torch.Generator().manual_seed(5)) * 2
 
 
 def by_hand(
@@ -125,8 +125,9 @@ def test_a_steered_generation_is_that_of_hugging_face_and_is_heard_as_it_comes(
     tracer, states = steered(model, vector, max_new_tokens=12, eos=eos, stream=heard.append)
     ids = tokenizer(PROMPT)["input_ids"]
     expected, values = by_hand(plain, ids, vector, 12, eos)
-    plain_ids, _ = by_hand(plain, ids, torch.zeros(256), 12, eos)
-    assert list(tracer.result[0].ids) == expected != plain_ids, "the vector matters"
+    plain_ids, plain_values = by_hand(plain, ids, torch.zeros(256), 12, eos)
+    assert list(tracer.result[0].ids) == expected and (eos is not None or expected != plain_ids), "the vector matters"
+    assert (values[0] - plain_values[0]).abs().max() > 1
     assert [token.id for token in heard] == expected and [token.step for token in heard] == [*range(len(expected))]
     assert heard[-1].finish == tracer.result[0].finish
     close(tracer.stack, values)
@@ -188,16 +189,23 @@ def test_openais_client_completes_and_is_steered(
     client: openai.OpenAI, model: Any, plain: PreTrainedModel, tokenizer: Any, vector: Tensor
 ) -> None:
     wish: dict[str, Any] = {"model": "tinyworld", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-    steer = {"polytrace": {"steer": {"layer": LAYER, "vector": vector.tolist()}}}
+    steer = {"polytrace": {"steer": {"layer": LAYER, "vector": (vector / 2).tolist(), "scale": 2}}}
     ids = tokenizer(PROMPT)["input_ids"]
-    for extra, added in (({}, torch.zeros(256)), (steer, vector)):
-        expected, _ = by_hand(plain, ids, added, 12, 1)
+    texts = []
+    for extra, added, eos in (
+        ({}, torch.zeros(256), 1),
+        ({"ignore_eos": True}, torch.zeros(256), None),
+        (steer | {"ignore_eos": True}, vector, None),
+    ):
+        expected, _ = by_hand(plain, ids, added, 12, eos)
         text = tokenizer.decode(ids + expected, skip_special_tokens=True)[len(PROMPT) :]
         answer = client.completions.create(**wish, extra_body=extra)
         assert answer.choices[0].text == text and answer.usage.completion_tokens == len(expected)
-        assert answer.choices[0].finish_reason == ("stop" if expected[-1] == 1 else "length")
+        assert answer.choices[0].finish_reason == ("stop" if expected[-1] == eos else "length")
         chunks = [*client.completions.create(**wish, extra_body=extra, stream=True)]
         assert "".join(chunk.choices[0].text for chunk in chunks) == text and len(chunks) > 2
+        texts.append(text)
+    assert texts[1] != texts[2], "the vector matters"
 
 
 def test_openais_client_chats_samples_and_stops(client: openai.OpenAI, plain: PreTrainedModel, tokenizer: Any) -> None:
@@ -220,6 +228,17 @@ def test_openais_client_chats_samples_and_stops(client: openai.OpenAI, plain: Pr
     drawn = [client.completions.create(model="tinyworld", prompt="The", n=4, seed=seed) for seed in (1, 1, 2)]
     first, again, other = ([choice.text for choice in one.choices] for one in drawn)
     assert first == again != other and len(set(first)) > 1
+
+
+@pytest.mark.parametrize("is_heard", [False, True])
+def test_logs_of_steps_are_printed_as_they_come(model: Any, capsys: pytest.CaptureFixture[str], is_heard: bool) -> None:
+    with model.generate(
+        PROMPT, max_new_tokens=5, eos=None, stream=(lambda token: None) if is_heard else None
+    ) as tracer:
+        for step in tracer.iter[:]:
+            tracer.log("norm", model.model.layers[LAYER].output[0][:, -1].norm() * 0 + step)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("norm")]
+    assert lines == [f"norm: {step}.0" for step in range(5)], lines
 
 
 def test_who_leaves_frees_the_place(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -247,16 +266,51 @@ def test_many_at_once_get_what_each_gets_alone(client: openai.OpenAI, vector: Te
 
 
 def test_a_recorded_loop_comes_with_openais_client(client: openai.OpenAI, model: Any, vector: Tensor) -> None:
-    with model.generate(PROMPT, max_new_tokens=12) as tracer:
+    with model.generate(PROMPT, max_new_tokens=12, eos=None) as tracer:
         for step in tracer.iter[:]:
             model.model.layers[LAYER].output[0][:] += vector * (step % 3)
     file = base64.b64encode(b"".join(encode_request(tracer.request))).decode()
 
-    def complete(**more: Any) -> str:
-        body = {"polytrace": {"request": file}}
+    def complete(body: Any = {"polytrace": {"request": file}, "ignore_eos": True}, **more: Any) -> str:  # noqa: B006
         answer = client.completions.create(model="tinyworld", prompt=PROMPT, temperature=0, extra_body=body, **more)
         return str(answer.choices[0].text)
 
     assert complete() == complete(max_tokens=12) == tracer.result[0].text
+    assert complete() != complete({"ignore_eos": True}, max_tokens=12), "the loop matters"
     with pytest.raises(openai.BadRequestError, match="recorded for 12 new tokens, and the call asks for 9"):
         complete(max_tokens=9)
+
+
+def test_a_program_over_steps_gives_over_http_what_it_gives_here(model: Model, vector: Tensor) -> None:
+    def run(one: Model) -> list[Any]:
+        with one.generate(max_new_tokens=8, eos=None, seed=3) as tracer:
+            with tracer.invoke(PROMPT, generate=False):
+                source = one.layers_output[LAYER][:, -1]
+            with tracer.invoke(PROMPT, logprobs=1):
+                total, norms = 0.0, []
+                for step in tracer.iter[:]:
+                    hidden = one.layers_output[LAYER]
+                    total = total + hidden[:, -1].clone()
+                    norms.append(total.norm().save())
+                    if step == 1:
+                        hidden[:, -1] = source
+                    if step == 4:
+                        tracer.token = 17
+                mean = (total / 8).save()
+            with tracer.invoke(["The Colosseum is in the city of", "The"], max_new_tokens=5):
+                with tracer.all():
+                    one.layers_output[LAYER][:] += 0.1 * vector
+                    guesses = one.logits[:, -1].argmax(-1).save()
+                    tracer.stop(when=tracer.token == 17)
+                second = one.lm_head.next().output[:, -1].save()
+        assert [sample.invoke for sample in tracer.result] == [1, 2, 2]
+        assert tracer.result[0].ids[4] == 17 and len(tracer.result[0].logprobs) == 8
+        return [tracer.result.ids, torch.stack(norms), mean, guesses.stack(), second]
+
+    with polytrace.load(str(FOLDER)) as here:
+        ours = run(here)
+    theirs = run(model)
+    assert ours[0] == theirs[0] and torch.equal(ours[3], theirs[3])
+    for one, other in zip(ours, theirs, strict=True):
+        if isinstance(one, Tensor) and one.is_floating_point():
+            close(one, other)

@@ -18,7 +18,7 @@ import pytest
 from gateways import GatewayService, wait_until
 
 import api.rendering
-from api.composing import compose
+from api.composing import compose, prompts_of
 from api.events import tokens_of
 from api.wishes import ChatWish, CompletionWish, WishError
 from api.worker import Composed, Verdict
@@ -27,7 +27,22 @@ from engine.local import LocalBackend
 from polytrace.certificate import Generated
 from polytrace.description import ChatFormat, ModelDescription
 from polytrace.errors import PolytraceError, RunError
-from polytrace.graph import Constant, Graph, Invoke, NodeId, Op, Options, Port, Read, Ref, Request, Save, Site, Write
+from polytrace.graph import (
+    Constant,
+    Generation,
+    Graph,
+    Invoke,
+    NodeId,
+    Op,
+    Options,
+    Port,
+    Read,
+    Ref,
+    Request,
+    Save,
+    Site,
+    Write,
+)
 from polytrace.tokenizer import load_tokenizer
 from polytrace.wire import decode_request, encode_request
 
@@ -56,13 +71,12 @@ class Composer:
         self, model: str, version: str, path: Path, wish: CompletionWish | ChatWish, *, contents: Path
     ) -> Composed:
         try:
-            request = compose(wish, self.description, TOKENIZER, (EOS,))
+            request = compose(wish, self.description, TOKENIZER)
         except PolytraceError as error:
             param = error.param if isinstance(error, WishError) else None
             return Composed(verdict=Verdict(error=error.to_fields()), param=param)
         path.write_bytes(b"".join(encode_request(request)))
-        prompts = tuple(invoke.sequences[0] for invoke in request.invokes)
-        return Composed(verdict=Verdict(facts=b"[]"), prompts=prompts)
+        return Composed(verdict=Verdict(facts=b"[]"), prompts=prompts_of(request))
 
 
 @pytest.fixture(scope="module")
@@ -387,10 +401,22 @@ def test_a_graph_comes_as_a_request_file_whose_prompts_are_replaced(
     assert request.graph == mine.graph and request.options.seed == 8
     assert request.invokes[0].sequences == ((5, 6, 7),) and request.invokes[0].generation is not None
     assert answer.polytrace["request"] == answer.id.removeprefix("cmpl-")
+    goes_on = Invoke(sequences=((3, 4),), generation=Generation(max_new_tokens=5))
+    patched = replace(mine, invokes=(Invoke(sequences=((8, 9),)), goes_on))
+    body = {"polytrace": {"request": base64.b64encode(b"".join(encode_request(patched))).decode()}}
+    request, answer = answered(
+        service,
+        lambda: client.completions.create(model="m", prompt=[5, 6, 7], extra_body=body),
+        [one("b", invoke=1)],
+    )
+    assert request.invokes[0] == patched.invokes[0], "a prompt that does not go on is the graph's own"
+    assert request.invokes[1].sequences == ((5, 6, 7),) and answer.choices[0].text == "b"
+    assert request.invokes[1].generation is not None and request.invokes[1].generation.max_new_tokens == 5
+    body = {"polytrace": {"request": file}}
     for wrong, told in (("###", "not base64"), (base64.b64encode(b"{}").decode(), "no request file")):
         with pytest.raises(openai.BadRequestError, match=told):
             client.completions.create(model="m", prompt="a", extra_body={"polytrace": {"request": wrong}})
-    with pytest.raises(openai.BadRequestError, match="has 1 invokes, and the call 2 prompts"):
+    with pytest.raises(openai.BadRequestError, match="has 1 prompts to be gone on with, and the call 2"):
         client.completions.create(model="m", prompt=["a", "b"], extra_body=body)
 
 
@@ -492,7 +518,7 @@ def test_a_template_that_takes_too_long_or_reaches_out_of_its_sandbox_is_stopped
     def refusal(template: str) -> str:
         own = replace(description, chat=ChatFormat(templates={"default": template}, special_tokens={}))
         with pytest.raises(PolytraceError) as caught:
-            compose(wish, own, TOKENIZER, ())
+            compose(wish, own, TOKENIZER)
         return caught.value.message
 
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

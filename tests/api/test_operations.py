@@ -10,7 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from services import Service, answer, body, make_model, wait_until
+from services import PROMPT, Service, answer, body, make_model, wait_until
+
+import polytrace
+from polytrace.certificate import Token
 
 WORK = [(layer, tuple(range(1 + layer, 9 + layer + length))) for layer in range(4) for length in range(5)]
 
@@ -150,6 +153,39 @@ def test_a_replica_that_is_one_too_many_ends_while_the_other_answers(service: Se
     client.end()
     assert service.replicas() == {0: "ready"}
     wait_until(lambda: len(service.shards("tiny")) == 1, 30, service)
+
+
+def test_a_stream_of_tokens_loses_and_repeats_nothing_when_the_gateway_and_the_shard_die(service: Service) -> None:
+    deaths: list[int] = []
+
+    def kill(process: int | None) -> None:
+        assert process is not None
+        os.kill(process, signal.SIGKILL)
+        deaths.append(process)
+
+    def generated(*, is_calm: bool) -> tuple[list[int], list[Token]]:
+        heard: list[Token] = []
+
+        def hear(token: Token) -> None:
+            heard.append(token)
+            if not is_calm and token.step == 5:
+                kill(service.child("gateway"))
+            if not is_calm and token.step == 20:
+                kill(service.shards("tiny")[0])
+
+        with (
+            polytrace.connect(str(service.http.base_url), "tiny", key="sesame") as model,
+            model.generate([list(PROMPT)], max_new_tokens=100, eos=None, stream=hear) as tracer,
+        ):
+            model.model.layers[2].output[0][:] *= 2
+        return list(tracer.result[0].ids), heard
+
+    expected, _ = generated(is_calm=True)
+    ids, heard = generated(is_calm=False)
+    assert len(deaths) == 2
+    assert ids == expected == [token.id for token in heard]
+    assert [token.step for token in heard] == [*range(100)]
+    wait_until(service.is_ready, 60, service)
 
 
 def test_a_drained_deployment_takes_nothing_new_and_serves_again_with_the_shards_that_it_has(

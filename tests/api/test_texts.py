@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from api.texts import StopCutter, TextStream
+from api.texts import StopCutter, TextStream, special_tokens
 
 
 def of_bytes() -> Tokenizer:
@@ -36,7 +36,7 @@ def of_pieces() -> Tokenizer:
 
 
 def streamed(tokenizer: Any, prompt: list[int], ids: list[int]) -> list[str]:
-    stream = TextStream(tokenizer, prompt)
+    stream = TextStream(tokenizer, prompt, special_tokens(tokenizer))
     return [*(stream.add(token) for token in ids), stream.rest()]
 
 
@@ -56,6 +56,19 @@ def test_the_pieces_are_the_text_and_no_character_is_cut(make: Any, prompt: str,
     expected = tokenizer.decode(whole)[len(tokenizer.decode(whole[:before])) :]
     assert "".join(pieces) == expected
     assert all("�" not in piece for piece in pieces) or "�" in text
+
+
+@given(st.lists(st.one_of(st.integers(0, 255), st.sampled_from([*range(128, 256)])), max_size=60), st.text("aé😀"))
+@settings(max_examples=100, deadline=None)
+def test_bytes_that_are_no_text_are_told_as_such_and_do_not_hold_up_what_follows(noise: list[int], text: str) -> None:
+    tokenizer = of_bytes()
+    byte_of = {place: letter for letter, place in tokenizer.get_vocab().items()}
+    ids = [*(number for number in noise if number in byte_of), *tokenizer.encode(text).ids]
+    prompt = tokenizer.encode("a").ids
+    pieces = streamed(tokenizer, prompt, ids)
+    assert "".join(pieces) == tokenizer.decode(prompt + ids)[1:]
+    for place in range(24, len(ids)):
+        assert any(pieces[place - 24 : place]), "nothing is held back for long"
 
 
 def test_half_a_character_at_the_end_is_told_at_the_end() -> None:

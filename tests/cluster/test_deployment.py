@@ -23,14 +23,31 @@ from cluster.deployment import Deployment, DeploymentConfig, plan_placement
 from cluster.gang import RayShards
 from engine.loading import meta_model
 from engine.local import DirectBackend
+from polytrace.certificate import Token
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError, ServiceError
-from polytrace.graph import Graph, Invoke, NodeId, Op, Port, Read, Ref, Request, Save, Site, Write
+from polytrace.graph import (
+    Generation,
+    Graph,
+    Invoke,
+    Node,
+    NodeId,
+    Op,
+    Port,
+    Read,
+    Ref,
+    Request,
+    Sampling,
+    Save,
+    Site,
+    Write,
+)
 from scheduling.loop import step
 from scheduling.plan import Program
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.scheduler import Outcome, PassPolicy, Progress, Scheduler
 
 LAYER, LATER = "model.layers.1", "model.layers.3"
+NEW_TOKENS = 8
 
 
 @dataclass(kw_only=True)
@@ -343,7 +360,69 @@ def limit_memory(pid: int, *, more_bytes: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
 
-def run_with_recoveries(running: Running, scheduler: Scheduler, num: int) -> tuple[dict[str, Outcome], list[str]]:
+def generation(number: int) -> Request:
+    """Sampled; at every step what the first stage has is added on the second one a step later, and the other way."""
+    early, late = (Site(module=module, port=Port.OUTPUT) for module in (LAYER, LATER))
+    nodes: list[Node] = []
+
+    def put(node: Node) -> Ref:
+        nodes.append(node)
+        return Ref(NodeId(len(nodes) - 1))
+
+    before: list[Ref] = []
+    for at in range(NEW_TOKENS):
+        seen = [put(Read(site=site, invoke=0, where="g:1", step=at)) for site in (early, late)]
+        last = [put(Op(name="getitem", args=(value, (slice(None), slice(-1, None))), where="g:2")) for value in seen]
+        for site, value, other in zip((late, early), reversed(seen), before, strict=False):
+            changed = put(Op(name="add", args=(value, other), where="g:3"))
+            put(Write(site=site, invoke=0, value=changed, in_place=True, where="g:3", step=at))
+        put(Save(name=f"late{at}", value=last[1], where="g:4"))
+        before = last
+    sampling = Sampling(do_sample=True, seed=number)
+    invoke = Invoke(
+        sequences=(tuple(range(2 + number, 40)), (5, 6)),
+        generation=Generation(max_new_tokens=NEW_TOKENS, sampling=sampling),
+    )
+    return Request(graph=Graph(nodes=tuple(nodes)), invokes=(invoke,), constants={})
+
+
+def test_generations_go_on_behind_the_loss_of_a_shard_and_no_token_is_told_twice(running: Running) -> None:
+    compiler = DirectBackend(running.source, running.shards, running.description, meta_model(running.source))
+    undisturbed, _ = running.run([compiler.compile(generation(number)) for number in range(6)], budget_tokens=4096)
+    programs = [compiler.compile(generation(number)) for number in range(6)]
+    scheduler = Scheduler(running.description, PassPolicy(budget_tokens=4096))
+    for program in programs:
+        scheduler.add(program)
+    told: dict[str, list[Token]] = {program.request: [] for program in programs}
+    pids = running.deployment.process_ids()
+
+    def hear(news: Progress | Outcome) -> None:
+        told[news.request] += news.tokens
+        if len(pids) == 4 and sum(map(len, told.values())) >= 40:
+            os.kill(pids.pop(2), signal.SIGKILL)
+
+    outcomes, losses = run_with_recoveries(running, scheduler, len(programs), hear)
+    assert len(losses) == 1 and "stage 1 rank 0 died" in losses[0]
+    shared = [[entry.requests for entry in one.receipt.passes] for one in outcomes.values() if one.receipt is not None]
+    assert any(counts[0] == 1 and max(counts) > 1 for counts in shared)  # alone until they were behind where it died
+    for program, before in zip(programs, undisturbed, strict=True):
+        after, own = outcomes[program.request], told[program.request]
+        assert after.error is None and after.receipt is not None and before.receipt is not None
+        assert after.receipt.generated == before.receipt.generated
+        assert all(torch.equal(after.values[name], value) for name, value in before.values.items())
+        assert len(before.values) == NEW_TOKENS
+        for one in after.receipt.generated:
+            assert [(token.step, token.id) for token in own if token.sequence == one.sequence] == [*enumerate(one.ids)]
+    running.run([compiler.compile(request((1, 2, 3), 1.0))], budget_tokens=4096)  # of plans that name what is there
+
+
+def hear_nothing(news: Progress | Outcome) -> None:
+    pass
+
+
+def run_with_recoveries(
+    running: Running, scheduler: Scheduler, num: int, hear: Callable[[Progress | Outcome], None] = hear_nothing
+) -> tuple[dict[str, Outcome], list[str]]:
     """As the dispatcher does: what is lost runs again when the deployment is whole. Outcomes, and what was lost."""
     outcomes: dict[str, Outcome] = {}
     losses: list[str] = []
@@ -361,7 +440,10 @@ def run_with_recoveries(running: Running, scheduler: Scheduler, num: int) -> tup
             losses.append(loss.message)
             running.deployment.recover()
             continue
-        outcomes.update((outcome.request, outcome) for outcome in scheduler.take_outcomes())
+        for news in (*scheduler.take_progress(), *scheduler.take_outcomes()):
+            hear(news)
+            if isinstance(news, Outcome):
+                outcomes[news.request] = news
         if len(outcomes) < num and not (scheduler.has_work() and running.shards.have_room()):
             assert running.awake.wait(60)
     return outcomes, losses

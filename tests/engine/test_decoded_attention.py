@@ -59,10 +59,7 @@ class Text:
         return self
 
 
-def run(
-    store: SpanStore, own: Pass, texts: dict[object, Text], options: Options, points: dict[Port, Point] | None = None
-) -> dict[object, Tensor]:
-    """`[rows, H, C]` of each segment with a name that is a text's."""
+def streams_of(own: Pass) -> Streams:
     plan = Plan(
         pass_id=PassId(1),
         segments=tuple(own.segments),
@@ -74,7 +71,14 @@ def run(
         until=PROLOGUE,
         num_stages=1,
     )
-    streams = Streams(plan, 1, CPU, is_fixed=False)
+    return Streams(plan, 1, CPU, is_fixed=False)
+
+
+def run(
+    store: SpanStore, own: Pass, texts: dict[object, Text], options: Options, points: dict[Port, Point] | None = None
+) -> dict[object, Tensor]:
+    """`[rows, H, C]` of each segment with a name that is a text's."""
+    streams = streams_of(own)
     current = AttentionPass(PassId(1), store, CPU, Trunks(streams, store))
     if points:
         current.points[id(MODULE)] = points
@@ -235,3 +239,24 @@ def test_a_row_whose_pattern_somebody_writes_to_decodes_beside_rows_that_nobody_
     for name in range(6):
         expected = alone(crowd.texts[name], crowd.lengths[name], {})[-1:]
         assert same_bits(rows[name], expected * 2 if name == asked else expected)
+
+
+def test_only_what_somebody_looks_for_is_gathered_behind_the_stream() -> None:
+    crowd = Crowd(5, (4, 4), 8, torch.float32)
+    own = Pass(1)
+    crowd.step(own, list(range(6)))
+    place = own.rows("beside", [0] * 3, 4, own.trunk(cache(8), 0, 4))
+    streams = streams_of(own)
+    stream = streams.layer(0)
+    (before,) = streams.gathering(stream, frozenset())[1]
+    assert before == own.segments[place].parent and stream.runs(place, 0, 4) == [
+        (stream.num_padded, stream.num_padded + 4)
+    ]
+    asked = next(segment for segment, name in own.names.items() if name == 2)
+    apart, places = streams.gathering(stream, frozenset([asked]))
+    own_cache = own.segments[asked].parent
+    assert set(places) >= {before, own_cache} and len(places) == 4, "two others share its beginning"
+    assert apart.bases[asked] == stream.bases[asked]
+    rows = [row for run in apart.runs(asked, 0, crowd.lengths[2] - 1) for row in range(*run)]
+    num_gathered = sum(own.segments[one].stops[0] - own.segments[one].starts[0] for one in places)
+    assert all(stream.num_padded <= row < stream.num_padded + num_gathered for row in rows)

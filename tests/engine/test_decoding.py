@@ -64,15 +64,16 @@ def test_rows_that_decode_have_the_bits_of_their_text_in_one_piece(
     assert machine.store.held_bytes == 0
 
 
-def test_samples_of_one_prompt_share_its_whole_pages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [40, 32])
+def test_samples_of_one_prompt_share_its_whole_pages(length: int, tmp_path: Path) -> None:
     machine = Machine("gemma3", tmp_path)
-    prompt = text(1, 40)
+    prompt = text(1, length)
     texts = [prompt + text(10 + number, STEPS) for number in range(3)]
     own = machine.pass_()
     place = own.rows("prompt", prompt)
     own.grow(cache(0), place, 0, 32)
     for number in range(3):  # what is no whole page goes into each one's own
-        own.grow(cache(1 + number), place, 32, 40, begin=32)
+        own.grow(cache(1 + number), place, 32, length, begin=32, capacity=32)
     first = machine.run(own)["prompt"]
     held = machine.store.held_bytes
     assert held == 4 * 32 * machine.num_layers * 2 * 2 * 8 * 4  # caches, positions, layers, keys/values, heads, ...
@@ -81,10 +82,10 @@ def test_samples_of_one_prompt_share_its_whole_pages(tmp_path: Path) -> None:
         own = machine.pass_()
         shared = own.trunk(cache(0), 0, 32)
         for number, tokens in enumerate(texts):
-            length = 40 + step
-            before = own.trunk(cache(1 + number), 32, length, shared)
-            place = own.rows(number, tokens[length : length + 1], length, before)
-            own.grow(cache(1 + number), place, length, length + 1, begin=32)
+            stop = length + step
+            before = own.trunk(cache(1 + number), 32, stop, shared)
+            place = own.rows(number, tokens[stop : stop + 1], stop, before)
+            own.grow(cache(1 + number), place, stop, stop + 1, begin=32)
         rows = machine.run(own)
         for number in range(3):
             found[number].append(rows[number])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -173,6 +175,28 @@ def test_equal_prompts_of_several_users_draw_and_force_apart(llama: Family) -> N
     assert forced[0].ids[3:] == theirs
 
 
+def test_a_generation_whose_logits_say_nothing_fails_alone(llama: Family) -> None:
+    prompt = (5, 9, 33, 20, 21)
+    users = [llama.user(prompt, sampling=sampling) for sampling in (Sampling(), DRAWN[1])]
+    alone = [llama.serve([user])[0] for user in users]
+    with llama.model.generate([[*prompt]], max_new_tokens=8, eos=None, run=False) as broken:
+        for _ in broken.iter[3]:
+            llama.model.lm_head.output[:, -1] = float("nan")
+    tracers = [broken, *[record(llama.model, user, run=False) for user in users]]
+    first, *others = llama.backend.run_together([llama.backend.compile(one.built_request()) for one in tracers])
+    assert first.error is not None and "say nothing of the next token" in first.error.message
+    assert [list(outcome.receipt.generated) for outcome in others] == alone
+
+
+def test_a_forced_token_is_told_with_its_own_log_probability(llama: Family) -> None:
+    with llama.model.generate([[5, 9, 33]], max_new_tokens=3, eos=None, logprobs=1) as tracer:
+        logits = llama.model.lm_head.output[:, -1].save()
+        tracer.token[:] = 50
+        result = tracer.result
+    assert result.ids[0] == 50 != result.likeliest[0][0][0]
+    close(torch.tensor(result.logprobs[:1]), logits.log_softmax(-1)[:, 50])
+
+
 def test_a_name_may_stand_for_a_value_of_an_earlier_generation(llama: Family) -> None:
     for _ in range(2):
         with llama.model.generate([[5, 6]], max_new_tokens=2, eos=None) as tracer, tracer.all():
@@ -265,3 +289,18 @@ def test_crowds_that_come_and_go_at_any_time_get_what_each_gets_alone(llama: Fam
     while scheduler.has_work():  # shards hear of what has ended in the next pass
         step(scheduler, backend.shards)
     assert backend.shard.store.held_bytes == 0
+
+
+def test_threads_that_generate_at_any_time_share_passes_and_get_what_each_gets_alone(llama: Family) -> None:
+    chosen = random.Random(4)
+    users = [replace(some_user(llama.names, chosen), sampling=chosen.choice([Sampling(), *DRAWN])) for _ in range(12)]
+    alone = [ids_of(llama.serve([user])[0]) for user in users]
+
+    def run(user: User) -> Any:
+        time.sleep(random.Random(user.prompts[0][0]).random() / 10)
+        return record(llama.model, user)
+
+    with ThreadPoolExecutor(len(users)) as threads:
+        tracers = list(threads.map(run, users))
+    assert [[one.ids for one in tracer.result] for tracer in tracers] == alone
+    assert max(entry.requests for tracer in tracers for entry in tracer.receipt.passes) > 1

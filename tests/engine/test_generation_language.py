@@ -341,3 +341,85 @@ def test_logs_and_caches_of_a_generation(model: Any, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert all(f"step {step}: " in printed for step in range(3))
     assert cache["model.layers.2"].output.shape[1] == len(IDS)
+
+
+def test_a_generation_ends_where_the_models_own_configuration_says(plain: Any, tmp_path: Any) -> None:
+    ids, _ = by_hand(plain, IDS)
+    ending = small_llama()
+    ending.generation_config.eos_token_id = [ids[2], 63]
+    with loaded(ending, tmp_path) as model:
+        with model.generate(IDS, max_new_tokens=NEW) as tracer:
+            pass
+        with model.generate(IDS, max_new_tokens=NEW, eos=None) as whole:
+            pass
+    assert (list(tracer.result.ids), tracer.result.finish) == (ids[: ids.index(ids[2]) + 1], "eos")
+    assert list(whole.result.ids) == ids
+
+
+def test_what_is_drawn_at_each_step_depends_on_the_seed_alone(model: Any) -> None:
+    def noisy(seed: int) -> tuple[list[int], Tensor]:
+        with model.generate(IDS, max_new_tokens=5, seed=seed) as tracer:
+            found = []
+            for _ in tracer.iter[:]:
+                hidden = model.model.layers[1].output[0]
+                noise = torch.randn_like(hidden[:, -1])
+                hidden[:, -1] += 0.3 * noise
+                found.append(noise.save())
+        return list(tracer.result.ids), torch.stack(found)
+
+    ids, noise = noisy(3)
+    assert len({float(one.sum()) for one in noise}) == 5, "each step has draws of its own"
+    again, same = noisy(3)
+    assert ids == again and torch.equal(noise, same)
+    assert not torch.equal(noise, noisy(4)[1])
+
+
+def test_what_is_drawn_from_nothing_is_drawn_once_wherever_it_is_used(model: Any) -> None:
+    with model.generate(IDS, max_new_tokens=4) as tracer:
+        noise = polytrace.functions.randn(WIDTH)
+        used, own = [], []
+        for _ in tracer.iter[:]:
+            used.append((noise + 0.0 * model.model.layers[0].output[0][:, -1]).save())
+            own.append((polytrace.functions.randn(WIDTH) + 0.0 * model.model.layers[0].output[0][:, -1]).save())
+        noise = noise.save()
+    assert all(torch.equal(one[0], noise) for one in used)
+    assert len({float(one.sum()) for one in own} | {float(noise.sum())}) == 5
+    with (
+        pytest.raises(GraphError, match="drawn once for all of them"),
+        model.generate(IDS, max_new_tokens=4) as tracer,
+        tracer.all(),
+    ):
+        polytrace.functions.randn(WIDTH)
+
+
+def test_a_users_own_truths_end_sequences(model: Any) -> None:
+    with model.generate([IDS, OTHER], max_new_tokens=5) as tracer, tracer.iter[1:]:
+        tracer.stop(when=torch.tensor([True, False]))
+    assert [(len(one.ids), one.finish) for one in tracer.result] == [(2, "stop"), (5, "length")]
+
+
+def test_adapters_and_standard_names_at_every_step(model: Any, plain: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    left, right = 0.3 * torch.randn(WIDTH, 1, generator=generator), 0.3 * torch.randn(1, 64, generator=generator)
+    weight = plain.model.layers[2].mlp.down_proj.weight
+    before = weight.data.clone()
+    weight.data += left @ right
+    changed = by_hand(plain, IDS)[0]
+    weight.data.copy_(before)
+    edit = polytrace.delta({"model.layers.2.mlp.down_proj": (left, right)})
+    with model.generate(IDS, max_new_tokens=NEW, edits=[edit]) as tracer:
+        pass
+    assert list(tracer.result.ids) == changed != by_hand(plain, IDS)[0]
+
+    steered = by_hand(plain, IDS, {"model.layers.1": lambda hidden, step: last_steered(hidden)})[0]
+    with model.generate([IDS, OTHER], max_new_tokens=NEW) as tracer:
+        for _ in tracer.iter[:]:
+            model.steer(1, VECTOR, positions=[-1])
+            shares = model.next_token_probs.save()
+            values = model.model.layers[1].v.save()
+    assert list(tracer.result[0].ids) == steered
+    assert shares.steps.stack().shape == (NEW, 2, VOCABULARY) and values.shape == (2, 1, 2, 8)
+
+
+def last_steered(hidden: Tensor) -> Tensor:
+    return torch.cat([hidden[:, :-1], hidden[:, -1:] + VECTOR], 1)

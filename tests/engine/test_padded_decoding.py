@@ -2,102 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from padded_families import ENCODERS, model_of
+from padded_by_hand import FLOAT32_TOLERANCE, LAYERS, Change, Loaded, assert_close, by_hugging_face
+from padded_families import ENCODERS
 from padded_steps import REQUEST, generate, prompt_pass, run, step_pass
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM
 
-from engine.local import LocalBackend
 from engine.points import Pairs
-from engine.shard import Shard
 from polytrace.errors import CapacityError
 from polytrace.graph import Port
 
-FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
 PROMPTS = [[3, 14, 15, 92, 65], [35, 89, 79, 32, 38, 46, 26, 43, 5, 6, 7], [83]]
 STEPS = 12
-LAYERS = {
-    "bloom": "transformer.h",
-    "gptj": "transformer.h",
-    "falcon": "transformer.h",
-    "mamba": "backbone.layers",
-    "jamba": "model.layers",
-    "lfm2": "model.layers",
-    "recurrent_gemma": "model.layers",
-    "t5": "decoder.block",
-    "mt5": "decoder.block",
-}
-RUNS_AGAIN = "recurrent_gemma"  # whose states are its modules', so that sequences side by side would share them
-Change = Callable[[Tensor], Tensor]
-
-
-class Loaded:
-    """A family in one process, beside the plain model."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        torch.set_num_threads(1)
-        self.name, self.layers = name, LAYERS[name]
-        model = model_of(name)
-        if name == "mamba":  # its states multiply rounding: with larger weights plain float32 is off by more, too
-            for parameter in model.parameters():
-                parameter.data *= 0.7 if parameter.ndim > 1 else 1.0
-        model.save_pretrained(folder)
-        kind = AutoModelForSeq2SeqLM if name in ENCODERS else AutoModelForCausalLM
-        self.plain: Any = kind.from_pretrained(folder).eval()
-        self.backend = LocalBackend(str(folder), threads=1)
-        self.shard: Shard = self.backend.shards.shard  # type: ignore[attr-defined]
-
-    def place(self, layer: int) -> tuple[str, Port]:
-        return f"{self.layers}.{layer}", Port.OUTPUT
 
 
 @pytest.fixture(scope="module", params=sorted(LAYERS))
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return Loaded(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def by_hugging_face(loaded: Loaded, prompt: list[int], edits: Mapping[str, Change]) -> tuple[list[int], list[Tensor]]:
-    """The likeliest tokens, and each step's logits `[V]`, while hooks change what modules give at every step.
-
-    By `generate`; where its own cache is the modules' state, by a forward of all tokens at each step.
-    """
-    plain, tokens, logits = loaded.plain, list(prompt), list[Tensor]()
-    with changed(plain, edits), torch.no_grad():
-        if loaded.name == RUNS_AGAIN:
-            for _ in range(STEPS):
-                logits.append(plain(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1])
-                tokens.append(int(logits[-1].argmax()))
-            return tokens[len(prompt) :], logits
-        found = plain.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=STEPS,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    return found.sequences[0, -STEPS:].tolist(), [step[0] for step in found.logits]
-
-
-@contextmanager
-def changed(plain: Any, edits: Mapping[str, Change]) -> Iterator[None]:
-    """What modules give is changed; of a tuple its first member."""
-    with ExitStack() as hooks:
-        for path, change in edits.items():
-
-            def hook(_module: Any, _args: Any, output: Any, change: Change = change) -> Any:
-                return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
-
-            hooks.callback(plain.get_submodule(path).register_forward_hook(hook).remove)
-        yield
 
 
 def looking(change: Change) -> Callable[[Any], Any]:
@@ -122,18 +48,11 @@ def last_rows(loaded: Loaded, seen: list[Tensor], sequence: int) -> list[Tensor]
     return [seen[0][first], *(step[sequence] for step in seen[1:])]
 
 
-def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    scale = max(1.0, max(float(one.abs().max()) for one in theirs))
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert float((one - other).abs().max()) <= FLOAT32_TOLERANCE * scale
-
-
 def test_greedy_tokens_and_logits_are_those_of_generate(loaded: Loaded) -> None:
     seen: list[Tensor] = []
     found = generate(loaded.shard, PROMPTS, STEPS, {("", Port.OUTPUT): noting(seen)})
     for place, prompt in enumerate(PROMPTS):
-        tokens, logits = by_hugging_face(loaded, prompt, {})
+        tokens, logits = by_hugging_face(loaded, prompt, {}, STEPS)
         assert found[place] == tokens
         assert_close(last_rows(loaded, seen, place), logits)
     assert len({token for own in found for token in own}) >= 3, "they do not say one thing all the time"
@@ -154,7 +73,9 @@ def test_steering_at_every_step_is_that_of_hooks(loaded: Loaded) -> None:
     looks = {place: looking(change) for place, change in edits.items()}
     found = generate(loaded.shard, PROMPTS, STEPS, {**looks, ("", Port.OUTPUT): noting(seen)})
     for place, prompt in enumerate(PROMPTS):
-        tokens, logits = by_hugging_face(loaded, prompt, {module: change for (module, _), change in edits.items()})
+        tokens, logits = by_hugging_face(
+            loaded, prompt, {module: change for (module, _), change in edits.items()}, STEPS
+        )
         assert found[place] == tokens
         assert_close(last_rows(loaded, seen, place), logits)
     assert found != generate(loaded.shard, PROMPTS, STEPS, {}), "the edits matter"
@@ -261,7 +182,7 @@ def test_edits_of_values_are_what_later_steps_attend_to(attending: Loaded) -> No
             features[:, 2, heads] *= -4.0  # the first head's values
         return features
 
-    expected = by_hugging_face(attending, PROMPTS[0], {source: by_hand})[1][:4]
+    expected = by_hugging_face(attending, PROMPTS[0], {source: by_hand}, 4)[1]
     ours = generated(True)
     assert_close([step[-1] for step in ours], expected)
     plain = generated(False)

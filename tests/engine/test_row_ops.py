@@ -116,6 +116,7 @@ NO_FORM: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("transpose", (H, 0, 1), {}),
     ("cumsum", (H, -1), {}),
     ("long", (H,), {}),
+    ("masked_fill", (H, Slot(3), Slot(7)), {}),
     ("add", (H, Slot(7)), {}),
 ]
 
@@ -130,6 +131,12 @@ def test_what_may_have_other_bits_among_others_has_no_form(
     assert compiled(name, args, kwargs, owns, result, is_cpu=True) is None
 
 
+def test_an_index_out_of_range_is_no_form() -> None:
+    owns, result = [Own((2, 3, 8), torch.float32)], Own((2, 1, 8), torch.float32)
+    with pytest.raises(IndexError):
+        compiled("getitem", (H, (EVERY, [3])), {}, owns, result, is_cpu=False)
+
+
 def test_a_sum_of_what_does_not_lie_row_by_row_has_no_form() -> None:
     owns = [Own((2, 3, 512), torch.float32, Layout.VIEW)]
     assert compiled("sum", (H, -1), {}, owns, Own((2, 3), torch.float32), is_cpu=True) is None
@@ -142,7 +149,12 @@ def test_a_sum_of_what_does_not_lie_row_by_row_has_no_form() -> None:
 def test_a_product_row_by_row_is_the_product(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    for left, right in [((2, 5, 512), (512,)), ((7, 512), (512, 3)), ((2, 5, 3), (3, 512)), ((1, 4, 1024), (1024, 16))]:
+    for left, right in [
+        ((2, 5, 512), (512,)),
+        ((7, 512), (512, 3)),
+        ((2, 5, 3), (3, 512)),
+        ((2, 64, 1024), (1024, 16)),
+    ]:
         a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in (left, right))
         exact = a.double() @ b.double()
         ours = run_op("matmul", (a, b), {})

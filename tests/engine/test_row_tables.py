@@ -138,8 +138,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("sharing", ["tenant", "off"])
+@pytest.mark.parametrize(("form", "sharing"), [(form, ["tenant", "off"][n % 2]) for n, form in enumerate(FORMS)])
 def test_members_of_a_table_have_their_own_bits_and_hugging_faces_numbers(
     served: Served, form: str, sharing: str
 ) -> None:
@@ -299,3 +298,38 @@ def test_a_pass_that_runs_again_and_again_gives_the_same_and_leaves_nothing(serv
         for member in plan.members[:6]:
             assert result.fired[member.program.request] == results[0].fired[member.program.request]
     assert shard.row_tables.is_empty
+
+
+def test_steps_of_generations_run_as_tables_while_others_come_and_end(served_float32: Served) -> None:
+    served = served_float32
+    model = served.model
+    forms = ["steer", "ablate", "steer the last", "project"]
+
+    def request(user: int, form: str, new: int) -> Any:
+        prompt = prompt_of(user, 3 + user)
+        with model.generate(prompt, max_new_tokens=new, eos=None, run=False) as tracer, tracer.all():
+            before = model.model.layers[0].output[0] * 0.5  # from one table to a later one
+            record(form, user, served)(model.model.layers)
+            model.model.layers[3].output[0][:] += before
+            model.lm_head.output[:, -1].save()
+        return tracer.built_request()
+
+    requests = [request(user, form, 2 + 3 * user) for form in forms for user in range(3)]
+    before = served.num_rows
+    together = served.run(requests)
+    decoding = served.num_rows - before
+    assert decoding > len(forms) * (3 * 1 + 2 * 3) * 2 * LAYERS, "so many members at so many sites of steps"
+    told = set()
+    for merged, one in zip(together, requests, strict=True):
+        (own,) = served.run([one])
+        assert merged.error is None, merged.error
+        assert own.error is None
+        assert merged.receipt is not None
+        assert own.receipt is not None
+        assert merged.receipt.generated == own.receipt.generated
+        assert merged.receipt.fired == own.receipt.fired
+        assert merged.values.keys() == own.values.keys()
+        assert all(torch.equal(merged.values[name], own.values[name]) for name in own.values)
+        told.add(merged.receipt.generated[0].ids)
+    assert len(told) > len(forms)
+    assert served.backend.shard.row_tables.is_empty

@@ -11,6 +11,7 @@ import torch
 from below import EXPRESSIONS, PROMPT, VECTOR, whole_values
 from by_hand import run_by_hand
 from families import FAMILIES, model_of
+from generation_programs import crowd, written
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from points import Look, furthest, look_by_hand, looks, record_look
@@ -282,6 +283,31 @@ def test_a_graph_that_fails_on_one_shard_leaves_its_31_neighbours_unchanged(
     for tracer, outcome, expected in zip(tracers, outcomes, undisturbed, strict=True):
         assert outcome.error is None
         assert all(map(torch.equal, values_in_order(tracer, outcome.values), expected.values))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_generations_are_those_of_one_process(deployed: Deployed, seed: int) -> None:
+    """Values go from step to step between all stages; tokens are drawn where the logits are split too."""
+    if deployed.family not in ("llama", "gpt2", "gemma2", "mistral"):
+        pytest.skip("families whose places are all of the model's width")
+    users = crowd(deployed.family, 6, seed)
+
+    def run(backend: Any, some: Sequence[Any]) -> list[Any]:
+        outcomes = backend.run_together([backend.compile(written(user)) for user in some])
+        assert all(outcome.error is None for outcome in outcomes), outcomes
+        return [(outcome.values, outcome.receipt.generated) for outcome in outcomes]
+
+    one = LocalBackend(deployed.folder, threads=1, policy=EVERYONE)
+    for user, ours, theirs in zip(users, run(deployed.backend, users), run(one, users), strict=True):
+        (alone,) = run(deployed.backend, [user])
+        assert ours[1] == alone[1]
+        assert ours[0].keys() == alone[0].keys()
+        assert all(torch.equal(value, alone[0][name]) for name, value in ours[0].items()), user
+        if deployed.dtype is torch.float32:
+            assert ours[1] == theirs[1] and ours[0].keys() == theirs[0].keys(), user
+            pairs = [(value, theirs[0][name]) for name, value in ours[0].items()]
+            assert difference(*zip(*pairs, strict=True)) <= FLOAT32_TOLERANCE if pairs else True, user
+            assert deployed.ranks > 1 or all(torch.equal(a, b) for a, b in pairs), user  # stages change no bit
 
 
 SHARED = 6  # tokens that two prompts have in common

@@ -305,3 +305,46 @@ from polytrace.methods import HookedModel
 refused(lambda: HookedModel(model), "HookedModel computes with torch", "pip install torch")
 """
     )
+
+
+def test_a_loop_gives_arrays_and_a_body_that_is_recorded_once_a_sequence_of_them() -> None:
+    run(
+        """
+import polytrace
+from polytrace.certificate import Generated
+from polytrace.graph import Last, Stop
+
+backend.shape = ValueShape(shape=(1, 8), dtype="float32")
+backend.results = {f"{name}@{step}": np.full((1, 2), step, np.float32) for name in "01" for step in range(2)}
+backend.results["2"] = np.ones(2, np.float32)
+with model.generate([1, 2, 3], max_new_tokens=3) as tracer:
+    found, total = [], 0.0
+    for step in tracer.iter[:]:
+        hidden = layer.output[0][:, -1]
+        total = total + hidden
+        found.append(hidden.save())
+        if step == 2:
+            tracer.token = 5
+    with tracer.all():
+        looped = model.lm_head.output.save()
+        tracer.stop(when=tracer.token == 7)
+    mean = functions.stack(found).mean(0).save()
+nodes = backend.requests[-1].graph.nodes
+assert [len(node.values) for node in nodes if isinstance(node, Last)] == [1, 1, 1]
+assert [node.num_steps for node in nodes if isinstance(node, Stop)] == [3]
+assert len(polytrace.came(found)) == 2 and float(found[1][0, 0]) == 1.0
+assert found[0].steps.stack().shape == (2, 1, 2)
+assert len(looped) == 2 and looped.stack().shape == (2, 1, 2) and float(looped[-1][0, 1]) == 1.0
+assert mean.shape == (2,)
+refused(lambda: found[2] + 1, "step 2 never came")
+refused(lambda: np.asarray(looped), "one tensor for each step that came")
+refused(lambda: model.generate([1], max_new_token=2), "did you mean max_new_tokens")
+
+questions = len(backend.validated)
+with model.generate([1, 2, 3], max_new_tokens=3, run=False) as tracer:
+    for _ in tracer.iter[:]:
+        assert (layer.output[0] * 2).shape == (1, 8)
+prompts = [one.sequences for question in backend.validated[questions:] for one in question.invokes]
+assert prompts == [((1, 2, 3),), ((3,),)], prompts
+"""
+    )

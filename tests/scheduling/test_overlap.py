@@ -14,7 +14,7 @@ from polytrace.errors import ServiceError, TooLargeError
 from polytrace.graph import NodeId
 from scheduling.loop import step
 from scheduling.plan import Failure, PassAbandonedError, PassTooLargeError, Plan, Program, RequestId, ShardResult
-from scheduling.policy import passes_in_flight, share_of, wave_tokens
+from scheduling.policy import passes_in_flight, share_of, step_share, wave_tokens
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
 from tests.scheduling.pipeline import TimedStages, all_fired, run_all
 from tests.scheduling.tiny import VOCAB, Recorder, tiny_llama
@@ -295,3 +295,8 @@ def test_every_request_ends_once_however_small_the_memory_is(sizes: list[object]
         fits = all(wave.rows_anew.widest <= most_rows for wave in program.waves)
         error = outcomes[program.request].error
         assert error is None if fits else isinstance(error, TooLargeError)
+
+
+@pytest.mark.parametrize(("rows", "slots", "share"), [(40, 3, 16), (96, 3, 32), (100, 3, 34), (5, 3, 16), (40, 1, 40)])
+def test_steps_go_in_groups_one_for_each_pass_that_could_start(rows: int, slots: int, share: int) -> None:
+    assert step_share(rows, slots, PassPolicy()) == share
