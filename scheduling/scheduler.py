@@ -54,7 +54,7 @@ from scheduling.policy import (
     step_share,
 )
 from scheduling.prefixes import left_by
-from scheduling.receipts import find_error, find_out_of_memory, pass_entry
+from scheduling.receipts import find_error, find_out_of_memory, pass_entry, values_of
 from scheduling.stopping import Decode
 
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
@@ -304,9 +304,12 @@ class Scheduler:
         flight = self._flying[plan.pass_id]
         together = len(flight.jobs)
         entry = pass_entry(plan, results, self._table, together)
+        values = values_of(results)
         for job, member in self._landed(plan):
             failure = find_out_of_memory(job.program, results)
-            error: PolytraceError | None = None if member is None else find_error(job.now, member, results)
+            error: PolytraceError | None = None
+            if member is not None:
+                error = find_error(job.now, member, results, job.account.whole)
             if job.is_cancelled:
                 error = CancelledError("the request was cancelled")
             elif failure is not None and together > 1:
@@ -319,7 +322,7 @@ class Scheduler:
                 self._end(job, error)
                 continue
             step, offset = (0, 0) if member is None else (member.step, member.offset)
-            job.account.enter(entry, results, job.now, step, offset)
+            job.account.enter(entry, results, job.now, step, offset, values.get(job.program.request, {}))
             if member is not None and job.generating is not None:
                 job.generating.take(results)
             if job.num_done == job.num_waves:
