@@ -49,7 +49,7 @@ class Ahead:
         self._num_layers = num_layers
         self._prompts: list[_Prompt] = []
         self.spared = 0  # rows x layers, thanks to prefixes
-        self._has_looked = False
+        self._has_begun = False
         cones = drawing_cones(program) if len(program.waves) == 1 else {}
         for (invoke, place), own in caches.own.items():
             if invoke not in cones:
@@ -68,17 +68,15 @@ class Ahead:
         self._by_sequence = {prompt.sequence: prompt for prompt in self._prompts}
 
     def look(self, prefixes: Prefixes) -> None:
-        """Finds what earlier requests have left, once; none of it may be dropped before the next pass is planned."""
-        if self._has_looked:
+        """Finds what earlier requests have left, until the first pass goes; that one must find it still there."""
+        if self._has_begun:
             return
-        self._has_looked = True
         for prompt in self._prompts:
+            prompt.found, prompt.kept = 0, None
             found = prefixes.find(prompt.domain, prompt.tokens, prompt.cone)
             if found is not None and not prompt.cone.skips:
                 prefix, prompt.found = found
                 prompt.kept = self._kept(prefix.trunk, prompt.tokens[: prompt.found], prefix.edits, prompt.domain)
-        if any(prompt.found for prompt in self._prompts):
-            self.spared = self._spared()
 
     @property
     def num_spared(self) -> int:
@@ -121,7 +119,10 @@ class Ahead:
         return tuple(found)
 
     def went(self, stretches: tuple[Stretch, ...]) -> None:
-        """They are on their way: passes that follow find them in the caches."""
+        """They are on their way, or all of the program is: passes that follow find them in the caches."""
+        if not self._has_begun and any(prompt.found for prompt in self._prompts):
+            self.spared = self._spared()
+        self._has_begun = True
         for stretch in stretches:
             prompt = next(prompt for prompt in self._prompts if prompt.cache is stretch.cache)
             prompt.done = len(stretch.placed.tokens)

@@ -56,6 +56,8 @@ class Generating:
             if invoke.generation is not None
             for place, tokens in enumerate(invoke.sequences)
         }
+        self.num_rows = len(self._sequences)  # of a step
+        self.over: frozenset[int] = frozenset()  # invokes whose sequences have all ended
         self._stopped: set[SequenceId] = set()  # by the graph, at this step
         self.rows_of_steps: list[int] = []  # sequences that each step behind the prompts had
         self._left: set[NodeId] = set()  # what earlier steps have left
@@ -80,11 +82,6 @@ class Generating:
         return self.step
 
     @property
-    def num_rows(self) -> int:
-        """Rows of a step."""
-        return 0 if self.is_ending else sum(one.finish is None for one in self._sequences.values())
-
-    @property
     def lengths(self) -> dict[SequenceId, int]:
         """Positions of each sequence that has a row in the step, with that."""
         if self.is_ending or not self.step:
@@ -96,14 +93,6 @@ class Generating:
         """The tokens whose keys and values a sequence's cache has at the end: the last one has run nowhere."""
         one = self._sequences[sequence]
         return (*one.prompt, *one.tokens[:-1])
-
-    @property
-    def over(self) -> frozenset[int]:
-        """Invokes whose sequences have all ended."""
-        if self.is_ending:
-            return frozenset(index for index, _ in self._sequences)
-        going = {index for (index, _), one in self._sequences.items() if one.finish is None}
-        return frozenset(index for index, _ in self._sequences if index not in going)
 
     def rows(self, invoke: int) -> list[Row | None]:
         """What an invoke's sequences have in this step, None for those that have ended."""
@@ -163,6 +152,7 @@ class Generating:
         self._left.difference_update(drops)
         self._left.update(node for place, node in holds.items() if place not in self.absent)
         self.step += 1
+        self._count()
         if not self.num_rows:
             self.is_ending = self.chain.ending is not None
             if not self.is_ending:
@@ -171,6 +161,12 @@ class Generating:
             self.rows_of_steps.append(self.num_rows)
         self.absent = self._find_absent()
         return True
+
+    def _count(self) -> None:
+        going = [invoke for (invoke, _), one in self._sequences.items() if one.finish is None]
+        if len(going) < self.num_rows:
+            self.num_rows = len(going)
+            self.over = frozenset(invoke for invoke, _ in self._sequences).difference(going)
 
     def _find_absent(self) -> frozenset[NodeId]:
         run, over = self.run, self.over

@@ -76,6 +76,8 @@ def page(rows: Mapping[str, str]) -> str:
         f"Of the {served}, {_yes(green, 5)} run over 2 stages and {_yes(green, 6)} over 2 ranks. Of the {len(NNTERP)} "
         f"classes that nnterp names {len(NNTERP) - len(left)} are served{f' (not {_listed(left)})' if left else ''}.",
         "",
+        _ENCODERS,
+        "",
         *((f"Not tried yet: {_listed(untried)}.", "") if untried else ()),
         *_LEGEND,
         "",
@@ -87,6 +89,10 @@ def page(rows: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+_ENCODERS = (
+    "Models with an encoder and a decoder (T5, mT5, UMT5, LongT5, BART, Pegasus, Marian, M2M100) are served padded, "
+    "on one stage and one rank, without standard names; they are no causal language models and not in the table."
+)
 _LEGEND = (
     "*Served* means, each seen in the run: the first argument and the output of every module, where a trace can read",
     "them, logits among them, are plain Hugging Face's (hooks) to 1e-5 of the largest value; an edit of the first",
