@@ -241,7 +241,8 @@ def _is_right(model: Mapping[str, Any]) -> bool:
         found.append(model["arrival"]["tokens_are_as_alone"])
     found += [row["tokens_are_equal"] and row["different"] > 1 for row in model.get("sharing", ())]
     if "left" in model:
-        found.append(model["left"]["cache_bytes"] == 0)
+        objects = model["left"]["objects"]
+        found.append(model["left"]["cache_bytes"] == 0 and objects[-1] <= 1.001 * objects[0])
     return all(found)
 
 
