@@ -9,7 +9,6 @@ Knows nothing of Ray, queues or HTTP. A plain class: `cluster.actors` makes it r
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,15 +21,15 @@ from engine.attention import AttentionPass
 from engine.chat import chat_format
 from engine.checking import check_names
 from engine.constants import Constants
-from engine.copies import to_device
 from engine.encoders import has_encoder, why_one_stage
 from engine.fragments import RequestState, ShardContext
 from engine.gate import Trial, WrongMannerError, run_gate
 from engine.going_on import check_caches
 from engine.lanes import forbid_split_sums
-from engine.links import Links, as_bytes
+from engine.links import Links
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.memory import told_out_of_memory
+from engine.messages import receive_values, send_values
 from engine.named import NamedParameters
 from engine.next_tokens import NextTokens, drawn_of
 from engine.padded import PaddedRunner
@@ -44,6 +43,7 @@ from engine.source_sites import Place
 from engine.spans import SpanStore
 from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
+from engine.stopwatch import Stopwatch
 from engine.streams import Streams
 from engine.tokenizer import end_tokens
 from engine.trunks import Trunks
@@ -68,8 +68,6 @@ from scheduling.plan import (
     StageWork,
     Transfer,
 )
-
-_ALIGN = 16  # bytes: every value of a message starts where any dtype may
 
 
 class Shard:
@@ -221,7 +219,7 @@ class Shard:
         raise PassTooLargeError(f"{told}, in a pass of {rows:,} rows and {len(plan.members)} requests")
 
     def _run(self, plan: Plan) -> ShardResult:
-        watch = _Stopwatch()
+        watch = Stopwatch()
         sent_before, gathered_before = self.links.bytes.sent, self.links.bytes.gathered
         # 1) forget requests that ended early, take the members of this pass
         for request in plan.ended:
@@ -325,18 +323,18 @@ class Shard:
             states.append(state)
         return states
 
-    # 2), 3), 5) messages: all values that go from one stage to another in one flat message, flags first
+    # 2), 3), 5) what goes from one stage to another
 
-    def _exchange(self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], watch: _Stopwatch) -> None:
+    def _exchange(self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], watch: Stopwatch) -> None:
         """Held values, in any direction."""
         here = self.links.stage
         targets = sorted({t.target for each in transfers for t in each if t.source == here})
         sources = sorted({t.source for each in transfers for t in each if t.target == here})
         for target in targets:
-            self._send_values(states, transfers, target)
+            send_values(self.links, self.device, states, transfers, target)
         watch.lap(Phase.COMPUTING)
         for source in sources:
-            self._receive_values(states, transfers, source)
+            receive_values(self.links, states, transfers, source)
 
     def _receive_forward(
         self, plan: Plan, streams: Streams, states: list[RequestState], works: list[StageWork]
@@ -350,7 +348,7 @@ class Shard:
         if hidden is not None:
             sources.add(self.links.stage - 1)  # its flags come even when no value does
         for source in sorted(sources):
-            self._receive_values(states, arriving, source)
+            receive_values(self.links, states, arriving, source)
         return hidden
 
     def _send_forward(
@@ -366,41 +364,8 @@ class Shard:
             hidden_bytes = hidden.nbytes
             targets.add(self.links.stage + 1)
         for target in sorted(targets):
-            self._send_values(states, leaving, target)
+            send_values(self.links, self.device, states, leaving, target)
         return hidden_bytes
-
-    def _send_values(self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], target: int) -> None:
-        values = [
-            state.held(transfer.node, transfer.facts)
-            for state, each in zip(states, transfers, strict=True)
-            for transfer in each
-            if transfer.source == self.links.stage and transfer.target == target
-        ]
-        flags = to_device([state.has_failed for state in states], self.device, torch.uint8)
-        parts = [_padded(flags), *(_padded(value) for value in values)]
-        self.links.send(torch.cat(parts), target)
-
-    def _receive_values(self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], source: int) -> None:
-        expected = [
-            (state, transfer)
-            for state, each in zip(states, transfers, strict=True)
-            for transfer in each
-            if transfer.source == source and transfer.target == self.links.stage
-        ]
-        sizes = [_aligned(transfer.facts.num_bytes) for _, transfer in expected]
-        head = _aligned(len(states))
-        message = self.links.receive((head + sum(sizes),), torch.uint8, source)
-        # On a GPU this is where the host waits, once a stage and pass: what a failed graph's nodes would do is decided
-        # here.
-        for state, has_failed in zip(states, message[: len(states)].tolist(), strict=True):
-            if has_failed:
-                state.fail(None, _FAILED_ELSEWHERE)
-        start = head
-        for (state, transfer), size in zip(expected, sizes, strict=True):
-            raw = message[start : start + transfer.facts.num_bytes]
-            dtype = getattr(torch, transfer.facts.dtype)
-            state.values[transfer.node] = raw.view(dtype).reshape(transfer.facts.shape)
-            start += size
 
     # 4) the window
 
@@ -497,37 +462,3 @@ class Shard:
                 values.update({(member.program.request, name): value for name, value in state.sink.values.items()})
                 state.sink.values = {}
         return values
-
-
-_FAILED_ELSEWHERE = "it failed on an earlier stage"
-
-
-class _Stopwatch:
-    """What a pass is at, and for how long, by the clock that all processes of the machine have."""
-
-    def __init__(self) -> None:
-        self.began = self._last = time.monotonic()
-        self.phases: list[tuple[Phase, float]] = []
-
-    def lap(self, phase: Phase) -> None:
-        """Since the last lap it was that."""
-        now = time.monotonic()
-        self.phases.append((phase, now - self._last))
-        self._last = now
-
-    @property
-    def seconds(self) -> float:
-        """From the begin to the last lap."""
-        return self._last - self.began
-
-    def seconds_of(self, phase: Phase) -> float:
-        return sum(seconds for other, seconds in self.phases if other is phase)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGN) * _ALIGN
-
-
-def _padded(tensor: Tensor) -> Tensor:
-    raw = as_bytes(tensor)
-    return torch.nn.functional.pad(raw, (0, _aligned(raw.numel()) - raw.numel()))

@@ -18,7 +18,7 @@ from polytrace.graph import Mask, Node, NodeId, Op, Operand, Parameter, Ref, Sit
 from polytrace.graph import operands as node_operands
 from polytrace.groups import GroupPlace, parts_of
 from polytrace.storage import Place, Step, Storage
-from polytrace.timing import When
+from polytrace.timing import FIRST, When
 
 if TYPE_CHECKING:
     from polytrace.recording import Recording
@@ -116,7 +116,8 @@ class InPlace:
         """Whether what it was read from is no part of the model any more where the code is now."""
         if place.invoke in self._recording.over:
             return True
-        return isinstance(place, Place) and place.when != self._recording.loops.position.of(place.site)
+        loops = self._recording.loops
+        return loops.are_used and isinstance(place, Place) and place.when != loops.position.of(place.site)
 
     @contextmanager
     def branch(self) -> Iterator[None]:
@@ -180,7 +181,8 @@ class InPlace:
         return self._put(root, way[:cut], Ref(self._put(inner, way[cut:], part, where)), where)
 
     def _own_place(self, site: Site, invoke: int) -> Place:
-        when = self._recording.loops.position.of(site)
+        loops = self._recording.loops
+        when = loops.position.of(site) if loops.are_used else FIRST
         place = self._places.get((site, invoke, when))
         if place is None:
             place = self._places[site, invoke, when] = Place(site, invoke, when)

@@ -40,6 +40,8 @@ class Body:
 
 def merged(nodes: tuple[Node, ...], bodies: Sequence[Body]) -> tuple[Node, ...]:
     """The nodes with one body for each run of bodies that are the same. `bodies` are in the order of the nodes."""
+    if not bodies:
+        return nodes
     owners = {node: place for place, body in enumerate(bodies) for node in body.nodes}
     saves: list[dict[int, list[tuple[NodeId, Save]]]] = [{} for _ in bodies]  # per body, by the place of what is saved
     is_handed_on = [False] * len(bodies)  # something else than saves of its step needs a value of it

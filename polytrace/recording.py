@@ -128,7 +128,7 @@ class Recording:
         if invoke < 0:
             self.when(site, invoke, where)
             return self.groups.read(site, invoke, dtype, where)
-        when = self.when(site, invoke, where)
+        when = self.when(site, invoke, where) if self.loops.are_used else FIRST
         self.closings.use(site, invoke, "read", where, when)
         node = self.add(Read(site=site, invoke=invoke, where=where, step=when.step, num_steps=when.num_steps))
         self.facts.dtypes.known[node] = dtype
@@ -246,7 +246,7 @@ class Recording:
     def write_edge(self, site: Site, invoke: int, value: Any, *, in_place: bool = False) -> None:
         """`site = value`; `in_place`: for everyone in the model who holds the tensor."""
         where = user_line()
-        when = self.when(site, invoke, where)
+        when = self.when(site, invoke, where) if self.loops.are_used else FIRST
         for member in self.session.members_of(invoke):
             self.closings.use(site, member, "written", where, when)
         place = self.in_place.place(site, invoke)

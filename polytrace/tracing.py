@@ -531,5 +531,7 @@ class InvokeBlock:
 
     def _swap_positions(self) -> None:
         """Each invoke has its own: what `next()` says in one is nothing to the others."""
+        if not self._tracer.recording.goes_on:
+            return
         loops = self._tracer.recording.loops
         self._position, loops.position = loops.position, self._position

@@ -5,8 +5,9 @@ Owns the reading of `ShardResult`s. Only rank 0 of each stage is asked what fire
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from polytrace.certificate import Fired, PassEntry, Receipt
@@ -23,14 +24,19 @@ from scheduling.costs import (
     wave_tokens,
 )
 from scheduling.generating import Generating
-from scheduling.plan import Failure, Member, Plan, Program, SaveSlot, ShardResult
+from scheduling.plan import Failure, Member, Plan, Program, RequestId, SaveSlot, ShardResult
 from scheduling.step_costs import step_costs
 from scheduling.step_saves import came_out, slot_at
 from scheduling.steps import GENERATE
 
 
-def find_error(program: Program, member: Member, results: tuple[ShardResult, ...]) -> RunError | None:
-    """Why the request failed in this wave: what a shard reported, else what was planned and did not fire."""
+def find_error(
+    program: Program, member: Member, results: tuple[ShardResult, ...], known: set[Hashable]
+) -> RunError | None:
+    """Why the request failed in this wave: what a shard reported, else what was planned and did not fire.
+
+    `known` is the request's own: what was found to be whole, as most steps of a generation are the same way.
+    """
     failed = [
         (failure.node is None, result.stage, result.rank, failure.node or 0, failure)
         for result in results
@@ -40,6 +46,9 @@ def find_error(program: Program, member: Member, results: tuple[ShardResult, ...
     if failed:
         return _told(program, min(failed, key=lambda entry: entry[:-1])[-1])
     fired = {result.stage: result.fired.get(program.request, ()) for result in results if result.rank == 0}
+    key = (id(program), member.wave, member.absent, tuple(sorted(fired.items())))
+    if key in known:
+        return None
     for stage, work in enumerate(program.waves[member.wave].stages):
         here = set(fired.get(stage, ()))
         for fragment in work.fragments:
@@ -47,6 +56,7 @@ def find_error(program: Program, member: Member, results: tuple[ShardResult, ...
                 event = program.graph.nodes[node]
                 if isinstance(event, (Read, Write, Save)) and node not in here and node not in member.absent:
                     return RunError(f"{_name(event)} did not fire", where=event.where)
+    known.add(key)
     return None
 
 
@@ -83,6 +93,15 @@ class Logged:
     slot: SaveSlot
 
 
+def values_of(results: tuple[ShardResult, ...]) -> dict[RequestId, dict[str, Any]]:
+    """The saves that came back with the shards' answers, by request."""
+    found: dict[RequestId, dict[str, Any]] = {}
+    for result in results:
+        for (request, name), value in result.values.items():
+            found.setdefault(request, {})[name] = value
+    return found
+
+
 class Account:
     """One request's books, pass by pass."""
 
@@ -96,6 +115,7 @@ class Account:
         self.logs: list[Logged] = []  # in the order of their passes
         self.saves: list[SaveSlot] = []  # of a generation: those that came, where they are in the result
         self._loaded_bytes = 0
+        self.whole: set[Hashable] = set()  # see `find_error`
 
     @property
     def num_passes(self) -> int:
@@ -108,18 +128,19 @@ class Account:
         program: Program | None = None,
         step: int = 0,
         offset: int = 0,
+        values: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Takes in a pass that went well; `program` is what ran, when that is a step of a generation, whose saves are
-        counted from `offset` on.
+        counted from `offset` on. `values` are its saves, when there is no result file.
         """
         program = program or self.program
         request = program.request
         self._entries.append(entry)
+        self.values.update(values)
         for result in results:
             self._gathered_bytes += result.gathered.get(request, 0)
             self._saved_bytes += result.saved_bytes.get(request, 0)
             self._loaded_bytes += result.loaded.get(request, 0)
-            self.values.update({name: value for (owner, name), value in result.values.items() if owner == request})
             if result.rank == 0:
                 run = self._run(program, result.fired.get(request, ()))
                 run.steps.append(step)

@@ -21,21 +21,19 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
-from polytrace.certificate import Receipt, Token
 from polytrace.description import ModelDescription, PassLayout
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, TooLargeError
 from scheduling.ahead import Ahead
 from scheduling.caches import caches_of
 from scheduling.checks import table_of
 from scheduling.generating import Generating
+from scheduling.jobs import Flight, Job, Outcome, Progress
 from scheduling.memory import Memory
 from scheduling.packing import Going, Packer
 from scheduling.plan import (
-    PAGE,
     Member,
     PassAbandonedError,
     PassId,
@@ -43,7 +41,6 @@ from scheduling.plan import (
     Plan,
     Program,
     RequestId,
-    SaveSlot,
     ShardResult,
 )
 from scheduling.policy import (
@@ -57,7 +54,7 @@ from scheduling.policy import (
     step_share,
 )
 from scheduling.prefixes import left_by
-from scheduling.receipts import Account, Logged, find_error, find_out_of_memory, pass_entry
+from scheduling.receipts import find_error, find_out_of_memory, pass_entry, values_of
 from scheduling.stopping import Decode
 
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
@@ -65,196 +62,6 @@ __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 
 _MAX_LOSSES_ALONE = 3  # shards that may die while a request is alone on them: two may be bad luck
 _MAX_REFILLS = 3  # times that a pass is planned again because it has room left
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a request ended: with a receipt or with an error."""
-
-    request: RequestId
-    receipt: Receipt | None = None
-    error: PolytraceError | None = None
-    may_be_cut: bool = (
-        False  # too large, but for passes of fewer rows (`Scheduler.budget_tokens`) it takes more of them
-    )
-    values: Mapping[str, Any] = field(default_factory=dict)  # saves, when the program has no result file
-    tokens: tuple[Token, ...] = ()  # of the last steps, which no `Progress` has told
-    saves: tuple[SaveSlot, ...] = ()  # of a generation: all that came, as of `Progress`
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a request of several passes is."""
-
-    request: RequestId
-    passes_done: int
-    passes: int
-    tokens: tuple[Token, ...] = ()  # that are new since it was told before
-    saves: tuple[SaveSlot, ...] = ()  # of a generation: those that came since then, where they are in the result
-    logs: tuple[Logged, ...] = ()  # of these passes
-    result_start: int = 0  # as of `Program`: where their slots are counted from
-    values: Mapping[str, Any] = field(default_factory=dict)  # of logs, when the program has no result file
-
-
-class _Job:
-    """A request on its way through its waves."""
-
-    def __init__(self, program: Program, number: int, now: float) -> None:
-        self.program = program
-        self.number = number  # of arrival
-        self.added = now
-        self.is_cancelled = False
-        self.is_keeping: bool | None = None  # its trunks; None: nobody has asked yet
-        self.losses = 0  # passes that died with shards while it was in them, since it got further than there
-        self.lost_at = 0  # the step of its generation that it was at then
-        self.losses_alone = 0  # of these, those that it had to itself
-        self.party: object | None = None  # with whom it goes, and with nobody else; None: with anyone
-        self.since: PassId | None = None  # the pass behind which it waits, to be fair among equals
-        self.least = 0  # positions that its caches have room for from the begin
-        self.num_told = 0  # steps whose tokens have been told
-        self.num_saves_told = 0  # the same ones come again when it starts again
-        self.copies: dict[int, Program] = {}  # as of `Going`
-
-    def restart(self, generating: Generating | None, ahead: Ahead | None) -> None:
-        """From its first wave, with its generation, if it is one; what is in flight of it counts no more."""
-        self.wave = 0  # that goes next
-        self.in_flight: list[PassId] = []
-        self.num_ahead = 0  # passes in flight that run rows of its prompts ahead
-        self.passes_ahead = 0  # that have
-        self.started: float | None = None
-        self.account = Account(self.program)
-        self.generating, self.ahead = generating, ahead
-        self.is_step = False  # it is behind its prompts, with one row a sequence
-        self.reserved = 0  # positions of its caches
-        self.leaving = 0  # of these, what it leaves with its next step, for a larger one
-        self.needed = 0 if generating is None else generating.caches.num_positions  # more, before it may go
-
-    @property
-    def now(self) -> Program:
-        """What runs: the program, or the step that its generation is at."""
-        return self.program if self.generating is None else self.generating.program
-
-    @property
-    def is_suspect(self) -> bool:
-        """A pass died with it in: it goes alone, so that nobody suffers should it be the cause."""
-        return self.losses > 0
-
-    def land(self, pass_id: PassId, *, is_ahead: bool) -> None:
-        self.in_flight.remove(pass_id)
-        self.num_ahead -= is_ahead
-        self.passes_ahead += is_ahead
-
-    def may_be_cut(self, member: Member | None) -> bool:
-        """Whether what was too large in a pass may go with fewer rows."""
-        return member is None or (not self.is_step and self.ahead is not None and self.ahead.num_left > 0)
-
-    @property
-    def num_rows(self) -> int:
-        if self.is_step and self.generating is not None:
-            return self.generating.num_rows
-        wave = self.program.waves[self.wave]
-        rows = (wave.rows_anew if self.is_keeping is False else wave.rows).widest
-        return rows if self.ahead is None else max(1, rows - self.ahead.num_spared)
-
-    @property
-    def least_rows(self) -> int:
-        can_be_cut = not self.is_step and self.ahead is not None and self.ahead.num_left >= PAGE
-        return min(PAGE, self.num_rows) if can_be_cut else self.num_rows
-
-    def going(self, num_rows: int) -> Going:
-        """With so many rows: when that is not all of them, of its prompts alone."""
-        ahead = None if self.is_step else self.ahead
-        return Going(
-            program=self.now,
-            wave=self.wave,
-            is_keeping=self.is_keeping is True and not self.is_step,
-            generating=self.generating,
-            ahead=ahead,
-            stretches=() if ahead is None or num_rows >= self.num_rows else ahead.next(num_rows),
-            copies=self.copies,
-        )
-
-    @property
-    def num_waves(self) -> int:
-        return len(self.now.waves)
-
-    @property
-    def num_done(self) -> int:
-        """Waves that have ended."""
-        return self.wave - (len(self.in_flight) - self.num_ahead)
-
-    @property
-    def progress(self) -> Progress:
-        logs, values = self.account.logs, self.account.values
-        steps = 0 if self.program.chain is None else len(self.program.chain.steps)
-        return Progress(
-            request=self.program.request,
-            passes_done=self.account.num_passes,
-            passes=len(self.program.waves) + steps + self.passes_ahead,
-            logs=tuple(logs),
-            result_start=self.program.result_start,
-            values={log.slot.name: values[log.slot.name] for log in logs if log.slot.name in values},
-        )
-
-    @property
-    def is_held(self) -> bool:
-        """Whether shards keep values for a wave that has not gone yet."""
-        if self.generating is not None:
-            return self.started is not None  # caches too
-        return 0 < self.wave < self.num_waves
-
-    def advance(self) -> bool:
-        """Behind the last wave of a step: goes on with the next one; False when there is none."""
-        if self.generating is None or not self.generating.advance():
-            return False
-        self.wave = 0
-        self.is_step = True
-        self.needed = self.generating.caches.needed(self.generating.lengths)
-        return True
-
-    @property
-    def turn(self) -> tuple[bool, bool, bool, int, int]:
-        """Its place in the queue: suspects first, or they would wait for ever behind those that share passes; then
-        steps; those whose last wave is under way only fill what others leave.
-        """
-        return bool(self.in_flight), not self.is_suspect, not self.is_step, self.since or 0, self.number
-
-    def clear(self) -> None:
-        """Ends the suspicion once its generation is behind the step at which a pass died."""
-        if self.is_suspect and self.generating is not None and self.generating.step > self.lost_at:
-            self.losses, self.party = 0, None
-
-    def take_tokens(self) -> tuple[Token, ...]:
-        """What was drawn and has not been told, also when it was drawn before."""
-        if self.generating is None:
-            return ()
-        told, self.generating.told = self.generating.told, []
-        fresh = tuple([token for token in told if token.step >= self.num_told])
-        self.num_told = max([self.num_told, *[token.step + 1 for token in fresh]])
-        return fresh
-
-    def take_saves(self) -> tuple[SaveSlot, ...]:
-        """What was saved and has not been told, also when it was saved before."""
-        fresh = self.account.saves[self.num_saves_told :]
-        self.num_saves_told += len(fresh)
-        return tuple(fresh)
-
-    def may_follow(self) -> bool:
-        """Whether the next wave may go while another is in flight: no stage would wait for one behind it."""
-        works = self.now.waves[self.wave].stages
-        return all(held.source < held.target for work in works for held in work.held)
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """Who is in a pass."""
-
-    members: list[_Job]  # of its plan
-    ahead: list[_Job]  # rows of whose prompts run ahead
-
-    @property
-    def jobs(self) -> list[_Job]:
-        return [*self.members, *self.ahead]
 
 
 class Scheduler:
@@ -280,12 +87,12 @@ class Scheduler:
         self._clock = clock
         self._decode = decode
         self._has_prefixes = is_packed and description.has_forks
-        self._jobs: dict[RequestId, _Job] = {}
-        self._ready: list[_Job] = []  # by turn: those whose next wave may go
-        self._flying: dict[PassId, _Flight] = {}
+        self._jobs: dict[RequestId, Job] = {}
+        self._ready: list[Job] = []  # by turn: those whose next wave may go
+        self._flying: dict[PassId, Flight] = {}
         self._ended: list[RequestId] = []  # shards hold values of these; the next plan says to drop them
         self._outcomes: list[Outcome] = []
-        self._progress: dict[RequestId, _Job] = {}  # that got further
+        self._progress: dict[RequestId, Job] = {}  # that got further
         self._memory = Memory(description.limits.kept_bytes, policy.prefix_bytes)
         stages = table_of(description).levels.stages
         self._position_bytes = description.key_value_bytes * max(map(stages.count, set(stages)), default=0)
@@ -305,13 +112,13 @@ class Scheduler:
         """Takes a request. Its id must not be one that is still on its way."""
         assert program.request not in self._jobs, f"request {program.request} was added twice"
         self._arrivals += 1
-        job = _Job(program, self._arrivals, self._clock())
+        job = Job(program, self._arrivals, self._clock())
         job.since = PassId(self._passes)
         self._begin(job)
         self._jobs[program.request] = job
         insort(self._ready, job, key=lambda ready: ready.turn)
 
-    def _begin(self, job: _Job) -> None:
+    def _begin(self, job: Job) -> None:
         """Brings a job before its first wave."""
         program = job.program
         if program.chain is None:
@@ -363,7 +170,7 @@ class Scheduler:
         pass_id = PassId(self._passes)
         going, plan = self._fill(pass_id)
         self._choice.went([job for job, _ in going])
-        flight = _Flight([job for job, one in going if not one.stretches], [job for job, one in going if one.stretches])
+        flight = Flight([job for job, one in going if not one.stretches], [job for job, one in going if one.stretches])
         self._flying[pass_id] = flight
         self._has_suspect_in_flight = any(job.is_suspect for job in flight.jobs)
         now = self._clock()
@@ -383,7 +190,7 @@ class Scheduler:
         self._ready.sort(key=lambda job: job.turn)
         return plan
 
-    def _fill(self, pass_id: PassId) -> tuple[list[tuple[_Job, Going]], Plan]:
+    def _fill(self, pass_id: PassId) -> tuple[list[tuple[Job, Going]], Plan]:
         """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
         waiting = self._with_room()
         self._look(waiting)
@@ -417,7 +224,7 @@ class Scheduler:
     def _is_idle(self) -> bool:
         return not self._ready and not self._flying
 
-    def _with_room(self) -> list[_Job]:
+    def _with_room(self) -> list[Job]:
         """Those whose next wave may go: a generation needs room for its sequences' caches before that.
 
         Whoever is younger than one that waits for room waits behind it.
@@ -429,7 +236,7 @@ class Scheduler:
                 break
         return [job for job in self._ready if not job.needed]
 
-    def _make_room(self, job: _Job) -> bool:
+    def _make_room(self, job: Job) -> bool:
         """Gives a job's caches the room that they need for its next step, if need be that of younger ones."""
         while not self._memory.take(job.needed * self._position_bytes):
             holders = [other for other in self._jobs.values() if other.reserved and other is not job]
@@ -454,20 +261,20 @@ class Scheduler:
             job.leaving = job.reserved - job.generating.caches.num_positions
         return True
 
-    def _put_back(self, job: _Job) -> None:
+    def _put_back(self, job: Job) -> None:
         """It runs again from its first step, when there is room."""
         assert job.generating is not None and not job.in_flight
         job.least = max([job.least, *job.generating.lengths.values()])
         self._restart(job)
 
-    def _restart(self, job: _Job) -> None:
+    def _restart(self, job: Job) -> None:
         """What shards have of its caches they are to forget."""
         self._free(job)
         if job.is_held:
             self._ended.append(job.program.request)
         self._begin(job)
 
-    def _free(self, job: _Job, kept: Collection[RequestId] = ()) -> None:
+    def _free(self, job: Job, kept: Collection[RequestId] = ()) -> None:
         """Gives back the room of a job's caches, but of those that are kept."""
         if job.generating is None or not job.reserved:
             return
@@ -477,13 +284,13 @@ class Scheduler:
         self._memory.give(job.reserved * self._position_bytes)
         job.reserved = 0
 
-    def _look(self, jobs: list[_Job]) -> None:
+    def _look(self, jobs: list[Job]) -> None:
         """Finds prefixes for prompts that have not begun."""
         for job in jobs:
             if job.ahead is not None and not job.is_step:
                 job.ahead.look(self._memory.prefixes)
 
-    def _going(self, chosen: list[tuple[_Job, int]]) -> list[tuple[_Job, Going]]:
+    def _going(self, chosen: list[tuple[Job, int]]) -> list[tuple[Job, Going]]:
         """The jobs with their trunks: those keep them that the store has room for when they first go."""
         for job, _ in chosen:
             if job.is_keeping is None:
@@ -497,9 +304,12 @@ class Scheduler:
         flight = self._flying[plan.pass_id]
         together = len(flight.jobs)
         entry = pass_entry(plan, results, self._table, together)
+        values = values_of(results)
         for job, member in self._landed(plan):
             failure = find_out_of_memory(job.program, results)
-            error: PolytraceError | None = None if member is None else find_error(job.now, member, results)
+            error: PolytraceError | None = None
+            if member is not None:
+                error = find_error(job.now, member, results, job.account.whole)
             if job.is_cancelled:
                 error = CancelledError("the request was cancelled")
             elif failure is not None and together > 1:
@@ -512,7 +322,7 @@ class Scheduler:
                 self._end(job, error)
                 continue
             step, offset = (0, 0) if member is None else (member.step, member.offset)
-            job.account.enter(entry, results, job.now, step, offset)
+            job.account.enter(entry, results, job.now, step, offset, values.get(job.program.request, {}))
             if member is not None and job.generating is not None:
                 job.generating.take(results)
             if job.num_done == job.num_waves:
@@ -526,7 +336,7 @@ class Scheduler:
                 self._ready.append(job)
         self._ready.sort(key=lambda job: job.turn)
 
-    def _settle(self, job: _Job) -> None:
+    def _settle(self, job: Job) -> None:
         """Caches that have moved are where they are."""
         self._memory.give(job.leaving * self._position_bytes)
         job.reserved -= job.leaving
@@ -577,7 +387,7 @@ class Scheduler:
                     self._queue_again(job, party=job.number)
         self._forget_values(plan)
 
-    def _landed(self, plan: Plan) -> list[tuple[_Job, Member | None]]:
+    def _landed(self, plan: Plan) -> list[tuple[Job, Member | None]]:
         """The jobs that the pass still counts for, and what they were in it; None: rows of theirs ran ahead."""
         flight = self._flying.pop(plan.pass_id)
         self._has_suspect_in_flight = False
@@ -589,7 +399,7 @@ class Scheduler:
                 landed.append((job, member))
         return landed
 
-    def _queue_again(self, job: _Job, *, party: object | None) -> None:
+    def _queue_again(self, job: Job, *, party: object | None) -> None:
         self._restart(job)
         job.party = party
         if job not in self._ready:
@@ -625,7 +435,7 @@ class Scheduler:
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
-    def _finish(self, job: _Job) -> None:
+    def _finish(self, job: Job) -> None:
         started = job.added if job.started is None else job.started
         receipt = job.account.receipt(
             self._table,
@@ -653,14 +463,14 @@ class Scheduler:
             )
         )
 
-    def _end(self, job: _Job, error: PolytraceError, *, may_be_cut: bool = False) -> None:
+    def _end(self, job: Job, error: PolytraceError, *, may_be_cut: bool = False) -> None:
         """Without a result."""
         if job.is_held:
             self._ended.append(job.program.request)
         self._remove(job)
         self._outcomes.append(Outcome(request=job.program.request, error=error, may_be_cut=may_be_cut))
 
-    def _remove(self, job: _Job, kept: Collection[RequestId] = ()) -> None:
+    def _remove(self, job: Job, kept: Collection[RequestId] = ()) -> None:
         """`kept`: owners of its caches that stay."""
         job.in_flight.clear()
         if job in self._ready:
@@ -677,7 +487,7 @@ def _no_room(needed: int, most: int) -> TooLargeError:
     )
 
 
-def _too_large(job: _Job, wave: int, told: str, *, where: str | None = None) -> TooLargeError:
+def _too_large(job: Job, wave: int, told: str, *, where: str | None = None) -> TooLargeError:
     rows = job.now.waves[wave].rows.widest
     return TooLargeError(
         f"pass {wave + 1} of {job.num_waves} does not fit into memory though the request has it to itself, "

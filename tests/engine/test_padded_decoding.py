@@ -13,6 +13,7 @@ from padded_steps import REQUEST, generate, prompt_pass, run, step_pass
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from engine.head_outputs import HeadOutputs
 from engine.points import Pairs
 from polytrace.errors import CapacityError
 from polytrace.graph import Port
@@ -187,3 +188,66 @@ def test_edits_of_values_are_what_later_steps_attend_to(attending: Loaded) -> No
     assert_close([step[-1] for step in ours], expected)
     plain = generated(False)
     assert float((plain[3][-1] - ours[3][-1]).abs().max()) > 1e-3, "the edit matters at later steps"
+
+
+def test_running_again_at_every_step_gives_what_a_cache_gives(attending: Loaded) -> None:
+    """Every second pass is edited in all ways there are: what earlier passes changed has to be put back."""
+    attention = {"bloom": "transformer.h.1.self_attention", "jamba": "model.layers.1.self_attn"}[attending.name]
+    generator = torch.Generator().manual_seed(4)
+    vector = torch.randn(32, generator=generator)
+
+    def generated(*, runs_again: bool) -> tuple[list[list[int]], list[Tensor]]:
+        seen: list[Tensor] = []
+        passes: dict[str, int] = {}
+
+        def is_edited(name: str) -> bool:
+            passes[name] = passes.get(name, -1) + 1
+            return passes[name] % 2 == 0
+
+        def num_rows(name: str) -> int:
+            return sum(map(len, PROMPTS)) if passes[name] == 0 else len(PROMPTS)
+
+        def pattern(pairs: Pairs) -> Pairs:
+            if is_edited("pattern"):
+                rows = range(num_rows("pattern"))
+                pairs.write(rows, pairs.read(rows, 32) * 0.5)
+            return pairs
+
+        def heads(outputs: HeadOutputs) -> HeadOutputs:
+            if is_edited("heads"):
+                rows = torch.arange(num_rows("heads"))
+                outputs.change = rows, 0.3 * vector.expand(len(rows), -1)
+            return outputs
+
+        def values(own: Tensor) -> Tensor:
+            return own * 1.5 if is_edited("values") else own
+
+        def in_place(hidden: Tensor) -> Tensor:
+            if is_edited("in place"):
+                hidden += vector
+            return hidden
+
+        def assigned(hidden: Tensor) -> Tensor:
+            return hidden - vector if is_edited("assigned") else hidden
+
+        runner: Any = attending.shard.runner
+        runner.runs_again = runs_again
+        try:
+            looks = {
+                (attention, Port.PATTERN): pattern,
+                (attention, Port.HEAD_OUT): heads,
+                (attention, Port.V): values,
+                attending.place(0): looking(in_place),
+                attending.place(2): looking(assigned),
+                ("", Port.OUTPUT): noting(seen),
+            }
+            return generate(attending.shard, PROMPTS, 6, looks), seen
+        finally:
+            runner.runs_again = False
+
+    (tokens, logits), (others, theirs) = generated(runs_again=False), generated(runs_again=True)
+    assert tokens == others
+    assert_close(logits, theirs)
+    plain: list[Tensor] = []
+    generate(attending.shard, PROMPTS, 6, {("", Port.OUTPUT): noting(plain)})
+    assert float((plain[-1] - logits[-1]).abs().max()) > 1e-2, "earlier edits matter to a pass without any"
