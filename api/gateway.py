@@ -38,7 +38,7 @@ from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
 from api.streams import Streams
 from api.uploads import receive
-from api.waiting import Waiting, disconnected
+from api.waiting import Waiting
 from api.worker import Verdict
 from cluster.config import DeploymentSpec, Mode
 from polytrace.codec import to_json
@@ -212,7 +212,7 @@ class Gateway:
             self._store.discard(request_id)
             raise
         if (wait_s := self._preferred_wait(request)) > 0:
-            waited = await self._wait_for_caller(request_id, request, wait_s)
+            waited = await self._waiting.for_caller(request_id, request, wait_s)
             if waited is None:
                 return Response(status_code=CLIENT_GONE)
             status = waited
@@ -304,20 +304,6 @@ class Gateway:
         """Seconds of `Prefer: wait=N` (RFC 7240), at most what the settings allow; 0 when there is none."""
         found = re.search(r'(?:^|[,;\s])wait\s*=\s*"?(\d{1,9}(?:\.\d+)?)', request.headers.get("prefer", ""))
         return min(float(found[1]), self._settings.max_wait_s) if found else 0.0
-
-    async def _wait_for_caller(self, request_id: RequestId, request: Request, wait_s: float) -> RequestStatus | None:
-        """The status after waiting; None, and the request cancelled, when the caller left."""
-        ended = asyncio.ensure_future(self._waiting.until_final(request_id, wait_s))
-        left = asyncio.ensure_future(disconnected(request))
-        try:
-            await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                return ended.result()
-            await to_thread.run_sync(self._store.cancel, request_id)
-            return None
-        finally:
-            ended.cancel()
-            left.cancel()
 
     async def _answer(self, status: RequestStatus, *, is_whole: bool = True) -> Response:
         """The result of a finished request, the problem of a failed one, else 202 with the status.

@@ -27,7 +27,7 @@ from api.served import Checker, Deployments, Served
 from api.settings import GatewaySettings
 from api.store import RequestState, RequestStatus, Store
 from api.streams import COMMENT, MEDIA_TYPE, EventStream, Streams
-from api.waiting import Waiting, disconnected
+from api.waiting import Waiting
 from api.wishes import ChatWish, CompletionWish, WishError
 from api.worker import Composed
 from polytrace.certificate import Token
@@ -94,7 +94,7 @@ class OpenAIRoutes:
         if wish.stream:
             left = partial(cancel_soon, self._store, request_id, self._cancelling)
             return EventStream(self._texts(request_id, answer), on_left=left, headers=headers)
-        status = await self._ended(request_id, request)
+        status = await self._waiting.for_caller(request_id, request, math.inf)
         if status is None:
             return Response(status_code=CLIENT_GONE)
         if (error := _error_of(status)) is not None:
@@ -149,20 +149,6 @@ class OpenAIRoutes:
         for chunk in answer.ending():
             yield _data(chunk)
         yield _DONE
-
-    async def _ended(self, request_id: RequestId, request: Request) -> RequestStatus | None:
-        """How it ended; None, and it is cancelled, when the caller left."""
-        ended = asyncio.ensure_future(self._waiting.until_final(request_id, math.inf))
-        left = asyncio.ensure_future(disconnected(request))
-        try:
-            await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                return ended.result()
-            await to_thread.run_sync(self._store.cancel, request_id)
-            return None
-        finally:
-            ended.cancel()
-            left.cancel()
 
     def _tokens(self, request_id: RequestId) -> list[Token]:
         """All of a request that is done."""

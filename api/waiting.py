@@ -52,6 +52,20 @@ class Waiting:
                 if not self._futures[request]:
                     del self._futures[request]
 
+    async def for_caller(self, request_id: RequestId, caller: Request, timeout_s: float) -> RequestStatus | None:
+        """As `until_final`; None, and the request cancelled, when the caller left."""
+        ended = asyncio.ensure_future(self.until_final(request_id, timeout_s))
+        left = asyncio.ensure_future(disconnected(caller))
+        try:
+            await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                return ended.result()
+            await to_thread.run_sync(self._store.cancel, request_id)
+            return None
+        finally:
+            ended.cancel()
+            left.cancel()
+
     def ring(self) -> None:
         """Something may have ended."""
         self._rung = True

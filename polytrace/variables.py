@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.errors import GraphError
 from polytrace.graph import Constant, NodeId, Op
 from polytrace.pruning import cone
+from polytrace.step_values import OfSteps
 from polytrace.storage import State, is_recorded, state_of
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def _is_made_of(recording: Recording, node: NodeId, old: Any, body: range) -> bo
         ops = [recording.nodes[part] for part in cone(recording.nodes, node) if part in body]
         arguments = (argument for op in ops if isinstance(op, Op) for argument in op.args)
         return any(type(argument) is type(old) and argument == old for argument in arguments)
+    if isinstance(old, OfSteps):  # what an earlier generation gave: several tensors
+        return False
     name = recording.constants.name_of(old)
     parts = [recording.nodes[part] for part in cone(recording.nodes, node)] if name is not None else []
     return any(isinstance(made, Constant) and made.name == name for made in parts)

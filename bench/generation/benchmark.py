@@ -82,7 +82,7 @@ def config_for(folder: Path, *, quick: bool) -> GenerationConfig:
             rounds=2,
         )
         return GenerationConfig(settings=(short,), threads=1)
-    large = Setting(model="16x1024", parts=("steered", "edits"), users=(8, 32), rounds=3)
+    large = Setting(model="16x1024", parts=("steered",), users=(32,), rounds=2)
     return GenerationConfig(settings=(Setting(model="8x512"), large))
 
 

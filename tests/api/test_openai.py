@@ -9,6 +9,7 @@ import base64
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -286,9 +287,12 @@ def test_who_leaves_a_stream_or_an_answer_cancels_it(service: GatewayService, cl
     next(stream)
     stream.close()
     wait_until(lambda: streaming in service.store.cancellations("m"))
-    with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=0.3).completions.create(model="m", prompt="a")
-    waiting = service.claim()
+    impatient = client.with_options(timeout=4.0, max_retries=0)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(lambda: impatient.completions.create(model="m", prompt="a"))
+        waiting = service.claim()
+        with pytest.raises(openai.APITimeoutError):
+            answer.result()
     wait_until(lambda: waiting in service.store.cancellations("m"))
 
 

@@ -38,7 +38,7 @@ from engine.local import LocalBackend
 from polytrace.errors import RunError
 from polytrace.graph import Carried, Generation, Invoke, Request, Sampling, name_at
 from scheduling.plan import Phase, Plan, ShardResult
-from scheduling.scheduler import Outcome, PassPolicy
+from scheduling.scheduler import Outcome, PassPolicy, Scheduler
 
 FAMILY = FAMILIES["llama"]
 FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
@@ -309,7 +309,31 @@ def test_a_request_that_fails_at_a_step_fails_alone_and_says_where(grid: Grid, s
     if step:
         assert errors[4] is not None and errors[4].where == "program.py:5"
     if isinstance(grid.backend, LocalBackend):
+        grid.backend.forget_prefixes()
         assert not grid.backend.shard._states and not grid.backend.shard.store.held_bytes
+
+
+def test_cuts_of_prompts_and_prefixes_of_others_give_the_same_bits(grid: Grid) -> None:
+    """Cuts of one prompt follow each other through the stages; later requests go on from what earlier ones left."""
+    long, said = tuple(range(3, 52)), tuple(range(60, 90))
+    requests = [
+        written(program(invokes=(greedy(*prompts, logprobs=2),))) for prompts in [(long,), (said, long), (PROMPT,)]
+    ]
+    whole = [list(outcome.receipt.generated) for outcome in grid.run(*requests) if outcome.receipt is not None]
+    before = grid.backend.scheduler
+    grid.backend.forget_prefixes()
+    small = PassPolicy(budget_tokens=32, least_tokens=32, tokens_beside_steps=32, least_steps=1)
+    grid.backend.scheduler = Scheduler(grid.backend.description, small)
+    try:
+        cut, found = grid.run(*requests), grid.run(*requests)
+        grid.backend.forget_prefixes()
+    finally:
+        grid.backend.scheduler = before
+    for outcomes in (cut, found):
+        assert [list(outcome.receipt.generated) for outcome in outcomes if outcome.receipt is not None] == whole
+    receipts = [outcome.receipt for outcome in (cut[0], found[0])]
+    assert receipts[0] is not None and len(receipts[0].passes) > STEPS, "it was cut"
+    assert receipts[1] is not None and receipts[1].token_layers < receipts[0].token_layers, "it went on from a prefix"
 
 
 class _Spied:
