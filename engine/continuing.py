@@ -22,7 +22,7 @@ def new_cache(model: PreTrainedModel) -> OwnCache:
     """One without tokens. ServiceError where the family has none."""
     name = next((name for name in _NAMES if name in forward_names(model)), None)
     if name is None:
-        raise ServiceError(f"{type(model).__name__} cannot generate: its forward takes no cache")
+        raise ServiceError("its forward takes none")
     config = model.get_decoder().config if has_encoder(model) else model.config.get_text_config()
     if has_encoder(model):
         both = DynamicCache(config=config), DynamicCache(config=config)

@@ -51,8 +51,10 @@ def check_caches(trial: Trial) -> Found:
     why, row_bytes = _tried(replace(trial, runner=careful), careful)
     if why is None:
         return Found(note=None, can_generate=True, row_bytes=row_bytes)
-    if trial.links.stages > 1 or has_encoder(runner.model):
+    if has_encoder(runner.model):
         return Found(note=f"{CANNOT}: {why}", can_generate=False, row_bytes=0)
+    if trial.links.stages > 1:
+        return Found(note=f"{CANNOT}: {why}; use stages=1", can_generate=False, row_bytes=0)
     runner.runs_again = True
     note = f"a sequence that generates runs all of its tokens again at every step: {why}"
     return Found(note=note, can_generate=True, row_bytes=0)

@@ -86,15 +86,24 @@ def name_parts(
     return namer.named()
 
 
+_LOGITS: Selector = ("logits",)
 _OF_DECODERS = ("embed_tokens", "layers", "ln_final")
 _TWO_STACKS = "the model has an encoder and a decoder: name the modules of one by their paths"
 
 
 def unnamed(sites: Sequence[SiteInfo], num_layers: int) -> Named:
-    """A model whose parts have the names of its modules alone."""
+    """A model whose parts have the names of its modules alone, but for what it returns."""
+    has_logits = any((site.module, site.port) == ("", Port.OUTPUT) and _LOGITS in _selectors(site) for site in sites)
+    logits = Site(module="", port=Port.OUTPUT, selector=_LOGITS)
     return Named(
         sites=tuple(sites),
-        points=(),
+        points=(
+            *(
+                PointInfo(module="", name=name, site=None, refusal=_TWO_STACKS)
+                for name in ("input_ids", "token_embeddings")
+            ),
+            *((PointInfo(module="", name="logits", site=logits),) if has_logits else ()),
+        ),
         views={},
         weights=(),
         standard=StandardNames(
@@ -102,6 +111,10 @@ def unnamed(sites: Sequence[SiteInfo], num_layers: int) -> Named:
         ),
         layer_parts=(None,) * num_layers,
     )
+
+
+def _selectors(site: SiteInfo) -> set[Selector]:
+    return {leaf.selector for leaf in site.leaves}
 
 
 class NamedParameters(Mapping[str, Tensor]):

@@ -28,6 +28,7 @@ from bench.generation.ours import Ours
 from bench.generation.users import User, ablating_users, plain_users, steered_users
 from bench.plain import Plain
 from bench.race import race, ratio
+from scheduling.policy import PassPolicy
 
 _AIMS = {
     "one by one / merged, 32 users": 6.0,
@@ -82,7 +83,7 @@ def config_for(folder: Path, *, quick: bool) -> GenerationConfig:
             rounds=2,
         )
         return GenerationConfig(settings=(short,), threads=1)
-    large = Setting(model="16x1024", parts=("steered", "edits"), users=(8, 32), rounds=3)
+    large = Setting(model="16x1024", parts=("steered",), users=(32,), rounds=2)
     return GenerationConfig(settings=(Setting(model="8x512"), large))
 
 
@@ -106,7 +107,7 @@ def _run_model(setting: Setting, threads: int) -> dict[str, Any]:
         if "arrival" in setting.parts:
             figures["arrival"] = _arrival(setting, shape, ours)
         if "sharing" in setting.parts:
-            figures["sharing"] = _sharing(setting, shape, ours)
+            figures["sharing"] = [*_sharing(setting, shape, ours), _going_on(setting, folder, shape, threads)]
         if "left" in setting.parts:
             figures["left"] = left(ours, plain_users(shape, setting.short, tokens=8, new_tokens=4))
             _say(f"short generations: {figures['left']}")
@@ -214,6 +215,40 @@ def _sharing(setting: Setting, shape: Shape, ours: Ours) -> list[dict[str, Any]]
     return rows
 
 
+def _going_on(setting: Setting, folder: Path, shape: Shape, threads: int) -> dict[str, Any]:
+    """Prompts that begin as one that has run before, whose keys and values are kept, or not."""
+    sizes: dict[str, int] = {"tokens": setting.long_tokens, "new_tokens": setting.new_tokens}
+    users = plain_users(shape, setting.alike + 1, **sizes, shared=setting.long_tokens * 7 // 8)
+    ours = Ours(folder, threads=threads, policy=PassPolicy())
+    try:
+        first, *others = ours.programs(users)
+
+        def begin() -> None:
+            ours.backend.forget_prefixes()
+            ours.merged([first])
+
+        off = ours.programs(users[1:], sharing="off")
+        seconds = race(
+            {"on": functools.partial(ours.merged, others), "off": functools.partial(ours.merged, off)},
+            rounds=setting.rounds,
+            before=begin,
+        )
+        begin()
+        tokens = ours.merged(others)
+        figures: dict[str, Any] = {
+            "what": "prompts that begin as one before",
+            "sequences": len(tokens),
+            "tokens": setting.long_tokens,
+            "ratios": {"off / on": asdict(ratio(seconds["off"], seconds["on"]))},
+            "tokens_are_equal": tokens == ours.merged(off),
+            "different": len(set(tokens)),
+        }
+    finally:
+        ours.close()
+    _say(f"{len(tokens)} {figures['what']}: " + _shown(figures["ratios"]))
+    return figures
+
+
 def _ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, Any]:
     return {f"{name} / {base}": asdict(ratio(each, seconds[base])) for name, each in seconds.items() if name != base}
 
@@ -241,7 +276,8 @@ def _is_right(model: Mapping[str, Any]) -> bool:
         found.append(model["arrival"]["tokens_are_as_alone"])
     found += [row["tokens_are_equal"] and row["different"] > 1 for row in model.get("sharing", ())]
     if "left" in model:
-        found.append(model["left"]["cache_bytes"] == 0)
+        objects = model["left"]["objects"]
+        found.append(model["left"]["cache_bytes"] == 0 and objects[-1] <= 1.001 * objects[0])
     return all(found)
 
 

@@ -31,7 +31,12 @@ def plain_users(shape: Shape, count: int, *, tokens: int, new_tokens: int, share
     users = []
     for number in range(count):
         own = random.Random(1000 + number).choices(range(_FIRST_PLAIN_TOKEN, shape.vocabulary), k=tokens - shared - 1)
-        users.append(User(ids=(*common, _FIRST_PLAIN_TOKEN + number, *own), new_tokens=new_tokens))
+        users.append(
+            User(
+                ids=(*common, _FIRST_PLAIN_TOKEN + number % (shape.vocabulary - _FIRST_PLAIN_TOKEN), *own),
+                new_tokens=new_tokens,
+            )
+        )
     return users
 
 

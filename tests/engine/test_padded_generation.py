@@ -183,10 +183,11 @@ def test_traces_have_the_prompts_columns_in_the_encoder_and_one_in_the_decoder(t
         keys = model.decoder.block[0].layer[1].EncDecAttention.k.output.save()
         logits = model.lm_head.output.save()
         mean = model.lm_head.output.mean(1).save()
+        named = model.logits.save()
     longest = max(map(len, PROMPTS))
     assert encoded.shape == keys.shape == (3, longest, 32)
     assert decoded.shape == (3, 1, 32) and logits.shape == (3, 1, 96)
-    assert torch.equal(mean, logits[:, 0])
+    assert torch.equal(mean, logits[:, 0]) and torch.equal(named, logits)
     for place, prompt in enumerate(PROMPTS):
         with torch.no_grad():
             theirs = t5.plain(
