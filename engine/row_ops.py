@@ -293,14 +293,12 @@ def _product(name: str, args: Args, kwargs: Kwargs, owns: Sequence[Own]) -> Comp
     if name == "einsum":
         equation, *rest = args
         operands = tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else tuple(rest)
-        is_slot = len(operands) == 2 and isinstance(operands[0], Slot)
-        is_turned = turned(equation, owns[operands[0].number].rank) if is_slot else None
+        is_slot = len(operands) == 2 and all(isinstance(part, Slot) for part in operands)
+        is_turned = turned(equation, *(owns[part.number].rank for part in operands)) if is_slot else None
     if kwargs or is_turned is None or len(operands) != 2 or not all(isinstance(part, Slot) for part in operands):
         return None
     left, right = (part.number for part in operands)
     ours, theirs = owns[left], owns[right]
-    if is_turned and theirs.rank != 2:
-        return None
     shape = theirs.shape[::-1] if is_turned else theirs.shape
     if ours.dtype is not theirs.dtype or ours.dtype not in _FLOATING or not is_small(ours.shape, shape):
         return None

@@ -64,9 +64,9 @@ def product(left: Tensor, right: Tensor) -> Tensor | None:
     return by_rows(left[None], right[None])[0]
 
 
-def turned(equation: object, left: int) -> bool | None:
-    """Of an einsum of two, the left one of so many dimensions: whether it is `left @ right.T` (True) or `left @ right`
-    (False); None where it is neither.
+def turned(equation: object, left: int, right: int) -> bool | None:
+    """Of an einsum of two, of so many dimensions: whether it is `left @ right.T` (True) or `left @ right` (False); None
+    where it is neither.
     """
     terms = _EQUATION.fullmatch(equation.replace(" ", "")) if isinstance(equation, str) else None
     if terms is None:
@@ -75,7 +75,8 @@ def turned(equation: object, left: int) -> bool | None:
     rows, summed = own[:-1], own[-1:]
     names = set(own + other)
     is_plain = dots == dots_behind and len(names) == len(own + other) - 1 and summed in other and bool(summed)
-    if not is_plain or (dots is None and len(own) != left) or result != rows + other.replace(summed, ""):
+    fits = len(other) == right and (dots is not None or len(own) == left)
+    if not is_plain or not fits or result != rows + other.replace(summed, ""):
         return None
     return len(other) == 2 and other[1] == summed
 
@@ -85,5 +86,5 @@ _EQUATION = re.compile(r"(\.\.\.)?([a-zA-Z]*),([a-zA-Z]{1,2})->(\.\.\.)?([a-zA-Z
 
 def by_equation(equation: object, left: Tensor, right: Tensor) -> Tensor | None:
     """An einsum of two as `product`."""
-    is_turned = turned(equation, left.ndim)
+    is_turned = turned(equation, left.ndim, right.ndim)
     return None if is_turned is None else product(left, right.T if is_turned else right)

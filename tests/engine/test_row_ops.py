@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.ops import TORCH_DTYPES, run_op
 from engine.row_ops import Layout, Own, Slot, compiled
+from engine.row_products import by_equation
 from polytrace.graph import DType
 
 MEMBERS = (1, 2, 3, 16, 33)
@@ -162,3 +163,11 @@ def test_a_product_row_by_row_is_the_product(dtype: torch.dtype) -> None:
         assert (ours.double() - exact).abs().max() <= tolerance * max(1.0, float(exact.abs().max()))
         rows = torch.stack([run_op("matmul", (row[None], b), {})[0] for row in a.flatten(0, -2)])
         assert torch.equal(rows, ours.flatten(0, a.ndim - 2)), "a row's bits do not depend on the others"
+
+
+def test_an_einsum_whose_letters_are_not_its_dimensions_is_left_to_torch() -> None:
+    hidden, matrix = torch.randn(2, 3, 4), torch.randn(5, 4)
+    found = by_equation("abc,dc->abd", hidden, matrix)
+    assert found is not None and torch.allclose(found, hidden @ matrix.T, atol=1e-5)
+    assert by_equation("abc,dc->abd", hidden, hidden) is None
+    assert by_equation("abc,c->ab", hidden, matrix) is None
