@@ -252,7 +252,8 @@ class RequestState:
         else:
             rows = self._rows(node_id, node, info, level)
         if port.pairs is not None:
-            value = read_pairs(port.pairs, rows, self.rows[node.invoke].view)
+            before = self.program.invokes[node.invoke].before
+            value = read_pairs(port.pairs, rows, self.rows[node.invoke].view, before)
         elif port.heads is not None:
             value = port.heads.read(rows)
         else:
@@ -302,7 +303,7 @@ class RequestState:
         value: Tensor = self.values[node.value.node]
         num_sequences, num_columns = rows.shape
         invoke = self.program.invokes[node.invoke]
-        planned = leaf.view_shape(num_sequences, invoke.longest, num_columns)
+        planned = leaf.view_shape(num_sequences, invoke.longest, num_columns, before=invoke.before)
         below = self.program.below.get(node_id)
         if below is not None:
             planned = self._local_shape(planned, below.cut)
@@ -313,7 +314,7 @@ class RequestState:
         else:
             value = value.float()
             columns = columns_of(self.program.narrowed, node_id, invoke)
-            check_pairs(value, columns, self.rows[node.invoke].view, port.pairs)
+            check_pairs(value, columns, self.rows[node.invoke].view, port.pairs, invoke.before)
         written = self._written.setdefault((selector, node.invoke), [])
         is_assigned = any(not self._is_in_place(other) for other, _ in written)
         turn = len(written)

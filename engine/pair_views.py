@@ -19,10 +19,13 @@ from scheduling.plan import View
 # R = cells of a view that have rows, H = heads here, K = columns of keys
 
 
-def read_pairs(pairs: Pairs, rows: RowView, view: View) -> Tensor:
-    """`[sequences, H, columns, K]`; rows of pads read 0, keys of pads as those that a query does not see."""
+def read_pairs(pairs: Pairs, rows: RowView, view: View, before: int = 0) -> Tensor:
+    """`[sequences, H, columns, K]`; rows of pads read 0, keys of pads as those that a query does not see.
+
+    `before`: positions of each sequence before the view's columns, which are keys as well.
+    """
     num_sequences, num_columns = rows.shape
-    read_RHK = _shifted(pairs.read(rows.numbers, max(view.lengths)), _pads(rows, view), pairs.masked)
+    read_RHK = _shifted(pairs.read(rows.numbers, before + max(view.lengths)), _pads(rows, view), pairs.masked)
     if rows.is_whole:
         cells = read_RHK
     else:
@@ -38,13 +41,13 @@ def pairs_of(value: Tensor, rows: RowView, view: View, pairs: Pairs) -> Tensor:
     return _shifted(rows.part(value.transpose(1, 2)), None if pads is None else -pads, pairs.masked)
 
 
-def check_pairs(value: Tensor, columns: Sequence[int], view: View, pairs: Pairs) -> None:
+def check_pairs(value: Tensor, columns: Sequence[int], view: View, pairs: Pairs, before: int = 0) -> None:
     """ValueError when a query of a view's columns gets something for a key behind it: rows only see earlier ones.
 
     What is written to the queries of pads vanishes, whatever it is.
     """
     queries = to_device(columns, value.device, torch.long)
-    is_later = torch.arange(value.shape[3], device=value.device) > queries[:, None]
+    is_later = torch.arange(value.shape[3], device=value.device) > queries[:, None] + before
     first = to_device([max(view.lengths) - length for length in view.lengths], value.device, torch.long)
     is_row = queries >= first[:, None]
     wrong = (value != pairs.masked) & is_later & is_row[:, None, :, None]

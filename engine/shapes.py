@@ -187,7 +187,7 @@ class _Walk:
             assert entry is not None
             leaf = entry[1]
             told = leaf.of_pairs, leaf.row_dim, leaf.num_columns, leaf.tail, leaf.dtype
-            return ("read", *told, *self._view_of(node.invoke))
+            return ("read", *told, *self._view_of(node.invoke), self.request.invokes[node.invoke].before)
         if isinstance(node, Mask):
             return ("mask", *self._view_of(node.invoke))
         if isinstance(node, Constant):
@@ -254,7 +254,8 @@ class _Walk:
             entry = self.sites[position]
             assert entry is not None
             num_prompts, longest, _ = self._view_of(node.invoke)
-            shape = contiguous(entry[1].view_shape(num_prompts, longest), TORCH_DTYPES[entry[1].dtype])
+            before = self.request.invokes[node.invoke].before
+            shape = contiguous(entry[1].view_shape(num_prompts, longest, before=before), TORCH_DTYPES[entry[1].dtype])
             if entry[1].num_columns is None:
                 self.tokens.read(position, node.invoke, shape, (2, 3) if entry[1].of_pairs else (entry[1].row_dim,))
             return shape
@@ -304,7 +305,7 @@ class _Walk:
         if value.dtype.is_complex:
             raise GraphError(f"{node.site} takes no complex value: write its .real or .abs()", where=node.where)
         num_prompts, longest, _ = self._view_of(node.invoke)
-        planned = entry[1].view_shape(num_prompts, longest)
+        planned = entry[1].view_shape(num_prompts, longest, before=self.request.invokes[node.invoke].before)
         if value.shape != planned:
             raise GraphError(
                 f"{node.site} has shape {list(planned)} and the value written to it "

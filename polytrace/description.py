@@ -64,12 +64,17 @@ class Leaf:
             return None
         return 1 + self.sharded_dim + (not self.of_pairs and self.sharded_dim >= self.row_dim - 1)
 
-    def view_shape(self, num_sequences: int, longest: int, num_columns: int | None = None) -> tuple[int, ...]:
-        """The view of so many sequences; of some columns only when their number is given."""
+    def view_shape(
+        self, num_sequences: int, longest: int, num_columns: int | None = None, *, before: int = 0
+    ) -> tuple[int, ...]:
+        """The view of so many sequences; of some columns only when their number is given.
+
+        Of pairs there are so many more keys, which come before the columns.
+        """
         whole = longest if self.num_columns is None else self.num_columns
         columns = whole if num_columns is None else num_columns
         if self.of_pairs:
-            return (num_sequences, *self.tail, columns, longest)
+            return (num_sequences, *self.tail, columns, before + longest)
         before = self.row_dim - 1
         return (num_sequences, *self.tail[:before], columns, *self.tail[before:])
 

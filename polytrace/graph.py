@@ -255,6 +255,7 @@ class Invoke:
 
     sequences: tuple[tuple[int, ...], ...]
     generation: Generation | None = None  # None: it does not go on
+    before: int = 0  # positions before its first column; behind step 0, where scores or patterns are named
 
     @property
     def longest(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from polytrace.certificate import ValueShape
 from polytrace.closings import Closings
 from polytrace.constants import Constants
-from polytrace.description import ModelDescription
+from polytrace.description import ModelDescription, PassLayout
 from polytrace.edit_steps import steps_of_edit
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest, returns_several, unknown_op
@@ -153,12 +153,22 @@ class Recording:
             new = f"at most {limit} tokens are new" if limit > 1 else "this prompt does not go on"
             raise GraphError(f"there is no step {when.last} here: {new}, so steps are 0-{limit - 1}", where=where)
         if site is not None and site.port.is_of_pairs and when.last > 0:
+            self._check_pairs(site, invoke, when, where)
+        return when
+
+    def _check_pairs(self, site: Site, invoke: int, when: When, where: str) -> None:
+        """Scores and patterns have another number of keys at each step: all that came before it."""
+        if when.is_loop:
             raise GraphError(
-                f"{site} has another number of keys at each step, so it is there at step 0 alone: edit `q`, `k`, `v` "
-                "or `z`, or trace the prompt with what it went on with",
+                f"{site} has another number of keys at each step: write `for step in tracer.iter[...]`, whose body is "
+                "recorded for each step",
                 where=where,
             )
-        return when
+        if self.description.layout is not PassLayout.PACKED:
+            raise GraphError(f"{site} is there at step 0 alone in this model: edit `q`, `k`, `v` or `z`", where=where)
+        if len(set(self.session.lengths_of(invoke) or ())) > 1:
+            told = "these prompts have different lengths, so they have different keys behind step 0"
+            raise GraphError(f"{site}: {told}: write an invoke for each", where=where)
 
     def mask(self, invoke: int) -> State:
         """Where the invoke's view has tokens."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from polytrace.errors import GraphError
 from polytrace.graph import Constant, Invoke, Last, Node, Op, Port, Read
 from polytrace.tensors import RawTensor
 
@@ -33,6 +34,9 @@ def as_prompts(
     for node in nodes:
         if isinstance(node, Read):
             invoke = column(node.invoke) if node.step > 0 or (is_late and node.num_steps > 1) else node.invoke
+            if node.site.port.is_of_pairs and invoke != node.invoke:
+                told = "what follows from scores behind the prompt has no known shape here: save the scores themselves"
+                raise GraphError(told, where=node.where)
             if node.site.port is Port.TOKEN:
                 shape = (len(own[invoke].sequences), own[invoke].longest)
                 name = f"tokens {shape[0]} {shape[1]}"

@@ -401,7 +401,9 @@ class Tracer:
             if node.site.port is Port.TOKEN and node.site not in self.model._index.leaves:
                 return ValueShape(shape=(len(invoke.sequences), longest), dtype="int64")
             leaf = self.model._index.leaves[node.site]
-            return ValueShape(shape=leaf.view_shape(len(invoke.sequences), longest), dtype=leaf.dtype)
+            before = invoke.longest + node.step - 1 if is_column else 0
+            shape = leaf.view_shape(len(invoke.sequences), longest, before=before)
+            return ValueShape(shape=shape, dtype=leaf.dtype)
         if isinstance(node, Constant):
             raw = self.recording.constants.tensors[node.name]
             return ValueShape(shape=raw.shape, dtype=raw.dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 
-from polytrace.description import Leaf, ModelDescription, Rows, SiteInfo
+from polytrace.description import Leaf, ModelDescription, PassLayout, Rows, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import (
     Call,
@@ -200,6 +200,11 @@ def check_nodes(nodes: tuple[Node, ...], constants: Mapping[str, RawTensor], tab
 
 def check_steps(nodes: tuple[Node, ...], table: ModelTable) -> None:
     """GraphError where a later step of a generation names what is of the encoder, which runs with the prompt alone."""
+    for node in nodes:
+        is_later = isinstance(node, (Read, Write)) and node.step + node.num_steps > 1
+        is_packed = table.description.layout is PassLayout.PACKED
+        if isinstance(node, (Read, Write)) and is_later and node.site.port.is_of_pairs and not is_packed:
+            raise GraphError(f"{node.site} is there at step 0 alone in this model", where=node.where)
     named = [node for node in nodes if isinstance(node, (Read, Write))] if table.has_encoder else []
     for node in named:
         is_later = node.step + node.num_steps > 1

@@ -236,7 +236,7 @@ def _check_writes(request: Request, resolved: Resolved, facts: tuple[ValueFacts 
     for node, entry in zip(request.graph.nodes, resolved.sites, strict=True):
         if isinstance(node, Write) and entry is not None:
             invoke, value = request.invokes[node.invoke], facts[node.value.node]
-            shape = entry[1].view_shape(len(invoke.sequences), invoke.longest)
+            shape = entry[1].view_shape(len(invoke.sequences), invoke.longest, before=invoke.before)
             if value is None:
                 raise GraphError(f"what is written to {node.site} is no tensor of known shape", where=node.where)
             if value.shape != shape:
