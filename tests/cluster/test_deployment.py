@@ -244,11 +244,17 @@ def test_a_killed_shard_fails_its_passes_by_name_and_comes_back_while_the_others
             list(running.shards.finished())
         lines: list[str] = []
         running.deployment.recover(lines.append)
-        assert [line for line in lines if "loaded" in line and line.startswith("stage")] == [
-            line for line in lines if line.startswith(f"stage {killed // 2} rank {killed % 2}: loaded")
-        ], lines
+        # On a crowded machine a survivor may be late to leave its old world: then it is named, and started again too.
+        late = [line for line in lines if "did not leave within" in line]
+        gone = [
+            place
+            for place, name in enumerate(f"stage {place // 2} rank {place % 2}" for place in range(4))
+            if place == killed or any(name in line for line in late)
+        ]
+        loaded = {line.partition(":")[0] for line in lines if ": loaded" in line}
+        assert loaded == {f"stage {place // 2} rank {place % 2}" for place in gone}, lines
         again = running.deployment.process_ids()
-        assert [pid for pid in again if pid in pids] == [pid for pid in pids if pid != pids[killed]]
+        assert [pid for pid in again if pid in pids] == [pid for place, pid in enumerate(pids) if place not in gone]
         for pid in again:
             if pid in read:
                 assert bytes_read(pid) - read[pid] < weights / 2, "a survivor read its file again"
