@@ -19,7 +19,7 @@ from api.rendering import rendered
 from api.wishes import ChatWish, CompletionWish, Steer, WishError, sampling_temperature
 from polytrace.description import Leaf, ModelDescription
 from polytrace.errors import GraphError, TooLargeError, WireError
-from polytrace.generation import MAX_EOS, MAX_SEED
+from polytrace.generation import MAX_SEED
 from polytrace.graph import (
     Constant,
     Generation,
@@ -115,7 +115,7 @@ def _generation(wish: CompletionWish | ChatWish, length: int, seed: int, descrip
     return Generation(
         max_new_tokens=most,
         sampling=sampling,
-        eos=tuple(dict.fromkeys(ends))[:MAX_EOS],
+        eos=tuple(dict.fromkeys(ends)),
         stop=wish.stops,
         logprobs=wish.likeliest,
     )

@@ -26,6 +26,8 @@ class _TimeIsUp(BaseException):
 
 def rendered(format: ChatFormat | None, messages: Sequence[Mapping[str, Any]], chat: Mapping[str, Any]) -> str:
     """One conversation as text. Raises UserError for what the template refuses, TooLargeError beyond the limits."""
+    if format is None or not format.templates:
+        raise UserError("this model came without a chat template: send a prompt to /v1/completions")
     try:
         with _time_limit(RENDER_S):
             text = render(format, [_with_text(message) for message in messages], chat)

@@ -3,6 +3,9 @@
 Fields have OpenAI's names and meanings, a few vLLM's (`top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`,
 `ignore_eos`, `chat_template_kwargs`), and `polytrace` is our own: a steering vector, or a graph. A field that is not
 here, and a value of one that is here only to be refused, is an error and never left out in silence.
+
+The first thing that is wrong ends the check (`fail_fast`, `Strict`): a million wrong values would else be a million
+errors, and nobody is answered while they are made.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from polytrace.errors import UserError
 from polytrace.generation import MAX_LIKELIEST, MAX_STOP_CHARS, MAX_STOPS
@@ -23,25 +26,57 @@ _DEFAULT_TOKENS = 16  # OpenAI's, of a completion
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
-class Steer(BaseModel):
-    """A vector that is added to the residual stream behind a decoder layer, at every step."""
+def _listed(value: Any) -> Any:
+    """One as a list of one."""
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+def _kind_of_prompt(prompt: Any) -> str | None:
+    """Which of a prompt's forms it is to be, by its first part."""
+    if isinstance(prompt, str):
+        return "text"
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    return {str: "texts", int: "ids", list: "lists"}.get(type(first))
+
+
+class Strict(BaseModel):
+    """Has the fields that it names, and no others."""
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, body: Any) -> Any:
+        """The body with no more than one unknown field, which is then refused by its name."""
+        if not isinstance(body, dict):
+            return body
+        unknown = next((name for name in body if name not in cls.model_fields), None)
+        return {name: value for name, value in body.items() if name == unknown or name in cls.model_fields}
+
+
+class Steer(Strict):
+    """A vector that is added to the residual stream behind a decoder layer, at every step."""
+
     layer: Annotated[int, Field(ge=0)]
-    vector: Annotated[list[Finite], Field(min_length=1)]  # of the model's hidden size
+    vector: Annotated[list[Finite], Field(min_length=1, fail_fast=True)]  # of the model's hidden size
     scale: Finite = 1.0
     positions: Literal["all", "prompt", "generated"] = "all"
 
 
-class Extension(BaseModel):
+class Extension(Strict):
     """What goes beyond OpenAI's interface."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    steer: Steer | Annotated[list[Steer], Field(max_length=MAX_STEERS)] | None = None
+    steer: (
+        Annotated[
+            list[Steer],
+            Field(max_length=MAX_STEERS, fail_fast=True),
+            BeforeValidator(_listed, json_schema_input_type=Steer | list[Steer]),
+        ]
+        | None
+    ) = None
     request: str | None = None  # a request file in base64; its prompts and how they go on are replaced
 
     @model_validator(mode="after")
@@ -52,22 +87,16 @@ class Extension(BaseModel):
 
     @property
     def steers(self) -> list[Steer]:
-        if self.steer is None:
-            return []
-        return self.steer if isinstance(self.steer, list) else [self.steer]
+        return self.steer or []
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False  # nothing is obfuscated here
 
 
-class Wish(BaseModel):
+class Wish(Strict):
     """What both routes take."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # 0: the likeliest token, always
@@ -76,19 +105,26 @@ class Wish(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=32)] | None = None
+    stop: (
+        Annotated[
+            list[StopText],
+            Field(max_length=MAX_STOPS, fail_fast=True),
+            BeforeValidator(_listed, json_schema_input_type=StopText | list[StopText]),
+        ]
+        | None
+    ) = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=32, fail_fast=True)] | None = None
     ignore_eos: bool = False
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # for the caller's own records, as is
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     polytrace: Extension | None = None
     # here to be refused unless they say nothing
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _is_possible(self) -> Wish:
@@ -105,9 +141,7 @@ class Wish(BaseModel):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return tuple(self.stop or ())
 
     @property
     def has_usage(self) -> bool:
@@ -128,12 +162,17 @@ class Wish(BaseModel):
 class CompletionWish(Wish):
     """`POST /v1/completions`."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("texts")]
+        | Annotated[TokenIds, Tag("ids")]
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("lists")],
+        Discriminator(
+            _kind_of_prompt,
+            custom_error_type="prompt",
+            custom_error_message="a text, texts, token ids or lists of token ids is wanted, and at least one",
+        ),
+    ]
     max_tokens: Annotated[int, Field(ge=1)] | None = _DEFAULT_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
     echo: bool | None = None
@@ -159,16 +198,14 @@ class CompletionWish(Wish):
         return self.logprobs
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ResponseFormat(Strict):
     type: Literal["text"]
 
 
 class ChatWish(Wish):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -210,8 +247,12 @@ def wish_error(errors: Sequence[Any]) -> WishError:
     path, param = ".".join(loc), loc[0] if loc else None
     if first["type"] == "extra_forbidden":
         return WishError(f"{path} is not possible here", param)
+    if first["type"] == "json_invalid":
+        return WishError(f"the body is not JSON: {first['ctx']['error']} at character {path}", None)
     told = first["msg"].removeprefix("Value error, ")
-    return WishError(f"{path}: {told}" if path else told, param)
+    if first["type"] == "value_error" and not path:
+        return WishError(told, param)  # of ours, about several fields
+    return WishError(f"{path or 'the body'}: {told}", param)
 
 
 def sampling_temperature(wish: Wish) -> float:

@@ -17,17 +17,19 @@ from typing import Any
 import openai
 import pytest
 from gateways import GatewayService, wait_until
+from pydantic import ValidationError
 
 import api.rendering
 from api.composing import compose, prompts_of
 from api.events import tokens_of
+from api.rendering import rendered
 from api.wishes import ChatWish, CompletionWish, WishError
 from api.worker import Composed, Verdict
 from bench.tinyworld import FOLDER
 from engine.local import LocalBackend
 from polytrace.certificate import Generated
 from polytrace.description import ChatFormat, ModelDescription
-from polytrace.errors import PolytraceError, RunError
+from polytrace.errors import PolytraceError, RunError, UserError
 from polytrace.graph import (
     Constant,
     Generation,
@@ -479,6 +481,50 @@ def test_a_call_without_the_key_and_a_body_that_is_none_are_refused_in_openais_f
         assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
     large = service.http.post("/v1/completions", content=b"[" + b" " * (9 << 20) + b"]")
     assert large.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [None] * 50_000},
+        {"prompt": ["a", *[None] * 50_000]},
+        {"prompt": [[5], *[[-1]] * 50_000]},
+        {"prompt": [-1] * 50_000},
+        {"prompt": "a", "stop": [None] * 50_000},
+        {"prompt": "a", "stop_token_ids": [-1] * 50_000},
+        {"prompt": "a", "polytrace": {"steer": {"layer": 0, "vector": [None] * 50_000}}},
+        {"prompt": "a", "polytrace": {"steer": [None] * 50_000}},
+        {"prompt": "a", "metadata": dict.fromkeys(map(str, range(50_000)), 1), "colour": "red"},
+        {"prompt": "a"} | dict.fromkeys(map(str, range(50_000)), 1),
+        {"messages": [None] * 50_000},
+    ],
+)
+def test_a_body_of_many_wrong_values_is_one_error(body: dict[str, Any]) -> None:
+    kind = ChatWish if "messages" in body else CompletionWish
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "m"} | body)
+    assert caught.value.error_count() == 1
+
+
+def test_a_refusal_says_which_part_of_the_body_is_wrong(service: GatewayService) -> None:
+    refused = {
+        b"": "the body: ",
+        b"[]": "the body: ",
+        b"{": "the body is not JSON: ",
+        b'{"model": "m", "prompt": []}': "prompt: a text, texts, token ids",
+        b'{"model": "m", "prompt": ["a", 1]}': "prompt.texts.1: ",
+        b'{"model": "m", "prompt": [[]]}': "prompt.lists.0: ",
+        b'{"model": "m", "prompt": "a", "stop": [""]}': "stop.0: ",
+        b'{"model": "m", "prompt": [1], "polytrace": {"steer": {"layer": -1}}}': "polytrace.steer.0.layer: ",
+    }
+    for body, told in refused.items():
+        answer = service.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(told), answer.text
+
+
+def test_a_model_without_a_chat_template_is_asked_for_completions() -> None:
+    with pytest.raises(UserError, match="send a prompt to /v1/completions"):
+        rendered(None, HELLO, {})
 
 
 def test_a_request_that_fails_is_an_error_with_its_reason(service: GatewayService, client: openai.OpenAI) -> None:
