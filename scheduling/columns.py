@@ -26,7 +26,7 @@ Facts = tuple[ValueFacts | None, ...]
 class Part:
     """Cells of a view: the columns of the sequences."""
 
-    sequences: tuple[int, ...] | None  # None: all
+    sequences: range | frozenset[int] | None  # None: all; each sequence asks whether it is one of them
     columns: tuple[int, ...]
 
 
@@ -226,7 +226,7 @@ class _Finder:
         first = index[0]
         is_sequences = found.place > 0 and first is not Ellipsis and first is not None
         rows = named_places(first, len(invoke.sequences)) if is_sequences else None
-        return Part(None if rows is None else tuple(rows), tuple(columns))
+        return Part(rows if rows is None or isinstance(rows, range) else frozenset(rows), tuple(columns))
 
     def _edited(
         self, node: Op, base: int, column_dim: int
