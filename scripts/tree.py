@@ -28,7 +28,7 @@ def lines() -> Iterator[str]:
     for room in ROOMS:
         yield f"{room + '/':<24}{sentence(ROOT / room / '__init__.py')}"
         yield from below(ROOT / room, "  ")
-    yield f"{'examples/':<24}three short programs to begin with, here or on a service"
+    yield f"{'examples/':<24}four short programs to begin with, here or on a service"
     yield f"{'tests/':<24}mirrors the rooms"
     yield f"{'scripts/':<24}makes the environment that every command runs in; writes this tree"
 
