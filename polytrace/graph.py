@@ -215,7 +215,94 @@ class Carried:
     where: str
 
 
-Node: TypeAlias = Read | Write | Op | Call | Parameter | Constant | Mask | Save | Last | Stop | Carried
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backward:
+    """Asks for the gradients of a value, as `loss.backward()` does. It has no value itself: `Grad` nodes name it."""
+
+    loss: Ref  # floating
+    gradient: Ref | None  # of the loss's shape, what it is weighed with; None: 1, and the loss has one element
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grad:
+    """The gradient of one backward with regard to a value: of the value's shape and dtype.
+
+    Of a read it is the total of everything behind the place where it was read, before a `GradWrite` there.
+    """
+
+    of: Ref  # a read, constant, op, call; floating
+    backward: Ref
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradWrite:
+    """From here on backwards the gradient with regard to a value is another, as `value.grad = new` says."""
+
+    of: Ref
+    backward: Ref
+    value: Ref  # of the shape of `of`
+    where: str
+
+
+class Turn(Enum):
+    """What happens to the gradient at a site when a pass is run backwards."""
+
+    TAKE = "take"  # what a write gave: its gradient goes to the written value, and no further back
+    ADD = "add"  # what was computed from a read adds to the gradient there
+    LOOK = "look"  # the total with regard to a read
+    SET = "set"  # the total with regard to a read becomes another
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteGrad:
+    """One turn at the site of a read or write, in a wave that runs backwards. Made by the scheduler, never sent."""
+
+    turn: Turn
+    at: NodeId  # the Read or Write
+    wave: int  # of the program, that runs backwards
+    value: Ref | None  # that is added or set; of the shape of the read
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpGrad:
+    """The gradient with regard to one operand of an op or a call, which is run again for it. Never sent."""
+
+    op: NodeId  # the Op or Call
+    operand: int  # which of `operands(op)`
+    gradients: tuple[Ref | None, ...]  # with regard to its results, one each; None: nobody has used it
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedGrad:
+    """Ones of a value's shape: where a backward begins. Never sent."""
+
+    of: Ref
+    where: str
+
+
+Node: TypeAlias = (
+    Read
+    | Write
+    | Op
+    | Call
+    | Parameter
+    | Constant
+    | Mask
+    | Save
+    | Last
+    | Stop
+    | Carried
+    | Backward
+    | Grad
+    | GradWrite
+    | SiteGrad
+    | OpGrad
+    | SeedGrad
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,6 +408,16 @@ def operands(node: Node) -> tuple[NodeId, ...]:
     """The nodes whose values a node needs, in the order they stand."""
     if isinstance(node, (Write, Save, Stop)):
         return (node.value.node,)
+    if isinstance(node, Backward):
+        return (node.loss.node,) if node.gradient is None else (node.loss.node, node.gradient.node)
+    if isinstance(node, Grad):
+        return (node.of.node, node.backward.node)
+    if isinstance(node, GradWrite):
+        return (node.of.node, node.backward.node, node.value.node)
+    if isinstance(node, SiteGrad):
+        return () if node.value is None else (node.value.node,)
+    if isinstance(node, SeedGrad):
+        return (node.of.node,)
     if isinstance(node, Last):
         return tuple([value.node for value in node.values])
     if isinstance(node, (Op, Call)):

@@ -197,6 +197,15 @@ class Wave:
     rows_anew: WaveRows  # when nothing was kept
     drawing: tuple[int, ...] = ()  # of the invokes above: those whose sequences' next tokens are drawn
     stages: tuple[StageWork, ...]  # one per stage of the deployment
+    # of gradients
+    cuts: tuple[int, ...] = ()  # orders of visits where its gradient stops, so that graphs can see and change it
+    of: int | None = None  # it runs that wave backwards: it has no rows, and visits are in the opposite order
+    frees: tuple[int, ...] = ()  # waves that nobody runs backwards any more, once it has run
+
+    @property
+    def is_taped(self) -> bool:
+        """Whether it is run backwards later."""
+        return bool(self.cuts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +341,9 @@ class Plan:
     num_stages: int  # stages from this one on have no rows to run; they still do their prologues and transfers
     ended: tuple[RequestId, ...] = ()  # stopped between two waves: shards forget them before anything else
     skipped_rows: tuple[int, ...] = ()  # rows of each layer that go around it; empty: none does
+    # of gradients
+    cuts: tuple[int, ...] = ()  # orders of visits where the gradient stops; all members have the same; empty: no tape
+    of: PassId | None = None  # this pass runs that one backwards, for some of its members; it has no rows
 
     @property
     def running_rows(self) -> tuple[int, ...]:
