@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from polytrace.graph import (
+    Backward,
     Call,
     Constant,
+    Grad,
+    GradWrite,
     Graph,
     Invoke,
     Last,
@@ -32,6 +35,18 @@ from polytrace.tensors import RawTensor
 def effects(nodes: Sequence[Node]) -> Iterator[NodeId]:
     """The nodes that do something by themselves: writes, saves and stops."""
     return (NodeId(position) for position, node in enumerate(nodes) if isinstance(node, (Write, Save, Stop)))
+
+
+def with_grad_writes(nodes: Sequence[Node], writes: Iterable[NodeId]) -> list[bool]:
+    """Per node, whether an effect needs it, or one of these changes of gradients whose backward somebody needs."""
+    wanted, waiting = list(effects(nodes)), list(writes)
+    while True:
+        live = needed(nodes, wanted)
+        acting = [place for place in waiting if live[operands(nodes[place])[1]]]
+        if not acting:
+            return live
+        wanted += acting
+        waiting = [place for place in waiting if place not in acting]
 
 
 def needed(nodes: Sequence[Node], wanted: Iterable[NodeId]) -> list[bool]:
@@ -121,6 +136,13 @@ def _moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
         return replace(node, value=_move_ref(node.value, places))
     if isinstance(node, Last):
         return replace(node, values=tuple([_move_ref(value, places) for value in node.values]))
+    if isinstance(node, Backward):
+        gradient = node.gradient and _move_ref(node.gradient, places)
+        return replace(node, loss=_move_ref(node.loss, places), gradient=gradient)
+    if isinstance(node, GradWrite):
+        node = replace(node, value=_move_ref(node.value, places))
+    if isinstance(node, (Grad, GradWrite)):
+        return replace(node, of=_move_ref(node.of, places), backward=_move_ref(node.backward, places))
     return node
 
 
