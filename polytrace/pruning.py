@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from polytrace.graph import (
+    Backward,
     Call,
     Constant,
+    Grad,
+    GradWrite,
     Graph,
     Invoke,
     Last,
@@ -16,11 +19,14 @@ from polytrace.graph import (
     NodeId,
     Op,
     Operand,
+    OpGrad,
     Options,
     Read,
     Ref,
     Request,
     Save,
+    SeedGrad,
+    SiteGrad,
     Stop,
     Write,
     operands,
@@ -30,8 +36,8 @@ from polytrace.tensors import RawTensor
 
 
 def effects(nodes: Sequence[Node]) -> Iterator[NodeId]:
-    """The nodes that do something by themselves: writes, saves and stops."""
-    return (NodeId(position) for position, node in enumerate(nodes) if isinstance(node, (Write, Save, Stop)))
+    """The nodes that do something by themselves: writes, also of gradients, saves and stops."""
+    return (NodeId(position) for position, node in enumerate(nodes) if isinstance(node, (Write, Save, Stop, GradWrite)))
 
 
 def needed(nodes: Sequence[Node], wanted: Iterable[NodeId]) -> list[bool]:
@@ -95,7 +101,7 @@ def alone(
 
 def moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
     """The node with operands that name their new places."""
-    return _moved(node, places) if operands(node) else node
+    return _moved(node, places) if operands(node) or isinstance(node, SiteGrad) else node
 
 
 def _moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
@@ -121,6 +127,25 @@ def _moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
         return replace(node, value=_move_ref(node.value, places))
     if isinstance(node, Last):
         return replace(node, values=tuple([_move_ref(value, places) for value in node.values]))
+    return _moved_gradient(node, places)
+
+
+def _moved_gradient(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
+    if isinstance(node, Backward):
+        weights = None if node.gradient is None else _move_ref(node.gradient, places)
+        return replace(node, loss=_move_ref(node.loss, places), gradient=weights)
+    if isinstance(node, (Grad, GradWrite)):
+        node = replace(node, of=_move_ref(node.of, places), backward=_move_ref(node.backward, places))
+        return replace(node, value=_move_ref(node.value, places)) if isinstance(node, GradWrite) else node
+    if isinstance(node, SiteGrad):
+        value = None if node.value is None else _move_ref(node.value, places)
+        return replace(node, at=places[node.at], value=value)
+    if isinstance(node, OpGrad):
+        needs = tuple([_move_ref(need, places) for need in node.needs])
+        gradients = tuple([None if one is None else _move_ref(one, places) for one in node.gradients])
+        return replace(node, op=places[node.op], needs=needs, gradients=gradients)
+    if isinstance(node, SeedGrad):
+        return replace(node, of=_move_ref(node.of, places))
     return node
 
 
