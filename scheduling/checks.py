@@ -194,7 +194,7 @@ def resolve(request: Request, table: ModelTable) -> Resolved:
     if len(request.graph.nodes) > limits.max_nodes:
         raise TooLargeError(f"the graph has {len(request.graph.nodes)} nodes; the limit is {limits.max_nodes}")
     _check_prompts(request, table.description)
-    resolved = _resolve_nodes(request, table)
+    resolved = resolve_nodes(request, table)
     _check_saves(request)
     return resolved
 
@@ -202,7 +202,7 @@ def resolve(request: Request, table: ModelTable) -> Resolved:
 def check_nodes(nodes: tuple[Node, ...], constants: Mapping[str, RawTensor], table: ModelTable) -> None:
     """Checks the names in a graph that has one invoke, whose prompts are not known yet. Raises GraphError."""
     nobody = Invoke(sequences=((0,),))
-    _resolve_nodes(Request(graph=Graph(nodes=nodes), invokes=(nobody,), constants=constants), table)
+    resolve_nodes(Request(graph=Graph(nodes=nodes), invokes=(nobody,), constants=constants), table)
 
 
 def check_steps(nodes: tuple[Node, ...], table: ModelTable) -> None:
@@ -220,7 +220,8 @@ def check_steps(nodes: tuple[Node, ...], table: ModelTable) -> None:
             raise GraphError(told, where=node.where)
 
 
-def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
+def resolve_nodes(request: Request, table: ModelTable) -> Resolved:
+    """Looks the names of a graph up. Raises GraphError for one that leads nowhere."""
     nodes = request.graph.nodes
     needed: list[tuple[NodeId, ...]] = []
     homes = [0] * len(nodes)

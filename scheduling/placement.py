@@ -295,15 +295,19 @@ def _point(graph: Graph, resolved: Resolved, vertex: int, needs: int, scale: Sca
             return scale.point(scale.next_forward(max(needs, 0)), info.stage, info.order)
         return _first_at_or_after(needs, info.stage, info.order, scale)
     if isinstance(node, (Call, OpGrad)):
-        home = resolved.homes[vertex if isinstance(node, Call) else node.op]
-        if needs != PURE and scale.stage(needs) == home:
-            return needs
-        return _first_at_or_after(needs, home, PROLOGUE, scale)
+        return call_point(needs, resolved.homes[vertex if isinstance(node, Call) else node.op], scale)
     if isinstance(node, Parameter):
         return scale.point(0, resolved.homes[vertex], PROLOGUE)
     if isinstance(node, (Save, Stop)):
         return max(needs, scale.point(0, 0, PROLOGUE))
     return PURE
+
+
+def call_point(needs: int, home: int, scale: Scale) -> int:
+    """The point of a module's call on a value, at the stage that has the module."""
+    if needs != PURE and scale.stage(needs) == home:
+        return needs
+    return _first_at_or_after(needs, home, PROLOGUE, scale)
 
 
 def _first_at_or_after(needs: int, stage: int, order: int, scale: Scale) -> int:

@@ -32,7 +32,7 @@ from scheduling.checks import table_of
 from scheduling.generating import Generating
 from scheduling.jobs import Flight, Job, Outcome, Progress
 from scheduling.memory import Memory
-from scheduling.packing import Going, Packer
+from scheduling.packing import Going, Packer, Taped
 from scheduling.plan import (
     Member,
     PassAbandonedError,
@@ -184,6 +184,8 @@ class Scheduler:
             if one.stretches:
                 job.num_ahead += 1
             else:
+                if plan.cuts:
+                    job.taped[job.wave] = Taped(pass_id, plan.num_stages)
                 job.wave += 1
             if job.wave < job.num_waves and self._depth > 1 and (one.stretches or job.may_follow()):
                 self._ready.append(job)
