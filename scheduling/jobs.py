@@ -77,6 +77,7 @@ class Job:
         self.generating, self.ahead = generating, ahead
         self.is_step = False  # it is behind its prompts, with one row a sequence
         self.taped: dict[int, Taped] = {}  # the passes of its waves that are run backwards later
+        self.has_tape_room = not self.program.tape_bytes  # before it may go
         self.reserved = 0  # positions of its caches
         self.leaving = 0  # of these, what it leaves with its next step, for a larger one
         self.needed = 0 if generating is None else generating.caches.num_positions  # more, before it may go
@@ -104,7 +105,7 @@ class Job:
     def company(self) -> object | None:
         """With whom it goes for the sake of gradients: whose way back is the same, or who was in the same pass."""
         wave = self.now.waves[self.wave]
-        return self.of or wave.cuts or None
+        return self.of or ((wave.cuts, wave.reruns) if wave.cuts else None)
 
     @property
     def of(self) -> Taped | None:

@@ -122,7 +122,8 @@ class Packer:
                 views.extend(steps.views(member, one))
         until = max([*map(_until, going), self._through if stretches else PROLOGUE])
         num_stages = 1 + self._stages[bisect_left(self._orders, until)] if until != PROLOGUE else 0
-        cuts = {one.program.waves[one.wave].cuts for one in going}
+        waves = [one.program.waves[one.wave] for one in going]
+        cuts = {wave.cuts for wave in waves}
         of = {one.of for one in going}
         assert len(cuts) <= 1 and len(of) <= 1, "those go together whose gradients take the same way"
         taped = next(iter(of), None)
@@ -140,6 +141,7 @@ class Packer:
             ended=ended,
             cuts=next(iter(cuts), ()),
             of=None if taped is None else taped.pass_id,
+            reruns=any(wave.reruns for wave in waves),
         )
 
     def _grow(self, placed: list[Placed], kept: list[Kept]) -> Forest:

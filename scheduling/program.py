@@ -13,7 +13,19 @@ from polytrace.certificate import Certificate, ValueShape
 from polytrace.collector import young_only
 from polytrace.description import Limits, ModelDescription
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write, name_at
+from polytrace.graph import (
+    Backward,
+    Graph,
+    Invoke,
+    KeptSave,
+    NodeId,
+    Read,
+    Request,
+    Save,
+    Sharing,
+    Write,
+    name_at,
+)
 from polytrace.tensors import itemsize
 from scheduling.below import Lowered, lower
 from scheduling.checks import Resolved, check_steps, resolve, table_of
@@ -37,6 +49,7 @@ from scheduling.residency import stage_works
 from scheduling.splitting import fits, split
 from scheduling.step_costs import most_rows, step_costs
 from scheduling.steps import Facts, Infer, compile_chain, generates
+from scheduling.tapes import fit, tapes_of
 from scheduling.trunks import TrunkChoice, choose_trunks, kept_bytes, rows_of
 from scheduling.waves import Run, executions, find_runs
 
@@ -122,6 +135,7 @@ def _compile(
     frees: Mapping[int, tuple[int, ...]] = {}
     is_graded = has_gradients(graph)
     if is_graded:
+        _check_gradients(graph, description)
         expanded = expand(request, resolved, columns, table, scale)
         request, resolved, live, columns = expanded.request, expanded.resolved, expanded.live, expanded.columns
         graph, facts, cuts, frees = request.graph, columns.facts, expanded.cuts, expanded.frees
@@ -152,6 +166,10 @@ def _compile(
 
     chosen = choose_trunks(request.invokes, runs if is_shared else [], cones, forests, ancestors, table.levels)
 
+    ends = {wave: back for back, waves in frees.items() for wave in waves}
+    tapes = tapes_of(cuts, ends, runs, [invoke.num_tokens for invoke in request.invokes], table)
+    taken_bytes, reruns = fit(tapes, description, table)
+
     # 4) Plan what is carried, held and dropped, and where saved values go.
     executed = executions(graph, live, points, runs, scale)
     works = stage_works(graph, resolved, points, columns.facts, executed, scale, holds)
@@ -178,6 +196,7 @@ def _compile(
                 cuts=cuts_of(cuts, number, runs, resolved),
                 of=scale.of[number] if scale.is_backward(number) else None,
                 frees=frees.get(number, ()),
+                reruns=reruns and number in cuts,
             )
             for number, wave in enumerate(_waves(graph, works, runs, kept, cones, forests, chosen))
         ),
@@ -185,6 +204,7 @@ def _compile(
         holds={node: scale.stage(points[node]) for node in sorted(holds)},
         trunks=chosen.trunks,
         kept_bytes=kept_bytes(chosen.trunks, description, table.levels),
+        tape_bytes=taken_bytes,
         live_bytes=peak_bytes(resolved, [0 if known is None else known.num_bytes for known in columns.facts])[0],
         constants=request.constants,
     )
@@ -209,6 +229,7 @@ def certify(program: Program, facts: tuple[ValueFacts | None, ...], description:
         kept_bytes=sum(slot.facts.num_bytes for _, slot in saves if slot.keep is not None),
         read_bytes=steps.read_bytes + read_bytes(program),
         carried_bytes=steps.carried_bytes + carried_bytes(program, table),
+        tape_bytes=program.tape_bytes,
         live_bytes=max(
             [program.live_bytes, *([] if program.chain is None else [p.live_bytes for p in program.chain.parts])]
         ),
@@ -236,6 +257,13 @@ def _num_step_passes(program: Program) -> int:
         return 0
     runs = [*program.chain.steps, *([] if program.chain.ending is None else [program.chain.ending])]
     return sum(len(program.chain.parts[run.part].waves) for run in runs)
+
+
+def _check_gradients(graph: Graph, description: ModelDescription) -> None:
+    """Raises GraphError where the model has none."""
+    if description.why_no_gradients:
+        where = next(node.where for node in graph.nodes if isinstance(node, Backward))
+        raise GraphError(f"{description.class_name} has no gradients here: {description.why_no_gradients}", where=where)
 
 
 def _check_pairs(
