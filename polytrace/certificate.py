@@ -29,6 +29,7 @@ class Certificate:
     carried_bytes: int  # values that cross from stage to stage
     live_bytes: int  # values that the graph holds at one site visit, at most
     op_flops: int = 0  # of the graph's own ops, beside the model's
+    tape_bytes: int = 0  # what passes keep for gradients, at once, on the shard that keeps most
     notes: tuple[str, ...]  # for people: reads that see later lines' writes, pad rows written, ...
     edits: tuple[str, ...] = ()  # that its traces start from, as name@version
     kept_bytes: int = 0  # values that stay on the service

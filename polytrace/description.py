@@ -214,6 +214,7 @@ class Limits:
     max_result_bytes: int = 1 << 30  # all saves together
     pass_tokens: int = 8192  # rows of a pass at its widest layer; invokes that have more take several
     kept_bytes: int = 1 << 30  # a shard, of rows that passes leave for later passes of their requests
+    tape_bytes: int = 4 << 30  # a shard, of what passes keep for gradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +246,8 @@ class ModelDescription:
     limits: Limits
     key_value_bytes: int  # of one row's keys and values at one layer, on one shard
     hidden_bytes: int  # of one row's hidden states
+    tape_bytes: int = 0  # of what one row keeps of one layer for a gradient's way back, on one shard
+    why_no_gradients: str = ""  # why there are none; empty: there are
     row_multiple: int  # a pass's rows are padded to a multiple of it, so that bits do not depend on their number
     has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only
     has_forks: bool = True  # the gate found that equal rows may be shared and rows that nobody needs left out

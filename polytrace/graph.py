@@ -272,6 +272,7 @@ class OpGrad:
 
     op: NodeId  # the Op or Call
     operand: int  # which of `operands(op)`
+    needs: tuple[Ref, ...]  # the operands of the op, whose values it is run on again
     gradients: tuple[Ref | None, ...]  # with regard to its results, one each; None: nobody has used it
     where: str
 
@@ -416,6 +417,8 @@ def operands(node: Node) -> tuple[NodeId, ...]:
         return (node.of.node, node.backward.node, node.value.node)
     if isinstance(node, SiteGrad):
         return () if node.value is None else (node.value.node,)
+    if isinstance(node, OpGrad):
+        return tuple([value.node for value in (*node.needs, *node.gradients) if value is not None])
     if isinstance(node, SeedGrad):
         return (node.of.node,)
     if isinstance(node, Last):

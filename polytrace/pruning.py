@@ -19,11 +19,14 @@ from polytrace.graph import (
     NodeId,
     Op,
     Operand,
+    OpGrad,
     Options,
     Read,
     Ref,
     Request,
     Save,
+    SeedGrad,
+    SiteGrad,
     Stop,
     Write,
     operands,
@@ -33,13 +36,14 @@ from polytrace.tensors import RawTensor
 
 
 def effects(nodes: Sequence[Node]) -> Iterator[NodeId]:
-    """The nodes that do something by themselves: writes, saves and stops."""
-    return (NodeId(position) for position, node in enumerate(nodes) if isinstance(node, (Write, Save, Stop)))
+    """The nodes that do something by themselves: writes, also of gradients, saves and stops."""
+    return (NodeId(position) for position, node in enumerate(nodes) if isinstance(node, (Write, Save, Stop, GradWrite)))
 
 
 def with_grad_writes(nodes: Sequence[Node], writes: Iterable[NodeId]) -> list[bool]:
     """Per node, whether an effect needs it, or one of these changes of gradients whose backward somebody needs."""
-    wanted, waiting = list(effects(nodes)), list(writes)
+    wanted = [node for node in effects(nodes) if not isinstance(nodes[node], GradWrite)]
+    waiting = list(writes)
     while True:
         live = needed(nodes, wanted)
         acting = [place for place in waiting if live[operands(nodes[place])[1]]]
@@ -110,7 +114,7 @@ def alone(
 
 def moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
     """The node with operands that name their new places."""
-    return _moved(node, places) if operands(node) else node
+    return _moved(node, places) if operands(node) or isinstance(node, SiteGrad) else node
 
 
 def _moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
@@ -136,13 +140,25 @@ def _moved(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
         return replace(node, value=_move_ref(node.value, places))
     if isinstance(node, Last):
         return replace(node, values=tuple([_move_ref(value, places) for value in node.values]))
+    return _moved_gradient(node, places)
+
+
+def _moved_gradient(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
     if isinstance(node, Backward):
-        gradient = node.gradient and _move_ref(node.gradient, places)
-        return replace(node, loss=_move_ref(node.loss, places), gradient=gradient)
-    if isinstance(node, GradWrite):
-        node = replace(node, value=_move_ref(node.value, places))
+        weights = None if node.gradient is None else _move_ref(node.gradient, places)
+        return replace(node, loss=_move_ref(node.loss, places), gradient=weights)
     if isinstance(node, (Grad, GradWrite)):
-        return replace(node, of=_move_ref(node.of, places), backward=_move_ref(node.backward, places))
+        node = replace(node, of=_move_ref(node.of, places), backward=_move_ref(node.backward, places))
+        return replace(node, value=_move_ref(node.value, places)) if isinstance(node, GradWrite) else node
+    if isinstance(node, SiteGrad):
+        value = None if node.value is None else _move_ref(node.value, places)
+        return replace(node, at=places[node.at], value=value)
+    if isinstance(node, OpGrad):
+        needs = tuple([_move_ref(need, places) for need in node.needs])
+        gradients = tuple([None if one is None else _move_ref(one, places) for one in node.gradients])
+        return replace(node, op=places[node.op], needs=needs, gradients=gradients)
+    if isinstance(node, SeedGrad):
+        return replace(node, of=_move_ref(node.of, places))
     return node
 
 

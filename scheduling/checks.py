@@ -14,9 +14,12 @@ from functools import cached_property
 from polytrace.description import Leaf, ModelDescription, PassLayout, Rows, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import (
+    Backward,
     Call,
     Carried,
     Generation,
+    Grad,
+    GradWrite,
     Graph,
     Invoke,
     Last,
@@ -24,13 +27,17 @@ from polytrace.graph import (
     Node,
     NodeId,
     Op,
+    OpGrad,
     Parameter,
     Port,
     Read,
     Request,
     Save,
+    SeedGrad,
     Site,
+    SiteGrad,
     Stop,
+    Turn,
     Write,
     operands,
 )
@@ -187,7 +194,7 @@ def resolve(request: Request, table: ModelTable) -> Resolved:
     if len(request.graph.nodes) > limits.max_nodes:
         raise TooLargeError(f"the graph has {len(request.graph.nodes)} nodes; the limit is {limits.max_nodes}")
     _check_prompts(request, table.description)
-    resolved = _resolve_nodes(request, table)
+    resolved = resolve_nodes(request, table)
     _check_saves(request)
     return resolved
 
@@ -195,7 +202,7 @@ def resolve(request: Request, table: ModelTable) -> Resolved:
 def check_nodes(nodes: tuple[Node, ...], constants: Mapping[str, RawTensor], table: ModelTable) -> None:
     """Checks the names in a graph that has one invoke, whose prompts are not known yet. Raises GraphError."""
     nobody = Invoke(sequences=((0,),))
-    _resolve_nodes(Request(graph=Graph(nodes=nodes), invokes=(nobody,), constants=constants), table)
+    resolve_nodes(Request(graph=Graph(nodes=nodes), invokes=(nobody,), constants=constants), table)
 
 
 def check_steps(nodes: tuple[Node, ...], table: ModelTable) -> None:
@@ -213,7 +220,8 @@ def check_steps(nodes: tuple[Node, ...], table: ModelTable) -> None:
             raise GraphError(told, where=node.where)
 
 
-def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
+def resolve_nodes(request: Request, table: ModelTable) -> Resolved:
+    """Looks the names of a graph up. Raises GraphError for one that leads nowhere."""
     nodes = request.graph.nodes
     needed: list[tuple[NodeId, ...]] = []
     homes = [0] * len(nodes)
@@ -223,8 +231,10 @@ def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
     for position, node in enumerate(nodes):
         parts = operands(node)
         needed.append(parts if len(parts) < 2 else tuple(dict.fromkeys(parts)))
+        backward = node.backward.node if isinstance(node, (Grad, GradWrite)) else None
         for part in parts:
-            if not 0 <= part < position or not has_value[part]:
+            is_earlier = 0 <= part < position
+            if not is_earlier or (not has_value[part] if part != backward else not isinstance(nodes[part], Backward)):
                 raise GraphError(f"node {position} uses node {part}, which is no earlier value", where=node.where)
         has_value[position] = True
         if isinstance(node, Op):
@@ -246,8 +256,12 @@ def _resolve_nodes(request: Request, table: ModelTable) -> Resolved:
             has_value[position] = False
             _check_invoke(node.invoke, request, node.where)
             _check_generates(request.invokes[node.invoke], "stops", node.where)
-        elif isinstance(node, Last):
+        elif isinstance(node, (Backward, GradWrite)):
+            has_value[position] = False
+        elif isinstance(node, (Last, Grad, OpGrad, SeedGrad)):
             continue
+        elif isinstance(node, SiteGrad):
+            has_value[position] = node.turn in (Turn.TAKE, Turn.LOOK)
         elif isinstance(node, Carried):
             homes[position] = node.stage
         elif isinstance(node, Call):

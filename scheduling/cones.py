@@ -13,7 +13,7 @@ the number of the draw.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -28,10 +28,13 @@ from polytrace.graph import (
     NodeId,
     Op,
     Operand,
+    OpGrad,
     Parameter,
     Read,
     Ref,
     Request,
+    SeedGrad,
+    SiteGrad,
     Write,
     draw_of,
     refs,
@@ -52,10 +55,12 @@ def find_cones(
     keys: Keys,
     runs: list[Run],
     table: ModelTable,
+    taped: Collection[int] = (),
 ) -> dict[tuple[int, int], tuple[Cone, ...]]:
     """(wave, invoke) -> a cone for each sequence.
 
-    Where the gate found that rows cannot be left out, all are needed everywhere.
+    Where the gate found that rows cannot be left out, all are needed everywhere; and up to the last layer that is
+    needed at all in waves that are `taped`, whose gradients flow through all rows.
     """
     levels, has_forks = table.levels, table.description.has_forks
     known: dict[object, _Needs] = {}  # by what is read: few differ in that
@@ -68,8 +73,10 @@ def find_cones(
         )
         if not has_forks:
             sites = ((levels.count, False, range(longest)),)
+        elif run.wave in taped:
+            sites = (*sites, (levels.of(run.until), False, range(longest)))
         # What goes on needs the keys and values of every layer: it goes around none.
-        may_skip = has_forks and invoke.generation is None
+        may_skip = has_forks and invoke.generation is None and run.wave not in taped
         skipped = _skipped(run, request, resolved, columns, levels) if may_skip else {}
         skips = tuple(sorted(skipped.values()))
         cones = []
@@ -265,6 +272,8 @@ class Keys:
             return _digest("parameter", event.path)
         if isinstance(event, (Carried, Last)):
             return _digest("earlier", node)
+        if isinstance(event, (SiteGrad, OpGrad, SeedGrad)):
+            return _digest("gradient", node)
         assert isinstance(event, Mask)
         return _digest("mask", tuple(map(len, self._request.invokes[event.invoke].sequences)))
 

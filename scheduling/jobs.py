@@ -13,7 +13,7 @@ from polytrace.certificate import Receipt, Token
 from polytrace.errors import PolytraceError
 from scheduling.ahead import Ahead
 from scheduling.generating import Generating
-from scheduling.packing import Going
+from scheduling.packing import Going, Taped
 from scheduling.plan import PAGE, Member, PassId, Program, RequestId, SaveSlot
 from scheduling.receipts import Account, Logged
 
@@ -76,6 +76,8 @@ class Job:
         self.account = Account(self.program)
         self.generating, self.ahead = generating, ahead
         self.is_step = False  # it is behind its prompts, with one row a sequence
+        self.taped: dict[int, Taped] = {}  # the passes of its waves that are run backwards later
+        self.has_tape_room = not self.program.tape_bytes  # before it may go
         self.reserved = 0  # positions of its caches
         self.leaving = 0  # of these, what it leaves with its next step, for a larger one
         self.needed = 0 if generating is None else generating.caches.num_positions  # more, before it may go
@@ -100,6 +102,18 @@ class Job:
         return member is None or (not self.is_step and self.ahead is not None and self.ahead.num_left > 0)
 
     @property
+    def company(self) -> object | None:
+        """With whom it goes for the sake of gradients: whose way back is the same, or who was in the same pass."""
+        wave = self.now.waves[self.wave]
+        return self.of or ((wave.cuts, wave.reruns) if wave.cuts else None)
+
+    @property
+    def of(self) -> Taped | None:
+        """The pass that its next wave runs backwards."""
+        of = self.now.waves[self.wave].of
+        return None if of is None else self.taped[of]
+
+    @property
     def num_rows(self) -> int:
         if self.is_step and self.generating is not None:
             return self.generating.num_rows
@@ -122,6 +136,7 @@ class Job:
             generating=self.generating,
             ahead=ahead,
             stretches=() if ahead is None or num_rows >= self.num_rows else ahead.next(num_rows),
+            of=self.of,
             copies=self.copies,
         )
 

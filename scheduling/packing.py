@@ -37,6 +37,14 @@ from scheduling.plan import (
 from scheduling.trunks import extended
 
 
+@dataclass(frozen=True, slots=True)
+class Taped:
+    """A pass that may be run backwards."""
+
+    pass_id: PassId
+    num_stages: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Going:
     """A program that goes into a pass with one of its waves."""
@@ -47,6 +55,7 @@ class Going:
     generating: Generating | None = None  # whose step the program is
     ahead: Ahead | None = None  # how far its prompts are, when it is at these
     stretches: tuple[Stretch, ...] = ()  # only these rows of its prompts go, ahead of the program
+    of: Taped | None = None  # the pass that it runs backwards
     copies: MutableMapping[int, Program] = field(default_factory=dict)  # as shards get them: worked out once, by id
 
     @property
@@ -112,6 +121,12 @@ class Packer:
             if one.is_step:
                 views.extend(steps.views(member, one))
         until = max([*map(_until, going), self._through if stretches else PROLOGUE])
+        num_stages = 1 + self._stages[bisect_left(self._orders, until)] if until != PROLOGUE else 0
+        waves = [one.program.waves[one.wave] for one in going]
+        cuts = {wave.cuts for wave in waves}
+        of = {one.of for one in going}
+        assert len(cuts) <= 1 and len(of) <= 1, "those go together whose gradients take the same way"
+        taped = next(iter(of), None)
         return Plan(
             pass_id=pass_id,
             segments=tuple(steps.segments),
@@ -122,8 +137,11 @@ class Packer:
             keeps=tuple(_keeps(going, views)),
             grows=(*grows, *steps.grows),
             until=until,
-            num_stages=1 + self._stages[bisect_left(self._orders, until)] if until != PROLOGUE else 0,
+            num_stages=num_stages if taped is None else taped.num_stages,
             ended=ended,
+            cuts=next(iter(cuts), ()),
+            of=None if taped is None else taped.pass_id,
+            reruns=any(wave.reruns for wave in waves),
         )
 
     def _grow(self, placed: list[Placed], kept: list[Kept]) -> Forest:

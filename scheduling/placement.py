@@ -3,6 +3,9 @@
 Owns the rules of waves and stages. A value flows forward within a pass; what is needed at an earlier point opens a
 later wave. A read sees every write of its invoke that acts at or before it, so it belongs to the latest of their waves.
 
+A wave that runs another one backwards has points too: its stages and orders are passed in the opposite direction, so a
+point compares with all others as it happens, and everything that looks at points alone holds for gradients as well.
+
 Points are packed into one integer that compares like the tuple; `PURE` stands for values that depend on no site and no
 parameter (constants, masks and operations on them): they float, and every stage that needs one makes its own.
 """
@@ -10,11 +13,28 @@ parameter (constants, masks and operations on them): they float, and every stage
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from polytrace.description import ModelDescription
+from polytrace.description import ModelDescription, SiteInfo
 from polytrace.errors import GraphError
-from polytrace.graph import Call, Carried, Graph, Last, Node, Op, Parameter, Port, Read, Save, Stop, Write
+from polytrace.graph import (
+    Call,
+    Carried,
+    GradWrite,
+    Graph,
+    Last,
+    Node,
+    Op,
+    OpGrad,
+    Parameter,
+    Port,
+    Read,
+    Save,
+    SeedGrad,
+    SiteGrad,
+    Stop,
+    Write,
+)
 from scheduling.checks import Resolved
 from scheduling.plan import PROLOGUE, ValueFacts
 
@@ -23,22 +43,42 @@ PURE = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How points are packed: `slot * width + order + 1`, where a slot is `wave * stages + stage`."""
+    """How points are packed: `slot * width + place`, where slots and places count what happens one after another.
+
+    A wave has a slot for each stage: the first is of stage 0 where it runs forwards, of the last stage where it runs
+    backwards. A slot has the prologue at place 0, then a place for each order, ascending or descending.
+    """
 
     stages: int
     width: int  # orders of one visit of one stage, the prologue included
+    of: list[int | None] = field(default_factory=list)  # per wave: which one it runs backwards; behind the end: none
+
+    def is_backward(self, wave: int) -> bool:
+        return wave < len(self.of) and self.of[wave] is not None
+
+    def slot(self, wave: int, stage: int) -> int:
+        return wave * self.stages + (self.stages - 1 - stage if self.is_backward(wave) else stage)
 
     def point(self, wave: int, stage: int, order: int) -> int:
-        return (wave * self.stages + stage) * self.width + order + 1
+        place = self.width - 1 - order if order != PROLOGUE and self.is_backward(wave) else order + 1
+        return self.slot(wave, stage) * self.width + place
 
     def wave(self, point: int) -> int:
         return point // (self.width * self.stages)
 
     def stage(self, point: int) -> int:
-        return point // self.width % self.stages
+        place = point // self.width % self.stages
+        return self.stages - 1 - place if self.is_backward(self.wave(point)) else place
 
     def order(self, point: int) -> int:
-        return point % self.width - 1
+        place = point % self.width
+        return self.width - 1 - place if place and self.is_backward(self.wave(point)) else place - 1
+
+    def next_forward(self, wave: int) -> int:
+        """The first wave at or behind one that does not run backwards."""
+        while self.is_backward(wave):
+            wave += 1
+        return wave
 
 
 def scale_of(description: ModelDescription) -> Scale:
@@ -49,7 +89,7 @@ def scale_of(description: ModelDescription) -> Scale:
 
 def find_live(graph: Graph, resolved: Resolved, holds: Collection[int] = ()) -> list[bool]:
     """Per node, whether a save or a write needs it, or it is one: writes always count, and tokens, and what is held."""
-    live = [isinstance(node, (Save, Write, Stop)) or is_token(node) for node in graph.nodes]
+    live = [isinstance(node, _EFFECTS) or is_token(node) for node in graph.nodes]
     for node in holds:
         live[node] = True
     for node in range(len(live) - 1, -1, -1):
@@ -57,6 +97,9 @@ def find_live(graph: Graph, resolved: Resolved, holds: Collection[int] = ()) -> 
             for operand in resolved.operands[node]:
                 live[operand] = True
     return live
+
+
+_EFFECTS = (Save, Write, Stop, GradWrite, SiteGrad)
 
 
 def is_token(node: Node) -> bool:
@@ -75,13 +118,28 @@ class Order:
 
 def find_order(graph: Graph, resolved: Resolved, live: list[bool]) -> Order:
     """An order in which the live nodes can run. Raises GraphError on a cycle."""
-    writes, seen = _find_effects(graph, resolved, live)
-    nodes, operands = graph.nodes, resolved.operands
-    is_begun, is_done = bytearray(len(nodes)), bytearray(len(nodes))
-    num_done = dict.fromkeys(writes, 0)  # invoke -> how many of its writes, from the first on, are done
-    ordered: list[int] = []
-    for start, is_live in enumerate(live):
-        pending = [start] if is_live else []
+    ordering = Ordering(graph, resolved, live)
+    for node, is_live in enumerate(live):
+        if is_live:
+            ordering.reach(node)
+    return ordering.order
+
+
+class Ordering:
+    """Puts live nodes in an order in which they can run, as far as somebody wants to reach."""
+
+    def __init__(self, graph: Graph, resolved: Resolved, live: list[bool]) -> None:
+        writes, seen = _find_effects(graph, resolved, live)
+        self.order = Order(nodes=[], writes=writes, seen=seen)
+        self._graph, self._operands = graph, resolved.operands
+        self._is_begun, self._is_done = bytearray(len(live)), bytearray(len(live))
+        self._num_done = dict.fromkeys(writes, 0)  # invoke -> how many of its writes, from the first on, are done
+
+    def reach(self, start: int) -> None:
+        """Puts a node behind the others, behind all that it waits for. Raises GraphError on a cycle."""
+        nodes, operands, writes, seen = self._graph.nodes, self._operands, self.order.writes, self.order.seen
+        is_begun, is_done = self._is_begun, self._is_done
+        pending = [start]
         while pending:
             node = pending[-1]
             if is_done[node]:
@@ -91,17 +149,16 @@ def find_order(graph: Graph, resolved: Resolved, live: list[bool]) -> Order:
             if not is_begun[node]:
                 waits = [operand for operand in operands[node] if not is_done[operand]]
             if seen[node]:
-                waits = _unfinished(writes, nodes[node].invoke, seen[node], num_done, is_done)  # type: ignore[union-attr]
+                waits = _unfinished(writes, nodes[node].invoke, seen[node], self._num_done, is_done)  # type: ignore[union-attr]
             is_begun[node] = True
             if not waits:
                 is_done[node] = True
-                ordered.append(node)
+                self.order.nodes.append(node)
                 pending.pop()
             for other in waits:
                 if is_begun[other]:
-                    raise _cycle(graph, [vertex for vertex in pending if is_begun[vertex]], other)
+                    raise _cycle(self._graph, [vertex for vertex in pending if is_begun[vertex]], other)
                 pending.append(other)
-    return Order(nodes=ordered, writes=writes, seen=seen)
 
 
 def _find_effects(graph: Graph, resolved: Resolved, live: list[bool]) -> tuple[dict[int, list[int]], list[int]]:
@@ -174,27 +231,44 @@ def place(
 def _earliest_points(
     graph: Graph, resolved: Resolved, order: Order, scale: Scale, earliest: Sequence[int] | None
 ) -> list[int]:
-    nodes, operands = graph.nodes, resolved.operands
-    points = [PURE] * len(nodes)
-    reached: dict[int, list[int]] = {invoke: [0] for invoke in order.writes}  # the wave that its first 0, 1, ... need
+    placer = Placer(graph, resolved, order, scale, earliest)
     for node in order.nodes:
-        event = nodes[node]
+        placer.put(node)
+    return placer.points
+
+
+class Placer:
+    """Gives nodes the earliest points that they can have, one after another, each behind all that it waits for."""
+
+    def __init__(
+        self, graph: Graph, resolved: Resolved, order: Order, scale: Scale, earliest: Sequence[int] | None = None
+    ) -> None:
+        self.points = [PURE] * len(graph.nodes)
+        self._graph, self._resolved, self._order, self._scale = graph, resolved, order, scale
+        self._earliest = earliest
+        self._reached: dict[int, list[int]] = {
+            invoke: [0] for invoke in order.writes
+        }  # wave that its first 0, 1, ... need
+
+    def put(self, node: int) -> None:
+        """Gives the next node in the order its point."""
+        event, points, order, scale = self._graph.nodes[node], self.points, self._order, self._scale
         needs = PURE
-        for operand in operands[node]:
+        for operand in self._resolved.operands[node]:
             if points[operand] > needs:
                 needs = points[operand]
         if isinstance(event, (Op, Last)):
             points[node] = needs
-            continue
+            return
         if isinstance(event, Read):
-            waves = reached[event.invoke]
+            waves = self._reached[event.invoke]
             for write in order.writes[event.invoke][len(waves) - 1 : order.seen[node]]:
                 waves.append(max(waves[-1], scale.wave(points[write])))
             needs = waves[order.seen[node]]
+        earliest = self._earliest
         if earliest is not None and isinstance(event, (Read, Write)) and earliest[event.invoke]:
             needs = max(needs, _begin(event, earliest[event.invoke], scale))
-        points[node] = _point(graph, resolved, node, needs, scale)
-    return points
+        points[node] = _point(self._graph, self._resolved, node, needs, scale)
 
 
 def _begin(node: Read | Write, wave: int, scale: Scale) -> int:
@@ -205,7 +279,12 @@ def _begin(node: Read | Write, wave: int, scale: Scale) -> int:
 def _point(graph: Graph, resolved: Resolved, vertex: int, needs: int, scale: Scale) -> int:
     """The node's point, from the latest that it needs (for a read: the wave of the writes it sees)."""
     node = graph.nodes[vertex]
-    if isinstance(node, (Op, Last)):
+    if isinstance(node, (Op, Last, SeedGrad)):
+        return needs
+    if isinstance(node, SiteGrad):
+        info = _site_of(resolved, node.at)
+        return scale.point(node.wave, info.stage, info.order)
+    if isinstance(node, OpGrad) and not isinstance(graph.nodes[node.op], Call):
         return needs
     if isinstance(node, Carried):
         return scale.point(0, 0, PROLOGUE)  # wherever it is, it comes before anything runs
@@ -213,13 +292,10 @@ def _point(graph: Graph, resolved: Resolved, vertex: int, needs: int, scale: Sca
     if entry is not None:
         info = entry[0]
         if isinstance(node, Read):
-            return scale.point(max(needs, 0), info.stage, info.order)
+            return scale.point(scale.next_forward(max(needs, 0)), info.stage, info.order)
         return _first_at_or_after(needs, info.stage, info.order, scale)
-    if isinstance(node, Call):
-        home = resolved.homes[vertex]
-        if needs != PURE and scale.stage(needs) == home:
-            return needs
-        return _first_at_or_after(needs, home, PROLOGUE, scale)
+    if isinstance(node, (Call, OpGrad)):
+        return call_point(needs, resolved.homes[vertex if isinstance(node, Call) else node.op], scale)
     if isinstance(node, Parameter):
         return scale.point(0, resolved.homes[vertex], PROLOGUE)
     if isinstance(node, (Save, Stop)):
@@ -227,12 +303,28 @@ def _point(graph: Graph, resolved: Resolved, vertex: int, needs: int, scale: Sca
     return PURE
 
 
+def call_point(needs: int, home: int, scale: Scale) -> int:
+    """The point of a module's call on a value, at the stage that has the module."""
+    if needs != PURE and scale.stage(needs) == home:
+        return needs
+    return _first_at_or_after(needs, home, PROLOGUE, scale)
+
+
 def _first_at_or_after(needs: int, stage: int, order: int, scale: Scale) -> int:
     """The first point of a stage's order that is not before `needs`."""
     if needs == PURE:
         return scale.point(0, stage, order)
-    same_wave = scale.point(scale.wave(needs), stage, order)
-    return same_wave if needs <= same_wave else same_wave + scale.stages * scale.width
+    wave = scale.wave(needs)
+    same_wave = scale.point(wave, stage, order)
+    if needs <= same_wave and (order == PROLOGUE or not scale.is_backward(wave)):
+        return same_wave
+    return scale.point(wave + 1 if order == PROLOGUE else scale.next_forward(wave + 1), stage, order)
+
+
+def _site_of(resolved: Resolved, node: int) -> SiteInfo:
+    entry = resolved.sites[node]
+    assert entry is not None, "it reads or writes a site"
+    return entry[0]
 
 
 def _run_late(
@@ -255,9 +347,8 @@ def _run_late(
         if points[node] != PURE and isinstance(event, (Op, Parameter)):
             slot = first_uses[node] // scale.width
             if isinstance(event, Parameter):
-                home = resolved.homes[node]
-                wave = slot // scale.stages - (slot % scale.stages < home)
-                points[node] = scale.point(wave, home, PROLOGUE)
+                home, wave = resolved.homes[node], slot // scale.stages
+                points[node] = scale.point(wave - (scale.slot(wave, home) > slot), home, PROLOGUE)
             elif slot > points[node] // scale.width and _grows(node, resolved, points, facts):
                 points[node] = slot * scale.width
         point = points[node]

@@ -201,6 +201,7 @@ class Wave:
     cuts: tuple[int, ...] = ()  # orders of visits where its gradient stops, so that graphs can see and change it
     of: int | None = None  # it runs that wave backwards: it has no rows, and visits are in the opposite order
     frees: tuple[int, ...] = ()  # waves that nobody runs backwards any more, once it has run
+    reruns: bool = False  # layers are run again on the way back, for want of memory
 
     @property
     def is_taped(self) -> bool:
@@ -242,6 +243,7 @@ class Program:
     chain: Chain | None = None  # what follows it, when it is the first step of a generation
     trunks: tuple[Trunk, ...]  # by wave
     kept_bytes: int  # of all trunks, on the shard that keeps most
+    tape_bytes: int = 0  # of what its waves keep for their way back, at once, on the shard that keeps most
     live_bytes: int  # of values held at one site visit, at most
     constants: Mapping[str, RawTensor] = field(default_factory=dict)  # in process; empty when `request_file` is set
     request_file: str | None = None  # the stored request: shards map its constants from here
@@ -344,6 +346,9 @@ class Plan:
     # of gradients
     cuts: tuple[int, ...] = ()  # orders of visits where the gradient stops; all members have the same; empty: no tape
     of: PassId | None = None  # this pass runs that one backwards, for some of its members; it has no rows
+    reruns: bool = (
+        False  # of a pass with cuts: layers without any inside keep what came in, and run again on the way back
+    )
 
     @property
     def running_rows(self) -> tuple[int, ...]:

@@ -58,6 +58,10 @@ class Candidate(Protocol):
         """Those of one party go together and beside nobody else; None: with anyone who has none."""
 
     @property
+    def company(self) -> object | None:
+        """As `party`, but no more of them than there is room for."""
+
+    @property
     def is_step(self) -> bool:
         """Whether somebody waits for its next token."""
 
@@ -106,7 +110,8 @@ class FirstComeFirstServed:
         for candidate in candidates:
             if len(chosen) == self._max_members:
                 break
-            if chosen and candidate.party != chosen[0][0].party:
+            first = chosen[0][0] if chosen else candidate
+            if (candidate.party, candidate.company) != (first.party, first.company):
                 continue
             rows, left = candidate.num_rows, room[candidate.is_step]
             must = is_first or candidate.party is not None or not rows

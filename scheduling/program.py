@@ -6,15 +6,28 @@ other requests (`scheduling.packing` merges them) nor of files (the caller sets 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from polytrace.certificate import Certificate, ValueShape
 from polytrace.collector import young_only
 from polytrace.description import Limits, ModelDescription
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Graph, Invoke, KeptSave, NodeId, Read, Request, Save, Sharing, Write, name_at
+from polytrace.graph import (
+    Backward,
+    Graph,
+    Invoke,
+    KeptSave,
+    NodeId,
+    Read,
+    Request,
+    Save,
+    Sharing,
+    Write,
+    name_at,
+)
 from polytrace.tensors import itemsize
-from scheduling.below import lower
+from scheduling.below import Lowered, lower
 from scheduling.checks import Resolved, check_steps, resolve, table_of
 from scheduling.columns import find_columns
 from scheduling.cones import Keys, find_cones, kept_columns
@@ -27,6 +40,7 @@ from scheduling.costs import (
     wave_tokens,
 )
 from scheduling.forest import Forest, Placed, grow
+from scheduling.gradients import cuts_of, expand, has_gradients
 from scheduling.liveness import peak_bytes
 from scheduling.op_costs import program_flops
 from scheduling.placement import Scale, find_live, find_order, is_token, place, scale_of
@@ -35,6 +49,7 @@ from scheduling.residency import stage_works
 from scheduling.splitting import fits, split
 from scheduling.step_costs import most_rows, step_costs
 from scheduling.steps import Facts, Infer, compile_chain, generates
+from scheduling.tapes import fit, tapes_of
 from scheduling.trunks import TrunkChoice, choose_trunks, kept_bytes, rows_of
 from scheduling.waves import Run, executions, find_runs
 
@@ -115,20 +130,31 @@ def _compile(
     live = find_live(graph, resolved, holds)
     columns = find_columns(request, resolved, live, facts)
     _check_pairs(graph, resolved, live, columns.facts, limits.max_value_bytes)
+    earliest: Sequence[int] | None = None
+    cuts: Mapping[int, tuple[int, ...]] = {}
+    frees: Mapping[int, tuple[int, ...]] = {}
+    is_graded = has_gradients(graph)
+    if is_graded:
+        _check_gradients(graph, description)
+        expanded = expand(request, resolved, columns, table, scale)
+        request, resolved, live, columns = expanded.request, expanded.resolved, expanded.live, expanded.columns
+        graph, facts, cuts, frees = request.graph, columns.facts, expanded.cuts, expanded.frees
+        earliest = expanded.earliest
 
     # 3) Give each node its point (wave, stage, order), and with it each wave its rows; too many take several waves.
-    is_shared = is_first and description.has_forks and request.options.sharing is not Sharing.OFF
+    # On the way of a gradient a row is one sequence's: two losses would add up in it.
+    is_shared = is_first and description.has_forks and request.options.sharing is not Sharing.OFF and not is_graded
     domain = request.options.sharing.value if is_shared else None  # there is one tenant: who has the key
-    earliest = [0] * len(request.invokes)
+    earliest = [0] * len(request.invokes) if earliest is None else list(earliest)
     ancestors: set[int] = set()
     order = find_order(graph, resolved, live)
     keys = Keys(request, resolved, columns, order)
     for look in range(_MAX_LOOKS):
         points = place(graph, resolved, order, facts, scale, earliest, holds)
         runs = find_runs(graph, resolved, live, points, scale)
-        cones = find_cones(request, resolved, columns, keys, runs, table)
+        cones = find_cones(request, resolved, columns, keys, runs, table, cuts)
         forests = _grow(request.invokes, runs, cones, domain, description.num_layers)
-        if look == _MAX_LOOKS - 1 or all(fits(forest, limits.pass_tokens) for forest in forests.values()):
+        if is_graded or look == _MAX_LOOKS - 1 or all(fits(forest, limits.pass_tokens) for forest in forests.values()):
             break
         found = split(runs, forests, request.invokes, description.num_layers, limits.pass_tokens)
         if not found.waits:
@@ -140,10 +166,16 @@ def _compile(
 
     chosen = choose_trunks(request.invokes, runs if is_shared else [], cones, forests, ancestors, table.levels)
 
+    ends = {wave: back for back, waves in frees.items() for wave in waves}
+    tapes = tapes_of(cuts, ends, runs, [invoke.num_tokens for invoke in request.invokes], table)
+    taken_bytes, reruns = fit(tapes, description, table)
+
     # 4) Plan what is carried, held and dropped, and where saved values go.
     executed = executions(graph, live, points, runs, scale)
     works = stage_works(graph, resolved, points, columns.facts, executed, scale, holds)
-    lowered = lower(columns.graph, columns.facts, resolved, live, points, scale, table, holds)
+    lowered = Lowered(below={}, graph=columns.graph)
+    if not is_graded:
+        lowered = lower(columns.graph, columns.facts, resolved, live, points, scale, table, holds)
     saves = _lay_out_saves(graph, points, facts, scale, {keep.save: keep for keep in request.keeps})
     result_bytes = sum(slot.facts.num_bytes for slot in saves if slot.keep is None)
     if result_bytes > limits.max_result_bytes:
@@ -158,11 +190,21 @@ def _compile(
         sharing_domain=domain,
         facts=columns.facts,
         below=lowered.below,
-        waves=_waves(graph, works, runs, kept, cones, forests, chosen),
+        waves=tuple(
+            replace(
+                wave,
+                cuts=cuts_of(cuts, number, runs, resolved),
+                of=scale.of[number] if scale.is_backward(number) else None,
+                frees=frees.get(number, ()),
+                reruns=reruns and number in cuts,
+            )
+            for number, wave in enumerate(_waves(graph, works, runs, kept, cones, forests, chosen))
+        ),
         saves=saves,
         holds={node: scale.stage(points[node]) for node in sorted(holds)},
         trunks=chosen.trunks,
         kept_bytes=kept_bytes(chosen.trunks, description, table.levels),
+        tape_bytes=taken_bytes,
         live_bytes=peak_bytes(resolved, [0 if known is None else known.num_bytes for known in columns.facts])[0],
         constants=request.constants,
     )
@@ -187,6 +229,7 @@ def certify(program: Program, facts: tuple[ValueFacts | None, ...], description:
         kept_bytes=sum(slot.facts.num_bytes for _, slot in saves if slot.keep is not None),
         read_bytes=steps.read_bytes + read_bytes(program),
         carried_bytes=steps.carried_bytes + carried_bytes(program, table),
+        tape_bytes=program.tape_bytes,
         live_bytes=max(
             [program.live_bytes, *([] if program.chain is None else [p.live_bytes for p in program.chain.parts])]
         ),
@@ -214,6 +257,13 @@ def _num_step_passes(program: Program) -> int:
         return 0
     runs = [*program.chain.steps, *([] if program.chain.ending is None else [program.chain.ending])]
     return sum(len(program.chain.parts[run.part].waves) for run in runs)
+
+
+def _check_gradients(graph: Graph, description: ModelDescription) -> None:
+    """Raises GraphError where the model has none."""
+    if description.why_no_gradients:
+        where = next(node.where for node in graph.nodes if isinstance(node, Backward))
+        raise GraphError(f"{description.class_name} has no gradients here: {description.why_no_gradients}", where=where)
 
 
 def _check_pairs(

@@ -12,7 +12,15 @@ from typing import Any
 
 from polytrace.certificate import Fired, PassEntry, Receipt
 from polytrace.errors import RunError
-from polytrace.graph import LOG, NodeId, Port, Read, Save, Write
+from polytrace.graph import (
+    LOG,
+    NodeId,
+    Port,
+    Read,
+    Save,
+    SiteGrad,
+    Write,
+)
 from scheduling.checks import ModelTable
 from scheduling.costs import (
     carried_bytes,
@@ -54,7 +62,7 @@ def find_error(
         for fragment in work.fragments:
             for node in fragment.nodes:
                 event = program.graph.nodes[node]
-                if isinstance(event, (Read, Write, Save)) and node not in here and node not in member.absent:
+                if isinstance(event, (Read, Write, Save, SiteGrad)) and node not in here and node not in member.absent:
                     return RunError(f"{_name(event)} did not fire", where=event.where)
     known.add(key)
     return None
@@ -253,7 +261,9 @@ def _told(program: Program, failure: Failure) -> RunError:
     return RunError(failure.message, where=where)
 
 
-def _name(event: Read | Write | Save) -> str:
+def _name(event: Read | Write | Save | SiteGrad) -> str:
     if isinstance(event, Save):
         return f"the save of {event.name!r}"
+    if isinstance(event, SiteGrad):
+        return "the gradient at this place"
     return f"the {'read of' if isinstance(event, Read) else 'write to'} {event.site}"

@@ -39,12 +39,12 @@ def stage_works(
     residency.drop()
     num_waves = 1 + max((scale.wave(point) for point in residency.fragments), default=0)
     return [
-        tuple(residency.work(wave * scale.stages + stage) for stage in range(scale.stages)) for wave in range(num_waves)
+        tuple(residency.work(scale.slot(wave, stage)) for stage in range(scale.stages)) for wave in range(num_waves)
     ]
 
 
 class _Residency:
-    """Collects who uses what where. A slot is `wave * stages + stage`; a resident is `node * stages + stage`."""
+    """Collects who uses what where. Slots are `Scale`'s; a resident is `node * stages + stage`."""
 
     def __init__(
         self,
@@ -113,9 +113,9 @@ class _Residency:
                 raise GraphError(told, where=graph.nodes[node].where)
             wave, source = self.first_wave[resident], self._home(node)
             transfer = Transfer(node=NodeId(node), source=source, target=stage, facts=planned)
-            from_slot, to_slot = wave * scale.stages + source, wave * scale.stages + stage
+            from_slot, to_slot = scale.slot(wave, source), scale.slot(wave, stage)
             leaves = wave == scale.wave(home) and node not in self.carried
-            assert not leaves or source < stage, "within a wave values go forward only"
+            assert not leaves or from_slot < to_slot, "within a wave values go one way only"
             self.departure[node] = max(self.departure.get(node, (wave, leaves)), (wave, leaves))
             (self.leaving if leaves else self.held).setdefault(from_slot, []).append(transfer)
             (self.arriving if leaves else self.held).setdefault(to_slot, []).append(transfer)
@@ -136,7 +136,7 @@ class _Residency:
                 continue
             last = self.last_use.get(node * scale.stages + stage)
             if last is None or (scale.wave(last), False) < (wave, leaves):
-                self.final_drops.setdefault(wave * scale.stages + stage, []).append(node)
+                self.final_drops.setdefault(scale.slot(wave, stage), []).append(node)
             else:
                 self.fragment_drops.setdefault(last, []).append(node)
 

@@ -32,7 +32,7 @@ from scheduling.checks import table_of
 from scheduling.generating import Generating
 from scheduling.jobs import Flight, Job, Outcome, Progress
 from scheduling.memory import Memory
-from scheduling.packing import Going, Packer
+from scheduling.packing import Going, Packer, Taped
 from scheduling.plan import (
     Member,
     PassAbandonedError,
@@ -94,6 +94,7 @@ class Scheduler:
         self._outcomes: list[Outcome] = []
         self._progress: dict[RequestId, Job] = {}  # that got further
         self._memory = Memory(description.limits.kept_bytes, policy.prefix_bytes)
+        self._tapes = Memory(description.limits.tape_bytes, prefix_bytes=0)  # of what passes keep for gradients
         stages = table_of(description).levels.stages
         self._position_bytes = description.key_value_bytes * max(map(stages.count, set(stages)), default=0)
         self._has_caches_left = False  # shards, of generations that have ended
@@ -184,6 +185,8 @@ class Scheduler:
             if one.stretches:
                 job.num_ahead += 1
             else:
+                if plan.cuts:
+                    job.taped[job.wave] = Taped(pass_id, plan.num_stages)
                 job.wave += 1
             if job.wave < job.num_waves and self._depth > 1 and (one.stretches or job.may_follow()):
                 self._ready.append(job)
@@ -234,7 +237,16 @@ class Scheduler:
             if not self._make_room(job):
                 self._is_short = True
                 break
-        return [job for job in self._ready if not job.needed]
+        for job in sorted([job for job in self._ready if not job.has_tape_room], key=lambda job: job.number):
+            job.has_tape_room = self._tapes.take(job.program.tape_bytes)
+            if not job.has_tape_room:
+                break  # whoever is younger waits behind it
+        return [job for job in self._ready if not job.needed and job.has_tape_room]
+
+    def _free_tape(self, job: Job) -> None:
+        if job.has_tape_room and job.program.tape_bytes:
+            self._tapes.give(job.program.tape_bytes)
+            job.has_tape_room = False
 
     def _make_room(self, job: Job) -> bool:
         """Gives a job's caches the room that they need for its next step, if need be that of younger ones."""
@@ -270,6 +282,7 @@ class Scheduler:
     def _restart(self, job: Job) -> None:
         """What shards have of its caches they are to forget."""
         self._free(job)
+        self._free_tape(job)
         if job.is_held:
             self._ended.append(job.program.request)
         self._begin(job)
@@ -477,6 +490,7 @@ class Scheduler:
             self._ready.remove(job)
         del self._jobs[job.program.request]
         self._free(job, kept)
+        self._free_tape(job)
         self._memory.give(job.program.kept_bytes if job.is_keeping else 0)
 
 

@@ -15,6 +15,7 @@ class Waiting:
     is_step: bool = False
     num_rows: int = 1
     party: object | None = None
+    company: object | None = None
 
     @property
     def least_rows(self) -> int:

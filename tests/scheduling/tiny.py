@@ -9,8 +9,11 @@ from typing import Any
 from polytrace.certificate import Certificate
 from polytrace.description import Leaf, Limits, ModelDescription, ModuleInfo, ParameterInfo, Rows, SiteInfo, index_sites
 from polytrace.graph import (
+    Backward,
     Call,
     Constant,
+    Grad,
+    GradWrite,
     Graph,
     Invoke,
     Mask,
@@ -211,6 +214,17 @@ class Recorder:
 
     def save(self, value: Ref, name: str | None = None) -> Ref:
         return self._add(Save(name=name or f"s{len(self.nodes)}", value=value, where=self.where), None)
+
+    def backward(self, loss: Ref, gradient: Ref | None = None) -> Ref:
+        return self._add(Backward(loss=loss, gradient=gradient, where=self.where), None)
+
+    def grad(self, of: Ref, backward: Ref) -> Ref:
+        known = self.facts[of.node]
+        assert known is not None
+        return self._add(Grad(of=of, backward=backward, where=self.where), known.shape)
+
+    def set_grad(self, of: Ref, backward: Ref, value: Ref) -> Ref:
+        return self._add(GradWrite(of=of, backward=backward, value=value, where=self.where), None)
 
     def view(self, site: Site, invoke: int) -> tuple[int, ...]:
         """The shape of a site's value; an unknown site has one too, so that it can be recorded."""
