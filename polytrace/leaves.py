@@ -1,7 +1,7 @@
 """Tensors of the user's own that require gradients: when a block has run they have them, as behind torch's backward.
 
-A tensor that was computed from others hands its gradient on to them, so modules and optimisers of the user's are trained
-as if the model were here.
+A tensor that was computed from others hands its gradient on to them, so modules and optimisers of the user's are
+trained as if the model were here.
 """
 
 from __future__ import annotations
