@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polytrace.errors import GraphError
 from polytrace.graph import DType
-from polytrace.lines import user_line
 from polytrace.ops import OPS
 
 # Arguments that say where or how a result lies, not what it is.
@@ -34,16 +32,11 @@ _FIRST = ("input", "self", "tensor", "tensors")
 
 
 def normalised(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments without what is None by default or means nothing to a recorded value.
-
-    Raises GraphError for `inplace=True` and `requires_grad=True`.
-    """
+    """Positional and keyword arguments without what is None by default or means nothing to a recorded value."""
     plain = tuple(args)
     named: dict[str, Any] = {}
     for key, value in kwargs.items():
         key = _SYNONYMS.get(key, key)
-        if key == "requires_grad" and value:
-            raise GraphError("gradients are not part of polytrace yet", where=user_line())
         if value is None or key in _MEANINGLESS or (value is False and key in _OFF):
             continue
         if key in _FIRST and name in OPS and key not in OPS[name].kwargs:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Generation, Graph, Invoke, Last, Port, Read, Save, Stop, Write, name_at
+from polytrace.graph import Backward, Generation, Graph, Invoke, Last, Port, Read, Save, Stop, Write, name_at
 from polytrace.timing import ENDING, When, time_of
 
 MAX_NEW_TOKENS = 1 << 20  # of one sequence; the model's own context is shorter
@@ -15,6 +15,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LIKELIEST = 20
 MAX_SEED = 1 << 63
+NO_GRADIENTS = "a generation has no gradients: write model.trace(...) of the prompts with their new tokens"
 
 
 def refusals(generation: Generation) -> Iterator[str]:
@@ -71,6 +72,8 @@ def check_generation(graph: Graph, invokes: Sequence[Invoke], *, max_nodes: int)
                 _check_token(node, invokes[node.invoke])
         elif isinstance(node, Save) and node.step is not None:
             _check_range(node, max(limits))
+        elif isinstance(node, Backward):
+            raise GraphError(NO_GRADIENTS, where=node.where)
         when = time_of(node, lambda operand: whens[operand])
         if isinstance(node, Last) and any(whens[value.node] == ENDING for value in node.values):
             raise GraphError("a value of the end of a generation is no value of one of its steps", where=node.where)

@@ -12,19 +12,26 @@ from enum import Enum
 
 from polytrace.errors import GraphError
 from polytrace.graph import (
+    Backward,
     Call,
     Carried,
     Constant,
     DType,
+    Grad,
+    GradWrite,
     Graph,
     Last,
     Mask,
     Node,
+    NodeId,
     Op,
     Operand,
+    OpGrad,
     Read,
     Ref,
     Save,
+    SeedGrad,
+    SiteGrad,
     Stop,
     Write,
     operands,
@@ -39,6 +46,7 @@ MAX_CALL_ARGS = 8
 def check_graph(graph: Graph, *, num_invokes: int, constants: Collection[str]) -> None:
     """Raises GraphError at the first node that is not well formed."""
     save_names: set[str] = set()
+    grad_writes: set[tuple[NodeId, NodeId]] = set()  # whose gradient, in which backward
     values: list[_Value] = []  # per node
     for position, node in enumerate(graph.nodes):
         _check_operands(graph, values, position, node)
@@ -59,6 +67,17 @@ def check_graph(graph: Graph, *, num_invokes: int, constants: Collection[str]) -
                 raise GraphError(f"there is no constant {node.name!r} in the request", where=node.where)
         elif isinstance(node, Carried):
             raise GraphError("a value that another step left is never sent", where=node.where)
+        elif isinstance(node, (SiteGrad, OpGrad, SeedGrad)):
+            raise GraphError("what gradients are made of is never sent", where=node.where)
+        elif isinstance(node, Backward):
+            value = _Value.NONE
+        elif isinstance(node, (Grad, GradWrite)):
+            _check_gradient(graph, node)
+            if isinstance(node, GradWrite):
+                if (node.of.node, node.backward.node) in grad_writes:
+                    raise GraphError("the gradient of one value is changed twice in one backward", where=node.where)
+                grad_writes.add((node.of.node, node.backward.node))
+                value = _Value.NONE
         elif isinstance(node, Last):
             if not node.values:
                 raise GraphError("the last of no values is none", where=node.where)
@@ -108,12 +127,24 @@ def _check_operands(graph: Graph, values: Sequence[_Value], position: int, node:
         if not 0 <= target < position:
             raise GraphError(f"node {position} refers to node {target}, which is not before it", where=node.where)
         value = values[target]
-        if value is _Value.NONE:
+        if value is _Value.NONE and not (isinstance(node, (Grad, GradWrite)) and target == node.backward.node):
             raise GraphError(f"node {position} refers to node {target}, which has no value", where=node.where)
         if value is _Value.SEVERAL and not (isinstance(node, Op) and node.name == "item"):
             several = graph.nodes[target]
             assert isinstance(several, Op)
             raise GraphError(f"{several.name} returns several values: take one of them", where=node.where)
+
+
+def _check_gradient(graph: Graph, node: Grad | GradWrite) -> None:
+    """A gradient is of a backward, and with regard to what a program can have changed."""
+    if not isinstance(graph.nodes[node.backward.node], Backward):
+        raise GraphError(f"node {node.backward.node} is no backward, so it has no gradients", where=node.where)
+    of = graph.nodes[node.of.node]
+    if isinstance(node, GradWrite) and node.value.node == node.backward.node:
+        raise GraphError("a backward has no value", where=node.where)
+    if not isinstance(of, (Read, Constant, Op, Call)):
+        told = f"a {type(of).__name__.lower()} has no gradient: values that are read, brought or computed have one"
+        raise GraphError(told, where=node.where)
 
 
 def _check_op(graph: Graph, op: Op) -> None:

@@ -11,18 +11,22 @@ _SERVED = "the model runs as it was loaded or is served, for everyone alike"
 STEPS = "and a trace is one forward: `with model.generate(prompt, max_new_tokens=...) as tracer:` has steps"
 _GENERATION = "the whole model generates: `with model.generate(prompt, max_new_tokens=...):`"
 _RETURNED = "what the model returns is `model.output`, its logits are `model.logits`: `model.logits.save()`"
-_GRADIENTS = "gradients are not part of polytrace yet"
+_FROZEN = "the model's weights are frozen: values have gradients, as in `.output.grad` behind `loss.backward()`"
+_GRADIENTS = "every value has a gradient behind `loss.backward()`: `value.grad`"
+_GRAD_HOOKS = "there are no hooks: change `value.grad` inside `with loss.backward():`"
 
 _OF_MODULES = (
     dict.fromkeys(("register_forward_hook", "register_forward_pre_hook", "register_hook"), _HOOKS)
     | dict.fromkeys(("parameters", "named_parameters", "state_dict", "buffers"), _WEIGHTS)
     | dict.fromkeys(("modules", "named_modules", "children", "named_children"), _TREE)
     | dict.fromkeys(("to", "cuda", "cpu", "half", "float", "double", "bfloat16", "eval", "train"), _SERVED)
-    | dict.fromkeys(("requires_grad_", "zero_grad"), _GRADIENTS)
+    | dict.fromkeys(("requires_grad_", "zero_grad", "grad"), _FROZEN)
     | {"generator": "what a generation gives is `tracer.result`: its `ids`, `text`, `finish`"}
     | {"forward": "call the module itself on a value", "generate": _GENERATION, "logits": _RETURNED}
 )
-_OF_VALUES = dict.fromkeys(("grad", "grad_fn", "retain_grad", "backward", "requires_grad"), _GRADIENTS)
+_OF_VALUES = dict.fromkeys(("grad_fn", "is_leaf", "retains_grad", "zero_grad"), _GRADIENTS) | {
+    "register_hook": _GRAD_HOOKS
+}
 _OF_STEPS = f"it is for the steps of a generation, {STEPS}"
 _OF_TRACERS = {"generator": _OF_MODULES["generator"]} | dict.fromkeys(("iter", "all", "next", "token"), _OF_STEPS)
 

@@ -42,10 +42,15 @@ class InPlace:
 
     def new_root(self, storage: Storage, node: NodeId, where: str) -> None:
         """A storage is another value from now on, in the model too where it was read from a site."""
-        self.check_branch(storage.place is not None or storage.node < (self._branch or 0), where)
+        is_outside = storage.place is not None or storage.gradient is not None or storage.node < (self._branch or 0)
+        self.check_branch(is_outside, where)
         self._recording.loops.check_change(storage.node, where)
+        storage.past.append(storage.node)
         storage.node = node
         storage.version += 1
+        if storage.gradient is not None:
+            self._recording.gradients.write(storage.gradient, node, where)
+            return
         if storage.place is None or self._is_past(storage.place):
             if not storage.edits:
                 self._edited.append(storage)
@@ -55,6 +60,8 @@ class InPlace:
         self.hand_back(place, node, in_place=True, where=where)
         self.note(place, where, storage)
         storage.writes_seen = place.writes
+        if isinstance(place, Place):
+            place.firsts[place.writes] = node
 
     def apply(self, node: NodeId, step: Step, where: str) -> NodeId:
         """A view taken again, of what its base is now."""

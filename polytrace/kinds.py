@@ -28,6 +28,9 @@ class Kind:
     become: Callable[[Any, Any], None]  # (value, result): the object is the result from now on
     become_steps: Callable[[Any, Steps], None]  # (value, results): the object is a sequence of these from now on
     another: Callable[[Any], Any]  # a copy of a result
+    is_grad_off: (
+        Callable[[], bool] | None
+    )  # whether what is computed now has no gradients; None: there is no such thing
     shapes: Callable[[Recording, Callable[[Node], ValueShape | None], AskedShapes], Shapes]
     decode: Callable[[RawTensor], Any]  # bytes of a result as a tensor or array, without a copy where one can be had
 
@@ -45,6 +48,7 @@ def value_kind() -> Kind:
             become=array_values.become,
             become_steps=array_values.become_steps,
             another=array_values.another,
+            is_grad_off=None,
             shapes=lambda recording, leaf, asked: asked,
             decode=array_values.decode,
         )
@@ -55,6 +59,7 @@ def value_kind() -> Kind:
         become=tensor_values.become,
         become_steps=tensor_values.become_steps,
         another=tensor_values.another,
+        is_grad_off=tensor_values.is_grad_off,
         shapes=lambda recording, leaf, asked: meta_shapes.MetaShapes(recording, leaf, asked.of),
         decode=tensor_values.decode,
     )

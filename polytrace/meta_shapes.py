@@ -11,7 +11,7 @@ from torch import Tensor
 from polytrace.certificate import ValueShape
 from polytrace.derived import Derived
 from polytrace.errors import GraphError, PolytraceError
-from polytrace.graph import Call, Constant, DType, Last, Node, NodeId, Op, Operand, Ref, operands
+from polytrace.graph import Call, Constant, DType, Grad, Last, Node, NodeId, Op, Operand, Ref, operands
 from polytrace.ops import OPS
 from polytrace.recording import Recording
 from polytrace.shape_rules import CLIENT_RULES
@@ -42,7 +42,7 @@ class MetaShapes:
 
     def _parts(self, node: NodeId) -> tuple[NodeId, ...]:
         made = self._recording.nodes[node]
-        if isinstance(made, Last):
+        if isinstance(made, (Last, Grad)):
             return operands(made)[:1]
         if not isinstance(made, Op):
             return ()
@@ -60,8 +60,8 @@ class MetaShapes:
             except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
                 first = str(error).strip().split("\n", 1)[0]
                 raise GraphError(f"{made.name}: {first}", where=made.where) from error
-        if isinstance(made, Last):
-            return self._metas.known[made.values[0].node]
+        if isinstance(made, (Last, Grad)):
+            return self._metas.known[operands(made)[0]]
         known = self._leaf(made) or (self._ask(node) if isinstance(made, Call) else None)
         assert known is not None, "only values are asked for their shape"
         return torch.empty(known.shape, dtype=TORCH_DTYPES[known.dtype], device="meta")

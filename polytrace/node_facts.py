@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from polytrace.derived import Derived
-from polytrace.graph import Constant, Mask, NodeId, Op, Parameter, Read, Ref, Site, refs
+from polytrace.graph import Constant, Grad, Mask, Node, NodeId, Op, Parameter, Read, Ref, Site, refs
 from polytrace.graph import operands as node_operands
 from polytrace.timing import When, time_of
 
@@ -39,7 +39,7 @@ class NodeFacts:
 
     def _operation_parts(self, position: NodeId) -> Iterable[NodeId]:
         node = self._recording.nodes[position]
-        return refs(node.args) if isinstance(node, Op) else ()
+        return refs(node.args) if isinstance(node, Op) else _of(node)
 
     def _find_pairs(self, position: NodeId) -> bool:
         node = self._recording.nodes[position]
@@ -50,7 +50,7 @@ class NodeFacts:
     def _dtype_parts(self, position: NodeId) -> Iterable[NodeId]:
         node = self._recording.nodes[position]
         if not isinstance(node, Op):
-            return ()
+            return _of(node)
         if node.name in _KEEPS_DTYPE:
             return refs(node.args[0])
         return refs(node.args) if node.name in _AGREES_ON_DTYPE else ()
@@ -61,6 +61,8 @@ class NodeFacts:
             return self._recording.constants.tensors[node.name].dtype
         if isinstance(node, Parameter):
             return self._recording.session.shape_of(position).dtype
+        if isinstance(node, Grad):
+            return self.dtypes.known[node.of.node]
         if not isinstance(node, Op) or not isinstance(node.args[0], Ref):
             return None
         if node.name in _MAKES:
@@ -78,7 +80,7 @@ class NodeFacts:
         node = self._recording.nodes[position]
         if isinstance(node, Op) and node.name in ("setitem", "set_view"):
             return refs(node.args[0])  # what changes a part has its rows from the whole
-        return node_operands(node)
+        return node_operands(node) if not isinstance(node, Grad) else _of(node)
 
     def _find_invoke(self, position: NodeId) -> int | None:
         node = self._recording.nodes[position]
@@ -86,6 +88,11 @@ class NodeFacts:
             return node.invoke
         found = {self.invokes.known[part] for part in self._row_parts(position)} - {None}
         return found.pop() if len(found) == 1 else None
+
+
+def _of(node: Node) -> tuple[NodeId, ...]:
+    """What a gradient is of: it is like that in all that follows from nodes."""
+    return (node.of.node,) if isinstance(node, Grad) else ()
 
 
 # ops whose result has one dtype, whatever they are given

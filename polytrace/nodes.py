@@ -4,12 +4,14 @@ A template is a node with holes, one of
     ["op", line, name, [operand, ...], {key: operand, ...}]     ["call", line, path, [operand, ...]]
     ["read", line, site]    ["write", line, site, in place]     ["parameter", line, path]    ["constant", line, name]
     ["save", line, name]    ["mask", line]    ["stop", line]    ["last", line, count]
+    ["backward", line, has a gradient]    ["grad", line]    ["grad write", line]
 and of a generation ["read", line, site, "at"], ["write", line, site, in place, "at"], ["save", line, name, "at"],
 with a site as [path, port, selector, visit]. In an operand every integer is a hole (written 0), every float (0.0) and
 every reference ({"ref": 0}). A path or name is a list of texts with a number between each two, and these numbers are
 holes. Holes that are not written: the invoke of a read, write or mask; then the value of a write or save; then, where
 it says "at", the step and the number of steps. A stop has its value, invoke, step and number of steps, a last `count`
-values in one column. All else, booleans and strings among it, belongs to the form. A template's columns
+values in one column, a backward its loss and gradient, a grad its value and backward, a grad write the new value too.
+All else, booleans and strings among it, belongs to the form. A template's columns
 (`polytrace.folding`) fill its holes from left to right: floats are texts, and a reference counts nodes from the first
 one or, as {"back": column}, back from the node itself. `order` says, folded, the template of each node.
 """
@@ -27,22 +29,28 @@ from polytrace.codec import brief
 from polytrace.errors import WireError
 from polytrace.folding import fold, fold_column, size_of, unfold, unfold_column, weight_of
 from polytrace.graph import (
+    Backward,
     Call,
     Carried,
     Constant,
     DType,
+    Grad,
+    GradWrite,
     Last,
     Mask,
     Node,
     NodeId,
     Op,
     Operand,
+    OpGrad,
     Parameter,
     Port,
     Read,
     Ref,
     Save,
+    SeedGrad,
     Site,
+    SiteGrad,
     Stop,
     Write,
 )
@@ -157,8 +165,10 @@ def _form(node: Node, holes: list[Any], names: _Names) -> Form:
     if isinstance(node, Stop):
         holes += (node.value.node, node.invoke, node.step, node.num_steps)
         return ("stop", node.where, _REF, _INT, _INT, _INT)
-    if isinstance(node, Carried):
-        raise TypeError("a carried value is never sent")
+    if isinstance(node, (Backward, Grad, GradWrite)):
+        return _gradient_form(node, holes)
+    if isinstance(node, (Carried, SiteGrad, OpGrad, SeedGrad)):
+        raise TypeError(f"a {type(node).__name__} is never sent")
     if isinstance(node, Call):
         module = names.text(node.module, holes)
         return ("call", node.where, module, ("list", *_forms(node.args, holes)))
@@ -168,6 +178,19 @@ def _form(node: Node, holes: list[Any], names: _Names) -> Form:
     if isinstance(node, Constant):
         return ("constant", node.where, names.text(node.name, holes))
     return ("parameter", node.where, names.text(node.path, holes))
+
+
+def _gradient_form(node: Backward | Grad | GradWrite, holes: list[Any]) -> Form:
+    """The form of a node of gradients: all that differs are nodes."""
+    if isinstance(node, Backward):
+        holes += [node.loss.node] if node.gradient is None else [node.loss.node, node.gradient.node]
+        has_gradient = node.gradient is not None
+        return ("backward", node.where, has_gradient, *([_REF, _REF] if has_gradient else [_REF]))
+    holes += (node.of.node, node.backward.node)
+    if isinstance(node, Grad):
+        return ("grad", node.where, _REF, _REF)
+    holes.append(node.value.node)
+    return ("grad write", node.where, _REF, _REF, _REF)
 
 
 def _when(node: Read | Write | Save, holes: list[Any]) -> Form:
@@ -423,6 +446,15 @@ def _nodes(plain: Any, reader: _Reader, wheres: list[str]) -> list[Node]:
             ]
         case "last", [int(count)]:
             return [Last(values=values, where=where) for values in reader.ref_lists(count)]
+        case "backward", [bool(has_gradient)]:
+            rows = reader.rows(reader.refs(), reader.refs() if has_gradient else _Same(None))
+            return [Backward(loss=loss, gradient=gradient, where=where) for loss, gradient in rows]
+        case "grad", []:
+            rows = reader.rows(reader.refs(), reader.refs())
+            return [Grad(of=of, backward=backward, where=where) for of, backward in rows]
+        case "grad write", []:
+            rows = reader.rows(reader.refs(), reader.refs(), reader.refs())
+            return [GradWrite(of=of, backward=backward, value=value, where=where) for of, backward, value in rows]
         case "call", [module, list(args)]:
             rows = reader.rows(_names(module, reader), reader.joined(tuple, _operands(args, reader)))
             return [Call(module=path, args=own, where=where) for path, own in rows]

@@ -51,6 +51,8 @@ def operand_of(recording: Recording, value: Any, where: str, *, is_member: bool 
             raise GraphError(f"polytrace has no dtype {dtype!r}{nearest(dtype, VALUE_DTYPES)}", where=where)
         return DType(dtype)
     name = recording.constants.add(value, where)
+    if getattr(value, "requires_grad", False):
+        return Ref(recording.gradients.leaves.add(value, name, where))
     return Ref(recording.once(Constant(name=name, where=where), name))
 
 

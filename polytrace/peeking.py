@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.backend import Result
 from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
-from polytrace.graph import Constant, NodeId, Options, Read, Ref, Request, Save, Site, Write, operands
+from polytrace.graph import Backward, Constant, NodeId, Options, Read, Ref, Request, Save, Site, Write, operands
 from polytrace.lines import user_line
 from polytrace.pruning import alone, renumber
 
@@ -41,6 +41,7 @@ class Peeks:
         self._known: dict[NodeId, Any] = {}
         self._writes: dict[int, list[tuple[int, NodeId]]] = {}  # by invoke: with the order of its site
         self._seen: dict[int, tuple[int, Read]] = {}  # by invoke: the latest read that a look depends on
+        self._backwards: set[NodeId] = set()  # that a look depends on
 
     def look(self, node: NodeId) -> Any:
         """The value of a node, as a plain tensor or array. Raises whatever running it raises."""
@@ -56,6 +57,8 @@ class Peeks:
             self._known[node] = result.values["0"]
             for place in kept:
                 self._remember(self._recording.nodes[place])
+                if isinstance(self._recording.nodes[place], Backward):
+                    self._backwards.add(place)
         return self._known[node]
 
     def note(self, place: NodeId, write: Write) -> None:
@@ -70,6 +73,10 @@ class Peeks:
                 where=write.where,
             )
         self._writes.setdefault(write.invoke, []).append((order, place))
+
+    def has_seen(self, backward: NodeId) -> bool:
+        """Whether a look depends on a backward."""
+        return backward in self._backwards
 
     def _check_states(self, places: Sequence[NodeId]) -> None:
         """What a state has may be another thing by the time the whole program runs."""
@@ -96,6 +103,9 @@ class Peeks:
             if isinstance(made, Read):
                 own = (self._order(made.site, _LAST), node)
                 parts += [write for order, write in self._writes.get(made.invoke, ()) if (order, write) < own]
+            elif isinstance(made, Backward):
+                changes = self._recording.gradients.writes
+                parts += [change for change in changes if operands(nodes[change])[1] == node]
             fresh = [part for part in parts if part not in found]
             found.update(fresh)
             waiting += fresh

@@ -40,6 +40,19 @@ def effects(nodes: Sequence[Node]) -> Iterator[NodeId]:
     return (NodeId(position) for position, node in enumerate(nodes) if isinstance(node, (Write, Save, Stop, GradWrite)))
 
 
+def with_grad_writes(nodes: Sequence[Node], writes: Iterable[NodeId]) -> list[bool]:
+    """Per node, whether an effect needs it, or one of these changes of gradients whose backward somebody needs."""
+    wanted = [node for node in effects(nodes) if not isinstance(nodes[node], GradWrite)]
+    waiting = list(writes)
+    while True:
+        live = needed(nodes, wanted)
+        acting = [place for place in waiting if live[operands(nodes[place])[1]]]
+        if not acting:
+            return live
+        wanted += acting
+        waiting = [place for place in waiting if place not in acting]
+
+
 def needed(nodes: Sequence[Node], wanted: Iterable[NodeId]) -> list[bool]:
     """Per node, whether it is wanted or a node that is wanted needs it."""
     live = [False] * len(nodes)

@@ -17,6 +17,7 @@ from polytrace.constants import Constants
 from polytrace.description import ModelDescription, PassLayout
 from polytrace.edit_steps import steps_of_edit
 from polytrace.errors import GraphError
+from polytrace.gradients import Gradients
 from polytrace.grammar import nearest, returns_several, unknown_op
 from polytrace.graph import (
     Call,
@@ -46,9 +47,9 @@ from polytrace.operands import operand_of
 from polytrace.ops import OPS
 from polytrace.peeking import Peeks
 from polytrace.positions import with_positions
-from polytrace.pruning import cone, effects, moved, needed, renumber
+from polytrace.pruning import cone, moved, renumber, with_grad_writes
 from polytrace.step_saves import SaveNames
-from polytrace.storage import Several, State, Step, Storage, is_recorded, state_of
+from polytrace.storage import Place, Several, State, Step, Storage, is_recorded, state_of
 from polytrace.tensors import RawTensor
 from polytrace.timing import FIRST, When
 
@@ -118,6 +119,7 @@ class Recording:
         self.loops = Loops(self)
         self.facts = NodeFacts(self)
         self.groups = GroupViews(self)
+        self.gradients = Gradients(self)
         self.in_place = InPlace(self)
 
     # what a graph begins with
@@ -135,6 +137,8 @@ class Recording:
         state = self.fresh(node, where)
         state.storage.place = place = self.in_place.place(site, invoke)
         state.storage.writes_seen = place.writes
+        if isinstance(place, Place):
+            place.firsts.setdefault(place.writes, node)
         return state
 
     def when(self, site: Site | None, invoke: int, where: str) -> When:
@@ -205,6 +209,14 @@ class Recording:
         if not isinstance(operand, Ref):
             raise GraphError(f"a {type(value).__name__} is no tensor", where=where)
         return self.fresh(operand.node, where)
+
+    def brought(self, value: Any) -> State:
+        """The same as a value of its own: another of the same content has other gradients."""
+        state = self.constant(value)
+        node = self.nodes[state.node]
+        if getattr(value, "requires_grad", False):
+            return state
+        return self.fresh(self.add(node), state.where)
 
     # computing
 
@@ -373,13 +385,15 @@ class Recording:
     @property
     def has_looked_only(self) -> bool:
         """Whether all that was wanted of it has been seen (`peek=True`): it has nothing to give back."""
-        return self.peeks is not None and bool(self.peeks.receipts) and not self.saved and not self.leaving
+        gives = self.saved or self.leaving or self.gradients.leaves
+        return self.peeks is not None and bool(self.peeks.receipts) and not gives
 
     def finish(self) -> tuple[tuple[Node, ...], tuple[str, ...]]:
         """The graph without what nothing needs, and for each of `saved` the name that its value comes back under.
 
         Raises GraphError when nothing is saved, or when in-place code changed a value that nothing uses.
         """
+        self.gradients.land()
         if not self.saved and not self.leaving and not self.is_edit and not self.goes_on:
             raise GraphError(
                 "this trace saves nothing, so it would return nothing: call .save() on the values to keep",
@@ -392,15 +406,17 @@ class Recording:
         nodes, given, self.saved_steps = SaveNames(self).saves(targets, logged)
         for left, value in zip(self.leaving, kept, strict=True):
             nodes.append(Save(name=left.keep.save, value=Ref(value), where=left.where))
-        live = needed(nodes, effects(nodes))
+        live = with_grad_writes(nodes, self.gradients.writes)
         self.in_place.check_used(live)
+        self.gradients.check_used(live)
         wanted = (NodeId(position) for position, is_live in enumerate(live) if is_live)
         own, places = renumber(nodes, wanted)
-        return merged(own, self.loops.bodies(own, places)), given
+        return self.gradients.detaching.nodes(merged(own, self.loops.bodies(own, places)), places), given
 
     def part(self, node: NodeId) -> tuple[tuple[Node, ...], dict[NodeId, NodeId]]:
         """A graph that saves one node's value, and the places in it of the nodes that it has."""
-        nodes, places = renumber(self.nodes, cone(self.nodes, node))
+        plain = self.gradients.as_shapes(self.nodes)
+        nodes, places = renumber(plain, cone(plain, node))
         return (*nodes, Save(name="0", value=Ref(places[node]), where=self.nodes[node].where)), places
 
     # operands
@@ -482,6 +498,7 @@ class Recording:
             self.peeks.note(NodeId(len(self.nodes)), node)
         self.nodes.append(node)
         place = NodeId(len(self.nodes) - 1)
+        self.gradients.detaching.note(place)
         if self.loops.are_used:
             self.facts.times.of(place)  # raises where its values cannot meet
         return place

@@ -6,7 +6,7 @@ from enum import Enum
 
 from polytrace.certificate import ValueShape
 from polytrace.grammar import returns_several
-from polytrace.graph import Node, NodeId, Op, Ref, Save, Write, operands
+from polytrace.graph import Backward, GradWrite, Node, NodeId, Op, Ref, Save, Write, operands
 from polytrace.recording import Recording
 
 
@@ -43,4 +43,4 @@ def probing_nodes(recording: Recording, shapes: dict[NodeId, ValueShape]) -> tup
 def _has_value(node: Node) -> bool:
     if isinstance(node, Op):
         return not returns_several(node)
-    return not isinstance(node, (Write, Save))
+    return not isinstance(node, (Write, Save, Backward, GradWrite))

@@ -15,6 +15,7 @@ from polytrace.graph import NodeId, Operand, Site
 from polytrace.timing import FIRST, When
 
 if TYPE_CHECKING:
+    from polytrace.gradients import GradPlace
     from polytrace.groups import GroupPlace
     from polytrace.recording import Recording
 
@@ -39,6 +40,8 @@ class Place:
     line: str = ""  # of the last write
     in_place_refusal: str | None = None  # why in-place code cannot reach it, see `Leaf`
     writer: Storage | None = None  # who wrote last; None: nobody, or `site = value`
+    # by writes so far: the first node that is what stands there, which is one tensor to torch however often it is read
+    firsts: dict[int, NodeId] = field(default_factory=dict)
 
     def note(self, line: str, writer: Storage | None) -> None:
         """Takes in another write."""
@@ -55,6 +58,8 @@ class Storage:
     writes_seen: int = 0  # writes at that place which the root's value has in it
     version: int = 0  # edits so far
     edits: list[tuple[NodeId, str]] = field(default_factory=list)  # and their lines, where there is no place
+    past: list[NodeId] = field(default_factory=list)  # the root's values before its newest
+    gradient: GradPlace | None = None  # it is the gradient of a value, so edits are changes of that
 
 
 @dataclass(slots=True, eq=False)

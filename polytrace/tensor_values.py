@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional
 from torch import Tensor
 
+from polytrace import autograd
 from polytrace.arguments import normalised
 from polytrace.composed import composed
 from polytrace.edits.open_shapes import OpenShape
@@ -34,7 +35,6 @@ from polytrace.values import (
     record,
     record_in_place,
     refuse_client_change,
-    refuse_gradients,
     shape_of,
 )
 
@@ -85,18 +85,6 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
     @property
     def layout(self) -> torch.layout:  # type: ignore[override]
         return torch.strided
-
-    @property
-    def requires_grad(self) -> bool:
-        return False
-
-    @requires_grad.setter
-    def requires_grad(self, wanted: bool) -> None:
-        refuse_gradients()
-
-    @property
-    def grad(self) -> Any:  # type: ignore[override]
-        refuse_gradients()
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
@@ -191,6 +179,11 @@ def tensor_value(state: State) -> TensorValue:
     value = Tensor._make_subclass(TensorValue, _PLACEHOLDER)
     value._state = state
     return value
+
+
+def is_grad_off() -> bool:
+    """Whether what torch computes now has no gradients."""
+    return not torch.is_grad_enabled()
 
 
 def become(value: Any, result: Any) -> None:
@@ -333,7 +326,7 @@ def _handlers() -> dict[Any, Handler]:
             found.setdefault(in_place, _in_place_recorder(spec.name))
     for name in ("fill_", "zero_", "copy_"):
         found[getattr(Tensor, name)] = _in_place_recorder(name.strip("_"))
-    for name in ("cpu", "cuda", "requires_grad_", "pin_memory"):
+    for name in ("cpu", "cuda", "pin_memory"):
         found[getattr(Tensor, name)] = _itself
     for function in _ANSWERS:
         found.setdefault(function, _looker(function))
@@ -348,11 +341,16 @@ def _handlers() -> dict[Any, Handler]:
     for name in ("is_floating_point", "is_complex", "numel"):
         found[getattr(torch, name)] = _caller(getattr(TensorValue, name))
     found |= {
+        torch.autograd.grad: _caller(autograd.grad),
+        torch.autograd.backward: _caller(autograd.backward),
         torch.nn.functional.l1_loss: _l1_loss,
         Tensor.__getitem__: _getitem,
         Tensor.__setitem__: _setitem,
         Tensor.to: _to_first,
         Tensor.type: _to_first,
+        Tensor.requires_grad_: _caller(Recorded.requires_grad_),
+        Tensor.retain_grad: _caller(Recorded.retain_grad),
+        Tensor.backward: _caller(Recorded.backward),
     }
     return found
 

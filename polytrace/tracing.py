@@ -46,7 +46,7 @@ from polytrace.prompts import PromptBook
 from polytrace.recording import Recording
 from polytrace.saving import save_members
 from polytrace.scanning import Checking, probing_nodes, unused_values
-from polytrace.storage import State
+from polytrace.storage import State, is_recorded
 from polytrace.tokenizer import token_texts
 from polytrace.tree import NoSuchNameError
 from polytrace.wire import MAX_EDITS
@@ -84,6 +84,7 @@ class Tracer:
         self.model = model
         self.options = options
         self.recording: Recording = home.recording if home is not None else Recording(model.description, self)
+        self.recording.gradients.detaching.is_off = model.kind.is_grad_off
         self.wrap: Callable[[State], Any] = model.kind.make  # the Python object for a value
         self._receipt: Receipt | None = None
         self.request: Request | None = None  # what was sent, once the block has ended
@@ -166,6 +167,14 @@ class Tracer:
     def mask(self) -> Any:
         """`[sequences, longest]`, True where the left-padded view has a token."""
         return self.wrap(self.recording.mask(self.invoke_index("the mask")))
+
+    def value(self, tensor: Any) -> Any:
+        """A tensor or array of yours, or what is kept on the service, as a value of this trace: one that has a `.grad`.
+
+        Each call gives a value of its own, also of the same tensor.
+        """
+        self._check_open()
+        return tensor if is_recorded(tensor) else self.wrap(self.recording.brought(tensor))
 
     @property
     def peeks(self) -> tuple[Receipt, ...]:
@@ -495,6 +504,7 @@ class Tracer:
     def _hand_out(self, names: tuple[str, ...], results: dict[str, Any]) -> None:
         """Every saved value becomes its result."""
         hand_out(self.recording, names, results, self.model.kind)
+        self.recording.gradients.leaves.deliver()
 
     def _check_open(self) -> None:
         if _open.get() is not self:

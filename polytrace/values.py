@@ -174,8 +174,55 @@ class Recorded:
             refuse_client_change("numpy")
         return np_array(peeked(self)).__array__(*args, **kwargs)
 
-    def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse_gradients()
+    # gradients
+
+    def backward(
+        self,
+        gradient: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> Any:
+        """Asks for the gradients of this value, of one element unless `gradient` says how its elements are weighed.
+
+        Values have them in `.grad` from then on, summed over all calls as in torch; as `with loss.backward():` they
+        have this call's own in the block, and what is put into `.grad` there goes on backwards instead. `retain_graph`
+        means nothing. Raises GraphError with the user's line for what has no gradient.
+        """
+        from polytrace import autograd
+
+        grads = None if gradient is None else [gradient]
+        return autograd.backward([self], grads, create_graph=create_graph, inputs=inputs)
+
+    @property
+    def grad(self) -> Any:
+        """The gradient with regard to this value, of its shape and dtype; see `backward`."""
+        state = state_of(self)
+        found = state.recording.gradients.of(state)
+        return None if found is None else state.recording.session.wrap(found)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        state = state_of(self)
+        state.recording.gradients.assign(state, value)
+
+    def retain_grad(self) -> None:
+        """Nothing: every value has its gradient."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """The value itself: every one has gradients where a loss depends on it."""
+        self.requires_grad = requires_grad
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        return bool(vars(self).get("_requires_grad", False))
+
+    @requires_grad.setter
+    def requires_grad(self, wanted: bool) -> None:
+        if not wanted:
+            _refuse("a value without gradients is another one: write value = value.detach()")
+        vars(self)["_requires_grad"] = True
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -304,10 +351,6 @@ def refuse_client_change(how: str) -> NoReturn:
         f"a recorded value has no data yet, so {how} cannot put it into a tensor or array of yours: collect saved "
         "values in a list (`results.append(value.save())`) and torch.stack(results) after the block"
     )
-
-
-def refuse_gradients() -> NoReturn:
-    _refuse("gradients are not part of polytrace yet")
 
 
 def _count(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

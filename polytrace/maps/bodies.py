@@ -17,6 +17,7 @@ from polytrace.certificate import ValueShape
 from polytrace.contents import identity
 from polytrace.errors import GraphError
 from polytrace.graph import (
+    Backward,
     Call,
     Constant,
     Graph,
@@ -192,6 +193,11 @@ def record(model: Model, body: Callable[..., Any], prompts: Any, options: Option
     request = tracer.request
     assert request is not None
     _check_kept(tracer, request)
+    if backward := next((node for node in request.graph.nodes if isinstance(node, Backward)), None):
+        told = (
+            "a map's prompts share its loss, so no gradient is one prompt's: use model.trace, with an invoke for each"
+        )
+        raise GraphError(told, where=backward.where)
     saves = {save.name: save.value.node for save in request.graph.nodes if isinstance(save, Save)}
     names = tracer.save_names
     if extra := [state.where for state, _, _ in tracer.recording.saved if all(state is not own for *_, own in outputs)]:

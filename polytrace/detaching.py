@@ -1,0 +1,64 @@
+"""What is recorded under `torch.no_grad()`: a program has a `detach` behind it, where it has gradients at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from polytrace.grammar import returns_several
+from polytrace.graph import Backward, Call, Node, NodeId, Op, Ref, Save, operands
+from polytrace.pruning import moved, renumber
+
+
+class Detaching:
+    """Of one recording."""
+
+    def __init__(self) -> None:
+        self.is_off: Callable[[], bool] | None = None  # whether torch's gradients are off now; None: there is no torch
+        self._spans: list[list[int]] = []  # of nodes that were recorded while they were
+
+    def note(self, place: NodeId) -> None:
+        """Another node was recorded."""
+        if self.is_off is not None and self.is_off():
+            if self._spans and self._spans[-1][1] == place:
+                self._spans[-1][1] = place + 1
+            else:
+                self._spans.append([place, place + 1])
+
+    def has(self, node: NodeId) -> bool:
+        """Whether a node was recorded while they were off."""
+        return any(first <= node < stop for first, stop in reversed(self._spans))
+
+    def nodes(self, nodes: tuple[Node, ...], places: Mapping[NodeId, NodeId]) -> tuple[Node, ...]:
+        """The nodes that are left, with a `detach` behind each such that others use. `places`: where they are now."""
+        if not self._spans or not any(isinstance(node, Backward) for node in nodes):
+            return nodes
+        inside = {place for old, place in places.items() if _is_computed(nodes[place]) and self.has(old)}
+        cut: dict[NodeId, NodeId] = {}  # nodes -> their detached values, behind all others for now
+        changed: list[Node] = []
+        for place, node in enumerate(nodes):
+            is_same = isinstance(node, Save) or place in inside
+            used = [] if is_same else [part for part in operands(node) if part in inside]
+            for part in used:
+                cut.setdefault(part, NodeId(len(nodes) + len(cut)))
+            changed.append(moved(node, _Moved(cut)) if used else node)
+        changed += [Op(name="detach", args=(Ref(part),), where=nodes[part].where) for part in cut]
+        order = [own for place in range(len(nodes)) for own in _with_cut(NodeId(place), cut)]
+        return renumber(changed, order)[0]
+
+
+class _Moved(dict[NodeId, NodeId]):
+    """Where nodes have gone; those that are not named have stayed."""
+
+    def __missing__(self, node: NodeId) -> NodeId:
+        return node
+
+
+def _with_cut(place: NodeId, cut: Mapping[NodeId, NodeId]) -> Iterator[NodeId]:
+    yield place
+    if place in cut:
+        yield cut[place]
+
+
+def _is_computed(node: Node) -> bool:
+    """Whether it is one value that was computed; of several, each `item` is one."""
+    return isinstance(node, Call) or (isinstance(node, Op) and not returns_several(node))

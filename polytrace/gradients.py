@@ -1,0 +1,434 @@
+"""Gradients while a program is recorded: `loss.backward()`, what `.grad` of a value is, and what changes it.
+
+Inside `with loss.backward():` a value's `.grad` is that backward's, and what is assigned to it or changed in place
+there goes on backwards in its place (a `GradWrite`). Outside it is what torch accumulates: the sum over all backwards
+so far that the value can have come before, as a value of the program; what changes it there changes nothing else.
+
+Owns which node a gradient is of: one tensor to torch is several nodes here, when it is read again or changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, overload
+
+from polytrace.detaching import Detaching
+from polytrace.errors import GraphError
+from polytrace.generation import NO_GRADIENTS
+from polytrace.graph import (
+    Backward,
+    Constant,
+    Grad,
+    GradWrite,
+    Mask,
+    Node,
+    NodeId,
+    Op,
+    Operand,
+    Parameter,
+    Read,
+    Ref,
+    operands,
+)
+from polytrace.groups import GroupPlace
+from polytrace.leaves import Leaf, Leaves
+from polytrace.lineages import Lineage, Lineages
+from polytrace.lines import user_line
+from polytrace.storage import Place, State, Storage, is_recorded, state_of
+
+if TYPE_CHECKING:
+    from polytrace.recording import Recording
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A node that a gradient is of, and where its part lies in the gradient of a view over several prompts."""
+
+    node: NodeId
+    index: Operand = None
+
+
+@dataclass(frozen=True, slots=True)
+class GradPlace:
+    """What in-place code on a gradient changes: in a block the gradients of these nodes, else nothing more."""
+
+    targets: tuple[Target, ...] = ()
+    backward: NodeId | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sweep:
+    """One backward, with the gradients that its block gave out or was given."""
+
+    node: NodeId
+    where: str
+    inputs: frozenset[Hashable] | None = None  # `inputs=`: it accumulates for these alone
+    held: dict[Hashable, State] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Sum:
+    """What `.grad` of a value is outside of blocks."""
+
+    value: State | None  # None: the user has said so
+    num_sweeps: int  # that are in it, or came before it was set
+
+
+class Gradients:
+    """Of one recording."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._sweeps: list[Sweep] = []  # that accumulate
+        self._blocks: list[Sweep] = []  # that code stands in
+        self._sums: dict[Hashable, _Sum] = {}
+        self._keys: dict[Storage, Hashable] = {}
+        self._grads: dict[tuple[NodeId, NodeId], NodeId] = {}
+        self._writes: dict[tuple[NodeId, NodeId], NodeId] = {}  # the newest of each value and backward
+        self._all: list[Sweep] = []
+        self.detaching = Detaching()
+        self.lineages = Lineages(recording)
+        self.leaves = Leaves(recording)
+
+    # what a user calls
+
+    def backward(self, state: State, gradient: Any = None, **options: Any) -> Sweep:
+        """`loss.backward(...)`: it accumulates. Raises GraphError for a loss that has no gradients."""
+        inputs = options.pop("inputs", None)
+        sweep = self.sweep(state, gradient, **options)
+        if inputs is not None:
+            given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+            sweep.inputs = frozenset([self._key_of(one) for one in given])
+        self._sweeps.append(sweep)
+        return sweep
+
+    def sweep(self, state: State, gradient: Any = None, *, create_graph: bool = False) -> Sweep:
+        """A backward that nothing accumulates."""
+        where, recording = user_line(), self._recording
+        self._check_allowed(create_graph, where)
+        loss = recording.own_node(state, where)
+        found = recording.session.shape_of(loss)
+        if "float" not in found.dtype:
+            raise GraphError(f"gradients are of floating values, and this loss is {found.dtype}", where=where)
+        seed: Operand = None
+        if gradient is None:
+            if any(size != 1 for size in found.shape):
+                raise GraphError(
+                    f"this loss has shape {list(found.shape)}, and gradients are of one number: reduce it with "
+                    ".sum() or .mean(), or say how its elements are weighed: backward(gradient=weights)",
+                    where=where,
+                )
+        else:
+            seed = recording.operand(gradient, where)
+            if not isinstance(seed, Ref):
+                told = f"gradient is a tensor of the loss's shape {list(found.shape)}, not a {type(gradient).__name__}"
+                raise GraphError(told, where=where)
+            own = recording.session.shape_of(seed.node)
+            if own != found:
+                raise GraphError(
+                    f"gradient is {own.dtype} {list(own.shape)}, and the loss {found.dtype} {list(found.shape)}: both "
+                    "have one shape and dtype",
+                    where=where,
+                )
+        made = Sweep(recording.add(Backward(loss=Ref(loss), gradient=seed, where=where)), where)
+        self._all.append(made)
+        return made
+
+    def of(self, state: State) -> State | None:
+        """`value.grad`. Raises GraphError when it has none; None where the user has set it to None."""
+        where, key = user_line(), self._key(state)
+        self._check_value(state, where)
+        if self._blocks:
+            sweep = self._blocks[-1]
+            if key not in sweep.held:
+                targets = self._found(state, sweep)
+                if targets is None:
+                    raise GraphError(self._why_not(sweep), where=where)
+                sweep.held[key] = self._given(state, targets, sweep, where)
+            return sweep.held[key]
+        before = self._sums.get(key)
+        terms = [before.value] if before is not None and before.value is not None else []
+        for sweep in self._sweeps[before.num_sweeps if before is not None else 0 :]:
+            if sweep.inputs is not None and key not in sweep.inputs:
+                continue
+            if key in sweep.held:
+                terms.append(sweep.held[key])
+            elif targets := self._found(state, sweep):
+                terms.append(self._given(state, targets, sweep, where))
+        if not terms:
+            if before is not None:
+                return None
+            raise GraphError(self._why_not(self._sweeps[-1] if self._sweeps else None), where=where)
+        if before is None or before.value is None or len(terms) > 1:
+            self._sums[key] = before = _Sum(self._sum(terms, where), 0)
+            before.value.dims = state.dims  # type: ignore[union-attr]
+        before.num_sweeps = len(self._sweeps)
+        return before.value
+
+    def assign(self, state: State, value: Any) -> None:
+        """`value.grad = new`."""
+        where, key = user_line(), self._key(state)
+        self._check_value(state, where)
+        sweep = self._blocks[-1] if self._blocks else None
+        if value is None:
+            if sweep is not None:
+                told = "inside of a backward's block a gradient is a value: write value.grad[...] = 0 to stop it there"
+                raise GraphError(told, where=where)
+            self._sums[key] = _Sum(None, len(self._sweeps))
+            return
+        before = self._sums.get(key)
+        held = sweep.held.get(key) if sweep is not None else before.value if before is not None else None
+        is_own = held is not None and is_recorded(value) and state_of(value).storage is held.storage
+        if is_own and not state_of(value).steps:
+            return  # `value.grad *= 2` is get, imul, set: the imul has changed it, and the set hands it back
+        operand = self._recording.operand(value, where)
+        if not isinstance(operand, Ref):
+            told = (
+                f"a gradient is a tensor of the value's shape, not a {type(value).__name__}: write value.grad[...] = "
+            )
+            raise GraphError(told + "number to fill it with one", where=where)
+        new = self._recording.fresh(operand.node, where)
+        if sweep is None:
+            new.storage.gradient = GradPlace()
+            self._sums[key] = _Sum(new, len(self._sweeps))
+            return
+        targets = self._found(state, sweep)
+        if targets is None:
+            raise GraphError(self._why_not(sweep), where=where)
+        new.storage.gradient = GradPlace(targets, sweep.node)
+        sweep.held[key] = new
+        self.write(new.storage.gradient, operand.node, where)
+
+    def in_sweep(self, given: Any, sweep: Sweep) -> State | None:
+        """`torch.autograd.grad`: the gradient of one backward with regard to a value or a tensor; None: it has none."""
+        where = user_line()
+        if is_recorded(given):
+            self._check_value(state_of(given), where)
+            targets = self._found(state_of(given), sweep)
+            return None if targets is None else self._given(state_of(given), targets, sweep, where)
+        leaf = self.leaves.of(given)
+        if leaf is None:
+            raise GraphError(
+                "gradients are with regard to values of this trace, and to tensors with requires_grad=True that it "
+                "uses; this one is neither",
+                where=where,
+            )
+        return self._sum_of(leaf, [sweep])
+
+    def begin(self, sweep: Sweep) -> None:
+        """`with loss.backward():` begins."""
+        self._check_open()
+        self._blocks.append(sweep)
+
+    def end(self) -> None:
+        """It ends."""
+        self._blocks.pop()
+
+    # what the recording calls
+
+    def write(self, place: GradPlace, node: NodeId, where: str) -> None:
+        """A gradient is another from here on backwards, if it is one of a block."""
+        if place.backward is None:
+            return
+        peeks = self._recording.peeks
+        if peeks is not None and peeks.has_seen(place.backward):
+            told = "a gradient of this backward was looked at, and this change would make it another: change it before"
+            raise GraphError(told, where=where)
+        for target in place.targets:
+            value = node
+            if target.index is not None:
+                value = self._recording.add(Op(name="getitem", args=(Ref(node), target.index), where=where))
+            made = GradWrite(of=Ref(target.node), backward=Ref(place.backward), value=Ref(value), where=where)
+            self._writes[target.node, place.backward] = self._recording.add(made)
+
+    @property
+    def writes(self) -> Iterable[NodeId]:
+        """Changes of gradients, without those that another has followed."""
+        return self._writes.values()
+
+    def check_used(self, live: Sequence[bool]) -> None:
+        """GraphError for a change of a gradient that no gradient that is used depends on."""
+        for node in self._writes.values():
+            if not live[node]:
+                raise GraphError(
+                    "this change of a gradient reaches nothing: no gradient of that backward is saved or used",
+                    where=self._recording.nodes[node].where,
+                )
+
+    def land(self) -> None:
+        """Saves the gradients that tensors of the user's are to have."""
+        self.leaves.land(len(self._sweeps), lambda leaf, first: self._sum_of(leaf, self._sweeps[first:]))
+
+    def as_shapes(self, nodes: list[Node]) -> Sequence[Node]:
+        """The nodes for a question about shapes: a gradient is like what it is of."""
+        return _AsShapes(nodes) if self._all else nodes
+
+    def _sum_of(self, leaf: Leaf, sweeps: Sequence[Sweep]) -> State | None:
+        """The gradient of some backwards with regard to a tensor of the user's; None: they do not depend on it."""
+        terms: list[State] = []
+        for sweep in sweeps:
+            if sweep.inputs is None or id(leaf.tensor) in sweep.inputs:
+                used = [node for node in leaf.nodes if node in self._lineage(sweep).nodes]
+                terms += [self._recording.fresh(self._grad(node, sweep, sweep.where), sweep.where) for node in used]
+        return self._sum(terms, terms[0].where) if terms else None
+
+    # which nodes
+
+    def _found(self, state: State, sweep: Sweep) -> tuple[Target, ...] | None:
+        """What the gradient of a value is of in a backward; None where the loss does not depend on it."""
+        place = state.storage.place
+        if isinstance(place, GroupPlace) and not state.steps and not state.storage.version:
+            whole = self._recording.nodes[state.node]
+            dims = self._recording.groups.token_dims(place.site)
+            parts = zip(operands(whole), place.parts, strict=True)
+            targets = [Target(self._first(node, part.place), part.index(dims)) for node, part in parts]
+        else:
+            targets = [Target(self._node(state, sweep))]
+        lineage = self._lineage(sweep)
+        is_found = any(self.lineages.has(lineage, target.node) for target in targets)
+        return tuple(targets) if is_found else None
+
+    def _node(self, state: State, sweep: Sweep) -> NodeId:
+        """The node that a value was when a backward came, which in-place code may have changed since."""
+        storage = state.storage
+        if state.steps:
+            return self._recording.node_of(state)
+        if isinstance(storage.place, Place):  # a site's writes act where they stand in the model, not in the program
+            return self._first(storage.node, storage.place, storage.writes_seen)
+        earlier = [node for node in (*storage.past, storage.node) if node < sweep.node]
+        return earlier[-1] if earlier else [*storage.past, storage.node][0]
+
+    def _first(self, node: NodeId, place: Place, writes: int | None = None) -> NodeId:
+        """Where a site was read several times with nothing written between, the first read has all of the gradient."""
+        is_read = isinstance(self._recording.nodes[node], Read)
+        return place.firsts.get(place.writes if writes is None else writes, node) if is_read else node
+
+    def _lineage(self, sweep: Sweep) -> Lineage:
+        backward = self._recording.nodes[sweep.node]
+        assert isinstance(backward, Backward)
+        return self.lineages.of(backward.loss.node)
+
+    def _key(self, state: State) -> Hashable:
+        """What tells one tensor from another, as torch sees them."""
+        storage = state.storage
+        if state.steps:
+            return state
+        key = self._keys.get(storage)
+        if key is None:
+            key = storage
+            if not storage.version and storage.place is not None:
+                key = (storage.place, storage.writes_seen)
+            elif not storage.version and isinstance(self._recording.nodes[storage.node], Constant):
+                key = storage.node
+            self._keys[storage] = key
+        return key
+
+    def _key_of(self, given: Any) -> Hashable:
+        return self._key(state_of(given)) if is_recorded(given) else id(given)
+
+    # values
+
+    def _given(self, state: State, targets: tuple[Target, ...], sweep: Sweep, where: str) -> State:
+        """The gradient as a value; in-place code on it is a change of the backward's."""
+        recording, place = self._recording, state.storage.place
+        grads = [self._grad(target.node, sweep, where) for target in targets]
+        node = grads[0]
+        if isinstance(place, GroupPlace) and len(grads) > 1:
+            node = recording.groups.left_pad(grads, place.invoke, recording.groups.token_dims(place.site), where)
+        made = recording.fresh(node, where)
+        made.dims = state.dims
+        made.storage.gradient = GradPlace(targets, sweep.node)
+        return made
+
+    def _grad(self, of: NodeId, sweep: Sweep, where: str) -> NodeId:
+        key = (of, sweep.node)
+        if key not in self._grads:
+            self._grads[key] = self._recording.add(Grad(of=Ref(of), backward=Ref(sweep.node), where=where))
+        return self._grads[key]
+
+    def _sum(self, terms: Sequence[State], where: str) -> State:
+        """A value of its own, which in-place code may change as it likes."""
+        node = self._recording.node_of(terms[0])
+        for term in terms[1:]:
+            args = (Ref(node), Ref(self._recording.node_of(term)))
+            node = self._recording.add(Op(name="add", args=args, where=where))
+        total = self._recording.fresh(node, where)
+        total.storage.gradient = GradPlace()
+        return total
+
+    # refusals
+
+    def _check_open(self) -> None:
+        if self._recording.closed is not None:
+            raise GraphError(self._recording.closed, where=user_line())
+
+    def _check_allowed(self, create_graph: bool, where: str) -> None:
+        recording = self._recording
+        if create_graph:
+            raise GraphError(
+                "create_graph=True asks for gradients of gradients, which no trace gives: what is computed from a "
+                "gradient has none",
+                where=where,
+            )
+        if recording.goes_on or recording.loops.are_used:
+            raise GraphError(NO_GRADIENTS, where=where)
+        if recording.is_edit:
+            raise GraphError("an edit has no gradients of its own: call backward() in the traces from it", where=where)
+
+    def _check_value(self, state: State, where: str) -> None:
+        """GraphError for what has no gradient whatever the loss is."""
+        recording = self._recording
+        node = recording.own_node(state, where)
+        made = recording.nodes[node]
+        if isinstance(made, Parameter):
+            raise GraphError(
+                f"{made.path} is a weight of the model, and weights are frozen: gradients are of what modules get "
+                "and return (`.input`, `.output`), and of what is computed from these",
+                where=where,
+            )
+        if isinstance(made, Grad):
+            raise GraphError("a gradient has no gradient: what is computed from it has one, as g.clone()", where=where)
+        dtype = "bool" if isinstance(made, Mask) else recording.facts.dtypes.of(node)
+        dtype = dtype or recording.session.shape_of(node).dtype
+        if "float" not in dtype:
+            raise GraphError(f"gradients are of floating values, and this one is {dtype}", where=where)
+
+    def _why_not(self, sweep: Sweep | None) -> str:
+        if sweep is None:
+            return (
+                "this value has no gradient yet: call loss.backward() before, or read it inside `with loss.backward():`"
+            )
+        told = f"the loss of the backward at {sweep.where} does not depend on this value"
+        lineage = self._lineage(sweep)
+        if lineage.is_detached:
+            return (
+                f"{told}: some of what it is made of was recorded while torch's gradients were off (torch.no_grad(), "
+                "torch.set_grad_enabled(False)), and that is detached"
+            )
+        if lineage.is_of_gradients:
+            return f"{told}, but for gradients that it is made of, and what is computed from a gradient has none"
+        return (
+            f"{told}: take `.grad` of the value that the loss was computed from, and index that (`value.grad[:, -1]`, "
+            "not `value[:, -1].grad`)"
+        )
+
+
+class _AsShapes(Sequence[Node]):
+    """Nodes with a `detach` for each gradient, which has the same shape and dtype and needs no backward."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self._nodes = nodes
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    @overload
+    def __getitem__(self, place: int) -> Node: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Node]: ...
+    def __getitem__(self, place: int | slice) -> Node | Sequence[Node]:
+        if isinstance(place, slice):
+            return [self[own] for own in range(*place.indices(len(self)))]
+        node = self._nodes[place]
+        return Op(name="detach", args=(node.of,), where=node.where) if isinstance(node, Grad) else node
