@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.pytorch_utils import Conv1D
 
-from engine.differentiable import gather, meet_arguments, met, ordered_sum, own_part
+from engine.differentiable import gather, meet_arguments, met, met_end, ordered_sum, own_part
 from engine.experts import deal_experts
 from engine.head_outputs import with_change
 from engine.links import Distributed, Links
-from engine.splits import Part, Split, Style, counts_of_heads
+from engine.splits import Part, Split, Style, counts_of_heads, shared_keys
 from polytrace.errors import ServiceError
 
 
@@ -67,6 +67,9 @@ def install_splits(model: nn.Module, splits: tuple[Split, ...], links: Links) ->
         is_head = split.style is Style.COLUMN_GATHERED and module is head
         _INSTALL[Style.COLUMN if is_head else split.style](module, split, links)
     _count_heads(model, splits, links.ranks)
+    if splits:
+        for path, size in shared_keys(model).items():
+            _install_shared_keys(model.get_submodule(path), size, links)
 
 
 def _count_heads(model: nn.Module, splits: tuple[Split, ...], ranks: int) -> None:
@@ -196,6 +199,11 @@ def _install_experts(module: nn.Module, split: Split, links: Links) -> None:
         return ordered_sum(links, local(*args, **kwargs))
 
     module.forward = forward
+
+
+def _install_shared_keys(module: nn.Module, size: int, links: Links) -> None:
+    local: Callable[..., Tensor] = module.forward
+    module.forward = lambda x: met_end(links, local(x), size)
 
 
 _INSTALL: Mapping[Style, Callable[[nn.Module, Split, Links], None]] = {

@@ -51,6 +51,7 @@ class Leaf:
     of_pairs: bool = False  # it has a value for each query and key: [sequences, heads, tokens, tokens]
     row_dim: int = 1  # of a view, the dimension of its tokens: 2 in [sequences, heads, tokens, features]
     num_columns: int | None = None  # of a view, however long the prompts are; None: the longest prompt's tokens
+    gradient_refusal: str | None = None  # why there is no gradient there, None when there is one where any is
 
     @property
     def column_dim(self) -> int:
@@ -245,6 +246,8 @@ class ModelDescription:
     limits: Limits
     key_value_bytes: int  # of one row's keys and values at one layer, on one shard
     hidden_bytes: int  # of one row's hidden states
+    tape_bytes: int = 0  # of what one row keeps of one layer for a gradient's way back, on one shard
+    why_no_gradients: str = ""  # why there are none; empty: there are
     row_multiple: int  # a pass's rows are padded to a multiple of it, so that bits do not depend on their number
     has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only
     has_forks: bool = True  # the gate found that equal rows may be shared and rows that nobody needs left out
