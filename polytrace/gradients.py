@@ -35,6 +35,7 @@ from polytrace.groups import GroupPlace
 from polytrace.leaves import Leaf, Leaves
 from polytrace.lineages import Lineage, Lineages
 from polytrace.lines import user_line
+from polytrace.pruning import cone
 from polytrace.storage import Place, State, Storage, is_recorded, state_of
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Gradients:
         found = recording.session.shape_of(loss)
         if "float" not in found.dtype:
             raise GraphError(f"gradients are of floating values, and this loss is {found.dtype}", where=where)
-        seed: Operand = None
+        seed: Ref | None = None
         if gradient is None:
             if any(size != 1 for size in found.shape):
                 raise GraphError(
@@ -120,11 +121,11 @@ class Gradients:
                     where=where,
                 )
         else:
-            seed = recording.operand(gradient, where)
-            if not isinstance(seed, Ref):
+            given = recording.operand(gradient, where)
+            if not isinstance(given, Ref):
                 told = f"gradient is a tensor of the loss's shape {list(found.shape)}, not a {type(gradient).__name__}"
                 raise GraphError(told, where=where)
-            own = recording.session.shape_of(seed.node)
+            seed, own = given, recording.session.shape_of(given.node)
             if own != found:
                 raise GraphError(
                     f"gradient is {own.dtype} {list(own.shape)}, and the loss {found.dtype} {list(found.shape)}: both "
@@ -235,6 +236,12 @@ class Gradients:
         if peeks is not None and peeks.has_seen(place.backward):
             told = "a gradient of this backward was looked at, and this change would make it another: change it before"
             raise GraphError(told, where=where)
+        if len(place.targets) > 1 and self._is_of_backward(node, place.backward):
+            raise GraphError(
+                "this is the gradient of several prompts as one view, and what one's becomes may not depend on the "
+                "others': change it in the invoke of each, or give a tensor (`value.grad = new`)",
+                where=where,
+            )
         for target in place.targets:
             value = node
             if target.index is not None:
@@ -303,6 +310,12 @@ class Gradients:
         """Where a site was read several times with nothing written between, the first read has all of the gradient."""
         is_read = isinstance(self._recording.nodes[node], Read)
         return place.firsts.get(place.writes if writes is None else writes, node) if is_read else node
+
+    def _is_of_backward(self, node: NodeId, backward: NodeId) -> bool:
+        """Whether a value is made of gradients of a backward."""
+        nodes = self._recording.nodes
+        made = [nodes[part] for part in cone(self.as_shapes(nodes), node)]
+        return any(isinstance(one, Grad) and one.backward.node == backward for one in made)
 
     def _lineage(self, sweep: Sweep) -> Lineage:
         backward = self._recording.nodes[sweep.node]
