@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
-from polytrace.detaching import Detaching
+from polytrace.detaching import AsShapes, Detaching
 from polytrace.errors import GraphError
 from polytrace.generation import NO_GRADIENTS
 from polytrace.graph import (
@@ -87,7 +87,7 @@ class Gradients:
         self._keys: dict[Storage, Hashable] = {}
         self._grads: dict[tuple[NodeId, NodeId], NodeId] = {}
         self._writes: dict[tuple[NodeId, NodeId], NodeId] = {}  # the newest of each value and backward
-        self._all: list[Sweep] = []
+        self._is_used = False
         self.detaching = Detaching()
         self.lineages = Lineages(recording)
         self.leaves = Leaves(recording)
@@ -133,7 +133,7 @@ class Gradients:
                     where=where,
                 )
         made = Sweep(recording.add(Backward(loss=Ref(loss), gradient=seed, where=where)), where)
-        self._all.append(made)
+        self._is_used = True
         return made
 
     def of(self, state: State) -> State | None:
@@ -269,7 +269,7 @@ class Gradients:
 
     def as_shapes(self, nodes: list[Node]) -> Sequence[Node]:
         """The nodes for a question about shapes: a gradient is like what it is of."""
-        return _AsShapes(nodes) if self._all else nodes
+        return AsShapes(nodes) if self._is_used else nodes
 
     def _sum_of(self, leaf: Leaf, sweeps: Sequence[Sweep]) -> State | None:
         """The gradient of some backwards with regard to a tensor of the user's; None: they do not depend on it."""
@@ -425,23 +425,3 @@ class Gradients:
             f"{told}: take `.grad` of the value that the loss was computed from, and index that (`value.grad[:, -1]`, "
             "not `value[:, -1].grad`)"
         )
-
-
-class _AsShapes(Sequence[Node]):
-    """Nodes with a `detach` for each gradient, which has the same shape and dtype and needs no backward."""
-
-    def __init__(self, nodes: Sequence[Node]) -> None:
-        self._nodes = nodes
-
-    def __len__(self) -> int:
-        return len(self._nodes)
-
-    @overload
-    def __getitem__(self, place: int) -> Node: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Node]: ...
-    def __getitem__(self, place: int | slice) -> Node | Sequence[Node]:
-        if isinstance(place, slice):
-            return [self[own] for own in range(*place.indices(len(self)))]
-        node = self._nodes[place]
-        return Op(name="detach", args=(node.of,), where=node.where) if isinstance(node, Grad) else node
