@@ -25,8 +25,7 @@ from polytrace.tracing import Tracer
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 HookFunction = Callable[..., Any]
 _NO_GRADIENTS = (
-    "hooks here are forward ones: gradients are `loss.backward()` and `value.grad` in `with model.trace(...)` of the model "
-    "itself"
+    "hooks here are forward ones: gradients are `loss.backward()` and `value.grad` in a trace of the model itself"
 )
 _LATER = {
     "generate": "generation is not part of polytrace yet",
