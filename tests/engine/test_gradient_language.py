@@ -514,7 +514,7 @@ def test_what_the_service_refuses_names_the_line(model: Any) -> None:
         return {"grad": hidden.grad[:, -1]}
 
     for program, told in (
-        (lambda: model.map([IDS, OTHER], in_a_map).run(), r"prompts of a map would share one loss.*gradient_language\.py"),
+        (lambda: model.map([IDS, OTHER], in_a_map).run(), r"a map.s prompts share its loss.*gradient_language\.py"),
         (of_another_shape, r"shape \[1, 7, 32\] cannot become one of shape \[1, 32\].*gradient_language\.py"),
         (over_pads, r"runs over the tokens of prompts of different lengths.*gradient_language\.py"),
     ):
