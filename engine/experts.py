@@ -12,6 +12,9 @@ as long as they can be at most.
 Where experts are dealt out over tensor-parallel ranks, a rank computes those that it has; what a row chose elsewhere
 gives it an exact zero here, and the ranks' answers are added up (`engine.parallel`).
 
+Gradients keep to the same: what a row's experts give back is added up in its router's order, not in the order in which
+rows lie in the buffer, and padding gives nothing.
+
 On the meta device there are no groups to know: every row stands once for each of its experts.
 """
 
@@ -25,9 +28,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from engine.differentiable import is_differentiated
 from engine.kernels import has_kernels
 from engine.lanes import least_rows, rows_multiple
 
@@ -78,16 +84,70 @@ def padded_experts(experts: Any, hidden_TD: Tensor, chosen_TK: Tensor, weights_T
         rows_P = into_S // num_chosen
     else:
         groups, into_S, rows_P = _groups(experts, chosen_TK)
-    product = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", hidden_TD[rows_P], groups)
+    placed_PD = _placed(hidden_TD, rows_P, into_S)
+    product = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", placed_PD, groups)
     product = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
     product_PD = _linear(experts, "down_proj", product, groups)
     if experts.has_post_expert_norm:
         product_PD = experts.post_expert_norm(product_PD)
-    product_TKD = product_PD[into_S].view(*chosen_TK.shape, -1) * weights_TK.unsqueeze(-1)
-    total_TD = product_TKD[:, 0].float()
-    for place in range(1, num_chosen):
-        total_TD = total_TD + product_TKD[:, place]
-    return total_TD.to(hidden_TD.dtype)
+    product_TKD = _found(product_PD, into_S).view(*chosen_TK.shape, -1) * weights_TK.unsqueeze(-1)
+    return _added_up(product_TKD).to(hidden_TD.dtype)
+
+
+def _added_up(each_TKD: Tensor) -> Tensor:
+    """`[T, D]`, in the router's order and in float32."""
+    total_TD = each_TKD[:, 0].float()
+    for place in range(1, each_TKD.shape[1]):
+        total_TD = total_TD + each_TKD[:, place]
+    return total_TD
+
+
+def _placed(hidden_TD: Tensor, rows_P: Tensor, into_S: Tensor) -> Tensor:
+    """`[P, D]`: the row of each place."""
+    if not is_differentiated(hidden_TD):
+        return hidden_TD[rows_P]
+    placed_PD: Tensor = _Placed.apply(hidden_TD, rows_P, into_S)
+    return placed_PD
+
+
+def _found(product_PD: Tensor, into_S: Tensor) -> Tensor:
+    """`[S, D]`: what is at the places of the rows' experts."""
+    if not is_differentiated(product_PD):
+        return product_PD[into_S]
+    found_SD: Tensor = _Found.apply(product_PD, into_S)
+    return found_SD
+
+
+class _Placed(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, rows_P: Tensor, into_S: Tensor) -> Tensor:
+        ctx.num_rows = hidden_TD.shape[0]
+        ctx.save_for_backward(into_S)
+        return hidden_TD[rows_P]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient_PD: Tensor) -> tuple[Tensor, None, None]:
+        (into_S,) = ctx.saved_tensors
+        each_TKD = gradient_PD[into_S].view(ctx.num_rows, -1, gradient_PD.shape[1])
+        return _added_up(each_TKD).to(gradient_PD.dtype), None, None
+
+
+class _Found(Function):
+    @staticmethod
+    def forward(ctx: Any, product_PD: Tensor, into_S: Tensor) -> Tensor:
+        ctx.num_places = product_PD.shape[0]
+        ctx.save_for_backward(into_S)
+        return product_PD[into_S]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient_SD: Tensor) -> tuple[Tensor, None]:
+        (into_S,) = ctx.saved_tensors
+        # Two rows meet at one place only where it is of no expert, and nothing goes further back.
+        gradient_PD = gradient_SD.new_zeros(ctx.num_places, gradient_SD.shape[1])
+        gradient_PD[into_S] = gradient_SD
+        return gradient_PD, None
 
 
 def _groups(experts: Any, chosen_TK: Tensor) -> tuple[list[int] | Tensor, Tensor, Tensor]:

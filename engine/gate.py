@@ -36,6 +36,7 @@ from engine.named import NamedParameters
 from engine.operations import is_own_forward
 from engine.points import Pairs
 from engine.probe import Probe, named_tensors
+from engine.proofs import Proof
 from engine.reports import GateReport, LeafReport
 from engine.source_sites import Place, pattern_of
 from engine.spans import SpanStore
@@ -78,11 +79,11 @@ def run_gate(
     device: torch.device,
     *,
     packed: Mapping[str, int],
-    proven: frozenset[Place] | None,
+    proof: Proof | None,
 ) -> GateReport:
     """Collective: every shard of the deployment calls it at once. ServiceError when the model cannot be packed.
 
-    `proven` are the operations' values that ranks hold as they are taken to hold them; None where there is one rank.
+    `proof` is what is known of how ranks split the model; None where there is one rank.
     """
     if (probe.has_side_values or probe.has_token_values) and links.stages > 1:
         told = _SIDE_VALUES if probe.has_side_values else _TOKEN_VALUES
@@ -129,8 +130,10 @@ def run_gate(
             refusal = "its rows depend on the neighbours in a shared pass"
         elif place in lone:
             refusal = "its rows are not the same bits in a shared pass as alone"
-        elif (module, port) in trial.operations:
-            is_proven = proven is None or trial.operations[module, port].place(selector) in proven
+        operation = trial.operations.get((module, port))
+        at = (pattern_of(module), "", port, selector) if operation is None else operation.place(selector)
+        if refusal is None and operation is not None:
+            is_proven = proof is None or at in proof.operations
             refusal = _OTHER_NUMBERS if not is_rewritten_well else None if is_proven else _UNPROVEN
         leaves.append(
             LeafReport(
@@ -140,6 +143,7 @@ def run_gate(
                 local_tail=tuple(rows_b.shape[1:2] if port.is_of_pairs else rows_b.shape[1:]),
                 mutated=place in mutated,
                 refusal=refusal,
+                has_gradient=proof is None or at not in proof.no_gradients,
             )
         )
     not_run = [
@@ -199,6 +203,7 @@ def run_gate(
         has_forks=is_packed and not (differing or moved or probe.has_side_values),
         has_exact_rows=not trial.rounded,
         notes=notes,
+        why_no_gradients="" if proof is None else proof.why_no_gradients,
     )
 
 

@@ -1,15 +1,22 @@
 """Products of groups of rows, each with a matrix of its own, on a GPU: one kernel for all experts of a layer.
 
 Rows come in tiles of `TILE_ROWS`, and which matrix a tile wants is a number on the device: the host never learns how
-many rows an expert has. A row's bits depend on the row and its matrix alone: tiles have one size, sums one order.
+many rows an expert has. A row's bits depend on the row and its matrix alone: tiles have one size, sums one order. The
+gradient of rows is the same kernel on the turned matrices; matrices and biases have none.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from engine.differentiable import is_differentiated
 
 # P = rows of all tiles, J = tiles, E = matrices, I = features in, O = features out. In the kernel M, K and N are parts
 # of P, I and O
@@ -19,6 +26,26 @@ TILE_ROWS = 64
 
 def grouped_product(x_PI: Tensor, weights_EIO: Tensor, biases_EO: Tensor | None, matrix_J: Tensor) -> Tensor:
     """`[P, O]`: each tile times its matrix, its bias added; zeros for tiles whose number is `E` or more."""
+    if not is_differentiated(x_PI):
+        return _product(x_PI, weights_EIO, biases_EO, matrix_J)
+    out_PO: Tensor = _GroupedProduct.apply(x_PI, weights_EIO, biases_EO, matrix_J)
+    return out_PO
+
+
+class _GroupedProduct(Function):
+    @staticmethod
+    def forward(ctx: Any, x_PI: Tensor, weights_EIO: Tensor, biases_EO: Tensor | None, matrix_J: Tensor) -> Tensor:
+        ctx.save_for_backward(weights_EIO, matrix_J)
+        return _product(x_PI, weights_EIO, biases_EO, matrix_J)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient_PO: Tensor) -> tuple[Tensor, None, None, None]:
+        weights_EIO, matrix_J = ctx.saved_tensors
+        return _product(gradient_PO, weights_EIO.transpose(1, 2), None, matrix_J), None, None, None
+
+
+def _product(x_PI: Tensor, weights_EIO: Tensor, biases_EO: Tensor | None, matrix_J: Tensor) -> Tensor:
     num_rows, num_in = x_PI.shape
     num_matrices, _, num_out = weights_EIO.shape
     assert num_rows == len(matrix_J) * TILE_ROWS, "rows are whole tiles"

@@ -25,7 +25,7 @@ class HeadOutputs:
     """`[1, T, H, D]` of one layer in one pass."""
 
     def __init__(self, z_1THC: Tensor, weight_HCD: Tensor) -> None:
-        self.z = z_1THC
+        self.z = z_1THC.detach()  # who asks sees numbers
         self.weight = weight_HCD
         self.change: tuple[Tensor, Tensor] | None = None  # rows, and what is added to the projection's `[R, D]`
 

@@ -6,7 +6,7 @@ What is split how is decided in `engine.splits`, on the meta model. Here it is d
 2. `install_splits` makes plain local tensors of them and wraps the forwards of the modules that must talk.
 
 transformers' own parallel forwards are not used: they reduce with a ring all-reduce, whose order of addition depends on
-where a row lies. Here the only reduction is `Links.ordered_sum`.
+where a row lies. Here the only reduction is `Links.ordered_sum`, of gradients too (`engine.differentiable`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.pytorch_utils import Conv1D
 
+from engine.differentiable import gather, meet_arguments, met, met_end, ordered_sum, own_part
 from engine.experts import deal_experts
 from engine.head_outputs import with_change
 from engine.links import Distributed, Links
-from engine.splits import Part, Split, Style, counts_of_heads
+from engine.splits import Part, Split, Style, counts_of_heads, shared_keys
 from polytrace.errors import ServiceError
 
 
@@ -66,6 +67,9 @@ def install_splits(model: nn.Module, splits: tuple[Split, ...], links: Links) ->
         is_head = split.style is Style.COLUMN_GATHERED and module is head
         _INSTALL[Style.COLUMN if is_head else split.style](module, split, links)
     _count_heads(model, splits, links.ranks)
+    if splits:
+        for path, size in shared_keys(model).items():
+            _install_shared_keys(model.get_submodule(path), size, links)
 
 
 def _count_heads(model: nn.Module, splits: tuple[Split, ...], ranks: int) -> None:
@@ -139,12 +143,14 @@ def _install_nothing(module: nn.Module, split: Split, links: Links) -> None:
 def _install_column(module: nn.Module, split: Split, links: Links) -> None:
     if isinstance(module, Conv1D):
         module.nf = split.part.held(links.ranks)  # its forward makes the output's shape from this
+    local: Callable[..., Tensor] = module.forward
+    module.forward = lambda x: local(*met(links, x))
 
 
 def _install_column_gathered(module: nn.Module, split: Split, links: Links) -> None:
     _install_column(module, split, links)
     local: Callable[..., Tensor] = module.forward
-    module.forward = lambda x: links.gather(local(x), -1)
+    module.forward = lambda x: gather(links, local(x))
 
 
 def _install_row(module: nn.Module, split: Split, links: Links) -> None:
@@ -153,7 +159,7 @@ def _install_row(module: nn.Module, split: Split, links: Links) -> None:
 
     def own_input(x: Tensor) -> Tensor:
         """What of the input meets this rank's weights."""
-        return x.unflatten(-1, (links.ranks, -1)).select(-2, links.rank) if split.style is Style.ROW_OF_WHOLE else x
+        return own_part(links, x) if split.style is Style.ROW_OF_WHOLE else x
 
     row.own_input = own_input
 
@@ -162,7 +168,7 @@ def _install_row(module: nn.Module, split: Split, links: Links) -> None:
         x = own_input(x)
         product = x @ weight if isinstance(module, Conv1D) else F.linear(x, weight)
         change, row.change = row.change, None  # of what heads add here, see `engine.head_outputs`
-        total = links.ordered_sum(with_change(product, change))
+        total = ordered_sum(links, with_change(product, change))
         return total if bias is None else total + bias
 
     module.forward = forward
@@ -187,7 +193,17 @@ def _install_experts(module: nn.Module, split: Split, links: Links) -> None:
     if split.style is Style.EXPERTS_DEALT:
         deal_experts(module, links.rank, links.ranks)
     local: Callable[..., Tensor] = module.forward
-    module.forward = lambda *args, **kwargs: links.ordered_sum(local(*args, **kwargs))
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        args, kwargs = meet_arguments(links, args, kwargs)  # hidden states and routing weights
+        return ordered_sum(links, local(*args, **kwargs))
+
+    module.forward = forward
+
+
+def _install_shared_keys(module: nn.Module, size: int, links: Links) -> None:
+    local: Callable[..., Tensor] = module.forward
+    module.forward = lambda x: met_end(links, local(x), size)
 
 
 _INSTALL: Mapping[Style, Callable[[nn.Module, Split, Links], None]] = {

@@ -20,6 +20,11 @@ from polytrace.description import Leaf, Limits, ModelDescription, SiteInfo, logi
 from polytrace.graph import Port
 from polytrace.tensors import itemsize
 
+_NO_GRADIENT = (
+    "what ranks have of its gradient does not make up the whole (it may be a part of a sum): ask at another place, "
+    "such as its module's input"
+)
+
 
 def describe_model(
     probe: Probe, reports: Sequence[GateReport], *, name: str, stages: int, ranks: int, limits: Limits | None = None
@@ -85,6 +90,7 @@ def describe_model(
         limits=limits or Limits(max_sequence_tokens=probe.max_tokens),
         key_value_bytes=max(report.key_value_bytes for report in reports),
         hidden_bytes=probe.hidden_size * itemsize(probe.dtype),
+        why_no_gradients=next((report.why_no_gradients for report in reports if report.why_no_gradients), ""),
         row_multiple=reports[0].row_multiple,
         has_kept_rows=probe.has_kept_rows,
         has_forks=all(report.has_forks for report in reports),
@@ -180,4 +186,5 @@ def _placed_leaf(
         mutated=report.mutated if report else False,
         read_refusal=read_refusal,
         write_refusal=read_refusal or write_refusal,
+        gradient_refusal=None if report is None or report.has_gradient else _NO_GRADIENT,
     )

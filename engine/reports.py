@@ -23,6 +23,7 @@ class LeafReport:
     local_tail: tuple[int, ...]
     mutated: bool
     refusal: str | None  # why its rows are not the request's own
+    has_gradient: bool = True  # ranks' gradients there make up one process's, where the model has any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,4 +41,5 @@ class GateReport:
     has_exact_rows: bool  # False: a row's last bits depend on how many rows run beside it
     notes: tuple[str, ...]
     can_generate: bool = True  # sequences go on here
+    why_no_gradients: str = ""  # why there are none; empty: there are
     checks: tuple[Check, ...] = ()  # of standard names, see `engine.checking`

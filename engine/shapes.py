@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from engine.gradient_shapes import check_gradient, gradient_of
 from engine.indexing import DependsOnValues, normalise
 from engine.known import KnownValues, looks_at_data
 from engine.meta import MISFITS, Frozen, Meta, OneDtype, contiguous, freeze, meta_of, result_of, tensor_of, work_of
@@ -30,21 +31,27 @@ from polytrace.collector import young_only
 from polytrace.description import ModelDescription, Rows
 from polytrace.errors import GraphError, PolytraceError, TooLargeError
 from polytrace.graph import (
+    Backward,
     Call,
     Carried,
     Constant,
     DType,
+    Grad,
+    GradWrite,
     Last,
     Mask,
     Node,
     NodeId,
     Op,
     Operand,
+    OpGrad,
     Parameter,
     Read,
     Ref,
     Request,
     Save,
+    SeedGrad,
+    SiteGrad,
     Stop,
     Write,
 )
@@ -58,7 +65,7 @@ _MAX_PARTS = 4_096  # values that split, chunk or unbind may return
 
 _WORK_BYTES = 4  # of an element that an op makes on its way
 
-ValueNode: TypeAlias = Read | Mask | Constant | Parameter | Call | Op | Carried | Last
+ValueNode: TypeAlias = Read | Mask | Constant | Parameter | Call | Op | Carried | Last | Grad
 
 
 def infer(description: ModelDescription, request: Request, meta: nn.Module) -> tuple[ValueFacts | None, ...]:
@@ -138,6 +145,10 @@ class _Walk:
                 raise GraphError(told, where=node.where)
         elif isinstance(node, Stop):
             self._check_stop(node)
+        elif isinstance(node, (Backward, GradWrite)):
+            check_gradient(node, self.values)
+        elif isinstance(node, (SiteGrad, OpGrad, SeedGrad)):
+            raise TypeError(f"a {type(node).__name__} is made of nodes whose shapes are known")
         else:
             structure = self._structure(position, node)
             found = self.structures.get(structure) if structure is not None else None
@@ -200,6 +211,8 @@ class _Walk:
             return ("tensor", node.shape, node.dtype)
         if isinstance(node, Last):
             return None
+        if isinstance(node, Grad):
+            return ("gradient", self.found[node.of.node])
         return ("call", node.module, *self._parts(node.args))
 
     def _named(self, op: Op) -> tuple[Hashable, ...]:
@@ -273,6 +286,9 @@ class _Walk:
             return contiguous(node.shape, TORCH_DTYPES[node.dtype])
         if isinstance(node, Last):
             return self._last(node)
+        if isinstance(node, Grad):
+            self.tokens.note(position, self.tokens.members(node.of.node))
+            return gradient_of(self._one(node.of))
         check_depth(node)
         return self._call(position, node)
 

@@ -35,11 +35,11 @@ from engine.next_tokens import NextTokens, drawn_of
 from engine.padded import PaddedRunner
 from engine.placing import describe_model
 from engine.probe import Probe, named_tensors, probe_model
+from engine.proofs import Proof
 from engine.reading import Report
 from engine.reports import GateReport
 from engine.results import MemorySink, Writer, sink_for
 from engine.row_tables import PassTables, RowTables
-from engine.source_sites import Place
 from engine.spans import SpanStore
 from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
@@ -79,7 +79,7 @@ class Shard:
         self.device = torch.device(config.device)
         self._states: dict[RequestId, RequestState] = {}
         self._writer = Writer()
-        self._proven: frozenset[Place] | None = None  # see `prove_splits`
+        self._proven: Proof | None = None  # see `prove_splits`
         self._constants = Constants(self.device, config.constant_bytes)
 
     def start(self, report: Report) -> None:
@@ -143,7 +143,7 @@ class Shard:
             self.store,
             self.device,
             packed=blocks_of(self.loaded.splits),
-            proven=self._proven,
+            proof=self._proven,
         )
 
     def _checked(self, report: GateReport) -> GateReport:

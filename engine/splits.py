@@ -65,8 +65,9 @@ _TENSORS: Mapping[str, tuple[int, int]] = {
     "packed_rowwise": (-1, 2),
 }
 _DEALT = "grouped_gemm"  # a parameter of which each rank has some experts
-# Every rank has all of it, and the forward needs nothing where there are no gradients.
-_WHOLE = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"}
+# Every rank has all of it, and the forward needs nothing.
+_LATENT = "mla_kv_a_proj"
+_WHOLE = {"replicate", "replicated_with_grad_allreduce", _LATENT}
 
 
 _KEY_VALUES = ("k_proj", "v_proj")
@@ -131,6 +132,17 @@ def plan_splits(model: nn.Module, ranks: int) -> tuple[Split, ...]:
         if pair & whole or len(pair & splits.keys()) == 1:
             whole |= pair
     return tuple(split for path, split in splits.items() if path not in whole)
+
+
+def shared_keys(model: nn.Module) -> Mapping[str, int]:
+    """Modules of latent attention that every rank has whole -> how many features at the end of their outputs go right
+    into each rank's own heads: the rotary part of all heads' keys.
+    """
+    root: Any = model
+    config = root.config.get_text_config(decoder=True)
+    modules = dict(model.named_modules())
+    plan = _plan_of(model)
+    return {path: config.qk_rope_head_dim for path, name in plan.items() if name == _LATENT and path in modules}
 
 
 def counts_of_heads(model: nn.Module) -> tuple[str, ...]:

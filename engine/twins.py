@@ -4,6 +4,7 @@ The twin has the model's own class and configuration with fewer and smaller laye
 kept: the ratio of query to key/value heads, copies of these, fused matrices, experts, kinds of layers, tied weights. It
 is written as a checkpoint, so the two ways to load it are the served model's: all of it by one process, and a rank's
 slices through `engine.loading`. Then both run, and every module's input and output must agree in its laid-out part.
+Both run backwards as well: where gradients do not agree, the model serves without (`engine.twin_gradients`).
 
 Weights and tokens come from seeds: every rank makes the same twin, and nothing but verdicts and the twin's own sums
 travels.
@@ -35,6 +36,7 @@ from engine.links import Links, Solo
 from engine.loading import LoadedModel, ShardConfig, load_model, meta_model
 from engine.operations import watch_operations
 from engine.probe import probe_model
+from engine.proofs import Proof
 from engine.shrinking import shrink
 from engine.slices import take_part
 from engine.source_sites import Place, blocks_of_operation, pattern_of
@@ -43,6 +45,8 @@ from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.streams import Streams
 from engine.trunks import Trunks
+from engine.twin_gradients import TOLERANCE as GRADIENT_TOLERANCE
+from engine.twin_gradients import agree, run_backwards
 from engine.twin_weights import draw_weights
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
@@ -56,11 +60,11 @@ _Seen = dict[tuple[str, Port, Selector], Tensor]
 _Made = TypeVar("_Made")
 
 
-def prove_splits(config: Any, links: Links, device: torch.device) -> frozenset[Place] | None:
+def prove_splits(config: Any, links: Links, device: torch.device) -> Proof | None:
     """Collective over the ranks of a stage. ServiceError, on all of them, when the twin gives other numbers.
 
-    `config` is the served model's. Returns the values of operations, in modules' forwards, of which each rank has its
-    slice or all: others, such as parts of sums, are no error. None, and nothing to do, for one rank.
+    `config` is the served model's. Values of operations that are parts of sums, say, are no error, and neither are
+    gradients that differ. None, and nothing to do, for one rank.
     """
     if links.ranks == 1:
         return None
@@ -69,16 +73,44 @@ def prove_splits(config: Any, links: Links, device: torch.device) -> frozenset[P
     with tempfile.TemporaryDirectory(prefix="polytrace-twin-") as folder:
         part = ShardConfig(source=folder, dtype="float32", device=str(device), rank=links.rank, ranks=links.ranks)
 
-        def make() -> _Run:
+        def make() -> tuple[LoadedModel, _Run]:
             _write(_twin(config, links.ranks), Path(folder))
-            return _run(load_model(replace(part, rank=0, ranks=1), Solo()), device, folder)
+            alone = load_model(replace(part, rank=0, ranks=1), Solo())
+            return alone, _run(alone, device, folder)
 
-        whole = _together(links, make, f"{name} has no tiny twin to prove its split with")
+        alone, whole = _together(links, make, f"{name} has no tiny twin to prove its split with")
         fails = f"{name} cannot be split over {links.ranks} ranks: a tiny twin of it fails"
         loaded = _together(links, lambda: load_model(part, links), fails)
         local = _together(links, lambda: _run(loaded, device, folder), fails)
     _compare(name, whole.ports, local.ports, loaded, links)
-    return _proven(whole, local, loaded, links)
+    why, where = _compare_gradients(name, alone, loaded, links, device)
+    return Proof(operations=_proven(whole, local, loaded, links), why_no_gradients=why, no_gradients=where)
+
+
+def _compare_gradients(
+    name: str, alone: LoadedModel, loaded: LoadedModel, links: Links, device: torch.device
+) -> tuple[str, frozenset[Place]]:
+    """Why there are no gradients, "" when there are, and the places that have none all the same."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = alone.model.config.get_text_config(decoder=True).vocab_size
+    tokens = torch.randint(1, vocabulary, (_LENGTHS[1],), generator=generator).tolist()
+    try:
+        fails = f"a tiny twin of {name} cannot be run backwards"
+        whole = _together(links, lambda: run_backwards(alone.model, Solo(), tokens, device), fails)
+        fails = f"{fails} by {links.ranks} ranks"
+        local = _together(links, lambda: run_backwards(loaded.model, links, tokens, device), fails)
+    except ServiceError as error:
+        return error.message, frozenset()
+    layers = [f"{loaded.window.layers}.{number}" for number in range(loaded.window.num_layers)]
+    embeddings = next(path for path, one in loaded.model.named_modules() if one is loaded.model.get_input_embeddings())
+    modules = frozenset(path for path, _ in loaded.model.named_modules())
+    found = agree(whole, local, links, blocks_of(loaded.splits), modules, [embeddings, *layers])
+    if found.error <= GRADIENT_TOLERANCE:
+        return "", found.wrong
+    return (
+        f"a tiny twin of {name} has other gradients over {links.ranks} ranks than in one process, at "
+        f"{found.worst}.output by {found.error:.1e} of the largest: {_WAY_OUT}"
+    ), frozenset()
 
 
 def _together(links: Links, make: Callable[[], _Made], complaint: str) -> _Made:

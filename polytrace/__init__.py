@@ -28,6 +28,7 @@ from polytrace.errors import (
 
 if TYPE_CHECKING:
     from polytrace import functions as functions
+    from polytrace import optim as optim
     from polytrace.choice import cond
     from polytrace.client import connect, load, models
     from polytrace.edits.adapters import delta, lora
@@ -88,6 +89,7 @@ _ROOMS = {
     "models": "client",
     "Model": "model",
     "NamedState": "keeping",
+    "optim": "optim",
     "save": "saving",
     "Tracer": "tracing",
     # not in __all__: `from polytrace import *` would hide Python's own sum, max and min

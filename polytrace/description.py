@@ -51,6 +51,7 @@ class Leaf:
     of_pairs: bool = False  # it has a value for each query and key: [sequences, heads, tokens, tokens]
     row_dim: int = 1  # of a view, the dimension of its tokens: 2 in [sequences, heads, tokens, features]
     num_columns: int | None = None  # of a view, however long the prompts are; None: the longest prompt's tokens
+    gradient_refusal: str | None = None  # why there is no gradient there, None when there is one where any is
 
     @property
     def column_dim(self) -> int:

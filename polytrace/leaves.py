@@ -1,7 +1,7 @@
 """Tensors of the user's own that require gradients: when a block has run they have them, as behind torch's backward.
 
-A tensor that was computed from others hands its gradient on to them, so modules and optimisers of the user's are trained
-as if the model were here.
+A tensor that was computed from others hands its gradient on to them, so modules and optimisers of the user's are
+trained as if the model were here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ from polytrace.graph import Constant, NodeId
 if TYPE_CHECKING:
     from polytrace.recording import Recording
     from polytrace.storage import State
+
+
+def requires_gradients(value: Any) -> bool:
+    """Whether it is a tensor of the user's that torch would give a gradient."""
+    is_kept = hasattr(type(value), "kept_tensor")  # whose attributes are those of a value
+    return not is_kept and bool(getattr(value, "requires_grad", False))
 
 
 @dataclass(slots=True, eq=False)

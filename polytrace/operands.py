@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Constant, DType, Operand, Ref
+from polytrace.leaves import requires_gradients
 from polytrace.literals import dtype_name, scalar
 from polytrace.storage import is_recorded, state_of
 from polytrace.tensors import VALUE_DTYPES
@@ -51,7 +52,7 @@ def operand_of(recording: Recording, value: Any, where: str, *, is_member: bool 
             raise GraphError(f"polytrace has no dtype {dtype!r}{nearest(dtype, VALUE_DTYPES)}", where=where)
         return DType(dtype)
     name = recording.constants.add(value, where)
-    if getattr(value, "requires_grad", False):
+    if requires_gradients(value):
         return Ref(recording.gradients.leaves.add(value, name, where))
     return Ref(recording.once(Constant(name=name, where=where), name))
 

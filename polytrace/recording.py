@@ -38,6 +38,7 @@ from polytrace.graph import (
 from polytrace.graph import operands as node_operands
 from polytrace.group_views import GroupViews
 from polytrace.in_place import InPlace
+from polytrace.leaves import requires_gradients
 from polytrace.lines import user_line
 from polytrace.literals import is_basic
 from polytrace.loops import Loops
@@ -214,7 +215,7 @@ class Recording:
         """The same as a value of its own: another of the same content has other gradients."""
         state = self.constant(value)
         node = self.nodes[state.node]
-        if getattr(value, "requires_grad", False):
+        if requires_gradients(value):
             return state
         return self.fresh(self.add(node), state.where)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional
 from torch import Tensor
 
-from polytrace import autograd
+from polytrace import autograd, hints
 from polytrace.arguments import normalised
 from polytrace.composed import composed
 from polytrace.edits.open_shapes import OpenShape
@@ -368,7 +368,10 @@ def _unknown(func: Any, args: Sequence[Any]) -> Any:
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", name)
-        raise GraphError(f"a recorded value does not know its .{name} before it ran", where=user_line())
+        told = hints.of_value(name) or f"a recorded value does not know its .{name} before it ran"
+        raise GraphError(told, where=user_line())
     if name.endswith("_") and not name.endswith("__") and args and not is_recorded(args[0]):
         refuse_client_change("in-place code")
+    if (told := hints.of_value(name)) is not None:
+        raise GraphError(told, where=user_line())
     raise unknown_op(name, user_line())

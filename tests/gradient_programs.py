@@ -95,7 +95,7 @@ def record(model: Any, program: GradientProgram, **options: Any) -> Any:
                         reads[number, place] = get(model, place)
                     for edit in invoke.edits:
                         if edit.place == place:
-                            _write(model, edit, reads, vectors)
+                            _write(tracer, model, edit, reads, vectors)
                     if not is_target and program.is_read((number, place)):
                         reads[number, place] = get(model, place)
         for loss in program.losses:
@@ -111,10 +111,10 @@ def record(model: Any, program: GradientProgram, **options: Any) -> Any:
     return tracer
 
 
-def _write(model: Any, edit: Edit, reads: dict[Spot, Any], vectors: list[Any]) -> None:
+def _write(tracer: Any, model: Any, edit: Edit, reads: dict[Spot, Any], vectors: list[Any]) -> None:
     added = None
     if edit.kind == "add":
-        added = edit.vector()
+        added = tracer.value(edit.vector())
         vectors.append(added)
     elif edit.source is not None:
         added = reads[edit.source][:, -1].mean(0)

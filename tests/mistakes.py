@@ -261,9 +261,20 @@ SAVES = (
         words=("ended with ZeroDivisionError", "notebook.py:3"),
     ),
     inside("the receipt inside", "tracer.receipt.result_bytes  # <-", words=("when its block ends",)),
-    inside("backward", "model.lm_head.output.sum().backward()  # <-", words=("gradients",)),
-    inside("requires_grad", HIDDEN, "h.requires_grad = True  # <-", words=("gradients",)),
-    inside("grad", HIDDEN, "h.grad  # <-", words=("gradients",)),
+    inside("backward", "model.lm_head.output.backward()  # <-", words=("one number", ".sum()", "gradient=")),
+    inside("requires_grad", HIDDEN, "h.requires_grad = False  # <-", words=(".detach()",)),
+    inside("grad", HIDDEN, "h.grad  # <-", words=("loss.backward()",)),
+    inside(
+        "create_graph",
+        "model.lm_head.output.sum().backward(create_graph=True)  # <-",
+        words=("gradients of gradients",),
+    ),
+    inside("a weight's gradient", "model.lm_head.weight.grad  # <-", words=("weights are frozen", "`.input`")),
+    inside(
+        "gradients of no value",
+        "torch.autograd.grad(model.lm_head.output.sum(), torch.ones(3))  # <-",
+        words=("requires_grad=True",),
+    ),
 )
 
 TRACES = (

@@ -321,7 +321,7 @@ def by_misspelt_argument(model: Any, hidden: Any) -> Any:
 
 
 def by_backward(model: Any, hidden: Any) -> Any:
-    hidden.sum().backward()
+    hidden.backward()
 
 
 def by_grad(model: Any, hidden: Any) -> Any:
@@ -422,8 +422,8 @@ REFUSALS = {
     by_out: r"results.append\(value.save\(\)\)",
     by_unknown_op: "no operation 'special_airy_ai'",
     by_misspelt_argument: "sum takes no argument 'dims' here; did you mean dim",
-    by_backward: "gradients",
-    by_grad: "gradients are not part",
+    by_backward: r"gradients are of one number: reduce it with \.sum\(\)",
+    by_grad: r"has no gradient yet: call loss\.backward\(\) before",
     by_copy: r"\.clone\(\)",
     by_layer_int: r"output\[i:i\+1\]` for sequence i, `output\[:, -1\]`",
     by_layer_tuple: r"output\[:, -1\]",

@@ -61,7 +61,7 @@ with model.trace([1, 2, 3]) as tracer:
     refused(lambda: hidden + layer, "is a module, not a value")
     refused(lambda: layer.self_attn.output + 1, "tuple", "`.output[0]`")
     refused(lambda: hidden.meen(-1), "'meen'", "did you mean mean")
-    refused(lambda: hidden.grad, "gradients")
+    refused(lambda: hidden.grad, "loss.backward()")
     refused(lambda: tracer.receipt, "when its block ends")
     refused(lambda: tracer.output, "model.logits.save()")
     refused(lambda: model.trace(hidden), "prompts are known before")
@@ -346,5 +346,33 @@ with model.generate([1, 2, 3], max_new_tokens=3, run=False) as tracer:
         assert (layer.output[0] * 2).shape == (1, 8)
 prompts = [one.sequences for question in backend.validated[questions:] for one in question.invokes]
 assert prompts == [((1, 2, 3),), ((3,),)], prompts
+"""
+    )
+
+
+def test_gradients_are_recorded_without_torch() -> None:
+    run(
+        """
+from polytrace import optim
+from polytrace.graph import Backward, Grad, GradWrite
+backend.shape = ValueShape(shape=(), dtype="float32")
+with model.trace() as tracer:
+    vector, optimiser = tracer.value(np.zeros(8, np.float32)), optim.Adam(lr=0.1)
+    for _ in range(2):
+        with tracer.invoke([1, 2, 3]):
+            hidden = layer.output
+            hidden[:, -1] += vector
+            loss = model.lm_head.output[:, -1, 7].sum()
+            with loss.backward():
+                hidden.grad[:, 0] = 0
+                grad = model.model.layers[0].output[0].grad.save()
+        refused(lambda: model.lm_head.weight.grad, "weights are frozen")
+        assert vector.requires_grad_() is vector
+        (vector,) = optimiser.step([vector], [vector.grad])
+    vector.save()
+nodes = backend.requests[-1].graph.nodes
+kinds = [type(node) for node in nodes]
+assert (kinds.count(Backward), kinds.count(Grad), kinds.count(GradWrite)) == (2, 6, 2), kinds
+assert not any(isinstance(node, Backward) for one in backend.validated for node in one.graph.nodes)
 """
     )
