@@ -60,9 +60,7 @@ class ModuleCall:
             results = self._called(args)
         if self.given is not None:
             blocks, copies = self.given
-            given = [
-                None if one is None else take_gradient(links, one, one.ndim - 1, blocks, copies) for one in given
-            ]
+            given = [None if one is None else take_gradient(links, one, one.ndim - 1, blocks, copies) for one in given]
         found = gradient_through(leaf, results, given)
         return found if self._taken is None else gather_whole(links, found, found.ndim - 1, self._taken)
 

@@ -1,10 +1,8 @@
 """The tape of a pass: what is kept of its forward so that gradients can be run through it, and where they stop.
 
 Wherever a graph looks at gradients or changes them, and wherever it has written, the autograd graph of the model is
-cut: a *seam*. What was computed before a seam ends at an edge, and what comes behind begins at leaves: one is what
-everybody in the model holds who had the tensor already (a residual), one what the port hands on, since an assigned
-value is for that way alone. On the way back (`sweep`) the gradients that have come to the leaves of a seam are shown to
-the graphs, and what these leave of them goes on at the edge.
+cut: a *seam* (`engine.seams`). On the way back (`sweep`) the gradients that have come to the leaves of a seam are shown
+to the graphs, and what these leave of them goes on further back.
 
 Invariants
 - Seams are where the plan says, whoever is in the pass: another seam would change the order in which gradients are
@@ -15,22 +13,27 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from engine.arguments import Selector
-from engine.gradient_port import Gradient, GradientPort, RowGradient
-from engine.leaves import port_leaves, with_rows_second
+from engine.gradient_port import GradientPort
+from engine.head_outputs import HeadOutputs
+from engine.head_seam import HeadSeam
+from engine.leaves import port_leaves
+from engine.pair_seam import PairSeam, tensors_of
+from engine.points import Pairs
 from engine.saved import SavedTensors
+from engine.seams import Seam, TensorSeam, go_back, handed_on
 from engine.views import InvokeRows
 from engine.writes import PortValue, with_member
+from polytrace.description import SiteInfo
 from polytrace.graph import Port
 from scheduling.plan import RequestId
 
@@ -38,19 +41,6 @@ from scheduling.plan import RequestId
 
 # Ports whose values others in the model hold as well.
 _HELD = frozenset({Port.INPUT, Port.INPUTS, Port.OUTPUT})
-
-
-class Seam(Protocol):
-    """Where the gradient stops at one port."""
-
-    def gradients(self) -> Mapping[Selector, Gradient]:
-        """What has come to its leaves, for graphs to see and change."""
-
-    def go_on(self, gradients: Mapping[Selector, Gradient]) -> None:
-        """Takes what graphs have left of it further back."""
-
-    def leaves(self) -> Iterator[Tensor]:
-        """Its leaves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +78,20 @@ class Tape:
         self.hidden_in = hidden_1TD.detach().requires_grad_()
         return handed_on(self.hidden_in)
 
+    def hand_on(self, hidden_1TD: Tensor) -> Tensor:
+        """Hidden states for a later stage."""
+        self.hidden_out = hidden_1TD
+        return hidden_1TD.detach()
+
+    @property
+    def shape_out(self) -> tuple[int, ...]:
+        """Of what was handed on, and so of its gradient."""
+        assert self.hidden_out is not None, "a later stage has run"
+        return tuple(self.hidden_out.shape)
+
     def visit(self, place: Place, value: Any, run: Callable[[PortValue], None]) -> Any:
         """A port's value behind its visit by fragments, which `run` runs; cut when a seam is planned here."""
+        computed = tensors_of(value) if isinstance(value, Pairs) else []
         with torch.no_grad():
             port = PortValue(value, None, place.layouts)
             run(port)
@@ -97,6 +99,12 @@ class Tape:
             after = port.result()
         if place.order not in self.cuts:
             return after
+        if isinstance(value, Pairs):
+            self.seams[place.order] = PairSeam(computed, value)
+            return value
+        if isinstance(value, HeadOutputs):
+            value.seam = self.seams[place.order] = HeadSeam(value.recorded, value.weight)
+            return value
         seam = TensorSeam(place.layouts)
         found = after
         with torch.enable_grad():
@@ -130,118 +138,6 @@ class Tape:
             yield from seam.leaves()
 
 
-@dataclass(slots=True)
-class _Joint:
-    """One tensor of a seam."""
-
-    edge: GradientEdge | None  # further back; None: nothing is there
-    held: Tensor | None  # the leaf of who holds it already; None where it cannot be cut for them
-    handed: dict[Selector, Tensor] = field(default_factory=dict)  # leaves of what is handed on
-
-
-class TensorSeam:
-    """A seam through tensors that have rows."""
-
-    def __init__(self, layouts: Mapping[Selector, int]) -> None:
-        self._layouts = layouts
-        self._joints: dict[int, _Joint] = {}  # by the tensor's id during the visit
-        self._tensors: list[Tensor] = []  # so that ids stay theirs
-
-    def cut(self, selector: Selector, tensor: Tensor, handed: Tensor, saved: SavedTensors, is_held: bool) -> Tensor:
-        """Cuts at a tensor, in whose place `handed` is handed on; returns what is to be handed on now.
-
-        `is_held`: others may hold the tensor, and are to go on from the seam as well.
-        """
-        joint = self._joints.get(id(tensor))
-        if joint is None:
-            joint = _Joint(get_gradient_edge(tensor) if tensor.requires_grad else None, None)
-            leaf = tensor.detach().requires_grad_()
-            if is_held and become(tensor, leaf, saved):
-                joint.held = leaf
-            self._joints[id(tensor)] = joint
-            self._tensors.append(tensor)
-        joint.handed[selector] = handed.detach().requires_grad_()
-        return handed_on(joint.handed[selector])
-
-    def gradients(self) -> Mapping[Selector, Gradient]:
-        found: dict[Selector, Gradient] = {}
-        for joint in self._joints.values():
-            held = None if joint.held is None else gradient_of(joint.held)
-            for selector, leaf in joint.handed.items():
-                dim = self._layouts.get(selector, 1)
-                found[selector] = RowGradient(gradient_of(leaf), held, lambda own, dim=dim: with_rows_second(own, dim))
-        return found
-
-    def go_on(self, gradients: Mapping[Selector, Gradient]) -> None:
-        edges, totals = [], []
-        for joint in self._joints.values():
-            if joint.edge is None:
-                continue
-            total: Tensor | None = None
-            for selector in joint.handed:
-                own = gradients[selector]
-                assert isinstance(own, RowGradient)
-                total = own.handed if total is None else total + own.handed
-                held = own.held
-            assert total is not None
-            edges.append(joint.edge)
-            totals.append(total if held is None else held + total)
-        go_back(edges, totals)
-
-    def leaves(self) -> Iterator[Tensor]:
-        for joint in self._joints.values():
-            if joint.held is not None:
-                yield joint.held
-            yield from joint.handed.values()
-
-
-def gradient_of(leaf: Tensor) -> Tensor:
-    """A copy of what has come to a leaf, in one piece."""
-    if leaf.grad is None:
-        return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-    return leaf.grad.clone(memory_format=torch.contiguous_format)
-
-
-def go_back(edges: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> None:
-    """Runs gradients back from edges to the leaves before them."""
-    if edges:
-        torch.autograd.backward(list(edges), list(gradients), retain_graph=True)
-
-
-def handed_on(leaf: Tensor) -> Tensor:
-    """A leaf as the model may have it: the same memory, and no leaf any more."""
-    found: Tensor = _HandedOn.apply(leaf)
-    return found
-
-
-def become(tensor: Tensor, leaf: Tensor, saved: SavedTensors) -> bool:
-    """From now on a tensor is a leaf's for everybody who holds it. False where torch forbids that."""
-    if not tensor._is_view():
-        tensor.detach_()
-    try:
-        with saved.unchanged(tensor):
-            _Become.apply(tensor, leaf)
-    except RuntimeError:  # one of several views of an operation
-        return False
-    return True
-
-
-class _HandedOn(Function):
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor) -> Tensor:
-        return leaf.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-class _Become(Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, leaf: Tensor) -> Tensor:
-        ctx.mark_dirty(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient
+def row_leaves_of(site: SiteInfo) -> tuple[Selector, ...]:
+    """The tensors of a port through which gradients can be seen: those whose rows are the requests' own."""
+    return tuple([leaf.selector for leaf in site.leaves if leaf.read_refusal is None])

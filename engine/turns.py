@@ -84,5 +84,3 @@ def _part(state: RequestState, value: Tensor, leaf: Leaf) -> Tensor:
         links, blocks, copies = state.context.links, leaf.sharded_blocks, leaf.sharded_copies
         value = take_gradient(links, value, leaf.sharded_view_dim, blocks, copies)
     return value.movedim(leaf.row_dim, 1) if leaf.row_dim != 1 else value
-
-
