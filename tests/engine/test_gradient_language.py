@@ -389,6 +389,23 @@ def test_a_vector_is_learnt_in_one_request(way: str, model: Any, plain: Any) -> 
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_losses_of_gradients_and_of_brought_values_alone(model: Any, plain: Any) -> None:
+    weights = torch.linspace(-1, 1, WIDTH)
+    with model.trace(IDS) as tracer:
+        hidden, brought = layer(model, LAYER), tracer.value(weights)
+        model.lm_head.output[:, -1, TARGET].sum().backward()
+        first = hidden.grad
+        (first[:, -1] * brought).sum().backward()  # `first` is a number here: there are no gradients of gradients
+        of_brought = brought.grad.save()
+        brought.grad = None
+        brought.pow(2).sum().backward()
+        alone = brought.grad.save()
+    run = Run(plain, IDS)
+    (expected,) = torch.autograd.grad(run.logits[:, -1, TARGET].sum(), run.given[LAYER])
+    close(of_brought, expected[0, -1])
+    close(alone, 2 * weights)
+
+
 def test_what_is_learnt_stays_on_the_service(model: Any, plain: Any) -> None:
     state = model.state("gradient-steps", init=torch.zeros(WIDTH))
     for _ in range(2):
