@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from engine.points import MASKED, Points, Watch, visited
 from engine.spans import SpanStore
 from engine.streams import Stream
 from engine.tables import KeyTables
+from engine.taped_attention import taped_attention
 from engine.trunks import Trunks
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
@@ -85,6 +86,7 @@ class AttentionPass:
         self.device = device
         self.trunks = trunks  # None: there are none, neither to find nor to keep
         self.has_own_cache = False  # the model's: keys come to attention as it holds them, earlier ones first
+        self.is_taped = False  # its gradients are run back later
         self.points: dict[int, Points] = {}  # visits inside of attention, by the module's id
         self.has_kernel = has_kernels(device)
         self.layer = 0  # that runs now
@@ -99,6 +101,12 @@ class AttentionPass:
             for made in ("decoding", "key_tables"):
                 self.__dict__.pop(made, None)
             self._gathered = {}
+
+    def sequences(self) -> list[range]:
+        """The rows of each sequence in the layer that runs now, where none forks from another."""
+        stream = self._stream
+        own = [(stream.bases[place], len(stream.own(place))) for place in range(len(stream.segments))]
+        return [range(first, first + count) for first, count in own if count]
 
     @cached_property
     def decoding(self) -> Decoding | None:
@@ -188,13 +196,25 @@ def packed_attention(
         query = visited(points, Port.Q_ROT, query.transpose(1, 2)).transpose(1, 2)
         key = _visited_rows(current, points, Port.K_ROT, key, query.shape[2])
         value = _visited_rows(current, points, Port.V, value, query.shape[2])
-    key_GRC, value_GRC, gathered = _with_trunks(current, key[0], value[0], points)
     formula = Formula(
         scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
         sinks_H=s_aux,
     )
+    if current.is_taped and torch.is_grad_enabled():
+        attend = partial(_attend, current, formula, {})
+        z = taped_attention(attend, query, key[0], value[0], formula, current.sequences(), points)
+    else:
+        z = _attend(current, formula, points, query, key[0], value[0])
+    return visited(points, Port.Z, z.contiguous()), None  # some families view it as one row a token
+
+
+def _attend(
+    current: AttentionPass, formula: Formula, points: Points, query: Tensor, key_GTC: Tensor, value_GTC: Tensor
+) -> Tensor:
+    """`[1, T, H, C]` behind the visits of scores and patterns."""
+    key_GRC, value_GRC, gathered = _with_trunks(current, key_GTC, value_GTC, points)
     z = None
     if current.has_kernel:
         z = _by_kernel(current, query, key_GRC, value_GRC, formula)
@@ -211,7 +231,7 @@ def packed_attention(
         elif written:
             rows = to_device(written, current.device)
             z = z.index_copy(1, rows, layer.result(query.dtype).index_select(1, rows))
-    return visited(points, Port.Z, z.contiguous()), None  # some families view it as one row a token
+    return z
 
 
 def _visited_rows(current: AttentionPass, points: Points, port: Port, rows_1GRC: Tensor, num_rows: int) -> Tensor:

@@ -13,20 +13,24 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.arguments import Selector
 from engine.below import finish, prepare, run_apart, travel, travels, with_parts
+from engine.calls import ModuleCall
 from engine.constants import Constants
 from engine.copies import to_device
+from engine.gradient_port import GradientPort
 from engine.links import Links
 from engine.memory import told_out_of_memory
 from engine.named import NamedParameters
+from engine.op_grads import ones_like, operand_gradient
 from engine.ops import resolve, run_op
 from engine.pair_views import check_pairs, pairs_of, read_pairs
 from engine.results import ResultSink
 from engine.slices import gather_whole, take_part
 from engine.stage import StageRunner
+from engine.turns import run_turn
 from engine.views import InvokeRows, RowView
 from engine.writes import PortValue, RowWrite
 from polytrace.description import Leaf, ParameterInfo, Rows, SiteInfo
@@ -39,12 +43,15 @@ from polytrace.graph import (
     NodeId,
     Op,
     Operand,
+    OpGrad,
     Parameter,
     Port,
     Read,
     Ref,
     Save,
+    SeedGrad,
     Site,
+    SiteGrad,
     Stop,
     Write,
     draw_of,
@@ -52,7 +59,6 @@ from polytrace.graph import (
 )
 from polytrace.tensors import RawTensor
 from scheduling.absence import without_absent
-from scheduling.below import split_input, split_output
 from scheduling.checks import ModelTable
 from scheduling.columns import columns_of
 from scheduling.levels import Levels
@@ -163,7 +169,7 @@ class RequestState:
                 request=self.program.request, node=node, message=message, is_out_of_memory=is_out_of_memory
             )
 
-    def run(self, fragment: Fragment, port: PortValue | None) -> None:
+    def run(self, fragment: Fragment, port: PortValue | GradientPort | None) -> None:
         """Runs a fragment at a visit (None at the prologue), then drops what the stage no longer needs."""
         self._written = {}
         gathered = self.context.links.bytes.gathered
@@ -183,7 +189,7 @@ class RequestState:
         self.gathered_bytes += self.context.links.bytes.gathered - gathered
         for node_id in fragment.drops:
             self.values.pop(node_id, None)
-        if port is not None:
+        if isinstance(port, PortValue):
             self._own_what_stays(fragment, port)
 
     def held(self, node_id: NodeId, facts: ValueFacts) -> Tensor:
@@ -198,7 +204,7 @@ class RequestState:
     def _is_absent(self, node_id: NodeId) -> bool:
         return self.member is not None and node_id in self.member.absent
 
-    def _run_node(self, node_id: NodeId, order: int, port: PortValue | None) -> None:
+    def _run_node(self, node_id: NodeId, order: int, port: PortValue | GradientPort | None) -> None:
         node = self.program.graph.nodes[node_id]
         if isinstance(node, Read):
             value = self._read(node_id, node, order, _visited(port))
@@ -208,8 +214,17 @@ class RequestState:
             value = self._call(node_id, node)
         elif isinstance(node, Op) and node_id in self.program.below:
             value = self._below(node_id, node)
+        elif isinstance(node, SiteGrad):
+            assert isinstance(port, GradientPort), "a turn was planned outside a visit on the way back"
+            value = run_turn(self, node, port)
+        elif isinstance(node, OpGrad) and isinstance(self.program.graph.nodes[node.op], Call):
+            value = self._call_gradient(node)
         elif self.has_failed:
             return
+        elif isinstance(node, OpGrad):
+            value = self._op_gradient(node)
+        elif isinstance(node, SeedGrad):
+            value = ones_like(self.values[node.of.node])
         elif isinstance(node, Op):
             value = run_op(
                 node.name,
@@ -237,20 +252,16 @@ class RequestState:
             self.fired.append(node_id)
             return
         if not self.has_failed:
-            self.values[node_id] = value
-            if isinstance(node, Read):
+            if value is not None:
+                self.values[node_id] = value
+            if isinstance(node, (Read, SiteGrad)):
                 self.fired.append(node_id)
 
     # Reading and writing
 
     def _read(self, node_id: NodeId, node: Read, order: int, port: PortValue) -> Tensor:
-        info, leaf = self.context.sites[node.site]
-        level = self.context.levels.of(info.order)
-        is_output = self.context.levels.is_output(info.order) and node.site.selector in ((), (0,))
-        if leaf.num_columns is None and is_output:
-            rows = self.rows[node.invoke].behind(level, self.program.narrowed.get(node_id))
-        else:
-            rows = self._rows(node_id, node, info, level)
+        leaf = self.context.sites[node.site][1]
+        rows = self.rows_of(node_id, node)
         if port.pairs is not None:
             before = self.program.invokes[node.invoke].before
             value = read_pairs(port.pairs, rows, self.rows[node.invoke].view, before)
@@ -297,8 +308,8 @@ class RequestState:
         return value
 
     def _write(self, node_id: NodeId, node: Write, port: PortValue) -> None:
-        info, leaf = self.context.sites[node.site]
-        rows = self._rows(node_id, node, info, self.context.levels.acts_from(info.order))
+        leaf = self.context.sites[node.site][1]
+        rows = self.rows_of(node_id, node)
         selector = node.site.selector
         value: Tensor = self.values[node.value.node]
         num_sequences, num_columns = rows.shape
@@ -316,7 +327,7 @@ class RequestState:
             columns = columns_of(self.program.narrowed, node_id, invoke)
             check_pairs(value, columns, self.rows[node.invoke].view, port.pairs, invoke.before)
         written = self._written.setdefault((selector, node.invoke), [])
-        is_assigned = any(not self._is_in_place(other) for other, _ in written)
+        is_assigned = any(not self.is_in_place(other) for other, _ in written)
         turn = len(written)
         written.append((node_id, value))
         if leaf.sharded_view_dim is not None and below is None:
@@ -328,6 +339,23 @@ class RequestState:
             value = value.movedim(leaf.row_dim, 1)
         in_place = node.in_place and not is_assigned
         port.write(selector, RowWrite(rows=rows, value=value, in_place=in_place, turn=turn))
+
+    def rows_of(self, node_id: NodeId, node: Read | Write) -> RowView:
+        """The rows that a read gives, or that a write changes."""
+        info, leaf = self.context.sites[node.site]
+        levels = self.context.levels
+        level = levels.of(info.order)
+        if isinstance(node, Write):
+            return self._rows(node_id, node, info, level if self._is_taped else levels.acts_from(info.order))
+        if leaf.num_columns is None and levels.is_output(info.order) and node.site.selector in ((), (0,)):
+            return self.rows[node.invoke].behind(level, self.program.narrowed.get(node_id))
+        return self._rows(node_id, node, info, level)
+
+    @property
+    def _is_taped(self) -> bool:
+        """Whether gradients are run through this pass: what is written behind a layer is written right there."""
+        wave = None if self.member is None else self.program.waves[self.member.wave]
+        return wave is not None and (wave.is_taped or wave.of is not None)
 
     def rows_at(self, fragment: Fragment) -> Iterator[int]:
         """Rows of the stream that a fragment reads or writes at a visit inside of a layer."""
@@ -342,7 +370,8 @@ class RequestState:
         nodes = self.program.graph.nodes
         yield from (node.invoke for node in map(nodes.__getitem__, fragment.nodes) if isinstance(node, Read))
 
-    def _is_in_place(self, write: NodeId) -> bool:
+    def is_in_place(self, write: NodeId) -> bool:
+        """Whether a node is a write to all who hold the tensor."""
         node = self.program.graph.nodes[write]
         return isinstance(node, Write) and node.in_place
 
@@ -385,25 +414,43 @@ class RequestState:
         return self.context.parameters[path].detach().to(self.context.device)  # it may be offloaded
 
     def _call(self, node_id: NodeId, node: Call) -> Any:
-        module = self.context.runner.model.get_submodule(node.module)
+        call = ModuleCall(self.context, node)
         if self.has_failed:
             if self.context.links.ranks == 1:
                 return None
             args = tuple(self._placeholder(arg) for arg in node.args)  # other ranks wait inside the module
         else:
             args = tuple(self._resolve(arg) for arg in node.args)
-        if isinstance(module, nn.Embedding):
-            _check_ids(module, args)
-        links, table = self.context.links, self.context.table
-        taken = split_input(node.module, table) if links.ranks > 1 and len(args) == 1 else None
-        if taken is not None and split_output(node.module, table) is None and _is_matrix(module):
-            args = (take_part(links, args[0], args[0].ndim - 1, taken),)
-        with self.context.runner.calling(), torch.no_grad():
-            value = module(*args)
-        given = split_output(node.module, table) if links.ranks > 1 else None
-        if given is not None and node_id not in self.program.below:
-            value = gather_whole(links, value, value.ndim - 1, *given)
-        return value
+        value = call.run(args)
+        return value if node_id in self.program.below else call.joined(value)
+
+    def _op_gradient(self, node: OpGrad) -> Tensor:
+        """The gradient with regard to an operand of an op."""
+        op = self.program.graph.nodes[node.op]
+        assert isinstance(op, Op)
+
+        def again(values: Mapping[NodeId, Any]) -> Any:
+            return run_op(
+                op.name,
+                tuple(resolve(arg, values) for arg in op.args),
+                {name: resolve(arg, values) for name, arg in op.kwargs.items()},
+                seed=self._seed(draw_of(op, node.op)),
+                device=self.context.device,
+            )
+
+        return operand_gradient(node, self.values, again)
+
+    def _call_gradient(self, node: OpGrad) -> Tensor | None:
+        """The gradient with regard to what a module was called on."""
+        call = self.program.graph.nodes[node.op]
+        assert isinstance(call, Call)
+        if self.has_failed and self.context.links.ranks == 1:
+            return None
+        needed = {ref.node for ref in (*node.needs, *node.gradients) if ref is not None}
+        values = {part: self._placeholder(Ref(part)) if self.has_failed else self.values[part] for part in needed}
+        given = [None if ref is None else values[ref.node] for ref in node.gradients]
+        found = ModuleCall(self.context, call).gradient(call, node.needs[node.operand].node, values, given)
+        return None if self.has_failed else found
 
     def _below(self, node_id: NodeId, node: Op) -> Any:
         """An op on this rank's part of a value, in two halves with what travels between them."""
@@ -525,24 +572,6 @@ def from_raw(raw: RawTensor) -> Tensor:
         return torch.empty(raw.shape, dtype=dtype)
     data = bytearray(raw.data) if raw.data.readonly else raw.data
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(raw.shape)
-
-
-def _check_ids(module: nn.Embedding, args: tuple[Any, ...]) -> None:
-    """An id out of range must fail its request here: on a GPU it would take the whole shard down."""
-    for ids in args:
-        if (
-            isinstance(ids, Tensor)
-            and ids.numel()
-            and not 0 <= int(ids.min()) <= int(ids.max()) < module.num_embeddings
-        ):
-            raise IndexError(
-                f"ids from {int(ids.min())} to {int(ids.max())}, the embedding has {module.num_embeddings}"
-            )
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    """Whether a module's own weights meet its input's features."""
-    return any(parameter is not None and parameter.ndim > 1 for parameter in module._parameters.values())
 
 
 def _visited(port: PortValue | None) -> PortValue:

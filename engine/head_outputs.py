@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.copies import to_device
 
 if TYPE_CHECKING:
+    from engine.head_seam import HeadSeam
     from engine.views import RowView
     from engine.writes import RowWrite
 
@@ -26,7 +27,9 @@ class HeadOutputs:
 
     def __init__(self, z_1THC: Tensor, weight_HCD: Tensor) -> None:
         self.z = z_1THC.detach()  # who asks sees numbers
+        self.recorded = z_1THC  # as autograd knows it
         self.weight = weight_HCD
+        self.seam: HeadSeam | None = None  # where the gradient stops here
         self.change: tuple[Tensor, Tensor] | None = None  # rows, and what is added to the projection's `[R, D]`
 
     def whole(self) -> Tensor:

@@ -10,7 +10,7 @@ Knows nothing of Ray, queues or HTTP. A plain class: `cluster.actors` makes it r
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -25,6 +25,7 @@ from engine.encoders import has_encoder, why_one_stage
 from engine.fragments import RequestState, ShardContext
 from engine.gate import Trial, WrongMannerError, run_gate
 from engine.going_on import check_caches
+from engine.gradient_port import GradientPort
 from engine.lanes import forbid_split_sums
 from engine.links import Links
 from engine.loading import ShardConfig, load_model, meta_model
@@ -45,6 +46,9 @@ from engine.splits import blocks_of
 from engine.stage import PackedRows, StageRunner, Visit
 from engine.stopwatch import Stopwatch
 from engine.streams import Streams
+from engine.tape import Place as TapePlace
+from engine.tape import Tape, row_leaves_of
+from engine.tapes import Tapes
 from engine.tokenizer import end_tokens
 from engine.trunks import Trunks
 from engine.twins import prove_splits
@@ -60,6 +64,7 @@ from scheduling.levels import Levels
 from scheduling.plan import (
     PROLOGUE,
     Fragment,
+    PassId,
     PassTooLargeError,
     Phase,
     Plan,
@@ -81,6 +86,7 @@ class Shard:
         self._writer = Writer()
         self._proven: Proof | None = None  # see `prove_splits`
         self._constants = Constants(self.device, config.constant_bytes)
+        self._tapes = Tapes()
 
     def start(self, report: Report) -> None:
         """Reads this shard's weights, without the others. `report` gets lines for people, and how far reading is."""
@@ -196,6 +202,7 @@ class Shard:
         self._row_multiple = description.row_multiple
         self._ports = {info.order: ((info.module, ""), info.port) for info in description.sites}
         self._layouts = {info.order: info.layouts for info in description.sites if info.layouts}
+        self._row_leaves = {info.order: row_leaves_of(info) for info in description.sites}
         self._hidden_size = description.hidden_size
         logits = logits_of(description.sites)
         self._logits = None if logits is None else (logits[0].rows, logits[1])
@@ -230,17 +237,20 @@ class Shard:
         # 2) values that other stages hold from earlier waves
         self._exchange(states, [work.held for work in works], watch)
         # 3) values of this pass from earlier stages, with what has failed there
-        hidden_in = self._receive_forward(plan, streams, states, works)
+        hidden_in = self._receive(plan, streams, states, works)
         watch.lap(Phase.WAITING)
         # 4) the prologue, then the window with every fragment at its visit
         for state, work in zip(states, works, strict=True):
             for fragment in work.fragments:
                 if fragment.order == PROLOGUE:
                     self.row_tables.steady.run(state, fragment)
-        hidden_out = self._run_window(plan, streams, states, works, hidden_in)
+        if plan.of is None:
+            hidden_out = self._run_window(plan, streams, states, works, hidden_in)
+        else:
+            hidden_out = self._run_back(plan.of, states, works, hidden_in)
         watch.lap(Phase.COMPUTING)
         # 5) hidden rows and carried values go on
-        hidden_bytes = self._send_forward(plan, states, works, hidden_out)
+        hidden_bytes = self._send(plan, states, works, hidden_out)
         watch.lap(Phase.SENDING)
         # 6) saves are written, or it is known why not
         self._writer.wait()
@@ -250,6 +260,7 @@ class Shard:
                 state.fail(node, message)
         # 7) drop what no later wave needs
         result = self._result(plan, states)
+        self._tapes.free(plan)
         for member, state, work in zip(plan.members, states, works, strict=True):
             for node in work.drops:
                 state.values.pop(node, None)
@@ -280,12 +291,14 @@ class Shard:
 
     def _forget(self, request: RequestId) -> None:
         self._states.pop(request, None)
+        self._tapes.forget(request)
         self.row_tables.forget(request)
         self.store.forget(request)
 
     def _forget_all(self) -> None:
         self._writer.wait()  # before their files may be laid out anew
         self._states.clear()
+        self._tapes.clear()
         if hasattr(self, "row_tables"):
             self.row_tables.clear()
         self._constants.clear()
@@ -304,6 +317,7 @@ class Shard:
         self.links.flush()
         self._writer.close()
         self._states.clear()
+        self._tapes.clear()
         self.links.close()
 
     # 1) members
@@ -319,6 +333,8 @@ class Shard:
             if state is None:
                 state = RequestState(member.program, self.context, sink_for(member.program, self._writer))
                 self._states[request] = state
+            if plan.of is not None:
+                rows[place] = self._tapes.of(plan.of).rows[request]
             state.begin_wave(member, rows[place])
             states.append(state)
         return states
@@ -336,36 +352,55 @@ class Shard:
         for source in sources:
             receive_values(self.links, states, transfers, source)
 
-    def _receive_forward(
+    def _receive(
         self, plan: Plan, streams: Streams, states: list[RequestState], works: list[StageWork]
     ) -> Tensor | None:
+        """Hidden rows of the stage before, or their gradients from the one behind; and values."""
         hidden = None
-        if 0 < self.links.stage < plan.num_stages:
-            shape = (1, streams.layer(self.loaded.window.first).num_padded, self._hidden_size)
-            hidden = self.links.receive(shape, self.runner.model.dtype, self.links.stage - 1)
+        source = self._neighbour(plan, before=True)
+        if source is not None:
+            num_rows = streams.layer(self.loaded.window.first).num_padded
+            shape = (1, num_rows, self._hidden_size)
+            if plan.of is not None:
+                shape = self._tapes.of(plan.of).shape_out
+            hidden = self.links.receive(shape, self.runner.model.dtype, source)
         arriving = [work.arriving for work in works]
         sources = {t.source for each in arriving for t in each}
-        if hidden is not None:
-            sources.add(self.links.stage - 1)  # its flags come even when no value does
-        for source in sorted(sources):
-            receive_values(self.links, states, arriving, source)
+        if source is not None:
+            sources.add(source)  # its flags come even when no value does
+        for stage in sorted(sources):
+            receive_values(self.links, states, arriving, stage)
         return hidden
 
-    def _send_forward(
-        self, plan: Plan, states: list[RequestState], works: list[StageWork], hidden: Tensor | None
-    ) -> int:
-        """Returns the bytes of hidden rows sent."""
+    def _send(self, plan: Plan, states: list[RequestState], works: list[StageWork], hidden: Tensor | None) -> int:
+        """Returns the bytes of hidden rows, or gradients, sent."""
         leaving = [work.leaving for work in works]
         targets = {t.target for each in leaving for t in each}
         hidden_bytes = 0
-        if self.links.stage + 1 < plan.num_stages:
+        target = self._neighbour(plan, before=False)
+        if target is not None:
             assert hidden is not None, "the window ended before its last layer, but a later stage has rows to run"
-            self.links.send(hidden, self.links.stage + 1)
+            self.links.send(hidden, target)
             hidden_bytes = hidden.nbytes
-            targets.add(self.links.stage + 1)
-        for target in sorted(targets):
-            send_values(self.links, self.device, states, leaving, target)
+            targets.add(target)
+        for stage in sorted(targets):
+            send_values(self.links, self.device, states, leaving, stage)
         return hidden_bytes
+
+    def _neighbour(self, plan: Plan, *, before: bool) -> int | None:
+        """The stage that hands its rows to this one, or gets them from it, in the pass's direction; None: there is none.
+
+        Gradients go no further back than to the stage where the first of them stops.
+        """
+        here, first = self.links.stage, 0
+        if plan.of is not None:
+            first, before = self._stage_of(min(self._tapes.of(plan.of).cuts)), not before
+        other = here - 1 if before else here + 1
+        return other if first <= min(here, other) and max(here, other) < plan.num_stages else None
+
+    def _stage_of(self, order: int) -> int:
+        levels = self.context.levels
+        return levels.stages[min(levels.of(order), levels.count - 1)]
 
     # 4) the window
 
@@ -385,14 +420,22 @@ class Shard:
                 if fragment.order != PROLOGUE:
                     at[fragment.order].append((state, fragment))
         tables = self.row_tables.of_pass(states, streams)
+        tape = self._tapes.begin(plan, states) if plan.cuts else None
         trunks = Trunks(streams, self.store)
         attention = AttentionPass(
             plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None
         )
-        rows = PackedRows(streams=streams, attention=attention, trunks=trunks)
+        attention.is_taped = tape is not None
+        rows = PackedRows(streams=streams, attention=attention, trunks=trunks, tape=tape)
         is_last = self.links.stage == plan.num_stages - 1
         if is_last and plan.until != PROLOGUE:
             at.setdefault(plan.until, [])  # nobody reads or writes there when the pass goes on for what it keeps
+        if tape is not None:
+            if hidden is not None:
+                hidden = tape.receive(hidden, has_seam=self._stage_of(min(plan.cuts)) < self.links.stage)
+            for order in plan.cuts:
+                if self._stage_of(order) == self.links.stage:
+                    at.setdefault(order, [])
         visits = [
             Visit(
                 order=order,
@@ -410,7 +453,26 @@ class Shard:
             for order, fragments in at.items()
             for (module, operation), port in (self._port(order),)
         ]
-        return self.runner.run(rows, hidden, visits, stop_after=plan.until if is_last else None)
+        hidden_out = self.runner.run(rows, hidden, visits, stop_after=plan.until if is_last else None)
+        return hidden_out if tape is None or hidden_out is None else tape.hand_on(hidden_out)
+
+    def _run_back(
+        self, of: PassId, states: list[RequestState], works: list[StageWork], gradient: Tensor | None
+    ) -> Tensor | None:
+        """The window of an earlier pass backwards: what comes of a gradient at its end to what came in."""
+        at: dict[int, list[tuple[RequestState, Fragment]]] = defaultdict(list)
+        for state, work in zip(states, works, strict=True):
+            for fragment in work.fragments:
+                if fragment.order != PROLOGUE:
+                    at[fragment.order].append((state, fragment))
+
+        def run(order: int, port: GradientPort) -> None:
+            for state, fragment in at.pop(order, ()):
+                state.run(fragment, port)
+
+        found = self._tapes.of(of).sweep(gradient, run)
+        assert not at, "a gradient is looked at where the pass before has no seam"
+        return found
 
     def _port(self, order: int) -> tuple[tuple[str, str], Port]:
         """The module and the way inside of its source, and the side, of what has an order."""
@@ -424,6 +486,8 @@ class Shard:
         levels = self.context.levels
         level, next_level = levels.of(order), levels.acts_from(order)
         streams, is_output, layouts = rows.streams, levels.is_output(order), self._layouts.get(order, {})
+        if rows.tape is not None:
+            return self._taped_visitor(fragments, rows.tape, order, layouts)
 
         def visit(value: object) -> object:
             port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.giving else None, layouts)
@@ -437,6 +501,19 @@ class Shard:
             return port.result()
 
         return visit
+
+    def _taped_visitor(
+        self, fragments: list[tuple[RequestState, Fragment]], tape: Tape, order: int, layouts: Mapping[Selector, int]
+    ) -> Callable[[object], object]:
+        """In a pass that is run backwards later. What is written is written right there: all levels have the same rows."""
+        selectors = self._row_leaves.get(order) or row_leaves_of(self.context.table.sources.site_at(order))
+        place = TapePlace(order=order, port=self._port(order)[1], selectors=selectors, layouts=layouts)
+
+        def run(port: PortValue) -> None:
+            for state, fragment in fragments:
+                state.run(fragment, port)
+
+        return lambda value: tape.visit(place, value, run)
 
     def _token_visitor(
         self,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
@@ -26,6 +26,7 @@ from engine.around import Around, rows_of
 from engine.attention import AttentionPass, attending
 from engine.copies import to_device
 from engine.head_outputs import HeadOutputs, with_change
+from engine.head_seam import HeadSeam
 from engine.leaves import first_argument, port_leaves
 from engine.named import CallView, HeadsTaken, HeadView, Views
 from engine.operations import Stops, rewritten
@@ -33,6 +34,7 @@ from engine.pair_tensors import TensorPairs
 from engine.points import MASKED, Point, Points
 from engine.positions import numbered_modules, numbering
 from engine.streams import Streams
+from engine.tape import Tape
 from engine.trunks import Trunks
 from engine.windows import Window
 from engine.writes import with_member
@@ -65,6 +67,11 @@ class PackedRows:
     attention: AttentionPass
     trunks: Trunks
     landing: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)  # see `StageRunner.run`
+    tape: Tape | None = None  # that records the forward; None: nobody runs it back
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Forwards inside are recorded, when somebody runs them back; else they run without autograd."""
+        return torch.no_grad() if self.tape is None else self.tape.recording()
 
 
 class StageRunner:
@@ -99,7 +106,7 @@ class StageRunner:
         )
         kept_K = streams.kept_rows() if self.window.is_last and self._keeps_rows else None
         options: dict[str, Any] = {} if kept_K is None else {"logits_to_keep": kept_K}
-        with ExitStack() as hooks, attending(rows.attention), torch.no_grad():
+        with ExitStack() as hooks, attending(rows.attention), rows.recording():
             for handle in self._install(rows, hidden_1TD, visits, stop_after, left):
                 hooks.callback(handle.remove)
             for module, give in numbering(self._numbered, positions_1T):
@@ -309,6 +316,7 @@ class StageRunner:
         units = view.units
         adds_changes = hasattr(source, "adds_changes")  # modules of several ranks do, before they add up
         changes: dict[int, tuple[Tensor, Tensor] | None] = {}  # by thread: of lanes, see `engine.lockstep`
+        seams: dict[int, HeadSeam] = {}  # by thread
 
         def part(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if self._is_calling:
@@ -318,26 +326,33 @@ class StageRunner:
             if is_last:
                 raise Done
             if after is before:
-                if not units.is_view:
+                if not units.is_view and not output.requires_grad:
                     units.put(output, before)
                 return None
             changed = output.clone()
             units.put(changed, after)
             return changed
 
-        def made(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def made(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
             weight = source.weight if view.is_transposed else source.weight.T  # [H C, D]
             z = source.own_input(args[0]) if hasattr(source, "own_input") else args[0]
             heads = HeadOutputs(z.unflatten(-1, (-1, units.size)), weight.unflatten(0, (-1, units.size)))
             if self._is_calling or heads.z.shape[2] != heads.weight.shape[0]:
-                return
+                return None
             visit.visitor(heads)
             if is_last:
                 raise Done
+            if heads.seam is not None:
+                seams[get_ident()] = heads.seam
             if adds_changes:
                 source.change = heads.change
             else:
                 changes[get_ident()] = heads.change
+            return None if heads.seam is None else (args[0].detach(),)
+
+        def closed(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            seam = seams.pop(get_ident(), None)
+            return None if seam is None else seam.close(output)
 
         def with_its_change(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             change = changes.pop(get_ident(), None)
@@ -351,6 +366,7 @@ class StageRunner:
             yield _Forgetting(source)  # a pass may end before the module has run
         else:
             yield source.register_forward_hook(with_its_change)
+        yield source.register_forward_hook(closed)
 
     def _visiting_output(self, visit: Visit, is_last: bool) -> Callable[..., Any]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:

@@ -30,6 +30,7 @@ class RowView:
         self, view: View, columns: Sequence[int], find: Finder, device: torch.device, num_stream: int | None = None
     ) -> None:
         """Rows from `num_stream` on are not in the stream: they are outputs of trunks."""
+        self.view = view
         self.shape = (len(view.lengths), len(columns))
         self.device = device
         rows: list[int] = []

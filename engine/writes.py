@@ -58,6 +58,11 @@ class PortValue:
         """Takes a tensor's writes away, for whoever applies them in the next level's rows."""
         return self._writes.pop(selector, [])
 
+    def changing(self) -> list[Tensor]:
+        """The tensors that are to be written to in place."""
+        changed = [own for own, writes in self._writes.items() if any(write.in_place for write in writes)]
+        return [self.tensors[selector] for selector in changed if selector in self.tensors]
+
     def result(self) -> Any:
         """Applies the writes; what the hook returns: the original object when nothing was assigned."""
         value = self.original

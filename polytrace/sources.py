@@ -84,10 +84,14 @@ class Sources:
 
     def at(self, order: int) -> tuple[tuple[tuple[str, str], Port], dict[tuple[int | str, ...], int]]:
         """The module and the way inside of its source of what has an order, its side, and how its rows lie."""
-        site = self._orders[order]
+        site = self.site_at(order)
         split = self.split(site.module)
         assert split is not None, "it was found by its path"
         return (split, site.port), site.layouts
+
+    def site_at(self, order: int) -> SiteInfo:
+        """The side of an operation that has an order."""
+        return self._orders[order]
 
     def sites(self) -> Iterator[SiteInfo]:
         """Every operation's sides."""

@@ -1,0 +1,82 @@
+"""What autograd keeps of a forward for its way back, and that it stays what it was.
+
+A graph may write to a tensor of the model in place where a gradient stops (`engine.tape`). Plain autograd would refuse
+to use what it has kept of that memory before; here whoever kept it gets a copy first. What the model itself changes in
+place behind the back of autograd is an error, as it is there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from polytrace.errors import ServiceError
+
+
+class Kept:
+    """One tensor that an operation keeps."""
+
+    __slots__ = ("__weakref__", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # the same memory
+        self.version = tensor._version
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nobody has written to the memory."""
+        return self.tensor._version == self.version
+
+
+class SavedTensors:
+    """What the operations of one forward keep."""
+
+    def __init__(self) -> None:
+        self._by_memory: dict[int, list[weakref.ref[Kept]]] = {}
+
+    def keeping(self) -> saved_tensors_hooks:
+        """A context: operations inside keep their tensors here."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def protect(self, tensors: Iterable[Tensor]) -> None:
+        """Their memory is about to be written to: whoever keeps it gets a copy."""
+        for tensor in tensors:
+            for kept in self._of(tensor):
+                if kept.is_unchanged:
+                    kept.tensor = kept.tensor.clone()
+                    kept.version = kept.tensor._version
+
+    @contextmanager
+    def unchanged(self, tensor: Tensor) -> Iterator[None]:
+        """Operations inside count as writing to a tensor's memory and leave it as it is."""
+        own = [kept for kept in self._of(tensor) if kept.is_unchanged]
+        yield
+        for kept in own:
+            kept.version = kept.tensor._version
+
+    def _of(self, tensor: Tensor) -> list[Kept]:
+        """Those that share a tensor's memory."""
+        refs = self._by_memory.get(_memory(tensor), [])
+        return [kept for kept in (ref() for ref in refs) if kept is not None]
+
+    def _pack(self, tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        if not isinstance(tensor, nn.Parameter):
+            refs = self._by_memory.setdefault(_memory(tensor), [])
+            refs[:] = [ref for ref in refs if ref() is not None]  # memory may be another's by now
+            refs.append(weakref.ref(kept))
+        return kept
+
+    def _unpack(self, kept: Kept) -> Tensor:
+        if not kept.is_unchanged:
+            raise ServiceError("the model changes a tensor in place that its gradient needs, so it has no gradients")
+        return kept.tensor
+
+
+def _memory(tensor: Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
