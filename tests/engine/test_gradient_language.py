@@ -177,8 +177,10 @@ def test_points_inside_of_attention(model: Any, plain: Any) -> None:
     with model.trace(IDS):
         layers = model.model.layers
         z, pattern, mid = layers[LAYER].self_attn.z, layers[LAYER].self_attn.pattern, layers[LAYER].resid_mid
+        called, given = layers[LAYER].self_attn.source.q_proj_0.output, layers[LAYER].self_attn.q_proj.output
         with model.lm_head.output[:, -1, TARGET].sum().backward():
             grads = [z.grad.save(), pattern.grad.save(), mid.grad.save()]
+            of_call, of_module = called.grad.save(), given.grad.save()
         values = layers[LAYER].self_attn.v.save()
     attention, kept = plain.model.layers[LAYER].self_attn, []
     hook = attention.o_proj.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
@@ -192,6 +194,7 @@ def test_points_inside_of_attention(model: Any, plain: Any) -> None:
     seen = torch.ones(len(IDS), len(IDS)).tril().bool()
     close(grads[1] * seen, of_pattern * seen)
     assert grads[2].abs().max() > 0
+    close(of_call, of_module)
 
 
 def test_modules_that_are_called_and_ops_of_several_results(model: Any, plain: Any) -> None:
