@@ -210,6 +210,10 @@ class Recorded:
         state = state_of(self)
         state.recording.gradients.assign(state, value)
 
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
     def retain_grad(self) -> None:
         """Nothing: every value has its gradient."""
 
