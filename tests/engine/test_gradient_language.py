@@ -254,6 +254,32 @@ def test_what_is_put_into_a_gradient_goes_on(model: Any, plain: Any) -> None:
     assert (expected - at_first).abs().max() > 0.1
 
 
+def test_one_tensor_has_one_gradient_however_it_is_named(model: Any, plain: Any) -> None:
+    with model.trace(IDS):
+        first, hidden = layer(model, 0), layer(model, LAYER)
+        hidden[:, -1] *= 2
+        loss = model.lm_head.output[:, -1, TARGET].sum()
+        with loss.backward():
+            hidden.grad[:, 0] = 0
+            layer(model, LAYER).grad.mul_(2)
+            one, two = hidden.grad.save(), layer(model, LAYER).grad.save()
+            before = first.grad.save()
+        (by_function,) = torch.autograd.grad(loss, [hidden])
+        by_function *= 0  # a value of its own: it changes nobody's gradient
+        (untouched,) = torch.autograd.grad(loss, [first])
+        by_function, untouched = by_function.save(), untouched.save()
+    run = Run(plain, IDS, layer2=lambda h: torch.cat([h[:, :-1], h[:, -1:] * 2], 1))
+    kept = [run.kept[LAYER], run.given[0]]
+    at_layer, at_first = torch.autograd.grad(run.logits[:, -1, TARGET].sum(), kept, retain_graph=True)
+    at_layer = at_layer * 2
+    at_layer[:, 0] = 0
+    close(one, at_layer)
+    assert torch.equal(one, two)
+    close(before, torch.autograd.grad(kept[0], kept[1], grad_outputs=at_layer)[0])
+    assert not by_function.any()
+    close(untouched, at_first)
+
+
 def test_gradients_of_ops_and_brought_values_can_be_given(model: Any, plain: Any) -> None:
     with model.trace(IDS) as tracer:
         vector = tracer.value(torch.zeros(WIDTH))
