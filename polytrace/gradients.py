@@ -15,18 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from polytrace.detaching import AsShapes, Detaching
 from polytrace.errors import GraphError
-from polytrace.generation import NO_GRADIENTS
 from polytrace.graph import (
     Backward,
     Constant,
     Grad,
     GradWrite,
-    Mask,
     Node,
     NodeId,
     Op,
     Operand,
-    Parameter,
     Read,
     Ref,
     operands,
@@ -35,6 +32,7 @@ from polytrace.groups import GroupPlace
 from polytrace.leaves import Leaf, Leaves
 from polytrace.lineages import Lineage, Lineages
 from polytrace.lines import user_line
+from polytrace.no_gradients import NONE_YET, check_allowed, check_loss, check_value, why_not
 from polytrace.pruning import cone
 from polytrace.storage import Place, State, Storage, is_recorded, state_of
 
@@ -108,31 +106,14 @@ class Gradients:
     def sweep(self, state: State, gradient: Any = None, *, create_graph: bool = False) -> Sweep:
         """A backward that nothing accumulates."""
         where, recording = user_line(), self._recording
-        self._check_allowed(create_graph, where)
+        check_allowed(recording, create_graph, where)
         loss = recording.own_node(state, where)
         found = recording.session.shape_of(loss)
-        if "float" not in found.dtype:
-            raise GraphError(f"gradients are of floating values, and this loss is {found.dtype}", where=where)
-        seed: Ref | None = None
-        if gradient is None:
-            if any(size != 1 for size in found.shape):
-                raise GraphError(
-                    f"this loss has shape {list(found.shape)}, and gradients are of one number: reduce it with "
-                    ".sum() or .mean(), or say how its elements are weighed: backward(gradient=weights)",
-                    where=where,
-                )
-        else:
-            given = recording.operand(gradient, where)
-            if not isinstance(given, Ref):
-                told = f"gradient is a tensor of the loss's shape {list(found.shape)}, not a {type(gradient).__name__}"
-                raise GraphError(told, where=where)
-            seed, own = given, recording.session.shape_of(given.node)
-            if own != found:
-                raise GraphError(
-                    f"gradient is {own.dtype} {list(own.shape)}, and the loss {found.dtype} {list(found.shape)}: both "
-                    "have one shape and dtype",
-                    where=where,
-                )
+        seed = None if gradient is None else recording.operand(gradient, where)
+        if seed is not None and not isinstance(seed, Ref):
+            told = f"gradient is a tensor of the loss's shape {list(found.shape)}, not a {type(gradient).__name__}"
+            raise GraphError(told, where=where)
+        check_loss(found, None if seed is None else recording.session.shape_of(seed.node), where)
         made = Sweep(recording.add(Backward(loss=Ref(loss), gradient=seed, where=where)), where)
         self._is_used = True
         return made
@@ -140,7 +121,7 @@ class Gradients:
     def of(self, state: State) -> State | None:
         """`value.grad`. Raises GraphError when it has none; None where the user has set it to None."""
         where = user_line()
-        self._check_value(state, where)
+        check_value(self._recording, state, where)
         if self._blocks:
             found = self._of_sweep(state, self._blocks[-1], where)
             if found is None:
@@ -164,7 +145,7 @@ class Gradients:
     def assign(self, state: State, value: Any) -> None:
         """`value.grad = new`."""
         where, key = user_line(), self._key(state)
-        self._check_value(state, where)
+        check_value(self._recording, state, where)
         sweep = self._blocks[-1] if self._blocks else None
         if value is None:
             if sweep is not None:
@@ -196,7 +177,7 @@ class Gradients:
         """`torch.autograd.grad`: the gradient of one backward with regard to a value or a tensor; None: it has none."""
         where = user_line()
         if is_recorded(given):
-            self._check_value(state_of(given), where)
+            check_value(self._recording, state_of(given), where)
             found = self._of_sweep(state_of(given), sweep, where)
             return None if found is None else self._sum([found], where)
         leaf = self.leaves.of(given)
@@ -210,7 +191,8 @@ class Gradients:
 
     def begin(self, sweep: Sweep) -> None:
         """`with loss.backward():` begins."""
-        self._check_open()
+        if self._recording.closed is not None:
+            raise GraphError(self._recording.closed, where=user_line())
         self._blocks.append(sweep)
 
     def end(self) -> None:
@@ -315,6 +297,9 @@ class Gradients:
         assert isinstance(backward, Backward)
         return self.lineages.of(backward.loss.node)
 
+    def _why_not(self, sweep: Sweep | None) -> str:
+        return NONE_YET if sweep is None else why_not(sweep.where, self._lineage(sweep))
+
     def _key(self, state: State) -> Hashable:
         """What tells one tensor from another, as torch sees them."""
         storage, place = state.storage, state.storage.place
@@ -384,62 +369,6 @@ class Gradients:
         total.dims = terms[0].dims
         total.storage.gradient = GradPlace()
         return total
-
-    # refusals
-
-    def _check_open(self) -> None:
-        if self._recording.closed is not None:
-            raise GraphError(self._recording.closed, where=user_line())
-
-    def _check_allowed(self, create_graph: bool, where: str) -> None:
-        recording = self._recording
-        if create_graph:
-            raise GraphError(
-                "create_graph=True asks for gradients of gradients, which no trace gives: what is computed from a "
-                "gradient has none",
-                where=where,
-            )
-        if recording.goes_on or recording.loops.are_used:
-            raise GraphError(NO_GRADIENTS, where=where)
-        if recording.is_edit:
-            raise GraphError("an edit has no gradients of its own: call backward() in the traces from it", where=where)
-
-    def _check_value(self, state: State, where: str) -> None:
-        """GraphError for what has no gradient whatever the loss is."""
-        recording = self._recording
-        node = recording.own_node(state, where)
-        made = recording.nodes[node]
-        if isinstance(made, Parameter):
-            raise GraphError(
-                f"{made.path} is a weight of the model, and weights are frozen: gradients are of what modules get "
-                "and return (`.input`, `.output`), and of what is computed from these",
-                where=where,
-            )
-        if isinstance(made, Grad):
-            raise GraphError("a gradient has no gradient: what is computed from it has one, as g.clone()", where=where)
-        dtype = "bool" if isinstance(made, Mask) else recording.facts.dtypes.of(node)
-        dtype = dtype or recording.session.shape_of(node).dtype
-        if "float" not in dtype:
-            raise GraphError(f"gradients are of floating values, and this one is {dtype}", where=where)
-
-    def _why_not(self, sweep: Sweep | None) -> str:
-        if sweep is None:
-            return (
-                "this value has no gradient yet: call loss.backward() before, or read it inside `with loss.backward():`"
-            )
-        told = f"the loss of the backward at {sweep.where} does not depend on this value"
-        lineage = self._lineage(sweep)
-        if lineage.is_detached:
-            return (
-                f"{told}: some of what it is made of was recorded while torch's gradients were off (torch.no_grad(), "
-                "torch.set_grad_enabled(False)), and that is detached"
-            )
-        if lineage.is_of_gradients:
-            return f"{told}, but for gradients that it is made of, and what is computed from a gradient has none"
-        return (
-            f"{told}: take `.grad` of the value that the loss was computed from, and index that (`value.grad[:, -1]`, "
-            "not `value[:, -1].grad`)"
-        )
 
 
 def _nodes_of(targets: Sequence[Target]) -> tuple[NodeId, ...]:
