@@ -388,7 +388,7 @@ class Shard:
         return hidden_bytes
 
     def _neighbour(self, plan: Plan, *, before: bool) -> int | None:
-        """The stage that hands its rows to this one, or gets them from it, in the pass's direction; None: there is none.
+        """The stage that hands its rows to this one, or gets them from it, in the direction of the pass.
 
         Gradients go no further back than to the stage where the first of them stops.
         """
@@ -505,7 +505,7 @@ class Shard:
     def _taped_visitor(
         self, fragments: list[tuple[RequestState, Fragment]], tape: Tape, order: int, layouts: Mapping[Selector, int]
     ) -> Callable[[object], object]:
-        """In a pass that is run backwards later. What is written is written right there: all levels have the same rows."""
+        """In a pass that is run backwards later. What is written lands right there: all levels have the same rows."""
         selectors = self._row_leaves.get(order) or row_leaves_of(self.context.table.sources.site_at(order))
         place = TapePlace(order=order, port=self._port(order)[1], selectors=selectors, layouts=layouts)
 
