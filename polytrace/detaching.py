@@ -1,11 +1,14 @@
-"""What is recorded under `torch.no_grad()`: a program has a `detach` behind it, where it has gradients at all."""
+"""Detached values: of what is recorded under `torch.no_grad()`, where a program has gradients at all, and of gradients
+where only shapes are asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import overload
 
 from polytrace.grammar import returns_several
-from polytrace.graph import Backward, Call, Node, NodeId, Op, Ref, Save, operands
+from polytrace.graph import Backward, Call, Grad, Node, NodeId, Op, Ref, Save, operands
 from polytrace.pruning import moved, renumber
 
 
@@ -44,6 +47,26 @@ class Detaching:
         changed += [Op(name="detach", args=(Ref(part),), where=nodes[part].where) for part in cut]
         order = [own for place in range(len(nodes)) for own in _with_cut(NodeId(place), cut)]
         return renumber(changed, order)[0]
+
+
+class AsShapes(Sequence[Node]):
+    """Nodes with a `detach` for each gradient, which has the same shape and dtype and needs no backward."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self._nodes = nodes
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    @overload
+    def __getitem__(self, place: int) -> Node: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Node]: ...
+    def __getitem__(self, place: int | slice) -> Node | Sequence[Node]:
+        if isinstance(place, slice):
+            return [self[own] for own in range(*place.indices(len(self)))]
+        node = self._nodes[place]
+        return Op(name="detach", args=(node.of,), where=node.where) if isinstance(node, Grad) else node
 
 
 class _Moved(dict[NodeId, NodeId]):

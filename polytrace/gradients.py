@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
-from polytrace.detaching import Detaching
+from polytrace.detaching import AsShapes, Detaching
 from polytrace.errors import GraphError
 from polytrace.generation import NO_GRADIENTS
 from polytrace.graph import (
@@ -35,6 +35,7 @@ from polytrace.groups import GroupPlace
 from polytrace.leaves import Leaf, Leaves
 from polytrace.lineages import Lineage, Lineages
 from polytrace.lines import user_line
+from polytrace.pruning import cone
 from polytrace.storage import Place, State, Storage, is_recorded, state_of
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Gradients:
         self._keys: dict[Storage, Hashable] = {}
         self._grads: dict[tuple[NodeId, NodeId], NodeId] = {}
         self._writes: dict[tuple[NodeId, NodeId], NodeId] = {}  # the newest of each value and backward
-        self._all: list[Sweep] = []
+        self._is_used = False
         self.detaching = Detaching()
         self.lineages = Lineages(recording)
         self.leaves = Leaves(recording)
@@ -111,7 +112,7 @@ class Gradients:
         found = recording.session.shape_of(loss)
         if "float" not in found.dtype:
             raise GraphError(f"gradients are of floating values, and this loss is {found.dtype}", where=where)
-        seed: Operand = None
+        seed: Ref | None = None
         if gradient is None:
             if any(size != 1 for size in found.shape):
                 raise GraphError(
@@ -120,11 +121,11 @@ class Gradients:
                     where=where,
                 )
         else:
-            seed = recording.operand(gradient, where)
-            if not isinstance(seed, Ref):
+            given = recording.operand(gradient, where)
+            if not isinstance(given, Ref):
                 told = f"gradient is a tensor of the loss's shape {list(found.shape)}, not a {type(gradient).__name__}"
                 raise GraphError(told, where=where)
-            own = recording.session.shape_of(seed.node)
+            seed, own = given, recording.session.shape_of(given.node)
             if own != found:
                 raise GraphError(
                     f"gradient is {own.dtype} {list(own.shape)}, and the loss {found.dtype} {list(found.shape)}: both "
@@ -132,7 +133,7 @@ class Gradients:
                     where=where,
                 )
         made = Sweep(recording.add(Backward(loss=Ref(loss), gradient=seed, where=where)), where)
-        self._all.append(made)
+        self._is_used = True
         return made
 
     def of(self, state: State) -> State | None:
@@ -235,6 +236,12 @@ class Gradients:
         if peeks is not None and peeks.has_seen(place.backward):
             told = "a gradient of this backward was looked at, and this change would make it another: change it before"
             raise GraphError(told, where=where)
+        if len(place.targets) > 1 and self._is_of_backward(node, place.backward):
+            raise GraphError(
+                "this is the gradient of several prompts as one view, and what one's becomes may not depend on the "
+                "others': change it in the invoke of each, or give a tensor (`value.grad = new`)",
+                where=where,
+            )
         for target in place.targets:
             value = node
             if target.index is not None:
@@ -262,7 +269,7 @@ class Gradients:
 
     def as_shapes(self, nodes: list[Node]) -> Sequence[Node]:
         """The nodes for a question about shapes: a gradient is like what it is of."""
-        return _AsShapes(nodes) if self._all else nodes
+        return AsShapes(nodes) if self._is_used else nodes
 
     def _sum_of(self, leaf: Leaf, sweeps: Sequence[Sweep]) -> State | None:
         """The gradient of some backwards with regard to a tensor of the user's; None: they do not depend on it."""
@@ -303,6 +310,12 @@ class Gradients:
         """Where a site was read several times with nothing written between, the first read has all of the gradient."""
         is_read = isinstance(self._recording.nodes[node], Read)
         return place.firsts.get(place.writes if writes is None else writes, node) if is_read else node
+
+    def _is_of_backward(self, node: NodeId, backward: NodeId) -> bool:
+        """Whether a value is made of gradients of a backward."""
+        nodes = self._recording.nodes
+        made = [nodes[part] for part in cone(self.as_shapes(nodes), node)]
+        return any(isinstance(one, Grad) and one.backward.node == backward for one in made)
 
     def _lineage(self, sweep: Sweep) -> Lineage:
         backward = self._recording.nodes[sweep.node]
@@ -412,23 +425,3 @@ class Gradients:
             f"{told}: take `.grad` of the value that the loss was computed from, and index that (`value.grad[:, -1]`, "
             "not `value[:, -1].grad`)"
         )
-
-
-class _AsShapes(Sequence[Node]):
-    """Nodes with a `detach` for each gradient, which has the same shape and dtype and needs no backward."""
-
-    def __init__(self, nodes: Sequence[Node]) -> None:
-        self._nodes = nodes
-
-    def __len__(self) -> int:
-        return len(self._nodes)
-
-    @overload
-    def __getitem__(self, place: int) -> Node: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Node]: ...
-    def __getitem__(self, place: int | slice) -> Node | Sequence[Node]:
-        if isinstance(place, slice):
-            return [self[own] for own in range(*place.indices(len(self)))]
-        node = self._nodes[place]
-        return Op(name="detach", args=(node.of,), where=node.where) if isinstance(node, Grad) else node

@@ -368,8 +368,8 @@ def _unknown(func: Any, args: Sequence[Any]) -> Any:
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", name)
-        told = hints.of_value(name) or f"a recorded value does not know its .{name} before it ran"
-        raise GraphError(told, where=user_line())
+        words = hints.of_value(name) or f"a recorded value does not know its .{name} before it ran"
+        raise GraphError(words, where=user_line())
     if name.endswith("_") and not name.endswith("__") and args and not is_recorded(args[0]):
         refuse_client_change("in-place code")
     if (told := hints.of_value(name)) is not None:

@@ -1,6 +1,6 @@
 """Training a tuned lens: residuals come from the service in parts, translators are fitted here, by torch.
 
-The service has no gradients, so the loss is worked out on the client, with its own copy of final norm and unembedding.
+The loss is worked out on the client, with its own copy of final norm and unembedding: each residual travels once.
 """
 
 from __future__ import annotations

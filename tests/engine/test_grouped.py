@@ -72,6 +72,33 @@ def test_a_row_has_the_same_bits_wherever_it_lies() -> None:
         assert torch.equal(other[2 * TILE_ROWS :], one[order])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_rows_have_the_gradients_of_their_own_matrices_products(is_transposed: bool, dtype: torch.dtype) -> None:
+    from engine.grouped import TILE_ROWS, grouped_product
+
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.tensor([2, 0, 0, 3])  # the last belongs to none
+    x = torch.randn(len(matrices) * TILE_ROWS, 40, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weights = torch.randn(3, 40, 50, generator=generator).to(DEVICE, dtype)
+    if is_transposed:
+        weights = weights.transpose(1, 2).contiguous().transpose(1, 2)
+    biases = torch.randn(3, 50, generator=generator).to(DEVICE, dtype)
+    given = torch.randn(len(matrices) * TILE_ROWS, 50, generator=generator).to(DEVICE, dtype)
+    given[3 * TILE_ROWS :] = float("nan")
+    product = grouped_product(x, weights, biases, matrices.to(DEVICE))
+    with torch.no_grad():
+        assert torch.equal(product, grouped_product(x, weights, biases, matrices.to(DEVICE)))
+    (found,) = torch.autograd.grad(product, x, given)
+    for tile, matrix in enumerate(matrices.tolist()):
+        rows = slice(tile * TILE_ROWS, (tile + 1) * TILE_ROWS)
+        if matrix == 3:
+            assert not found[rows].any()
+            continue
+        expected = given[rows].double() @ weights[matrix].double().T
+        assert (found[rows].double() - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()
+
+
 def mixture(family: str, dtype: torch.dtype) -> Any:
     """The experts of one layer."""
     model = model_of(family, dtype).to(DEVICE)
@@ -121,3 +148,25 @@ def test_a_row_has_the_same_bits_whatever_rows_share_its_experts_on_a_gpu(family
             part = slice(start, start + 19)
             assert torch.equal(whole[part], experts(hidden[part], chosen[part], weights[part]))
         assert torch.equal(whole, experts(hidden.flip(0), chosen.flip(0), weights.flip(0)).flip(0))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_gradients_of_experts_on_a_gpu_are_transformers_and_a_rows_own(family: str, dtype: torch.dtype) -> None:
+    experts = mixture(family, dtype).requires_grad_(False)
+    hidden, chosen, weights = rows(experts, dtype)
+    given = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+
+    def differentiated(chosen: Tensor) -> tuple[Tensor, ...]:
+        leaves = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
+        return torch.autograd.grad(experts(leaves[0], chosen, leaves[1]), leaves, given)
+
+    ours = differentiated(chosen)
+    crowded = chosen.clone()
+    crowded[1:] = chosen[0]
+    for own, other in zip(ours, differentiated(crowded), strict=True):
+        assert torch.equal(own[0], other[0])
+    experts.config._experts_implementation_internal = "eager"
+    for own, eager in zip(ours, differentiated(chosen), strict=True):
+        assert (own - eager).abs().max() <= TOLERANCES[dtype] * eager.abs().max()

@@ -14,8 +14,10 @@ from families import CONFIGS
 from transformers import (
     AutoConfig,
     BioGptConfig,
+    DeepseekV2Config,
     HunYuanDenseV1Config,
     Llama4TextConfig,
+    Olmo2Config,
     PersimmonConfig,
     Qwen2MoeConfig,
     StableLmConfig,
@@ -67,7 +69,10 @@ MORE = (  # families that the other tests do not have, most of them split by a p
     BioGptConfig(**SIZES),
     Qwen2MoeConfig(**SIZES, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2),
     Llama4TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=4, interleave_moe_layer_step=2),
+    Olmo2Config(**SIZES),
+    DeepseekV2Config(**SIZES, n_routed_experts=4, num_experts_per_tok=2),
 )
+NO_GRADIENTS = "keys of latent attention as if ranks had nothing to add up"  # runs, and right, but not backwards
 
 
 def configurations() -> dict[str, Any]:
@@ -77,6 +82,8 @@ def configurations() -> dict[str, Any]:
     for name, (family, plan, _) in WRONG.items():
         found[name] = copy.deepcopy(CONFIGS[family])
         found[name].base_model_tp_plan = plan
+    latent = found[NO_GRADIENTS] = copy.deepcopy(found["DeepseekV2Config"])
+    latent.base_model_tp_plan = latent.base_model_tp_plan | {"layers.*.self_attn.kv_a_proj_with_mqa": "replicate"}
     return found
 
 
@@ -84,10 +91,13 @@ def shard(rank: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     store = join_store("127.0.0.1", port)
     links = Distributed(store, stage=0, stages=1, rank=rank, ranks=RANKS, timeout_s=60)
-    told = {}
+    told: dict[str, Any] = {}
     for name, config in configurations().items():
         try:
-            prove_splits(config, links, torch.device("cpu"))
+            proof = prove_splits(config, links, torch.device("cpu"))
+            assert proof is not None
+            where = [f"{module} {way} {port.value}" for module, way, port, _ in proof.no_gradients]
+            told[name] = proof.why_no_gradients, where
         except ServiceError as error:
             told[name] = error.message
     links.barrier()
@@ -96,20 +106,41 @@ def shard(rank: int, port: int, out: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("out")
     store = open_store("127.0.0.1")
-    mp.spawn(shard, (store.port, str(folder)), nprocs=RANKS)
+    mp.get_context("forkserver").set_forkserver_preload(["engine.shard"])  # torch is imported once
+    mp.start_processes(shard, (store.port, str(folder)), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-def test_every_family_and_every_shipped_model_is_proven(told: list[dict[str, str]]) -> None:
+def test_every_family_and_every_shipped_model_is_proven(told: list[dict[str, Any]]) -> None:
     for each in told:
-        assert set(each) == set(WRONG)
+        assert {name for name, found in each.items() if isinstance(found, str)} == set(WRONG)
+
+
+def test_every_family_and_every_shipped_model_has_gradients_and_at_every_port(told: list[dict[str, Any]]) -> None:
+    of_latent_keys = {"model.layers.*.self_attn.kv_a_proj_with_mqa  output"}
+    for each in told:
+        for name in each.keys() - WRONG.keys() - {NO_GRADIENTS}:
+            why, where = each[name]
+            assert why == ""
+            ports = {place for place in where if "  " in place}  # of modules
+            assert ports == (of_latent_keys if name == "DeepseekV2Config" else set())
+        # What ranks add up behind an operation is a part of its input's gradient.
+        assert "model.layers.*.mlp.up_proj F_linear_0 inputs" in each["llama"][1]
+
+
+def test_a_split_whose_gradients_differ_is_served_without_and_says_why(told: list[dict[str, Any]]) -> None:
+    for each in told:
+        assert re.search(
+            r"DeepseekV2ForCausalLM has other gradients over 2 ranks than in one process, at \S+ by .* use ranks=1",
+            each[NO_GRADIENTS][0],
+        )
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_plan_is_refused_on_every_rank_with_where_it_begins(name: str, told: list[dict[str, str]]) -> None:
+def test_a_wrong_plan_is_refused_on_every_rank_with_where_it_begins(name: str, told: list[dict[str, Any]]) -> None:
     for each in told:
         assert re.search(WRONG[name][2], each[name]), each[name]
 

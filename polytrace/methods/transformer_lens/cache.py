@@ -91,7 +91,7 @@ class ActivationCache(Decomposition):
     def toggle_autodiff(self, mode: bool = False) -> None:
         """Not needed: nothing here has gradients."""
         if mode:
-            raise GraphError("gradients are not part of polytrace yet", where=user_line())
+            raise GraphError("what is in a cache has no gradients: write loss.backward() in a trace", where=user_line())
 
     def remove_batch_dim(self) -> ActivationCache:
         """Of one prompt: drops its dimension everywhere; returns itself. Raises GraphError for several prompts."""

@@ -24,6 +24,9 @@ from polytrace.tracing import Tracer
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 HookFunction = Callable[..., Any]
+_NO_GRADIENTS = (
+    "hooks here are forward ones: gradients are `loss.backward()` and `value.grad` in a trace of the model itself"
+)
 _LATER = {
     "generate": "generation is not part of polytrace yet",
     "generate_stream": "generation is not part of polytrace yet",
@@ -156,7 +159,7 @@ class HookedModel(Tokens, Weights):
         than one request returns, with what takes most of it.
         """
         if incl_bwd:
-            raise GraphError("gradients are not part of polytrace yet: incl_bwd=False", where=user_line())
+            raise GraphError(_NO_GRADIENTS, where=user_line())
         run = self._run(return_type, loss_per_token, stop_at_layer)
         run = replace(
             run,
@@ -228,7 +231,7 @@ class HookedModel(Tokens, Weights):
     ) -> Iterator[HookedModel]:
         """A block in which every run has these hooks."""
         if list(bwd_hooks):
-            raise GraphError("gradients are not part of polytrace yet, so there are no bwd_hooks", where=user_line())
+            raise GraphError(_NO_GRADIENTS, where=user_line())
         added = [_Added(self._named(names), function) for names, function in fwd_hooks]
         self._added += added
         try:
@@ -242,7 +245,7 @@ class HookedModel(Tokens, Weights):
     def add_hook(self, name: Any, hook: HookFunction, dir: str = "fwd", is_permanent: bool = False) -> None:
         """A hook of every later run, until `reset_hooks`."""
         if dir != "fwd":
-            raise GraphError("gradients are not part of polytrace yet: hooks are 'fwd'", where=user_line())
+            raise GraphError(_NO_GRADIENTS, where=user_line())
         self._added.append(_Added(self._named(name), hook, is_permanent))
 
     def add_perma_hook(self, name: Any, hook: HookFunction, dir: str = "fwd") -> None:

@@ -1,0 +1,84 @@
+"""Gradients through a whole service of two stages with two ranks each: the same programs, the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from services import PROMPT, Service, make_model, wait_until
+from transformers import LlamaForCausalLM
+
+import polytrace
+
+HIDDEN, TARGET = 32, 7
+TOLERANCE = 1e-5  # float32, of max(1, max|plain|)
+IDS = [list(PROMPT)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("gradients") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    service = Service(folder, tmp_path_factory.mktemp("service"), "--stages", "2", "--ranks", "2")
+    try:
+        wait_until(service.is_ready, 240, service)
+        with polytrace.connect(str(service.http.base_url), "tiny", key="sesame") as connected:
+            yield connected
+    finally:
+        service.kill_all()
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= TOLERANCE * max(1.0, float(theirs.abs().max()))
+
+
+def test_a_service_gives_the_gradients_of_the_plain_model(model: Any, folder: Path) -> None:
+    mine = torch.zeros(HIDDEN, requires_grad=True)
+    with model.trace() as tracer:
+        with tracer.invoke(IDS):  # gradients at each stage, one of them changed between the stages
+            early, late = model.model.layers[0].output[0], model.model.layers[3].output[0]
+            z = model.model.layers[2].self_attn.z
+            late[:, -1] += mine
+            with model.lm_head.output[:, -1, TARGET].sum().backward():
+                z.grad[:, :2] = 0
+                grads = [late.grad.save(), z.grad.save(), early.grad.save()]
+        vector, losses = tracer.value(torch.zeros(HIDDEN)), []
+        for _ in range(3):
+            with tracer.invoke(IDS):
+                model.model.layers[1].output[0][:, -1] += vector
+                loss = model.lm_head.output[:, -1, TARGET].sum()
+            loss.backward()
+            vector = vector - 0.5 * vector.grad
+            losses.append(loss)
+        vector, losses = vector.save(), torch.stack(losses).save()
+    with polytrace.load(str(folder), threads=1) as here, here.trace() as tracer, tracer.invoke(IDS):
+        early, late = here.model.layers[0].output[0], here.model.layers[3].output[0]
+        z = here.model.layers[2].self_attn.z
+        with here.lm_head.output[:, -1, TARGET].sum().backward():
+            z.grad[:, :2] = 0
+            expected = [late.grad.save(), z.grad.save(), early.grad.save()]
+    for ours, theirs in zip(grads, expected, strict=True):
+        close(ours, theirs)
+    assert mine.grad is not None
+    close(mine.grad, grads[0][0, -1])
+    theirs = torch.zeros(HIDDEN, requires_grad=True)
+    plain, by_hand, by_hand_losses = LlamaForCausalLM.from_pretrained(folder), torch.optim.SGD([theirs], lr=0.5), []
+    plain.model.layers[1].register_forward_hook(
+        lambda module, args, output: torch.cat([output[:, :-1], output[:, -1:] + theirs], 1)
+    )
+    for _ in range(3):
+        loss = plain(input_ids=torch.tensor(IDS), use_cache=False).logits[:, -1, TARGET].sum()
+        by_hand.zero_grad()
+        loss.backward()
+        by_hand.step()
+        by_hand_losses.append(loss.detach())
+    close(losses, torch.stack(by_hand_losses))
+    close(vector, theirs.detach())
+    assert losses[-1] < losses[0]
