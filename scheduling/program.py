@@ -193,7 +193,7 @@ def _compile(
         waves=tuple(
             replace(
                 wave,
-                cuts=cuts_of(cuts, number, runs, resolved),
+                cuts=cuts_of(cuts, number, runs, resolved, table.levels),
                 of=scale.of[number] if scale.is_backward(number) else None,
                 frees=frees.get(number, ()),
                 reruns=reruns and number in cuts,
