@@ -199,7 +199,11 @@ class Recorded:
         """The gradient with regard to this value, of its shape and dtype; see `backward`."""
         state = state_of(self)
         found = state.recording.gradients.of(state)
-        return None if found is None else state.recording.session.wrap(found)
+        if found is None:
+            return None
+        seen = state.recording.alias(found)  # each that is looked at can be saved by itself
+        seen.dims = found.dims
+        return state.recording.session.wrap(seen)
 
     @grad.setter
     def grad(self, value: Any) -> None:

@@ -1,5 +1,7 @@
 """Generations on a whole service, tinyworld on 2 x 2 shards: streamed, resumed, cancelled, and by OpenAI's client.
 
+Gradients come through the same service.
+
 Greedy tokens are those of Hugging Face `generate` with hooks; float32 values hold max|a - b| <= 1e-5 max(1, max|b|).
 """
 
@@ -314,3 +316,57 @@ def test_a_program_over_steps_gives_over_http_what_it_gives_here(model: Model, v
     for one, other in zip(ours, theirs, strict=True):
         if isinstance(one, Tensor) and one.is_floating_point():
             close(one, other)
+
+
+def test_gradients_come_through_every_stage_and_rank(model: Model, plain: PreTrainedModel, tokenizer: Any) -> None:
+    width, city = plain.config.hidden_size, tokenizer(" Rome", add_special_tokens=False)["input_ids"][0]
+    mine = torch.zeros(width, requires_grad=True)
+    learnt: Any
+    losses: Any = []
+    with model.trace() as tracer:
+        with tracer.invoke(PROMPT):
+            early, late = model.model.layers[1].output[0], model.model.layers[6].output[0]
+            late[:, -1] += mine
+            with model.lm_head.output[:, -1, city].sum().backward():
+                late.grad[:, :-1] = 0  # on its way from the second stage to the first
+                grads = [late.grad.save(), early.grad.save()]
+        learnt = tracer.value(torch.zeros(width))
+        for _ in range(3):
+            with tracer.invoke(PROMPT):
+                model.model.layers[LAYER].output[0][:, -1] += learnt
+                loss = -model.lm_head.output[:, -1].log_softmax(-1)[:, city].sum()
+            loss.backward()
+            learnt = learnt - 10 * learnt.grad
+            losses.append(loss)
+        learnt, losses = learnt.save(), torch.stack(losses).save()  # type: ignore[attr-defined]
+    ids, kept = tokenizer(PROMPT, return_tensors="pt").input_ids, {}
+    vector = torch.zeros(width, requires_grad=True)
+
+    def keep(module: Any, args: Any, output: Tensor) -> None:
+        kept[module] = output
+
+    def add(module: Any, args: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[:, :-1], output[:, -1:] + vector], 1)
+
+    layers = plain.model.layers
+    handles = [layers[1].register_forward_hook(keep), layers[6].register_forward_hook(keep)]
+    logits = plain(ids, use_cache=False).logits
+    (at_late,) = torch.autograd.grad(logits[:, -1, city].sum(), kept[layers[6]], retain_graph=True)
+    at_late[:, :-1] = 0
+    (at_early,) = torch.autograd.grad(kept[layers[6]], kept[layers[1]], grad_outputs=at_late)
+    handles.append(layers[LAYER].register_forward_hook(add))
+    theirs = []
+    for _ in range(3):
+        loss = -plain(ids, use_cache=False).logits[:, -1].log_softmax(-1)[:, city].sum()
+        (step,) = torch.autograd.grad(loss, vector)
+        vector = (vector - 10 * step).detach().requires_grad_()
+        theirs.append(loss.detach())
+    for handle in handles:
+        handle.remove()
+    close(grads[0], at_late)
+    close(grads[1], at_early)
+    assert mine.grad is not None
+    close(mine.grad.clone(), at_late[0, -1])
+    close(losses, torch.stack(theirs))
+    close(learnt, vector.detach())
+    assert losses[-1] < losses[0] - 0.5
