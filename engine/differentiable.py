@@ -37,7 +37,7 @@ def met(links: Links, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors that every rank has whole, for use with a rank's own weights: their gradients are summed over ranks."""
     if links.ranks == 1 or not any(is_differentiated(tensor) for tensor in tensors):
         return tensors
-    found: tuple[Tensor, ...] = _Met.apply(links, *tensors)
+    found: tuple[Tensor, ...] = _Met.apply(links, *tensors)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -66,7 +66,7 @@ def ordered_sum(links: Links, tensor: Tensor) -> Tensor:
     """`Links.ordered_sum`; every rank's summand has the sum's gradient."""
     if links.ranks == 1 or not is_differentiated(tensor):
         return links.ordered_sum(tensor)
-    total: Tensor = _OrderedSum.apply(links, tensor)
+    total: Tensor = _OrderedSum.apply(links, tensor)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -74,7 +74,7 @@ def gather(links: Links, tensor: Tensor) -> Tensor:
     """`Links.gather` along the last dimension; each rank's part has its part of the gradient."""
     if links.ranks == 1 or not is_differentiated(tensor):
         return links.gather(tensor, -1)
-    whole: Tensor = _Gather.apply(links, tensor)
+    whole: Tensor = _Gather.apply(links, tensor)  # type: ignore[no-untyped-call]
     return whole
 
 
@@ -82,12 +82,13 @@ def own_part(links: Links, whole: Tensor) -> Tensor:
     """A rank's part of the last dimension; the whole has the gradients of all ranks' parts."""
     if links.ranks == 1 or not is_differentiated(whole):
         return _own_part(links, whole)
-    part: Tensor = _OwnPart.apply(links, whole)
+    part: Tensor = _OwnPart.apply(links, whole)  # type: ignore[no-untyped-call]
     return part
 
 
 def _own_part(links: Links, whole: Tensor) -> Tensor:
-    return whole.unflatten(-1, (links.ranks, -1)).select(-2, links.rank)
+    part: Tensor = whole.unflatten(-1, (links.ranks, -1)).select(-2, links.rank)
+    return part
 
 
 class _Met(Function):
@@ -97,7 +98,7 @@ class _Met(Function):
         return tuple([tensor.detach() for tensor in tensors])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, *[ctx.links.ordered_sum(gradient) for gradient in gradients]
 
@@ -130,6 +131,6 @@ class _OwnPart(Function):
         return _own_part(links, whole).detach()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         return None, ctx.links.gather(gradient, -1)
