@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.links import Links
 
@@ -39,6 +40,25 @@ def met(links: Links, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     found: tuple[Tensor, ...] = _Met.apply(links, *tensors)  # type: ignore[no-untyped-call]
     return found
+
+
+def met_by_many(links: Links, tensor: Tensor) -> Tensor:
+    """A tensor `met` by modules one after another: those that take it as it is now share one sum of its gradient."""
+    if links.ranks == 1 or not is_differentiated(tensor):
+        return tensor
+    if tensor.is_leaf:  # autograd holds it, so it could not hold what was made of it
+        return met(links, tensor)[0]
+    # What a backward would come to: another function where the tensor has been cut off or written to in between.
+    edge = get_gradient_edge(tensor)
+    before: tuple[GradientEdge, Tensor] | None = getattr(tensor, _MET, None)
+    if before is not None and before[0].node is edge.node and before[0].output_nr == edge.output_nr:
+        return before[1]
+    (found,) = met(links, tensor)
+    setattr(tensor, _MET, (edge, found))
+    return found
+
+
+_MET = "_met_by_ranks"
 
 
 def met_end(links: Links, tensor: Tensor, size: int) -> Tensor:
