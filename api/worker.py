@@ -279,7 +279,7 @@ def _verdict(
     has_text: Callable[[], bool],
 ) -> Verdict:
     from cluster.contents import with_contents
-    from cluster.facts import FactsNotebook
+    from cluster.facts import FactsRecorder
     from cluster.requests import read_request
     from engine.shapes import infer
     from polytrace.codec import to_json
@@ -297,7 +297,7 @@ def _verdict(
         raise GraphError("texts that end a generation need a tokenizer, and this model came without one")
     named = tuple(request.constants.values())
     request, _ = with_contents(request, contents, None)
-    notebook = FactsNotebook(lambda part: infer(description, part, meta))
+    notebook = FactsRecorder(lambda part: infer(description, part, meta))
     program, facts = work_out(RequestId(path.stem), request, description, notebook.infer)
     _check_keeps(program)
     table = table_of(description)

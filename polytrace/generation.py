@@ -10,6 +10,7 @@ from polytrace.graph import Generation, Graph, Invoke, Last, Port, Read, Save, S
 from polytrace.timing import ENDING, When, time_of
 
 MAX_NEW_TOKENS = 1 << 20  # of one sequence; the model's own context is shorter
+MAX_SEQUENCES = 1 << 16  # that go on, of one request: its prompts x samples
 MAX_EOS = 64
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -57,6 +58,10 @@ def check_generation(graph: Graph, invokes: Sequence[Invoke], *, max_nodes: int)
     if all(one.generation is None for one in invokes):
         _check_without(graph)
         return
+    going_on = sum(len(one.sequences) for one in invokes if one.generation is not None)
+    if going_on > MAX_SEQUENCES:
+        told = f"this request has {going_on} sequences that go on (prompts x samples); {MAX_SEQUENCES} is the most"
+        raise TooLargeError(f"{told}: send it in several requests")
     if (total := new_tokens(invokes)) > max_nodes:
         raise TooLargeError(f"this request may have {total} new tokens in all; {max_nodes} is the most")
     limits = [num_steps(one) for one in invokes]
