@@ -254,6 +254,8 @@ class RequestState:
         if port.pairs is not None:
             before = self.program.invokes[node.invoke].before
             value = read_pairs(port.pairs, rows, self.rows[node.invoke].view, before)
+        elif port.attended is not None and self.program.invokes[node.invoke].before:
+            value = port.attended.read(self.rows[node.invoke].view, self.program.invokes[node.invoke].before)
         elif port.heads is not None:
             value = port.heads.read(rows)
         else:
@@ -323,7 +325,7 @@ class RequestState:
             blocks, copies = leaf.sharded_blocks, leaf.sharded_copies
             value = take_part(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
         if port.pairs is not None:
-            value = pairs_of(value, rows, self.rows[node.invoke].view, port.pairs)
+            value = pairs_of(value, rows, self.rows[node.invoke].view, port.pairs, invoke.before)
         if leaf.row_dim != 1:
             value = value.movedim(leaf.row_dim, 1)
         in_place = node.in_place and not is_assigned

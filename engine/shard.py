@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.arguments import Selector
+from engine.attended import Attended
 from engine.attention import AttentionPass
 from engine.chat import chat_format
 from engine.checking import check_names
@@ -424,9 +425,12 @@ class Shard:
         levels = self.context.levels
         level, next_level = levels.of(order), levels.acts_from(order)
         streams, is_output, layouts = rows.streams, levels.is_output(order), self._layouts.get(order, {})
+        side = self._port(order)[1]
 
         def visit(value: object) -> object:
             port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.giving else None, layouts)
+            if side.is_attended:
+                port.attended = Attended(port.tensors[()], side, level, streams.inside(level), rows.trunks)
             for state, fragment in tables.run(order, fragments, port):
                 state.run(fragment, port)
             if is_output:  # a layer's output: what is written to it belongs to the next level's rows

@@ -27,7 +27,7 @@ def _is_of_prompt(node: Node, nodes: Sequence[Node]) -> bool:
     if isinstance(node, Mask):
         return True
     if isinstance(node, Read):
-        return node.site.port.is_of_pairs
+        return node.site.port.has_earlier
     if not isinstance(node, Op) or node.name not in ("getitem", "setitem"):
         return False
     index = node.args[1]

@@ -152,12 +152,12 @@ class Recording:
         if when.last >= limit:
             new = f"at most {limit} tokens are new" if limit > 1 else "this prompt does not go on"
             raise GraphError(f"there is no step {when.last} here: {new}, so steps are 0-{limit - 1}", where=where)
-        if site is not None and site.port.is_of_pairs and when.last > 0:
-            self._check_pairs(site, invoke, when, where)
+        if site is not None and site.port.has_earlier and when.last > 0:
+            self._check_earlier(site, when, where)
         return when
 
-    def _check_pairs(self, site: Site, invoke: int, when: When, where: str) -> None:
-        """Scores and patterns have another number of keys at each step: all that came before it."""
+    def _check_earlier(self, site: Site, when: When, where: str) -> None:
+        """What has keys or values of all positions so far has another number of them at each step."""
         if when.is_loop:
             raise GraphError(
                 f"{site} has another number of keys at each step: write `for step in tracer.iter[...]`, whose body is "
@@ -166,9 +166,6 @@ class Recording:
             )
         if self.description.layout is not PassLayout.PACKED:
             raise GraphError(f"{site} is there at step 0 alone in this model: edit `q`, `k`, `v` or `z`", where=where)
-        if len(set(self.session.lengths_of(invoke) or ())) > 1:
-            told = "these prompts have different lengths, so they have different keys behind step 0"
-            raise GraphError(f"{site}: {told}: write an invoke for each", where=where)
 
     def mask(self, invoke: int) -> State:
         """Where the invoke's view has tokens."""
@@ -447,6 +444,9 @@ class Recording:
                 "positions are not the same at each: write value[:, -1], or `for step in tracer.iter[...]`",
                 where=user_line(),
             )
+        place = state.storage.place
+        if place is not None and place.site.port.is_attended:
+            return tuple([length + when.step for length in lengths])
         return (1,) * len(lengths) if when.step > 0 else lengths
 
     def is_of_pairs(self, state: State) -> bool:
