@@ -6,6 +6,7 @@ Against what the cache of Hugging Face holds, a sequence alone, in float32: max|
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import polytrace
+from engine.local import LocalBackend
 from polytrace.errors import GraphError
 from polytrace.model import Model
-from scheduling.scheduler import PassPolicy
+from scheduling.plan import PAGE
+from scheduling.scheduler import Outcome, PassPolicy, Scheduler
 
 LAYER, STEPS = 1, 4
 PROMPTS = ([5, 9, 23, 4, 61, 7, 11, 12, 40], [8, 2, 30])
@@ -182,6 +185,40 @@ def test_a_model_that_cannot_be_packed_says_why_it_has_none(tmp_path: Path) -> N
             model.trace([5, 6, 7]),
         ):
             getattr(model.layers[LAYER].self_attn, name).save()
+
+
+def test_who_was_put_back_for_want_of_room_has_the_same_keys(tmp_path: Path) -> None:
+    model_of("mistral", positions=128).save_pretrained(tmp_path)
+    backend = LocalBackend(str(tmp_path), threads=1)
+    model: Any = Model(backend)
+    requests = []
+    for number in range(4):
+        with model.generate(LONG[number : number + 30], max_new_tokens=40, eos=(), run=False) as tracer:
+            for step in tracer.iter[:]:
+                if step % 8 == 7:
+                    model.layers[LAYER].self_attn.keys.save()
+        requests.append(tracer.built_request())
+
+    put_back: list[object] = []
+
+    class Counted(Scheduler):
+        def _put_back(self, job: Any) -> None:
+            put_back.append(job)
+            super()._put_back(job)
+
+    def outcomes(num_pages: int) -> list[Outcome]:
+        kept = num_pages * PAGE * backend.scheduler._position_bytes
+        limits = replace(backend.description.limits, kept_bytes=kept)
+        backend.scheduler = Counted(replace(backend.description, limits=limits), PassPolicy(prefix_bytes=0))
+        return backend.run_together([backend.compile(request) for request in requests])
+
+    large = outcomes(64)
+    assert not put_back
+    for own, theirs in zip(outcomes(9), large, strict=True):
+        assert own.values.keys() == theirs.values.keys() and len(own.values) == 5
+        assert all(torch.equal(value, theirs.values[name]) for name, value in own.values.items())
+    assert put_back, "there was no room for all"
+    backend.close()
 
 
 @pytest.fixture(scope="module")
