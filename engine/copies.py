@@ -19,6 +19,12 @@ def to_device(values: Tensor | Sequence[object], device: torch.device, dtype: to
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def row_index(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    """An index of rows, at least one: a slice where they follow one another, as reading these copies nothing."""
+    run = range(rows[0], rows[0] + len(rows))
+    return slice(run.start, run.stop) if list(run) == list(rows) else to_device(rows, device)
+
+
 class HostCopy:
     """A GPU tensor on its way to the host, beside what the GPU computes."""
 
