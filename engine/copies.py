@@ -20,9 +20,10 @@ def to_device(values: Tensor | Sequence[object], device: torch.device, dtype: to
 
 
 def row_index(rows: Sequence[int], device: torch.device) -> slice | Tensor:
-    """An index of rows, at least one: a slice where they follow one another, as reading these copies nothing."""
-    run = range(rows[0], rows[0] + len(rows))
-    return slice(run.start, run.stop) if list(run) == list(rows) else to_device(rows, device)
+    """An index of rows: a slice where they follow one another, as reading these copies nothing."""
+    first = rows[0] if rows else 0
+    is_run = list(rows) == list(range(first, first + len(rows)))
+    return slice(first, first + len(rows)) if is_run else to_device(rows, device)
 
 
 class HostCopy:
