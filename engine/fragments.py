@@ -57,6 +57,7 @@ from scheduling.checks import ModelTable
 from scheduling.columns import columns_of
 from scheduling.levels import Levels
 from scheduling.plan import Cut, Drawn, Failure, Fragment, Member, Program, SaveSlot, Stopped, ValueFacts
+from scheduling.steps import GENERATE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -343,6 +344,17 @@ class RequestState:
         """Invokes of whose rows a fragment reads at its visit."""
         nodes = self.program.graph.nodes
         yield from (node.invoke for node in map(nodes.__getitem__, fragment.nodes) if isinstance(node, Read))
+
+    def is_draw(self, fragment: Fragment) -> bool:
+        """Whether a fragment at the tokens only stands for their being drawn: nobody looks at what it reads."""
+        nodes = self.program.graph.nodes
+        return all(isinstance(node, Read) and node.where == GENERATE for node in map(nodes.__getitem__, fragment.nodes))
+
+    def note_draw(self, fragment: Fragment) -> None:
+        """Such a fragment's tokens have been drawn."""
+        if self.failure is None and self.member is not None:
+            absent = self.member.absent
+            self.fired += [node for node in fragment.nodes if node not in absent] if absent else fragment.nodes
 
     def _is_in_place(self, write: NodeId) -> bool:
         node = self.program.graph.nodes[write]

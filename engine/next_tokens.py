@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.copies import to_device
+from engine.copies import row_index
 from engine.fragments import RequestState
 from engine.leaves import port_leaves
 from engine.links import Links
@@ -59,6 +59,7 @@ class NextTokens:
         """
         self._logits, self._links, self._device = logits, links, device
         self._going: list[_Going] = []
+        count = 0
         for view in views:
             state = states[view.member]
             generation = state.program.invokes[view.invoke].generation
@@ -68,7 +69,8 @@ class NextTokens:
             last = _last(own, rows)
             if last.num_rows < sum(segment != NO_ROWS for segment in view.segments):
                 continue  # somebody reads tokens, but nobody those of the last column
-            own.first_token = sum(one.rows.num_rows for one in self._going)
+            own.first_token = count
+            count += last.num_rows
             self._going.append(
                 _Going(state=state, view=view, step=members[view.member].step, generation=generation, rows=last)
             )
@@ -76,9 +78,8 @@ class NextTokens:
     def visit(self, output: Any, visitor: Callable[[Any], Any]) -> Any:
         """Draws, lets `visitor` see and change what was drawn, and tells the requests' states. Returns the output."""
         packed_1TV = port_leaves(output)[1][self._logits.selector]
-        numbers = [row for one in self._going for row in one.rows.numbers]
-        rows_K = to_device(numbers, self._device, torch.long)
-        logits_KV = packed_1TV[0].index_select(0, rows_K)
+        rows = row_index([row for one in self._going for row in one.rows.numbers], self._device)
+        logits_KV = packed_1TV[0][rows] if isinstance(rows, slice) else packed_1TV[0].index_select(0, rows)
         if self._logits.sharded_dim is not None:
             blocks, copies = self._logits.sharded_blocks, self._logits.sharded_copies
             logits_KV = gather_whole(self._links, logits_KV, 1, blocks, copies)
@@ -100,7 +101,7 @@ class NextTokens:
                 told = f"a sequence is to go on with the token {wrong[0]}; ids are 0-{last}"
                 one.state.fail(None, _NOTHING if wrong[0] == NO_TOKEN else told)
             else:
-                one.state.drawn.append(_told(one, own, logits_KV[start:stop], tokens_K[start:stop]))
+                one.state.drawn.append(_told(one, own, logits_KV, tokens_K, start))
                 one.state.note_tokens(one.view.invoke, one.rows.places, own)
             start = stop
 
@@ -121,7 +122,8 @@ def _drawing(one: _Going) -> Drawing:
     return Drawing(sampling=sampling, places=one.rows.places, step=one.step, histories=histories)
 
 
-def _told(one: _Going, tokens: Sequence[int], logits_KV: Tensor, tokens_K: Tensor) -> Drawn:
+def _told(one: _Going, tokens: Sequence[int], logits_KV: Tensor, tokens_K: Tensor, start: int) -> Drawn:
+    """`start`: the row of the first of its tokens."""
     count = len(one.view.lengths)
     found = [NO_ROWS] * count
     for place, token in zip(one.rows.places, tokens, strict=True):
@@ -129,12 +131,13 @@ def _told(one: _Going, tokens: Sequence[int], logits_KV: Tensor, tokens_K: Tenso
     asked = one.generation.logprobs
     if asked is None:
         return Drawn(invoke=one.view.invoke, tokens=tuple(found))
-    told = log_likelihoods(logits_KV, tokens_K, asked)
+    own = slice(start, start + len(tokens))
+    told = log_likelihoods(logits_KV[own], tokens_K[own], asked)
     logprobs = [0.0] * count
     likeliest: list[tuple[tuple[int, float], ...]] = [()] * count
     pairs = zip(told.tokens_KC.tolist(), told.likeliest_KC.tolist(), strict=True)
-    for place, own, best in zip(one.rows.places, told.chosen_K.tolist(), pairs, strict=True):
-        logprobs[place] = own
+    for place, chosen, best in zip(one.rows.places, told.chosen_K.tolist(), pairs, strict=True):
+        logprobs[place] = chosen
         likeliest[place] = tuple(zip(*best, strict=True))
     return Drawn(invoke=one.view.invoke, tokens=tuple(found), logprobs=tuple(logprobs), likeliest=tuple(likeliest))
 
