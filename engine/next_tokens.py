@@ -21,12 +21,12 @@ from engine.sampling import NO_TOKEN, Drawing, draw_tokens, log_likelihoods
 from engine.slices import gather_whole
 from engine.views import InvokeRows, RowView
 from polytrace.description import Leaf, Rows
-from polytrace.graph import Generation
+from polytrace.graph import Generation, Port, Write
 from scheduling.plan import NO_ROWS, Drawn, Member, RequestId, View
 
 # K = sequences that go on, V = vocabulary
 
-_NOTHING = "its logits say nothing of the next token: one is NaN, or all are -inf"
+_NOTHING = "its logits say nothing of the next token: one is NaN, all are -inf, or one is inf where tokens are drawn"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +93,11 @@ class NextTokens:
         for one in self._going:
             stop = start + one.rows.num_rows
             own = tokens[start:stop]
-            wrong = [token for token in own if not 0 <= token < logits_KV.shape[1]]
+            wrong = any(not 0 <= token < logits_KV.shape[1] for token in own)
             if one.state.has_failed or not one.view.is_drawing:
                 pass
             elif wrong:
-                last = logits_KV.shape[1] - 1
-                told = f"a sequence is to go on with the token {wrong[0]}; ids are 0-{last}"
-                one.state.fail(None, _NOTHING if wrong[0] == NO_TOKEN else told)
+                _fail(one, own, logits_KV[start:stop])
             else:
                 one.state.drawn.append(_told(one, own, logits_KV, tokens_K, start))
                 one.state.note_tokens(one.view.invoke, one.rows.places, own)
@@ -120,6 +118,25 @@ def _drawing(one: _Going) -> Drawing:
     if sampling.repetition_penalty != 1:
         histories = [one.state.histories[one.view.invoke, place] for place in one.rows.places]
     return Drawing(sampling=sampling, places=one.rows.places, step=one.step, histories=histories)
+
+
+def _fail(one: _Going, tokens: Sequence[int], logits_KV: Tensor) -> None:
+    """Fails a request with the first token that is none, at the line that wrote it if one did."""
+    drawn = draw_tokens(logits_KV, [_drawing(one)]).tolist()  # again: what is written may be written in place
+    num_tokens = logits_KV.shape[1]
+    row = next(row for row, token in enumerate(tokens) if not 0 <= token < num_tokens)
+    where = f"step {one.step} of prompt {one.rows.places[row]}"
+    if tokens[row] == drawn[row] == NO_TOKEN:
+        one.state.fail(None, f"{where}: {_NOTHING}; look at what the edits make of them")
+        return
+    nodes = one.state.program.graph.nodes
+    writes = [
+        index
+        for index, node in enumerate(nodes)
+        if isinstance(node, Write) and node.site.port is Port.TOKEN and node.invoke == one.view.invoke
+    ]
+    told = f"{where}: it is to go on with the token {tokens[row]}; ids are 0-{num_tokens - 1}"
+    one.state.fail(writes[-1] if writes else None, told)
 
 
 def _told(one: _Going, tokens: Sequence[int], logits_KV: Tensor, tokens_K: Tensor, start: int) -> Drawn:

@@ -39,7 +39,7 @@ from polytrace.group_views import GroupViews
 from polytrace.in_place import InPlace
 from polytrace.lines import user_line
 from polytrace.literals import is_basic
-from polytrace.loops import Loops
+from polytrace.loops import OF_ALL_PROMPTS, Loops
 from polytrace.merging import merged
 from polytrace.node_facts import NodeFacts
 from polytrace.operands import operand_of
@@ -143,11 +143,7 @@ class Recording:
         if when == FIRST:
             return when
         if invoke < 0:
-            raise GraphError(
-                "tracer.invoke() without prompts is all prompts as one view, at step 0: write the loop over steps in "
-                "the invoke of each",
-                where=where,
-            )
+            raise GraphError(OF_ALL_PROMPTS, where=where)
         limit = self.session.num_steps(invoke)
         if when.last >= limit:
             new = f"at most {limit} tokens are new" if limit > 1 else "this prompt does not go on"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from small import FLOAT32_TOLERANCE, IDS, OTHER, VOCABULARY, WIDTH, loaded, smal
 from torch import Tensor
 
 import polytrace
-from polytrace.errors import GraphError
+from polytrace.errors import GraphError, RunError
 from polytrace.streaming import Piece
 
 NEW = 8
@@ -191,6 +192,30 @@ def test_a_forced_token_goes_on_and_a_constrained_choice_too(model: Any, plain: 
     with model.generate([IDS, OTHER], max_new_tokens=3) as tracer, tracer.iter[1]:
         tracer.token = torch.tensor([11, 12])
     assert [one.ids[1] for one in tracer.result] == [11, 12]
+
+
+@pytest.mark.parametrize("wrong", [VOCABULARY, -1])
+def test_a_forced_token_that_there_is_not_is_told_with_its_line(model: Any, wrong: int) -> None:
+    with (
+        pytest.raises(RunError, match=f"step 2 of prompt 1: .* the token {wrong}; ids are 0-{VOCABULARY - 1}") as told,
+        model.generate([IDS, OTHER], max_new_tokens=4) as tracer,
+    ):
+        for step in tracer.iter[:]:
+            if step == 2:
+                tracer.token[1] = wrong
+    assert told.value.where is not None and told.value.where.startswith("test_generation_language.py:")
+
+
+def test_texts_to_end_at_are_refused_without_a_tokenizer_and_hurt_nobody(model: Any) -> None:
+    with pytest.raises(GraphError, match="need a tokenizer") as told, model.generate(IDS, max_new_tokens=4, stop="a"):
+        pass
+    assert told.value.where is not None
+    with model.generate(IDS, max_new_tokens=4, run=False) as tracer:
+        pass
+    request = tracer.built_request()
+    way = replace(request.invokes[0].generation, stop=("a",))
+    with pytest.raises(GraphError, match="need a tokenizer"):
+        model.backend.run(replace(request, invokes=(replace(request.invokes[0], generation=way),)))
 
 
 def test_a_value_ends_the_generation(model: Any, plain: Any) -> None:

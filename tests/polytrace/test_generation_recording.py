@@ -490,13 +490,12 @@ def test_what_has_no_steps_says_so(model: Model) -> None:
             for _ in tracer.iter[:]:
                 tracer.invoke(IDS)
 
-    def grouping(tracer: Any) -> None:
+    def grouping(tracer: Any, moves: Any = lambda tracer: tracer.next()) -> None:
         for prompt in (IDS, [6]):
             with tracer.invoke(prompt):
                 pass
         with tracer.invoke():
-            tracer.iter[0]
-            tracer.next()
+            moves(tracer)
             model.lm_head.output.save()
 
     def caching(tracer: Any) -> None:
@@ -510,11 +509,15 @@ def test_what_has_no_steps_says_so(model: Model) -> None:
     refused("a loop over steps is open already", nested)
     refused("prompts are given before the loop", invoking, None)
     refused("tracer.invoke.. without prompts is all prompts as one view", grouping, None)
+    for loop in (lambda tracer: tracer.iter[:], lambda tracer: tracer.all(), lambda tracer: tracer.iter[0]):
+        told = "all prompts as one view, at step 0: write the loop over steps in the invoke of each"
+        refused(told, lambda tracer, loop=loop: grouping(tracer, loop), None)
     refused("a cache is of step 0", caching)
     refused("a log is printed once", logging)
     refused("belongs to prompts", lambda tracer: tracer.iter[0], None)
     refused("there is no step 4: with at most 4 new tokens", lambda tracer: tracer.iter[4])
     refused("steps come in their order", lambda tracer: tracer.iter[[2, 1]])
+    refused("steps come in their order", lambda tracer: tracer.iter[::-1])
     refused("steps are whole numbers", lambda tracer: tracer.iter["all"])
     refused("one behind the other", lambda tracer: tracer.iter[::2].__enter__())
     refused("there are no such steps", lambda tracer: tracer.iter[9:].__enter__())
