@@ -529,6 +529,8 @@ def test_what_has_no_steps_says_so(model: Model) -> None:
     refused("steps are whole numbers", lambda tracer: tracer.iter["all"])
     refused("one behind the other", lambda tracer: tracer.iter[::2].__enter__())
     refused("there are no such steps", lambda tracer: tracer.iter[9:].__enter__())
+    refused(r"save it and decide after the block \(", lambda tracer: bool(tracer.token.sum()))
+    refused("has no 'steps': what a line saves at each step is there when", lambda tracer: tracer.token.steps)
     with pytest.raises(GraphError, match="outside of it"), model.session(run=False):
         generate(model)
     with pytest.raises(GraphError, match=r"`tracer\.result`"), generate(model):
