@@ -21,7 +21,7 @@ from engine.sampling import NO_TOKEN, Drawing, draw_tokens, log_likelihoods
 from engine.slices import gather_whole
 from engine.views import InvokeRows, RowView
 from polytrace.description import Leaf, Rows
-from polytrace.graph import Generation, Port, Write
+from polytrace.graph import Generation, NodeId, Port, Write
 from scheduling.plan import NO_ROWS, Drawn, Member, RequestId, View
 
 # K = sequences that go on, V = vocabulary
@@ -131,7 +131,7 @@ def _fail(one: _Going, tokens: Sequence[int], logits_KV: Tensor) -> None:
         return
     nodes = one.state.program.graph.nodes
     writes = [
-        index
+        NodeId(index)
         for index, node in enumerate(nodes)
         if isinstance(node, Write) and node.site.port is Port.TOKEN and node.invoke == one.view.invoke
     ]

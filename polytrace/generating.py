@@ -70,6 +70,11 @@ class GenerateTracer(Tracer):
             self._own_way = {}
 
     @property
+    def hint(self) -> str:
+        """Nothing can be looked at: a step's values are there when those before it have run."""
+        return ""
+
+    @property
     def iter(self) -> StepIndex:
         """`for step in tracer.iter[...]`, `with tracer.iter[...]`: code for an int, a slice or a list of steps."""
         return StepIndex(self)

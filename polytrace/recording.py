@@ -15,7 +15,7 @@ from polytrace.certificate import ValueShape
 from polytrace.closings import Closings
 from polytrace.constants import Constants
 from polytrace.description import ModelDescription, PassLayout
-from polytrace.edit_steps import steps_of_edit
+from polytrace.edit_steps import encoder_nodes, steps_of_edit
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest, returns_several, unknown_op
 from polytrace.graph import (
@@ -163,9 +163,9 @@ class Recording:
         if self.description.layout is not PassLayout.PACKED:
             raise GraphError(f"{site} is there at step 0 alone in this model: edit `q`, `k`, `v` or `z`", where=where)
 
-    def mask(self, invoke: int) -> State:
-        """Where the invoke's view has tokens."""
-        where = user_line()
+    def mask(self, invoke: int, where: str | None = None) -> State:
+        """Where the invoke's view has tokens: behind step 0 everywhere."""
+        where = where or user_line()
         if invoke < 0:
             masks = [self.mask(member).node for member in self.session.members_of(invoke)]
             return self.fresh(self.groups.left_pad(masks, invoke, (1,), where), where)
@@ -325,10 +325,14 @@ class Recording:
         Where the invoke goes on they act at every step, unless they name places in the prompt.
         """
         position = self.loops.position
-        for when, own in steps_of_edit(nodes, lengths, self.session.num_steps(invoke)):
+        num_steps = self.session.num_steps(invoke)
+        encoder = encoder_nodes(nodes, self.description) if num_steps > 1 else frozenset()
+        known: dict[NodeId, NodeId] = {}
+        for when, own in steps_of_edit(nodes, lengths, num_steps, encoder):
             position.when = when
             self.loops.are_used |= when != FIRST
-            self._replay(nodes, constants, invoke, own, when)
+            places = self._replay(nodes, constants, invoke, own, when, known)
+            known = {node: places[node] for node in encoder}
         position.when = FIRST
 
     def _replay(
@@ -338,9 +342,13 @@ class Recording:
         invoke: int,
         lengths: Sequence[int],
         when: When,
-    ) -> None:
-        places: dict[NodeId, NodeId] = {}
+        known: Mapping[NodeId, NodeId],
+    ) -> dict[NodeId, NodeId]:
+        """`known`: nodes that stand in the graph already, and where. Returns where all of them do."""
+        places = dict(known)
         for position, node in enumerate(nodes):
+            if position in known:
+                continue
             made = with_positions(moved(node, places), lengths)
             if isinstance(made, Constant):
                 name = self.constants.take(constants[made.name])
@@ -348,7 +356,7 @@ class Recording:
             elif isinstance(made, Parameter):
                 place = self.once(made, made.path)
             elif isinstance(made, Mask):
-                place = self.once(replace(made, invoke=invoke), invoke)
+                place = self.mask(invoke, made.where).node
             elif isinstance(made, Op) and OPS[made.name].is_random:
                 place = self.add(
                     replace(made, kwargs={**made.kwargs, "draw": self.loops.draw(node_operands(made), made.where)})
@@ -360,6 +368,7 @@ class Recording:
             if isinstance(made, Write):
                 self.in_place.note(self.in_place.place(made.site, invoke), made.where, None)
             places[NodeId(position)] = place
+        return places
 
     # finishing
 

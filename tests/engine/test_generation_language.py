@@ -315,6 +315,15 @@ def test_an_edited_model_is_edited_at_every_step(model: Any, plain: Any) -> None
     assert list(tracer.result.ids) == by_hand(plain, IDS, {"model.layers.1": newest})[0]
 
 
+def test_an_edit_by_the_mask_is_of_every_token_that_comes(model: Any, plain: Any) -> None:
+    with model.edit() as edited:
+        model.model.layers[1].output[0][:] += VECTOR * edited.mask[..., None]
+    with edited.generate([IDS, OTHER], max_new_tokens=NEW) as tracer:
+        pass
+    steered = {"model.layers.1": lambda hidden, step: hidden + VECTOR}
+    assert [list(ids) for ids in tracer.result.ids] == [by_hand(plain, ids, steered)[0] for ids in (IDS, OTHER)]
+
+
 def test_modules_masks_and_shapes_of_later_steps(model: Any, plain: Any) -> None:
     with model.generate([IDS, OTHER], max_new_tokens=3) as tracer:
         shapes, guesses = [], []

@@ -473,6 +473,14 @@ def test_edits_act_at_every_step_unless_they_name_places(model: Model) -> None:
     assert steps(whole) == steps(last) == [(0, 4)]
     assert steps(newest) == [(0, 1), (1, 3)]
     assert steps(begin) == steps(column) == [(0, 1)]
+    with model.edit() as masked:  # which is all true behind the prompts
+        layer.output[0][:] += masked.mask[..., None] * 1.0
+    with model.edit() as third:
+        layer.output[0][:] += third.mask[:, 2:3, None] * 1.0
+    for edited, expected in ((masked, [(0, 1), (1, 3)]), (third, [(0, 1)])):
+        with generate(edited) as tracer:
+            pass
+        assert [(node.step, node.num_steps) for node in nodes_of(tracer, Write)] == expected
 
 
 def test_what_has_no_steps_says_so(model: Model) -> None:
@@ -521,6 +529,8 @@ def test_what_has_no_steps_says_so(model: Model) -> None:
     refused("steps are whole numbers", lambda tracer: tracer.iter["all"])
     refused("one behind the other", lambda tracer: tracer.iter[::2].__enter__())
     refused("there are no such steps", lambda tracer: tracer.iter[9:].__enter__())
+    refused(r"save it and decide after the block \(", lambda tracer: bool(tracer.token.sum()))
+    refused("has no 'steps': what a line saves at each step is there when", lambda tracer: tracer.token.steps)
     with pytest.raises(GraphError, match="outside of it"), model.session(run=False):
         generate(model)
     with pytest.raises(GraphError, match=r"`tracer\.result`"), generate(model):
