@@ -283,6 +283,7 @@ def _verdict(
     from cluster.requests import read_request
     from engine.shapes import infer
     from polytrace.codec import to_json
+    from polytrace.generation import check_stop_texts
     from scheduling.checks import table_of
     from scheduling.costs import token_layers
     from scheduling.plan import RequestId
@@ -292,9 +293,7 @@ def _verdict(
     from scheduling.step_saves import all_slots
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
-    stops = any(one.generation.stop for one in request.invokes if one.generation is not None)
-    if stops and not has_text():
-        raise GraphError("texts that end a generation need a tokenizer, and this model came without one")
+    check_stop_texts(request.invokes, has_text)
     named = tuple(request.constants.values())
     request, _ = with_contents(request, contents, None)
     notebook = FactsRecorder(lambda part: infer(description, part, meta))

@@ -188,6 +188,8 @@ def packed_attention(
         query = visited(points, Port.Q_ROT, query.transpose(1, 2)).transpose(1, 2)
         key = _visited_rows(current, points, Port.K_ROT, key, query.shape[2])
         value = _visited_rows(current, points, Port.V, value, query.shape[2])
+        visited(points, Port.KEYS, key.transpose(1, 2))  # to look at: of earlier steps `engine.attended` tells
+        visited(points, Port.VALUES, value.transpose(1, 2))
     key_GRC, value_GRC, gathered = _with_trunks(current, key[0], value[0], points)
     formula = Formula(
         scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
@@ -272,6 +274,8 @@ def _without_data(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) 
         watch(module, Port.Q_ROT, query.transpose(1, 2))
         watch(module, Port.K_ROT, key.transpose(1, 2))
         watch(module, Port.V, value.transpose(1, 2))
+        watch(module, Port.KEYS, key.transpose(1, 2).clone())
+        watch(module, Port.VALUES, value.transpose(1, 2).clone())
         watch(module, Port.SCORES, pairs)
         watch(module, Port.PATTERN, pairs.clone())
         watch(module, Port.Z, z)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Generation, Graph, Invoke, Last, Port, Read, Save, Stop, Write, name_at
@@ -41,6 +41,13 @@ def refusals(generation: Generation) -> Iterator[str]:
         yield f"stop is at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters"
     if generation.logprobs is not None and not 0 <= generation.logprobs <= MAX_LIKELIEST:
         yield f"logprobs is a number of tokens from 0 to {MAX_LIKELIEST}, not {generation.logprobs}"
+
+
+def check_stop_texts(invokes: Sequence[Invoke], has_tokenizer: Callable[[], bool], where: str | None = None) -> None:
+    """Raises GraphError where texts end a sequence, and there is nothing to know a token's text by."""
+    if any(one.generation.stop for one in invokes if one.generation is not None) and not has_tokenizer():
+        told = "texts that end a generation need a tokenizer, and this model came without one: give eos=(ids, ...)"
+        raise GraphError(told, where=where)
 
 
 def num_steps(invoke: Invoke) -> int:

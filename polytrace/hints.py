@@ -22,7 +22,9 @@ _OF_MODULES = (
     | {"generator": "what a generation gives is `tracer.result`: its `ids`, `text`, `finish`"}
     | {"forward": "call the module itself on a value", "generate": _GENERATION, "logits": _RETURNED}
 )
-_OF_VALUES = dict.fromkeys(("grad", "grad_fn", "retain_grad", "backward", "requires_grad"), _GRADIENTS)
+_OF_VALUES = dict.fromkeys(("grad", "grad_fn", "retain_grad", "backward", "requires_grad"), _GRADIENTS) | {
+    "steps": "what a line saves at each step is there when the block has ended; in it, collect values in a list"
+}
 _OF_STEPS = f"it is for the steps of a generation, {STEPS}"
 _OF_TRACERS = {"generator": _OF_MODULES["generator"]} | dict.fromkeys(("iter", "all", "next", "token"), _OF_STEPS)
 
