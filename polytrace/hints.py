@@ -25,7 +25,8 @@ _OF_MODULES = (
     | {"forward": "call the module itself on a value", "generate": _GENERATION, "logits": _RETURNED}
 )
 _OF_VALUES = dict.fromkeys(("grad_fn", "is_leaf", "retains_grad", "zero_grad"), _GRADIENTS) | {
-    "register_hook": _GRAD_HOOKS
+    "register_hook": _GRAD_HOOKS,
+    "steps": "what a line saves at each step is there when the block has ended; in it, collect values in a list",
 }
 _OF_STEPS = f"it is for the steps of a generation, {STEPS}"
 _OF_TRACERS = {"generator": _OF_MODULES["generator"]} | dict.fromkeys(("iter", "all", "next", "token"), _OF_STEPS)
