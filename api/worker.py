@@ -279,10 +279,11 @@ def _verdict(
     has_text: Callable[[], bool],
 ) -> Verdict:
     from cluster.contents import with_contents
-    from cluster.facts import FactsNotebook
+    from cluster.facts import FactsRecorder
     from cluster.requests import read_request
     from engine.shapes import infer
     from polytrace.codec import to_json
+    from polytrace.generation import check_stop_texts
     from scheduling.checks import table_of
     from scheduling.costs import token_layers
     from scheduling.plan import RequestId
@@ -292,12 +293,10 @@ def _verdict(
     from scheduling.step_saves import all_slots
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
-    stops = any(one.generation.stop for one in request.invokes if one.generation is not None)
-    if stops and not has_text():
-        raise GraphError("texts that end a generation need a tokenizer, and this model came without one")
+    check_stop_texts(request.invokes, has_text)
     named = tuple(request.constants.values())
     request, _ = with_contents(request, contents, None)
-    notebook = FactsNotebook(lambda part: infer(description, part, meta))
+    notebook = FactsRecorder(lambda part: infer(description, part, meta))
     program, facts = work_out(RequestId(path.stem), request, description, notebook.infer)
     _check_keeps(program)
     table = table_of(description)

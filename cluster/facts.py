@@ -16,7 +16,7 @@ from scheduling.plan import ValueFacts
 from scheduling.steps import Facts, generates
 
 
-class FactsNotebook:
+class FactsRecorder:
     """Asks, and writes the answers down."""
 
     def __init__(self, infer: Callable[[Request], Facts]) -> None:
@@ -34,7 +34,7 @@ class FactsNotebook:
         return json.dumps({"steps": plain} if generates(request) else plain[0]).encode()
 
 
-class KeptFacts:
+class RecordedFacts:
     """Gives what was written down, list by list."""
 
     def __init__(self, body: bytes) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from cluster.contents import with_contents
-from cluster.facts import KeptFacts
+from cluster.facts import RecordedFacts
 from cluster.requests import Claimed, Finished, RequestStore, left_by, read_request
 from cluster.results import room_for, with_files
 from polytrace.description import ModelDescription
@@ -156,7 +156,7 @@ class Intake:
         except (WireError, OSError) as error:  # it was whole when it was accepted
             raise ServiceError(f"the stored request cannot be read: {error}") from error
         request, contents = with_contents(request, claimed.contents, claimed.states)
-        program, _ = work_out(claimed.request, request, description, KeptFacts(claimed.facts).infer)
+        program, _ = work_out(claimed.request, request, description, RecordedFacts(claimed.facts).infer)
         room = room_for(program, request, description.num_layers)
         place = self._store.place_result(claimed.request, room, data_bytes(program))
         return with_files(

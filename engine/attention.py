@@ -196,6 +196,9 @@ def packed_attention(
         query = visited(points, Port.Q_ROT, query.transpose(1, 2)).transpose(1, 2)
         key = _visited_rows(current, points, Port.K_ROT, key, query.shape[2])
         value = _visited_rows(current, points, Port.V, value, query.shape[2])
+        # To look at: what earlier steps had is told by `engine.attended`. Handed on, for gradients that stop there.
+        key = visited(points, Port.KEYS, key.transpose(1, 2)).transpose(1, 2)
+        value = visited(points, Port.VALUES, value.transpose(1, 2)).transpose(1, 2)
     formula = Formula(
         scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
@@ -292,6 +295,8 @@ def _without_data(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) 
         watch(module, Port.Q_ROT, query.transpose(1, 2))
         watch(module, Port.K_ROT, key.transpose(1, 2))
         watch(module, Port.V, value.transpose(1, 2))
+        watch(module, Port.KEYS, key.transpose(1, 2).clone())
+        watch(module, Port.VALUES, value.transpose(1, 2).clone())
         watch(module, Port.SCORES, pairs)
         watch(module, Port.PATTERN, pairs.clone())
         watch(module, Port.Z, z)

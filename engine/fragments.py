@@ -63,6 +63,7 @@ from scheduling.checks import ModelTable
 from scheduling.columns import columns_of
 from scheduling.levels import Levels
 from scheduling.plan import Cut, Drawn, Failure, Fragment, Member, Program, SaveSlot, Stopped, ValueFacts
+from scheduling.steps import GENERATE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -265,6 +266,8 @@ class RequestState:
         if port.pairs is not None:
             before = self.program.invokes[node.invoke].before
             value = read_pairs(port.pairs, rows, self.rows[node.invoke].view, before)
+        elif port.attended is not None and self.program.invokes[node.invoke].before:
+            value = port.attended.read(self.rows[node.invoke].view, self.program.invokes[node.invoke].before)
         elif port.heads is not None:
             value = port.heads.read(rows)
         else:
@@ -334,7 +337,7 @@ class RequestState:
             blocks, copies = leaf.sharded_blocks, leaf.sharded_copies
             value = take_part(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
         if port.pairs is not None:
-            value = pairs_of(value, rows, self.rows[node.invoke].view, port.pairs)
+            value = pairs_of(value, rows, self.rows[node.invoke].view, port.pairs, invoke.before)
         if leaf.row_dim != 1:
             value = value.movedim(leaf.row_dim, 1)
         in_place = node.in_place and not is_assigned
@@ -369,6 +372,17 @@ class RequestState:
         """Invokes of whose rows a fragment reads at its visit."""
         nodes = self.program.graph.nodes
         yield from (node.invoke for node in map(nodes.__getitem__, fragment.nodes) if isinstance(node, Read))
+
+    def is_draw(self, fragment: Fragment) -> bool:
+        """Whether a fragment at the tokens only stands for their being drawn: nobody looks at what it reads."""
+        nodes = self.program.graph.nodes
+        return all(isinstance(node, Read) and node.where == GENERATE for node in map(nodes.__getitem__, fragment.nodes))
+
+    def note_draw(self, fragment: Fragment) -> None:
+        """Such a fragment's tokens have been drawn."""
+        if self.failure is None and self.member is not None:
+            absent = self.member.absent
+            self.fired += [node for node in fragment.nodes if node not in absent] if absent else fragment.nodes
 
     def is_in_place(self, write: NodeId) -> bool:
         """Whether a node is a write to all who hold the tensor."""

@@ -26,7 +26,8 @@ from engine.tokenizer import tokenizer_json
 from polytrace.backend import Result
 from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
-from polytrace.errors import GraphError, PolytraceError, ServiceError
+from polytrace.errors import PolytraceError, ServiceError
+from polytrace.generation import check_stop_texts
 from polytrace.graph import Request
 from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 from polytrace.tokenizer import load_tokenizer
@@ -107,12 +108,12 @@ class DirectBackend:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, for texts that end a sequence."""
-        if self._tokenizer is None:
-            stored = self.tokenizer_json()
-            if stored is None:
-                raise GraphError("texts that end a generation need a tokenizer, and this model came without one")
-            self._tokenizer = load_tokenizer(stored)
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def _has_tokenizer(self) -> bool:
+        if self._tokenizer is None and (stored := self.tokenizer_json()) is not None:
+            self._tokenizer = load_tokenizer(stored)
+        return self._tokenizer is not None
 
     def tokenizer_json(self) -> bytes | None:
         return tokenizer_json(self.source)
@@ -127,6 +128,7 @@ class DirectBackend:
 
     def _worked_out(self, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
         """The program, and what is known of the request's nodes."""
+        check_stop_texts(request.invokes, self._has_tokenizer)
         request_id = RequestId(secrets.token_hex(8))
         return work_out(request_id, request, self.description, self._infer)
 

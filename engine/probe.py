@@ -103,6 +103,8 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
     operations = [merged_site(order, a, b, both, experts) for order, (a, b) in events if a.is_operation and a.leaves]
     _check_hidden(model, layers, first)
     everything = sorted((*refuse_repeated_visits(found), *operations), key=lambda site: site.order)
+    if not is_packed:  # what came before is in a cache that the model makes itself
+        everything = [site for site in everything if not site.port.is_attended]
     named = (
         unnamed(everything, len(_layers_of(model, layers)))
         if has_encoder(model)

@@ -214,9 +214,12 @@ class StageRunner:
                 return None
             streams = rows.streams
             rows.attention.enter(level, streams.inside(level))
+            if rows.tape is not None:
+                entering = rows.tape.enter(first_argument(args, kwargs))
+                args, kwargs = replace_first_argument(args, kwargs, entering)
             origins = streams.origins(level)
             if origins is None:
-                return None
+                return None if rows.tape is None else (args, kwargs)
             num_rows = streams.num_root_rows
             hidden = first_argument(args, kwargs)
             taken = rows_of(args, origins, num_rows), rows_of(kwargs, origins, num_rows)

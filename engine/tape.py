@@ -5,8 +5,9 @@ cut: a *seam* (`engine.seams`). On the way back (`sweep`) the gradients that hav
 to the graphs, and what these leave of them goes on further back.
 
 Invariants
-- Seams are where the plan says, whoever is in the pass: another seam would change the order in which gradients are
-  added up, and so their last bits.
+- Seams are where the plan says, whoever is in the pass, and in front of every layer: another seam would change the
+  order in which gradients are added up, and so their last bits. Those in front of layers let no gradient go on before
+  all of it is there, so no layer is run back more often than it has seams inside, and stages change no bit.
 - Parameters are frozen: nothing before the first seam is kept.
 - A sweep leaves the tape as it was: there may be several, each for some of the pass's members.
 """
@@ -59,7 +60,7 @@ class Tape:
 
     cuts: frozenset[int]  # orders
     saved: SavedTensors = field(default_factory=SavedTensors)
-    seams: dict[int, Seam] = field(default_factory=dict)  # by order
+    seams: list[tuple[int | None, Seam]] = field(default_factory=list)  # with their orders, as the forward came to them
     rows: dict[RequestId, dict[int, InvokeRows]] = field(default_factory=dict)  # of each member, by invoke
     holders: set[tuple[RequestId, int]] = field(default_factory=set)  # members that may run it back, with their waves
     hidden_in: Tensor | None = None  # `[1, T, D]`, a leaf: what an earlier stage handed on
@@ -77,6 +78,14 @@ class Tape:
             return hidden_1TD
         self.hidden_in = hidden_1TD.detach().requires_grad_()
         return handed_on(self.hidden_in)
+
+    def enter(self, hidden_1TD: Tensor) -> Tensor:
+        """Hidden states in front of a layer, as they enter it."""
+        if not hidden_1TD.requires_grad:
+            return hidden_1TD
+        seam = TensorSeam({})
+        self.seams.append((None, seam))
+        return seam.cut((), hidden_1TD, hidden_1TD, self.saved, True)
 
     def hand_on(self, hidden_1TD: Tensor) -> Tensor:
         """Hidden states for a later stage."""
@@ -100,10 +109,11 @@ class Tape:
         if place.order not in self.cuts:
             return after
         if isinstance(value, Pairs):
-            self.seams[place.order] = PairSeam(computed, value)
+            self.seams.append((place.order, PairSeam(computed, value)))
             return value
         if isinstance(value, HeadOutputs):
-            value.seam = self.seams[place.order] = HeadSeam(value.recorded, value.weight)
+            value.seam = HeadSeam(value.recorded, value.weight)
+            self.seams.append((place.order, value.seam))
             return value
         seam = TensorSeam(place.layouts)
         found = after
@@ -113,7 +123,7 @@ class Tape:
                 if selector in before and before[selector].is_floating_point():
                     handed = seam.cut(selector, before[selector], now[selector], self.saved, place.port in _HELD)
                     found = with_member(found, selector, handed)
-        self.seams[place.order] = seam
+        self.seams.append((place.order, seam))
         return found
 
     def sweep(self, hidden_1TD: Tensor | None, run: Callable[[int, GradientPort], None]) -> Tensor | None:
@@ -122,10 +132,11 @@ class Tape:
             leaf.grad = None
         if hidden_1TD is not None and self.hidden_out is not None and self.hidden_out.requires_grad:
             go_back([get_gradient_edge(self.hidden_out)], [hidden_1TD])
-        for order, seam in sorted(self.seams.items(), reverse=True):
+        for order, seam in reversed(self.seams):
             with torch.no_grad():
                 gradients = seam.gradients()
-                run(order, GradientPort(gradients))
+                if order is not None:
+                    run(order, GradientPort(gradients))
             seam.go_on(gradients)
         if self.hidden_in is None:
             return None
@@ -134,7 +145,7 @@ class Tape:
     def _leaves(self) -> Iterator[Tensor]:
         if self.hidden_in is not None:
             yield self.hidden_in
-        for seam in self.seams.values():
+        for _, seam in self.seams:
             yield from seam.leaves()
 
 

@@ -22,8 +22,8 @@ from engine.points import MASKED, Points
 from engine.segment_pairs import SegmentPairs
 from polytrace.graph import Port
 
-# T = packed rows, L = rows of one sequence, R = queries at a time, M = keys that they see, H = query heads, G = key/value
-# heads, E = query heads a key/value head (H = G E), C = head dimension
+# T = packed rows, L = rows of one sequence, R = queries at a time, M = keys that they see, H = query heads,
+# G = key/value heads, E = query heads a key/value head (H = G E), C = head dimension
 
 _MAX_SCORES = 1 << 22  # floats of scores at a time
 
@@ -39,7 +39,7 @@ def taped_attention(
     sequences: Sequence[range],
     points: Points,
 ) -> Tensor:
-    """`[1, T, H, C]`, differentiable. `sequences` are the rows of each; between and behind them rows get no gradient."""
+    """`[1, T, H, C]`, differentiable. `sequences` are the rows of each; what lies between gets no gradient."""
     asked = {row for port in MASKED if port in points for row in points[port].rows}
     visited = [rows for rows in sequences if not asked.isdisjoint(rows)]
     others = [rows for rows in sequences if asked.isdisjoint(rows)]

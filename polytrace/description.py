@@ -49,6 +49,7 @@ class Leaf:
     is_flat: bool = False  # in the model its rows lie in the first dimension, `[tokens, ...]` without sequences
     in_place_refusal: str | None = None  # why only `site = value` is possible, None when in-place code is too
     of_pairs: bool = False  # it has a value for each query and key: [sequences, heads, tokens, tokens]
+    is_attended: bool = False  # it has a row for each position so far: [sequences, positions, ...]
     row_dim: int = 1  # of a view, the dimension of its tokens: 2 in [sequences, heads, tokens, features]
     num_columns: int | None = None  # of a view, however long the prompts are; None: the longest prompt's tokens
     gradient_refusal: str | None = None  # why there is no gradient there, None when there is one where any is
@@ -70,14 +71,16 @@ class Leaf:
     ) -> tuple[int, ...]:
         """The view of so many sequences; of some columns only when their number is given.
 
-        Of pairs there are so many more keys, which come before the columns.
+        Of pairs there are `before` more keys, which come before the columns; of what is attended so many more rows.
         """
         whole = longest if self.num_columns is None else self.num_columns
         columns = whole if num_columns is None else num_columns
         if self.of_pairs:
             return (num_sequences, *self.tail, columns, before + longest)
-        before = self.row_dim - 1
-        return (num_sequences, *self.tail[:before], columns, *self.tail[before:])
+        if self.is_attended:
+            return (num_sequences, before + columns, *self.tail)
+        dim = self.row_dim - 1
+        return (num_sequences, *self.tail[:dim], columns, *self.tail[dim:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,9 @@ class Port(Enum):
     Q_ROT = "q_rot"  # queries as they are held against keys: rotated, not scaled
     K_ROT = "k_rot"  # keys, of the key/value heads
     V = "v"  # values, of the key/value heads
+    # What the newest row may look at, read only: [sequences, positions so far, heads, features]
+    KEYS = "keys"  # k_rot of all positions
+    VALUES = "values"  # v of all positions
     SCORES = "scores"  # [sequences, heads, queries, keys], scaled and soft-capped; -inf where a query sees no key
     PATTERN = "pattern"  # [sequences, heads, queries, keys], what the softmax makes of them; without an attention sink
     Z = "z"  # what each head gives to the output projection
@@ -51,6 +54,16 @@ class Port(Enum):
     def is_of_pairs(self) -> bool:
         """Whether it has a value for each query and key."""
         return self in (Port.SCORES, Port.PATTERN)
+
+    @property
+    def is_attended(self) -> bool:
+        """Whether it has a row for each position so far, not for those of a pass alone."""
+        return self in (Port.KEYS, Port.VALUES)
+
+    @property
+    def has_earlier(self) -> bool:
+        """Whether it has what came before a pass as well, and so another shape at each step."""
+        return self.is_of_pairs or self.is_attended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,7 +356,9 @@ class Invoke:
 
     sequences: tuple[tuple[int, ...], ...]
     generation: Generation | None = None  # None: it does not go on
-    before: int = 0  # positions before its first column; behind step 0, where scores or patterns are named
+    # Behind step 0, where a port is named that has what came before:
+    before: int = 0  # positions before its first column, of the longest sequence
+    pads: int = 0  # so many fewer the shortest has
 
     @property
     def longest(self) -> int:

@@ -31,6 +31,7 @@ _STEPS_OF_OPTIMISERS = (
 _OF_VALUES = dict.fromkeys(("grad_fn", "retains_grad", "zero_grad"), _GRADIENTS) | {
     "is_leaf": _STEPS_OF_OPTIMISERS,  # what they ask first
     "register_hook": _GRAD_HOOKS,
+    "steps": "what a line saves at each step is there when the block has ended; in it, collect values in a list",
 }
 _OF_STEPS = f"it is for the steps of a generation, {STEPS}"
 _OF_TRACERS = {"generator": _OF_MODULES["generator"]} | dict.fromkeys(("iter", "all", "next", "token"), _OF_STEPS)

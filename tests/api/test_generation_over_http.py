@@ -24,7 +24,7 @@ from gateways import events_of, wait_until
 from safetensors import safe_open
 from small import close
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 import polytrace
 from bench.service import running_service
@@ -135,6 +135,39 @@ def test_a_steered_generation_is_that_of_hugging_face_and_is_heard_as_it_comes(
     close(tracer.stack, values)
     for state, value in zip(states, values, strict=False):
         close(state, value)
+
+
+def test_keys_patterns_and_an_edited_value_of_every_step_are_those_of_hugging_face(
+    model: Any, plain: Any, tokenizer: Any
+) -> None:
+    prompts = [PROMPT, "The Colosseum is in"]
+    keys, patterns = [], []
+    with model.generate(prompts, max_new_tokens=4, eos=()) as tracer:
+        for step in tracer.iter[:]:
+            attention = model.model.layers[LAYER].self_attn
+            if step == 1:
+                attention.v[:, -1] *= -3.0
+            keys.append(attention.keys[:, :, -1].save())
+            patterns.append(model.attention_probabilities[LAYER + 1][:, :, -1:].save())
+
+    def by_hand(prompt: str, factor: float) -> Iterator[tuple[Tensor, Tensor]]:
+        cache, given = DynamicCache(), tokenizer(prompt, return_tensors="pt").input_ids
+        for step in range(4):
+            hook = plain.model.layers[LAYER].self_attn.v_proj.register_forward_hook(
+                lambda _module, _args, output, now=step: output * factor if now == 1 else None
+            )
+            with torch.no_grad():
+                out = plain(given, past_key_values=cache, use_cache=True, output_attentions=True)
+            hook.remove()
+            given = torch.tensor([[tracer.result.ids[prompts.index(prompt)][step]]])
+            yield cache.layers[LAYER].keys[0, -1].clone(), out.attentions[LAYER + 1][0, :, -1:]
+
+    for place, prompt in enumerate(prompts):
+        for step, (key, pattern) in enumerate(by_hand(prompt, -3.0)):
+            close(keys[step][place, -len(key) :], key)
+            close(patterns[step][place, ..., -len(key) :], pattern)
+        *_, (_, unedited) = by_hand(prompt, 1.0)
+        assert float((unedited - pattern).abs().max()) > 1e-3, "the last step looks at the value that was edited"
 
 
 def test_events_tell_tokens_and_saved_steps_and_go_on_behind_any_of_them(
