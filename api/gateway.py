@@ -29,6 +29,7 @@ from api.catalogue import Deployment
 from api.contents import DEFAULT_OWNER
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes
+from api.expiry import Expiry
 from api.keeping import KeepingRoutes
 from api.logs import logs_since
 from api.openai_errors import openai_route
@@ -38,7 +39,7 @@ from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
 from api.streams import Streams
 from api.uploads import receive
-from api.waiting import Waiting
+from api.waiting import Waiting, no_request
 from api.worker import Verdict
 from cluster.config import DeploymentSpec, Mode
 from polytrace.codec import to_json
@@ -62,6 +63,7 @@ class Gateway:
         self._waiting = Waiting(store)
         self._edits = EditRoutes(store, settings, checker, self._deployments, owner_of)
         self._streams = Streams(store, self._waiting)
+        self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
         self._events = EventRoutes(store, self._waiting, self._streams, _plain)
         self._openai = OpenAIRoutes(store, settings, checker, self._deployments, self._waiting, self._streams, owner_of)
         self._keeping = KeepingRoutes(store.contents, owner_of, upload_idle_s=settings.upload_idle_s)
@@ -237,7 +239,7 @@ class Gateway:
         """Cancels a request that has not ended; says how it stands then."""
         status = await to_thread.run_sync(self._store.cancel, RequestId(request_id))
         if status is None:
-            raise NotFoundError(f"there is no request {request_id[:100]}")
+            raise no_request(request_id)
         return JSONResponse(_plain(status))
 
     # --- inside
@@ -253,10 +255,12 @@ class Gateway:
         self._checker.start()
         self._store.contents.give_up_uploads()
         purging = asyncio.create_task(self._keeping.purge_forever())
+        expiring = asyncio.create_task(self._expiry.run_forever())
         try:
             yield
         finally:
             purging.cancel()
+            expiring.cancel()
             loop.remove_reader(bell.listen())
             loop.remove_reader(events_bell.listen())
             self._checker.close()

@@ -52,8 +52,11 @@ class LocalShards:
             self._finished.append((plan, (self.shard.run(plan),)))
         except PolytraceError as error:
             self._finished.append((plan, error))
-        except RuntimeError as error:  # torch's: a kernel that failed
-            self._finished.append((plan, ServiceError(f"the pass failed: {error}")))
+        except Exception as error:  # noqa: BLE001  of its members: who drives may be somebody else
+            told = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "  # torch's say enough
+            failed = ServiceError(f"the pass failed: {told}{error}")
+            failed.__cause__ = error
+            self._finished.append((plan, failed))
 
     def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:
         finished, self._finished = self._finished, []
