@@ -1,0 +1,101 @@
+"""A torch module in this process, called as it is: what `polytrace.load(module)` talks to.
+
+It is described once; the sites of a call are found when somebody first calls with arguments of its structure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from engine.local import DirectBackend, LocalShards
+from engine.ops import DTYPE_NAMES
+from engine.probe import named_tensors
+from engine.shapes import infer
+from engine.whole_shard import WholeShard
+from engine.whole_sites import CallSites, modules_of, parameters_of, twin_of
+from polytrace.description import Limits, ModelDescription, PassLayout, SiteInfo
+from polytrace.errors import GraphError
+from polytrace.given import structure_of
+from polytrace.graph import Inputs, Request
+from scheduling.plan import Program, RequestId, ValueFacts
+from scheduling.scheduler import PassPolicy
+from scheduling.whole import compile_call, described
+
+
+class WholeBackend(DirectBackend):
+    """One module, its shard, and the sites of its calls."""
+
+    def __init__(
+        self, module: nn.Module, *, name: str, source: str | None = None, policy: PassPolicy | None = None
+    ) -> None:
+        """`source`: where its tokenizer and processor are, if there are any."""
+        description = describe(module, name)
+        self.shard = WholeShard(module, description)
+        self._sites = CallSites(module)
+        self._is_known_source = source is not None
+        meta = twin_of(module, _on_meta)
+        super().__init__(source or name, LocalShards(self.shard), description, meta, policy)  # type: ignore[arg-type]
+
+    def sites_of(self, structure: Inputs) -> tuple[SiteInfo, ...]:
+        """What a call visits whose arguments have this structure."""
+        return self._sites.of(structure)
+
+    def tokenizer_json(self) -> bytes | None:
+        return super().tokenizer_json() if self._is_known_source else None
+
+    def close(self) -> None:
+        self.shard.stop()
+
+    def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
+        structures = [structure_of(_inputs(one.inputs), request.constants) for one in request.invokes]
+        own = described(self.description, [self.sites_of(structure) for structure in structures])
+        facts = infer(own, request, self._meta)
+        return compile_call(request_id, request, own, facts), facts
+
+
+def describe(module: nn.Module, name: str) -> ModelDescription:
+    """What is known of a module before it is called."""
+    modules, parameters = tuple(modules_of(module)), tuple(parameters_of(module))
+    floating = [tensor.dtype for _, tensor in named_tensors(module) if tensor.is_floating_point()]
+    dtype = DTYPE_NAMES.get(floating[0], "float32") if floating else "float32"
+    config: Any = getattr(module, "config", None)
+    plain: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    return ModelDescription(
+        name=name,
+        class_name=type(module).__name__,
+        dtype=dtype,
+        vocab_size=0,
+        hidden_size=0,
+        num_layers=0,
+        layers=_NO_LAYERS,
+        stages=1,
+        ranks=1,
+        fingerprint=hashlib.sha256(repr((modules, parameters)).encode()).hexdigest()[:16],
+        config=plain,
+        modules=modules,
+        sites=(),
+        parameters=parameters,
+        limits=Limits(max_sequence_tokens=1),
+        key_value_bytes=0,
+        hidden_bytes=0,
+        row_multiple=1,
+        has_kept_rows=False,
+        has_forks=False,
+        layout=PassLayout.WHOLE,
+    )
+
+
+_NO_LAYERS = "."  # no module has a dot for its name
+
+
+def _inputs(inputs: Inputs | None) -> Inputs:
+    if inputs is None:
+        raise GraphError("this model is called with arguments of its forward, and the request has prompts")
+    return inputs
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")
