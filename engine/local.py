@@ -288,6 +288,26 @@ def module_backend(module: Any, *, name: str | None) -> WholeBackend:
     return WholeBackend(module, name=name or type(module).__name__)
 
 
+def source_backend(
+    source: str, *, dtype: str, name: str | None, threads: int | None, device: str | None, random_weights: int | None
+) -> WholeBackend | None:
+    """A model of a folder or hub that is called as it is; None of one that is served as a language model."""
+    from engine.whole_loading import load_whole, whole_class
+    from engine.whole_local import WholeBackend
+
+    kind = whole_class(source)
+    if kind is None:
+        return None
+    config = ShardConfig(
+        source=source,
+        dtype=dtype,
+        threads=threads,
+        device=device or best_device(),
+        random_weights_seed=random_weights,
+    )
+    return WholeBackend(load_whole(config, kind), name=name or source, source=source)
+
+
 def best_device() -> str:
     """The GPU when there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"

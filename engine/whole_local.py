@@ -6,20 +6,25 @@ It is described once; the sites of a call are found when somebody first calls wi
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import AutoProcessor
 
+from engine.fragments import from_raw
 from engine.local import DirectBackend, LocalShards
 from engine.ops import DTYPE_NAMES
 from engine.probe import named_tensors
 from engine.shapes import infer
 from engine.whole_shard import WholeShard
-from engine.whole_sites import CallSites, modules_of, parameters_of, twin_of
+from engine.whole_sites import CallSites, modules_of, parameters_of, record, twin_of
 from polytrace.description import Limits, ModelDescription, PassLayout, SiteInfo
 from polytrace.errors import GraphError
-from polytrace.given import structure_of
+from polytrace.given import with_given
 from polytrace.graph import Inputs, Request
+from polytrace.tensors import RawTensor
 from scheduling.plan import Program, RequestId, ValueFacts
 from scheduling.scheduler import PassPolicy
 from scheduling.whole import compile_call, described
@@ -36,22 +41,37 @@ class WholeBackend(DirectBackend):
         self.shard = WholeShard(module, description)
         self._sites = CallSites(module)
         self._is_known_source = source is not None
+        self._processor: Any = None  # until somebody asks
         meta = twin_of(module, _on_meta)
         super().__init__(source or name, LocalShards(self.shard), description, meta, policy)  # type: ignore[arg-type]
 
-    def sites_of(self, structure: Inputs) -> tuple[SiteInfo, ...]:
-        """What a call visits whose arguments have this structure."""
-        return self._sites.of(structure)
+    def sites_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
+        """What a call visits with these arguments, whose tensors are among the constants."""
+        return self._sites.of(inputs, constants, partial(self._really, constants=constants))
+
+    def _really(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
+        """The same, by calling the model."""
+        device = self.shard.context.device
+        return record(self.shard.model, with_given(inputs, lambda given: from_raw(constants[given.name]).to(device)))
 
     def tokenizer_json(self) -> bytes | None:
         return super().tokenizer_json() if self._is_known_source else None
+
+    def processor(self) -> Any:
+        """transformers' own, for images, sound or text; None where the model came without one."""
+        if self._processor is None and self._is_known_source:
+            try:
+                self._processor = AutoProcessor.from_pretrained(self.source)
+            except (OSError, ValueError, ImportError):
+                return None
+        return self._processor
 
     def close(self) -> None:
         self.shard.stop()
 
     def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
-        structures = [structure_of(_inputs(one.inputs), request.constants) for one in request.invokes]
-        own = described(self.description, [self.sites_of(structure) for structure in structures])
+        sites = [self.sites_of(_inputs(one.inputs), request.constants) for one in request.invokes]
+        own = described(self.description, sites)
         facts = infer(own, request, self._meta)
         return compile_call(request_id, request, own, facts), facts
 

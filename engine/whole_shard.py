@@ -30,7 +30,7 @@ from engine.probe import named_tensors
 from engine.results import MemorySink, Writer, sink_for
 from engine.stage import replace_first_argument
 from engine.stopwatch import Stopwatch
-from engine.whole_sites import argument_of, plain, told
+from engine.whole_sites import arguments_of, told
 from engine.writes import with_member
 from polytrace.description import ModelDescription
 from polytrace.given import with_given
@@ -136,7 +136,8 @@ class WholeShard:
         def failed(number: int, error: Exception) -> None:
             memory = told_out_of_memory(error)
             name = type(self.model).__name__
-            state.fail(None, memory or f"{name} raised {told(error)}", is_out_of_memory=memory is not None)
+            first = min(fragments[order].nodes[0] for order in visits[invokes[number]].values())
+            state.fail(first, memory or f"{name} raised {told(error)}", is_out_of_memory=memory is not None)
 
         if len(calls) == 1:
             alone = partial(_alone, meet)
@@ -180,10 +181,7 @@ class CallState(RequestState):
         """What a call is given: tensors of its own, so that code of the model may change them in place."""
         inputs = self.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
-        called = with_given(inputs, self._given)
-        return tuple(map(argument_of, called.args)), {
-            name: argument_of(value) for name, value in plain(called.kwargs).items()
-        }
+        return arguments_of(with_given(inputs, self._given))
 
     def _given(self, given: Given) -> Tensor:
         return self._constant(given.name).clone()
@@ -204,7 +202,7 @@ class CallState(RequestState):
         if side is None:
             raise LookupError(f"this call did not come to {node.site}: what it visits depends on its values")
         if isinstance(node, Read):
-            self.values[node_id] = side.read(node.site.selector)
+            self.values[node_id] = side.read(node.site.selector).to(self.context.device)
         else:
             side.write(node.site.selector, self.values[node.value.node], in_place=node.in_place)
         self.fired.append(node_id)

@@ -1,28 +1,37 @@
 """The sites of one call of a model as it is: every side of every module that the call visits, tensor by tensor.
 
-Owns the forward that finds them, on fake tensors: no weights, no memory, the structure of the arguments alone
-(`polytrace.given`). The model's own attributes are not touched: a twin runs, whose weights are fake.
+Owns the forward that finds them, on fake tensors: no weights, no memory, and where that suffices the structure of the
+arguments alone (`polytrace.given`). The model itself is not touched: a twin runs, whose weights are fake.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import suppress
+from contextvars import ContextVar
+from hashlib import blake2b
 from typing import Any
 
 import torch
+import torch._functorch.config as fake_settings
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import PreTrainedModel
 
 from engine.arguments import Arguments, Selector
+from engine.fragments import from_raw
 from engine.leaves import first_argument
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.probe import named_tensors
 from engine.recorder import memory_of
 from polytrace.description import Leaf, ModuleInfo, ParameterInfo, Rows, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.given import form_of, with_given
+from polytrace.given import given_names, structure_of, with_given
 from polytrace.graph import DType, Given, Inputs, Port
+from polytrace.tensors import RawTensor
 
 _DEPTH = 4  # keys of a selector at most, as on the wire
 _MAX_SITES = 100_000  # of one call
@@ -31,21 +40,100 @@ _OVERLAPS = "several of its elements are one in memory: write `site = value`"
 
 
 class CallSites:
-    """Finds the sites of calls of one model, each structure of arguments once."""
+    """Finds the sites of calls of one model, each structure of arguments once.
+
+    Where what a call visits depends on values, integers among its arguments are looked at (which of them is an image,
+    how long each sequence is); where that does not suffice, `really` is asked, which runs the model with all of them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._mode = FakeTensorMode()
-        self._twin = twin_of(model, self._mode.from_tensor)
-        self._known: dict[str, tuple[SiteInfo, ...]] = {}
+        self._twin = _Twin(model, looks=False)
+        self._looking_twin: _Twin | None = None  # made when a call needs it
+        self._model = model
+        self._known: OrderedDict[Hashable, tuple[SiteInfo, ...]] = OrderedDict()
+        self._levels: dict[str, int] = {}  # by structure: how much has to be known of the values, where it is not 0
 
-    def of(self, structure: Inputs) -> tuple[SiteInfo, ...]:
+    def of(
+        self,
+        inputs: Inputs,
+        constants: Mapping[str, RawTensor],
+        really: Callable[[Inputs], tuple[SiteInfo, ...]] | None = None,
+    ) -> tuple[SiteInfo, ...]:
         """The sites of a call, in their order; the same object each time. Raises GraphError where it does not run."""
-        key = repr(structure)
-        if key not in self._known:
-            with self._mode:
-                called = with_given(structure, _fake)
-                self._known[key] = record(self._twin, called)
-        return self._known[key]
+        structure = repr(structure_of(inputs, constants))
+        for level in range(self._levels.get(structure, 0), _NUM_LEVELS):
+            key = structure, tuple(_content(constants[name], level) for name in given_names(inputs))
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+            try:
+                found = self._found(inputs, constants, level, really)
+            except GraphError:
+                if level == _NUM_LEVELS - 1 or (level == 1 and really is None):
+                    raise
+                continue
+            self._levels[structure] = level
+            self._known[key] = found
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
+            return found
+        raise AssertionError("the last level has returned or raised")
+
+    def _found(
+        self,
+        inputs: Inputs,
+        constants: Mapping[str, RawTensor],
+        level: int,
+        really: Callable[[Inputs], tuple[SiteInfo, ...]] | None,
+    ) -> tuple[SiteInfo, ...]:
+        if level == 0:
+            return self._twin.record(inputs, constants)
+        if level == 1:
+            if self._looking_twin is None:
+                self._looking_twin = _Twin(self._model, looks=True)
+            return self._looking_twin.record(inputs, constants)
+        assert really is not None, "it was asked whether there is one"
+        return really(inputs)
+
+
+class _Twin:
+    """A model with fake weights; `looks`: it knows the integers that it is called with."""
+
+    def __init__(self, model: nn.Module, *, looks: bool) -> None:
+        with fake_settings.patch(fake_tensor_propagate_real_tensors=looks):
+            self._mode = FakeTensorMode(shape_env=ShapeEnv() if looks else None)
+        self._model = twin_of(model, self._unknown)
+        if isinstance(self._model, PreTrainedModel):  # the experts that a token goes to are values, too
+            with suppress(ValueError):
+                self._model.set_experts_implementation("batched_mm")
+
+    def record(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
+        def fake(given: Given) -> Tensor:
+            raw = constants[given.name]
+            dtype = TORCH_DTYPES[raw.dtype]
+            if dtype.is_floating_point or not raw.is_here:
+                return self._unknown(torch.empty(raw.shape, dtype=dtype, device="meta"))
+            return self._mode.from_tensor(from_raw(raw), static_shapes=True)
+
+        called = with_given(inputs, fake)
+        with self._mode:
+            return record(self._model, called)
+
+    def _unknown(self, tensor: Tensor) -> Tensor:
+        """Of a model on the meta device too, for which calls come from the host."""
+        device = torch.device("cpu") if tensor.is_meta else tensor.device
+        return FakeTensor(self._mode, tensor.detach().to("meta"), device)
+
+
+_NUM_LEVELS = 3
+_MAX_KNOWN = 256  # calls whose sites are kept
+
+
+def _content(raw: RawTensor, level: int) -> bytes | None:
+    """What of a tensor's values has to be equal for two calls to have the same sites."""
+    if level == 0 or (level == 1 and "float" in raw.dtype):
+        return None
+    return blake2b(raw.data, digest_size=16).digest()
 
 
 def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -64,22 +152,34 @@ def record(model: nn.Module, called: Inputs) -> tuple[SiteInfo, ...]:
     """One forward, and every side of every module as it fired."""
     recorder = _Recorder(model)
     handles = [handle for path, module in model.named_modules() for handle in recorder.hooks(path, module)]
+    token = _recording.set(recorder)
     try:
         with torch.no_grad():
-            model(*called.args, **plain(called.kwargs))
+            args, kwargs = arguments_of(called)
+            model(*args, **kwargs)
     except (GraphError, TooLargeError):
         raise
     except Exception as error:  # whatever code of the model raises
         raise GraphError(f"{type(model).__name__} does not take these arguments: {told(error)}") from error
     finally:
+        _recording.reset(token)
         for handle in handles:
             handle.remove()
     return tuple(recorder.sites)
 
 
-def plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments as Python's call takes them."""
-    return {str(name): value for name, value in kwargs.items()}
+def arguments_of(called: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call whose tensors are there, as Python's call takes them."""
+    return _of_torch(called.args), {name: _of_torch(value) for name, value in called.kwargs.items()}
+
+
+def _of_torch(value: Any) -> Any:
+    """Dtypes as torch has them."""
+    if isinstance(value, DType):
+        return TORCH_DTYPES[value.name]
+    if isinstance(value, dict):
+        return {key: _of_torch(part) for key, part in value.items()}
+    return type(value)([_of_torch(part) for part in value]) if isinstance(value, (tuple, list)) else value
 
 
 def told(error: BaseException) -> str:
@@ -88,9 +188,7 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def argument_of(value: Any) -> Any:
-    """An argument that is no tensor, as torch has it."""
-    return TORCH_DTYPES[value.name] if isinstance(value, DType) else value
+_recording: ContextVar[_Recorder | None] = ContextVar("recording_of_a_call", default=None)
 
 
 class _Recorder:
@@ -103,12 +201,15 @@ class _Recorder:
 
     def hooks(self, path: str, module: nn.Module) -> Iterator[Any]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _recording.get() is not self:
+                return  # of another thread's call
             arguments = Arguments(args, kwargs)
             self._note(path, Port.INPUT, *leaves_of(first_argument(args, kwargs)), arguments.keyword)
             self._note(path, Port.INPUTS, "arguments", arguments.others())
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            self._note(path, Port.OUTPUT, *leaves_of(output))
+            if _recording.get() is self:
+                self._note(path, Port.OUTPUT, *leaves_of(output))
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(after)
@@ -178,11 +279,6 @@ def _members(value: Any, way: Selector) -> Iterator[tuple[Selector, Tensor]]:
     elif len(way) < _DEPTH and isinstance(value, (tuple, list)):
         for place, member in enumerate(value):
             yield from _members(member, (*way, place))
-
-
-def _fake(given: Given) -> Tensor:
-    dtype, shape = form_of(given)
-    return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
 
 
 def modules_of(model: nn.Module) -> Iterator[ModuleInfo]:

@@ -47,12 +47,24 @@ def load(
     `edits`: a folder where named edits are kept; without one they live as long as the model does.
     """
     check_load_keywords(load, others)
-    from engine.local import LocalBackend, module_backend
+    from engine.local import LocalBackend, module_backend, source_backend
 
     if not isinstance(source, (str, os.PathLike)):
         from polytrace.whole_model import WholeModel
 
         return WholeModel(module_backend(source, name=name), rename)
+    whole = source_backend(
+        str(source),
+        dtype=chosen_dtype(dtype, torch_dtype),
+        name=name,
+        threads=threads,
+        device=chosen_device(device, device_map),
+        random_weights=random_weights,
+    )
+    if whole is not None:
+        from polytrace.whole_model import WholeModel
+
+        return WholeModel(whole, rename)
     with showing_bytes(f"loading {source}") as tell:
         backend = LocalBackend(
             str(source),

@@ -45,12 +45,6 @@ def with_given(inputs: Inputs, put: Callable[[Given], Any]) -> Inputs:
     )
 
 
-def form_of(given: Given) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of a tensor in a structure."""
-    dtype, *shape = json.loads(given.name)
-    return dtype, tuple(shape)
-
-
 def _names(value: Any) -> Iterator[str]:
     if isinstance(value, Given):
         yield value.name

@@ -10,6 +10,7 @@ known when the model is, its sites when a call begins.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, Protocol
@@ -19,20 +20,27 @@ from polytrace.calling import inputs_of
 from polytrace.certificate import ValueShape
 from polytrace.description import SiteInfo
 from polytrace.errors import GraphError
-from polytrace.given import given_names, structure_of
+from polytrace.given import given_names
 from polytrace.graph import Inputs, Invoke, Node, Options, Port, Read, Request, Site
 from polytrace.lines import user_line
 from polytrace.model import Model, options_of
+from polytrace.modules import Module
 from polytrace.scanning import Checking
+from polytrace.tensors import RawTensor
 from polytrace.tracing import InvokeBlock, Tracer, open_trace
 from polytrace.tree import PortTable, Table
+
+_MAX_TABLES = 256  # of calls of one model that are kept
 
 
 class CallBackend(Backend, Protocol):
     """What such a model talks to."""
 
-    def sites_of(self, structure: Inputs) -> tuple[SiteInfo, ...]:
-        """What a call visits whose arguments have this structure (`polytrace.given`), in its order."""
+    def sites_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
+        """What a call visits with these arguments, in its order: the same object where it is the same."""
+
+    def processor(self) -> Any:
+        """transformers' processor of the model, in this process; None where there is none."""
 
 
 class WholeModel(Model):
@@ -42,7 +50,7 @@ class WholeModel(Model):
 
     def __init__(self, backend: CallBackend, rename: Mapping[str, str | Sequence[str]] | None = None) -> None:
         super().__init__(backend, rename)
-        self.__dict__.update(_known={})
+        self.__dict__.update(_known=OrderedDict())
 
     def trace(
         self,
@@ -70,6 +78,18 @@ class WholeModel(Model):
         tracer.checking = Checking.SCAN
         return tracer
 
+    @property
+    def processor(self) -> Any:
+        """What transformers makes arguments of images, sound and text with, where the model came with it.
+
+        `model.trace(**model.processor(images=image, return_tensors="pt"))`. Raises GraphError elsewhere.
+        """
+        found = self.backend.processor()
+        if found is None:
+            told = "came without a processor, or is served elsewhere: call with tensors or arrays"
+            raise GraphError(f"{self.description.name} {told}", where=user_line())
+        return found
+
     def session(self, **_others: Any) -> NoReturn:
         """Refused."""
         raise self._refusal("a session", "write one trace after the other, or one trace with several tracer.invoke")
@@ -94,12 +114,15 @@ class WholeModel(Model):
         """Refused."""
         raise self._refusal("model.map", "write a trace for each part of the data")
 
-    def table_of(self, structure: Inputs) -> Table:
-        """What dotted paths lead to in a call whose arguments have this structure."""
-        key = repr(structure)
-        if key not in self.__dict__["_known"]:
-            self.__dict__["_known"][key] = _with_sites(self.__dict__["_index"], self.backend.sites_of(structure))
-        return self.__dict__["_known"][key]  # type: ignore[no-any-return]
+    def table_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> Table:
+        """What dotted paths lead to in a call with these arguments."""
+        sites = self.backend.sites_of(inputs, constants)
+        known: OrderedDict[int, tuple[Any, Table]] = self.__dict__["_known"]
+        if id(sites) not in known:
+            known[id(sites)] = (sites, _with_sites(self.__dict__["_index"], sites))
+            if len(known) > _MAX_TABLES:
+                known.popitem(last=False)
+        return known[id(sites)][1]
 
     @property
     def _index(self) -> Table:
@@ -112,6 +135,9 @@ class WholeModel(Model):
         tracer = self._tracer("", used)
         if isinstance(tracer, CallTracer) and tracer.own_table is None:
             tracer.invoke_index(used)
+
+    def __repr__(self) -> str:
+        return Module.__repr__(self)
 
     def _refusal(self, what: str, instead: str) -> GraphError:
         told = f"{self.description.class_name} is called as it is, and {what} is not there for such models"
@@ -135,6 +161,17 @@ class CallTracer(Tracer):
             told = "this trace has its arguments: write model.trace() without any to invoke several calls"
             raise GraphError(told, where=user_line())
         return InvokeBlock(self, self._add_invoke((args, kwargs)))
+
+    def invoke_index(self, what: object) -> int:
+        """As `Tracer.invoke_index`."""
+        self._check_open()
+        if self._invoke is None:
+            raise GraphError(
+                f"{what} belongs to a call: give its arguments to model.trace(...), "
+                "or use it inside `with tracer.invoke(...):`",
+                where=user_line(),
+            )
+        return self._invoke
 
     @property
     def own_table(self) -> Table | None:
@@ -176,9 +213,8 @@ class CallTracer(Tracer):
     def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
         args, kwargs = prompts
         inputs = inputs_of(args, kwargs, lambda value: self.recording.constants.add(value, user_line()), user_line())
-        structure = structure_of(inputs, self.recording.constants.tensors)
         try:
-            self._tables.append(self.model.table_of(structure))
+            self._tables.append(self.model.table_of(inputs, self.recording.constants.tensors))
         except GraphError as error:
             error.where = error.where or user_line()
             raise
