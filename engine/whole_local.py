@@ -6,6 +6,7 @@ It is described once; the sites of a call are found when somebody first calls wi
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -21,13 +22,12 @@ from engine.shapes import infer
 from engine.whole_shard import WholeShard
 from engine.whole_sites import CallSites, modules_of, parameters_of, record, twin_of
 from polytrace.description import Limits, ModelDescription, PassLayout, SiteInfo
-from polytrace.errors import GraphError
 from polytrace.given import with_given
 from polytrace.graph import Inputs, Request
 from polytrace.tensors import RawTensor
 from scheduling.plan import Program, RequestId, ValueFacts
 from scheduling.scheduler import PassPolicy
-from scheduling.whole import compile_call, described
+from scheduling.whole import compile_call, described, inputs_of_all
 
 
 class WholeBackend(DirectBackend):
@@ -70,8 +70,7 @@ class WholeBackend(DirectBackend):
         self.shard.stop()
 
     def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
-        sites = [self.sites_of(_inputs(one.inputs), request.constants) for one in request.invokes]
-        own = described(self.description, sites)
+        own = described(self.description, [self.sites_of(one, request.constants) for one in inputs_of_all(request)])
         facts = infer(own, request, self._meta)
         return compile_call(request_id, request, own, facts), facts
 
@@ -81,8 +80,6 @@ def describe(module: nn.Module, name: str) -> ModelDescription:
     modules, parameters = tuple(modules_of(module)), tuple(parameters_of(module))
     floating = [tensor.dtype for _, tensor in named_tensors(module) if tensor.is_floating_point()]
     dtype = DTYPE_NAMES.get(floating[0], "float32") if floating else "float32"
-    config: Any = getattr(module, "config", None)
-    plain: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
     return ModelDescription(
         name=name,
         class_name=type(module).__name__,
@@ -94,7 +91,7 @@ def describe(module: nn.Module, name: str) -> ModelDescription:
         stages=1,
         ranks=1,
         fingerprint=hashlib.sha256(repr((modules, parameters)).encode()).hexdigest()[:16],
-        config=plain,
+        config=_config_of(module),
         modules=modules,
         sites=(),
         parameters=parameters,
@@ -108,13 +105,15 @@ def describe(module: nn.Module, name: str) -> ModelDescription:
     )
 
 
+def _config_of(module: nn.Module) -> dict[str, Any]:
+    """The configuration that a module of transformers or diffusers has, as JSON."""
+    config: Any = getattr(module, "config", None)
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config) if isinstance(config, Mapping) else {}
+    made: dict[str, Any] = json.loads(json.dumps(plain, default=str))
+    return made
+
+
 _NO_LAYERS = "."  # no module has a dot for its name
-
-
-def _inputs(inputs: Inputs | None) -> Inputs:
-    if inputs is None:
-        raise GraphError("this model is called with arguments of its forward, and the request has prompts")
-    return inputs
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

@@ -101,8 +101,14 @@ class WholeShard:
             values=values,
         )
 
-    def stop(self) -> None:
+    def forget(self) -> None:
         """Forgets all requests."""
+        self._writer.wait()
+        self._states.clear()
+        self.context.constants.clear()
+
+    def stop(self) -> None:
+        """Ends its threads."""
         self._writer.close()
         self._states.clear()
 

@@ -79,6 +79,10 @@ class CallSites:
             return found
         raise AssertionError("the last level has returned or raised")
 
+    def has_looked(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> bool:
+        """Whether what a call of this structure visits depends on values; behind `of`."""
+        return self._levels.get(repr(structure_of(inputs, constants)), 0) > 0
+
     def _found(
         self,
         inputs: Inputs,
@@ -133,6 +137,8 @@ def _content(raw: RawTensor, level: int) -> bytes | None:
     """What of a tensor's values has to be equal for two calls to have the same sites."""
     if level == 0 or (level == 1 and "float" in raw.dtype):
         return None
+    if not raw.is_here:
+        return (raw.digest or raw.state or "").encode()
     return blake2b(raw.data, digest_size=16).digest()
 
 

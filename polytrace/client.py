@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polytrace import environment
+from polytrace.description import PassLayout
 from polytrace.edits.http_shelf import HttpShelf
 from polytrace.edits.sets import LocalShelf
 from polytrace.errors import GraphError
@@ -104,6 +105,10 @@ def connect(
     if wanted not in ("auto", served):
         backend.close()
         raise GraphError(f"{backend.name} is served in {served}, not in {wanted}", where=user_line())
+    if backend.describe().layout is PassLayout.WHOLE:
+        from polytrace.whole_model import WholeModel
+
+        return WholeModel(backend, rename)
     return Model(backend, rename, shelf=HttpShelf(backend))
 
 

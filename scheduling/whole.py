@@ -12,15 +12,17 @@ from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
 from polytrace.collector import young_only
-from polytrace.description import ModelDescription, SiteInfo
-from polytrace.errors import TooLargeError
-from polytrace.graph import Port, Request
+from polytrace.description import ModelDescription, PassLayout, SiteInfo
+from polytrace.errors import GraphError, TooLargeError
+from polytrace.graph import Inputs, Port, Read, Request, Write
+from scheduling import program
 from scheduling.checks import resolve, table_of
 from scheduling.liveness import peak_bytes
 from scheduling.placement import find_live, find_order, place, scale_of
 from scheduling.plan import PROLOGUE, Program, RequestId, ValueFacts, Wave, WaveRows
 from scheduling.program import check_writes, lay_out_saves
 from scheduling.residency import stage_works
+from scheduling.steps import Facts, Infer
 from scheduling.waves import executions, find_runs
 
 _NO_ROWS = WaveRows(widest=0, token_layers=0)
@@ -31,12 +33,42 @@ def described(description: ModelDescription, of_invokes: Sequence[tuple[SiteInfo
     """The description for one request, given the sites of each of its invokes: all of them in one order."""
     distinct = list({id(sites): sites for sites in of_invokes}.values())
     placed = dict(zip(map(id, distinct), _in_one_order(distinct), strict=True))
-    every = {info.order: info for sites in placed.values() for info in sites}
-    return replace(
-        description,
-        sites=tuple([every[order] for order in sorted(every)]),
-        of_invokes=tuple([placed[id(sites)] for sites in of_invokes]),
-    )
+    return with_sites(description, [placed[id(sites)] for sites in of_invokes])
+
+
+def with_sites(description: ModelDescription, of_invokes: Sequence[tuple[SiteInfo, ...]]) -> ModelDescription:
+    """The same, of sites that have been brought into one order."""
+    every = {info.order: info for sites in of_invokes for info in sites}
+    own = tuple([every[order] for order in sorted(every)])
+    return replace(description, sites=own, of_invokes=tuple(of_invokes))
+
+
+def named_sites(request: Request, description: ModelDescription) -> list[tuple[SiteInfo, ...]]:
+    """Of each invoke the sites that the request names: all that is needed to work it out again."""
+    named: list[set[_Key]] = [set() for _ in request.invokes]
+    for node in request.graph.nodes:
+        if isinstance(node, (Read, Write)):
+            named[node.invoke].add((node.site.module, node.site.port, node.site.visit))
+    pairs = zip(description.of_invokes, named, strict=True)
+    return [tuple([info for info in sites if _key(info) in own]) for sites, own in pairs]
+
+
+def inputs_of_all(request: Request) -> list[Inputs]:
+    """What each invoke is called with. Raises GraphError where one has prompts."""
+    found = [invoke.inputs for invoke in request.invokes]
+    if any(inputs is None for inputs in found):
+        raise GraphError("this model is called with arguments of its forward, and the request has prompts")
+    return [inputs for inputs in found if inputs is not None]
+
+
+def work_out(
+    request_id: RequestId, request: Request, description: ModelDescription, infer: Infer
+) -> tuple[Program, Facts]:
+    """As `scheduling.program.work_out`, of a request to any model."""
+    if description.layout is not PassLayout.WHOLE:
+        return program.work_out(request_id, request, description, infer)
+    facts = infer(request)
+    return compile_call(request_id, request, description, facts), facts
 
 
 def compile_call(
