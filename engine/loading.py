@@ -59,6 +59,8 @@ class ShardConfig:
     constant_bytes: int = 4 << 30  # budget of contents that stay on the device, see `engine.constants`
     random_weights_seed: int | None = None  # read no weights: draw them, the same ones on every shard
     offload_bytes: int = 0  # of the weights to keep in the host's memory, see `engine.offload`
+    # where the parts of a model lie that is called as it is: accelerate's names, or module -> device; None: on `device`
+    device_map: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -289,7 +289,14 @@ def module_backend(module: Any, *, name: str | None) -> WholeBackend:
 
 
 def source_backend(
-    source: str, *, dtype: str, name: str | None, threads: int | None, device: str | None, random_weights: int | None
+    source: str,
+    *,
+    dtype: str,
+    name: str | None,
+    threads: int | None,
+    device: str | None,
+    device_map: Any,
+    random_weights: int | None,
 ) -> WholeBackend | None:
     """A model of a folder or hub that is called as it is; None of one that is served as a language model."""
     from engine.whole_loading import load_whole, whole_class
@@ -304,6 +311,7 @@ def source_backend(
         threads=threads,
         device=device or best_device(),
         random_weights_seed=random_weights,
+        device_map=device_map,
     )
     return WholeBackend(load_whole(config, kind), name=name or source, source=source)
 

@@ -50,12 +50,16 @@ def load_whole(config: ShardConfig, kind: Any) -> nn.Module:
                 model = _from_config(config.source, kind, config.dtype)
         else:
             given = _dtype(config.source, config.dtype)
+            if config.device_map is not None:
+                given["device_map"] = config.device_map
             with quiet_transformers():
                 model = kind.from_pretrained(config.source, use_safetensors=True, **given)
     except (OSError, ValueError, RuntimeError) as error:
         raise ServiceError(f"{config.source} cannot be loaded as {kind.__name__}: {error}") from error
-    moved: nn.Module = model.to(config.device).eval().requires_grad_(False)
-    return moved
+    if config.device_map is None:
+        model = model.to(config.device)
+    made: nn.Module = model.eval().requires_grad_(False)
+    return made
 
 
 def whole_meta(source: str, dtype: str, kind: Any) -> nn.Module:

@@ -1,9 +1,9 @@
 """Runs plans on a model that is called as it is: each invoke of a request is one call of the unmodified module.
 
-The calls of a wave go in order of their sites (`engine.lockstep`): at a site that somebody reads or writes a call waits
-until all that comes before it in the others has happened, so values flow between them. One call alone runs in the
-caller's own thread. A call ends behind the last site that is needed of it. What a module raises fails its request and
-nothing else.
+Calls go one after another, each behind those that it takes values from (`scheduling.call_turns`), in the caller's own
+thread. Those that take values from each other go in order of their sites (`engine.lockstep`): at a site that somebody
+reads or writes a call waits until all that comes before it in the others has happened. A call ends behind the last site
+that is needed of it. What a module raises fails its request and nothing else.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from polytrace.description import ModelDescription
 from polytrace.given import with_given
 from polytrace.graph import Given, NodeId, Port, Read, Write
 from polytrace.sources import SiteIndex
+from scheduling.call_turns import Turn, turns_of
 from scheduling.checks import table_of
 from scheduling.plan import PROLOGUE, Fragment, Member, Phase, Plan, RequestId, ShardResult
 
@@ -122,18 +123,22 @@ class WholeShard:
         return state
 
     def _run_wave(self, member: Member, state: CallState) -> None:
-        fragments = {one.order: one for one in member.program.waves[member.wave].stages[0].fragments}
+        for turn in turns_of(member.program, member.wave):
+            if not state.has_failed:
+                self._run_turn(turn, state)
+
+    def _run_turn(self, turn: Turn, state: CallState) -> None:
+        fragments = {one.order: one for one in turn.fragments}
         if PROLOGUE in fragments:
             state.run(fragments.pop(PROLOGUE), None)
-        visits = _visits_of(member, fragments)
-        invokes = list(visits)
-        calls = [_Call(visits[invoke]) for invoke in invokes]
+        visits = _visits_of(state, fragments)
+        calls = [_Call(visits[invoke]) for invoke in turn.invokes]
         pending = sorted(fragments)
 
         def meet(order: int, values: Mapping[int, Any]) -> dict[int, Any]:
             """Everything that is due up to a visit, which some calls have come to."""
             sides = {number: Side(value) for number, value in values.items()}
-            port = {invokes[number]: side for number, side in sides.items()}
+            port = {turn.invokes[number]: side for number, side in sides.items()}
             while pending and pending[0] <= order:
                 due = pending.pop(0)
                 state.run_at(fragments[due], port if due == order else {})
@@ -142,25 +147,18 @@ class WholeShard:
         def failed(number: int, error: Exception) -> None:
             memory = told_out_of_memory(error)
             name = type(self.model).__name__
-            first = min(fragments[order].nodes[0] for order in visits[invokes[number]].values())
+            first = min(fragments[order].nodes[0] for order in calls[number].visits.values())
             state.fail(first, memory or f"{name} raised {told(error)}", is_out_of_memory=memory is not None)
 
         if len(calls) == 1:
-            alone = partial(_alone, meet)
             try:
-                self._go(calls[0], state, invokes[0], alone)
+                self._go(calls[0], state, turn.invokes[0], partial(_alone, meet))
             except Exception as error:  # noqa: BLE001  whatever code of the model raises is its request's
                 failed(0, error)
-        else:
+        elif calls:
             threads = torch.get_num_threads()
-            in_order(
-                [
-                    partial(self._in_lane, call, state, invoke, threads)
-                    for call, invoke in zip(calls, invokes, strict=True)
-                ],
-                meet,
-                failed,
-            )
+            pairs = zip(calls, turn.invokes, strict=True)
+            in_order([partial(self._in_lane, call, state, invoke, threads) for call, invoke in pairs], meet, failed)
         for order in pending:  # of sites that no call came to
             state.run_at(fragments[order], {})
 
@@ -188,6 +186,11 @@ class CallState(RequestState):
         inputs = self.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
         return arguments_of(with_given(inputs, self._given))
+
+    def _local_parameter(self, path: str) -> Tensor:
+        if self.context.parameters[path].is_meta:
+            raise ValueError(f"{path} is offloaded, and there only while its module runs: call the module instead")
+        return super()._local_parameter(path)
 
     def _given(self, given: Given) -> Tensor:
         return self._constant(given.name).clone()
@@ -332,13 +335,13 @@ def _hooked(model: nn.Module, call: _Call) -> Iterator[None]:
         yield
 
 
-def _visits_of(member: Member, fragments: Mapping[int, Fragment]) -> dict[int, Visits]:
-    """Where the calls of a wave are visited, by invoke."""
+def _visits_of(state: CallState, fragments: Mapping[int, Fragment]) -> dict[int, Visits]:
+    """Where calls are visited, by invoke."""
     found: dict[int, Visits] = {}
     for order, fragment in fragments.items():
         for node_id in fragment.nodes:
-            node = member.program.graph.nodes[node_id]
+            node = state.program.graph.nodes[node_id]
             if isinstance(node, (Read, Write)):
                 site = node.site
                 found.setdefault(node.invoke, {})[site.module, site.port, site.visit] = order
-    return dict(sorted(found.items()))
+    return found

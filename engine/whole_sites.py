@@ -126,7 +126,8 @@ class _Twin:
     def _unknown(self, tensor: Tensor) -> Tensor:
         """Of a model on the meta device too, for which calls come from the host."""
         device = torch.device("cpu") if tensor.is_meta else tensor.device
-        return FakeTensor(self._mode, tensor.detach().to("meta"), device)
+        own = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return FakeTensor(self._mode, own, device)
 
 
 _NUM_LEVELS = 3
@@ -151,6 +152,11 @@ def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter)
         memo[key] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
     twin: nn.Module = copy.deepcopy(model, memo)
+    modules: Iterator[Any] = twin.modules()
+    for module in modules:
+        if hasattr(module, "_hf_hook"):  # accelerate's, which brings weights from where they lie
+            module.forward = module._old_forward
+            del module._hf_hook
     return twin
 
 

@@ -59,7 +59,8 @@ def load(
         dtype=chosen_dtype(dtype, torch_dtype),
         name=name,
         threads=threads,
-        device=chosen_device(device, device_map),
+        device=device,
+        device_map=device_map,
         random_weights=random_weights,
     )
     if whole is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import polytrace
 from polytrace.errors import GraphError, RunError
 from polytrace.graph import Port
+from scheduling.call_turns import turns_of
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,6 +150,27 @@ def test_two_calls_wait_for_each_other() -> None:
     assert len(tracer.receipt.passes) == 1
 
 
+def test_calls_go_one_at_a_time_where_values_go_one_way() -> None:
+    plain, _, call, other = KINDS["module"]()
+    model = polytrace.load(plain)
+    with model.trace(run=False) as tracer:
+        with tracer.invoke(**call):
+            model.shared.input = 2 * model.shared.input
+            last = model.shared.visits[2].output
+            (last.sum() + 1).save()
+        with tracer.invoke(**other):
+            model.first.output = 0 * model.first.output
+            first = model.shared.output
+        with tracer.invoke(**call):
+            model.shared.visits[2].output = first + last
+            model.output["y"].save()
+    backend: Any = model.backend
+    program = backend.compile(tracer.built_request())
+    assert [turn.invokes for turn in turns_of(program, 0)] == [(0,), (1,), (2,)]
+    run = [node for turn in turns_of(program, 0) for fragment in turn.fragments for node in fragment.nodes]
+    assert sorted(run) == sorted(node for one in program.waves[0].stages[0].fragments for node in one.nodes)
+
+
 @pytest.mark.parametrize("kind", ["bert", "whisper", "llava"])
 def test_reading_every_site_changes_no_bit(kind: str) -> None:
     plain, _, call, _ = KINDS[kind]()
@@ -196,6 +218,22 @@ def test_an_encoder_in_a_folder_is_loaded_and_called_as_it_is(tmp_path: Path) ->
         result = model.output.last_hidden_state.save()
     assert torch.equal(hidden, seen)
     assert torch.equal(result, wanted)
+
+
+def test_parts_of_a_model_may_lie_where_accelerate_puts_them(tmp_path: Path) -> None:
+    plain, path, call, _ = KINDS["vit"]()
+    plain.save_pretrained(tmp_path)
+    places = {"vit.embeddings": "cpu", "vit.layers.0": "cpu", "vit.layers.1": "disk"}
+    model = polytrace.load(str(tmp_path), device_map=places | {"vit.layernorm": "cpu", "classifier": "cpu"})
+    seen, wanted = plain_run(plain, path, call, lambda tensor: 2 * tensor)
+    with model.trace(**call):
+        read = model.vit.layers[0].output.save()
+        model.vit.layers[0].output = 2 * model.vit.layers[0].output
+        result = model.output.logits.save()
+    assert torch.equal(read, seen)
+    assert torch.equal(result, wanted)
+    with pytest.raises(RunError, match=r"vit\.layers\.1\..*weight is offloaded"), model.trace(**call):
+        model.vit.layers[1].attention.q_proj.weight.save()
 
 
 def test_mistakes_are_told_with_the_users_line() -> None:
