@@ -177,7 +177,7 @@ class _Worker:
         description = from_json(ModelDescription, json.loads(published.description))
         if description.layout is PassLayout.WHOLE:
             meta: nn.Module = whole_meta(published.source, published.dtype, whole_class(published.source))
-            self.calls[model] = CallSites(meta)
+            self.calls[model] = CallSites(meta, description.limits.max_value_bytes)
         else:
             meta = meta_model(published.source, published.dtype)
         self._loaded[model] = (version, description, meta)

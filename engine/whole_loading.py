@@ -7,6 +7,7 @@ are loaded by their library, from safetensors alone, and stay as they are.
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _diffusion_class(source: str) -> Any:
     if named is None:
         return None
     try:
-        import diffusers
+        diffusers: Any = import_module("diffusers")
     except ImportError:
         raise ServiceError(
             f"{source} is a {named} of diffusers, which is not installed: pip install diffusers"

@@ -46,7 +46,9 @@ class CallSites:
     how long each sequence is); where that does not suffice, `really` is asked, which runs the model with all of them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, max_tensor_bytes: int | None = None) -> None:
+        """A call with a tensor of more bytes is refused before memory is taken; None: whatever there is room for."""
+        self._max_bytes = max_tensor_bytes
         self._twin = _Twin(model, looks=False)
         self._looking_twin: _Twin | None = None  # made when a call needs it
         self._model = model
@@ -91,11 +93,11 @@ class CallSites:
         really: Callable[[Inputs], tuple[SiteInfo, ...]] | None,
     ) -> tuple[SiteInfo, ...]:
         if level == 0:
-            return self._twin.record(inputs, constants)
+            return self._twin.record(inputs, constants, self._max_bytes)
         if level == 1:
             if self._looking_twin is None:
                 self._looking_twin = _Twin(self._model, looks=True)
-            return self._looking_twin.record(inputs, constants)
+            return self._looking_twin.record(inputs, constants, self._max_bytes)
         assert really is not None, "it was asked whether there is one"
         return really(inputs)
 
@@ -111,7 +113,7 @@ class _Twin:
             with suppress(ValueError):
                 self._model.set_experts_implementation("batched_mm")
 
-    def record(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
+    def record(self, inputs: Inputs, constants: Mapping[str, RawTensor], max_bytes: int | None) -> tuple[SiteInfo, ...]:
         def fake(given: Given) -> Tensor:
             raw = constants[given.name]
             dtype = TORCH_DTYPES[raw.dtype]
@@ -121,7 +123,7 @@ class _Twin:
 
         called = with_given(inputs, fake)
         with self._mode:
-            return record(self._model, called)
+            return record(self._model, called, max_bytes)
 
     def _unknown(self, tensor: Tensor) -> Tensor:
         """Of a model on the meta device too, for which calls come from the host."""
@@ -160,9 +162,9 @@ def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
     return twin
 
 
-def record(model: nn.Module, called: Inputs) -> tuple[SiteInfo, ...]:
-    """One forward, and every side of every module as it fired."""
-    recorder = _Recorder(model)
+def record(model: nn.Module, called: Inputs, max_bytes: int | None = None) -> tuple[SiteInfo, ...]:
+    """One forward, and every side of every module as it fired. TooLargeError where a tensor has more bytes."""
+    recorder = _Recorder(model, max_bytes)
     handles = [handle for path, module in model.named_modules() for handle in recorder.hooks(path, module)]
     token = _recording.set(recorder)
     try:
@@ -206,7 +208,8 @@ _recording: ContextVar[_Recorder | None] = ContextVar("recording_of_a_call", def
 class _Recorder:
     """The hooks of one such forward."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, max_bytes: int | None) -> None:
+        self._max_bytes = max_bytes
         self.sites: list[SiteInfo] = []
         self._visits: dict[tuple[str, Port], int] = {}
         self._held = {memory_of(tensor) for _, tensor in named_tensors(model) if tensor.layout is torch.strided}
@@ -251,6 +254,10 @@ class _Recorder:
 
     def _leaf(self, selector: Selector, tensor: Tensor) -> Leaf:
         dtype = DTYPE_NAMES.get(tensor.dtype)
+        num_bytes = tensor.numel() * tensor.dtype.itemsize
+        if self._max_bytes is not None and num_bytes > self._max_bytes:
+            told = f"a call with these arguments makes a tensor of {num_bytes} bytes ({list(tensor.shape)})"
+            raise TooLargeError(f"{told}; the limit is {self._max_bytes}")
         refusal = None
         if dtype is None or tensor.layout is not torch.strided:
             refusal = f"it is of {str(tensor.dtype).removeprefix('torch.')} in the layout {tensor.layout}"

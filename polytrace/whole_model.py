@@ -19,7 +19,7 @@ from polytrace.backend import Backend
 from polytrace.calling import inputs_of
 from polytrace.certificate import ValueShape
 from polytrace.description import SiteInfo
-from polytrace.errors import GraphError
+from polytrace.errors import GraphError, TooLargeError
 from polytrace.given import given_names
 from polytrace.graph import Inputs, Invoke, Node, Options, Port, Read, Request, Site
 from polytrace.lines import user_line
@@ -125,11 +125,12 @@ class WholeModel(Model):
         return known[id(sites)][1]
 
     @property
-    def _index(self) -> Table:
+    def _index(self) -> Table:  # type: ignore[override]
         """That of the call whose block this is; outside of one, the tree alone."""
         tracer = open_trace()
         own = tracer.own_table if isinstance(tracer, CallTracer) and tracer.model is self else None
-        return self.__dict__["_index"] if own is None else own  # type: ignore[no-any-return]
+        tree: Table = self.__dict__["_index"]
+        return tree if own is None else own
 
     def _check_called(self, used: str) -> None:
         tracer = self._tracer("", used)
@@ -215,7 +216,7 @@ class CallTracer(Tracer):
         inputs = inputs_of(args, kwargs, lambda value: self.recording.constants.add(value, user_line()), user_line())
         try:
             self._tables.append(self.model.table_of(inputs, self.recording.constants.tensors))
-        except GraphError as error:
+        except (GraphError, TooLargeError) as error:
             error.where = error.where or user_line()
             raise
         self._invokes.append(Invoke(sequences=((0,),), inputs=inputs))

@@ -39,12 +39,13 @@ def turns_of(program: Program, wave: int) -> list[Turn]:
         needs[node_id] = own
     # 2) whose turn is when
     try:
-        order = [(invoke,) for invoke in TopologicalSorter({key: behind[key] for key in sorted(behind)}).static_order()]
+        sorter = TopologicalSorter({invoke: behind[invoke] for invoke in sorted(behind)})
+        order: list[tuple[int, ...]] = [(invoke,) for invoke in sorter.static_order()] or [()]
     except CycleError:
         order = [tuple(sorted(behind))]
     turn_of = {invoke: turn for turn, invokes in enumerate(order) for invoke in invokes}
     # 3) a node runs in the last turn that it needs; a value goes behind its last use
-    parts: list[dict[int, list[NodeId]]] = [{} for _ in order or ((),)]
+    parts: list[dict[int, list[NodeId]]] = [{} for _ in order]
     for fragment in fragments:
         for node_id in fragment.nodes:
             turn = max((turn_of[invoke] for invoke in needs[node_id]), default=0)
@@ -66,5 +67,5 @@ def turns_of(program: Program, wave: int) -> list[Turn]:
                 for visit in sorted(part)
             ),
         )
-        for turn, (invokes, part) in enumerate(zip(order or [()], parts, strict=True))
+        for turn, (invokes, part) in enumerate(zip(order, parts, strict=True))
     ]
