@@ -1,7 +1,7 @@
 """Models of a folder or hub that are called as they are: classes of transformers, and of diffusers where it is there.
 
-Owns which sources these are: those whose configuration names a class that is no language model of transformers'. They
-are loaded by their library, from safetensors alone, and stay as they are.
+Owns which sources these are: those whose configuration names a class that is no language model of transformers', nor
+the body of one. They are loaded by their library, from safetensors alone, and stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
 )
 
 from engine.loading import ShardConfig, quiet_transformers, resolve_dtype_of
@@ -37,7 +39,14 @@ def whole_class(source: str) -> Any:
         return None
     mappings: tuple[Any, ...] = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
     languages = {mapping[type(config)].__name__ for mapping in mappings if type(config) in mapping}
-    return None if named in languages else kind
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    is_body = type(config) in MODEL_MAPPING and named in _names(MODEL_MAPPING[type(config)])
+    return None if named in languages or (is_decoder and is_body) else kind
+
+
+def _names(kinds: Any) -> list[str]:
+    """Of a class, or of several."""
+    return [kind.__name__ for kind in (kinds if isinstance(kinds, (tuple, list)) else (kinds,))]
 
 
 def load_whole(config: ShardConfig, kind: Any) -> nn.Module:

@@ -7,6 +7,7 @@ arguments alone (`polytrace.given`). The model itself is not touched: a twin run
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
@@ -49,6 +50,7 @@ class CallSites:
     def __init__(self, model: nn.Module, max_tensor_bytes: int | None = None) -> None:
         """A call with a tensor of more bytes is refused before memory is taken; None: whatever there is room for."""
         self._max_bytes = max_tensor_bytes
+        self._turn = threading.RLock()
         self._twin = _Twin(model, looks=False)
         self._looking_twin: _Twin | None = None  # made when a call needs it
         self._model = model
@@ -62,6 +64,15 @@ class CallSites:
         really: Callable[[Inputs], tuple[SiteInfo, ...]] | None = None,
     ) -> tuple[SiteInfo, ...]:
         """The sites of a call, in their order; the same object each time. Raises GraphError where it does not run."""
+        with self._turn:
+            return self._of(inputs, constants, really)
+
+    def _of(
+        self,
+        inputs: Inputs,
+        constants: Mapping[str, RawTensor],
+        really: Callable[[Inputs], tuple[SiteInfo, ...]] | None,
+    ) -> tuple[SiteInfo, ...]:
         structure = repr(structure_of(inputs, constants))
         for level in range(self._levels.get(structure, 0), _NUM_LEVELS):
             key = structure, tuple(_content(constants[name], level) for name in given_names(inputs))
@@ -146,14 +157,21 @@ def _content(raw: RawTensor, level: int) -> bytes | None:
 
 
 def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of a model with other tensors for its parameters and buffers; tied ones stay one."""
+    """A copy of a model with other tensors for its parameters and buffers; tied ones stay one.
+
+    GraphError for a model that has something that cannot be copied.
+    """
     tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}
     memo: dict[int, Any] = {}
     for key, tensor in tensors.items():
         made = make(tensor)
         is_parameter = isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter)
         memo[key] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
-    twin: nn.Module = copy.deepcopy(model, memo)
+    try:
+        twin: nn.Module = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a model keeps
+        name = type(model).__name__
+        raise GraphError(f"{name} cannot be copied, which says what its calls visit: {told(error)}") from error
     modules: Iterator[Any] = twin.modules()
     for module in modules:
         if hasattr(module, "_hf_hook"):  # accelerate's, which brings weights from where they lie

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from called_by_hand import assert_three_interventions, first_of, first_tensor, plain_run
 from model_kinds import DIFFUSION, KINDS, images, unet
 from torch import Tensor, nn
@@ -148,6 +150,54 @@ def test_two_calls_wait_for_each_other() -> None:
     assert torch.equal(result_y, wanted_y)
     assert torch.equal(result_x, wanted_x)
     assert len(tracer.receipt.passes) == 1
+
+
+def test_a_value_that_is_needed_earlier_opens_another_pass() -> None:
+    plain, _, call, other = KINDS["bert"]()
+    with torch.no_grad():
+        later = plain(**other).last_hidden_state
+    _, wanted = plain_run(plain, "encoder.layer.0", call, lambda tensor: later)
+    model = polytrace.load(plain)
+    with model.trace() as tracer:
+        with tracer.invoke(**call):
+            before = model.encoder.layer[0].output.save()
+        with tracer.invoke(**other):
+            last = model.encoder.layer[1].output
+        with tracer.invoke(**call):
+            model.encoder.layer[0].output = last
+            result = model.output[0].save()
+        with tracer.invoke(**call):
+            model.embeddings.output = model.embeddings.output + 0 * last
+            again = model.encoder.layer[0].output.save()
+    assert torch.equal(result, wanted)
+    assert torch.equal(again, before)
+    assert len(tracer.receipt.passes) == 2
+    assert model.validate(tracer).passes == 2
+
+
+def test_images_and_sound_go_through_the_models_own_processor(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    plain = KINDS["vit"]()[0]
+    plain.save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    model = polytrace.load(str(tmp_path / "vit"))
+    made = model.processor(images=np.full((20, 30, 3), 200, np.uint8), return_tensors="pt")
+    with model.trace(**made):
+        logits = model.output.logits.save()
+    with torch.no_grad():
+        assert torch.equal(logits, plain(**made).logits)
+
+    plain = KINDS["whisper"]()[0]
+    plain.save_pretrained(tmp_path / "whisper")
+    sizes = {"feature_size": 8, "hop_length": 400, "chunk_length": 1, "n_fft": 800}
+    transformers.WhisperFeatureExtractor(**sizes).save_pretrained(tmp_path / "whisper")
+    model = polytrace.load(str(tmp_path / "whisper"))
+    sound = np.sin(np.arange(16_000) / 9).astype(np.float32)
+    made = model.processor.feature_extractor(sound, sampling_rate=16_000, return_tensors="pt")
+    with model.trace(**made, decoder_input_ids=np.array([[1, 5]])):
+        hidden = model.model.encoder.output.last_hidden_state.save()
+    with torch.no_grad():
+        assert torch.equal(hidden, plain.model.encoder(**made).last_hidden_state)
 
 
 def test_calls_go_one_at_a_time_where_values_go_one_way() -> None:
