@@ -43,11 +43,20 @@ from api.waiting import Waiting, no_request
 from api.worker import Verdict
 from cluster.config import DeploymentSpec, Mode
 from polytrace.codec import to_json
-from polytrace.errors import CapacityError, KeyRefusedError, NotFoundError, PolytraceError, ServiceError
+from polytrace.errors import (
+    CapacityError,
+    KeyRefusedError,
+    NotFoundError,
+    PolytraceError,
+    ServiceError,
+    TooLargeError,
+    from_fields,
+)
 from scheduling.plan import RequestId
 
 MEDIA_TYPE = "application/vnd.safetensors"
 SMALL_BYTES = 256 << 10
+_QUESTION_BYTES = 8 << 20  # what a call is given, without its large tensors
 CLIENT_GONE = 499  # of answers that nobody hears: for the log
 
 
@@ -87,6 +96,7 @@ class Gateway:
         v1.add_api_route("/models/{name}/drain", self.drain, methods=["POST"], status_code=202)
         v1.add_api_route("/models/{name}/tokenizer", self.tokenizer)
         v1.add_api_route("/models/{name}/validate", self.validate, methods=["POST"])
+        v1.add_api_route("/models/{name}/sites", self.sites, methods=["POST"])
         v1.add_api_route("/models/{name}/requests", self.submit, methods=["POST"])
         v1.add_api_route("/requests/{request_id}", self.status)
         v1.add_api_route("/requests/{request_id}", self.cancel, methods=["DELETE"])
@@ -191,6 +201,22 @@ class Gateway:
         if verdict.certificate is None:
             raise ServiceError("the request was checked, but no certificate came of it")
         return Response(verdict.certificate, media_type="application/json")
+
+    async def sites(self, name: str, request: Request) -> Response:
+        """What a call visits, of a model that is called as it is. Nothing runs, nothing is kept."""
+        served = self._deployments.get(name)
+        asked = bytearray()
+        try:
+            async for part in request.stream():
+                asked += part
+                if len(asked) > _QUESTION_BYTES:
+                    raise TooLargeError(f"a question for sites has at most {_QUESTION_BYTES} bytes")
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        answer = await self._checker.sites(name, served.version, bytes(asked))
+        if answer.error is not None:
+            raise from_fields(answer.error)
+        return Response(answer.body, media_type="application/json")
 
     async def submit(self, name: str, request: Request) -> Response:
         """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,12 +29,16 @@ from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError, ServiceError
 from polytrace.generation import check_stop_texts
 from polytrace.graph import Request
+from polytrace.lines import user_line
 from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 from polytrace.tokenizer import load_tokenizer
 from scheduling.loop import Shards, step
 from scheduling.plan import Plan, Program, RequestId, ShardResult, ValueFacts
 from scheduling.program import certify, work_out
 from scheduling.scheduler import Outcome, PassPolicy, Progress, Scheduler
+
+if TYPE_CHECKING:
+    from engine.whole_local import WholeBackend
 
 
 class LocalShards:
@@ -132,7 +136,9 @@ class DirectBackend:
     def _worked_out(self, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
         """The program, and what is known of the request's nodes."""
         check_stop_texts(request.invokes, self._has_tokenizer)
-        request_id = RequestId(secrets.token_hex(8))
+        return self._work_out(RequestId(secrets.token_hex(8)), request)
+
+    def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
         return work_out(request_id, request, self.description, self._infer)
 
     def _infer(self, request: Request) -> tuple[ValueFacts | None, ...]:
@@ -275,6 +281,44 @@ class LocalBackend(DirectBackend):
 
     def close(self) -> None:
         self.shard.stop()
+
+
+def module_backend(module: Any, *, name: str | None) -> WholeBackend:
+    """A torch module as it is. Raises GraphError for anything else."""
+    from engine.whole_local import WholeBackend
+
+    if not isinstance(module, nn.Module):
+        told = "polytrace.load takes a folder, a hub id or a torch.nn.Module"
+        raise GraphError(f"{told}, not a {type(module).__name__}", where=user_line())
+    return WholeBackend(module, name=name or type(module).__name__)
+
+
+def source_backend(
+    source: str,
+    *,
+    dtype: str,
+    name: str | None,
+    threads: int | None,
+    device: str | None,
+    device_map: Any,
+    random_weights: int | None,
+) -> WholeBackend | None:
+    """A model of a folder or hub that is called as it is; None of one that is served as a language model."""
+    from engine.whole_loading import load_whole, whole_class
+    from engine.whole_local import WholeBackend
+
+    kind = whole_class(source)
+    if kind is None:
+        return None
+    config = ShardConfig(
+        source=source,
+        dtype=dtype,
+        threads=threads,
+        device=device or best_device(),
+        random_weights_seed=random_weights,
+        device_map=device_map,
+    )
+    return WholeBackend(load_whole(config, kind), name=name or source, source=source)
 
 
 def best_device() -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polytrace import environment
+from polytrace.description import PassLayout
 from polytrace.edits.http_shelf import HttpShelf
 from polytrace.edits.sets import LocalShelf
 from polytrace.errors import GraphError
@@ -19,7 +21,7 @@ DEFAULT_TIMEOUT_S = 3600.0
 
 
 def load(
-    source: str,
+    source: Any,
     *,
     dtype: str = "auto",
     name: str | None = None,
@@ -35,6 +37,9 @@ def load(
 ) -> Model:
     """A model of the Hugging Face hub or a local folder, run in this process by the engine of a service.
 
+    Or a torch module of your own, which runs as it is: `polytrace.whole_model`. It stays where it is, in the mode that
+    it is in; `dtype` and the other options of loading are not for it.
+
     `dtype`: a name, torch's own, or "auto" for the checkpoint's; `torch_dtype` is the same. `device_map`: a device, or
     "auto". `rename`: other names for modules (`polytrace.aliases`). Other keywords of nnsight's are taken as
     `polytrace.keywords` says: weights are loaded at once, whatever `dispatch` is.
@@ -43,8 +48,25 @@ def load(
     `edits`: a folder where named edits are kept; without one they live as long as the model does.
     """
     check_load_keywords(load, others)
-    from engine.local import LocalBackend
+    from engine.local import LocalBackend, module_backend, source_backend
 
+    if not isinstance(source, (str, os.PathLike)):
+        from polytrace.whole_model import WholeModel
+
+        return WholeModel(module_backend(source, name=name), rename)
+    whole = source_backend(
+        str(source),
+        dtype=chosen_dtype(dtype, torch_dtype),
+        name=name,
+        threads=threads,
+        device=device,
+        device_map=device_map,
+        random_weights=random_weights,
+    )
+    if whole is not None:
+        from polytrace.whole_model import WholeModel
+
+        return WholeModel(whole, rename)
     with showing_bytes(f"loading {source}") as tell:
         backend = LocalBackend(
             str(source),
@@ -84,6 +106,10 @@ def connect(
     if wanted not in ("auto", served):
         backend.close()
         raise GraphError(f"{backend.name} is served in {served}, not in {wanted}", where=user_line())
+    if backend.describe().layout is PassLayout.WHOLE:
+        from polytrace.whole_model import WholeModel
+
+        return WholeModel(backend, rename)
     return Model(backend, rename, shelf=HttpShelf(backend))
 
 

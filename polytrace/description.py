@@ -31,6 +31,7 @@ class PassLayout(Enum):
 
     PACKED = "packed"  # one after another in one stream, in which rows are shared and end
     PADDED = "padded"  # each alone, in step: for models that mix a row with its neighbours, or mask by themselves
+    WHOLE = "whole"  # there are none: an invoke is one call of the model as it is, and sites follow from its arguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ class Leaf:
     row_dim: int = 1  # of a view, the dimension of its tokens: 2 in [sequences, heads, tokens, features]
     num_columns: int | None = None  # of a view, however long the prompts are; None: the longest prompt's tokens
     gradient_refusal: str | None = None  # why there is no gradient there, None when there is one where any is
+    is_whole: bool = False  # `tail` is all of its shape: it is seen as the module has it, without sequences and tokens
 
     @property
     def column_dim(self) -> int:
@@ -73,6 +75,8 @@ class Leaf:
 
         Of pairs there are `before` more keys, which come before the columns; of what is attended so many more rows.
         """
+        if self.is_whole:
+            return self.tail
         whole = longest if self.num_columns is None else self.num_columns
         columns = whole if num_columns is None else num_columns
         if self.of_pairs:
@@ -268,6 +272,7 @@ class ModelDescription:
     sources: tuple[SourceInfo, ...] = ()
     chat: ChatFormat | None = None  # how conversations become prompts; None: the model came without a chat template
     eos: tuple[int, ...] = ()  # tokens that end a text, by the model's own configuration of its generation
+    of_invokes: tuple[tuple[SiteInfo, ...], ...] = ()  # of one request, where the layout is WHOLE: sites of each invoke
 
 
 def logits_of(sites: Iterable[SiteInfo]) -> tuple[SiteInfo, Leaf] | None:

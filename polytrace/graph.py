@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import EllipsisType
-from typing import NewType, TypeAlias
+from typing import Any, NewType, TypeAlias
 
 from polytrace.tensors import RawTensor
 
@@ -79,7 +79,8 @@ class Site:
         return hash((self.module, self.selector, self.visit))
 
     def __str__(self) -> str:
-        path = f"{self.module}.{self.port.value}" if self.module else self.port.value
+        module = f"{self.module}.visits[{self.visit}]" if self.visit else self.module
+        path = f"{module}.{self.port.value}" if module else self.port.value
         return path + "".join(f".{key}" if isinstance(key, str) else f"[{key}]" for key in self.selector)
 
 
@@ -350,15 +351,37 @@ class Generation:
     logprobs: int | None = None  # log-probabilities of its tokens are told, and of so many likeliest beside
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A tensor among the arguments of a call: a constant of the request, by its name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What one call of a model is given, where sequences of tokens do not say it (`PassLayout.WHOLE`).
+
+    Plain data: numbers, texts, None, `DType`, `Given`, and lists, tuples and dicts of these.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invoke:
-    """The prompts of one `tracer.invoke(...)`, as token ids. Several samples of a prompt are several sequences."""
+    """The prompts of one `tracer.invoke(...)`, as token ids. Several samples of a prompt are several sequences.
+
+    Of a model that is called as it is (`PassLayout.WHOLE`) it is one call, and its one sequence says nothing.
+    """
 
     sequences: tuple[tuple[int, ...], ...]
     generation: Generation | None = None  # None: it does not go on
     # Behind step 0, where a port is named that has what came before:
     before: int = 0  # positions before its first column, of the longest sequence
     pads: int = 0  # so many fewer the shortest has
+    inputs: Inputs | None = None  # of one call of a model that is called as it is
 
     @property
     def longest(self) -> int:

@@ -456,6 +456,9 @@ class Recording:
 
     def lengths_of(self, state: State, invoke: int) -> tuple[int, ...] | None:
         """Tokens of each prompt as a value of this invoke has them; None when the prompts are those of later traces."""
+        if self.description.layout is PassLayout.WHOLE:
+            told = "is called with arguments, not with prompts: index the dimension that you mean"
+            raise GraphError(f"{self.description.class_name} {told}", where=user_line())
         lengths = self.session.lengths_of(invoke)
         if lengths is None or not self.loops.are_used:
             return lengths
