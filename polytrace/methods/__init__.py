@@ -8,6 +8,7 @@ dimensions (xarray): prompt, layer, head, position, factor, rank, token, ...
 
 from polytrace.methods.ablation import ablate
 from polytrace.methods.attribution import Attribution, Decomposition, decompose_residual, logit_attribution
+from polytrace.methods.attribution_patching import attribution_patching
 from polytrace.methods.batteries import Battery, Prompt, run_battery
 from polytrace.methods.causal_tracing import trace_causes
 from polytrace.methods.collecting import Activations, collect_activations
@@ -70,6 +71,7 @@ __all__ = [
     "ablate_direction",
     "ablate_features",
     "activation_addition",
+    "attribution_patching",
     "collect_activations",
     "collisions",
     "contrastive_vectors",

@@ -54,24 +54,42 @@ def collect(
 ) -> Sweep:
     """Saved metrics `[prompts]` by their place in `dims`; places without one are NaN.
 
-    Of several runs of each prompt, one after another, the mean is taken. `tokens`: by dimension, each prompt's texts.
-    `absent`: prompts, and places in the last dimension that they do not have: NaN too.
+    Of several runs of each prompt, one after another, the mean is taken. `absent`: prompts, and places in the last
+    dimension that they do not have: NaN too. The rest is as in `sweep_of`.
     """
     import numpy as np
 
-    def numbers(value: Any) -> Any:
-        return np.array(value.tolist(), dtype=float).reshape(len(batch), -1).mean(1)
-
     values: Any = np.full((len(batch), *map(len, dims.values())), np.nan)
     for place, value in cells.items():
-        values[(slice(None), *place)] = numbers(value)
+        values[(slice(None), *place)] = numbers_of(value, batch)
     for prompt, last in absent:
         values[prompt, ..., last] = np.nan
-    best = numbers(clean)
-    least = None if corrupt is None else numbers(corrupt)
+    return sweep_of(
+        values, dims, batch, name=name, scale=scale, receipt=receipt, clean=clean, corrupt=corrupt, tokens=tokens
+    )
+
+
+def sweep_of(
+    values: Any,
+    dims: Mapping[str, Sequence[Any]],
+    batch: Prompts,
+    *,
+    name: str,
+    scale: Scale,
+    receipt: Receipt,
+    clean: Any,
+    corrupt: Any = None,
+    tokens: Mapping[str, list[list[str]] | None] | None = None,
+) -> Sweep:
+    """Metrics `[prompts, *dims]`, numpy's. `clean` and `corrupt` are saved, as `collect` has them.
+
+    `tokens`: by dimension, each prompt's texts.
+    """
+    best = numbers_of(clean, batch)
+    least = None if corrupt is None else numbers_of(corrupt, batch)
     shape = (-1, *[1] * len(dims))
     if scale is Scale.CHANGE:
-        values -= best.reshape(shape)
+        values = values - best.reshape(shape)
     elif scale in (Scale.RESTORED, Scale.KEPT):
         assert least is not None
         if (best == least).any():
@@ -110,6 +128,13 @@ def copy_parts(target: Any, source: Any, of: str, pairs: Sequence[tuple[Part, Pa
     """Puts places of one run's value into another run's, in place. `pairs`: the target's part, the source's part."""
     for ours, theirs in pairs:
         target[cell(of, ours, unit)] = source[cell(of, theirs, unit)]
+
+
+def numbers_of(value: Any, batch: Prompts) -> Any:
+    """A saved metric as one number for each prompt, numpy's float64."""
+    import numpy as np
+
+    return np.array(value.tolist(), dtype=float).reshape(len(batch), -1).mean(1)
 
 
 def _of_prompts(values: Any, dims: Mapping[str, Sequence[Any] | None], batch: Prompts, name: str) -> DataArray:
