@@ -15,6 +15,7 @@ from polytrace.methods.collecting import Activations, collect_activations
 from polytrace.methods.directions import Vectors, activation_addition, contrastive_vectors
 from polytrace.methods.function_vectors import FunctionVector, Task, few_shot_task, function_vector, head_effects
 from polytrace.methods.gates import Gate
+from polytrace.methods.integrated import Integrated, integrated_gradients
 from polytrace.methods.knockout import knock_out_attention
 from polytrace.methods.lenses import Reading, logit_lens, token_directions
 from polytrace.methods.metrics import Metric, divergence, log_probability, logit, logit_difference, loss, probability
@@ -36,6 +37,7 @@ from polytrace.methods.saes import (
     steer_features,
     top_activations,
 )
+from polytrace.methods.saliency import gradient_x_input, saliency
 from polytrace.methods.steering import Steered, ablate_direction, steer, steering_edit
 from polytrace.methods.sweeps import Sweep
 from polytrace.methods.targets import collisions, target_sets, target_tokens
@@ -55,6 +57,7 @@ __all__ = [
     "FunctionVector",
     "Gate",
     "HookedModel",
+    "Integrated",
     "LayerPoint",
     "Metric",
     "Prompt",
@@ -80,8 +83,10 @@ __all__ = [
     "divergence",
     "few_shot_task",
     "function_vector",
+    "gradient_x_input",
     "head_effects",
     "heat_map",
+    "integrated_gradients",
     "knock_out_attention",
     "lens_divergence",
     "line_plot",
@@ -103,6 +108,7 @@ __all__ = [
     "run_battery",
     "sae_features",
     "sae_quality",
+    "saliency",
     "splice_sae",
     "steer",
     "steer_features",

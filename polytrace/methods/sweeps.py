@@ -102,7 +102,7 @@ def sweep_of(
         values = (values - least.reshape(shape)) / (best - least).reshape(shape)
     titles = {Scale.VALUE: name, Scale.CHANGE: f"change of {name}"}
     named: dict[str, Sequence[Any] | None] = dict(dims)
-    effect = _of_prompts(values, named, batch, titles.get(scale, f"{name} {scale.value}"))
+    effect = of_prompts(values, named, batch, titles.get(scale, f"{name} {scale.value}"))
     for dim, texts in (tokens or {}).items():
         if texts is not None:
             alike = all(own == texts[0] for own in texts)
@@ -110,8 +110,8 @@ def sweep_of(
             effect = effect.assign_coords({f"{dim}_token": coordinate})
     return Sweep(
         effect=effect,
-        clean=_of_prompts(best, {}, batch, name),
-        corrupt=None if least is None else _of_prompts(least, {}, batch, name),
+        clean=of_prompts(best, {}, batch, name),
+        corrupt=None if least is None else of_prompts(least, {}, batch, name),
         receipt=receipt,
     )
 
@@ -137,7 +137,8 @@ def numbers_of(value: Any, batch: Prompts) -> Any:
     return np.array(value.tolist(), dtype=float).reshape(len(batch), -1).mean(1)
 
 
-def _of_prompts(values: Any, dims: Mapping[str, Sequence[Any] | None], batch: Prompts, name: str) -> DataArray:
+def of_prompts(values: Any, dims: Mapping[str, Sequence[Any] | None], batch: Prompts, name: str) -> DataArray:
+    """Numbers `[prompts, *dims]` with labels; without the first dimension where one prompt was given alone."""
     if batch.is_single:
         return labelled(values[0], dims, name=name)
     return labelled(values, {"prompt": None, **dims}, name=name, prompts=batch.labels)

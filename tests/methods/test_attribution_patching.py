@@ -153,7 +153,8 @@ def test_metrics_are_those_of_patching(llama: tuple[Any, PlainModel]) -> None:
     clean = plain.run(CLEAN)[0].log_softmax(-1)
 
     def apart(logits: Tensor) -> Tensor:
-        return (clean[-1].exp() * (clean[-1] - logits[-1].log_softmax(-1))).sum()
+        total: Tensor = (clean[-1].exp() * (clean[-1] - logits[-1].log_softmax(-1))).sum()
+        return total
 
     def surprise(logits: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(CORRUPT[1:]))
@@ -177,13 +178,13 @@ def test_small_patches_are_estimated_well(llama: tuple[Any, PlainModel]) -> None
     metric = logit_difference(RIGHT, WRONG)
     near = [3, 17, 42, 5, 9, 30, 11]
     far = [3, 17, 42, 5, 9, 29, 11]
-    for estimated, true in (
-        (attribution_patching, patch_activations),
-        (lambda *args, **more: attribution_patching(*args, of="z", **more), patch_heads),
+    some: Any = {"layers": 3, "normalise": False}
+    for ours, theirs in (
+        (attribution_patching(model, near, far, metric, **some), patch_activations(model, near, far, metric, **some)),
+        (attribution_patching(model, near, far, metric, of="z", **some), patch_heads(model, near, far, metric, **some)),
     ):
-        ours: Any = estimated(model, near, far, metric, layers=3, normalise=False)
-        theirs = true(model, near, far, metric, layers=3, normalise=False)
         assert ours.effect.dims == theirs.effect.dims and ours.effect.shape == theirs.effect.shape
+        assert theirs.corrupt is not None
         moved = abs(theirs.effect - theirs.corrupt).max()
         assert moved > 0.01 and abs(ours.effect - theirs.effect).max() < 0.5 * moved
 
