@@ -83,15 +83,15 @@ def test_points_of_layers_and_prompts_of_several_lengths(both: tuple[Any, PlainM
     model, plain = both
     prompts = [PROMPT, SHORT]
     lengths = saliency(model, prompts, METRIC, of="z", layers=[1, 3])
-    products = gradient_x_input(model, prompts, METRIC, of="attention", layers=[1, 3])
+    products = gradient_x_input(model, prompts, METRIC, of="v", layers=[1, 3])
     assert lengths.effect.dims == products.effect.dims == ("prompt", "layer", "position")
     of_lengths, of_products = [], []
     for ids in prompts:
         pads = [float("nan")] * (7 - len(ids))
         found = [gradient(plain, ids, ("z", layer))[1].flatten(1).norm(dim=1).tolist() for layer in (1, 3)]
         of_lengths.append([pads + row for row in found])
-        pairs = [gradient(plain, ids, ("attention", layer)) for layer in (1, 3)]
-        of_products.append([pads + (value * found).sum(1).tolist() for value, found in pairs])
+        pairs = [gradient(plain, ids, ("v", layer)) for layer in (1, 3)]
+        of_products.append([pads + (value * found).sum((1, 2)).tolist() for value, found in pairs])
     agree(lengths.effect.values, of_lengths)
     agree(products.effect.values, of_products)
 
