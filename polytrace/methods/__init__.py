@@ -17,6 +17,7 @@ from polytrace.methods.function_vectors import FunctionVector, Task, few_shot_ta
 from polytrace.methods.gates import Gate
 from polytrace.methods.integrated import Integrated, integrated_gradients
 from polytrace.methods.knockout import knock_out_attention
+from polytrace.methods.learning import Learnt, learn_steering_vector
 from polytrace.methods.lenses import Reading, logit_lens, token_directions
 from polytrace.methods.metrics import Metric, divergence, log_probability, logit, logit_difference, loss, probability
 from polytrace.methods.object_lens import object_attention_lens
@@ -24,6 +25,7 @@ from polytrace.methods.patching import patch_activations, patch_heads
 from polytrace.methods.patchscopes import Scope, Target, patchscope, repeat_target
 from polytrace.methods.path_patching import patch_paths
 from polytrace.methods.plots import data_frame, heat_map, line_plot, top_k_table
+from polytrace.methods.rotations import Rotation, interchange, learn_rotation
 from polytrace.methods.saes import (
     Examples,
     Features,
@@ -59,9 +61,11 @@ __all__ = [
     "HookedModel",
     "Integrated",
     "LayerPoint",
+    "Learnt",
     "Metric",
     "Prompt",
     "Reading",
+    "Rotation",
     "Scope",
     "SparseAutoencoder",
     "Steered",
@@ -87,7 +91,10 @@ __all__ = [
     "head_effects",
     "heat_map",
     "integrated_gradients",
+    "interchange",
     "knock_out_attention",
+    "learn_rotation",
+    "learn_steering_vector",
     "lens_divergence",
     "line_plot",
     "load_sae",
