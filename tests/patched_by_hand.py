@@ -36,8 +36,13 @@ class PlainModel:
         }.get(kind, ("mlp", "mlp", "mlp.down_proj"))
         self.num_layers, self.num_heads = 4, 4
 
-    def run(self, ids: list[int], edits: Edits | None = None) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
-        """Logits `[tokens, vocabulary]` with edits, and every point as it was then, `[1, ...]`."""
+    def run(
+        self, ids: list[int], edits: Edits | None = None, *, has_gradients: bool = False
+    ) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
+        """Logits `[tokens, vocabulary]` with edits, and every point as it was then, `[1, ...]`.
+
+        With gradients, logits have come from these very tensors.
+        """
         edits = edits or {}
         seen: dict[tuple[str, int], Tensor] = {}
         left = set(edits)
@@ -47,10 +52,10 @@ class PlainModel:
             if (point, layer) in edits:
                 left.discard((point, layer))
                 whole = edits[point, layer](whole.clone())
-            seen[point, layer] = whole.clone()
+            seen[point, layer] = whole if has_gradients else whole.clone()
             return whole.reshape(value.shape)
 
-        with ExitStack() as stack, torch.no_grad():
+        with ExitStack() as stack, torch.set_grad_enabled(has_gradients):
             for number in range(self.num_layers):
                 layer = self.model.get_submodule(f"{self.family.layers}.{number}")
                 for path, point, side in (

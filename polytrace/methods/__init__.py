@@ -8,13 +8,16 @@ dimensions (xarray): prompt, layer, head, position, factor, rank, token, ...
 
 from polytrace.methods.ablation import ablate
 from polytrace.methods.attribution import Attribution, Decomposition, decompose_residual, logit_attribution
+from polytrace.methods.attribution_patching import attribution_patching
 from polytrace.methods.batteries import Battery, Prompt, run_battery
 from polytrace.methods.causal_tracing import trace_causes
 from polytrace.methods.collecting import Activations, collect_activations
 from polytrace.methods.directions import Vectors, activation_addition, contrastive_vectors
 from polytrace.methods.function_vectors import FunctionVector, Task, few_shot_task, function_vector, head_effects
 from polytrace.methods.gates import Gate
+from polytrace.methods.integrated import Integrated, integrated_gradients
 from polytrace.methods.knockout import knock_out_attention
+from polytrace.methods.learning import Learnt, learn_steering_vector
 from polytrace.methods.lenses import Reading, logit_lens, token_directions
 from polytrace.methods.metrics import Metric, divergence, log_probability, logit, logit_difference, loss, probability
 from polytrace.methods.object_lens import object_attention_lens
@@ -22,6 +25,7 @@ from polytrace.methods.patching import patch_activations, patch_heads
 from polytrace.methods.patchscopes import Scope, Target, patchscope, repeat_target
 from polytrace.methods.path_patching import patch_paths
 from polytrace.methods.plots import data_frame, heat_map, line_plot, top_k_table
+from polytrace.methods.rotations import Rotation, interchange, learn_rotation
 from polytrace.methods.saes import (
     Examples,
     Features,
@@ -35,6 +39,7 @@ from polytrace.methods.saes import (
     steer_features,
     top_activations,
 )
+from polytrace.methods.saliency import gradient_x_input, saliency
 from polytrace.methods.steering import Steered, ablate_direction, steer, steering_edit
 from polytrace.methods.sweeps import Sweep
 from polytrace.methods.targets import collisions, target_sets, target_tokens
@@ -54,10 +59,13 @@ __all__ = [
     "FunctionVector",
     "Gate",
     "HookedModel",
+    "Integrated",
     "LayerPoint",
+    "Learnt",
     "Metric",
     "Prompt",
     "Reading",
+    "Rotation",
     "Scope",
     "SparseAutoencoder",
     "Steered",
@@ -70,6 +78,7 @@ __all__ = [
     "ablate_direction",
     "ablate_features",
     "activation_addition",
+    "attribution_patching",
     "collect_activations",
     "collisions",
     "contrastive_vectors",
@@ -78,9 +87,14 @@ __all__ = [
     "divergence",
     "few_shot_task",
     "function_vector",
+    "gradient_x_input",
     "head_effects",
     "heat_map",
+    "integrated_gradients",
+    "interchange",
     "knock_out_attention",
+    "learn_rotation",
+    "learn_steering_vector",
     "lens_divergence",
     "line_plot",
     "load_sae",
@@ -101,6 +115,7 @@ __all__ = [
     "run_battery",
     "sae_features",
     "sae_quality",
+    "saliency",
     "splice_sae",
     "steer",
     "steer_features",

@@ -8,7 +8,7 @@ arXiv:2404.15255). All runs are invokes of one trace, so rows that are equal run
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
@@ -21,6 +21,8 @@ from polytrace.points import DIMS
 if TYPE_CHECKING:
     from polytrace.model import Model
     from polytrace.tracing import Tracer
+
+T = TypeVar("T")
 
 DIRECTIONS = ("denoise", "noise")
 _STREAMS = (*GIVEN, *(name for name in OF_LAYERS if DIMS[name][1] == "token" and name != "router"))
@@ -57,7 +59,7 @@ def patch_activations(
     """
     clean_batch, corrupt_batch = pairs_of(model, clean, corrupt)
     is_aligned = clean_batch.lengths == corrupt_batch.lengths
-    base, giver = _runs(direction, clean_batch, corrupt_batch)
+    base, giver = sides(direction, clean_batch, corrupt_batch)
     if of not in _STREAMS:
         raise GraphError(f"{of!r} has no row for each token; these have: {', '.join(_STREAMS)}", where=user_line())
     numbers, axis, measured = layers_of(model, layers), axis_of(clean_batch, positions), as_metric(metric)
@@ -67,7 +69,7 @@ def patch_activations(
     steps = []
     for step, places in enumerate(visited):
         others = places if is_aligned else axis.places(model, corrupt_batch, step)
-        steps.append(_copies(direction, clean_batch, places, corrupt_batch, others))
+        steps.append(copies(direction, clean_batch, places, corrupt_batch, others))
     cells: dict[tuple[int, ...], Any] = {}
     with model.trace() as tracer:
         ends = record_ends(tracer, model, clean_batch, corrupt_batch, measured)
@@ -83,7 +85,7 @@ def patch_activations(
         {"layer": numbers, "position": axis.labels},
         clean_batch,
         name=measured.name,
-        scale=_scale(direction, normalise),
+        scale=scale_of(direction, normalise),
         receipt=tracer.receipt,
         clean=ends.clean,
         corrupt=ends.corrupt,
@@ -114,7 +116,7 @@ def patch_heads(
     """
     clean_batch, corrupt_batch = pairs_of(model, clean, corrupt)
     is_aligned = clean_batch.lengths == corrupt_batch.lengths
-    base, giver = _runs(direction, clean_batch, corrupt_batch)
+    base, giver = sides(direction, clean_batch, corrupt_batch)
     if of not in _OF_HEADS:
         raise GraphError(f"{of!r} is of no head; these are: {', '.join(_OF_HEADS)}", where=user_line())
     numbers, measured = layers_of(model, layers), as_metric(metric)
@@ -122,7 +124,7 @@ def patch_heads(
         check_lengths(clean_batch, corrupt_batch)
     places = places_in(model, clean_batch, positions)
     others = places if is_aligned else places_in(model, corrupt_batch, positions)
-    pairs = _copies(direction, clean_batch, places, corrupt_batch, others)
+    pairs = copies(direction, clean_batch, places, corrupt_batch, others)
     cells: dict[tuple[int, ...], Any] = {}
     with model.trace() as tracer:
         ends = record_ends(tracer, model, clean_batch, corrupt_batch, measured)
@@ -140,7 +142,7 @@ def patch_heads(
         {"layer": numbers, "head": chosen},
         clean_batch,
         name=measured.name,
-        scale=_scale(direction, normalise),
+        scale=scale_of(direction, normalise),
         receipt=tracer.receipt,
         clean=ends.clean,
         corrupt=ends.corrupt,
@@ -193,22 +195,21 @@ def check_lengths(clean: Prompts, corrupt: Prompts) -> None:
             )
 
 
-def _runs(direction: str, clean: Prompts, corrupt: Prompts) -> tuple[Prompts, Prompts]:
-    """The run that is changed, and the one that gives."""
+def sides(direction: str, clean: T, corrupt: T) -> tuple[T, T]:
+    """Of the run that is changed, and of the one that gives."""
     if direction not in DIRECTIONS:
         raise GraphError(f"the direction is 'denoise' or 'noise', not {direction!r}", where=user_line())
     return (corrupt, clean) if direction == "denoise" else (clean, corrupt)
 
 
-def _scale(direction: str, normalise: bool) -> Scale:
+def scale_of(direction: str, normalise: bool) -> Scale:
+    """Of the effects of patches."""
     if not normalise:
         return Scale.VALUE
     return Scale.RESTORED if direction == "denoise" else Scale.KEPT
 
 
-def _copies(
-    direction: str, clean: Prompts, places: Places, corrupt: Prompts, others: Places
-) -> list[tuple[Part, Part]]:
+def copies(direction: str, clean: Prompts, places: Places, corrupt: Prompts, others: Places) -> list[tuple[Part, Part]]:
     """Parts of the run that is changed, beside those of the run that gives."""
     pairs = paired_parts(clean, places, corrupt, others)
     return [(two, one) for one, two in pairs] if direction == "denoise" else pairs

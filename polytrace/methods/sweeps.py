@@ -54,24 +54,42 @@ def collect(
 ) -> Sweep:
     """Saved metrics `[prompts]` by their place in `dims`; places without one are NaN.
 
-    Of several runs of each prompt, one after another, the mean is taken. `tokens`: by dimension, each prompt's texts.
-    `absent`: prompts, and places in the last dimension that they do not have: NaN too.
+    Of several runs of each prompt, one after another, the mean is taken. `absent`: prompts, and places in the last
+    dimension that they do not have: NaN too. The rest is as in `sweep_of`.
     """
     import numpy as np
 
-    def numbers(value: Any) -> Any:
-        return np.array(value.tolist(), dtype=float).reshape(len(batch), -1).mean(1)
-
     values: Any = np.full((len(batch), *map(len, dims.values())), np.nan)
     for place, value in cells.items():
-        values[(slice(None), *place)] = numbers(value)
+        values[(slice(None), *place)] = numbers_of(value, batch)
     for prompt, last in absent:
         values[prompt, ..., last] = np.nan
-    best = numbers(clean)
-    least = None if corrupt is None else numbers(corrupt)
+    return sweep_of(
+        values, dims, batch, name=name, scale=scale, receipt=receipt, clean=clean, corrupt=corrupt, tokens=tokens
+    )
+
+
+def sweep_of(
+    values: Any,
+    dims: Mapping[str, Sequence[Any]],
+    batch: Prompts,
+    *,
+    name: str,
+    scale: Scale,
+    receipt: Receipt,
+    clean: Any,
+    corrupt: Any = None,
+    tokens: Mapping[str, list[list[str]] | None] | None = None,
+) -> Sweep:
+    """Metrics `[prompts, *dims]`, numpy's. `clean` and `corrupt` are saved, as `collect` has them.
+
+    `tokens`: by dimension, each prompt's texts.
+    """
+    best = numbers_of(clean, batch)
+    least = None if corrupt is None else numbers_of(corrupt, batch)
     shape = (-1, *[1] * len(dims))
     if scale is Scale.CHANGE:
-        values -= best.reshape(shape)
+        values = values - best.reshape(shape)
     elif scale in (Scale.RESTORED, Scale.KEPT):
         assert least is not None
         if (best == least).any():
@@ -84,7 +102,7 @@ def collect(
         values = (values - least.reshape(shape)) / (best - least).reshape(shape)
     titles = {Scale.VALUE: name, Scale.CHANGE: f"change of {name}"}
     named: dict[str, Sequence[Any] | None] = dict(dims)
-    effect = _of_prompts(values, named, batch, titles.get(scale, f"{name} {scale.value}"))
+    effect = of_prompts(values, named, batch, titles.get(scale, f"{name} {scale.value}"))
     for dim, texts in (tokens or {}).items():
         if texts is not None:
             alike = all(own == texts[0] for own in texts)
@@ -92,8 +110,8 @@ def collect(
             effect = effect.assign_coords({f"{dim}_token": coordinate})
     return Sweep(
         effect=effect,
-        clean=_of_prompts(best, {}, batch, name),
-        corrupt=None if least is None else _of_prompts(least, {}, batch, name),
+        clean=of_prompts(best, {}, batch, name),
+        corrupt=None if least is None else of_prompts(least, {}, batch, name),
         receipt=receipt,
     )
 
@@ -112,7 +130,15 @@ def copy_parts(target: Any, source: Any, of: str, pairs: Sequence[tuple[Part, Pa
         target[cell(of, ours, unit)] = source[cell(of, theirs, unit)]
 
 
-def _of_prompts(values: Any, dims: Mapping[str, Sequence[Any] | None], batch: Prompts, name: str) -> DataArray:
+def numbers_of(value: Any, batch: Prompts) -> Any:
+    """A saved metric as one number for each prompt, numpy's float64."""
+    import numpy as np
+
+    return np.array(value.tolist(), dtype=float).reshape(len(batch), -1).mean(1)
+
+
+def of_prompts(values: Any, dims: Mapping[str, Sequence[Any] | None], batch: Prompts, name: str) -> DataArray:
+    """Numbers `[prompts, *dims]` with labels; without the first dimension where one prompt was given alone."""
     if batch.is_single:
         return labelled(values[0], dims, name=name)
     return labelled(values, {"prompt": None, **dims}, name=name, prompts=batch.labels)
