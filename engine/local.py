@@ -26,7 +26,11 @@ from engine.tokenizer import tokenizer_json
 from polytrace.backend import Result
 from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
-from polytrace.errors import PolytraceError, ServiceError
+from polytrace.errors import (
+    GraphError,
+    PolytraceError,
+    ServiceError,
+)
 from polytrace.generation import check_stop_texts
 from polytrace.graph import Request
 from polytrace.lines import user_line
