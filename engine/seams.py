@@ -123,12 +123,20 @@ def become(tensor: Tensor, leaf: Tensor, saved: SavedTensors) -> bool:
     """From now on a tensor is a leaf's for everybody who holds it. False where torch forbids that."""
     if not tensor._is_view():
         tensor.detach_()
+    elif tensor.requires_grad and not _can_change(tensor):
+        return False
     try:
         with saved.unchanged(tensor):
             _Become.apply(tensor, leaf)
     except RuntimeError:  # one of several views of an operation
         return False
     return True
+
+
+def _can_change(view: Tensor) -> bool:
+    """Whether torch lets a view change in place: not one of several of an operation. Trying would spoil them all."""
+    autograd: Any = torch._C._autograd
+    return bool(autograd._get_creation_meta(view) is autograd.CreationMeta.DEFAULT)
 
 
 class _HandedOn(Function):

@@ -160,6 +160,8 @@ def run_by_hand(plain: Any, program: GradientProgram) -> list[Tensor]:
             for prompt in range(len(program.invokes[one].prompts)):
                 total = total + (seen[one, prompt, at][0, -1] @ weighting(at, seed)).tanh()
         wanted = [seen[one, p, at] for one, at in program.targets for p in range(len(program.invokes[one].prompts))]
+        for own in halves.values():
+            own.clear()
         found = torch.autograd.grad(total, [*wanted, *vectors], retain_graph=True, allow_unused=True)
         grads = [
             torch.zeros_like(value) if grad is None else grad
@@ -168,7 +170,9 @@ def run_by_hand(plain: Any, program: GradientProgram) -> list[Tensor]:
         for place, (one, at) in enumerate(program.targets):
             own = [grads.pop(0)[0] for _ in program.invokes[one].prompts]
             if place == program.halved:  # whether autograd gives what came to a hook or what it left is its secret
-                own = [halves.get((one, prompt, at), [torch.zeros_like(grad)])[-1] for prompt, grad in enumerate(own)]
+                own = [
+                    (halves.get((one, prompt, at)) or [torch.zeros_like(grad)])[-1] for prompt, grad in enumerate(own)
+                ]
             longest = max(map(len, own))
             saved.append(torch.stack([F.pad(value, (0, 0, longest - len(value), 0)) for value in own]))
         saved += grads

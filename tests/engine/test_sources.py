@@ -333,6 +333,11 @@ def refuses_what_no_rank_has(model: Any) -> None:
     sites = SiteIndex(described, table_of(described).sources)
     _, leaf = sites[Site(module=operation, port=Port.INPUTS, selector=(0, 0), visit=0)]
     assert leaf.gradient_refusal is not None and "a part of a sum" in leaf.gradient_refusal
+    with pytest.raises(GraphError, match=r"has no gradient: .* a part of a sum") as refusal, model.trace(IDS):
+        taken = model.model.layers[0].self_attn.q_proj.source.F_linear_0.input
+        model.output.logits.sum().backward()
+        taken.grad.save()
+    assert "test_sources.py" in str(refusal.value)
 
 
 def test_what_cannot_be_had_is_refused_with_the_reason(loaded: dict[str, Loaded]) -> None:
