@@ -421,7 +421,7 @@ class Shard:
                 if fragment.order != PROLOGUE:
                     at[fragment.order].append((state, fragment))
         tables = self.row_tables.of_pass(states, streams)
-        tape = self._tapes.begin(plan, states) if plan.cuts else None
+        tape = self._tapes.begin(plan, states, self.context.levels) if plan.cuts else None
         trunks = Trunks(streams, self.store)
         attention = AttentionPass(
             plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None

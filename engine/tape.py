@@ -60,6 +60,7 @@ class Tape:
 
     cuts: frozenset[int]  # orders
     saved: SavedTensors = field(default_factory=SavedTensors)
+    reruns: frozenset[int] = frozenset()  # layers that keep only what comes in
     seams: list[tuple[int | None, Seam]] = field(default_factory=list)  # with their orders, as the forward came to them
     rows: dict[RequestId, dict[int, InvokeRows]] = field(default_factory=dict)  # of each member, by invoke
     holders: set[tuple[RequestId, int]] = field(default_factory=set)  # members that may run it back, with their waves
