@@ -197,6 +197,34 @@ def test_points_inside_of_attention(model: Any, plain: Any) -> None:
     close(of_call, of_module)
 
 
+@pytest.mark.parametrize("port", ["scores", "pattern", "head_out"])
+def test_points_of_a_prompt_that_runs_again_for_another(port: str, model: Any) -> None:
+    """A prompt is read before what is written into it is there, so it runs twice: as when that is known before."""
+
+    def grads(patch: Any) -> list[Any]:
+        with model.trace() as tracer:
+            if patch is None:
+                with tracer.invoke(OTHER):
+                    patch = layer(model, 3)[:, -1]
+            with tracer.invoke(IDS):
+                first = getattr(model.model.layers[0].self_attn, port)
+                before = layer(model, 0) * 1.0
+                layer(model, 1)[:, -1] += patch
+                logits = model.lm_head.output
+            with tracer.invoke(OTHER):
+                second = getattr(model.model.layers[0].self_attn, port)
+                layer(model, 2)[:, 0] += before[:, -1]
+                logits = logits[:, -1] + model.lm_head.output[:, -1]
+            with logits[:, TARGET].sum().backward():
+                return [first.grad.save(), second.grad.save()]
+
+    with model.trace(OTHER):
+        known = layer(model, 3)[:, -1].save()
+    for ours, theirs in zip(grads(None), grads(known), strict=True):
+        assert theirs.abs().max() > 0
+        close(ours, theirs)
+
+
 def test_modules_that_are_called_and_ops_of_several_results(model: Any, plain: Any) -> None:
     with model.trace(IDS):
         hidden = layer(model, LAYER)
