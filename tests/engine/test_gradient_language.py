@@ -173,6 +173,26 @@ def test_all_prompts_as_one_view(model: Any, plain: Any) -> None:
         close(first[row : row + 1, -len(ids) :], expected)
 
 
+def test_a_view_over_all_prompts_has_the_gradient_of_what_it_was(model: Any, plain: Any) -> None:
+    """Also when the site is written and read again behind it."""
+    with model.trace() as tracer:
+        for ids in (IDS, OTHER):
+            with tracer.invoke(ids):
+                pass
+        with tracer.invoke():
+            before = layer(model, LAYER)
+            model.model.layers[LAYER].output = before * 0.5
+            behind = layer(model, LAYER)
+            logits = model.lm_head.output[:, -1]
+        with logits[:, TARGET].sum().backward():
+            found = before.grad.save(), behind.grad.save()
+    for row, ids in enumerate((IDS, OTHER)):
+        run = Run(plain, ids, **{f"layer{LAYER}": lambda hidden: hidden * 0.5})
+        expected = torch.autograd.grad(run.logits[:, -1, TARGET].sum(), [run.given[LAYER], run.kept[LAYER]])
+        for ours, own in zip(found, expected, strict=True):
+            close(ours[row : row + 1, -len(ids) :], own)
+
+
 def test_points_inside_of_attention(model: Any, plain: Any) -> None:
     with model.trace(IDS):
         layers = model.model.layers
