@@ -14,8 +14,12 @@ from model_kinds import DIFFUSION, KINDS, images, unet
 from torch import Tensor, nn
 
 import polytrace
+from engine.whole_sites import CallSites, record, twin_of
+from polytrace.calling import inputs_of
+from polytrace.constants import Constants
+from polytrace.description import SiteInfo
 from polytrace.errors import GraphError, RunError
-from polytrace.graph import Port
+from polytrace.graph import Inputs, Port
 from scheduling.call_turns import turns_of
 
 
@@ -28,6 +32,24 @@ def test_three_interventions_have_the_bits_of_hooks(kind: str) -> None:
 def test_three_interventions_on_a_diffusion_step_have_the_bits_of_hooks(kind: str) -> None:
     pytest.importorskip("diffusers")
     assert_three_interventions(*DIFFUSION[kind]())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_call_visits_is_found_without_weights(kind: str) -> None:
+    """As it is where weights are. Masks that a model drops when they mask nothing are arguments behind the first."""
+    plain, _, call, _ = KINDS[kind]()
+    constants = Constants()
+    inputs = inputs_of((), call, lambda value: constants.add(value, "here"), "here")
+    calls = CallSites(twin_of(plain, lambda tensor: tensor.detach().to("meta")))
+    found = calls.of(inputs, constants.tensors)
+    really = record(plain, Inputs(args=(), kwargs=call))
+
+    def sides(sites: tuple[SiteInfo, ...]) -> list[Any]:
+        return [(site.module, site.port, site.visit, site.leaves) for site in sites if site.port is not Port.INPUTS]
+
+    assert sides(found) == sides(really)
+    assert calls.has_looked(inputs, constants.tensors) == (kind in ("llava", "qwen2_vl"))
+    assert calls.of(inputs, constants.tensors) is found
 
 
 class Denoiser(nn.Module):
