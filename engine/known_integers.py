@@ -25,7 +25,7 @@ class KnownIntegers(TorchDispatchMode):
     """Entered inside of a mode of fake tensors."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._mode = mode
         self._known: Any = WeakTensorKeyDictionary()  # fake tensor -> the real one
 

@@ -335,6 +335,10 @@ def test_mistakes_are_told_with_the_users_line() -> None:
         model.output[0].at(-1)
     with pytest.raises(GraphError, match=r"model\.generate is not there for such models"):
         model.generate("x")
+    with pytest.raises(GraphError, match="a module that is there runs as it is"):
+        polytrace.load(plain, dtype="bfloat16")
+    with pytest.raises(GraphError, match="offload_gib is for language models"):
+        polytrace.load(plain, offload_gib=1.0)
     with pytest.raises(GraphError, match=r"takes a folder, a hub id or a torch\.nn\.Module, not a int"):
         polytrace.load(3)
 
