@@ -26,6 +26,7 @@ from polytrace.lines import user_line
 from polytrace.model import Model, options_of
 from polytrace.modules import Module
 from polytrace.scanning import Checking
+from polytrace.standard import StandardModel
 from polytrace.tensors import RawTensor
 from polytrace.tracing import InvokeBlock, Tracer, open_trace
 from polytrace.tree import PortTable, Table
@@ -114,6 +115,10 @@ class WholeModel(Model):
         """Refused."""
         raise self._refusal("model.map", "write a trace for each part of the data")
 
+    def support(self) -> NoReturn:
+        """Refused."""
+        raise self._refusal("model.support", "names that every decoder has are not looked for: print(model)")
+
     def table_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> Table:
         """What dotted paths lead to in a call with these arguments."""
         sites = self.backend.sites_of(inputs, constants)
@@ -137,12 +142,25 @@ class WholeModel(Model):
         if isinstance(tracer, CallTracer) and tracer.own_table is None:
             tracer.invoke_index(used)
 
+    def __dir__(self) -> list[str]:
+        own = self._table.children.get("", ())
+        return [name for name in super().__dir__() if name not in _STANDARD or name in own]
+
     def __repr__(self) -> str:
         return Module.__repr__(self)
 
     def _refusal(self, what: str, instead: str) -> GraphError:
         told = f"{self.description.class_name} is called as it is, and {what} is not there for such models"
         return GraphError(f"{told}: {instead}", where=user_line())
+
+
+def _nothing(model: WholeModel) -> NoReturn:
+    raise AttributeError  # Python asks `Module.__getattr__` then: a module of that name, or none
+
+
+_STANDARD = frozenset(name for name in vars(StandardModel) if not name.startswith("_"))  # names that every decoder has
+for _name in sorted(_STANDARD):
+    setattr(WholeModel, _name, property(_nothing))
 
 
 class CallTracer(Tracer):

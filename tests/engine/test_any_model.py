@@ -343,6 +343,30 @@ def test_mistakes_are_told_with_the_users_line() -> None:
         polytrace.load(3)
 
 
+def test_a_models_own_modules_have_their_names() -> None:
+    """Names that every decoder has are none here, and what the model itself has is called so."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlps = nn.ModuleList([nn.Linear(2, 2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.mlps[0](x)
+            return made
+
+    model = polytrace.load(Named())
+    with model.trace(torch.ones(2)):
+        result = model.mlps[0].output.save()
+        assert not hasattr(model, "layers_output")
+        with pytest.raises(GraphError, match=r"the model \(Named\) has no 'attentions'"):
+            model.attentions[0].save()
+    assert result.shape == (2,)
+    with pytest.raises(GraphError, match=r"model\.support is not there for such models"):
+        model.support()
+    assert "(mlps)" in repr(model)
+
+
 def test_a_call_that_fails_fails_its_request_alone() -> None:
     plain, _, call, _ = KINDS["bert"]()
     model = polytrace.load(plain)
