@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 import polytrace
 from engine.whole_sites import CallSites, record, twin_of
-from polytrace.calling import inputs_of
-from polytrace.constants import Constants
 from polytrace.description import SiteInfo
 from polytrace.errors import GraphError, RunError
 from polytrace.graph import Inputs, Port
@@ -38,8 +36,9 @@ def test_three_interventions_on_a_diffusion_step_have_the_bits_of_hooks(kind: st
 def test_what_a_call_visits_is_found_without_weights(kind: str) -> None:
     """As it is where weights are. Masks that a model drops when they mask nothing are arguments behind the first."""
     plain, _, call, _ = KINDS[kind]()
-    constants = Constants()
-    inputs = inputs_of((), call, lambda value: constants.add(value, "here"), "here")
+    tracer = polytrace.load(plain).trace(**call)
+    inputs, constants = tracer._invokes[0].inputs, tracer.recording.constants
+    assert inputs is not None
     calls = CallSites(twin_of(plain, lambda tensor: tensor.detach().to("meta")))
     found = calls.of(inputs, constants.tensors)
     really = record(plain, Inputs(args=(), kwargs=call))
@@ -93,6 +92,40 @@ def test_a_step_of_a_diffusion_loop_is_a_visit() -> None:
     with model.trace(noise):
         assert len(middle.visits) == 3
         model.output.save()
+
+
+def test_what_a_call_gives_is_what_the_next_is_given() -> None:
+    """Several steps in one request: the sample stays where the model is."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 3, padding=1))
+    noise = images(1, 8)
+    with torch.no_grad():
+        wanted = noise
+        for _ in range(3):
+            wanted = wanted - 0.1 * network(wanted)
+    model = polytrace.load(network)
+    sample: Any = noise
+    with model.trace() as tracer:
+        for _ in range(3):
+            with tracer.invoke(sample):
+                sample = model.input - 0.1 * model.output
+        result = sample.save()
+    assert torch.equal(result, wanted)
+    assert len(tracer.receipt.passes) == 3
+
+    plain, _, call, _ = KINDS["bert"]()
+    with torch.no_grad():
+        embedded = plain.embeddings.word_embeddings(call["input_ids"]) * 2
+        wanted = plain(inputs_embeds=embedded, attention_mask=call["attention_mask"])[0]
+    model = polytrace.load(plain)
+    with model.trace() as tracer:
+        with tracer.invoke(**call):
+            words = 2 * model.embeddings.word_embeddings.output
+            with pytest.raises(GraphError, match="may follow from integers"):
+                tracer.invoke(input_ids=model.input)
+        with tracer.invoke(inputs_embeds=words, attention_mask=call["attention_mask"]):
+            result = model.output[0].save()
+    assert torch.equal(result, wanted)
 
 
 def test_every_visit_of_a_shared_module_is_read_and_written() -> None:
@@ -326,13 +359,18 @@ def test_mistakes_are_told_with_the_users_line() -> None:
         model.output[0].save()
     with pytest.raises(GraphError, match=f"belongs to a call: .*{here}"), model.trace():
         model.encoder.layer[0].output.save()
-    with pytest.raises(GraphError, match=f"input_ids is a value of this trace.*{here}"), model.trace(**call):
-        model.trace(input_ids=model.output[0])
+    with pytest.raises(GraphError, match=f"belongs to another trace.*{here}"), model.trace(**call):
+        model.trace(inputs_embeds=model.output[0])
     with (
         pytest.raises(GraphError, match=f"BertModel is called with arguments, not with prompts.*{here}"),
         model.trace(**call),
     ):
         model.output[0].at(-1)
+    for value, told in [(object(), "argument 0 is a object"), ({1: 2}, "keys that are no texts")]:
+        with pytest.raises(GraphError, match=f"{told}.*{here}"):
+            model.trace(value)
+    with pytest.raises(GraphError, match="a call needs arguments"), model.trace() as tracer:
+        tracer.invoke()
     with pytest.raises(GraphError, match=r"model\.generate is not there for such models"):
         model.generate("x")
     with pytest.raises(GraphError, match="a module that is there runs as it is"):
