@@ -117,7 +117,7 @@ class _Twin:
 
     def __init__(self, model: nn.Module, *, looks: bool) -> None:
         self._looks = looks
-        self._mode = FakeTensorMode()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # what a model keeps beside parameters and buffers
         self._model = twin_of(model, self._unknown)
         if isinstance(self._model, PreTrainedModel):  # the experts that a token goes to are values, too
             with suppress(ValueError):
@@ -131,7 +131,7 @@ class _Twin:
             dtype = TORCH_DTYPES[raw.dtype]
             if known is None or dtype.is_floating_point or not raw.is_here:
                 return self._unknown(torch.empty(raw.shape, dtype=dtype, device="meta"))
-            return known.fake(from_raw(raw))
+            return known.fake(from_raw(raw).clone())  # models change their arguments
 
         called = with_given(inputs, fake)
         with self._mode, ExitStack() as modes:

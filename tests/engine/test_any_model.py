@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from called_by_hand import assert_three_interventions, first_of, first_tensor, plain_run
-from model_kinds import DIFFUSION, KINDS, images, unet
+from model_kinds import DIFFUSION, KINDS, images, seeded, unet
 from torch import Tensor, nn
 
 import polytrace
@@ -417,6 +417,50 @@ def test_a_call_that_fails_fails_its_request_alone() -> None:
         result = model.output[0].save()
     with torch.no_grad():
         assert torch.equal(result, plain(**call)[0])
+
+
+class Choosing(nn.Module):
+    """Goes by values of its arguments, which it changes on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, self.many = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.table = torch.arange(8.0).view(4, 2)  # neither a parameter nor a buffer
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids[ids < 0] = 0
+        rows = self.table[ids] + x
+        x.zero_()
+        way = self.many if int(ids.sum()) > 3 else self.few
+        made: Tensor = way(rows) if float(rows.sum()) < 100 else rows
+        return made
+
+
+def test_a_model_may_go_by_values_and_change_its_arguments() -> None:
+    plain = seeded(Choosing)
+    model = polytrace.load(plain)
+    for ids, name in [([3, -1, 3], "many"), ([1, -1, 1], "few")]:
+        x, chosen = torch.ones(3, 2), torch.tensor(ids)
+        with torch.no_grad():
+            wanted = plain(x.clone(), chosen.clone())
+        for _ in range(2):
+            with model.trace(x, chosen):
+                rows = getattr(model, name).input.save()
+                result = model.output.save()
+            assert torch.equal(result, wanted)
+            assert torch.equal(rows, plain.table[chosen.clamp(min=0)] + 1)
+    with model.trace(torch.full((3, 2), 90.0), chosen):
+        assert model.output.save().shape == (3, 2)
+        with pytest.raises(GraphError, match="few has no output: in this model's forward it is not called"):
+            model.few.output.save()
+
+
+def test_a_site_that_a_call_does_not_come_to_is_an_error_and_no_number() -> None:
+    model = polytrace.load(seeded(Choosing))
+    told = r"this call did not come to few\.output: what it visits depends on its values \(test_any_model.py:\d+\)"
+    with pytest.raises(RunError, match=told), model.trace(torch.ones(3, 2), torch.tensor([1, 0, 0])):
+        model.input = model.input + 90
+        model.few.output.save()
 
 
 def test_neither_arguments_nor_weights_change() -> None:
