@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import polytrace
 from engine.whole_sites import CallSites, record, twin_of
 from polytrace.description import SiteInfo
-from polytrace.errors import GraphError, RunError
-from polytrace.graph import Inputs, Port
+from polytrace.errors import GraphError, RunError, TooLargeError
+from polytrace.graph import Given, Inputs, Port
+from polytrace.tensors import RawTensor
 from scheduling.call_turns import turns_of
 
 
@@ -417,6 +418,55 @@ def test_a_call_that_fails_fails_its_request_alone() -> None:
         result = model.output[0].save()
     with torch.no_grad():
         assert torch.equal(result, plain(**call)[0])
+
+
+class Either(nn.Module):
+    """Calls its modules in one order or in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, swap: bool = False) -> Tensor:
+        made: Tensor = self.b(torch.relu(self.a(x))) if not swap else self.a(torch.relu(self.b(x)))
+        return made
+
+
+def test_values_flow_between_calls_that_visit_modules_in_another_order() -> None:
+    plain, x = seeded(Either), torch.ones(3, 2)
+    with torch.no_grad():
+        straight = plain(x)
+        wanted = plain.a(torch.relu(plain.b(x) + straight))
+    model = polytrace.load(plain)
+    with model.trace() as tracer:
+        with tracer.invoke(x):
+            given = model.output
+        with tracer.invoke(x, swap=True):
+            model.b.output = model.b.output + given
+            result = model.output.save()
+    assert torch.equal(result, wanted)
+
+
+def test_a_call_that_is_too_large_is_refused_before_memory_is_taken() -> None:
+    plain = seeded(Either)
+    calls = CallSites(plain, max_tensor_bytes=1 << 20)
+    huge = RawTensor(dtype="float32", shape=(1 << 40, 2), data=memoryview(b""))
+    call = Inputs(args=(Given("x"),), kwargs={})
+    with pytest.raises(TooLargeError, match=r"a tensor of 8796093022208 bytes .*; the limit is 1048576"):
+        calls.of(call, {"x": huge})
+
+
+def test_a_diffusion_model_in_a_folder_is_called_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    plain, path, call, _ = unet()
+    saved: Any = plain
+    saved.save_pretrained(tmp_path)
+    model = polytrace.load(str(tmp_path))
+    seen, wanted = plain_run(plain, path, call)
+    with model.trace(**call):
+        middle, result = model.mid_block.output.save(), model.output.sample.save()
+    assert torch.equal(middle, seen)
+    assert torch.equal(result, wanted)
 
 
 class Choosing(nn.Module):
