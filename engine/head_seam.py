@@ -7,6 +7,7 @@ head's own rows of the weights.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -59,6 +60,17 @@ class HeadGradient:
     def __init__(self, total_1TD: Tensor, weight_HCD: Tensor) -> None:
         self._total, self._weight = total_1TD, weight_HCD
         self._own: dict[int, Tensor] = {}  # rows that are others now: `[H, D]`
+
+    @classmethod
+    def joined(cls, parts: Sequence[HeadGradient]) -> HeadGradient:
+        """Of several streams, one behind the other."""
+        return cls(torch.cat([part._total for part in parts], 1), parts[0]._weight)
+
+    def take_apart(self, parts: Sequence[HeadGradient], starts: Sequence[int]) -> None:
+        """Gives what has changed to those that it was joined of."""
+        for row, own in self._own.items():
+            place = bisect_right(starts, row) - 1
+            parts[place]._own[row - starts[place]] = own
 
     def take(self, rows: RowView, *, is_assigned: bool) -> Tensor:
         value = self._read(rows)

@@ -16,7 +16,7 @@ from engine.probe import Probe
 from engine.reports import GateReport, LeafReport
 from engine.sites import EVERY_LAYER
 from engine.source_sites import describe_sources
-from polytrace.description import Leaf, Limits, ModelDescription, PassLayout, SiteInfo, logits_of
+from polytrace.description import Leaf, Limits, ModelDescription, SiteInfo, logits_of
 from polytrace.graph import Port
 from polytrace.tensors import itemsize
 
@@ -110,8 +110,6 @@ def describe_model(
 
 def _why_no_gradients(probe: Probe, reports: Sequence[GateReport]) -> Iterator[str]:
     yield probe.why_no_gradients
-    if probe.manner.layout is PassLayout.PADDED:
-        yield "each of its prompts runs alone (padded layout)"
     yield from (report.why_no_gradients for report in reports)
 
 
