@@ -104,7 +104,8 @@ class HeadGradient:
         found = self._total.new_zeros(rows.shape[0] * rows.shape[1], num_heads, self._total.shape[2])
         for place, row in zip(rows.places, rows.numbers, strict=True):
             found[place] = self._own[row] if row in self._own else self._total[0, row]
-        return found.unflatten(0, rows.shape)
+        value: Tensor = found.unflatten(0, rows.shape)
+        return value
 
     def _put(self, rows: RowView, value: Tensor) -> None:
         for row, own in zip(rows.numbers, rows.part(value.to(self._total.dtype)), strict=True):

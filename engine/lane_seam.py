@@ -10,7 +10,6 @@ from torch import Tensor
 from engine.arguments import Selector
 from engine.gradient_port import Gradient, RowGradient
 from engine.head_seam import HeadGradient
-from engine.leaves import with_rows_second
 from engine.pair_seam import PairGradient
 from engine.seams import Seam
 from engine.side_by_side import JointPairs
@@ -53,7 +52,7 @@ class LaneSeam:
         return RowGradient(
             torch.cat([part.handed for part in rows], dim),
             torch.cat(held, dim) if len(held) == len(rows) else None,
-            lambda own: with_rows_second(own, dim),
+            dim,
         )
 
     def _take_apart(self, joint: Gradient, selector: Selector) -> None:
