@@ -361,7 +361,7 @@ class Shard:
         source = self._neighbour(plan, before=True)
         if source is not None:
             num_rows = streams.layer(self.loaded.window.first).num_padded
-            shape = (1, num_rows, self._hidden_size)
+            shape: tuple[int, ...] = (1, num_rows, self._hidden_size)
             if plan.of is not None:
                 shape = self._tapes.of(plan.of).shape_out
             hidden = self.links.receive(shape, self.runner.model.dtype, source)

@@ -75,7 +75,7 @@ def _counting(layer: nn.Module, kept: _Layer) -> Iterator[None]:
             output = forward(*args, **kwargs)
         return _detached(output)
 
-    layer.forward = counted  # type: ignore[method-assign]
+    layer.forward = counted
     try:
         yield
     finally:
