@@ -48,9 +48,8 @@ for where, place in (("the name", name), ("the last token", -1)):
 
 # 3) edges: who tells whom
 change = edge_attribution_patching(model, clean, corrupt, lead).effect
-print(
-    f"{int(np.isfinite(change.values).sum()):,} edges; the lead would change most if one of these said what it says in the corrupt run:"
-)
+count = int(np.isfinite(change.values).sum())
+print(f"{count:,} edges; the lead changes most where one of these says what the corrupt run says:")
 for _, row in top_k_table(change, 6, smallest=True).iterrows():
     print(f"  {row['writer']:>9} -> {row['reader']:7} {row[change.name]:6.2f}")
 

@@ -56,8 +56,8 @@ left.plot(learnt.losses.values, color="black")
 left.set_title("a vector for “Rome”, at layer 3")
 right.set_title("one direction for who gives")
 for layer, rotation in rotations.items():
-    right.plot(rotation.losses.values, label=f"layer {layer}: {shares[layer]:.0%} of new sentences")
-right.legend(loc="center right")
+    right.plot(rotation.losses.values, label=f"layer {layer}: {shares[layer]:.0%}")
+right.legend(title="new ones turned", loc="center right")
 for axes in (left, right):
     axes.set_xlabel("step")
     axes.set_ylabel("loss in nats")
