@@ -432,6 +432,41 @@ def test_a_users_own_truths_end_sequences(model: Any) -> None:
     assert [(len(one.ids), one.finish) for one in tracer.result] == [(2, "stop"), (5, "length")]
 
 
+def test_truths_of_all_prompts_end_each_its_own(model: Any) -> None:
+    alone = []
+    for ids in (IDS, OTHER):
+        with model.generate(ids, max_new_tokens=5) as tracer:
+            pass
+        alone.append(list(tracer.result.ids))
+
+    def ended(when: Any) -> list[tuple[list[int], str]]:
+        with model.generate(max_new_tokens=5) as tracer:
+            with tracer.invoke([IDS, OTHER]):
+                pass
+            with tracer.invoke(OTHER):
+                pass
+            with tracer.invoke():
+                tracer.stop(when=when(tracer))
+        return [(list(one.ids), one.finish) for one in tracer.result]
+
+    first, other = alone[0], alone[1]
+    whole = [(first, "length"), (other, "length"), (other, "length")]
+    cut = [(first[:1], "stop"), (other[:1], "stop"), (other[:1], "stop")]
+    assert ended(lambda tracer: tracer.token == first[0]) == [cut[0], *whole[1:]] and first[0] != other[0]
+    assert ended(lambda tracer: (tracer.token == other[0])[:, None]) == [whole[0], *cut[1:]]
+    assert ended(lambda tracer: torch.tensor([False, False, True])) == [*whole[:2], cut[2]]
+    assert ended(lambda tracer: torch.tensor([True])) == cut
+    with pytest.raises(GraphError, match=r"one for each of the 3 sequences of all prompts, not shape \[2\]") as told:
+        ended(lambda tracer: torch.tensor([True, False]))
+    assert told.value.where is not None and told.value.where.startswith("test_generation_language.py:")
+
+
+def test_a_token_is_used_at_the_next_step_and_not_in_a_layer_of_its_own(model: Any) -> None:
+    told = r"the token that the same step draws \(.*\), which comes behind the whole model: use it at the next step"
+    with pytest.raises(GraphError, match=told), model.generate(IDS, max_new_tokens=3) as tracer, tracer.all():
+        model.model.layers[1].output[0][:, -1] += tracer.token[:, None] * 0.1
+
+
 def test_adapters_and_standard_names_at_every_step(model: Any, plain: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     left, right = 0.3 * torch.randn(WIDTH, 1, generator=generator), 0.3 * torch.randn(1, 64, generator=generator)
