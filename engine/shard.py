@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine import heap
 from engine.arguments import Selector
 from engine.attended import Attended
 from engine.attention import AttentionPass
@@ -232,6 +233,9 @@ class Shard:
         # 1) forget requests that ended early, take the members of this pass
         for request in plan.ended:
             self._forget(request)
+        if plan.is_of_nobody and self.store.given_bytes >= heap.WORTH_BYTES:
+            heap.trim()
+            self.store.given_bytes = 0
         streams = Streams(plan, self._row_multiple, self.device, is_fixed=self.probe.has_fixed_rows)
         states = self._enter(plan, streams)
         works = [member.program.waves[member.wave].stages[self.links.stage] for member in plan.members]
