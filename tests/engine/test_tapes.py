@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import gradient_programs
+import padded_families
 import pytest
 import torch
 from families import FAMILIES, model_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from points import POINTS, attending
 from programs import difference, find, values_in_order
 from torch import Tensor
@@ -301,3 +305,26 @@ class _counting:
 
     def __exit__(self, *_: object) -> None:
         del self._tapes.free  # type: ignore[attr-defined]
+
+
+# --- prompts that run alone, side by side
+
+
+@pytest.fixture(scope="module", params=["jamba", "mamba2", "falcon_alibi"])
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("model")
+    plain = padded_families.model_of(request.param)
+    plain.save_pretrained(folder)
+    return padded_families.FAMILIES[request.param], plain, LocalBackend(str(folder), threads=1, policy=EVERYONE)
+
+
+@settings(max_examples=4, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_prompts_that_run_alone_have_gradients(alone: Any, data: st.DataObject) -> None:
+    family, plain, backend = alone
+    program = data.draw(gradient_programs.programs(family))
+    tracers = [gradient_programs.record(Model(backend), program, run=False) for _ in range(2)]
+    first, second = _merged(backend, tracers)
+    (by_itself,) = _merged(backend, [gradient_programs.record(Model(backend), program, run=False)])
+    assert all(map(torch.equal, first, by_itself)) and all(map(torch.equal, second, by_itself)), program
+    assert difference(first, gradient_programs.run_by_hand(plain, program)) <= TOLERANCE, program
