@@ -514,7 +514,9 @@ class Shard:
         self, fragments: list[tuple[RequestState, Fragment]], tape: Tape, order: int, layouts: Mapping[Selector, int]
     ) -> Callable[[object], object]:
         """In a pass that is run backwards later. What is written lands right there: all levels have the same rows."""
-        selectors = self._row_leaves.get(order) or row_leaves_of(self.context.table.sources.site_at(order))
+        if order not in self._row_leaves:
+            self._row_leaves[order] = row_leaves_of(self.context.table.sources.site_at(order))
+        selectors = self._row_leaves[order]
         place = TapePlace(order=order, port=self._port(order)[1], selectors=selectors, layouts=layouts)
 
         def run(port: PortValue) -> None:
