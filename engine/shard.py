@@ -225,7 +225,8 @@ class Shard:
         # Behind the handler: until then the error holds the frames, and these what filled the memory.
         self._forget_all()
         rows = max(plan.layer_rows, default=0)
-        raise PassTooLargeError(f"{told}, in a pass of {rows:,} rows and {len(plan.members)} requests")
+        told_pass = f"in a pass of {rows:,} rows and" if plan.of is None else "on the way back of"
+        raise PassTooLargeError(f"{told}, {told_pass} {len(plan.members)} requests")
 
     def _run(self, plan: Plan) -> ShardResult:
         watch = Stopwatch()
