@@ -48,7 +48,7 @@ def compose(wish: CompletionWish | ChatWish, description: ModelDescription, toke
     extension = wish.polytrace
     recorded = None if extension is None or extension.request is None else _file(extension.request, description)
     if recorded is not None:
-        wish = wish.model_copy(update={"max_tokens": _most_of(recorded, wish)})
+        wish = wish.model_copy(update={"max_tokens": _recorded_max_tokens(recorded, wish)})
     prompts = _prompts(wish, description, tokenizer)
     seed = secrets.randbelow(MAX_SEED) if wish.seed is None else wish.seed % MAX_SEED
     invokes = tuple(
@@ -56,7 +56,7 @@ def compose(wish: CompletionWish | ChatWish, description: ModelDescription, toke
         for prompt in prompts
     )
     if recorded is not None:
-        return replace(recorded, invokes=_replaced(recorded.invokes, invokes))
+        return replace(recorded, invokes=_with_prompts_replaced(recorded.invokes, invokes))
     steers = extension.steers if extension is not None else []
     nodes, constants = _steering(steers, invokes, description)
     return Request(graph=Graph(nodes=nodes), invokes=invokes, constants=constants, options=Options(seed=seed))
@@ -131,7 +131,7 @@ def _file(text: str, description: ModelDescription) -> Request:
         raise WishError(f"polytrace.request is no request file: {error.message}", "polytrace") from error
 
 
-def _replaced(recorded: Sequence[Invoke], invokes: Sequence[Invoke]) -> tuple[Invoke, ...]:
+def _with_prompts_replaced(recorded: Sequence[Invoke], invokes: Sequence[Invoke]) -> tuple[Invoke, ...]:
     """The invokes of a file with the call's instead of those that go on; of all, when none was recorded to go on."""
     goes_on = [one.generation is not None for one in recorded]
     places = [place for place, is_own in enumerate(goes_on) if is_own or not any(goes_on)]
@@ -142,7 +142,7 @@ def _replaced(recorded: Sequence[Invoke], invokes: Sequence[Invoke]) -> tuple[In
     return tuple(own.get(place, one) for place, one in enumerate(recorded))
 
 
-def _most_of(recorded: Request, wish: CompletionWish | ChatWish) -> int | None:
+def _recorded_max_tokens(recorded: Request, wish: CompletionWish | ChatWish) -> int | None:
     """New tokens: as many as the graph was recorded for, whose loops may have a body for each."""
     said = {"max_tokens", "max_completion_tokens"} & wish.model_fields_set
     own = {invoke.generation.max_new_tokens for invoke in recorded.invokes if invoke.generation is not None}

@@ -123,20 +123,25 @@ class EventLog:
     def read(self, request: RequestId, after: int = 0) -> list[Event]:
         """Events behind the one of this id, in their order: as many as are there, or about READ_BYTES of them.
 
-        Raises UserError when no event has this id.
+        Raises UserError when no event has this id, also one that may have it in time: ids are told and not foreseen.
         """
         try:
             fd = os.open(self.path(request), os.O_RDONLY)
         except FileNotFoundError:
+            if after > 0:
+                raise _unknown(after, "it has none yet") from None
             return []
         try:
             first = max(0, after - 1)
             lines = os.pread(fd, READ_BYTES, first)
+            end = os.fstat(fd).st_size
         finally:
             os.close(fd)
-        if after > 0 and lines:
+        if after > 0:
+            if not lines:
+                raise _unknown(after, f"the last one so far ends at {end}")
             if lines[:1] != b"\n":
-                raise UserError(f"no event of this request has the id {after}")
+                raise _unknown(after, "it lies inside of one")
             lines = lines[1:]
         events, place = [], after
         for line in lines.split(b"\n")[:-1]:  # what follows the last newline is still being written
@@ -211,6 +216,11 @@ def tokens_of(generated: Sequence[Generated]) -> list[Token]:
                 )
             )
     return sorted(tokens, key=lambda token: (token.step, token.invoke, token.sequence))
+
+
+def _unknown(event: int, why: str) -> UserError:
+    told = f"no event of this request has the id {event}: {why}"
+    return UserError(f"{told}; without Last-Event-ID they come from the first one")
 
 
 def _plain(token: Token) -> dict[str, Any]:

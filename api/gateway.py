@@ -29,6 +29,7 @@ from api.catalogue import Deployment
 from api.contents import DEFAULT_OWNER
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes
+from api.expiry import Expiry
 from api.keeping import KeepingRoutes
 from api.logs import logs_since
 from api.openai_errors import openai_route
@@ -38,15 +39,24 @@ from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
 from api.streams import Streams
 from api.uploads import receive
-from api.waiting import Waiting
+from api.waiting import Waiting, no_request
 from api.worker import Verdict
 from cluster.config import DeploymentSpec, Mode
 from polytrace.codec import to_json
-from polytrace.errors import CapacityError, KeyRefusedError, NotFoundError, PolytraceError, ServiceError
+from polytrace.errors import (
+    CapacityError,
+    KeyRefusedError,
+    NotFoundError,
+    PolytraceError,
+    ServiceError,
+    TooLargeError,
+    from_fields,
+)
 from scheduling.plan import RequestId
 
 MEDIA_TYPE = "application/vnd.safetensors"
 SMALL_BYTES = 256 << 10
+_QUESTION_BYTES = 8 << 20  # what a call is given, without its large tensors
 CLIENT_GONE = 499  # of answers that nobody hears: for the log
 
 
@@ -62,6 +72,7 @@ class Gateway:
         self._waiting = Waiting(store)
         self._edits = EditRoutes(store, settings, checker, self._deployments, owner_of)
         self._streams = Streams(store, self._waiting)
+        self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
         self._events = EventRoutes(store, self._waiting, self._streams, _plain)
         self._openai = OpenAIRoutes(store, settings, checker, self._deployments, self._waiting, self._streams, owner_of)
         self._keeping = KeepingRoutes(store.contents, owner_of, upload_idle_s=settings.upload_idle_s)
@@ -85,6 +96,7 @@ class Gateway:
         v1.add_api_route("/models/{name}/drain", self.drain, methods=["POST"], status_code=202)
         v1.add_api_route("/models/{name}/tokenizer", self.tokenizer)
         v1.add_api_route("/models/{name}/validate", self.validate, methods=["POST"])
+        v1.add_api_route("/models/{name}/sites", self.sites, methods=["POST"])
         v1.add_api_route("/models/{name}/requests", self.submit, methods=["POST"])
         v1.add_api_route("/requests/{request_id}", self.status)
         v1.add_api_route("/requests/{request_id}", self.cancel, methods=["DELETE"])
@@ -190,6 +202,22 @@ class Gateway:
             raise ServiceError("the request was checked, but no certificate came of it")
         return Response(verdict.certificate, media_type="application/json")
 
+    async def sites(self, name: str, request: Request) -> Response:
+        """What a call visits, of a model that is called as it is. Nothing runs, nothing is kept."""
+        served = self._deployments.get(name)
+        asked = bytearray()
+        try:
+            async for part in request.stream():
+                asked += part
+                if len(asked) > _QUESTION_BYTES:
+                    raise TooLargeError(f"a question for sites has at most {_QUESTION_BYTES} bytes")
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        answer = await self._checker.sites(name, served.version, bytes(asked))
+        if answer.error is not None:
+            raise from_fields(answer.error)
+        return Response(answer.body, media_type="application/json")
+
     async def submit(self, name: str, request: Request) -> Response:
         """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""
         served = self._deployments.taking(name)
@@ -237,7 +265,7 @@ class Gateway:
         """Cancels a request that has not ended; says how it stands then."""
         status = await to_thread.run_sync(self._store.cancel, RequestId(request_id))
         if status is None:
-            raise NotFoundError(f"there is no request {request_id[:100]}")
+            raise no_request(request_id)
         return JSONResponse(_plain(status))
 
     # --- inside
@@ -253,10 +281,12 @@ class Gateway:
         self._checker.start()
         self._store.contents.give_up_uploads()
         purging = asyncio.create_task(self._keeping.purge_forever())
+        expiring = asyncio.create_task(self._expiry.run_forever())
         try:
             yield
         finally:
             purging.cancel()
+            expiring.cancel()
             loop.remove_reader(bell.listen())
             loop.remove_reader(events_bell.listen())
             self._checker.close()

@@ -16,7 +16,7 @@ from anyio import to_thread
 from api.catalogue import Deployment, check_taking
 from api.store import Store
 from api.wishes import ChatWish, CompletionWish
-from api.worker import Composed, Verdict
+from api.worker import Answer, Composed, Verdict
 from cluster.requests import DeploymentState, Published
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription
@@ -38,6 +38,7 @@ class Checker(Protocol):
     async def compose(
         self, model: str, version: str, path: Path, wish: CompletionWish | ChatWish, *, contents: Path
     ) -> Composed: ...
+    async def sites(self, model: str, version: str, asked: bytes) -> Answer: ...
     async def check_edits(self, model: str, version: str, path: Path) -> Verdict: ...
     def close(self) -> None: ...
 

@@ -19,6 +19,7 @@ from polytrace.errors import UserError
 T = TypeVar("T")
 
 DEFAULT_BUDGET_TOKENS = 8192
+DEFAULT_RESULT_TTL_S = 7 * 24 * 3600.0
 DEFAULT_QUOTA_BYTES = 16 << 30  # of one owner's constants, kept values and states
 MAX_REPLICAS = 64  # of one deployment: all their loops share the controller's process
 
@@ -31,6 +32,7 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_MAX_WAIT_S": "longest time that one call may wait for a result",
     "POLYTRACE_MAX_OPEN": "unfinished requests that one deployment takes before it answers 503",
     "POLYTRACE_QUOTA_BYTES": "bytes of constants, kept values and states that one owner may have on the service",
+    "POLYTRACE_RESULT_TTL_S": "seconds that a result and its events are kept after the request has ended",
     "POLYTRACE_UPLOAD_IDLE_S": "silence after which an upload is given up",
     "POLYTRACE_BUDGET_TOKENS": "most rows in one merged pass",
     "RAY_AUTH_MODE": "`token` (what the service sets) or `disabled` (only for a test cluster on one machine)",
@@ -49,6 +51,7 @@ class GatewaySettings:
     max_open: int = 4096
     upload_idle_s: float = 60.0
     quota_bytes: int = DEFAULT_QUOTA_BYTES
+    result_ttl_s: float = DEFAULT_RESULT_TTL_S
     shutdown_s: float = 5.0  # for answers under way when the gateway is told to stop
 
 
@@ -91,6 +94,7 @@ def gateway_settings(store: str) -> GatewaySettings:
         max_open=from_environment("POLYTRACE_MAX_OPEN", int, default.max_open, at_least=1),
         upload_idle_s=from_environment("POLYTRACE_UPLOAD_IDLE_S", float, default.upload_idle_s, at_least=1),
         quota_bytes=quota_bytes(),
+        result_ttl_s=from_environment("POLYTRACE_RESULT_TTL_S", float, default.result_ttl_s, at_least=60),
         shutdown_s=default.shutdown_s,
     )
 

@@ -2,7 +2,8 @@
 
     store.db                      states, checked facts, and the deployments (`api.catalogue`)
     requests/<id>.safetensors     as received; gone once the request has ended
-    results/<id>.safetensors      its full size from the start, filled by the shards; complete when the state says done
+    results/<id>.safetensors      its full size from the start, filled by the shards; complete when the state says done;
+                                  it, the events and the state go some time after the end (`api.expiry`)
     contents/<owner>/<hash>       what was uploaded or kept (`api.contents`)
     events/<id>                   what a generation tells while it runs (`api.events`)
     controller.bell, gateway.bell, events.bell    who wakes whom
@@ -22,7 +23,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -55,6 +56,8 @@ from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
 
 NOTE_S = 0.5  # between two words in the database of how far a generation is: its tokens go into a file
+_IS_OVER = "state IN ('done', 'failed', 'cancelled')"
+_DROPPED_AT_ONCE = 500  # requests, so that others' transactions come in between
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
 _WORN_OUT = json.dumps(
     ServiceError(f"the service broke down {MAX_ATTEMPTS} times while it ran this request").to_fields()
@@ -248,6 +251,22 @@ class Store(Catalogue):
             path.unlink(missing_ok=True)
         self.contents.sweep()
         return len(stale) + self.events.sweep(is_open | is_done)
+
+    def drop_ended(self, ended_before: float, but: Collection[RequestId] = ()) -> list[RequestId]:
+        """Drops requests that ended before a time, but not these; `remove_files` follows. Which they were."""
+        rows = self._db.rows(f"SELECT id FROM requests WHERE {_IS_OVER} AND finished <= ?", (ended_before,))
+        old = [RequestId(row[0]) for row in rows if row[0] not in but]
+        for first in range(0, len(old), _DROPPED_AT_ONCE):
+            some = [(request,) for request in old[first : first + _DROPPED_AT_ONCE]]
+            with self._db.transaction(is_durable=False) as db:  # what a crash brings back goes another time
+                db.executemany(f"DELETE FROM requests WHERE id = ? AND {_IS_OVER}", some)
+        return old
+
+    def remove_files(self, requests: Iterable[RequestId]) -> None:
+        """Results and events of requests that were dropped."""
+        for request in requests:
+            self.result_path(request).unlink(missing_ok=True)
+            self.events.path(request).unlink(missing_ok=True)
 
     # --- the controller's half (cluster.requests.RequestStore)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ class Streams:
         self._store = store
         self._waiting = waiting
         self._rung: asyncio.Future[None] | None = None
+        self.followed: Counter[RequestId] = Counter()  # how many follow a request now
 
     def ring(self) -> None:
         """Something may have been told."""
@@ -42,6 +44,7 @@ class Streams:
         """Events behind the one with this id, as they come; after IDLE_S of silence an empty list; at last how the
         request has ended. That is missing when the gateway stops. Raises NotFoundError and UserError at once.
         """
+        self.followed[request] += 1  # before looking for it: from here on its events stay
         ended = asyncio.ensure_future(self._waiting.until_final(request, math.inf))
         try:
             while True:
@@ -62,6 +65,9 @@ class Streams:
                     yield []
         finally:
             ended.cancel()
+            self.followed[request] -= 1
+            if not self.followed[request]:
+                del self.followed[request]
 
     def _next_ring(self) -> asyncio.Future[None]:
         if self._rung is None:

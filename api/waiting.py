@@ -39,7 +39,7 @@ class Waiting:
             try:
                 status = await to_thread.run_sync(self._store.status, request)
                 if status is None:
-                    raise NotFoundError(f"there is no request {request}")
+                    raise no_request(request)
                 left = deadline - asyncio.get_running_loop().time()
                 if _is_news(status, passes_done) or left <= 0 or self._is_released:
                     return status
@@ -91,6 +91,11 @@ class Waiting:
             for future in self._futures.get(request, ()):
                 if not future.done():
                     future.set_result(status)
+
+
+def no_request(request: str) -> NotFoundError:
+    """Nobody knows, or nobody knows any more."""
+    return NotFoundError(f"there is no request {request[:100]}; results are kept for some time after their end")
 
 
 def _is_news(status: RequestStatus, passes_done: int | None) -> bool:

@@ -217,6 +217,9 @@ class ChatWish(Wish):
 
     @model_validator(mode="after")
     def _is_chat(self) -> ChatWish:
+        limits = self.max_tokens, self.max_completion_tokens
+        if None not in limits and limits[0] != limits[1]:
+            raise ValueError(f"max_tokens is {limits[0]} and max_completion_tokens {limits[1]}: send one of the two")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs")
         if "chat_template" in (self.chat_template_kwargs or {}):

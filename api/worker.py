@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api.contents import NOTHING, Needs, needs_of
-from polytrace.errors import GraphError, PolytraceError, ServiceError, from_fields
+from polytrace.errors import GraphError, PolytraceError, ServiceError, WireError, from_fields
 
 if TYPE_CHECKING:
     from torch import nn
 
     from api.wishes import ChatWish, CompletionWish
     from cluster.requests import Published
+    from engine.whole_sites import CallSites
     from polytrace.description import ModelDescription
     from scheduling.plan import Program
 
@@ -55,6 +56,14 @@ class Verdict:
         """Raises what is wrong with the request, if anything is."""
         if self.error is not None:
             raise from_fields(self.error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a worker says of a question. One of both is set."""
+
+    body: bytes | None = None  # JSON
+    error: Mapping[str, str] | None = None  # PolytraceError.to_fields()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +108,10 @@ class CheckerPool:
     ) -> Composed:
         """Makes the request that a wish is, as a new file, and says of it what `check` would."""
         return await self._run(_compose, model, version, str(path), str(contents), wish)
+
+    async def sites(self, model: str, version: str, asked: bytes) -> Answer:
+        """What a call visits, by the arguments that a question names."""
+        return await self._run(_sites, model, version, asked)
 
     async def check_edits(self, model: str, version: str, path: Path) -> Verdict:
         """What is to be said of the edits in a file: whether they are any, and of this model."""
@@ -149,17 +162,25 @@ class _Worker:
         self._store = store
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
         self._tokenizers: dict[str, tuple[str, Any]] = {}
+        self.calls: dict[str, CallSites] = {}  # of models that are called as they are
 
     def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
         if model in self._loaded and self._loaded[model][0] == version:
             return self._loaded[model][1:]
         from engine.loading import meta_model
+        from engine.whole_loading import whole_class, whole_meta
+        from engine.whole_sites import CallSites
         from polytrace.codec import from_json
-        from polytrace.description import ModelDescription
+        from polytrace.description import ModelDescription, PassLayout
 
         published = self._published(model)
         description = from_json(ModelDescription, json.loads(published.description))
-        self._loaded[model] = (version, description, meta_model(published.source, published.dtype))
+        if description.layout is PassLayout.WHOLE:
+            meta: nn.Module = whole_meta(published.source, published.dtype, whole_class(published.source))
+            self.calls[model] = CallSites(meta, description.limits.max_value_bytes)
+        else:
+            meta = meta_model(published.source, published.dtype)
+        self._loaded[model] = (version, description, meta)
         return self._loaded[model][1:]
 
     def tokenizer(self, model: str, version: str) -> Any:
@@ -224,9 +245,35 @@ def _check(model: str, version: str, path: str, contents: str, certify: bool) ->
     def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
         assert _worker is not None
         has_text = partial(_worker.has_tokenizer, model, version)
-        return _verdict(description, meta, Path(path), Path(contents), certify, has_text)
+        return _verdict(description, meta, Path(path), Path(contents), certify, has_text, _worker.calls.get(model))
 
     return _answered(model, version, judge)
+
+
+def _sites(model: str, version: str, body: bytes) -> Answer:
+    from polytrace.codec import to_json
+    from polytrace.given_json import asked
+    from polytrace.http_sites import CallAnswer
+
+    found: list[bytes] = []
+
+    def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
+        assert _worker is not None
+        calls = _worker.calls.get(model)
+        if calls is None:
+            raise GraphError(f"{description.class_name} is asked with prompts: its description has its sites")
+        try:
+            plain = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise WireError("the question is no JSON") from error
+        inputs, tensors = asked(plain)
+        sites = calls.of(inputs, tensors)
+        answer = CallAnswer(sites=sites, has_looked=calls.has_looked(inputs, tensors))
+        found.append(json.dumps(to_json(answer)).encode())
+        return Verdict()
+
+    verdict = _answered(model, version, judge)
+    return Answer(body=found[0] if found else None, error=verdict.error)
 
 
 def _compose(model: str, version: str, path: str, contents: str, wish: CompletionWish | ChatWish) -> Composed:
@@ -277,27 +324,29 @@ def _verdict(
     contents: Path,
     certify: bool,
     has_text: Callable[[], bool],
+    calls: CallSites | None = None,
 ) -> Verdict:
     from cluster.contents import with_contents
-    from cluster.facts import FactsNotebook
+    from cluster.facts import FactsRecorder
     from cluster.requests import read_request
     from engine.shapes import infer
     from polytrace.codec import to_json
+    from polytrace.generation import check_stop_texts
     from scheduling.checks import table_of
     from scheduling.costs import token_layers
     from scheduling.plan import RequestId
     from scheduling.program import certify as make_certificate
-    from scheduling.program import work_out
     from scheduling.step_costs import most_rows, step_costs
     from scheduling.step_saves import all_slots
+    from scheduling.whole import described, inputs_of_all, work_out
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
-    stops = any(one.generation.stop for one in request.invokes if one.generation is not None)
-    if stops and not has_text():
-        raise GraphError("texts that end a generation need a tokenizer, and this model came without one")
+    check_stop_texts(request.invokes, has_text)
     named = tuple(request.constants.values())
     request, _ = with_contents(request, contents, None)
-    notebook = FactsNotebook(lambda part: infer(description, part, meta))
+    if calls is not None:
+        description = described(description, [calls.of(one, request.constants) for one in inputs_of_all(request)])
+    notebook = FactsRecorder(lambda part: infer(description, part, meta), description)
     program, facts = work_out(RequestId(path.stem), request, description, notebook.infer)
     _check_keeps(program)
     table = table_of(description)

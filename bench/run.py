@@ -31,6 +31,7 @@ BENCHMARKS: Mapping[str, str] = {
     "loading": "bench.loading",
     "moved": "bench.moved",
     "language": "bench.language",
+    "gradients": "bench.gradients",
     "maps": "bench.maps",
     "large": "bench.large",
 }

@@ -23,7 +23,7 @@ from engine.links import Distributed, join_store, open_store
 from engine.loading import ShardConfig
 from engine.reading import Reading
 from engine.reports import GateReport
-from engine.shard import Shard
+from engine.whole_served import new_shard
 from polytrace.description import ModelDescription
 from polytrace.errors import ServiceError
 from scheduling.plan import ShardResult
@@ -79,7 +79,7 @@ class ShardActor:
                 device=config.device,
                 backend=self._backend,
             )
-            self._shard = Shard(config, self._links)
+            self._shard = new_shard(config, self._links)
         self._has_left = False
         return os.getpid()
 

@@ -32,6 +32,8 @@ from cluster.actors import WATCH, ShardActor
 from cluster.gang import Gang, RayShards, wait_for_all
 from cluster.progress import Loading
 from engine.loading import ShardConfig, check_source, check_split
+from engine.whole_loading import whole_class
+from engine.whole_served import check_whole
 from polytrace.description import ModelDescription
 from polytrace.errors import ServiceError
 
@@ -168,8 +170,11 @@ class Deployment:
     def _start(self, report: Report) -> None:
         config = self.config
         # 1) a model that can be split so, and a place for each shard
-        check_source(config.source, config.dtype, random_weights=config.random_weights_seed is not None)
-        check_split(config.source, config.dtype, stages=config.stages, ranks=config.ranks)
+        if (kind := whole_class(config.source)) is not None:
+            check_whole(config.source, kind, stages=config.stages, ranks=config.ranks)
+        else:
+            check_source(config.source, config.dtype, random_weights=config.random_weights_seed is not None)
+            check_split(config.source, config.dtype, stages=config.stages, ranks=config.ranks)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._placement = plan_placement(
             config, cluster_cpus=resources.get("CPU", 0), cluster_gpus=resources.get("GPU", 0)

@@ -1,7 +1,8 @@
 """What was found out of a request's values when it was checked, kept for whoever works it out: as JSON.
 
 A request has one list, a fact or null for each of its nodes; a generation one for each different step, in the order in
-which `scheduling.program.work_out` asks for them, as {"steps": [list, ...]}.
+which `scheduling.program.work_out` asks for them, as {"steps": [list, ...]}. A request to a model that is called as it
+is has {"steps": [list], "sites": [list, ...]}: of each invoke the sites that it names.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import json
 from collections.abc import Callable
 
 from polytrace.codec import from_json, to_json
+from polytrace.description import ModelDescription, SiteInfo
 from polytrace.errors import ServiceError
 from polytrace.graph import Request
 from scheduling.plan import ValueFacts
 from scheduling.steps import Facts, generates
+from scheduling.whole import named_sites, with_sites
 
 
-class FactsNotebook:
+class FactsRecorder:
     """Asks, and writes the answers down."""
 
-    def __init__(self, infer: Callable[[Request], Facts]) -> None:
+    def __init__(self, infer: Callable[[Request], Facts], description: ModelDescription | None = None) -> None:
+        """`description`: the request's own, where calls have sites of their own."""
         self._infer = infer
+        self._description = description
         self._lists: list[Facts] = []
 
     def infer(self, request: Request) -> Facts:
@@ -31,15 +36,25 @@ class FactsNotebook:
     def encode(self, request: Request) -> bytes:
         """What was written down of this request."""
         plain = [to_json(facts) for facts in self._lists]
+        if self._description is not None and self._description.of_invokes:
+            return json.dumps({"steps": plain, "sites": to_json(named_sites(request, self._description))}).encode()
         return json.dumps({"steps": plain} if generates(request) else plain[0]).encode()
 
 
-class KeptFacts:
+class RecordedFacts:
     """Gives what was written down, list by list."""
 
     def __init__(self, body: bytes) -> None:
         plain = json.loads(body)
         self._lists = iter(plain["steps"] if isinstance(plain, dict) else [plain])
+        self._sites = plain.get("sites") if isinstance(plain, dict) else None
+
+    def described(self, description: ModelDescription) -> ModelDescription:
+        """The description that the request was checked against: where it has sites of its own, with these."""
+        if self._sites is None:
+            return description
+        of_invokes = tuple([tuple([from_json(SiteInfo, site) for site in sites]) for sites in self._sites])
+        return with_sites(description, of_invokes)
 
     def infer(self, request: Request) -> Facts:
         """Raises ServiceError where this is not what was asked when it was checked."""

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from cluster.contents import with_contents
-from cluster.facts import KeptFacts
+from cluster.facts import RecordedFacts
 from cluster.requests import Claimed, Finished, RequestStore, left_by, read_request
 from cluster.results import room_for, with_files
 from polytrace.description import ModelDescription
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, WireError
 from scheduling.plan import Program, RequestId
-from scheduling.program import work_out
 from scheduling.step_saves import data_bytes
+from scheduling.whole import work_out
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +156,8 @@ class Intake:
         except (WireError, OSError) as error:  # it was whole when it was accepted
             raise ServiceError(f"the stored request cannot be read: {error}") from error
         request, contents = with_contents(request, claimed.contents, claimed.states)
-        program, _ = work_out(claimed.request, request, description, KeptFacts(claimed.facts).infer)
+        recorded = RecordedFacts(claimed.facts)
+        program, _ = work_out(claimed.request, request, recorded.described(description), recorded.infer)
         room = room_for(program, request, description.num_layers)
         place = self._store.place_result(claimed.request, room, data_bytes(program))
         return with_files(

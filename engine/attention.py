@@ -186,7 +186,7 @@ def packed_attention(
     that would change the numbers and is not understood here.
     """
     _refuse_unknown(module, attention_mask, rest)
-    if query.is_meta:  # probing: only shapes matter
+    if query.is_meta:  # probing: only shapes matter, and what gradients keep
         return _without_data(module, query, key, value), None
     current = _current.get()
     if current is None:
@@ -196,6 +196,9 @@ def packed_attention(
         query = visited(points, Port.Q_ROT, query.transpose(1, 2)).transpose(1, 2)
         key = _visited_rows(current, points, Port.K_ROT, key, query.shape[2])
         value = _visited_rows(current, points, Port.V, value, query.shape[2])
+        # To look at: what earlier steps had is told by `engine.attended`. Handed on, for gradients that stop there.
+        key = visited(points, Port.KEYS, key.transpose(1, 2)).transpose(1, 2)
+        value = visited(points, Port.VALUES, value.transpose(1, 2)).transpose(1, 2)
     formula = Formula(
         scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
@@ -285,13 +288,20 @@ def _by_kernel(current: AttentionPass, query: Tensor, key_GRC: Tensor, value_GRC
 
 def _without_data(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The result's shape; tells whoever watches of the points in their order."""
-    z = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+    def attend(query: Tensor, _key: Tensor, value_GTC: Tensor) -> Tensor:
+        return query.new_empty(1, query.shape[2], query.shape[1], value_GTC.shape[2])
+
+    formula = Formula(scaling=1.0, window=None, softcap=None, sinks_H=None)
+    z = taped_attention(attend, query, key[0], value[0], formula, [], {})
     watch = _watch.get()
     if watch is not None:
         pairs = torch.empty(1, query.shape[2], query.shape[1], device="meta")
         watch(module, Port.Q_ROT, query.transpose(1, 2))
         watch(module, Port.K_ROT, key.transpose(1, 2))
         watch(module, Port.V, value.transpose(1, 2))
+        watch(module, Port.KEYS, key.transpose(1, 2).clone())
+        watch(module, Port.VALUES, value.transpose(1, 2).clone())
         watch(module, Port.SCORES, pairs)
         watch(module, Port.PATTERN, pairs.clone())
         watch(module, Port.Z, z)

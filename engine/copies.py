@@ -19,6 +19,13 @@ def to_device(values: Tensor | Sequence[object], device: torch.device, dtype: to
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def row_index(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    """An index of rows: a slice where they follow one another, as reading these copies nothing."""
+    first = rows[0] if rows else 0
+    is_run = list(rows) == list(range(first, first + len(rows)))
+    return slice(first, first + len(rows)) if is_run else to_device(rows, device)
+
+
 class HostCopy:
     """A GPU tensor on its way to the host, beside what the GPU computes."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.caches import Cache, Caches, Slab
-from engine.copies import to_device
+from engine.copies import row_index, to_device
 from engine.decoded import DecodedRow, Piece
 from engine.few_rows import fewest_rows
 from engine.pages import PagedLayer, add_pages, capped, product
@@ -58,9 +58,9 @@ class Run:
         self.begin = some[1].grow.begin  # all rows have the same pieces before, and so begin alike
         self.positions = [one.position for _, one in filled]
         self.num_columns = -(-(max(self.positions) + 1 - self.begin) // PAGE) * PAGE
-        self.rows = to_device([row for row, _ in filled], device)
+        self.rows = row_index([row for row, _ in filled], device)
         self.real = None if len(rows) == self.num_slots else to_device(sorted(by_slot), device)
-        self.out_rows = to_device([row for _, row, _ in rows], device)
+        self.out_rows = row_index([row for _, row, _ in rows], device)
         self.segments = {slot: one.segment for slot, _, one in rows}
         self._sights: dict[int | None, list[_Sight]] = {}
 
@@ -134,8 +134,7 @@ def _neighbours(rows: list[tuple[int, int, DecodedRow]]) -> Iterable[list[tuple[
 
 
 def _attend(run: Run, number: int, layer: PagedLayer) -> None:
-    queries_GBEC = layer.queries_GTEC.index_select(1, run.rows)
-    groups, slots, share, _ = queries_GBEC.shape
+    slots, groups, share = run.num_slots, layer.num_groups, layer.share
     sights = run.sights(layer.formula.window)
     held = run.slab.layers[number]
     span = slice(run.first, run.first + slots)
@@ -145,14 +144,22 @@ def _attend(run: Run, number: int, layer: PagedLayer) -> None:
         tuple(tensor[:, sight.start : piece.stop - piece.start] for tensor in _slot(cache, number))
         for (cache, piece), sight in zip(run.pieces, sights, strict=False)
     ]
-    least = fewest_rows(keys.shape[2], values.shape[2])
+    key_dim, value_dim = keys.shape[2], values.shape[2]
+    least = fewest_rows(slots * groups, key_dim, value_dim)
     # 1) scores, over the pieces that several share and over each row's own cache
-    q_BEC = queries_GBEC.transpose(0, 1).reshape(-1, share, queries_GBEC.shape[3])  # B G of them
+    vectors = share if before else max(share, least)  # of a slot and group: those behind `share` are padding
+    q_BGEC = keys.new_zeros(slots, groups, vectors, key_dim)
+    query_BGEC = (
+        layer.query_TGEC[run.rows] if isinstance(run.rows, slice) else layer.query_TGEC.index_select(0, run.rows)
+    )
+    torch.mul(query_BGEC, layer.formula.scaling, out=q_BGEC[:, :, :share])
     parts = [
-        product(queries_GBEC.flatten(1, 2), key.transpose(1, 2), least).unflatten(1, (slots, share)).transpose(0, 1)
+        product(q_BGEC.transpose(0, 1).flatten(1, 2), key.transpose(1, 2), fewest_rows(groups, key_dim, value_dim))
+        .unflatten(1, (slots, share))
+        .transpose(0, 1)
         for key, _ in before
     ]
-    parts.append(product(q_BEC, keys.transpose(1, 2), least).view(slots, groups, share, -1))
+    parts.append(product(q_BGEC.flatten(0, 1), keys.transpose(1, 2), least).view(slots, groups, vectors, -1))
     if layer.formula.softcap is not None:
         parts = [capped(part.contiguous(), layer.formula.softcap) for part in parts]
     for part, sight in zip(parts, sights, strict=True):
@@ -160,26 +167,29 @@ def _attend(run: Run, number: int, layer: PagedLayer) -> None:
             part.masked_fill_(sight.hidden, -math.inf)
     # 2) the softmax over whole pages
     if layer.sinks_GE is not None:
-        sinks = queries_GBEC.new_full((slots, groups, share, PAGE), -math.inf)
-        sinks[..., 0] = layer.sinks_GE
+        sinks = q_BGEC.new_full((slots, groups, vectors, PAGE), -math.inf)
+        sinks[:, :, :share, 0] = layer.sinks_GE
         parts.insert(0, sinks)
     scores = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
     pattern_BGEW = torch.softmax(scores, 3)
     # 3) values, page by page
     done = 0 if layer.sinks_GE is None else PAGE
-    sum_BGEU = queries_GBEC.new_zeros(slots, groups, share, values.shape[2])
+    sum_BGEU = q_BGEC.new_zeros(slots, groups, vectors, value_dim)
     if before:
         sum_GNU = sum_BGEU.view(groups, slots * share, -1)
         for _, value in before:
             pattern = pattern_BGEW[..., done : done + value.shape[1]].transpose(0, 1).flatten(1, 2)
-            sum_GNU = add_pages(sum_GNU, pattern, value, least)
+            sum_GNU = add_pages(sum_GNU, pattern, value, fewest_rows(groups, key_dim, value_dim))
             done += value.shape[1]
         sum_BGEU = sum_GNU.unflatten(1, (slots, share)).transpose(0, 1)
     own = pattern_BGEW[..., done:].flatten(0, 1)
-    out = add_pages(sum_BGEU.flatten(0, 1), own, values, least).reshape(slots, groups, share, -1)
+    out = add_pages(sum_BGEU.flatten(0, 1), own, values, least).unflatten(0, (slots, groups))[:, :, :share]
     if run.real is not None:
         out = out.index_select(0, run.real)
-    layer.out_GTEC.index_copy_(1, run.out_rows, out.transpose(0, 1))
+    if isinstance(run.out_rows, slice):
+        layer.out_TGEC[run.out_rows] = out
+    else:
+        layer.out_TGEC.index_copy_(0, run.out_rows, out)
 
 
 def _slot(cache: Cache, number: int) -> tuple[Tensor, Tensor]:

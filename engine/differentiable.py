@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.links import Links
 
@@ -37,8 +38,27 @@ def met(links: Links, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors that every rank has whole, for use with a rank's own weights: their gradients are summed over ranks."""
     if links.ranks == 1 or not any(is_differentiated(tensor) for tensor in tensors):
         return tensors
-    found: tuple[Tensor, ...] = _Met.apply(links, *tensors)
+    found: tuple[Tensor, ...] = _Met.apply(links, *tensors)  # type: ignore[no-untyped-call]
     return found
+
+
+def met_by_many(links: Links, tensor: Tensor) -> Tensor:
+    """A tensor `met` by modules one after another: those that take it as it is now share one sum of its gradient."""
+    if links.ranks == 1 or not is_differentiated(tensor):
+        return tensor
+    if tensor.is_leaf:  # autograd holds it, so it could not hold what was made of it
+        return met(links, tensor)[0]
+    # What a backward would come to: another function where the tensor has been cut off or written to in between.
+    edge = get_gradient_edge(tensor)
+    before: tuple[GradientEdge, Tensor] | None = getattr(tensor, _MET, None)
+    if before is not None and before[0].node is edge.node and before[0].output_nr == edge.output_nr:
+        return before[1]
+    (found,) = met(links, tensor)
+    setattr(tensor, _MET, (edge, found))
+    return found
+
+
+_MET = "_met_by_ranks"
 
 
 def met_end(links: Links, tensor: Tensor, size: int) -> Tensor:
@@ -66,7 +86,7 @@ def ordered_sum(links: Links, tensor: Tensor) -> Tensor:
     """`Links.ordered_sum`; every rank's summand has the sum's gradient."""
     if links.ranks == 1 or not is_differentiated(tensor):
         return links.ordered_sum(tensor)
-    total: Tensor = _OrderedSum.apply(links, tensor)
+    total: Tensor = _OrderedSum.apply(links, tensor)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -74,7 +94,7 @@ def gather(links: Links, tensor: Tensor) -> Tensor:
     """`Links.gather` along the last dimension; each rank's part has its part of the gradient."""
     if links.ranks == 1 or not is_differentiated(tensor):
         return links.gather(tensor, -1)
-    whole: Tensor = _Gather.apply(links, tensor)
+    whole: Tensor = _Gather.apply(links, tensor)  # type: ignore[no-untyped-call]
     return whole
 
 
@@ -82,12 +102,13 @@ def own_part(links: Links, whole: Tensor) -> Tensor:
     """A rank's part of the last dimension; the whole has the gradients of all ranks' parts."""
     if links.ranks == 1 or not is_differentiated(whole):
         return _own_part(links, whole)
-    part: Tensor = _OwnPart.apply(links, whole)
+    part: Tensor = _OwnPart.apply(links, whole)  # type: ignore[no-untyped-call]
     return part
 
 
 def _own_part(links: Links, whole: Tensor) -> Tensor:
-    return whole.unflatten(-1, (links.ranks, -1)).select(-2, links.rank)
+    part: Tensor = whole.unflatten(-1, (links.ranks, -1)).select(-2, links.rank)
+    return part
 
 
 class _Met(Function):
@@ -97,7 +118,7 @@ class _Met(Function):
         return tuple([tensor.detach() for tensor in tensors])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, *[ctx.links.ordered_sum(gradient) for gradient in gradients]
 
@@ -130,6 +151,6 @@ class _OwnPart(Function):
         return _own_part(links, whole).detach()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         return None, ctx.links.gather(gradient, -1)

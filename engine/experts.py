@@ -106,7 +106,7 @@ def _placed(hidden_TD: Tensor, rows_P: Tensor, into_S: Tensor) -> Tensor:
     """`[P, D]`: the row of each place."""
     if not is_differentiated(hidden_TD):
         return hidden_TD[rows_P]
-    placed_PD: Tensor = _Placed.apply(hidden_TD, rows_P, into_S)
+    placed_PD: Tensor = _Placed.apply(hidden_TD, rows_P, into_S)  # type: ignore[no-untyped-call]
     return placed_PD
 
 
@@ -114,7 +114,7 @@ def _found(product_PD: Tensor, into_S: Tensor) -> Tensor:
     """`[S, D]`: what is at the places of the rows' experts."""
     if not is_differentiated(product_PD):
         return product_PD[into_S]
-    found_SD: Tensor = _Found.apply(product_PD, into_S)
+    found_SD: Tensor = _Found.apply(product_PD, into_S)  # type: ignore[no-untyped-call]
     return found_SD
 
 
@@ -126,7 +126,7 @@ class _Placed(Function):
         return hidden_TD[rows_P]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient_PD: Tensor) -> tuple[Tensor, None, None]:
         (into_S,) = ctx.saved_tensors
         each_TKD = gradient_PD[into_S].view(ctx.num_rows, -1, gradient_PD.shape[1])
@@ -141,7 +141,7 @@ class _Found(Function):
         return product_PD[into_S]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient_SD: Tensor) -> tuple[Tensor, None]:
         (into_S,) = ctx.saved_tensors
         # Two rows meet at one place only where it is of no expert, and nothing goes further back.
@@ -207,7 +207,8 @@ def _linear(experts: Any, name: str, x_PI: Tensor, groups: list[int] | Tensor | 
     if not experts.is_transposed:
         weights = weights.transpose(1, 2)
     if groups is None:
-        return x_PI.new_empty(x_PI.shape[0], weights.shape[2])
+        product: Tensor = x_PI @ weights[0]
+        return product
     if isinstance(groups, Tensor):
         from engine.grouped import grouped_product  # imports Triton
 

@@ -2,7 +2,8 @@
 
 `engine.lanes` has the number that holds for products of every kind. Products of many small matrices, as rows that
 decode need them, take the common path from fewer rows on, and padding to sixteen would be most of their work. From
-how many on depends on the library and the processor, so it is tried, once a process and head.
+how many on depends on the library and the processor, so it is tried, once a process and head. Of one matrix alone
+nothing is tried: threads share its rows, and so some get few where the whole has many.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch import Tensor
 from scheduling.plan import MIN_ROWS, PAGE
 
 _TRIED = (4, 8)
-_SHAPES = ((8, PAGE), (8, 3 * PAGE), (3, 8 * PAGE), (1, 32 * PAGE))  # products in a batch, columns
+_SHAPES = ((8, PAGE), (8, 3 * PAGE), (3, 8 * PAGE), (2, PAGE), (2, 32 * PAGE))  # products in a batch, columns
 
 
-def fewest_rows(key_dim: int, value_dim: int) -> int:
-    """For attention on a CPU over heads of these dimensions, at the number of threads that there is now."""
-    return _fewest_rows(key_dim, value_dim, torch.get_num_threads())
+def fewest_rows(num_products: int, key_dim: int, value_dim: int) -> int:
+    """For so many products in a batch, of attention on a CPU over heads of these dimensions, with this many threads."""
+    return _fewest_rows(key_dim, value_dim, torch.get_num_threads()) if num_products > 1 else MIN_ROWS
 
 
 @cache

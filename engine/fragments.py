@@ -63,6 +63,7 @@ from scheduling.checks import ModelTable
 from scheduling.columns import columns_of
 from scheduling.levels import Levels
 from scheduling.plan import Cut, Drawn, Failure, Fragment, Member, Program, SaveSlot, Stopped, ValueFacts
+from scheduling.steps import GENERATE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,6 +98,7 @@ class RequestState:
         self._in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
         self._constants: dict[str, Tensor] = {}
         self._slots: dict[NodeId, SaveSlot] = {}
+        self._writes: dict[tuple[Site, int], list[NodeId]] | None = None  # see `writes_of`
         self._reach: dict[tuple[int | None, int], dict[int, int]] = {}  # see `begin_wave`, by part and wave
         # of a generation
         self.member: Member | None = None  # what it is in this pass
@@ -128,6 +130,7 @@ class RequestState:
     def _begin_program(self, member: Member) -> None:
         """The request's first program, or the next step of its generation."""
         self.program = member.program
+        self._writes = None
         self._slots = {slot.node: slot for slot in member.program.saves}
         self.values = {node: self.left[left] for node, left in member.binds.items() if left in self.left}
         if member.part is None:
@@ -206,6 +209,7 @@ class RequestState:
 
     def _run_node(self, node_id: NodeId, order: int, port: PortValue | GradientPort | None) -> None:
         node = self.program.graph.nodes[node_id]
+        value: Any
         if isinstance(node, Read):
             value = self._read(node_id, node, order, _visited(port))
         elif isinstance(node, Parameter):
@@ -265,6 +269,8 @@ class RequestState:
         if port.pairs is not None:
             before = self.program.invokes[node.invoke].before
             value = read_pairs(port.pairs, rows, self.rows[node.invoke].view, before)
+        elif port.attended is not None and self.program.invokes[node.invoke].before:
+            value = port.attended.read(self.rows[node.invoke].view, self.program.invokes[node.invoke].before)
         elif port.heads is not None:
             value = port.heads.read(rows)
         else:
@@ -334,7 +340,7 @@ class RequestState:
             blocks, copies = leaf.sharded_blocks, leaf.sharded_copies
             value = take_part(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
         if port.pairs is not None:
-            value = pairs_of(value, rows, self.rows[node.invoke].view, port.pairs)
+            value = pairs_of(value, rows, self.rows[node.invoke].view, port.pairs, invoke.before)
         if leaf.row_dim != 1:
             value = value.movedim(leaf.row_dim, 1)
         in_place = node.in_place and not is_assigned
@@ -370,10 +376,30 @@ class RequestState:
         nodes = self.program.graph.nodes
         yield from (node.invoke for node in map(nodes.__getitem__, fragment.nodes) if isinstance(node, Read))
 
+    def is_draw(self, fragment: Fragment) -> bool:
+        """Whether a fragment at the tokens only stands for their being drawn: nobody looks at what it reads."""
+        nodes = self.program.graph.nodes
+        return all(isinstance(node, Read) and node.where == GENERATE for node in map(nodes.__getitem__, fragment.nodes))
+
+    def note_draw(self, fragment: Fragment) -> None:
+        """Such a fragment's tokens have been drawn."""
+        if self.failure is None and self.member is not None:
+            absent = self.member.absent
+            self.fired += [node for node in fragment.nodes if node not in absent] if absent else fragment.nodes
+
     def is_in_place(self, write: NodeId) -> bool:
         """Whether a node is a write to all who hold the tensor."""
         node = self.program.graph.nodes[write]
         return isinstance(node, Write) and node.in_place
+
+    def writes_of(self, site: Site, invoke: int) -> Sequence[NodeId]:
+        """The program's writes of an invoke to a site, in order."""
+        if self._writes is None:
+            self._writes = {}
+            for place, node in enumerate(self.program.graph.nodes):
+                if isinstance(node, Write):
+                    self._writes.setdefault((node.site, node.invoke), []).append(NodeId(place))
+        return self._writes.get((site, invoke), ())
 
     def _rows(self, node_id: NodeId, node: Read | Write, info: SiteInfo, level: int) -> RowView:
         columns = self.program.narrowed.get(node_id)
@@ -574,8 +600,8 @@ def from_raw(raw: RawTensor) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(raw.shape)
 
 
-def _visited(port: PortValue | None) -> PortValue:
-    assert port is not None, "a read or write was planned outside a visit"
+def _visited(port: PortValue | GradientPort | None) -> PortValue:
+    assert isinstance(port, PortValue), "a read or write was planned outside a visit"
     return port
 
 

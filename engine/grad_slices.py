@@ -30,7 +30,8 @@ def gather_gradient(links: Links, part: Tensor, dim: int, blocks: int = 1, copie
     total = held[0].to(torch.promote_types(part.dtype, torch.float32), copy=True)
     for each in held[1:]:
         total += each
-    return total.to(part.dtype).flatten(dim, dim + 2)
+    whole: Tensor = total.to(part.dtype).flatten(dim, dim + 2)
+    return whole
 
 
 def owns_part(links: Links, copies: int) -> bool:

@@ -28,7 +28,7 @@ def grouped_product(x_PI: Tensor, weights_EIO: Tensor, biases_EO: Tensor | None,
     """`[P, O]`: each tile times its matrix, its bias added; zeros for tiles whose number is `E` or more."""
     if not is_differentiated(x_PI):
         return _product(x_PI, weights_EIO, biases_EO, matrix_J)
-    out_PO: Tensor = _GroupedProduct.apply(x_PI, weights_EIO, biases_EO, matrix_J)
+    out_PO: Tensor = _GroupedProduct.apply(x_PI, weights_EIO, biases_EO, matrix_J)  # type: ignore[no-untyped-call]
     return out_PO
 
 
@@ -39,7 +39,7 @@ class _GroupedProduct(Function):
         return _product(x_PI, weights_EIO, biases_EO, matrix_J)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient_PO: Tensor) -> tuple[Tensor, None, None, None]:
         weights_EIO, matrix_J = ctx.saved_tensors
         return _product(gradient_PO, weights_EIO.transpose(1, 2), None, matrix_J), None, None, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.caches import Cache, Caches, Slab
-from engine.copies import to_device
+from engine.copies import row_index, to_device
 from engine.streams import Stream
 from scheduling.plan import Grow
 
@@ -48,29 +48,26 @@ class _Part:
         self._slab, self._device = slab, device
         self._slots = [cache.slot for cache, _ in places]
         self._positions = [position for _, position in places]
-        is_run = rows == list(range(rows[0], rows[0] + len(rows)))
-        self._rows: slice | Tensor = slice(rows[0], rows[0] + len(rows)) if is_run else to_device(rows, device)
+        self._rows = row_index(rows, device)
         self._indices: dict[int, Tensor] = {}  # by G
 
     def put(self, caches: Caches, layer: int, key_GRC: Tensor, value_GRC: Tensor) -> None:
         held = caches.layer(self._slab, layer, key_GRC, value_GRC)
         index = self._index(key_GRC.shape[0])
         for slots, rows_GRC in ((held.keys_SGPC, key_GRC), (held.values_SGPU, value_GRC)):
-            taken = self._taken(rows_GRC).to(slots.dtype)
+            taken = self._taken(rows_GRC.transpose(0, 1)).to(slots.dtype)  # as models leave it in memory
             slots.view(-1, slots.shape[3]).index_copy_(0, index, taken.reshape(-1, slots.shape[3]))
         if self._device.type == "cpu" and not math.isfinite(float(taken.sum())):
-            is_odd = ~torch.isfinite(taken).all(2).all(0)
+            is_odd = ~torch.isfinite(taken).all(2).all(1)
             held.odd.update(slot for slot, odd in zip(self._slots, is_odd.tolist(), strict=True) if odd)
 
-    def _taken(self, rows_GRC: Tensor) -> Tensor:
-        if isinstance(self._rows, slice):
-            return rows_GRC[:, self._rows]
-        return rows_GRC.index_select(1, self._rows)
+    def _taken(self, rows_RGC: Tensor) -> Tensor:
+        return rows_RGC[self._rows] if isinstance(self._rows, slice) else rows_RGC.index_select(0, self._rows)
 
     def _index(self, num_groups: int) -> Tensor:
-        """`[G N]`: flat places among slots, groups and positions."""
+        """`[N G]`: flat places among slots, groups and positions."""
         if num_groups not in self._indices:
-            slots, positions = torch.tensor(self._slots), torch.tensor(self._positions)
-            heads = slots * num_groups + torch.arange(num_groups)[:, None]
+            slots, positions = torch.tensor(self._slots)[:, None], torch.tensor(self._positions)[:, None]
+            heads = slots * num_groups + torch.arange(num_groups)
             self._indices[num_groups] = to_device((heads * self._slab.capacity + positions).flatten(), self._device)
         return self._indices[num_groups]

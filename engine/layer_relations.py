@@ -117,6 +117,10 @@ def _attention(values: LayerValues) -> Iterator[Check]:
         yield _check(values, "pattern scores", f"pattern = softmax(scores){sink}", found, "pattern")
         if pattern is not None and z is not None and v is not None:
             yield _check(values, "z pattern v", "z = pattern @ v", weighted_sum(z, pattern, v), "z pattern")
+    for name, new in (("keys", "k_rot"), ("values", "v")):
+        every, own = values.values.get(name), values.values.get(new)
+        if every is not None and own is not None:
+            yield _check(values, f"{name} {new}", f"of a prompt {name} = {new}", equal(every, own), name)
     for name, heads in values.strays.items():
         taken, behind = values.values.get(name), values.values.get(f"{name}_rot")
         if taken is None or behind is None:

@@ -59,6 +59,8 @@ class ShardConfig:
     constant_bytes: int = 4 << 30  # budget of contents that stay on the device, see `engine.constants`
     random_weights_seed: int | None = None  # read no weights: draw them, the same ones on every shard
     offload_bytes: int = 0  # of the weights to keep in the host's memory, see `engine.offload`
+    # where the parts of a model lie that is called as it is: accelerate's names, or module -> device; None: on `device`
+    device_map: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,11 @@ def resolve_dtype(source: str, dtype: str) -> torch.dtype:
             found = checkpoint_dtype(source)
         resolved: torch.dtype = getattr(torch, found) if isinstance(found, str) else found
         return resolved
+    return resolve_dtype_of(dtype)
+
+
+def resolve_dtype_of(dtype: str) -> torch.dtype:
+    """The dtype of a name other than "auto"."""
     named = getattr(torch, dtype, None)
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ServiceError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16, float64")
@@ -201,7 +208,7 @@ def _from_state(
     Windowed.__name__ = Windowed.__qualname__ = kind.__name__
     Windowed.__module__ = kind.__module__
     dtype = resolve_dtype(config.source, config.dtype)
-    with _quiet_transformers(), _one_at_a_time():
+    with quiet_transformers(), _one_at_a_time():
         model, info = Windowed.from_pretrained(
             None,
             config=model_config,
@@ -301,7 +308,7 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no reports of the keys that other shards own."""
     logger = logging.getLogger("transformers")
     level = logger.level

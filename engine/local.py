@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,14 +26,23 @@ from engine.tokenizer import tokenizer_json
 from polytrace.backend import Result
 from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
-from polytrace.errors import GraphError, PolytraceError, ServiceError
+from polytrace.errors import (
+    GraphError,
+    PolytraceError,
+    ServiceError,
+)
+from polytrace.generation import check_stop_texts
 from polytrace.graph import Request
+from polytrace.lines import user_line
 from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 from polytrace.tokenizer import load_tokenizer
 from scheduling.loop import Shards, step
 from scheduling.plan import Plan, Program, RequestId, ShardResult, ValueFacts
 from scheduling.program import certify, work_out
 from scheduling.scheduler import Outcome, PassPolicy, Progress, Scheduler
+
+if TYPE_CHECKING:
+    from engine.whole_local import WholeBackend
 
 
 class LocalShards:
@@ -51,8 +60,11 @@ class LocalShards:
             self._finished.append((plan, (self.shard.run(plan),)))
         except PolytraceError as error:
             self._finished.append((plan, error))
-        except RuntimeError as error:  # torch's: a kernel that failed
-            self._finished.append((plan, ServiceError(f"the pass failed: {error}")))
+        except Exception as error:  # noqa: BLE001  of its members: who drives may be somebody else
+            told = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "  # torch's say enough
+            failed = ServiceError(f"the pass failed: {told}{error}")
+            failed.__cause__ = error
+            self._finished.append((plan, failed))
 
     def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:
         finished, self._finished = self._finished, []
@@ -107,12 +119,12 @@ class DirectBackend:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, for texts that end a sequence."""
-        if self._tokenizer is None:
-            stored = self.tokenizer_json()
-            if stored is None:
-                raise GraphError("texts that end a generation need a tokenizer, and this model came without one")
-            self._tokenizer = load_tokenizer(stored)
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def _has_tokenizer(self) -> bool:
+        if self._tokenizer is None and (stored := self.tokenizer_json()) is not None:
+            self._tokenizer = load_tokenizer(stored)
+        return self._tokenizer is not None
 
     def tokenizer_json(self) -> bytes | None:
         return tokenizer_json(self.source)
@@ -127,7 +139,10 @@ class DirectBackend:
 
     def _worked_out(self, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
         """The program, and what is known of the request's nodes."""
-        request_id = RequestId(secrets.token_hex(8))
+        check_stop_texts(request.invokes, self._has_tokenizer)
+        return self._work_out(RequestId(secrets.token_hex(8)), request)
+
+    def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
         return work_out(request_id, request, self.description, self._infer)
 
     def _infer(self, request: Request) -> tuple[ValueFacts | None, ...]:
@@ -270,6 +285,44 @@ class LocalBackend(DirectBackend):
 
     def close(self) -> None:
         self.shard.stop()
+
+
+def module_backend(module: Any, *, name: str | None) -> WholeBackend:
+    """A torch module as it is. Raises GraphError for anything else."""
+    from engine.whole_local import WholeBackend
+
+    if not isinstance(module, nn.Module):
+        told = "polytrace.load takes a folder, a hub id or a torch.nn.Module"
+        raise GraphError(f"{told}, not a {type(module).__name__}", where=user_line())
+    return WholeBackend(module, name=name or type(module).__name__)
+
+
+def source_backend(
+    source: str,
+    *,
+    dtype: str,
+    name: str | None,
+    threads: int | None,
+    device: str | None,
+    device_map: Any,
+    random_weights: int | None,
+) -> WholeBackend | None:
+    """A model of a folder or hub that is called as it is; None of one that is served as a language model."""
+    from engine.whole_loading import load_whole, whole_class
+    from engine.whole_local import WholeBackend
+
+    kind = whole_class(source)
+    if kind is None:
+        return None
+    config = ShardConfig(
+        source=source,
+        dtype=dtype,
+        threads=threads,
+        device=device or best_device(),
+        random_weights_seed=random_weights,
+        device_map=device_map,
+    )
+    return WholeBackend(load_whole(config, kind), name=name or source, source=source)
 
 
 def best_device() -> str:

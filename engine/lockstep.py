@@ -41,6 +41,37 @@ def in_step(lanes: Sequence[Callable[[], None]], meet: Meet) -> None:
             lane.abandon()
 
 
+def in_order(
+    lanes: Sequence[Callable[[], None]],
+    meet: Callable[[int, dict[int, Any]], dict[int, Any]],
+    failed: Callable[[int, Exception], None],
+) -> None:
+    """Runs lanes whose places are numbers to their ends, the smallest number first.
+
+    `meet` gets it and what the lanes that have stopped there did so with, by their places in `lanes`; the others wait.
+    Where a lane goes, its numbers grow. What a lane raises ends that lane, and `failed` hears of it.
+    """
+    threads = [_Lane(work) for work in lanes]
+
+    def go(number: int, answer: Any) -> None:
+        try:
+            threads[number].go(answer)
+        except Exception as error:  # noqa: BLE001  one lane's own
+            failed(number, error)
+
+    try:
+        for number in range(len(threads)):
+            go(number, None)
+        while going := [number for number, lane in enumerate(threads) if lane.is_going]:
+            place = min(threads[number].place for number in going)
+            here = {number: threads[number].take() for number in going if threads[number].place == place}
+            for number, answer in meet(place, here).items():
+                go(number, answer)
+    finally:
+        for lane in threads:
+            lane.abandon()
+
+
 def stop(place: Any, value: Any) -> Any:
     """Called in a lane: waits until all lanes have come to the same place, and gives this lane's answer."""
     lane = _own.get()

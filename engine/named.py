@@ -196,6 +196,11 @@ class _Namer:
             elif parts is not None and parts.attention is not None:
                 for name in ("q", "k", "v", "scores", "pattern", "z", "head_out"):
                     self._refuse(_under(path, parts.attention), name, _FUSED)
+            if attention is None and parts is not None and parts.attention is not None:
+                attention = _under(path, parts.attention)
+            if attention is not None and (attention, Port.KEYS) not in self.at:
+                for name, own in (("keys", "k"), ("values", "v")):
+                    self._refuse(attention, name, _OWN_CACHE.format(own=own))
             if parts is not None:
                 self._mlp(path, parts)
         self._root()
@@ -472,6 +477,10 @@ _NO_NEURONS = "no activation that is a module of its own stands before a project
 _NO_HEADS = (
     "no module's output has each head's {role} as attention is given it, but for a factor, a rotation and a norm's "
     "length: read {rotated}, or the outputs of this module's projections"
+)
+_OWN_CACHE = (
+    "each sequence runs alone here, with a cache that the model makes itself, which nothing looks into: `{own}`, where "
+    "the family has it, is what each step puts there"
 )
 _NO_HEAD_OUT = (
     "no module of this layer takes all heads' z side by side: read and write `z`, which is what each head found"

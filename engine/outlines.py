@@ -272,7 +272,7 @@ class _Look:
 
     def _is_plain(self, node: Read | Write, info: SiteInfo, leaf: Leaf) -> bool:
         """Whether the site's rows are simply rows, all of each on this rank."""
-        is_of_rows = leaf.row_dim == 1 and leaf.num_columns is None and not leaf.of_pairs
+        is_of_rows = leaf.row_dim == 1 and leaf.num_columns is None and not (leaf.of_pairs or leaf.is_attended)
         is_of_rows = is_of_rows and info.rows is not Rows.DECODER and node.site.port not in (Port.HEAD_OUT, Port.TOKEN)
         return is_of_rows and (not self._is_split or leaf.sharded_view_dim is None)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -61,14 +62,19 @@ class PagedLayer:
         self.share = num_heads // self.num_groups
         sinks_H = formula.sinks_H
         self.sinks_GE = None if sinks_H is None else sinks_H.float().view(self.num_groups, self.share)
-        queries_GETC = query[0].unflatten(0, (self.num_groups, self.share))
-        scaled = torch.empty(self.num_groups, self.num_rows, self.share, query.shape[3], device=query.device)
-        torch.mul(queries_GETC.transpose(1, 2), formula.scaling, out=scaled)
-        self.queries_GTEC = scaled
+        self.query_TGEC = query[0].transpose(0, 1).unflatten(1, (self.num_groups, self.share))
         self.odd_GRC: Tensor | None = None
         if chunks:
             self._put(key_GRC, value_GRC.float())
-        self.out_GTEC = scaled.new_zeros(self.num_groups, self.num_rows, self.share, value_GRC.shape[2])
+        shape = (self.num_rows, self.num_groups, self.share, value_GRC.shape[2])
+        self.out_TGEC = torch.zeros(shape, device=query.device)
+
+    @cached_property
+    def queries_GTEC(self) -> Tensor:
+        """Scaled."""
+        query_GTEC = self.query_TGEC.transpose(0, 1)
+        scaled = torch.empty(query_GTEC.shape, device=query_GTEC.device)
+        return torch.mul(query_GTEC, self.formula.scaling, out=scaled)
 
     def _put(self, key_GRC: Tensor, values_GRC: Tensor) -> None:
         # A value that is not finite must not reach rows that do not see it, and zero times infinity is no zero.
@@ -109,7 +115,7 @@ class PagedLayer:
     def _visit(self, points: Points, port: Port, held: list[Held]) -> set[int]:
         if port not in points:
             return set()
-        pairs = Pairs(held, MASKED[port], self.num_groups, self.share, self.queries_GTEC.device, self.sinks_GE)
+        pairs = Pairs(held, MASKED[port], self.num_groups, self.share, self.out_TGEC.device, self.sinks_GE)
         points[port].visit(pairs)
         return pairs.written
 
@@ -123,7 +129,7 @@ class PagedLayer:
     def result(self, dtype: torch.dtype) -> Tensor:
         """`[1, T, H, C]`; nothing is computed behind."""
         self.store.drop(*self.block)
-        out_1THC: Tensor = self.out_GTEC.transpose(0, 1).flatten(1, 2)[None].to(dtype)
+        out_1THC: Tensor = self.out_TGEC.flatten(1, 2)[None].to(dtype)
         return out_1THC
 
     def _scores(self, chunk: Chunk, prefix: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor]) -> Tensor:
@@ -165,11 +171,11 @@ class PagedLayer:
         out = out.reshape(self.num_groups, -1, values.shape[2])
         if self.odd_GRC is not None:
             out = self._with_odd(chunk, out, pattern_GNW, chunk.hidden(self.formula.window))
-        out_GREC = out.unflatten(1, (-1, self.share))
+        out_RGEC = out.unflatten(1, (-1, self.share)).transpose(0, 1)
         if isinstance(chunk.rows, slice):
-            self.out_GTEC[:, chunk.rows] = out_GREC
+            self.out_TGEC[chunk.rows] = out_RGEC
         else:
-            self.out_GTEC.index_copy_(1, chunk.rows, out_GREC)
+            self.out_TGEC.index_copy_(0, chunk.rows, out_RGEC)
 
     def _own(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Keys and values of the tiles' own pages, `[G B, O, C]`."""

@@ -25,7 +25,8 @@ def read_pairs(pairs: Pairs, rows: RowView, view: View, before: int = 0) -> Tens
     `before`: positions of each sequence before the view's columns, which are keys as well.
     """
     num_sequences, num_columns = rows.shape
-    read_RHK = _shifted(pairs.read(rows.numbers, before + max(view.lengths)), _pads(rows, view), pairs.masked)
+    read_RHK = pairs.read(rows.numbers, before + max(view.lengths))
+    read_RHK = _shifted(read_RHK, _pads(rows, view, before), pairs.masked)
     if rows.is_whole:
         cells = read_RHK
     else:
@@ -35,9 +36,9 @@ def read_pairs(pairs: Pairs, rows: RowView, view: View, before: int = 0) -> Tens
     return view_shaped
 
 
-def pairs_of(value: Tensor, rows: RowView, view: View, pairs: Pairs) -> Tensor:
+def pairs_of(value: Tensor, rows: RowView, view: View, pairs: Pairs, before: int = 0) -> Tensor:
     """A view's value as `Pairs.write` takes it: `[R, H, K]`, keys by their position."""
-    pads = _pads(rows, view)
+    pads = _pads(rows, view, before)
     return _shifted(rows.part(value.transpose(1, 2)), None if pads is None else -pads, pairs.masked)
 
 
@@ -59,13 +60,12 @@ def check_pairs(value: Tensor, columns: Sequence[int], view: View, pairs: Pairs,
         )
 
 
-def _pads(rows: RowView, view: View) -> Tensor | None:
+def _pads(rows: RowView, view: View, before: int) -> Tensor | None:
     """`[R]`: columns before each row's sequence begins; None when there are none."""
-    longest = max(view.lengths)
-    if min(view.lengths) == longest:
-        return None
-    pads = [longest - view.lengths[place // rows.shape[1]] for place in rows.places]
-    return to_device(pads, rows.device, torch.long)
+    width, begins = before + max(view.lengths), view.begins if before else (0,) * len(view.lengths)
+    pads = [width - begin - length for begin, length in zip(begins, view.lengths, strict=True)]
+    of_rows = [pads[place // rows.shape[1]] for place in rows.places]
+    return to_device(of_rows, rows.device, torch.long) if any(of_rows) else None
 
 
 def _shifted(values_RHK: Tensor, by_R: Tensor | None, fill: float) -> Tensor:

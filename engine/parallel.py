@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.pytorch_utils import Conv1D
 
-from engine.differentiable import gather, meet_arguments, met, met_end, ordered_sum, own_part
+from engine.differentiable import gather, meet_arguments, met_by_many, met_end, ordered_sum, own_part
 from engine.experts import deal_experts
 from engine.head_outputs import with_change
 from engine.links import Distributed, Links
@@ -144,7 +144,7 @@ def _install_column(module: nn.Module, split: Split, links: Links) -> None:
     if isinstance(module, Conv1D):
         module.nf = split.part.held(links.ranks)  # its forward makes the output's shape from this
     local: Callable[..., Tensor] = module.forward
-    module.forward = lambda x: local(*met(links, x))
+    module.forward = lambda x: local(met_by_many(links, x))
 
 
 def _install_column_gathered(module: nn.Module, split: Split, links: Links) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from engine.arguments import Selector
@@ -90,7 +90,8 @@ def describe_model(
         limits=limits or Limits(max_sequence_tokens=probe.max_tokens),
         key_value_bytes=max(report.key_value_bytes for report in reports),
         hidden_bytes=probe.hidden_size * itemsize(probe.dtype),
-        why_no_gradients=next((report.why_no_gradients for report in reports if report.why_no_gradients), ""),
+        tape_bytes=probe.tape_bytes,
+        why_no_gradients=next((told for told in _why_no_gradients(probe, reports) if told), ""),
         row_multiple=reports[0].row_multiple,
         has_kept_rows=probe.has_kept_rows,
         has_forks=all(report.has_forks for report in reports),
@@ -105,6 +106,11 @@ def describe_model(
         codes=codes,
         sources=sources,
     )
+
+
+def _why_no_gradients(probe: Probe, reports: Sequence[GateReport]) -> Iterator[str]:
+    yield probe.why_no_gradients
+    yield from (report.why_no_gradients for report in reports)
 
 
 def _token_site(sites: tuple[SiteInfo, ...], stages: int) -> tuple[SiteInfo, ...]:

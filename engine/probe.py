@@ -28,6 +28,7 @@ from engine.recorder import LoopError, Recorder
 from engine.sites import merged_site, refuse_repeated_visits
 from engine.source_sites import SourceGroup, group_sources
 from engine.standard import StandardNames
+from engine.tape_bytes import tape_bytes
 from engine.windows import Layout, find_layout
 from polytrace.description import ModuleInfo, ParameterInfo, PassLayout, PointInfo, SiteInfo
 from polytrace.errors import ServiceError
@@ -54,6 +55,8 @@ class Probe:
     vocab_size: int
     max_tokens: int
     has_kept_rows: bool
+    tape_bytes: int  # of what a row keeps of a layer for gradients
+    why_no_gradients: str  # why there are none; empty: there are
     has_side_values: bool  # layers hand values to later layers beside the hidden states
     has_token_values: bool  # layers are given values of embeddings beside the hidden states
     has_fixed_rows: bool  # the root's forward insists on as many rows behind the layers as it was called with
@@ -103,6 +106,8 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
     operations = [merged_site(order, a, b, both, experts) for order, (a, b) in events if a.is_operation and a.leaves]
     _check_hidden(model, layers, first)
     everything = sorted((*refuse_repeated_visits(found), *operations), key=lambda site: site.order)
+    if not is_packed:  # what came before is in a cache that the model makes itself
+        everything = [site for site in everything if not site.port.is_attended]
     named = (
         unnamed(everything, len(_layers_of(model, layers)))
         if has_encoder(model)
@@ -116,6 +121,7 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
         if site.port is Port.INPUT:
             begins.setdefault(site.module, site.order)
     stored = dict(named_tensors(model))
+    kept_bytes, why_no_gradients = _tape_bytes(model, layers, manner)
     layer_orders = [s.order for s in sites if s.module.startswith(layers + ".")]
     return Probe(
         class_name=type(model).__name__,
@@ -129,6 +135,8 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
         vocab_size=config.vocab_size,
         max_tokens=_max_tokens(config) - first_position(model),
         has_kept_rows=has_kept_rows,
+        tape_bytes=kept_bytes,
+        why_no_gradients=why_no_gradients,
         has_side_values=first.has_side_values,
         has_token_values=not has_encoder(model)
         and find_anatomy(model.config, layers, attention_of(model)).has_token_values,
@@ -152,6 +160,15 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
         first_layer_order=min(layer_orders),
         last_layer_order=max(layer_orders),
     )
+
+
+def _tape_bytes(model: PreTrainedModel, layers: str, manner: Manner) -> tuple[int, str]:
+    """What a row keeps of a layer for gradients, and why it has none."""
+    try:
+        return tape_bytes(model, layers, manner, _max_tokens(model.config.get_text_config())), ""
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, ServiceError) as error:
+        reason = str(error).split("\n")[0]
+        return 0, f"its forward does not run with autograd: {reason}"
 
 
 def _layers_of(model: PreTrainedModel, layers: str) -> nn.ModuleList:

@@ -26,7 +26,8 @@ from polytrace.ops.contractions import contracted, reduced_dims
 
 _HINT = (
     "pad rows would be counted: multiply by tracer.mask[..., None] (and divide by tracer.mask.sum(1, keepdim=True)) "
-    "or use value.at(pos); over the keys of scores and patterns the mask is tracer.mask[:, None, None, :]"
+    "or use value.at(pos); over the keys of scores and patterns the mask is tracer.mask[:, None, None, :], and behind "
+    "step 0 each prompt has to be in an invoke of its own"
 )
 
 # Ops that put new parts into a value of the old shape, and ops whose result has the old elements in the old order.
@@ -104,6 +105,13 @@ class TokenDimensions:
     def read(self, position: NodeId, invoke: int, view: Meta, dims: tuple[int, ...] = (1,)) -> None:
         """A site's view of an invoke; `dims` run over tokens."""
         self._view(position, invoke, view, Kind.RAW, dims)
+
+    def earlier(self, position: NodeId, invoke: int, view: Meta, dim: int) -> None:
+        """A site's view behind step 0 that has, in one dimension, what came before."""
+        prompts = self._invokes[invoke]
+        if prompts.pads:
+            columns = Columns(known=range(prompts.before + prompts.longest), first_full=prompts.pads)
+            self._note(position, (_tokens_of(Kind.RAW, {dim: columns}, view),))
 
     def mask(self, position: NodeId, invoke: int, view: Meta) -> None:
         """A mask of an invoke."""

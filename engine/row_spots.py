@@ -5,13 +5,14 @@ Knows which row space of a pass a site has, no values and no ops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from engine.fragments import RequestState
 from engine.streams import Streams
 from engine.views import RowView
+from scheduling.plan import NO_ROWS, Plan
 
 Place = tuple[int, tuple[int, ...] | None]  # an invoke and columns of its view, None for all
 Places = tuple[Place, ...]  # by member
@@ -44,8 +45,20 @@ class Spot:
     group: int  # equal numbers in one kind of pass: equal members and places
 
 
+def form_of(plan: Plan) -> Hashable | None:
+    """Equal for passes of the same members whose rows lie alike; None but for steps of generations alone.
+
+    Such a pass has one row a sequence at every level, in the order of the views.
+    """
+    num_rows = sum(segment != NO_ROWS for view in plan.views for segment in view.segments)
+    is_of_steps = all(view.begins for view in plan.views) and all(rows == num_rows for rows in plan.running_rows)
+    return (
+        tuple([(one.member, one.invoke, one.segments, one.kept_columns) for one in plan.views]) if is_of_steps else None
+    )
+
+
 class PassRows:
-    """The rows of members in one pass."""
+    """The rows of members in one pass, and in others of its form."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams

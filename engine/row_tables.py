@@ -13,8 +13,8 @@ Invariants
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.fragments import RequestState, ShardContext
 from engine.outlines import Bound, Outline, Outlines
 from engine.row_ops import Own, Stacks
-from engine.row_spots import Group, PassRows, Places, Side, Spot, Where
+from engine.row_spots import Group, PassRows, Places, Side, Spot, Where, form_of
 from engine.steady import SteadyValues
 from engine.streams import Streams
 from engine.views import RowView
@@ -68,9 +68,12 @@ class RowTables:
             num_bytes = sum(one.num_bytes for one in self._passes.values())
             while len(self._passes) >= _MAX_PASSES or num_bytes > _MAX_KEPT_BYTES:
                 num_bytes -= self._passes.popitem(last=False)[1].num_bytes
-            kept = self._passes[key] = _Kept(frozenset(state.program.request for state in states), {}, {})
+            kept = self._passes[key] = _Kept(frozenset(state.program.request for state in states))
         self._passes.move_to_end(key)
-        return PassTables(self, kept, streams)
+        form = form_of(streams.plan)
+        if kept.rows is None or form is None or form != kept.form:
+            kept.form, kept.rows = form, PassRows(streams)
+        return PassTables(self, kept, kept.rows)
 
     def forget(self, request: RequestId) -> None:
         """A request has ended."""
@@ -134,13 +137,15 @@ class Seated:
     alone: list[Member]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Kept:
     """Of one kind of pass."""
 
     requests: frozenset[RequestId]
-    visits: dict[int, Seated]  # by order
-    groups: dict[Group, int]  # numbers of groups: most visits have the same
+    visits: dict[int, Seated] = field(default_factory=dict)  # by order
+    groups: dict[Group, int] = field(default_factory=dict)  # numbers of groups: most visits have the same
+    form: Hashable | None = None  # of the last pass
+    rows: PassRows | None = None  # the same for as long as passes have one form
 
     @property
     def num_bytes(self) -> int:
@@ -151,10 +156,10 @@ class _Kept:
 class PassTables:
     """The tables of one pass."""
 
-    def __init__(self, tables: RowTables, kept: _Kept, streams: Streams) -> None:
+    def __init__(self, tables: RowTables, kept: _Kept, rows: PassRows) -> None:
         self._tables = tables
         self._kept = kept
-        self._rows = PassRows(streams)
+        self._rows = rows
 
     def run(self, order: int, members: Sequence[Member], port: PortValue) -> Sequence[Member]:
         """Runs the tables of a visit; returns the members that have to run one by one."""

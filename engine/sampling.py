@@ -24,6 +24,7 @@ from polytrace.graph import Sampling
 # K = sequences to draw for, V = vocabulary, C = likeliest tokens that are told
 
 NO_TOKEN = -1  # of a row whose logits say nothing: one is NaN, all are -inf, or one is +inf where tokens are drawn
+_LIKELIEST = Sampling()
 _WHOLE = 2.0**51  # float64 adds whole numbers up to here exactly, in any order
 
 
@@ -113,7 +114,7 @@ def _settings(sampling: Sampling) -> Sampling:
     """What of it decides how scores are processed."""
     if sampling.do_sample:
         return replace(sampling, seed=0)
-    return Sampling(repetition_penalty=sampling.repetition_penalty)
+    return _LIKELIEST if sampling.repetition_penalty == 1 else Sampling(repetition_penalty=sampling.repetition_penalty)
 
 
 def _draw(logits_KV: Tensor, settings: Sampling, drawings: Sequence[Drawing]) -> Tensor:

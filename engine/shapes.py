@@ -197,8 +197,9 @@ class _Walk:
             entry = self.sites[position]
             assert entry is not None
             leaf = entry[1]
-            told = leaf.of_pairs, leaf.row_dim, leaf.num_columns, leaf.tail, leaf.dtype
-            return ("read", *told, *self._view_of(node.invoke), self.request.invokes[node.invoke].before)
+            told = leaf.of_pairs, leaf.is_attended, leaf.row_dim, leaf.num_columns, leaf.tail, leaf.dtype
+            invoke = self.request.invokes[node.invoke]
+            return ("read", *told, *self._view_of(node.invoke), invoke.before, invoke.pads)
         if isinstance(node, Mask):
             return ("mask", *self._view_of(node.invoke))
         if isinstance(node, Constant):
@@ -269,7 +270,9 @@ class _Walk:
             num_prompts, longest, _ = self._view_of(node.invoke)
             before = self.request.invokes[node.invoke].before
             shape = contiguous(entry[1].view_shape(num_prompts, longest, before=before), TORCH_DTYPES[entry[1].dtype])
-            if entry[1].num_columns is None:
+            if before and (entry[1].of_pairs or entry[1].is_attended):
+                self.tokens.earlier(position, node.invoke, shape, 3 if entry[1].of_pairs else 1)
+            elif entry[1].num_columns is None:
                 self.tokens.read(position, node.invoke, shape, (2, 3) if entry[1].of_pairs else (entry[1].row_dim,))
             return shape
         if isinstance(node, Mask):

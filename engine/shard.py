@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.arguments import Selector
+from engine.attended import Attended
 from engine.attention import AttentionPass
 from engine.chat import chat_format
 from engine.checking import check_names
@@ -360,7 +361,7 @@ class Shard:
         source = self._neighbour(plan, before=True)
         if source is not None:
             num_rows = streams.layer(self.loaded.window.first).num_padded
-            shape = (1, num_rows, self._hidden_size)
+            shape: tuple[int, ...] = (1, num_rows, self._hidden_size)
             if plan.of is not None:
                 shape = self._tapes.of(plan.of).shape_out
             hidden = self.links.receive(shape, self.runner.model.dtype, source)
@@ -388,7 +389,7 @@ class Shard:
         return hidden_bytes
 
     def _neighbour(self, plan: Plan, *, before: bool) -> int | None:
-        """The stage that hands its rows to this one, or gets them from it, in the pass's direction; None: there is none.
+        """The stage that hands its rows to this one, or gets them from it, in the direction of the pass.
 
         Gradients go no further back than to the stage where the first of them stops.
         """
@@ -420,7 +421,7 @@ class Shard:
                 if fragment.order != PROLOGUE:
                     at[fragment.order].append((state, fragment))
         tables = self.row_tables.of_pass(states, streams)
-        tape = self._tapes.begin(plan, states) if plan.cuts else None
+        tape = self._tapes.begin(plan, states, self.context.levels) if plan.cuts else None
         trunks = Trunks(streams, self.store)
         attention = AttentionPass(
             plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None
@@ -488,9 +489,12 @@ class Shard:
         streams, is_output, layouts = rows.streams, levels.is_output(order), self._layouts.get(order, {})
         if rows.tape is not None:
             return self._taped_visitor(fragments, rows.tape, order, layouts)
+        side = self._port(order)[1]
 
         def visit(value: object) -> object:
             port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.giving else None, layouts)
+            if side.is_attended:
+                port.attended = Attended(port.tensors[()], side, level, streams.inside(level), rows.trunks)
             for state, fragment in tables.run(order, fragments, port):
                 state.run(fragment, port)
             if is_output:  # a layer's output: what is written to it belongs to the next level's rows
@@ -505,7 +509,7 @@ class Shard:
     def _taped_visitor(
         self, fragments: list[tuple[RequestState, Fragment]], tape: Tape, order: int, layouts: Mapping[Selector, int]
     ) -> Callable[[object], object]:
-        """In a pass that is run backwards later. What is written is written right there: all levels have the same rows."""
+        """In a pass that is run backwards later. What is written lands right there: all levels have the same rows."""
         selectors = self._row_leaves.get(order) or row_leaves_of(self.context.table.sources.site_at(order))
         place = TapePlace(order=order, port=self._port(order)[1], selectors=selectors, layouts=layouts)
 
@@ -526,11 +530,20 @@ class Shard:
     ) -> Callable[[object], object]:
         """Draws what sequences go on with, which fragments may see and change."""
         assert self._logits is not None, "a model without logits has no tokens to be drawn"
-        places = {id(state): place for place, state in enumerate(states)}
-        readers = {(places[id(state)], invoke) for state, fragment in fragments for invoke in state.reads_of(fragment)}
+        draws = [(state, fragment) for state, fragment in fragments if state.is_draw(fragment)]
+        others = [(state, fragment) for state, fragment in fragments if not state.is_draw(fragment)]
+        places = {id(state): place for place, state in enumerate(states)} if others else {}
+        readers = {(places[id(state)], invoke) for state, fragment in others for invoke in state.reads_of(fragment)}
         next_tokens = NextTokens(plan.members, states, plan.views, *self._logits, self.links, self.device, readers)
-        visit = self._visitor(fragments, tables, rows, order)
-        return lambda output: next_tokens.visit(output, visit)
+        visit = self._visitor(others, tables, rows, order)
+
+        def draw(output: object) -> object:
+            after = next_tokens.visit(output, visit)
+            for state, fragment in draws:
+                state.note_draw(fragment)
+            return after
+
+        return draw
 
     def _result(self, plan: Plan, states: list[RequestState]) -> dict[tuple[RequestId, str], Tensor]:
         values: dict[tuple[RequestId, str], Tensor] = {}

@@ -18,6 +18,7 @@ from polytrace.graph import Port
 # A marker that `describe_model` turns into a refusal where there are several stages, and clears where there is one.
 EVERY_LAYER = "every layer takes it beside the hidden states"
 _IN_EVERY_LAYER = "it shares memory with what every layer takes beside the hidden states"
+_ATTENDED = "it is all that there is to attend to, read only: edit `{}`, and later steps attend to what that has become"
 _SHARED_BY_LAYERS = "every layer is given this tensor: change a copy (`.clone()`), and assign that for this call alone"
 
 
@@ -52,6 +53,8 @@ def merged_site(
             write_refusal = "it is an expanded view whose rows share memory"
         if refusal is None and not tensor.is_floating_point():
             write_refusal = "it holds token ids or positions, which the model uses as indices"
+        if a.port.is_attended:
+            write_refusal = _ATTENDED.format("k` or `k_rot" if a.port is Port.KEYS else "v")
         in_place_refusal = None
         is_shared = id(tensor) in recorder.layer_arguments
         if a.is_operation and (is_shared or memory_of(tensor) in recorder.layer_storages):
@@ -67,6 +70,7 @@ def merged_site(
                 is_flat=dim == 0,
                 row_dim=max(dim, 1),
                 of_pairs=a.port.is_of_pairs,
+                is_attended=a.port.is_attended,
                 num_columns=1 if found and kind is Rows.DECODER else None,
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 read_refusal=refusal,

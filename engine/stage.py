@@ -33,6 +33,7 @@ from engine.operations import Stops, rewritten
 from engine.pair_tensors import TensorPairs
 from engine.points import MASKED, Point, Points
 from engine.positions import numbered_modules, numbering
+from engine.reruns import Rerun
 from engine.streams import Streams
 from engine.tape import Tape
 from engine.trunks import Trunks
@@ -109,13 +110,46 @@ class StageRunner:
         with ExitStack() as hooks, attending(rows.attention), rows.recording():
             for handle in self._install(rows, hidden_1TD, visits, stop_after, left):
                 hooks.callback(handle.remove)
-            for module, give in numbering(self._numbered, positions_1T):
-                own = self._unless_calling(give)
-                hooks.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
+            hooks.enter_context(self._numbering(positions_1T))
+            reruns = [self._rerun(rows, level, positions_1T) for level in self._rerun_layers(rows, visits)]
+            for rerun in reruns:
+                hooks.enter_context(rerun.plain())
             hooks.enter_context(self._operations(visits, stop_after))
+            for rerun in reruns:
+                hooks.enter_context(rerun.installed())
             with suppress(Done):
                 self.model(input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, **options)
         return left[0] if left else None
+
+    @contextmanager
+    def _numbering(self, positions_1T: Tensor) -> Iterator[None]:
+        """Modules inside that number tokens get their positions."""
+        with ExitStack() as hooks:
+            for module, give in numbering(self._numbered, positions_1T):
+                own = self._unless_calling(give)
+                hooks.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
+            yield
+
+    def _rerun_layers(self, rows: PackedRows, visits: list[Visit]) -> Iterator[int]:
+        """Layers of the window that run again on the way back. Where scores are seen, rows attend another way."""
+        if rows.tape is None or not rows.tape.reruns:
+            return
+        seen = [visit.module for visit in visits if visit.port.is_of_pairs]
+        for level in range(self.window.first, self.window.stop):
+            path = f"{self.window.layers}.{level}."
+            if level in rows.tape.reruns and not any(module.startswith(path) for module in seen):
+                yield level
+
+    def _rerun(self, rows: PackedRows, level: int, positions_1T: Tensor) -> Rerun:
+        @contextmanager
+        def again() -> Iterator[None]:
+            own = AttentionPass(rows.attention.pass_id, rows.attention.store, rows.attention.device)
+            own.is_taped = True
+            own.enter(level, rows.streams.inside(level))
+            with attending(own), self._numbering(positions_1T):
+                yield
+
+        return Rerun(self._layers[level], again)
 
     def _first_position(self) -> int:
         """Of the sequence that runs, where each runs alone."""
@@ -214,9 +248,12 @@ class StageRunner:
                 return None
             streams = rows.streams
             rows.attention.enter(level, streams.inside(level))
+            if rows.tape is not None:
+                entering = rows.tape.enter(first_argument(args, kwargs))
+                args, kwargs = replace_first_argument(args, kwargs, entering)
             origins = streams.origins(level)
             if origins is None:
-                return None
+                return None if rows.tape is None else (args, kwargs)
             num_rows = streams.num_root_rows
             hidden = first_argument(args, kwargs)
             taken = rows_of(args, origins, num_rows), rows_of(kwargs, origins, num_rows)

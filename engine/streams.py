@@ -84,18 +84,26 @@ class Stream(LevelRows):
     def runs(self, segment: int, start: int, stop: int) -> list[tuple[int, int]]:
         """Rows of the positions from `start` to `stop`, which must be there: (first row, behind the last), in order."""
         found: list[tuple[int, int]] = []
+        for owner, first, last in self.owners(segment, start, stop):
+            base = self.bases[owner] - self.starts[owner]
+            found.append((base + first, base + last))
+        found.reverse()
+        return found
+
+    def owners(self, segment: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Who has the positions from `start` to `stop`, which must be there: (segment, first, behind the last).
+
+        The last positions come first: those of the segment itself, then those of what it forks from.
+        """
         owner: int | None = segment
         while start < stop:
             assert owner is not None, "a root begins at position 0"
             first = max(start, self.starts[owner])
             if first < stop:
-                base = self.bases[owner] - self.starts[owner]
                 assert stop <= self.segments[owner].stops[self.level], "a row that somebody needs has ended"
-                found.append((base + first, base + stop))
+                yield owner, first, stop
                 stop = first
             owner = self.segments[owner].parent
-        found.reverse()
-        return found
 
     def _own_row(self, segment: int, position: int) -> int | None:
         is_live = position < self.segments[segment].stops[self.level]

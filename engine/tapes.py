@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from engine.fragments import RequestState
 from engine.tape import Tape
+from scheduling.levels import Levels
 from scheduling.plan import PassId, Plan, RequestId
 
 
@@ -16,9 +17,9 @@ class Tapes:
         self._tapes: dict[PassId, Tape] = {}
         self._passes: dict[tuple[RequestId, int], PassId] = {}  # in which pass a request's wave ran
 
-    def begin(self, plan: Plan, states: Sequence[RequestState]) -> Tape:
+    def begin(self, plan: Plan, states: Sequence[RequestState], levels: Levels) -> Tape:
         """The tape of a pass, for its members."""
-        tape = self._tapes[plan.pass_id] = Tape(cuts=frozenset(plan.cuts))
+        tape = self._tapes[plan.pass_id] = Tape(cuts=frozenset(plan.cuts), reruns=_reruns(plan, levels))
         for member, state in zip(plan.members, states, strict=True):
             request = member.program.request
             tape.rows[request] = state.rows
@@ -47,6 +48,11 @@ class Tapes:
         self._passes.clear()
 
     @property
+    def num_bytes(self) -> int:
+        """Of what operations keep, weights not counted."""
+        return sum(tape.saved.num_bytes for tape in self._tapes.values())
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is kept."""
         return not self._tapes
@@ -59,3 +65,10 @@ class Tapes:
         tape.holders.discard((request, wave))
         if not tape.holders:
             del self._tapes[pass_id]
+
+
+def _reruns(plan: Plan, levels: Levels) -> frozenset[int]:
+    """Layers that are run again on the way back: where that is planned, those inside of which no gradient stops."""
+    if not plan.reruns:
+        return frozenset()
+    return frozenset(range(levels.count)) - {levels.of(order) for order in plan.cuts if levels.is_inside(order)}

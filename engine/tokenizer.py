@@ -22,6 +22,8 @@ def tokenizer_json(source: str) -> bytes | None:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
         return None
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())) <= 1:
+        return None  # transformers makes some of their class's special tokens alone where there is no file at all
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str().encode() if backend is not None else None
 

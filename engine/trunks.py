@@ -47,7 +47,7 @@ class Trunks:
     def through(self, layer: int, places: Sequence[int], key_GTC: Tensor, value_GTC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the stream, behind them those of some trunks."""
         segments = [self._streams.plan.segments[place] for place in places]
-        found = [self._kept(one, layer, key_GTC.dtype) for one in segments if one.starts[layer] < one.stops[layer]]
+        found = [self.kept(one, layer, key_GTC.dtype) for one in segments if one.starts[layer] < one.stops[layer]]
         if found:
             key_GTC = torch.cat([key_GTC, *(key for key, _ in found)], 1)
             value_GTC = torch.cat([value_GTC, *(value for _, value in found)], 1)
@@ -62,7 +62,7 @@ class Trunks:
                 self._store.keep_keys(keep.trunk, layer, key_GRC.index_select(1, rows), value_GRC.index_select(1, rows))
         self._grow(stream, layer, key_GRC, value_GRC)
 
-    def _kept(self, segment: Segment, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def kept(self, segment: Segment, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A trunk's keys and values `[G, R, C]`, as many as it has by its segment."""
         assert segment.trunk is not None
         count = segment.stops[layer] - segment.starts[layer]

@@ -1,9 +1,9 @@
 """Gradients through a tiny twin: of one process, and of ranks, which must agree before a split model gives any.
 
-The twin's logits are weighed with seeded numbers and differentiated with regard to every module's input and output and
-every operation's, by plain autograd and the family's own attention. What ranks have of each gradient must make up one
-process's. Where it does so at the embeddings' output and behind every layer, gradients through the model are right;
-a place where it does not is refused by itself.
+The twin's logits are weighed with seeded numbers and differentiated with regard to every module's inputs and outputs
+and every operation's, by plain autograd and the family's own attention. What ranks have of each gradient must make up
+one process's. Where it does so at the embeddings' output and behind every layer, gradients through the model are right.
+A place where it does not is refused by itself: tables of positions, which each rank uses for its own heads only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.arguments import Selector
+from engine.arguments import Arguments, Selector
 from engine.experts import is_experts
 from engine.grad_slices import gather_gradient
 from engine.leaves import first_argument, port_leaves
@@ -26,6 +26,7 @@ from engine.manners import use_attention
 from engine.operations import watch_operations
 from engine.slices import take_part
 from engine.source_sites import Place, blocks_of_operation, pattern_of
+from engine.writes import with_member
 from polytrace.graph import Port
 from polytrace.sources import split_operation
 
@@ -65,7 +66,11 @@ def run_backwards(model: Any, links: Links, tokens: Sequence[int], device: torch
     modules = {path: module for module, path in paths.items() if not path.startswith(inside)}
 
     def entering(path: str) -> Any:
-        return lambda _module, args, kwargs: found.watch(found.ports, path, Port.INPUT, first_argument(args, kwargs))
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.watch(found.ports, path, Port.INPUT, first_argument(args, kwargs))
+            found.watch(found.ports, path, Port.INPUTS, Arguments(args, kwargs))
+
+        return hook
 
     def leaving(path: str) -> Any:
         return lambda _module, _args, output: found.watch(found.ports, path, Port.OUTPUT, output)
@@ -76,8 +81,8 @@ def run_backwards(model: Any, links: Links, tokens: Sequence[int], device: torch
         found.watch(found.operations, path, port, value)
 
     with ExitStack() as hooks, torch.enable_grad():
-        hooks.callback(model.get_input_embeddings().register_forward_hook(_beginning).remove)
         for path, module in modules.items():
+            hooks.callback(module.register_forward_hook(_beginning).remove)
             hooks.callback(module.register_forward_pre_hook(entering(path), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leaving(path)).remove)
         hooks.enter_context(watch_operations(modules, telling))
@@ -89,9 +94,12 @@ def run_backwards(model: Any, links: Links, tokens: Sequence[int], device: torch
     return found
 
 
-def _beginning(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    """Weights have no gradients: the embeddings' output is where those of a pass end. Some families change it."""
-    return output.detach().requires_grad_().clone()
+def _beginning(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """Weights have no gradients, so those of a pass end at the outputs of embeddings, and of tables of positions."""
+    for selector, tensor in port_leaves(output)[1].items():
+        if tensor.is_floating_point() and not tensor.requires_grad:
+            output = with_member(output, selector, tensor.detach().requires_grad_().clone())  # some change it in place
+    return output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.arguments import Selector
+from engine.attended import Attended
 from engine.head_outputs import HeadOutputs
 from engine.leaves import row_leaves, with_rows_back
 from engine.points import Pairs
@@ -48,6 +49,7 @@ class PortValue:
         own: dict[Selector, Tensor] = row_leaves(value, layouts) if self.heads is None else {(): self.heads.z}
         self.tensors = own
         self.pairs = value if isinstance(value, Pairs) else None
+        self.attended: Attended | None = None  # at keys and values of all positions
         self._writes: dict[Selector, list[RowWrite]] = {}
 
     def write(self, selector: Selector, write: RowWrite) -> None:

@@ -73,6 +73,8 @@ class AskedShapes:
 
     def _form(self, node: Node, invokes: Sequence[Invoke], constants: Mapping[str, RawTensor]) -> Hashable:
         if isinstance(node, (Read, Mask)):
+            if invokes[node.invoke].inputs is not None:
+                return (replace(node, where=""), self._leaf(node))
             lengths = tuple([len(sequence) for sequence in invokes[node.invoke].sequences])
             return (node.site if isinstance(node, Read) else None, lengths)
         if isinstance(node, Constant):

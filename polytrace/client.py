@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polytrace import environment
+from polytrace.description import PassLayout
 from polytrace.edits.http_shelf import HttpShelf
 from polytrace.edits.sets import LocalShelf
 from polytrace.errors import GraphError
@@ -19,7 +21,7 @@ DEFAULT_TIMEOUT_S = 3600.0
 
 
 def load(
-    source: str,
+    source: Any,
     *,
     dtype: str = "auto",
     name: str | None = None,
@@ -35,6 +37,9 @@ def load(
 ) -> Model:
     """A model of the Hugging Face hub or a local folder, run in this process by the engine of a service.
 
+    Or a torch module of your own, which runs as it is: `polytrace.whole_model`. It stays where it is, in the mode that
+    it is in; `dtype` and the other options of loading are not for it.
+
     `dtype`: a name, torch's own, or "auto" for the checkpoint's; `torch_dtype` is the same. `device_map`: a device, or
     "auto". `rename`: other names for modules (`polytrace.aliases`). Other keywords of nnsight's are taken as
     `polytrace.keywords` says: weights are loaded at once, whatever `dispatch` is.
@@ -43,8 +48,32 @@ def load(
     `edits`: a folder where named edits are kept; without one they live as long as the model does.
     """
     check_load_keywords(load, others)
-    from engine.local import LocalBackend
+    from engine.local import LocalBackend, module_backend, source_backend
 
+    if not isinstance(source, (str, os.PathLike)):
+        from polytrace.whole_model import WholeModel
+
+        own = module_backend(source, name=name)
+        loading = (dtype, torch_dtype, device, device_map, threads, random_weights)
+        if loading != ("auto", None, None, None, None, None):
+            told = "a module that is there runs as it is: no dtype, device, threads or random weights are for it"
+            raise GraphError(told, where=user_line())
+        _check_whole(offload_gib, edits)
+        return WholeModel(own, rename)
+    whole = source_backend(
+        str(source),
+        dtype=chosen_dtype(dtype, torch_dtype),
+        name=name,
+        threads=threads,
+        device=device,
+        device_map=device_map,
+        random_weights=random_weights,
+    )
+    if whole is not None:
+        from polytrace.whole_model import WholeModel
+
+        _check_whole(offload_gib, edits)
+        return WholeModel(whole, rename)
     with showing_bytes(f"loading {source}") as tell:
         backend = LocalBackend(
             str(source),
@@ -57,6 +86,15 @@ def load(
             tell=tell,
         )
     return Model(backend, rename, shelf=LocalShelf(edits))
+
+
+def _check_whole(offload_gib: float, edits: str | None) -> None:
+    """Raises GraphError for what does not exist of models that are called as they are."""
+    if offload_gib:
+        told = "offload_gib is for language models: device_map says where the parts of such a model lie"
+        raise GraphError(told, where=user_line())
+    if edits is not None:
+        raise GraphError("edits are kept of language models: write such an edit in each trace", where=user_line())
 
 
 def connect(
@@ -84,6 +122,10 @@ def connect(
     if wanted not in ("auto", served):
         backend.close()
         raise GraphError(f"{backend.name} is served in {served}, not in {wanted}", where=user_line())
+    if backend.describe().layout is PassLayout.WHOLE:
+        from polytrace.whole_model import WholeModel
+
+        return WholeModel(backend, rename)
     return Model(backend, rename, shelf=HttpShelf(backend))
 
 

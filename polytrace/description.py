@@ -31,6 +31,7 @@ class PassLayout(Enum):
 
     PACKED = "packed"  # one after another in one stream, in which rows are shared and end
     PADDED = "padded"  # each alone, in step: for models that mix a row with its neighbours, or mask by themselves
+    WHOLE = "whole"  # there are none: an invoke is one call of the model as it is, and sites follow from its arguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +50,11 @@ class Leaf:
     is_flat: bool = False  # in the model its rows lie in the first dimension, `[tokens, ...]` without sequences
     in_place_refusal: str | None = None  # why only `site = value` is possible, None when in-place code is too
     of_pairs: bool = False  # it has a value for each query and key: [sequences, heads, tokens, tokens]
+    is_attended: bool = False  # it has a row for each position so far: [sequences, positions, ...]
     row_dim: int = 1  # of a view, the dimension of its tokens: 2 in [sequences, heads, tokens, features]
     num_columns: int | None = None  # of a view, however long the prompts are; None: the longest prompt's tokens
     gradient_refusal: str | None = None  # why there is no gradient there, None when there is one where any is
+    is_whole: bool = False  # `tail` is all of its shape: it is seen as the module has it, without sequences and tokens
 
     @property
     def column_dim(self) -> int:
@@ -70,14 +73,18 @@ class Leaf:
     ) -> tuple[int, ...]:
         """The view of so many sequences; of some columns only when their number is given.
 
-        Of pairs there are so many more keys, which come before the columns.
+        Of pairs there are `before` more keys, which come before the columns; of what is attended so many more rows.
         """
+        if self.is_whole:
+            return self.tail
         whole = longest if self.num_columns is None else self.num_columns
         columns = whole if num_columns is None else num_columns
         if self.of_pairs:
             return (num_sequences, *self.tail, columns, before + longest)
-        before = self.row_dim - 1
-        return (num_sequences, *self.tail[:before], columns, *self.tail[before:])
+        if self.is_attended:
+            return (num_sequences, before + columns, *self.tail)
+        dim = self.row_dim - 1
+        return (num_sequences, *self.tail[:dim], columns, *self.tail[dim:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,6 +272,7 @@ class ModelDescription:
     sources: tuple[SourceInfo, ...] = ()
     chat: ChatFormat | None = None  # how conversations become prompts; None: the model came without a chat template
     eos: tuple[int, ...] = ()  # tokens that end a text, by the model's own configuration of its generation
+    of_invokes: tuple[tuple[SiteInfo, ...], ...] = ()  # of one request, where the layout is WHOLE: sites of each invoke
 
 
 def logits_of(sites: Iterable[SiteInfo]) -> tuple[SiteInfo, Leaf] | None:

@@ -11,6 +11,7 @@ from polytrace.certificate import Token
 from polytrace.continuations import Continuation, Continuations
 from polytrace.errors import GraphError
 from polytrace.generate_options import Ways, is_source
+from polytrace.generation import check_stop_texts
 from polytrace.graph import Invoke, Operand, Options, Port, Ref, Site, Stop
 from polytrace.iterating import StepBlock, StepIndex
 from polytrace.lines import user_line
@@ -67,6 +68,11 @@ class GenerateTracer(Tracer):
             return super().invoke(prompts, chat=chat)
         finally:
             self._own_way = {}
+
+    @property
+    def hint(self) -> str:
+        """Nothing can be looked at: a step's values are there when those before it have run."""
+        return ""
 
     @property
     def iter(self) -> StepIndex:
@@ -179,7 +185,9 @@ class GenerateTracer(Tracer):
         if is_source(own):
             return invoke
         own.pop("generate", None)
-        return self._ways.of(invoke, own)
+        going = self._ways.of(invoke, own)
+        check_stop_texts([going], lambda: self.model.tokenizer is not None, user_line())
+        return going
 
     def _run(self, tell: Tell, hear: Hear) -> Result:
         assert self.request is not None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Backward, Generation, Graph, Invoke, Last, Port, Read, Save, Stop, Write, name_at
 from polytrace.timing import ENDING, When, time_of
 
 MAX_NEW_TOKENS = 1 << 20  # of one sequence; the model's own context is shorter
+MAX_SEQUENCES = 1 << 16  # that go on, of one request: its prompts x samples
 MAX_EOS = 64
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -43,6 +44,13 @@ def refusals(generation: Generation) -> Iterator[str]:
         yield f"logprobs is a number of tokens from 0 to {MAX_LIKELIEST}, not {generation.logprobs}"
 
 
+def check_stop_texts(invokes: Sequence[Invoke], has_tokenizer: Callable[[], bool], where: str | None = None) -> None:
+    """Raises GraphError where texts end a sequence, and there is nothing to know a token's text by."""
+    if any(one.generation.stop for one in invokes if one.generation is not None) and not has_tokenizer():
+        told = "texts that end a generation need a tokenizer, and this model came without one: give eos=(ids, ...)"
+        raise GraphError(told, where=where)
+
+
 def num_steps(invoke: Invoke) -> int:
     """Steps that an invoke may have, the prompt's among them: each but the last one's token is read again."""
     return invoke.generation.max_new_tokens if invoke.generation is not None else 1
@@ -58,6 +66,10 @@ def check_generation(graph: Graph, invokes: Sequence[Invoke], *, max_nodes: int)
     if all(one.generation is None for one in invokes):
         _check_without(graph)
         return
+    going_on = sum(len(one.sequences) for one in invokes if one.generation is not None)
+    if going_on > MAX_SEQUENCES:
+        told = f"this request has {going_on} sequences that go on (prompts x samples); {MAX_SEQUENCES} is the most"
+        raise TooLargeError(f"{told}: send it in several requests")
     if (total := new_tokens(invokes)) > max_nodes:
         raise TooLargeError(f"this request may have {total} new tokens in all; {max_nodes} is the most")
     limits = [num_steps(one) for one in invokes]

@@ -9,24 +9,21 @@ Owns which node a gradient is of: one tensor to torch is several nodes here, whe
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from polytrace.detaching import AsShapes, Detaching
 from polytrace.errors import GraphError
-from polytrace.generation import NO_GRADIENTS
 from polytrace.graph import (
     Backward,
     Constant,
     Grad,
     GradWrite,
-    Mask,
     Node,
     NodeId,
     Op,
     Operand,
-    Parameter,
     Read,
     Ref,
     operands,
@@ -35,6 +32,7 @@ from polytrace.groups import GroupPlace
 from polytrace.leaves import Leaf, Leaves
 from polytrace.lineages import Lineage, Lineages
 from polytrace.lines import user_line
+from polytrace.no_gradients import NONE_YET, check_allowed, check_loss, check_value, why_not
 from polytrace.pruning import cone
 from polytrace.storage import Place, State, Storage, is_recorded, state_of
 
@@ -50,12 +48,13 @@ class Target:
     index: Operand = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GradPlace:
-    """What in-place code on a gradient changes: in a block the gradients of these nodes, else nothing more."""
+    """What in-place code on a gradient changes: in a block the gradients of these nodes, else what `.grad` is."""
 
     targets: tuple[Target, ...] = ()
     backward: NodeId | None = None
+    note: Callable[[], None] | None = None  # outside of blocks: hears of a change
 
 
 @dataclass(slots=True, eq=False)
@@ -65,15 +64,15 @@ class Sweep:
     node: NodeId
     where: str
     inputs: frozenset[Hashable] | None = None  # `inputs=`: it accumulates for these alone
-    held: dict[Hashable, State] = field(default_factory=dict)
+    held: dict[tuple[NodeId, ...], State] = field(default_factory=dict)  # by the nodes that they are of
 
 
 @dataclass(slots=True, eq=False)
-class _Sum:
-    """What `.grad` of a value is outside of blocks."""
+class _Given:
+    """What the user has made of `.grad` of a value, outside of blocks."""
 
-    value: State | None  # None: the user has said so
-    num_sweeps: int  # that are in it, or came before it was set
+    value: State | None
+    num_sweeps: int  # that came before
 
 
 class Gradients:
@@ -83,7 +82,7 @@ class Gradients:
         self._recording = recording
         self._sweeps: list[Sweep] = []  # that accumulate
         self._blocks: list[Sweep] = []  # that code stands in
-        self._sums: dict[Hashable, _Sum] = {}
+        self._own: dict[Hashable, _Given] = {}  # by the tensor
         self._keys: dict[Storage, Hashable] = {}
         self._grads: dict[tuple[NodeId, NodeId], NodeId] = {}
         self._writes: dict[tuple[NodeId, NodeId], NodeId] = {}  # the newest of each value and backward
@@ -107,81 +106,57 @@ class Gradients:
     def sweep(self, state: State, gradient: Any = None, *, create_graph: bool = False) -> Sweep:
         """A backward that nothing accumulates."""
         where, recording = user_line(), self._recording
-        self._check_allowed(create_graph, where)
+        check_allowed(recording, create_graph, where)
         loss = recording.own_node(state, where)
         found = recording.session.shape_of(loss)
-        if "float" not in found.dtype:
-            raise GraphError(f"gradients are of floating values, and this loss is {found.dtype}", where=where)
-        seed: Ref | None = None
-        if gradient is None:
-            if any(size != 1 for size in found.shape):
-                raise GraphError(
-                    f"this loss has shape {list(found.shape)}, and gradients are of one number: reduce it with "
-                    ".sum() or .mean(), or say how its elements are weighed: backward(gradient=weights)",
-                    where=where,
-                )
-        else:
-            given = recording.operand(gradient, where)
-            if not isinstance(given, Ref):
-                told = f"gradient is a tensor of the loss's shape {list(found.shape)}, not a {type(gradient).__name__}"
-                raise GraphError(told, where=where)
-            seed, own = given, recording.session.shape_of(given.node)
-            if own != found:
-                raise GraphError(
-                    f"gradient is {own.dtype} {list(own.shape)}, and the loss {found.dtype} {list(found.shape)}: both "
-                    "have one shape and dtype",
-                    where=where,
-                )
+        seed = None if gradient is None else recording.operand(gradient, where)
+        if seed is not None and not isinstance(seed, Ref):
+            told = f"gradient is a tensor of the loss's shape {list(found.shape)}, not a {type(gradient).__name__}"
+            raise GraphError(told, where=where)
+        check_loss(found, None if seed is None else recording.session.shape_of(seed.node), where)
         made = Sweep(recording.add(Backward(loss=Ref(loss), gradient=seed, where=where)), where)
         self._is_used = True
         return made
 
     def of(self, state: State) -> State | None:
         """`value.grad`. Raises GraphError when it has none; None where the user has set it to None."""
-        where, key = user_line(), self._key(state)
-        self._check_value(state, where)
+        where = user_line()
+        check_value(self._recording, state, where)
         if self._blocks:
-            sweep = self._blocks[-1]
-            if key not in sweep.held:
-                targets = self._found(state, sweep)
-                if targets is None:
-                    raise GraphError(self._why_not(sweep), where=where)
-                sweep.held[key] = self._given(state, targets, sweep, where)
-            return sweep.held[key]
-        before = self._sums.get(key)
-        terms = [before.value] if before is not None and before.value is not None else []
-        for sweep in self._sweeps[before.num_sweeps if before is not None else 0 :]:
-            if sweep.inputs is not None and key not in sweep.inputs:
-                continue
-            if key in sweep.held:
-                terms.append(sweep.held[key])
-            elif targets := self._found(state, sweep):
-                terms.append(self._given(state, targets, sweep, where))
+            found = self._of_sweep(state, self._blocks[-1], where)
+            if found is None:
+                raise GraphError(self._why_not(self._blocks[-1]), where=where)
+            return found
+        key = self._key(state)
+        own = self._own.get(key)
+        terms = [own.value] if own is not None and own.value is not None else []
+        for sweep in self._sweeps[own.num_sweeps if own is not None else 0 :]:
+            is_asked = sweep.inputs is None or key in sweep.inputs
+            if is_asked and (found := self._of_sweep(state, sweep, where)) is not None:
+                terms.append(found)
+        if own is not None and (not terms or terms == [own.value]):
+            return own.value
         if not terms:
-            if before is not None:
-                return None
             raise GraphError(self._why_not(self._sweeps[-1] if self._sweeps else None), where=where)
-        if before is None or before.value is None or len(terms) > 1:
-            self._sums[key] = before = _Sum(self._sum(terms, where), 0)
-            before.value.dims = state.dims  # type: ignore[union-attr]
-        before.num_sweeps = len(self._sweeps)
-        return before.value
+        total, count = self._sum(terms, where), len(self._sweeps)
+        total.storage.gradient = GradPlace(note=lambda: self._own.update({key: _Given(total, count)}))
+        return total
 
     def assign(self, state: State, value: Any) -> None:
         """`value.grad = new`."""
         where, key = user_line(), self._key(state)
-        self._check_value(state, where)
+        check_value(self._recording, state, where)
         sweep = self._blocks[-1] if self._blocks else None
         if value is None:
             if sweep is not None:
                 told = "inside of a backward's block a gradient is a value: write value.grad[...] = 0 to stop it there"
                 raise GraphError(told, where=where)
-            self._sums[key] = _Sum(None, len(self._sweeps))
+            self._own[key] = _Given(None, len(self._sweeps))
             return
-        before = self._sums.get(key)
-        held = sweep.held.get(key) if sweep is not None else before.value if before is not None else None
-        is_own = held is not None and is_recorded(value) and state_of(value).storage is held.storage
-        if is_own and not state_of(value).steps:
+        targets = self._found(state, sweep) if sweep is not None else None
+        if sweep is not None and targets is None:
+            raise GraphError(self._why_not(sweep), where=where)
+        if is_recorded(value) and self._is_same(state_of(value), key, sweep, targets):
             return  # `value.grad *= 2` is get, imul, set: the imul has changed it, and the set hands it back
         operand = self._recording.operand(value, where)
         if not isinstance(operand, Ref):
@@ -190,24 +165,21 @@ class Gradients:
             )
             raise GraphError(told + "number to fill it with one", where=where)
         new = self._recording.fresh(operand.node, where)
-        if sweep is None:
+        if sweep is None or targets is None:
             new.storage.gradient = GradPlace()
-            self._sums[key] = _Sum(new, len(self._sweeps))
+            self._own[key] = _Given(new, len(self._sweeps))
             return
-        targets = self._found(state, sweep)
-        if targets is None:
-            raise GraphError(self._why_not(sweep), where=where)
         new.storage.gradient = GradPlace(targets, sweep.node)
-        sweep.held[key] = new
+        sweep.held[_nodes_of(targets)] = new
         self.write(new.storage.gradient, operand.node, where)
 
     def in_sweep(self, given: Any, sweep: Sweep) -> State | None:
         """`torch.autograd.grad`: the gradient of one backward with regard to a value or a tensor; None: it has none."""
         where = user_line()
         if is_recorded(given):
-            self._check_value(state_of(given), where)
-            targets = self._found(state_of(given), sweep)
-            return None if targets is None else self._given(state_of(given), targets, sweep, where)
+            check_value(self._recording, state_of(given), where)
+            found = self._of_sweep(state_of(given), sweep, where)
+            return None if found is None else self._sum([found], where)
         leaf = self.leaves.of(given)
         if leaf is None:
             raise GraphError(
@@ -219,7 +191,8 @@ class Gradients:
 
     def begin(self, sweep: Sweep) -> None:
         """`with loss.backward():` begins."""
-        self._check_open()
+        if self._recording.closed is not None:
+            raise GraphError(self._recording.closed, where=user_line())
         self._blocks.append(sweep)
 
     def end(self) -> None:
@@ -231,6 +204,8 @@ class Gradients:
     def write(self, place: GradPlace, node: NodeId, where: str) -> None:
         """A gradient is another from here on backwards, if it is one of a block."""
         if place.backward is None:
+            if place.note is not None:
+                place.note()
             return
         peeks = self._recording.peeks
         if peeks is not None and peeks.has_seen(place.backward):
@@ -277,7 +252,7 @@ class Gradients:
         for sweep in sweeps:
             if sweep.inputs is None or id(leaf.tensor) in sweep.inputs:
                 used = [node for node in leaf.nodes if node in self._lineage(sweep).nodes]
-                terms += [self._recording.fresh(self._grad(node, sweep, sweep.where), sweep.where) for node in used]
+                terms += [self._recording.fresh(self._now(node, sweep, sweep.where), sweep.where) for node in used]
         return self._sum(terms, terms[0].where) if terms else None
 
     # which nodes
@@ -322,30 +297,49 @@ class Gradients:
         assert isinstance(backward, Backward)
         return self.lineages.of(backward.loss.node)
 
+    def _why_not(self, sweep: Sweep | None) -> str:
+        return NONE_YET if sweep is None else why_not(sweep.where, self._lineage(sweep))
+
     def _key(self, state: State) -> Hashable:
         """What tells one tensor from another, as torch sees them."""
-        storage = state.storage
+        storage, place = state.storage, state.storage.place
         if state.steps:
             return state
-        key = self._keys.get(storage)
-        if key is None:
-            key = storage
-            if not storage.version and storage.place is not None:
-                key = (storage.place, storage.writes_seen)
-            elif not storage.version and isinstance(self._recording.nodes[storage.node], Constant):
-                key = storage.node
-            self._keys[storage] = key
-        return key
+        if isinstance(place, Place):
+            return self._first(storage.node, place, storage.writes_seen)
+        if isinstance(place, GroupPlace) and not storage.version:
+            return (place, storage.writes_seen)
+        is_brought = not storage.version and isinstance(self._recording.nodes[storage.node], Constant)
+        return self._keys.setdefault(storage, storage.node if is_brought else storage)
+
+    def _is_same(self, value: State, key: Hashable, sweep: Sweep | None, targets: tuple[Target, ...] | None) -> bool:
+        """Whether a value is what a gradient is already."""
+        if sweep is not None and targets is not None:
+            held = sweep.held.get(_nodes_of(targets))
+        else:
+            own = self._own.get(key)
+            held = None if own is None else own.value
+        return held is not None and value.storage is held.storage and not value.steps
 
     def _key_of(self, given: Any) -> Hashable:
         return self._key(state_of(given)) if is_recorded(given) else id(given)
 
     # values
 
+    def _of_sweep(self, state: State, sweep: Sweep, where: str) -> State | None:
+        """The gradient of one backward, one value however often it is asked for; None: there is none."""
+        targets = self._found(state, sweep)
+        if targets is None:
+            return None
+        nodes = _nodes_of(targets)
+        if nodes not in sweep.held:
+            sweep.held[nodes] = self._given(state, targets, sweep, where)
+        return sweep.held[nodes]
+
     def _given(self, state: State, targets: tuple[Target, ...], sweep: Sweep, where: str) -> State:
         """The gradient as a value; in-place code on it is a change of the backward's."""
         recording, place = self._recording, state.storage.place
-        grads = [self._grad(target.node, sweep, where) for target in targets]
+        grads = [self._now(target.node, sweep, where) for target in targets]
         node = grads[0]
         if isinstance(place, GroupPlace) and len(grads) > 1:
             node = recording.groups.left_pad(grads, place.invoke, recording.groups.token_dims(place.site), where)
@@ -354,8 +348,13 @@ class Gradients:
         made.storage.gradient = GradPlace(targets, sweep.node)
         return made
 
-    def _grad(self, of: NodeId, sweep: Sweep, where: str) -> NodeId:
+    def _now(self, of: NodeId, sweep: Sweep, where: str) -> NodeId:
+        """The gradient of a node, or what a block has made of it."""
         key = (of, sweep.node)
+        if key in self._writes:
+            change = self._recording.nodes[self._writes[key]]
+            assert isinstance(change, GradWrite)
+            return change.value.node
         if key not in self._grads:
             self._grads[key] = self._recording.add(Grad(of=Ref(of), backward=Ref(sweep.node), where=where))
         return self._grads[key]
@@ -367,61 +366,10 @@ class Gradients:
             args = (Ref(node), Ref(self._recording.node_of(term)))
             node = self._recording.add(Op(name="add", args=args, where=where))
         total = self._recording.fresh(node, where)
+        total.dims = terms[0].dims
         total.storage.gradient = GradPlace()
         return total
 
-    # refusals
 
-    def _check_open(self) -> None:
-        if self._recording.closed is not None:
-            raise GraphError(self._recording.closed, where=user_line())
-
-    def _check_allowed(self, create_graph: bool, where: str) -> None:
-        recording = self._recording
-        if create_graph:
-            raise GraphError(
-                "create_graph=True asks for gradients of gradients, which no trace gives: what is computed from a "
-                "gradient has none",
-                where=where,
-            )
-        if recording.goes_on or recording.loops.are_used:
-            raise GraphError(NO_GRADIENTS, where=where)
-        if recording.is_edit:
-            raise GraphError("an edit has no gradients of its own: call backward() in the traces from it", where=where)
-
-    def _check_value(self, state: State, where: str) -> None:
-        """GraphError for what has no gradient whatever the loss is."""
-        recording = self._recording
-        node = recording.own_node(state, where)
-        made = recording.nodes[node]
-        if isinstance(made, Parameter):
-            raise GraphError(
-                f"{made.path} is a weight of the model, and weights are frozen: gradients are of what modules get "
-                "and return (`.input`, `.output`), and of what is computed from these",
-                where=where,
-            )
-        if isinstance(made, Grad):
-            raise GraphError("a gradient has no gradient: what is computed from it has one, as g.clone()", where=where)
-        dtype = "bool" if isinstance(made, Mask) else recording.facts.dtypes.of(node)
-        dtype = dtype or recording.session.shape_of(node).dtype
-        if "float" not in dtype:
-            raise GraphError(f"gradients are of floating values, and this one is {dtype}", where=where)
-
-    def _why_not(self, sweep: Sweep | None) -> str:
-        if sweep is None:
-            return (
-                "this value has no gradient yet: call loss.backward() before, or read it inside `with loss.backward():`"
-            )
-        told = f"the loss of the backward at {sweep.where} does not depend on this value"
-        lineage = self._lineage(sweep)
-        if lineage.is_detached:
-            return (
-                f"{told}: some of what it is made of was recorded while torch's gradients were off (torch.no_grad(), "
-                "torch.set_grad_enabled(False)), and that is detached"
-            )
-        if lineage.is_of_gradients:
-            return f"{told}, but for gradients that it is made of, and what is computed from a gradient has none"
-        return (
-            f"{told}: take `.grad` of the value that the loss was computed from, and index that (`value.grad[:, -1]`, "
-            "not `value[:, -1].grad`)"
-        )
+def _nodes_of(targets: Sequence[Target]) -> tuple[NodeId, ...]:
+    return tuple([target.node for target in targets])

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import EllipsisType
-from typing import NewType, TypeAlias
+from typing import Any, NewType, TypeAlias
 
 from polytrace.tensors import RawTensor
 
@@ -36,6 +36,9 @@ class Port(Enum):
     Q_ROT = "q_rot"  # queries as they are held against keys: rotated, not scaled
     K_ROT = "k_rot"  # keys, of the key/value heads
     V = "v"  # values, of the key/value heads
+    # What the newest row may look at, read only: [sequences, positions so far, heads, features]
+    KEYS = "keys"  # k_rot of all positions
+    VALUES = "values"  # v of all positions
     SCORES = "scores"  # [sequences, heads, queries, keys], scaled and soft-capped; -inf where a query sees no key
     PATTERN = "pattern"  # [sequences, heads, queries, keys], what the softmax makes of them; without an attention sink
     Z = "z"  # what each head gives to the output projection
@@ -52,6 +55,16 @@ class Port(Enum):
         """Whether it has a value for each query and key."""
         return self in (Port.SCORES, Port.PATTERN)
 
+    @property
+    def is_attended(self) -> bool:
+        """Whether it has a row for each position so far, not for those of a pass alone."""
+        return self in (Port.KEYS, Port.VALUES)
+
+    @property
+    def has_earlier(self) -> bool:
+        """Whether it has what came before a pass as well, and so another shape at each step."""
+        return self.is_of_pairs or self.is_attended
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
@@ -66,7 +79,8 @@ class Site:
         return hash((self.module, self.selector, self.visit))
 
     def __str__(self) -> str:
-        path = f"{self.module}.{self.port.value}" if self.module else self.port.value
+        module = f"{self.module}.visits[{self.visit}]" if self.visit else self.module
+        path = f"{module}.{self.port.value}" if module else self.port.value
         return path + "".join(f".{key}" if isinstance(key, str) else f"[{key}]" for key in self.selector)
 
 
@@ -337,13 +351,37 @@ class Generation:
     logprobs: int | None = None  # log-probabilities of its tokens are told, and of so many likeliest beside
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A tensor among the arguments of a call: a constant of the request, by its name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What one call of a model is given, where sequences of tokens do not say it (`PassLayout.WHOLE`).
+
+    Plain data: numbers, texts, None, `DType`, `Given`, and lists, tuples and dicts of these.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invoke:
-    """The prompts of one `tracer.invoke(...)`, as token ids. Several samples of a prompt are several sequences."""
+    """The prompts of one `tracer.invoke(...)`, as token ids. Several samples of a prompt are several sequences.
+
+    Of a model that is called as it is (`PassLayout.WHOLE`) it is one call, and its one sequence says nothing.
+    """
 
     sequences: tuple[tuple[int, ...], ...]
     generation: Generation | None = None  # None: it does not go on
-    before: int = 0  # positions before its first column; behind step 0, where scores or patterns are named
+    # Behind step 0, where a port is named that has what came before:
+    before: int = 0  # positions before its first column, of the longest sequence
+    pads: int = 0  # so many fewer the shortest has
+    inputs: Inputs | None = None  # of one call of a model that is called as it is
 
     @property
     def longest(self) -> int:

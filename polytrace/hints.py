@@ -24,8 +24,14 @@ _OF_MODULES = (
     | {"generator": "what a generation gives is `tracer.result`: its `ids`, `text`, `finish`"}
     | {"forward": "call the module itself on a value", "generate": _GENERATION, "logits": _RETURNED}
 )
-_OF_VALUES = dict.fromkeys(("grad_fn", "is_leaf", "retains_grad", "zero_grad"), _GRADIENTS) | {
-    "register_hook": _GRAD_HOOKS
+_STEPS_OF_OPTIMISERS = (
+    "torch's optimisers change tensors of yours, behind the block; in it a step gives new values: "
+    "`polytrace.optim.Adam(lr=...).step([value], [value.grad])`"
+)
+_OF_VALUES = dict.fromkeys(("grad_fn", "retains_grad", "zero_grad"), _GRADIENTS) | {
+    "is_leaf": _STEPS_OF_OPTIMISERS,  # what they ask first
+    "register_hook": _GRAD_HOOKS,
+    "steps": "what a line saves at each step is there when the block has ended; in it, collect values in a list",
 }
 _OF_STEPS = f"it is for the steps of a generation, {STEPS}"
 _OF_TRACERS = {"generator": _OF_MODULES["generator"]} | dict.fromkeys(("iter", "all", "next", "token"), _OF_STEPS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -19,12 +19,13 @@ import httpx
 from polytrace.backend import Result
 from polytrace.certificate import Certificate, Token
 from polytrace.codec import from_json
-from polytrace.description import ModelDescription
+from polytrace.description import ModelDescription, SiteInfo
 from polytrace.errors import NotFoundError, ServiceError, UserError, WireError
-from polytrace.graph import Request
+from polytrace.graph import Inputs, Request
 from polytrace.http_calls import body, call, check, get_json, make_client, pieces, timeout, unreachable
 from polytrace.http_events import follow
 from polytrace.http_keeper import HttpKeeper
+from polytrace.http_sites import HttpSites
 from polytrace.kinds import value_kind
 from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 from polytrace.tensors import RawTensor
@@ -48,6 +49,7 @@ class HttpBackend:
             self._base = f"/v1/models/{quote(self.name, safe='')}"
             self._description = self._described()
             self.keeper = HttpKeeper(self._client, url)
+            self._sites = HttpSites(lambda asked: self.ask("POST", "sites", json=asked).json())
         except BaseException:
             self._client.close()
             raise
@@ -86,6 +88,13 @@ class HttpBackend:
         raws, receipt = decode_result(waited)
         decode = value_kind().decode
         return Result(values={name: decode(raw) for name, raw in raws.items()}, receipt=receipt)
+
+    def sites_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
+        """As `polytrace.whole_model.CallBackend`."""
+        return self._sites.of(inputs, constants)
+
+    def processor(self) -> None:
+        """The service's files do not come here."""
 
     def close(self) -> None:
         self._client.close()

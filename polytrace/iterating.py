@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.lines import user_frame, user_line
 from polytrace.literals import scalar
-from polytrace.loops import Loop
+from polytrace.loops import OF_ALL_PROMPTS, Loop
 from polytrace.timing import When
 from polytrace.variables import variables
 
@@ -30,9 +30,12 @@ class StepIndex:
         return iter(self[:])
 
     def _steps(self, key: Any) -> list[int]:
-        limit = self._tracer.num_steps(self._tracer.invoke_index("a loop over steps"))
+        invoke = self._tracer.invoke_index("a loop over steps")
+        if invoke < 0:
+            raise GraphError(OF_ALL_PROMPTS, where=user_line())
+        limit = self._tracer.num_steps(invoke)
         if isinstance(key, slice):
-            return [*range(limit)][key]
+            return self._in_order([*range(limit)][key], key)
         several = key if isinstance(key, (list, tuple, range)) else [key]
         steps: list[int] = []
         for one in several:
@@ -45,6 +48,10 @@ class StepIndex:
                     where=user_line(),
                 )
             steps.append(number % limit)
+        return self._in_order(steps, key)
+
+    @staticmethod
+    def _in_order(steps: list[int], key: Any) -> list[int]:
         if steps != sorted(set(steps)):
             raise GraphError(f"steps come in their order, each once, not as {key!r}", where=user_line())
         return steps

@@ -15,7 +15,8 @@ from polytrace.graph import Call, Constant, Grad, NodeId, Op, Read, Site, Write,
 if TYPE_CHECKING:
     from polytrace.recording import Recording
 
-_LAST = 1 << 62  # the order of a site that the description does not tell of
+# The order of a site that the description does not tell of (a call inside of a forward): before any, or behind all.
+_FIRST, _LAST = -1, 1 << 62
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +53,7 @@ class Lineages:
         if node in lineage.nodes:
             return True
         made = self._recording.nodes[node]
-        return isinstance(made, Read) and self._order(made.site) < lineage.last.get(made.invoke, -1)
+        return isinstance(made, Read) and self._order(made.site, _FIRST) < lineage.last.get(made.invoke, _FIRST)
 
     def _find(self, loss: NodeId) -> Lineage:
         found, waiting = Lineage({loss}), [loss]
@@ -76,7 +77,7 @@ class Lineages:
         return found
 
     def _written_before(self, lineage: Lineage, read: Read) -> Iterator[NodeId]:
-        order, before = self._order(read.site), lineage.last.get(read.invoke, -1)
+        order, before = self._order(read.site, _LAST), lineage.last.get(read.invoke, _FIRST)
         if order > before:
             lineage.last[read.invoke] = order
             yield from (write for place, write in self._writes.get(read.invoke, ()) if place <= order)
@@ -86,14 +87,14 @@ class Lineages:
         for place in range(self._looked, len(nodes)):
             made = nodes[place]
             if isinstance(made, Write):
-                self._writes.setdefault(made.invoke, []).append((self._order(made.site), NodeId(place)))
+                self._writes.setdefault(made.invoke, []).append((self._order(made.site, _FIRST), NodeId(place)))
         self._looked = len(nodes)
 
     def _count(self, lineage: Lineage) -> int:
         return sum(len(self._writes.get(invoke, ())) for invoke in lineage.last)
 
-    def _order(self, site: Site) -> int:
-        return self._orders.get((site.module, site.port, site.visit), _LAST)
+    def _order(self, site: Site, unknown: int) -> int:
+        return self._orders.get((site.module, site.port, site.visit), unknown)
 
 
 _DISCRETE = frozenset(("int64", "int32", "int16", "int8", "uint8", "bool"))

@@ -22,6 +22,11 @@ from polytrace.variables import check_rebinding, nodes_by_name
 if TYPE_CHECKING:
     from polytrace.recording import Recording
 
+OF_ALL_PROMPTS = (
+    "tracer.invoke() without prompts is all prompts as one view, at step 0: "
+    "write the loop over steps in the invoke of each"
+)
+
 
 @dataclass(slots=True, eq=False)
 class Loop:

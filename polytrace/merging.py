@@ -119,7 +119,7 @@ def _is_same(a: Node, b: Node, one: Body, other: Body) -> bool:
         return a.name == b.name and _agree((a.args, {**a.kwargs}), (b.args, {**b.kwargs}), one, other)
     if isinstance(a, Call) and isinstance(b, Call):
         return a.module == b.module and _agree(a.args, b.args, one, other)
-    if isinstance(a, (Read, Write)) and a.site.port.is_of_pairs:
+    if isinstance(a, (Read, Write)) and a.site.port.has_earlier:
         return False  # its value has another shape at each step
     if isinstance(a, Read) and isinstance(b, Read):
         return _sited(a, one) == _sited(b, other)

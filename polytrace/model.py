@@ -131,7 +131,7 @@ class Model(StandardModel):
             return session.add_trace(
                 prompts, seed=seed, sharing=chosen, run=run, validate=validate, edits=sets, peek=peek, chat=chat
             )
-        tracer = Tracer(self, prompts, _options(seed, sharing), run, chat=chat, edits=sets, is_peeking=peek)
+        tracer = Tracer(self, prompts, options_of(seed, sharing), run, chat=chat, edits=sets, is_peeking=peek)
         tracer.checking = Checking.VALIDATE if validate else Checking.NONE
         return tracer
 
@@ -170,7 +170,7 @@ class Model(StandardModel):
         given = taken_keywords(self.generate, given)
         sets = (*self.edits_of_traces, *resolved(self, edits))
         tracer = GenerateTracer(
-            self, prompts, _options(seed, sharing), run, given, chat=chat, edits=sets, listener=stream
+            self, prompts, options_of(seed, sharing), run, given, chat=chat, edits=sets, listener=stream
         )
         tracer.checking = Checking.VALIDATE if validate else Checking.NONE
         return tracer
@@ -224,7 +224,7 @@ class Model(StandardModel):
 
         All saved values come back when the block ends. The options are as in `trace`, and those of all its traces.
         """
-        session = Session(self, _options(seed, sharing), run, is_peeking=peek)
+        session = Session(self, options_of(seed, sharing), run, is_peeking=peek)
         session.checking = Checking.VALIDATE if validate else Checking.NONE
         return session
 
@@ -380,6 +380,9 @@ class Model(StandardModel):
     ) -> None:
         self.close()
 
+    def _check_called(self, used: str) -> None:
+        """Raises GraphError where it is not known yet what the model's forward visits."""
+
     def _tracer(self, what: str, path: str, name: str = "") -> Tracer:
         """The open trace on this model, for `what` at a path to be used in."""
         tracer = open_trace()
@@ -391,7 +394,7 @@ class Model(StandardModel):
         return tracer
 
 
-def _options(seed: int | None, sharing: str | Sharing | None) -> Options:
+def options_of(seed: int | None, sharing: str | Sharing | None) -> Options:
     seed = 0 if seed is None else seed
     if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
         raise GraphError(f"the seed is an integer from 0 to 2**63 - 1, not {seed!r}", where=user_line())

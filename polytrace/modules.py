@@ -6,6 +6,7 @@ A `Module` is a path; it holds no weights. What it reads and writes goes to the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,7 @@ from polytrace.ports import OpenPort
 from polytrace.skipping import skip_module
 from polytrace.source_views import Source
 from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable, Table, draw, join
+from polytrace.visits import Visits
 
 if TYPE_CHECKING:
     from polytrace.model import Model
@@ -69,6 +71,11 @@ class Module(NotAValue):
         """In a generation: behind this, the module and what is inside of it are read and written a step later."""
         self._model._tracer("", self._path, "next").move_on(self._path, step)
         return self
+
+    @property
+    def visits(self) -> Visits:
+        """Its calls within one forward, of a model that is called as it is: `module.visits[2].output`."""
+        return Visits(self)
 
     @property
     def points(self) -> Points:
@@ -197,12 +204,23 @@ class Module(NotAValue):
         names = self._table.children.get(self._path, ())
         return tuple(Module(self._model, join(self._path, name)) for name in names)
 
-    @cached_property
+    @property
     def _ports(self) -> dict[str, PortTable]:
         """Its sides that the model's forward visits, and the points inside of an attention module."""
-        known = self._table.ports
+        table = self._table
+        known: tuple[Table, dict[str, PortTable]] | None = self.__dict__.get("_known_ports")
+        if known is None or known[0] is not table:
+            known = self.__dict__["_known_ports"] = (table, self._find_ports(table))
+        return known[1]
+
+    def at_visit(self, number: int) -> Module:
+        """The module at one of its calls within a forward: `visits[number]`."""
+        return VisitedModule(self._model, self._path, number) if number else self
+
+    def _find_ports(self, table: Table) -> dict[str, PortTable]:
+        known = table.ports
         found = {port.value: known[self._path, port.value] for port in Port if (self._path, port.value) in known}
-        arguments = inputs_table(self._table, self._path)
+        arguments = inputs_table(table, self._path)
         return found if arguments is None else found | {Port.INPUTS.value: arguments}
 
     @cached_property
@@ -235,7 +253,34 @@ class Module(NotAValue):
 
     def _refuse_port(self, port: str) -> NoReturn:
         path = self._path or "the model"
+        self._model._check_called(join(self._path, port))
         if self._info.is_list:
             raise GraphError(f"{path} is a list of modules: index it, as in {path}[0].{port}", where=user_line())
         told = f"nothing in it gives a {port}" if port in DIMS else "it is not called, or handed no tensors"
         raise GraphError(f"{path} has no {port}: in this model's forward {told}", where=user_line())
+
+
+class VisitedModule(Module):
+    """A module at one of its later calls within a forward. Its children are those that it has at their first."""
+
+    _visit: int
+
+    def __init__(self, model: Model, path: str, visit: int) -> None:
+        super().__init__(model, path)
+        self.__dict__.update(_visit=visit)
+
+    def _find_ports(self, table: Table) -> dict[str, PortTable]:
+        later = {
+            key: visits[self._visit]
+            for key, visits in table.visits.items()
+            if key[0] == self._path and len(visits) > self._visit
+        }
+        return super()._find_ports(replace(table, ports=later))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VisitedModule) and super().__eq__(other) and other._visit == self._visit
+
+    __hash__ = Module.__hash__
+
+    def __repr__(self) -> str:
+        return f"call {self._visit} of {super().__repr__()}"

@@ -17,6 +17,7 @@ from polytrace.tree import PortTable, Table
 
 _STREAM = ("sequence", "token", "feature")
 _HEADS = ("sequence", "token", "head", "feature")
+_ATTENDED = ("sequence", "position", "head", "feature")
 _PAIRS = ("sequence", "head", "query", "key")
 DIMS: dict[str, tuple[str, ...]] = {
     "input_ids": ("sequence", "token"),  # of the whole model, as are
@@ -28,6 +29,8 @@ DIMS: dict[str, tuple[str, ...]] = {
     "v": _HEADS,
     "q_rot": _HEADS,
     "k_rot": _HEADS,
+    "keys": _ATTENDED,  # k_rot and v of all positions so far
+    "values": _ATTENDED,
     "scores": _PAIRS,
     "pattern": _PAIRS,
     "z": _HEADS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from polytrace.given import given_names
 from polytrace.graph import (
     Backward,
     Call,
@@ -104,6 +105,8 @@ def alone(
         elif isinstance(node, Constant):
             brought[node.name] = constants[node.name]
         own.append(node)
+    for invoke in places:
+        brought |= {name: constants[name] for name in given_names(invokes[invoke].inputs)}
     return Request(
         graph=Graph(nodes=tuple(own)),
         invokes=tuple([invokes[invoke] for invoke in places]),

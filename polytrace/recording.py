@@ -15,7 +15,7 @@ from polytrace.certificate import ValueShape
 from polytrace.closings import Closings
 from polytrace.constants import Constants
 from polytrace.description import ModelDescription, PassLayout
-from polytrace.edit_steps import steps_of_edit
+from polytrace.edit_steps import encoder_nodes, steps_of_edit
 from polytrace.errors import GraphError
 from polytrace.gradients import Gradients
 from polytrace.grammar import nearest, returns_several, unknown_op
@@ -41,7 +41,7 @@ from polytrace.in_place import InPlace
 from polytrace.leaves import requires_gradients
 from polytrace.lines import user_line
 from polytrace.literals import is_basic
-from polytrace.loops import Loops
+from polytrace.loops import OF_ALL_PROMPTS, Loops
 from polytrace.merging import merged
 from polytrace.node_facts import NodeFacts
 from polytrace.operands import operand_of
@@ -148,21 +148,17 @@ class Recording:
         if when == FIRST:
             return when
         if invoke < 0:
-            raise GraphError(
-                "tracer.invoke() without prompts is all prompts as one view, at step 0: write the loop over steps in "
-                "the invoke of each",
-                where=where,
-            )
+            raise GraphError(OF_ALL_PROMPTS, where=where)
         limit = self.session.num_steps(invoke)
         if when.last >= limit:
             new = f"at most {limit} tokens are new" if limit > 1 else "this prompt does not go on"
             raise GraphError(f"there is no step {when.last} here: {new}, so steps are 0-{limit - 1}", where=where)
-        if site is not None and site.port.is_of_pairs and when.last > 0:
-            self._check_pairs(site, invoke, when, where)
+        if site is not None and site.port.has_earlier and when.last > 0:
+            self._check_earlier(site, when, where)
         return when
 
-    def _check_pairs(self, site: Site, invoke: int, when: When, where: str) -> None:
-        """Scores and patterns have another number of keys at each step: all that came before it."""
+    def _check_earlier(self, site: Site, when: When, where: str) -> None:
+        """What has keys or values of all positions so far has another number of them at each step."""
         if when.is_loop:
             raise GraphError(
                 f"{site} has another number of keys at each step: write `for step in tracer.iter[...]`, whose body is "
@@ -171,13 +167,10 @@ class Recording:
             )
         if self.description.layout is not PassLayout.PACKED:
             raise GraphError(f"{site} is there at step 0 alone in this model: edit `q`, `k`, `v` or `z`", where=where)
-        if len(set(self.session.lengths_of(invoke) or ())) > 1:
-            told = "these prompts have different lengths, so they have different keys behind step 0"
-            raise GraphError(f"{site}: {told}: write an invoke for each", where=where)
 
-    def mask(self, invoke: int) -> State:
-        """Where the invoke's view has tokens."""
-        where = user_line()
+    def mask(self, invoke: int, where: str | None = None) -> State:
+        """Where the invoke's view has tokens: behind step 0 everywhere."""
+        where = where or user_line()
         if invoke < 0:
             masks = [self.mask(member).node for member in self.session.members_of(invoke)]
             return self.fresh(self.groups.left_pad(masks, invoke, (1,), where), where)
@@ -345,10 +338,14 @@ class Recording:
         Where the invoke goes on they act at every step, unless they name places in the prompt.
         """
         position = self.loops.position
-        for when, own in steps_of_edit(nodes, lengths, self.session.num_steps(invoke)):
+        num_steps = self.session.num_steps(invoke)
+        encoder = encoder_nodes(nodes, self.description) if num_steps > 1 else frozenset()
+        known: dict[NodeId, NodeId] = {}
+        for when, own in steps_of_edit(nodes, lengths, num_steps, encoder):
             position.when = when
             self.loops.are_used |= when != FIRST
-            self._replay(nodes, constants, invoke, own, when)
+            places = self._replay(nodes, constants, invoke, own, when, known)
+            known = {node: places[node] for node in encoder}
         position.when = FIRST
 
     def _replay(
@@ -358,9 +355,13 @@ class Recording:
         invoke: int,
         lengths: Sequence[int],
         when: When,
-    ) -> None:
-        places: dict[NodeId, NodeId] = {}
+        known: Mapping[NodeId, NodeId],
+    ) -> dict[NodeId, NodeId]:
+        """`known`: nodes that stand in the graph already, and where. Returns where all of them do."""
+        places = dict(known)
         for position, node in enumerate(nodes):
+            if position in known:
+                continue
             made = with_positions(moved(node, places), lengths)
             if isinstance(made, Constant):
                 name = self.constants.take(constants[made.name])
@@ -368,7 +369,7 @@ class Recording:
             elif isinstance(made, Parameter):
                 place = self.once(made, made.path)
             elif isinstance(made, Mask):
-                place = self.once(replace(made, invoke=invoke), invoke)
+                place = self.mask(invoke, made.where).node
             elif isinstance(made, Op) and OPS[made.name].is_random:
                 place = self.add(
                     replace(made, kwargs={**made.kwargs, "draw": self.loops.draw(node_operands(made), made.where)})
@@ -380,6 +381,7 @@ class Recording:
             if isinstance(made, Write):
                 self.in_place.note(self.in_place.place(made.site, invoke), made.where, None)
             places[NodeId(position)] = place
+        return places
 
     # finishing
 
@@ -454,6 +456,9 @@ class Recording:
 
     def lengths_of(self, state: State, invoke: int) -> tuple[int, ...] | None:
         """Tokens of each prompt as a value of this invoke has them; None when the prompts are those of later traces."""
+        if self.description.layout is PassLayout.WHOLE:
+            told = "is called with arguments, not with prompts: index the dimension that you mean"
+            raise GraphError(f"{self.description.class_name} {told}", where=user_line())
         lengths = self.session.lengths_of(invoke)
         if lengths is None or not self.loops.are_used:
             return lengths
@@ -464,6 +469,9 @@ class Recording:
                 "positions are not the same at each: write value[:, -1], or `for step in tracer.iter[...]`",
                 where=user_line(),
             )
+        place = state.storage.place
+        if place is not None and place.site.port.is_attended:
+            return tuple([length + when.step for length in lengths])
         return (1,) * len(lengths) if when.step > 0 else lengths
 
     def is_of_pairs(self, state: State) -> bool:

@@ -22,18 +22,26 @@ def as_prompts(
     """
     made: list[Node] = []
     own: list[Invoke] = [replace(one, generation=None) for one in invokes]
-    places: dict[int, int] = {}  # of invokes' columns
-    constants: dict[str, RawTensor] = {}
+    places: dict[tuple[int, int], int] = {}  # of invokes' prompts as they are asked about at a step
 
     def column(invoke: int) -> int:
-        if invoke not in places:
-            places[invoke] = len(own)
-            own.append(Invoke(sequences=tuple([sequence[-1:] for sequence in invokes[invoke].sequences])))
-        return places[invoke]
+        return place(invoke, 0, [sequence[-1:] for sequence in invokes[invoke].sequences])
 
+    def so_far(invoke: int, step: int) -> int:
+        return place(invoke, step, [(*sequence, *[0] * step) for sequence in invokes[invoke].sequences])
+
+    def place(invoke: int, step: int, sequences: list[tuple[int, ...]]) -> int:
+        if (invoke, step) not in places:
+            places[invoke, step] = len(own)
+            own.append(Invoke(sequences=tuple(sequences)))
+        return places[invoke, step]
+
+    constants: dict[str, RawTensor] = {}
     for node in nodes:
         if isinstance(node, Read):
             invoke = column(node.invoke) if node.step > 0 or (is_late and node.num_steps > 1) else node.invoke
+            if node.site.port.is_attended and node.step > 0:
+                invoke = so_far(node.invoke, node.step)
             if node.site.port.is_of_pairs and invoke != node.invoke:
                 told = "what follows from scores behind the prompt has no known shape here: save the scores themselves"
                 raise GraphError(told, where=node.where)

@@ -199,12 +199,20 @@ class Recorded:
         """The gradient with regard to this value, of its shape and dtype; see `backward`."""
         state = state_of(self)
         found = state.recording.gradients.of(state)
-        return None if found is None else state.recording.session.wrap(found)
+        if found is None:
+            return None
+        seen = state.recording.alias(found)  # each that is looked at can be saved by itself
+        seen.dims = found.dims
+        return state.recording.session.wrap(seen)
 
     @grad.setter
     def grad(self, value: Any) -> None:
         state = state_of(self)
         state.recording.gradients.assign(state, value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
 
     def retain_grad(self) -> None:
         """Nothing: every value has its gradient."""

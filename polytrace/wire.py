@@ -35,6 +35,7 @@ from polytrace.contents import is_digest, is_name
 from polytrace.errors import WireError
 from polytrace.folding import fold, fold_column, size_of, unfold, unfold_column
 from polytrace.generation import check_generation, refusals
+from polytrace.given_json import decode_inputs, encode_inputs
 from polytrace.grammar import check_graph
 from polytrace.graph import Generation, Graph, Invoke, KeptSave, Options, Read, Request, Save, Sharing, Write
 from polytrace.nodes import decode_nodes, encode_nodes
@@ -98,6 +99,8 @@ def encode_request(request: Request, *, stored: Collection[str] = ()) -> list[by
         body["stored"] = {name: [raw.dtype, raw.shape, raw.digest, raw.state] for name, raw in there.items()}
     if generations := _encode_generations(request.invokes):
         body["generations"] = generations
+    if inputs := encode_inputs(request.invokes):
+        body["inputs"] = inputs
     if request.keeps:
         body["keeps"] = [[keep.save, keep.name, keep.is_state, keep.ttl_s] for keep in request.keeps]
     # the widest elements first, so that every tensor begins at a multiple of its element size
@@ -217,7 +220,7 @@ def decode_tensors(
 
 def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Request:
     fields = {"seed", "sharing", "edits", "prompts", "invokes", "wheres", "templates", "order"}
-    if not isinstance(body, dict) or body.keys() - {"stored", "keeps", "generations"} != fields:
+    if not isinstance(body, dict) or body.keys() - {"stored", "keeps", "generations", "inputs"} != fields:
         raise WireError(f"a request has exactly the fields {', '.join(sorted(fields))}")
     seed, sharing = body["seed"], body["sharing"]
     if not _is_count(seed, 1 << 63):
@@ -232,6 +235,9 @@ def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Requ
     nodes = decode_nodes(body["templates"], body["order"], body["wheres"], max_nodes=max_nodes)
     graph = Graph(nodes=nodes)
     constants = constants | _stored(body.get("stored", {}), constants)
+    if "inputs" in body:
+        given = decode_inputs(body["inputs"], len(invokes), constants)
+        invokes = tuple([replace(one, inputs=own) for one, own in zip(invokes, given, strict=True)])
     check_graph(graph, num_invokes=len(invokes), constants=constants)
     check_generation(graph, invokes, max_nodes=max_nodes)
     return Request(

@@ -338,6 +338,9 @@ class Backwards:
             return known
         event = self.nodes[at]
         assert isinstance(event, (Read, Write))
+        found = self._resolved.sites[at]
+        if found is not None and found[1].gradient_refusal is not None:
+            raise GraphError(f"{event.site} has no gradient: {found[1].gradient_refusal}", where=event.where)
         back = sweep.waves[wave]
         like = event.value.node if isinstance(event, Write) else at
         made = self._make(SiteGrad(turn=turn, at=NodeId(at), wave=back, value=value, where=event.where), like)

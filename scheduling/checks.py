@@ -6,7 +6,7 @@ the description says (`engine.shapes` infers them) and nothing of stages or wave
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -57,9 +57,8 @@ class ModelTable:
         self.description = description
         self.modules = {module.path: module for module in description.modules}
         self.parameters = {parameter.path: parameter for parameter in description.parameters}
-        self.sites: dict[tuple[str, Port], list[SiteInfo]] = {}  # by visit
-        for info in description.sites:
-            self.sites.setdefault((info.module, info.port), []).append(info)
+        self.sites = _by_port(description.sites)
+        self.of_invokes = [_by_port(sites) for sites in description.of_invokes]  # where each invoke has its own
         self.sources = Sources(description)
 
     @cached_property
@@ -92,9 +91,10 @@ class ModelTable:
         """Which level of rows each site belongs to."""
         return Levels(self.description.sites, self.description.layers)
 
-    def site(self, site: Site, verb: str, where: str) -> tuple[SiteInfo, Leaf]:
+    def site(self, site: Site, verb: str, where: str, invoke: int = 0) -> tuple[SiteInfo, Leaf]:
         """The site's entry and its leaf. Raises GraphError that says what there is instead."""
-        visits = self.sites.get((site.module, site.port), [])
+        sites = self.of_invokes[invoke] if invoke < len(self.of_invokes) else self.sites
+        visits = sites.get((site.module, site.port), [])
         if not visits and self.sources.split(site.module) is not None:
             visits = self._operation(site, verb, where)
         found = next((info for info in visits if info.visit == site.visit), None)
@@ -102,8 +102,9 @@ class ModelTable:
             self._check_module(site.module, verb, where)
             if not visits:
                 raise GraphError(f"graph {verb} {site}, but no forward of this model visits it", where=where)
+            port = replace(site, visit=0)
             raise GraphError(
-                f"graph {verb} visit {site.visit} of {site}; one forward visits it {len(visits)} times, counted from 0",
+                f"graph {verb} visit {site.visit} of {port}; one forward visits it {len(visits)} times, counted from 0",
                 where=where,
             )
         for leaf in found.leaves:
@@ -154,6 +155,14 @@ class ModelTable:
         last = self.description.num_layers - 1
         if path.startswith(prefix) and layer.isascii() and layer.isdigit() and int(layer[:9]) > last:
             raise GraphError(f"graph {verb} layer {layer}; this model has layers 0-{last}", where=where)
+
+
+def _by_port(sites: Iterable[SiteInfo]) -> dict[tuple[str, Port], list[SiteInfo]]:
+    """Sites by module and port, each port's by visit."""
+    found: dict[tuple[str, Port], list[SiteInfo]] = {}
+    for info in sites:
+        found.setdefault((info.module, info.port), []).append(info)
+    return found
 
 
 def table_of(description: ModelDescription) -> ModelTable:
@@ -226,7 +235,8 @@ def resolve_nodes(request: Request, table: ModelTable) -> Resolved:
     needed: list[tuple[NodeId, ...]] = []
     homes = [0] * len(nodes)
     sites: list[tuple[SiteInfo, Leaf] | None] = [None] * len(nodes)
-    found: dict[tuple[int, bool, bool], tuple[SiteInfo, Leaf]] = {}  # by the site's id: many nodes name one object
+    # by the site's id: many nodes name one object
+    found: dict[tuple[int, bool, bool, int], tuple[SiteInfo, Leaf]] = {}
     has_value = bytearray(len(nodes))
     for position, node in enumerate(nodes):
         parts = operands(node)
@@ -241,7 +251,8 @@ def resolve_nodes(request: Request, table: ModelTable) -> Resolved:
             if node.name not in OPS:
                 raise GraphError(f"there is no operation {node.name}{_nearest(node.name, OPS)}", where=node.where)
         elif isinstance(node, (Read, Write)):
-            key = (id(node.site), isinstance(node, Write), isinstance(node, Write) and node.in_place)
+            own = node.invoke if table.of_invokes else 0
+            key = (id(node.site), isinstance(node, Write), isinstance(node, Write) and node.in_place, own)
             entry = found.get(key)
             if entry is None:
                 entry = found[key] = _allowed_site(node, table)
@@ -277,7 +288,7 @@ def resolve_nodes(request: Request, table: ModelTable) -> Resolved:
 
 def _allowed_site(node: Read | Write, table: ModelTable) -> tuple[SiteInfo, Leaf]:
     verb = "reads" if isinstance(node, Read) else "writes"
-    info, leaf = table.site(node.site, verb, node.where)
+    info, leaf = table.site(node.site, verb, node.where, node.invoke)
     refusal = leaf.read_refusal if isinstance(node, Read) else leaf.write_refusal
     if refusal is None and isinstance(node, Write) and node.in_place:
         refusal = leaf.in_place_refusal
@@ -312,6 +323,11 @@ def _check_prompts(request: Request, description: ModelDescription) -> None:
 
 
 def _check_invoke_prompts(index: int, invoke: Invoke, description: ModelDescription) -> None:
+    if (invoke.inputs is not None) != (description.layout is PassLayout.WHOLE):
+        told = "arguments" if description.layout is PassLayout.WHOLE else "prompts, not with arguments of its forward"
+        raise GraphError(f"invoke {index}: {description.class_name} is called with {told} here")
+    if invoke.inputs is not None:
+        return
     limit = description.limits.max_sequence_tokens
     if not invoke.sequences:
         raise GraphError(f"invoke {index} has no prompt")

@@ -126,7 +126,7 @@ class _Finder:
         """What becomes of a read, None when somebody may look at any column of it."""
         event = self.nodes[read]
         assert isinstance(event, Read)
-        if self._num_columns(read) is not None:
+        if self._num_columns(read) is not None or (event.site.port.is_attended and self.invokes[event.invoke].before):
             return None
         longest = self.invokes[event.invoke].longest
         column_dim = self._column_dim(read)

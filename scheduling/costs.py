@@ -65,10 +65,10 @@ def nodes_of(wave: Wave) -> Iterator[NodeId]:
 def find_notes(program: Program, table: ModelTable) -> tuple[str, ...]:
     """What a person should know: reads that see writes of later lines, rows written to padding, bits that may move."""
     events: dict[int, list[tuple[int, int]]] = {}  # invoke -> (order, node)
-    for node in {node for wave in program.waves for node in nodes_of(wave)}:
+    for node, order in _orders(program).items():
         event = program.graph.nodes[node]
         if isinstance(event, (Read, Write)):
-            events.setdefault(event.invoke, []).append((table.order(event.site), node))
+            events.setdefault(event.invoke, []).append((order, node))
     seen = [note for invoke in sorted(events) for note in _late_writes(program, sorted(events[invoke]))]
     padded = [
         f"the write at {write.where} writes {pads} rows of left padding, which vanish"
@@ -79,6 +79,12 @@ def find_notes(program: Program, table: ModelTable) -> tuple[str, ...]:
     ]
     rounded = () if table.description.has_exact_rows else (ROUNDED_NOTE,)
     return (*_capped(seen), *_capped(padded), *rounded)
+
+
+def _orders(program: Program) -> dict[NodeId, int]:
+    """The order of the visit at which each node runs, in any wave."""
+    works = [work for wave in program.waves for work in wave.stages]
+    return {node: fragment.order for work in works for fragment in work.fragments for node in fragment.nodes}
 
 
 def _late_writes(program: Program, events: list[tuple[int, int]]) -> Iterator[str]:

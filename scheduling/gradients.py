@@ -31,6 +31,7 @@ from polytrace.pruning import moved
 from scheduling.backwards import Backwards
 from scheduling.checks import ModelTable, Resolved, resolve_nodes
 from scheduling.columns import Change, Columns
+from scheduling.levels import Levels
 from scheduling.placement import PURE, Scale
 from scheduling.plan import ValueFacts
 from scheduling.waves import Run
@@ -108,15 +109,21 @@ def _find_begins(found: Expanded, scale: Scale) -> list[int]:
     return [write if write <= read and write < never else 0 for write, read in zip(writes, reads, strict=True)]
 
 
-def cuts_of(cuts: Mapping[int, tuple[int, ...]], wave: int, runs: Sequence[Run], resolved: Resolved) -> tuple[int, ...]:
-    """The orders at which a wave's gradient stops: those where somebody takes a turn, and where anything is written
-    behind the first of these.
+def cuts_of(
+    cuts: Mapping[int, tuple[int, ...]], wave: int, runs: Sequence[Run], resolved: Resolved, levels: Levels
+) -> tuple[int, ...]:
+    """The orders at which a wave's gradient stops: those where somebody takes a turn, and behind the first of these
+    where anything is written, and every layer's input.
+
+    What stops inside of a layer goes on by itself, beside what came around it; at the layer's input both are added up.
+    So each layer is run back once, and where a stage begins makes no difference.
     """
     own = cuts.get(wave, ())
     if not own:
         return ()
     written = {resolved.order(write) for run in runs if run.wave == wave for write in run.writes}
-    return tuple(sorted({*own, *[order for order in written if order > own[0]]}))
+    until = max(run.until for run in runs if run.wave == wave)
+    return tuple(sorted({*own, *[order for order in (*written, *levels.inputs) if own[0] < order <= until]}))
 
 
 def _finished(work: Backwards, request: Request, columns: Columns, table: ModelTable, scale: Scale) -> Expanded:

@@ -27,6 +27,11 @@ class Levels:
         self.count = len(self._starts)  # of layers; level `count` is behind the last one
         self._last = max(self._outputs, default=-1)
 
+    @property
+    def inputs(self) -> Sequence[int]:
+        """The orders of the layers' inputs."""
+        return self._starts
+
     def begun(self, order: int) -> int:
         """How many layers begin at or before an order."""
         return bisect_right(self._starts, order)

@@ -123,7 +123,7 @@ def _compile(
     graph, limits = request.graph, description.limits
     table = table_of(description)
     resolved = resolve(request, table)
-    _check_writes(request, resolved, facts)
+    check_writes(request, resolved, facts)
 
     # 2) Find what a save or a write needs, and which columns of the prompts are read and written.
     scale = scale_of(description)
@@ -176,7 +176,7 @@ def _compile(
     lowered = Lowered(below={}, graph=columns.graph)
     if not is_graded:
         lowered = lower(columns.graph, columns.facts, resolved, live, points, scale, table, holds)
-    saves = _lay_out_saves(graph, points, facts, scale, {keep.save: keep for keep in request.keeps})
+    saves = lay_out_saves(graph, points, facts, scale, {keep.save: keep for keep in request.keeps})
     result_bytes = sum(slot.facts.num_bytes for slot in saves if slot.keep is None)
     if result_bytes > limits.max_result_bytes:
         raise TooLargeError(f"all saves take {result_bytes} bytes; the limit is {limits.max_result_bytes}")
@@ -193,7 +193,7 @@ def _compile(
         waves=tuple(
             replace(
                 wave,
-                cuts=cuts_of(cuts, number, runs, resolved),
+                cuts=cuts_of(cuts, number, runs, resolved, table.levels),
                 of=scale.of[number] if scale.is_backward(number) else None,
                 frees=frees.get(number, ()),
                 reruns=reruns and number in cuts,
@@ -281,7 +281,7 @@ def _check_pairs(
                 )
 
 
-def _check_writes(request: Request, resolved: Resolved, facts: tuple[ValueFacts | None, ...]) -> None:
+def check_writes(request: Request, resolved: Resolved, facts: tuple[ValueFacts | None, ...]) -> None:
     """A written value has exactly the shape of its site's view; its dtype is cast."""
     for node, entry in zip(request.graph.nodes, resolved.sites, strict=True):
         if isinstance(node, Write) and entry is not None:
@@ -294,7 +294,7 @@ def _check_writes(request: Request, resolved: Resolved, facts: tuple[ValueFacts 
                 raise GraphError(told, where=node.where)
 
 
-def _lay_out_saves(
+def lay_out_saves(
     graph: Graph, points: list[int], facts: tuple[ValueFacts | None, ...], scale: Scale, keeps: Mapping[str, KeptSave]
 ) -> tuple[SaveSlot, ...]:
     """Slots without holes, as readers of the format demand; larger elements first keeps each aligned to its size.

@@ -13,12 +13,14 @@ Invariants
 - Every request that was added ends in exactly one outcome.
 - Requests that end between two waves are named in the next plan (`Plan.ended`), so that shards forget them; and so are
   caches, by their owners.
+- What cannot be begun or planned, for a fault of ours, ends with that, and alone: whoever calls does not suffer for it.
 - A generation has room for its caches before the pass that fills them. Where none is left the youngest is put back and
   runs again from its first step, with the same result; so the oldest always goes on.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import insort
 from collections.abc import Callable, Collection
@@ -63,6 +65,8 @@ __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
 _MAX_LOSSES_ALONE = 3  # shards that may die while a request is alone on them: two may be bad luck
 _MAX_REFILLS = 3  # times that a pass is planned again because it has room left
 
+_log = logging.getLogger(__name__)
+
 
 class Scheduler:
     """One deployment's queue. Not thread-safe: its owner's loop calls it."""
@@ -103,6 +107,8 @@ class Scheduler:
         self._arrivals = 0
         self._passes = 0
         self._has_suspect_in_flight = False
+        self._tried: list[Job] = []  # whom the pass that is planned now is for
+        self._telling: tuple[RequestId, ...] = ()  # what it says has ended
 
     @property
     def budget_tokens(self) -> int:
@@ -115,7 +121,12 @@ class Scheduler:
         self._arrivals += 1
         job = Job(program, self._arrivals, self._clock())
         job.since = PassId(self._passes)
-        self._begin(job)
+        try:
+            self._begin(job)
+        except Exception as error:  # noqa: BLE001  it is this request's, and not of who adds it or runs beside it
+            _log.exception("request %s could not be begun", program.request)
+            self._outcomes.append(Outcome(request=program.request, error=_ours(error)))
+            return
         self._jobs[program.request] = job
         insort(self._ready, job, key=lambda ready: ready.turn)
 
@@ -165,11 +176,16 @@ class Scheduler:
     def next_pass(self) -> Plan:
         """The next pass, in flight until `complete`, `lost` or `again`. Call it only when there is work.
 
-        It is one of nobody, when nobody waits and shards are to forget what has ended.
+        It is one of nobody, when nobody waits and shards are to forget what has ended, or when it could not be planned.
         """
         self._passes += 1
         pass_id = PassId(self._passes)
-        going, plan = self._fill(pass_id)
+        try:
+            going, plan = self._fill(pass_id)
+        except Exception as error:  # noqa: BLE001  it is of one of those who were to go
+            _log.exception("a pass could not be planned")
+            self._part(error)
+            going, plan = [], self._packer.pack(pass_id, [], (*self._telling, *self._take_ended()))
         self._choice.went([job for job, _ in going])
         flight = Flight([job for job, one in going if not one.stretches], [job for job, one in going if one.stretches])
         self._flying[pass_id] = flight
@@ -193,8 +209,25 @@ class Scheduler:
         self._ready.sort(key=lambda job: job.turn)
         return plan
 
+    def _part(self, error: Exception) -> None:
+        """After a pass that could not be planned: its requests go alone from now on, and one that was alone ends."""
+        if not self._tried:
+            raise error
+        for job in self._tried:
+            if len(self._tried) > 1:
+                job.party = job.number
+            else:
+                self._end(job, _ours(error))
+
+    def _take_ended(self) -> tuple[RequestId, ...]:
+        """What shards are to forget, once."""
+        self._telling = (*self._ended, *self._memory.dropped)
+        self._ended, self._memory.dropped, self._has_caches_left = [], [], False
+        return self._telling
+
     def _fill(self, pass_id: PassId) -> tuple[list[tuple[Job, Going]], Plan]:
         """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
+        self._tried, self._telling = [], ()
         waiting = self._with_room()
         self._look(waiting)
         ready = self._patience.ordered(waiting)
@@ -203,9 +236,9 @@ class Scheduler:
         budget = min(others, self._policy.tokens_beside_steps) if num_steps else others
         foreseen, steps = budget, step_share(num_steps, self._depth, self._policy)
         chosen = self._choice.choose(ready, steps, foreseen)
+        self._tried = [job for job, _ in chosen]
         going = self._going(chosen)
-        ended = (*self._ended, *self._memory.dropped)
-        self._ended, self._memory.dropped, self._has_caches_left = [], [], False
+        ended = self._take_ended()
         plan = self._packer.pack(pass_id, [one for _, one in going], ended)
         for _ in range(_MAX_REFILLS):
             rows = max(plan.layer_rows, default=0)
@@ -215,6 +248,7 @@ class Scheduler:
             more = self._choice.choose(ready, steps, foreseen)
             if len(more) <= len(chosen):
                 break
+            self._tried = [job for job, _ in more]
             fuller = self._going(more)
             filled = self._packer.pack(pass_id, [one for _, one in fuller], ended)
             if max(filled.layer_rows) > budget:
@@ -492,6 +526,15 @@ class Scheduler:
         self._free(job, kept)
         self._free_tape(job)
         self._memory.give(job.program.kept_bytes if job.is_keeping else 0)
+
+
+def _ours(error: Exception) -> PolytraceError:
+    """What a request is told of a fault that is not its own."""
+    if isinstance(error, PolytraceError):
+        return error
+    told = ServiceError(f"the request could not be planned: {type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told
 
 
 def _no_room(needed: int, most: int) -> TooLargeError:

@@ -130,7 +130,7 @@ class Cutter:
         """Whether a step is, without looking, the same as the one before: only what acts at both."""
         if step < 2 or step in self._single or step - 1 in self._single:
             return False
-        if any(span.first <= step < span.stop for span, node in self._ranges if _is_of_pairs(self.request, node)):
+        if any(span.first <= step < span.stop for span, node in self._ranges if _has_earlier(self.request, node)):
             return False
         ends = any(step in (span.first, span.stop) for span, _ in self._ranges)
         lengths = (one.generation.max_new_tokens for one in self.request.invokes if one.generation is not None)
@@ -167,7 +167,7 @@ class Cutter:
         own = invokes
         if step > 0:
             looked_at = {
-                node.invoke for node in nodes if isinstance(node, (Read, Write)) and node.site.port.is_of_pairs
+                node.invoke for node in nodes if isinstance(node, (Read, Write)) and node.site.port.has_earlier
             }
             own = tuple([_one_column(one, step, place in looked_at) for place, one in enumerate(invokes)])
         return CutStep(
@@ -203,11 +203,6 @@ class Cutter:
         return latest
 
     def _within(self, span: Span, node: Node) -> Span:
-        if isinstance(node, (Read, Write)) and node.site.port.is_of_pairs and span.stop > 1:
-            lengths = {len(sequence) for sequence in self.request.invokes[node.invoke].sequences}
-            if len(lengths) > 1:
-                told = f"{node.site} behind step 0, of prompts of different lengths: they have different keys there"
-                raise GraphError(f"{told}; ask for each prompt in an invoke of its own", where=node.where)
         if span.first < 0 or span.count < 1 or span.stop > self.num_steps:
             last = self.num_steps - 1
             told = f"step {span.stop - 1} is asked for; this generation has steps 0-{last}"
@@ -250,16 +245,18 @@ def _as_of_now(node: Node, places: Mapping[NodeId, NodeId]) -> Node:
 def _one_column(invoke: Invoke, step: int, is_looked_at: bool) -> Invoke:
     """An invoke behind its prompts: one token a sequence. `is_looked_at`: which of the tokens before it looks at."""
     goes_on = invoke.generation is not None and invoke.generation.max_new_tokens > step
+    looks = is_looked_at and step != ENDING
     return Invoke(
         sequences=((0,),) * len(invoke.sequences),
         generation=invoke.generation if goes_on else None,
-        before=invoke.longest + step - 1 if is_looked_at and step != ENDING else 0,
+        before=invoke.longest + step - 1 if looks else 0,
+        pads=invoke.longest - min(map(len, invoke.sequences)) if looks else 0,
     )
 
 
-def _is_of_pairs(request: Request, position: NodeId) -> bool:
+def _has_earlier(request: Request, position: NodeId) -> bool:
     node = request.graph.nodes[position]
-    return isinstance(node, (Read, Write)) and node.site.port.is_of_pairs
+    return isinstance(node, (Read, Write)) and node.site.port.has_earlier
 
 
 def compile_chain(request: Request, infer: Infer, compile_step: Compile) -> tuple[Program, Facts]:
@@ -367,7 +364,7 @@ def _key_of(request: Request) -> Hashable:
     """Equal keys: equal graphs on invokes of equal shape."""
     return (
         tuple([_node_key(node) for node in request.graph.nodes]),
-        tuple([(len(one.sequences), one.generation is not None, one.before) for one in request.invokes]),
+        tuple([(len(one.sequences), one.generation is not None, one.before, one.pads) for one in request.invokes]),
     )
 
 

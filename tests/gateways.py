@@ -11,25 +11,36 @@ from typing import Any
 
 import httpx
 
+from api.events import tokens_of
 from api.gateway import Gateway
 from api.served import Checker
 from api.server import GatewayServer, bind
 from api.settings import GatewaySettings
 from api.store import Store
+from api.worker import Verdict
 from cluster.requests import DeploymentState, Finished, Published
 from polytrace.certificate import Generated, Receipt, Token
 from polytrace.codec import to_json
 from polytrace.description import Limits, ModelDescription
 from polytrace.errors import PolytraceError
-from polytrace.wire import result_header
+from polytrace.graph import Constant, Graph, Invoke, NodeId, Ref, Request, Save
+from polytrace.tensors import RawTensor
+from polytrace.wire import encode_request, result_header
 from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
 
 ROOM = 8192
+GENERATED = (
+    Generated(invoke=0, sequence=0, ids=(5, 6, 7), finish="length"),
+    Generated(
+        invoke=0, sequence=1, ids=(8, 2), finish="eos", logprobs=(-0.5, float("-inf")), likeliest=((), ((2, -1.0),))
+    ),
+)
+TOKENS = tokens_of(GENERATED)
 
 
 class GatewayService:
-    """`model` is what it serves, by the name "m"."""
+    """`model` is what it serves, by the name "m"; `settled` are settings of the gateway."""
 
     def __init__(
         self,
@@ -38,9 +49,10 @@ class GatewayService:
         model: ModelDescription,
         tokenizer: bytes | None = None,
         key: str | None = None,
+        **settled: Any,
     ) -> None:
         self.store = Store(folder)
-        settings = GatewaySettings(store=str(folder), max_wait_s=20.0, shutdown_s=1.0)
+        settings = GatewaySettings(store=str(folder), max_wait_s=20.0, shutdown_s=1.0, **settled)
         self.server = GatewayServer(Gateway(self.store, settings, checker, key), settings)
         listener = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -83,6 +95,30 @@ class GatewayService:
         self.server.should_exit = True
         self._thread.join(timeout=10)
         self.store.close()
+
+
+class Agreeable:
+    """Takes every request."""
+
+    def start(self) -> None: ...
+    def close(self) -> None: ...
+    async def warm(self, model: str, version: str) -> None: ...
+    async def check(self, model: str, version: str, path: Path, *, contents: Path, certify: bool) -> Verdict:
+        return Verdict(facts=b"[]")
+
+
+def submit(service: GatewayService) -> RequestId:
+    """A request that runs."""
+    where = "experiment.py:1"
+    request = Request(
+        graph=Graph(nodes=(Constant(name="c", where=where), Save(name="out", value=Ref(NodeId(0)), where=where))),
+        invokes=(Invoke(sequences=((1, 2, 3),)),),
+        constants={"c": RawTensor(dtype="float32", shape=(1,), data=memoryview(b"\1" * 4))},
+    )
+    content = b"".join(encode_request(request))
+    posted = service.http.post("/v1/models/m/requests", content=content).json()
+    assert service.claim() == posted["id"]
+    return RequestId(posted["id"])
 
 
 def receipt_of(request: RequestId, generated: Sequence[Generated]) -> Receipt:

@@ -137,6 +137,7 @@ def _write(tracer: Any, model: Any, edit: Edit, reads: dict[Spot, Any], vectors:
 def run_by_hand(plain: Any, program: GradientProgram) -> list[Tensor]:
     """Every gradient, with plain hooks; prompts of an invoke run one by one, and are left-padded with zeros."""
     seen: dict[tuple[int, int, Place], Tensor] = {}
+    halves: dict[tuple[int, int, Place], list[Tensor]] = {}  # of the target that is halved: what it becomes, by loss
     vectors: list[Tensor] = []
     for number, invoke in enumerate(program.invokes):
         added = {}
@@ -150,7 +151,7 @@ def run_by_hand(plain: Any, program: GradientProgram) -> list[Tensor]:
                     count = len(program.invokes[one].prompts)
                     added[edit] = torch.stack([seen[one, prompt, at][0, -1] for prompt in range(count)]).mean(0)
         for number_of_prompt, prompt in enumerate(invoke.prompts):
-            with hooked(plain, program, number, number_of_prompt, added, seen):
+            with hooked(plain, program, number, number_of_prompt, added, seen, halves):
                 plain(torch.tensor([prompt]), use_cache=False)
     saved = []
     for loss in program.losses:
@@ -159,13 +160,19 @@ def run_by_hand(plain: Any, program: GradientProgram) -> list[Tensor]:
             for prompt in range(len(program.invokes[one].prompts)):
                 total = total + (seen[one, prompt, at][0, -1] @ weighting(at, seed)).tanh()
         wanted = [seen[one, p, at] for one, at in program.targets for p in range(len(program.invokes[one].prompts))]
+        for own in halves.values():
+            own.clear()
         found = torch.autograd.grad(total, [*wanted, *vectors], retain_graph=True, allow_unused=True)
         grads = [
             torch.zeros_like(value) if grad is None else grad
             for value, grad in zip([*wanted, *vectors], found, strict=True)
         ]
-        for one, _ in program.targets:
+        for place, (one, at) in enumerate(program.targets):
             own = [grads.pop(0)[0] for _ in program.invokes[one].prompts]
+            if place == program.halved:  # whether autograd gives what came to a hook or what it left is its secret
+                own = [
+                    (halves.get((one, prompt, at)) or [torch.zeros_like(grad)])[-1] for prompt, grad in enumerate(own)
+                ]
             longest = max(map(len, own))
             saved.append(torch.stack([F.pad(value, (0, 0, longest - len(value), 0)) for value in own]))
         saved += grads
@@ -180,6 +187,7 @@ def hooked(
     prompt: int,
     added: dict[Edit, Tensor],
     seen: dict[tuple[int, int, Place], Tensor],
+    halves: dict[tuple[int, int, Place], list[Tensor]],
 ) -> Iterator[None]:
     """Reads and edits of one invoke."""
     handles = []
@@ -193,7 +201,8 @@ def hooked(
         if spot in program.targets:
             seen[number, prompt, place] = value
             if program.halved is not None and program.targets[program.halved] == spot:
-                value.register_hook(lambda grad: grad * 0.5)
+                own = halves.setdefault((number, prompt, place), [])
+                value.register_hook(lambda grad: own.append(grad[0] * 0.5) or grad * 0.5)
         after = value
         for edit in program.invokes[number].edits:
             if edit.place == place:

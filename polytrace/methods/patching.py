@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 DIRECTIONS = ("denoise", "noise")
 _STREAMS = (*GIVEN, *(name for name in OF_LAYERS if DIMS[name][1] == "token" and name != "router"))
-_OF_HEADS = tuple(name for name, dims in DIMS.items() if "head" in dims and name != "head_out")
+_NOT_PATCHED = {"head_out", "keys", "values"}
+_OF_HEADS = tuple(name for name, dims in DIMS.items() if "head" in dims and name not in _NOT_PATCHED)
 
 
 def patch_activations(

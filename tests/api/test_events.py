@@ -10,41 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateways import GatewayService, description_of_nothing, events_of, wait_until
+from gateways import GENERATED, TOKENS, Agreeable, GatewayService, description_of_nothing, events_of, submit, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import api.event_routes
 import api.events
-from api.events import EventLog, tokens_of
+from api.events import EventLog
 from api.store import RequestState
-from api.worker import Verdict
-from polytrace.certificate import Generated, Token
+from polytrace.certificate import Token
 from polytrace.codec import from_json
 from polytrace.errors import RunError, UserError
-from polytrace.graph import Constant, Graph, Invoke, NodeId, Ref, Request, Save
-from polytrace.tensors import RawTensor
-from polytrace.wire import encode_request
 from scheduling.plan import RequestId
 
 MINE = RequestId("ab" * 16)
-GENERATED = (
-    Generated(invoke=0, sequence=0, ids=(5, 6, 7), finish="length"),
-    Generated(
-        invoke=0, sequence=1, ids=(8, 2), finish="eos", logprobs=(-0.5, float("-inf")), likeliest=((), ((2, -1.0),))
-    ),
-)
-TOKENS = tokens_of(GENERATED)
-
-
-class Agreeable:
-    """Takes every request."""
-
-    def start(self) -> None: ...
-    def close(self) -> None: ...
-    async def warm(self, model: str, version: str) -> None: ...
-    async def check(self, model: str, version: str, path: Path, *, contents: Path, certify: bool) -> Verdict:
-        return Verdict(facts=b"[]")
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +149,28 @@ def test_a_stream_goes_on_behind_any_event_and_nothing_comes_twice(service: Gate
     for wrong in ("3", "x", "-1", "9" * 30):
         answer = service.http.get(f"/v1/requests/{request}/events", headers={"Last-Event-ID": wrong})
         assert answer.status_code == 400, wrong
+    assert "it lies inside of one" in refusal_of(service, request, 3)
     assert service.http.get("/v1/requests/00/events").status_code == 404
+
+
+def test_an_id_beyond_the_last_event_is_refused_and_never_waited_for(service: GatewayService) -> None:
+    request = submit(service)
+    assert "it has none yet" in refusal_of(service, request, 1)
+    service.tell(request, *TOKENS[:2])
+    end = service.store.events.path(request).stat().st_size
+    assert f"the last one so far ends at {end}" in refusal_of(service, request, end + 1)
+    service.finish(request, GENERATED)
+    last = service.store.events.path(request).stat().st_size
+    assert f"the last one so far ends at {last}" in refusal_of(service, request, last + 100)
+    assert [kind for _, kind, _ in events(service, request, str(last))] == ["end"], (
+        "behind the last one there is the end"
+    )
+
+
+def refusal_of(service: GatewayService, request: RequestId, event: int) -> str:
+    answer = service.http.get(f"/v1/requests/{request}/events", headers={"Last-Event-ID": str(event)})
+    assert answer.status_code == 400
+    return str(answer.json()["detail"])
 
 
 def test_a_request_that_fails_or_is_cancelled_ends_its_stream_with_the_reason(service: GatewayService) -> None:
@@ -230,19 +230,6 @@ def test_the_state_in_the_database_does_not_change_with_every_token(service: Gat
     assert status is not None and status.state is RequestState.RUNNING
     assert status.passes_done == 1
     service.finish(request, GENERATED)
-
-
-def submit(service: GatewayService) -> RequestId:
-    where = "experiment.py:1"
-    request = Request(
-        graph=Graph(nodes=(Constant(name="c", where=where), Save(name="out", value=Ref(NodeId(0)), where=where))),
-        invokes=(Invoke(sequences=((1, 2, 3),)),),
-        constants={"c": RawTensor(dtype="float32", shape=(1,), data=memoryview(b"\1" * 4))},
-    )
-    content = b"".join(encode_request(request))
-    posted = service.http.post("/v1/models/m/requests", content=content).json()
-    assert service.claim() == posted["id"]
-    return RequestId(posted["id"])
 
 
 def events(service: GatewayService, request: RequestId, after: str | None = None) -> list[tuple[str, str, Any]]:

@@ -1,5 +1,7 @@
 """Generations on a whole service, tinyworld on 2 x 2 shards: streamed, resumed, cancelled, and by OpenAI's client.
 
+Gradients come through the same service.
+
 Greedy tokens are those of Hugging Face `generate` with hooks; float32 values hold max|a - b| <= 1e-5 max(1, max|b|).
 """
 
@@ -22,7 +24,7 @@ from gateways import events_of, wait_until
 from safetensors import safe_open
 from small import close
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 import polytrace
 from bench.service import running_service
@@ -133,6 +135,39 @@ def test_a_steered_generation_is_that_of_hugging_face_and_is_heard_as_it_comes(
     close(tracer.stack, values)
     for state, value in zip(states, values, strict=False):
         close(state, value)
+
+
+def test_keys_patterns_and_an_edited_value_of_every_step_are_those_of_hugging_face(
+    model: Any, plain: Any, tokenizer: Any
+) -> None:
+    prompts = [PROMPT, "The Colosseum is in"]
+    keys, patterns = [], []
+    with model.generate(prompts, max_new_tokens=4, eos=()) as tracer:
+        for step in tracer.iter[:]:
+            attention = model.model.layers[LAYER].self_attn
+            if step == 1:
+                attention.v[:, -1] *= -3.0
+            keys.append(attention.keys[:, :, -1].save())
+            patterns.append(model.attention_probabilities[LAYER + 1][:, :, -1:].save())
+
+    def by_hand(prompt: str, factor: float) -> Iterator[tuple[Tensor, Tensor]]:
+        cache, given = DynamicCache(), tokenizer(prompt, return_tensors="pt").input_ids
+        for step in range(4):
+            hook = plain.model.layers[LAYER].self_attn.v_proj.register_forward_hook(
+                lambda _module, _args, output, now=step: output * factor if now == 1 else None
+            )
+            with torch.no_grad():
+                out = plain(given, past_key_values=cache, use_cache=True, output_attentions=True)
+            hook.remove()
+            given = torch.tensor([[tracer.result.ids[prompts.index(prompt)][step]]])
+            yield cache.layers[LAYER].keys[0, -1].clone(), out.attentions[LAYER + 1][0, :, -1:]
+
+    for place, prompt in enumerate(prompts):
+        for step, (key, pattern) in enumerate(by_hand(prompt, -3.0)):
+            close(keys[step][place, -len(key) :], key)
+            close(patterns[step][place, ..., -len(key) :], pattern)
+        *_, (_, unedited) = by_hand(prompt, 1.0)
+        assert float((unedited - pattern).abs().max()) > 1e-3, "the last step looks at the value that was edited"
 
 
 def test_events_tell_tokens_and_saved_steps_and_go_on_behind_any_of_them(
@@ -314,3 +349,57 @@ def test_a_program_over_steps_gives_over_http_what_it_gives_here(model: Model, v
     for one, other in zip(ours, theirs, strict=True):
         if isinstance(one, Tensor) and one.is_floating_point():
             close(one, other)
+
+
+def test_gradients_come_through_every_stage_and_rank(model: Model, plain: PreTrainedModel, tokenizer: Any) -> None:
+    width, city = plain.config.hidden_size, tokenizer(" Rome", add_special_tokens=False)["input_ids"][0]
+    mine = torch.zeros(width, requires_grad=True)
+    learnt: Any
+    losses: Any = []
+    with model.trace() as tracer:
+        with tracer.invoke(PROMPT):
+            early, late = model.model.layers[1].output[0], model.model.layers[6].output[0]
+            late[:, -1] += mine
+            with model.lm_head.output[:, -1, city].sum().backward():
+                late.grad[:, :-1] = 0  # on its way from the second stage to the first
+                grads = [late.grad.save(), early.grad.save()]
+        learnt = tracer.value(torch.zeros(width))
+        for _ in range(3):
+            with tracer.invoke(PROMPT):
+                model.model.layers[LAYER].output[0][:, -1] += learnt
+                loss = -model.lm_head.output[:, -1].log_softmax(-1)[:, city].sum()
+            loss.backward()
+            learnt = learnt - 10 * learnt.grad
+            losses.append(loss)
+        learnt, losses = learnt.save(), torch.stack(losses).save()  # type: ignore[attr-defined]
+    ids, kept = tokenizer(PROMPT, return_tensors="pt").input_ids, {}
+    vector = torch.zeros(width, requires_grad=True)
+
+    def keep(module: Any, args: Any, output: Tensor) -> None:
+        kept[module] = output
+
+    def add(module: Any, args: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[:, :-1], output[:, -1:] + vector], 1)
+
+    layers = plain.model.layers
+    handles = [layers[1].register_forward_hook(keep), layers[6].register_forward_hook(keep)]
+    logits = plain(ids, use_cache=False).logits
+    (at_late,) = torch.autograd.grad(logits[:, -1, city].sum(), kept[layers[6]], retain_graph=True)
+    at_late[:, :-1] = 0
+    (at_early,) = torch.autograd.grad(kept[layers[6]], kept[layers[1]], grad_outputs=at_late)
+    handles.append(layers[LAYER].register_forward_hook(add))
+    theirs = []
+    for _ in range(3):
+        loss = -plain(ids, use_cache=False).logits[:, -1].log_softmax(-1)[:, city].sum()
+        (step,) = torch.autograd.grad(loss, vector)
+        vector = (vector - 10 * step).detach().requires_grad_()
+        theirs.append(loss.detach())
+    for handle in handles:
+        handle.remove()
+    close(grads[0], at_late)
+    close(grads[1], at_early)
+    assert mine.grad is not None
+    close(mine.grad.clone(), at_late[0, -1])
+    close(losses, torch.stack(theirs))
+    close(learnt, vector.detach())
+    assert losses[-1] < losses[0] - 0.5

@@ -462,6 +462,8 @@ def test_what_cannot_be_honoured_is_refused_as_openai_does(
         chat(model="m", messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
     with pytest.raises(openai.BadRequestError, match="comes with the model"):
         chat(model="m", messages=HELLO, extra_body={"chat_template_kwargs": {"chat_template": "{{ 1 }}"}})
+    with pytest.raises(openai.BadRequestError, match="max_tokens is 3 and max_completion_tokens 4"):
+        chat(model="m", messages=HELLO, max_tokens=3, max_completion_tokens=4)
     with pytest.raises(openai.APIStatusError, match="context of 512") as too_long:
         client.completions.create(model="m", prompt="a", max_tokens=512)
     assert too_long.value.code == "context_length_exceeded"

@@ -56,9 +56,10 @@ def test_the_page_of_generation_runs_and_says_what_comes_out(
     assert outputs[1].startswith(" the city of Paris."), "the likeliest tokens"
     assert "Rome" in outputs[3] and "Paris" in outputs[3], "a hidden state of another prompt leads elsewhere"
     assert outputs[4].startswith("torch.Size([6, 1, 256]) True") and "6 of 6" in outputs[4]
-    assert " France is" in outputs[7], "a token that was forced"
-    assert "fired at 4 of 4 steps" in outputs[9], "an edit acts at every step"
-    assert outputs[10].startswith(" the| city|"), "tokens as they come"
+    assert outputs[6].strip() == str([[2, 8 + step, 4, 32] for step in range(4)]), "keys of all positions so far"
+    assert " France is" in outputs[8], "a token that was forced"
+    assert "fired at 4 of 4 steps" in outputs[10], "an edit acts at every step"
+    assert outputs[11].startswith(" the| city|"), "tokens as they come"
 
 
 def test_links_of_the_pages_lead_somewhere() -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from services import make_model
 
 import polytrace
-from cluster.facts import FactsNotebook, KeptFacts
+from cluster.facts import FactsRecorder, RecordedFacts
 from cluster.results import end_of, room_for, without_holes
 from polytrace.certificate import Receipt
 from polytrace.errors import ServiceError
@@ -95,10 +95,10 @@ def test_facts_of_steps_are_handed_out_as_they_were_asked_for(model: Any, reques
         graph=replace(request_of_steps.graph, nodes=()),
         invokes=tuple(replace(one, generation=None) for one in request_of_steps.invokes),
     )
-    notebook = FactsNotebook(backend._infer)
+    notebook = FactsRecorder(backend._infer)
     first, _ = work_out(RequestId("a"), request_of_steps, model.description, notebook.infer)
     kept = notebook.encode(request_of_steps)
-    again, _ = work_out(RequestId("a"), request_of_steps, model.description, KeptFacts(kept).infer)
+    again, _ = work_out(RequestId("a"), request_of_steps, model.description, RecordedFacts(kept).infer)
     assert again == first
     with pytest.raises(ServiceError, match="other steps than when it was checked"):
-        KeptFacts(kept).infer(plain)
+        RecordedFacts(kept).infer(plain)

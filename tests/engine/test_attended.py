@@ -101,9 +101,32 @@ def test_what_has_another_shape_at_each_step_is_recorded_for_each(model: Any) ->
         tracer.all(),
     ):
         model.layers[0].self_attn.pattern.save()
+
+
+@pytest.mark.parametrize("point", ["scores", "pattern"])
+def test_prompts_of_different_lengths_are_left_padded_at_every_step(model: Any, point: str) -> None:
+    prompts = [PROMPTS[0], PROMPTS[1][:2]]
+
+    def asked(prompts: list[list[int]]) -> list[Any]:
+        seen: list[Any] = []
+        with model.generate(prompts, max_new_tokens=STEPS, eos=()) as tracer:
+            for _ in tracer.iter[:]:
+                seen.append(getattr(model.layers[1].self_attn, point).save())
+        return seen
+
+    together, masked = asked(prompts), 0.0 if point == "pattern" else -torch.inf
+    for place, prompt in enumerate(prompts):
+        for step, (own, alone) in enumerate(zip(together, asked([prompt]), strict=True)):
+            queries, pads = alone.shape[2], len(prompts[0]) - len(prompt)
+            assert own.shape[2:] == ((len(prompts[0]) if step == 0 else 1), len(prompts[0]) + step)
+            assert torch.equal(own[place, :, -queries:, pads:], alone[0])
+            assert bool((own[place, :, -queries:, :pads] == masked).all())
+
+
+def test_what_would_count_pads_is_refused_at_every_step(model: Any) -> None:
     with (
-        pytest.raises(GraphError, match="different lengths"),
-        model.generate([PROMPTS[0], PROMPTS[1][:3]], max_new_tokens=3) as tracer,
+        pytest.raises(GraphError, match=r"mean runs over the tokens.*an invoke of its own .*test_attended.py"),
+        model.generate([PROMPTS[0], PROMPTS[1][:2]], max_new_tokens=3) as tracer,
     ):
-        for _ in tracer.iter[:]:
-            model.layers[0].self_attn.scores.save()
+        for _ in tracer.iter[1:]:
+            model.layers[0].self_attn.pattern.mean(-1).save()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from small import FLOAT32_TOLERANCE, IDS, OTHER, VOCABULARY, WIDTH, loaded, smal
 from torch import Tensor
 
 import polytrace
-from polytrace.errors import GraphError
+from polytrace.errors import GraphError, RunError
 from polytrace.streaming import Piece
 
 NEW = 8
@@ -193,6 +194,30 @@ def test_a_forced_token_goes_on_and_a_constrained_choice_too(model: Any, plain: 
     assert [one.ids[1] for one in tracer.result] == [11, 12]
 
 
+@pytest.mark.parametrize("wrong", [VOCABULARY, -1])
+def test_a_forced_token_that_there_is_not_is_told_with_its_line(model: Any, wrong: int) -> None:
+    with (
+        pytest.raises(RunError, match=f"step 2 of prompt 1: .* the token {wrong}; ids are 0-{VOCABULARY - 1}") as told,
+        model.generate([IDS, OTHER], max_new_tokens=4) as tracer,
+    ):
+        for step in tracer.iter[:]:
+            if step == 2:
+                tracer.token[1] = wrong
+    assert told.value.where is not None and told.value.where.startswith("test_generation_language.py:")
+
+
+def test_texts_to_end_at_are_refused_without_a_tokenizer_and_hurt_nobody(model: Any) -> None:
+    with pytest.raises(GraphError, match="need a tokenizer") as told, model.generate(IDS, max_new_tokens=4, stop="a"):
+        pass
+    assert told.value.where is not None
+    with model.generate(IDS, max_new_tokens=4, run=False) as tracer:
+        pass
+    request = tracer.built_request()
+    way = replace(request.invokes[0].generation, stop=("a",))
+    with pytest.raises(GraphError, match="need a tokenizer"):
+        model.backend.run(replace(request, invokes=(replace(request.invokes[0], generation=way),)))
+
+
 def test_a_value_ends_the_generation(model: Any, plain: Any) -> None:
     ids, _ = by_hand(plain, IDS)
     with model.generate(IDS, max_new_tokens=NEW) as tracer, tracer.all():
@@ -288,6 +313,15 @@ def test_an_edited_model_is_edited_at_every_step(model: Any, plain: Any) -> None
     with last.generate(IDS, max_new_tokens=NEW) as tracer:
         pass
     assert list(tracer.result.ids) == by_hand(plain, IDS, {"model.layers.1": newest})[0]
+
+
+def test_an_edit_by_the_mask_is_of_every_token_that_comes(model: Any, plain: Any) -> None:
+    with model.edit() as edited:
+        model.model.layers[1].output[0][:] += VECTOR * edited.mask[..., None]
+    with edited.generate([IDS, OTHER], max_new_tokens=NEW) as tracer:
+        pass
+    steered = {"model.layers.1": lambda hidden, step: hidden + VECTOR}
+    assert [list(ids) for ids in tracer.result.ids] == [by_hand(plain, ids, steered)[0] for ids in (IDS, OTHER)]
 
 
 def test_modules_masks_and_shapes_of_later_steps(model: Any, plain: Any) -> None:

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engine.differentiable import met, ordered_sum
+from engine.differentiable import met, met_by_many, ordered_sum
 from engine.grad_slices import gather_gradient, take_gradient
 from engine.links import Distributed, LinkBytes, Solo, join_store, open_store
 from engine.loading import ShardConfig, load_model
@@ -214,8 +214,8 @@ def test_ranks_add_up_and_join_in_the_same_order(number: int, ranks: dict[int, l
     first = ranks[number][0]
     for name in WORLDS[number]:
         assert all(rank[name]["made"] == first[name]["made"] for rank in ranks[number])
-    # Of one run: embeddings, and two sums a layer; back again, head, gate, up, q, k and v.
-    assert len(first["Llama"]["made"]) == 2 * ((1 + 2 * 2) + (1 + 2 * 5))
+    # Of one run: embeddings, and two sums a layer; back again, the head and two a layer: q, k and v share one.
+    assert len(first["Llama"]["made"]) == 2 * ((1 + 2 * 2) + (1 + 2 * 2))
     choices = ("sum", (TOKENS.shape[1], 2))  # of routing weights
     assert first["Mixtral"]["made"].count(choices) == first["GPT-OSS"]["made"].count(choices) == 2 * 2
 
@@ -263,9 +263,26 @@ def expected_order() -> list[float]:
     return found
 
 
+def test_modules_share_a_sum_of_what_they_take_until_it_is_another() -> None:
+    links, leaf = Two(), torch.ones(3, requires_grad=True)
+    x = leaf * 1
+    first = met_by_many(links, x)
+    assert met_by_many(links, x) is first
+    cut = x.detach_().requires_grad_()
+    assert met_by_many(links, cut) is not first
+    y = leaf * 1
+    before = met_by_many(links, y)
+    y.mul_(2)
+    after = met_by_many(links, y)
+    assert after is not before
+    (before + 10 * after).sum().backward()
+    assert [float(each[0]) for each in links.added] == [10, 1]
+    assert float(leaf.grad[0]) == 2 * (1 + 2 * 10)  # type: ignore[index]
+
+
 def test_nothing_is_done_where_no_gradient_is_asked_for() -> None:
     links, x = Two(), torch.ones(3, requires_grad=True)
     with torch.no_grad():
-        assert met(links, x)[0] is x
+        assert met(links, x)[0] is x and met_by_many(links, x) is x
     assert met(links, x.detach())[0].grad_fn is None
     assert met(Solo(), x)[0] is x

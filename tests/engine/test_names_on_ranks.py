@@ -76,6 +76,41 @@ def test_points_are_those_of_one_process_read_and_edited_and_alone(deployed: Any
         assert all(torch.equal(ours[name][:1, -7:], alone[name]) for name in ours), edit
 
 
+def _gradients(model: Any, family: str, edit: str | None, *, is_of_gradient: bool = False) -> dict[str, Tensor]:
+    """Of a loss with regard to points of a layer and to what comes before it; one point, or its gradient, is halved."""
+    with model.trace(PROMPTS):
+        before, layer = (find(model, f"{FAMILIES[family].layers}.{number}") for number in (LAYER - 1, LAYER))
+        names = "q", "k", "v", "scores", "pattern", "z", "head_out", *({"mlp_pre"} & POINTS[family].keys())
+        points = {name: getattr(layer, name) for name in names}
+        if edit is not None and not is_of_gradient:
+            points[edit][:] *= 0.5
+        hidden = before.output[0]
+        with model.output.logits[:, -1].tanh().sum().backward():
+            if edit is not None and is_of_gradient:
+                points[edit].grad[:] *= 0.5
+            found = {name: point.grad.save() for name, point in points.items()}
+            found["before"] = hidden.grad.save()
+    return found
+
+
+def test_gradients_at_points_are_those_of_one_process(deployed: Any) -> None:
+    family, _, model, one = deployed
+    plain = _gradients(one, family, None)
+    for edit, is_of_gradient in (
+        (None, False),
+        ("k", False),
+        ("head_out", False),
+        ("head_out", True),
+        ("pattern", True),
+    ):
+        ours = _gradients(model, family, edit, is_of_gradient=is_of_gradient)
+        expected = _gradients(one, family, edit, is_of_gradient=is_of_gradient)
+        for name, value in ours.items():
+            assert (value - expected[name]).abs().max() <= TOLERANCE * expected[name].abs().max(), (edit, name)
+        changes = [float((expected[name] - own).abs().max() / own.abs().max()) for name, own in plain.items()]
+        assert edit is None or max(changes) > 0.01
+
+
 def test_of_a_head_only_that_head_travels(deployed: Any) -> None:
     family, ranks, model, one = deployed
     tokens, others = len(PROMPTS[0]), ranks - 1

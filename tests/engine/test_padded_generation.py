@@ -175,6 +175,22 @@ def test_edits_of_the_encoder_act_once_and_are_what_the_decoder_attends_to(t5: L
         assert float((untouched[-1] - expected[-1]).abs().max()) > 1e-2, "the edits matter to the last step"
 
 
+def test_an_edited_encoder_is_edited_once_and_an_edited_decoder_at_every_step(t5: Loaded) -> None:
+    with t5.model.edit() as edited:
+        t5.model.encoder.block[1].output[0][:] += VECTOR * edited.mask[..., None]
+        t5.model.decoder.block[0].output[0][:] += VECTOR
+    with edited.generate(PROMPTS, max_new_tokens=STEPS, eos=None) as tracer:
+        logits = [t5.model.lm_head.output[:, 0].save() for _ in tracer.iter[:]]
+    for place, prompt in enumerate(PROMPTS):
+        tokens, expected = by_hugging_face(t5, prompt, {"encoder.block.1": steered, "decoder.block.0": steered}, STEPS)
+        assert list(tracer.receipt.generated[place].ids) == tokens
+        assert_close([step[place] for step in logits], expected)
+        for one in ("encoder.block.1", "decoder.block.0"):
+            assert tokens != by_hugging_face(t5, prompt, {one: steered}, STEPS)[0], "both edits matter"
+    fired = {one.site: one.steps for one in tracer.receipt.fired if one.kind != "read"}
+    assert fired == {"encoder.block.1.output[0]": 1, "decoder.block.0.output[0]": STEPS}
+
+
 def test_traces_have_the_prompts_columns_in_the_encoder_and_one_in_the_decoder(t5: Loaded) -> None:
     model = t5.model
     with model.trace(PROMPTS):

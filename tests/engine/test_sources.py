@@ -23,6 +23,8 @@ from polytrace.errors import GraphError, RunError
 from polytrace.graph import Port, Site
 from polytrace.model import Model
 from polytrace.source_views import Operation
+from polytrace.sources import SiteIndex
+from scheduling.checks import table_of
 from scheduling.policy import PassPolicy
 
 IDS = [3, 17, 42, 5, 9, 30, 11]
@@ -323,6 +325,19 @@ def refuses_what_no_rank_has(model: Any) -> None:
     with pytest.raises(GraphError, match="on 2 stages"), model.trace(IDS):
         model.model.source.rotary_emb_0.output[0][:] = 0.0
         model.lm_head.output.save()
+    described = model.description
+    assert described.why_no_gradients == ""
+    refused = {site.module for site in described.sites for leaf in site.leaves if leaf.gradient_refusal}
+    assert {module.rpartition(".")[2] for module in refused} == {"rotary_emb", "self_attn", *map(str, range(4))}
+    operation = "model.layers.0.self_attn.q_proj.source.F_linear_0"  # behind which ranks add up what they give back
+    sites = SiteIndex(described, table_of(described).sources)
+    _, leaf = sites[Site(module=operation, port=Port.INPUTS, selector=(0, 0), visit=0)]
+    assert leaf.gradient_refusal is not None and "a part of a sum" in leaf.gradient_refusal
+    with pytest.raises(GraphError, match=r"has no gradient: .* a part of a sum") as refusal, model.trace(IDS):
+        taken = model.model.layers[0].self_attn.q_proj.source.F_linear_0.input
+        model.output.logits.sum().backward()
+        taken.grad.save()
+    assert "test_sources.py" in str(refusal.value)
 
 
 def test_what_cannot_be_had_is_refused_with_the_reason(loaded: dict[str, Loaded]) -> None:

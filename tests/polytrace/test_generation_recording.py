@@ -473,6 +473,14 @@ def test_edits_act_at_every_step_unless_they_name_places(model: Model) -> None:
     assert steps(whole) == steps(last) == [(0, 4)]
     assert steps(newest) == [(0, 1), (1, 3)]
     assert steps(begin) == steps(column) == [(0, 1)]
+    with model.edit() as masked:  # which is all true behind the prompts
+        layer.output[0][:] += masked.mask[..., None] * 1.0
+    with model.edit() as third:
+        layer.output[0][:] += third.mask[:, 2:3, None] * 1.0
+    for edited, expected in ((masked, [(0, 1), (1, 3)]), (third, [(0, 1)])):
+        with generate(edited) as tracer:
+            pass
+        assert [(node.step, node.num_steps) for node in nodes_of(tracer, Write)] == expected
 
 
 def test_what_has_no_steps_says_so(model: Model) -> None:
@@ -490,13 +498,12 @@ def test_what_has_no_steps_says_so(model: Model) -> None:
             for _ in tracer.iter[:]:
                 tracer.invoke(IDS)
 
-    def grouping(tracer: Any) -> None:
+    def grouping(tracer: Any, moves: Any = lambda tracer: tracer.next()) -> None:
         for prompt in (IDS, [6]):
             with tracer.invoke(prompt):
                 pass
         with tracer.invoke():
-            tracer.iter[0]
-            tracer.next()
+            moves(tracer)
             model.lm_head.output.save()
 
     def caching(tracer: Any) -> None:
@@ -510,14 +517,20 @@ def test_what_has_no_steps_says_so(model: Model) -> None:
     refused("a loop over steps is open already", nested)
     refused("prompts are given before the loop", invoking, None)
     refused("tracer.invoke.. without prompts is all prompts as one view", grouping, None)
+    for loop in (lambda tracer: tracer.iter[:], lambda tracer: tracer.all(), lambda tracer: tracer.iter[0]):
+        told = "all prompts as one view, at step 0: write the loop over steps in the invoke of each"
+        refused(told, lambda tracer, loop=loop: grouping(tracer, loop), None)
     refused("a cache is of step 0", caching)
     refused("a log is printed once", logging)
     refused("belongs to prompts", lambda tracer: tracer.iter[0], None)
     refused("there is no step 4: with at most 4 new tokens", lambda tracer: tracer.iter[4])
     refused("steps come in their order", lambda tracer: tracer.iter[[2, 1]])
+    refused("steps come in their order", lambda tracer: tracer.iter[::-1])
     refused("steps are whole numbers", lambda tracer: tracer.iter["all"])
     refused("one behind the other", lambda tracer: tracer.iter[::2].__enter__())
     refused("there are no such steps", lambda tracer: tracer.iter[9:].__enter__())
+    refused(r"save it and decide after the block \(", lambda tracer: bool(tracer.token.sum()))
+    refused("has no 'steps': what a line saves at each step is there when", lambda tracer: tracer.token.steps)
     with pytest.raises(GraphError, match="outside of it"), model.session(run=False):
         generate(model)
     with pytest.raises(GraphError, match=r"`tracer\.result`"), generate(model):

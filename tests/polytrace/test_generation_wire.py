@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from polytrace.certificate import Fired, Generated, Receipt, Token
 from polytrace.codec import from_json, to_json
 from polytrace.errors import GraphError, PolytraceError, TooLargeError, WireError
+from polytrace.generation import MAX_SEQUENCES
 from polytrace.grammar import check_graph
 from polytrace.graph import (
     Carried,
@@ -242,6 +243,16 @@ def test_all_steps_together_are_counted_before_they_are_made() -> None:
     several = Request(graph=Graph(nodes=()), invokes=(long,) * 3, constants={})
     with pytest.raises(TooLargeError, match="3000 new tokens in all; 2999 is the most"):
         decode_request(file_of(several), max_nodes=2999)
+
+
+def test_sequences_that_go_on_are_counted_over_all_invokes() -> None:
+    half = Invoke(sequences=((1,),) * (MAX_SEQUENCES // 2), generation=Generation(max_new_tokens=1))
+    request = Request(graph=Graph(nodes=()), invokes=(half, half), constants={})
+    assert decode_request(file_of(request)) == request
+    one_more = replace(half, sequences=((1,),))
+    told = f"{MAX_SEQUENCES + 1} sequences that go on .* {MAX_SEQUENCES} is the most: send it in several requests"
+    with pytest.raises(TooLargeError, match=told):
+        decode_request(file_of(replace(request, invokes=(half, half, one_more))))
 
 
 def test_a_request_that_does_not_go_on_has_no_word_of_generation() -> None:

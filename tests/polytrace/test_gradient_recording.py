@@ -183,7 +183,7 @@ def test_gradients_add_up_outside_of_blocks(model: Model) -> None:
         with loss.backward():
             own = hidden.grad.save()
         two = hidden.grad.save()
-        hidden.grad = None
+        del hidden.grad
         assert hidden.grad is None
         logits[:, 2].sum().backward()
         three = hidden.grad.save()
@@ -520,6 +520,8 @@ def test_weights_and_hooks_say_what_to_write_instead(model: Model) -> None:
         hidden = layer(model, 1).save()
         with pytest.raises(GraphError, match=r"change `value\.grad` inside"):
             hidden.register_hook(print)
+        with pytest.raises(GraphError, match=r"polytrace\.optim\.Adam\(lr=\.\.\.\)\.step"):
+            torch.optim.SGD([hidden], lr=0.1)
 
 
 def test_generations_edits_and_maps_have_no_gradients(model: Model) -> None:

@@ -47,7 +47,8 @@ def test_a_gradient_runs_its_wave_backwards_through_the_stages() -> None:
     program = r.compile()
     forward, backward = program.waves
     assert (forward.of, backward.of) == (None, 0)
-    assert forward.cuts == (order_of("model.layers.0.output"), order_of("lm_head.output"))
+    inputs = [order_of(f"{layer(number)}.input") for number in (1, 2, 3)]  # where a layer's gradients are added up
+    assert forward.cuts == (order_of("model.layers.0.output"), *inputs, order_of("lm_head.output"))
     assert backward.frees == (0,)
     assert backward.invokes == ()
     assert turns(program, 1) == [(1, "add", "lm_head.output"), (0, "look", "model.layers.0.output")]

@@ -1,0 +1,124 @@
+"""A torch module in this process, called as it is: what `polytrace.load(module)` talks to.
+
+It is described once; the sites of a call are found when somebody first calls with arguments of its structure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoProcessor
+
+from engine.fragments import from_raw
+from engine.local import DirectBackend, LocalShards
+from engine.ops import DTYPE_NAMES
+from engine.probe import named_tensors
+from engine.shapes import infer
+from engine.whole_shard import WholeShard
+from engine.whole_sites import CallSites, modules_of, parameters_of, record, twin_of
+from polytrace.description import Limits, ModelDescription, PassLayout, SiteInfo
+from polytrace.given import with_given
+from polytrace.graph import Given, Inputs, Request
+from polytrace.tensors import RawTensor
+from scheduling.plan import Program, RequestId, ValueFacts
+from scheduling.scheduler import PassPolicy
+from scheduling.whole import compile_call, described, inputs_of_all
+
+
+class WholeBackend(DirectBackend):
+    """One module, its shard, and the sites of its calls."""
+
+    def __init__(
+        self, module: nn.Module, *, name: str, source: str | None = None, policy: PassPolicy | None = None
+    ) -> None:
+        """`source`: where its tokenizer and processor are, if there are any."""
+        description = describe(module, name)
+        self.shard = WholeShard(module, description)
+        self._sites = CallSites(module)
+        self._is_known_source = source is not None
+        self._processor: Any = None  # until somebody asks
+        meta = twin_of(module, _on_meta)
+        super().__init__(source or name, LocalShards(self.shard), description, meta, policy)  # type: ignore[arg-type]
+
+    def sites_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
+        """What a call visits with these arguments, whose tensors are among the constants."""
+        return self._sites.of(inputs, constants, partial(self._really, constants=constants))
+
+    def _really(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
+        """The same, by calling the model."""
+        device = self.shard.context.device
+
+        def real(given: Given) -> Tensor:
+            return from_raw(constants[given.name]).to(device, copy=True)  # models change their arguments
+
+        return record(self.shard.model, with_given(inputs, real))
+
+    def tokenizer_json(self) -> bytes | None:
+        return super().tokenizer_json() if self._is_known_source else None
+
+    def processor(self) -> Any:
+        """transformers' own, for images, sound or text; None where the model came without one."""
+        if self._processor is None and self._is_known_source:
+            try:
+                self._processor = AutoProcessor.from_pretrained(self.source)
+            except (OSError, ValueError, ImportError):
+                return None
+        return self._processor
+
+    def close(self) -> None:
+        self.shard.stop()
+
+    def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
+        own = described(self.description, [self.sites_of(one, request.constants) for one in inputs_of_all(request)])
+        facts = infer(own, request, self._meta)
+        return compile_call(request_id, request, own, facts), facts
+
+
+def describe(module: nn.Module, name: str) -> ModelDescription:
+    """What is known of a module before it is called."""
+    modules, parameters = tuple(modules_of(module)), tuple(parameters_of(module))
+    floating = [tensor.dtype for _, tensor in named_tensors(module) if tensor.is_floating_point()]
+    dtype = DTYPE_NAMES.get(floating[0], "float32") if floating else "float32"
+    return ModelDescription(
+        name=name,
+        class_name=type(module).__name__,
+        dtype=dtype,
+        vocab_size=0,
+        hidden_size=0,
+        num_layers=0,
+        layers=_NO_LAYERS,
+        stages=1,
+        ranks=1,
+        fingerprint=hashlib.sha256(repr((modules, parameters)).encode()).hexdigest()[:16],
+        config=_config_of(module),
+        modules=modules,
+        sites=(),
+        parameters=parameters,
+        limits=Limits(max_sequence_tokens=1),
+        key_value_bytes=0,
+        hidden_bytes=0,
+        row_multiple=1,
+        has_kept_rows=False,
+        has_forks=False,
+        layout=PassLayout.WHOLE,
+    )
+
+
+def _config_of(module: nn.Module) -> dict[str, Any]:
+    """The configuration that a module of transformers or diffusers has, as JSON."""
+    config: Any = getattr(module, "config", None)
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config) if isinstance(config, Mapping) else {}
+    made: dict[str, Any] = json.loads(json.dumps(plain, default=str))
+    return made
+
+
+_NO_LAYERS = "."  # no module has a dot for its name
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")

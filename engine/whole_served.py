@@ -1,0 +1,99 @@
+"""A model that is called as it is, as a deployment's one shard: what `engine.shard.Shard` is for language models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from engine.links import Links
+from engine.loading import ShardConfig
+from engine.reading import Report
+from engine.reports import GateReport
+from engine.shard import Shard
+from engine.whole_loading import load_whole, whole_class
+from engine.whole_local import describe
+from engine.whole_shard import WholeShard
+from polytrace.description import ModelDescription
+from polytrace.errors import ServiceError
+from scheduling.plan import Plan, ShardResult
+
+
+class WholeServed:
+    """The process that holds the model. Construction is cheap; `start` loads weights."""
+
+    def __init__(self, config: ShardConfig, links: Links, kind: Any) -> None:
+        self.config = config
+        self.links = links
+        self._kind = kind
+        self._shard: WholeShard | None = None
+
+    def start(self, report: Report) -> None:
+        """Reads the weights, as the model's library does."""
+        config = self.config
+        check_whole(
+            config.source,
+            self._kind,
+            stages=config.stages,
+            ranks=config.ranks,
+            offload_bytes=config.offload_bytes,
+        )
+        self._model: nn.Module = load_whole(self.config, self._kind)
+        report(f"loaded {sum(p.nbytes for p in self._model.parameters()) / 1e6:,.1f} MB")
+
+    def gate(self, is_first: bool = True) -> GateReport:
+        """There is nothing to prove: each call is one of the model as it is, and nobody shares it."""
+        return GateReport(
+            stage=0,
+            rank=0,
+            leaves=(),
+            sharded={},
+            packed={},
+            row_multiple=1,
+            key_value_bytes=0,
+            has_forks=False,
+            has_exact_rows=True,
+            notes=(),
+            can_generate=False,
+        )
+
+    def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
+        """The deployment's description."""
+        return describe(self._model, name)
+
+    def open(self, description: ModelDescription) -> None:
+        """Takes the deployment's description; plans can run from now on."""
+        self._shard = WholeShard(self._model, description, constant_bytes=self.config.constant_bytes)
+
+    def run(self, plan: Plan) -> ShardResult:
+        """Runs a pass."""
+        assert self._shard is not None, "the deployment is open"
+        return self._shard.run(plan)
+
+    def leave(self) -> None:
+        """Leaves the world; the model stays, requests are forgotten."""
+        self.links.close()
+        if self._shard is not None:
+            self._shard.forget()
+
+    def stop(self) -> None:
+        """Leaves the deployment."""
+        if self._shard is not None:
+            self._shard.stop()
+        self.links.close()
+
+
+def new_shard(config: ShardConfig, links: Links) -> Shard | WholeServed:
+    """The shard that a source needs."""
+    kind = whole_class(config.source)
+    return Shard(config, links) if kind is None else WholeServed(config, links, kind)
+
+
+def check_whole(source: str, kind: Any, *, stages: int, ranks: int, offload_bytes: int = 0) -> None:
+    """ServiceError with the way out when the model cannot be served so."""
+    if stages > 1 or ranks > 1:
+        told = f"{source} is a {kind.__name__}, which is called as it is, on one shard"
+        raise ServiceError(f"{told}; use stages=1 and ranks=1")
+    if offload_bytes:
+        raise ServiceError(f"{source} is a {kind.__name__}, whose weights are not offloaded: it needs room for all")

@@ -1,0 +1,344 @@
+"""The sites of one call of a model as it is: every side of every module that the call visits, tensor by tensor.
+
+Owns the forward that finds them, on fake tensors: no weights, no memory, and where that suffices the structure of the
+arguments alone (`polytrace.given`). The model itself is not touched: a twin runs, whose weights are fake.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from contextvars import ContextVar
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import PreTrainedModel
+
+from engine.arguments import Arguments, Selector
+from engine.fragments import from_raw
+from engine.known_integers import KnownIntegers, PlainLists
+from engine.leaves import first_argument
+from engine.ops import DTYPE_NAMES, TORCH_DTYPES
+from engine.probe import named_tensors
+from engine.recorder import memory_of
+from polytrace.description import Leaf, ModuleInfo, ParameterInfo, Rows, SiteInfo
+from polytrace.errors import GraphError, TooLargeError
+from polytrace.given import given_names, structure_of, with_given
+from polytrace.graph import DType, Given, Inputs, Port
+from polytrace.tensors import RawTensor
+
+_DEPTH = 4  # keys of a selector at most, as on the wire
+_MAX_SITES = 100_000  # of one call
+_HELD = "it is a parameter of the model itself: write `site = value`"
+_OVERLAPS = "several of its elements are one in memory: write `site = value`"
+
+
+class CallSites:
+    """Finds the sites of calls of one model, each structure of arguments once.
+
+    Where what a call visits depends on values, integers among its arguments are looked at (which of them is an image,
+    how long each sequence is); where that does not suffice, `really` is asked, which runs the model with all of them.
+    """
+
+    def __init__(self, model: nn.Module, max_tensor_bytes: int | None = None) -> None:
+        """A call with a tensor of more bytes is refused before memory is taken; None: whatever there is room for."""
+        self._max_bytes = max_tensor_bytes
+        self._turn = threading.RLock()
+        self._twin = _Twin(model, looks=False)
+        self._looking_twin: _Twin | None = None  # made when a call needs it
+        self._model = model
+        self._known: OrderedDict[Hashable, tuple[SiteInfo, ...]] = OrderedDict()
+        self._levels: dict[str, int] = {}  # by structure: how much has to be known of the values, where it is not 0
+
+    def of(
+        self,
+        inputs: Inputs,
+        constants: Mapping[str, RawTensor],
+        really: Callable[[Inputs], tuple[SiteInfo, ...]] | None = None,
+    ) -> tuple[SiteInfo, ...]:
+        """The sites of a call, in their order; the same object each time. Raises GraphError where it does not run."""
+        with self._turn:
+            return self._of(inputs, constants, really)
+
+    def _of(
+        self,
+        inputs: Inputs,
+        constants: Mapping[str, RawTensor],
+        really: Callable[[Inputs], tuple[SiteInfo, ...]] | None,
+    ) -> tuple[SiteInfo, ...]:
+        structure = repr(structure_of(inputs, constants))
+        for level in range(self._levels.get(structure, 0), _NUM_LEVELS):
+            key = structure, tuple(_content(constants[name], level) for name in given_names(inputs))
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+            try:
+                found = self._found(inputs, constants, level, really)
+            except GraphError:
+                if level == _NUM_LEVELS - 1 or (level == 1 and really is None):
+                    raise
+                continue
+            self._levels[structure] = level
+            self._known[key] = found
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
+            return found
+        raise AssertionError("the last level has returned or raised")
+
+    def has_looked(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> bool:
+        """Whether what a call of this structure visits depends on values; behind `of`."""
+        return self._levels.get(repr(structure_of(inputs, constants)), 0) > 0
+
+    def _found(
+        self,
+        inputs: Inputs,
+        constants: Mapping[str, RawTensor],
+        level: int,
+        really: Callable[[Inputs], tuple[SiteInfo, ...]] | None,
+    ) -> tuple[SiteInfo, ...]:
+        if level == 0:
+            return self._twin.record(inputs, constants, self._max_bytes)
+        if level == 1:
+            if self._looking_twin is None:
+                self._looking_twin = _Twin(self._model, looks=True)
+            return self._looking_twin.record(inputs, constants, self._max_bytes)
+        assert really is not None, "it was asked whether there is one"
+        return really(inputs)
+
+
+class _Twin:
+    """A model with fake weights; `looks`: it knows the integers that it is called with."""
+
+    def __init__(self, model: nn.Module, *, looks: bool) -> None:
+        self._looks = looks
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # what a model keeps beside parameters and buffers
+        self._model = twin_of(model, self._unknown)
+        if isinstance(self._model, PreTrainedModel):  # the experts that a token goes to are values, too
+            with suppress(ValueError):
+                self._model.set_experts_implementation("batched_mm")
+
+    def record(self, inputs: Inputs, constants: Mapping[str, RawTensor], max_bytes: int | None) -> tuple[SiteInfo, ...]:
+        known = KnownIntegers(self._mode) if self._looks else None
+
+        def fake(given: Given) -> Tensor:
+            raw = constants[given.name]
+            dtype = TORCH_DTYPES[raw.dtype]
+            if known is None or dtype.is_floating_point or not raw.is_here:
+                return self._unknown(torch.empty(raw.shape, dtype=dtype, device="meta"))
+            return known.fake(from_raw(raw).clone())  # models change their arguments
+
+        called = with_given(inputs, fake)
+        with self._mode, ExitStack() as modes:
+            if known is not None:
+                modes.enter_context(known)
+                modes.enter_context(PlainLists())
+            return record(self._model, called, max_bytes)
+
+    def _unknown(self, tensor: Tensor) -> Tensor:
+        """Of a model on the meta device too, for which calls come from the host."""
+        device = torch.device("cpu") if tensor.is_meta else tensor.device
+        own = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return FakeTensor(self._mode, own, device)
+
+
+_NUM_LEVELS = 3
+_MAX_KNOWN = 256  # calls whose sites are kept
+
+
+def _content(raw: RawTensor, level: int) -> bytes | None:
+    """What of a tensor's values has to be equal for two calls to have the same sites."""
+    if level == 0 or (level == 1 and "float" in raw.dtype):
+        return None
+    if not raw.is_here:
+        return (raw.digest or raw.state or "").encode()
+    return blake2b(raw.data, digest_size=16).digest()
+
+
+def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a model with other tensors for its parameters and buffers; tied ones stay one.
+
+    GraphError for a model that has something that cannot be copied.
+    """
+    tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}
+    memo: dict[int, Any] = {}
+    for key, tensor in tensors.items():
+        made = make(tensor)
+        is_parameter = isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter)
+        memo[key] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
+    try:
+        twin: nn.Module = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a model keeps
+        name = type(model).__name__
+        raise GraphError(f"{name} cannot be copied, which says what its calls visit: {told(error)}") from error
+    modules: Iterator[Any] = twin.modules()
+    for module in modules:
+        if hasattr(module, "_hf_hook"):  # accelerate's, which brings weights from where they lie
+            module.forward = module._old_forward
+            del module._hf_hook
+    return twin
+
+
+def record(model: nn.Module, called: Inputs, max_bytes: int | None = None) -> tuple[SiteInfo, ...]:
+    """One forward, and every side of every module as it fired. TooLargeError where a tensor has more bytes."""
+    recorder = _Recorder(model, max_bytes)
+    handles = [handle for path, module in model.named_modules() for handle in recorder.hooks(path, module)]
+    token = _recording.set(recorder)
+    try:
+        with torch.no_grad():
+            args, kwargs = arguments_of(called)
+            model(*args, **kwargs)
+    except (GraphError, TooLargeError):
+        raise
+    except Exception as error:  # whatever code of the model raises
+        raise GraphError(f"{type(model).__name__} does not take these arguments: {told(error)}") from error
+    finally:
+        _recording.reset(token)
+        for handle in handles:
+            handle.remove()
+    return tuple(recorder.sites)
+
+
+def arguments_of(called: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call whose tensors are there, as Python's call takes them."""
+    return _of_torch(called.args), {name: _of_torch(value) for name, value in called.kwargs.items()}
+
+
+def _of_torch(value: Any) -> Any:
+    """Dtypes as torch has them."""
+    if isinstance(value, DType):
+        return TORCH_DTYPES[value.name]
+    if isinstance(value, dict):
+        return {key: _of_torch(part) for key, part in value.items()}
+    return type(value)([_of_torch(part) for part in value]) if isinstance(value, (tuple, list)) else value
+
+
+def told(error: BaseException) -> str:
+    """The first line of what a model raised, with its kind."""
+    first = str(error).strip().split("\n", 1)[0][:500]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+_recording: ContextVar[_Recorder | None] = ContextVar("recording_of_a_call", default=None)
+
+
+class _Recorder:
+    """The hooks of one such forward."""
+
+    def __init__(self, model: nn.Module, max_bytes: int | None) -> None:
+        self._max_bytes = max_bytes
+        self.sites: list[SiteInfo] = []
+        self._visits: dict[tuple[str, Port], int] = {}
+        self._held = {memory_of(tensor) for _, tensor in named_tensors(model) if tensor.layout is torch.strided}
+
+    def hooks(self, path: str, module: nn.Module) -> Iterator[Any]:
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _recording.get() is not self:
+                return  # of another thread's call
+            arguments = Arguments(args, kwargs)
+            self._note(path, Port.INPUT, *leaves_of(first_argument(args, kwargs)), arguments.keyword)
+            self._note(path, Port.INPUTS, "arguments", arguments.others())
+
+        def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if _recording.get() is self:
+                self._note(path, Port.OUTPUT, *leaves_of(output))
+
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after)
+
+    def _note(
+        self, path: str, port: Port, structure: str, leaves: Mapping[Selector, Tensor], keyword: str | None = None
+    ) -> None:
+        visit = self._visits.get((path, port), 0)
+        self._visits[path, port] = visit + 1
+        if not leaves:
+            return
+        if len(self.sites) == _MAX_SITES:
+            raise TooLargeError(f"one call visits more than {_MAX_SITES} sites")
+        self.sites.append(
+            SiteInfo(
+                module=path,
+                port=port,
+                visit=visit,
+                order=len(self.sites),
+                stage=0,
+                structure=structure,
+                rows=Rows.ALL,
+                leaves=tuple([self._leaf(selector, tensor) for selector, tensor in leaves.items()]),
+                keyword=keyword,
+            )
+        )
+
+    def _leaf(self, selector: Selector, tensor: Tensor) -> Leaf:
+        dtype = DTYPE_NAMES.get(tensor.dtype)
+        num_bytes = tensor.numel() * tensor.dtype.itemsize
+        if self._max_bytes is not None and num_bytes > self._max_bytes:
+            told = f"a call with these arguments makes a tensor of {num_bytes} bytes ({list(tensor.shape)})"
+            raise TooLargeError(f"{told}; the limit is {self._max_bytes}")
+        refusal = None
+        if dtype is None or tensor.layout is not torch.strided:
+            refusal = f"it is of {str(tensor.dtype).removeprefix('torch.')} in the layout {tensor.layout}"
+        in_place = None
+        if refusal is None and memory_of(tensor) in self._held:
+            in_place = _HELD
+        elif refusal is None and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            in_place = _OVERLAPS
+        return Leaf(
+            selector=selector,
+            tail=tuple(map(int, tensor.shape)),
+            dtype=dtype or "float32",
+            read_refusal=refusal,
+            write_refusal=refusal,
+            in_place_refusal=refusal or in_place,
+            num_columns=1,
+            is_whole=True,
+        )
+
+
+def leaves_of(value: Any) -> tuple[str, dict[Selector, Tensor]]:
+    """The structure of what a module takes or gives, and the tensors in it, four levels deep."""
+    if isinstance(value, Tensor):
+        return "tensor", {(): value}
+    leaves = dict(_members(value, ()))
+    if isinstance(value, Mapping):
+        return "dict", leaves
+    return ("list" if isinstance(value, list) else "tuple") if isinstance(value, (tuple, list)) else "other", leaves
+
+
+def _members(value: Any, way: Selector) -> Iterator[tuple[Selector, Tensor]]:
+    if isinstance(value, Tensor):
+        yield way, value
+    elif len(way) < _DEPTH and isinstance(value, Mapping):
+        for key, member in value.items():
+            if isinstance(key, (str, int)):
+                yield from _members(member, (*way, key))
+    elif len(way) < _DEPTH and isinstance(value, (tuple, list)):
+        for place, member in enumerate(value):
+            yield from _members(member, (*way, place))
+
+
+def modules_of(model: nn.Module) -> Iterator[ModuleInfo]:
+    """The tree. A module is called on values as the model itself calls it: with one tensor or with none."""
+    for path, module in model.named_modules():
+        is_list = isinstance(module, nn.ModuleList)
+        yield ModuleInfo(
+            path=path,
+            class_name=type(module).__name__,
+            is_list=is_list,
+            is_decoder_layer=False,
+            first_stage=0,
+            call_refusal="it is a list of modules" if is_list else None,
+        )
+
+
+def parameters_of(model: nn.Module) -> Iterator[ParameterInfo]:
+    """Parameters and buffers by every path they have."""
+    for path, tensor in named_tensors(model):
+        if tensor.dtype in DTYPE_NAMES and tensor.layout is torch.strided:
+            dtype = DTYPE_NAMES[tensor.dtype]
+            yield ParameterInfo(path=path, shape=tuple(tensor.shape), dtype=dtype, stage=0, sharded_dim=None)
