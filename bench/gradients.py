@@ -128,8 +128,8 @@ def run(config: GradientsConfig) -> dict[str, Any]:
 
 def is_right(figures: dict[str, Any]) -> bool:
     """Whether all gradients are those of plain autograd, and merging changed no bit."""
-    right = max(figures["difference_to_plain"].values()) <= figures["allowed_difference"]
-    return right and figures["merged_has_the_bits_of_one_by_one"] and figures["largest_gradient"] > 0
+    is_close = max(figures["difference_to_plain"].values()) <= figures["allowed_difference"]
+    return bool(is_close and figures["merged_has_the_bits_of_one_by_one"] and figures["largest_gradient"] > 0)
 
 
 def tell(figures: dict[str, Any]) -> str:
@@ -165,7 +165,8 @@ def _record(model: Any, prompts: Any, answers: Any, *, is_graded: bool) -> Reque
         else:
             for one in heads:
                 one.save()  # the last layer is run for that
-    return tracer.built_request()
+    request: Request = tracer.built_request()
+    return request
 
 
 def _by_hand(model: Any, prompts: list[list[int]], answers: list[int]) -> Tensor:

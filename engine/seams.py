@@ -17,8 +17,7 @@ from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.arguments import Selector
-from engine.gradient_port import Gradient, RowGradient
-from engine.leaves import with_rows_second
+from engine.gradient_port import Gradient, Joined, RowGradient
 from engine.saved import SavedTensors
 
 
@@ -74,10 +73,14 @@ class TensorSeam:
             held = None if joint.held is None else gradient_of(joint.held)
             for selector, leaf in joint.handed.items():
                 dim = self._layouts.get(selector, 1)
-                found[selector] = RowGradient(gradient_of(leaf), held, lambda own, dim=dim: with_rows_second(own, dim))
+                found[selector] = RowGradient(gradient_of(leaf), held, dim)
         return found
 
     def go_on(self, gradients: Mapping[Selector, Gradient]) -> None:
+        go_back(*self.totals(gradients))
+
+    def totals(self, gradients: Mapping[Selector, Any]) -> tuple[list[GradientEdge], list[Tensor]]:
+        """Where gradients go on from here, and which."""
         edges, totals = [], []
         for joint in self._joints.values():
             if joint.edge is None:
@@ -85,13 +88,17 @@ class TensorSeam:
             total: Tensor | None = None
             for selector in joint.handed:
                 own = gradients[selector]
-                assert isinstance(own, RowGradient)
+                assert isinstance(own, Joined)
                 total = own.handed if total is None else total + own.handed
                 held = own.held
             assert total is not None
             edges.append(joint.edge)
             totals.append(total if held is None else held + total)
-        go_back(edges, totals)
+        return edges, totals
+
+    def is_held(self, tensor: Tensor) -> bool:
+        """Whether a tensor that was cut goes on from here for all who hold it."""
+        return self._joints[id(tensor)].held is not None
 
     def leaves(self) -> Iterator[Tensor]:
         for joint in self._joints.values():
@@ -115,7 +122,7 @@ def go_back(edges: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> None:
 
 def handed_on(leaf: Tensor) -> Tensor:
     """A leaf as the model may have it: the same memory, and no leaf any more."""
-    found: Tensor = _HandedOn.apply(leaf)
+    found: Tensor = _HandedOn.apply(leaf)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -127,7 +134,7 @@ def become(tensor: Tensor, leaf: Tensor, saved: SavedTensors) -> bool:
         return False
     try:
         with saved.unchanged(tensor):
-            _Become.apply(tensor, leaf)
+            _Become.apply(tensor, leaf)  # type: ignore[no-untyped-call]
     except RuntimeError:  # one of several views of an operation
         return False
     return True

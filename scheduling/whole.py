@@ -7,7 +7,7 @@ or to leave out, and nothing to pack: a wave names what runs, and its calls foll
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
@@ -17,6 +17,8 @@ from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Inputs, Port, Read, Request, Write
 from scheduling import program
 from scheduling.checks import resolve, table_of
+from scheduling.columns import Columns
+from scheduling.gradients import expand, has_gradients
 from scheduling.liveness import peak_bytes
 from scheduling.placement import find_live, find_order, place, scale_of
 from scheduling.plan import PROLOGUE, Program, RequestId, ValueFacts, Wave, WaveRows
@@ -84,8 +86,21 @@ def compile_call(
         # 2) Give each node its point: a value that is needed earlier than it is made opens a later wave.
         scale = scale_of(description)
         live = find_live(graph, resolved)
+        earliest: Sequence[int] | None = None
+        cuts: Mapping[int, tuple[int, ...]] = {}
+        frees: Mapping[int, tuple[int, ...]] = {}
+        if has_gradients(graph):
+            columns = Columns(narrowed={}, changed={}, graph=graph, facts=facts)
+            expanded = expand(request, resolved, columns, table_of(description), scale)
+            resolved, live, graph, facts = (
+                expanded.resolved,
+                expanded.live,
+                expanded.request.graph,
+                expanded.columns.facts,
+            )
+            earliest, cuts, frees = expanded.earliest, expanded.cuts, expanded.frees
         order = find_order(graph, resolved, live)
-        points = place(graph, resolved, order, facts, scale)
+        points = place(graph, resolved, order, facts, scale, earliest)
         runs = find_runs(graph, resolved, live, points, scale)
 
         # 3) Plan what is dropped when, and where saved values go.
@@ -95,8 +110,19 @@ def compile_call(
         if result_bytes > limits.max_result_bytes:
             raise TooLargeError(f"all saves take {result_bytes} bytes; the limit is {limits.max_result_bytes}")
         waves = [
-            Wave(invokes=(), kept=(), cones=(), until=PROLOGUE, rows=_NO_ROWS, rows_anew=_NO_ROWS, stages=stages)
-            for stages in works
+            Wave(
+                invokes=(),
+                kept=(),
+                cones=(),
+                until=PROLOGUE,
+                rows=_NO_ROWS,
+                rows_anew=_NO_ROWS,
+                stages=stages,
+                cuts=cuts.get(number, ()),
+                of=scale.of[number] if scale.is_backward(number) else None,
+                frees=frees.get(number, ()),
+            )
+            for number, stages in enumerate(works)
         ]
         return Program(
             request=request_id,
