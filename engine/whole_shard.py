@@ -8,8 +8,8 @@ that is needed of it. What a module raises fails its request and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,20 +25,23 @@ from engine.leaves import first_argument
 from engine.links import Solo
 from engine.lockstep import in_order, stop
 from engine.memory import told_out_of_memory
+from engine.module_state import ModuleState, kept_tensors
 from engine.named import NamedParameters
+from engine.ops import TORCH_DTYPES
 from engine.probe import named_tensors
-from engine.results import MemorySink, Writer, sink_for
+from engine.recorder import memory_of
+from engine.results import MemorySink, ResultSink, Writer, sink_for
 from engine.stage import replace_first_argument
 from engine.stopwatch import Stopwatch
 from engine.whole_sites import arguments_of, told
-from engine.writes import with_member
+from engine.writes import member_of, with_member
 from polytrace.description import ModelDescription
 from polytrace.given import with_given
 from polytrace.graph import Given, NodeId, Port, Read, Write
 from polytrace.sources import SiteIndex
 from scheduling.call_turns import Turn, turns_of
 from scheduling.checks import table_of
-from scheduling.plan import PROLOGUE, Fragment, Member, Phase, Plan, RequestId, ShardResult
+from scheduling.plan import PROLOGUE, Fragment, Member, Phase, Plan, Program, RequestId, ShardResult
 
 Visits = dict[tuple[str, Port, int], int]  # (module, port, visit) -> order, of one invoke
 
@@ -132,12 +135,15 @@ class WholeShard:
         if PROLOGUE in fragments:
             state.run(fragments.pop(PROLOGUE), None)
         visits = _visits_of(state, fragments)
-        calls = [_Call(visits[invoke]) for invoke in turn.invokes]
+        nodes = [state.program.graph.nodes[node] for one in turn.fragments for node in one.nodes]
+        is_in_place = any(isinstance(node, Write) and node.in_place for node in nodes)
+        kept = frozenset(map(memory_of, kept_tensors(self.model))) if is_in_place else frozenset()
+        calls = [_Call(visits[invoke], kept=kept) for invoke in turn.invokes]
         pending = sorted(fragments)
 
         def meet(order: int, values: Mapping[int, Any]) -> dict[int, Any]:
             """Everything that is due up to a visit, which some calls have come to."""
-            sides = {number: Side(value) for number, value in values.items()}
+            sides = {number: Side(value, calls[number].kept) for number, value in values.items()}
             port = {turn.invokes[number]: side for number, side in sides.items()}
             while pending and pending[0] <= order:
                 due = pending.pop(0)
@@ -174,18 +180,39 @@ class WholeShard:
         """One call, up to the last site that is needed of it."""
         args, kwargs = state.arguments(invoke)
         call.come = come
-        with torch.no_grad(), _hooked(self.model, call), _current(call), suppress(_Enough):
+        as_before = state.as_at_first(invoke, self.model) if call.come is not stop else nullcontext()
+        with torch.no_grad(), as_before, _hooked(self.model, call), _current(call), suppress(_Enough):
             self.model(*args, **kwargs)
 
 
 class CallState(RequestState):
     """One request, whose reads and writes are of whole tensors."""
 
+    def __init__(self, program: Program, context: ShardContext, sink: ResultSink) -> None:
+        super().__init__(program, context, sink)
+        self._began: dict[int, ModuleState] = {}  # of invokes, where some may run again
+
     def arguments(self, invoke: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a call is given: tensors of its own, so that code of the model may change them in place."""
         inputs = self.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
         return arguments_of(with_given(inputs, self._given))
+
+    @contextmanager
+    def as_at_first(self, invoke: int, model: nn.Module) -> Iterator[None]:
+        """A call that runs again draws the same numbers and finds the same buffers, and its second run leaves none."""
+        began = self._began.get(invoke)
+        if began is None:
+            if len(self.program.waves) > 1:
+                self._began[invoke] = ModuleState(model, self.context.device)
+            yield
+            return
+        now = ModuleState(model, self.context.device)
+        began.put()
+        try:
+            yield
+        finally:
+            now.put()
 
     def _local_parameter(self, path: str) -> Tensor:
         if self.context.parameters[path].is_meta:
@@ -211,7 +238,12 @@ class CallState(RequestState):
         if side is None:
             raise LookupError(f"this call did not come to {node.site}: what it visits depends on its values")
         if isinstance(node, Read):
-            self.values[node_id] = side.read(node.site.selector).to(self.context.device)
+            value = side.read(node.site.selector)
+            facts = self.program.facts[node_id]
+            if facts is not None and (tuple(value.shape), value.dtype) != (facts.shape, TORCH_DTYPES[facts.dtype]):
+                told = f"{node.site} is {value.dtype} {list(value.shape)} in this call"
+                raise LookupError(f"{told}, planned was {facts.dtype} {list(facts.shape)}: it depends on values")
+            self.values[node_id] = value.to(self.context.device)
         else:
             side.write(node.site.selector, self.values[node.value.node], in_place=node.in_place)
         self.fired.append(node_id)
@@ -220,8 +252,10 @@ class CallState(RequestState):
 class Side:
     """What a module takes or gives at one visit, while a request looks at it."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, kept: Collection[int] = ()) -> None:
+        """`kept`: memory of the model itself, which stays as it is."""
         self.value = value
+        self._kept = kept
 
     def read(self, selector: Selector) -> Tensor:
         """A snapshot of a tensor in it."""
@@ -233,6 +267,8 @@ class Side:
         if given.shape != tensor.shape:
             raise ValueError(f"the value has shape {list(given.shape)}, the site {list(tensor.shape)} in this call")
         if in_place:
+            if memory_of(tensor) in self._kept:
+                raise ValueError("the model keeps this tensor behind the call: write `site = value`")
             tensor.copy_(given)
         else:
             self.value = with_member(self.value, selector, torch.empty_like(tensor).copy_(given))
@@ -240,9 +276,11 @@ class Side:
     def _tensor(self, selector: Selector) -> Tensor:
         found = self.value
         for key in selector:
-            found = found[key]
+            found = member_of(found, key)
         if not isinstance(found, Tensor):
             raise LookupError("there is no tensor here in this call: what it gives depends on its values")
+        if found.layout is not torch.strided or found.is_nested:
+            raise LookupError("in this call the tensor here is a nested or sparse one, which is not read or written")
         return found
 
 
@@ -252,6 +290,7 @@ class _Call:
 
     visits: Visits
     come: Callable[[int, Any], Any] = stop  # gives what goes on of what a visit has
+    kept: Collection[int] = ()  # memory of the model itself, where something is written in place
     counts: dict[tuple[str, Port], int] = field(default_factory=dict)  # of visits so far
     num_left: int = 0
 

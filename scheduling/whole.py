@@ -14,7 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from polytrace.collector import young_only
 from polytrace.description import ModelDescription, PassLayout, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Inputs, Port, Read, Request, Write
+from polytrace.graph import Grad, GradWrite, Inputs, Port, Read, Request, Write
 from scheduling import program
 from scheduling.checks import resolve, table_of
 from scheduling.liveness import peak_bytes
@@ -78,6 +78,10 @@ def compile_call(
     with young_only:
         # 1) Refuse what does not fit the model.
         graph, limits = request.graph, description.limits
+        for node in graph.nodes:
+            if isinstance(node, (Grad, GradWrite)):
+                told = f"{description.class_name} is called as it is, without gradients"
+                raise GraphError(f"{told}: .backward() and .grad are for language models", where=node.where)
         resolved = resolve(request, table_of(description))
         check_writes(request, resolved, facts)
 
