@@ -242,7 +242,8 @@ class CallState(RequestState):
             facts = self.program.facts[node_id]
             if facts is not None and (tuple(value.shape), value.dtype) != (facts.shape, TORCH_DTYPES[facts.dtype]):
                 told = f"{node.site} is {value.dtype} {list(value.shape)} in this call"
-                raise LookupError(f"{told}, planned was {facts.dtype} {list(facts.shape)}: it depends on values")
+                planned = f"planned was {facts.dtype} {list(facts.shape)}"
+                raise LookupError(f"{told}, {planned}: it depends on more than the arguments")
             self.values[node_id] = value.to(self.context.device)
         else:
             side.write(node.site.selector, self.values[node.value.node], in_place=node.in_place)

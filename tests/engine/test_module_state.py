@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import polytrace
-from polytrace.errors import GraphError, RunError
+from engine.whole_sites import CallSites
+from polytrace.errors import GraphError, RunError, TooLargeError
+from polytrace.graph import Given, Inputs, Port
+from polytrace.tensors import RawTensor
 
 
 class Held(nn.Module):
@@ -233,3 +236,38 @@ def test_what_cannot_be_is_said() -> None:
         warnings.simplefilter("ignore")
         with model.trace(torch.ones(2, 2, 8), src_key_padding_mask=mask):
             model.layers[0].linear1.output.save()
+
+
+class Looking(nn.Module):
+    """Looks at integers, and makes much of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, numbers: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        for _ in range(int(numbers[0])):
+            x = self.linear(x)
+        return x, numbers[:, None] == numbers[None, :], torch.repeat_interleave(counts, counts)
+
+
+def test_what_is_too_large_is_refused_before_memory_is_taken_for_it() -> None:
+    with torch.device("meta"):
+        sites = CallSites(Looking(), 1 << 28)
+
+    def found(numbers: Tensor, counts: Tensor) -> int:
+        tensors = {"x": torch.ones(1, 2), "numbers": numbers, "counts": counts}
+        constants = {name: raw_of(tensor) for name, tensor in tensors.items()}
+        inputs = Inputs(args=(), kwargs={name: Given(name) for name in tensors})
+        return sum(site.module == "linear" and site.port is Port.OUTPUT for site in sites.of(inputs, constants))
+
+    assert found(torch.tensor([3, 1]), torch.tensor([2, 1])) == 3
+    with pytest.raises(TooLargeError, match=r"makes a tensor of 10000000000000 integers"):
+        found(torch.tensor([3, 1]), torch.tensor([10_000_000_000_000]))
+    with pytest.raises(TooLargeError, match=r"makes a tensor of 1000000000000 bytes \(\[1000000, 1000000\]\)"):
+        found(torch.ones(1_000_000, dtype=torch.int64), torch.tensor([2, 1]))
+
+
+def raw_of(tensor: Tensor) -> RawTensor:
+    data = memoryview(tensor.numpy().tobytes())
+    return RawTensor(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), data=data)
