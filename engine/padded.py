@@ -32,6 +32,7 @@ from engine.leaves import first_argument
 from engine.lockstep import in_step, stop
 from engine.own_caches import OwnCache
 from engine.points import Points
+from engine.reruns import Rerun
 from engine.side_by_side import SideBySide
 from engine.spans import SpanStore
 from engine.stage import Done, PackedRows, StageRunner, Visit, putting_in, replace_first_argument, taking_out
@@ -94,7 +95,8 @@ class PaddedRunner(StageRunner):
             following = self._following(rows.tape)
             for handle in (self._taking(), *self._visiting(stopping, stop_after, points), *following):
                 hooks.callback(handle.remove)
-            hooks.enter_context(self._operations(stopping, stop_after))
+            reruns = [self._rerun_alone(level) for level in self._rerun_layers(rows, visits)]
+            hooks.enter_context(self._rewritten(reruns, stopping, stop_after))
             runs = [
                 self._run_of(place, rows, caches[place], points, part)
                 for place, part in zip(running, _parts(hidden_1TD, lengths), strict=True)
@@ -146,6 +148,23 @@ class PaddedRunner(StageRunner):
             hidden_1LD=hidden_1LD,
             recording=rows.recording,
         )
+
+    def _rerun_alone(self, level: int) -> Rerun:
+        def of_run() -> Callable[[], AbstractContextManager[None]]:
+            run = _running.get()
+            assert run is not None, "a layer runs for a sequence"
+
+            @contextmanager
+            def again() -> Iterator[None]:
+                own = AttentionPass(run.attention.pass_id, run.attention.store, run.attention.device)
+                own.is_taped = True
+                own.enter(level, run.streams.layer(level))
+                with attending(own):
+                    yield
+
+            return again
+
+        return Rerun(self._layers[level], of_run)
 
     def _cache_of(self, place: int, rows: PackedRows) -> OwnCache | RunsAgain | None:
         """With what a sequence runs: None when it does not go on behind this pass."""

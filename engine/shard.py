@@ -225,7 +225,8 @@ class Shard:
         # Behind the handler: until then the error holds the frames, and these what filled the memory.
         self._forget_all()
         rows = max(plan.layer_rows, default=0)
-        raise PassTooLargeError(f"{told}, in a pass of {rows:,} rows and {len(plan.members)} requests")
+        told_pass = f"in a pass of {rows:,} rows and" if plan.of is None else "on the way back of"
+        raise PassTooLargeError(f"{told}, {told_pass} {len(plan.members)} requests")
 
     def _run(self, plan: Plan) -> ShardResult:
         watch = Stopwatch()
@@ -514,7 +515,9 @@ class Shard:
         self, fragments: list[tuple[RequestState, Fragment]], tape: Tape, order: int, layouts: Mapping[Selector, int]
     ) -> Callable[[object], object]:
         """In a pass that is run backwards later. What is written lands right there: all levels have the same rows."""
-        selectors = self._row_leaves.get(order) or row_leaves_of(self.context.table.sources.site_at(order))
+        if order not in self._row_leaves:
+            self._row_leaves[order] = row_leaves_of(self.context.table.sources.site_at(order))
+        selectors = self._row_leaves[order]
         place = TapePlace(order=order, port=self._port(order)[1], selectors=selectors, layouts=layouts)
 
         def run(port: PortValue) -> None:

@@ -30,7 +30,7 @@ def run_turn(state: RequestState, node: SiteGrad, port: GradientPort) -> Tensor 
     leaf = state.context.sites[at.site][1]
     rows, gradient = state.rows_of(node.at, at), port.gradients[at.site.selector]
     if node.turn is Turn.TAKE:
-        is_assigned = any(not state.is_in_place(write) for write in (*_earlier(state, node.at, at), node.at))
+        is_assigned = any(not state.is_in_place(write) for write in (*earlier(state, node.at, at), node.at))
         return _whole(state, gradient.take(rows, is_assigned=is_assigned), leaf)
     behind = _assigned(state, node.at, at)
     if node.turn is Turn.LOOK:
@@ -46,7 +46,7 @@ def run_turn(state: RequestState, node: SiteGrad, port: GradientPort) -> Tensor 
     return None
 
 
-def _earlier(state: RequestState, node: NodeId, at: Read | Write) -> list[NodeId]:
+def earlier(state: RequestState, node: NodeId, at: Read | Write) -> list[NodeId]:
     """Writes of its invoke to the same tensor at the same visit that come before a read or write."""
     return [write for write in state.writes_of(at.site, at.invoke) if write < node]
 
@@ -54,7 +54,7 @@ def _earlier(state: RequestState, node: NodeId, at: Read | Write) -> list[NodeId
 def _assigned(state: RequestState, node: NodeId, at: Read | Write) -> list[RowView]:
     """Rows that a read sees as they were assigned before it: by assignments, and by all writes behind these."""
     found, is_assigned = [], False
-    for write in _earlier(state, node, at):
+    for write in earlier(state, node, at):
         is_assigned = is_assigned or not state.is_in_place(write)
         if is_assigned:
             event = state.program.graph.nodes[write]

@@ -9,7 +9,7 @@ that is needed of it. What a module raises fails its request and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,15 +33,18 @@ from engine.recorder import memory_of
 from engine.results import MemorySink, ResultSink, Writer, sink_for
 from engine.stage import replace_first_argument
 from engine.stopwatch import Stopwatch
+from engine.turns import earlier
 from engine.whole_sites import arguments_of, told
+from engine.whole_tape import NoGradientError, Ports, WholeTape, cuts_of, sweep
 from engine.writes import member_of, with_member
 from polytrace.description import ModelDescription
 from polytrace.given import with_given
-from polytrace.graph import Given, NodeId, Port, Read, Write
+from polytrace.graph import Given, NodeId, Port, Read, SiteGrad, Write
+from polytrace.graph import Turn as GradientTurn
 from polytrace.sources import SiteIndex
 from scheduling.call_turns import Turn, turns_of
 from scheduling.checks import table_of
-from scheduling.plan import PROLOGUE, Fragment, Member, Phase, Plan, Program, RequestId, ShardResult
+from scheduling.plan import PROLOGUE, Fragment, Member, Phase, Plan, Program, RequestId, ShardResult, Wave
 
 Visits = dict[tuple[str, Port, int], int]  # (module, port, visit) -> order, of one invoke
 
@@ -126,9 +129,38 @@ class WholeShard:
         return state
 
     def _run_wave(self, member: Member, state: CallState) -> None:
-        for turn in turns_of(member.program, member.wave):
-            if not state.has_failed:
-                self._run_turn(turn, state)
+        wave = member.program.waves[member.wave]
+        if wave.of is not None:
+            self._run_back(wave, wave.of, state)
+        else:
+            if wave.is_taped:
+                state.begin_tapes(member.wave, frozenset(memory_of(tensor) for _, tensor in named_tensors(self.model)))
+            for turn in turns_of(member.program, member.wave):
+                if not state.has_failed:
+                    self._run_turn(turn, state)
+        state.end_wave(wave)
+
+    def _run_back(self, wave: Wave, of: int, state: CallState) -> None:
+        """Runs the calls of a wave backwards."""
+        fragments = {one.order: one for one in wave.stages[0].fragments}
+        if PROLOGUE in fragments:
+            state.run(fragments.pop(PROLOGUE), None)
+        if state.has_failed:
+            return
+        place = None
+
+        def run(order: int, ports: Ports) -> None:
+            nonlocal place
+            if order in fragments:
+                place = fragments[order].nodes[0]
+                state.run_back_at(fragments[order], ports)
+
+        try:
+            sweep(state.tapes[of], tuple(fragments), run)
+        except Exception as error:  # noqa: BLE001  whatever code of the model raises on its way back
+            memory = told_out_of_memory(error)
+            told_back = f"the way back through {type(self.model).__name__} raised {told(error)}"
+            state.fail(place, memory or told_back, is_out_of_memory=memory is not None)
 
     def _run_turn(self, turn: Turn, state: CallState) -> None:
         fragments = {one.order: one for one in turn.fragments}
@@ -138,19 +170,28 @@ class WholeShard:
         nodes = [state.program.graph.nodes[node] for one in turn.fragments for node in one.nodes]
         is_in_place = any(isinstance(node, Write) and node.in_place for node in nodes)
         kept = frozenset(map(memory_of, kept_tensors(self.model))) if is_in_place else frozenset()
-        calls = [_Call(visits[invoke], kept=kept) for invoke in turn.invokes]
+        tapes = {invoke: tape for invoke in turn.invokes if (tape := state.tape_of(invoke)) is not None}
+        for invoke, tape in tapes.items():
+            visits[invoke].update(_visits_at(state, tape))
+        calls = [_Call(visits[invoke], kept=kept, tape=tapes.get(invoke)) for invoke in turn.invokes]
         pending = sorted(fragments)
 
         def meet(order: int, values: Mapping[int, Any]) -> dict[int, Any]:
             """Everything that is due up to a visit, which some calls have come to."""
-            sides = {number: Side(value, calls[number].kept) for number, value in values.items()}
+            sides = {
+                number: Side(value, calls[number].changing, calls[number].kept) for number, value in values.items()
+            }
             port = {turn.invokes[number]: side for number, side in sides.items()}
-            while pending and pending[0] <= order:
-                due = pending.pop(0)
-                state.run_at(fragments[due], port if due == order else {})
+            with torch.no_grad():
+                while pending and pending[0] <= order:
+                    due = pending.pop(0)
+                    state.run_at(fragments[due], port if due == order else {})
             return {number: side.value for number, side in sides.items()}
 
         def failed(number: int, error: Exception) -> None:
+            if isinstance(error, NoGradientError):
+                state.fail(error.node, str(error))
+                return
             memory = told_out_of_memory(error)
             name = type(self.model).__name__
             first = min(fragments[order].nodes[0] for order in calls[number].visits.values())
@@ -178,10 +219,10 @@ class WholeShard:
 
     def _go(self, call: _Call, state: CallState, invoke: int, come: Callable[[int, Any], Any]) -> None:
         """One call, up to the last site that is needed of it."""
-        args, kwargs = state.arguments(invoke)
         call.come = come
         as_before = state.as_at_first(invoke, self.model) if call.come is not stop else nullcontext()
-        with torch.no_grad(), as_before, _hooked(self.model, call), _current(call), suppress(_Enough):
+        with call.recording(), as_before, _hooked(self.model, call), _current(call), suppress(_Enough):
+            args, kwargs = state.arguments(invoke)
             self.model(*args, **kwargs)
 
 
@@ -191,6 +232,22 @@ class CallState(RequestState):
     def __init__(self, program: Program, context: ShardContext, sink: ResultSink) -> None:
         super().__init__(program, context, sink)
         self._began: dict[int, ModuleState] = {}  # of invokes, where some may run again
+        self.tapes: dict[int, dict[int, WholeTape]] = {}  # of waves that are run backwards later, by invoke
+
+    def begin_tapes(self, wave: int, own: frozenset[int]) -> None:
+        """The calls of a wave are recorded. `own` is the memory of the model's tensors."""
+        cuts = cuts_of(self.program, wave)
+        self.tapes[wave] = {invoke: WholeTape(cuts=orders, own=own) for invoke, orders in cuts.items()}
+
+    def tape_of(self, invoke: int) -> WholeTape | None:
+        """That of a call of this wave."""
+        assert self.member is not None, "a wave has begun"
+        return self.tapes.get(self.member.wave, {}).get(invoke)
+
+    def end_wave(self, wave: Wave) -> None:
+        """Tapes that nobody runs back any more are forgotten; all of them when the request has failed."""
+        for freed in self.tapes.copy() if self.has_failed else wave.frees:
+            self.tapes.pop(freed, None)
 
     def arguments(self, invoke: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a call is given: tensors of its own, so that code of the model may change them in place."""
@@ -227,8 +284,41 @@ class CallState(RequestState):
         self._sides = sides
         self.run(fragment, None)
 
+    def run_back_at(self, fragment: Fragment, ports: Ports) -> None:
+        """Runs a fragment where the gradients of calls have come to a visit, by invoke."""
+        self._ports = ports
+        self.run(fragment, None)
+
+    def _turn(self, node: SiteGrad) -> Tensor | None:
+        """Takes a graph's turn at the gradient of a site; its value, None where it has none."""
+        at = self.program.graph.nodes[node.at]
+        assert isinstance(at, (Read, Write))
+        gradient = self._ports.get(at.invoke, {}).get(at.site.selector)
+        if gradient is None:
+            raise LookupError(f"this call did not come to {at.site}: what it visits depends on its values")
+        is_behind = any(not self.is_in_place(write) for write in earlier(self, node.at, at))
+        if node.turn is GradientTurn.TAKE:
+            taken = gradient.take(is_assigned=is_behind or not self.is_in_place(node.at))
+            return taken.to(self.context.device)
+        if node.turn is GradientTurn.LOOK:
+            return gradient.look(is_behind=is_behind).to(self.context.device)
+        assert node.value is not None
+        value = self.values[node.value.node]
+        if node.turn is GradientTurn.ADD:
+            gradient.add(value, is_behind=is_behind)
+        else:
+            gradient.set(value, is_behind=is_behind)
+        return None
+
     def _run_node(self, node_id: NodeId, order: int, port: Any) -> None:
         node = self.program.graph.nodes[node_id]
+        if isinstance(node, SiteGrad):
+            if not self.has_failed:
+                value = self._turn(node)
+                if value is not None:
+                    self.values[node_id] = value
+                self.fired.append(node_id)
+            return
         if not isinstance(node, (Read, Write)):
             super()._run_node(node_id, order, port)
             return
@@ -253,9 +343,10 @@ class CallState(RequestState):
 class Side:
     """What a module takes or gives at one visit, while a request looks at it."""
 
-    def __init__(self, value: Any, kept: Collection[int] = ()) -> None:
-        """`kept`: memory of the model itself, which stays as it is."""
+    def __init__(self, value: Any, changing: Callable[[Tensor], None], kept: Collection[int]) -> None:
+        """`changing` hears of tensors that are about to be written to; `kept` is memory of the model itself."""
         self.value = value
+        self._changing = changing
         self._kept = kept
 
     def read(self, selector: Selector) -> Tensor:
@@ -270,6 +361,7 @@ class Side:
         if in_place:
             if memory_of(tensor) in self._kept:
                 raise ValueError("the model keeps this tensor behind the call: write `site = value`")
+            self._changing(tensor)
             tensor.copy_(given)
         else:
             self.value = with_member(self.value, selector, torch.empty_like(tensor).copy_(given))
@@ -294,6 +386,7 @@ class _Call:
     kept: Collection[int] = ()  # memory of the model itself, where something is written in place
     counts: dict[tuple[str, Port], int] = field(default_factory=dict)  # of visits so far
     num_left: int = 0
+    tape: WholeTape | None = None  # where its gradient is asked for
 
     def __post_init__(self) -> None:
         self.num_left = len(self.visits)
@@ -306,10 +399,21 @@ class _Call:
         if order is None:
             return value
         after = self.come(order, value)
+        if self.tape is not None:
+            after = self.tape.cut(order, value, after)
         self.num_left -= 1
         if not self.num_left:
             raise _Enough
         return after
+
+    def recording(self) -> AbstractContextManager[None]:
+        """How the model is run."""
+        return torch.no_grad() if self.tape is None else self.tape.recording()
+
+    def changing(self, tensor: Tensor) -> None:
+        """Somebody writes to a tensor in place."""
+        if self.tape is not None:
+            self.tape.saved.protect([tensor])
 
 
 class _Enough(BaseException):
@@ -373,6 +477,17 @@ def _hooked(model: nn.Module, call: _Call) -> Iterator[None]:
             if True in sides:
                 hooks.callback(module.register_forward_hook(partial(behind, path)).remove)
         yield
+
+
+def _visits_at(state: CallState, tape: WholeTape) -> Visits:
+    """Where a call is visited for its gradient."""
+    found: Visits = {}
+    for order, nodes in tape.cuts.items():
+        for node_id in nodes.values():
+            node = state.program.graph.nodes[node_id]
+            assert isinstance(node, (Read, Write))
+            found[node.site.module, node.site.port, node.site.visit] = order
+    return found
 
 
 def _visits_of(state: CallState, fragments: Mapping[int, Fragment]) -> dict[int, Visits]:

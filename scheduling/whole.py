@@ -7,16 +7,18 @@ or to leave out, and nothing to pack: a wave names what runs, and its calls foll
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
 from polytrace.collector import young_only
 from polytrace.description import ModelDescription, PassLayout, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
-from polytrace.graph import Grad, GradWrite, Inputs, Port, Read, Request, Write
+from polytrace.graph import Inputs, Port, Read, Request, Write
 from scheduling import program
 from scheduling.checks import resolve, table_of
+from scheduling.columns import Columns
+from scheduling.gradients import expand, has_gradients
 from scheduling.liveness import peak_bytes
 from scheduling.placement import find_live, find_order, place, scale_of
 from scheduling.plan import PROLOGUE, Program, RequestId, ValueFacts, Wave, WaveRows
@@ -78,18 +80,27 @@ def compile_call(
     with young_only:
         # 1) Refuse what does not fit the model.
         graph, limits = request.graph, description.limits
-        for node in graph.nodes:
-            if isinstance(node, (Grad, GradWrite)):
-                told = f"{description.class_name} is called as it is, without gradients"
-                raise GraphError(f"{told}: .backward() and .grad are for language models", where=node.where)
         resolved = resolve(request, table_of(description))
         check_writes(request, resolved, facts)
 
         # 2) Give each node its point: a value that is needed earlier than it is made opens a later wave.
         scale = scale_of(description)
         live = find_live(graph, resolved)
+        earliest: Sequence[int] | None = None
+        cuts: Mapping[int, tuple[int, ...]] = {}
+        frees: Mapping[int, tuple[int, ...]] = {}
+        if has_gradients(graph):
+            columns = Columns(narrowed={}, changed={}, graph=graph, facts=facts)
+            expanded = expand(request, resolved, columns, table_of(description), scale)
+            resolved, live, graph, facts = (
+                expanded.resolved,
+                expanded.live,
+                expanded.request.graph,
+                expanded.columns.facts,
+            )
+            earliest, cuts, frees = expanded.earliest, expanded.cuts, expanded.frees
         order = find_order(graph, resolved, live)
-        points = place(graph, resolved, order, facts, scale)
+        points = place(graph, resolved, order, facts, scale, earliest)
         runs = find_runs(graph, resolved, live, points, scale)
 
         # 3) Plan what is dropped when, and where saved values go.
@@ -99,8 +110,19 @@ def compile_call(
         if result_bytes > limits.max_result_bytes:
             raise TooLargeError(f"all saves take {result_bytes} bytes; the limit is {limits.max_result_bytes}")
         waves = [
-            Wave(invokes=(), kept=(), cones=(), until=PROLOGUE, rows=_NO_ROWS, rows_anew=_NO_ROWS, stages=stages)
-            for stages in works
+            Wave(
+                invokes=(),
+                kept=(),
+                cones=(),
+                until=PROLOGUE,
+                rows=_NO_ROWS,
+                rows_anew=_NO_ROWS,
+                stages=stages,
+                cuts=cuts.get(number, ()),
+                of=scale.of[number] if scale.is_backward(number) else None,
+                frees=frees.get(number, ()),
+            )
+            for number, stages in enumerate(works)
         ]
         return Program(
             request=request_id,

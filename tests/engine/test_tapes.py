@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import gradient_programs
+import padded_families
 import pytest
 import torch
 from families import FAMILIES, model_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from points import POINTS, attending
 from programs import difference, find, values_in_order
 from torch import Tensor
@@ -301,3 +307,65 @@ class _counting:
 
     def __exit__(self, *_: object) -> None:
         del self._tapes.free  # type: ignore[attr-defined]
+
+
+# --- prompts that run alone, side by side
+
+
+@pytest.fixture(scope="module", params=["jamba", "mamba2", "falcon_alibi"])
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("model")
+    plain = padded_families.model_of(request.param)
+    plain.save_pretrained(folder)
+    return padded_families.FAMILIES[request.param], plain, LocalBackend(str(folder), threads=1, policy=EVERYONE)
+
+
+@settings(max_examples=4, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_prompts_that_run_alone_have_gradients(alone: Any, data: st.DataObject) -> None:
+    family, plain, backend = alone
+    program = data.draw(gradient_programs.programs(family))
+    tracers = [gradient_programs.record(Model(backend), program, run=False) for _ in range(2)]
+    first, second = _merged(backend, tracers)
+    (by_itself,) = _merged(backend, [gradient_programs.record(Model(backend), program, run=False)])
+    assert all(map(torch.equal, first, by_itself)) and all(map(torch.equal, second, by_itself)), program
+    assert difference(first, gradient_programs.run_by_hand(plain, program)) <= TOLERANCE, program
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_bfloat16_gradients_are_as_near_to_float32_as_plain_ones(family: str, tmp_path: Path) -> None:
+    """Of ten prompts together our error is at most 1.1 times that of the plain model in bfloat16."""
+    plain, places = model_of(family).to(torch.bfloat16), FAMILIES[family]
+    plain.save_pretrained(tmp_path)
+    backend = LocalBackend(str(tmp_path), dtype="bfloat16", threads=1, policy=EVERYONE)
+    model = Model(backend)
+    reference = copy.deepcopy(plain).float()
+    draw = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 96, (10, 30), generator=draw).tolist()
+    tracers = []
+    for prompt in prompts:
+        with model.trace([prompt], run=False) as tracer:
+            hidden = find(model, f"{places.layers}.0").output
+            with (model.lm_head.output[:, -1].float() @ WEIGHTS).sum().backward():
+                hidden.grad.save()
+        tracers.append(tracer)
+    merged = _merged(backend, tracers)
+    (alone,) = _merged(backend, tracers[:1])
+    assert torch.equal(merged[0][0], alone[0])
+    exact = torch.cat([_behind_first_layer(reference, places, prompt) for prompt in prompts])
+    theirs = torch.cat([_behind_first_layer(plain, places, prompt) for prompt in prompts])
+    ours = torch.cat([values[0].float() for values in merged])
+    assert 0 < (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+def _behind_first_layer(plain: Any, family: Any, prompt: list[int]) -> Tensor:
+    seen: list[Tensor] = []
+    handles = [
+        plain.get_submodule(path).register_forward_hook(lambda module, args, out: seen.append(out))
+        for path in (f"{family.layers}.0", "lm_head")
+    ]
+    plain(torch.tensor([prompt]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    hidden, logits = seen
+    return torch.autograd.grad((logits[:, -1].float() @ WEIGHTS).sum(), [hidden])[0].float()

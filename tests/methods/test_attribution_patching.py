@@ -57,7 +57,7 @@ def changes(
     values = [seen[point, layer] for layer in layers]
     gradients = torch.autograd.grad(measured, values)
     products = [
-        (given[point, layer] - value.detach())[0] * gradient[0]
+        torch.where(gradient == 0, 0.0, given[point, layer] - value.detach())[0] * gradient[0]
         for layer, value, gradient in zip(layers, values, gradients, strict=True)
     ]
     return products, float(measured.detach())
@@ -83,6 +83,7 @@ def agree(ours: Any, theirs: Any) -> None:
         ("v", "head", [0, 2]),
         ("pattern", None, [1, 2]),
         ("pattern", "position", [0, 2]),
+        ("scores", None, [1, 2]),
         ("mlp_post", None, [0]),
         ("z", ("position", "head"), [2]),
     ],
