@@ -143,7 +143,7 @@ def become(tensor: Tensor, leaf: Tensor, saved: SavedTensors) -> bool:
 def _can_change(view: Tensor) -> bool:
     """Whether torch lets a view change in place: not one of several of an operation. Trying would spoil them all."""
     autograd: Any = torch._C._autograd
-    return bool(autograd._get_creation_meta(view) is autograd.CreationMeta.DEFAULT)
+    return bool(autograd._get_creation_meta(view) == autograd.CreationMeta.DEFAULT)
 
 
 class _HandedOn(Function):
