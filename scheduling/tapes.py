@@ -95,10 +95,11 @@ def tape_bytes(tapes: Sequence[Tape], description: ModelDescription, table: Mode
             held = [one + other for one, other in zip(held, tape.stop_bytes, strict=True)]
             for layer in tape.layers:
                 is_whole = not reruns or layer in tape.stopping
-                held[stages[layer]] += tape.rows * (description.tape_bytes if is_whole else description.hidden_bytes)
+                whole = tape.rows * description.tape_bytes + description.tape_fill_bytes
+                held[stages[layer]] += whole if is_whole else tape.rows * description.hidden_bytes
         if reruns:  # one layer at a time is there in full
             rows = max((tape.rows for tape in there), default=0)
-            held = [one + rows * description.tape_bytes for one in held]
+            held = [one + rows * description.tape_bytes + description.tape_fill_bytes for one in held]
         most = max(most, *held)
     return most
 
@@ -114,6 +115,6 @@ def fit(tapes: Sequence[Tape], description: ModelDescription, table: ModelTable)
         return least, True
     rows = sum(tape.rows for tape in tapes)
     raise TooLargeError(
-        f"the gradients of this request keep {least:,} bytes on a shard, of {rows:,} tokens; the limit is {limit:,}: "
+        f"the gradients of this request keep {least:,} bytes on a shard, of {rows:,} rows; the limit is {limit:,}: "
         "ask for the gradients of fewer prompts at once, or of later layers"
     )
