@@ -113,6 +113,7 @@ def test_with_less_memory_layers_run_again_with_the_same_bits_and_with_too_littl
     tracer = of_family(model, "llama", ids([120, 100]), [0, 3])
     program = local.compile(tracer.built_request())
     (whole,) = run(local, [tracer])
+    assert whole.receipt is not None and whole.receipt.tape_bytes == program.tape_bytes
     held = max(held_by_pass(local, local.compile(tracer.built_request())))
     assert not any(wave.reruns for wave in program.waves)
     with room(local, program.tape_bytes - 1):
