@@ -20,7 +20,9 @@ from scheduling.checks import ModelTable
 from scheduling.plan import MIN_ROWS
 from scheduling.waves import Run
 
-_AT_A_STOP = 2  # gradients: of what is handed on there, and of what others hold already
+_AT_AN_INPUT = 2  # gradients: of what is handed on there, and of what others hold already
+_AT_A_STOP = 3  # these, and what was written
+_OF_A_STAGE = 4  # hidden states: what it takes in, with its gradient, and what it hands on; or what the last norm keeps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,7 @@ class Tape:
     rows: int  # with those that fill up its pass
     layers: tuple[int, ...]  # that its rows run through from the first stop on
     stopping: frozenset[int]  # of these, the layers inside of which gradients stop
-    stop_bytes: tuple[int, ...]  # by stage: of gradients where they stop
+    stop_bytes: tuple[int, ...]  # by stage: where gradients stop, and where stages meet
 
 
 def tapes_of(
@@ -56,17 +58,22 @@ def tapes_of(
         inside = frozenset(levels.of(order) for order in orders if levels.is_inside(order))
         rows = _filled(sum(invokes[run.invoke].num_tokens for run in own), table.description)
         head = sum(len(kept[wave, run.invoke]) * len(invokes[run.invoke].sequences) for run in own)
+        layers = tuple(range(levels.acts_from(orders[0]), begun))
         stop_bytes = [0] * (1 + max(levels.stages, default=0))
+        if len(stop_bytes) > 1:
+            for stage in {levels.stages[layer] for layer in layers} | {sites[order].stage for order in orders}:
+                stop_bytes[stage] += _OF_A_STAGE * rows * table.description.hidden_bytes
         for order in orders:
             site = sites[order]
             num_rows = _filled(head, table.description) if site.rows is Rows.KEPT else rows
-            stop_bytes[site.stage] += _AT_A_STOP * num_rows * _row_bytes(site)
+            count = _AT_AN_INPUT if order in levels.inputs else _AT_A_STOP
+            stop_bytes[site.stage] += count * num_rows * _row_bytes(site)
         found.append(
             Tape(
                 begin=wave,
                 end=ends[wave],
                 rows=rows,
-                layers=tuple(range(levels.acts_from(orders[0]), begun)),
+                layers=layers,
                 stopping=inside,
                 stop_bytes=tuple(stop_bytes),
             )

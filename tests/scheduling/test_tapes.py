@@ -19,7 +19,9 @@ TINY = replace(
 )
 PROMPT = list(range(1, 22))  # 21 tokens: 24 rows
 ELEMENT = itemsize("float32")
-STOP = 2 * HIDDEN * ELEMENT  # gradients of a row of hidden states, where they stop
+INPUT, STOP = 2 * HIDDEN * ELEMENT, 3 * HIDDEN * ELEMENT  # a row's gradients in front of a layer, and where they stop
+ENDS = 4 * HIDDEN_BYTES  # a row's hidden states where a stage begins and ends
+HEAD = 16 * 3 * VOCAB * ELEMENT  # one row, which is filled up to 16
 
 
 def asked(description: ModelDescription, layer: int, *, losses: int = 1, module: str = "") -> Program:
@@ -34,10 +36,9 @@ def asked(description: ModelDescription, layer: int, *, losses: int = 1, module:
 
 
 def test_layers_from_the_first_stop_on_count_on_the_shard_that_keeps_most() -> None:
-    # The last stage has layers 2 and 3, their inputs, and the head with its one row, which is filled up to 16.
-    last_stage = 24 * (2 * ROW + 2 * STOP) + 2 * FILL + 16 * 2 * VOCAB * ELEMENT
+    last_stage = 24 * (2 * ROW + 2 * INPUT + ENDS) + 2 * FILL + HEAD  # layers 2 and 3
     assert asked(TINY, 0).tape_bytes == asked(TINY, 1).tape_bytes == last_stage
-    one_layer = 24 * (ROW + STOP + STOP) + FILL + 16 * 2 * VOCAB * ELEMENT
+    one_layer = 24 * (ROW + INPUT + STOP + ENDS) + FILL + HEAD
     assert asked(TINY, 2).tape_bytes == one_layer  # layer 3 and its input, and the output of layer 2
     assert asked(TINY, 0).tape_bytes > asked(TINY, 2).tape_bytes
 
@@ -52,7 +53,7 @@ def test_what_does_not_fit_runs_layers_again_and_else_is_refused_with_the_number
     program = asked(short, 0)
     assert [wave.reruns for wave in program.waves] == [True, False]
     # Each layer keeps what came in; one at a time is there in full.
-    least = 24 * (2 * HIDDEN_BYTES + 2 * STOP) + 16 * 2 * VOCAB * ELEMENT + 24 * ROW + FILL
+    least = 24 * (2 * HIDDEN_BYTES + 2 * INPUT + ENDS) + HEAD + 24 * ROW + FILL
     assert program.tape_bytes == least < whole
     with pytest.raises(TooLargeError, match=rf"{least:,} bytes.* 24 rows; the limit is {least - 1:,}"):
         asked(replace(TINY, limits=Limits(max_sequence_tokens=100, tape_bytes=least - 1)), 0)
