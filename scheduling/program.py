@@ -168,7 +168,8 @@ def _compile(
 
     ends = {wave: back for back, waves in frees.items() for wave in waves}
     stops = {wave: cuts_of(cuts, wave, runs, resolved, table.levels) for wave in cuts}
-    tapes = tapes_of(stops, ends, runs, kept, request.invokes, table)
+    visited = [entry[0] for entry in resolved.sites if entry is not None]
+    tapes = tapes_of(stops, ends, runs, kept, request.invokes, visited, table)
     taken_bytes, reruns = fit(tapes, description, table)
 
     # 4) Plan what is carried, held and dropped, and where saved values go.

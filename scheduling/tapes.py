@@ -9,7 +9,7 @@ gradient stops are not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from polytrace.description import ModelDescription, Rows, SiteInfo
@@ -22,6 +22,7 @@ from scheduling.waves import Run
 
 _AT_AN_INPUT = 2  # gradients: of what is handed on there, and of what others hold already
 _AT_A_STOP = 3  # these, and what was written
+_OF_PAIRS = 6  # scores, masked and not, and patterns, with their gradients
 _OF_A_STAGE = 4  # hidden states: what it takes in, with its gradient, and what it hands on; or what the last norm keeps
 
 
@@ -43,13 +44,14 @@ def tapes_of(
     runs: Sequence[Run],
     kept: Mapping[tuple[int, int], Sequence[int]],
     invokes: Sequence[Invoke],
+    visited: Iterable[SiteInfo],
     table: ModelTable,
 ) -> list[Tape]:
     """The tapes of a request: `cuts` by wave as of `Wave`, `ends` the last wave that runs each back, `kept` the columns
-    that the head runs on, by wave and invoke.
+    that the head runs on, by wave and invoke, `visited` what its graph reads and writes.
     """
     levels, found = table.levels, []
-    sites = {site.order: site for site in table.description.sites}
+    sites = {site.order: site for site in (*table.description.sites, *visited)}
     for wave, orders in cuts.items():
         if not orders:
             continue
@@ -68,6 +70,8 @@ def tapes_of(
             num_rows = _filled(head, table.description) if site.rows is Rows.KEPT else rows
             count = _AT_AN_INPUT if order in levels.inputs else _AT_A_STOP
             stop_bytes[site.stage] += count * num_rows * _row_bytes(site)
+            longest = max(len(sequence) for run in own for sequence in invokes[run.invoke].sequences)
+            stop_bytes[site.stage] += _OF_PAIRS * rows * longest * _pair_bytes(site)
         found.append(
             Tape(
                 begin=wave,
@@ -89,6 +93,11 @@ def _filled(rows: int, description: ModelDescription) -> int:
 def _row_bytes(site: SiteInfo) -> int:
     """Of one row at a port."""
     return sum(num_bytes(leaf.dtype, leaf.tail) for leaf in site.leaves if not leaf.of_pairs)
+
+
+def _pair_bytes(site: SiteInfo) -> int:
+    """Of one query and key at a port that has a value for each."""
+    return sum(num_bytes(leaf.dtype, leaf.tail) for leaf in site.leaves if leaf.of_pairs)
 
 
 def tape_bytes(tapes: Sequence[Tape], description: ModelDescription, table: ModelTable, *, reruns: bool) -> int:
