@@ -45,20 +45,12 @@ class GradientPort:
         self.gradients = gradients
 
 
-class Joined:
-    """What came to those who held a tensor, and to what was handed on."""
-
-    def __init__(self, handed: Tensor, held: Tensor | None) -> None:
-        """`held`: None where all who have it got it from the port."""
-        self.handed, self.held = handed, held
-
-
-class RowGradient(Joined):
-    """Of a tensor that has rows."""
+class RowGradient:
+    """Of a tensor that has rows: what came to those who held it, and to what was handed on."""
 
     def __init__(self, handed: Tensor, held: Tensor | None, seen: Callable[[Tensor], Tensor]) -> None:
-        """`seen`: the same memory as `[1, T, ...]`."""
-        super().__init__(handed, held)
+        """`held`: None where all who have it got it from the port. `seen`: the same memory as `[1, T, ...]`."""
+        self.handed, self.held = handed, held
         self._handed_1T = seen(handed)
         self._held_1T = None if held is None else seen(held)
 
