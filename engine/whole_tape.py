@@ -31,37 +31,62 @@ from scheduling.plan import Program
 class WholeGradient:
     """What has come to one tensor of a port."""
 
-    def __init__(self, handed: Tensor, held: Tensor | None) -> None:
+    def __init__(self, handed: Came, held: Came | None) -> None:
         """`handed`: to who got it from the port. `held`: to who had it before another was assigned, if it was."""
         self.handed, self.held = handed, held
 
     def parts(self) -> list[Tensor]:
-        """All that has come."""
-        return [self.handed] if self.held is None else [self.held, self.handed]
+        """All of it."""
+        return [self.handed.total] if self.held is None else [self.held.total, self.handed.total]
+
+    def has_come(self, *, is_behind: bool) -> bool:
+        """Whether there is any, be it zeros."""
+        return self.handed.is_there or (not is_behind and self.held is not None and self.held.is_there)
 
     def take(self, *, is_assigned: bool) -> Tensor:
         """As of `engine.gradient_port.Gradient`, of the whole tensor."""
-        value = self.handed.clone()
-        self.handed.zero_()
+        value = self.handed.take()
         if self.held is not None and not is_assigned:
-            value += self.held
-            self.held.zero_()
+            value += self.held.take()
         return value
 
     def add(self, value: Tensor, *, is_behind: bool) -> None:
         """`is_behind`: what was read was assigned before, at the same visit."""
         where = self.handed if is_behind or self.held is None else self.held
-        where += value.to(where.device)
+        where.add(value)
 
     def look(self, *, is_behind: bool) -> Tensor:
         """The total with regard to what was read."""
-        return self.handed.clone() if is_behind or self.held is None else self.held + self.handed
+        if is_behind or self.held is None:
+            return self.handed.total.clone()
+        return self.held.total + self.handed.total
 
     def set(self, value: Tensor, *, is_behind: bool) -> None:
         """The total becomes another."""
         if self.held is not None and not is_behind:
-            self.held.zero_()
-        self.handed.copy_(value)
+            self.held.take()
+        self.handed.take()
+        self.handed.add(value)
+
+
+class Came:
+    """What has come to one leaf."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        self.total = gradient_of(leaf)
+        self.is_there = leaf.grad is not None
+
+    def take(self) -> Tensor:
+        """All of it; nothing is left."""
+        value = self.total.clone()
+        self.total.zero_()
+        self.is_there = False
+        return value
+
+    def add(self, value: Tensor) -> None:
+        """More comes."""
+        self.total += value.to(self.total.device)
+        self.is_there = True
 
 
 class NoGradientError(Exception):
@@ -127,10 +152,10 @@ class WholeSeam:
         """What has come to its leaves, for graphs to see and change; of one tensor it is one."""
         found: dict[Selector, WholeGradient] = {}
         for joint in self._joints:
-            held = None if joint.held is None else gradient_of(joint.held)
+            held = None if joint.held is None else Came(joint.held)
             for selector, leaf in joint.handed.items():
                 if leaf is not None:
-                    found[selector] = WholeGradient(gradient_of(leaf), held)
+                    found[selector] = WholeGradient(Came(leaf), held)
                 else:
                     assert held is not None, "it was cut for all who hold it"
                     found[selector] = WholeGradient(held, None)
@@ -163,7 +188,7 @@ class WholeTape:
     def recording(self) -> Iterator[None]:
         """The call goes inside."""
         try:
-            with torch.inference_mode(False), torch.enable_grad(), self.saved.keeping():
+            with torch.enable_grad(), self.saved.keeping():
                 yield
         finally:
             for seam in self.seams.values():
