@@ -313,3 +313,64 @@ def test_what_has_no_gradient_is_refused() -> None:
         weight = model.pooler.dense.weight
         model.output[0].sum().backward()
         weight.grad.save()
+
+
+class Ungraded(nn.Module):
+    """A model of which a part runs without gradients, one overwrites what its gradient needs, and one does neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, how: str) -> Tensor:
+        hidden = torch.exp(self.first(x))
+        if how == "overwrites":
+            hidden.add_(1.0)
+        elif how == "stops":
+            with torch.no_grad():
+                return self.last(hidden)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [("stops", "nothing of the loss comes back"), ("overwrites", "changes a tensor in place")]
+)
+def test_a_model_that_has_no_gradients_is_told_so(how: str, told: str) -> None:
+    plain = seeded(Ungraded)
+    model = polytrace.load(plain)
+    x, vector = torch.randn(3, 4), torch.zeros(8, requires_grad=True)
+    with pytest.raises(RunError, match=told) as caught, model.trace(x, how):
+        first = model.first.output
+        model.output.sum().backward()
+        first.grad.save()
+    assert caught.value.where is not None and "test_whole_gradients.py" in caught.value.where
+    with pytest.raises(RunError, match=told), model.trace(x, how):
+        model.first.output += vector
+        model.output.sum().backward()  # its end fills `vector.grad`
+    assert vector.grad is None
+    with model.trace(x, "neither"):
+        first = model.first.output
+        model.output.sum().backward()
+        ours = first.grad.save()
+    assert_close(ours, (torch.exp(plain.first(x)) * plain.last.weight.sum(0)).detach())
+
+
+def test_a_failed_call_leaves_the_next_one_right() -> None:
+    plain, path, call, _ = KINDS["bert"]()
+    model = polytrace.load(plain)
+    module = model.get_submodule(path)
+
+    def gradient(spoil: bool) -> Tensor:
+        with model.trace(**call):
+            own = first_of(module.output)
+            if spoil:
+                torch.linalg.cholesky(-torch.eye(2)[None] * own[0, 0, 0].abs()).sum().save()
+            (first_of(model.output) ** 2).sum().backward()
+            saved: Any = own.grad.save()
+        return saved
+
+    before = gradient(False)
+    with pytest.raises(RunError, match="cholesky"):
+        gradient(True)
+    assert torch.equal(gradient(False), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
