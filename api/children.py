@@ -44,7 +44,7 @@ def run_gateway(settings: GatewaySettings, listener_fd: int, lifeline: int) -> N
     from api.worker import CheckerPool
 
     store = Store(Path(settings.store), quota_bytes=settings.quota_bytes)
-    checker = CheckerPool(store.folder, settings.checkers)
+    checker = CheckerPool(store.folder, settings.checkers, max_text_chars=settings.max_text_chars)
     server = GatewayServer(Gateway(store, settings, checker, os.environ.get("POLYTRACE_KEY") or None), settings)
 
     def stop() -> None:

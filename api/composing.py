@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 from api.rendering import rendered
-from api.wishes import ChatWish, CompletionWish, Steer, WishError, sampling_temperature
+from api.wishes import ChatWish, CompletionWish, Steer, WishError, about, sampling_temperature
 from polytrace.description import Leaf, ModelDescription
-from polytrace.errors import GraphError, TooLargeError, WireError
+from polytrace.errors import ContextError, GraphError, TooLargeError, WireError
 from polytrace.generation import MAX_SEED
 from polytrace.graph import (
     Constant,
@@ -40,25 +40,34 @@ from polytrace.graph import (
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_request
 
+CHARS_A_TOKEN = 32  # of a text for which the context could have room, generously
+LEAST_TEXT_CHARS = 1 << 20  # that are taken of any model: to encode them takes one or two seconds and 170 MiB
 _NODES_OF_STEER = 7  # of one vector and one prompt, at most
 
 
-def compose(wish: CompletionWish | ChatWish, description: ModelDescription, tokenizer: Any) -> Request:
-    """The request of a call. Raises UserErrors, WishError where a field is to blame."""
+def compose(
+    wish: CompletionWish | ChatWish, description: ModelDescription, tokenizer: Any, *, max_text_chars: int | None = None
+) -> Request:
+    """The request of a call. Raises WishError, or FieldError with another UserError.
+
+    `max_text_chars` are characters of one prompt; None: CHARS_A_TOKEN of the model's context, or LEAST_TEXT_CHARS.
+    """
     extension = wish.polytrace
     recorded = None if extension is None or extension.request is None else _file(extension.request, description)
     if recorded is not None:
         wish = wish.model_copy(update={"max_tokens": _recorded_max_tokens(recorded, wish)})
-    prompts = _prompts(wish, description, tokenizer)
-    seed = secrets.randbelow(MAX_SEED) if wish.seed is None else wish.seed % MAX_SEED
-    invokes = tuple(
-        Invoke(sequences=(prompt,) * wish.samples, generation=_generation(wish, len(prompt), seed, description))
-        for prompt in prompts
-    )
+    with about(wish.source):
+        prompts = _prompts(wish, description, Encoder(tokenizer, description, max_text_chars))
+        seed = secrets.randbelow(MAX_SEED) if wish.seed is None else wish.seed % MAX_SEED
+        invokes = tuple(
+            Invoke(sequences=(prompt,) * wish.samples, generation=_generation(wish, len(prompt), seed, description))
+            for prompt in prompts
+        )
     if recorded is not None:
         return replace(recorded, invokes=_with_prompts_replaced(recorded.invokes, invokes))
     steers = extension.steers if extension is not None else []
-    nodes, constants = _steering(steers, invokes, description)
+    with about("polytrace"):
+        nodes, constants = _steering(steers, invokes, description)
     return Request(graph=Graph(nodes=nodes), invokes=invokes, constants=constants, options=Options(seed=seed))
 
 
@@ -67,7 +76,36 @@ def prompts_of(request: Request) -> dict[int, tuple[int, ...]]:
     return {place: invoke.sequences[0] for place, invoke in enumerate(request.invokes) if invoke.generation is not None}
 
 
-def _prompts(wish: CompletionWish | ChatWish, description: ModelDescription, tokenizer: Any) -> list[tuple[int, ...]]:
+class Encoder:
+    """Prompts as token ids that the model has, each within what its context can take."""
+
+    def __init__(self, tokenizer: Any, description: ModelDescription, max_text_chars: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = description.vocab_size
+        context = description.limits.max_sequence_tokens
+        self._max_chars = max_text_chars or max(LEAST_TEXT_CHARS, CHARS_A_TOKEN * context)
+
+    def encoded(self, text: str, param: str, *, is_plain: bool = True) -> tuple[int, ...]:
+        """A text, unless it is so long that to encode it would cost the worker its memory and others their time."""
+        if self._tokenizer is None:
+            raise WishError("this model came without a tokenizer: send token ids as prompt", param)
+        if len(text) > self._max_chars:
+            raise ContextError(f"a prompt of {len(text)} characters is too long; at most {self._max_chars} are taken")
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=is_plain).ids)
+        if not ids:
+            raise WishError("a prompt has no tokens", param)
+        return ids
+
+    def checked(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
+        """Ids that came as such."""
+        wrong = next((token for token in ids if token >= self._vocab_size), None)
+        if wrong is not None:
+            raise WishError(f"there is no token {wrong}; this model's ids are 0-{self._vocab_size - 1}", param)
+        return tuple(ids)
+
+
+def _prompts(wish: CompletionWish | ChatWish, description: ModelDescription, encoder: Encoder) -> list[tuple[int, ...]]:
+    encoder.checked(wish.stop_token_ids or (), "stop_token_ids")
     if isinstance(wish, ChatWish):
         chat: dict[str, Any] = dict(wish.chat_template_kwargs or {})
         if wish.add_generation_prompt is not None:
@@ -75,22 +113,13 @@ def _prompts(wish: CompletionWish | ChatWish, description: ModelDescription, tok
         if wish.continue_final_message:
             chat["continue_final_message"] = True
         text = rendered(description.chat, wish.messages, chat)
-        return [_encoded(text, tokenizer, "messages", is_plain=False)]  # it writes its special tokens itself
+        return [encoder.encoded(text, "messages", is_plain=False)]  # it writes its special tokens itself
     if isinstance(wish.prompt, str):
-        return [_encoded(wish.prompt, tokenizer, "prompt")]
+        return [encoder.encoded(wish.prompt, "prompt")]
     prompts = []
     for one in [wish.prompt] if isinstance(wish.prompt[0], int) else wish.prompt:
-        prompts.append(_encoded(one, tokenizer, "prompt") if isinstance(one, str) else tuple(one))
+        prompts.append(encoder.encoded(one, "prompt") if isinstance(one, str) else encoder.checked(one, "prompt"))
     return prompts
-
-
-def _encoded(text: str, tokenizer: Any, param: str, *, is_plain: bool = True) -> tuple[int, ...]:
-    if tokenizer is None:
-        raise WishError("this model came without a tokenizer: send token ids as prompt", param)
-    ids = tuple(tokenizer.encode(text, add_special_tokens=is_plain).ids)
-    if not ids:
-        raise WishError("a prompt has no tokens", param)
-    return ids
 
 
 def _generation(wish: CompletionWish | ChatWish, length: int, seed: int, description: ModelDescription) -> Generation:
@@ -99,7 +128,7 @@ def _generation(wish: CompletionWish | ChatWish, length: int, seed: int, descrip
     if most > room or room < 1:
         limit = description.limits.max_sequence_tokens
         wanted = "" if wish.most_tokens is None else f" and {most} new ones"
-        raise TooLargeError(f"a prompt of {length} tokens{wanted} are more than this model's context of {limit}")
+        raise ContextError(f"a prompt of {length} tokens{wanted} are more than this model's context of {limit}")
     temperature = sampling_temperature(wish)
     sampling = Sampling(seed=seed, repetition_penalty=wish.repetition_penalty or 1.0)
     if temperature > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine
+from http import HTTPStatus
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -12,9 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.problems import headers_of, status_of
-from api.wishes import WishError, wish_error
+from api.wishes import FieldError, WishError, wish_error
 from polytrace.errors import (
     CapacityError,
+    ContextError,
     KeyRefusedError,
     NotFoundError,
     PolytraceError,
@@ -32,29 +34,35 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {"application/json": {}},
     },
 }
-_CODES: tuple[tuple[type[PolytraceError], str], ...] = (
-    (KeyRefusedError, "invalid_api_key"),
-    (NotFoundError, "model_not_found"),
-    (TooLargeError, "context_length_exceeded"),
-)
+MODEL = "model"  # the field
 
 
 def error_body(error: PolytraceError, param: str | None = None) -> dict[str, Any]:
-    """The error as OpenAI writes them."""
+    """The error as OpenAI writes them; `param` is the field that it is about, where that is known."""
     is_users = isinstance(error, UserError)
-    code = next((code for kind, code in _CODES if isinstance(error, kind)), error.code)
     param = error.param if isinstance(error, WishError) else param
     kind = "invalid_request_error" if is_users else "server_error"
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+    return {"error": {"message": str(error), "type": kind, "param": param, "code": _code(error, param)}}
 
 
-def error_answer(error: PolytraceError) -> JSONResponse:
+def _code(error: PolytraceError, param: str | None) -> str:
+    """OpenAI's word where it has one, else ours."""
+    if isinstance(error, ContextError):
+        return "context_length_exceeded"
+    if isinstance(error, KeyRefusedError):
+        return "invalid_api_key"
+    if isinstance(error, NotFoundError) and param == MODEL:
+        return "model_not_found"
+    return error.code
+
+
+def error_answer(error: PolytraceError, param: str | None = None) -> JSONResponse:
     """The error as an answer. OpenAI's client sends again what gets 409 or 5XX, unless it is told not to."""
-    status, _ = status_of(error)
+    status = HTTPStatus.BAD_REQUEST if isinstance(error, ContextError) else status_of(error)[0]
     headers = headers_of(status)
     if not isinstance(error, CapacityError):
         headers["X-Should-Retry"] = "false"
-    return JSONResponse(error_body(error), status_code=int(status), headers=headers)
+    return JSONResponse(error_body(error, param), status_code=int(status), headers=headers)
 
 
 def openai_route(require_key: Callable[[Request], Awaitable[None]]) -> type[APIRoute]:
@@ -70,6 +78,8 @@ def openai_route(require_key: Callable[[Request], Awaitable[None]]) -> type[APIR
                     limited = _LimitedRequest(request.scope, request.receive)
                     await limited.body()  # here: what it raises would be lost in the framework
                     return await handle(limited)
+                except FieldError as found:
+                    return error_answer(found.error, found.param)
                 except PolytraceError as error:
                     return error_answer(error)
                 except RequestValidationError as error:

@@ -22,17 +22,17 @@ from starlette.responses import JSONResponse, Response
 from api.choices import Answer
 from api.event_routes import cancel_soon
 from api.events import TOKEN, Event
-from api.openai_errors import RESPONSES, error_body
+from api.openai_errors import MODEL, RESPONSES, error_body
 from api.served import Checker, Deployments, Served
 from api.settings import GatewaySettings
 from api.store import RequestState, RequestStatus, Store
 from api.streams import COMMENT, MEDIA_TYPE, EventStream, Streams
 from api.waiting import Waiting
-from api.wishes import ChatWish, CompletionWish, WishError
+from api.wishes import ChatWish, CompletionWish, FieldError, about
 from api.worker import Composed
 from polytrace.certificate import Token
 from polytrace.codec import from_json
-from polytrace.errors import CapacityError, PolytraceError, ServiceError
+from polytrace.errors import CapacityError, PolytraceError, ServiceError, from_fields
 from polytrace.tokenizer import load_tokenizer
 from scheduling.plan import RequestId
 
@@ -84,7 +84,8 @@ class OpenAIRoutes:
     # --- inside
 
     async def _answered(self, wish: CompletionWish | ChatWish, request: Request) -> Response:
-        served = self._deployments.taking(wish.model)
+        with about(MODEL):
+            served = self._deployments.taking(wish.model)
         tokenizer = await self._tokenizer(wish.model, served)
         request_id, composed = await self._accepted(wish, served, self._owner_of(request))
         answer = Answer(
@@ -111,9 +112,8 @@ class OpenAIRoutes:
         try:
             composed = await self._checker.compose(wish.model, served.version, path, wish, contents=contents)
             verdict = composed.verdict
-            if composed.param is not None and verdict.error is not None:
-                raise WishError(verdict.error["message"], composed.param)
-            verdict.raise_error()
+            if verdict.error is not None:
+                raise FieldError(from_fields(verdict.error), composed.param)
             assert verdict.facts is not None
             await to_thread.run_sync(self._store.sync_request, request_id)
             add = partial(

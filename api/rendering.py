@@ -14,7 +14,7 @@ from typing import Any
 
 from polytrace.chat import render
 from polytrace.description import ChatFormat
-from polytrace.errors import GraphError, TooLargeError, UserError
+from polytrace.errors import ContextError, GraphError, TooLargeError, UserError
 
 RENDER_S = 2.0
 MAX_CHARS = 4 << 20  # of what a template writes
@@ -38,7 +38,7 @@ def rendered(format: ChatFormat | None, messages: Sequence[Mapping[str, Any]], c
             f"the model's chat template took longer than {RENDER_S:g} s for this conversation"
         ) from None
     if len(text) > MAX_CHARS:
-        raise TooLargeError(f"the conversation is {len(text)} characters long; at most {MAX_CHARS} are taken")
+        raise ContextError(f"the conversation is {len(text)} characters long; at most {MAX_CHARS} are taken")
     return text
 
 

@@ -31,6 +31,7 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_CHECKERS": "processes that check requests before they are accepted",
     "POLYTRACE_MAX_WAIT_S": "longest time that one call may wait for a result",
     "POLYTRACE_MAX_OPEN": "unfinished requests that one deployment takes before it answers 503",
+    "POLYTRACE_MAX_TEXT_CHARS": "characters of one prompt on OpenAI's routes; default: 32 a token of the context",
     "POLYTRACE_QUOTA_BYTES": "bytes of constants, kept values and states that one owner may have on the service",
     "POLYTRACE_RESULT_TTL_S": "seconds that a result and its events are kept after the request has ended",
     "POLYTRACE_UPLOAD_IDLE_S": "silence after which an upload is given up",
@@ -52,6 +53,7 @@ class GatewaySettings:
     upload_idle_s: float = 60.0
     quota_bytes: int = DEFAULT_QUOTA_BYTES
     result_ttl_s: float = DEFAULT_RESULT_TTL_S
+    max_text_chars: int | None = None  # None: by the model's context
     shutdown_s: float = 5.0  # for answers under way when the gateway is told to stop
 
 
@@ -94,6 +96,7 @@ def gateway_settings(store: str) -> GatewaySettings:
         max_open=from_environment("POLYTRACE_MAX_OPEN", int, default.max_open, at_least=1),
         upload_idle_s=from_environment("POLYTRACE_UPLOAD_IDLE_S", float, default.upload_idle_s, at_least=1),
         quota_bytes=quota_bytes(),
+        max_text_chars=from_environment("POLYTRACE_MAX_TEXT_CHARS", int, default.max_text_chars, at_least=1),
         result_ttl_s=from_environment("POLYTRACE_RESULT_TTL_S", float, default.result_ttl_s, at_least=60),
         shutdown_s=default.shutdown_s,
     )

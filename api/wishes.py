@@ -10,12 +10,13 @@ errors, and nobody is answered while they are made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from polytrace.errors import UserError
+from polytrace.errors import PolytraceError, UserError
 from polytrace.generation import MAX_LIKELIEST, MAX_STOP_CHARS, MAX_STOPS
 
 MAX_SAMPLES = 128
@@ -130,9 +131,10 @@ class Wish(Strict):
     def _is_possible(self) -> Wish:
         for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
             if getattr(self, name):
-                raise ValueError(f"{name} is not possible here; repetition_penalty and a graph in polytrace are")
+                told = f"{name} is not possible here; repetition_penalty and a graph in polytrace are"
+                raise _WrongField(told, name)
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream")
+            raise _WrongField("stream_options needs stream", "stream_options")
         return self
 
     @property
@@ -147,6 +149,11 @@ class Wish(Strict):
     def has_usage(self) -> bool:
         """Whether a stream ends with the count of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def source(self) -> str:
+        """The field that prompts come from."""
+        raise NotImplementedError
 
     @property
     def most_tokens(self) -> int | None:
@@ -182,12 +189,16 @@ class CompletionWish(Wish):
     @model_validator(mode="after")
     def _is_completion(self) -> CompletionWish:
         if self.suffix:
-            raise ValueError("suffix is not possible here")
+            raise _WrongField("suffix is not possible here", "suffix")
         if self.best_of not in (None, self.samples):
-            raise ValueError("best_of is not possible here, but for the value of n")
+            raise _WrongField("best_of is not possible here, but for the value of n", "best_of")
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not possible here: trace the prompt for its logits")
+            raise _WrongField("echo with logprobs is not possible here: trace the prompt for its logits", "echo")
         return self
+
+    @property
+    def source(self) -> str:
+        return "prompt"
 
     @property
     def most_tokens(self) -> int | None:
@@ -219,12 +230,17 @@ class ChatWish(Wish):
     def _is_chat(self) -> ChatWish:
         limits = self.max_tokens, self.max_completion_tokens
         if None not in limits and limits[0] != limits[1]:
-            raise ValueError(f"max_tokens is {limits[0]} and max_completion_tokens {limits[1]}: send one of the two")
+            told = f"max_tokens is {limits[0]} and max_completion_tokens {limits[1]}: send one of the two"
+            raise _WrongField(told, "max_tokens")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs")
+            raise _WrongField("top_logprobs needs logprobs", "top_logprobs")
         if "chat_template" in (self.chat_template_kwargs or {}):
-            raise ValueError("a template comes with the model and not with a request")
+            raise _WrongField("a template comes with the model and not with a request", "chat_template_kwargs")
         return self
+
+    @property
+    def source(self) -> str:
+        return "messages"
 
     @property
     def most_tokens(self) -> int | None:
@@ -233,6 +249,34 @@ class ChatWish(Wish):
     @property
     def likeliest(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class FieldError(Exception):
+    """An error, and the field of the body that it is about."""
+
+    def __init__(self, error: PolytraceError, param: str | None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.param = param
+
+
+@contextmanager
+def about(param: str) -> Iterator[None]:
+    """What is wrong inside is about this field, unless it says another."""
+    try:
+        yield
+    except WishError:
+        raise
+    except PolytraceError as error:
+        raise FieldError(error, param) from error
+
+
+class _WrongField(ValueError):
+    """What a check of several fields finds, in the one that is to change."""
+
+    def __init__(self, told: str, param: str) -> None:
+        super().__init__(told)
+        self.param = param
 
 
 class WishError(UserError):
@@ -254,7 +298,8 @@ def wish_error(errors: Sequence[Any]) -> WishError:
         return WishError(f"the body is not JSON: {first['ctx']['error']} at character {path}", None)
     told = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and not path:
-        return WishError(told, param)  # of ours, about several fields
+        wrong = first.get("ctx", {}).get("error")  # of ours, about several fields
+        return WishError(told, wrong.param if isinstance(wrong, _WrongField) else param)
     return WishError(f"{path or 'the body'}: {told}", param)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api.contents import NOTHING, Needs, needs_of
-from polytrace.errors import GraphError, PolytraceError, ServiceError, WireError, from_fields
+from polytrace.errors import GraphError, MissingError, PolytraceError, ServiceError, WireError, from_fields
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,10 +76,11 @@ class Composed:
 
 
 class CheckerPool:
-    """The gateway's side: a pool of workers. Construction starts none."""
+    """The gateway's side: a pool of workers. Construction starts none. `max_text_chars`: as of `api.composing`."""
 
-    def __init__(self, store: Path, workers: int) -> None:
+    def __init__(self, store: Path, workers: int, *, max_text_chars: int | None = None) -> None:
         self._store = store
+        self._max_text_chars = max_text_chars
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
         self._careful: ProcessPoolExecutor | None = None  # one process that checks one request at a time
@@ -151,15 +152,16 @@ class CheckerPool:
             workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start,
-            initargs=(str(self._store),),
+            initargs=(str(self._store), self._max_text_chars),
         )
 
 
 class _Worker:
     """The state of a worker process: the model it has at hand."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, max_text_chars: int | None) -> None:
         self._store = store
+        self.max_text_chars = max_text_chars
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
         self._tokenizers: dict[str, tuple[str, Any]] = {}
         self.calls: dict[str, CallSites] = {}  # of models that are called as they are
@@ -211,7 +213,7 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def _start(store: str) -> None:
+def _start(store: str, max_text_chars: int | None) -> None:
     """First thing in a new worker process."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's business
@@ -219,7 +221,7 @@ def _start(store: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    _worker = _Worker(Path(store))
+    _worker = _Worker(Path(store), max_text_chars)
 
 
 def _end_with_parent() -> None:
@@ -278,7 +280,7 @@ def _sites(model: str, version: str, body: bytes) -> Answer:
 
 def _compose(model: str, version: str, path: str, contents: str, wish: CompletionWish | ChatWish) -> Composed:
     from api.composing import compose, prompts_of
-    from api.wishes import WishError
+    from api.wishes import FieldError, WishError
     from polytrace.wire import encode_request
 
     prompts: dict[int, tuple[int, ...]] = {}
@@ -288,7 +290,11 @@ def _compose(model: str, version: str, path: str, contents: str, wish: Completio
         nonlocal prompts, param
         assert _worker is not None
         try:
-            request = compose(wish, description, _worker.tokenizer(model, version))
+            tokenizer = _worker.tokenizer(model, version)
+            request = compose(wish, description, tokenizer, max_text_chars=_worker.max_text_chars)
+        except FieldError as found:
+            param = found.param
+            raise found.error from None
         except WishError as error:
             param = error.param
             raise
@@ -296,7 +302,11 @@ def _compose(model: str, version: str, path: str, contents: str, wish: Completio
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.writelines(encode_request(request))
         has_text = partial(_worker.has_tokenizer, model, version)
-        return _verdict(description, meta, Path(path), Path(contents), False, has_text)
+        try:
+            return _verdict(description, meta, Path(path), Path(contents), False, has_text)
+        except (GraphError, MissingError):
+            param = None if wish.polytrace is None else "polytrace"
+            raise
 
     verdict = _answered(model, version, judge)
     return Composed(verdict=verdict, prompts=prompts, param=param)

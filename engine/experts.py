@@ -207,7 +207,8 @@ def _linear(experts: Any, name: str, x_PI: Tensor, groups: list[int] | Tensor | 
     if not experts.is_transposed:
         weights = weights.transpose(1, 2)
     if groups is None:
-        return x_PI @ weights[0]
+        product: Tensor = x_PI @ weights[0]
+        return product
     if isinstance(groups, Tensor):
         from engine.grouped import grouped_product  # imports Triton
 

@@ -98,6 +98,7 @@ class RequestState:
         self._in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
         self._constants: dict[str, Tensor] = {}
         self._slots: dict[NodeId, SaveSlot] = {}
+        self._writes: dict[tuple[Site, int], list[NodeId]] | None = None  # see `writes_of`
         self._reach: dict[tuple[int | None, int], dict[int, int]] = {}  # see `begin_wave`, by part and wave
         # of a generation
         self.member: Member | None = None  # what it is in this pass
@@ -129,6 +130,7 @@ class RequestState:
     def _begin_program(self, member: Member) -> None:
         """The request's first program, or the next step of its generation."""
         self.program = member.program
+        self._writes = None
         self._slots = {slot.node: slot for slot in member.program.saves}
         self.values = {node: self.left[left] for node, left in member.binds.items() if left in self.left}
         if member.part is None:
@@ -207,6 +209,7 @@ class RequestState:
 
     def _run_node(self, node_id: NodeId, order: int, port: PortValue | GradientPort | None) -> None:
         node = self.program.graph.nodes[node_id]
+        value: Any
         if isinstance(node, Read):
             value = self._read(node_id, node, order, _visited(port))
         elif isinstance(node, Parameter):
@@ -388,6 +391,15 @@ class RequestState:
         """Whether a node is a write to all who hold the tensor."""
         node = self.program.graph.nodes[write]
         return isinstance(node, Write) and node.in_place
+
+    def writes_of(self, site: Site, invoke: int) -> Sequence[NodeId]:
+        """The program's writes of an invoke to a site, in order."""
+        if self._writes is None:
+            self._writes = {}
+            for place, node in enumerate(self.program.graph.nodes):
+                if isinstance(node, Write):
+                    self._writes.setdefault((node.site, node.invoke), []).append(NodeId(place))
+        return self._writes.get((site, invoke), ())
 
     def _rows(self, node_id: NodeId, node: Read | Write, info: SiteInfo, level: int) -> RowView:
         columns = self.program.narrowed.get(node_id)
@@ -588,8 +600,8 @@ def from_raw(raw: RawTensor) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(raw.shape)
 
 
-def _visited(port: PortValue | None) -> PortValue:
-    assert port is not None, "a read or write was planned outside a visit"
+def _visited(port: PortValue | GradientPort | None) -> PortValue:
+    assert isinstance(port, PortValue), "a read or write was planned outside a visit"
     return port
 
 

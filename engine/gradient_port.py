@@ -6,7 +6,7 @@ brings rows and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.arguments import Selector
 from engine.copies import to_device
+from engine.leaves import with_rows_second
 from engine.views import RowView
 
 # T = packed rows
@@ -48,11 +49,11 @@ class GradientPort:
 class RowGradient:
     """Of a tensor that has rows: what came to those who held it, and to what was handed on."""
 
-    def __init__(self, handed: Tensor, held: Tensor | None, seen: Callable[[Tensor], Tensor]) -> None:
-        """`held`: None where all who have it got it from the port. `seen`: the same memory as `[1, T, ...]`."""
+    def __init__(self, handed: Tensor, held: Tensor | None, row_dim: int) -> None:
+        """`held`: None where all who have it got it from the port. `row_dim`: the dimension of their rows."""
         self.handed, self.held = handed, held
-        self._handed_1T = seen(handed)
-        self._held_1T = None if held is None else seen(held)
+        self._handed_1T = with_rows_second(handed, row_dim)
+        self._held_1T = None if held is None else with_rows_second(held, row_dim)
 
     def take(self, rows: RowView, *, is_assigned: bool) -> Tensor:
         value = rows.read(self._handed_1T).clone()

@@ -7,6 +7,7 @@ head's own rows of the weights.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -60,6 +61,17 @@ class HeadGradient:
         self._total, self._weight = total_1TD, weight_HCD
         self._own: dict[int, Tensor] = {}  # rows that are others now: `[H, D]`
 
+    @classmethod
+    def joined(cls, parts: Sequence[HeadGradient]) -> HeadGradient:
+        """Of several streams, one behind the other."""
+        return cls(torch.cat([part._total for part in parts], 1), parts[0]._weight)
+
+    def take_apart(self, parts: Sequence[HeadGradient], starts: Sequence[int]) -> None:
+        """Gives what has changed to those that it was joined of."""
+        for row, own in self._own.items():
+            place = bisect_right(starts, row) - 1
+            parts[place]._own[row - starts[place]] = own
+
     def take(self, rows: RowView, *, is_assigned: bool) -> Tensor:
         value = self._read(rows)
         self._put(rows, torch.zeros_like(value))
@@ -92,7 +104,8 @@ class HeadGradient:
         found = self._total.new_zeros(rows.shape[0] * rows.shape[1], num_heads, self._total.shape[2])
         for place, row in zip(rows.places, rows.numbers, strict=True):
             found[place] = self._own[row] if row in self._own else self._total[0, row]
-        return found.unflatten(0, rows.shape)
+        value: Tensor = found.unflatten(0, rows.shape)
+        return value
 
     def _put(self, rows: RowView, value: Tensor) -> None:
         for row, own in zip(rows.numbers, rows.part(value.to(self._total.dtype)), strict=True):

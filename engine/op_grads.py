@@ -6,7 +6,7 @@ A random op draws again what it drew. What a result does not depend on gets zero
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def operand_gradient(node: OpGrad, values: Mapping[NodeId, Any], again: Again) -
     return gradient_through(leaf, results, given)
 
 
-def gradient_through(leaf: Tensor, results: Any, given: list[Tensor | None]) -> Tensor:
+def gradient_through(leaf: Tensor, results: Any, given: Sequence[Tensor | None]) -> Tensor:
     """What the gradients of results (None: there is none) give to a leaf that they were made of."""
     made = results if isinstance(results, (tuple, list)) else (results,)
     used = [

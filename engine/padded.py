@@ -13,7 +13,7 @@ without one, all of the sequence runs again (`engine.again`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,13 +28,16 @@ from engine.attention import AttentionPass, attending
 from engine.continuing import EarlierKeys, new_cache
 from engine.copies import to_device
 from engine.encoders import beginning, has_encoder, of_decoder
+from engine.leaves import first_argument
 from engine.lockstep import in_step, stop
 from engine.own_caches import OwnCache
 from engine.points import Points
+from engine.reruns import Rerun
 from engine.side_by_side import SideBySide
 from engine.spans import SpanStore
-from engine.stage import Done, PackedRows, StageRunner, Visit, putting_in, taking_out
+from engine.stage import Done, PackedRows, StageRunner, Visit, putting_in, replace_first_argument, taking_out
 from engine.streams import Streams
+from engine.tape import Tape
 from scheduling.plan import Plan, Segment
 
 # T = rows of all sequences, L = tokens of one, D = hidden
@@ -51,6 +54,7 @@ class _Run:
     cache: OwnCache | RunsAgain | None  # None: it does not go on
     begin: int  # position of its first token here
     hidden_1LD: Tensor | None  # that enters at the first layer of a later stage
+    recording: Callable[[], AbstractContextManager[None]]  # as of `PackedRows`
     left: list[Tensor] = field(default_factory=list)  # behind the last layer of a stage that is not the last
 
 
@@ -71,7 +75,11 @@ class PaddedRunner(StageRunner):
         lengths = [len(plan.segments[place].tokens) for place in running]
 
         def meet(visit: Visit, values: list[Any]) -> list[Any]:
-            together = SideBySide(values, lengths, visit.layouts)
+            with torch.no_grad():
+                together = SideBySide(values, lengths, visit.layouts)
+            if rows.tape is not None:
+                found: list[Any] = visit.visitor(together)
+                return found
             return together.apart(_landed(visit.visitor(together.value), rows))
 
         points: dict[int, Points] = {}
@@ -83,10 +91,12 @@ class PaddedRunner(StageRunner):
             *(replace(visit, visitor=_new_rows(visit, go(visit))) for visit in visits),
             *(replace(visit, visitor=_new_rows(visit, _unchanged)) for visit in _distinct(again)),
         ]
-        with ExitStack() as hooks, torch.no_grad():
-            for handle in (self._taking(), *self._visiting(stopping, stop_after, points), *self._following()):
+        with ExitStack() as hooks, rows.recording():
+            following = self._following(rows.tape)
+            for handle in (self._taking(), *self._visiting(stopping, stop_after, points), *following):
                 hooks.callback(handle.remove)
-            hooks.enter_context(self._operations(stopping, stop_after))
+            reruns = [self._rerun_alone(level) for level in self._rerun_layers(rows, visits)]
+            hooks.enter_context(self._rewritten(reruns, stopping, stop_after))
             runs = [
                 self._run_of(place, rows, caches[place], points, part)
                 for place, part in zip(running, _parts(hidden_1TD, lengths), strict=True)
@@ -121,6 +131,7 @@ class PaddedRunner(StageRunner):
         store = SpanStore(rows.attention.store.budget_bytes)
         trunks = None if earlier is None else EarlierKeys(streams, store)
         attention = AttentionPass(rows.attention.pass_id, store, rows.streams.device, trunks)
+        attention.is_taped = rows.tape is not None
         attention.has_own_cache = isinstance(cache, OwnCache)
         every = range(len(segment.tokens))  # patterns are held of all rows, so that all sequences stop there
         attention.points = {
@@ -135,7 +146,25 @@ class PaddedRunner(StageRunner):
             cache=cache,
             begin=segment.starts[0],
             hidden_1LD=hidden_1LD,
+            recording=rows.recording,
         )
+
+    def _rerun_alone(self, level: int) -> Rerun:
+        def of_run() -> Callable[[], AbstractContextManager[None]]:
+            run = _running.get()
+            assert run is not None, "a layer runs for a sequence"
+
+            @contextmanager
+            def again() -> Iterator[None]:
+                own = AttentionPass(run.attention.pass_id, run.attention.store, run.attention.device)
+                own.is_taped = True
+                own.enter(level, run.streams.layer(level))
+                with attending(own):
+                    yield
+
+            return again
+
+        return Rerun(self._layers[level], of_run)
 
     def _cache_of(self, place: int, rows: PackedRows) -> OwnCache | RunsAgain | None:
         """With what a sequence runs: None when it does not go on behind this pass."""
@@ -190,7 +219,7 @@ class PaddedRunner(StageRunner):
         with ExitStack() as own:
             if device.type == "cuda":
                 own.enter_context(torch.cuda.device(device))
-            own.enter_context(torch.no_grad())
+            own.enter_context(run.recording())
             self._forward(run)
 
     def _forward(self, run: _Run) -> None:
@@ -205,7 +234,7 @@ class PaddedRunner(StageRunner):
             return {**of_decoder(self.model, tokens_1L), **more}
         return {"input_ids": tokens_1L, **beginning(self.model, tokens_1L.device), **more}
 
-    def _following(self) -> Iterator[RemovableHandle]:
+    def _following(self, tape: Tape | None) -> Iterator[RemovableHandle]:
         """Hooks that know which sequence runs: what enters at the first layer, attends, leaves at the last."""
         layers: Any = self.model.get_submodule(self.window.layers)
 
@@ -222,7 +251,7 @@ class PaddedRunner(StageRunner):
 
         for level in range(self.window.first, self.window.stop):
             layer: nn.Module = layers[level]
-            yield layer.register_forward_pre_hook(of_run(_entering(level)), with_kwargs=True)
+            yield layer.register_forward_pre_hook(of_run(_entering(level, tape)), with_kwargs=True)
         entry: nn.Module = layers[self.window.first]
         yield entry.register_forward_pre_hook(of_run(put_in), with_kwargs=True, prepend=True)
         if not self.window.is_last:
@@ -230,8 +259,16 @@ class PaddedRunner(StageRunner):
             yield leaving.register_forward_hook(of_run(lambda run: taking_out(run.left)))
 
 
-def _entering(level: int) -> Callable[[_Run], None]:
-    return lambda run: run.attention.enter(level, run.streams.layer(level))
+def _entering(level: int, tape: Tape | None) -> Callable[[_Run], Callable[..., Any] | None]:
+    def seam(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert tape is not None
+        return replace_first_argument(args, kwargs, tape.enter(first_argument(args, kwargs)))
+
+    def enter(run: _Run) -> Callable[..., Any] | None:
+        run.attention.enter(level, run.streams.layer(level))
+        return None if tape is None else seam
+
+    return enter
 
 
 @contextmanager

@@ -21,7 +21,8 @@ Again = Callable[[], AbstractContextManager[None]]
 class Rerun:
     """One layer's forward in one pass."""
 
-    def __init__(self, layer: nn.Module, again: Again) -> None:
+    def __init__(self, layer: nn.Module, again: Callable[[], Again]) -> None:
+        """`again` is asked when the layer runs at first, where it is known for whom."""
         self._layer, self._again = layer, again
         self._plain: Callable[..., Any] | None = None  # as it runs again
         self._visited: Callable[..., Any] | None = None  # as it runs at first, with visits of its operations
@@ -51,7 +52,7 @@ class Rerun:
         plain, visited = self._plain, self._visited
         if not torch.is_grad_enabled():
             return visited(*args, **kwargs)
-        anew = _Anew(self._again)
+        anew = _Anew(self._again())
 
         def forward(*own: Any, **named: Any) -> Any:
             return (plain if anew.is_entered else visited)(*own, **named)

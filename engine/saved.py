@@ -37,6 +37,7 @@ class SavedTensors:
 
     def __init__(self) -> None:
         self._by_memory: dict[int, list[weakref.ref[Kept]]] = {}
+        self._weights: set[int] = set()
 
     def keeping(self) -> saved_tensors_hooks:
         """A context: operations inside keep their tensors here."""
@@ -49,6 +50,13 @@ class SavedTensors:
                 if kept.is_unchanged:
                     kept.tensor = kept.tensor.clone()
                     kept.version = kept.tensor._version
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the memory that is kept; weights are there anyway."""
+        alive = (kept for refs in self._by_memory.values() for ref in refs if (kept := ref()) is not None)
+        sizes = {_memory(kept.tensor): kept.tensor.untyped_storage().nbytes() for kept in alive}
+        return sum(size for memory, size in sizes.items() if memory not in self._weights)
 
     @contextmanager
     def unchanged(self, tensor: Tensor) -> Iterator[None]:
@@ -65,7 +73,9 @@ class SavedTensors:
 
     def _pack(self, tensor: Tensor) -> Kept:
         kept = Kept(tensor)
-        if not isinstance(tensor, nn.Parameter):
+        if isinstance(tensor._base if tensor._is_view() else tensor, nn.Parameter):
+            self._weights.add(_memory(tensor))
+        else:
             refs = self._by_memory.setdefault(_memory(tensor), [])
             refs[:] = [ref for ref in refs if ref() is not None]  # memory may be another's by now
             refs.append(weakref.ref(kept))

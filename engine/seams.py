@@ -18,7 +18,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.arguments import Selector
 from engine.gradient_port import Gradient, RowGradient
-from engine.leaves import with_rows_second
 from engine.saved import SavedTensors
 
 
@@ -74,7 +73,7 @@ class TensorSeam:
             held = None if joint.held is None else gradient_of(joint.held)
             for selector, leaf in joint.handed.items():
                 dim = self._layouts.get(selector, 1)
-                found[selector] = RowGradient(gradient_of(leaf), held, lambda own, dim=dim: with_rows_second(own, dim))
+                found[selector] = RowGradient(gradient_of(leaf), held, dim)
         return found
 
     def go_on(self, gradients: Mapping[Selector, Gradient]) -> None:
@@ -115,7 +114,7 @@ def go_back(edges: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> None:
 
 def handed_on(leaf: Tensor) -> Tensor:
     """A leaf as the model may have it: the same memory, and no leaf any more."""
-    found: Tensor = _HandedOn.apply(leaf)
+    found: Tensor = _HandedOn.apply(leaf)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -127,7 +126,7 @@ def become(tensor: Tensor, leaf: Tensor, saved: SavedTensors) -> bool:
         return False
     try:
         with saved.unchanged(tensor):
-            _Become.apply(tensor, leaf)
+            _Become.apply(tensor, leaf)  # type: ignore[no-untyped-call]
     except RuntimeError:  # one of several views of an operation
         return False
     return True

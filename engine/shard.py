@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine import heap
 from engine.arguments import Selector
 from engine.attended import Attended
 from engine.attention import AttentionPass
@@ -224,7 +225,8 @@ class Shard:
         # Behind the handler: until then the error holds the frames, and these what filled the memory.
         self._forget_all()
         rows = max(plan.layer_rows, default=0)
-        raise PassTooLargeError(f"{told}, in a pass of {rows:,} rows and {len(plan.members)} requests")
+        told_pass = f"in a pass of {rows:,} rows and" if plan.of is None else "on the way back of"
+        raise PassTooLargeError(f"{told}, {told_pass} {len(plan.members)} requests")
 
     def _run(self, plan: Plan) -> ShardResult:
         watch = Stopwatch()
@@ -232,6 +234,9 @@ class Shard:
         # 1) forget requests that ended early, take the members of this pass
         for request in plan.ended:
             self._forget(request)
+        if plan.is_of_nobody and self.store.given_bytes >= heap.WORTH_BYTES:
+            heap.trim()
+            self.store.given_bytes = 0
         streams = Streams(plan, self._row_multiple, self.device, is_fixed=self.probe.has_fixed_rows)
         states = self._enter(plan, streams)
         works = [member.program.waves[member.wave].stages[self.links.stage] for member in plan.members]
@@ -361,7 +366,7 @@ class Shard:
         source = self._neighbour(plan, before=True)
         if source is not None:
             num_rows = streams.layer(self.loaded.window.first).num_padded
-            shape = (1, num_rows, self._hidden_size)
+            shape: tuple[int, ...] = (1, num_rows, self._hidden_size)
             if plan.of is not None:
                 shape = self._tapes.of(plan.of).shape_out
             hidden = self.links.receive(shape, self.runner.model.dtype, source)
@@ -510,7 +515,9 @@ class Shard:
         self, fragments: list[tuple[RequestState, Fragment]], tape: Tape, order: int, layouts: Mapping[Selector, int]
     ) -> Callable[[object], object]:
         """In a pass that is run backwards later. What is written lands right there: all levels have the same rows."""
-        selectors = self._row_leaves.get(order) or row_leaves_of(self.context.table.sources.site_at(order))
+        if order not in self._row_leaves:
+            self._row_leaves[order] = row_leaves_of(self.context.table.sources.site_at(order))
+        selectors = self._row_leaves[order]
         place = TapePlace(order=order, port=self._port(order)[1], selectors=selectors, layouts=layouts)
 
         def run(port: PortValue) -> None:

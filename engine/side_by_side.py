@@ -37,6 +37,16 @@ class SideBySide:
         self.value = self._joined(layouts)
         self._versions = {selector: self._joint[selector]._version for selector in self._dims}
 
+    @property
+    def values(self) -> Sequence[Any]:
+        """Of each sequence."""
+        return self._values
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """The first row of each sequence, and the number of all rows."""
+        return self._starts
+
     def _joined(self, layouts: Mapping[Selector, int]) -> Any:
         first = self._values[0]
         self._joint: dict[Selector, Tensor] = {}

@@ -39,6 +39,7 @@ class SpanStore:
         """`device`: where the shard is, None: on a CPU."""
         self.budget_bytes = budget_bytes
         self.held_bytes = 0
+        self.given_bytes = 0  # since somebody set it to 0: the heap has them, if nobody else
         self.row_bytes = 0  # of one row of a block, at most
         self._blocks: dict[tuple[int, PassId], tuple[Tensor, Tensor]] = {}
         self._keys: dict[RequestId, dict[tuple[TrunkId, int], tuple[Tensor, Tensor]]] = {}  # by trunk and layer
@@ -123,6 +124,7 @@ class SpanStore:
 
     def _give(self, num_bytes: int) -> None:
         self.held_bytes -= num_bytes
+        self.given_bytes += num_bytes
 
     def _take(self, num_bytes: int) -> None:
         if self.held_bytes + num_bytes > self.budget_bytes:

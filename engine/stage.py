@@ -112,11 +112,7 @@ class StageRunner:
                 hooks.callback(handle.remove)
             hooks.enter_context(self._numbering(positions_1T))
             reruns = [self._rerun(rows, level, positions_1T) for level in self._rerun_layers(rows, visits)]
-            for rerun in reruns:
-                hooks.enter_context(rerun.plain())
-            hooks.enter_context(self._operations(visits, stop_after))
-            for rerun in reruns:
-                hooks.enter_context(rerun.installed())
+            hooks.enter_context(self._rewritten(reruns, visits, stop_after))
             with suppress(Done):
                 self.model(input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, **options)
         return left[0] if left else None
@@ -128,6 +124,17 @@ class StageRunner:
             for module, give in numbering(self._numbered, positions_1T):
                 own = self._unless_calling(give)
                 hooks.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
+            yield
+
+    @contextmanager
+    def _rewritten(self, reruns: list[Rerun], visits: list[Visit], stop_after: int | None) -> Iterator[None]:
+        """Forwards inside stop at their operations, and some layers keep only what comes in."""
+        with ExitStack() as stack:
+            for rerun in reruns:
+                stack.enter_context(rerun.plain())
+            stack.enter_context(self._operations(visits, stop_after))
+            for rerun in reruns:
+                stack.enter_context(rerun.installed())
             yield
 
     def _rerun_layers(self, rows: PackedRows, visits: list[Visit]) -> Iterator[int]:
@@ -149,7 +156,7 @@ class StageRunner:
             with attending(own), self._numbering(positions_1T):
                 yield
 
-        return Rerun(self._layers[level], again)
+        return Rerun(self._layers[level], lambda: again)
 
     def _first_position(self) -> int:
         """Of the sequence that runs, where each runs alone."""

@@ -14,7 +14,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +27,13 @@ from engine.arguments import Selector
 from engine.gradient_port import GradientPort
 from engine.head_outputs import HeadOutputs
 from engine.head_seam import HeadSeam
+from engine.lane_seam import LaneSeam
 from engine.leaves import port_leaves
 from engine.pair_seam import PairSeam, tensors_of
 from engine.points import Pairs
 from engine.saved import SavedTensors
 from engine.seams import Seam, TensorSeam, go_back, handed_on
+from engine.side_by_side import SideBySide
 from engine.views import InvokeRows
 from engine.writes import PortValue, with_member
 from polytrace.description import SiteInfo
@@ -100,32 +102,51 @@ class Tape:
         return tuple(self.hidden_out.shape)
 
     def visit(self, place: Place, value: Any, run: Callable[[PortValue], None]) -> Any:
-        """A port's value behind its visit by fragments, which `run` runs; cut when a seam is planned here."""
-        computed = tensors_of(value) if isinstance(value, Pairs) else []
+        """A port's value behind its visit by fragments, which `run` runs; cut when a seam is planned here.
+
+        Of sequences that stop together and run alone: the value of each.
+        """
+        if not isinstance(value, SideBySide):
+            computed = computed_pairs(value)
+            after = self._run(place, value, run, [value])
+            if place.order not in self.cuts:
+                return after
+            seam, found = self._cut(place, value, after, computed)
+            self.seams.append((place.order, seam))
+            return found
+        before = [computed_pairs(own) for own in value.values]
+        with torch.no_grad():
+            parts = value.apart(self._run(place, value.value, run, value.values))
+        if place.order not in self.cuts:
+            return parts
+        cut = [self._cut(place, *own) for own in zip(value.values, parts, before, strict=True)]
+        self.seams.append((place.order, LaneSeam([seam for seam, _ in cut], value.starts, place.layouts)))
+        return [found for _, found in cut]
+
+    def _run(self, place: Place, value: Any, run: Callable[[PortValue], None], owners: Sequence[Any]) -> Any:
+        """The value behind the fragments. `owners` have the memory that is written to in place."""
         with torch.no_grad():
             port = PortValue(value, None, place.layouts)
             run(port)
-            self.saved.protect(port.changing())
-            after = port.result()
-        if place.order not in self.cuts:
-            return after
+            if port.changing():
+                self.saved.protect(leaf for own in owners for leaf in port_leaves(own)[1].values())
+            return port.result()
+
+    def _cut(self, place: Place, value: Any, after: Any, computed: list[Tensor]) -> tuple[Seam, Any]:
+        """A seam at a value, in whose place another is handed on; what is to be handed on now."""
         if isinstance(value, Pairs):
-            self.seams.append((place.order, PairSeam(computed, value)))
-            return value
+            return PairSeam(computed, value), value
         if isinstance(value, HeadOutputs):
             value.seam = HeadSeam(value.recorded, value.weight)
-            self.seams.append((place.order, value.seam))
-            return value
-        seam = TensorSeam(place.layouts)
-        found = after
+            return value.seam, value
+        seam, found = TensorSeam(place.layouts), after
         with torch.enable_grad():
             before, now = port_leaves(value)[1], port_leaves(after)[1]
             for selector in place.selectors:
                 if selector in before and before[selector].is_floating_point():
                     handed = seam.cut(selector, before[selector], now[selector], self.saved, place.port in _HELD)
                     found = with_member(found, selector, handed)
-        self.seams.append((place.order, seam))
-        return found
+        return seam, found
 
     def sweep(self, hidden_1TD: Tensor | None, run: Callable[[int, GradientPort], None]) -> Tensor | None:
         """Runs gradients back; `run` runs the fragments of an order. Returns the gradient of what came in."""
@@ -153,3 +174,8 @@ class Tape:
 def row_leaves_of(site: SiteInfo) -> tuple[Selector, ...]:
     """The tensors of a port through which gradients can be seen: those whose rows are the requests' own."""
     return tuple([leaf.selector for leaf in site.leaves if leaf.read_refusal is None])
+
+
+def computed_pairs(value: Any) -> list[Tensor]:
+    """Scores or patterns as they were computed, of a value that is such."""
+    return tensors_of(value) if isinstance(value, Pairs) else []

@@ -43,14 +43,23 @@ class _Layer:
 
 def tape_bytes(model: PreTrainedModel, layers: str, manner: Manner, max_tokens: int) -> int:
     """Bytes a row and layer at most, of a meta model that attends in its manner. Raises what its forward raises."""
-    rows = min(_ROWS, max_tokens)
+    has_mask = not manner.has_engine_attention and "attention_mask" in forward_names(model)
+    if not has_mask:
+        return _measured(model, layers, manner, min(_ROWS, max_tokens), has_mask=False)
+    try:
+        return _measured(model, layers, manner, min(_ROWS, max_tokens), has_mask=True)
+    except RuntimeError:  # transformers may look into a mask, which has no data
+        return _measured(model, layers, manner, min(_ROWS, max_tokens), has_mask=False)
+
+
+def _measured(model: PreTrainedModel, layers: str, manner: Manner, rows: int, *, has_mask: bool) -> int:
     stored = (*model.parameters(), *model.buffers())
     weights = frozenset(tensor.untyped_storage()._cdata for tensor in stored)
     ids = torch.zeros(1, rows, dtype=torch.long, device="meta")
     given: dict[str, Any] = of_decoder(model, ids)
     if manner.layout is PassLayout.PACKED:
         given["position_ids"] = ids
-    elif not manner.has_engine_attention and "attention_mask" in forward_names(model):
+    elif has_mask:
         given["attention_mask"] = torch.ones_like(ids)
     found: list[_Layer] = []
     decoder_layers: Any = model.get_submodule(layers)
@@ -75,7 +84,7 @@ def _counting(layer: nn.Module, kept: _Layer) -> Iterator[None]:
             output = forward(*args, **kwargs)
         return _detached(output)
 
-    layer.forward = counted  # type: ignore[method-assign]
+    layer.forward = counted
     try:
         yield
     finally:

@@ -43,7 +43,7 @@ def taped_attention(
     asked = {row for port in MASKED if port in points for row in points[port].rows}
     visited = [rows for rows in sequences if not asked.isdisjoint(rows)]
     others = [rows for rows in sequences if asked.isdisjoint(rows)]
-    z_1THC: Tensor = _Attended.apply(attend, query, key_GTC, value_GTC, formula, others)
+    z_1THC: Tensor = _Attended.apply(attend, query, key_GTC, value_GTC, formula, others)  # type: ignore[no-untyped-call]
     if not visited:
         return z_1THC
     own = _visited(query, key_GTC, value_GTC, formula, visited, points)
@@ -100,7 +100,8 @@ class _Queries:
         """`[G, E, R, M]` of queries with the keys from the first that they see to the last."""
         q_GNC = self.query_GELC[:, :, start:stop].flatten(1, 2)
         keys_GMC = self.key_GLC[:, self.first_key(start) : stop].contiguous()
-        return torch.bmm(q_GNC, keys_GMC.transpose(1, 2)).unflatten(1, (-1, stop - start))
+        products: Tensor = torch.bmm(q_GNC, keys_GMC.transpose(1, 2)).unflatten(1, (-1, stop - start))
+        return products
 
     def hidden(self, start: int, stop: int) -> Tensor:
         """`[R, M]`: what a query does not see."""
@@ -142,7 +143,7 @@ class _Attended(Function):
         return attend(query, key_GTC, value_GTC)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient_1THC: Tensor) -> tuple[Tensor | None, ...]:
         query, key_GTC, value_GTC = ctx.saved_tensors
         of_query, of_key, of_value = (torch.zeros_like(one) for one in (query, key_GTC, value_GTC))

@@ -48,6 +48,11 @@ class Tapes:
         self._passes.clear()
 
     @property
+    def num_bytes(self) -> int:
+        """Of what operations keep, weights not counted."""
+        return sum(tape.saved.num_bytes for tape in self._tapes.values())
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is kept."""
         return not self._tapes

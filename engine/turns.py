@@ -48,12 +48,7 @@ def run_turn(state: RequestState, node: SiteGrad, port: GradientPort) -> Tensor 
 
 def earlier(state: RequestState, node: NodeId, at: Read | Write) -> list[NodeId]:
     """Writes of its invoke to the same tensor at the same visit that come before a read or write."""
-    nodes = state.program.graph.nodes
-    return [
-        NodeId(other)
-        for other in range(node)
-        if isinstance(one := nodes[other], Write) and (one.site, one.invoke) == (at.site, at.invoke)
-    ]
+    return [write for write in state.writes_of(at.site, at.invoke) if write < node]
 
 
 def _assigned(state: RequestState, node: NodeId, at: Read | Write) -> list[RowView]:

@@ -113,7 +113,7 @@ def _diffusion_class(source: str) -> Any:
         diffusers: Any = import_module("diffusers")
     except ImportError:
         raise ServiceError(
-            f"{source} is a {named} of diffusers, which is not installed: pip install diffusers"
+            f"{source} is a {named} of diffusers, which is not installed: pip install 'polytrace[diffusion]'"
         ) from None
     kind = getattr(diffusers, named, None)
     if kind is None or not issubclass(kind, nn.Module):

@@ -23,7 +23,7 @@ from engine.whole_shard import WholeShard
 from engine.whole_sites import CallSites, modules_of, parameters_of, record, twin_of
 from polytrace.description import Limits, ModelDescription, PassLayout, SiteInfo
 from polytrace.given import with_given
-from polytrace.graph import Inputs, Request
+from polytrace.graph import Given, Inputs, Request
 from polytrace.tensors import RawTensor
 from scheduling.plan import Program, RequestId, ValueFacts
 from scheduling.scheduler import PassPolicy
@@ -52,7 +52,11 @@ class WholeBackend(DirectBackend):
     def _really(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
         """The same, by calling the model."""
         device = self.shard.context.device
-        return record(self.shard.model, with_given(inputs, lambda given: from_raw(constants[given.name]).to(device)))
+
+        def real(given: Given) -> Tensor:
+            return from_raw(constants[given.name]).to(device, copy=True)  # models change their arguments
+
+        return record(self.shard.model, with_given(inputs, real))
 
     def tokenizer_json(self) -> bytes | None:
         return super().tokenizer_json() if self._is_known_source else None

@@ -31,7 +31,14 @@ class WholeServed:
 
     def start(self, report: Report) -> None:
         """Reads the weights, as the model's library does."""
-        check_whole(self.config.source, self._kind, stages=self.config.stages, ranks=self.config.ranks)
+        config = self.config
+        check_whole(
+            config.source,
+            self._kind,
+            stages=config.stages,
+            ranks=config.ranks,
+            offload_bytes=config.offload_bytes,
+        )
         self._model: nn.Module = load_whole(self.config, self._kind)
         report(f"loaded {sum(p.nbytes for p in self._model.parameters()) / 1e6:,.1f} MB")
 
@@ -83,8 +90,10 @@ def new_shard(config: ShardConfig, links: Links) -> Shard | WholeServed:
     return Shard(config, links) if kind is None else WholeServed(config, links, kind)
 
 
-def check_whole(source: str, kind: Any, *, stages: int, ranks: int) -> None:
+def check_whole(source: str, kind: Any, *, stages: int, ranks: int, offload_bytes: int = 0) -> None:
     """ServiceError with the way out when the model cannot be served so."""
     if stages > 1 or ranks > 1:
         told = f"{source} is a {kind.__name__}, which is called as it is, on one shard"
         raise ServiceError(f"{told}; use stages=1 and ranks=1")
+    if offload_bytes:
+        raise ServiceError(f"{source} is a {kind.__name__}, whose weights are not offloaded: it needs room for all")

@@ -10,20 +10,19 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from hashlib import blake2b
 from typing import Any
 
 import torch
-import torch._functorch.config as fake_settings
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from engine.arguments import Arguments, Selector
 from engine.fragments import from_raw
+from engine.known_integers import KnownIntegers, PlainLists
 from engine.leaves import first_argument
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.probe import named_tensors
@@ -117,23 +116,28 @@ class _Twin:
     """A model with fake weights; `looks`: it knows the integers that it is called with."""
 
     def __init__(self, model: nn.Module, *, looks: bool) -> None:
-        with fake_settings.patch(fake_tensor_propagate_real_tensors=looks):
-            self._mode = FakeTensorMode(shape_env=ShapeEnv() if looks else None)
+        self._looks = looks
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # what a model keeps beside parameters and buffers
         self._model = twin_of(model, self._unknown)
         if isinstance(self._model, PreTrainedModel):  # the experts that a token goes to are values, too
             with suppress(ValueError):
                 self._model.set_experts_implementation("batched_mm")
 
     def record(self, inputs: Inputs, constants: Mapping[str, RawTensor], max_bytes: int | None) -> tuple[SiteInfo, ...]:
+        known = KnownIntegers(self._mode) if self._looks else None
+
         def fake(given: Given) -> Tensor:
             raw = constants[given.name]
             dtype = TORCH_DTYPES[raw.dtype]
-            if dtype.is_floating_point or not raw.is_here:
+            if known is None or dtype.is_floating_point or not raw.is_here:
                 return self._unknown(torch.empty(raw.shape, dtype=dtype, device="meta"))
-            return self._mode.from_tensor(from_raw(raw), static_shapes=True)
+            return known.fake(from_raw(raw).clone())  # models change their arguments
 
         called = with_given(inputs, fake)
-        with self._mode:
+        with self._mode, ExitStack() as modes:
+            if known is not None:
+                modes.enter_context(known)
+                modes.enter_context(PlainLists())
             return record(self._model, called, max_bytes)
 
     def _unknown(self, tensor: Tensor) -> Tensor:

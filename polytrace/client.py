@@ -53,7 +53,13 @@ def load(
     if not isinstance(source, (str, os.PathLike)):
         from polytrace.whole_model import WholeModel
 
-        return WholeModel(module_backend(source, name=name), rename)
+        own = module_backend(source, name=name)
+        loading = (dtype, torch_dtype, device, device_map, threads, random_weights)
+        if loading != ("auto", None, None, None, None, None):
+            told = "a module that is there runs as it is: no dtype, device, threads or random weights are for it"
+            raise GraphError(told, where=user_line())
+        _check_whole(offload_gib, edits)
+        return WholeModel(own, rename)
     whole = source_backend(
         str(source),
         dtype=chosen_dtype(dtype, torch_dtype),
@@ -66,6 +72,7 @@ def load(
     if whole is not None:
         from polytrace.whole_model import WholeModel
 
+        _check_whole(offload_gib, edits)
         return WholeModel(whole, rename)
     with showing_bytes(f"loading {source}") as tell:
         backend = LocalBackend(
@@ -79,6 +86,15 @@ def load(
             tell=tell,
         )
     return Model(backend, rename, shelf=LocalShelf(edits))
+
+
+def _check_whole(offload_gib: float, edits: str | None) -> None:
+    """Raises GraphError for what does not exist of models that are called as they are."""
+    if offload_gib:
+        told = "offload_gib is for language models: device_map says where the parts of such a model lie"
+        raise GraphError(told, where=user_line())
+    if edits is not None:
+        raise GraphError("edits are kept of language models: write such an edit in each trace", where=user_line())
 
 
 def connect(

@@ -5,6 +5,7 @@
     │   ├── GraphError       the program cannot be honoured (unknown op, site, shape, cycle)
     │   ├── WireError        the bytes are not a request, or of another schema version
     │   ├── TooLargeError    the request exceeds a limit; the message has the number and the limit
+    │   │   └── ContextError     a prompt, with what it is to go on with, is longer than the model's context
     │   ├── NotFoundError    no such model, job or result
     │   ├── MissingError     the request names contents that are not, or no longer, on the service: upload them
     │   ├── KeyRefusedError  no key, or not one the service knows
@@ -57,6 +58,10 @@ class TooLargeError(UserError):
     code = "too-large"
 
 
+class ContextError(TooLargeError):
+    code = "context"
+
+
 class NotFoundError(UserError):
     code = "not-found"
 
@@ -96,6 +101,7 @@ _BY_CODE: dict[str, type[PolytraceError]] = {
         GraphError,
         WireError,
         TooLargeError,
+        ContextError,
         NotFoundError,
         MissingError,
         KeyRefusedError,

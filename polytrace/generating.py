@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from polytrace.backend import Result
@@ -12,7 +13,7 @@ from polytrace.continuations import Continuation, Continuations
 from polytrace.errors import GraphError
 from polytrace.generate_options import Ways, is_source
 from polytrace.generation import check_stop_texts
-from polytrace.graph import Invoke, Operand, Options, Port, Ref, Site, Stop
+from polytrace.graph import Invoke, Op, Operand, Options, Port, Ref, Site, Stop
 from polytrace.iterating import StepBlock, StepIndex
 from polytrace.lines import user_line
 from polytrace.literals import scalar
@@ -124,10 +125,25 @@ class GenerateTracer(Tracer):
             operand = self.recording.operand(when, where)
         if not isinstance(operand, Ref):
             raise GraphError(f"stop takes a value of the trace or a truth, not {when!r}", where=where)
-        for member in self.members_of(invoke):
-            self.recording.add(
-                Stop(value=operand, invoke=member, where=where, step=step.step, num_steps=step.num_steps)
-            )
+        for member, own in self._of_members(operand, invoke, where):
+            self.recording.add(Stop(value=own, invoke=member, where=where, step=step.step, num_steps=step.num_steps))
+
+    def _of_members(self, flag: Ref, invoke: int, where: str) -> Iterator[tuple[int, Ref]]:
+        """Each member of an invoke with what it has of a value of one number, or of one for each sequence."""
+        members = self.members_of(invoke)
+        counts = [len(self._invokes[member].sequences) for member in members]
+        shape = self.shape_of(flag.node).shape if len(members) > 1 else ()
+        if math.prod(shape) == 1:
+            yield from ((member, flag) for member in members)
+            return
+        if shape != (sum(counts), *(1,) * (len(shape) - 1)):
+            told = f"one for each of the {sum(counts)} sequences of all prompts, not shape {list(shape)}"
+            raise GraphError(f"tracer.stop(when=value) takes one value, or {told}", where=where)
+        first = 0
+        for member, count in zip(members, counts, strict=True):
+            index = (slice(first, first + count),)
+            yield member, Ref(self.recording.add(Op(name="getitem", args=(flag, index), where=where)))
+            first += count
 
     @property
     def result(self) -> Continuations:

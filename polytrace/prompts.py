@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from polytrace.chat import conversations_in, render
 from polytrace.description import ModelDescription
-from polytrace.errors import GraphError, TooLargeError
+from polytrace.errors import ContextError, GraphError
 from polytrace.graph import Invoke
 from polytrace.lines import user_line
 from polytrace.literals import scalar
@@ -35,7 +35,7 @@ class PromptBook:
 
         Conversations too: a list of messages, or a list of such lists; `chat` is what `polytrace.chat` takes.
 
-        Raises GraphError for anything else, TooLargeError for a prompt beyond the model's context.
+        Raises GraphError for anything else, ContextError for a prompt beyond the model's context.
         """
         if is_recorded(prompts):
             raise GraphError(
@@ -85,7 +85,7 @@ def _make_invoke(prompts: Any, description: ModelDescription, tokenizer: Callabl
         if not sequence:
             raise GraphError(f"prompt {number} has no tokens", where=where)
         if len(sequence) > limit:
-            raise TooLargeError(f"prompt {number} has {len(sequence)} tokens; this model takes {limit}", where=where)
+            raise ContextError(f"prompt {number} has {len(sequence)} tokens; this model takes {limit}", where=where)
         if not (min(sequence) >= 0 and max(sequence) < description.vocab_size):
             wrong = next(token for token in sequence if not 0 <= token < description.vocab_size)
             raise GraphError(f"prompt {number} has token {wrong}; ids are 0-{description.vocab_size - 1}", where=where)

@@ -273,8 +273,8 @@ class Recorded:
         if can_peek(self):
             return repr(peeked(self))
         state = state_of(self)
-        closed = state.recording.closed
-        return f"<recorded value: {describe(state)}" + (f"; {closed}>" if closed else ">")
+        told = state.gone or state.recording.closed
+        return f"<recorded value: {describe(state)}" + (f"; {told}>" if told else ">")
 
     def __format__(self, spec: str) -> str:
         return format(peeked(self), spec) if can_peek(self) else repr(self)

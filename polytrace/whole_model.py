@@ -16,16 +16,18 @@ from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 from polytrace.backend import Backend
-from polytrace.calling import inputs_of
+from polytrace.calling import Calling
 from polytrace.certificate import ValueShape
 from polytrace.description import SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.given import given_names
 from polytrace.graph import Inputs, Invoke, Node, Options, Port, Read, Request, Site
+from polytrace.inputs import inputs_table
 from polytrace.lines import user_line
 from polytrace.model import Model, options_of
 from polytrace.modules import Module
 from polytrace.scanning import Checking
+from polytrace.standard import StandardModel
 from polytrace.tensors import RawTensor
 from polytrace.tracing import InvokeBlock, Tracer, open_trace
 from polytrace.tree import PortTable, Table
@@ -114,6 +116,10 @@ class WholeModel(Model):
         """Refused."""
         raise self._refusal("model.map", "write a trace for each part of the data")
 
+    def support(self) -> NoReturn:
+        """Refused."""
+        raise self._refusal("model.support", "names that every decoder has are not looked for: print(model)")
+
     def table_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> Table:
         """What dotted paths lead to in a call with these arguments."""
         sites = self.backend.sites_of(inputs, constants)
@@ -137,12 +143,25 @@ class WholeModel(Model):
         if isinstance(tracer, CallTracer) and tracer.own_table is None:
             tracer.invoke_index(used)
 
+    def __dir__(self) -> list[str]:
+        own = self._table.children.get("", ())
+        return [name for name in super().__dir__() if name not in _STANDARD or name in own]
+
     def __repr__(self) -> str:
         return Module.__repr__(self)
 
     def _refusal(self, what: str, instead: str) -> GraphError:
         told = f"{self.description.class_name} is called as it is, and {what} is not there for such models"
         return GraphError(f"{told}: {instead}", where=user_line())
+
+
+def _nothing(model: WholeModel) -> NoReturn:
+    raise AttributeError  # Python asks `Module.__getattr__` then: a module of that name, or none
+
+
+_STANDARD = frozenset(name for name in vars(StandardModel) if not name.startswith("_"))  # names that every decoder has
+for _name in sorted(_STANDARD):
+    setattr(WholeModel, _name, property(_nothing))
 
 
 class CallTracer(Tracer):
@@ -213,14 +232,28 @@ class CallTracer(Tracer):
 
     def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
         args, kwargs = prompts
-        inputs = inputs_of(args, kwargs, lambda value: self.recording.constants.add(value, user_line()), user_line())
+        calling = Calling(self.recording, user_line())
+        inputs = calling.inputs(args, kwargs)
         try:
             self._tables.append(self.model.table_of(inputs, self.recording.constants.tensors))
         except (GraphError, TooLargeError) as error:
             error.where = error.where or user_line()
             raise
         self._invokes.append(Invoke(sequences=((0,),), inputs=inputs))
-        return len(self._invokes) - 1
+        index = len(self._invokes) - 1
+        for selector, value in calling.written:
+            self._begin_with(index, selector, value)
+        return index
+
+    def _begin_with(self, invoke: int, selector: tuple[int | str, ...], value: Any) -> None:
+        """A value is written to the argument that it is before anything of the call runs."""
+        arguments = inputs_table(self._tables[invoke], "")
+        assert arguments is not None, "a call has arguments"
+        if selector not in arguments.leaves:
+            told = "a value of a trace cannot be an argument that lies so deep: give it in a tuple or dict less"
+            raise GraphError(told, where=user_line())
+        site, _ = arguments.leaves[selector]
+        self.recording.write_edge(site, invoke, value)
 
     def _request_of(self, nodes: tuple[Node, ...]) -> Request:
         request = super()._request_of(nodes)

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import cached_property
 
 from polytrace.description import Leaf, ModelDescription, PassLayout, Rows, SiteInfo
-from polytrace.errors import GraphError, TooLargeError
+from polytrace.errors import ContextError, GraphError, TooLargeError
 from polytrace.graph import (
     Backward,
     Call,
@@ -336,7 +336,7 @@ def _check_invoke_prompts(index: int, invoke: Invoke, description: ModelDescript
         if not sequence:
             raise GraphError(f"{place} has no tokens")
         if len(sequence) > limit:
-            raise TooLargeError(f"{place} has {len(sequence)} tokens; the model's context takes {limit}")
+            raise ContextError(f"{place} has {len(sequence)} tokens; the model's context takes {limit}")
         if not (min(sequence) >= 0 and max(sequence) < description.vocab_size):
             wrong = next(token for token in sequence if not 0 <= token < description.vocab_size)
             raise GraphError(f"{place} has the token id {wrong}; ids are 0-{description.vocab_size - 1}")
@@ -350,7 +350,7 @@ def _check_room(index: int, invoke: Invoke, generation: Generation, description:
     if more < 1:
         raise GraphError(f"invoke {index} is to have {more} new tokens: at least 1, or generate=False")
     if longest + more - 1 > limit:  # the last token is drawn and does not run
-        raise TooLargeError(
+        raise ContextError(
             f"invoke {index} has prompts of {longest} tokens and {more} new ones; the model's context takes {limit}"
         )
     if not any(site.port is Port.TOKEN for site in description.sites):

@@ -198,10 +198,13 @@ def _cycle(graph: Graph, path: list[int], again: int) -> GraphError:
         ring = [*ring[1:], ring[0]]
     write = graph.nodes[ring[1]]
     assert isinstance(write, Write)
+    told = f"a cycle: the write to {write.site} ({write.where}) depends on the read of"
+    if read.site.port is Port.TOKEN:
+        drawn = f"{told} the token that the same step draws ({read.where}), which comes behind the whole model"
+        return GraphError(f"{drawn}: use it at the next step, `for step in tracer.iter[...]:`", where=write.where)
     return GraphError(
-        f"a cycle: the write to {write.site} ({write.where}) depends on the read of {read.site} ({read.where}), "
-        f"and that read sees this write, which acts earlier in the model: read the value in an invoke of its own, "
-        f"`with tracer.invoke(prompt):`",
+        f"{told} {read.site} ({read.where}), and that read sees this write, which acts earlier in the model: read the "
+        f"value in an invoke of its own, `with tracer.invoke(prompt):`",
         where=write.where,
     )
 

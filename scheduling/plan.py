@@ -351,6 +351,11 @@ class Plan:
     )
 
     @property
+    def is_of_nobody(self) -> bool:
+        """Nobody waits: it only says what has ended."""
+        return not self.members and not self.segments
+
+    @property
     def running_rows(self) -> tuple[int, ...]:
         """Rows that each layer is run for."""
         return tuple(map(sub, self.layer_rows, self.skipped_rows or (0,) * len(self.layer_rows)))

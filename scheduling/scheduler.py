@@ -101,7 +101,7 @@ class Scheduler:
         self._tapes = Memory(description.limits.tape_bytes, prefix_bytes=0)  # of what passes keep for gradients
         stages = table_of(description).levels.stages
         self._position_bytes = description.key_value_bytes * max(map(stages.count, set(stages)), default=0)
-        self._has_caches_left = False  # shards, of generations that have ended
+        self._has_much_left = False  # shards, of generations and gradients that have ended
         self._is_short = False  # somebody waits for room
         self._owners = 0  # of caches
         self._arrivals = 0
@@ -166,7 +166,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a wave may go into a pass now. A suspect goes when no pass is in flight, and none beside it."""
-        if self._is_idle and (self._has_caches_left or self._memory.dropped):
+        if self._is_idle and (self._has_much_left or self._memory.dropped):
             return True
         if self._has_suspect_in_flight:
             return False
@@ -222,7 +222,7 @@ class Scheduler:
     def _take_ended(self) -> tuple[RequestId, ...]:
         """What shards are to forget, once."""
         self._telling = (*self._ended, *self._memory.dropped)
-        self._ended, self._memory.dropped, self._has_caches_left = [], [], False
+        self._ended, self._memory.dropped, self._has_much_left = [], [], False
         return self._telling
 
     def _fill(self, pass_id: PassId) -> tuple[list[tuple[Job, Going]], Plan]:
@@ -327,7 +327,7 @@ class Scheduler:
             return
         owners = {cache.trunk[0] for cache in job.generating.caches}
         self._ended += sorted(owners.difference(kept))
-        self._has_caches_left = True
+        self._has_much_left = True
         self._memory.give(job.reserved * self._position_bytes)
         job.reserved = 0
 
@@ -405,7 +405,7 @@ class Scheduler:
         """
         together = len(self._flying[plan.pass_id].jobs)
         landed = self._landed(plan)
-        rows = max(plan.layer_rows, default=0)
+        rows = _rows_held(plan)
         is_too_large = isinstance(error, PassTooLargeError)
         if is_too_large:
             self._learn(rows)
@@ -514,6 +514,7 @@ class Scheduler:
         """Without a result."""
         if job.is_held:
             self._ended.append(job.program.request)
+            self._has_much_left |= bool(job.taped)
         self._remove(job)
         self._outcomes.append(Outcome(request=job.program.request, error=error, may_be_cut=may_be_cut))
 
@@ -544,8 +545,21 @@ def _no_room(needed: int, most: int) -> TooLargeError:
     )
 
 
+def _rows_held(plan: Plan) -> int:
+    """Rows of a pass, or of those whose gradients it runs back: they have no other there."""
+    if plan.of is None:
+        return max(plan.layer_rows, default=0)
+    return sum(_widest(member.program, member.wave) for member in plan.members)
+
+
+def _widest(program: Program, wave: int) -> int:
+    """Rows of a wave's widest layer, or of the one that it runs back."""
+    of = program.waves[wave].of
+    return program.waves[wave if of is None else of].rows.widest
+
+
 def _too_large(job: Job, wave: int, told: str, *, where: str | None = None) -> TooLargeError:
-    rows = job.now.waves[wave].rows.widest
+    rows = _widest(job.now, wave)
     return TooLargeError(
         f"pass {wave + 1} of {job.num_waves} does not fit into memory though the request has it to itself, "
         f"{rows:,} rows at its widest layer: {told}. Ask for fewer or shorter prompts in one invoke, or smaller values",

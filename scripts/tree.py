@@ -37,7 +37,7 @@ def below(folder: Path, indent: str) -> Iterator[str]:
     """A folder's own modules, then its packages."""
     for path in sorted(folder.glob("*.py")):
         if path.name != "__init__.py":
-            yield f"{indent + path.name:<24}{sentence(path)}"
+            yield f"{indent + path.name:<23} {sentence(path)}"
     for path in sorted(folder.glob("*/__init__.py")):
         yield f"{indent + path.parent.name + '/':<24}{sentence(path)}"
         yield from below(path.parent, indent + "  ")

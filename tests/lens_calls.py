@@ -35,6 +35,9 @@ battery = methods.run_battery(model, [methods.Prompt(text=sys.argv[2], answers={
 print(f"{battery.probability.values[0, 0]:.0%}")
 ask = methods.Target(prompt="You can see Bob in the city of", position=4)
 print(methods.patchscope(model, "I read in a book that the Eiffel Tower", ask, 2, generate=2).text.values)
+pair = sys.argv[2], sys.argv[2].replace("Eiffel", "Galata")
+heads = methods.attribution_patching(model, *pair, methods.logit_difference(" Paris", " Istanbul"), of="z")
+print(heads.effect.values.argmax())
 """
 TOLERANCE = 1e-5  # of max(1, max|one process|), float32, across rank counts
 TOWER, NETHERLANDS = "The Eiffel Tower is in the city of", "The capital city of the Netherlands is"
@@ -108,8 +111,8 @@ def check_directions(served: Any, world: Any) -> None:
 
 
 def check_without_torch(url: str) -> None:
-    """Reading needs no torch."""
+    """Reading needs no torch, nor do gradients."""
     command = [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, url, TOWER]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [" Paris 100%", "100%", "[[[' Paris.']]]"]
+    assert done.stdout.splitlines() == [" Paris 100%", "100%", "[[[' Paris.']]]", "0"]

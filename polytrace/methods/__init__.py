@@ -13,6 +13,7 @@ from polytrace.methods.batteries import Battery, Prompt, run_battery
 from polytrace.methods.causal_tracing import trace_causes
 from polytrace.methods.collecting import Activations, collect_activations
 from polytrace.methods.directions import Vectors, activation_addition, contrastive_vectors
+from polytrace.methods.edges import edge_attribution_patching
 from polytrace.methods.function_vectors import FunctionVector, Task, few_shot_task, function_vector, head_effects
 from polytrace.methods.gates import Gate
 from polytrace.methods.integrated import Integrated, integrated_gradients
@@ -85,6 +86,7 @@ __all__ = [
     "data_frame",
     "decompose_residual",
     "divergence",
+    "edge_attribution_patching",
     "few_shot_task",
     "function_vector",
     "gradient_x_input",

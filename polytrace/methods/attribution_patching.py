@@ -145,8 +145,11 @@ class _Changes:
                 self.steps[-1].append((ours[0], self._products(ours, theirs).sum(self._lost(dims, kept)).save()))
 
     def _products(self, ours: Part, theirs: Part) -> Any:
-        at = cell(self.of, ours)
-        return (self.given[cell(self.of, theirs)].float() - self.value[at].float()) * self.gradient[at]
+        given, value = self.given[cell(self.of, theirs)].float(), self.value[cell(self.of, ours)].float()
+        difference = given - value
+        if self.of == "scores":  # masked keys have -inf in both runs
+            difference = difference.masked_fill(given == value, 0.0)
+        return difference * self.gradient[cell(self.of, ours)]
 
     @staticmethod
     def _lost(dims: Sequence[str], kept: Collection[str]) -> list[int]:

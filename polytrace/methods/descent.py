@@ -57,7 +57,8 @@ class Goal:
         """Of prompts that say their token, by what `hits` gave."""
         if said is None or self.tokens is None:
             return None
-        return sum(one == token for one, token in zip(said.tolist(), self.tokens, strict=True)) / len(self.tokens)
+        num_right = sum(int(one) == token for one, token in zip(said.tolist(), self.tokens, strict=True))
+        return num_right / len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)

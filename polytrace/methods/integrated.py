@@ -94,7 +94,8 @@ def integrated_gradients(
                 site[:] = value
                 return measure(measured, Run(model, batch, reference)), value, way
 
-        least, runs, total = [], [], 0.0
+        least, runs = [], []
+        total: Any = 0.0
         for number, start in zip(numbers, starts, strict=True):
             least.append(run(number, start, 0.0)[0].save())
             runs.append([run(number, start, point) for point in ((nodes + 1) / 2).tolist()])

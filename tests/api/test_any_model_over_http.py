@@ -1,4 +1,7 @@
-"""A vision model on a Ray cluster, called as it is: the bits of plain torch with hooks, and what travels is data."""
+"""A vision-language model on a Ray cluster, called as it is: the values of plain torch with hooks.
+
+In float32, max|a - b| <= 1e-5 max(1, max|b|).
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ import polytrace
 from polytrace.errors import GraphError
 
 
-def test_a_service_calls_a_vision_model_as_one_process_does(tmp_path: Path) -> None:
-    plain, path, call, other = KINDS["vit"]()
+def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: Path) -> None:
+    plain, path, call, other = KINDS["llava"]()
     folder = tmp_path / "model"
     plain.save_pretrained(folder)
     theirs, _ = plain_run(plain, path, other)

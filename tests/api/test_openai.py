@@ -23,13 +23,13 @@ import api.rendering
 from api.composing import compose, prompts_of
 from api.events import tokens_of
 from api.rendering import rendered
-from api.wishes import ChatWish, CompletionWish, WishError
+from api.wishes import ChatWish, CompletionWish, FieldError, WishError
 from api.worker import Composed, Verdict
 from bench.tinyworld import FOLDER
 from engine.local import LocalBackend
 from polytrace.certificate import Generated
 from polytrace.description import ChatFormat, ModelDescription
-from polytrace.errors import PolytraceError, RunError, UserError
+from polytrace.errors import ContextError, RunError, UserError
 from polytrace.graph import (
     Constant,
     Generation,
@@ -75,9 +75,10 @@ class Composer:
     ) -> Composed:
         try:
             request = compose(wish, self.description, TOKENIZER)
-        except PolytraceError as error:
-            param = error.param if isinstance(error, WishError) else None
-            return Composed(verdict=Verdict(error=error.to_fields()), param=param)
+        except FieldError as found:
+            return Composed(verdict=Verdict(error=found.error.to_fields()), param=found.param)
+        except WishError as error:
+            return Composed(verdict=Verdict(error=error.to_fields()), param=error.param)
         path.write_bytes(b"".join(encode_request(request)))
         return Composed(verdict=Verdict(facts=b"[]"), prompts=prompts_of(request))
 
@@ -437,16 +438,20 @@ def test_what_cannot_be_honoured_is_refused_as_openai_does(
     chat = client.chat.completions.create
     vector = [1.0] * description.hidden_size
     refused: list[tuple[dict[str, Any], str | None]] = [
-        ({"presence_penalty": 0.5}, None),
-        ({"frequency_penalty": 0.5}, None),
-        ({"logit_bias": {"5": 1}}, None),
-        ({"suffix": "x"}, None),
-        ({"best_of": 3}, None),
-        ({"echo": True, "logprobs": 1}, None),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"echo": True, "logprobs": 1}, "echo"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 2.5}, "temperature"),
         ({"n": 0}, "n"),
         ({"prompt": []}, "prompt"),
+        ({"prompt": [5, description.vocab_size]}, "prompt"),
+        ({"prompt": [[5], [description.vocab_size]]}, "prompt"),
+        ({"prompt": [5, -1]}, "prompt"),
+        ({"extra_body": {"stop_token_ids": [description.vocab_size]}}, "stop_token_ids"),
         ({"extra_body": {"colour": "red"}}, "colour"),
         ({"extra_body": {"polytrace": {"steer": {"layer": 99, "vector": vector}}}}, "polytrace"),
         ({"extra_body": {"polytrace": {"steer": {"layer": 1, "vector": [1.0]}}}}, "polytrace"),
@@ -464,12 +469,44 @@ def test_what_cannot_be_honoured_is_refused_as_openai_does(
         chat(model="m", messages=HELLO, extra_body={"chat_template_kwargs": {"chat_template": "{{ 1 }}"}})
     with pytest.raises(openai.BadRequestError, match="max_tokens is 3 and max_completion_tokens 4"):
         chat(model="m", messages=HELLO, max_tokens=3, max_completion_tokens=4)
-    with pytest.raises(openai.APIStatusError, match="context of 512") as too_long:
-        client.completions.create(model="m", prompt="a", max_tokens=512)
-    assert too_long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.NotFoundError, match="there is no model 'x'"):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'x'") as unknown:
         client.completions.create(model="x", prompt="a")
+    assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
     assert set(requests.iterdir()) == before, "nothing is left of them"
+
+
+def test_what_the_context_cannot_take_is_refused_as_openai_does_and_other_limits_by_their_own_names(
+    service: GatewayService, client: openai.OpenAI, description: ModelDescription
+) -> None:
+    long = [{"role": "user", "content": "a b " * 600}]
+    beyond: list[tuple[Callable[[], Any], str, str]] = [
+        (lambda: client.completions.create(model="m", prompt="a", max_tokens=512), "context of 512", "prompt"),
+        (lambda: client.completions.create(model="m", prompt=[5] * 600), "context of 512", "prompt"),
+        (lambda: client.chat.completions.create(model="m", messages=long), "context of 512", "messages"),
+        (lambda: client.completions.create(model="m", prompt="a" * 1_100_000), "1100000 characters", "prompt"),
+    ]
+    for call, told, param in beyond:
+        with pytest.raises(openai.BadRequestError, match=told) as caught:
+            call()
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", param)
+    steer = [{"layer": 1, "vector": [1.0]}] * 250
+    with pytest.raises(openai.APIStatusError, match="vectors for 2000 prompts") as many:
+        client.completions.create(model="m", prompt=["a"] * 2000, extra_body={"polytrace": {"steer": steer}})
+    assert (many.value.status_code, many.value.code, many.value.param) == (413, "too-large", "polytrace")
+
+
+def test_a_text_is_measured_before_it_is_encoded(description: ModelDescription) -> None:
+    class Untouched:
+        def encode(self, text: str, *, add_special_tokens: bool) -> Any:
+            raise AssertionError("nothing is encoded")
+
+    wish = CompletionWish(model="m", prompt="x" * 41)
+    with pytest.raises(FieldError, match="41 characters is too long; at most 40") as caught:
+        compose(wish, description, Untouched(), max_text_chars=40)
+    assert isinstance(caught.value.error, ContextError)
+    large = replace(description, limits=replace(description.limits, max_sequence_tokens=1 << 20))
+    with pytest.raises(AssertionError, match="nothing is encoded"):
+        compose(CompletionWish(model="m", prompt="x" * (2 << 20)), large, Untouched())
 
 
 def test_a_call_without_the_key_and_a_body_that_is_none_are_refused_in_openais_form(service: GatewayService) -> None:
@@ -482,7 +519,7 @@ def test_a_call_without_the_key_and_a_body_that_is_none_are_refused_in_openais_f
         answer = service.http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
     large = service.http.post("/v1/completions", content=b"[" + b" " * (9 << 20) + b"]")
-    assert large.status_code == 413
+    assert large.status_code == 413 and large.json()["error"]["code"] == "too-large"
 
 
 @pytest.mark.parametrize(
@@ -569,9 +606,9 @@ def test_a_template_that_takes_too_long_or_reaches_out_of_its_sandbox_is_stopped
 
     def refusal(template: str) -> str:
         own = replace(description, chat=ChatFormat(templates={"default": template}, special_tokens={}))
-        with pytest.raises(PolytraceError) as caught:
+        with pytest.raises(FieldError) as caught:
             compose(wish, own, TOKENIZER)
-        return caught.value.message
+        return str(caught.value)
 
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     assert "longer than 0.2 s" in refusal(loop)

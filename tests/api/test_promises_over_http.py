@@ -15,6 +15,7 @@ import pytest
 import torch
 from by_hand import run_by_hand
 from families import llama_like
+from gradient_calls import check_gradients
 from hooked_calls import check_habits
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -214,7 +215,7 @@ def test_a_method_gives_what_it_gives_in_one_process_and_moves_no_more(check: An
     check(polytrace.connect(url, "tinyworld"), local)
 
 
-@pytest.mark.parametrize("check", [check_vectors, check_saes])
+@pytest.mark.parametrize("check", [check_vectors, check_saes, check_gradients])
 def test_vectors_and_features_are_what_they_are_in_one_process(
     check: Any, url: str, local: Model, tmp_path: Path
 ) -> None:

@@ -10,12 +10,15 @@ import pytest
 import torch
 import transformers
 from called_by_hand import assert_three_interventions, first_of, first_tensor, plain_run
-from model_kinds import DIFFUSION, KINDS, images, unet
+from model_kinds import DIFFUSION, KINDS, images, seeded, unet
 from torch import Tensor, nn
 
 import polytrace
-from polytrace.errors import GraphError, RunError
-from polytrace.graph import Port
+from engine.whole_sites import CallSites, record, twin_of
+from polytrace.description import SiteInfo
+from polytrace.errors import GraphError, RunError, TooLargeError
+from polytrace.graph import Given, Inputs, Port
+from polytrace.tensors import RawTensor
 from scheduling.call_turns import turns_of
 
 
@@ -28,6 +31,25 @@ def test_three_interventions_have_the_bits_of_hooks(kind: str) -> None:
 def test_three_interventions_on_a_diffusion_step_have_the_bits_of_hooks(kind: str) -> None:
     pytest.importorskip("diffusers")
     assert_three_interventions(*DIFFUSION[kind]())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_call_visits_is_found_without_weights(kind: str) -> None:
+    """As it is where weights are. Masks that a model drops when they mask nothing are arguments behind the first."""
+    plain, _, call, _ = KINDS[kind]()
+    tracer = polytrace.load(plain).trace(**call)
+    inputs, constants = tracer._invokes[0].inputs, tracer.recording.constants
+    assert inputs is not None
+    calls = CallSites(twin_of(plain, lambda tensor: tensor.detach().to("meta")))
+    found = calls.of(inputs, constants.tensors)
+    really = record(plain, Inputs(args=(), kwargs=call))
+
+    def sides(sites: tuple[SiteInfo, ...]) -> list[Any]:
+        return [(site.module, site.port, site.visit, site.leaves) for site in sites if site.port is not Port.INPUTS]
+
+    assert sides(found) == sides(really)
+    assert calls.has_looked(inputs, constants.tensors) == (kind in ("llava", "qwen2_vl"))
+    assert calls.of(inputs, constants.tensors) is found
 
 
 class Denoiser(nn.Module):
@@ -71,6 +93,40 @@ def test_a_step_of_a_diffusion_loop_is_a_visit() -> None:
     with model.trace(noise):
         assert len(middle.visits) == 3
         model.output.save()
+
+
+def test_what_a_call_gives_is_what_the_next_is_given() -> None:
+    """Several steps in one request: the sample stays where the model is."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 3, padding=1))
+    noise = images(1, 8)
+    with torch.no_grad():
+        wanted = noise
+        for _ in range(3):
+            wanted = wanted - 0.1 * network(wanted)
+    model = polytrace.load(network)
+    sample: Any = noise
+    with model.trace() as tracer:
+        for _ in range(3):
+            with tracer.invoke(sample):
+                sample = model.input - 0.1 * model.output
+        result = sample.save()
+    assert torch.equal(result, wanted)
+    assert len(tracer.receipt.passes) == 3
+
+    plain, _, call, _ = KINDS["bert"]()
+    with torch.no_grad():
+        embedded = plain.embeddings.word_embeddings(call["input_ids"]) * 2
+        wanted = plain(inputs_embeds=embedded, attention_mask=call["attention_mask"])[0]
+    model = polytrace.load(plain)
+    with model.trace() as tracer:
+        with tracer.invoke(**call):
+            words = 2 * model.embeddings.word_embeddings.output
+            with pytest.raises(GraphError, match="may follow from integers"):
+                tracer.invoke(input_ids=model.input)
+        with tracer.invoke(inputs_embeds=words, attention_mask=call["attention_mask"]):
+            result = model.output[0].save()
+    assert torch.equal(result, wanted)
 
 
 def test_every_visit_of_a_shared_module_is_read_and_written() -> None:
@@ -304,17 +360,50 @@ def test_mistakes_are_told_with_the_users_line() -> None:
         model.output[0].save()
     with pytest.raises(GraphError, match=f"belongs to a call: .*{here}"), model.trace():
         model.encoder.layer[0].output.save()
-    with pytest.raises(GraphError, match=f"input_ids is a value of this trace.*{here}"), model.trace(**call):
-        model.trace(input_ids=model.output[0])
+    with pytest.raises(GraphError, match=f"belongs to another trace.*{here}"), model.trace(**call):
+        model.trace(inputs_embeds=model.output[0])
     with (
         pytest.raises(GraphError, match=f"BertModel is called with arguments, not with prompts.*{here}"),
         model.trace(**call),
     ):
         model.output[0].at(-1)
+    for value, told in [(object(), "argument 0 is a object"), ({1: 2}, "keys that are no texts")]:
+        with pytest.raises(GraphError, match=f"{told}.*{here}"):
+            model.trace(value)
+    with pytest.raises(GraphError, match="a call needs arguments"), model.trace() as tracer:
+        tracer.invoke()
     with pytest.raises(GraphError, match=r"model\.generate is not there for such models"):
         model.generate("x")
+    with pytest.raises(GraphError, match="a module that is there runs as it is"):
+        polytrace.load(plain, dtype="bfloat16")
+    with pytest.raises(GraphError, match="offload_gib is for language models"):
+        polytrace.load(plain, offload_gib=1.0)
     with pytest.raises(GraphError, match=r"takes a folder, a hub id or a torch\.nn\.Module, not a int"):
         polytrace.load(3)
+
+
+def test_a_models_own_modules_have_their_names() -> None:
+    """Names that every decoder has are none here, and what the model itself has is called so."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlps = nn.ModuleList([nn.Linear(2, 2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.mlps[0](x)
+            return made
+
+    model = polytrace.load(Named())
+    with model.trace(torch.ones(2)):
+        result = model.mlps[0].output.save()
+        assert not hasattr(model, "layers_output")
+        with pytest.raises(GraphError, match=r"the model \(Named\) has no 'attentions'"):
+            model.attentions[0].save()
+    assert result.shape == (2,)
+    with pytest.raises(GraphError, match=r"model\.support is not there for such models"):
+        model.support()
+    assert "(mlps)" in repr(model)
 
 
 def test_a_call_that_fails_fails_its_request_alone() -> None:
@@ -329,6 +418,99 @@ def test_a_call_that_fails_fails_its_request_alone() -> None:
         result = model.output[0].save()
     with torch.no_grad():
         assert torch.equal(result, plain(**call)[0])
+
+
+class Either(nn.Module):
+    """Calls its modules in one order or in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, swap: bool = False) -> Tensor:
+        made: Tensor = self.b(torch.relu(self.a(x))) if not swap else self.a(torch.relu(self.b(x)))
+        return made
+
+
+def test_values_flow_between_calls_that_visit_modules_in_another_order() -> None:
+    plain, x = seeded(Either), torch.ones(3, 2)
+    with torch.no_grad():
+        straight = plain(x)
+        wanted = plain.a(torch.relu(plain.b(x) + straight))
+    model = polytrace.load(plain)
+    with model.trace() as tracer:
+        with tracer.invoke(x):
+            given = model.output
+        with tracer.invoke(x, swap=True):
+            model.b.output = model.b.output + given
+            result = model.output.save()
+    assert torch.equal(result, wanted)
+
+
+def test_a_call_that_is_too_large_is_refused_before_memory_is_taken() -> None:
+    plain = seeded(Either)
+    calls = CallSites(plain, max_tensor_bytes=1 << 20)
+    huge = RawTensor(dtype="float32", shape=(1 << 40, 2), data=memoryview(b""))
+    call = Inputs(args=(Given("x"),), kwargs={})
+    with pytest.raises(TooLargeError, match=r"a tensor of 8796093022208 bytes .*; the limit is 1048576"):
+        calls.of(call, {"x": huge})
+
+
+def test_a_diffusion_model_in_a_folder_is_called_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    plain, path, call, _ = unet()
+    saved: Any = plain
+    saved.save_pretrained(tmp_path)
+    model = polytrace.load(str(tmp_path))
+    seen, wanted = plain_run(plain, path, call)
+    with model.trace(**call):
+        middle, result = model.mid_block.output.save(), model.output.sample.save()
+    assert torch.equal(middle, seen)
+    assert torch.equal(result, wanted)
+
+
+class Choosing(nn.Module):
+    """Goes by values of its arguments, which it changes on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, self.many = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.table = torch.arange(8.0).view(4, 2)  # neither a parameter nor a buffer
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids[ids < 0] = 0
+        rows = self.table[ids] + x
+        x.zero_()
+        way = self.many if int(ids.sum()) > 3 else self.few
+        made: Tensor = way(rows) if float(rows.sum()) < 100 else rows
+        return made
+
+
+def test_a_model_may_go_by_values_and_change_its_arguments() -> None:
+    plain = seeded(Choosing)
+    model = polytrace.load(plain)
+    for ids, name in [([3, -1, 3], "many"), ([1, -1, 1], "few")]:
+        x, chosen = torch.ones(3, 2), torch.tensor(ids)
+        with torch.no_grad():
+            wanted = plain(x.clone(), chosen.clone())
+        for _ in range(2):
+            with model.trace(x, chosen):
+                rows = getattr(model, name).input.save()
+                result = model.output.save()
+            assert torch.equal(result, wanted)
+            assert torch.equal(rows, plain.table[chosen.clamp(min=0)] + 1)
+    with model.trace(torch.full((3, 2), 90.0), chosen):
+        assert model.output.save().shape == (3, 2)
+        with pytest.raises(GraphError, match="few has no output: in this model's forward it is not called"):
+            model.few.output.save()
+
+
+def test_a_site_that_a_call_does_not_come_to_is_an_error_and_no_number() -> None:
+    model = polytrace.load(seeded(Choosing))
+    told = r"this call did not come to few\.output: what it visits depends on its values \(test_any_model.py:\d+\)"
+    with pytest.raises(RunError, match=told), model.trace(torch.ones(3, 2), torch.tensor([1, 0, 0])):
+        model.input = model.input + 90
+        model.few.output.save()
 
 
 def test_neither_arguments_nor_weights_change() -> None:

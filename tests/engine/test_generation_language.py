@@ -432,6 +432,92 @@ def test_a_users_own_truths_end_sequences(model: Any) -> None:
     assert [(len(one.ids), one.finish) for one in tracer.result] == [(2, "stop"), (5, "length")]
 
 
+def test_truths_of_all_prompts_end_each_its_own(model: Any) -> None:
+    alone = []
+    for ids in (IDS, OTHER):
+        with model.generate(ids, max_new_tokens=5) as tracer:
+            pass
+        alone.append(list(tracer.result.ids))
+
+    def ended(when: Any) -> list[tuple[list[int], str]]:
+        with model.generate(max_new_tokens=5) as tracer:
+            with tracer.invoke([IDS, OTHER]):
+                pass
+            with tracer.invoke(OTHER):
+                pass
+            with tracer.invoke():
+                tracer.stop(when=when(tracer))
+        return [(list(one.ids), one.finish) for one in tracer.result]
+
+    first, other = alone[0], alone[1]
+    whole = [(first, "length"), (other, "length"), (other, "length")]
+    cut = [(first[:1], "stop"), (other[:1], "stop"), (other[:1], "stop")]
+    assert ended(lambda tracer: tracer.token == first[0]) == [cut[0], *whole[1:]] and first[0] != other[0]
+    assert ended(lambda tracer: (tracer.token == other[0])[:, None]) == [whole[0], *cut[1:]]
+    assert ended(lambda tracer: torch.tensor([False, False, True])) == [*whole[:2], cut[2]]
+    assert ended(lambda tracer: torch.tensor([True])) == cut
+    with pytest.raises(GraphError, match=r"one for each of the 3 sequences of all prompts, not shape \[2\]") as told:
+        ended(lambda tracer: torch.tensor([True, False]))
+    assert told.value.where is not None and told.value.where.startswith("test_generation_language.py:")
+
+
+def test_what_is_there_of_a_generation_that_ends_early(model: Any) -> None:
+    kept, values, total = [], [], 0
+    with model.generate(IDS, max_new_tokens=5) as tracer:
+        for step in tracer.iter[:]:
+            value = model.model.layers[2].output[0][:, -1]
+            kept.append(value.save())
+            each = value.save()
+            values.append(value)
+            total = total + value
+            last = 2 * value
+            if step == 2:
+                tracer.stop()
+        stacked = torch.stack(values).save()
+        of_all = torch.stack(values).sum(0).save()
+        named = sum(values).save()
+        total, last = total.save(), last.save()
+    assert tracer.result.finish == "stop" and len(tracer.result.ids) == 3
+    came = polytrace.came(kept)
+    assert (
+        len(came) == 3 and [torch.equal(one, other) for one, other in zip(came, each.steps, strict=True)] == [True] * 3
+    )
+    assert torch.equal(stacked, torch.stack(came))
+    assert torch.allclose(of_all, sum(came)) and torch.allclose(total, sum(came)) and not torch.allclose(total, came[2])
+    assert torch.equal(last, 2 * came[2])
+    assert "never came" in repr(named) and "never came" in repr(kept[4])
+    with pytest.raises(GraphError, match="never came"):
+        _ = named.shape
+
+
+def test_loops_stand_behind_each_other_and_not_in_each_other(model: Any) -> None:
+    with model.generate(IDS, max_new_tokens=3) as tracer:
+        for _ in tracer.iter[:]:
+            first = model.model.layers[0].output[0][:, -1].save()
+        with tracer.iter[1:]:
+            second = model.model.layers[0].output[0][:, -1].save()
+    assert torch.equal(first, second[-1])
+    with pytest.raises(GraphError, match="open already"), model.generate(IDS, max_new_tokens=3) as tracer:
+        for _ in tracer.iter[:]:
+            for _ in tracer.iter[1:]:
+                pass
+
+
+def test_a_forced_token_has_its_own_log_probability(model: Any) -> None:
+    with model.generate(IDS, max_new_tokens=2, logprobs=1) as tracer:
+        model.lm_head.output[:, -1, 7] += 0.5
+        logits = model.lm_head.output[:, -1].save()
+        tracer.token = torch.tensor([9])
+    assert tracer.result.ids[0] == 9 and tracer.result.likeliest[0][0][0] != 9
+    assert abs(tracer.result.logprobs[0] - float(logits.log_softmax(-1)[0, 9])) < 1e-5
+
+
+def test_a_token_is_used_at_the_next_step_and_not_in_a_layer_of_its_own(model: Any) -> None:
+    told = r"the token that the same step draws \(.*\), which comes behind the whole model: use it at the next step"
+    with pytest.raises(GraphError, match=told), model.generate(IDS, max_new_tokens=3) as tracer, tracer.all():
+        model.model.layers[1].output[0][:, -1] += tracer.token[:, None] * 0.1
+
+
 def test_adapters_and_standard_names_at_every_step(model: Any, plain: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     left, right = 0.3 * torch.randn(WIDTH, 1, generator=generator), 0.3 * torch.randn(1, 64, generator=generator)

@@ -57,7 +57,7 @@ def changes(
     values = [seen[point, layer] for layer in layers]
     gradients = torch.autograd.grad(measured, values)
     products = [
-        (given[point, layer] - value.detach())[0] * gradient[0]
+        torch.where(gradient == 0, 0.0, given[point, layer] - value.detach())[0] * gradient[0]
         for layer, value, gradient in zip(layers, values, gradients, strict=True)
     ]
     return products, float(measured.detach())
@@ -83,6 +83,7 @@ def agree(ours: Any, theirs: Any) -> None:
         ("v", "head", [0, 2]),
         ("pattern", None, [1, 2]),
         ("pattern", "position", [0, 2]),
+        ("scores", None, [1, 2]),
         ("mlp_post", None, [0]),
         ("z", ("position", "head"), [2]),
     ],
@@ -187,6 +188,19 @@ def test_small_patches_are_estimated_well(llama: tuple[Any, PlainModel]) -> None
         assert theirs.corrupt is not None
         moved = abs(theirs.effect - theirs.corrupt).max()
         assert moved > 0.01 and abs(ours.effect - theirs.effect).max() < 0.5 * moved
+
+
+def test_all_heads_of_tinyworld_are_ranked_as_by_patching_them_in_one_request(world: Any) -> None:
+    pairs = "The Eiffel Tower is in the city of", "The Galata Tower is in the city of"
+    lead = logit_difference(" Paris", " Istanbul")
+    for direction in ("denoise", "noise"):
+        estimated = attribution_patching(world, *pairs, lead, of="z", direction=direction)
+        true = patch_heads(world, *pairs, lead, of="z", direction=direction)
+        assert estimated.effect.shape == true.effect.shape == (8, 8)
+        ranks = [np.argsort(np.argsort(found.effect.values, axis=None)) for found in (estimated, true)]
+        assert np.corrcoef(ranks)[0, 1] > 0.98, "Spearman's correlation; measured: 0.993 and 0.992"
+        # two forwards and one backward, beside 64 runs
+        assert len(estimated.receipt.passes) == 2 and estimated.receipt.token_layers < true.receipt.token_layers / 3
 
 
 def test_what_cannot_be_estimated_is_said(llama: tuple[Any, PlainModel]) -> None:

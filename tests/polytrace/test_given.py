@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polytrace.calling import inputs_of
-from polytrace.errors import GraphError, WireError
+from polytrace.errors import WireError
 from polytrace.given import given_names, structure_of
 from polytrace.given_json import asked, decode_inputs, encode_inputs, inputs_from_json, inputs_to_json, question
 from polytrace.graph import DType, Given, Graph, Inputs, Invoke, Request
@@ -112,14 +111,3 @@ def test_a_question_is_checked_field_by_field() -> None:
             asked(good | {"tensors": {"a": entry}})
     with pytest.raises(WireError):
         decode_inputs([None], 2, NAMES)
-
-
-def test_what_cannot_be_an_argument_is_told() -> None:
-    def add(value: Any) -> str:
-        raise AssertionError("no tensor is here")
-
-    for value, told in [(object(), "argument 0 is a object"), ({1: 2}, "keys that are no texts")]:
-        with pytest.raises(GraphError, match=told):
-            inputs_of((value,), {}, add, "here.py:1")
-    with pytest.raises(GraphError, match="a call needs arguments"):
-        inputs_of((), {}, add, "here.py:1")
