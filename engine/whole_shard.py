@@ -224,7 +224,7 @@ class WholeShard:
 
 
 _NOTHING = (
-    "nothing of the loss comes back to here: in this call it does not depend on this value, or the model works it out "
+    "nothing of the loss comes back to here: behind this place the call does not make it of this value, or does so "
     "without gradients (torch.no_grad(), detach())"
 )
 
