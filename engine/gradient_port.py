@@ -46,20 +46,12 @@ class GradientPort:
         self.gradients = gradients
 
 
-class Joined:
-    """What came to those who held a tensor, and to what was handed on."""
-
-    def __init__(self, handed: Tensor, held: Tensor | None) -> None:
-        """`held`: None where all who have it got it from the port."""
-        self.handed, self.held = handed, held
-
-
-class RowGradient(Joined):
-    """Of a tensor that has rows."""
+class RowGradient:
+    """Of a tensor that has rows: what came to those who held it, and to what was handed on."""
 
     def __init__(self, handed: Tensor, held: Tensor | None, row_dim: int) -> None:
-        """`row_dim`: the dimension of their rows."""
-        super().__init__(handed, held)
+        """`held`: None where all who have it got it from the port. `row_dim`: the dimension of their rows."""
+        self.handed, self.held = handed, held
         self._handed_1T = with_rows_second(handed, row_dim)
         self._held_1T = None if held is None else with_rows_second(held, row_dim)
 

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.arguments import Selector
-from engine.gradient_port import Gradient, Joined, RowGradient
+from engine.gradient_port import Gradient, RowGradient
 from engine.saved import SavedTensors
 
 
@@ -77,10 +77,6 @@ class TensorSeam:
         return found
 
     def go_on(self, gradients: Mapping[Selector, Gradient]) -> None:
-        go_back(*self.totals(gradients))
-
-    def totals(self, gradients: Mapping[Selector, Any]) -> tuple[list[GradientEdge], list[Tensor]]:
-        """Where gradients go on from here, and which."""
         edges, totals = [], []
         for joint in self._joints.values():
             if joint.edge is None:
@@ -88,17 +84,13 @@ class TensorSeam:
             total: Tensor | None = None
             for selector in joint.handed:
                 own = gradients[selector]
-                assert isinstance(own, Joined)
+                assert isinstance(own, RowGradient)
                 total = own.handed if total is None else total + own.handed
                 held = own.held
             assert total is not None
             edges.append(joint.edge)
             totals.append(total if held is None else held + total)
-        return edges, totals
-
-    def is_held(self, tensor: Tensor) -> bool:
-        """Whether a tensor that was cut goes on from here for all who hold it."""
-        return self._joints[id(tensor)].held is not None
+        go_back(edges, totals)
 
     def leaves(self) -> Iterator[Tensor]:
         for joint in self._joints.values():
@@ -143,7 +135,7 @@ def become(tensor: Tensor, leaf: Tensor, saved: SavedTensors) -> bool:
 def _can_change(view: Tensor) -> bool:
     """Whether torch lets a view change in place: not one of several of an operation. Trying would spoil them all."""
     autograd: Any = torch._C._autograd
-    return bool(autograd._get_creation_meta(view) == autograd.CreationMeta.DEFAULT)
+    return bool(autograd._get_creation_meta(view) == autograd.CreationMeta.DEFAULT)  # `is` is never so
 
 
 class _HandedOn(Function):

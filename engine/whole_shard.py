@@ -38,6 +38,7 @@ from engine.whole_sites import arguments_of, told
 from engine.whole_tape import NoGradientError, Ports, WholeTape, cuts_of, sweep
 from engine.writes import member_of, with_member
 from polytrace.description import ModelDescription
+from polytrace.errors import PolytraceError
 from polytrace.given import with_given
 from polytrace.graph import Given, NodeId, Port, Read, SiteGrad, Write
 from polytrace.graph import Turn as GradientTurn
@@ -70,6 +71,7 @@ class WholeShard:
         self._states: dict[RequestId, CallState] = {}
         self._writer = Writer()
 
+    @torch.inference_mode(False)
     def run(self, plan: Plan) -> ShardResult:
         """Runs a pass: the waves of its members, one after another."""
         watch = Stopwatch()
@@ -156,11 +158,14 @@ class WholeShard:
                 state.run_back_at(fragments[order], ports)
 
         try:
+            state.begin_sweep()
             sweep(state.tapes[of], tuple(fragments), run)
+            state.end_sweep()
         except Exception as error:  # noqa: BLE001  whatever code of the model raises on its way back
             memory = told_out_of_memory(error)
-            told_back = f"the way back through {type(self.model).__name__} raised {told(error)}"
-            state.fail(place, memory or told_back, is_out_of_memory=memory is not None)
+            is_ours = isinstance(error, PolytraceError)
+            reason = str(error) if is_ours else f"the way back through {type(self.model).__name__} raised {told(error)}"
+            state.fail(place, memory or reason, is_out_of_memory=memory is not None)
 
     def _run_turn(self, turn: Turn, state: CallState) -> None:
         fragments = {one.order: one for one in turn.fragments}
@@ -226,6 +231,12 @@ class WholeShard:
             self.model(*args, **kwargs)
 
 
+_NOTHING = (
+    "nothing of the loss comes back to here: behind this place the call does not make it of this value, or does so "
+    "without gradients (torch.no_grad(), detach())"
+)
+
+
 class CallState(RequestState):
     """One request, whose reads and writes are of whole tensors."""
 
@@ -284,6 +295,20 @@ class CallState(RequestState):
         self._sides = sides
         self.run(fragment, None)
 
+    def _is_only(self, look: SiteGrad) -> bool:
+        """Whether no other run of its call gives the same read a gradient."""
+        nodes = self.program.graph.nodes
+        return sum(isinstance(one, SiteGrad) and (one.turn, one.at) == (look.turn, look.at) for one in nodes) == 1
+
+    def begin_sweep(self) -> None:
+        """A wave is run back."""
+        self._gives: dict[NodeId, bool] = {}  # reads and writes that took a gradient -> whether there was any
+
+    def end_sweep(self) -> None:
+        """Fails the request where nothing has come to anybody: plain torch has no gradients there, and not zeros."""
+        if self._gives and not any(self._gives.values()):
+            self.fail(next(iter(self._gives)), _NOTHING)
+
     def run_back_at(self, fragment: Fragment, ports: Ports) -> None:
         """Runs a fragment where the gradients of calls have come to a visit, by invoke."""
         self._ports = ports
@@ -298,9 +323,13 @@ class CallState(RequestState):
             raise LookupError(f"this call did not come to {at.site}: what it visits depends on its values")
         is_behind = any(not self.is_in_place(write) for write in earlier(self, node.at, at))
         if node.turn is GradientTurn.TAKE:
-            taken = gradient.take(is_assigned=is_behind or not self.is_in_place(node.at))
-            return taken.to(self.context.device)
+            is_assigned = is_behind or not self.is_in_place(node.at)
+            self._gives[node.at] = gradient.has_come(is_behind=is_assigned)
+            return gradient.take(is_assigned=is_assigned).to(self.context.device)
         if node.turn is GradientTurn.LOOK:
+            self._gives[node.at] = gradient.has_come(is_behind=is_behind)
+            if not self._gives[node.at] and self._is_only(node):
+                raise LookupError(_NOTHING)
             return gradient.look(is_behind=is_behind).to(self.context.device)
         assert node.value is not None
         value = self.values[node.value.node]

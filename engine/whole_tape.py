@@ -17,44 +17,76 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_alias_of
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.arguments import Selector
-from engine.gradient_port import Joined
 from engine.recorder import memory_of
 from engine.saved import SavedTensors
-from engine.seams import TensorSeam, gradient_of
+from engine.seams import become, gradient_of, handed_on
 from engine.writes import with_member
 from polytrace.graph import NodeId, SiteGrad, Turn
 from scheduling.plan import Program
 
 
-class WholeGradient(Joined):
+class WholeGradient:
     """What has come to one tensor of a port."""
+
+    def __init__(self, handed: Came, held: Came | None) -> None:
+        """`handed`: to who got it from the port. `held`: to who had it before another was assigned, if it was."""
+        self.handed, self.held = handed, held
+
+    def parts(self) -> list[Tensor]:
+        """All of it."""
+        return [self.handed.total] if self.held is None else [self.held.total, self.handed.total]
+
+    def has_come(self, *, is_behind: bool) -> bool:
+        """Whether there is any, be it zeros."""
+        return self.handed.is_there or (not is_behind and self.held is not None and self.held.is_there)
 
     def take(self, *, is_assigned: bool) -> Tensor:
         """As of `engine.gradient_port.Gradient`, of the whole tensor."""
-        value = self.handed.clone()
-        self.handed.zero_()
+        value = self.handed.take()
         if self.held is not None and not is_assigned:
-            value += self.held
-            self.held.zero_()
+            value += self.held.take()
         return value
 
     def add(self, value: Tensor, *, is_behind: bool) -> None:
         """`is_behind`: what was read was assigned before, at the same visit."""
         where = self.handed if is_behind or self.held is None else self.held
-        where += value.to(where.device)
+        where.add(value)
 
     def look(self, *, is_behind: bool) -> Tensor:
         """The total with regard to what was read."""
-        return self.handed.clone() if is_behind or self.held is None else self.held + self.handed
+        if is_behind or self.held is None:
+            return self.handed.total.clone()
+        return self.held.total + self.handed.total
 
     def set(self, value: Tensor, *, is_behind: bool) -> None:
         """The total becomes another."""
         if self.held is not None and not is_behind:
-            self.held.zero_()
-        self.handed.copy_(value)
+            self.held.take()
+        self.handed.take()
+        self.handed.add(value)
+
+
+class Came:
+    """What has come to one leaf."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        self.total = gradient_of(leaf)
+        self.is_there = leaf.grad is not None
+
+    def take(self) -> Tensor:
+        """All of it; nothing is left."""
+        value = self.total.clone()
+        self.total.zero_()
+        self.is_there = False
+        return value
+
+    def add(self, value: Tensor) -> None:
+        """More comes."""
+        self.total += value.to(self.total.device)
+        self.is_there = True
 
 
 class NoGradientError(Exception):
@@ -65,41 +97,81 @@ class NoGradientError(Exception):
         self.node = node
 
 
-class WholeSeam(TensorSeam):
+@dataclass(slots=True, kw_only=True)
+class _Joint:
+    """One tensor of a seam."""
+
+    tensor: Tensor | None  # None once the call is over
+    edge: GradientEdge | None  # further back; None: nobody is there
+    held: Tensor | None  # the leaf of all who hold it; None where it is the module's own
+    handed: dict[Selector, Tensor | None]  # ways to it -> leaves of what is handed on; None: it is, itself
+
+
+class WholeSeam:
     """Where the gradient stops at one visit of a call."""
 
-    def __init__(self, earlier: Sequence[Tensor]) -> None:
-        """`earlier` are the leaves that gradients can go on to."""
-        super().__init__({})
-        self._earlier = earlier
+    def __init__(self, tape: WholeTape) -> None:
+        self._earlier = tuple(tape.leaves)  # that gradients can go on to
+        self._tape = tape
+        self._joints: list[_Joint] = []
 
-    def end(self) -> None:
-        """Behind its last cut: where nothing lies before it that gradients go on to, nothing is kept of that."""
-        if not self._earlier:
-            for joint in self._joints.values():
-                joint.edge = None
+    def cut(self, selector: Selector, tensor: Tensor, handed: Tensor, node: NodeId) -> Tensor:
+        """Cuts at a tensor, in whose place `handed` is handed on; returns what is to be handed on now."""
+        joint = next((one for one in self._joints if one.tensor is tensor), None)
+        if joint is None:
+            joint = self._joint(tensor, node)
+            self._joints.append(joint)
+        if handed is tensor and joint.held is not None:
+            joint.handed[selector] = None
+            return tensor
+        leaf = joint.handed[selector] = handed.detach().requires_grad_()
+        self._tape.leaves.append(leaf)
+        return handed_on(leaf)
+
+    def _joint(self, tensor: Tensor, node: NodeId) -> _Joint:
+        _check(tensor, [joint.tensor for joint in self._joints], node)
+        edge = get_gradient_edge(tensor) if tensor.requires_grad and self._earlier else None
+        joint = _Joint(tensor=tensor, edge=edge, held=None, handed={})
+        if memory_of(tensor) not in self._tape.own:
+            joint.held = tensor.detach().requires_grad_()
+            if not become(tensor, joint.held, self._tape.saved):
+                raise NoGradientError(node, _SEVERAL_VIEWS)
+            self._tape.leaves.append(joint.held)
+        return joint
 
     def release(self) -> None:
         """Behind the call: who keeps one of its tensors has it as it is without gradients."""
-        for tensor in self._tensors:
-            base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
-            if base.grad_fn is not None:
-                base.detach_()
-        self._tensors.clear()
+        for joint in self._joints:
+            if joint.tensor is not None and joint.held is not None:
+                base = joint.tensor._base if joint.tensor._is_view() else joint.tensor
+                if base is not None and base.grad_fn is not None:
+                    base.detach_()
+            joint.tensor = None
 
-    def parts(self) -> dict[Selector, WholeGradient]:
-        """What has come to its leaves."""
-        return {
-            selector: WholeGradient(gradient_of(leaf), None if joint.held is None else gradient_of(joint.held))
-            for joint in self._joints.values()
-            for selector, leaf in joint.handed.items()
-        }
+    def gradients(self) -> dict[Selector, WholeGradient]:
+        """What has come to its leaves, for graphs to see and change; of one tensor it is one."""
+        found: dict[Selector, WholeGradient] = {}
+        for joint in self._joints:
+            held = None if joint.held is None else Came(joint.held)
+            for selector, leaf in joint.handed.items():
+                if leaf is not None:
+                    found[selector] = WholeGradient(Came(leaf), held)
+                else:
+                    assert held is not None, "it was cut for all who hold it"
+                    found[selector] = WholeGradient(held, None)
+        return found
 
-    def leave(self, parts: Mapping[Selector, WholeGradient]) -> None:
+    def go_on(self, gradients: Mapping[Selector, WholeGradient]) -> None:
         """Takes what graphs have left of it further back."""
-        edges, totals = self.totals(parts)
+        edges, totals = [], []
+        for joint in self._joints:
+            if joint.edge is None:
+                continue
+            parts = {id(part): part for way in joint.handed for part in gradients[way].parts()}
+            edges.append(joint.edge)
+            totals.append(sum(list(parts.values())[1:], start=next(iter(parts.values()))))
         if edges:
-            torch.autograd.backward(edges, totals, retain_graph=True, inputs=list(self._earlier))
+            torch.autograd.backward(edges, totals, retain_graph=True, inputs=self._earlier)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,13 +182,13 @@ class WholeTape:
     own: frozenset[int]  # memory of the module's parameters and buffers
     saved: SavedTensors = field(default_factory=SavedTensors)
     seams: dict[int, WholeSeam] = field(default_factory=dict)  # by order, as the call came to them
-    leaves: list[Tensor] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)  # of all seams so far
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """The call goes inside."""
         try:
-            with torch.inference_mode(False), torch.enable_grad(), self.saved.keeping():
+            with torch.enable_grad(), self.saved.keeping():
                 yield
         finally:
             for seam in self.seams.values():
@@ -127,32 +199,13 @@ class WholeTape:
         selectors = self.cuts.get(order)
         if selectors is None:
             return after
-        seam = WholeSeam(tuple(self.leaves))
-        cut: list[Tensor] = []
+        seam = self.seams[order] = WholeSeam(self)
         for selector, node in selectors.items():
             tensor, handed = member_of(before, selector), member_of(after, selector)
-            if tensor is None or handed is None:
-                continue  # whose turn it is says so
-            if any(tensor is not other and _is_alias_of(tensor, other) for other in cut):
-                raise NoGradientError(node, f"{_HERE} shares its memory with another tensor of this port: take one's")
-            cut.append(tensor)
-            self._check(node, tensor)
-            is_held = memory_of(tensor) not in self.own
-            after = with_member(after, selector, seam.cut(selector, tensor, handed, self.saved, is_held))
-            if is_held and not seam.is_held(tensor):
-                raise NoGradientError(node, _SEVERAL_VIEWS)
-        seam.end()
-        self.seams[order] = seam
-        self.leaves.extend(seam.leaves())
+            if tensor is not None and handed is not None:  # whose turn it is says where there is none
+                goes_on = seam.cut(selector, tensor, handed, node)
+                after = after if goes_on is handed else with_member(after, selector, goes_on)
         return after
-
-    def _check(self, node: NodeId, tensor: Tensor) -> None:
-        if tensor.is_inference():
-            raise NoGradientError(node, f"{_HERE} was made in inference mode, which has no gradients")
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise NoGradientError(
-                node, f"{_HERE} has several elements that are one in memory: take that of what made it"
-            )
 
 
 _HERE = "no gradient can be told here: in this call the tensor"
@@ -160,6 +213,16 @@ _SEVERAL_VIEWS = (
     f"{_HERE} is one of several parts of another (chunk, split, unbind), which torch lets nobody change alone: "
     "take the gradient of what it is a part of, or of what is made of it"
 )
+
+
+def _check(tensor: Tensor, others: Sequence[Tensor | None], node: NodeId) -> None:
+    """NoGradientError for a tensor that cannot be told from others of its port, or is of torch's that have none."""
+    if any(other is not None and memory_of(tensor) == memory_of(other) for other in others):
+        raise NoGradientError(node, f"{_HERE} shares its memory with another one of this port; take one's alone")
+    if tensor.is_inference():
+        raise NoGradientError(node, f"{_HERE} was made in inference mode, which has no gradients")
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise NoGradientError(node, f"{_HERE} has several elements that are one in memory; take another's")
 
 
 def member_of(value: Any, selector: Selector) -> Tensor | None:
@@ -206,8 +269,8 @@ def sweep(tapes: Mapping[int, WholeTape], orders: Sequence[int], run: Callable[[
             leaf.grad = None
     for order in sorted({*orders, *(order for tape in tapes.values() for order in tape.seams)}, reverse=True):
         seams = {invoke: tape.seams[order] for invoke, tape in tapes.items() if order in tape.seams}
-        ports = {invoke: seam.parts() for invoke, seam in seams.items()}
+        ports = {invoke: seam.gradients() for invoke, seam in seams.items()}
         with torch.no_grad():
             run(order, ports)
         for invoke, seam in seams.items():
-            seam.leave(ports[invoke])
+            seam.go_on(ports[invoke])

@@ -13,6 +13,7 @@ import torch
 from called_by_hand import plain_run
 from model_kinds import KINDS
 from services import Service, wait_until
+from whole_gradients_by_hand import plain_gradients, weights_of
 
 import polytrace
 from polytrace.errors import GraphError
@@ -39,12 +40,30 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
                 layer.output = 0.5 * own + 0.5 * given
                 result = model.output.logits.save()
         assert model.validate(tracer).result_bytes == read.nbytes + result.nbytes
+        _, gradients = plain_gradients(plain, path, call, double, 0.5, (1,))
+        vector = torch.zeros(seen.shape[-1], requires_grad=True)
+        with model.trace(**call):
+            got, own = layer.input, layer.output
+            own[:] = 2 * own + vector
+            loss = (model.output.logits * weights_of(wanted, 1)).sum()
+            with loss.backward():
+                back = [got.grad.save(), own.grad.clone().save()]
+                own.grad *= 0.5
+            loss.backward()
         with pytest.raises(GraphError, match=r"does not take these arguments.*\(test_any_model_over_http.py:\d+\)"):
             model.trace(pixel_values=torch.ones(3, 3))
     finally:
         service.kill_all()
+    for ours, theirs in zip(back, gradients[0], strict=True):
+        close(ours, theirs)
+    assert vector.grad is not None
+    close(vector.grad, gradients[0][1].sum((0, 1)))
     close(read, seen)
     close(result, wanted)
+
+
+def double(tensor: torch.Tensor) -> None:
+    tensor *= 2
 
 
 def close(ours: torch.Tensor, plain: torch.Tensor) -> None:
