@@ -6,6 +6,7 @@ brings rows and values.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -44,6 +45,32 @@ class GradientPort:
 
     def __init__(self, gradients: Mapping[Selector, Gradient]) -> None:
         self.gradients = gradients
+
+
+class PortGradient(ABC):
+    """Of what nobody holds but those who get it from the port: what is read of it and put there is all."""
+
+    def take(self, rows: RowView, *, is_assigned: bool) -> Tensor:
+        value = self._read(rows)
+        self._put(rows, torch.zeros_like(value))
+        return value
+
+    def add(self, rows: RowView, value: Tensor, *, behind: Sequence[RowView]) -> None:
+        self._put(rows, self._read(rows) + value)
+
+    def look(self, rows: RowView, *, behind: Sequence[RowView]) -> Tensor:
+        return self._read(rows)
+
+    def set(self, rows: RowView, value: Tensor, *, behind: Sequence[RowView]) -> None:
+        self._put(rows, value)
+
+    @abstractmethod
+    def _read(self, rows: RowView) -> Tensor:
+        """What has come to rows, a tensor of its own."""
+
+    @abstractmethod
+    def _put(self, rows: RowView, value: Tensor) -> None:
+        """It is this from now on."""
 
 
 class RowGradient:

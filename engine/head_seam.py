@@ -17,7 +17,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from engine.arguments import Selector
 from engine.copies import to_device
-from engine.gradient_port import Gradient
+from engine.gradient_port import (
+    Gradient,
+    PortGradient,
+)
 from engine.lanes import least_rows
 from engine.seams import go_back, gradient_of, handed_on
 from engine.views import RowView
@@ -54,7 +57,7 @@ class HeadSeam:
             yield self._leaf
 
 
-class HeadGradient:
+class HeadGradient(PortGradient):
     """`[1, T, H, D]`, of which only the rows exist that some turn is about; others have one gradient for all heads."""
 
     def __init__(self, total_1TD: Tensor, weight_HCD: Tensor) -> None:
@@ -71,20 +74,6 @@ class HeadGradient:
         for row, own in self._own.items():
             place = bisect_right(starts, row) - 1
             parts[place]._own[row - starts[place]] = own
-
-    def take(self, rows: RowView, *, is_assigned: bool) -> Tensor:
-        value = self._read(rows)
-        self._put(rows, torch.zeros_like(value))
-        return value
-
-    def add(self, rows: RowView, value: Tensor, *, behind: Sequence[RowView]) -> None:
-        self._put(rows, self._read(rows) + value)
-
-    def look(self, rows: RowView, *, behind: Sequence[RowView]) -> Tensor:
-        return self._read(rows)
-
-    def set(self, rows: RowView, value: Tensor, *, behind: Sequence[RowView]) -> None:
-        self._put(rows, value)
 
     def of_heads(self) -> Tensor:
         """`[1, T, H, C]`: what comes of it to the heads' results."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from engine.arguments import Selector
-from engine.gradient_port import Gradient
+from engine.gradient_port import (
+    Gradient,
+    PortGradient,
+)
 from engine.pair_tensors import TensorPairs
 from engine.pair_views import pairs_of, read_pairs
 from engine.points import Pairs
@@ -44,25 +46,11 @@ class PairSeam:
         yield from self._leaves
 
 
-class PairGradient:
+class PairGradient(PortGradient):
     """What has come to scores or patterns; zero where a query sees no key."""
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
-
-    def take(self, rows: RowView, *, is_assigned: bool) -> Tensor:
-        value = self._read(rows)
-        self._put(rows, torch.zeros_like(value))
-        return value
-
-    def add(self, rows: RowView, value: Tensor, *, behind: Sequence[RowView]) -> None:
-        self._put(rows, self._read(rows) + value)
-
-    def look(self, rows: RowView, *, behind: Sequence[RowView]) -> Tensor:
-        return self._read(rows)
-
-    def set(self, rows: RowView, value: Tensor, *, behind: Sequence[RowView]) -> None:
-        self._put(rows, value)
 
     def _read(self, rows: RowView) -> Tensor:
         return read_pairs(self.pairs, rows, rows.view)
