@@ -371,6 +371,17 @@ class RequestState:
                 info = self.context.sites[node.site][0]
                 yield from self._rows(node_id, node, info, self.context.levels.of(info.order)).numbers
 
+    def rows_back(self, order: int) -> Iterator[int]:
+        """Rows of the stream whose gradients are seen or changed at a visit, once this wave is run backwards."""
+        assert self.member is not None
+        for wave in self.program.waves:
+            works = wave.stages if wave.of == self.member.wave else ()
+            fragments = [fragment for work in works for fragment in work.fragments if fragment.order == order]
+            for node in [self.program.graph.nodes[node_id] for fragment in fragments for node_id in fragment.nodes]:
+                at = self.program.graph.nodes[node.at] if isinstance(node, SiteGrad) else None
+                if isinstance(node, SiteGrad) and isinstance(at, (Read, Write)):
+                    yield from self.rows_of(node.at, at).numbers
+
     def reads_of(self, fragment: Fragment) -> Iterator[int]:
         """Invokes of whose rows a fragment reads at its visit."""
         nodes = self.program.graph.nodes

@@ -12,11 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from polytrace.errors import TooLargeError
 
 _MAX_ELEMENTS = 1 << 22  # of a tensor that is known
 
@@ -39,9 +47,9 @@ class KnownIntegers(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = (args, dict(kwargs or {}))
-        tensors = [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
+        tensors = _tensors_in(given)
         if tensors and all(self._is_known(tensor) for tensor in tensors):
-            return self._wrapped(self._really(func, *given), tensors)
+            return self._of_known(func, given, tensors)
         result = func(*given[0], **given[1])
         if not tensors and _is_known_kind(result):  # it was made of numbers
             self._known[result] = self._really(func, *given)
@@ -49,6 +57,31 @@ class KnownIntegers(TorchDispatchMode):
             for tensor in tensors:
                 self._known.pop(tensor, None)
         return result
+
+    def _of_known(self, func: Any, given: tuple[tuple[Any, ...], dict[str, Any]], tensors: list[Tensor]) -> Any:
+        """Without data first, which says how large it is: what is too large for a known tensor is never made."""
+        try:
+            result = func(*given[0], **given[1])
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            self._check_repeats(func, given[0])
+            return self._wrapped(self._really(func, *given), tensors)
+        made = _tensors_in(result)
+        if all(map(_is_known_kind, made)):
+            self._known.update(zip(made, _tensors_in(self._really(func, *given)), strict=True))
+        return result
+
+    def _check_repeats(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Of the ops whose size is in their values, those that give more than they get."""
+        packet = func.overloadpacket
+        if packet not in (torch.ops.aten.repeat_interleave, torch.ops.aten.bincount):
+            return
+        counts: Tensor = args[-1] if packet is torch.ops.aten.repeat_interleave else args[0]
+        with unset_fake_temporarily():
+            real = self._known.get(counts, counts)
+            size = int(real.sum() if packet is torch.ops.aten.repeat_interleave else real.max()) if len(real) else 0
+        if size > _MAX_ELEMENTS:
+            told = f"a call with these arguments makes a tensor of {size} integers"
+            raise TooLargeError(f"{told}; where its model looks at them, {_MAX_ELEMENTS} are the limit")
 
     def _is_known(self, tensor: Tensor) -> bool:
         """A tensor that is not fake is a constant in the model's code."""
@@ -90,6 +123,10 @@ class PlainLists(TorchFunctionMode):
         if func is torch.tensor and args and isinstance(args[0], (list, tuple)):
             args = (tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, Tensor) else leaf, args[0]), *args[1:])
         return func(*args, **dict(kwargs or {}))
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
 
 
 def _is_known_kind(value: Any) -> bool:

@@ -19,6 +19,7 @@ from engine.source_sites import describe_sources
 from polytrace.description import Leaf, Limits, ModelDescription, SiteInfo, logits_of
 from polytrace.graph import Port
 from polytrace.tensors import itemsize
+from scheduling.plan import MIN_ROWS
 
 _NO_GRADIENT = (
     "what ranks have of its gradient does not make up the whole (it may be a part of a sum): ask at another place, "
@@ -90,7 +91,8 @@ def describe_model(
         limits=limits or Limits(max_sequence_tokens=probe.max_tokens),
         key_value_bytes=max(report.key_value_bytes for report in reports),
         hidden_bytes=probe.hidden_size * itemsize(probe.dtype),
-        tape_bytes=probe.tape_bytes,
+        tape_bytes=probe.tape_bytes.row,
+        tape_fill_bytes=probe.tape_bytes.expert_row * max(MIN_ROWS, reports[0].row_multiple),
         why_no_gradients=next((told for told in _why_no_gradients(probe, reports) if told), ""),
         row_multiple=reports[0].row_multiple,
         has_kept_rows=probe.has_kept_rows,

@@ -28,7 +28,7 @@ from engine.recorder import LoopError, Recorder
 from engine.sites import merged_site, refuse_repeated_visits
 from engine.source_sites import SourceGroup, group_sources
 from engine.standard import StandardNames
-from engine.tape_bytes import tape_bytes
+from engine.tape_bytes import TapeBytes, tape_bytes
 from engine.windows import Layout, find_layout
 from polytrace.description import ModuleInfo, ParameterInfo, PassLayout, PointInfo, SiteInfo
 from polytrace.errors import ServiceError
@@ -55,7 +55,7 @@ class Probe:
     vocab_size: int
     max_tokens: int
     has_kept_rows: bool
-    tape_bytes: int  # of what a row keeps of a layer for gradients
+    tape_bytes: TapeBytes  # of what a layer keeps for gradients
     why_no_gradients: str  # why there are none; empty: there are
     has_side_values: bool  # layers hand values to later layers beside the hidden states
     has_token_values: bool  # layers are given values of embeddings beside the hidden states
@@ -162,13 +162,13 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
     )
 
 
-def _tape_bytes(model: PreTrainedModel, layers: str, manner: Manner) -> tuple[int, str]:
-    """What a row keeps of a layer for gradients, and why it has none."""
+def _tape_bytes(model: PreTrainedModel, layers: str, manner: Manner) -> tuple[TapeBytes, str]:
+    """What a layer keeps for gradients, and why it has none."""
     try:
         return tape_bytes(model, layers, manner, _max_tokens(model.config.get_text_config())), ""
     except (RuntimeError, TypeError, ValueError, NotImplementedError, ServiceError) as error:
         reason = str(error).split("\n")[0]
-        return 0, f"its forward does not run with autograd: {reason}"
+        return TapeBytes(row=0), f"its forward does not run with autograd: {reason}"
 
 
 def _layers_of(model: PreTrainedModel, layers: str) -> nn.ModuleList:

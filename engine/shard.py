@@ -10,7 +10,7 @@ Knows nothing of Ray, queues or HTTP. A plain class: `cluster.actors` makes it r
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -451,9 +451,7 @@ class Shard:
                 visitor=self._visitor(fragments, tables, rows, order)
                 if port is not Port.TOKEN
                 else self._token_visitor(plan, states, fragments, tables, rows, order),
-                rows={row for state, fragment in fragments for row in state.rows_at(fragment)}
-                if port.is_of_pairs
-                else (),
+                rows=self._rows_at(order, fragments, states, tape) if port.is_of_pairs else (),
                 layouts=self._layouts.get(order, {}),
             )
             for order, fragments in at.items()
@@ -461,6 +459,17 @@ class Shard:
         ]
         hidden_out = self.runner.run(rows, hidden, visits, stop_after=plan.until if is_last else None)
         return hidden_out if tape is None or hidden_out is None else tape.hand_on(hidden_out)
+
+    def _rows_at(
+        self,
+        order: int,
+        fragments: Sequence[tuple[RequestState, Fragment]],
+        states: Sequence[RequestState],
+        tape: Tape | None,
+    ) -> set[int]:
+        """Rows for which the visit of an order is made: also those that are not read anew and have a gradient."""
+        own = {row for state, fragment in fragments for row in state.rows_at(fragment)}
+        return own if tape is None else own.union(*[state.rows_back(order) for state in states])
 
     def _run_back(
         self, of: PassId, states: list[RequestState], works: list[StageWork], gradient: Tensor | None

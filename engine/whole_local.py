@@ -16,6 +16,7 @@ from transformers import AutoProcessor
 
 from engine.fragments import from_raw
 from engine.local import DirectBackend, LocalShards
+from engine.module_state import ModuleState
 from engine.ops import DTYPE_NAMES
 from engine.probe import named_tensors
 from engine.shapes import infer
@@ -50,13 +51,17 @@ class WholeBackend(DirectBackend):
         return self._sites.of(inputs, constants, partial(self._really, constants=constants))
 
     def _really(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
-        """The same, by calling the model."""
+        """The same, by calling the model, whose buffers and random numbers are then as they were."""
         device = self.shard.context.device
 
         def real(given: Given) -> Tensor:
             return from_raw(constants[given.name]).to(device, copy=True)  # models change their arguments
 
-        return record(self.shard.model, with_given(inputs, real))
+        before = ModuleState(self.shard.model, device)
+        try:
+            return record(self.shard.model, with_given(inputs, real))
+        finally:
+            before.put()
 
     def tokenizer_json(self) -> bytes | None:
         return super().tokenizer_json() if self._is_known_source else None

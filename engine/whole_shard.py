@@ -8,8 +8,8 @@ that is needed of it. What a module raises fails its request and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,9 @@ from engine.leaves import first_argument
 from engine.links import Solo
 from engine.lockstep import in_order, stop
 from engine.memory import told_out_of_memory
+from engine.module_state import ModuleState, kept_tensors
 from engine.named import NamedParameters
+from engine.ops import TORCH_DTYPES
 from engine.probe import named_tensors
 from engine.recorder import memory_of
 from engine.results import MemorySink, ResultSink, Writer, sink_for
@@ -34,7 +36,7 @@ from engine.stopwatch import Stopwatch
 from engine.turns import earlier
 from engine.whole_sites import arguments_of, told
 from engine.whole_tape import NoGradientError, Ports, WholeTape, cuts_of, sweep
-from engine.writes import with_member
+from engine.writes import member_of, with_member
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError
 from polytrace.given import with_given
@@ -170,15 +172,20 @@ class WholeShard:
         if PROLOGUE in fragments:
             state.run(fragments.pop(PROLOGUE), None)
         visits = _visits_of(state, fragments)
+        nodes = [state.program.graph.nodes[node] for one in turn.fragments for node in one.nodes]
+        is_in_place = any(isinstance(node, Write) and node.in_place for node in nodes)
+        kept = frozenset(map(memory_of, kept_tensors(self.model))) if is_in_place else frozenset()
         tapes = {invoke: tape for invoke in turn.invokes if (tape := state.tape_of(invoke)) is not None}
         for invoke, tape in tapes.items():
             visits[invoke].update(_visits_at(state, tape))
-        calls = [_Call(visits[invoke], tape=tapes.get(invoke)) for invoke in turn.invokes]
+        calls = [_Call(visits[invoke], kept=kept, tape=tapes.get(invoke)) for invoke in turn.invokes]
         pending = sorted(fragments)
 
         def meet(order: int, values: Mapping[int, Any]) -> dict[int, Any]:
             """Everything that is due up to a visit, which some calls have come to."""
-            sides = {number: Side(value, calls[number].changing) for number, value in values.items()}
+            sides = {
+                number: Side(value, calls[number].changing, calls[number].kept) for number, value in values.items()
+            }
             port = {turn.invokes[number]: side for number, side in sides.items()}
             with torch.no_grad():
                 while pending and pending[0] <= order:
@@ -218,7 +225,8 @@ class WholeShard:
     def _go(self, call: _Call, state: CallState, invoke: int, come: Callable[[int, Any], Any]) -> None:
         """One call, up to the last site that is needed of it."""
         call.come = come
-        with call.recording(), _hooked(self.model, call), _current(call), suppress(_Enough):
+        as_before = state.as_at_first(invoke, self.model) if call.come is not stop else nullcontext()
+        with call.recording(), as_before, _hooked(self.model, call), _current(call), suppress(_Enough):
             args, kwargs = state.arguments(invoke)
             self.model(*args, **kwargs)
 
@@ -234,6 +242,7 @@ class CallState(RequestState):
 
     def __init__(self, program: Program, context: ShardContext, sink: ResultSink) -> None:
         super().__init__(program, context, sink)
+        self._began: dict[int, ModuleState] = {}  # of invokes, where some may run again
         self.tapes: dict[int, dict[int, WholeTape]] = {}  # of waves that are run backwards later, by invoke
 
     def begin_tapes(self, wave: int, own: frozenset[int]) -> None:
@@ -256,6 +265,22 @@ class CallState(RequestState):
         inputs = self.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
         return arguments_of(with_given(inputs, self._given))
+
+    @contextmanager
+    def as_at_first(self, invoke: int, model: nn.Module) -> Iterator[None]:
+        """A call that runs again draws the same numbers and finds the same buffers, and its second run leaves none."""
+        began = self._began.get(invoke)
+        if began is None:
+            if len(self.program.waves) > 1:
+                self._began[invoke] = ModuleState(model, self.context.device)
+            yield
+            return
+        now = ModuleState(model, self.context.device)
+        began.put()
+        try:
+            yield
+        finally:
+            now.put()
 
     def _local_parameter(self, path: str) -> Tensor:
         if self.context.parameters[path].is_meta:
@@ -332,7 +357,13 @@ class CallState(RequestState):
         if side is None:
             raise LookupError(f"this call did not come to {node.site}: what it visits depends on its values")
         if isinstance(node, Read):
-            self.values[node_id] = side.read(node.site.selector).to(self.context.device)
+            value = side.read(node.site.selector)
+            facts = self.program.facts[node_id]
+            if facts is not None and (tuple(value.shape), value.dtype) != (facts.shape, TORCH_DTYPES[facts.dtype]):
+                told = f"{node.site} is {value.dtype} {list(value.shape)} in this call"
+                planned = f"planned was {facts.dtype} {list(facts.shape)}"
+                raise LookupError(f"{told}, {planned}: it depends on more than the arguments")
+            self.values[node_id] = value.to(self.context.device)
         else:
             side.write(node.site.selector, self.values[node.value.node], in_place=node.in_place)
         self.fired.append(node_id)
@@ -341,10 +372,11 @@ class CallState(RequestState):
 class Side:
     """What a module takes or gives at one visit, while a request looks at it."""
 
-    def __init__(self, value: Any, changing: Callable[[Tensor], None]) -> None:
-        """`changing` hears of tensors that are about to be written to."""
+    def __init__(self, value: Any, changing: Callable[[Tensor], None], kept: Collection[int]) -> None:
+        """`changing` hears of tensors that are about to be written to; `kept` is memory of the model itself."""
         self.value = value
         self._changing = changing
+        self._kept = kept
 
     def read(self, selector: Selector) -> Tensor:
         """A snapshot of a tensor in it."""
@@ -356,6 +388,8 @@ class Side:
         if given.shape != tensor.shape:
             raise ValueError(f"the value has shape {list(given.shape)}, the site {list(tensor.shape)} in this call")
         if in_place:
+            if memory_of(tensor) in self._kept:
+                raise ValueError("the model keeps this tensor behind the call: write `site = value`")
             self._changing(tensor)
             tensor.copy_(given)
         else:
@@ -364,9 +398,11 @@ class Side:
     def _tensor(self, selector: Selector) -> Tensor:
         found = self.value
         for key in selector:
-            found = found[key]
+            found = member_of(found, key)
         if not isinstance(found, Tensor):
             raise LookupError("there is no tensor here in this call: what it gives depends on its values")
+        if found.layout is not torch.strided or found.is_nested:
+            raise LookupError("in this call the tensor here is a nested or sparse one, which is not read or written")
         return found
 
 
@@ -376,6 +412,7 @@ class _Call:
 
     visits: Visits
     come: Callable[[int, Any], Any] = stop  # gives what goes on of what a visit has
+    kept: Collection[int] = ()  # memory of the model itself, where something is written in place
     counts: dict[tuple[str, Port], int] = field(default_factory=dict)  # of visits so far
     num_left: int = 0
     tape: WholeTape | None = None  # where its gradient is asked for

@@ -12,21 +12,25 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
+from dataclasses import fields
 from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from transformers import PreTrainedModel
 
 from engine.arguments import Arguments, Selector
 from engine.fragments import from_raw
 from engine.known_integers import KnownIntegers, PlainLists
 from engine.leaves import first_argument
+from engine.module_state import attribute_tensors, kept_tensors, settings_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.probe import named_tensors
 from engine.recorder import memory_of
+from engine.writes import is_record
 from polytrace.description import Leaf, ModuleInfo, ParameterInfo, Rows, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.given import given_names, structure_of, with_given
@@ -35,7 +39,7 @@ from polytrace.tensors import RawTensor
 
 _DEPTH = 4  # keys of a selector at most, as on the wire
 _MAX_SITES = 100_000  # of one call
-_HELD = "it is a parameter of the model itself: write `site = value`"
+_HELD = "it is a parameter of the model itself, or another tensor that it keeps: write `site = value`"
 _OVERLAPS = "several of its elements are one in memory: write `site = value`"
 
 
@@ -50,6 +54,7 @@ class CallSites:
         """A call with a tensor of more bytes is refused before memory is taken; None: whatever there is room for."""
         self._max_bytes = max_tensor_bytes
         self._turn = threading.RLock()
+        self._settings = settings_of(model)
         self._twin = _Twin(model, looks=False)
         self._looking_twin: _Twin | None = None  # made when a call needs it
         self._model = model
@@ -64,6 +69,11 @@ class CallSites:
     ) -> tuple[SiteInfo, ...]:
         """The sites of a call, in their order; the same object each time. Raises GraphError where it does not run."""
         with self._turn:
+            if (settings := settings_of(self._model)) != self._settings:  # `model.train()`, `model.steps = 8`
+                self._settings = settings
+                self._twin, self._looking_twin = _Twin(self._model, looks=False), None
+                self._known.clear()
+                self._levels.clear()
             return self._of(inputs, constants, really)
 
     def _of(
@@ -166,6 +176,9 @@ def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
     GraphError for a model that has something that cannot be copied.
     """
     tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}
+    for tensor in attribute_tensors(model):
+        if tensor.is_floating_point() and (tensor.ndim or not tensor.is_leaf):  # a number that is kept stays known
+            tensors[id(tensor)] = tensor
     memo: dict[int, Any] = {}
     for key, tensor in tensors.items():
         made = make(tensor)
@@ -234,7 +247,7 @@ class _Recorder:
         self._max_bytes = max_bytes
         self.sites: list[SiteInfo] = []
         self._visits: dict[tuple[str, Port], int] = {}
-        self._held = {memory_of(tensor) for _, tensor in named_tensors(model) if tensor.layout is torch.strided}
+        self._held = set(map(memory_of, kept_tensors(model)))
 
     def hooks(self, path: str, module: nn.Module) -> Iterator[Any]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -286,7 +299,7 @@ class _Recorder:
         in_place = None
         if refusal is None and memory_of(tensor) in self._held:
             in_place = _HELD
-        elif refusal is None and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+        elif refusal is None and _overlaps(tensor):
             in_place = _OVERLAPS
         return Leaf(
             selector=selector,
@@ -300,12 +313,23 @@ class _Recorder:
         )
 
 
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements may be one in memory, as of `expand` and `unfold`: a stride within another's reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return tensor.numel() > 0
+            reach += stride * (size - 1)
+    return False
+
+
 def leaves_of(value: Any) -> tuple[str, dict[Selector, Tensor]]:
     """The structure of what a module takes or gives, and the tensors in it, four levels deep."""
     if isinstance(value, Tensor):
         return "tensor", {(): value}
     leaves = dict(_members(value, ()))
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) or is_record(value):
         return "dict", leaves
     return ("list" if isinstance(value, list) else "tuple") if isinstance(value, (tuple, list)) else "other", leaves
 
@@ -317,6 +341,9 @@ def _members(value: Any, way: Selector) -> Iterator[tuple[Selector, Tensor]]:
         for key, member in value.items():
             if isinstance(key, (str, int)):
                 yield from _members(member, (*way, key))
+    elif len(way) < _DEPTH and is_record(value):
+        for field in fields(value):
+            yield from _members(getattr(value, field.name, None), (*way, field.name))
     elif len(way) < _DEPTH and isinstance(value, (tuple, list)):
         for place, member in enumerate(value):
             yield from _members(member, (*way, place))
@@ -339,6 +366,8 @@ def modules_of(model: nn.Module) -> Iterator[ModuleInfo]:
 def parameters_of(model: nn.Module) -> Iterator[ParameterInfo]:
     """Parameters and buffers by every path they have."""
     for path, tensor in named_tensors(model):
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            raise GraphError(f"{path} has no shape yet: call the module once before it is loaded")
         if tensor.dtype in DTYPE_NAMES and tensor.layout is torch.strided:
             dtype = DTYPE_NAMES[tensor.dtype]
             yield ParameterInfo(path=path, shape=tuple(tensor.shape), dtype=dtype, stage=0, sharded_dim=None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -108,7 +108,11 @@ def with_member(container: Any, selector: tuple[int | str, ...], tensor: Tensor)
     if not selector:
         return tensor
     key, *rest = selector
-    member = with_member(container[key], tuple(rest), tensor)
+    member = with_member(member_of(container, key), tuple(rest), tensor)
+    if is_record(container):
+        record = copy.copy(container)
+        object.__setattr__(record, str(key), member)  # of a frozen one, too
+        return record
     if isinstance(container, Mapping):
         changed: Any = copy.copy(container)
         changed[key] = member
@@ -116,4 +120,16 @@ def with_member(container: Any, selector: tuple[int | str, ...], tensor: Tensor)
     members = [member if place == key else old for place, old in enumerate(container)]
     if isinstance(container, list):
         return members
+    if type(container).__module__ == "torch.return_types":  # of `max`, `topk` and such
+        return type(container)(members)
     return type(container)(*members) if hasattr(container, "_fields") else tuple(members)
+
+
+def member_of(container: Any, key: int | str) -> Any:
+    """One member of a tuple, list, mapping or dataclass."""
+    return getattr(container, str(key)) if is_record(container) else container[key]
+
+
+def is_record(value: Any) -> bool:
+    """Whether it is a dataclass whose members are attributes alone."""
+    return is_dataclass(value) and not isinstance(value, (type, Mapping))

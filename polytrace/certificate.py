@@ -22,7 +22,7 @@ class Certificate:
     saves: Mapping[str, ValueShape]
     passes: int  # waves: merged passes the request takes part in
     tokens: int  # of its sequences, all waves together
-    token_layers: int  # rows x decoder layers that they run through, equal rows counted once
+    token_layers: int  # rows x decoder layers that they run through, equal rows counted once; on the way back twice
     token_layers_alone: int  # what that would be if every sequence ran whole, on its own
     result_bytes: int  # all saves
     read_bytes: int  # all values read from the model, what a client-side analysis would have to move
@@ -110,4 +110,5 @@ class Receipt:
     edits: tuple[str, ...] = ()  # that its traces started from, as name@version
     kept_bytes: int = 0  # of values that stay on the service
     generated: tuple[Generated, ...] = ()  # by invoke and sequence
+    tape_bytes: int = 0  # that its passes kept for gradients at once, on the shard that kept most, as certified
     loaded_bytes: int = 0  # of constants and kept values that shards had to read, each its own: 0 when they had them

@@ -255,6 +255,7 @@ class ModelDescription:
     key_value_bytes: int  # of one row's keys and values at one layer, on one shard
     hidden_bytes: int  # of one row's hidden states
     tape_bytes: int = 0  # of what one row keeps of one layer for a gradient's way back, on one shard
+    tape_fill_bytes: int = 0  # of what one layer keeps besides, however few rows: of its experts' tiles, partly empty
     why_no_gradients: str = ""  # why there are none; empty: there are
     row_multiple: int  # a pass's rows are padded to a multiple of it, so that bits do not depend on their number
     has_kept_rows: bool  # the forward takes `logits_to_keep`, so the head can run on chosen rows only

@@ -283,8 +283,11 @@ class Gradients:
 
     def _first(self, node: NodeId, place: Place, writes: int | None = None) -> NodeId:
         """Where a site was read several times with nothing written between, the first read has all of the gradient."""
-        is_read = isinstance(self._recording.nodes[node], Read)
-        return place.firsts.get(place.writes if writes is None else writes, node) if is_read else node
+        if not isinstance(self._recording.nodes[node], Read):
+            return node
+        if writes is None:  # as many as there were when it was read
+            return max((first for first in place.firsts.values() if first <= node), default=node)
+        return place.firsts.get(writes, node)
 
     def _is_of_backward(self, node: NodeId, backward: NodeId) -> bool:
         """Whether a value is made of gradients of a backward."""

@@ -106,7 +106,7 @@ class Module(NotAValue):
             return tracer.wrap(tracer.recording.parameter(table.layer_weights[path][name]))
         if name in self._ports or name in self._points:
             return self._port(name).read()
-        if (why := table.why_not(path, name)) is not None:
+        if (why := table.why_not(path, name) or table.why_no_own_path(join(path, name))) is not None:
             raise NoSuchNameError(f"{path or 'the model'} has no {name}: {why}", where=user_line())
         known = [*table.children.get(path, ()), *table.aliases.get(path, ()), *table.own_parameters.get(path, ())]
         known += [*self._points, "output", "input"]

@@ -64,6 +64,12 @@ class Table:
         part = self.parts.get((path, name))
         return part.refusal if part is not None else None if path else self.description.not_standard.get(name)
 
+    def why_no_own_path(self, path: str) -> str | None:
+        """Why there is no module at a path at which there are weights: it is one that has another path, too."""
+        if path in self.modules or not any(known.startswith(f"{path}.") for known in self.parameters):
+            return None
+        return "it is a module that has another path, too: print(model) shows which; its calls are that one's visits"
+
     def module(self, path: str) -> ModuleInfo:
         """Raises NoSuchNameError with the nearest paths."""
         if path not in self.modules:

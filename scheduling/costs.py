@@ -10,6 +10,8 @@ from scheduling.plan import PROLOGUE, Program, Wave
 
 MAX_NOTES = 16  # of one kind
 
+_WAY_BACK = 2  # forwards that a layer's way back counts as: in attention it is more, in products of frozen weights one
+
 ROUNDED_NOTE = "on this device the last bits of a value depend on how many rows share the pass"
 
 
@@ -21,16 +23,31 @@ def wave_tokens(program: Program, wave: Wave) -> int:
 def token_layers(program: Program, table: ModelTable, *, is_keeping: bool = True) -> int:
     """Rows x decoder layers that they run through, when the request has its passes to itself.
 
-    `is_keeping` says whether the shards had room for the program's trunks.
+    `is_keeping` says whether the shards had room for the program's trunks. Ways back count as of `token_layers_back`.
     """
     if not table.description.has_forks:  # rows are planned everywhere; the pass still ends behind its last visit
         return token_layers_alone(program, table)
-    return sum((wave.rows if is_keeping else wave.rows_anew).token_layers for wave in program.waves)
+    there = sum((wave.rows if is_keeping else wave.rows_anew).token_layers for wave in program.waves)
+    return there + token_layers_back(program, table)
 
 
 def token_layers_alone(program: Program, table: ModelTable) -> int:
     """What it would be if every sequence had all its rows, each wave up to the last layer that the request needs."""
-    return sum(wave_tokens(program, wave) * table.levels.begun(wave.until) for wave in program.waves)
+    there = sum(wave_tokens(program, wave) * table.levels.begun(wave.until) for wave in program.waves)
+    return there + token_layers_back(program, table)
+
+
+def token_layers_back(program: Program, table: ModelTable) -> int:
+    """What gradients add: every row twice for each layer from the first visit where they stop on, each time that its
+    wave runs back; three times where layers are run again for it.
+    """
+    found, levels = 0, table.levels
+    for back in program.waves:
+        if back.of is not None:
+            wave = program.waves[back.of]
+            layers = levels.begun(wave.until) - levels.acts_from(wave.cuts[0])
+            found += wave_tokens(program, wave) * layers * (_WAY_BACK + wave.reruns)
+    return found
 
 
 def carried_bytes(program: Program, table: ModelTable) -> int:

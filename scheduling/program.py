@@ -167,7 +167,9 @@ def _compile(
     chosen = choose_trunks(request.invokes, runs if is_shared else [], cones, forests, ancestors, table.levels)
 
     ends = {wave: back for back, waves in frees.items() for wave in waves}
-    tapes = tapes_of(cuts, ends, runs, [invoke.num_tokens for invoke in request.invokes], table)
+    stops = {wave: cuts_of(cuts, wave, runs, resolved, table.levels) for wave in cuts}
+    visited = [entry[0] for entry in resolved.sites if entry is not None]
+    tapes = tapes_of(stops, ends, runs, kept, request.invokes, visited, table)
     taken_bytes, reruns = fit(tapes, description, table)
 
     # 4) Plan what is carried, held and dropped, and where saved values go.
@@ -193,10 +195,10 @@ def _compile(
         waves=tuple(
             replace(
                 wave,
-                cuts=cuts_of(cuts, number, runs, resolved, table.levels),
+                cuts=stops.get(number, ()),
                 of=scale.of[number] if scale.is_backward(number) else None,
                 frees=frees.get(number, ()),
-                reruns=reruns and number in cuts,
+                reruns=reruns and number in stops,
             )
             for number, wave in enumerate(_waves(graph, works, runs, kept, cones, forests, chosen))
         ),

@@ -212,6 +212,7 @@ class Account:
             read_bytes=steps.read_bytes + read_bytes(program),
             result_bytes=self._saved_bytes - kept_bytes,
             kept_bytes=kept_bytes,
+            tape_bytes=program.tape_bytes,
             loaded_bytes=self._loaded_bytes,
             carried_bytes=steps.carried_bytes + carried_bytes(program, table),
             gathered_bytes=self._gathered_bytes,

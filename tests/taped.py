@@ -1,4 +1,4 @@
-"""What a shard in this process really holds for the way back of gradients."""
+"""What a shard really holds for the way back of gradients."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from torch import Tensor
 
 from engine.local import LocalBackend
 from engine.saved import SavedTensors
+from engine.shard import Shard
 from engine.tape import Tape
-from scheduling.plan import Program
+from polytrace.errors import ServiceError
+from scheduling.plan import Plan, Program, RequestId, ShardResult
 
 
-def held_bytes(backend: LocalBackend) -> int:
+def held_bytes(shard: Shard) -> int:
     """Of all tapes: what operations have saved, the leaves and their gradients; memory that several share once."""
-    model = backend.shard.loaded.model
+    model = shard.loaded.model
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}
-    for tape in backend.shard._tapes._tapes.values():
+    for tape in shard._tapes._tapes.values():
         for tensor in (*_saved(tape.saved), *_leaves(tape)):
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
@@ -35,10 +37,24 @@ def held_by_pass(backend: LocalBackend, program: Program) -> list[int]:
         for plan, results in backend.shards.finished():
             assert isinstance(results, tuple), results
             scheduler.complete(plan, results)
-        found.append(held_bytes(backend))
+        found.append(held_bytes(backend.shard))
     (outcome,) = scheduler.take_outcomes()
     assert outcome.error is None, outcome.error
     return found
+
+
+class MeasuredShard(Shard):
+    """A shard that fails when it holds more than the certificates of those say whose tapes it has."""
+
+    def run(self, plan: Plan) -> ShardResult:
+        told: dict[RequestId, int] = self.__dict__.setdefault("_told", {})
+        told.update((member.program.request, member.program.tape_bytes) for member in plan.members)
+        result = super().run(plan)
+        held = held_bytes(self)
+        most = sum(told[request] for request in {request for request, _ in self._tapes._passes})
+        if held > most:
+            raise ServiceError(f"{held} bytes are held, and certificates say {most}")
+        return result
 
 
 def _saved(saved: SavedTensors) -> Iterator[Tensor]:

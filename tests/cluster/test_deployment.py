@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -42,6 +43,7 @@ from polytrace.graph import (
     Site,
     Write,
 )
+from polytrace.model import Model
 from scheduling.loop import step
 from scheduling.plan import Program
 from scheduling.scheduler import Outcome, PassPolicy, Progress, Scheduler
@@ -420,6 +422,47 @@ def test_generations_go_on_behind_the_loss_of_a_shard_and_no_token_is_told_twice
         for one in after.receipt.generated:
             assert [(token.step, token.id) for token in own if token.sequence == one.sequence] == [*enumerate(one.ids)]
     running.run([compiler.compile(request((1, 2, 3), 1.0))], budget_tokens=4096)  # of plans that name what is there
+
+
+def gradients(model: Model, seed: int) -> Request:
+    """Four backwards of one forward, each with its own loss: five passes."""
+    lm: Any = model
+    with lm.trace([[3 + seed, 1, 4, 1, 5], [9 + seed, 2]], run=False) as tracer:
+        early = lm.model.layers[0].output
+        late = lm.model.layers[2].mlp.output
+        logits = lm.lm_head.output[:, -1]
+        for number in range(4):
+            with (logits[:, number : number + 9] * (seed + 1.0)).tanh().sum().backward():
+                early.grad.save()
+                late.grad.save()
+    return tracer.built_request()
+
+
+def test_gradients_on_their_way_back_begin_again_behind_the_loss_of_a_shard(running: Running) -> None:
+    backend = DirectBackend(running.source, running.shards, running.description, meta_model(running.source))
+    model = Model(backend)
+    undisturbed, _ = running.run([backend.compile(gradients(model, seed)) for seed in range(3)], budget_tokens=4096)
+    programs = [backend.compile(gradients(model, seed)) for seed in range(3)]
+    scheduler = Scheduler(running.description, PassPolicy(budget_tokens=4096))
+    for program in programs:
+        scheduler.add(program)
+    pids, done = running.deployment.process_ids(), []
+
+    def hear(news: Progress | Outcome) -> None:
+        if isinstance(news, Progress):
+            done.append(news.passes_done)
+            if len(pids) == 4 and news.passes_done >= 2:  # some have come back, others are to come
+                os.kill(pids.pop(1), signal.SIGKILL)
+
+    outcomes, losses = run_with_recoveries(running, scheduler, len(programs), hear)
+    assert len(losses) == 1 and "stage 0 rank 1 died" in losses[0], losses
+    assert 1 in done[done.index(2) :], "they began again"
+    for program, before in zip(programs, undisturbed, strict=True):
+        after = outcomes[program.request]
+        assert after.error is None and after.receipt is not None and len(after.receipt.passes) == 5
+        assert len(before.values) == 8 and any(value.any() for value in before.values.values())
+        assert all(torch.equal(after.values[name], value) for name, value in before.values.items())
+    assert scheduler._tapes.taken_bytes == 0
 
 
 def hear_nothing(news: Progress | Outcome) -> None:

@@ -173,6 +173,26 @@ def test_all_prompts_as_one_view(model: Any, plain: Any) -> None:
         close(first[row : row + 1, -len(ids) :], expected)
 
 
+def test_a_view_over_all_prompts_has_the_gradient_of_what_it_was(model: Any, plain: Any) -> None:
+    """Also when the site is written and read again behind it."""
+    with model.trace() as tracer:
+        for ids in (IDS, OTHER):
+            with tracer.invoke(ids):
+                pass
+        with tracer.invoke():
+            before = layer(model, LAYER)
+            model.model.layers[LAYER].output = before * 0.5
+            behind = layer(model, LAYER)
+            logits = model.lm_head.output[:, -1]
+        with logits[:, TARGET].sum().backward():
+            found = before.grad.save(), behind.grad.save()
+    for row, ids in enumerate((IDS, OTHER)):
+        run = Run(plain, ids, **{f"layer{LAYER}": lambda hidden: hidden * 0.5})
+        expected = torch.autograd.grad(run.logits[:, -1, TARGET].sum(), [run.given[LAYER], run.kept[LAYER]])
+        for ours, own in zip(found, expected, strict=True):
+            close(ours[row : row + 1, -len(ids) :], own)
+
+
 def test_points_inside_of_attention(model: Any, plain: Any) -> None:
     with model.trace(IDS):
         layers = model.model.layers
@@ -195,6 +215,34 @@ def test_points_inside_of_attention(model: Any, plain: Any) -> None:
     close(grads[1] * seen, of_pattern * seen)
     assert grads[2].abs().max() > 0
     close(of_call, of_module)
+
+
+@pytest.mark.parametrize("port", ["scores", "pattern", "head_out"])
+def test_points_of_a_prompt_that_runs_again_for_another(port: str, model: Any) -> None:
+    """A prompt is read before what is written into it is there, so it runs twice: as when that is known before."""
+
+    def grads(patch: Any) -> list[Any]:
+        with model.trace() as tracer:
+            if patch is None:
+                with tracer.invoke(OTHER):
+                    patch = layer(model, 3)[:, -1]
+            with tracer.invoke(IDS):
+                first = getattr(model.model.layers[0].self_attn, port)
+                before = layer(model, 0) * 1.0
+                layer(model, 1)[:, -1] += patch
+                logits = model.lm_head.output
+            with tracer.invoke(OTHER):
+                second = getattr(model.model.layers[0].self_attn, port)
+                layer(model, 2)[:, 0] += before[:, -1]
+                logits = logits[:, -1] + model.lm_head.output[:, -1]
+            with logits[:, TARGET].sum().backward():
+                return [first.grad.save(), second.grad.save()]
+
+    with model.trace(OTHER):
+        known = layer(model, 3)[:, -1].save()
+    for ours, theirs in zip(grads(None), grads(known), strict=True):
+        assert theirs.abs().max() > 0
+        close(ours, theirs)
 
 
 def test_modules_that_are_called_and_ops_of_several_results(model: Any, plain: Any) -> None:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from processes import ProcessBackend, ProcessShards
 from programs import difference, values_in_order
+from taped import MeasuredShard
 from torch import Tensor
 
 from engine.local import LocalBackend
@@ -23,7 +24,15 @@ from scheduling.scheduler import PassPolicy
 
 FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
 EVERYONE = PassPolicy(budget_tokens=1 << 20, max_members=1000)
-GRIDS = [("llama", 2, 2), ("gpt2", 4, 1), ("mixtral", 1, 4)]  # stages, ranks
+GRIDS = [  # stages, ranks
+    ("llama", 2, 2),
+    ("gpt2", 4, 1),
+    ("mixtral", 1, 4),
+    ("gemma2", 2, 1),
+    ("gpt_oss", 1, 2),
+    ("qwen3", 2, 1),
+    ("phi3", 1, 2),
+]
 few = settings(
     max_examples=6,
     deadline=None,
@@ -54,7 +63,7 @@ def check(backend: Any, plain: Any, users: list[GradientProgram]) -> list[list[T
     return merged
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "mixtral", "gpt_oss"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "opt", "qwen3_moe"])
 def local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("model")
     plain = model_of(request.param)
@@ -75,7 +84,8 @@ def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("model")
     plain = model_of(family)
     plain.save_pretrained(folder)
-    shards = ProcessShards(str(folder), stages=stages, ranks=ranks)
+    kinds = {(stage, rank): MeasuredShard for stage in range(stages) for rank in range(ranks)}
+    shards = ProcessShards(str(folder), stages=stages, ranks=ranks, kinds=kinds)
     yield family, plain, ProcessBackend(str(folder), shards, Path(folder), EVERYONE), ranks, str(folder)
     shards.close()
 
@@ -83,6 +93,7 @@ def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @few
 @given(data=st.data())
 def test_stages_and_ranks_give_the_same_gradients(deployed: Any, data: st.DataObject) -> None:
+    """And hold no more for them than certificates say (`MeasuredShard`)."""
     family, plain, backend, ranks, folder = deployed
     users = data.draw(st.lists(programs(FAMILIES[family]), min_size=2, max_size=3))
     merged = check(backend, plain, users)

@@ -215,3 +215,15 @@ def test_operands_stand_before_what_uses_them() -> None:
     program = r.compile()
     for node, event in enumerate(program.graph.nodes):
         assert all(part < NodeId(node) for part in operands(event))
+
+
+def test_a_way_back_counts_as_two_forwards_of_the_layers_that_it_runs_through() -> None:
+    r = Recorder(TINY, [[1, 2, 3]])
+    r.save(r.grad(r.read(layer(1)), r.backward(scalar(r))), "g")
+    certificate = r.certify()
+    assert (certificate.passes, certificate.tokens) == (2, 3)
+    assert certificate.token_layers == certificate.token_layers_alone == 3 * 4 + 2 * 3 * 2
+    r.save(r.grad(r.read(layer(1)), r.backward(scalar(r))), "h")
+    twice = r.certify()
+    assert (twice.passes, twice.token_layers) == (3, 3 * 4 + 2 * (2 * 3 * 2))
+    assert twice.tape_bytes == certificate.tape_bytes
