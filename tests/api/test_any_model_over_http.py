@@ -57,7 +57,7 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
     for ours, theirs in zip(back, gradients[0], strict=True):
         close(ours, theirs)
     assert vector.grad is not None
-    close(vector.grad, gradients[0][1].sum((0, 1)))
+    close(vector.grad, 1.5 * gradients[0][1].sum((0, 1)))  # of both backwards, the first of which was halved there
     close(read, seen)
     close(result, wanted)
 
