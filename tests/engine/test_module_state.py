@@ -101,21 +101,6 @@ def test_a_call_that_finds_the_sites_leaves_the_model_as_it_was() -> None:
         assert torch.equal(own, theirs)
 
 
-def test_a_call_that_runs_again_draws_the_same_numbers() -> None:
-    plain = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)).train()
-    model, x = polytrace.load(plain), torch.randn(4, 8)
-    with model.trace() as tracer:
-        with tracer.invoke(x):
-            late = model[2].output
-        with tracer.invoke(x):
-            drawn = model[1].output.save()
-            model[2].input = model[2].input + 0 * late
-            result = model[2].output.save()
-    assert len(tracer.receipt.passes) == 2
-    with torch.no_grad():
-        assert torch.equal(result, plain[2](drawn))
-
-
 class Keeping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
