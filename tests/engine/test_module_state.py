@@ -119,7 +119,7 @@ def test_tensors_that_a_model_keeps_are_not_changed_in_place() -> None:
     ):
         model.inner.output[0] += 5
         model.output.save()
-    other = Held(lambda x: other.table[: len(x)])  # of the module itself, also in a copy of it
+    other: Held = Held(lambda x: other.table[: len(x)])  # of the module itself, also in a copy of it
     other.table = torch.zeros(5, 3)
     behind = polytrace.load(Behind(other, lambda hidden: hidden + 1))
     with pytest.raises(RunError, match="the model keeps this tensor behind the call"), behind.trace(torch.ones(2)):
