@@ -119,13 +119,14 @@ def test_tensors_that_a_model_keeps_are_not_changed_in_place() -> None:
     ):
         model.inner.output[0] += 5
         model.output.save()
-    other: Held = Held(lambda x: other.table[: len(x)])  # of the module itself, also in a copy of it
-    other.table = torch.zeros(5, 3)
+    table = torch.zeros(5, 3)
+    other = Held(lambda x: table[: len(x)])  # the same table, also in a copy of the module
+    other.table = table
     behind = polytrace.load(Behind(other, lambda hidden: hidden + 1))
     with pytest.raises(RunError, match="the model keeps this tensor behind the call"), behind.trace(torch.ones(2)):
         behind.inner.output[0] += 5
         behind.output.save()
-    assert not other.table.any()
+    assert not table.any()
     with model.trace(torch.ones(2)):
         model.inner.output = model.inner.output + 5
         result = model.output.save()
