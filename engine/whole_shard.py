@@ -9,7 +9,7 @@ that is needed of it. What a module raises fails its request and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from engine.leaves import first_argument
 from engine.links import Solo
 from engine.lockstep import in_order, stop
 from engine.memory import told_out_of_memory
-from engine.module_state import ModuleState, kept_tensors
+from engine.module_state import kept_tensors
 from engine.named import NamedParameters
 from engine.ops import TORCH_DTYPES
 from engine.probe import named_tensors
@@ -225,8 +225,7 @@ class WholeShard:
     def _go(self, call: _Call, state: CallState, invoke: int, come: Callable[[int, Any], Any]) -> None:
         """One call, up to the last site that is needed of it."""
         call.come = come
-        as_before = state.as_at_first(invoke, self.model) if call.come is not stop else nullcontext()
-        with call.recording(), as_before, _hooked(self.model, call), _current(call), suppress(_Enough):
+        with call.recording(), _hooked(self.model, call), _current(call), suppress(_Enough):
             args, kwargs = state.arguments(invoke)
             self.model(*args, **kwargs)
 
@@ -242,7 +241,6 @@ class CallState(RequestState):
 
     def __init__(self, program: Program, context: ShardContext, sink: ResultSink) -> None:
         super().__init__(program, context, sink)
-        self._began: dict[int, ModuleState] = {}  # of invokes, where some may run again
         self.tapes: dict[int, dict[int, WholeTape]] = {}  # of waves that are run backwards later, by invoke
 
     def begin_tapes(self, wave: int, own: frozenset[int]) -> None:
@@ -265,22 +263,6 @@ class CallState(RequestState):
         inputs = self.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
         return arguments_of(with_given(inputs, self._given))
-
-    @contextmanager
-    def as_at_first(self, invoke: int, model: nn.Module) -> Iterator[None]:
-        """A call that runs again draws the same numbers and finds the same buffers, and its second run leaves none."""
-        began = self._began.get(invoke)
-        if began is None:
-            if len(self.program.waves) > 1:
-                self._began[invoke] = ModuleState(model, self.context.device)
-            yield
-            return
-        now = ModuleState(model, self.context.device)
-        began.put()
-        try:
-            yield
-        finally:
-            now.put()
 
     def _local_parameter(self, path: str) -> Tensor:
         if self.context.parameters[path].is_meta:
