@@ -341,7 +341,9 @@ class _Namer:
         if info is None or leaf is None or shape is None:
             self._refuse(attention, port.value, f"{call} does not give it in this forward")
             return None
-        own = replace(leaf, tail=(shape,), of_pairs=True, dtype="float32", read_refusal=None, write_refusal=None)
+        own = replace(
+            leaf, tensor=None, tail=(shape,), of_pairs=True, dtype="float32", read_refusal=None, write_refusal=None
+        )
         self._insert(info, attention, port, own)
         self.views[attention, port] = view
         return shape
@@ -430,7 +432,7 @@ class _Namer:
         self.points.append(PointInfo(module=owner, name=name, site=None, refusal=reason))
 
     def _insert(self, behind: SiteInfo, module: str, port: Port, leaf: Leaf) -> None:
-        own = replace(leaf, selector=(), mutated=False)
+        own = replace(leaf, selector=(), mutated=False, tensor=None)
         info = replace(behind, module=module, port=port, structure="tensor", leaves=(own,), keyword=None)
         self.behind.setdefault(behind.order, []).append(info)
 

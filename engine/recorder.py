@@ -60,6 +60,7 @@ class Recorder:
         self.layer_storages: set[int] = set()  # the memory of these
         self.single_argument: set[str] = set()  # modules that were called with one tensor and nothing else
         self.attending: set[str] = set()  # modules that attend, or hold one that does
+        self.tensors: dict[int, list[int]] = {}  # by id: a number, and of how many leaves it is the tensor
         self.rows = 0
         self.kept = 0
         self.decoded = 0  # of the decoder, where there is an encoder
@@ -95,6 +96,11 @@ class Recorder:
             for handle in handles:
                 handle.remove()
         return self
+
+    def number_of(self, tensor: Tensor) -> int | None:
+        """What tells a tensor that several leaves are; None where one is."""
+        number, count = self.tensors[id(tensor)]
+        return number if count > 1 else None
 
     @property
     def has_side_values(self) -> bool:
@@ -141,6 +147,8 @@ class Recorder:
         self._visits[path, port] = visit + 1
         structure, leaves = port_leaves(value)
         self._alive.append(value)
+        for tensor in leaves.values():
+            self.tensors.setdefault(id(tensor), [len(self.tensors), 0])[1] += 1
         self.events.append(
             Event(
                 module=path,

@@ -76,6 +76,7 @@ def merged_site(
                 read_refusal=refusal,
                 write_refusal=write_refusal,
                 in_place_refusal=in_place_refusal,
+                tensor=recorder.number_of(tensor),
             )
         )
     return SiteInfo(

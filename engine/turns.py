@@ -27,8 +27,9 @@ def run_turn(state: RequestState, node: SiteGrad, port: GradientPort) -> Tensor 
     """
     at = state.program.graph.nodes[node.at]
     assert isinstance(at, (Read, Write))
-    leaf = state.context.sites[at.site][1]
-    rows, gradient = state.rows_of(node.at, at), port.gradients[at.site.selector]
+    site = at.site if node.first is None else node.first[0]
+    leaf = state.context.sites[site][1]
+    rows, gradient = state.rows_of(node.at, at), port.gradients[site.selector]
     if node.turn is Turn.TAKE:
         is_assigned = any(not state.is_in_place(write) for write in (*earlier(state, node.at, at), node.at))
         return _whole(state, gradient.take(rows, is_assigned=is_assigned), leaf)

@@ -54,6 +54,7 @@ class Leaf:
     row_dim: int = 1  # of a view, the dimension of its tokens: 2 in [sequences, heads, tokens, features]
     num_columns: int | None = None  # of a view, however long the prompts are; None: the longest prompt's tokens
     gradient_refusal: str | None = None  # why there is no gradient there, None when there is one where any is
+    tensor: int | None = None  # leaves of one number are one tensor in a forward; None: no other leaf is it
     is_whole: bool = False  # `tail` is all of its shape: it is seen as the module has it, without sequences and tokens
 
     @property

@@ -276,6 +276,7 @@ class SiteGrad:
     turn: Turn
     at: NodeId  # the Read or Write
     wave: int  # of the program, that runs backwards
+    first: tuple[Site, int, int] | None = None  # its tensor is seen at an earlier place: the site, its stage and order
     value: Ref | None  # that is added or set; of the shape of the read
     where: str
 

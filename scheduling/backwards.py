@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from polytrace.errors import GraphError
 from polytrace.graph import (
@@ -36,12 +37,16 @@ from polytrace.graph import (
     Read,
     Ref,
     SeedGrad,
+    Site,
     SiteGrad,
     Turn,
     Write,
     operands,
 )
-from scheduling.checks import Resolved
+from scheduling.checks import (
+    ModelTable,
+    Resolved,
+)
 from scheduling.columns import Facts
 from scheduling.placement import PURE, Ordering, Placer, Scale, call_point, find_live
 from scheduling.plan import NOWHERE
@@ -58,6 +63,14 @@ class _Path:
     nodes: set[int]  # that the loss depends on and that depend on one of these
     reads: list[int]  # of these, the reads, in an order in which they can run
     first: dict[int, int]  # invoke -> the first order at which its gradient matters to anybody
+
+
+class Place(NamedTuple):
+    """Where a gradient is seen."""
+
+    stage: int
+    order: int
+    site: Site | None  # None: the read's own
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,9 +90,16 @@ class Backwards:
     """One request's graph while its backwards are worked out. Made nodes are numbered behind the user's."""
 
     def __init__(
-        self, graph: Graph, resolved: Resolved, facts: Facts, scale: Scale, earliest: Sequence[int] | None
+        self,
+        graph: Graph,
+        resolved: Resolved,
+        facts: Facts,
+        scale: Scale,
+        earliest: Sequence[int] | None,
+        table: ModelTable,
     ) -> None:
         self.nodes: list[Node] = list(graph.nodes)
+        self._table = table
         self.facts = list(facts)
         self.live = find_live(graph, resolved)
         self.num_own = len(self.nodes)
@@ -133,6 +153,26 @@ class Backwards:
         if not self._is_floating(asking.of.node):
             raise GraphError("this value has no gradient: it is not floating", where=asking.where)
 
+    def _places(self, read: int) -> Place:
+        """The first place in the model's order at which the tensor of a read is seen: there its gradient is whole.
+
+        Its own where somebody has written to the tensor before.
+        """
+        event, entry = self.nodes[read], self._resolved.sites[read]
+        assert isinstance(event, Read) and entry is not None
+        info, leaf = entry
+        own = Place(info.stage, info.order, None)
+        if leaf.tensor is None:
+            return own
+        for write in self._ordering.order.writes[event.invoke][: self._ordering.order.seen[read]]:
+            written = self._resolved.sites[write]
+            if written is not None and written[1].tensor == leaf.tensor:
+                return own
+        first, found = self._table.tensors[leaf.tensor]
+        is_seen = found.read_refusal is None and found.gradient_refusal is None
+        site = Site(module=first.module, port=first.port, selector=found.selector, visit=first.visit)
+        return Place(first.stage, first.order, site) if is_seen and first.order < info.order else own
+
     def reach(self, node: int) -> None:
         """Puts a node and all that it waits for in order, and gives them points."""
         self._ordering.reach(node)
@@ -158,7 +198,7 @@ class Backwards:
         for target in targets:
             event = nodes[target]
             if isinstance(event, Read):
-                _lower(first, event.invoke, self._resolved.order(target))
+                _lower(first, event.invoke, self._places(target).order)
         path = _Path(nodes=set(), reads=[], first=first)
         for node in order.nodes:
             if node not in before or not self._is_on(node, path, targets):
@@ -291,11 +331,11 @@ class Backwards:
             self._turn(sweep, Turn.ADD, node, wave, own)
         if node not in sweep.wanted and node not in sweep.given:
             return own
-        order = self._resolved.order(node)
+        place = self._places(node)
         waves = {
             self._scale.wave(self.points[read])
             for read in path.reads
-            if self._is_of(read, event.invoke) and (read == node or self._resolved.order(read) >= order)
+            if self._is_of(read, event.invoke) and (read == node or self._resolved.order(read) >= place.order)
         }
         looks = [self._turn(sweep, Turn.LOOK, node, one) for one in sorted(waves, reverse=True) if one >= wave]
         return self._sum(looks)
@@ -343,8 +383,12 @@ class Backwards:
             raise GraphError(f"{event.site} has no gradient: {found[1].gradient_refusal}", where=event.where)
         back = sweep.waves[wave]
         like = event.value.node if isinstance(event, Write) else at
-        made = self._make(SiteGrad(turn=turn, at=NodeId(at), wave=back, value=value, where=event.where), like)
-        order = self._resolved.order(at)
+        order, at_first = self._resolved.order(at), None
+        if turn in (Turn.LOOK, Turn.SET):  # of all who hold the tensor
+            place = self._places(at)
+            order, at_first = place.order, None if place.site is None else (place.site, place.stage, place.order)
+        node = SiteGrad(turn=turn, at=NodeId(at), wave=back, value=value, first=at_first, where=event.where)
+        made = self._make(node, like)
         # of one visit: behind the last write, that write, before it, ...; at one of these places as the turns go
         before = sum(
             one < at for one in self._ordering.order.writes[event.invoke] if self._resolved.order(one) == order
@@ -362,7 +406,8 @@ class Backwards:
         if isinstance(node, SiteGrad):
             entry = self._resolved.sites[node.at]
             assert entry is not None
-            point = self._scale.point(node.wave, entry[0].stage, entry[0].order)
+            stage, order = (entry[0].stage, entry[0].order) if node.first is None else node.first[1:]
+            point = self._scale.point(node.wave, stage, order)
             if needs > point:
                 raise GraphError("what adds to this gradient comes too late on the way back", where=node.where)
         elif isinstance(node, OpGrad) and isinstance(self.nodes[node.op], Call):

@@ -62,6 +62,16 @@ class ModelTable:
         self.sources = Sources(description)
 
     @cached_property
+    def tensors(self) -> dict[int, tuple[SiteInfo, Leaf]]:
+        """Where each tensor that several leaves are is seen first, by its number."""
+        found: dict[int, tuple[SiteInfo, Leaf]] = {}
+        for info in sorted(self.description.sites, key=lambda info: info.order):
+            for leaf in info.leaves:
+                if leaf.tensor is not None:
+                    found.setdefault(leaf.tensor, (info, leaf))
+        return found
+
+    @cached_property
     def has_encoder(self) -> bool:
         """Whether the decoder has rows of its own."""
         return any(info.rows is Rows.DECODER for info in self.description.sites)

@@ -78,7 +78,7 @@ def _expand(
     earliest: Sequence[int] | None,
 ) -> Expanded:
     graph = columns.graph
-    work = Backwards(graph, resolved, columns.facts, scale, earliest)
+    work = Backwards(graph, resolved, columns.facts, scale, earliest, table)
     for node, event in enumerate(graph.nodes):
         if isinstance(event, Backward) and work.live[node]:
             work.run_back(NodeId(node), event)

@@ -286,7 +286,8 @@ def _point(graph: Graph, resolved: Resolved, vertex: int, needs: int, scale: Sca
         return needs
     if isinstance(node, SiteGrad):
         info = _site_of(resolved, node.at)
-        return scale.point(node.wave, info.stage, info.order)
+        stage, place = (info.stage, info.order) if node.first is None else node.first[1:]
+        return scale.point(node.wave, stage, place)
     if isinstance(node, OpGrad) and not isinstance(graph.nodes[node.op], Call):
         return needs
     if isinstance(node, Carried):

@@ -73,6 +73,35 @@ def added(vector: Tensor) -> Edit:
 # --- reading
 
 
+def test_one_tensor_at_two_places_has_one_total(model: Any, plain: Any) -> None:
+    run = Run(plain, IDS)
+    loss = run.logits[:, -1, TARGET].sum() + run.kept[1].square().sum()
+    (expected,) = torch.autograd.grad(loss, run.kept[1])
+
+    def record(*, later: bool) -> Tensor:
+        with model.trace(IDS):
+            early = layer(model, 1)
+            late = model.model.layers[2].input
+            with (model.lm_head.output[:, -1, TARGET].sum() + early.square().sum()).backward():
+                grad = (late if later else early).grad.save()
+        return grad
+
+    close(record(later=False)[0], expected[0])
+    close(record(later=True)[0], expected[0])
+    with model.trace(IDS):  # what the loss is not made of has the same total at both places
+        early, late = layer(model, 1), model.model.layers[2].input
+        with model.lm_head.output[:, -1, TARGET].sum().backward():
+            grads = early.grad.save(), late.grad.save()
+    assert torch.equal(*grads)
+    with model.trace(IDS):  # what is written between is another tensor
+        early = layer(model, 1)
+        model.model.layers[1].output = early * 0.5
+        late = model.model.layers[2].input
+        with (model.lm_head.output[:, -1, TARGET].sum() + early.square().sum()).backward():
+            halves = early.grad.save(), late.grad.save()
+    assert not torch.equal(*halves)
+
+
 def test_blocks_sums_and_resets_are_those_of_torch(model: Any, plain: Any) -> None:
     with model.trace(IDS):
         hidden, logits = layer(model, LAYER), model.lm_head.output

@@ -369,3 +369,21 @@ def _behind_first_layer(plain: Any, family: Any, prompt: list[int]) -> Tensor:
         handle.remove()
     hidden, logits = seen
     return torch.autograd.grad((logits[:, -1].float() @ WEIGHTS).sum(), [hidden])[0].float()
+
+
+def test_one_tensor_has_one_gradient_at_all_of_its_places(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In a parallel block both norms are given the residual, one after the other."""
+    _, plain, model, _ = _served("gpt_neox", tmp_path_factory)
+    before, layer = (model.gpt_neox.layers[number] for number in (0, 1))
+    with model.trace([list(PROMPTS[1])]):
+        places = [before.output[0], layer.input, layer.input_layernorm.input, layer.post_attention_layernorm.input]
+        loss = (model.lm_head.output[:, -1] @ WEIGHTS).sum() + 0.1 * places[2].square().sum()
+        with loss.backward():
+            grads = [place.grad.save() for place in places]
+    seen: list[Tensor] = []
+    handle = plain.gpt_neox.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    logits = plain(torch.tensor([PROMPTS[1]]), use_cache=False).logits
+    handle.remove()
+    (expected,) = torch.autograd.grad((logits[:, -1] @ WEIGHTS).sum() + 0.1 * seen[0].square().sum(), seen[0])
+    for grad in grads:
+        assert (grad - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max()))
