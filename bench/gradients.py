@@ -25,6 +25,7 @@ import polytrace
 from bench.cones.models import folder_of
 from bench.plain import TOLERANCE, Plain, difference
 from bench.race import interval, race
+from engine.heap import trim
 from polytrace.graph import (
     Request,
     Save,
@@ -191,6 +192,7 @@ def _kept(backend: Any, request: Request) -> tuple[int, int]:
     certificate = backend.validate(request)
     program = backend.compile(request)
     gc.collect()
+    trim()  # else what others have left is used again, and nothing seems to be taken
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     backend.run_together([program])
