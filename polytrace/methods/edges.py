@@ -115,11 +115,20 @@ def _read(model: Model) -> list[_Taken]:
             layer.resid_pre,
             layer.resid_mid if "resid_mid" in layer.points else None,
             layer.attention_input,
-            layer.mlp_input,
+            _given_to_mlp(layer),
             {name: value_of(model, number, name) for name in _WEIGHTS},
         )
         for number, layer in enumerate(model.layers)
     ]
+
+
+def _given_to_mlp(layer: Module) -> Any:
+    """What the MLP is given, as a value of its own: side by side, attention has the same tensor and its own part of the
+    gradient there; what is assigned has that of this way alone.
+    """
+    given = layer.mlp_input * 1.0
+    layer.mlp_input = given
+    return given
 
 
 @dataclass(slots=True)
