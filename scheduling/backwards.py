@@ -43,10 +43,7 @@ from polytrace.graph import (
     Write,
     operands,
 )
-from scheduling.checks import (
-    ModelTable,
-    Resolved,
-)
+from scheduling.checks import ModelTable, Resolved
 from scheduling.columns import Facts
 from scheduling.placement import PURE, Ordering, Placer, Scale, call_point, find_live
 from scheduling.plan import NOWHERE
@@ -108,11 +105,14 @@ class Backwards:
         self._placer = Placer(graph, resolved, self._ordering.order, scale, earliest)
         self.earliest = earliest
         self.points = self._placer.points  # grows with the nodes
-        self._num_placed = 0  # of the ordering
+        self._reached: dict[int, int] = {}  # nodes that have points -> their places in the ordering
+        self._asking: dict[int, list[int]] = {}  # backwards -> the live nodes that see or change gradients of theirs
+        for node, one in enumerate(self.nodes):
+            if isinstance(one, (Grad, GradWrite)) and self.live[node]:
+                self._asking.setdefault(one.backward.node, []).append(node)
         self.found: dict[int, Ref] = {}  # Grad nodes -> their values
-        self.visits: dict[
-            tuple[int, int, int], list[tuple[int, int, int, NodeId]]
-        ] = {}  # (wave, order, invoke) -> turns
+        # (wave, order, invoke) -> turns
+        self.visits: dict[tuple[int, int, int], list[tuple[int, int, int, NodeId]]] = {}
         self.last_uses: dict[int, int] = {}  # wave -> the last that runs it backwards
 
     def run_back(self, at: NodeId, event: Backward) -> None:
@@ -121,7 +121,7 @@ class Backwards:
         if event.gradient is not None:
             self.reach(event.gradient.node)
         sweep = _Sweep(event=event)
-        for node in self._asking(at):
+        for node in self._asking.get(at, ()):
             asking = self.nodes[node]
             assert isinstance(asking, (Grad, GradWrite))
             self._check_target(asking)
@@ -134,14 +134,8 @@ class Backwards:
         path = self._path(loss, {*sweep.wanted, *sweep.given})
         self._open_waves(sweep, path)
         sweep.parts[loss] = [event.gradient or self._make(SeedGrad(of=event.loss, where=event.where), loss)]
-        places = {node: place for place, node in enumerate(self._ordering.order.nodes)}
-        for node in sorted({*path.nodes, *sweep.wanted, *sweep.given}, key=places.__getitem__, reverse=True):
+        for node in sorted({*path.nodes, *sweep.wanted, *sweep.given}, key=self._reached.__getitem__, reverse=True):
             self._hand_on(sweep, path, node)
-
-    def _asking(self, at: NodeId) -> list[int]:
-        """The live nodes that see or change gradients of a backward."""
-        own = enumerate(self.nodes[: self.num_own])
-        return [n for n, one in own if isinstance(one, (Grad, GradWrite)) and self.live[n] and one.backward.node == at]
 
     def _check_target(self, asking: Grad | GradWrite) -> None:
         target = self.nodes[asking.of.node]
@@ -153,7 +147,7 @@ class Backwards:
         if not self._is_floating(asking.of.node):
             raise GraphError("this value has no gradient: it is not floating", where=asking.where)
 
-    def _places(self, read: int) -> Place:
+    def _place_of(self, read: int) -> Place:
         """The first place in the model's order at which the tensor of a read is seen: there its gradient is whole.
 
         Its own where somebody has written to the tensor before.
@@ -177,8 +171,8 @@ class Backwards:
         """Puts a node and all that it waits for in order, and gives them points."""
         self._ordering.reach(node)
         ordered = self._ordering.order.nodes
-        while self._num_placed < len(ordered):
-            reached = ordered[self._num_placed]
+        while len(self._reached) < len(ordered):
+            reached = ordered[len(self._reached)]
             event = self.nodes[reached]
             if isinstance(event, Grad):
                 if reached not in self.found:
@@ -187,7 +181,7 @@ class Backwards:
                 self.points[reached] = self.points[self.found[reached].node]
             elif not isinstance(event, (Backward, GradWrite)):
                 self._placer.put(reached)
-            self._num_placed += 1
+            self._reached[reached] = len(self._reached)
 
     # --- the path
 
@@ -198,7 +192,7 @@ class Backwards:
         for target in targets:
             event = nodes[target]
             if isinstance(event, Read):
-                _lower(first, event.invoke, self._places(target).order)
+                _lower(first, event.invoke, self._place_of(target).order)
         path = _Path(nodes=set(), reads=[], first=first)
         for node in order.nodes:
             if node not in before or not self._is_on(node, path, targets):
@@ -331,7 +325,7 @@ class Backwards:
             self._turn(sweep, Turn.ADD, node, wave, own)
         if node not in sweep.wanted and node not in sweep.given:
             return own
-        place = self._places(node)
+        place = self._place_of(node)
         waves = {
             self._scale.wave(self.points[read])
             for read in path.reads
@@ -385,7 +379,7 @@ class Backwards:
         like = event.value.node if isinstance(event, Write) else at
         order, at_first = self._resolved.order(at), None
         if turn in (Turn.LOOK, Turn.SET):  # of all who hold the tensor
-            place = self._places(at)
+            place = self._place_of(at)
             order, at_first = place.order, None if place.site is None else (place.site, place.stage, place.order)
         node = SiteGrad(turn=turn, at=NodeId(at), wave=back, value=value, first=at_first, where=event.where)
         made = self._make(node, like)

@@ -155,7 +155,7 @@ def _finished(work: Backwards, request: Request, columns: Columns, table: ModelT
     )
     cuts: dict[int, set[int]] = {wave: set() for wave in work.last_uses}
     for back, order, _ in work.visits:
-        of = scale.of[back]
+        of = scale.runs_back(back)
         assert of is not None
         cuts[of].add(order)
     frees: dict[int, list[int]] = {}

@@ -53,8 +53,12 @@ class Scale:
     width: int  # orders of one visit of one stage, the prologue included
     of: list[int | None] = field(default_factory=list)  # per wave: which one it runs backwards; behind the end: none
 
+    def runs_back(self, wave: int) -> int | None:
+        """Which wave it runs backwards; None: it runs forwards."""
+        return self.of[wave] if wave < len(self.of) else None
+
     def is_backward(self, wave: int) -> bool:
-        return wave < len(self.of) and self.of[wave] is not None
+        return self.runs_back(wave) is not None
 
     def slot(self, wave: int, stage: int) -> int:
         return wave * self.stages + (self.stages - 1 - stage if self.is_backward(wave) else stage)

@@ -196,7 +196,7 @@ def _compile(
             replace(
                 wave,
                 cuts=stops.get(number, ()),
-                of=scale.of[number] if scale.is_backward(number) else None,
+                of=scale.runs_back(number),
                 frees=frees.get(number, ()),
                 reruns=reruns and number in stops,
             )

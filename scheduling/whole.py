@@ -119,7 +119,7 @@ def compile_call(
                 rows_anew=_NO_ROWS,
                 stages=stages,
                 cuts=cuts.get(number, ()),
-                of=scale.of[number] if scale.is_backward(number) else None,
+                of=scale.runs_back(number),
                 frees=frees.get(number, ()),
             )
             for number, stages in enumerate(works)
