@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from families import model_of
 from hooked import Both, both
-from patched_by_hand import PlainModel
+from patched_by_hand import (
+    KINDS,
+    PlainModel,
+)
 from small import loaded
 
 import polytrace
@@ -50,3 +53,17 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
             return opened.enter_context(loaded(plain.model, tmp_path_factory.mktemp(kind))), plain
 
         yield cache(make)
+
+
+@pytest.fixture(scope="module", params=KINDS, name="both")
+def each_kind(
+    request: pytest.FixtureRequest, patched: Callable[[str], tuple[Any, PlainModel]]
+) -> tuple[Any, PlainModel]:
+    """Each family in turn."""
+    return patched(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(patched: Callable[[str], tuple[Any, PlainModel]]) -> tuple[Any, PlainModel]:
+    """One family, where one is enough."""
+    return patched("llama")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from patched_by_hand import KINDS, PlainModel
+from patched_by_hand import PlainModel
 from torch import Tensor
 
 from polytrace.errors import GraphError
@@ -26,16 +26,6 @@ CLEAN, CORRUPT = [3, 17, 42, 5, 9, 30, 11], [3, 25, 42, 8, 9, 30, 11]
 SHORT, SHORT_CORRUPT = [8, 25, 1, 60], [8, 17, 1, 60]
 RIGHT, WRONG = 7, 21
 TOLERANCE = 1e-5  # float32, of max(1, max|plain|)
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def both(request: pytest.FixtureRequest, patched: Callable[[str], tuple[Any, PlainModel]]) -> tuple[Any, PlainModel]:
-    return patched(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama(patched: Callable[[str], tuple[Any, PlainModel]]) -> tuple[Any, PlainModel]:
-    return patched("llama")
 
 
 def lead(logits: Tensor) -> Tensor:

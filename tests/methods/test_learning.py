@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from patched_by_hand import KINDS, PlainModel
+from patched_by_hand import PlainModel
 from torch import Tensor
 
 from polytrace.errors import GraphError
@@ -27,16 +27,6 @@ TARGETS = [7, 21]
 WIDTH = 32
 TOLERANCE = 1e-5  # float32, of max(1, max|plain|)
 OF_ADAM = 1e-4  # it divides by the gradient's own size, so that small gradients' rounding counts as much as large ones'
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def both(request: pytest.FixtureRequest, patched: Callable[[str], tuple[Any, PlainModel]]) -> tuple[Any, PlainModel]:
-    return patched(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama(patched: Callable[[str], tuple[Any, PlainModel]]) -> tuple[Any, PlainModel]:
-    return patched("llama")
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from patched_by_hand import KINDS, PlainModel, placed
+from patched_by_hand import PlainModel, placed
 from small import FLOAT32_TOLERANCE
 from torch import Tensor
 
@@ -27,16 +27,6 @@ from polytrace.methods import (
 CLEAN, CORRUPT = [3, 17, 42, 5, 9, 30, 11], [3, 25, 42, 8, 9, 30, 11]
 SHORT, SHORT_CORRUPT = [8, 25, 1, 60], [8, 17, 1, 60]
 RIGHT, WRONG = 7, 21
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def both(request: pytest.FixtureRequest, patched: Callable[[str], tuple[Any, PlainModel]]) -> tuple[Any, PlainModel]:
-    return patched(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama(patched: Callable[[str], tuple[Any, PlainModel]]) -> tuple[Any, PlainModel]:
-    return patched("llama")
 
 
 def lead(logits: Tensor) -> float:
