@@ -20,7 +20,6 @@ import json
 import mmap
 import os
 import re
-import sqlite3
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from api.database import Database
+from api.database import Database, Transaction
+from api.identity import LOCAL
 from cluster.requests import LeftBehind, Place
 from polytrace.contents import digest_of
 from polytrace.errors import (
@@ -45,7 +45,7 @@ from polytrace.tensors import RawTensor, num_bytes
 from polytrace.wire import content_header, decode_content
 from scheduling.plan import SaveSlot
 
-DEFAULT_OWNER = "default"
+DEFAULT_OWNER = LOCAL.owner
 _KEPT = "name, is_state, dtype, shape, digest, version, request, expires"
 _COLUMNS = "owner, is_state, name, dtype, shape, digest, version, request, expires"
 
@@ -96,7 +96,7 @@ class Contents:
 
     def folder_of(self, owner: str) -> Path:
         """Where an owner's contents are."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}", owner):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@~-]{0,130}", owner):
             raise ValueError(f"{owner!r} cannot own anything")
         folder = self._folder / owner
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -240,7 +240,7 @@ class Contents:
 
     # --- for requests, inside the store's transactions; `collect` follows behind them
 
-    def use(self, db: sqlite3.Connection, request: str, seq: int, owner: str, needs: Needs) -> None:
+    def use(self, db: Transaction, request: str, seq: int, owner: str, needs: Needs) -> None:
         """A request that is accepted has its contents until it has ended, and its turn at its states.
 
         Raises MissingError, NotFoundError, ConflictError or TooLargeError when it cannot have them.
@@ -265,7 +265,7 @@ class Contents:
         touched = [(now, owner, digest) for digest in needs.digests]
         db.executemany("UPDATE contents SET used = ? WHERE owner = ? AND digest = ?", touched)
 
-    def states_now(self, db: sqlite3.Connection, request: str, owner: str) -> dict[str, str]:
+    def states_now(self, db: Transaction, request: str, owner: str) -> dict[str, str]:
         """The contents that a claimed request's states have, which stay until it has ended."""
         found = dict(
             db.execute(
@@ -278,7 +278,7 @@ class Contents:
         db.executemany("INSERT INTO uses (id, owner, digest) VALUES (?, ?, ?)", pins)
         return found
 
-    def end_uses(self, db: sqlite3.Connection, request: str) -> bool:
+    def end_uses(self, db: Transaction, request: str) -> bool:
         """A request has ended. Whether another one may have waited for its states."""
         gone = db.execute("DELETE FROM uses WHERE id = ? RETURNING owner, state, digest", (request,)).fetchall()
         for owner, _, digest in gone:
@@ -287,7 +287,7 @@ class Contents:
         self._drop_parts(db, request)
         return any(state is not None for _, state, _ in gone)
 
-    def end_uses_of_ended(self, db: sqlite3.Connection) -> None:
+    def end_uses_of_ended(self, db: Transaction) -> None:
         """The same for every request that has ended in some other way."""
         ended = db.execute(
             "SELECT id FROM requests WHERE state NOT IN ('queued', 'running') "
@@ -296,7 +296,7 @@ class Contents:
         for (request,) in ended:
             self.end_uses(db, request)
 
-    def place(self, db: sqlite3.Connection, request: str, left: Sequence[LeftBehind]) -> list[Path]:
+    def place(self, db: Transaction, request: str, left: Sequence[LeftBehind]) -> list[Path]:
         """Room for what a claimed request is to leave, whatever it had before."""
         owner = _owner_of(db, request)
         self._drop_parts(db, request)
@@ -309,7 +309,7 @@ class Contents:
             paths.append(self._part(owner, part))
         return paths
 
-    def leave(self, db: sqlite3.Connection, request: str, places: Sequence[tuple[Place, str]]) -> None:
+    def leave(self, db: Transaction, request: str, places: Sequence[tuple[Place, str]]) -> None:
         """What a running request leaves gets its names: files that are whole and durable, with their hashes.
 
         Raises ConflictError when a state has gone or become another one meanwhile; nothing is changed then.
@@ -348,7 +348,7 @@ class Contents:
     def _part(self, owner: str, part: str) -> Path:
         return self.folder_of(owner) / f"{part}.part"
 
-    def _adopt(self, db: sqlite3.Connection, owner: str, path: Path, digest: str, *, is_uploaded: bool) -> None:
+    def _adopt(self, db: Transaction, owner: str, path: Path, digest: str, *, is_uploaded: bool) -> None:
         """A durable file becomes a content; one that is there already stays."""
         target = self.folder_of(owner) / digest
         num_file_bytes = path.stat().st_size
@@ -363,7 +363,7 @@ class Contents:
             (owner, digest, num_file_bytes, time.time(), is_uploaded),
         )
 
-    def _make_room(self, db: sqlite3.Connection, owner: str, wanted: int, what: str) -> None:
+    def _make_room(self, db: Transaction, owner: str, wanted: int, what: str) -> None:
         """Purges what was used least recently, as far as it must. Raises TooLargeError or CapacityError."""
         if wanted > self.quota_bytes:
             raise TooLargeError(f"{what} takes {wanted} bytes; its owner has {self.quota_bytes} in all")
@@ -389,7 +389,7 @@ class Contents:
             self._drop(db, owner, digest)
             excess -= size
 
-    def _drop_unused(self, db: sqlite3.Connection, owner: str, digest: str) -> None:
+    def _drop_unused(self, db: Transaction, owner: str, digest: str) -> None:
         """Drops a content that no name and no request has any more. One that was uploaded waits for its turn."""
         found = db.execute(
             f"SELECT 1 FROM contents WHERE owner = ? AND digest = ? AND NOT is_uploaded AND {_UNUSED}", (owner, digest)
@@ -397,11 +397,11 @@ class Contents:
         if found is not None:
             self._drop(db, owner, digest)
 
-    def _drop(self, db: sqlite3.Connection, owner: str, digest: str) -> None:
+    def _drop(self, db: Transaction, owner: str, digest: str) -> None:
         db.execute("DELETE FROM contents WHERE owner = ? AND digest = ?", (owner, digest))
         self._dropped.put((owner, digest))
 
-    def _drop_parts(self, db: sqlite3.Connection, request: str) -> None:
+    def _drop_parts(self, db: Transaction, request: str) -> None:
         for part, owner in db.execute("DELETE FROM room WHERE id = ? RETURNING part, owner", (request,)).fetchall():
             self._part(owner, part).unlink(missing_ok=True)
 
@@ -443,12 +443,12 @@ def _digest_of_file(path: Path) -> str:
     return digest_of(raw.dtype, raw.shape, raw.data)
 
 
-def _owner_of(db: sqlite3.Connection, request: str) -> str:
+def _owner_of(db: Transaction, request: str) -> str:
     (owner,) = db.execute("SELECT owner FROM requests WHERE id = ?", (request,)).fetchone()
     return str(owner)
 
 
-def _has(db: sqlite3.Connection, owner: str, digest: str) -> bool:
+def _has(db: Transaction, owner: str, digest: str) -> bool:
     found = db.execute("SELECT 1 FROM contents WHERE owner = ? AND digest = ?", (owner, digest)).fetchone()
     return found is not None
 

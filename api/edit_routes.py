@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.callers import owner_of
 from api.edits import MAX_BYTES
 from api.served import Checker, Deployments
 from api.settings import GatewaySettings
@@ -25,7 +25,7 @@ Version = Annotated[int | None, Query(ge=1, lt=1 << 31)]
 
 
 class EditRoutes:
-    """Has no state of its own. `owner_of` says whose a call is."""
+    """Has no state of its own."""
 
     def __init__(
         self,
@@ -33,14 +33,12 @@ class EditRoutes:
         settings: GatewaySettings,
         checker: Checker,
         deployments: Deployments,
-        owner_of: Callable[[Request], str],
     ) -> None:
         self._store = store
         self._kept = store.edits
         self._settings = settings
         self._checker = checker
         self._deployments = deployments
-        self._owner_of = owner_of
 
     def add_to(self, router: APIRouter) -> None:
         router.add_api_route("/models/{name}/edits", self.known)
@@ -51,14 +49,12 @@ class EditRoutes:
     async def known(self, name: str, request: Request) -> dict[str, Any]:
         """The edits that may be used with a model: one's own, and those that others share."""
         self._deployments.get(name)
-        return {"edits": to_json(await to_thread.run_sync(self._kept.known, name, self._owner_of(request)))}
+        return {"edits": to_json(await to_thread.run_sync(self._kept.known, name, owner_of(request)))}
 
     async def get(self, name: str, edit: str, request: Request, version: Version = None) -> Response:
         """An edit's bytes, by default of its newest version. The ETag begins with the version's number."""
         self._deployments.get(name)
-        number, body = await to_thread.run_sync(
-            self._kept.get, name, self._owner_of(request), check_name(edit), version
-        )
+        number, body = await to_thread.run_sync(self._kept.get, name, owner_of(request), check_name(edit), version)
         tag = f'"{number}-{blake2b(body, digest_size=8).hexdigest()}"'
         headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
         if request.headers.get("if-none-match") == tag:
@@ -75,7 +71,7 @@ class EditRoutes:
             await receive(request, path, max_bytes=MAX_BYTES, idle_s=self._settings.upload_idle_s)
             verdict = await self._checker.check_edits(name, served.version, path)
             verdict.raise_error()
-            version = await to_thread.run_sync(self._put, name, self._owner_of(request), edit, path, shared)
+            version = await to_thread.run_sync(self._put, name, owner_of(request), edit, path, shared)
         finally:
             self._store.discard(upload)
         return JSONResponse({"name": edit, "version": version}, status_code=201)
@@ -83,7 +79,7 @@ class EditRoutes:
     async def delete(self, name: str, edit: str, request: Request, version: Version = None) -> dict[str, Any]:
         """Drops a version of one's own edit, by default all of them."""
         self._deployments.get(name)
-        await to_thread.run_sync(self._kept.delete, name, self._owner_of(request), check_name(edit), version)
+        await to_thread.run_sync(self._kept.delete, name, owner_of(request), check_name(edit), version)
         return {"name": edit, "version": version}
 
     def _put(self, name: str, owner: str, edit: str, path: Path, is_shared: bool) -> int:

@@ -19,21 +19,6 @@ MAX_VERSIONS = 1000  # of one owner, all names together
 MAX_OWNED_BYTES = 256 << 20  # of one owner
 
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS edits (
-    model TEXT NOT NULL,
-    owner TEXT NOT NULL,
-    name TEXT NOT NULL,
-    version INTEGER NOT NULL,
-    is_shared INTEGER NOT NULL,
-    created REAL NOT NULL,
-    num_bytes INTEGER NOT NULL,
-    body BLOB,
-    PRIMARY KEY (model, owner, name, version)
-)
-"""  # without a body: deleted
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one owner may keep."""
@@ -43,13 +28,11 @@ class Limits:
 
 
 class KeptEdits:
-    """The store's edits. Any thread; construction makes the table when there is none."""
+    """The store's edits. Any thread."""
 
     def __init__(self, db: Database, limits: Limits | None = None) -> None:
         self._db = db
         self._limits = limits or Limits()
-        with db.transaction() as connection:
-            connection.execute(_SCHEMA)
 
     def put(self, model: str, owner: str, name: str, body: bytes, *, is_shared: bool) -> int:
         """Keeps another version and returns its number, 1 for the first.

@@ -25,11 +25,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from api import problems
+from api.callers import caller_of, owner_of
 from api.catalogue import Deployment
-from api.contents import DEFAULT_OWNER
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes
 from api.expiry import Expiry
+from api.identity import LOCAL, Identity
 from api.keeping import KeepingRoutes
 from api.logs import logs_since
 from api.openai_errors import openai_route
@@ -70,12 +71,12 @@ class Gateway:
         self._key = key
         self._deployments = Deployments(store, checker)
         self._waiting = Waiting(store)
-        self._edits = EditRoutes(store, settings, checker, self._deployments, owner_of)
+        self._edits = EditRoutes(store, settings, checker, self._deployments)
         self._streams = Streams(store, self._waiting)
         self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
         self._events = EventRoutes(store, self._waiting, self._streams, _plain)
-        self._openai = OpenAIRoutes(store, settings, checker, self._deployments, self._waiting, self._streams, owner_of)
-        self._keeping = KeepingRoutes(store.contents, owner_of, upload_idle_s=settings.upload_idle_s)
+        self._openai = OpenAIRoutes(store, settings, checker, self._deployments, self._waiting, self._streams)
+        self._keeping = KeepingRoutes(store.contents, upload_idle_s=settings.upload_idle_s)
 
     def app(self) -> FastAPI:
         app = FastAPI(
@@ -235,7 +236,7 @@ class Gateway:
             self._store.discard(request_id)
             raise
         try:
-            status = await to_thread.run_sync(self._add, request_id, name, owner_of(request), verdict)
+            status = await to_thread.run_sync(self._add, request_id, name, caller_of(request), verdict)
         except PolytraceError:
             self._store.discard(request_id)
             raise
@@ -301,6 +302,7 @@ class Gateway:
         self._streams.ring()
 
     async def _require_key(self, request: Request) -> None:
+        request.state.caller = LOCAL
         if self._key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -318,7 +320,7 @@ class Gateway:
         verdict.raise_error()
         return verdict
 
-    def _add(self, request_id: RequestId, name: str, owner: str, verdict: Verdict) -> RequestStatus:
+    def _add(self, request_id: RequestId, name: str, caller: Identity, verdict: Verdict) -> RequestStatus:
         assert verdict.facts is not None
         return self._store.add(
             request_id,
@@ -326,7 +328,7 @@ class Gateway:
             verdict.facts,
             work=verdict.work,
             max_open=self._settings.max_open,
-            owner=owner,
+            caller=caller,
             needs=verdict.needs,
         )
 
@@ -350,11 +352,6 @@ class Gateway:
             return problems.problem(status.error, headers)
         headers["Location"] = f"/v1/requests/{status.id}"
         return JSONResponse(_plain(status), status_code=202, headers=headers)
-
-
-def owner_of(request: Request) -> str:
-    """Whose a call is: everything that it leaves belongs to this owner, and it can use nobody else's."""
-    return DEFAULT_OWNER  # there is one: who has the key
 
 
 class ResultResponse(FileResponse):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 
+from api.callers import owner_of
 from api.contents import Contents
 from api.uploads import receive
 from polytrace.codec import to_json
@@ -35,11 +35,10 @@ _log = logging.getLogger(__name__)
 
 
 class KeepingRoutes:
-    """The routes' state. `owner_of` says whose a call is."""
+    """The routes' state."""
 
-    def __init__(self, contents: Contents, owner_of: Callable[[Request], str], *, upload_idle_s: float) -> None:
+    def __init__(self, contents: Contents, *, upload_idle_s: float) -> None:
         self._contents = contents
-        self._owner_of = owner_of
         self._upload_idle_s = upload_idle_s
 
     def add_to(self, router: APIRouter) -> None:
@@ -48,7 +47,7 @@ class KeepingRoutes:
         router.add_api_route("/constants/{digest}", self.upload, methods=["PUT"], status_code=201)
         router.add_api_route("/constants/{digest}", self.content)
         for path, is_state in (("kept", False), ("states", True)):
-            routes = Names(self._contents, self._owner_of, is_state=is_state)
+            routes = Names(self._contents, is_state=is_state)
             router.add_api_route(f"/{path}", routes.listed, operation_id=f"list_{path}")
             router.add_api_route(f"/{path}/{{name}}", routes.entry, operation_id=f"describe_{path}")
             router.add_api_route(f"/{path}/{{name}}/content", routes.content, operation_id=f"fetch_{path}")
@@ -70,12 +69,12 @@ class KeepingRoutes:
         """Which of these contents the caller has to upload; the others count as used now."""
         for digest in wish.hashes:
             _check_digest(digest)
-        return {"missing": await to_thread.run_sync(self._contents.missing, self._owner_of(request), wish.hashes)}
+        return {"missing": await to_thread.run_sync(self._contents.missing, owner_of(request), wish.hashes)}
 
     async def upload(self, digest: str, request: Request) -> Response:
         """Takes a content in, a file with one tensor whose hash this is. It stays until its owner's quota is needed."""
         _check_digest(digest)
-        owner, part = self._owner_of(request), f"upload-{secrets.token_hex(8)}"
+        owner, part = owner_of(request), f"upload-{secrets.token_hex(8)}"
         announced = request.headers.get("content-length", "")
         if not announced.isdecimal():
             raise WireError("an upload of a content says how long it is: Content-Length")
@@ -95,7 +94,7 @@ class KeepingRoutes:
     async def content(self, digest: str, request: Request) -> Response:
         """A content of the caller's own."""
         _check_digest(digest)
-        return await _file(self._contents, self._owner_of(request), digest)
+        return await _file(self._contents, owner_of(request), digest)
 
     async def begin_state(self, name: str, wish: FirstContent, request: Request) -> dict[str, Any]:
         """The state of this name, made with an uploaded content when there is none yet."""
@@ -104,22 +103,21 @@ class KeepingRoutes:
         _check_digest(wish.hash)
         if wish.dtype not in DTYPES:
             raise UserError(f"{wish.dtype[:100]!r} is no dtype")
-        make = partial(self._contents.begin_state, self._owner_of(request), name)
+        make = partial(self._contents.begin_state, owner_of(request), name)
         return _plain(await to_thread.run_sync(make, wish.dtype, tuple(wish.shape), wish.hash))
 
 
 class Names:
     """What has a name: kept values, or states."""
 
-    def __init__(self, contents: Contents, owner_of: Callable[[Request], str], *, is_state: bool) -> None:
+    def __init__(self, contents: Contents, *, is_state: bool) -> None:
         self._contents = contents
-        self._owner_of = owner_of
         self._is_state = is_state
 
     async def listed(self, request: Request, left_by: str | None = None) -> dict[str, Any]:
         """All of them; with `left_by`, those that a request left as they are."""
         look = partial(self._contents.kept_entries, is_state=self._is_state, request=left_by)
-        entries = await to_thread.run_sync(look, self._owner_of(request))
+        entries = await to_thread.run_sync(look, owner_of(request))
         return {"entries": [_plain(entry) for entry in entries]}
 
     async def entry(self, name: str, request: Request) -> dict[str, Any]:
@@ -129,17 +127,17 @@ class Names:
     async def content(self, name: str, request: Request) -> Response:
         """What it has now, a file with one tensor."""
         entry = await self._entry(name, request)
-        return await _file(self._contents, self._owner_of(request), entry.digest)
+        return await _file(self._contents, owner_of(request), entry.digest)
 
     async def delete(self, name: str, request: Request) -> Response:
         """Takes it away."""
         drop = partial(self._contents.delete_kept, is_state=self._is_state)
-        await to_thread.run_sync(drop, self._owner_of(request), name)
+        await to_thread.run_sync(drop, owner_of(request), name)
         return Response(status_code=204)
 
     async def _entry(self, name: str, request: Request) -> KeptEntry:
         look = partial(self._contents.kept_entry, is_state=self._is_state)
-        return await to_thread.run_sync(look, self._owner_of(request), name)
+        return await to_thread.run_sync(look, owner_of(request), name)
 
 
 class Hashes(BaseModel):

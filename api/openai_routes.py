@@ -10,7 +10,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.callers import caller_of
 from api.choices import Answer
 from api.event_routes import cancel_soon
 from api.events import TOKEN, Event
+from api.identity import Identity
 from api.openai_errors import MODEL, RESPONSES, error_body
 from api.served import Checker, Deployments, Served
 from api.settings import GatewaySettings
@@ -47,7 +49,7 @@ _DOC: dict[int | str, dict[str, Any]] = RESPONSES | {
 
 
 class OpenAIRoutes:
-    """`owner_of` says whose a call is. Belongs to one event loop."""
+    """Belongs to one event loop."""
 
     def __init__(
         self,
@@ -57,7 +59,6 @@ class OpenAIRoutes:
         deployments: Deployments,
         waiting: Waiting,
         streams: Streams,
-        owner_of: Callable[[Request], str],
     ) -> None:
         self._store = store
         self._settings = settings
@@ -65,7 +66,6 @@ class OpenAIRoutes:
         self._deployments = deployments
         self._waiting = waiting
         self._streams = streams
-        self._owner_of = owner_of
         self._tokenizers: dict[str, tuple[str, Any]] = {}  # by model, with the version of what it serves
         self._cancelling: set[asyncio.Task[None]] = set()
 
@@ -87,7 +87,7 @@ class OpenAIRoutes:
         with about(MODEL):
             served = self._deployments.taking(wish.model)
         tokenizer = await self._tokenizer(wish.model, served)
-        request_id, composed = await self._accepted(wish, served, self._owner_of(request))
+        request_id, composed = await self._accepted(wish, served, caller_of(request))
         answer = Answer(
             wish, request=request_id, created=int(time.time()), prompts=composed.prompts, tokenizer=tokenizer
         )
@@ -104,11 +104,11 @@ class OpenAIRoutes:
         return JSONResponse(whole, headers=headers)
 
     async def _accepted(
-        self, wish: CompletionWish | ChatWish, served: Served, owner: str
+        self, wish: CompletionWish | ChatWish, served: Served, caller: Identity
     ) -> tuple[RequestId, Composed]:
         """The request, in the store like one that was uploaded."""
         request_id = self._store.new_id()
-        path, contents = self._store.request_path(request_id), self._store.contents.folder_of(owner)
+        path, contents = self._store.request_path(request_id), self._store.contents.folder_of(caller.owner)
         try:
             composed = await self._checker.compose(wish.model, served.version, path, wish, contents=contents)
             verdict = composed.verdict
@@ -120,7 +120,7 @@ class OpenAIRoutes:
                 self._store.add,
                 work=verdict.work,
                 max_open=self._settings.max_open,
-                owner=owner,
+                caller=caller,
                 needs=verdict.needs,
             )
             await to_thread.run_sync(add, request_id, wish.model, verdict.facts)

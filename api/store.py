@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import sqlite3
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from api.catalogue import Catalogue, check_taking
-from api.contents import DEFAULT_OWNER, HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place, sync
-from api.database import Database
+from api.contents import HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place, sync
+from api.database import Transaction, open_database
 from api.doorbell import Doorbell
 from api.edits import KeptEdits
 from api.events import EventLog
+from api.identity import LOCAL, Identity
 from api.logs import logs_as_json
 from api.settings import DEFAULT_QUOTA_BYTES
 from api.step_values import values_as_json
@@ -95,17 +95,18 @@ class RequestStatus:
 class Store(Catalogue):
     """One per process; its methods may be called from any thread. Construction makes the folder when there is none."""
 
-    def __init__(self, folder: Path, *, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> None:
+    def __init__(self, folder: Path, *, database: str | None = None, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> None:
+        """`database`: a URL as `open_database` takes it; None: a SQLite file in the folder."""
         self.folder = folder.resolve()
         for path in (self.folder, self._requests, self._results):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.controller_bell = Doorbell(self.folder / "controller.bell")
         self.gateway_bell = Doorbell(self.folder / "gateway.bell")
         self.events_bell = Doorbell(self.folder / "events.bell")  # rung at every step: it costs the gateway little
-        database = Database(self.folder / "store.db")
-        super().__init__(database, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
-        self.edits = KeptEdits(database)
-        self.contents = Contents(database, self.folder / "contents", quota_bytes)
+        opened = open_database(database or f"sqlite:///{self.folder / 'store.db'}")
+        super().__init__(opened, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
+        self.edits = KeptEdits(opened)
+        self.contents = Contents(opened, self.folder / "contents", quota_bytes)
         self.events = EventLog(self.folder / "events")
         self._noted: dict[RequestId, float] = {}  # generations -> when their state was last told to the database
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
@@ -144,13 +145,16 @@ class Store(Catalogue):
         *,
         work: int,
         max_open: int,
-        owner: str = DEFAULT_OWNER,
+        caller: Identity = LOCAL,
+        is_interactive: bool = True,
+        tokens: int = 0,
         needs: Needs = NOTHING,
     ) -> RequestStatus:
         """Accepts a request whose file is durable and wakes the controller. `work`: as in `Claimed`.
+        `tokens` of its sequences, as certified.
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already or takes none, NotFoundError
-        when there is none, and what `Contents` says when the owner does not have what the request needs.
+        when there is none, and what `Contents` says when the caller does not have what the request needs.
         """
         now = time.time()
         with self._db.transaction() as db:
@@ -163,13 +167,24 @@ class Store(Catalogue):
             ).fetchone()
             if waiting >= max_open:
                 raise CapacityError(f"{waiting} requests are waiting for {model}, the most it takes; try again later")
-            seq = db.execute(
-                "INSERT INTO requests (id, model, owner, state, created, work) VALUES (?, ?, ?, 'queued', ?, ?)",
-                (request, model, owner, now, max(1, work)),
-            ).lastrowid
+            (seq,) = db.execute(
+                "INSERT INTO requests "
+                "(id, model, owner, tenant, user_name, is_interactive, tokens, state, created, work) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?) RETURNING seq",
+                (
+                    request,
+                    model,
+                    caller.owner,
+                    caller.tenant,
+                    caller.user,
+                    int(is_interactive),
+                    tokens,
+                    now,
+                    max(1, work),
+                ),
+            ).fetchone()
             if not needs.is_empty:
-                assert seq is not None
-                self.contents.use(db, request, seq, owner, needs)
+                self.contents.use(db, request, seq, caller.owner, needs)
             db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
         self.controller_bell.ring()
         return RequestStatus(
@@ -294,7 +309,8 @@ class Store(Catalogue):
             return []
         with self._db.transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
             rows = db.execute(
-                "SELECT requests.id, created, json, attempts, work, owner FROM requests JOIN facts USING (id) "
+                "SELECT requests.id, created, json, attempts, work, owner, tenant, is_interactive "
+                "FROM requests JOIN facts USING (id) "
                 f"WHERE model = ? AND state = 'queued' AND {HAS_ITS_TURN} ORDER BY seq LIMIT ?",
                 (model, limit),
             ).fetchall()
@@ -315,6 +331,8 @@ class Store(Catalogue):
                 contents=self.contents.folder_of(row[5]),
                 states=states[row[0]],
                 is_suspect=row[3] > 0,
+                tenant=row[6],
+                is_interactive=bool(row[7]),
             )
             for row in rows
         ]
@@ -504,7 +522,7 @@ class Store(Catalogue):
             return Finished(request=end.request, error=told), []
         return end, digests
 
-    def _leave(self, db: sqlite3.Connection, end: Finished, digests: Sequence[str]) -> Finished:
+    def _leave(self, db: Transaction, end: Finished, digests: Sequence[str]) -> Finished:
         """What a request leaves gets its names, all of it, or the request fails."""
         db.execute("SAVEPOINT leaving")
         try:

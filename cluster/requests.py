@@ -71,6 +71,8 @@ class Claimed:
     work: int  # rows x layers that it runs through, at least 1
     contents: Path  # folder of its owner's contents
     states: Mapping[str, str]  # what its states are now: the hashes of their contents
+    tenant: str  # whose it is: what it runs is shared and counted by tenant
+    is_interactive: bool  # somebody waits for it
     is_suspect: bool  # a controller broke down while it had this request: to be run alone, in case it was the cause
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from api.contents import Needs
+from api.identity import LOCAL, Identity, owner_name
 from api.store import RequestState, Store
 from cluster.requests import Claimed, DeploymentState, Finished, LeftBehind, Place
 from polytrace.contents import digest_of
@@ -19,6 +20,7 @@ from scheduling.plan import RequestId
 
 QUOTA = 20_000
 KIB = 1024  # bytes of data of each content here
+OWNER, ADA, BOB = LOCAL.owner, owner_name("lab", "ada"), owner_name("lab", "bob")
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def content(number: int, size: int = KIB) -> tuple[str, bytes]:
     return digest_of("uint8", [size], data), content_header("uint8", (size,)) + data
 
 
-def upload(store: Store, number: int, owner: str = "default", size: int = KIB) -> str:
+def upload(store: Store, number: int, owner: str = OWNER, size: int = KIB) -> str:
     digest, file = content(number, size)
     path = store.contents.begin_upload(owner, f"upload-{number}", len(file))
     path.write_bytes(file)
@@ -49,7 +51,7 @@ def add(
     *digests: str,
     states: Sequence[str] = (),
     reads: Sequence[str] = (),
-    owner: str = "default",
+    owner: str = OWNER,
     model: str = "m",
 ) -> RequestId:
     """A request that uses these contents, updates these states and reads those."""
@@ -58,8 +60,13 @@ def add(
     updated = [(name, True, "uint8", (KIB,)) for name in states]
     read = [(name, False, "uint8", (KIB,)) for name in reads]
     needs = Needs(digests=digests, states=(*updated, *read))
-    store.add(request, model, b"[]", work=1, max_open=100, owner=owner, needs=needs)
+    store.add(request, model, b"[]", work=1, max_open=100, caller=caller(owner), needs=needs)
     return request
+
+
+def caller(owner: str) -> Identity:
+    tenant, user = owner.split("~")
+    return Identity(tenant=tenant, user=user)
 
 
 def left(name: str, *, is_state: bool = False, ttl_s: float | None = None, size: int = KIB) -> LeftBehind:
@@ -90,12 +97,12 @@ def claim(store: Store, model: str = "m") -> list[Claimed]:
 
 def state_of(store: Store, name: str) -> int:
     """The byte that a state is of."""
-    entry = store.contents.kept_entry("default", name, is_state=True)
-    return decode_content(store.contents.content_path("default", entry.digest).read_bytes()).data[0]
+    entry = store.contents.kept_entry(OWNER, name, is_state=True)
+    return decode_content(store.contents.content_path(OWNER, entry.digest).read_bytes()).data[0]
 
 
 def begin_state(store: Store, name: str, number: int) -> None:
-    store.contents.begin_state("default", name, "uint8", (KIB,), upload(store, number))
+    store.contents.begin_state(OWNER, name, "uint8", (KIB,), upload(store, number))
 
 
 def files(store: Store) -> int:
@@ -104,37 +111,37 @@ def files(store: Store) -> int:
 
 def test_an_uploaded_content_is_there_once_and_its_hash_is_checked(store: Store) -> None:
     digest, file = content(1)
-    assert store.contents.missing("default", [digest]) == [digest]
+    assert store.contents.missing(OWNER, [digest]) == [digest]
     assert upload(store, 1) == digest == upload(store, 1)
-    assert store.contents.missing("default", [digest]) == []
-    assert store.contents.content_path("default", digest).read_bytes() == file and files(store) == 1
+    assert store.contents.missing(OWNER, [digest]) == []
+    assert store.contents.content_path(OWNER, digest).read_bytes() == file and files(store) == 1
     for number, wrong in enumerate((file[:-1], file + b"x", b"", b"no content", content(2)[1])):
-        store.contents.begin_upload("default", f"upload-w{number}", len(file)).write_bytes(wrong)
+        store.contents.begin_upload(OWNER, f"upload-w{number}", len(file)).write_bytes(wrong)
         with pytest.raises(WireError):
-            store.contents.finish_upload("default", f"upload-w{number}", digest_of("uint8", [KIB], bytes(KIB)))
+            store.contents.finish_upload(OWNER, f"upload-w{number}", digest_of("uint8", [KIB], bytes(KIB)))
         store.contents.give_up(f"upload-w{number}")
     assert files(store) == 1
 
 
 def test_a_content_is_its_owners_alone(store: Store) -> None:
     """Knowing the hash is not having the content: another owner has to upload it too."""
-    digest = upload(store, 1, owner="ada")
-    assert store.contents.missing("bob", [digest]) == [digest]
+    digest = upload(store, 1, owner=ADA)
+    assert store.contents.missing(BOB, [digest]) == [digest]
     with pytest.raises(NotFoundError):
-        store.contents.content_path("bob", digest)
+        store.contents.content_path(BOB, digest)
     with pytest.raises(MissingError, match=digest[:12]):
-        add(store, digest, owner="bob")
+        add(store, digest, owner=BOB)
     with pytest.raises(MissingError):
-        store.contents.begin_state("bob", "s", "uint8", (KIB,), digest)
-    add(store, digest, owner="ada")
-    upload(store, 1, owner="bob")
-    add(store, digest, owner="bob")
-    assert [claimed.contents.name for claimed in claim(store)] == ["ada", "bob"]
+        store.contents.begin_state(BOB, "s", "uint8", (KIB,), digest)
+    add(store, digest, owner=ADA)
+    upload(store, 1, owner=BOB)
+    add(store, digest, owner=BOB)
+    assert [claimed.contents.name for claimed in claim(store)] == [ADA, BOB]
     for dtype, shape in (("uint8", (KIB // 2,)), ("float64", (1 << 40,))):
         with pytest.raises(WireError, match="the first content of the state 's' is uint8"):
-            store.contents.begin_state("ada", "s", dtype, shape, digest)
-    store.contents.begin_state("ada", "s", "uint8", (KIB,), digest)
-    assert store.contents.kept_entries("bob", is_state=True) == []
+            store.contents.begin_state(ADA, "s", dtype, shape, digest)
+    store.contents.begin_state(ADA, "s", "uint8", (KIB,), digest)
+    assert store.contents.kept_entries(BOB, is_state=True) == []
     with pytest.raises(ValueError):
         store.contents.folder_of("../ada")
 
@@ -142,51 +149,51 @@ def test_a_content_is_its_owners_alone(store: Store) -> None:
 def test_the_quota_purges_what_was_used_least_recently_and_nothing_that_is_needed(store: Store) -> None:
     needed, oldest, older, named = (upload(store, number, size=4000) for number in range(4))
     request = add(store, needed)
-    store.contents.begin_state("default", "s", "uint8", (4000,), named)
-    store.contents.missing("default", [oldest])  # used now: no longer the oldest
+    store.contents.begin_state(OWNER, "s", "uint8", (4000,), named)
+    store.contents.missing(OWNER, [oldest])  # used now: no longer the oldest
     newest = upload(store, 5, size=6000)
-    assert store.contents.missing("default", [needed, oldest, older, named]) == [older]
+    assert store.contents.missing(OWNER, [needed, oldest, older, named]) == [older]
     with pytest.raises(CapacityError, match="20000"):
-        store.contents.begin_upload("default", "upload-big", 19_000)
+        store.contents.begin_upload(OWNER, "upload-big", 19_000)
     with pytest.raises(TooLargeError, match="20000"):
-        store.contents.begin_upload("default", "upload-huge", 20_001)
-    assert store.contents.missing("default", [needed, oldest, named]) == []  # refused, so nothing went
+        store.contents.begin_upload(OWNER, "upload-huge", 20_001)
+    assert store.contents.missing(OWNER, [needed, oldest, named]) == []  # refused, so nothing went
     claim(store)
     run(store, request)
     upload(store, 6, size=9000)
-    assert sorted(store.contents.missing("default", [newest, needed, oldest, named])) == sorted([newest, needed])
+    assert sorted(store.contents.missing(OWNER, [newest, needed, oldest, named])) == sorted([newest, needed])
 
 
 def test_uploads_under_way_count(store: Store) -> None:
-    store.contents.begin_upload("default", "upload-a", 12_000)
+    store.contents.begin_upload(OWNER, "upload-a", 12_000)
     with pytest.raises(CapacityError):
-        store.contents.begin_upload("default", "upload-b", 12_000)
+        store.contents.begin_upload(OWNER, "upload-b", 12_000)
     store.contents.begin_upload("other", "upload-c", 12_000)  # an owner of its own
     store.contents.give_up_uploads()
-    store.contents.begin_upload("default", "upload-b", 12_000)
+    store.contents.begin_upload(OWNER, "upload-b", 12_000)
 
 
 def test_a_kept_value_is_there_when_its_request_is_done_and_goes_when_its_time_is_over(store: Store) -> None:
     request = add(store)
     claim(store)
     run(store, request, (left("mean", ttl_s=0.2), 7), (left("other"), 8))
-    entry = store.contents.kept_entry("default", "mean", is_state=False)
+    entry = store.contents.kept_entry(OWNER, "mean", is_state=False)
     assert (entry.shape, entry.version, entry.request) == ((KIB,), 1, request)
     assert entry.digest == digest_of("uint8", [KIB], bytes([7]) * KIB)
-    assert [each.name for each in store.contents.kept_entries("default", is_state=False)] == ["mean", "other"]
+    assert [each.name for each in store.contents.kept_entries(OWNER, is_state=False)] == ["mean", "other"]
     waiting = add(store, entry.digest)
     time.sleep(0.25)
     with pytest.raises(NotFoundError):
-        store.contents.kept_entry("default", "mean", is_state=False)
+        store.contents.kept_entry(OWNER, "mean", is_state=False)
     assert store.contents.purge() == 1
     assert files(store) == 2  # a request that waits has it still
     claim(store)
     run(store, waiting)
     assert files(store) == 1
-    store.contents.delete_kept("default", "other", is_state=False)
+    store.contents.delete_kept(OWNER, "other", is_state=False)
     assert files(store) == 0
     with pytest.raises(NotFoundError):
-        store.contents.delete_kept("default", "other", is_state=False)
+        store.contents.delete_kept(OWNER, "other", is_state=False)
 
 
 def test_keeping_under_a_name_again_replaces_what_was_there(store: Store) -> None:
@@ -194,7 +201,7 @@ def test_keeping_under_a_name_again_replaces_what_was_there(store: Store) -> Non
         request = add(store)
         claim(store)
         run(store, request, (left("mean"), number))
-    entry = store.contents.kept_entry("default", "mean", is_state=False)
+    entry = store.contents.kept_entry(OWNER, "mean", is_state=False)
     assert (entry.version, entry.digest) == (2, content(2)[0]) and files(store) == 1
 
 
@@ -217,7 +224,7 @@ def test_a_failed_request_leaves_nothing_and_changes_no_state(store: Store) -> N
     claim(store)
     run(store, request, (left("mean"), 7), (left("s", is_state=True), 2), error=RunError("it failed"))
     assert state_of(store, "s") == 1 and files(store) == 1
-    assert store.contents.kept_entries("default", is_state=False) == []
+    assert store.contents.kept_entries(OWNER, is_state=False) == []
 
 
 def test_a_file_that_is_lost_before_its_request_ends_fails_that_request_only(store: Store) -> None:
@@ -234,7 +241,7 @@ def test_a_file_that_is_lost_before_its_request_ends_fails_that_request_only(sto
     statuses = store.statuses([broken, whole])
     assert (statuses[broken].state, statuses[whole].state) == (RequestState.FAILED, RequestState.DONE)
     assert state_of(store, "s") == 1
-    names = [entry.name for entry in store.contents.kept_entries("default", is_state=False)]
+    names = [entry.name for entry in store.contents.kept_entries(OWNER, is_state=False)]
     assert names == ["mean", "other"] and files(store) == 3  # what the whole one left, and the state
 
 
@@ -296,18 +303,18 @@ def test_a_request_that_ends_in_any_way_gives_its_turn_on(store: Store, how: str
 def test_a_state_that_is_gone_or_another_one_is_refused(store: Store) -> None:
     with pytest.raises(NotFoundError, match="no state 's'"):
         add(store, states=["s"])
-    store.contents.begin_state("default", "s", "uint8", (12,), upload(store, 1, size=12))
+    store.contents.begin_state(OWNER, "s", "uint8", (12,), upload(store, 1, size=12))
     with pytest.raises(GraphError, match=r"'s' is uint8 \[12\]"):
         add(store, states=["s"])
-    store.contents.delete_kept("default", "s", is_state=True)
+    store.contents.delete_kept(OWNER, "s", is_state=True)
     begin_state(store, "s", 1)
     request = add(store, states=["s"])
     claim(store)
-    store.contents.delete_kept("default", "s", is_state=True)
+    store.contents.delete_kept(OWNER, "s", is_state=True)
     run(store, request, (left("s", is_state=True), 2))
     status = store.status(request)
     assert status is not None and status.state is RequestState.FAILED and "'s' was deleted" in str(status.error)
-    assert store.contents.kept_entries("default", is_state=True) == []
+    assert store.contents.kept_entries(OWNER, is_state=True) == []
 
 
 def test_the_first_content_of_a_state_stays_when_it_is_begun_again(store: Store) -> None:
@@ -324,15 +331,15 @@ def test_kept_values_outlive_every_process_and_a_sweep_finds_what_a_crash_left(s
     cut = add(store, states=["s"])
     claim(store)
     place(store, cut, (left("s", is_state=True), 9))
-    store.contents.begin_upload("default", "upload-cut", 100).write_bytes(b"half")
+    store.contents.begin_upload(OWNER, "upload-cut", 100).write_bytes(b"half")
     lost = upload(store, 5)
-    store.contents.content_path("default", lost).unlink()
+    store.contents.content_path(OWNER, lost).unlink()
     store.close()
     again = Store(store.folder, quota_bytes=QUOTA)
     again.sweep()
     again.requeue("m", is_clean=False)
-    assert state_of(again, "s") == 1 and again.contents.kept_entry("default", "mean", is_state=False).version == 1
-    assert files(again) == 2 and again.contents.missing("default", [lost]) == [lost]
+    assert state_of(again, "s") == 1 and again.contents.kept_entry(OWNER, "mean", is_state=False).version == 1
+    assert files(again) == 2 and again.contents.missing(OWNER, [lost]) == [lost]
     (claimed,) = again.claim("m", 10)
     run(again, claimed.request, (left("s", is_state=True), 9))
     assert state_of(again, "s") == 9

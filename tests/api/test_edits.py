@@ -15,7 +15,7 @@ import torch
 from small import WIDTH, small_llama
 
 import polytrace
-from api.database import Database
+from api.database import Database, open_database
 from api.edits import MAX_BYTES, KeptEdits, Limits
 from api.gateway import Gateway
 from api.server import GatewayServer, bind
@@ -38,7 +38,7 @@ KEY = "sesame"
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    made = Database(tmp_path / "store.db")
+    made = open_database(f"sqlite:///{tmp_path / 'store.db'}")
     yield made
     made.close()
 

@@ -19,6 +19,7 @@ from services import PROMPT, Service, make_model, wait_until
 from transformers import LlamaForCausalLM
 
 import polytrace
+from api.identity import LOCAL
 from polytrace.contents import digest_of
 from polytrace.errors import NotFoundError, RunError, TooLargeError
 from polytrace.wire import content_header
@@ -232,7 +233,7 @@ def test_killed_gateway_and_controller_lose_nothing_that_was_kept(model: Any, se
     with model.trace(IDS):
         kept = model.model.layers[3].output[0][:, -1].keep("through")
         model.model.layers[3].output[0][:, 0].keep("short", ttl=5)
-    short = service.store / "contents" / "default" / str(model.kept("short").kept_tensor.digest)
+    short = service.store / "contents" / LOCAL.owner / str(model.kept("short").kept_tensor.digest)
     assert short.exists()
     before, state = kept.fetch(), model.state("sum", torch.zeros(2))
     content, version = state.fetch(), state.version
