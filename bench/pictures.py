@@ -21,7 +21,7 @@ _INK = "#1f2430"
 _PROBABILITY = LinearSegmentedColormap.from_list("probability", ["#f7f5ef", "#f3d9a4", "#e58f4e", "#a8323a", "#4a1134"])
 _RESTORED = LinearSegmentedColormap.from_list("restored", ["#2b5c8a", "#a9c8de", "#f7f5ef", "#eca66a", "#9e2a2b"])
 _PHASES = {"computing": "#2b5c8a", "waiting": "#e8e5dc", "sending": "#e58f4e", "saving": "#a8323a"}
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": "#c9c5ba",
@@ -47,7 +47,7 @@ def draw_logit_lens(
     path: Path, *, tokens: Sequence[str], guesses: Sequence[Sequence[str]], probabilities: Sequence[Sequence[float]]
 ) -> None:
     """What each layer would say next at each token: `guesses[layer][token]`, shaded by its probability."""
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, axes = _canvas(columns=len(tokens), rows=len(guesses))
         image = axes.imshow(probabilities, cmap=_PROBABILITY, vmin=0, vmax=1, aspect="auto", origin="lower")
         for layer, row in enumerate(guesses):
@@ -66,7 +66,7 @@ def draw_patching(
 
     1 is the clean run's logit difference, 0 the corrupt run's. `tokens` name the columns (clean above corrupt).
     """
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, axes = _canvas(columns=len(tokens), rows=len(restored))
         limit = max(1.0, *(abs(value) for row in restored for value in row))
         norm = TwoSlopeNorm(vmin=-limit, vcenter=0, vmax=limit)
@@ -96,7 +96,7 @@ def draw_growth(path: Path, *, rows: Sequence[Mapping[str, Any]], title: str, la
         ("of it: planning", planner, "#2b5c8a", "--"),
         ("of it: recording", [row["stages_s"]["record"] for row in rows], "#6fa3c7", "--"),
     )
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
         for name, seconds, color, style in lines:
             axes.plot(at, seconds, style, color=color, marker="o", markersize=3.5, linewidth=1.6, label=name)
@@ -122,7 +122,7 @@ def draw_timeline(
 ) -> None:
     """What each stage did when, a panel below the other with one axis of time. Every second pass is lighter."""
     num_stages = 1 + max(stretch.stage for _, stretches in panels for stretch in stretches)
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         size = 9.6, 0.9 + len(panels) * (0.55 + 0.38 * num_stages)
         figure, all_axes = pyplot.subplots(len(panels), figsize=size, sharex=True, layout="constrained", squeeze=False)
         for axes, (name, stretches) in zip(all_axes[:, 0], panels, strict=True):
