@@ -10,7 +10,6 @@ import importlib.metadata
 import shutil
 import subprocess
 import sys
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,10 @@ class Environment:
 
     package: str
     version: str
+    extras: str = ""
     others: tuple[str, ...] = ("accelerate",)  # that it needs beside
+    transformers: str | None = None  # another one than polytrace's, where it cannot run with that
+    interpreters: tuple[str, ...] = ()  # names of Pythons, where it needs a newer one than this
 
     def made(self, *, cache: Path = CACHE) -> Path | None:
         """Its Python, None where nobody has made it yet."""
@@ -40,15 +42,16 @@ class Environment:
         """Its Python, made when it is not there. Raises NoPeerError."""
         if (python := self.made(cache=cache)) is not None:
             return python
-        folder, versions = self._folder(cache), _versions()
+        folder, versions = self._folder(cache), self._versions()
+        extras = f"[{self.extras}]" if self.extras else ""
         python = folder / "bin" / "python"
         print(f"making {folder} for {self.package} {self.version}, once", file=sys.stderr, flush=True)
         try:
-            venv.create(folder, with_pip=True, clear=True)
+            subprocess.run([self._interpreter(), "-m", "venv", "--clear", str(folder)], check=True, capture_output=True)
             # torch first and alone: the build for this machine that the package index serves
             for packages in (
                 [f"torch=={versions['torch']}"],
-                [f"{self.package}=={self.version}", f"transformers=={versions['transformers']}", *self.others],
+                [f"{self.package}{extras}=={self.version}", f"transformers=={versions['transformers']}", *self.others],
             ):
                 command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *packages]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=_INSTALL_TIMEOUT_S)
@@ -61,12 +64,21 @@ class Environment:
         return python
 
     def _folder(self, cache: Path) -> Path:
-        versions = (f"{name}-{version}" for name, version in _versions().items())
+        versions = (f"{name}-{version}" for name, version in self._versions().items())
         return cache / "-".join([f"{self.package}-{self.version}", *versions])
 
+    def _versions(self) -> dict[str, str]:
+        found = {name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "transformers")}
+        return found | ({"transformers": self.transformers} if self.transformers else {})
 
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "transformers")}
+    def _interpreter(self) -> str:
+        """The Python to make it with. Raises NoPeerError when none of those that it needs is here."""
+        if not self.interpreters:
+            return sys.executable
+        found = next(filter(None, map(shutil.which, self.interpreters)), None)
+        if found is None:
+            raise NoPeerError(f"{self.package} needs {' or '.join(self.interpreters)}, and none is on the PATH")
+        return found
 
 
 NNSIGHT = Environment(package="nnsight", version="0.8.1")

@@ -32,6 +32,7 @@ BENCHMARKS: Mapping[str, str] = {
     "moved": "bench.moved",
     "language": "bench.language",
     "gradients": "bench.gradients",
+    "race": "bench.load.race",
     "maps": "bench.maps",
     "large": "bench.large",
 }

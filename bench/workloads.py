@@ -82,19 +82,19 @@ def _check_lens(plain: Plain, at: Choice) -> Values:
 
 
 def _ask_steering(model: Any, at: Choice) -> Values:
-    direction = _direction(model.config["hidden_size"], at)
+    added = direction(model.config["hidden_size"], at)
     with model.trace(at.prompt):
-        model.model.layers[at.layer].output[0][:, -1] += direction
+        model.model.layers[at.layer].output[0][:, -1] += added
         logits = model.lm_head.output[:, -1].save()
     return {"logits": logits}
 
 
 def _check_steering(plain: Plain, at: Choice) -> Values:
-    direction = _direction(plain.model.config.hidden_size, at).to(plain.device)
+    added = direction(plain.model.config.hidden_size, at).to(plain.device)
 
     def add(hidden: Tensor) -> Tensor:
         hidden = hidden.clone()
-        hidden[:, -1] += direction
+        hidden[:, -1] += added
         return hidden
 
     return {"logits": plain.logits(plain.ids(at.prompt), outputs={f"model.layers.{at.layer}": add})[:, -1]}
@@ -198,5 +198,5 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def _direction(hidden_size: int, at: Choice) -> Tensor:
+def direction(hidden_size: int, at: Choice) -> Tensor:
     return torch.randn(hidden_size, generator=torch.Generator().manual_seed(at.neuron))
