@@ -75,10 +75,11 @@ class Environment:
         """The Python to make it with. Raises NoPeerError when none of those that it needs is here."""
         if not self.interpreters:
             return sys.executable
-        found = next(filter(None, map(shutil.which, self.interpreters)), None)
-        if found is None:
-            raise NoPeerError(f"{self.package} needs {' or '.join(self.interpreters)}, and none is on the PATH")
-        return found
+        for name in self.interpreters:  # one on the PATH may be a shim of a version that is not there
+            found = shutil.which(name)
+            if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
+                return found
+        raise NoPeerError(f"{self.package} needs {' or '.join(self.interpreters)}, and none on the PATH works")
 
 
 NNSIGHT = Environment(package="nnsight", version="0.8.1")

@@ -41,16 +41,18 @@ def running_service(
     stages: int,
     ranks: int,
     log: Path,
+    cpus: int | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Service]:
     """Starts a service, waits until every shard is loaded and self-tested, and stops it when the block ends.
 
-    `report` gets the last line of the service's log about three times a second while it starts.
+    `cpus`: of each shard; None: as many as there are for it. `report` gets the last line of the service's log about three times a second while it starts.
     """
     port = free_port()
     command = [
         *(sys.executable, "-m", "api.commands", "serve", str(model)),
         *("--name", name, "--stages", str(stages), "--ranks", str(ranks), "--port", str(port)),
+        *(() if cpus is None else ("--cpus", str(cpus))),
     ]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:

@@ -88,7 +88,7 @@ def plan_placement(config: DeploymentConfig, *, cluster_cpus: float, cluster_gpu
     A shard asks for little of the CPUs, so that 2 x 2 shards fit on two cores and leave room for what else runs there.
     """
     num_shards = config.num_shards
-    threads = config.threads or max(1, int(cluster_cpus // num_shards))
+    threads = config.threads or max(1, int((cluster_cpus - 1) // num_shards))  # one core is for the service itself
     cpus = config.cpus or max(0.01, min(1.0, round(0.5 * cluster_cpus / num_shards, 2)))
     if config.device == "cpu" or (config.device == "auto" and cluster_gpus < 1):
         return Placement(cpus=cpus, gpus=0, threads=threads, device="cpu", backend="gloo")

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-nnsight: Any = importlib.import_module("nnsight")
-
 
 def write(name: str, choices: list[dict[str, Any]], folder: Path) -> None:
     """The payload of each choice."""

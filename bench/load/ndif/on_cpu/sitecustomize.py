@@ -21,13 +21,11 @@ def cuda(module: Any) -> None:
         total_memory = SIZE
         name = "cpu"
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        pass
-
     module.device_count = lambda: 1
     module.mem_get_info = lambda device=None: (SIZE, SIZE)
     module.get_device_properties = lambda device=None: Properties
-    module.memory_allocated = module.max_memory_allocated = module.max_memory_reserved = lambda device=None: 0
+    for name in ("memory_allocated", "max_memory_allocated", "max_memory_reserved"):
+        setattr(module, name, lambda device=None: 0)
     for name in (
         "synchronize",
         "set_device",
@@ -35,7 +33,7 @@ def cuda(module: Any) -> None:
         "empty_cache",
         "reset_peak_memory_stats",
     ):
-        setattr(module, name, nothing)
+        setattr(module, name, lambda *args, **kwargs: None)  # each its own: torch tells them apart
 
 
 def placement(module: Any) -> None:
