@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from api.database import Database
 from cluster.config import DeploymentSpec, Mode, Wanted
@@ -204,6 +205,7 @@ def _check_same(spec: DeploymentSpec, known: str | None, mode: Mode) -> None:
         raise ConflictError(f"{told}; remove it first, or choose another name")
 
 
+@lru_cache(maxsize=256)  # the controller asks at every ring of its bell
 def _spec(text: str) -> DeploymentSpec:
     return from_json(DeploymentSpec, json.loads(text))
 

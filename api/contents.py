@@ -90,6 +90,7 @@ class Contents:
     def __init__(self, db: Database, folder: Path, quota_bytes: int) -> None:
         self._db = db
         self._folder = folder
+        self._made: set[str] = set()  # owners whose folder is there
         self.quota_bytes = quota_bytes  # of each owner
         self._dropped: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and hash, whose files are to go
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -99,7 +100,9 @@ class Contents:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@~-]{0,130}", owner):
             raise ValueError(f"{owner!r} cannot own anything")
         folder = self._folder / owner
-        folder.mkdir(mode=0o700, exist_ok=True)
+        if owner not in self._made:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            self._made.add(owner)
         return folder
 
     def collect(self) -> None:

@@ -46,7 +46,8 @@ def running_service(
 ) -> Iterator[Service]:
     """Starts a service, waits until every shard is loaded and self-tested, and stops it when the block ends.
 
-    `cpus`: of each shard; None: as many as there are for it. `report` gets the last line of the service's log about three times a second while it starts.
+    `cpus`: of each shard; None: a small share. `report` gets the last line of the service's log about three times a
+    second while it starts.
     """
     port = free_port()
     command = [

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.shipping import Outgoing
@@ -21,6 +22,7 @@ from scheduling.policy import passes_in_flight
 
 _REACH_S = 10.0  # for Ray to tell that an actor is dead
 
+_INLINE_BYTES = 64 << 10  # of a plan: Ray itself puts arguments of more than 100 KB into its object store
 _HEARSAY_S = 1.0  # after a failure the other shards hear of it within moments: gloo and NCCL notice a dead peer
 
 
@@ -42,12 +44,10 @@ class Gang:
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Calls every shard at once; their answers, or the error of the shard that is to blame."""
-        calls = self.start(method, *args)
-        failure = self.first_failure(calls)
-        if failure is not None:
-            raise failure
-        answers: list[Any] = ray.get(calls)
-        return answers
+        answers = self.answers(self.start(method, *args))
+        if isinstance(answers, PolytraceError):
+            raise answers
+        return list(answers)
 
     def call_first(self, method: str, *args: Any) -> Any:
         """Calls the first shard alone."""
@@ -59,6 +59,15 @@ class Gang:
     def start(self, method: str, *args: Any) -> list[Any]:
         """Calls every shard and waits for none: handles of the answers."""
         return [getattr(actor, method).remote(*args) for actor in self.actors]
+
+    def answers(self, calls: list[Any]) -> tuple[Any, ...] | PolytraceError:
+        """Waits for one call of every shard; their answers, or the error of the shard that is to blame."""
+        if len(calls) == 1:  # nobody else can fail first
+            try:
+                return (ray.get(calls[0]),)
+            except RayError as error:
+                return self.explain(0, error)
+        return self.first_failure(calls) or tuple(ray.get(calls))
 
     def first_failure(self, calls: list[Any]) -> PolytraceError | None:
         """Waits for one call of every shard, or for the first to fail; None when all went well."""
@@ -156,9 +165,15 @@ class RayShards:
         return self._loss is None and self._num_in_flight < passes_in_flight(self._gang.stages)
 
     def submit(self, plan: Plan) -> None:
-        """Sends the plan to every shard, without what they have; serialised once for all."""
+        """Sends the plan to every shard, without what they have; serialised once for all.
+
+        A small one goes with the call itself: the object store would cost each shard a message to and fro.
+        """
         self._num_in_flight += 1
-        self._submitted.put((plan, self._gang.start("run", ray.put(self._outgoing.pack(plan)))))
+        packed: Any = cloudpickle.dumps(self._outgoing.pack(plan))  # type: ignore[no-untyped-call]
+        if len(packed) > _INLINE_BYTES:
+            packed = ray.put(packed)
+        self._submitted.put((plan, self._gang.start("run", packed)))
 
     def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:
         """The passes that ended since the last call, in the order they went in."""
@@ -189,11 +204,11 @@ class RayShards:
     def _watch(self) -> None:
         while (submitted := self._submitted.get()) is not None:
             plan, calls = submitted
-            failure = self._gang.first_failure(calls) if self._loss is None else None
-            if failure is not None:
-                self._lose_all(plan, failure)
+            answers = self._gang.answers(calls) if self._loss is None else _beside(self._loss)
+            if isinstance(answers, PolytraceError) and self._loss is None:
+                self._lose_all(plan, answers)
             else:
-                self._ended.put((plan, tuple(ray.get(calls)) if self._loss is None else _beside(self._loss)))
+                self._ended.put((plan, answers))
             self._wake()
 
     def _lose_all(self, plan: Plan, failure: PolytraceError) -> None:
