@@ -509,11 +509,11 @@ def test_a_stopped_deployment_leaves_nothing(running: Running) -> None:
     ("cpus", "gpus", "device", "expected"),
     [
         (2, 0, "auto", ("cpu", "gloo", 0, 0.25, 1)),
-        (64, 0, "auto", ("cpu", "gloo", 0, 1.0, 16)),
-        (16, 8, "auto", ("cuda", "nccl", 1, 1.0, 4)),
-        (16, 1, "auto", ("cuda", "gloo", 0.25, 1.0, 4)),
-        (16, 3, "auto", ("cuda", "gloo", 0.5, 1.0, 4)),
-        (16, 8, "cpu", ("cpu", "gloo", 0, 1.0, 4)),
+        (64, 0, "auto", ("cpu", "gloo", 0, 1.0, 15)),
+        (16, 8, "auto", ("cuda", "nccl", 1, 1.0, 3)),
+        (16, 1, "auto", ("cuda", "gloo", 0.25, 1.0, 3)),
+        (16, 3, "auto", ("cuda", "gloo", 0.5, 1.0, 3)),
+        (16, 8, "cpu", ("cpu", "gloo", 0, 1.0, 3)),
     ],
 )
 def test_shards_get_gpus_when_there_are_any_and_little_of_the_cpus(
