@@ -51,6 +51,7 @@ def running_service(
     command = [
         *(sys.executable, "-m", "api.commands", "serve", str(model)),
         *("--name", name, "--stages", str(stages), "--ranks", str(ranks), "--port", str(port)),
+        "--without-keys",
     ]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
