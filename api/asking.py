@@ -1,7 +1,6 @@
 """Whom the commands ask about keys and tenants: a running service, or the folder of a store.
 
-With a folder they ask the same routes, in this process. So the first key of a store comes from the code that makes all
-others, and a store that is being served may be asked too: its service hears of it within a second.
+Both answer the same calls (`api.at_the_store`).
 """
 
 from __future__ import annotations
@@ -30,58 +29,12 @@ class Asked(Protocol):
 def asked(url: str, key: str | None, store: Path | None) -> Asked:
     """The service, or the store where one is named."""
     if store is not None:
-        return _AtTheStore(store)
+        from api.at_the_store import AtTheStore
+
+        return AtTheStore(store)
     from api.operations import _Service
 
     return _Service(url, key)
-
-
-class _AtTheStore:
-    """The routes of keys and tenants over a store's database, for whoever may read and write its folder."""
-
-    def __init__(self, folder: Path) -> None:
-        from fastapi import APIRouter, Depends, FastAPI
-        from starlette.requests import Request
-
-        from api import problems
-        from api.audit import Audit
-        from api.database import open_database
-        from api.first_key import AT_THE_STORE
-        from api.key_routes import KeyRoutes
-        from api.keys import Keys
-        from api.tenant_routes import TenantRoutes
-        from api.tenants import Tenants
-
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        database = open_database(f"sqlite:///{folder.resolve() / 'store.db'}")
-
-        def identify(request: Request) -> None:
-            request.state.caller = AT_THE_STORE
-
-        self._app = FastAPI(openapi_url=None)
-        problems.install(self._app)
-        router = APIRouter(prefix="/v1", dependencies=[Depends(identify)])
-        KeyRoutes(Keys(database), _nobody_to_tell).add_to(router)
-        TenantRoutes(Tenants(database), Audit(database), _nobody_to_tell).add_to(router)
-        self._app.include_router(router)
-
-    def ask(self, method: str, path: str, **more: Any) -> Any:
-        import asyncio
-
-        import httpx
-
-        from polytrace.errors import from_fields
-
-        async def ask() -> httpx.Response:
-            transport = httpx.ASGITransport(self._app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://store") as client:
-                return await client.request(method, path, **more)
-
-        answer = asyncio.run(ask())
-        body = answer.json() if answer.content else {}
-        if answer.status_code >= 400:
-            raise from_fields({"code": body["code"], "message": body["detail"]})
-        return body
 
 
 def quoted(name: str) -> str:
@@ -112,7 +65,3 @@ def when(at: float | None) -> str:
     import time
 
     return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-
-
-def _nobody_to_tell() -> None:
-    """A service that has the store open looks again by itself."""
