@@ -12,15 +12,14 @@ Signatures, times and formats are PyJWT's business (RFC 7515, 7517, 7519; OpenID
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import jwt
 from anyio import to_thread
 from jwt import PyJWK, PyJWKClient
@@ -35,7 +34,6 @@ LIFE_S = 3600.0  # of the provider's keys, before they are asked for again
 MAX_AGE_S = 24 * 3600.0  # how long they hold when it does not answer
 LEEWAY_S = 30.0  # that clocks may differ by
 TIMEOUT_S = 5.0
-_MAX_BYTES = 1 << 20  # of what the provider publishes
 
 _log = logging.getLogger(__name__)
 
@@ -177,8 +175,8 @@ def _published_keys(settings: OidcSettings) -> dict[str, PyJWK]:
 def _discovered(issuer: str) -> str:
     """Where the provider says that its keys are."""
     _check_url(issuer)
-    with _opener.open(f"{issuer.rstrip('/')}/.well-known/openid-configuration", timeout=TIMEOUT_S) as answer:
-        about = json.loads(answer.read(_MAX_BYTES))
+    url = f"{issuer.rstrip('/')}/.well-known/openid-configuration"
+    about = httpx.get(url, timeout=TIMEOUT_S, follow_redirects=False).raise_for_status().json()
     if about["issuer"] != issuer:
         raise ValueError(f"it calls itself {about['issuer']!r}")
     return str(about["jwks_uri"])
@@ -189,14 +187,6 @@ def _check_url(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         raise ValueError(f"{url} is not https")
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-_opener = urllib.request.build_opener(_NoRedirects)
 
 
 def _refused(why: str) -> KeyRefusedError:
