@@ -72,10 +72,11 @@ class Access:
             return LOCAL
         known = self._known.get(digest)
         if known is None or known.until < time.monotonic():
+            memory = self._known  # another one, if something changes meanwhile: then this is not remembered
             known = await self._look_up(bearer)
-            if len(self._known) >= MAX_KNOWN:
-                self._known.clear()
-            self._known[digest] = known
+            if len(memory) >= MAX_KNOWN:
+                memory.clear()
+            memory[digest] = known
         if known.identity.key is not None:
             self._used[known.identity.key] = time.time()
         return known.identity

@@ -19,7 +19,7 @@ from typing import Any
 
 from api.audit import write
 from api.database import Database, Transaction
-from api.identity import Identity, Role
+from api.identity import Identity, Role, checked_name
 from api.tenants import add_user, models_of, user_in
 from polytrace.errors import ConflictError, KeyRefusedError, NotFoundError, UserError
 
@@ -88,8 +88,11 @@ class Keys:
 
     def known(self, *, tenant: str | None = None, user: str | None = None) -> list[Key]:
         """All, or those of a tenant or user; the newest first."""
-        wanted = {"tenant": tenant, "user_name": user}
-        asked = {column: value for column, value in wanted.items() if value is not None}
+        asked: dict[str, str] = {}
+        if tenant is not None:
+            asked["tenant"] = checked_name(tenant, "tenant")
+        if user is not None:
+            asked["user_name"] = checked_name(user, "user")
         where = " AND ".join(f"{column} = ?" for column in asked) or "1 = 1"
         rows = self._db.rows(f"SELECT {_KEY} FROM keys WHERE {where} ORDER BY created DESC, prefix", [*asked.values()])
         return [_key(row) for row in rows]

@@ -72,7 +72,7 @@ class Tenants:
 
     def get(self, name: str) -> Tenant:
         """Raises NotFoundError."""
-        rows = self._db.rows(f"SELECT {_TENANT} FROM tenants WHERE name = ?", (name,))
+        rows = self._db.rows(f"SELECT {_TENANT} FROM tenants WHERE name = ?", (checked_name(name, "tenant"),))
         if not rows:
             raise unknown_tenant(name)
         return _tenant(rows[0])
@@ -93,7 +93,9 @@ class Tenants:
         Raises NotFoundError, UserError for what they cannot be.
         """
         with self._db.transaction() as db:
-            row = db.execute(f"SELECT {_TENANT} FROM tenants WHERE name = ?", (name,)).fetchone()
+            row = db.execute(
+                f"SELECT {_TENANT} FROM tenants WHERE name = ?", (checked_name(name, "tenant"),)
+            ).fetchone()
             if row is None:
                 raise unknown_tenant(name)
             changed = _with(_tenant(row), terms)
@@ -111,7 +113,7 @@ class Tenants:
         if name == LOCAL.tenant:
             raise ConflictError(f"the tenant {name} is the service's own and stays; it can be disabled")
         with self._db.transaction() as db:
-            if db.execute("DELETE FROM tenants WHERE name = ?", (name,)).rowcount == 0:
+            if db.execute("DELETE FROM tenants WHERE name = ?", (checked_name(name, "tenant"),)).rowcount == 0:
                 raise unknown_tenant(name)
             if left := _left_of(db, name):
                 told = ", ".join(f"{count} {what}" for what, count in left.items())
@@ -155,15 +157,16 @@ class Tenants:
 
 def user_in(db: Transaction, tenant: str, name: str) -> User | None:
     """A user, inside a transaction. Raises NotFoundError when there is no such tenant."""
-    if not db.execute("SELECT 1 FROM tenants WHERE name = ?", (tenant,)).fetchone():
+    checked_name(name, "user")
+    if not db.execute("SELECT 1 FROM tenants WHERE name = ?", (checked_name(tenant, "tenant"),)).fetchone():
         raise unknown_tenant(tenant)
     row = db.execute(f"SELECT {_USER} FROM users WHERE tenant = ? AND name = ?", (tenant, name)).fetchone()
     return _user(row) if row else None
 
 
 def add_user(db: Transaction, tenant: str, name: str, role: Role) -> User:
-    """A new user of a tenant that there is, inside a transaction."""
-    user = User(tenant=tenant, name=checked_name(name, "user"), role=role, created=time.time())
+    """A new user, after `user_in` has found none."""
+    user = User(tenant=tenant, name=name, role=role, created=time.time())
     db.execute(f"INSERT INTO users ({_USER}) VALUES (?, ?, ?, ?, 0)", (tenant, name, role.value, user.created))
     return user
 
