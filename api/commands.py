@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api import operations
+from api import key_commands, operations, tenant_commands
 from api.console import errors, progress
 
 app = typer.Typer(
@@ -61,7 +61,13 @@ def serve(
     store: Annotated[
         Path | None, typer.Option(help="Folder for requests, results and deployments; default: a temporary one.")
     ] = None,
-    key: Annotated[str | None, typer.Option(help="Key that callers must bring; better set as POLYTRACE_KEY.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="An operator's key beside the store's; better set as POLYTRACE_KEY.")
+    ] = None,
+    without_keys: Annotated[
+        bool,
+        typer.Option("--without-keys", help="Whoever reaches it is an operator: on a machine of one's own."),
+    ] = False,
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
 ) -> None:
@@ -85,7 +91,13 @@ def serve(
                 offload_bytes=int(offload * (1 << 30)),
             )
         settings = serve_settings(
-            spec=spec, key=key, host=host, port=port, address=address, store=None if store is None else str(store)
+            spec=spec,
+            key=key,
+            asks_key=not without_keys,
+            host=host,
+            port=port,
+            address=address,
+            store=None if store is None else str(store),
         )
         shards = f"{replicas} x {stages} x {ranks}" if replicas > 1 else f"{stages} x {ranks}"
         first = f"starting {spec.name} on {shards} shards" if spec else f"starting what {settings.store} has"
@@ -96,6 +108,9 @@ def serve(
 
 for _operation in (operations.status, operations.deploy, operations.drain, operations.resize, operations.remove):
     app.command()(_operation)
+app.command()(tenant_commands.audit)
+app.add_typer(key_commands.keys, name="keys")
+app.add_typer(tenant_commands.tenants, name="tenants")
 
 
 @app.command()

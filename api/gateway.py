@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,20 +24,24 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from api import problems
-from api.callers import caller_of, owner_of
+from api.access import Access
+from api.callers import caller_of, operator_of, owner_of
 from api.catalogue import Deployment
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes
 from api.expiry import Expiry
-from api.identity import LOCAL, Identity
+from api.identity import Identity
 from api.keeping import KeepingRoutes
+from api.key_routes import KeyRoutes
 from api.logs import logs_since
+from api.oidc import Provider
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
 from api.streams import Streams
+from api.tenant_routes import TenantRoutes
 from api.uploads import receive
 from api.waiting import Waiting, no_request
 from api.worker import Verdict
@@ -46,7 +49,6 @@ from cluster.config import DeploymentSpec, Mode
 from polytrace.codec import to_json
 from polytrace.errors import (
     CapacityError,
-    KeyRefusedError,
     NotFoundError,
     PolytraceError,
     ServiceError,
@@ -68,7 +70,10 @@ class Gateway:
         self._store = store
         self._settings = settings
         self._checker = checker
-        self._key = key
+        provider = None if settings.oidc is None else Provider(settings.oidc)
+        self._access = Access(store.keys, store.tenants, own_key=key, asks=settings.asks_key, provider=provider)
+        self._tenants = TenantRoutes(store.tenants, store.audit, self._access.forget)
+        self._keys = KeyRoutes(store.keys, self._access.forget, settings.key_ttl_s)
         self._deployments = Deployments(store, checker)
         self._waiting = Waiting(store)
         self._edits = EditRoutes(store, settings, checker, self._deployments)
@@ -106,6 +111,8 @@ class Gateway:
         self._events.add_to(v1)
         self._edits.add_to(v1)
         self._keeping.add_to(v1)
+        self._keys.add_to(v1)
+        self._tenants.add_to(v1)
         app.include_router(v1)
         openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
         self._openai.add_to(openai)
@@ -130,14 +137,17 @@ class Gateway:
             raise CapacityError(reason)
         return {"status": "ready"}
 
-    async def list_models(self) -> dict[str, Any]:
-        """The deployments: what they are, how far, how many requests wait and run, and how each replica does.
+    async def list_models(self, request: Request) -> dict[str, Any]:
+        """The deployments that the caller may use: what they are, how far, how many requests wait and run, and how each
+        replica does.
 
         `data` has the names of those that are ready, as OpenAI's clients read them.
         """
         counts = await to_thread.run_sync(self._store.open_requests)
         models = []
         for known in await to_thread.run_sync(self._store.deployments):
+            if not caller_of(request).may_use(known.model):
+                continue
             served = self._deployments.find(known)
             count = counts.get(known.model, {})
             entry = _entry(known) | {
@@ -153,26 +163,30 @@ class Gateway:
         ]
         return {"models": models, "object": "list", "data": ready}
 
-    async def deploy(self, name: str, wish: Deploy) -> dict[str, Any]:
-        """Serves a model under this name from now on, or again when it was drained or has failed."""
+    async def deploy(self, name: str, wish: Deploy, request: Request) -> dict[str, Any]:
+        """Serves a model under this name from now on, or again when it was drained or has failed. For operators."""
+        operator_of(request)
         spec = checked_spec(DeploymentSpec(name=name, **wish.model_dump()))
-        return _entry(await to_thread.run_sync(self._store.want, spec))
+        return await self._operated(request, name, partial(self._store.want, spec), wish.model_dump())
 
-    async def resize(self, name: str, wish: Resize) -> dict[str, Any]:
-        """Another number of replicas. New ones load while the others serve; one that goes finishes what it has."""
-        return _entry(await to_thread.run_sync(self._store.resize, name, wish.replicas))
+    async def resize(self, name: str, wish: Resize, request: Request) -> dict[str, Any]:
+        """Another number of replicas. New ones load while the others serve; one that goes finishes what it has. For
+        operators.
+        """
+        resize = partial(self._store.resize, name, wish.replicas)
+        return await self._operated(request, name, resize, wish.model_dump())
 
-    async def drain(self, name: str) -> dict[str, Any]:
-        """Takes no new requests, finishes those that wait and run, and keeps its shards."""
-        return _entry(await to_thread.run_sync(self._store.drain, name))
+    async def drain(self, name: str, request: Request) -> dict[str, Any]:
+        """Takes no new requests, finishes those that wait and run, and keeps its shards. For operators."""
+        return await self._operated(request, name, partial(self._store.drain, name))
 
-    async def remove(self, name: str, now: bool = False) -> dict[str, Any]:
-        """Drains it and ends its shards; `now`: at once, and what has not finished is refused."""
-        return _entry(await to_thread.run_sync(partial(self._store.remove, name, now=now)))
+    async def remove(self, name: str, request: Request, now: bool = False) -> dict[str, Any]:
+        """Drains it and ends its shards; `now`: at once, and what has not finished is refused. For operators."""
+        return await self._operated(request, name, partial(self._store.remove, name, now=now), {"now": now})
 
     async def describe(self, name: str, request: Request) -> Response:
         """The model description: module tree, sites, parameters, limits."""
-        served = self._deployments.get(name)
+        served = self._deployments.get(name, caller_of(request))
         headers = {"ETag": f'"{served.version}"', "Vary": "Accept-Encoding", "Cache-Control": "private, no-cache"}
         if served.version in re.findall(r'"([^"]*)"', request.headers.get("if-none-match", "")):
             return Response(status_code=304, headers=headers)
@@ -181,16 +195,16 @@ class Gateway:
             return Response(served.zipped, media_type="application/json", headers=headers)
         return Response(served.body, media_type="application/json", headers=headers)
 
-    async def tokenizer(self, name: str) -> Response:
+    async def tokenizer(self, name: str, request: Request) -> Response:
         """The model's tokenizer.json."""
-        served = self._deployments.get(name)
+        served = self._deployments.get(name, caller_of(request))
         if served.tokenizer is None:
             raise NotFoundError(f"{name} came without a tokenizer; send token ids")
         return Response(served.tokenizer, media_type="application/json")
 
     async def validate(self, name: str, request: Request) -> Response:
         """The certificate of a request: what it would cost and return. Nothing runs, nothing is kept."""
-        served = self._deployments.get(name)
+        served = self._deployments.get(name, caller_of(request))
         request_id = self._store.new_id()
         try:
             await self._receive(request_id, request, served)
@@ -205,7 +219,7 @@ class Gateway:
 
     async def sites(self, name: str, request: Request) -> Response:
         """What a call visits, of a model that is called as it is. Nothing runs, nothing is kept."""
-        served = self._deployments.get(name)
+        served = self._deployments.get(name, caller_of(request))
         asked = bytearray()
         try:
             async for part in request.stream():
@@ -221,7 +235,7 @@ class Gateway:
 
     async def submit(self, name: str, request: Request) -> Response:
         """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""
-        served = self._deployments.taking(name)
+        served = self._deployments.taking(name, caller_of(request))
         request_id = self._store.new_id()
         try:
             await self._receive(request_id, request, served)
@@ -250,20 +264,25 @@ class Gateway:
     async def status(
         self,
         request_id: str,
+        request: Request,
         wait: Annotated[float, Query(ge=0)] = 0.0,
         passes_done: Annotated[int | None, Query(ge=0)] = None,
     ) -> Response:
         """How a request does; with `wait`, once it has ended, more than `passes_done` are, or the seconds are over."""
         wait_s = min(wait, self._settings.max_wait_s)
-        status = await self._waiting.until_final(RequestId(request_id), wait_s, passes_done=passes_done)
+        status = await self._waiting.until_final(
+            RequestId(request_id), wait_s, caller_of(request), passes_done=passes_done
+        )
         return JSONResponse(_plain(status) | {"logs": logs_since(status.logs, passes_done or 0)})
 
-    async def result(self, request_id: str) -> Response:
+    async def result(self, request_id: str, request: Request) -> Response:
         """The result file of a finished request; 202 and the status while there is none."""
-        return await self._answer(await self._waiting.until_final(RequestId(request_id), 0.0), is_whole=False)
+        status = await self._waiting.until_final(RequestId(request_id), 0.0, caller_of(request))
+        return await self._answer(status, is_whole=False)
 
-    async def cancel(self, request_id: str) -> Response:
+    async def cancel(self, request_id: str, request: Request) -> Response:
         """Cancels a request that has not ended; says how it stands then."""
+        await self._waiting.until_final(RequestId(request_id), 0.0, caller_of(request))  # NotFoundError
         status = await to_thread.run_sync(self._store.cancel, RequestId(request_id))
         if status is None:
             raise no_request(request_id)
@@ -283,11 +302,13 @@ class Gateway:
         self._store.contents.give_up_uploads()
         purging = asyncio.create_task(self._keeping.purge_forever())
         expiring = asyncio.create_task(self._expiry.run_forever())
+        noting = asyncio.create_task(self._access.note_forever())
         try:
             yield
         finally:
             purging.cancel()
             expiring.cancel()
+            noting.cancel()
             loop.remove_reader(bell.listen())
             loop.remove_reader(events_bell.listen())
             self._checker.close()
@@ -302,12 +323,17 @@ class Gateway:
         self._streams.ring()
 
     async def _require_key(self, request: Request) -> None:
-        request.state.caller = LOCAL
-        if self._key is None:
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
-            raise KeyRefusedError("this service needs its key: `Authorization: Bearer KEY`")
+        request.state.caller = await self._access.identify(request.headers.get("authorization", ""))
+
+    async def _operated(
+        self, request: Request, name: str, act: Callable[[], Deployment], details: Mapping[str, Any] = {}
+    ) -> dict[str, Any]:
+        """An act of an operator's on a deployment, and that it was done."""
+        operator = operator_of(request)
+        entry = _entry(await to_thread.run_sync(act))
+        word = {"PUT": "deploy", "PATCH": "resize", "POST": "drain", "DELETE": "remove"}[request.method]
+        await to_thread.run_sync(partial(self._store.audit.record, operator, f"models.{word}", name, **details))
+        return entry
 
     async def _receive(self, request_id: RequestId, request: Request, served: Served) -> None:
         limit = served.description.limits.max_request_bytes
@@ -418,6 +444,8 @@ def _plain(status: RequestStatus) -> dict[str, Any]:
     return {
         "id": status.id,
         "model": status.model,
+        "tenant": status.tenant,
+        "user": status.user,
         "state": status.state.value,
         "created": status.created,
         "started": status.started,

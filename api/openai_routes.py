@@ -85,7 +85,7 @@ class OpenAIRoutes:
 
     async def _answered(self, wish: CompletionWish | ChatWish, request: Request) -> Response:
         with about(MODEL):
-            served = self._deployments.taking(wish.model)
+            served = self._deployments.taking(wish.model, caller_of(request))
         tokenizer = await self._tokenizer(wish.model, served)
         request_id, composed = await self._accepted(wish, served, caller_of(request))
         answer = Answer(
@@ -94,7 +94,7 @@ class OpenAIRoutes:
         headers = {"X-Request-Id": request_id}
         if wish.stream:
             left = partial(cancel_soon, self._store, request_id, self._cancelling)
-            return EventStream(self._texts(request_id, answer), on_left=left, headers=headers)
+            return EventStream(self._texts(request_id, caller_of(request), answer), on_left=left, headers=headers)
         status = await self._waiting.for_caller(request_id, request, math.inf)
         if status is None:
             return Response(status_code=CLIENT_GONE)
@@ -129,12 +129,12 @@ class OpenAIRoutes:
             raise
         return request_id, composed
 
-    async def _texts(self, request_id: RequestId, answer: Answer) -> AsyncIterator[str]:
+    async def _texts(self, request_id: RequestId, caller: Identity, answer: Answer) -> AsyncIterator[str]:
         """What a stream sends."""
         for chunk in answer.beginning():
             yield _data(chunk)
         status: RequestStatus | None = None
-        async for told in self._streams.follow(request_id):
+        async for told in self._streams.follow(request_id, caller):
             if isinstance(told, RequestStatus):
                 status = told
             elif not told:

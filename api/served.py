@@ -14,6 +14,7 @@ from typing import Protocol
 from anyio import to_thread
 
 from api.catalogue import Deployment, check_taking
+from api.identity import Identity
 from api.store import Store
 from api.wishes import ChatWish, CompletionWish
 from api.worker import Answer, Composed, Verdict
@@ -77,19 +78,21 @@ class Deployments:
         served = self._served.get(known.model)
         return served if served is not None and served.revision == known.revision else None
 
-    def taking(self, name: str) -> Served:
+    def taking(self, name: str, caller: Identity) -> Served:
         """A deployment that takes requests. Raises NotFoundError, or CapacityError with the reason."""
-        served = self.get(name)
+        served = self.get(name, caller)
         check_taking(name, self._known[name].mode)
         return served
 
-    def get(self, name: str) -> Served:
-        """A deployment that can say what it serves. Raises NotFoundError, or CapacityError while it is not ready."""
-        if name in self._served:
+    def get(self, name: str, caller: Identity) -> Served:
+        """A deployment that can say what it serves. Raises NotFoundError, also for one that the caller may not use, or
+        CapacityError while it is not ready.
+        """
+        if name in self._served and caller.may_use(name):
             return self._served[name]
-        if name in self._known:
+        if name in self._known and caller.may_use(name):
             raise CapacityError(f"{name} is not ready ({_progress(self._known[name])})")
-        names = ", ".join(sorted(self._known)) or "none yet"
+        names = ", ".join(sorted(filter(caller.may_use, self._known))) or "none yet"
         raise NotFoundError(f"there is no model {name[:100]!r} here; there is {names}")
 
     def not_ready(self, name: str | None = None) -> str | None:

@@ -6,13 +6,16 @@ command line is stronger than a variable, a variable stronger than the default h
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
+from api.identity import checked_name
 from cluster.config import DeploymentSpec
 from polytrace.errors import UserError
 
@@ -26,7 +29,16 @@ MAX_REPLICAS = 64  # of one deployment: all their loops share the controller's p
 # variable -> what it sets. Those of RAY_AUTH are Ray's own: where the user's environment says nothing, the service sets
 # the mode to "token", and for a cluster that it starts itself makes the token too.
 VARIABLES: Mapping[str, str] = {
-    "POLYTRACE_KEY": "key that every call must bring as `Authorization: Bearer KEY`; empty: no key is asked for",
+    "POLYTRACE_KEY": "an operator's key of the tenant default, beside those of the store",
+    "POLYTRACE_KEY_TTL_S": "longest life of keys that users make for themselves, in seconds; default: no end",
+    "POLYTRACE_OIDC_ISSUER": "identity provider whose tokens are taken beside keys, as `iss` names it",
+    "POLYTRACE_OIDC_AUDIENCE": "this service's name at the provider: what a token's `aud` has",
+    "POLYTRACE_OIDC_JWKS_URL": "where the provider's keys are; default: where its discovery document says",
+    "POLYTRACE_OIDC_USER_CLAIM": "claim that is the user's name; default: sub",
+    "POLYTRACE_OIDC_TENANT_CLAIM": "claim that is the tenant's name; default: all are of POLYTRACE_OIDC_TENANT",
+    "POLYTRACE_OIDC_TENANT": "tenant of all who come with a token; default: default",
+    "POLYTRACE_OIDC_ROLE_CLAIM": "claim, a text or a list, that makes operators; default: none does",
+    "POLYTRACE_OIDC_OPERATOR_ROLE": "what that claim has for an operator; default: polytrace-operator",
     "POLYTRACE_STORE": "folder for requests and results",
     "POLYTRACE_CHECKERS": "processes that check requests before they are accepted",
     "POLYTRACE_MAX_WAIT_S": "longest time that one call may wait for a result",
@@ -43,6 +55,21 @@ VARIABLES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OidcSettings:
+    """An identity provider (`api.oidc`)."""
+
+    issuer: str
+    audience: str
+    jwks_url: str | None = None
+    user_claim: str = "sub"
+    tenant_claim: str | None = None  # None: everybody is of `tenant`
+    tenant: str = "default"
+    role_claim: str | None = None
+    operator_role: str = "polytrace-operator"
+    cooldown_s: float = 10.0  # between two askings for the provider's keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
     """What the gateway needs beside its listening socket. The key travels apart from it: in the environment."""
 
@@ -55,6 +82,9 @@ class GatewaySettings:
     result_ttl_s: float = DEFAULT_RESULT_TTL_S
     max_text_chars: int | None = None  # None: by the model's context
     shutdown_s: float = 5.0  # for answers under way when the gateway is told to stop
+    asks_key: bool = False  # also when no key was given to the gateway itself; the store has some
+    key_ttl_s: float | None = None  # longest life of what users make; None: no end
+    oidc: OidcSettings | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +97,7 @@ class ServeSettings:
     address: str | None = None  # of a Ray cluster to join; None: an own one
     store: str | None = None  # None: a fresh folder that goes when the service ends
     key: str | None = None
+    asks_key: bool = True  # False: whoever reaches it is an operator
     budget_tokens: int = DEFAULT_BUDGET_TOKENS
 
 
@@ -86,7 +117,7 @@ def from_environment(name: str, kind: Callable[[str], T], default: T, *, at_leas
     return value
 
 
-def gateway_settings(store: str) -> GatewaySettings:
+def gateway_settings(store: str, *, asks_key: bool = True) -> GatewaySettings:
     """The gateway's settings from the environment."""
     default = GatewaySettings(store=store)
     return GatewaySettings(
@@ -99,7 +130,47 @@ def gateway_settings(store: str) -> GatewaySettings:
         max_text_chars=from_environment("POLYTRACE_MAX_TEXT_CHARS", int, default.max_text_chars, at_least=1),
         result_ttl_s=from_environment("POLYTRACE_RESULT_TTL_S", float, default.result_ttl_s, at_least=60),
         shutdown_s=default.shutdown_s,
+        asks_key=asks_key,
+        key_ttl_s=from_environment("POLYTRACE_KEY_TTL_S", float, None, at_least=60),
+        oidc=oidc_settings(),
     )
+
+
+def oidc_settings() -> OidcSettings | None:
+    """The identity provider of the environment, None when it names none. UserError when half of it is there."""
+
+    def text(name: str) -> str | None:
+        value: str | None = from_environment(f"POLYTRACE_OIDC_{name}", str, None)
+        return value
+
+    issuer, audience = text("ISSUER"), text("AUDIENCE")
+    if issuer is None and audience is None:
+        return None
+    if issuer is None or audience is None:
+        raise UserError("POLYTRACE_OIDC_ISSUER and POLYTRACE_OIDC_AUDIENCE are needed together")
+    for url in (issuer, text("JWKS_URL") or issuer):
+        parts = urlsplit(url)
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+            raise UserError(f"{url} is not https: whoever sits on the way could let anybody in")
+    default = OidcSettings(issuer=issuer, audience=audience)
+    return OidcSettings(
+        issuer=issuer,
+        audience=audience,
+        jwks_url=text("JWKS_URL"),
+        user_claim=text("USER_CLAIM") or default.user_claim,
+        tenant_claim=text("TENANT_CLAIM"),
+        tenant=checked_name(text("TENANT") or default.tenant, "tenant"),
+        role_claim=text("ROLE_CLAIM"),
+        operator_role=text("OPERATOR_ROLE") or default.operator_role,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def quota_bytes() -> int:
@@ -143,6 +214,10 @@ def serve_settings(*, spec: DeploymentSpec | None, key: str | None, **flags: Any
         raise UserError("there is nothing to serve: name a MODEL, or a --store that has deployments")
     budget = from_environment("POLYTRACE_BUDGET_TOKENS", int, DEFAULT_BUDGET_TOKENS, at_least=16)
     key = key or from_environment("POLYTRACE_KEY", str, None)
+    if not flags.get("asks_key", True):
+        if not is_loopback(flags.get("host", "127.0.0.1")):
+            raise UserError(f"--without-keys lets in whoever reaches {flags['host']}: leave out the one or the other")
+        key = None
     return ServeSettings(spec=spec, key=key, budget_tokens=budget, **flags)
 
 

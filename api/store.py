@@ -13,7 +13,7 @@ Owns durability and the states: queued -> running -> done | failed | cancelled. 
 Invariants
 - A request is on disk (file, folder entry, row) before `add` returns, a result before its state says done.
 - A state changes in one transaction whose WHERE names the state it leaves, so each request ends exactly once.
-- Ids are 128 random bits: who knows one may have its result.
+- Ids are 128 random bits. Who may see what is not decided here but where a call comes in (`api.waiting`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from api.audit import Audit
 from api.catalogue import Catalogue, check_taking
 from api.contents import HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place, sync
 from api.database import Transaction, open_database
@@ -36,9 +37,11 @@ from api.doorbell import Doorbell
 from api.edits import KeptEdits
 from api.events import EventLog
 from api.identity import LOCAL, Identity
+from api.keys import Keys
 from api.logs import logs_as_json
 from api.settings import DEFAULT_QUOTA_BYTES
 from api.step_values import values_as_json
+from api.tenants import Tenants
 from cluster.config import Mode
 from cluster.requests import Claimed, Finished, LeftBehind, Place, ResultPlace
 from polytrace.errors import (
@@ -82,6 +85,8 @@ class RequestStatus:
 
     id: RequestId
     model: str
+    tenant: str
+    user: str
     state: RequestState
     created: float  # seconds since the epoch, as all times here
     started: float | None
@@ -105,6 +110,7 @@ class Store(Catalogue):
         self.events_bell = Doorbell(self.folder / "events.bell")  # rung at every step: it costs the gateway little
         opened = open_database(database or f"sqlite:///{self.folder / 'store.db'}")
         super().__init__(opened, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
+        self.tenants, self.keys, self.audit = Tenants(opened), Keys(opened), Audit(opened)
         self.edits = KeptEdits(opened)
         self.contents = Contents(opened, self.folder / "contents", quota_bytes)
         self.events = EventLog(self.folder / "events")
@@ -190,6 +196,8 @@ class Store(Catalogue):
         return RequestStatus(
             id=request,
             model=model,
+            tenant=caller.tenant,
+            user=caller.user,
             state=RequestState.QUEUED,
             created=now,
             started=None,
@@ -210,8 +218,8 @@ class Store(Catalogue):
         for first in range(0, len(ids), 500):
             some = ids[first : first + 500]
             rows = self._db.rows(
-                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs FROM requests "
-                f"WHERE id IN ({','.join('?' * len(some))})",
+                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, "
+                f"user_name FROM requests WHERE id IN ({','.join('?' * len(some))})",
                 some,
             )
             found |= {row[0]: _status(row) for row in rows}
@@ -547,6 +555,8 @@ def _status(row: Sequence[Any]) -> RequestStatus:
         passes_done=row[7],
         passes=row[8],
         logs=tuple(json.loads(row[9])),
+        tenant=row[10],
+        user=row[11],
     )
 
 

@@ -25,6 +25,7 @@ from types import FrameType
 import httpx
 
 from api.children import GRACE_S
+from api.first_key import let_in
 from api.processes import adopt_orphans, end_descendants
 from api.server import bind
 from api.settings import ServeSettings, gateway_settings, is_ray_token_given, ray_auth_mode
@@ -116,6 +117,8 @@ class Supervisor:
             except OSError:
                 raise UserError(f"the store {folder} is in use by another service; choose another --store") from None
             self._store.sweep()
+            if self._settings.asks_key and (told := let_in(self._store.keys, self._settings)):
+                self._report(told)
             self._store.set_all_states(DeploymentState.STARTING, "starting")
             if self._settings.spec is not None:
                 self._store.want(self._settings.spec, replaces=True)
@@ -136,7 +139,8 @@ class Supervisor:
         listener = self._listener.fileno()
         descriptors: tuple[int, ...]
         if role == "gateway":
-            settings, extra, descriptors = to_json(gateway_settings(folder)), str(listener), (self._lifeline, listener)
+            gateway = gateway_settings(folder, asks_key=self._settings.asks_key)
+            settings, extra, descriptors = to_json(gateway), str(listener), (self._lifeline, listener)
         else:
             settings, extra, descriptors = to_json(self._controller_config()), folder, (self._lifeline,)
         command = [sys.executable, "-P", "-m", "api.children", role, json.dumps(settings), str(self._lifeline), extra]

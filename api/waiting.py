@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 
 from anyio import to_thread
 from starlette.requests import Request
 
+from api.callers import caller_of
+from api.identity import Identity
 from api.store import RequestStatus, Store
 from polytrace.errors import NotFoundError
 from scheduling.plan import RequestId
 
+_ID = re.compile(r"[0-9a-f]{32}")
 RECHECK_S = 5.0  # looks again without a ring, in case one was lost
 
 
@@ -26,19 +30,21 @@ class Waiting:
         self._is_released = False
 
     async def until_final(
-        self, request: RequestId, timeout_s: float, *, passes_done: int | None = None
+        self, request: RequestId, timeout_s: float, caller: Identity, *, passes_done: int | None = None
     ) -> RequestStatus:
-        """The request's status once it has ended, or when the time is over. Raises NotFoundError.
+        """The request's status once it has ended, or when the time is over. Raises NotFoundError, also for another's.
 
         Whoever knows of `passes_done` also hears when more are.
         """
+        if not _ID.fullmatch(request):
+            raise no_request(request)
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             future: asyncio.Future[RequestStatus | None] = asyncio.get_running_loop().create_future()
             self._futures.setdefault(request, set()).add(future)  # before looking, so that no ring falls between
             try:
                 status = await to_thread.run_sync(self._store.status, request)
-                if status is None:
+                if status is None or not may_see(caller, status):
                     raise no_request(request)
                 left = deadline - asyncio.get_running_loop().time()
                 if _is_news(status, passes_done) or left <= 0 or self._is_released:
@@ -54,7 +60,7 @@ class Waiting:
 
     async def for_caller(self, request_id: RequestId, caller: Request, timeout_s: float) -> RequestStatus | None:
         """As `until_final`; None, and the request cancelled, when the caller left."""
-        ended = asyncio.ensure_future(self.until_final(request_id, timeout_s))
+        ended = asyncio.ensure_future(self.until_final(request_id, timeout_s, caller_of(caller)))
         left = asyncio.ensure_future(disconnected(caller))
         try:
             await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -91,6 +97,11 @@ class Waiting:
             for future in self._futures.get(request, ()):
                 if not future.done():
                     future.set_result(status)
+
+
+def may_see(caller: Identity, status: RequestStatus) -> bool:
+    """Whether a request is the caller's own; operators see everyone's."""
+    return caller.is_operator or (caller.tenant, caller.user) == (status.tenant, status.user)
 
 
 def no_request(request: str) -> NotFoundError:

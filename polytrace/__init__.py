@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.errors import (
     CancelledError,
     CapacityError,
+    ForbiddenError,
     GraphError,
     KeyRefusedError,
     MissingError,
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CancelledError",
     "CapacityError",
+    "ForbiddenError",
     "GraphError",
     "Kept",
     "KeyRefusedError",

@@ -9,6 +9,7 @@
     │   ├── NotFoundError    no such model, job or result
     │   ├── MissingError     the request names contents that are not, or no longer, on the service: upload them
     │   ├── KeyRefusedError  no key, or not one the service knows
+    │   ├── ForbiddenError   the service knows the key, but this is for operators
     │   ├── CancelledError   the owner cancelled the request
     │   ├── ConflictError    a deployment of this name is something else, or on its way out
     │   └── RunError         the program failed while it ran (its own rows only)
@@ -74,6 +75,10 @@ class KeyRefusedError(UserError):
     code = "key-refused"
 
 
+class ForbiddenError(UserError):
+    code = "forbidden"
+
+
 class CancelledError(UserError):
     code = "cancelled"
 
@@ -105,6 +110,7 @@ _BY_CODE: dict[str, type[PolytraceError]] = {
         NotFoundError,
         MissingError,
         KeyRefusedError,
+        ForbiddenError,
         CancelledError,
         ConflictError,
         RunError,

@@ -19,6 +19,7 @@ def upgrade() -> None:
         sa.Column("limits", sa.Text, nullable=False, server_default="{}"),  # JSON of `api.quotas.TenantLimits`
         sa.Column("models", sa.Text),  # JSON list of the deployments that it may use; NULL: all
     )
+    op.execute("INSERT INTO tenants (name, created) VALUES ('default', 0)")
     op.create_table(
         "users",
         sa.Column("tenant", sa.Text, primary_key=True),
