@@ -25,13 +25,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from api import problems
-from api.callers import caller_of, owner_of
+from api.admission import Admission
+from api.bodies import LimitedBodies
+from api.callers import caller_of
 from api.catalogue import Deployment
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes
 from api.expiry import Expiry
-from api.identity import LOCAL, Identity
+from api.identity import LOCAL
 from api.keeping import KeepingRoutes
+from api.limits import Terms
 from api.logs import logs_since
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
@@ -40,8 +43,8 @@ from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
 from api.streams import Streams
 from api.uploads import receive
+from api.usage_routes import UsageRoutes
 from api.waiting import Waiting, no_request
-from api.worker import Verdict
 from cluster.config import DeploymentSpec, Mode
 from polytrace.codec import to_json
 from polytrace.errors import (
@@ -49,7 +52,6 @@ from polytrace.errors import (
     KeyRefusedError,
     NotFoundError,
     PolytraceError,
-    ServiceError,
     TooLargeError,
     from_fields,
 )
@@ -71,12 +73,13 @@ class Gateway:
         self._key = key
         self._deployments = Deployments(store, checker)
         self._waiting = Waiting(store)
+        self._admission = Admission(store, settings, checker)
         self._edits = EditRoutes(store, settings, checker, self._deployments)
         self._streams = Streams(store, self._waiting)
         self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
         self._events = EventRoutes(store, self._waiting, self._streams, _plain)
-        self._openai = OpenAIRoutes(store, settings, checker, self._deployments, self._waiting, self._streams)
-        self._keeping = KeepingRoutes(store.contents, upload_idle_s=settings.upload_idle_s)
+        self._openai = OpenAIRoutes(store, checker, self._deployments, self._waiting, self._streams, self._admission)
+        self._keeping = KeepingRoutes(store.contents, self._admission, upload_idle_s=settings.upload_idle_s)
 
     def app(self) -> FastAPI:
         app = FastAPI(
@@ -88,6 +91,7 @@ class Gateway:
             telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         problems.install(app)
+        app.add_middleware(LimitedBodies)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
         v1.add_api_route("/models", self.list_models)
         v1.add_api_route("/models/{name}", self.describe)
@@ -105,6 +109,7 @@ class Gateway:
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["HEAD"], include_in_schema=False)
         self._events.add_to(v1)
         self._edits.add_to(v1)
+        UsageRoutes(self._store).add_to(v1)
         self._keeping.add_to(v1)
         app.include_router(v1)
         openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
@@ -190,18 +195,18 @@ class Gateway:
 
     async def validate(self, name: str, request: Request) -> Response:
         """The certificate of a request: what it would cost and return. Nothing runs, nothing is kept."""
-        served = self._deployments.get(name)
+        served, caller = self._deployments.get(name), caller_of(request)
         request_id = self._store.new_id()
         try:
-            await self._receive(request_id, request, served)
-            verdict = await self._check(request_id, name, served, owner_of(request), certify=True)
+            terms = await self._admission.terms(caller, name)
+            await self._receive(request_id, request, served, terms)
+            verdict = await self._admission.checked(request_id, served, caller, terms, certify=True)
+            certificate = await self._admission.certificate(request_id, served, caller, terms, verdict)
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         finally:
             self._store.discard(request_id)
-        if verdict.certificate is None:
-            raise ServiceError("the request was checked, but no certificate came of it")
-        return Response(verdict.certificate, media_type="application/json")
+        return Response(certificate, media_type="application/json")
 
     async def sites(self, name: str, request: Request) -> Response:
         """What a call visits, of a model that is called as it is. Nothing runs, nothing is kept."""
@@ -221,12 +226,13 @@ class Gateway:
 
     async def submit(self, name: str, request: Request) -> Response:
         """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""
-        served = self._deployments.taking(name)
+        served, caller = self._deployments.taking(name), caller_of(request)
+        terms = await self._admission.begin(caller, name)
         request_id = self._store.new_id()
         try:
-            await self._receive(request_id, request, served)
+            await self._receive(request_id, request, served, terms)
             verdict, _ = await asyncio.gather(
-                self._check(request_id, name, served, owner_of(request), certify=False),
+                self._admission.checked(request_id, served, caller, terms),
                 to_thread.run_sync(self._store.sync_request, request_id),
             )
         except ClientDisconnect:
@@ -236,7 +242,7 @@ class Gateway:
             self._store.discard(request_id)
             raise
         try:
-            status = await to_thread.run_sync(self._add, request_id, name, caller_of(request), verdict)
+            status = await self._admission.accept(request_id, served, caller, terms, verdict)
         except PolytraceError:
             self._store.discard(request_id)
             raise
@@ -309,28 +315,10 @@ class Gateway:
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
             raise KeyRefusedError("this service needs its key: `Authorization: Bearer KEY`")
 
-    async def _receive(self, request_id: RequestId, request: Request, served: Served) -> None:
-        limit = served.description.limits.max_request_bytes
+    async def _receive(self, request_id: RequestId, request: Request, served: Served, terms: Terms) -> None:
+        most, whose = self._admission.max_bytes(terms, served)
         path = self._store.request_path(request_id)
-        await receive(request, path, max_bytes=limit, idle_s=self._settings.upload_idle_s)
-
-    async def _check(self, request_id: RequestId, name: str, served: Served, owner: str, *, certify: bool) -> Verdict:
-        path, contents = self._store.request_path(request_id), self._store.contents.folder_of(owner)
-        verdict = await self._checker.check(name, served.version, path, contents=contents, certify=certify)
-        verdict.raise_error()
-        return verdict
-
-    def _add(self, request_id: RequestId, name: str, caller: Identity, verdict: Verdict) -> RequestStatus:
-        assert verdict.facts is not None
-        return self._store.add(
-            request_id,
-            name,
-            verdict.facts,
-            work=verdict.work,
-            max_open=self._settings.max_open,
-            caller=caller,
-            needs=verdict.needs,
-        )
+        await receive(request, path, max_bytes=most, idle_s=self._settings.upload_idle_s, whose=whose)
 
     def _preferred_wait(self, request: Request) -> float:
         """Seconds of `Prefer: wait=N` (RFC 7240), at most what the settings allow; 0 when there is none."""

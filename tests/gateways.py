@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class GatewayService:
     ) -> None:
         self.store = Store(folder)
         settings = GatewaySettings(store=str(folder), max_wait_s=20.0, shutdown_s=1.0, **settled)
-        self.server = GatewayServer(Gateway(self.store, settings, checker, key), settings)
+        self.gateway = Gateway(self.store, settings, checker, key)
+        self.server = GatewayServer(self.gateway, settings)
         listener = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -105,6 +106,10 @@ class Agreeable:
     async def warm(self, model: str, version: str) -> None: ...
     async def check(self, model: str, version: str, path: Path, *, contents: Path, certify: bool) -> Verdict:
         return Verdict(facts=b"[]")
+
+    async def nearest(
+        self, model: str, version: str, path: Path, *, contents: Path, most: Mapping[str, int]
+    ) -> str | None: ...
 
 
 def submit(service: GatewayService) -> RequestId:
