@@ -40,7 +40,7 @@ TOKENS = tokens_of(GENERATED)
 
 
 class GatewayService:
-    """`model` is what it serves, by the name "m"; `settled` are settings of the gateway."""
+    """`model` is what it serves, by the name "m", of `source`; `settled` are settings of the gateway."""
 
     def __init__(
         self,
@@ -49,6 +49,7 @@ class GatewayService:
         model: ModelDescription,
         tokenizer: bytes | None = None,
         key: str | None = None,
+        source: str = "none",
         **settled: Any,
     ) -> None:
         self.store = Store(folder)
@@ -63,7 +64,7 @@ class GatewayService:
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=30)
         body = json.dumps(to_json(model)).encode()
         self.store.set_state("m", DeploymentState.STARTING, "")
-        self.store.publish("m", Published(source="none", dtype="auto", description=body, tokenizer=tokenizer))
+        self.store.publish("m", Published(source=source, dtype="auto", description=body, tokenizer=tokenizer))
         self.store.set_state("m", DeploymentState.READY, "ready")
         wait_until(lambda: self.http.get("/readyz").status_code == 200)
 
