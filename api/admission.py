@@ -61,6 +61,10 @@ class Admission:
             self._known[key] = found = (time.monotonic() + LOOK_S, terms)
         return found[1]
 
+    def forget(self) -> None:
+        """Limits are looked up again: somebody has changed some here."""
+        self._known.clear()
+
     async def begin(self, caller: Identity, model: str) -> Terms:
         """Before a request is read. Raises QuotaError, or CapacityError, when too many have come in this minute."""
         terms = await self.terms(caller, model)

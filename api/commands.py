@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api import operations
+from api import accounting, operations
 from api.console import errors, progress
 
 app = typer.Typer(
@@ -96,6 +96,8 @@ def serve(
 
 for _operation in (operations.status, operations.deploy, operations.drain, operations.resize, operations.remove):
     app.command()(_operation)
+for _account in (accounting.validate, accounting.usage, accounting.limits):
+    app.command()(_account)
 
 
 @app.command()

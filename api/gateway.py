@@ -109,7 +109,7 @@ class Gateway:
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["HEAD"], include_in_schema=False)
         self._events.add_to(v1)
         self._edits.add_to(v1)
-        UsageRoutes(self._store).add_to(v1)
+        UsageRoutes(self._store, self._admission).add_to(v1)
         self._keeping.add_to(v1)
         app.include_router(v1)
         openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.admission import Admission
 from api.callers import caller_of
 from api.limits import OF_DEPLOYMENTS, TenantLimits, checked_limits, text_of
 from api.store import Store
@@ -29,11 +30,13 @@ Limit = Annotated[int | None, Field(ge=0, lt=1 << 62)]
 class UsageRoutes:
     """Has no state of its own."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, admission: Admission) -> None:
         self._store = store
+        self._admission = admission
 
     def add_to(self, router: APIRouter) -> None:
         router.add_api_route("/usage", self.usage)
+        router.add_api_route("/models/{name}/limits", self.limits)
         router.add_api_route("/models/{name}/limits", self.limit, methods=["PUT"])
 
     async def usage(
@@ -58,10 +61,21 @@ class UsageRoutes:
             return Response(as_csv(entries), media_type="text/csv", headers=headers)
         return JSONResponse({"month": month, "usage": to_json(entries)})
 
+    async def limits(self, name: str, request: Request) -> dict[str, Any]:
+        """The limits that hold for the caller's requests to a deployment: the tenant's and the deployment's."""
+        terms = await self._admission.terms(caller_of(request), name)
+        return {
+            "tenant": terms.tenant,
+            "model": name,
+            "tenants": to_json(terms.tenants),
+            "deployments": to_json(terms.deployments),
+        }
+
     async def limit(self, name: str, wish: Limits, request: Request) -> dict[str, Any]:
         """Gives a deployment limits of its own in the place of those it has; `null`, or nothing, is none."""
         limits = checked_limits(TenantLimits(**wish.model_dump()), f"the limits of {name}", OF_DEPLOYMENTS)
         await to_thread.run_sync(self._store.limit_deployment, name, text_of(limits))
+        self._admission.forget()
         return {"name": name, "limits": to_json(limits)}
 
 

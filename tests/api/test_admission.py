@@ -70,7 +70,7 @@ class World:
 
     def forget(self) -> None:
         """The gateway looks limits up again, as it does every few seconds."""
-        self.service.gateway._admission._known.clear()
+        self.service.gateway._admission.forget()
 
     def submit(self, request: Request) -> httpx.Response:
         return self.service.http.post("/v1/models/m/requests", content=b"".join(encode_request(request)))

@@ -1,4 +1,4 @@
-"""What a tenant may have under way, use and store, and how often it may ask: each at its edge, and when to come back."""
+"""What a tenant may have under way, use and store, and how often it may ask: each at its edge, and when to retry."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def limit(service: GatewayService, **limits: int) -> None:
         db.execute(
             "INSERT INTO tenants (name, created, limits) VALUES ('default', 0, ?)", (text_of(TenantLimits(**limits)),)
         )
-    service.gateway._admission._known.clear()
+    service.gateway._admission.forget()
 
 
 def test_over_http_a_quota_is_429_with_the_seconds_to_wait(service: GatewayService) -> None:
