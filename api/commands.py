@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api import key_commands, operations, tenant_commands
+from api import accounting, key_commands, operations, tenant_commands
 from api.console import errors, progress
 
 app = typer.Typer(
@@ -111,6 +111,8 @@ for _operation in (operations.status, operations.deploy, operations.drain, opera
 app.command()(tenant_commands.audit)
 app.add_typer(key_commands.keys, name="keys")
 app.add_typer(tenant_commands.tenants, name="tenants")
+for _account in (accounting.validate, accounting.usage, accounting.limits):
+    app.command()(_account)
 
 
 @app.command()

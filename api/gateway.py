@@ -25,14 +25,16 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from api import problems
 from api.access import Access
-from api.callers import caller_of, operator_of, owner_of
+from api.admission import Admission
+from api.bodies import LimitedBodies
+from api.callers import caller_of, operator_of
 from api.catalogue import Deployment
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes
 from api.expiry import Expiry
-from api.identity import Identity
 from api.keeping import KeepingRoutes
 from api.key_routes import KeyRoutes
+from api.limits import Terms
 from api.logs import logs_since
 from api.oidc import Provider
 from api.openai_errors import openai_route
@@ -43,15 +45,14 @@ from api.store import RequestState, RequestStatus, Store
 from api.streams import Streams
 from api.tenant_routes import TenantRoutes
 from api.uploads import receive
+from api.usage_routes import UsageRoutes
 from api.waiting import Waiting, no_request
-from api.worker import Verdict
 from cluster.config import DeploymentSpec, Mode
 from polytrace.codec import to_json
 from polytrace.errors import (
     CapacityError,
     NotFoundError,
     PolytraceError,
-    ServiceError,
     TooLargeError,
     from_fields,
 )
@@ -76,12 +77,13 @@ class Gateway:
         self._keys = KeyRoutes(store.keys, self._access.forget, settings.key_ttl_s)
         self._deployments = Deployments(store, checker)
         self._waiting = Waiting(store)
+        self._admission = Admission(store, settings, checker)
         self._edits = EditRoutes(store, settings, checker, self._deployments)
         self._streams = Streams(store, self._waiting)
         self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
         self._events = EventRoutes(store, self._waiting, self._streams, _plain)
-        self._openai = OpenAIRoutes(store, settings, checker, self._deployments, self._waiting, self._streams)
-        self._keeping = KeepingRoutes(store.contents, upload_idle_s=settings.upload_idle_s)
+        self._openai = OpenAIRoutes(store, checker, self._deployments, self._waiting, self._streams, self._admission)
+        self._keeping = KeepingRoutes(store.contents, self._admission, upload_idle_s=settings.upload_idle_s)
 
     def app(self) -> FastAPI:
         app = FastAPI(
@@ -93,6 +95,7 @@ class Gateway:
             telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         problems.install(app)
+        app.add_middleware(LimitedBodies)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
         v1.add_api_route("/models", self.list_models)
         v1.add_api_route("/models/{name}", self.describe)
@@ -110,6 +113,7 @@ class Gateway:
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["HEAD"], include_in_schema=False)
         self._events.add_to(v1)
         self._edits.add_to(v1)
+        UsageRoutes(self._store, self._admission).add_to(v1)
         self._keeping.add_to(v1)
         self._keys.add_to(v1)
         self._tenants.add_to(v1)
@@ -204,18 +208,19 @@ class Gateway:
 
     async def validate(self, name: str, request: Request) -> Response:
         """The certificate of a request: what it would cost and return. Nothing runs, nothing is kept."""
-        served = self._deployments.get(name, caller_of(request))
+        caller = caller_of(request)
+        served = self._deployments.get(name, caller)
         request_id = self._store.new_id()
         try:
-            await self._receive(request_id, request, served)
-            verdict = await self._check(request_id, name, served, owner_of(request), certify=True)
+            terms = await self._admission.terms(caller, name)
+            await self._receive(request_id, request, served, terms)
+            verdict = await self._admission.checked(request_id, served, caller, terms, certify=True)
+            certificate = await self._admission.certificate(request_id, served, caller, terms, verdict)
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         finally:
             self._store.discard(request_id)
-        if verdict.certificate is None:
-            raise ServiceError("the request was checked, but no certificate came of it")
-        return Response(verdict.certificate, media_type="application/json")
+        return Response(certificate, media_type="application/json")
 
     async def sites(self, name: str, request: Request) -> Response:
         """What a call visits, of a model that is called as it is. Nothing runs, nothing is kept."""
@@ -235,12 +240,14 @@ class Gateway:
 
     async def submit(self, name: str, request: Request) -> Response:
         """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""
-        served = self._deployments.taking(name, caller_of(request))
+        caller = caller_of(request)
+        served = self._deployments.taking(name, caller)
+        terms = await self._admission.begin(caller, name)
         request_id = self._store.new_id()
         try:
-            await self._receive(request_id, request, served)
+            await self._receive(request_id, request, served, terms)
             verdict, _ = await asyncio.gather(
-                self._check(request_id, name, served, owner_of(request), certify=False),
+                self._admission.checked(request_id, served, caller, terms),
                 to_thread.run_sync(self._store.sync_request, request_id),
             )
         except ClientDisconnect:
@@ -250,7 +257,7 @@ class Gateway:
             self._store.discard(request_id)
             raise
         try:
-            status = await to_thread.run_sync(self._add, request_id, name, caller_of(request), verdict)
+            status = await self._admission.accept(request_id, served, caller, terms, verdict)
         except PolytraceError:
             self._store.discard(request_id)
             raise
@@ -335,28 +342,10 @@ class Gateway:
         await to_thread.run_sync(partial(self._store.audit.record, operator, f"models.{word}", name, **details))
         return entry
 
-    async def _receive(self, request_id: RequestId, request: Request, served: Served) -> None:
-        limit = served.description.limits.max_request_bytes
+    async def _receive(self, request_id: RequestId, request: Request, served: Served, terms: Terms) -> None:
+        most, whose = self._admission.max_bytes(terms, served)
         path = self._store.request_path(request_id)
-        await receive(request, path, max_bytes=limit, idle_s=self._settings.upload_idle_s)
-
-    async def _check(self, request_id: RequestId, name: str, served: Served, owner: str, *, certify: bool) -> Verdict:
-        path, contents = self._store.request_path(request_id), self._store.contents.folder_of(owner)
-        verdict = await self._checker.check(name, served.version, path, contents=contents, certify=certify)
-        verdict.raise_error()
-        return verdict
-
-    def _add(self, request_id: RequestId, name: str, caller: Identity, verdict: Verdict) -> RequestStatus:
-        assert verdict.facts is not None
-        return self._store.add(
-            request_id,
-            name,
-            verdict.facts,
-            work=verdict.work,
-            max_open=self._settings.max_open,
-            caller=caller,
-            needs=verdict.needs,
-        )
+        await receive(request, path, max_bytes=most, idle_s=self._settings.upload_idle_s, whose=whose)
 
     def _preferred_wait(self, request: Request) -> float:
         """Seconds of `Prefer: wait=N` (RFC 7240), at most what the settings allow; 0 when there is none."""

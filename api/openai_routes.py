@@ -19,6 +19,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.admission import Admission
 from api.callers import caller_of
 from api.choices import Answer
 from api.event_routes import cancel_soon
@@ -26,7 +27,6 @@ from api.events import TOKEN, Event
 from api.identity import Identity
 from api.openai_errors import MODEL, RESPONSES, error_body
 from api.served import Checker, Deployments, Served
-from api.settings import GatewaySettings
 from api.store import RequestState, RequestStatus, Store
 from api.streams import COMMENT, MEDIA_TYPE, EventStream, Streams
 from api.waiting import Waiting
@@ -54,14 +54,14 @@ class OpenAIRoutes:
     def __init__(
         self,
         store: Store,
-        settings: GatewaySettings,
         checker: Checker,
         deployments: Deployments,
         waiting: Waiting,
         streams: Streams,
+        admission: Admission,
     ) -> None:
         self._store = store
-        self._settings = settings
+        self._admission = admission
         self._checker = checker
         self._deployments = deployments
         self._waiting = waiting
@@ -107,6 +107,7 @@ class OpenAIRoutes:
         self, wish: CompletionWish | ChatWish, served: Served, caller: Identity
     ) -> tuple[RequestId, Composed]:
         """The request, in the store like one that was uploaded."""
+        terms = await self._admission.begin(caller, wish.model)
         request_id = self._store.new_id()
         path, contents = self._store.request_path(request_id), self._store.contents.folder_of(caller.owner)
         try:
@@ -114,16 +115,9 @@ class OpenAIRoutes:
             verdict = composed.verdict
             if verdict.error is not None:
                 raise FieldError(from_fields(verdict.error), composed.param)
-            assert verdict.facts is not None
+            await self._admission.held(verdict, request_id, served, caller, terms)
             await to_thread.run_sync(self._store.sync_request, request_id)
-            add = partial(
-                self._store.add,
-                work=verdict.work,
-                max_open=self._settings.max_open,
-                caller=caller,
-                needs=verdict.needs,
-            )
-            await to_thread.run_sync(add, request_id, wish.model, verdict.facts)
+            await self._admission.accept(request_id, served, caller, terms, verdict)
         except BaseException:
             self._store.discard(request_id)
             raise

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +40,9 @@ class Checker(Protocol):
     async def compose(
         self, model: str, version: str, path: Path, wish: CompletionWish | ChatWish, *, contents: Path
     ) -> Composed: ...
+    async def nearest(
+        self, model: str, version: str, path: Path, *, contents: Path, most: Mapping[str, int]
+    ) -> str | None: ...
     async def sites(self, model: str, version: str, asked: bytes) -> Answer: ...
     async def check_edits(self, model: str, version: str, path: Path) -> Verdict: ...
     def close(self) -> None: ...

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from api.identity import checked_name
+from api.limits import UNLIMITED, TenantLimits, limits_from_text
 from cluster.config import DeploymentSpec
 from polytrace.errors import UserError
 
@@ -43,6 +44,8 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_CHECKERS": "processes that check requests before they are accepted",
     "POLYTRACE_MAX_WAIT_S": "longest time that one call may wait for a result",
     "POLYTRACE_MAX_OPEN": "unfinished requests that one deployment takes before it answers 503",
+    "POLYTRACE_MAX_OPEN_OF_TENANT": "... and so many of one tenant, so that nobody fills a queue alone",
+    "POLYTRACE_LIMITS": "limits of tenants that have none of their own, as JSON of api.limits.TenantLimits",
     "POLYTRACE_MAX_TEXT_CHARS": "characters of one prompt on OpenAI's routes; default: 32 a token of the context",
     "POLYTRACE_QUOTA_BYTES": "bytes of constants, kept values and states that one owner may have on the service",
     "POLYTRACE_RESULT_TTL_S": "seconds that a result and its events are kept after the request has ended",
@@ -77,6 +80,8 @@ class GatewaySettings:
     checkers: int = 1
     max_wait_s: float = 60.0
     max_open: int = 4096
+    max_open_of_tenant: int = 2048
+    limits: TenantLimits = UNLIMITED  # of tenants that have none of their own
     upload_idle_s: float = 60.0
     quota_bytes: int = DEFAULT_QUOTA_BYTES
     result_ttl_s: float = DEFAULT_RESULT_TTL_S
@@ -125,6 +130,10 @@ def gateway_settings(store: str, *, asks_key: bool = True) -> GatewaySettings:
         checkers=from_environment("POLYTRACE_CHECKERS", int, default.checkers, at_least=1),
         max_wait_s=from_environment("POLYTRACE_MAX_WAIT_S", float, default.max_wait_s, at_least=0),
         max_open=from_environment("POLYTRACE_MAX_OPEN", int, default.max_open, at_least=1),
+        max_open_of_tenant=from_environment(
+            "POLYTRACE_MAX_OPEN_OF_TENANT", int, default.max_open_of_tenant, at_least=1
+        ),
+        limits=limits_from_text(from_environment("POLYTRACE_LIMITS", str, None), "POLYTRACE_LIMITS"),
         upload_idle_s=from_environment("POLYTRACE_UPLOAD_IDLE_S", float, default.upload_idle_s, at_least=1),
         quota_bytes=quota_bytes(),
         max_text_chars=from_environment("POLYTRACE_MAX_TEXT_CHARS", int, default.max_text_chars, at_least=1),

@@ -29,6 +29,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from api import quotas, usage
 from api.audit import Audit
 from api.catalogue import Catalogue, check_taking
 from api.contents import HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place, sync
@@ -38,12 +39,16 @@ from api.edits import KeptEdits
 from api.events import EventLog
 from api.identity import LOCAL, Identity
 from api.keys import Keys
+from api.limits import NO_DEMAND, Demand, Terms
 from api.logs import logs_as_json
-from api.settings import DEFAULT_QUOTA_BYTES
+from api.quotas import Queues
+from api.settings import DEFAULT_QUOTA_BYTES, DEFAULT_RESULT_TTL_S
 from api.step_values import values_as_json
 from api.tenants import Tenants
+from api.usage import Usage
 from cluster.config import Mode
 from cluster.requests import Claimed, Finished, LeftBehind, Place, ResultPlace
+from polytrace.certificate import LimitLine
 from polytrace.errors import (
     CancelledError,
     CapacityError,
@@ -151,32 +156,35 @@ class Store(Catalogue):
         *,
         work: int,
         max_open: int,
+        max_open_of_tenant: int | None = None,
         caller: Identity = LOCAL,
         is_interactive: bool = True,
-        tokens: int = 0,
+        demand: Demand = NO_DEMAND,
+        terms: Terms | None = None,
+        result_ttl_s: float = DEFAULT_RESULT_TTL_S,
         needs: Needs = NOTHING,
     ) -> RequestStatus:
         """Accepts a request whose file is durable and wakes the controller. `work`: as in `Claimed`.
-        `tokens` of its sequences, as certified.
+        `demand`: what it takes, as certified, which is held against the quotas of `terms`.
 
-        Raises CapacityError when the deployment has `max_open` unfinished requests already or takes none, NotFoundError
-        when there is none, and what `Contents` says when the caller does not have what the request needs.
+        Raises CapacityError when the deployment has `max_open` unfinished requests already, or so many of this tenant,
+        or takes none, QuotaError when the tenant has no more, NotFoundError when there is no deployment, and what
+        `Contents` says when the caller does not have what the request needs.
         """
+        terms = terms or Terms(tenant=caller.tenant, model=model)
+        queues = Queues(max_open=max_open, max_open_of_tenant=max_open_of_tenant or max_open)
         now = time.time()
         with self._db.transaction() as db:
             mode = db.execute("SELECT mode FROM deployments WHERE model = ?", (model,)).fetchone()
             if mode is None:
                 raise NotFoundError(f"there is no model {model} here any more")
             check_taking(model, Mode(mode[0]))
-            (waiting,) = db.execute(
-                "SELECT count(*) FROM requests WHERE model = ? AND state IN ('queued', 'running')", (model,)
-            ).fetchone()
-            if waiting >= max_open:
-                raise CapacityError(f"{waiting} requests are waiting for {model}, the most it takes; try again later")
+            quotas.check_queues(db, terms, queues)
+            quotas.check(db, terms, demand, result_ttl_s=result_ttl_s)
             (seq,) = db.execute(
                 "INSERT INTO requests "
-                "(id, model, owner, tenant, user_name, is_interactive, tokens, state, created, work) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?) RETURNING seq",
+                "(id, model, owner, tenant, user_name, is_interactive, tokens, result_bytes, state, created, work) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?) RETURNING seq",
                 (
                     request,
                     model,
@@ -184,7 +192,8 @@ class Store(Catalogue):
                     caller.tenant,
                     caller.user,
                     int(is_interactive),
-                    tokens,
+                    demand.tokens,
+                    demand.stored_bytes,  # until it has ended
                     now,
                     max(1, work),
                 ),
@@ -249,6 +258,43 @@ class Store(Catalogue):
         if asked:
             self.controller_bell.ring()
         return self.status(request)
+
+    def limit_texts(self, tenant: str, model: str) -> tuple[str | None, str | None]:
+        """The limits of a tenant and of a deployment as they stand there, None where there is no such."""
+        own = self._db.rows("SELECT limits FROM tenants WHERE name = ?", (tenant,))
+        of_model = self._db.rows("SELECT limits FROM deployments WHERE model = ?", (model,))
+        return (own[0][0] if own else None), (of_model[0][0] if of_model else None)
+
+    def limit_deployment(self, model: str, limits: str) -> None:
+        """Gives a deployment its limits. Raises NotFoundError."""
+        with self._db.transaction() as db:
+            if not db.execute("UPDATE deployments SET limits = ? WHERE model = ?", (limits, model)).rowcount:
+                raise NotFoundError(f"there is no deployment {model[:100]!r} here")
+
+    def accepted_since(self, at: float, *, tenant: str | None = None, model: str | None = None) -> int:
+        """How many requests of a tenant, or to a deployment, were accepted since then."""
+        which, value = ("tenant", tenant) if tenant is not None else ("model", model)
+        query = f"SELECT count(*) FROM requests WHERE {which} = ? AND created >= ?"
+        return int(self._db.rows(query, (value, at))[0][0])
+
+    def quota_lines(self, terms: Terms, demand: Demand) -> list[LimitLine]:
+        """What a request, and what is under way, take of its tenant's quotas."""
+        with self._db.transaction(is_durable=False) as db:
+            return quotas.used_lines(db, terms, demand)
+
+    def check_quotas(self, terms: Terms, demand: Demand, *, result_ttl_s: float) -> None:
+        """Raises what `add` would."""
+        with self._db.transaction(is_durable=False) as db:
+            quotas.check(db, terms, demand, result_ttl_s=result_ttl_s)
+
+    def check_stored(self, tenant: str, num_bytes: int, most: int) -> None:
+        """Raises QuotaError, or TooLargeError, when a tenant may not store so much more."""
+        with self._db.transaction(is_durable=False) as db:
+            quotas.check_stored(db, tenant, num_bytes, most, "the upload")
+
+    def usage(self, month: str, *, tenant: str | None = None, user: str | None = None) -> list[Usage]:
+        """What was used in a month."""
+        return usage.usage_of(self._db, month, tenant, user)
 
     def open_requests(self) -> dict[str, dict[RequestState, int]]:
         """How many requests wait and run, by model."""
@@ -440,12 +486,22 @@ class Store(Catalogue):
                     if isinstance(end.error, CancelledError)
                     else RequestState.FAILED
                 )
-                count = db.execute(
-                    "UPDATE requests SET state = ?, finished = ?, error = ?, logs = '[]' "
-                    "WHERE id = ? AND state = 'running'",
-                    (state.value, now, end.error and json.dumps(end.error.to_fields()), end.request),
-                ).rowcount
-                if count:
+                row = db.execute(
+                    "UPDATE requests SET state = ?, finished = ?, error = ?, logs = '[]', token_layers = ?, "
+                    "moved_bytes = ?, result_bytes = ? WHERE id = ? AND state = 'running' "
+                    "RETURNING tenant, user_name, model, tokens",
+                    (
+                        state.value,
+                        now,
+                        end.error and json.dumps(end.error.to_fields()),
+                        end.token_layers,
+                        end.moved_bytes,
+                        (end.size or 0) if end.error is None else 0,
+                        end.request,
+                    ),
+                ).fetchone()
+                if row is not None:
+                    usage.enter(db, end, row[:3], row[3], now)
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
                     are_awaited |= self.contents.end_uses(db, end.request)
                     changed.append(end)

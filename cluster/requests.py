@@ -115,6 +115,11 @@ class Finished:
     left: tuple[Place, ...] = ()  # what stays on the service when there is no error
     generated: tuple[Generated, ...] = ()  # how its sequences went on
     saves: tuple[SaveSlot, ...] = ()  # of a generation: those that came
+    # what it did cost, as measured; of one that failed, until then
+    tokens: int | None = None  # of its sequences; None: as certified
+    token_layers: int = 0
+    moved_bytes: int = 0
+    run_seconds: float = 0.0
 
 
 class RequestStore(Protocol):

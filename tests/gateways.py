@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ TOKENS = tokens_of(GENERATED)
 
 
 class GatewayService:
-    """`model` is what it serves, by the name "m"; `settled` are settings of the gateway."""
+    """`model` is what it serves, by the name "m", of `source`; `settled` are settings of the gateway."""
 
     def __init__(
         self,
@@ -49,11 +49,13 @@ class GatewayService:
         model: ModelDescription,
         tokenizer: bytes | None = None,
         key: str | None = None,
+        source: str = "none",
         **settled: Any,
     ) -> None:
         self.store = Store(folder)
         settings = GatewaySettings(store=str(folder), max_wait_s=20.0, shutdown_s=1.0, **settled)
-        self.server = GatewayServer(Gateway(self.store, settings, checker, key), settings)
+        self.gateway = Gateway(self.store, settings, checker, key)
+        self.server = GatewayServer(self.gateway, settings)
         listener = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -62,7 +64,7 @@ class GatewayService:
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=30)
         body = json.dumps(to_json(model)).encode()
         self.store.set_state("m", DeploymentState.STARTING, "")
-        self.store.publish("m", Published(source="none", dtype="auto", description=body, tokenizer=tokenizer))
+        self.store.publish("m", Published(source=source, dtype="auto", description=body, tokenizer=tokenizer))
         self.store.set_state("m", DeploymentState.READY, "ready")
         wait_until(lambda: self.http.get("/readyz").status_code == 200)
 
@@ -105,6 +107,10 @@ class Agreeable:
     async def warm(self, model: str, version: str) -> None: ...
     async def check(self, model: str, version: str, path: Path, *, contents: Path, certify: bool) -> Verdict:
         return Verdict(facts=b"[]")
+
+    async def nearest(
+        self, model: str, version: str, path: Path, *, contents: Path, most: Mapping[str, int]
+    ) -> str | None: ...
 
 
 def submit(service: GatewayService) -> RequestId:

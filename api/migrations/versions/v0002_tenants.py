@@ -60,6 +60,7 @@ def upgrade() -> None:
         postgresql_where=is_open,
     )
     op.create_index("requests_of", "requests", ["tenant", "user_name", "created"])
+    op.create_index("requests_hold", "requests", ["tenant", "state", "result_bytes", "tokens"])
     op.create_table(
         "idempotency",
         sa.Column("owner", sa.Text, primary_key=True),
