@@ -332,8 +332,8 @@ class Contents:
             ).fetchone()
             self._adopt(db, owner, place.path, digest, is_uploaded=False)
             db.execute(
-                f"INSERT INTO kept ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT DO UPDATE SET "
-                "dtype = excluded.dtype, shape = excluded.shape, digest = excluded.digest, version = version + 1, "
+                f"INSERT INTO kept ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT (owner, is_state, name) DO UPDATE SET "
+                "dtype = excluded.dtype, shape = excluded.shape, digest = excluded.digest, version = kept.version + 1, "
                 "request = excluded.request, expires = excluded.expires",
                 (
                     *(owner, left.is_state, left.name, left.dtype, json.dumps(left.shape), digest, request),
@@ -359,7 +359,8 @@ class Contents:
             sync(target.parent)
         db.execute(
             "INSERT INTO contents (owner, digest, bytes, used, is_uploaded) VALUES (?, ?, ?, ?, ?) "
-            "ON CONFLICT DO UPDATE SET used = excluded.used, is_uploaded = max(is_uploaded, excluded.is_uploaded)",
+            "ON CONFLICT (owner, digest) DO UPDATE SET used = excluded.used, "
+            "is_uploaded = CASE WHEN excluded.is_uploaded = 1 THEN 1 ELSE contents.is_uploaded END",
             (owner, digest, num_file_bytes, time.time(), is_uploaded),
         )
 
@@ -392,7 +393,7 @@ class Contents:
     def _drop_unused(self, db: Transaction, owner: str, digest: str) -> None:
         """Drops a content that no name and no request has any more. One that was uploaded waits for its turn."""
         found = db.execute(
-            f"SELECT 1 FROM contents WHERE owner = ? AND digest = ? AND NOT is_uploaded AND {_UNUSED}", (owner, digest)
+            f"SELECT 1 FROM contents WHERE owner = ? AND digest = ? AND is_uploaded = 0 AND {_UNUSED}", (owner, digest)
         ).fetchone()
         if found is not None:
             self._drop(db, owner, digest)
@@ -409,7 +410,7 @@ class Contents:
 # of a row of requests: that no earlier one, of whatever deployment, has a state that it needs; readers share one
 HAS_ITS_TURN = (
     "NOT EXISTS (SELECT 1 FROM uses AS own JOIN uses AS other ON other.owner = own.owner AND other.state = own.state "
-    "AND other.seq < own.seq AND (own.is_update OR other.is_update) "
+    "AND other.seq < own.seq AND (own.is_update = 1 OR other.is_update = 1) "
     "WHERE own.id = requests.id AND own.state IS NOT NULL)"
 )
 

@@ -49,7 +49,7 @@ class KeptEdits:
                 told = f"all edits together would take {size + len(body)} bytes; one owner has {self._limits.num_bytes}"
                 raise TooLargeError(f"{told}: delete some")
             taken = db.execute(
-                "SELECT 1 FROM edits WHERE model = ? AND owner != ? AND name = ? AND is_shared AND body IS NOT NULL",
+                "SELECT 1 FROM edits WHERE model = ? AND owner != ? AND name = ? AND is_shared = 1 AND body IS NOT NULL",
                 (model, owner, name),
             ).fetchone()
             if is_shared and taken:
@@ -68,7 +68,7 @@ class KeptEdits:
         """A version, by default the newest, and its number: one's own before a shared one. Raises NotFoundError."""
         rows = self._db.rows(
             "SELECT version, body FROM edits WHERE model = ?1 AND name = ?3 AND body IS NOT NULL "
-            "AND (owner = ?2 OR is_shared) AND (?4 IS NULL OR version = ?4) "
+            "AND (owner = ?2 OR is_shared = 1) AND (?4 IS NULL OR version = ?4) "
             "ORDER BY owner = ?2 DESC, version DESC LIMIT 1",
             (model, owner, name, version),
         )
@@ -80,7 +80,7 @@ class KeptEdits:
         """What an owner may use, by name and version."""
         rows = self._db.rows(
             "SELECT name, version, is_shared, owner = ?2, num_bytes, created FROM edits "
-            "WHERE model = ?1 AND body IS NOT NULL AND (owner = ?2 OR is_shared) ORDER BY name, version",
+            "WHERE model = ?1 AND body IS NOT NULL AND (owner = ?2 OR is_shared = 1) ORDER BY name, version",
             (model, owner),
         )
         return [

@@ -348,7 +348,7 @@ class Store(Catalogue):
             db.executemany(
                 "UPDATE requests SET state = 'queued', started = NULL, passes_done = 0, passes = 0, logs = '[]', "
                 "attempts = attempts - ? WHERE id = ? AND state = 'running'",
-                [(request not in doubted, request) for request in requests],
+                [(int(request not in doubted), request) for request in requests],
             )
             self.contents.end_uses_of_ended(db)
         self.contents.collect()
@@ -375,7 +375,9 @@ class Store(Catalogue):
             self.result_path(request).unlink(missing_ok=True)
 
     def cancellations(self, model: str) -> list[RequestId]:
-        rows = self._db.rows("SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled", (model,))
+        rows = self._db.rows(
+            "SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled = 1", (model,)
+        )
         return [row[0] for row in rows]
 
     def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
