@@ -93,6 +93,8 @@ class Contents:
         self.quota_bytes = quota_bytes  # of each owner
         self._dropped: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and hash, whose files are to go
         folder.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # of a store from before there were tenants
+            (folder / "default").rename(folder / DEFAULT_OWNER)
 
     def folder_of(self, owner: str) -> Path:
         """Where an owner's contents are."""
@@ -332,7 +334,8 @@ class Contents:
             ).fetchone()
             self._adopt(db, owner, place.path, digest, is_uploaded=False)
             db.execute(
-                f"INSERT INTO kept ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT (owner, is_state, name) DO UPDATE SET "
+                f"INSERT INTO kept ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?) "
+                "ON CONFLICT (owner, is_state, name) DO UPDATE SET "
                 "dtype = excluded.dtype, shape = excluded.shape, digest = excluded.digest, version = kept.version + 1, "
                 "request = excluded.request, expires = excluded.expires",
                 (

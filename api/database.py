@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from api import migrations
-from polytrace.errors import CapacityError, UserError
+from polytrace.errors import CapacityError, ServiceError, UserError
 
 if TYPE_CHECKING:
     import psycopg
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 30.0  # to wait for other processes, and at the start for a server
 _SILENCE_S = 10  # of a server, after which its connection counts as lost
 _WRITERS = 0x706F6C79  # the lock of PostgreSQL that the one writer holds
+_BEFORE_SCRIPTS = 4  # what `PRAGMA user_version` says of a SQLite store without Alembic's table
 _AWAY = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY)  # it may work a moment later
 
 
@@ -116,7 +117,12 @@ class SqliteDatabase:
         has_any = "SELECT 1 FROM sqlite_master WHERE name = ?"
         if self.rows(has_any, ("alembic_version",)):
             return next((str(row[0]) for row in self.rows("SELECT version_num FROM alembic_version")), None)
-        return migrations.FIRST if self.rows(has_any, ("requests",)) else None
+        if not self.rows(has_any, ("requests",)):
+            return None
+        ((number,),) = self.rows("PRAGMA user_version")
+        if number != _BEFORE_SCRIPTS:
+            raise ServiceError(f"the store has version {number}; those from version {_BEFORE_SCRIPTS} on can be used")
+        return migrations.FIRST
 
     def _use_wal(self) -> None:
         """SQLite itself does not wait here while another process makes the file."""
@@ -259,7 +265,7 @@ def _batches(values: Iterable[Sequence[Any]], size: int) -> Iterator[list[Sequen
 
 @contextlib.contextmanager
 def _taking() -> Iterator[None]:
-    """Raises DatabaseAwayError instead of SQLite's own when its disk is full or fails, or another process stays busy."""
+    """Raises DatabaseAwayError instead of SQLite's own when its disk is full or fails, or another process is busy."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -303,9 +309,8 @@ def _translated(query: str, values: Sequence[Any]) -> tuple[Any, dict[str, Any]]
 
 def _values(values: Sequence[Any]) -> dict[str, Any]:
     """Truth is an integer in all tables, as SQLite has it."""
-    return {
-        f"v{number}": int(value) if value is True or value is False else value for number, value in enumerate(values, 1)
-    }
+    plain = (int(value) if isinstance(value, bool) else value for value in values)
+    return {f"v{number}": value for number, value in enumerate(plain, 1)}
 
 
 @lru_cache(maxsize=512)

@@ -49,7 +49,8 @@ class KeptEdits:
                 told = f"all edits together would take {size + len(body)} bytes; one owner has {self._limits.num_bytes}"
                 raise TooLargeError(f"{told}: delete some")
             taken = db.execute(
-                "SELECT 1 FROM edits WHERE model = ? AND owner != ? AND name = ? AND is_shared = 1 AND body IS NOT NULL",
+                "SELECT 1 FROM edits WHERE model = ? AND owner != ? AND name = ? "
+                "AND is_shared = 1 AND body IS NOT NULL",
                 (model, owner, name),
             ).fetchone()
             if is_shared and taken:
