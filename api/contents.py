@@ -21,13 +21,13 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from api.database import Database, Transaction
+from api.database import Database, DatabaseAwayError, Transaction
 from api.identity import LOCAL
 from cluster.requests import LeftBehind, Place
 from polytrace.contents import digest_of
@@ -87,11 +87,13 @@ def needs_of(constants: Iterable[RawTensor], saves: Iterable[SaveSlot]) -> Needs
 class Contents:
     """The part of the store that holds contents. Its methods may be called from any thread."""
 
-    def __init__(self, db: Database, folder: Path, quota_bytes: int) -> None:
+    def __init__(self, db: Database, folder: Path, quota_bytes: int, now: Callable[[], float] = time.time) -> None:
         self._db = db
+        self._now = now
         self._folder = folder
         self.quota_bytes = quota_bytes  # of each owner
         self._dropped: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and hash, whose files are to go
+        self._dropped_parts: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and part, the same
         folder.mkdir(mode=0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # of a store from before there were tenants
             (folder / "default").rename(folder / DEFAULT_OWNER)
@@ -106,22 +108,28 @@ class Contents:
 
     def collect(self) -> None:
         """Removes the files of what was dropped, behind the transaction that did it."""
-        gone: set[tuple[str, str]] = set()
-        with contextlib.suppress(Empty):
-            while True:
-                gone.add(self._dropped.get_nowait())
-        if not gone:
+        gone, parts = _all_of(self._dropped), _all_of(self._dropped_parts)
+        if not gone and not parts:
             return
-        with self._db.transaction(is_durable=False) as db:  # nobody puts one there again meanwhile
-            for owner, digest in gone:
-                if not _has(db, owner, digest):
-                    (self.folder_of(owner) / digest).unlink(missing_ok=True)
+        try:
+            with self._db.transaction(is_durable=False) as db:  # nobody puts one there again meanwhile
+                for owner, digest in gone:
+                    if not _has(db, owner, digest):
+                        (self.folder_of(owner) / digest).unlink(missing_ok=True)
+                for owner, part in parts:
+                    if db.execute("SELECT 1 FROM room WHERE part = ?", (part,)).fetchone() is None:
+                        self._part(owner, part).unlink(missing_ok=True)
+        except DatabaseAwayError:  # what called for it is done; the files go another time
+            for each in gone:
+                self._dropped.put(each)
+            for each in parts:
+                self._dropped_parts.put(each)
 
     # --- uploads
 
     def missing(self, owner: str, digests: Iterable[str]) -> list[str]:
         """Those that the owner does not have. The others count as used now."""
-        asked, now = list(dict.fromkeys(digests)), time.time()
+        asked, now = list(dict.fromkeys(digests)), self._now()
         with self._db.transaction(is_durable=False) as db:
             touched = [(now, owner, digest) for digest in asked]
             db.executemany("UPDATE contents SET used = ? WHERE owner = ? AND digest = ?", touched)
@@ -143,18 +151,21 @@ class Contents:
         sync(path)
         with self._db.transaction() as db:
             self._adopt(db, owner, path, digest, is_uploaded=True)
-            db.execute("DELETE FROM room WHERE part = ?", (part,))
+            self._drop_parts(db, part)
+        self.collect()
 
     def give_up(self, part: str) -> None:
         """Drops what is on its way for an upload or a request; nothing when there is nothing."""
         with self._db.transaction(is_durable=False) as db:
             self._drop_parts(db, part)
+        self.collect()
 
     def give_up_uploads(self) -> None:
         """Drops what uploads had begun: the gateway that they came to is gone."""
         with self._db.transaction(is_durable=False) as db:
             for (part,) in db.execute("SELECT part FROM room WHERE part LIKE 'upload-%'").fetchall():
                 self._drop_parts(db, part)
+        self.collect()
 
     def sweep(self) -> None:
         """Makes rows and files agree after a crash. Only at the start, while nobody else has the store open."""
@@ -177,7 +188,7 @@ class Contents:
         rows = self._db.rows(
             f"SELECT {_KEPT} FROM kept WHERE owner = ? AND is_state = ? AND (expires IS NULL OR expires > ?) "
             "AND (? IS NULL OR request = ?) ORDER BY name",
-            (owner, is_state, time.time(), request, request),
+            (owner, is_state, self._now(), request, request),
         )
         return [_entry(row) for row in rows]
 
@@ -186,7 +197,7 @@ class Contents:
         rows = self._db.rows(
             f"SELECT {_KEPT} FROM kept WHERE owner = ? AND is_state = ? AND name = ? "
             "AND (expires IS NULL OR expires > ?)",
-            (owner, is_state, name, time.time()),
+            (owner, is_state, name, self._now()),
         )
         if not rows:
             raise not_found(name, is_state)
@@ -204,7 +215,7 @@ class Contents:
             row = db.execute(
                 "DELETE FROM kept WHERE owner = ? AND is_state = ? AND name = ? "
                 "AND (expires IS NULL OR expires > ?) RETURNING digest",
-                (owner, is_state, name, time.time()),
+                (owner, is_state, name, self._now()),
             ).fetchone()
             if row is None:
                 raise not_found(name, is_state)
@@ -231,10 +242,10 @@ class Contents:
 
     def purge(self) -> int:
         """Drops what has expired; how many names."""
-        if not self._db.rows("SELECT 1 FROM kept WHERE expires <= ? LIMIT 1", (time.time(),)):
+        if not self._db.rows("SELECT 1 FROM kept WHERE expires <= ? LIMIT 1", (self._now(),)):
             return 0
         with self._db.transaction() as db:
-            gone = db.execute("DELETE FROM kept WHERE expires <= ? RETURNING owner, digest", (time.time(),)).fetchall()
+            gone = db.execute("DELETE FROM kept WHERE expires <= ? RETURNING owner, digest", (self._now(),)).fetchall()
             for owner, digest in gone:
                 self._drop_unused(db, owner, digest)
         self.collect()
@@ -263,7 +274,7 @@ class Contents:
         db.executemany("INSERT INTO uses (id, seq, owner, digest) VALUES (?, ?, ?, ?)", contents)
         states = [(request, seq, owner, name, is_update) for name, is_update, _, _ in needs.states]
         db.executemany("INSERT INTO uses (id, seq, owner, state, is_update) VALUES (?, ?, ?, ?, ?)", states)
-        now = time.time()
+        now = self._now()
         touched = [(now, owner, digest) for digest in needs.digests]
         db.executemany("UPDATE contents SET used = ? WHERE owner = ? AND digest = ?", touched)
 
@@ -325,7 +336,7 @@ class Contents:
                 ).fetchone()
                 if found is None or (found[0], tuple(json.loads(found[1]))) != (left.dtype, left.shape):
                     raise ConflictError(f"the state {left.name!r} was deleted while the request ran")
-        now = time.time()
+        now = self._now()
         for place, digest in places:
             left = place.left
             before = db.execute(
@@ -352,19 +363,21 @@ class Contents:
         return self.folder_of(owner) / f"{part}.part"
 
     def _adopt(self, db: Transaction, owner: str, path: Path, digest: str, *, is_uploaded: bool) -> None:
-        """A durable file becomes a content; one that is there already stays."""
+        """A durable file becomes a content too; one that is there already stays.
+
+        The file stays where it was until its part is dropped: the transaction may fail, and be tried again.
+        """
         target = self.folder_of(owner) / digest
         num_file_bytes = path.stat().st_size
-        if _has(db, owner, digest):
-            path.unlink()
-        else:
-            path.rename(target)
+        if not _has(db, owner, digest):
+            target.unlink(missing_ok=True)  # what a transaction left that failed
+            os.link(path, target)
             sync(target.parent)
         db.execute(
             "INSERT INTO contents (owner, digest, bytes, used, is_uploaded) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (owner, digest) DO UPDATE SET used = excluded.used, "
             "is_uploaded = CASE WHEN excluded.is_uploaded = 1 THEN 1 ELSE contents.is_uploaded END",
-            (owner, digest, num_file_bytes, time.time(), is_uploaded),
+            (owner, digest, num_file_bytes, self._now(), is_uploaded),
         )
 
     def _make_room(self, db: Transaction, owner: str, wanted: int, what: str) -> None:
@@ -407,7 +420,7 @@ class Contents:
 
     def _drop_parts(self, db: Transaction, request: str) -> None:
         for part, owner in db.execute("DELETE FROM room WHERE id = ? RETURNING part, owner", (request,)).fetchall():
-            self._part(owner, part).unlink(missing_ok=True)
+            self._dropped_parts.put((owner, part))
 
 
 # of a row of requests: that no earlier one, of whatever deployment, has a state that it needs; readers share one
@@ -428,6 +441,14 @@ def commit_place(place: Place) -> str:
     """Makes what shards wrote durable, and gives its hash. OSError when the disk does not take it."""
     sync(place.path)
     return _digest_of_file(place.path)
+
+
+def _all_of(queue: SimpleQueue[tuple[str, str]]) -> set[tuple[str, str]]:
+    found: set[tuple[str, str]] = set()
+    with contextlib.suppress(Empty):
+        while True:
+            found.add(queue.get_nowait())
+    return found
 
 
 def _mapped(path: Path) -> tuple[memoryview, RawTensor]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 
 from anyio import to_thread
 
@@ -48,4 +47,4 @@ class Expiry:
         followed = set(self._streams.followed)
         await to_thread.run_sync(self._store.remove_files, [one for one in self._dropped if one not in followed])
         self._dropped = [one for one in self._dropped if one in followed]
-        self._dropped += await to_thread.run_sync(self._store.drop_ended, time.time() - self._ttl_s, followed)
+        self._dropped += await to_thread.run_sync(self._store.drop_ended, self._store.now() - self._ttl_s, followed)

@@ -22,7 +22,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from api.catalogue import Catalogue, check_taking
+from api.clock import SteadyClock
 from api.contents import HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place, sync
 from api.database import Transaction, open_database
 from api.doorbell import Doorbell
@@ -95,9 +96,17 @@ class RequestStatus:
 class Store(Catalogue):
     """One per process; its methods may be called from any thread. Construction makes the folder when there is none."""
 
-    def __init__(self, folder: Path, *, database: str | None = None, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        database: str | None = None,
+        quota_bytes: int = DEFAULT_QUOTA_BYTES,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         """`database`: a URL as `open_database` takes it; None: a SQLite file in the folder."""
         self.folder = folder.resolve()
+        self.now = clock or SteadyClock()  # seconds since the epoch
         for path in (self.folder, self._requests, self._results):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.controller_bell = Doorbell(self.folder / "controller.bell")
@@ -106,7 +115,7 @@ class Store(Catalogue):
         opened = open_database(database or f"sqlite:///{self.folder / 'store.db'}")
         super().__init__(opened, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
         self.edits = KeptEdits(opened)
-        self.contents = Contents(opened, self.folder / "contents", quota_bytes)
+        self.contents = Contents(opened, self.folder / "contents", quota_bytes, self.now)
         self.events = EventLog(self.folder / "events")
         self._noted: dict[RequestId, float] = {}  # generations -> when their state was last told to the database
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
@@ -156,7 +165,7 @@ class Store(Catalogue):
         Raises CapacityError when the deployment has `max_open` unfinished requests already or takes none, NotFoundError
         when there is none, and what `Contents` says when the caller does not have what the request needs.
         """
-        now = time.time()
+        now = self.now()
         with self._db.transaction() as db:
             mode = db.execute("SELECT mode FROM deployments WHERE model = ?", (model,)).fetchone()
             if mode is None:
@@ -226,7 +235,7 @@ class Store(Catalogue):
         with self._db.transaction() as db:
             gone = db.execute(
                 "UPDATE requests SET state = 'cancelled', finished = ?, error = ? WHERE id = ? AND state = 'queued'",
-                (time.time(), error, request),
+                (self.now(), error, request),
             ).rowcount
             asked = db.execute(
                 "UPDATE requests SET cancelled = 1 WHERE id = ? AND state = 'running'", (request,)
@@ -294,7 +303,7 @@ class Store(Catalogue):
             db.execute(
                 "UPDATE requests SET state = 'failed', finished = ?, error = ? "
                 "WHERE model = ? AND state = 'running' AND attempts >= ?",
-                (time.time(), _WORN_OUT, model, MAX_ATTEMPTS),
+                (self.now(), _WORN_OUT, model, MAX_ATTEMPTS),
             )
             count = db.execute(
                 "UPDATE requests SET state = 'queued', started = NULL WHERE model = ? AND state = 'running'", (model,)
@@ -318,7 +327,7 @@ class Store(Catalogue):
                 rows = rows[: max(1, next(i for i, row in enumerate(rows) if row[3]))]
             db.executemany(
                 "UPDATE requests SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
-                [(time.time(), row[0]) for row in rows],
+                [(self.now(), row[0]) for row in rows],
             )
             states = {row[0]: self.contents.states_now(db, row[0], row[5]) for row in rows}
         return [
@@ -343,7 +352,7 @@ class Store(Catalogue):
             db.executemany(
                 "UPDATE requests SET state = 'failed', finished = ?, error = ? "
                 "WHERE id = ? AND state = 'running' AND attempts >= ?",
-                [(time.time(), _WORN_OUT, request, MAX_ATTEMPTS) for request in doubted],
+                [(self.now(), _WORN_OUT, request, MAX_ATTEMPTS) for request in doubted],
             )
             db.executemany(
                 "UPDATE requests SET state = 'queued', started = NULL, passes_done = 0, passes = 0, logs = '[]', "
@@ -361,7 +370,7 @@ class Store(Catalogue):
             refused = [row[0] for row in db.execute(f"SELECT id FROM requests WHERE {open_}", (model,))]
             db.execute(
                 f"UPDATE requests SET state = 'failed', finished = ?, error = ? WHERE {open_}",
-                (time.time(), json.dumps(error.to_fields()), model),
+                (self.now(), json.dumps(error.to_fields()), model),
             )
             db.executemany("DELETE FROM facts WHERE id = ?", [(request,) for request in refused])
             for request in refused:
@@ -402,7 +411,8 @@ class Store(Catalogue):
         places = []
         for each, path in zip(left, paths, strict=True):
             header = content_header(each.dtype, each.shape)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            path.unlink(missing_ok=True)  # an earlier attempt's, which may be a content by now
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 _allocate(fd, len(header) + num_bytes(each.dtype, each.shape))
                 os.pwrite(fd, header, 0)
@@ -420,7 +430,7 @@ class Store(Catalogue):
         if any(end.header is not None for end, _ in ended):
             sync(self._results)
         # 2) the states
-        now = time.time()
+        now = self.now()
         changed: list[Finished] = []
         are_awaited = False
         with self._db.transaction() as db:
@@ -435,8 +445,8 @@ class Store(Catalogue):
                     else RequestState.FAILED
                 )
                 count = db.execute(
-                    "UPDATE requests SET state = ?, finished = ?, error = ?, logs = '[]' "
-                    "WHERE id = ? AND state = 'running'",
+                    "UPDATE requests SET state = ?1, finished = CASE WHEN created > ?2 THEN created ELSE ?2 END, "
+                    "error = ?3, logs = '[]' WHERE id = ?4 AND state = 'running'",
                     (state.value, now, end.error and json.dumps(end.error.to_fields()), end.request),
                 ).rowcount
                 if count:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,12 +93,8 @@ def test_both_databases_have_the_same_tables(tmp_path: Path, postgres: Postgres)
 
 def test_processes_that_open_a_new_store_at_once_make_its_tables_once(postgres: Postgres, tmp_path: Path) -> None:
     for url in (postgres.empty_database(), f"sqlite:///{tmp_path / 'store.db'}"):
-        opened: list[Database] = []
-        openers = [threading.Thread(target=lambda url=url: opened.append(open_database(url))) for _ in range(4)]
-        for opener in openers:
-            opener.start()
-        for opener in openers:
-            opener.join()
+        with ThreadPoolExecutor(4) as openers:
+            opened: list[Database] = list(openers.map(open_database, [url] * 4))
         assert [database.rows("SELECT count(*) FROM requests") for database in opened] == [[(0,)]] * 4
         for database in opened:
             database.close()
