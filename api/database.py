@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import sqlite3
@@ -26,10 +27,15 @@ if TYPE_CHECKING:
     import psycopg
 
 _TIMEOUT_S = 30.0  # to wait for other processes, and at the start for a server
+_PAUSE_S = 0.5  # between two tries to connect
 _SILENCE_S = 10  # of a server, after which its connection counts as lost
 _WRITERS = 0x706F6C79  # the lock of PostgreSQL that the one writer holds
 _BEFORE_SCRIPTS = 4  # what `PRAGMA user_version` says of a SQLite store without Alembic's table
 _AWAY = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY)  # it may work a moment later
+
+
+_NO_ANSWER = "the service's database does not answer"
+_log = logging.getLogger(__name__)
 
 
 class DatabaseAwayError(CapacityError):
@@ -148,6 +154,7 @@ class PostgresDatabase:
         self._url = url
         self._lock = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
+        self._refused_until = 0.0  # when somebody is to try to connect again
         with self._lock:
             self._wait_for_server()
         migrations.bring_up(url, self._version())
@@ -198,29 +205,39 @@ class PostgresDatabase:
     def _connected(self) -> psycopg.Connection[Any]:
         """The connection, made anew when it was lost: its transaction has failed then, and the next one goes on."""
         if self._connection is None or self._connection.closed:
-            import psycopg
-
-            with _answering():
-                self._connection = psycopg.connect(
-                    self._url,
-                    autocommit=True,
-                    connect_timeout=5,
-                    cursor_factory=psycopg.ClientCursor,
-                    keepalives_idle=_SILENCE_S,
-                    keepalives_interval=1,
-                    keepalives_count=5,
-                    tcp_user_timeout=_SILENCE_S * 1000,
-                    options=f"-c lock_timeout={_TIMEOUT_S:g}s",
-                )
-            self._connection.adapters.register_loader("numeric", _number_loader())
+            if time.monotonic() < self._refused_until:  # of many who wait for a server that is away one tries
+                raise DatabaseAwayError(_NO_ANSWER)
+            try:
+                self._connection = self._new_connection()
+            except _lost():
+                self._refused_until = time.monotonic() + _PAUSE_S
+                raise
         return self._connection
+
+    def _new_connection(self) -> psycopg.Connection[Any]:
+        import psycopg
+
+        made = psycopg.connect(
+            self._url,
+            autocommit=True,
+            connect_timeout=5,
+            cursor_factory=psycopg.ClientCursor,
+            keepalives_idle=_SILENCE_S,
+            keepalives_interval=1,
+            keepalives_count=5,
+            tcp_user_timeout=_SILENCE_S * 1000,
+            options=f"-c lock_timeout={_TIMEOUT_S:g}s",
+        )
+        made.adapters.register_loader("numeric", _number_loader())
+        return made
 
     def _wait_for_server(self) -> None:
         """A machine's services may all start at once."""
         deadline = time.monotonic() + _TIMEOUT_S
         while True:
             try:
-                self._connected()
+                with _answering():
+                    self._connected()
                 return
             except DatabaseAwayError:
                 if time.monotonic() > deadline:
@@ -286,8 +303,8 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except _lost() as error:
-        told = " ".join(str(error).split()) or "connection lost"
-        raise DatabaseAwayError(f"the service's database does not answer: {told}") from error
+        _log.warning("the database: %s", " ".join(str(error).split()) or "connection lost")  # no user's business
+        raise DatabaseAwayError(_NO_ANSWER) from error
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,7 @@ Owns the routes and their rules. Requests are checked by `api.worker`, kept by `
 bodies stream between socket and file, 4 MB at a time.
 
 A submit may wait for its result (`Prefer: wait=SECONDS`). A client that disconnects while it waits this way cancels its
-request: nobody else knows its id. One that has the id (202) may come and go.
+request: nobody else knows its id. One that has the id (202), or sent a key (`api.idempotency`), may come and go.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from api import problems
 from api.callers import caller_of, owner_of
 from api.catalogue import Deployment
+from api.database import DatabaseAwayError
 from api.edit_routes import EditRoutes
-from api.event_routes import EventRoutes
+from api.event_routes import EventRoutes, cancel_soon
 from api.expiry import Expiry
+from api.idempotency import AcceptedBeforeError, Returning, check_same, key_of, submit_of_file
 from api.identity import LOCAL, Identity
 from api.keeping import KeepingRoutes
 from api.logs import logs_since
@@ -73,6 +75,8 @@ class Gateway:
         self._waiting = Waiting(store)
         self._edits = EditRoutes(store, settings, checker, self._deployments)
         self._streams = Streams(store, self._waiting)
+        self._cancelling: set[asyncio.Task[None]] = set()
+        self._returning = Returning(lambda request: cancel_soon(store, request, self._cancelling))
         self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
         self._events = EventRoutes(store, self._waiting, self._streams, _plain)
         self._openai = OpenAIRoutes(store, settings, checker, self._deployments, self._waiting, self._streams)
@@ -221,6 +225,9 @@ class Gateway:
 
     async def submit(self, name: str, request: Request) -> Response:
         """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""
+        key = key_of(request)
+        if key is not None and (before := await self._submitted(key, name, request)) is not None:
+            return await self._followed(before, request)
         served = self._deployments.taking(name)
         request_id = self._store.new_id()
         try:
@@ -236,16 +243,16 @@ class Gateway:
             self._store.discard(request_id)
             raise
         try:
-            status = await to_thread.run_sync(self._add, request_id, name, caller_of(request), verdict)
+            status = await to_thread.run_sync(self._add, request_id, name, caller_of(request), verdict, key)
+        except DatabaseAwayError:
+            raise  # it may have been accepted, so its file stays: a sweep takes what was not
         except PolytraceError:
             self._store.discard(request_id)
             raise
-        if (wait_s := self._preferred_wait(request)) > 0:
-            waited = await self._waiting.for_caller(request_id, request, wait_s)
-            if waited is None:
-                return Response(status_code=CLIENT_GONE)
-            status = waited
-        return await self._answer(status)
+        except AcceptedBeforeError as before:  # by a call at the same time
+            self._store.discard(request_id)
+            status = await self._waiting.until_final(before.request, 0.0)
+        return await self._followed(status, request)
 
     async def status(
         self,
@@ -320,7 +327,32 @@ class Gateway:
         verdict.raise_error()
         return verdict
 
-    def _add(self, request_id: RequestId, name: str, caller: Identity, verdict: Verdict) -> RequestStatus:
+    async def _submitted(self, key: str, name: str, request: Request) -> RequestStatus | None:
+        """How the request does that was accepted by this key before, None when there is none."""
+        known = await to_thread.run_sync(self._store.submitted, owner_of(request), key)
+        if known is None:
+            return None
+        await check_same(known[1], name, request, idle_s=self._settings.upload_idle_s)
+        return await self._waiting.until_final(known[0], 0.0)
+
+    async def _followed(self, status: RequestStatus, request: Request) -> Response:
+        """The answer to a submit: what came of it within the time that the caller waits, else how it stands."""
+        if (wait_s := self._preferred_wait(request)) <= 0:
+            return await self._answer(status)
+        returning = None if key_of(request) is None else self._returning
+        if returning is not None:
+            returning.come(status.id)
+        waited = None
+        try:
+            waited = await self._waiting.for_caller(status, request, wait_s, is_cancelling=returning is None)
+        finally:
+            if returning is not None:
+                returning.go(status.id, has_heard=waited is not None)
+        return Response(status_code=CLIENT_GONE) if waited is None else await self._answer(waited)
+
+    def _add(
+        self, request_id: RequestId, name: str, caller: Identity, verdict: Verdict, key: str | None
+    ) -> RequestStatus:
         assert verdict.facts is not None
         return self._store.add(
             request_id,
@@ -330,6 +362,7 @@ class Gateway:
             max_open=self._settings.max_open,
             caller=caller,
             needs=verdict.needs,
+            submit=None if key is None else submit_of_file(key, name, self._store.request_path(request_id)),
         )
 
     def _preferred_wait(self, request: Request) -> float:

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 
 from api.callers import caller_of
 from api.choices import Answer
+from api.database import DatabaseAwayError
 from api.event_routes import cancel_soon
 from api.events import TOKEN, Event
 from api.identity import Identity
@@ -87,7 +88,8 @@ class OpenAIRoutes:
         with about(MODEL):
             served = self._deployments.taking(wish.model)
         tokenizer = await self._tokenizer(wish.model, served)
-        request_id, composed = await self._accepted(wish, served, caller_of(request))
+        accepted, composed = await self._accepted(wish, served, caller_of(request))
+        request_id = accepted.id
         answer = Answer(
             wish, request=request_id, created=int(time.time()), prompts=composed.prompts, tokenizer=tokenizer
         )
@@ -95,7 +97,7 @@ class OpenAIRoutes:
         if wish.stream:
             left = partial(cancel_soon, self._store, request_id, self._cancelling)
             return EventStream(self._texts(request_id, answer), on_left=left, headers=headers)
-        status = await self._waiting.for_caller(request_id, request, math.inf)
+        status = await self._waiting.for_caller(accepted, request, math.inf)
         if status is None:
             return Response(status_code=CLIENT_GONE)
         if (error := _error_of(status)) is not None:
@@ -105,7 +107,7 @@ class OpenAIRoutes:
 
     async def _accepted(
         self, wish: CompletionWish | ChatWish, served: Served, caller: Identity
-    ) -> tuple[RequestId, Composed]:
+    ) -> tuple[RequestStatus, Composed]:
         """The request, in the store like one that was uploaded."""
         request_id = self._store.new_id()
         path, contents = self._store.request_path(request_id), self._store.contents.folder_of(caller.owner)
@@ -123,11 +125,13 @@ class OpenAIRoutes:
                 caller=caller,
                 needs=verdict.needs,
             )
-            await to_thread.run_sync(add, request_id, wish.model, verdict.facts)
+            status = await to_thread.run_sync(add, request_id, wish.model, verdict.facts)
+        except DatabaseAwayError:
+            raise  # it may have been accepted
         except BaseException:
             self._store.discard(request_id)
             raise
-        return request_id, composed
+        return status, composed
 
     async def _texts(self, request_id: RequestId, answer: Answer) -> AsyncIterator[str]:
         """What a stream sends."""

@@ -14,6 +14,7 @@ from typing import Protocol
 from anyio import to_thread
 
 from api.catalogue import Deployment, check_taking
+from api.database import DatabaseAwayError
 from api.store import Store
 from api.wishes import ChatWish, CompletionWish
 from api.worker import Answer, Composed, Verdict
@@ -24,6 +25,7 @@ from polytrace.errors import CapacityError, NotFoundError
 
 DRAINING = DeploymentState.DRAINING
 RETRY_S = 5.0
+AWAY_S = 0.5  # between two looks while the database is away
 PAUSE_S = 0.05  # between two looks: most rings are about requests, not deployments
 
 _log = logging.getLogger(__name__)
@@ -107,7 +109,12 @@ class Deployments:
             while self._rung:
                 await asyncio.sleep(PAUSE_S)
                 self._rung = False
-                known = {one.model: one for one in await to_thread.run_sync(self._store.deployments)}
+                try:
+                    known = {one.model: one for one in await to_thread.run_sync(self._store.deployments)}
+                except DatabaseAwayError:  # what is known stays so until it is back
+                    await asyncio.sleep(AWAY_S)
+                    self._rung = True
+                    continue
                 self._known = known
                 ready = {name for name, one in known.items() if one.state.is_serving or one.state is DRAINING}
                 self._served = {

@@ -29,6 +29,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from api import idempotency
 from api.catalogue import Catalogue, check_taking
 from api.clock import SteadyClock
 from api.contents import HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place, sync
@@ -36,6 +37,7 @@ from api.database import Transaction, open_database
 from api.doorbell import Doorbell
 from api.edits import KeptEdits
 from api.events import EventLog
+from api.idempotency import Submit
 from api.identity import LOCAL, Identity
 from api.logs import logs_as_json
 from api.settings import DEFAULT_QUOTA_BYTES
@@ -158,15 +160,20 @@ class Store(Catalogue):
         is_interactive: bool = True,
         tokens: int = 0,
         needs: Needs = NOTHING,
+        submit: Submit | None = None,
     ) -> RequestStatus:
         """Accepts a request whose file is durable and wakes the controller. `work`: as in `Claimed`.
-        `tokens` of its sequences, as certified.
+        `tokens` of its sequences, as certified. `submit`: what it is known by when it comes again.
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already or takes none, NotFoundError
-        when there is none, and what `Contents` says when the caller does not have what the request needs.
+        when there is none, and what `Contents` says when the caller does not have what the request needs; with `submit`
+        what `idempotency.check_new` says. After a DatabaseAwayError nobody knows whether it was accepted.
         """
         now = self.now()
         with self._db.transaction() as db:
+            if submit is not None:
+                idempotency.check_new(db, caller.owner, submit)
+                idempotency.note(db, caller.owner, submit, request)
             mode = db.execute("SELECT mode FROM deployments WHERE model = ?", (model,)).fetchone()
             if mode is None:
                 raise NotFoundError(f"there is no model {model} here any more")
@@ -207,6 +214,11 @@ class Store(Catalogue):
             passes_done=0,
             passes=0,
         )
+
+    def submitted(self, owner: str, key: str) -> tuple[RequestId, Submit] | None:
+        """The request that an owner's key stands for."""
+        rows = self._db.rows("SELECT request, digest FROM idempotency WHERE owner = ? AND key = ?", (owner, key))
+        return (RequestId(rows[0][0]), Submit(key=key, digest=rows[0][1])) if rows else None
 
     def discard(self, request: RequestId) -> None:
         """Drops a received file that was not accepted."""
@@ -284,6 +296,7 @@ class Store(Catalogue):
             some = [(request,) for request in old[first : first + _DROPPED_AT_ONCE]]
             with self._db.transaction(is_durable=False) as db:  # what a crash brings back goes another time
                 db.executemany(f"DELETE FROM requests WHERE id = ? AND {_IS_OVER}", some)
+                db.executemany("DELETE FROM idempotency WHERE request = ?", some)
         return old
 
     def remove_files(self, requests: Iterable[RequestId]) -> None:
