@@ -27,8 +27,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from api.database import Database, DatabaseAwayError, Transaction
+from api.away import AwayError
+from api.database import Database, Transaction
 from api.identity import LOCAL
+from api.objects import Objects
 from cluster.requests import LeftBehind, Place
 from polytrace.contents import digest_of
 from polytrace.errors import (
@@ -87,12 +89,21 @@ def needs_of(constants: Iterable[RawTensor], saves: Iterable[SaveSlot]) -> Needs
 class Contents:
     """The part of the store that holds contents. Its methods may be called from any thread."""
 
-    def __init__(self, db: Database, folder: Path, quota_bytes: int, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        db: Database,
+        folder: Path,
+        quota_bytes: int,
+        now: Callable[[], float] = time.time,
+        objects: Objects | None = None,
+    ) -> None:
         self._db = db
         self._now = now
+        self._objects = objects  # where every content is too, so that the folder may be lost
         self._folder = folder
         self.quota_bytes = quota_bytes  # of each owner
         self._dropped: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and hash, whose files are to go
+        self._later: list[tuple[str, str]] = []  # the same, of objects
         self._dropped_parts: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and part, the same
         folder.mkdir(mode=0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # of a store from before there were tenants
@@ -108,7 +119,8 @@ class Contents:
 
     def collect(self) -> None:
         """Removes the files of what was dropped, behind the transaction that did it."""
-        gone, parts = _all_of(self._dropped), _all_of(self._dropped_parts)
+        gone, parts = _all_of(self._dropped) | set(self._later), _all_of(self._dropped_parts)
+        self._later.clear()
         if not gone and not parts:
             return
         try:
@@ -116,14 +128,37 @@ class Contents:
                 for owner, digest in gone:
                     if not _has(db, owner, digest):
                         (self.folder_of(owner) / digest).unlink(missing_ok=True)
+                        self._drop_object(db, owner, digest)
                 for owner, part in parts:
                     if db.execute("SELECT 1 FROM room WHERE part = ?", (part,)).fetchone() is None:
                         self._part(owner, part).unlink(missing_ok=True)
-        except DatabaseAwayError:  # what called for it is done; the files go another time
+        except AwayError:  # what called for it is done; the files go another time
             for each in gone:
                 self._dropped.put(each)
             for each in parts:
                 self._dropped_parts.put(each)
+
+    def _drop_object(self, db: Transaction, owner: str, digest: str) -> None:
+        """Of a content that is dropped, unless its owner may be putting it there again: then another time."""
+        if self._objects is None:
+            return
+        if db.execute("SELECT 1 FROM room WHERE owner = ?", (owner,)).fetchone() is None:
+            self._objects.remove(_object_of(owner, digest))
+        else:
+            self._later.append((owner, digest))
+
+    def _bring(self, owner: str, digest: str) -> None:
+        """A content's file is at hand, if the content is anywhere."""
+        path = self.folder_of(owner) / digest
+        if self._objects is not None and not path.exists():
+            self._objects.get_file(_object_of(owner, digest), path)
+
+    def bring_used(self, request: str) -> None:
+        """The same of all contents that a claimed request has."""
+        for owner, digest in self._db.rows(
+            "SELECT owner, digest FROM uses WHERE id = ? AND digest IS NOT NULL", (request,)
+        ):
+            self._bring(owner, digest)
 
     # --- uploads
 
@@ -133,7 +168,10 @@ class Contents:
         with self._db.transaction(is_durable=False) as db:
             touched = [(now, owner, digest) for digest in asked]
             db.executemany("UPDATE contents SET used = ? WHERE owner = ? AND digest = ?", touched)
-            return [digest for digest in asked if not _has(db, owner, digest)]
+            missing = [digest for digest in asked if not _has(db, owner, digest)]
+        for digest in set(asked) - set(missing):
+            self._bring(owner, digest)
+        return missing
 
     def begin_upload(self, owner: str, part: str, file_bytes: int) -> Path:
         """Makes room for a file that is to arrive, and says where. `finish_upload` or `give_up` follow."""
@@ -148,7 +186,7 @@ class Contents:
         path = self._part(owner, part)
         if (found := _digest_of_file(path)) != digest:
             raise WireError(f"the content's hash is {found}, not {digest}")
-        sync(path)
+        self._keep(owner, path, digest)
         with self._db.transaction() as db:
             self._adopt(db, owner, path, digest, is_uploaded=True)
             self._drop_parts(db, part)
@@ -176,6 +214,9 @@ class Contents:
             files = {(path.parent.name, path.name) for path in self._folder.glob("*/*")}
             for owner, name in files - rows:
                 (self._folder / owner / name).unlink(missing_ok=True)
+            if self._objects is not None:
+                files = {_named(name) for name in self._objects.sizes("contents")}
+                self._objects.remove(*(_object_of(*each) for each in files - rows))
             db.executemany("DELETE FROM contents WHERE owner = ? AND digest = ?", rows - files)
             for owner, digest in rows - files:
                 db.execute("DELETE FROM kept WHERE owner = ? AND digest = ?", (owner, digest))
@@ -227,6 +268,7 @@ class Contents:
 
         Raises MissingError without the content, WireError when it is another one than it is said to be.
         """
+        self._bring(owner, digest)
         with self._db.transaction() as db:
             if not _has(db, owner, digest):
                 raise _missing([digest])
@@ -357,7 +399,20 @@ class Contents:
             if before is not None and before[0] != digest:
                 self._drop_unused(db, owner, before[0])
 
+    def commit_place(self, place: Place) -> str:
+        """Makes what shards wrote durable, and gives its hash. OSError when the disk does not take it."""
+        digest = _digest_of_file(place.path)
+        self._keep(place.path.parent.name, place.path, digest)
+        return digest
+
     # --- inside
+
+    def _keep(self, owner: str, path: Path, digest: str) -> None:
+        """Makes a file durable that is to become a content, before its row is there; its room has a row meanwhile."""
+        if self._objects is None:
+            sync(path)
+        else:
+            self._objects.put_file(_object_of(owner, digest), path)
 
     def _part(self, owner: str, part: str) -> Path:
         return self.folder_of(owner) / f"{part}.part"
@@ -369,7 +424,7 @@ class Contents:
         """
         target = self.folder_of(owner) / digest
         num_file_bytes = path.stat().st_size
-        if not _has(db, owner, digest):
+        if not _has(db, owner, digest) or not target.exists():
             target.unlink(missing_ok=True)  # what a transaction left that failed
             os.link(path, target)
             sync(target.parent)
@@ -437,10 +492,13 @@ _UNUSED = (
 )
 
 
-def commit_place(place: Place) -> str:
-    """Makes what shards wrote durable, and gives its hash. OSError when the disk does not take it."""
-    sync(place.path)
-    return _digest_of_file(place.path)
+def _object_of(owner: str, digest: str) -> str:
+    return f"contents/{owner}/{digest}"
+
+
+def _named(name: str) -> tuple[str, str]:
+    owner, _, digest = name.partition("/")
+    return owner, digest
 
 
 def _all_of(queue: SimpleQueue[tuple[str, str]]) -> set[tuple[str, str]]:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from api import migrations
-from polytrace.errors import CapacityError, ServiceError, UserError
+from api.away import AwayError
+from polytrace.errors import ServiceError, UserError
 
 if TYPE_CHECKING:
     import psycopg
@@ -36,10 +37,6 @@ _AWAY = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY)  # it m
 
 _NO_ANSWER = "the service's database does not answer"
 _log = logging.getLogger(__name__)
-
-
-class DatabaseAwayError(CapacityError):
-    """The database does not answer, or its disk is full. A transaction that ended with this may have been committed."""
 
 
 class Rows(Protocol):
@@ -78,7 +75,7 @@ class Database(Protocol):
 def open_database(url: str) -> Database:
     """The database at `sqlite:///PATH` or `postgresql://...`, with its tables made, or brought to this version.
 
-    Raises UserError for another URL, DatabaseAwayError when it does not answer within half a minute.
+    Raises UserError for another URL, AwayError when it does not answer within half a minute.
     """
     if url.startswith("sqlite:///"):
         return SqliteDatabase(Path(url.removeprefix("sqlite:///")))
@@ -163,7 +160,7 @@ class PostgresDatabase:
         with self._lock, _answering():
             try:
                 return self._connected().execute(*_translated(query, values)).fetchall()
-            except DatabaseAwayError:
+            except AwayError:
                 raise
             except _lost():  # it may have been lost long ago; a question can be asked once more
                 self._close()
@@ -194,7 +191,7 @@ class PostgresDatabase:
         try:
             connection = self._connected()
             connection.execute(begin)
-        except DatabaseAwayError:
+        except AwayError:
             raise
         except _lost():
             self._close()
@@ -206,7 +203,7 @@ class PostgresDatabase:
         """The connection, made anew when it was lost: its transaction has failed then, and the next one goes on."""
         if self._connection is None or self._connection.closed:
             if time.monotonic() < self._refused_until:  # of many who wait for a server that is away one tries
-                raise DatabaseAwayError(_NO_ANSWER)
+                raise AwayError(_NO_ANSWER)
             try:
                 self._connection = self._new_connection()
             except _lost():
@@ -239,7 +236,7 @@ class PostgresDatabase:
                 with _answering():
                     self._connected()
                 return
-            except DatabaseAwayError:
+            except AwayError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
@@ -282,13 +279,13 @@ def _batches(values: Iterable[Sequence[Any]], size: int) -> Iterator[list[Sequen
 
 @contextlib.contextmanager
 def _taking() -> Iterator[None]:
-    """Raises DatabaseAwayError instead of SQLite's own when its disk is full or fails, or another process is busy."""
+    """Raises AwayError instead of SQLite's own when its disk is full or fails, or another process is busy."""
     try:
         yield
     except sqlite3.OperationalError as error:
         if (getattr(error, "sqlite_errorcode", 0) & 0xFF) not in _AWAY:
             raise
-        raise DatabaseAwayError(f"the service's database cannot be written now: {error}") from error
+        raise AwayError(f"the service's database cannot be written now: {error}") from error
 
 
 def _lost() -> type[Exception]:
@@ -299,12 +296,12 @@ def _lost() -> type[Exception]:
 
 @contextlib.contextmanager
 def _answering() -> Iterator[None]:
-    """Raises DatabaseAwayError instead of psycopg's own when the server is away."""
+    """Raises AwayError instead of psycopg's own when the server is away."""
     try:
         yield
     except _lost() as error:
         _log.warning("the database: %s", " ".join(str(error).split()) or "connection lost")  # no user's business
-        raise DatabaseAwayError(_NO_ANSWER) from error
+        raise AwayError(_NO_ANSWER) from error
 
 
 @lru_cache(maxsize=1)

@@ -25,9 +25,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from api import problems
+from api.away import AwayError
 from api.callers import caller_of, owner_of
 from api.catalogue import Deployment
-from api.database import DatabaseAwayError
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes, cancel_soon
 from api.expiry import Expiry
@@ -37,6 +37,8 @@ from api.keeping import KeepingRoutes
 from api.logs import logs_since
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
+from api.result_response import StoredResultResponse
+from api.results import ObjectResults
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
@@ -244,7 +246,7 @@ class Gateway:
             raise
         try:
             status = await to_thread.run_sync(self._add, request_id, name, caller_of(request), verdict, key)
-        except DatabaseAwayError:
+        except AwayError:
             raise  # it may have been accepted, so its file stays: a sweep takes what was not
         except PolytraceError:
             self._store.discard(request_id)
@@ -376,6 +378,9 @@ class Gateway:
         `is_whole`: nobody can have asked for a part of the result, so a small one needs no machinery for that.
         """
         headers: dict[str, str] = {"X-Request-Id": status.id}
+        if status.state is RequestState.DONE and isinstance(self._store.results, ObjectResults):
+            stored = await to_thread.run_sync(self._store.results.stored, status.id)
+            return StoredResultResponse(stored, MEDIA_TYPE, headers)
         if status.state is RequestState.DONE:
             path = self._store.result_path(status.id)
             if is_whole and (content := await to_thread.run_sync(_read_small, path)) is not None:

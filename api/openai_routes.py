@@ -19,9 +19,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.away import AwayError
 from api.callers import caller_of
 from api.choices import Answer
-from api.database import DatabaseAwayError
 from api.event_routes import cancel_soon
 from api.events import TOKEN, Event
 from api.identity import Identity
@@ -126,7 +126,7 @@ class OpenAIRoutes:
                 needs=verdict.needs,
             )
             status = await to_thread.run_sync(add, request_id, wish.model, verdict.facts)
-        except DatabaseAwayError:
+        except AwayError:
             raise  # it may have been accepted
         except BaseException:
             self._store.discard(request_id)

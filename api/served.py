@@ -13,8 +13,8 @@ from typing import Protocol
 
 from anyio import to_thread
 
+from api.away import AwayError
 from api.catalogue import Deployment, check_taking
-from api.database import DatabaseAwayError
 from api.store import Store
 from api.wishes import ChatWish, CompletionWish
 from api.worker import Answer, Composed, Verdict
@@ -111,7 +111,7 @@ class Deployments:
                 self._rung = False
                 try:
                     known = {one.model: one for one in await to_thread.run_sync(self._store.deployments)}
-                except DatabaseAwayError:  # what is known stays so until it is back
+                except AwayError:  # what is known stays so until it is back
                     await asyncio.sleep(AWAY_S)
                     self._rung = True
                     continue

@@ -2,11 +2,14 @@
 
     store.db                      states, checked facts, and the deployments (`api.catalogue`)
     requests/<id>.safetensors     as received; gone once the request has ended
-    results/<id>.safetensors      its full size from the start, filled by the shards; complete when the state says done;
-                                  it, the events and the state go some time after the end (`api.expiry`)
+    results/<id>.safetensors      filled by the shards (`api.results`); complete when the state says done; it, the
+                                  events and the state go some time after the end (`api.expiry`)
     contents/<owner>/<hash>       what was uploaded or kept (`api.contents`)
     events/<id>                   what a generation tells while it runs (`api.events`)
     controller.bell, gateway.bell, events.bell    who wakes whom
+
+With a place of objects (`api.objects`) requests, contents and events of what has ended are there too, by the same
+names, and results are there alone. The folder then holds only what is at hand: on another machine it fills itself.
 
 Owns durability and the states: queued -> running -> done | failed | cancelled. Knows nothing of graphs and plans.
 
@@ -18,7 +21,9 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import secrets
 import time
@@ -30,9 +35,10 @@ from pathlib import Path
 from typing import Any
 
 from api import idempotency
+from api.away import AwayError
 from api.catalogue import Catalogue, check_taking
 from api.clock import SteadyClock
-from api.contents import HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place, sync
+from api.contents import HAS_ITS_TURN, NOTHING, Contents, Needs, sync
 from api.database import Transaction, open_database
 from api.doorbell import Doorbell
 from api.edits import KeptEdits
@@ -40,6 +46,8 @@ from api.events import EventLog
 from api.idempotency import Submit
 from api.identity import LOCAL, Identity
 from api.logs import logs_as_json
+from api.objects import Objects
+from api.results import FileResults, ObjectResults, Results, allocate
 from api.settings import DEFAULT_QUOTA_BYTES
 from api.step_values import values_as_json
 from cluster.config import Mode
@@ -57,6 +65,8 @@ from polytrace.tensors import num_bytes
 from polytrace.wire import content_header
 from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
+
+_log = logging.getLogger(__name__)
 
 NOTE_S = 0.5  # between two words in the database of how far a generation is: its tokens go into a file
 _IS_OVER = "state IN ('done', 'failed', 'cancelled')"
@@ -103,10 +113,13 @@ class Store(Catalogue):
         folder: Path,
         *,
         database: str | None = None,
+        objects: str | None = None,
         quota_bytes: int = DEFAULT_QUOTA_BYTES,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """`database`: a URL as `open_database` takes it; None: a SQLite file in the folder."""
+        """`database`: a URL as `open_database` takes it; None: a SQLite file in the folder. `objects`: a URL as
+        `Objects` takes it, where everything durable is put; None: in the folder.
+        """
         self.folder = folder.resolve()
         self.now = clock or SteadyClock()  # seconds since the epoch
         for path in (self.folder, self._requests, self._results):
@@ -117,7 +130,10 @@ class Store(Catalogue):
         opened = open_database(database or f"sqlite:///{self.folder / 'store.db'}")
         super().__init__(opened, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
         self.edits = KeptEdits(opened)
-        self.contents = Contents(opened, self.folder / "contents", quota_bytes, self.now)
+        self.objects = None if objects is None else Objects(objects)
+        self.results: Results = FileResults(self._results) if self.objects is None else ObjectResults(self.objects)
+        self.contents = Contents(opened, self.folder / "contents", quota_bytes, self.now, self.objects)
+        self._put: set[RequestId] = set()  # requests that this process has put among the objects and not accepted yet
         self.events = EventLog(self.folder / "events")
         self._noted: dict[RequestId, float] = {}  # generations -> when their state was last told to the database
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
@@ -140,11 +156,15 @@ class Store(Catalogue):
         return self._requests / f"{request}.safetensors"
 
     def result_path(self, request: RequestId) -> Path:
-        """The result; complete when the state says done, and not to be read before."""
+        """The result, where it is a file; complete when the state says done, and not to be read before."""
         return self._results / f"{request}.safetensors"
 
     def sync_request(self, request: RequestId) -> None:
         """Makes the received file durable; `add` follows."""
+        if self.objects is not None:
+            self._put.add(request)
+            self.objects.put_file(_object_of(request), self.request_path(request))
+            return
         sync(self.request_path(request))
         sync(self._requests)
 
@@ -167,7 +187,7 @@ class Store(Catalogue):
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already or takes none, NotFoundError
         when there is none, and what `Contents` says when the caller does not have what the request needs; with `submit`
-        what `idempotency.check_new` says. After a DatabaseAwayError nobody knows whether it was accepted.
+        what `idempotency.check_new` says. After a AwayError nobody knows whether it was accepted.
         """
         now = self.now()
         with self._db.transaction() as db:
@@ -202,6 +222,7 @@ class Store(Catalogue):
             if not needs.is_empty:
                 self.contents.use(db, request, seq, caller.owner, needs)
             db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
+        self._put.discard(request)
         self.controller_bell.ring()
         return RequestStatus(
             id=request,
@@ -223,6 +244,10 @@ class Store(Catalogue):
     def discard(self, request: RequestId) -> None:
         """Drops a received file that was not accepted."""
         self.request_path(request).unlink(missing_ok=True)
+        if self.objects is not None and request in self._put:
+            self._put.discard(request)
+            with contextlib.suppress(AwayError):  # a sweep takes it
+                self.objects.remove(_object_of(request))
 
     def statuses(self, requests: Iterable[RequestId]) -> dict[RequestId, RequestStatus]:
         """Of those that exist."""
@@ -257,7 +282,7 @@ class Store(Catalogue):
                 asked |= self.contents.end_uses(db, request)
         self.contents.collect()
         if gone:
-            self.discard(request)
+            self._drop_behind(request, has_result=False)
             self.gateway_bell.ring()
         if asked:
             self.controller_bell.ring()
@@ -286,7 +311,7 @@ class Store(Catalogue):
         for path in stale:
             path.unlink(missing_ok=True)
         self.contents.sweep()
-        return len(stale) + self.events.sweep(is_open | is_done)
+        return len(stale) + self.events.sweep(is_open | is_done) + self._sweep_objects(is_open, is_done)
 
     def drop_ended(self, ended_before: float, but: Collection[RequestId] = ()) -> list[RequestId]:
         """Drops requests that ended before a time, but not these; `remove_files` follows. Which they were."""
@@ -302,8 +327,15 @@ class Store(Catalogue):
     def remove_files(self, requests: Iterable[RequestId]) -> None:
         """Results and events of requests that were dropped."""
         for request in requests:
-            self.result_path(request).unlink(missing_ok=True)
+            self.results.drop(request)
             self.events.path(request).unlink(missing_ok=True)
+            if self.objects is not None:
+                self.objects.remove(f"events/{request}")
+
+    def bring_events(self, request: RequestId) -> None:
+        """The events of a request that has ended are at hand, if it has any, though another machine wrote them."""
+        if self.objects is not None and not self.events.path(request).exists():
+            self.objects.get_file(f"events/{request}", self.events.path(request))
 
     # --- the controller's half (cluster.requests.RequestStore)
 
@@ -343,6 +375,8 @@ class Store(Catalogue):
                 [(self.now(), row[0]) for row in rows],
             )
             states = {row[0]: self.contents.states_now(db, row[0], row[5]) for row in rows}
+        for row in rows:
+            self._bring(row[0])
         return [
             Claimed(
                 request=row[0],
@@ -393,8 +427,7 @@ class Store(Catalogue):
         self.controller_bell.ring()  # others may have waited for their states
         for request in refused:
             self.events.forget(request)
-            self.discard(request)
-            self.result_path(request).unlink(missing_ok=True)
+            self._drop_behind(request, has_result=False)
 
     def cancellations(self, model: str) -> list[RequestId]:
         rows = self._db.rows(
@@ -403,19 +436,7 @@ class Store(Catalogue):
         return [row[0] for row in rows]
 
     def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
-        path = self.result_path(request)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            _allocate(fd, room + data_bytes)  # a full disk shows here, not in a shard's write
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            num_bytes = room + data_bytes
-            raise CapacityError(
-                f"the service has no room for a result of {num_bytes} bytes: {error.strerror}"
-            ) from error
-        finally:
-            os.close(fd)
-        return ResultPlace(path=path, start=room)
+        return self.results.place(request, room, data_bytes)
 
     def place_left(self, request: RequestId, left: Sequence[LeftBehind]) -> list[Place]:
         with self._db.transaction(is_durable=False) as db:
@@ -427,7 +448,7 @@ class Store(Catalogue):
             path.unlink(missing_ok=True)  # an earlier attempt's, which may be a content by now
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
-                _allocate(fd, len(header) + num_bytes(each.dtype, each.shape))
+                allocate(fd, len(header) + num_bytes(each.dtype, each.shape))
                 os.pwrite(fd, header, 0)
             except OSError as error:
                 told = f"the service has no room for {each.name!r}, which is to stay there: {error.strerror}"
@@ -441,7 +462,7 @@ class Store(Catalogue):
         # 1) the files, all of a burst at once; a result that cannot be kept fails its own request only
         ended = list(self._syncers.map(self._commit, finished))
         if any(end.header is not None for end, _ in ended):
-            sync(self._results)
+            self.results.settle()
         # 2) the states
         now = self.now()
         changed: list[Finished] = []
@@ -474,21 +495,19 @@ class Store(Catalogue):
         for end in finished:
             self._noted.pop(end.request, None)
             self.events.forget(end.request)
-        for end in changed:
-            self.discard(end.request)
-            if end.error is not None:
-                self.result_path(end.request).unlink(missing_ok=True)
+            self.results.forget(end.request)
+        list(self._syncers.map(lambda end: self._drop_behind(end.request, has_result=end.error is None), changed))
 
     def note_progress(self, progress: Sequence[Progress]) -> None:
         """How far running requests are; who waits for them hears of it."""
         generating = [told for told in progress if told.tokens or told.saves]
         for told in generating:
-            values = values_as_json(told.saves, told.result_start, self.result_path(told.request))
+            values = values_as_json(told.request, told.saves, told.result_start, self.results)
             self.events.append(told.request, told.tokens, values)
         if generating:
             self.events_bell.ring()
         rows = [
-            (told.passes_done, told.passes, logs_as_json(told, self.result_path(told.request)), told.request)
+            (told.passes_done, told.passes, logs_as_json(told, self.results), told.request)
             for told in progress
             if self._is_due(told)
         ]
@@ -507,6 +526,24 @@ class Store(Catalogue):
         self.controller_bell.ring()
 
     # --- inside
+
+    def _bring(self, request: RequestId) -> None:
+        """A claimed request's files are at hand, though another machine received them. Missing ones fail it later."""
+        if self.objects is None:
+            return
+        path = self.request_path(request)
+        if not path.exists():
+            self.objects.get_file(_object_of(request), path)
+        self.contents.bring_used(request)
+
+    def _sweep_objects(self, is_open: set[str], is_done: set[str]) -> int:
+        if self.objects is None:
+            return 0
+        stale = [f"requests/{name}" for name in self.objects.names("requests") if name.partition(".")[0] not in is_open]
+        stale += [f"results/{name}" for name in self.objects.names("results") if name not in is_done]
+        stale += [f"events/{name}" for name in self.objects.names("events") if name not in is_done]
+        self.objects.remove(*stale)
+        return len(stale)
 
     @property
     def _requests(self) -> Path:
@@ -530,22 +567,27 @@ class Store(Catalogue):
         if end.header is None:
             return end, []
         try:
-            digests = [commit_place(place) for place in end.left]
-            values = values_as_json(end.saves, len(end.header), self.result_path(end.request))
+            digests = [self.contents.commit_place(place) for place in end.left]
+            values = values_as_json(end.request, end.saves, len(end.header), self.results)
             self.events.complete(end.request, end.generated, values)
-            fd = os.open(self.result_path(end.request), os.O_RDWR)
-            try:
-                if os.pwrite(fd, end.header, 0) != len(end.header):
-                    raise OSError("short write")
-                if end.size is not None:
-                    os.ftruncate(fd, end.size)
-                os.fsync(fd)  # the shards' writes too: they went into the same file
-            finally:
-                os.close(fd)
+            if end.generated and self.objects is not None:
+                self.objects.put_file(f"events/{end.request}", self.events.path(end.request))
+            self.results.commit(end.request, end.header, end.size)
         except (OSError, WireError) as error:
             told = ServiceError(f"the result could not be kept: {error}")
             return Finished(request=end.request, error=told), []
         return end, digests
+
+    def _drop_behind(self, request: RequestId, *, has_result: bool) -> None:
+        """Drops the file of a request that has ended, and what there is of its result if it has none."""
+        self.request_path(request).unlink(missing_ok=True)
+        try:
+            if self.objects is not None:
+                self.objects.remove(_object_of(request))
+            if not has_result:
+                self.results.drop(request)
+        except AwayError as error:  # the request has ended all the same, and a sweep takes what is left
+            _log.warning("files of %s stay for now: %s", request, error)
 
     def _leave(self, db: Transaction, end: Finished, digests: Sequence[str]) -> Finished:
         """What a request leaves gets its names, all of it, or the request fails."""
@@ -558,6 +600,10 @@ class Store(Catalogue):
             end = Finished(request=end.request, error=told)
         db.execute("RELEASE leaving")
         return end
+
+
+def _object_of(request: RequestId) -> str:
+    return f"requests/{request}.safetensors"
 
 
 def _status(row: Sequence[Any]) -> RequestStatus:
@@ -573,10 +619,3 @@ def _status(row: Sequence[Any]) -> RequestStatus:
         passes=row[8],
         logs=tuple(json.loads(row[9])),
     )
-
-
-def _allocate(fd: int, num_bytes: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, num_bytes)
-    else:  # macOS
-        os.ftruncate(fd, num_bytes)

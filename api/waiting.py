@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from anyio import to_thread
 from starlette.requests import Request
 
-from api.database import DatabaseAwayError
+from api.away import AwayError
 from api.store import RequestStatus, Store
 from polytrace.errors import NotFoundError
 from scheduling.plan import RequestId
@@ -38,7 +38,7 @@ class Waiting:
         """The request's status once it has ended, or when the time is over. Raises NotFoundError.
 
         Whoever knows of `passes_done` also hears when more are. While the database is away it waits on, and tells what
-        it knew last when the time is over; DatabaseAwayError when it knew nothing.
+        it knew last when the time is over; AwayError when it knew nothing.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
@@ -49,7 +49,7 @@ class Waiting:
                     status = await to_thread.run_sync(self._store.status, request)
                     if status is None:
                         raise no_request(request)
-                except DatabaseAwayError:
+                except AwayError:
                     if known is None:
                         raise
                     status = known
@@ -101,7 +101,7 @@ class Waiting:
                 self._rung = False
                 try:
                     statuses = await to_thread.run_sync(self._store.statuses, list(self._futures))
-                except DatabaseAwayError:
+                except AwayError:
                     await asyncio.sleep(AWAY_S)
                     self._rung = True
                     continue

@@ -50,9 +50,10 @@ class GatewayService:
         tokenizer: bytes | None = None,
         key: str | None = None,
         database: str | None = None,
+        objects: str | None = None,
         **settled: Any,
     ) -> None:
-        self.store = Store(folder, database=database)
+        self.store = Store(folder, database=database, objects=objects)
         settings = GatewaySettings(store=str(folder), max_wait_s=20.0, shutdown_s=1.0, **settled)
         self.server = GatewayServer(Gateway(self.store, settings, checker, key), settings)
         listener = bind("127.0.0.1", 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from databases import Postgres, why_no_postgres
+from object_stores import S3
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,13 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         (tmp_path / "store").mkdir(mode=0o700, exist_ok=True)
         return f"sqlite:///{tmp_path / 'store' / 'store.db'}"
     return str(request.getfixturevalue("postgres").database())
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """One server for all tests of this process; each takes a place of its own."""
+    server = S3()
+    try:
+        yield server
+    finally:
+        server.close()

@@ -1,0 +1,11 @@
+"""A part of the store that does not answer now: its database, or the place of its objects."""
+
+from __future__ import annotations
+
+from polytrace.errors import CapacityError
+
+
+class AwayError(CapacityError):
+    """It does not answer, or has no room. What was asked of it may have been done all the same, so whoever asks again
+    asks for what may be done twice.
+    """
