@@ -61,6 +61,12 @@ def serve(
     store: Annotated[
         Path | None, typer.Option(help="Folder for requests, results and deployments; default: a temporary one.")
     ] = None,
+    database: Annotated[
+        str | None, typer.Option(help="postgresql://... in the place of a file in --store; best as POLYTRACE_DATABASE.")
+    ] = None,
+    objects: Annotated[
+        str | None, typer.Option(help="s3://BUCKET/PREFIX, or a URL of fsspec's, for all that outlives --store.")
+    ] = None,
     key: Annotated[str | None, typer.Option(help="Key that callers must bring; better set as POLYTRACE_KEY.")] = None,
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
@@ -85,7 +91,14 @@ def serve(
                 offload_bytes=int(offload * (1 << 30)),
             )
         settings = serve_settings(
-            spec=spec, key=key, host=host, port=port, address=address, store=None if store is None else str(store)
+            spec=spec,
+            key=key,
+            host=host,
+            port=port,
+            address=address,
+            store=None if store is None else str(store),
+            database=database,
+            objects=objects,
         )
         shards = f"{replicas} x {stages} x {ranks}" if replicas > 1 else f"{stages} x {ranks}"
         first = f"starting {spec.name} on {shards} shards" if spec else f"starting what {settings.store} has"

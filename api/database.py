@@ -32,6 +32,7 @@ _PAUSE_S = 0.5  # between two tries to connect
 _SILENCE_S = 10  # of a server, after which its connection counts as lost
 _WRITERS = 0x706F6C79  # the lock of PostgreSQL that the one writer holds
 _BEFORE_SCRIPTS = 4  # what `PRAGMA user_version` says of a SQLite store without Alembic's table
+_SERVICE = 0x706F6C7B  # the lock of the one service
 _AWAY = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY)  # it may work a moment later
 
 
@@ -68,6 +69,9 @@ class Database(Protocol):
 
     def transaction(self, *, is_durable: bool = True) -> contextlib.AbstractContextManager[Transaction]:
         """All or nothing, for every process; on the disk when it returns unless that does not matter."""
+
+    def hold(self) -> bool:
+        """Takes the database for one service; False when another one has it. It is given back by `close`."""
 
     def close(self) -> None: ...
 
@@ -112,6 +116,9 @@ class SqliteDatabase:
                     self._connection.execute("ROLLBACK")
                 raise
 
+    def hold(self) -> bool:
+        return True  # the lock of its folder does
+
     def close(self) -> None:
         with self._lock:
             self._connection.close()
@@ -151,6 +158,7 @@ class PostgresDatabase:
         self._url = url
         self._lock = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
+        self._is_held = False
         self._refused_until = 0.0  # when somebody is to try to connect again
         with self._lock:
             self._wait_for_server()
@@ -180,6 +188,11 @@ class PostgresDatabase:
             finally:
                 if connection.info.transaction_status != _IDLE:
                     self._close()
+
+    def hold(self) -> bool:
+        with self._lock, _answering():
+            self._is_held = _has_taken(self._connected())
+        return self._is_held
 
     def close(self) -> None:
         with self._lock:
@@ -226,6 +239,9 @@ class PostgresDatabase:
             options=f"-c lock_timeout={_TIMEOUT_S:g}s",
         )
         made.adapters.register_loader("numeric", _number_loader())
+        if self._is_held and not _has_taken(made):  # the server let go of it with the connection before
+            made.close()
+            raise AwayError("another service has taken the database")
         return made
 
     def _wait_for_server(self) -> None:
@@ -250,6 +266,11 @@ class PostgresDatabase:
         if not self.rows("SELECT 1 FROM information_schema.tables WHERE table_name = 'alembic_version'"):
             return None
         return next((str(row[0]) for row in self.rows("SELECT version_num FROM alembic_version")), None)
+
+
+def _has_taken(connection: psycopg.Connection[Any]) -> bool:
+    row = connection.execute(f"SELECT pg_try_advisory_lock({_SERVICE})").fetchone()  # type: ignore[call-overload]
+    return bool(row and row[0])
 
 
 _IDLE = 0  # psycopg.pq.TransactionStatus.IDLE

@@ -289,7 +289,8 @@ class Gateway:
         loop.add_reader(events_bell.listen(), self._on_events_bell)
         self._deployments.ring()
         self._checker.start()
-        self._store.contents.give_up_uploads()
+        with contextlib.suppress(AwayError):  # their room is given back another time
+            self._store.contents.give_up_uploads()
         purging = asyncio.create_task(self._keeping.purge_forever())
         expiring = asyncio.create_task(self._expiry.run_forever())
         try:

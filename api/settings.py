@@ -28,6 +28,8 @@ MAX_REPLICAS = 64  # of one deployment: all their loops share the controller's p
 VARIABLES: Mapping[str, str] = {
     "POLYTRACE_KEY": "key that every call must bring as `Authorization: Bearer KEY`; empty: no key is asked for",
     "POLYTRACE_STORE": "folder for requests and results",
+    "POLYTRACE_DATABASE": "postgresql://... in the place of a SQLite file in the store's folder",
+    "POLYTRACE_OBJECTS": "s3://BUCKET/PREFIX, or another URL of fsspec's, for what is to outlive the store's folder",
     "POLYTRACE_CHECKERS": "processes that check requests before they are accepted",
     "POLYTRACE_MAX_WAIT_S": "longest time that one call may wait for a result",
     "POLYTRACE_MAX_OPEN": "unfinished requests that one deployment takes before it answers 503",
@@ -66,6 +68,8 @@ class ServeSettings:
     port: int = 8765
     address: str | None = None  # of a Ray cluster to join; None: an own one
     store: str | None = None  # None: a fresh folder that goes when the service ends
+    database: str | None = None  # a URL; None: SQLite in that folder
+    objects: str | None = None  # a URL; None: that folder
     key: str | None = None
     budget_tokens: int = DEFAULT_BUDGET_TOKENS
 
@@ -139,8 +143,13 @@ def serve_settings(*, spec: DeploymentSpec | None, key: str | None, **flags: Any
     if address is not None and not re.fullmatch(r"auto|\S+:\d{1,5}", address):
         raise UserError(f"--address {address!r} is not that of a Ray cluster: HOST:PORT of its head, or auto")
     flags["store"] = flags.get("store") or from_environment("POLYTRACE_STORE", str, None)
-    if spec is None and flags["store"] is None:
-        raise UserError("there is nothing to serve: name a MODEL, or a --store that has deployments")
+    flags["database"] = flags.get("database") or from_environment("POLYTRACE_DATABASE", str, None)
+    flags["objects"] = flags.get("objects") or from_environment("POLYTRACE_OBJECTS", str, None)
+    if flags["store"] is None and (flags["database"] is None) != (flags["objects"] is None):
+        lacking = "--objects" if flags["objects"] is None else "--database"
+        raise UserError(f"a part of what is kept would go with the service's own folder: add {lacking}, or a --store")
+    if spec is None and flags["store"] is None and flags["database"] is None:
+        raise UserError("there is nothing to serve: name a MODEL, or a --store or --database that has deployments")
     budget = from_environment("POLYTRACE_BUDGET_TOKENS", int, DEFAULT_BUDGET_TOKENS, at_least=16)
     key = key or from_environment("POLYTRACE_KEY", str, None)
     return ServeSettings(spec=spec, key=key, budget_tokens=budget, **flags)

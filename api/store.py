@@ -138,6 +138,10 @@ class Store(Catalogue):
         self._noted: dict[RequestId, float] = {}  # generations -> when their state was last told to the database
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
 
+    def hold(self) -> bool:
+        """Keeps other services from this store's database, until it is closed; False when another one has it."""
+        return self._db.hold()
+
     def close(self) -> None:
         """Gives the files back. Nothing is lost without it."""
         self._syncers.shutdown()
@@ -392,6 +396,14 @@ class Store(Catalogue):
             )
             for row in rows
         ]
+
+    def unclaim(self, model: str, held: Collection[RequestId]) -> int:
+        """What is claimed and not held by the controller waits again: it never heard of it. How many."""
+        rows = self._db.rows("SELECT id FROM requests WHERE model = ? AND state = 'running'", (model,))
+        lost = [RequestId(row[0]) for row in rows if row[0] not in held]
+        if lost:
+            self.give_back(lost, ())
+        return len(lost)
 
     def give_back(self, requests: Iterable[RequestId], suspects: Iterable[RequestId]) -> None:
         doubted = set(suspects)
