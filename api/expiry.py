@@ -15,6 +15,7 @@ import logging
 
 from anyio import to_thread
 
+from api.away import AwayError
 from api.store import Store
 from api.streams import Streams
 from scheduling.plan import RequestId
@@ -38,6 +39,8 @@ class Expiry:
         while True:
             try:
                 await self.round()
+            except AwayError:
+                pass  # another time
             except Exception:  # noqa: BLE001  the edge of the task: a disk that fails now may work later
                 _log.exception("what has expired could not be removed")
             await asyncio.sleep(min(PAUSE_S, self._ttl_s / 2))
