@@ -6,6 +6,10 @@ from polytrace.errors import CapacityError
 
 
 class AwayError(CapacityError):
-    """It does not answer, or has no room. What was asked of it may have been done all the same, so whoever asks again
-    asks for what may be done twice.
+    """It does not answer, or has no room. `may_be_done`: what was asked may have been done all the same, so whoever
+    asks again asks for what may be done twice.
     """
+
+    def __init__(self, message: str, *, may_be_done: bool = False, where: str | None = None) -> None:
+        super().__init__(message, where=where)
+        self.may_be_done = may_be_done

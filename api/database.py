@@ -32,6 +32,13 @@ _PAUSE_S = 0.5  # between two tries to connect
 _SILENCE_S = 10  # of a server, after which its connection counts as lost
 _WRITERS = 0x706F6C79  # the lock of PostgreSQL that the one writer holds
 _BEFORE_SCRIPTS = 4  # what `PRAGMA user_version` says of a SQLite store without Alembic's table
+_HELD_S = 2.0 * _SILENCE_S  # until the server has surely let go of what a lost service held
+_SERVER = {  # what is asked of it for each connection
+    "lock_timeout": f"{_TIMEOUT_S:g}s",
+    "tcp_keepalives_idle": _SILENCE_S,
+    "tcp_keepalives_interval": 1,
+    "tcp_keepalives_count": 5,
+}
 _SERVICE = 0x706F6C7B  # the lock of the one service
 _AWAY = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY)  # it may work a moment later
 
@@ -71,7 +78,7 @@ class Database(Protocol):
         """All or nothing, for every process; on the disk when it returns unless that does not matter."""
 
     def hold(self) -> bool:
-        """Takes the database for one service; False when another one has it. It is given back by `close`."""
+        """Takes the database for one service; False when another one keeps it. `close`, or its end, gives it back."""
 
     def close(self) -> None: ...
 
@@ -180,7 +187,7 @@ class PostgresDatabase:
             connection = self._begun()
             try:
                 yield _PostgresTransaction(connection)
-                connection.execute("COMMIT")
+                self._commit(connection)
             except BaseException:
                 with contextlib.suppress(_lost()):
                     connection.execute("ROLLBACK")
@@ -189,9 +196,20 @@ class PostgresDatabase:
                 if connection.info.transaction_status != _IDLE:
                     self._close()
 
+    def _commit(self, connection: psycopg.Connection[Any]) -> None:
+        try:
+            connection.execute("COMMIT")
+        except _lost() as error:
+            raise AwayError(_NO_ANSWER, may_be_done=True) from error
+
     def hold(self) -> bool:
-        with self._lock, _answering():
-            self._is_held = _has_taken(self._connected())
+        deadline = time.monotonic() + _HELD_S
+        while not self._is_held:
+            with self._lock, _answering():
+                self._is_held = _has_taken(self._connected())
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
         return self._is_held
 
     def close(self) -> None:
@@ -236,7 +254,7 @@ class PostgresDatabase:
             keepalives_interval=1,
             keepalives_count=5,
             tcp_user_timeout=_SILENCE_S * 1000,
-            options=f"-c lock_timeout={_TIMEOUT_S:g}s",
+            options=" ".join(f"-c {name}={value}" for name, value in _SERVER.items()),
         )
         made.adapters.register_loader("numeric", _number_loader())
         if self._is_held and not _has_taken(made):  # the server let go of it with the connection before

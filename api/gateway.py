@@ -246,10 +246,9 @@ class Gateway:
             raise
         try:
             status = await to_thread.run_sync(self._add, request_id, name, caller_of(request), verdict, key)
-        except AwayError:
-            raise  # it may have been accepted, so its file stays: a sweep takes what was not
-        except PolytraceError:
-            self._store.discard(request_id)
+        except PolytraceError as error:
+            if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
+                self._store.discard(request_id)
             raise
         except AcceptedBeforeError as before:  # by a call at the same time
             self._store.discard(request_id)

@@ -126,10 +126,9 @@ class OpenAIRoutes:
                 needs=verdict.needs,
             )
             status = await to_thread.run_sync(add, request_id, wish.model, verdict.facts)
-        except AwayError:
-            raise  # it may have been accepted
-        except BaseException:
-            self._store.discard(request_id)
+        except BaseException as error:
+            if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
+                self._store.discard(request_id)
             raise
         return status, composed
 

@@ -191,7 +191,7 @@ class Store(Catalogue):
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already or takes none, NotFoundError
         when there is none, and what `Contents` says when the caller does not have what the request needs; with `submit`
-        what `idempotency.check_new` says. After a AwayError nobody knows whether it was accepted.
+        what `idempotency.check_new` says. After an AwayError nobody knows whether it was accepted.
         """
         now = self.now()
         with self._db.transaction() as db:

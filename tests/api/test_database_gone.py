@@ -13,6 +13,7 @@ import pytest
 from databases import Postgres, why_no_postgres
 from gateways import ROOM, Agreeable, GatewayService, body, description_of_nothing, receipt_of, wait_until
 
+import api.database
 from api.away import AwayError
 from api.database import open_database
 from api.patience import patient
@@ -167,12 +168,19 @@ def test_a_transaction_that_the_server_ended_changes_nothing_and_the_next_one_go
     add = "INSERT INTO facts (id, json) VALUES (?, ?)"
     with database.transaction() as db:
         db.execute(add, ("kept", b"1"))
-    with pytest.raises(AwayError), database.transaction() as db:
+    with pytest.raises(AwayError) as lost, database.transaction() as db:
         db.execute(add, ("lost", b"1"))
         server.stop()
         server.start()
         db.execute(add, ("lost too", b"1"))
+    assert not lost.value.may_be_done
     assert database.rows("SELECT id FROM facts") == [("kept",)]
+    with pytest.raises(AwayError) as lost, database.transaction() as db:
+        db.execute(add, ("lost", b"1"))
+        server.stop()
+    assert lost.value.may_be_done, "nobody knows of a commit that was not answered"
+    server.start()
+    time.sleep(0.6)
     with database.transaction() as db:
         db.execute(add, ("next", b"1"))
     server.stop()
@@ -215,14 +223,16 @@ def test_what_an_unheard_answer_claimed_is_claimed_again(tmp_path: Path, server:
     store.close()
 
 
-def test_a_database_serves_one_service(server: Postgres) -> None:
+def test_a_database_serves_one_service(server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     url = server.empty_database()
     first, second = open_database(url), open_database(url)
-    assert first.hold() and not second.hold()
-    server.stop()
-    server.start()
-    assert first.rows("SELECT 1") == second.rows("SELECT 1") == [(1,)]
-    assert not second.hold(), "it was taken again with the connection"
+    with monkeypatch.context() as patched:
+        patched.setattr(api.database, "_HELD_S", 0.3)
+        assert first.hold() and not second.hold()
+        server.stop()
+        server.start()
+        assert first.rows("SELECT 1") == second.rows("SELECT 1") == [(1,)]
+        assert not second.hold(), "it was taken again with the connection"
     first.close()
     assert second.hold()
     second.close()
