@@ -405,6 +405,15 @@ class Contents:
         self._keep(place.path.parent.name, place.path, digest)
         return digest
 
+    def drop_all(self, db: Transaction, owned: str, values: Sequence[Any]) -> list[int]:
+        """Drops everything of the owners that a condition names, names or not; the bytes of each content."""
+        for owner, part in db.execute(f"DELETE FROM room WHERE {owned} RETURNING owner, part", values).fetchall():
+            self._dropped_parts.put((owner, part))
+        gone = db.execute(f"DELETE FROM contents WHERE {owned} RETURNING owner, digest, bytes", values).fetchall()
+        for owner, digest, _ in gone:
+            self._dropped.put((owner, digest))
+        return [row[2] for row in gone]
+
     # --- inside
 
     def _keep(self, owner: str, path: Path, digest: str) -> None:

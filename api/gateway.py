@@ -37,6 +37,7 @@ from api.keeping import KeepingRoutes
 from api.logs import logs_since
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
+from api.purge_routes import PurgeRoutes
 from api.result_response import StoredResultResponse
 from api.results import ObjectResults
 from api.served import Checker, Deployments, Served
@@ -112,6 +113,7 @@ class Gateway:
         self._events.add_to(v1)
         self._edits.add_to(v1)
         self._keeping.add_to(v1)
+        PurgeRoutes(self._store).add_to(v1)
         app.include_router(v1)
         openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
         self._openai.add_to(openai)

@@ -67,6 +67,7 @@ class Deployments:
         self._served: dict[str, Served] = {}
         self._refresh: asyncio.Task[None] | None = None
         self._rung = False
+        self._has_looked = False
 
     def ring(self) -> None:
         """Something may have changed."""
@@ -91,6 +92,8 @@ class Deployments:
             return self._served[name]
         if name in self._known:
             raise CapacityError(f"{name} is not ready ({_progress(self._known[name])})")
+        if not self._has_looked:
+            raise CapacityError("the gateway has just been started and does not know the deployments yet")
         names = ", ".join(sorted(self._known)) or "none yet"
         raise NotFoundError(f"there is no model {name[:100]!r} here; there is {names}")
 
@@ -115,7 +118,7 @@ class Deployments:
                     await asyncio.sleep(AWAY_S)
                     self._rung = True
                     continue
-                self._known = known
+                self._known, self._has_looked = known, True
                 ready = {name for name, one in known.items() if one.state.is_serving or one.state is DRAINING}
                 self._served = {
                     name: one

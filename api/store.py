@@ -129,6 +129,7 @@ class Store(Catalogue):
         self.events_bell = Doorbell(self.folder / "events.bell")  # rung at every step: it costs the gateway little
         opened = open_database(database or f"sqlite:///{self.folder / 'store.db'}")
         super().__init__(opened, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
+        self.database = opened
         self.edits = KeptEdits(opened)
         self.objects = None if objects is None else Objects(objects)
         self.results: Results = FileResults(self._results) if self.objects is None else ObjectResults(self.objects)
