@@ -15,6 +15,7 @@ from functools import partial
 
 from anyio import to_thread
 
+from api.idempotency import Submit
 from api.identity import Identity
 from api.limits import Terms, limits_from_text
 from api.quotas import Rates
@@ -116,6 +117,7 @@ class Admission:
         verdict: Verdict,
         *,
         is_interactive: bool = True,
+        submit: Submit | None = None,
     ) -> RequestStatus:
         """Stores a request whose file is durable. Raises what `Store.add` does."""
         assert verdict.facts is not None
@@ -133,6 +135,7 @@ class Admission:
             terms=terms,
             result_ttl_s=self._settings.result_ttl_s,
             needs=verdict.needs,
+            submit=submit,
         )
         try:
             return await to_thread.run_sync(add)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api import accounting, key_commands, operations, tenant_commands
+from api import accounting, key_commands, operations, purge_command, tenant_commands
 from api.console import errors, progress
 
 app = typer.Typer(
@@ -61,6 +61,12 @@ def serve(
     store: Annotated[
         Path | None, typer.Option(help="Folder for requests, results and deployments; default: a temporary one.")
     ] = None,
+    database: Annotated[
+        str | None, typer.Option(help="postgresql://... in the place of a file in --store; best as POLYTRACE_DATABASE.")
+    ] = None,
+    objects: Annotated[
+        str | None, typer.Option(help="s3://BUCKET/PREFIX, or a URL of fsspec's, for all that outlives --store.")
+    ] = None,
     key: Annotated[
         str | None, typer.Option(help="An operator's key beside the store's; better set as POLYTRACE_KEY.")
     ] = None,
@@ -98,6 +104,8 @@ def serve(
             port=port,
             address=address,
             store=None if store is None else str(store),
+            database=database,
+            objects=objects,
         )
         shards = f"{replicas} x {stages} x {ranks}" if replicas > 1 else f"{stages} x {ranks}"
         first = f"starting {spec.name} on {shards} shards" if spec else f"starting what {settings.store} has"
@@ -113,6 +121,7 @@ app.add_typer(key_commands.keys, name="keys")
 app.add_typer(tenant_commands.tenants, name="tenants")
 for _account in (accounting.validate, accounting.usage, accounting.limits):
     app.command()(_account)
+app.command()(purge_command.purge)
 
 
 @app.command()

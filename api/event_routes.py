@@ -68,6 +68,7 @@ class EventRoutes:
         if last_event_id == END:
             return Response(status_code=204)
         after = _place(last_event_id)
+        await to_thread.run_sync(self._store.bring_events, request)
         self._store.events.read(request, after)  # UserError
         self._listeners[request] += 1
         on_left = partial(self._on_left, request, is_cancelling=cancel_on_disconnect)

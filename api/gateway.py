@@ -4,7 +4,7 @@ Owns the routes and their rules. Requests are checked by `api.worker`, kept by `
 bodies stream between socket and file, 4 MB at a time.
 
 A submit may wait for its result (`Prefer: wait=SECONDS`). A client that disconnects while it waits this way cancels its
-request: nobody else knows its id. One that has the id (202) may come and go.
+request: nobody else knows its id. One that has the id (202), or sent a key (`api.idempotency`), may come and go.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from api import problems
 from api.access import Access
 from api.admission import Admission
+from api.away import AwayError
 from api.bodies import LimitedBodies
-from api.callers import caller_of, operator_of
+from api.callers import caller_of, operator_of, owner_of
 from api.catalogue import Deployment
 from api.edit_routes import EditRoutes
-from api.event_routes import EventRoutes
+from api.event_routes import EventRoutes, cancel_soon
 from api.expiry import Expiry
+from api.idempotency import AcceptedBeforeError, Returning, check_same, key_of, submit_of_file
 from api.keeping import KeepingRoutes
 from api.key_routes import KeyRoutes
 from api.limits import Terms
@@ -39,6 +41,9 @@ from api.logs import logs_since
 from api.oidc import Provider
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
+from api.purge_routes import PurgeRoutes
+from api.result_response import StoredResultResponse
+from api.results import ObjectResults
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
@@ -80,6 +85,8 @@ class Gateway:
         self._admission = Admission(store, settings, checker)
         self._edits = EditRoutes(store, settings, checker, self._deployments)
         self._streams = Streams(store, self._waiting)
+        self._cancelling: set[asyncio.Task[None]] = set()
+        self._returning = Returning(lambda request: cancel_soon(store, request, self._cancelling))
         self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
         self._events = EventRoutes(store, self._waiting, self._streams, _plain)
         self._openai = OpenAIRoutes(store, checker, self._deployments, self._waiting, self._streams, self._admission)
@@ -117,6 +124,7 @@ class Gateway:
         self._keeping.add_to(v1)
         self._keys.add_to(v1)
         self._tenants.add_to(v1)
+        PurgeRoutes(self._store).add_to(v1)
         app.include_router(v1)
         openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
         self._openai.add_to(openai)
@@ -240,7 +248,9 @@ class Gateway:
 
     async def submit(self, name: str, request: Request) -> Response:
         """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""
-        caller = caller_of(request)
+        caller, key = caller_of(request), key_of(request)
+        if key is not None and (before := await self._submitted(key, name, request)) is not None:
+            return await self._followed(before, request)
         served = self._deployments.taking(name, caller)
         terms = await self._admission.begin(caller, name)
         request_id = self._store.new_id()
@@ -257,16 +267,16 @@ class Gateway:
             self._store.discard(request_id)
             raise
         try:
-            status = await self._admission.accept(request_id, served, caller, terms, verdict)
-        except PolytraceError:
-            self._store.discard(request_id)
+            submit = None if key is None else submit_of_file(key, name, self._store.request_path(request_id))
+            status = await self._admission.accept(request_id, served, caller, terms, verdict, submit=submit)
+        except PolytraceError as error:
+            if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
+                self._store.discard(request_id)
             raise
-        if (wait_s := self._preferred_wait(request)) > 0:
-            waited = await self._waiting.for_caller(request_id, request, wait_s)
-            if waited is None:
-                return Response(status_code=CLIENT_GONE)
-            status = waited
-        return await self._answer(status)
+        except AcceptedBeforeError as before:  # by a call at the same time
+            self._store.discard(request_id)
+            status = await self._waiting.until_final(before.request, 0.0, caller)
+        return await self._followed(status, request)
 
     async def status(
         self,
@@ -306,7 +316,8 @@ class Gateway:
         loop.add_reader(events_bell.listen(), self._on_events_bell)
         self._deployments.ring()
         self._checker.start()
-        self._store.contents.give_up_uploads()
+        with contextlib.suppress(AwayError):  # their room is given back another time
+            self._store.contents.give_up_uploads()
         purging = asyncio.create_task(self._keeping.purge_forever())
         expiring = asyncio.create_task(self._expiry.run_forever())
         noting = asyncio.create_task(self._access.note_forever())
@@ -347,6 +358,29 @@ class Gateway:
         path = self._store.request_path(request_id)
         await receive(request, path, max_bytes=most, idle_s=self._settings.upload_idle_s, whose=whose)
 
+    async def _submitted(self, key: str, name: str, request: Request) -> RequestStatus | None:
+        """How the request does that was accepted by this key before, None when there is none."""
+        known = await to_thread.run_sync(self._store.submitted, owner_of(request), key)
+        if known is None:
+            return None
+        await check_same(known[1], name, request, idle_s=self._settings.upload_idle_s)
+        return await self._waiting.until_final(known[0], 0.0, caller_of(request))
+
+    async def _followed(self, status: RequestStatus, request: Request) -> Response:
+        """The answer to a submit: what came of it within the time that the caller waits, else how it stands."""
+        if (wait_s := self._preferred_wait(request)) <= 0:
+            return await self._answer(status)
+        returning = None if key_of(request) is None else self._returning
+        if returning is not None:
+            returning.come(status.id)
+        waited = None
+        try:
+            waited = await self._waiting.for_caller(status, request, wait_s, is_cancelling=returning is None)
+        finally:
+            if returning is not None:
+                returning.go(status.id, has_heard=waited is not None)
+        return Response(status_code=CLIENT_GONE) if waited is None else await self._answer(waited)
+
     def _preferred_wait(self, request: Request) -> float:
         """Seconds of `Prefer: wait=N` (RFC 7240), at most what the settings allow; 0 when there is none."""
         found = re.search(r'(?:^|[,;\s])wait\s*=\s*"?(\d{1,9}(?:\.\d+)?)', request.headers.get("prefer", ""))
@@ -358,6 +392,9 @@ class Gateway:
         `is_whole`: nobody can have asked for a part of the result, so a small one needs no machinery for that.
         """
         headers: dict[str, str] = {"X-Request-Id": status.id}
+        if status.state is RequestState.DONE and isinstance(self._store.results, ObjectResults):
+            stored = await to_thread.run_sync(self._store.results.stored, status.id)
+            return StoredResultResponse(stored, MEDIA_TYPE, headers)
         if status.state is RequestState.DONE:
             path = self._store.result_path(status.id)
             if is_whole and (content := await to_thread.run_sync(_read_small, path)) is not None:

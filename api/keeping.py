@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 
 from api.admission import Admission
+from api.away import AwayError
 from api.callers import caller_of, owner_of
 from api.contents import Contents
 from api.uploads import receive
@@ -63,6 +64,8 @@ class KeepingRoutes:
         while True:
             try:
                 await to_thread.run_sync(self._contents.purge)
+            except AwayError:
+                pass  # another time
             except Exception:  # noqa: BLE001  the edge of the task: a disk that fails now may work later
                 _log.exception("what has expired could not be dropped")
             await asyncio.sleep(PURGE_S)

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.admission import Admission
+from api.away import AwayError
 from api.callers import caller_of
 from api.choices import Answer
 from api.event_routes import cancel_soon
@@ -87,7 +88,8 @@ class OpenAIRoutes:
         with about(MODEL):
             served = self._deployments.taking(wish.model, caller_of(request))
         tokenizer = await self._tokenizer(wish.model, served)
-        request_id, composed = await self._accepted(wish, served, caller_of(request))
+        accepted, composed = await self._accepted(wish, served, caller_of(request))
+        request_id = accepted.id
         answer = Answer(
             wish, request=request_id, created=int(time.time()), prompts=composed.prompts, tokenizer=tokenizer
         )
@@ -95,7 +97,7 @@ class OpenAIRoutes:
         if wish.stream:
             left = partial(cancel_soon, self._store, request_id, self._cancelling)
             return EventStream(self._texts(request_id, caller_of(request), answer), on_left=left, headers=headers)
-        status = await self._waiting.for_caller(request_id, request, math.inf)
+        status = await self._waiting.for_caller(accepted, request, math.inf)
         if status is None:
             return Response(status_code=CLIENT_GONE)
         if (error := _error_of(status)) is not None:
@@ -105,7 +107,7 @@ class OpenAIRoutes:
 
     async def _accepted(
         self, wish: CompletionWish | ChatWish, served: Served, caller: Identity
-    ) -> tuple[RequestId, Composed]:
+    ) -> tuple[RequestStatus, Composed]:
         """The request, in the store like one that was uploaded."""
         terms = await self._admission.begin(caller, wish.model)
         request_id = self._store.new_id()
@@ -117,11 +119,12 @@ class OpenAIRoutes:
                 raise FieldError(from_fields(verdict.error), composed.param)
             await self._admission.held(verdict, request_id, served, caller, terms)
             await to_thread.run_sync(self._store.sync_request, request_id)
-            await self._admission.accept(request_id, served, caller, terms, verdict)
-        except BaseException:
-            self._store.discard(request_id)
+            status = await self._admission.accept(request_id, served, caller, terms, verdict)
+        except BaseException as error:
+            if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
+                self._store.discard(request_id)
             raise
-        return request_id, composed
+        return status, composed
 
     async def _texts(self, request_id: RequestId, caller: Identity, answer: Answer) -> AsyncIterator[str]:
         """What a stream sends."""

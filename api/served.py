@@ -14,6 +14,7 @@ from typing import Protocol
 
 from anyio import to_thread
 
+from api.away import AwayError
 from api.catalogue import Deployment, check_taking
 from api.identity import Identity
 from api.store import Store
@@ -26,6 +27,7 @@ from polytrace.errors import CapacityError, NotFoundError
 
 DRAINING = DeploymentState.DRAINING
 RETRY_S = 5.0
+AWAY_S = 0.5  # between two looks while the database is away
 PAUSE_S = 0.05  # between two looks: most rings are about requests, not deployments
 
 _log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Deployments:
         self._served: dict[str, Served] = {}
         self._refresh: asyncio.Task[None] | None = None
         self._rung = False
+        self._has_looked = False
 
     def ring(self) -> None:
         """Something may have changed."""
@@ -96,6 +99,8 @@ class Deployments:
             return self._served[name]
         if name in self._known and caller.may_use(name):
             raise CapacityError(f"{name} is not ready ({_progress(self._known[name])})")
+        if not self._has_looked:
+            raise CapacityError("the gateway has just been started and does not know the deployments yet")
         names = ", ".join(sorted(filter(caller.may_use, self._known))) or "none yet"
         raise NotFoundError(f"there is no model {name[:100]!r} here; there is {names}")
 
@@ -114,8 +119,13 @@ class Deployments:
             while self._rung:
                 await asyncio.sleep(PAUSE_S)
                 self._rung = False
-                known = {one.model: one for one in await to_thread.run_sync(self._store.deployments)}
-                self._known = known
+                try:
+                    known = {one.model: one for one in await to_thread.run_sync(self._store.deployments)}
+                except AwayError:  # what is known stays so until it is back
+                    await asyncio.sleep(AWAY_S)
+                    self._rung = True
+                    continue
+                self._known, self._has_looked = known, True
                 ready = {name for name, one in known.items() if one.state.is_serving or one.state is DRAINING}
                 self._served = {
                     name: one

@@ -41,6 +41,8 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_OIDC_ROLE_CLAIM": "claim, a text or a list, that makes operators; default: none does",
     "POLYTRACE_OIDC_OPERATOR_ROLE": "what that claim has for an operator; default: polytrace-operator",
     "POLYTRACE_STORE": "folder for requests and results",
+    "POLYTRACE_DATABASE": "postgresql://... in the place of a SQLite file in the store's folder",
+    "POLYTRACE_OBJECTS": "s3://BUCKET/PREFIX, or another URL of fsspec's, for what is to outlive the store's folder",
     "POLYTRACE_CHECKERS": "processes that check requests before they are accepted",
     "POLYTRACE_MAX_WAIT_S": "longest time that one call may wait for a result",
     "POLYTRACE_MAX_OPEN": "unfinished requests that one deployment takes before it answers 503",
@@ -101,6 +103,8 @@ class ServeSettings:
     port: int = 8765
     address: str | None = None  # of a Ray cluster to join; None: an own one
     store: str | None = None  # None: a fresh folder that goes when the service ends
+    database: str | None = None  # a URL; None: SQLite in that folder
+    objects: str | None = None  # a URL; None: that folder
     key: str | None = None
     asks_key: bool = True  # False: whoever reaches it is an operator
     budget_tokens: int = DEFAULT_BUDGET_TOKENS
@@ -219,8 +223,13 @@ def serve_settings(*, spec: DeploymentSpec | None, key: str | None, **flags: Any
     if address is not None and not re.fullmatch(r"auto|\S+:\d{1,5}", address):
         raise UserError(f"--address {address!r} is not that of a Ray cluster: HOST:PORT of its head, or auto")
     flags["store"] = flags.get("store") or from_environment("POLYTRACE_STORE", str, None)
-    if spec is None and flags["store"] is None:
-        raise UserError("there is nothing to serve: name a MODEL, or a --store that has deployments")
+    flags["database"] = flags.get("database") or from_environment("POLYTRACE_DATABASE", str, None)
+    flags["objects"] = flags.get("objects") or from_environment("POLYTRACE_OBJECTS", str, None)
+    if flags["store"] is None and (flags["database"] is None) != (flags["objects"] is None):
+        lacking = "--objects" if flags["objects"] is None else "--database"
+        raise UserError(f"a part of what is kept would go with the service's own folder: add {lacking}, or a --store")
+    if spec is None and flags["store"] is None and flags["database"] is None:
+        raise UserError("there is nothing to serve: name a MODEL, or a --store or --database that has deployments")
     budget = from_environment("POLYTRACE_BUDGET_TOKENS", int, DEFAULT_BUDGET_TOKENS, at_least=16)
     key = key or from_environment("POLYTRACE_KEY", str, None)
     if not flags.get("asks_key", True):

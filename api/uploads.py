@@ -56,13 +56,16 @@ async def receive(
 
 def _write(path: Path, file: BinaryIO | None, parts: list[bytes]) -> BinaryIO:
     """Appends to the file, which the first call makes."""
+    made: BinaryIO | None = None
     try:
         if file is None:
-            file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)  # noqa: SIM115
+            file = made = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)  # noqa: SIM115
         view = memoryview(b"".join(parts))
         while view:
             view = view[file.write(view) :]
     except OSError as error:
+        if made is not None:
+            made.close()
         raise CapacityError(f"the service has no room for the request: {error.strerror}") from error
     return file
 

@@ -211,9 +211,9 @@ class _Worker:
         return self.tokenizer(model, version) is not None
 
     def _published(self, model: str) -> Published:
-        from api.store import Store
+        from api.opening import open_store
 
-        store = Store(self._store)
+        store = open_store(self._store)
         published = store.published(model)
         store.close()
         if published is None:

@@ -78,10 +78,16 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultPlace:
-    """A result file that is there at its full size, without its header."""
+    """A result that is to be filled: a file that is there at its full size, or a place of objects."""
 
     path: Path
     start: int  # bytes before the data section, kept free for the header
+    url: str | None = None  # of the place of objects, which then is it
+
+    @property
+    def target(self) -> str:
+        """What shards are told."""
+        return self.url or str(self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -250,7 +250,7 @@ class Program:
     constants: Mapping[str, RawTensor] = field(default_factory=dict)  # in process; empty when `request_file` is set
     request_file: str | None = None  # the stored request: shards map its constants from here
     contents: Mapping[str, str] = field(default_factory=dict)  # constants that stand on the service -> their files
-    result_file: str | None = None  # shards write saves at `result_start + offset`; None: they return them
+    result_file: str | None = None  # or a URL: saves are written at `result_start + offset`; None: they are returned
     result_start: int = 0  # bytes before the data section of the result file
 
 

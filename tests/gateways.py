@@ -50,9 +50,11 @@ class GatewayService:
         tokenizer: bytes | None = None,
         key: str | None = None,
         source: str = "none",
+        database: str | None = None,
+        objects: str | None = None,
         **settled: Any,
     ) -> None:
-        self.store = Store(folder)
+        self.store = Store(folder, database=database, objects=objects)
         settings = GatewaySettings(store=str(folder), max_wait_s=20.0, shutdown_s=1.0, **settled)
         self.gateway = Gateway(self.store, settings, checker, key)
         self.server = GatewayServer(self.gateway, settings)
@@ -113,16 +115,20 @@ class Agreeable:
     ) -> str | None: ...
 
 
-def submit(service: GatewayService) -> RequestId:
-    """A request that runs."""
+def body(number: int = 1) -> bytes:
+    """A request; another number is another request."""
     where = "experiment.py:1"
     request = Request(
         graph=Graph(nodes=(Constant(name="c", where=where), Save(name="out", value=Ref(NodeId(0)), where=where))),
         invokes=(Invoke(sequences=((1, 2, 3),)),),
-        constants={"c": RawTensor(dtype="float32", shape=(1,), data=memoryview(b"\1" * 4))},
+        constants={"c": RawTensor(dtype="float32", shape=(1,), data=memoryview(bytes([number]) * 4))},
     )
-    content = b"".join(encode_request(request))
-    posted = service.http.post("/v1/models/m/requests", content=content).json()
+    return b"".join(encode_request(request))
+
+
+def submit(service: GatewayService) -> RequestId:
+    """A request that runs."""
+    posted = service.http.post("/v1/models/m/requests", content=body()).json()
     assert service.claim() == posted["id"]
     return RequestId(posted["id"])
 

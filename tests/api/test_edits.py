@@ -37,8 +37,8 @@ KEY = "sesame"
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    made = open_database(f"sqlite:///{tmp_path / 'store.db'}")
+def database(database_url: str) -> Iterator[Database]:
+    made = open_database(database_url)
     yield made
     made.close()
 
