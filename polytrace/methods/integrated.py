@@ -15,13 +15,13 @@ from polytrace.certificate import Receipt
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.literals import scalar
-from polytrace.methods.cells import axis_of, texts_at
+from polytrace.methods.cells import axis_of
 from polytrace.methods.imports import needs
-from polytrace.methods.metrics import Metric, Run, as_metric, logits_for, measure
+from polytrace.methods.metrics import Metric, Run, logits_for, measure
 from polytrace.methods.patching import check_lengths
 from polytrace.methods.places import Prompts, prompts_of
-from polytrace.methods.saliency import EMBEDDING, by_step, numbers_at, row_value, step_dims
-from polytrace.methods.sweeps import Scale, numbers_of, of_prompts, sweep_of
+from polytrace.methods.sweeps import numbers_of, of_prompts
+from polytrace.methods.token_rows import EMBEDDING, token_rows
 
 if TYPE_CHECKING:
     from xarray import DataArray
@@ -72,8 +72,8 @@ def integrated_gradients(
     count = scalar(steps)
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_STEPS:
         raise GraphError(f"steps are 1-{MAX_STEPS}, not {steps!r}", where=user_line())
-    batch, measured = prompts_of(model, prompts), as_metric(metric)
-    numbers, axis = numbers_at(model, of, layers), axis_of(batch, positions)
+    rows = token_rows(model, prompts, metric, of=of, layers=layers, positions=positions)
+    batch, measured, numbers = rows.batch, rows.measured, rows.numbers
     other = _baseline_prompts(model, batch, baseline)
     nodes, weights = np.polynomial.legendre.leggauss(count)  # of -1 to 1
     with model.trace() as tracer:
@@ -83,12 +83,12 @@ def integrated_gradients(
         starts: list[Any] = [baseline] * len(numbers)
         if other is not None:
             with tracer.invoke(other.ids):
-                starts = [row_value(model, of, number) for number in numbers]
+                starts = [rows.value(number) for number in numbers]
 
         def run(number: int | None, start: Any, share: float) -> tuple[Any, Any, Any]:
             """An invoke a part of the way: the metric, what was put in, and the whole way."""
             with tracer.invoke(batch.ids):
-                site = row_value(model, of, number)
+                site = rows.value(number)
                 way = site.float() - start
                 value = site.float() - way * (1.0 - share)
                 site[:] = value
@@ -108,19 +108,10 @@ def integrated_gradients(
                 way = of_layer[0][2]
                 saved.append((gradient * way).sum(list(range(2, len(way.shape)))).save())
     ends = np.stack([numbers_of(own, batch) for own in least], 1)
-    added = np.nansum(by_step(model, saved, batch, axis_of(batch, None), of).reshape(len(batch), len(numbers), -1), -1)
+    added = np.nansum(rows.by_step(saved, axis_of(batch, None)), -1)
     gap = numbers_of(best, batch)[:, None] - ends - added
-    found = sweep_of(
-        by_step(model, saved, batch, axis, of),
-        step_dims(of, numbers, axis),
-        batch,
-        name=f"part of {measured.name}",
-        scale=Scale.VALUE,
-        receipt=tracer.receipt,
-        clean=best,
-        tokens={"position": texts_at(model, batch, axis)},
-    )
-    dims: dict[str, Any] = {} if of == EMBEDDING else {"layer": numbers}
+    found = rows.sweep(saved, f"part of {measured.name}", clean=best, receipt=tracer.receipt)
+    dims = rows.layer_dims
     shape = (len(batch), *map(len, dims.values()))
     return Integrated(
         effect=found.effect,

@@ -7,21 +7,17 @@ where the metric has saturated the gradient is small, however much a token matte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
-from polytrace.methods.cells import Axis, Places, axis_of, texts_at
-from polytrace.methods.metrics import Metric, Run, as_metric, measure
-from polytrace.methods.places import GIVEN, OF_LAYERS, Prompts, layers_of, prompts_of, value_of
-from polytrace.methods.sweeps import Scale, Sweep, sweep_of
-from polytrace.points import DIMS
+from polytrace.methods.metrics import Metric, Run, measure
+from polytrace.methods.sweeps import Sweep
+from polytrace.methods.token_rows import EMBEDDING, token_rows
 
 if TYPE_CHECKING:
     from polytrace.model import Model
-
-EMBEDDING = "embedding"  # what the embedding of tokens gives, before any layer
 
 
 def saliency(
@@ -42,11 +38,10 @@ def saliency(
     """
     if method not in ("norm", "dot"):
         raise GraphError(f"method is 'norm' or 'dot', not {method!r}", where=user_line())
-    batch, measured = prompts_of(model, prompts), as_metric(metric)
-    numbers, axis = numbers_at(model, of, layers), axis_of(batch, positions)
-    with model.trace(batch.ids) as tracer:
-        best = measure(measured, Run(model, batch))
-        values = [row_value(model, of, number) for number in numbers]
+    rows = token_rows(model, prompts, metric, of=of, layers=layers, positions=positions)
+    with model.trace(rows.batch.ids) as tracer:
+        best = measure(rows.measured, Run(model, rows.batch))
+        values = [rows.value(number) for number in rows.numbers]
         with best.sum().backward():
             saved = []
             for value in values:
@@ -56,17 +51,8 @@ def saliency(
                 else:
                     saved.append((gradient * gradient).sum(features).sqrt().save())
         best = best.save()
-    names = {"norm": f"gradient of {measured.name}", "dot": f"gradient of {measured.name} times input"}
-    return sweep_of(
-        by_step(model, saved, batch, axis, of),
-        step_dims(of, numbers, axis),
-        batch,
-        name=names[method],
-        scale=Scale.VALUE,
-        receipt=tracer.receipt,
-        clean=best,
-        tokens={"position": texts_at(model, batch, axis)},
-    )
+    name = f"gradient of {rows.measured.name}" + (" times input" if method == "dot" else "")
+    return rows.sweep(saved, name, clean=best, receipt=tracer.receipt)
 
 
 def gradient_x_input(
@@ -80,45 +66,3 @@ def gradient_x_input(
 ) -> Sweep:
     """`saliency` with `method="dot"`: to first order, what the metric would lose if the token's row were 0."""
     return saliency(model, prompts, metric, of=of, layers=layers, positions=positions, method="dot")
-
-
-def numbers_at(model: Model, of: str, layers: Any) -> list[int | None]:
-    """Layers of a point that has a row for each token; None is the embedding. Raises GraphError for other points."""
-    if of == EMBEDDING:
-        if layers is not None:
-            raise GraphError(
-                "the embedding is of no layer: leave `layers` out, or give a point of layers as `of`", where=user_line()
-            )
-        return [None]
-    known = [EMBEDDING, *GIVEN, *(name for name in OF_LAYERS if DIMS[name][1] == "token" and name != "router")]
-    if of not in known:
-        raise GraphError(f"{of!r} has no row for each token; these have: {', '.join(known)}", where=user_line())
-    return list(layers_of(model, layers))
-
-
-def row_value(model: Model, of: str, number: int | None) -> Any:
-    """In the open invoke, `[sequences, tokens, ...]`."""
-    return model.embed_tokens.output if number is None else value_of(model, number, of)
-
-
-def by_step(model: Model, saved: Sequence[Any], batch: Prompts, axis: Axis, of: str) -> Any:
-    """Saved numbers of every token `[prompts, longest]` of each layer, put together as `step_dims` has it, numpy's.
-
-    NaN where a prompt has no token for a step.
-    """
-    import numpy as np
-
-    tokens = np.array([value.tolist() for value in saved], dtype=float).reshape(len(saved), len(batch), batch.longest)
-    steps: list[Places] = [axis.places(model, batch, step) for step in range(len(axis.labels))]
-    array = np.full((len(batch), len(saved), len(steps)), np.nan)
-    for step, places in enumerate(steps):
-        for prompt, own in enumerate(places):
-            if own:
-                first = batch.longest - batch.lengths[prompt]
-                array[prompt, :, step] = tokens[:, prompt, [first + place for place in own]].sum(1)
-    return array[:, 0] if of == EMBEDDING else array
-
-
-def step_dims(of: str, numbers: Sequence[int | None], axis: Axis) -> dict[str, Sequence[Any]]:
-    """Those of an effect by position."""
-    return {"position": axis.labels} if of == EMBEDDING else {"layer": numbers, "position": axis.labels}

@@ -10,13 +10,12 @@ the same patterns under the same names.
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
 
 import torch
+from peers.in_nnsight import write_values
 from peers.material import (
     EIFFEL,
-    FOLDER,
     GALATA,
     HEAD,
     HEAD_DIM,
@@ -31,7 +30,6 @@ from peers.material import (
     lenses,
     sae,
 )
-from safetensors.torch import save_file
 
 nnsight: Any = importlib.import_module("nnsight")
 
@@ -654,27 +652,12 @@ def source_changed(model: Any) -> Any:
     return logits
 
 
-def main() -> None:
-    """Runs all patterns and writes their values."""
-    transformers = importlib.import_module("nnsight.modeling.transformers")
-    model = transformers.TransformersModel(
-        str(FOLDER), task="text-generation", dtype=torch.float32, dispatch=True, attn_implementation="eager"
-    )
-    model.tokenizer.padding_side = "left"
-    values = {}
-    for name, pattern in PATTERNS.items():
-        with torch.no_grad():
-            made = pattern(model)
-        many = made if isinstance(made, (tuple, list)) else [made]
-        values |= {f"{name}/{number}": value.detach().contiguous().clone() for number, value in enumerate(many)}
-    save_file(values, sys.argv[1])
-
-
 PATTERNS = {
     name: function
     for name, function in list(globals().items())
-    if getattr(function, "__module__", None) == __name__ and not name.startswith("_") and name != "main"
+    if getattr(function, "__module__", None) == __name__ and not name.startswith("_")
 }
 
 if __name__ == "__main__":
-    main()
+    with torch.no_grad():
+        write_values(PATTERNS)

@@ -6,41 +6,25 @@ with `python -c "from bench.cones.peer import environment; environment()"`.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peers.gradients_polytrace import PATTERNS
+from peers.gradients import patterns
 from peers.material import FOLDER
-from safetensors.torch import load_file
+from peers.nnsight_values import values_in_nnsight
 
 import polytrace
-from bench.cones import peer
 from bench.plain import TOLERANCE, difference
 
-TESTS = Path(__file__).resolve().parents[1]
+PATTERNS = patterns(polytrace.save)
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor]]:
     """What each pattern gave in nnsight."""
-    python = peer.made()
-    if python is None:
-        pytest.skip("nnsight has no environment here")
-    out = tmp_path_factory.mktemp("nnsight") / "gradients.safetensors"
-    command = [str(python), "-m", "peers.gradients_nnsight", str(out)]
-    variables = os.environ | {"PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    ran = subprocess.run(command, cwd=TESTS.parent, env=variables, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    values: dict[str, list[torch.Tensor]] = {}
-    flat = load_file(out)
-    for key in sorted(flat, key=lambda key: (key.split("/")[0], int(key.split("/")[1]))):
-        values.setdefault(key.split("/")[0], []).append(flat[key])
-    return values
+    return values_in_nnsight("peers.gradients_nnsight", tmp_path_factory.mktemp("nnsight") / "gradients.safetensors")
 
 
 @pytest.fixture(scope="module")

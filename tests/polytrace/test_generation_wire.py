@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import struct
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +39,7 @@ from polytrace.graph import (
 )
 from polytrace.timing import time_of
 from polytrace.wire import decode_request, decode_result, encode_request, result_header, result_room
+from tests.polytrace.damaged import damaged
 
 TOKEN = Site(module="", port=Port.TOKEN)
 STEPS = 6  # of the first invoke; the second has 3, the third does not go on
@@ -137,26 +137,9 @@ def test_a_generation_survives_its_file(request: Request) -> None:
 @given(request=requests(), data=st.data())
 def test_any_json_in_place_of_a_part_of_a_generation_is_refused_cleanly(request: Request, data: st.DataObject) -> None:
     file = file_of(request)
-    (length,) = struct.unpack("<Q", file[:8])
-    header = json.loads(file[8 : 8 + length])
-    body = json.loads(header["__metadata__"]["request"])
-    spot: Any = body
-    keys = ["generations", "templates", "order"]
-    while True:
-        key = data.draw(
-            st.sampled_from(keys if spot is body else sorted(spot) if isinstance(spot, dict) else range(len(spot)))
-        )
-        if not isinstance(spot[key], (dict, list)) or not spot[key] or data.draw(st.booleans()):
-            break
-        spot = spot[key]
-    spot[key] = data.draw(
-        st.none() | st.booleans() | st.integers(-3, 2**33) | st.floats(allow_nan=False, allow_infinity=False)
-        | st.sampled_from(["at", "last", "stop", [], [[1, 2]], {"back": 1}, {"steps": [0, 1]}])
-    )  # fmt: skip
-    header["__metadata__"]["request"] = json.dumps(body)
-    text = json.dumps(header).encode()
+    changed = damaged(file, data, ["generations", "templates", "order"], ["at", "last", "stop"])
     with contextlib.suppress(PolytraceError):
-        decode_request(struct.pack("<Q", len(text)) + text)
+        decode_request(changed)
 
 
 WAY = Generation(max_new_tokens=4)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import struct
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -41,6 +38,7 @@ from polytrace.graph import (
 )
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_request, encode_request
+from tests.polytrace.damaged import damaged
 
 INVOKES = (Invoke(sequences=((1, 2, 3),)), Invoke(sequences=((4, 5),)))
 CONSTANTS = {"c": RawTensor(dtype="float32", shape=(2,), data=memoryview(b"12345678"))}
@@ -104,26 +102,9 @@ def test_gradients_survive_their_file(request: Request) -> None:
 @given(request=requests(), data=st.data())
 def test_any_json_in_place_of_a_part_is_refused_cleanly(request: Request, data: st.DataObject) -> None:
     file = file_of(request)
-    (length,) = struct.unpack("<Q", file[:8])
-    header = json.loads(file[8 : 8 + length])
-    body = json.loads(header["__metadata__"]["request"])
-    spot: Any = body
-    keys = ["templates", "order"]
-    while True:
-        key = data.draw(
-            st.sampled_from(keys if spot is body else sorted(spot) if isinstance(spot, dict) else range(len(spot)))
-        )
-        if not isinstance(spot[key], (dict, list)) or not spot[key] or data.draw(st.booleans()):
-            break
-        spot = spot[key]
-    spot[key] = data.draw(
-        st.none() | st.booleans() | st.integers(-3, 2**33) | st.floats(allow_nan=False, allow_infinity=False)
-        | st.sampled_from(["backward", "grad", "grad write", [], [[1, 2]], {"back": 1}, {"steps": [0, 1]}])
-    )  # fmt: skip
-    header["__metadata__"]["request"] = json.dumps(body)
-    text = json.dumps(header).encode()
+    changed = damaged(file, data, ["templates", "order"], ["backward", "grad", "grad write"])
     with contextlib.suppress(PolytraceError):
-        decode_request(struct.pack("<Q", len(text)) + text + file[8 + length :])
+        decode_request(changed)
 
 
 READ = Read(site=site(0), invoke=0, where="a.py:1")

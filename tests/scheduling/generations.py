@@ -25,7 +25,6 @@ from polytrace.graph import (
     Read,
     Ref,
     Request,
-    Save,
     Sharing,
     Site,
     Write,
@@ -33,6 +32,7 @@ from polytrace.graph import (
 from polytrace.tensors import RawTensor, num_bytes
 from scheduling.plan import NO_ROWS, Drawn, Plan, Program, RequestId, ShardResult, TrunkId, ValueFacts
 from scheduling.program import work_out
+from tests.scheduling.pipeline import fired_nodes
 from tests.scheduling.tiny import HIDDEN, VOCAB, tiny_llama
 
 Tokens = tuple[int, ...]
@@ -213,15 +213,7 @@ class DrawingShards:
             stage=stage,
             rank=0,
             failures=(),
-            fired={
-                member.program.request: tuple(
-                    node
-                    for fragment in member.program.waves[member.wave].stages[stage].fragments
-                    for node in fragment.nodes
-                    if isinstance(member.program.graph.nodes[node], (Read, Write, Save))
-                )
-                for member in plan.members
-            },
+            fired=fired_nodes(plan, stage),
             saved_bytes={},
             carried_bytes=0,
             gathered_bytes=0,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from polytrace.graph import Read, Save, Write
+from polytrace.graph import NodeId, Read, Save, Write
 from scheduling.loop import step
-from scheduling.plan import Plan, Program, ShardResult
+from scheduling.plan import Plan, Program, RequestId, ShardResult
 from scheduling.policy import passes_in_flight
 from scheduling.scheduler import Outcome, Scheduler
 
@@ -83,6 +83,19 @@ def run_all(
         shards.wait()
 
 
+def fired_nodes(plan: Plan, stage: int) -> dict[RequestId, tuple[NodeId, ...]]:
+    """What each member reads, writes and saves in the stage."""
+    return {
+        member.program.request: tuple(
+            node
+            for fragment in member.program.waves[member.wave].stages[stage].fragments
+            for node in fragment.nodes
+            if isinstance(member.program.graph.nodes[node], (Read, Write, Save))
+        )
+        for member in plan.members
+    }
+
+
 def all_fired(plan: Plan, stages: int) -> tuple[ShardResult, ...]:
     """What shards answer that ran everything."""
     return tuple(
@@ -91,15 +104,7 @@ def all_fired(plan: Plan, stages: int) -> tuple[ShardResult, ...]:
             stage=stage,
             rank=0,
             failures=(),
-            fired={
-                member.program.request: tuple(
-                    node
-                    for fragment in member.program.waves[member.wave].stages[stage].fragments
-                    for node in fragment.nodes
-                    if isinstance(member.program.graph.nodes[node], (Read, Write, Save))
-                )
-                for member in plan.members
-            },
+            fired=fired_nodes(plan, stage),
             saved_bytes={},
             carried_bytes=0,
             gathered_bytes=0,

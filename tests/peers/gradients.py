@@ -1,15 +1,18 @@
-"""The patterns of `gradients_nnsight` in polytrace: the same names, the same values, nearly always the same lines."""
+"""nnsight's patterns with gradients: attribution patching, gradient-based attribution, AtP*'s pieces.
+
+The lines are the same in nnsight (`gradients_nnsight` runs them) and in polytrace, but for the library's own `save`.
+"""
 
 # ruff: noqa: RET504  a trace, and behind it what it saved
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from peers.material import EIFFEL, GALATA, HEAD_DIM, LAYER, NUM_HEADS, NUM_LAYERS, SHORT
-
-import polytrace
 
 TARGET, OTHER = 1200, 700  # two tokens' logits are the metric
 
@@ -19,11 +22,11 @@ def metric(model: Any) -> Any:
     return (logits[:, TARGET] - logits[:, OTHER]).sum()
 
 
-def saliency_of_layers(model: Any) -> Any:
+def saliency_of_layers(model: Any, save: Any) -> Any:
     with model.trace(EIFFEL):
         hidden = [layer.output for layer in model.model.layers]
         with metric(model).backward():
-            grads = polytrace.save([None] * NUM_LAYERS)
+            grads = save([None] * NUM_LAYERS)
             for number in reversed(range(NUM_LAYERS)):
                 grads[number] = hidden[number].grad
     return grads
@@ -204,9 +207,11 @@ def one_step_of_learning(model: Any) -> Any:
     return vector, logits
 
 
-_NOT_PATTERNS = ("metric",)
-PATTERNS = {
-    name: function
-    for name, function in list(globals().items())
-    if getattr(function, "__module__", None) == __name__ and name not in _NOT_PATTERNS
-}
+def patterns(save: Callable[[Any], Any]) -> dict[str, Callable[[Any], Any]]:
+    """All patterns by name, each of a model; `save` is the library's."""
+    found = {
+        name: function
+        for name, function in globals().items()
+        if getattr(function, "__module__", None) == __name__ and name not in ("metric", "patterns")
+    }
+    return found | {"saliency_of_layers": partial(saliency_of_layers, save=save)}
