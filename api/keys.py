@@ -166,6 +166,11 @@ class Keys:
         )
         return Holder(identity=identity, expires=expires)
 
+    def has(self, secret: str) -> bool:
+        """Whether a text is called as a key of this store is, one that is good or not."""
+        form = _FORM.fullmatch(secret)
+        return bool(form and self._db.rows("SELECT 1 FROM keys WHERE prefix = ?", (form[1],)))
+
     def are_there(self, *, of_operators: bool = False) -> bool:
         """Whether anybody, or an operator, can come in by key."""
         role = "AND role = 'operator'" if of_operators else ""

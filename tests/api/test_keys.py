@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from api.access import Access
 from api.audit import Audit
 from api.commands import app
 from api.database import Database, open_database
@@ -183,6 +185,22 @@ def test_another_address_needs_a_way_in_that_is_there_already(keys: Keys, monkey
     monkeypatch.undo()
     keys.make("default", "ada", LOCAL, expires=time.time() + 60)
     assert let_in(keys, ServeSettings(spec=None, host="0.0.0.0")) is None
+
+
+def test_a_key_of_the_store_in_the_services_own_variable_is_the_stores(keys: Keys, database: Database) -> None:
+    made, secret = keys.make("default", "ada", LOCAL, role=Role.OPERATOR)
+    access = Access(keys, Tenants(database), own_key=secret, asks=True)
+    assert asyncio.run(access.identify(f"Bearer {secret}")).user == "ada"
+    assert let_in(keys, ServeSettings(spec=None, host="0.0.0.0", key=secret)) is None
+    keys.revoke(made.prefix, LOCAL)
+    again = Access(keys, Tenants(database), own_key=secret, asks=False)  # the service was started again
+    for header in (f"Bearer {secret}", ""):
+        with pytest.raises(KeyRefusedError):
+            asyncio.run(again.identify(header))
+    with pytest.raises(UserError, match="no key yet"):
+        let_in(keys, ServeSettings(spec=None, host="0.0.0.0", key=secret))
+    other = Access(keys, Tenants(database), own_key=f"pt_0123456789ab_{'x' * 43}", asks=True)
+    assert asyncio.run(other.identify(f"Bearer pt_0123456789ab_{'x' * 43}")) == LOCAL, "of another store"
 
 
 def test_only_loopback_is_served_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
