@@ -35,7 +35,7 @@ def let_in(keys: Keys, settings: ServeSettings) -> str | None:
 
 def _who() -> str:
     """The account, for the audit log."""
-    return str(os.geteuid()) if hasattr(os, "geteuid") else "local"
+    return f"uid-{os.geteuid()}" if hasattr(os, "geteuid") else "somebody"
 
 
 # who works on the store itself: nobody of any tenant's, as no tenant has such a name

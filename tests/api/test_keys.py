@@ -16,7 +16,7 @@ from api.commands import app
 from api.database import Database, open_database
 from api.first_key import let_in
 from api.identity import LOCAL, Identity, Role
-from api.keys import MAX_KEYS, Keys
+from api.keys import MAX_ENDED, MAX_KEYS, Keys
 from api.settings import ServeSettings, serve_settings
 from api.tenants import Tenants
 from polytrace.errors import ConflictError, KeyRefusedError, NotFoundError, UserError
@@ -159,6 +159,18 @@ def test_a_user_has_so_many_keys(keys: Keys, database: Database) -> None:
         keys.make("default", "ada", LOCAL)
     keys.revoke(made.prefix, LOCAL)
     keys.make("default", "ada", LOCAL)
+    with database.transaction() as db:  # all but one ended, most of them long ago
+        db.execute("UPDATE keys SET revoked = 1 WHERE created = 0")
+    keys.revoke(keys.make("default", "ada", LOCAL)[0].prefix, LOCAL)
+    assert len(keys.known()) == 3, "what ended long ago is forgotten"
+    with database.transaction() as db:
+        db.executemany(
+            "INSERT INTO keys (prefix, hash, tenant, user_name, created, revoked) "
+            "VALUES (?, ?, 'default', 'ada', 0, ?)",
+            [(f"pt_{number:012x}", b"", time.time()) for number in range(MAX_ENDED)],
+        )
+    with pytest.raises(ConflictError, match="keys that ended lately"):
+        keys.make("default", "ada", LOCAL)
 
 
 def test_the_first_start_on_loopback_makes_a_key_and_later_ones_none(keys: Keys) -> None:
