@@ -42,12 +42,14 @@ class Access:
     def __init__(
         self, keys: Keys, tenants: Tenants, *, own_key: str | None, asks: bool, provider: Provider | None = None
     ) -> None:
-        """`own_key`: an operator's of the tenant default. Unless `asks`, or there is one or a provider, all may come in
-        without a key, as LOCAL.
+        """`own_key`: an operator's of the tenant default; but one of the store's is what the store says.
+
+        Unless it `asks`, or there is such a key or a provider, all may come in without a key, as LOCAL.
         """
         self._keys = keys
         self._tenants = tenants
-        self._own = None if own_key is None else hashlib.sha256(own_key.encode()).digest()
+        is_own = own_key is not None and not keys.has(own_key)
+        self._own = hashlib.sha256(own_key.encode()).digest() if own_key is not None and is_own else None
         self._provider = provider
         self._is_open = not asks and own_key is None and provider is None
         self._known: dict[bytes, _Known] = {}

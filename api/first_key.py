@@ -16,8 +16,8 @@ from polytrace.errors import UserError
 
 def let_in(keys: Keys, settings: ServeSettings) -> str | None:
     """What to tell whoever starts the service; None when there is nothing to tell. Raises UserError with what to do."""
-    if settings.key is not None:
-        return None
+    if settings.key is not None and not keys.has(settings.key):
+        return None  # POLYTRACE_KEY is a way in of its own
     if not is_loopback(settings.host):
         if keys.are_there() or oidc_settings() is not None:
             return None
@@ -35,7 +35,7 @@ def let_in(keys: Keys, settings: ServeSettings) -> str | None:
 
 def _who() -> str:
     """The account, for the audit log."""
-    return str(os.geteuid()) if hasattr(os, "geteuid") else "local"
+    return f"uid-{os.geteuid()}" if hasattr(os, "geteuid") else "somebody"
 
 
 # who works on the store itself: nobody of any tenant's, as no tenant has such a name

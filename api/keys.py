@@ -27,6 +27,8 @@ _FORM = re.compile(r"(pt_[0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 _PREFIX = re.compile(r"pt_[0-9a-f]{12}")
 MAX_LABEL = 100
 MAX_KEYS = 1000  # of one user that are still good
+MAX_ENDED = 10_000  # of one user, of those that are remembered
+REMEMBERED_S = 30 * 24 * 3600.0  # after a key's end, for lists and for what a refusal says
 _KEY = "prefix, tenant, user_name, label, created, expires, revoked, last_used"
 _IS_GOOD = "revoked IS NULL AND (expires IS NULL OR expires > ?)"
 
@@ -166,6 +168,11 @@ class Keys:
         )
         return Holder(identity=identity, expires=expires)
 
+    def has(self, secret: str) -> bool:
+        """Whether a text is called as a key of this store is, one that is good or not."""
+        form = _FORM.fullmatch(secret)
+        return bool(form and self._db.rows("SELECT 1 FROM keys WHERE prefix = ?", (form[1],)))
+
     def are_there(self, *, of_operators: bool = False) -> bool:
         """Whether anybody, or an operator, can come in by key."""
         role = "AND role = 'operator'" if of_operators else ""
@@ -188,11 +195,19 @@ class Keys:
 
     def _insert(self, db: Transaction, tenant: str, user: str, label: str, expires: float | None) -> tuple[Key, str]:
         now = time.time()
-        (good,) = db.execute(
-            f"SELECT count(*) FROM keys WHERE tenant = ? AND user_name = ? AND {_IS_GOOD}", (tenant, user, now)
+        db.execute(
+            "DELETE FROM keys WHERE tenant = ? AND user_name = ? AND coalesce(revoked, expires) < ?",
+            (tenant, user, now - REMEMBERED_S),
+        )
+        good, known = db.execute(
+            f"SELECT coalesce(sum(CASE WHEN {_IS_GOOD} THEN 1 ELSE 0 END), 0), count(*) FROM keys "
+            "WHERE tenant = ? AND user_name = ?",
+            (now, tenant, user),
         ).fetchone()
         if good >= MAX_KEYS:
             raise ConflictError(f"{tenant}/{user} has {good} keys, the most there can be: revoke some")
+        if known - good >= MAX_ENDED:
+            raise ConflictError(f"{tenant}/{user} had {known - good} keys that ended lately: use those that there are")
         prefix = f"pt_{secrets.token_hex(6)}"
         secret = f"{prefix}_{secrets.token_urlsafe(32)}"
         db.execute(

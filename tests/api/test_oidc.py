@@ -14,7 +14,8 @@ from signers import AUDIENCE, Signer
 
 from api.identity import LOCAL, Role
 from api.oidc import Provider, Vouched
-from api.settings import OidcSettings, oidc_settings
+from api.settings import GatewaySettings, OidcSettings, gateway_settings, oidc_settings
+from polytrace.codec import from_json, to_json
 from polytrace.errors import CapacityError, KeyRefusedError, PolytraceError, UserError
 
 
@@ -208,6 +209,8 @@ def test_the_settings_are_whole_and_protected(monkeypatch: pytest.MonkeyPatch) -
         oidc_settings()
     monkeypatch.setenv("POLYTRACE_OIDC_AUDIENCE", AUDIENCE)
     assert oidc_settings() == OidcSettings(issuer="https://id.example", audience=AUDIENCE)
+    gateway = gateway_settings("store")
+    assert gateway.oidc == oidc_settings() and from_json(GatewaySettings, to_json(gateway)) == gateway
     monkeypatch.setenv("POLYTRACE_OIDC_JWKS_URL", "http://id.example/keys")
     with pytest.raises(UserError, match=r"http://id\.example/keys is not https"):
         oidc_settings()
