@@ -59,28 +59,17 @@ def usage(
         if csv:
             typer.echo(service.text("/v1/usage", params={**asked, "format": "csv"}), nl=False)
             return
-        from rich.console import Console
-        from rich.table import Table
-
         answer = service.ask("GET", "/v1/usage", params=asked)
-        names = (
-            "tenant",
-            "user",
-            "model",
-            "requests",
-            "failed",
-            "tokens",
-            "token-layers",
-            "moved",
-            "results",
-            "seconds",
-        )
-        table = Table(*names, title=answer["month"])
+        lines = [("tenant", "user", "model", "requests", "failed", "tokens", "token-layers", "moved", "results", "s")]
         for one in answer["usage"]:
             counts = [f"{one[name]:,}" for name in ("requests", "failed", "tokens", "token_layers")]
             sizes = [in_bytes(one[name]) for name in ("moved_bytes", "result_bytes")]
-            table.add_row(one["tenant"], one["user"], one["model"], *counts, *sizes, f"{one['run_seconds']:,.1f}")
-        Console().print(table)
+            lines.append((one["tenant"], one["user"], one["model"], *counts, *sizes, f"{one['run_seconds']:,.1f}"))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        print(answer["month"])
+        for line in lines:
+            names = [each.ljust(width) for each, width in zip(line[:3], widths, strict=False)]
+            print("  ".join([*names, *(each.rjust(width) for each, width in zip(line[3:], widths[3:], strict=True))]))
 
 
 def limits(

@@ -38,6 +38,7 @@ from polytrace.price_tables import MEANINGS, in_bytes
 from scheduling.plan import RequestId
 
 LOOK_S = 2.0  # limits that somebody changes hold after this time
+SEARCH_S = 20  # of each minute, for one tenant: to find what would fit
 _MOST_KNOWN = 10_000  # tenants and deployments whose limits are remembered
 
 
@@ -217,10 +218,22 @@ class Admission:
         terms: Terms,
         **left: int,
     ) -> PolytraceError:
-        """The error, with the nearest request that would be taken where one is found."""
+        """The error, with the nearest request that would be taken where one is found.
+
+        Who is refused again and again takes no more of the workers' time than SEARCH_S in a minute.
+        """
         most = dict(_most(terms)) | left
         path, contents = self._store.request_path(request), self._store.contents.folder_of(caller.owner)
-        nearest = await self._checker.nearest(terms.model, served.version, path, contents=contents, most=most)
+        owner = ("searches", terms.tenant)
+        self._rates.begin_full(owner, SEARCH_S)
+        if self._rates.wait_s(owner, SEARCH_S) > 0:
+            return error
+        began = time.monotonic()
+        try:
+            nearest = await self._checker.nearest(terms.model, served.version, path, contents=contents, most=most)
+        except ServiceError:  # it is told without
+            nearest = None
+        self._rates.take(owner, SEARCH_S, time.monotonic() - began)
         if nearest is not None:
             error.message = f"{error.message}: {nearest}"
         return error

@@ -29,6 +29,7 @@ from scheduling.step_saves import all_slots
 from scheduling.whole import described, inputs_of_all, work_out
 
 PATIENCE_S = 3.0
+MOST_NODES = 100_000  # each try of which takes a second
 
 
 class _TooLong(Exception):
@@ -44,7 +45,10 @@ def nearest(
     calls: CallSites | None,
 ) -> str | None:
     """As of `CheckerPool.nearest`."""
-    request, _ = with_contents(read_request(path, max_nodes=description.limits.max_nodes), contents, None)
+    request = read_request(path, max_nodes=description.limits.max_nodes)
+    if len(request.graph.nodes) > MOST_NODES:
+        return None
+    request, _ = with_contents(request, contents, None)
     if calls is not None:
         description = described(description, [calls.of(one, request.constants) for one in inputs_of_all(request)])
     search = _Search(description, meta, most, time.monotonic() + PATIENCE_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -174,6 +175,7 @@ class _Service:
 
         self._url = url.rstrip("/")
         self._client = make_client(self._url, key or os.environ.get("POLYTRACE_KEY"))
+        weakref.finalize(self, self._client.close)
 
     def ask(self, method: str, path: str, **more: Any) -> Any:
         import httpx

@@ -173,9 +173,13 @@ class Rates:
         lacking = 1 - self._level(owner, a_minute)
         return 0.0 if lacking <= 1e-9 else lacking * 60 / a_minute
 
-    def take(self, owner: tuple[str, str], a_minute: int) -> None:
-        """One; `wait_s` said that it is there."""
-        self._levels[owner] = (self._level(owner, a_minute) - 1, self._clock())
+    def begin_full(self, owner: tuple[str, str], a_minute: int) -> None:
+        """A bucket that has all it holds, where it does not matter what was before."""
+        self._levels.setdefault(owner, (float(a_minute), self._clock()))
+
+    def take(self, owner: tuple[str, str], a_minute: int, count: float = 1.0) -> None:
+        """One, or so many; `wait_s` said that there is one. What is taken beyond that comes late."""
+        self._levels[owner] = (self._level(owner, a_minute) - count, self._clock())
 
     def _level(self, owner: tuple[str, str], a_minute: int) -> float:
         level, at = self._levels[owner]

@@ -22,7 +22,7 @@ from api.limits import OF_DEPLOYMENTS, TenantLimits, checked_limits, text_of
 from api.store import Store
 from api.usage import as_csv, check_month, day_of
 from polytrace.codec import to_json
-from polytrace.errors import NotFoundError
+from polytrace.errors import KeyRefusedError, NotFoundError
 
 Limit = Annotated[int | None, Field(ge=0, lt=1 << 62)]
 
@@ -73,6 +73,8 @@ class UsageRoutes:
 
     async def limit(self, name: str, wish: Limits, request: Request) -> dict[str, Any]:
         """Gives a deployment limits of its own in the place of those it has; `null`, or nothing, is none."""
+        if not caller_of(request).is_operator:
+            raise KeyRefusedError("a deployment's limits are for operators to set")
         limits = checked_limits(TenantLimits(**wish.model_dump()), f"the limits of {name}", OF_DEPLOYMENTS)
         await to_thread.run_sync(self._store.limit_deployment, name, text_of(limits))
         self._admission.forget()

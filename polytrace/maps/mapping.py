@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from polytrace.certificate import Certificate, Price, price_of
 from polytrace.errors import GraphError
 from polytrace.graph import Options
 from polytrace.kinds import value_kind
@@ -73,6 +74,7 @@ class Map:
         self._where = where
         self._running: dict[str, Running] = {}
         self._is_begun = False
+        self._priced: list[Certificate] | None = None  # of its requests, where they are priced instead of run
 
     @property
     def results(self) -> dict[str, Any]:
@@ -92,6 +94,16 @@ class Map:
         for _ in self:
             pass
         return self.results
+
+    def price(self) -> Price:
+        """What the whole map would cost, whatever its folder has already. Nothing runs; the dataset is read through.
+
+        For a map to be run, write `model.map(...)` again.
+        """
+        self._priced = []
+        for _ in iter(self):
+            raise AssertionError("a map that is priced has no parts")
+        return price_of(self._priced)
 
     def __iter__(self) -> Iterator[Part]:
         if self._is_begun:
@@ -145,11 +157,14 @@ class Map:
         worker = Worker(self._model.backend, measured, self._wishes.options, is_skipping=self._wishes.is_skipping)
         cut = self._cut(member)
         index = None
-        if self._wishes.to is not None:
+        if self._wishes.to is not None and self._priced is None:
             facts = self._facts(member, worker.probe(member))
             index = open_index(open_folder(self._wishes.to), facts, cut)
             cut = index.cut
         cutter = Cutter(source, measured, cut, index, is_skipping=self._wishes.is_skipping)
+        if self._priced is not None:
+            self._priced += [worker.certificate(chunk) for chunk in cutter.chunks(iter(data)) if chunk.members]
+            return
         yield from self._pumped(cutter.chunks(iter(data)), worker, index)
         self._finish(index)
 
@@ -220,6 +235,9 @@ class Map:
         """The body works on several prompts at once: all of them in one request, or none."""
         made = all_at_once(self._model, self._body, self._wishes.options, data, mixed, self._total)
         self._begin(made.recorded.outputs, made.measured)
+        if self._priced is not None:
+            self._priced.append(self._model.backend.validate(made.request).without_values())
+            return
         part, index = made.run(), None
         if self._wishes.to is not None:
             facts = self._facts(made.member, checksum_of(file_of(part))) | {"prompts": made.dataset}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from polytrace.certificate import ValueShape
 from polytrace.errors import GraphError
-from polytrace.graph import Options
+from polytrace.graph import Options, Request
 from polytrace.maps.assembly import Member, request_of_all
 from polytrace.maps.bodies import Measured, Recorded, node_shapes, record
 from polytrace.maps.combining import Way
@@ -41,12 +41,16 @@ class AtOnce:
         """The first prompt, with the graph of all."""
         return self.members[0]
 
+    @property
+    def request(self) -> Request:
+        """All of them in one."""
+        sequences = [member.sequence for member in self.members]
+        return request_of_all(self.recorded, sequences, self.measured, self.options)
+
     def run(self) -> Part:
         """The one part of the map."""
-        sequences = [member.sequence for member in self.members]
-        request = request_of_all(self.recorded, sequences, self.measured, self.options)
         worker = Worker(self.model.backend, self.measured, self.options, False)
-        values = worker.values(request)
+        values = worker.values(self.request)
         tensors: dict[str, RawTensor] = {}
         for name, output in self.recorded.outputs.items():
             if output.combined is None:

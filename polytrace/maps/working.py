@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from polytrace.backend import Backend
+from polytrace.certificate import Certificate
 from polytrace.errors import CapacityError, GraphError, RunError, TooLargeError
 from polytrace.graph import Options, Request
 from polytrace.maps.assembly import Member, request_of
@@ -58,6 +59,11 @@ class Worker:
             tensors=tensors,
             names=tuple(name for name in outputs if name in tensors),
         )
+
+    def certificate(self, chunk: Chunk) -> Certificate:
+        """What the chunk's request would cost."""
+        request = request_of(chunk.members, self.measured, self._seeded(chunk.members))
+        return self.backend.validate(request).without_values()
 
     def probe(self, member: Member) -> str:
         """A digest of all numbers that the model gives for one prompt: another model gives others."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from gateways import Agreeable, GatewayService, description_of_nothing
 
+from api.admission import SEARCH_S
 from api.identity import Identity
 from api.limits import Demand, TenantLimits, Terms, limits_from_text, text_of
 from api.quotas import Rates
@@ -288,6 +289,15 @@ def test_over_http_a_quota_is_429_with_the_seconds_to_wait(service: GatewayServi
     limit(service, requests_in_flight=2)
     assert post(1).status_code == 429
     assert len(list((service.store.folder / "requests").glob("*"))) == 2
+
+
+def test_who_is_refused_again_and_again_takes_little_of_the_workers_time(service: GatewayService) -> None:
+    limit(service, tokens_a_day=10)
+    rates = service.gateway._admission._rates
+    rates.begin_full(("searches", "default"), SEARCH_S)
+    rates.take(("searches", "default"), SEARCH_S, SEARCH_S)
+    refused = service.http.post("/v1/models/m/requests", content=b"x" * 11)
+    assert refused.status_code == 413 and "would fit" not in refused.json()["detail"]
 
 
 def test_over_http_who_comes_as_late_as_retry_after_says_is_taken(service: GatewayService) -> None:

@@ -146,6 +146,13 @@ class Knowing(Gateway):
         request.state.caller = self._caller
 
 
+def test_only_operators_set_limits(service: GatewayService) -> None:
+    for caller, status in ((ANN, 401), (OPERATOR, 200)):
+        client = TestClient(Knowing(service, caller).app())
+        assert client.put("/v1/models/m/limits", json={"passes": 3}).status_code == status
+        assert client.get("/v1/models/m/limits").json()["deployments"]["passes"] == (3 if status == 200 else None)
+
+
 def seen_by(service: GatewayService, caller: Identity, **asked: str) -> Any:
     """What `GET /v1/usage` answers a caller."""
     return TestClient(Knowing(service, caller).app()).get("/v1/usage", params=asked)

@@ -104,6 +104,36 @@ def test_a_loop_of_traces_is_priced_to_its_end_and_stops_where_a_number_is_neede
     assert hidden.shape == (1, 5, 32) and float(hidden.abs().sum()) > 0
 
 
+def test_a_map_is_priced_whole(model: Model) -> None:
+    """As many requests as it sends, for what they cost; a body that mixes prompts is one request."""
+    prompts = [[1 + number % 60, 2, 3 + number % 5] for number in range(600)]
+
+    def body() -> dict[str, object]:
+        return {"last": model.model.layers[1].output[0][:, -1], "mean": polytrace.mean(model.lm_head.output[:, -1])}
+
+    ran: list[tuple[int, int]] = []
+    run = model.backend.run
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(run.__self__, name)
+
+        def run(self, *given: object) -> object:
+            result = run(*given)  # type: ignore[arg-type]
+            ran.append((result.receipt.token_layers, result.receipt.result_bytes))
+            return result
+
+    price = model.map(prompts, body).price()
+    with model.pricing() as counted:
+        counted.model.__dict__["backend"] = Counting()
+        counted.model.map(prompts, body).run()
+    assert price.requests == len(ran) == 3 and not price.is_partial
+    assert price.token_layers == sum(layers for layers, _ in ran)
+    assert price.result_bytes == sum(size for _, size in ran)
+    mixing = model.map(prompts[:4], lambda: {"all": model.model.layers[1].output[0].sum(0)}).price()
+    assert mixing.requests == 1 and mixing.token_layers <= 4 * 3 * 2
+
+
 def test_an_error_of_the_code_that_is_priced_is_its_own(model: Model) -> None:
     with pytest.raises(ZeroDivisionError), model.pricing():
         1 / 0  # noqa: B018

@@ -280,6 +280,27 @@ def test_a_waiting_request_is_cancelled_at_once() -> None:
     assert scheduler.take_outcomes() == []
 
 
+def test_what_ends_without_a_result_has_spent_the_passes_that_it_was_in() -> None:
+    """Counted with the one in which it failed; what never began has spent nothing."""
+    now = 0.0
+    scheduler = Scheduler(TINY, PassPolicy(max_members=1), clock=lambda: now)
+    for program in (two_waves("a"), two_waves("b"), one_wave("c")):
+        scheduler.add(program)
+    whole = sum(wave.rows.token_layers for wave in two_waves("a").waves)
+    scheduler.cancel(RequestId("c"))
+    spent = {"c": (0, 0.0)}
+    for name, num_passes in (("a", 1), ("b", 2)):
+        for number in range(num_passes):
+            plan = scheduler.next_pass()
+            assert members(plan) == [(name, number)]
+            now += 2.0
+            broke = Failure(request=RequestId(name), node=NodeId(1), message="it broke")
+            scheduler.complete(plan, answers(plan, *([broke] if number == num_passes - 1 else [])))
+        spent[name] = (whole * num_passes // 2, 2.0 * num_passes)
+    told = {one.request: (one.spent_token_layers, one.spent_seconds) for one in scheduler.take_outcomes()}
+    assert told == spent and 0 < told[RequestId("a")][0] < whole
+
+
 def test_a_request_in_flight_is_cancelled_after_its_pass() -> None:
     scheduler = scheduler_with(two_waves("a"), one_wave("b"))
     plan = scheduler.next_pass()
