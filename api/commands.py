@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api import operations, purge_command
+from api import operations, purge_command, store_commands
 from api.console import errors, progress
 
 app = typer.Typer(
@@ -110,6 +110,7 @@ def serve(
 for _operation in (operations.status, operations.deploy, operations.drain, operations.resize, operations.remove):
     app.command()(_operation)
 app.command()(purge_command.purge)
+app.add_typer(store_commands.store, name="store")
 
 
 @app.command()

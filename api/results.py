@@ -14,6 +14,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ class Results(Protocol):
 
     def drop(self, request: RequestId) -> None:
         """Removes it, whole or not; nothing when there is nothing."""
+
+    def take_over(self, request: RequestId, file: Path) -> None:
+        """A whole result of another store becomes one of this."""
 
 
 class FileResults:
@@ -101,6 +105,10 @@ class FileResults:
     def drop(self, request: RequestId) -> None:
         self.path(request).unlink(missing_ok=True)
 
+    def take_over(self, request: RequestId, file: Path) -> None:
+        shutil.copyfile(file, self.path(request))
+        sync(self.path(request))
+
 
 class ObjectResults:
     """As objects. Every attempt has names of its own, so what a lost shard still writes spoils nothing."""
@@ -140,6 +148,11 @@ class ObjectResults:
 
     def drop(self, request: RequestId) -> None:
         self._objects.remove(f"results/{request}")
+
+    def take_over(self, request: RequestId, file: Path) -> None:
+        """As one object: all of it is the header."""
+        size = file.stat().st_size
+        self._objects.put_file(f"{_folder(request, 'copied')}/header-{size:0{DIGITS}d}", file)
 
     def stored(self, request: RequestId) -> StoredResult:
         """A whole result. Raises NotFoundError when there is none."""
