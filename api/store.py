@@ -482,7 +482,7 @@ class Store(Catalogue):
         are_awaited = False
         with self._db.transaction() as db:
             for end, digests in ended:
-                if digests:
+                if digests and _is_running(db, end.request):  # it may be told twice, and leaves its values once
                     end = self._leave(db, end, digests)
                 state = (
                     RequestState.DONE
@@ -613,6 +613,11 @@ class Store(Catalogue):
             end = Finished(request=end.request, error=told)
         db.execute("RELEASE leaving")
         return end
+
+
+def _is_running(db: Transaction, request: RequestId) -> bool:
+    row = db.execute("SELECT 1 FROM requests WHERE id = ? AND state = 'running'", (request,)).fetchone()
+    return row is not None
 
 
 def _object_of(request: RequestId) -> str:

@@ -1,4 +1,4 @@
-"""A whole service on PostgreSQL and S3, 2 stages x 2 ranks: its folder, its processes and its database may be lost."""
+"""A whole service on PostgreSQL and S3, of two stages: its folder, its processes and its database may be lost."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_nothing_is_lost_but_what_is_at_hand(tmp_path: Path, database: Postgres,
     model = make_model(tmp_path / "model")
     environment = objects.environment | {"POLYTRACE_DATABASE": database.empty_database()}
     environment |= {"POLYTRACE_OBJECTS": objects.place()}
-    split = ("--stages", "2", "--ranks", "2")
+    split = ("--stages", "2")
     expected = plain(model, LAYER)
     service = Service(model, tmp_path, *split, **environment)
     try:
