@@ -241,6 +241,10 @@ def test_a_place_that_does_not_answer_refuses_for_a_while_and_loses_nothing(
         assert service.http.get(f"/v1/requests/{done}/result").status_code == 503
         with pytest.raises(AwayError):
             service.finish(running)
+        lost = slot("lost", 0, (4,))
+        place = service.store.place_result(running, ROOM, 16)
+        (failure,) = save(place.target, place.start, {lost: torch.ones(4)}).failures
+        assert failure[0] == lost.node and "could not be written" in failure[1], "a request's own failure"
     finally:
         s3.start()
     assert service.http.get(f"/v1/requests/{done}/result").status_code == 200
