@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from api.contents import sync
-from api.objects import Objects
+from api.objects import Objects, Piece
 from cluster.requests import ResultPlace
-from engine.extents import DIGITS, EXTENT_BYTES, name_of
+from engine.extents import DIGITS, name_of
 from polytrace.errors import CapacityError, NotFoundError
 from scheduling.plan import RequestId
 
@@ -129,7 +129,7 @@ class ObjectResults:
         folder = _folder(request, self._placed[request][0])
 
         def read(start: int, size: int) -> bytes:  # what is told while it runs is small: one extent each
-            return self._objects.read(f"{folder}/{name_of(start)}", 0, size) if size else b""
+            return self._objects.read((f"{folder}/{name_of(start)}", 0, size))[0] if size else b""
 
         yield read
 
@@ -181,17 +181,22 @@ class StoredResult:
     extents: tuple[tuple[int, int, str], ...]  # offset, bytes, name; by offset
 
     def chunk(self, start: int, end: int) -> bytes:
-        """Bytes from an offset on: up to the end of the extent or hole there, and no further than `end`."""
+        """The bytes from an offset to another one, zeros where nothing was written. FileNotFoundError: some are gone."""
+        parts: list[Piece | bytes] = []
         at = bisect.bisect_right(self.extents, start, key=lambda extent: extent[0]) - 1
-        offset, num_bytes, name = self.extents[at]
-        if start < offset + num_bytes:
-            stop = min(end, offset + num_bytes)
-            data = self.objects.read(f"{self.folder}/{name}", start - offset, stop - offset)
-            if len(data) != stop - start:
-                raise OSError(f"{name} of a result is shorter than it was")
-            return data
-        following = self.extents[at + 1][0] if at + 1 < len(self.extents) else self.size
-        return bytes(min(end, following, start + EXTENT_BYTES) - start)
+        while start < end:
+            offset, num_bytes, name = self.extents[at]
+            following = self.extents[at + 1][0] if at + 1 < len(self.extents) else self.size
+            if start < (stop := min(end, offset + num_bytes)):
+                parts.append((f"{self.folder}/{name}", start - offset, stop - offset))
+                start = stop
+            if start < (stop := min(end, following)):
+                parts.append(bytes(stop - start))
+                start = stop
+            at += 1
+        pieces = [part for part in parts if not isinstance(part, bytes)]
+        read = iter(self.objects.read(*pieces) if pieces else ())
+        return b"".join(part if isinstance(part, bytes) else next(read) for part in parts)
 
 
 def allocate(fd: int, num_bytes: int) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from object_stores import S3
 from services import LAYER, PROMPT, SCALE, Service, answer, body, make_model, wait_until
 from transformers import LlamaForCausalLM
 
+import polytrace
 from polytrace.wire import decode_result
 
 TOLERANCE = 1e-5  # float32, of max(1, max|plain|)
@@ -48,6 +50,21 @@ def plain(model: Path, layer: int) -> torch.Tensor:
     return found[0]
 
 
+def generated(url: str, folder: Path) -> None:
+    """Every step's value of a generation is among the objects, and what is kept is there to be used."""
+    found: list[list[torch.Tensor]] = []
+    with polytrace.connect(url, "tiny", key="sesame") as far, polytrace.load(str(folder)) as near:
+        for model in (far, near):
+            states: list[Any] = []
+            with model.generate([list(PROMPT)], max_new_tokens=5) as tracer:
+                for _ in tracer.iter[:]:
+                    states.append(model.model.layers[LAYER].output[0][:, -1].save())
+            assert len(tracer.result[0].ids) == 5
+            found.append(list(states))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() <= TOLERANCE * max(1.0, float(other.abs().max()))
+
+
 def test_nothing_is_lost_but_what_is_at_hand(tmp_path: Path, database: Postgres, objects: S3) -> None:
     model = make_model(tmp_path / "model")
     environment = objects.environment | {"POLYTRACE_DATABASE": database.empty_database()}
@@ -66,6 +83,7 @@ def test_nothing_is_lost_but_what_is_at_hand(tmp_path: Path, database: Postgres,
         found = torch.frombuffer(bytearray(values["out"].data), dtype=torch.float32).view(expected.shape)
         assert (found - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max()))
         assert not list((service.store / "results").iterdir()), "it went from the shards to their places"
+        generated(str(service.http.base_url), model)
         # 1) the database goes, and comes back
         database.stop()
         refused = service.http.post("/v1/models/tiny/requests", content=body(LAYER, PROMPT, SCALE))
