@@ -181,7 +181,7 @@ class StoredResult:
     extents: tuple[tuple[int, int, str], ...]  # offset, bytes, name; by offset
 
     def chunk(self, start: int, end: int) -> bytes:
-        """The bytes from an offset to another one, zeros where nothing was written. FileNotFoundError: some are gone."""
+        """The bytes from an offset to another one, zeros where nothing lies. FileNotFoundError: some are gone."""
         parts: list[Piece | bytes] = []
         at = bisect.bisect_right(self.extents, start, key=lambda extent: extent[0]) - 1
         while start < end:

@@ -192,7 +192,7 @@ class Store(Catalogue):
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already or takes none, NotFoundError
         when there is none, and what `Contents` says when the caller does not have what the request needs; with `submit`
-        what `idempotency.check_new` says. After an AwayError nobody knows whether it was accepted.
+        what `idempotency.check_new` says.
         """
         now = self.now()
         with self._db.transaction() as db:
@@ -251,8 +251,7 @@ class Store(Catalogue):
         self.request_path(request).unlink(missing_ok=True)
         if self.objects is not None and request in self._put:
             self._put.discard(request)
-            with contextlib.suppress(AwayError):  # a sweep takes it
-                self.objects.remove(_object_of(request))
+            self._syncers.submit(self._remove_object, _object_of(request))  # callers do not wait for a network
 
     def statuses(self, requests: Iterable[RequestId]) -> dict[RequestId, RequestStatus]:
         """Of those that exist."""
@@ -590,6 +589,11 @@ class Store(Catalogue):
             told = ServiceError(f"the result could not be kept: {error}")
             return Finished(request=end.request, error=told), []
         return end, digests
+
+    def _remove_object(self, name: str) -> None:
+        assert self.objects is not None
+        with contextlib.suppress(AwayError):  # a sweep takes it
+            self.objects.remove(name)
 
     def _drop_behind(self, request: RequestId, *, has_result: bool) -> None:
         """Drops the file of a request that has ended, and what there is of its result if it has none."""
