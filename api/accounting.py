@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from api.console import errors
-from api.operations import _HERE, Key, Url, _Service
+from api.operations import _HERE, Key, Service, Url
 
 
 def validate(
@@ -29,7 +29,7 @@ def validate(
         from polytrace.codec import from_json
         from polytrace.errors import NotFoundError
 
-        service = _Service(url, key)
+        service = Service(url, key)
         if model is None:
             names = [one["name"] for one in service.deployments()]
             if len(names) != 1:
@@ -55,7 +55,7 @@ def usage(
         from polytrace.price_tables import in_bytes
 
         asked = {name: value for name, value in (("month", month), ("tenant", tenant)) if value is not None}
-        service = _Service(url, key)
+        service = Service(url, key)
         if csv:
             typer.echo(service.text("/v1/usage", params={**asked, "format": "csv"}), nl=False)
             return
@@ -87,7 +87,7 @@ def limits(
     with errors():
         from polytrace.errors import UserError
 
-        service = _Service(url, key)
+        service = Service(url, key)
         if given:
             wish: dict[str, int] = {}
             for one in given if given != ["none"] else []:

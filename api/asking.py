@@ -32,9 +32,9 @@ def asked(url: str, key: str | None, store: Path | None) -> Asked:
         from api.at_the_store import AtTheStore
 
         return AtTheStore(store)
-    from api.operations import _Service
+    from api.operations import Service
 
-    return _Service(url, key)
+    return Service(url, key)
 
 
 def quoted(name: str) -> str:

@@ -19,6 +19,7 @@ from api.database import open_database
 from api.first_key import AT_THE_STORE
 from api.key_routes import KeyRoutes
 from api.keys import Keys
+from api.opening import database_of
 from api.tenant_routes import TenantRoutes
 from api.tenants import Tenants
 from polytrace.errors import from_fields
@@ -29,7 +30,7 @@ class AtTheStore:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        database = open_database(f"sqlite:///{folder.resolve() / 'store.db'}")
+        database = open_database(database_of(folder))
         router = APIRouter(prefix="/v1", dependencies=[Depends(_identify)])
         KeyRoutes(Keys(database), _nobody_to_tell).add_to(router)
         TenantRoutes(Tenants(database), Audit(database), _nobody_to_tell).add_to(router)

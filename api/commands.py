@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api import accounting, key_commands, operations, purge_command, tenant_commands
+from api import accounting, key_commands, operations, purge_command, store_commands, tenant_commands
 from api.console import errors, progress
 
 app = typer.Typer(
@@ -122,6 +122,7 @@ app.add_typer(tenant_commands.tenants, name="tenants")
 for _account in (accounting.validate, accounting.usage, accounting.limits):
     app.command()(_account)
 app.command()(purge_command.purge)
+app.add_typer(store_commands.store, name="store")
 
 
 @app.command()

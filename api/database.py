@@ -287,7 +287,7 @@ class PostgresDatabase:
 
 
 def _has_taken(connection: psycopg.Connection[Any]) -> bool:
-    row = connection.execute(f"SELECT pg_try_advisory_lock({_SERVICE})").fetchone()  # type: ignore[call-overload]
+    row = connection.execute(f"SELECT pg_try_advisory_lock({_SERVICE})").fetchone()
     return bool(row and row[0])
 
 

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from api.away import AwayError
 from api.results import Results
 from polytrace.logs import MAX_LOG_BYTES
 from scheduling.scheduler import Progress
@@ -41,7 +40,7 @@ def logs_as_json(told: Progress, results: Results) -> str:
                         "passes_done": log.passes_done,
                     }
                 )
-    except (OSError, AwayError):
+    except OSError:
         return "[]"  # they come with the result, or its failure does
     return json.dumps(found)
 

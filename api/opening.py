@@ -25,6 +25,11 @@ def open_store(folder: Path, *, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> Store
     )
 
 
+def database_of(folder: Path) -> str:
+    """The URL of the database of the store whose folder this is."""
+    return from_environment(DATABASE, str, None) or f"sqlite:///{folder.resolve() / 'store.db'}"
+
+
 def places_in(environment: Mapping[str, str], database: str | None, objects: str | None) -> dict[str, str]:
     """The environment of a child that is to open the same store."""
     own = {name: value for name, value in environment.items() if name not in (DATABASE, OBJECTS)}

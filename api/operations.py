@@ -80,7 +80,7 @@ def deploy(
         )
         wish = asdict(spec)
         name = wish.pop("name")
-        service = _Service(url, key)
+        service = Service(url, key)
         service.ask("PUT", f"/v1/models/{name}", json=wish)
         if wait:
             service.follow(name, f"deploying {name}", lambda entry: entry is not None and bool(entry["is_ready"]))
@@ -93,7 +93,7 @@ def drain(name: Name, url: Url = _HERE, key: Key = None, wait: Wait = True) -> N
         return entry is None or (entry["mode"] != "serving" and entry["queued"] + entry["running"] == 0)
 
     with errors():
-        service = _Service(url, key)
+        service = Service(url, key)
         service.ask("POST", f"/v1/models/{name}/drain")
         if wait:
             service.follow(name, f"draining {name}", is_drained)
@@ -108,7 +108,7 @@ def remove(
 ) -> None:
     """Let a deployment finish what it has, then end its shards and forget it."""
     with errors():
-        service = _Service(url, key)
+        service = Service(url, key)
         service.ask("DELETE", f"/v1/models/{name}", params={"now": now})
         if wait:
             service.follow(name, f"removing {name}", lambda entry: entry is None)
@@ -130,7 +130,7 @@ def resize(
         return len(ready) == len(entry["replicas"]) == replicas
 
     with errors():
-        service = _Service(url, key)
+        service = Service(url, key)
         service.ask("PATCH", f"/v1/models/{name}", json={"replicas": replicas})
         if wait:
             service.follow(name, f"{name} gets {replicas} replicas", is_so)
@@ -147,7 +147,7 @@ def status(
         from rich.table import Table
 
         table = Table("model", "state", "what", "stages x ranks", "queued", "running")
-        for one in _Service(address or url, key).deployments():
+        for one in Service(address or url, key).deployments():
             is_known = "class_name" in one
             told = _first_line(one["progress"])
             what = f"{one['class_name']}, {one['num_layers']} layers, {one['dtype']}" if is_known else told
@@ -167,7 +167,7 @@ def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0]
 
 
-class _Service:
+class Service:
     """A service from outside. Its problems are raised as the errors that they were."""
 
     def __init__(self, url: str, key: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from api.console import errors
-from api.operations import _HERE, Key, Url, _Service
+from api.operations import _HERE, Key, Service, Url
 
 
 def purge(
@@ -25,6 +25,6 @@ def purge(
         typer.confirm(f"Everything that {whose} has on {url} goes for good. Go on?", abort=True)
     with errors():
         wish = {"cancel": cancel, "usage": everything} | ({} if user is None else {"user": user})
-        gone = _Service(url, key).ask("DELETE", f"/v1/tenants/{tenant}/data", params=wish)
+        gone = Service(url, key).ask("DELETE", f"/v1/tenants/{tenant}/data", params=wish)
         told = ", ".join(f"{gone[what]} {what}" for what in ("requests", "contents", "kept", "edits", "usage"))
         print(f"{whose}: {told}; {gone['num_bytes']} bytes of contents and edits")

@@ -1,4 +1,4 @@
-"""The route that purges a tenant's data. For operators: nobody else finds it."""
+"""The route that purges a tenant's data. For operators."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from anyio import to_thread
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from api.callers import caller_of
+from api.callers import operator_of
 from api.identity import checked_name
 from api.purging import purge
 from api.store import Store
 from polytrace.codec import to_json
-from polytrace.errors import NotFoundError
 
 
 class PurgeRoutes:
@@ -32,10 +31,14 @@ class PurgeRoutes:
         """Everything that a tenant, or one user of his, has here goes: requests, results, contents, kept values, states
         and edits. `cancel`: what waits or runs is cancelled first; `usage`: what is kept for accounting goes too.
         """
-        if not caller_of(request).is_operator:
-            raise NotFoundError(f"nothing is at {request.url.path}")
+        operator = operator_of(request)
         checked_name(tenant, "tenant")
         if user is not None:
             checked_name(user, "user")
         drop = partial(purge, self._store, tenant, user, is_cancelling=cancel, with_usage=usage)
-        return {"tenant": tenant, "user": user} | dict(to_json(await to_thread.run_sync(drop)))
+        gone = dict(to_json(await to_thread.run_sync(drop)))
+        note = partial(
+            self._store.audit.record, operator, "purge", tenant, user=user, cancel=cancel, usage=usage, **gone
+        )
+        await to_thread.run_sync(note)
+        return {"tenant": tenant, "user": user} | gone

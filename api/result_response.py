@@ -52,6 +52,8 @@ class StoredResultResponse(Response):
         try:
             while start < end:
                 chunk = await following
+                if len(chunk) != min(end - start, CHUNK_BYTES):
+                    raise OSError("a result is shorter than it was")
                 start += len(chunk)
                 if start < end:
                     following = asyncio.ensure_future(self._chunk(start, end))

@@ -14,15 +14,16 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from api.contents import sync
-from api.objects import Objects
+from api.objects import Objects, Piece
 from cluster.requests import ResultPlace
-from engine.extents import DIGITS, EXTENT_BYTES, name_of
+from engine.extents import DIGITS, name_of
 from polytrace.errors import CapacityError, NotFoundError
 from scheduling.plan import RequestId
 
@@ -49,6 +50,9 @@ class Results(Protocol):
 
     def drop(self, request: RequestId) -> None:
         """Removes it, whole or not; nothing when there is nothing."""
+
+    def take_over(self, request: RequestId, file: Path) -> None:
+        """A whole result of another store becomes one of this."""
 
 
 class FileResults:
@@ -101,6 +105,10 @@ class FileResults:
     def drop(self, request: RequestId) -> None:
         self.path(request).unlink(missing_ok=True)
 
+    def take_over(self, request: RequestId, file: Path) -> None:
+        shutil.copyfile(file, self.path(request))
+        sync(self.path(request))
+
 
 class ObjectResults:
     """As objects. Every attempt has names of its own, so what a lost shard still writes spoils nothing."""
@@ -121,7 +129,7 @@ class ObjectResults:
         folder = _folder(request, self._placed[request][0])
 
         def read(start: int, size: int) -> bytes:  # what is told while it runs is small: one extent each
-            return self._objects.read(f"{folder}/{name_of(start)}", 0, size) if size else b""
+            return self._objects.read((f"{folder}/{name_of(start)}", 0, size))[0] if size else b""
 
         yield read
 
@@ -140,6 +148,11 @@ class ObjectResults:
 
     def drop(self, request: RequestId) -> None:
         self._objects.remove(f"results/{request}")
+
+    def take_over(self, request: RequestId, file: Path) -> None:
+        """As one object: all of it is the header."""
+        size = file.stat().st_size
+        self._objects.put_file(f"{_folder(request, 'copied')}/header-{size:0{DIGITS}d}", file)
 
     def stored(self, request: RequestId) -> StoredResult:
         """A whole result. Raises NotFoundError when there is none."""
@@ -168,17 +181,22 @@ class StoredResult:
     extents: tuple[tuple[int, int, str], ...]  # offset, bytes, name; by offset
 
     def chunk(self, start: int, end: int) -> bytes:
-        """Bytes from an offset on: up to the end of the extent or hole there, and no further than `end`."""
+        """The bytes from an offset to another one, zeros where nothing lies. FileNotFoundError: some are gone."""
+        parts: list[Piece | bytes] = []
         at = bisect.bisect_right(self.extents, start, key=lambda extent: extent[0]) - 1
-        offset, num_bytes, name = self.extents[at]
-        if start < offset + num_bytes:
-            stop = min(end, offset + num_bytes)
-            data = self.objects.read(f"{self.folder}/{name}", start - offset, stop - offset)
-            if len(data) != stop - start:
-                raise OSError(f"{name} of a result is shorter than it was")
-            return data
-        following = self.extents[at + 1][0] if at + 1 < len(self.extents) else self.size
-        return bytes(min(end, following, start + EXTENT_BYTES) - start)
+        while start < end:
+            offset, num_bytes, name = self.extents[at]
+            following = self.extents[at + 1][0] if at + 1 < len(self.extents) else self.size
+            if start < (stop := min(end, offset + num_bytes)):
+                parts.append((f"{self.folder}/{name}", start - offset, stop - offset))
+                start = stop
+            if start < (stop := min(end, following)):
+                parts.append(bytes(stop - start))
+                start = stop
+            at += 1
+        pieces = [part for part in parts if not isinstance(part, bytes)]
+        read = iter(self.objects.read(*pieces) if pieces else ())
+        return b"".join(part if isinstance(part, bytes) else next(read) for part in parts)
 
 
 def allocate(fd: int, num_bytes: int) -> None:

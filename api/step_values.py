@@ -10,7 +10,6 @@ import base64
 from collections.abc import Iterable
 from typing import Any
 
-from api.away import AwayError
 from api.results import Read, Results
 from polytrace.logs import MAX_LOG_BYTES
 from scheduling.plan import RequestId, SaveSlot
@@ -26,7 +25,7 @@ def values_as_json(
     try:
         with results.reading(request) as read:
             return [_value(slot, result_start + slot.offset, read) for slot in slots]
-    except (OSError, AwayError):
+    except OSError:
         return []  # they come with the result, or its failure does
 
 

@@ -207,7 +207,7 @@ class Store(Catalogue):
         Raises CapacityError when the deployment has `max_open` unfinished requests already, or so many of this tenant,
         or takes none, QuotaError when the tenant has no more, NotFoundError when there is no deployment, and what
         `Contents` says when the caller does not have what the request needs; with `submit` what `idempotency.check_new`
-        says. After an AwayError nobody knows whether it was accepted.
+        says.
         """
         terms = terms or Terms(tenant=caller.tenant, model=model)
         queues = Queues(max_open=max_open, max_open_of_tenant=max_open_of_tenant or max_open)
@@ -268,8 +268,7 @@ class Store(Catalogue):
         self.request_path(request).unlink(missing_ok=True)
         if self.objects is not None and request in self._put:
             self._put.discard(request)
-            with contextlib.suppress(AwayError):  # a sweep takes it
-                self.objects.remove(_object_of(request))
+            self._syncers.submit(self._remove_object, _object_of(request))  # callers do not wait for a network
 
     def statuses(self, requests: Iterable[RequestId]) -> dict[RequestId, RequestStatus]:
         """Of those that exist."""
@@ -536,7 +535,7 @@ class Store(Catalogue):
         are_awaited = False
         with self._db.transaction() as db:
             for end, digests in ended:
-                if digests:
+                if digests and _is_running(db, end.request):  # it may be told twice, and leaves its values once
                     end = self._leave(db, end, digests)
                 state = (
                     RequestState.DONE
@@ -655,6 +654,11 @@ class Store(Catalogue):
             return Finished(request=end.request, error=told), []
         return end, digests
 
+    def _remove_object(self, name: str) -> None:
+        assert self.objects is not None
+        with contextlib.suppress(AwayError):  # a sweep takes it
+            self.objects.remove(name)
+
     def _drop_behind(self, request: RequestId, *, has_result: bool) -> None:
         """Drops the file of a request that has ended, and what there is of its result if it has none."""
         self.request_path(request).unlink(missing_ok=True)
@@ -677,6 +681,11 @@ class Store(Catalogue):
             end = Finished(request=end.request, error=told)
         db.execute("RELEASE leaving")
         return end
+
+
+def _is_running(db: Transaction, request: RequestId) -> bool:
+    row = db.execute("SELECT 1 FROM requests WHERE id = ? AND state = 'running'", (request,)).fetchone()
+    return row is not None
 
 
 def _object_of(request: RequestId) -> str:

@@ -16,20 +16,9 @@ from typing import Any
 from api.audit import write
 from api.database import Database, Transaction
 from api.identity import LOCAL, Identity, Role, checked_name, owner_name
+from api.limits import ALL
 from polytrace.errors import ConflictError, NotFoundError, UserError
 
-# what may be limited; a limit that is not there is the service's own
-LIMITS = (
-    "requests_in_flight",
-    "requests_a_minute",
-    "tokens_a_day",
-    "bytes_stored",
-    "request_bytes",
-    "result_bytes",
-    "token_layers",
-    "passes",
-    "tape_bytes",
-)
 MAX_WEIGHT = 1e6
 MAX_MODELS = 1000
 _TENANT = "name, created, disabled, weight, limits, models"
@@ -44,7 +33,7 @@ class Tenant:
     created: float  # seconds since the epoch
     is_disabled: bool = False  # its keys and tokens are refused
     weight: float = 1.0  # its share of a deployment beside others'
-    limits: Mapping[str, int]  # by the names of `LIMITS`
+    limits: Mapping[str, int]  # by the names of `api.limits.ALL`
     models: tuple[str, ...] | None = None  # deployments that it may use; None: all
 
 
@@ -184,8 +173,8 @@ def _with(tenant: Tenant, terms: Mapping[str, Any]) -> Tenant:
     changed = replace(tenant, **{name: value for name, value in terms.items() if name != "limits"})
     limits = dict(tenant.limits)
     for name, value in (terms.get("limits") or {}).items():
-        if name not in LIMITS:
-            raise UserError(f"{name[:80]!r} is no limit; there are {', '.join(LIMITS)}")
+        if name not in ALL:
+            raise UserError(f"{name[:80]!r} is no limit; there are {', '.join(ALL)}")
         if value is None:
             limits.pop(name, None)
         elif value < 0:

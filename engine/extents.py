@@ -23,7 +23,7 @@ def is_url(place: str) -> bool:
 @lru_cache(maxsize=16)
 def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path there. What it lists is never remembered: others write too."""
-    from fsspec.core import url_to_fs
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
     options = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {"use_listings_cache": False}
     found: tuple[Any, str] = url_to_fs(url, **options)

@@ -205,6 +205,39 @@ def test_keeping_under_a_name_again_replaces_what_was_there(store: Store) -> Non
     assert (entry.version, entry.digest) == (2, content(2)[0]) and files(store) == 1
 
 
+def test_an_end_that_is_told_twice_leaves_its_values_once(store: Store) -> None:
+    """As after an outage of the database, when nobody knows whether the first word was heard."""
+    begin_state(store, "s", 1)
+    request = add(store, states=["s"])
+    claim(store)
+    places = place(store, request, (left("s", is_state=True), 5), (left("mean"), 7))
+    store.place_result(request, 64, 0)
+    finished = Finished(request=request, header=b"h" * 64, left=tuple(places))
+    for _ in range(2):
+        store.finish([finished])
+        assert state_of(store, "s") == 5
+        assert store.contents.kept_entry(OWNER, "s", is_state=True).version == 2
+        assert store.contents.kept_entry(OWNER, "mean", is_state=False).version == 1
+    status = store.status(request)
+    assert status is not None and status.state is RequestState.DONE
+
+
+def test_a_transaction_that_fails_leaves_what_it_needs_to_be_tried_again(store: Store) -> None:
+    request = add(store)
+    claim(store)
+    places = place(store, request, (left("mean"), 7))
+    digests = [(one, store.contents.commit_place(one)) for one in places]
+    with pytest.raises(RunError), store.database.transaction() as db:
+        store.contents.leave(db, request, digests)
+        store.contents.end_uses(db, request)
+        raise RunError("the transaction does not come to its end")
+    store.contents.collect()
+    store.place_result(request, 64, 0)
+    store.finish([Finished(request=request, header=b"h" * 64, left=tuple(places))])
+    entry = store.contents.kept_entry(OWNER, "mean", is_state=False)
+    assert store.contents.content_path(OWNER, entry.digest).read_bytes() == content(7)[1] and files(store) == 1
+
+
 def test_what_does_not_fit_into_the_quota_is_not_kept(store: Store) -> None:
     with pytest.raises(TooLargeError, match="keeps 20001 bytes"):
         store.add(store.new_id(), "m", b"[]", work=1, max_open=9, needs=Needs(kept_bytes=20_001))

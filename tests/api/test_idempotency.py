@@ -45,7 +45,15 @@ def checker() -> Slow:
 
 
 @pytest.fixture
-def service(tmp_path: Path, database_url: str, checker: Slow) -> Iterator[GatewayService]:
+def service(tmp_path: Path, checker: Slow) -> Iterator[GatewayService]:
+    service = GatewayService(tmp_path / "store", checker, description_of_nothing())
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def each_service(tmp_path: Path, checker: Slow, database_url: str) -> Iterator[GatewayService]:
+    """On both databases."""
     service = GatewayService(tmp_path / "store", checker, description_of_nothing(), database=database_url)
     yield service
     service.close()
@@ -103,7 +111,8 @@ def test_what_can_be_no_key_is_refused(service: GatewayService, key: str | bytes
     assert num_requests(service) == 0
 
 
-def test_two_submits_at_the_same_time_are_one_request(service: GatewayService, checker: Slow) -> None:
+def test_two_submits_at_the_same_time_are_one_request(each_service: GatewayService, checker: Slow) -> None:
+    service = each_service
     checker.together = threading.Barrier(2)  # both are checked before either is accepted
     with ThreadPoolExecutor(2) as callers:
         waiting = [callers.submit(post, service, Prefer="wait=20") for _ in range(2)]

@@ -163,7 +163,7 @@ def test_what_a_lost_shard_writes_late_is_in_no_result(tmp_path: Path, database:
     write_extents(lost.target, 64, memoryview(b"wrong..."))
     assert isinstance(store.results, ObjectResults)
     found = store.results.stored(request)
-    assert found.chunk(0, 100) == b"h" * 64 and found.chunk(64, 72) == b"12345678"
+    assert found.size == 72 and found.chunk(0, 72) == b"h" * 64 + b"12345678"
     store.close()
 
 
@@ -241,6 +241,10 @@ def test_a_place_that_does_not_answer_refuses_for_a_while_and_loses_nothing(
         assert service.http.get(f"/v1/requests/{done}/result").status_code == 503
         with pytest.raises(AwayError):
             service.finish(running)
+        lost = slot("lost", 0, (4,))
+        place = service.store.place_result(running, ROOM, 16)
+        (failure,) = save(place.target, place.start, {lost: torch.ones(4)}).failures
+        assert failure[0] == lost.node and "could not be written" in failure[1], "a request's own failure"
     finally:
         s3.start()
     assert service.http.get(f"/v1/requests/{done}/result").status_code == 200

@@ -111,7 +111,7 @@ def upgrade() -> None:
     if not sa.inspect(op.get_bind()).has_table("edits"):  # a store from before edits were kept
         _create_edits()
     for table in ("requests", "contents", "kept", "uses", "room", "edits"):
-        owner = sa.column("owner")
+        owner: sa.ColumnClause[str] = sa.column("owner", sa.Text)
         op.execute(sa.update(sa.table(table, owner)).where(owner == _NOBODY).values(owner=_LOCAL))
 
 
