@@ -1,10 +1,11 @@
-"""Who calls, as the routes ask: what `api.gateway` found of the key, before anything of a call was read."""
+"""Who calls, as the routes ask: what `api.access` found of the key, before anything of a call was read."""
 
 from __future__ import annotations
 
 from fastapi import Request
 
-from api.identity import Identity
+from api.identity import Identity, checked_name, owner_name
+from polytrace.errors import ForbiddenError, NotFoundError
 
 
 def caller_of(request: Request) -> Identity:
@@ -14,5 +15,24 @@ def caller_of(request: Request) -> Identity:
 
 
 def owner_of(request: Request) -> str:
-    """Whose everything is that a call leaves; it can use nobody else's."""
-    return caller_of(request).owner
+    """Whose everything is that a call leaves; it can use nobody else's.
+
+    Operators may read and delete what is another's: `?owner=TENANT/USER`. Raises NotFoundError for others who try.
+    """
+    caller = caller_of(request)
+    named = request.query_params.get("owner")
+    if named is None or request.method not in ("GET", "HEAD", "DELETE"):
+        return caller.owner
+    tenant, _, user = named.partition("/")
+    owner = owner_name(checked_name(tenant, "tenant"), checked_name(user, "user"))
+    if owner != caller.owner and not caller.is_operator:
+        raise NotFoundError(f"there is no {named[:100]!r} here whose things you could see")
+    return owner
+
+
+def operator_of(request: Request) -> Identity:
+    """Who calls, an operator. Raises ForbiddenError for others."""
+    caller = caller_of(request)
+    if not caller.is_operator:
+        raise ForbiddenError(f"this is for operators; {caller} is a user: ask your operators")
+    return caller

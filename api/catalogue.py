@@ -65,7 +65,8 @@ class Catalogue:
                 _check_same(spec, None if has_never_served else row[0], Mode(row[1]))
             db.execute(
                 "INSERT INTO deployments (model, state, progress, updated, spec) VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT (model) DO UPDATE SET spec = excluded.spec, mode = 'serving', revision = revision + 1",
+                "ON CONFLICT (model) DO UPDATE SET spec = excluded.spec, mode = 'serving', "
+                "revision = deployments.revision + 1",
                 (spec.name, DeploymentState.STARTING.value, "starting", time.time(), json.dumps(to_json(spec))),
             )
         return self._rung(spec.name)

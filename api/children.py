@@ -39,11 +39,11 @@ def main() -> None:
 def run_gateway(settings: GatewaySettings, listener_fd: int, lifeline: int) -> None:
     """Serves HTTP on a listening socket that the supervisor made."""
     from api.gateway import Gateway
+    from api.opening import open_store
     from api.server import GatewayServer
-    from api.store import Store
     from api.worker import CheckerPool
 
-    store = Store(Path(settings.store), quota_bytes=settings.quota_bytes)
+    store = open_store(Path(settings.store), quota_bytes=settings.quota_bytes)
     checker = CheckerPool(store.folder, settings.checkers, max_text_chars=settings.max_text_chars)
     server = GatewayServer(Gateway(store, settings, checker, os.environ.get("POLYTRACE_KEY") or None), settings)
 
@@ -57,10 +57,12 @@ def run_gateway(settings: GatewaySettings, listener_fd: int, lifeline: int) -> N
 
 def run_controller(config: ControllerConfig, store_folder: str, lifeline: int) -> None:
     """Joins Ray, and serves the deployments that the store wants."""
-    from api.store import Store
+    from api.opening import forget_database, open_store
+    from api.patience import patient
     from cluster.controller import Controller
 
-    controller = Controller(Store(Path(store_folder), quota_bytes=quota_bytes()), config)
+    controller = Controller(patient(open_store(Path(store_folder), quota_bytes=quota_bytes())), config)
+    forget_database()  # shards have no use for it
 
     def stop() -> None:
         if not controller.stop():  # it is still starting: nothing to save, and Ray cannot be interrupted

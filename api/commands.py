@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api import operations
+from api import accounting, key_commands, operations, purge_command, tenant_commands
 from api.console import errors, progress
 
 app = typer.Typer(
@@ -61,7 +61,19 @@ def serve(
     store: Annotated[
         Path | None, typer.Option(help="Folder for requests, results and deployments; default: a temporary one.")
     ] = None,
-    key: Annotated[str | None, typer.Option(help="Key that callers must bring; better set as POLYTRACE_KEY.")] = None,
+    database: Annotated[
+        str | None, typer.Option(help="postgresql://... in the place of a file in --store; best as POLYTRACE_DATABASE.")
+    ] = None,
+    objects: Annotated[
+        str | None, typer.Option(help="s3://BUCKET/PREFIX, or a URL of fsspec's, for all that outlives --store.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="An operator's key beside the store's; better set as POLYTRACE_KEY.")
+    ] = None,
+    without_keys: Annotated[
+        bool,
+        typer.Option("--without-keys", help="Whoever reaches it is an operator: on a machine of one's own."),
+    ] = False,
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
 ) -> None:
@@ -85,7 +97,15 @@ def serve(
                 offload_bytes=int(offload * (1 << 30)),
             )
         settings = serve_settings(
-            spec=spec, key=key, host=host, port=port, address=address, store=None if store is None else str(store)
+            spec=spec,
+            key=key,
+            asks_key=not without_keys,
+            host=host,
+            port=port,
+            address=address,
+            store=None if store is None else str(store),
+            database=database,
+            objects=objects,
         )
         shards = f"{replicas} x {stages} x {ranks}" if replicas > 1 else f"{stages} x {ranks}"
         first = f"starting {spec.name} on {shards} shards" if spec else f"starting what {settings.store} has"
@@ -96,6 +116,12 @@ def serve(
 
 for _operation in (operations.status, operations.deploy, operations.drain, operations.resize, operations.remove):
     app.command()(_operation)
+app.command()(tenant_commands.audit)
+app.add_typer(key_commands.keys, name="keys")
+app.add_typer(tenant_commands.tenants, name="tenants")
+for _account in (accounting.validate, accounting.usage, accounting.limits):
+    app.command()(_account)
+app.command()(purge_command.purge)
 
 
 @app.command()

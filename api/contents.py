@@ -21,14 +21,16 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from api.away import AwayError
 from api.database import Database, Transaction
 from api.identity import LOCAL
+from api.objects import Objects
 from cluster.requests import LeftBehind, Place
 from polytrace.contents import digest_of
 from polytrace.errors import (
@@ -87,13 +89,26 @@ def needs_of(constants: Iterable[RawTensor], saves: Iterable[SaveSlot]) -> Needs
 class Contents:
     """The part of the store that holds contents. Its methods may be called from any thread."""
 
-    def __init__(self, db: Database, folder: Path, quota_bytes: int) -> None:
+    def __init__(
+        self,
+        db: Database,
+        folder: Path,
+        quota_bytes: int,
+        now: Callable[[], float] = time.time,
+        objects: Objects | None = None,
+    ) -> None:
         self._db = db
+        self._now = now
+        self._objects = objects  # where every content is too, so that the folder may be lost
         self._folder = folder
         self._made: set[str] = set()  # owners whose folder is there
         self.quota_bytes = quota_bytes  # of each owner
         self._dropped: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and hash, whose files are to go
+        self._later: list[tuple[str, str]] = []  # the same, of objects
+        self._dropped_parts: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and part, the same
         folder.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # of a store from before there were tenants
+            (folder / "default").rename(folder / DEFAULT_OWNER)
 
     def folder_of(self, owner: str) -> Path:
         """Where an owner's contents are."""
@@ -107,26 +122,59 @@ class Contents:
 
     def collect(self) -> None:
         """Removes the files of what was dropped, behind the transaction that did it."""
-        gone: set[tuple[str, str]] = set()
-        with contextlib.suppress(Empty):
-            while True:
-                gone.add(self._dropped.get_nowait())
-        if not gone:
+        gone, parts = _all_of(self._dropped) | set(self._later), _all_of(self._dropped_parts)
+        self._later.clear()
+        if not gone and not parts:
             return
-        with self._db.transaction(is_durable=False) as db:  # nobody puts one there again meanwhile
-            for owner, digest in gone:
-                if not _has(db, owner, digest):
-                    (self.folder_of(owner) / digest).unlink(missing_ok=True)
+        try:
+            with self._db.transaction(is_durable=False) as db:  # nobody puts one there again meanwhile
+                for owner, digest in gone:
+                    if not _has(db, owner, digest):
+                        (self.folder_of(owner) / digest).unlink(missing_ok=True)
+                        self._drop_object(db, owner, digest)
+                for owner, part in parts:
+                    if db.execute("SELECT 1 FROM room WHERE part = ?", (part,)).fetchone() is None:
+                        self._part(owner, part).unlink(missing_ok=True)
+        except AwayError:  # what called for it is done; the files go another time
+            for each in gone:
+                self._dropped.put(each)
+            for each in parts:
+                self._dropped_parts.put(each)
+
+    def _drop_object(self, db: Transaction, owner: str, digest: str) -> None:
+        """Of a content that is dropped, unless its owner may be putting it there again: then another time."""
+        if self._objects is None:
+            return
+        if db.execute("SELECT 1 FROM room WHERE owner = ?", (owner,)).fetchone() is None:
+            self._objects.remove(_object_of(owner, digest))
+        else:
+            self._later.append((owner, digest))
+
+    def _bring(self, owner: str, digest: str) -> None:
+        """A content's file is at hand, if the content is anywhere."""
+        path = self.folder_of(owner) / digest
+        if self._objects is not None and not path.exists():
+            self._objects.get_file(_object_of(owner, digest), path)
+
+    def bring_used(self, request: str) -> None:
+        """The same of all contents that a claimed request has."""
+        for owner, digest in self._db.rows(
+            "SELECT owner, digest FROM uses WHERE id = ? AND digest IS NOT NULL", (request,)
+        ):
+            self._bring(owner, digest)
 
     # --- uploads
 
     def missing(self, owner: str, digests: Iterable[str]) -> list[str]:
         """Those that the owner does not have. The others count as used now."""
-        asked, now = list(dict.fromkeys(digests)), time.time()
+        asked, now = list(dict.fromkeys(digests)), self._now()
         with self._db.transaction(is_durable=False) as db:
             touched = [(now, owner, digest) for digest in asked]
             db.executemany("UPDATE contents SET used = ? WHERE owner = ? AND digest = ?", touched)
-            return [digest for digest in asked if not _has(db, owner, digest)]
+            missing = [digest for digest in asked if not _has(db, owner, digest)]
+        for digest in set(asked) - set(missing):
+            self._bring(owner, digest)
+        return missing
 
     def begin_upload(self, owner: str, part: str, file_bytes: int) -> Path:
         """Makes room for a file that is to arrive, and says where. `finish_upload` or `give_up` follow."""
@@ -141,21 +189,24 @@ class Contents:
         path = self._part(owner, part)
         if (found := _digest_of_file(path)) != digest:
             raise WireError(f"the content's hash is {found}, not {digest}")
-        sync(path)
+        self._keep(owner, path, digest)
         with self._db.transaction() as db:
             self._adopt(db, owner, path, digest, is_uploaded=True)
-            db.execute("DELETE FROM room WHERE part = ?", (part,))
+            self._drop_parts(db, part)
+        self.collect()
 
     def give_up(self, part: str) -> None:
         """Drops what is on its way for an upload or a request; nothing when there is nothing."""
         with self._db.transaction(is_durable=False) as db:
             self._drop_parts(db, part)
+        self.collect()
 
     def give_up_uploads(self) -> None:
         """Drops what uploads had begun: the gateway that they came to is gone."""
         with self._db.transaction(is_durable=False) as db:
             for (part,) in db.execute("SELECT part FROM room WHERE part LIKE 'upload-%'").fetchall():
                 self._drop_parts(db, part)
+        self.collect()
 
     def sweep(self) -> None:
         """Makes rows and files agree after a crash. Only at the start, while nobody else has the store open."""
@@ -166,6 +217,9 @@ class Contents:
             files = {(path.parent.name, path.name) for path in self._folder.glob("*/*")}
             for owner, name in files - rows:
                 (self._folder / owner / name).unlink(missing_ok=True)
+            if self._objects is not None:
+                files = {_named(name) for name in self._objects.sizes("contents")}
+                self._objects.remove(*(_object_of(*each) for each in files - rows))
             db.executemany("DELETE FROM contents WHERE owner = ? AND digest = ?", rows - files)
             for owner, digest in rows - files:
                 db.execute("DELETE FROM kept WHERE owner = ? AND digest = ?", (owner, digest))
@@ -178,7 +232,7 @@ class Contents:
         rows = self._db.rows(
             f"SELECT {_KEPT} FROM kept WHERE owner = ? AND is_state = ? AND (expires IS NULL OR expires > ?) "
             "AND (? IS NULL OR request = ?) ORDER BY name",
-            (owner, is_state, time.time(), request, request),
+            (owner, is_state, self._now(), request, request),
         )
         return [_entry(row) for row in rows]
 
@@ -187,7 +241,7 @@ class Contents:
         rows = self._db.rows(
             f"SELECT {_KEPT} FROM kept WHERE owner = ? AND is_state = ? AND name = ? "
             "AND (expires IS NULL OR expires > ?)",
-            (owner, is_state, name, time.time()),
+            (owner, is_state, name, self._now()),
         )
         if not rows:
             raise not_found(name, is_state)
@@ -205,7 +259,7 @@ class Contents:
             row = db.execute(
                 "DELETE FROM kept WHERE owner = ? AND is_state = ? AND name = ? "
                 "AND (expires IS NULL OR expires > ?) RETURNING digest",
-                (owner, is_state, name, time.time()),
+                (owner, is_state, name, self._now()),
             ).fetchone()
             if row is None:
                 raise not_found(name, is_state)
@@ -217,6 +271,7 @@ class Contents:
 
         Raises MissingError without the content, WireError when it is another one than it is said to be.
         """
+        self._bring(owner, digest)
         with self._db.transaction() as db:
             if not _has(db, owner, digest):
                 raise _missing([digest])
@@ -232,10 +287,10 @@ class Contents:
 
     def purge(self) -> int:
         """Drops what has expired; how many names."""
-        if not self._db.rows("SELECT 1 FROM kept WHERE expires <= ? LIMIT 1", (time.time(),)):
+        if not self._db.rows("SELECT 1 FROM kept WHERE expires <= ? LIMIT 1", (self._now(),)):
             return 0
         with self._db.transaction() as db:
-            gone = db.execute("DELETE FROM kept WHERE expires <= ? RETURNING owner, digest", (time.time(),)).fetchall()
+            gone = db.execute("DELETE FROM kept WHERE expires <= ? RETURNING owner, digest", (self._now(),)).fetchall()
             for owner, digest in gone:
                 self._drop_unused(db, owner, digest)
         self.collect()
@@ -264,7 +319,7 @@ class Contents:
         db.executemany("INSERT INTO uses (id, seq, owner, digest) VALUES (?, ?, ?, ?)", contents)
         states = [(request, seq, owner, name, is_update) for name, is_update, _, _ in needs.states]
         db.executemany("INSERT INTO uses (id, seq, owner, state, is_update) VALUES (?, ?, ?, ?, ?)", states)
-        now = time.time()
+        now = self._now()
         touched = [(now, owner, digest) for digest in needs.digests]
         db.executemany("UPDATE contents SET used = ? WHERE owner = ? AND digest = ?", touched)
 
@@ -326,7 +381,7 @@ class Contents:
                 ).fetchone()
                 if found is None or (found[0], tuple(json.loads(found[1]))) != (left.dtype, left.shape):
                     raise ConflictError(f"the state {left.name!r} was deleted while the request ran")
-        now = time.time()
+        now = self._now()
         for place, digest in places:
             left = place.left
             before = db.execute(
@@ -335,8 +390,9 @@ class Contents:
             ).fetchone()
             self._adopt(db, owner, place.path, digest, is_uploaded=False)
             db.execute(
-                f"INSERT INTO kept ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT DO UPDATE SET "
-                "dtype = excluded.dtype, shape = excluded.shape, digest = excluded.digest, version = version + 1, "
+                f"INSERT INTO kept ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?) "
+                "ON CONFLICT (owner, is_state, name) DO UPDATE SET "
+                "dtype = excluded.dtype, shape = excluded.shape, digest = excluded.digest, version = kept.version + 1, "
                 "request = excluded.request, expires = excluded.expires",
                 (
                     *(owner, left.is_state, left.name, left.dtype, json.dumps(left.shape), digest, request),
@@ -346,24 +402,49 @@ class Contents:
             if before is not None and before[0] != digest:
                 self._drop_unused(db, owner, before[0])
 
+    def commit_place(self, place: Place) -> str:
+        """Makes what shards wrote durable, and gives its hash. OSError when the disk does not take it."""
+        digest = _digest_of_file(place.path)
+        self._keep(place.path.parent.name, place.path, digest)
+        return digest
+
+    def drop_all(self, db: Transaction, owned: str, values: Sequence[Any]) -> list[int]:
+        """Drops everything of the owners that a condition names, names or not; the bytes of each content."""
+        for owner, part in db.execute(f"DELETE FROM room WHERE {owned} RETURNING owner, part", values).fetchall():
+            self._dropped_parts.put((owner, part))
+        gone = db.execute(f"DELETE FROM contents WHERE {owned} RETURNING owner, digest, bytes", values).fetchall()
+        for owner, digest, _ in gone:
+            self._dropped.put((owner, digest))
+        return [row[2] for row in gone]
+
     # --- inside
+
+    def _keep(self, owner: str, path: Path, digest: str) -> None:
+        """Makes a file durable that is to become a content, before its row is there; its room has a row meanwhile."""
+        if self._objects is None:
+            sync(path)
+        else:
+            self._objects.put_file(_object_of(owner, digest), path)
 
     def _part(self, owner: str, part: str) -> Path:
         return self.folder_of(owner) / f"{part}.part"
 
     def _adopt(self, db: Transaction, owner: str, path: Path, digest: str, *, is_uploaded: bool) -> None:
-        """A durable file becomes a content; one that is there already stays."""
+        """A durable file becomes a content too; one that is there already stays.
+
+        The file stays where it was until its part is dropped: the transaction may fail, and be tried again.
+        """
         target = self.folder_of(owner) / digest
         num_file_bytes = path.stat().st_size
-        if _has(db, owner, digest):
-            path.unlink()
-        else:
-            path.rename(target)
+        if not _has(db, owner, digest) or not target.exists():
+            target.unlink(missing_ok=True)  # what a transaction left that failed
+            os.link(path, target)
             sync(target.parent)
         db.execute(
             "INSERT INTO contents (owner, digest, bytes, used, is_uploaded) VALUES (?, ?, ?, ?, ?) "
-            "ON CONFLICT DO UPDATE SET used = excluded.used, is_uploaded = max(is_uploaded, excluded.is_uploaded)",
-            (owner, digest, num_file_bytes, time.time(), is_uploaded),
+            "ON CONFLICT (owner, digest) DO UPDATE SET used = excluded.used, "
+            "is_uploaded = CASE WHEN excluded.is_uploaded = 1 THEN 1 ELSE contents.is_uploaded END",
+            (owner, digest, num_file_bytes, self._now(), is_uploaded),
         )
 
     def _make_room(self, db: Transaction, owner: str, wanted: int, what: str) -> None:
@@ -395,7 +476,7 @@ class Contents:
     def _drop_unused(self, db: Transaction, owner: str, digest: str) -> None:
         """Drops a content that no name and no request has any more. One that was uploaded waits for its turn."""
         found = db.execute(
-            f"SELECT 1 FROM contents WHERE owner = ? AND digest = ? AND NOT is_uploaded AND {_UNUSED}", (owner, digest)
+            f"SELECT 1 FROM contents WHERE owner = ? AND digest = ? AND is_uploaded = 0 AND {_UNUSED}", (owner, digest)
         ).fetchone()
         if found is not None:
             self._drop(db, owner, digest)
@@ -406,13 +487,13 @@ class Contents:
 
     def _drop_parts(self, db: Transaction, request: str) -> None:
         for part, owner in db.execute("DELETE FROM room WHERE id = ? RETURNING part, owner", (request,)).fetchall():
-            self._part(owner, part).unlink(missing_ok=True)
+            self._dropped_parts.put((owner, part))
 
 
 # of a row of requests: that no earlier one, of whatever deployment, has a state that it needs; readers share one
 HAS_ITS_TURN = (
     "NOT EXISTS (SELECT 1 FROM uses AS own JOIN uses AS other ON other.owner = own.owner AND other.state = own.state "
-    "AND other.seq < own.seq AND (own.is_update OR other.is_update) "
+    "AND other.seq < own.seq AND (own.is_update = 1 OR other.is_update = 1) "
     "WHERE own.id = requests.id AND own.state IS NOT NULL)"
 )
 
@@ -423,10 +504,21 @@ _UNUSED = (
 )
 
 
-def commit_place(place: Place) -> str:
-    """Makes what shards wrote durable, and gives its hash. OSError when the disk does not take it."""
-    sync(place.path)
-    return _digest_of_file(place.path)
+def _object_of(owner: str, digest: str) -> str:
+    return f"contents/{owner}/{digest}"
+
+
+def _named(name: str) -> tuple[str, str]:
+    owner, _, digest = name.partition("/")
+    return owner, digest
+
+
+def _all_of(queue: SimpleQueue[tuple[str, str]]) -> set[tuple[str, str]]:
+    found: set[tuple[str, str]] = set()
+    with contextlib.suppress(Empty):
+        while True:
+            found.add(queue.get_nowait())
+    return found
 
 
 def _mapped(path: Path) -> tuple[memoryview, RawTensor]:

@@ -8,6 +8,8 @@ commits, and no statement of the store has to think about races. The tables are 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import os
 import re
 import sqlite3
@@ -19,13 +21,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from api import migrations
-from polytrace.errors import CapacityError, UserError
+from api.away import AwayError
+from polytrace.errors import ServiceError, UserError
 
 if TYPE_CHECKING:
     import psycopg
 
-_TIMEOUT_S = 30.0  # to wait for other processes
+_TIMEOUT_S = 30.0  # to wait for other processes, and at the start for a server
+_PAUSE_S = 0.5  # between two tries to connect
+_SILENCE_S = 10  # of a server, after which its connection counts as lost
 _WRITERS = 0x706F6C79  # the lock of PostgreSQL that the one writer holds
+_BEFORE_SCRIPTS = 4  # what `PRAGMA user_version` says of a SQLite store without Alembic's table
+_HELD_S = 2.0 * _SILENCE_S  # until the server has surely let go of what a lost service held
+_SERVER = {  # what is asked of it for each connection
+    "lock_timeout": f"{_TIMEOUT_S:g}s",
+    "tcp_keepalives_idle": _SILENCE_S,
+    "tcp_keepalives_interval": 1,
+    "tcp_keepalives_count": 5,
+}
+_SERVICE = 0x706F6C7B  # the lock of the one service
+_AWAY = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY)  # it may work a moment later
+
+
+_NO_ANSWER = "the service's database does not answer"
+_log = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
@@ -58,13 +77,16 @@ class Database(Protocol):
     def transaction(self, *, is_durable: bool = True) -> contextlib.AbstractContextManager[Transaction]:
         """All or nothing, for every process; on the disk when it returns unless that does not matter."""
 
+    def hold(self) -> bool:
+        """Takes the database for one service; False when another one keeps it. `close`, or its end, gives it back."""
+
     def close(self) -> None: ...
 
 
 def open_database(url: str) -> Database:
     """The database at `sqlite:///PATH` or `postgresql://...`, with its tables made, or brought to this version.
 
-    Raises UserError for another URL, CapacityError when it does not answer.
+    Raises UserError for another URL, AwayError when it does not answer within half a minute.
     """
     if url.startswith("sqlite:///"):
         return SqliteDatabase(Path(url.removeprefix("sqlite:///")))
@@ -84,21 +106,25 @@ class SqliteDatabase:
         migrations.bring_up(f"sqlite:///{path}", self._version())
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        with self._lock:
+        with self._lock, _taking():
             return self._connection.execute(query, values).fetchall()
 
     @contextlib.contextmanager
     def transaction(self, *, is_durable: bool = True) -> Iterator[Transaction]:
-        with self._lock:
+        with self._lock, _taking():
             # in WAL mode NORMAL keeps the order of commits but may lose the last ones with the power
             self._connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # a full disk may have ended it
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
+
+    def hold(self) -> bool:
+        return True  # the lock of its folder does
 
     def close(self) -> None:
         with self._lock:
@@ -108,7 +134,12 @@ class SqliteDatabase:
         has_any = "SELECT 1 FROM sqlite_master WHERE name = ?"
         if self.rows(has_any, ("alembic_version",)):
             return next((str(row[0]) for row in self.rows("SELECT version_num FROM alembic_version")), None)
-        return migrations.FIRST if self.rows(has_any, ("requests",)) else None
+        if not self.rows(has_any, ("requests",)):
+            return None
+        ((number,),) = self.rows("PRAGMA user_version")
+        if number != _BEFORE_SCRIPTS:
+            raise ServiceError(f"the store has version {number}; those from version {_BEFORE_SCRIPTS} on can be used")
+        return migrations.FIRST
 
     def _use_wal(self) -> None:
         """SQLite itself does not wait here while another process makes the file."""
@@ -124,50 +155,143 @@ class SqliteDatabase:
 
 
 class PostgresDatabase:
-    """A database of a PostgreSQL server, 13 or later, for this service alone."""
+    """A database of a PostgreSQL server, 13 or later, for this service alone.
+
+    Every transaction is durable: the server may break down while the service does not, and then nothing may be
+    forgotten that the service has acted on.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._lock = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
+        self._is_held = False
+        self._refused_until = 0.0  # when somebody is to try to connect again
         with self._lock:
-            self._connected()
+            self._wait_for_server()
         migrations.bring_up(url, self._version())
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock, _answering():
-            return self._connected().execute(*_translated(query, values)).fetchall()
+            try:
+                return self._connected().execute(*_translated(query, values)).fetchall()
+            except AwayError:
+                raise
+            except _lost():  # it may have been lost long ago; a question can be asked once more
+                self._close()
+                return self._connected().execute(*_translated(query, values)).fetchall()
 
     @contextlib.contextmanager
     def transaction(self, *, is_durable: bool = True) -> Iterator[Transaction]:
         with self._lock, _answering():
-            connection = self._connected()
-            with connection.transaction():
-                connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITERS,))
-                if not is_durable:
-                    connection.execute("SET LOCAL synchronous_commit = off")
+            connection = self._begun()
+            try:
                 yield _PostgresTransaction(connection)
+                self._commit(connection)
+            except BaseException:
+                with contextlib.suppress(_lost()):
+                    connection.execute("ROLLBACK")
+                raise
+            finally:
+                if connection.info.transaction_status != _IDLE:
+                    self._close()
+
+    def _commit(self, connection: psycopg.Connection[Any]) -> None:
+        try:
+            connection.execute("COMMIT")
+        except _lost() as error:
+            raise AwayError(_NO_ANSWER, may_be_done=True) from error
+
+    def hold(self) -> bool:
+        deadline = time.monotonic() + _HELD_S
+        while not self._is_held:
+            with self._lock, _answering():
+                self._is_held = _has_taken(self._connected())
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        return self._is_held
 
     def close(self) -> None:
         with self._lock:
-            if self._connection is not None:
-                self._connection.close()
+            self._close()
+
+    def _begun(self) -> psycopg.Connection[Any]:
+        """The connection, in a transaction that is the only one. One that was lost before is made anew."""
+        begin = f"BEGIN; SELECT pg_advisory_xact_lock({_WRITERS})"
+        try:
+            connection = self._connected()
+            connection.execute(begin)
+        except AwayError:
+            raise
+        except _lost():
+            self._close()
+            connection = self._connected()
+            connection.execute(begin)
+        return connection
 
     def _connected(self) -> psycopg.Connection[Any]:
         """The connection, made anew when it was lost: its transaction has failed then, and the next one goes on."""
+        if self._connection is None or self._connection.closed:
+            if time.monotonic() < self._refused_until:  # of many who wait for a server that is away one tries
+                raise AwayError(_NO_ANSWER)
+            try:
+                self._connection = self._new_connection()
+            except _lost():
+                self._refused_until = time.monotonic() + _PAUSE_S
+                raise
+        return self._connection
+
+    def _new_connection(self) -> psycopg.Connection[Any]:
         import psycopg
 
-        if self._connection is None or self._connection.closed:
-            with _answering():
-                self._connection = psycopg.connect(
-                    self._url, autocommit=True, connect_timeout=5, cursor_factory=psycopg.ClientCursor
-                )
-        return self._connection
+        made = psycopg.connect(
+            self._url,
+            autocommit=True,
+            connect_timeout=5,
+            cursor_factory=psycopg.ClientCursor,
+            keepalives_idle=_SILENCE_S,
+            keepalives_interval=1,
+            keepalives_count=5,
+            tcp_user_timeout=_SILENCE_S * 1000,
+            options=" ".join(f"-c {name}={value}" for name, value in _SERVER.items()),
+        )
+        made.adapters.register_loader("numeric", _number_loader())
+        if self._is_held and not _has_taken(made):  # the server let go of it with the connection before
+            made.close()
+            raise AwayError("another service has taken the database")
+        return made
+
+    def _wait_for_server(self) -> None:
+        """A machine's services may all start at once."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while True:
+            try:
+                with _answering():
+                    self._connected()
+                return
+            except AwayError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _version(self) -> str | None:
         if not self.rows("SELECT 1 FROM information_schema.tables WHERE table_name = 'alembic_version'"):
             return None
         return next((str(row[0]) for row in self.rows("SELECT version_num FROM alembic_version")), None)
+
+
+def _has_taken(connection: psycopg.Connection[Any]) -> bool:
+    row = connection.execute(f"SELECT pg_try_advisory_lock({_SERVICE})").fetchone()  # type: ignore[call-overload]
+    return bool(row and row[0])
+
+
+_IDLE = 0  # psycopg.pq.TransactionStatus.IDLE
 
 
 class _PostgresTransaction:
@@ -178,27 +302,68 @@ class _PostgresTransaction:
         return self._connection.execute(*_translated(query, values))
 
     def executemany(self, query: str, values: Iterable[Sequence[Any]]) -> object:
+        """In few round trips: the statements of a batch go together."""
+        named = _named(query)
         with self._connection.cursor() as cursor:
-            for each in values:
-                cursor.execute(*_translated(query, each))
+            for batch in _batches(values, 100):
+                cursor.execute(";".join(cursor.mogrify(named, _values(each)) for each in batch))  # type: ignore[attr-defined]
         return None
+
+
+def _batches(values: Iterable[Sequence[Any]], size: int) -> Iterator[list[Sequence[Any]]]:
+    left = iter(values)
+    while batch := list(itertools.islice(left, size)):
+        yield batch
+
+
+@contextlib.contextmanager
+def _taking() -> Iterator[None]:
+    """Raises AwayError instead of SQLite's own when its disk is full or fails, or another process is busy."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if (getattr(error, "sqlite_errorcode", 0) & 0xFF) not in _AWAY:
+            raise
+        raise AwayError(f"the service's database cannot be written now: {error}") from error
+
+
+def _lost() -> type[Exception]:
+    import psycopg
+
+    return psycopg.OperationalError
 
 
 @contextlib.contextmanager
 def _answering() -> Iterator[None]:
-    """Raises CapacityError instead of psycopg's own when the server is away."""
-    import psycopg
-
+    """Raises AwayError instead of psycopg's own when the server is away."""
     try:
         yield
-    except psycopg.OperationalError as error:
-        raise CapacityError(
-            f"the service's database does not answer: {str(error).strip() or 'connection lost'}"
-        ) from error
+    except _lost() as error:
+        _log.warning("the database: %s", " ".join(str(error).split()) or "connection lost")  # no user's business
+        raise AwayError(_NO_ANSWER) from error
+
+
+@lru_cache(maxsize=1)
+def _number_loader() -> Any:
+    """Sums of integers are `numeric`: Python's integers again, as SQLite gives them."""
+    from psycopg.adapt import Loader
+
+    class Number(Loader):
+        def load(self, data: Any) -> int | float:
+            text = bytes(data).decode()
+            return int(text) if text.lstrip("-").isdecimal() else float(text)
+
+    return Number
 
 
 def _translated(query: str, values: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
-    return _named(query), {f"v{number}": value for number, value in enumerate(values, 1)}
+    return _named(query), _values(values)
+
+
+def _values(values: Sequence[Any]) -> dict[str, Any]:
+    """Truth is an integer in all tables, as SQLite has it."""
+    plain = (int(value) if isinstance(value, bool) else value for value in values)
+    return {f"v{number}": value for number, value in enumerate(plain, 1)}
 
 
 @lru_cache(maxsize=512)

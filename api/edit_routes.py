@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.callers import owner_of
+from api.callers import caller_of, owner_of
 from api.edits import MAX_BYTES
 from api.served import Checker, Deployments
 from api.settings import GatewaySettings
@@ -48,12 +48,12 @@ class EditRoutes:
 
     async def known(self, name: str, request: Request) -> dict[str, Any]:
         """The edits that may be used with a model: one's own, and those that others share."""
-        self._deployments.get(name)
+        self._deployments.get(name, caller_of(request))
         return {"edits": to_json(await to_thread.run_sync(self._kept.known, name, owner_of(request)))}
 
     async def get(self, name: str, edit: str, request: Request, version: Version = None) -> Response:
         """An edit's bytes, by default of its newest version. The ETag begins with the version's number."""
-        self._deployments.get(name)
+        self._deployments.get(name, caller_of(request))
         number, body = await to_thread.run_sync(self._kept.get, name, owner_of(request), check_name(edit), version)
         tag = f'"{number}-{blake2b(body, digest_size=8).hexdigest()}"'
         headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
@@ -63,7 +63,7 @@ class EditRoutes:
 
     async def put(self, name: str, edit: str, request: Request, shared: bool = False) -> Response:
         """Keeps another version of an edit."""
-        served = self._deployments.get(name)
+        served = self._deployments.get(name, caller_of(request))
         check_name(edit)
         upload = self._store.new_id()
         path = self._store.request_path(upload)
@@ -78,7 +78,7 @@ class EditRoutes:
 
     async def delete(self, name: str, edit: str, request: Request, version: Version = None) -> dict[str, Any]:
         """Drops a version of one's own edit, by default all of them."""
-        self._deployments.get(name)
+        self._deployments.get(name, caller_of(request))
         await to_thread.run_sync(self._kept.delete, name, owner_of(request), check_name(edit), version)
         return {"name": edit, "version": version}
 

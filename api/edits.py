@@ -1,4 +1,4 @@
-"""Edits that users keep by name: in the store, in versions, each its owner's alone or shared.
+"""Edits that users keep by name: in the store, in versions, each its owner's alone or shared with its tenant.
 
 An edit's bytes are those of `polytrace.edits.sets.encode_edits`; they were checked before they come here. Who is not an
 edit's owner, and whom it is not shared with, does not learn that it exists. The number of a version that was deleted is
@@ -11,12 +11,14 @@ import time
 from dataclasses import dataclass
 
 from api.database import Database
+from api.identity import tenant_of
 from polytrace.edits.sets import KnownEdit, unknown_edit
 from polytrace.errors import ConflictError, TooLargeError
 
 MAX_BYTES = 16 << 20  # of one version
 MAX_VERSIONS = 1000  # of one owner, all names together
 MAX_OWNED_BYTES = 256 << 20  # of one owner
+_IS_SHARED = "(is_shared = 1 AND substr(owner, 1, length(?3)) = ?3)"  # ?3: the tenant whose users share it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +51,9 @@ class KeptEdits:
                 told = f"all edits together would take {size + len(body)} bytes; one owner has {self._limits.num_bytes}"
                 raise TooLargeError(f"{told}: delete some")
             taken = db.execute(
-                "SELECT 1 FROM edits WHERE model = ? AND owner != ? AND name = ? AND is_shared AND body IS NOT NULL",
-                (model, owner, name),
+                f"SELECT 1 FROM edits WHERE model = ?1 AND owner != ?2 AND name = ?4 AND {_IS_SHARED} "
+                "AND body IS NOT NULL",
+                (model, owner, tenant_of(owner), name),
             ).fetchone()
             if is_shared and taken:
                 raise ConflictError(f"somebody shares an edit {name!r} of {model} already: choose another name")
@@ -67,10 +70,10 @@ class KeptEdits:
     def get(self, model: str, owner: str, name: str, version: int | None) -> tuple[int, bytes]:
         """A version, by default the newest, and its number: one's own before a shared one. Raises NotFoundError."""
         rows = self._db.rows(
-            "SELECT version, body FROM edits WHERE model = ?1 AND name = ?3 AND body IS NOT NULL "
-            "AND (owner = ?2 OR is_shared) AND (?4 IS NULL OR version = ?4) "
+            "SELECT version, body FROM edits WHERE model = ?1 AND name = ?4 AND body IS NOT NULL "
+            f"AND (owner = ?2 OR {_IS_SHARED}) AND (?5 IS NULL OR version = ?5) "
             "ORDER BY owner = ?2 DESC, version DESC LIMIT 1",
-            (model, owner, name, version),
+            (model, owner, tenant_of(owner), name, version),
         )
         if not rows:
             raise unknown_edit(name, version, {known.name for known in self.known(model, owner)})
@@ -80,8 +83,8 @@ class KeptEdits:
         """What an owner may use, by name and version."""
         rows = self._db.rows(
             "SELECT name, version, is_shared, owner = ?2, num_bytes, created FROM edits "
-            "WHERE model = ?1 AND body IS NOT NULL AND (owner = ?2 OR is_shared) ORDER BY name, version",
-            (model, owner),
+            f"WHERE model = ?1 AND body IS NOT NULL AND (owner = ?2 OR {_IS_SHARED}) ORDER BY name, version",
+            (model, owner, tenant_of(owner)),
         )
         return [
             KnownEdit(

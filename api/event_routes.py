@@ -14,9 +14,11 @@ from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Request, Response
 
+from api.callers import caller_of
 from api.events import Event
+from api.identity import Identity
 from api.store import RequestStatus, Store
 from api.streams import COMMENT, MEDIA_TYPE, EventStream, Streams
 from api.waiting import Waiting
@@ -56,22 +58,26 @@ class EventRoutes:
     async def events(
         self,
         request_id: str,
+        call: Request,
         last_event_id: Annotated[str | None, Header()] = None,
         cancel_on_disconnect: bool = False,
     ) -> Response:
         """Server-sent events of a request, from its first one or behind the `Last-Event-ID`, until it has ended."""
         request = RequestId(request_id)
-        await self._waiting.until_final(request, 0.0)  # NotFoundError
+        await self._waiting.until_final(request, 0.0, caller_of(call))  # NotFoundError
         if last_event_id == END:
             return Response(status_code=204)
         after = _place(last_event_id)
+        await to_thread.run_sync(self._store.bring_events, request)
         self._store.events.read(request, after)  # UserError
         self._listeners[request] += 1
         on_left = partial(self._on_left, request, is_cancelling=cancel_on_disconnect)
-        return EventStream(self._texts(request, after), on_left=on_left, headers={"X-Request-Id": request})
+        return EventStream(
+            self._texts(request, caller_of(call), after), on_left=on_left, headers={"X-Request-Id": request}
+        )
 
-    async def _texts(self, request: RequestId, after: int) -> AsyncIterator[str]:
-        async for told in self._streams.follow(request, after):
+    async def _texts(self, request: RequestId, caller: Identity, after: int) -> AsyncIterator[str]:
+        async for told in self._streams.follow(request, caller, after):
             if isinstance(told, RequestStatus):
                 yield _text(END, END, json.dumps(self._plain(told)))
             else:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 
 from anyio import to_thread
 
+from api.away import AwayError
 from api.store import Store
 from api.streams import Streams
 from scheduling.plan import RequestId
@@ -39,6 +39,8 @@ class Expiry:
         while True:
             try:
                 await self.round()
+            except AwayError:
+                pass  # another time
             except Exception:  # noqa: BLE001  the edge of the task: a disk that fails now may work later
                 _log.exception("what has expired could not be removed")
             await asyncio.sleep(min(PAUSE_S, self._ttl_s / 2))
@@ -48,4 +50,4 @@ class Expiry:
         followed = set(self._streams.followed)
         await to_thread.run_sync(self._store.remove_files, [one for one in self._dropped if one not in followed])
         self._dropped = [one for one in self._dropped if one in followed]
-        self._dropped += await to_thread.run_sync(self._store.drop_ended, time.time() - self._ttl_s, followed)
+        self._dropped += await to_thread.run_sync(self._store.drop_ended, self._store.now() - self._ttl_s, followed)

@@ -4,16 +4,15 @@ Owns the routes and their rules. Requests are checked by `api.worker`, kept by `
 bodies stream between socket and file, 4 MB at a time.
 
 A submit may wait for its result (`Prefer: wait=SECONDS`). A client that disconnects while it waits this way cancels its
-request: nobody else knows its id. One that has the id (202) may come and go.
+request: nobody else knows its id. One that has the id (202), or sent a key (`api.idempotency`), may come and go.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,31 +24,40 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from api import problems
-from api.callers import caller_of, owner_of
+from api.access import Access
+from api.admission import Admission
+from api.away import AwayError
+from api.bodies import LimitedBodies
+from api.callers import caller_of, operator_of, owner_of
 from api.catalogue import Deployment
 from api.edit_routes import EditRoutes
-from api.event_routes import EventRoutes
+from api.event_routes import EventRoutes, cancel_soon
 from api.expiry import Expiry
-from api.identity import LOCAL, Identity
+from api.idempotency import AcceptedBeforeError, Returning, check_same, key_of, submit_of_file
 from api.keeping import KeepingRoutes
+from api.key_routes import KeyRoutes
+from api.limits import Terms
 from api.logs import logs_since
+from api.oidc import Provider
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
+from api.purge_routes import PurgeRoutes
+from api.result_response import StoredResultResponse
+from api.results import ObjectResults
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
 from api.streams import Streams
+from api.tenant_routes import TenantRoutes
 from api.uploads import receive
+from api.usage_routes import UsageRoutes
 from api.waiting import Waiting, no_request
-from api.worker import Verdict
 from cluster.config import DeploymentSpec, Mode
 from polytrace.codec import to_json
 from polytrace.errors import (
     CapacityError,
-    KeyRefusedError,
     NotFoundError,
     PolytraceError,
-    ServiceError,
     TooLargeError,
     from_fields,
 )
@@ -68,15 +76,21 @@ class Gateway:
         self._store = store
         self._settings = settings
         self._checker = checker
-        self._key = key
+        provider = None if settings.oidc is None else Provider(settings.oidc)
+        self._access = Access(store.keys, store.tenants, own_key=key, asks=settings.asks_key, provider=provider)
+        self._tenants = TenantRoutes(store.tenants, store.audit, self._access.forget)
+        self._keys = KeyRoutes(store.keys, self._access.forget, settings.key_ttl_s)
         self._deployments = Deployments(store, checker)
         self._waiting = Waiting(store)
+        self._admission = Admission(store, settings, checker)
         self._edits = EditRoutes(store, settings, checker, self._deployments)
         self._streams = Streams(store, self._waiting)
+        self._cancelling: set[asyncio.Task[None]] = set()
+        self._returning = Returning(lambda request: cancel_soon(store, request, self._cancelling))
         self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
         self._events = EventRoutes(store, self._waiting, self._streams, _plain)
-        self._openai = OpenAIRoutes(store, settings, checker, self._deployments, self._waiting, self._streams)
-        self._keeping = KeepingRoutes(store.contents, upload_idle_s=settings.upload_idle_s)
+        self._openai = OpenAIRoutes(store, checker, self._deployments, self._waiting, self._streams, self._admission)
+        self._keeping = KeepingRoutes(store.contents, self._admission, upload_idle_s=settings.upload_idle_s)
 
     def app(self) -> FastAPI:
         app = FastAPI(
@@ -88,6 +102,7 @@ class Gateway:
             telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         problems.install(app)
+        app.add_middleware(LimitedBodies)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
         v1.add_api_route("/models", self.list_models)
         v1.add_api_route("/models/{name}", self.describe)
@@ -105,7 +120,11 @@ class Gateway:
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["HEAD"], include_in_schema=False)
         self._events.add_to(v1)
         self._edits.add_to(v1)
+        UsageRoutes(self._store, self._admission).add_to(v1)
         self._keeping.add_to(v1)
+        self._keys.add_to(v1)
+        self._tenants.add_to(v1)
+        PurgeRoutes(self._store).add_to(v1)
         app.include_router(v1)
         openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
         self._openai.add_to(openai)
@@ -130,14 +149,17 @@ class Gateway:
             raise CapacityError(reason)
         return {"status": "ready"}
 
-    async def list_models(self) -> dict[str, Any]:
-        """The deployments: what they are, how far, how many requests wait and run, and how each replica does.
+    async def list_models(self, request: Request) -> dict[str, Any]:
+        """The deployments that the caller may use: what they are, how far, how many requests wait and run, and how each
+        replica does.
 
         `data` has the names of those that are ready, as OpenAI's clients read them.
         """
         counts = await to_thread.run_sync(self._store.open_requests)
         models = []
         for known in await to_thread.run_sync(self._store.deployments):
+            if not caller_of(request).may_use(known.model):
+                continue
             served = self._deployments.find(known)
             count = counts.get(known.model, {})
             entry = _entry(known) | {
@@ -153,26 +175,30 @@ class Gateway:
         ]
         return {"models": models, "object": "list", "data": ready}
 
-    async def deploy(self, name: str, wish: Deploy) -> dict[str, Any]:
-        """Serves a model under this name from now on, or again when it was drained or has failed."""
+    async def deploy(self, name: str, wish: Deploy, request: Request) -> dict[str, Any]:
+        """Serves a model under this name from now on, or again when it was drained or has failed. For operators."""
+        operator_of(request)
         spec = checked_spec(DeploymentSpec(name=name, **wish.model_dump()))
-        return _entry(await to_thread.run_sync(self._store.want, spec))
+        return await self._operated(request, name, partial(self._store.want, spec), wish.model_dump())
 
-    async def resize(self, name: str, wish: Resize) -> dict[str, Any]:
-        """Another number of replicas. New ones load while the others serve; one that goes finishes what it has."""
-        return _entry(await to_thread.run_sync(self._store.resize, name, wish.replicas))
+    async def resize(self, name: str, wish: Resize, request: Request) -> dict[str, Any]:
+        """Another number of replicas. New ones load while the others serve; one that goes finishes what it has. For
+        operators.
+        """
+        resize = partial(self._store.resize, name, wish.replicas)
+        return await self._operated(request, name, resize, wish.model_dump())
 
-    async def drain(self, name: str) -> dict[str, Any]:
-        """Takes no new requests, finishes those that wait and run, and keeps its shards."""
-        return _entry(await to_thread.run_sync(self._store.drain, name))
+    async def drain(self, name: str, request: Request) -> dict[str, Any]:
+        """Takes no new requests, finishes those that wait and run, and keeps its shards. For operators."""
+        return await self._operated(request, name, partial(self._store.drain, name))
 
-    async def remove(self, name: str, now: bool = False) -> dict[str, Any]:
-        """Drains it and ends its shards; `now`: at once, and what has not finished is refused."""
-        return _entry(await to_thread.run_sync(partial(self._store.remove, name, now=now)))
+    async def remove(self, name: str, request: Request, now: bool = False) -> dict[str, Any]:
+        """Drains it and ends its shards; `now`: at once, and what has not finished is refused. For operators."""
+        return await self._operated(request, name, partial(self._store.remove, name, now=now), {"now": now})
 
     async def describe(self, name: str, request: Request) -> Response:
         """The model description: module tree, sites, parameters, limits."""
-        served = self._deployments.get(name)
+        served = self._deployments.get(name, caller_of(request))
         headers = {"ETag": f'"{served.version}"', "Vary": "Accept-Encoding", "Cache-Control": "private, no-cache"}
         if served.version in re.findall(r'"([^"]*)"', request.headers.get("if-none-match", "")):
             return Response(status_code=304, headers=headers)
@@ -181,31 +207,32 @@ class Gateway:
             return Response(served.zipped, media_type="application/json", headers=headers)
         return Response(served.body, media_type="application/json", headers=headers)
 
-    async def tokenizer(self, name: str) -> Response:
+    async def tokenizer(self, name: str, request: Request) -> Response:
         """The model's tokenizer.json."""
-        served = self._deployments.get(name)
+        served = self._deployments.get(name, caller_of(request))
         if served.tokenizer is None:
             raise NotFoundError(f"{name} came without a tokenizer; send token ids")
         return Response(served.tokenizer, media_type="application/json")
 
     async def validate(self, name: str, request: Request) -> Response:
         """The certificate of a request: what it would cost and return. Nothing runs, nothing is kept."""
-        served = self._deployments.get(name)
+        caller = caller_of(request)
+        served = self._deployments.get(name, caller)
         request_id = self._store.new_id()
         try:
-            await self._receive(request_id, request, served)
-            verdict = await self._check(request_id, name, served, owner_of(request), certify=True)
+            terms = await self._admission.terms(caller, name)
+            await self._receive(request_id, request, served, terms)
+            verdict = await self._admission.checked(request_id, served, caller, terms, certify=True)
+            certificate = await self._admission.certificate(request_id, served, caller, terms, verdict)
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         finally:
             self._store.discard(request_id)
-        if verdict.certificate is None:
-            raise ServiceError("the request was checked, but no certificate came of it")
-        return Response(verdict.certificate, media_type="application/json")
+        return Response(certificate, media_type="application/json")
 
     async def sites(self, name: str, request: Request) -> Response:
         """What a call visits, of a model that is called as it is. Nothing runs, nothing is kept."""
-        served = self._deployments.get(name)
+        served = self._deployments.get(name, caller_of(request))
         asked = bytearray()
         try:
             async for part in request.stream():
@@ -221,12 +248,16 @@ class Gateway:
 
     async def submit(self, name: str, request: Request) -> Response:
         """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""
-        served = self._deployments.taking(name)
+        caller, key = caller_of(request), key_of(request)
+        if key is not None and (before := await self._submitted(key, name, request)) is not None:
+            return await self._followed(before, request)
+        served = self._deployments.taking(name, caller)
+        terms = await self._admission.begin(caller, name)
         request_id = self._store.new_id()
         try:
-            await self._receive(request_id, request, served)
+            await self._receive(request_id, request, served, terms)
             verdict, _ = await asyncio.gather(
-                self._check(request_id, name, served, owner_of(request), certify=False),
+                self._admission.checked(request_id, served, caller, terms),
                 to_thread.run_sync(self._store.sync_request, request_id),
             )
         except ClientDisconnect:
@@ -236,34 +267,39 @@ class Gateway:
             self._store.discard(request_id)
             raise
         try:
-            status = await to_thread.run_sync(self._add, request_id, name, caller_of(request), verdict)
-        except PolytraceError:
-            self._store.discard(request_id)
+            submit = None if key is None else submit_of_file(key, name, self._store.request_path(request_id))
+            status = await self._admission.accept(request_id, served, caller, terms, verdict, submit=submit)
+        except PolytraceError as error:
+            if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
+                self._store.discard(request_id)
             raise
-        if (wait_s := self._preferred_wait(request)) > 0:
-            waited = await self._waiting.for_caller(request_id, request, wait_s)
-            if waited is None:
-                return Response(status_code=CLIENT_GONE)
-            status = waited
-        return await self._answer(status)
+        except AcceptedBeforeError as before:  # by a call at the same time
+            self._store.discard(request_id)
+            status = await self._waiting.until_final(before.request, 0.0, caller)
+        return await self._followed(status, request)
 
     async def status(
         self,
         request_id: str,
+        request: Request,
         wait: Annotated[float, Query(ge=0)] = 0.0,
         passes_done: Annotated[int | None, Query(ge=0)] = None,
     ) -> Response:
         """How a request does; with `wait`, once it has ended, more than `passes_done` are, or the seconds are over."""
         wait_s = min(wait, self._settings.max_wait_s)
-        status = await self._waiting.until_final(RequestId(request_id), wait_s, passes_done=passes_done)
+        status = await self._waiting.until_final(
+            RequestId(request_id), wait_s, caller_of(request), passes_done=passes_done
+        )
         return JSONResponse(_plain(status) | {"logs": logs_since(status.logs, passes_done or 0)})
 
-    async def result(self, request_id: str) -> Response:
+    async def result(self, request_id: str, request: Request) -> Response:
         """The result file of a finished request; 202 and the status while there is none."""
-        return await self._answer(await self._waiting.until_final(RequestId(request_id), 0.0), is_whole=False)
+        status = await self._waiting.until_final(RequestId(request_id), 0.0, caller_of(request))
+        return await self._answer(status, is_whole=False)
 
-    async def cancel(self, request_id: str) -> Response:
+    async def cancel(self, request_id: str, request: Request) -> Response:
         """Cancels a request that has not ended; says how it stands then."""
+        await self._waiting.until_final(RequestId(request_id), 0.0, caller_of(request))  # NotFoundError
         status = await to_thread.run_sync(self._store.cancel, RequestId(request_id))
         if status is None:
             raise no_request(request_id)
@@ -280,14 +316,17 @@ class Gateway:
         loop.add_reader(events_bell.listen(), self._on_events_bell)
         self._deployments.ring()
         self._checker.start()
-        self._store.contents.give_up_uploads()
+        with contextlib.suppress(AwayError):  # their room is given back another time
+            self._store.contents.give_up_uploads()
         purging = asyncio.create_task(self._keeping.purge_forever())
         expiring = asyncio.create_task(self._expiry.run_forever())
+        noting = asyncio.create_task(self._access.note_forever())
         try:
             yield
         finally:
             purging.cancel()
             expiring.cancel()
+            noting.cancel()
             loop.remove_reader(bell.listen())
             loop.remove_reader(events_bell.listen())
             self._checker.close()
@@ -302,35 +341,45 @@ class Gateway:
         self._streams.ring()
 
     async def _require_key(self, request: Request) -> None:
-        request.state.caller = LOCAL
-        if self._key is None:
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
-            raise KeyRefusedError("this service needs its key: `Authorization: Bearer KEY`")
+        request.state.caller = await self._access.identify(request.headers.get("authorization", ""))
 
-    async def _receive(self, request_id: RequestId, request: Request, served: Served) -> None:
-        limit = served.description.limits.max_request_bytes
+    async def _operated(
+        self, request: Request, name: str, act: Callable[[], Deployment], details: Mapping[str, Any] = {}
+    ) -> dict[str, Any]:
+        """An act of an operator's on a deployment, and that it was done."""
+        operator = operator_of(request)
+        entry = _entry(await to_thread.run_sync(act))
+        word = {"PUT": "deploy", "PATCH": "resize", "POST": "drain", "DELETE": "remove"}[request.method]
+        await to_thread.run_sync(partial(self._store.audit.record, operator, f"models.{word}", name, **details))
+        return entry
+
+    async def _receive(self, request_id: RequestId, request: Request, served: Served, terms: Terms) -> None:
+        most, whose = self._admission.max_bytes(terms, served)
         path = self._store.request_path(request_id)
-        await receive(request, path, max_bytes=limit, idle_s=self._settings.upload_idle_s)
+        await receive(request, path, max_bytes=most, idle_s=self._settings.upload_idle_s, whose=whose)
 
-    async def _check(self, request_id: RequestId, name: str, served: Served, owner: str, *, certify: bool) -> Verdict:
-        path, contents = self._store.request_path(request_id), self._store.contents.folder_of(owner)
-        verdict = await self._checker.check(name, served.version, path, contents=contents, certify=certify)
-        verdict.raise_error()
-        return verdict
+    async def _submitted(self, key: str, name: str, request: Request) -> RequestStatus | None:
+        """How the request does that was accepted by this key before, None when there is none."""
+        known = await to_thread.run_sync(self._store.submitted, owner_of(request), key)
+        if known is None:
+            return None
+        await check_same(known[1], name, request, idle_s=self._settings.upload_idle_s)
+        return await self._waiting.until_final(known[0], 0.0, caller_of(request))
 
-    def _add(self, request_id: RequestId, name: str, caller: Identity, verdict: Verdict) -> RequestStatus:
-        assert verdict.facts is not None
-        return self._store.add(
-            request_id,
-            name,
-            verdict.facts,
-            work=verdict.work,
-            max_open=self._settings.max_open,
-            caller=caller,
-            needs=verdict.needs,
-        )
+    async def _followed(self, status: RequestStatus, request: Request) -> Response:
+        """The answer to a submit: what came of it within the time that the caller waits, else how it stands."""
+        if (wait_s := self._preferred_wait(request)) <= 0:
+            return await self._answer(status)
+        returning = None if key_of(request) is None else self._returning
+        if returning is not None:
+            returning.come(status.id)
+        waited = None
+        try:
+            waited = await self._waiting.for_caller(status, request, wait_s, is_cancelling=returning is None)
+        finally:
+            if returning is not None:
+                returning.go(status.id, has_heard=waited is not None)
+        return Response(status_code=CLIENT_GONE) if waited is None else await self._answer(waited)
 
     def _preferred_wait(self, request: Request) -> float:
         """Seconds of `Prefer: wait=N` (RFC 7240), at most what the settings allow; 0 when there is none."""
@@ -343,6 +392,9 @@ class Gateway:
         `is_whole`: nobody can have asked for a part of the result, so a small one needs no machinery for that.
         """
         headers: dict[str, str] = {"X-Request-Id": status.id}
+        if status.state is RequestState.DONE and isinstance(self._store.results, ObjectResults):
+            stored = await to_thread.run_sync(self._store.results.stored, status.id)
+            return StoredResultResponse(stored, MEDIA_TYPE, headers)
         if status.state is RequestState.DONE:
             path = self._store.result_path(status.id)
             if is_whole and (content := await to_thread.run_sync(_read_small, path)) is not None:
@@ -418,6 +470,8 @@ def _plain(status: RequestStatus) -> dict[str, Any]:
     return {
         "id": status.id,
         "model": status.model,
+        "tenant": status.tenant,
+        "user": status.user,
         "state": status.state.value,
         "created": status.created,
         "started": status.started,

@@ -25,6 +25,7 @@ class Identity:
     user: str
     role: Role = Role.USER
     key: str | None = None  # the prefix of the key, where one was given
+    models: frozenset[str] | None = None  # deployments that its tenant may use; None: all
 
     @property
     def owner(self) -> str:
@@ -35,6 +36,10 @@ class Identity:
     def is_operator(self) -> bool:
         return self.role is Role.OPERATOR
 
+    def may_use(self, model: str) -> bool:
+        """Whether a deployment is one of its tenant's."""
+        return self.is_operator or self.models is None or model in self.models
+
     def __str__(self) -> str:
         return f"{self.tenant}/{self.user}"
 
@@ -42,6 +47,11 @@ class Identity:
 def owner_name(tenant: str, user: str) -> str:
     """One word for a user of a tenant."""
     return f"{tenant}{_BETWEEN}{user}"
+
+
+def tenant_of(owner: str) -> str:
+    """What the names of all owners of the same tenant begin with."""
+    return owner.partition(_BETWEEN)[0] + _BETWEEN
 
 
 def checked_name(name: str, what: str) -> str:

@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 
-from api.callers import owner_of
+from api.admission import Admission
+from api.away import AwayError
+from api.callers import caller_of, owner_of
 from api.contents import Contents
 from api.uploads import receive
 from polytrace.codec import to_json
@@ -37,8 +39,9 @@ _log = logging.getLogger(__name__)
 class KeepingRoutes:
     """The routes' state."""
 
-    def __init__(self, contents: Contents, *, upload_idle_s: float) -> None:
+    def __init__(self, contents: Contents, admission: Admission, *, upload_idle_s: float) -> None:
         self._contents = contents
+        self._admission = admission
         self._upload_idle_s = upload_idle_s
 
     def add_to(self, router: APIRouter) -> None:
@@ -61,6 +64,8 @@ class KeepingRoutes:
         while True:
             try:
                 await to_thread.run_sync(self._contents.purge)
+            except AwayError:
+                pass  # another time
             except Exception:  # noqa: BLE001  the edge of the task: a disk that fails now may work later
                 _log.exception("what has expired could not be dropped")
             await asyncio.sleep(PURGE_S)
@@ -81,6 +86,7 @@ class KeepingRoutes:
         size = int(announced)
         if size > self._contents.quota_bytes:  # before it becomes a number of the database
             raise TooLargeError(f"the upload takes {size} bytes; its owner has {self._contents.quota_bytes} in all")
+        await self._admission.check_stored(caller_of(request), size)
         path = await to_thread.run_sync(self._contents.begin_upload, owner, part, size)
         try:
             await receive(request, path, max_bytes=size, idle_s=self._upload_idle_s)

@@ -7,31 +7,31 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from api.away import AwayError
+from api.results import Results
 from polytrace.logs import MAX_LOG_BYTES
 from scheduling.scheduler import Progress
 
 MAX_LOGS_BYTES = 262_144  # of all that a request has logged
 
 
-def logs_as_json(told: Progress, file: Path) -> str:
+def logs_as_json(told: Progress, results: Results) -> str:
     """The logs of the passes that are done, as the store keeps them."""
     if not told.logs:
         return "[]"
     found: list[dict[str, Any]] = []
     left = MAX_LOGS_BYTES
     try:
-        with file.open("rb") as result:
+        with results.reading(told.request) as read:
             for log in told.logs:
                 size = log.slot.facts.num_bytes
                 if size > min(MAX_LOG_BYTES, left):
                     continue
                 left -= size
-                data = os.pread(result.fileno(), size, told.result_start + log.slot.offset)
+                data = read(told.result_start + log.slot.offset, size)
                 found.append(
                     {
                         "name": log.slot.name,
@@ -41,7 +41,7 @@ def logs_as_json(told: Progress, file: Path) -> str:
                         "passes_done": log.passes_done,
                     }
                 )
-    except OSError:
+    except (OSError, AwayError):
         return "[]"  # they come with the result, or its failure does
     return json.dumps(found)
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.problems import headers_of, status_of
+from api.problems import headers_of, retry_headers, status_of
 from api.wishes import FieldError, WishError, wish_error
 from polytrace.errors import (
     CapacityError,
@@ -20,6 +20,7 @@ from polytrace.errors import (
     KeyRefusedError,
     NotFoundError,
     PolytraceError,
+    QuotaError,
     TooLargeError,
     UserError,
 )
@@ -51,6 +52,8 @@ def _code(error: PolytraceError, param: str | None) -> str:
         return "context_length_exceeded"
     if isinstance(error, KeyRefusedError):
         return "invalid_api_key"
+    if isinstance(error, QuotaError):
+        return "rate_limit_exceeded"
     if isinstance(error, NotFoundError) and param == MODEL:
         return "model_not_found"
     return error.code
@@ -59,7 +62,7 @@ def _code(error: PolytraceError, param: str | None) -> str:
 def error_answer(error: PolytraceError, param: str | None = None) -> JSONResponse:
     """The error as an answer. OpenAI's client sends again what gets 409 or 5XX, unless it is told not to."""
     status = HTTPStatus.BAD_REQUEST if isinstance(error, ContextError) else status_of(error)[0]
-    headers = headers_of(status)
+    headers = headers_of(status) | retry_headers(error)
     if not isinstance(error, CapacityError):
         headers["X-Should-Retry"] = "false"
     return JSONResponse(error_body(error, param), status_code=int(status), headers=headers)

@@ -19,6 +19,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.admission import Admission
+from api.away import AwayError
 from api.callers import caller_of
 from api.choices import Answer
 from api.event_routes import cancel_soon
@@ -26,7 +28,6 @@ from api.events import TOKEN, Event
 from api.identity import Identity
 from api.openai_errors import MODEL, RESPONSES, error_body
 from api.served import Checker, Deployments, Served
-from api.settings import GatewaySettings
 from api.store import RequestState, RequestStatus, Store
 from api.streams import COMMENT, MEDIA_TYPE, EventStream, Streams
 from api.waiting import Waiting
@@ -54,14 +55,14 @@ class OpenAIRoutes:
     def __init__(
         self,
         store: Store,
-        settings: GatewaySettings,
         checker: Checker,
         deployments: Deployments,
         waiting: Waiting,
         streams: Streams,
+        admission: Admission,
     ) -> None:
         self._store = store
-        self._settings = settings
+        self._admission = admission
         self._checker = checker
         self._deployments = deployments
         self._waiting = waiting
@@ -85,17 +86,18 @@ class OpenAIRoutes:
 
     async def _answered(self, wish: CompletionWish | ChatWish, request: Request) -> Response:
         with about(MODEL):
-            served = self._deployments.taking(wish.model)
+            served = self._deployments.taking(wish.model, caller_of(request))
         tokenizer = await self._tokenizer(wish.model, served)
-        request_id, composed = await self._accepted(wish, served, caller_of(request))
+        accepted, composed = await self._accepted(wish, served, caller_of(request))
+        request_id = accepted.id
         answer = Answer(
             wish, request=request_id, created=int(time.time()), prompts=composed.prompts, tokenizer=tokenizer
         )
         headers = {"X-Request-Id": request_id}
         if wish.stream:
             left = partial(cancel_soon, self._store, request_id, self._cancelling)
-            return EventStream(self._texts(request_id, answer), on_left=left, headers=headers)
-        status = await self._waiting.for_caller(request_id, request, math.inf)
+            return EventStream(self._texts(request_id, caller_of(request), answer), on_left=left, headers=headers)
+        status = await self._waiting.for_caller(accepted, request, math.inf)
         if status is None:
             return Response(status_code=CLIENT_GONE)
         if (error := _error_of(status)) is not None:
@@ -105,8 +107,9 @@ class OpenAIRoutes:
 
     async def _accepted(
         self, wish: CompletionWish | ChatWish, served: Served, caller: Identity
-    ) -> tuple[RequestId, Composed]:
+    ) -> tuple[RequestStatus, Composed]:
         """The request, in the store like one that was uploaded."""
+        terms = await self._admission.begin(caller, wish.model)
         request_id = self._store.new_id()
         path, contents = self._store.request_path(request_id), self._store.contents.folder_of(caller.owner)
         try:
@@ -114,27 +117,21 @@ class OpenAIRoutes:
             verdict = composed.verdict
             if verdict.error is not None:
                 raise FieldError(from_fields(verdict.error), composed.param)
-            assert verdict.facts is not None
+            await self._admission.held(verdict, request_id, served, caller, terms)
             await to_thread.run_sync(self._store.sync_request, request_id)
-            add = partial(
-                self._store.add,
-                work=verdict.work,
-                max_open=self._settings.max_open,
-                caller=caller,
-                needs=verdict.needs,
-            )
-            await to_thread.run_sync(add, request_id, wish.model, verdict.facts)
-        except BaseException:
-            self._store.discard(request_id)
+            status = await self._admission.accept(request_id, served, caller, terms, verdict)
+        except BaseException as error:
+            if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
+                self._store.discard(request_id)
             raise
-        return request_id, composed
+        return status, composed
 
-    async def _texts(self, request_id: RequestId, answer: Answer) -> AsyncIterator[str]:
+    async def _texts(self, request_id: RequestId, caller: Identity, answer: Answer) -> AsyncIterator[str]:
         """What a stream sends."""
         for chunk in answer.beginning():
             yield _data(chunk)
         status: RequestStatus | None = None
-        async for told in self._streams.follow(request_id):
+        async for told in self._streams.follow(request_id, caller):
             if isinstance(told, RequestStatus):
                 status = told
             elif not told:

@@ -190,6 +190,12 @@ class _Service:
             raise from_fields({"code": body.get("code", ""), "message": told})
         return body
 
+    def text(self, path: str, **more: Any) -> str:
+        """What a path has as text."""
+        from polytrace.http_calls import call
+
+        return call(self._client, self._url, "GET", path, **more).text
+
     def deployments(self) -> list[Entry]:
         return list(self.ask("GET", "/v1/models")["models"])
 

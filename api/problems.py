@@ -6,6 +6,7 @@ line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -19,11 +20,13 @@ from polytrace.errors import (
     CancelledError,
     CapacityError,
     ConflictError,
+    ForbiddenError,
     GraphError,
     KeyRefusedError,
     MissingError,
     NotFoundError,
     PolytraceError,
+    QuotaError,
     RunError,
     ServiceError,
     TooLargeError,
@@ -43,9 +46,11 @@ _TABLE: tuple[tuple[type[PolytraceError], HTTPStatus, str], ...] = (
     (NotFoundError, HTTPStatus.NOT_FOUND, "Not found"),
     (MissingError, HTTPStatus.CONFLICT, "The request names contents that are not here"),
     (KeyRefusedError, HTTPStatus.UNAUTHORIZED, "The key is missing or unknown"),
+    (ForbiddenError, HTTPStatus.FORBIDDEN, "That is for operators"),
     (CancelledError, HTTPStatus.CONFLICT, "The request was cancelled"),
     (ConflictError, HTTPStatus.CONFLICT, "The deployment is in the way"),
     (UserError, HTTPStatus.BAD_REQUEST, "The request is wrong"),
+    (QuotaError, HTTPStatus.TOO_MANY_REQUESTS, "The tenant's quota is used up"),
     (CapacityError, HTTPStatus.SERVICE_UNAVAILABLE, "The service cannot take the request now"),
     (ServiceError, HTTPStatus.INTERNAL_SERVER_ERROR, "The service failed"),
 )
@@ -62,7 +67,15 @@ _CODES: dict[int, str] = {404: NotFoundError.code, 413: TooLargeError.code, 503:
 def problem(error: PolytraceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer for one of our own errors."""
     status, title = status_of(error)
-    return _answer(status, title, error.message, error.code, error.where, headers)
+    given = retry_headers(error) | dict(headers or {})
+    return _answer(status, title, error.message, error.code, error.where, given)
+
+
+def retry_headers(error: PolytraceError) -> dict[str, str]:
+    """When to ask again, in whole seconds, never too early, where the error knows it."""
+    if not isinstance(error, CapacityError) or error.retry_after_s is None:
+        return {}
+    return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
 
 
 def status_of(error: PolytraceError) -> tuple[HTTPStatus, str]:

@@ -7,13 +7,16 @@ import gzip
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from anyio import to_thread
 
+from api.away import AwayError
 from api.catalogue import Deployment, check_taking
+from api.identity import Identity
 from api.store import Store
 from api.wishes import ChatWish, CompletionWish
 from api.worker import Answer, Composed, Verdict
@@ -24,6 +27,7 @@ from polytrace.errors import CapacityError, NotFoundError
 
 DRAINING = DeploymentState.DRAINING
 RETRY_S = 5.0
+AWAY_S = 0.5  # between two looks while the database is away
 PAUSE_S = 0.05  # between two looks: most rings are about requests, not deployments
 
 _log = logging.getLogger(__name__)
@@ -38,6 +42,9 @@ class Checker(Protocol):
     async def compose(
         self, model: str, version: str, path: Path, wish: CompletionWish | ChatWish, *, contents: Path
     ) -> Composed: ...
+    async def nearest(
+        self, model: str, version: str, path: Path, *, contents: Path, most: Mapping[str, int]
+    ) -> str | None: ...
     async def sites(self, model: str, version: str, asked: bytes) -> Answer: ...
     async def check_edits(self, model: str, version: str, path: Path) -> Verdict: ...
     def close(self) -> None: ...
@@ -65,6 +72,7 @@ class Deployments:
         self._served: dict[str, Served] = {}
         self._refresh: asyncio.Task[None] | None = None
         self._rung = False
+        self._has_looked = False
 
     def ring(self) -> None:
         """Something may have changed."""
@@ -77,19 +85,23 @@ class Deployments:
         served = self._served.get(known.model)
         return served if served is not None and served.revision == known.revision else None
 
-    def taking(self, name: str) -> Served:
+    def taking(self, name: str, caller: Identity) -> Served:
         """A deployment that takes requests. Raises NotFoundError, or CapacityError with the reason."""
-        served = self.get(name)
+        served = self.get(name, caller)
         check_taking(name, self._known[name].mode)
         return served
 
-    def get(self, name: str) -> Served:
-        """A deployment that can say what it serves. Raises NotFoundError, or CapacityError while it is not ready."""
-        if name in self._served:
+    def get(self, name: str, caller: Identity) -> Served:
+        """A deployment that can say what it serves. Raises NotFoundError, also for one that the caller may not use, or
+        CapacityError while it is not ready.
+        """
+        if name in self._served and caller.may_use(name):
             return self._served[name]
-        if name in self._known:
+        if name in self._known and caller.may_use(name):
             raise CapacityError(f"{name} is not ready ({_progress(self._known[name])})")
-        names = ", ".join(sorted(self._known)) or "none yet"
+        if not self._has_looked:
+            raise CapacityError("the gateway has just been started and does not know the deployments yet")
+        names = ", ".join(sorted(filter(caller.may_use, self._known))) or "none yet"
         raise NotFoundError(f"there is no model {name[:100]!r} here; there is {names}")
 
     def not_ready(self, name: str | None = None) -> str | None:
@@ -107,8 +119,13 @@ class Deployments:
             while self._rung:
                 await asyncio.sleep(PAUSE_S)
                 self._rung = False
-                known = {one.model: one for one in await to_thread.run_sync(self._store.deployments)}
-                self._known = known
+                try:
+                    known = {one.model: one for one in await to_thread.run_sync(self._store.deployments)}
+                except AwayError:  # what is known stays so until it is back
+                    await asyncio.sleep(AWAY_S)
+                    self._rung = True
+                    continue
+                self._known, self._has_looked = known, True
                 ready = {name for name, one in known.items() if one.state.is_serving or one.state is DRAINING}
                 self._served = {
                     name: one

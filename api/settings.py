@@ -6,13 +6,17 @@ command line is stronger than a variable, a variable stronger than the default h
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
+from api.identity import checked_name
+from api.limits import UNLIMITED, TenantLimits, limits_from_text
 from cluster.config import DeploymentSpec
 from polytrace.errors import UserError
 
@@ -26,11 +30,24 @@ MAX_REPLICAS = 64  # of one deployment: all their loops share the controller's p
 # variable -> what it sets. Those of RAY_AUTH are Ray's own: where the user's environment says nothing, the service sets
 # the mode to "token", and for a cluster that it starts itself makes the token too.
 VARIABLES: Mapping[str, str] = {
-    "POLYTRACE_KEY": "key that every call must bring as `Authorization: Bearer KEY`; empty: no key is asked for",
+    "POLYTRACE_KEY": "an operator's key of the tenant default, beside those of the store",
+    "POLYTRACE_KEY_TTL_S": "longest life of keys that users make for themselves, in seconds; default: no end",
+    "POLYTRACE_OIDC_ISSUER": "identity provider whose tokens are taken beside keys, as `iss` names it",
+    "POLYTRACE_OIDC_AUDIENCE": "this service's name at the provider: what a token's `aud` has",
+    "POLYTRACE_OIDC_JWKS_URL": "where the provider's keys are; default: where its discovery document says",
+    "POLYTRACE_OIDC_USER_CLAIM": "claim that is the user's name; default: sub",
+    "POLYTRACE_OIDC_TENANT_CLAIM": "claim that is the tenant's name; default: all are of POLYTRACE_OIDC_TENANT",
+    "POLYTRACE_OIDC_TENANT": "tenant of all who come with a token; default: default",
+    "POLYTRACE_OIDC_ROLE_CLAIM": "claim, a text or a list, that makes operators; default: none does",
+    "POLYTRACE_OIDC_OPERATOR_ROLE": "what that claim has for an operator; default: polytrace-operator",
     "POLYTRACE_STORE": "folder for requests and results",
+    "POLYTRACE_DATABASE": "postgresql://... in the place of a SQLite file in the store's folder",
+    "POLYTRACE_OBJECTS": "s3://BUCKET/PREFIX, or another URL of fsspec's, for what is to outlive the store's folder",
     "POLYTRACE_CHECKERS": "processes that check requests before they are accepted",
     "POLYTRACE_MAX_WAIT_S": "longest time that one call may wait for a result",
     "POLYTRACE_MAX_OPEN": "unfinished requests that one deployment takes before it answers 503",
+    "POLYTRACE_MAX_OPEN_OF_TENANT": "... and so many of one tenant, so that nobody fills a queue alone",
+    "POLYTRACE_LIMITS": "limits of tenants that have none of their own, as JSON of api.limits.TenantLimits",
     "POLYTRACE_MAX_TEXT_CHARS": "characters of one prompt on OpenAI's routes; default: 32 a token of the context",
     "POLYTRACE_QUOTA_BYTES": "bytes of constants, kept values and states that one owner may have on the service",
     "POLYTRACE_RESULT_TTL_S": "seconds that a result and its events are kept after the request has ended",
@@ -43,6 +60,21 @@ VARIABLES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OidcSettings:
+    """An identity provider (`api.oidc`)."""
+
+    issuer: str
+    audience: str
+    jwks_url: str | None = None
+    user_claim: str = "sub"
+    tenant_claim: str | None = None  # None: everybody is of `tenant`
+    tenant: str = "default"
+    role_claim: str | None = None
+    operator_role: str = "polytrace-operator"
+    cooldown_s: float = 10.0  # between two askings for the provider's keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
     """What the gateway needs beside its listening socket. The key travels apart from it: in the environment."""
 
@@ -50,11 +82,16 @@ class GatewaySettings:
     checkers: int = 1
     max_wait_s: float = 60.0
     max_open: int = 4096
+    max_open_of_tenant: int = 2048
+    limits: TenantLimits = UNLIMITED  # of tenants that have none of their own
     upload_idle_s: float = 60.0
     quota_bytes: int = DEFAULT_QUOTA_BYTES
     result_ttl_s: float = DEFAULT_RESULT_TTL_S
     max_text_chars: int | None = None  # None: by the model's context
     shutdown_s: float = 5.0  # for answers under way when the gateway is told to stop
+    asks_key: bool = False  # also when no key was given to the gateway itself; the store has some
+    key_ttl_s: float | None = None  # longest life of what users make; None: no end
+    oidc: OidcSettings | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +103,10 @@ class ServeSettings:
     port: int = 8765
     address: str | None = None  # of a Ray cluster to join; None: an own one
     store: str | None = None  # None: a fresh folder that goes when the service ends
+    database: str | None = None  # a URL; None: SQLite in that folder
+    objects: str | None = None  # a URL; None: that folder
     key: str | None = None
+    asks_key: bool = True  # False: whoever reaches it is an operator
     budget_tokens: int = DEFAULT_BUDGET_TOKENS
 
 
@@ -86,7 +126,7 @@ def from_environment(name: str, kind: Callable[[str], T], default: T, *, at_leas
     return value
 
 
-def gateway_settings(store: str) -> GatewaySettings:
+def gateway_settings(store: str, *, asks_key: bool = True) -> GatewaySettings:
     """The gateway's settings from the environment."""
     default = GatewaySettings(store=store)
     return GatewaySettings(
@@ -94,12 +134,56 @@ def gateway_settings(store: str) -> GatewaySettings:
         checkers=from_environment("POLYTRACE_CHECKERS", int, default.checkers, at_least=1),
         max_wait_s=from_environment("POLYTRACE_MAX_WAIT_S", float, default.max_wait_s, at_least=0),
         max_open=from_environment("POLYTRACE_MAX_OPEN", int, default.max_open, at_least=1),
+        max_open_of_tenant=from_environment(
+            "POLYTRACE_MAX_OPEN_OF_TENANT", int, default.max_open_of_tenant, at_least=1
+        ),
+        limits=limits_from_text(from_environment("POLYTRACE_LIMITS", str, None), "POLYTRACE_LIMITS"),
         upload_idle_s=from_environment("POLYTRACE_UPLOAD_IDLE_S", float, default.upload_idle_s, at_least=1),
         quota_bytes=quota_bytes(),
         max_text_chars=from_environment("POLYTRACE_MAX_TEXT_CHARS", int, default.max_text_chars, at_least=1),
         result_ttl_s=from_environment("POLYTRACE_RESULT_TTL_S", float, default.result_ttl_s, at_least=60),
         shutdown_s=default.shutdown_s,
+        asks_key=asks_key,
+        key_ttl_s=from_environment("POLYTRACE_KEY_TTL_S", float, None, at_least=60),
+        oidc=oidc_settings(),
     )
+
+
+def oidc_settings() -> OidcSettings | None:
+    """The identity provider of the environment, None when it names none. UserError when half of it is there."""
+
+    def text(name: str) -> str | None:
+        value: str | None = from_environment(f"POLYTRACE_OIDC_{name}", str, None)
+        return value
+
+    issuer, audience = text("ISSUER"), text("AUDIENCE")
+    if issuer is None and audience is None:
+        return None
+    if issuer is None or audience is None:
+        raise UserError("POLYTRACE_OIDC_ISSUER and POLYTRACE_OIDC_AUDIENCE are needed together")
+    for url in (issuer, text("JWKS_URL") or issuer):
+        parts = urlsplit(url)
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+            raise UserError(f"{url} is not https: whoever sits on the way could let anybody in")
+    default = OidcSettings(issuer=issuer, audience=audience)
+    return OidcSettings(
+        issuer=issuer,
+        audience=audience,
+        jwks_url=text("JWKS_URL"),
+        user_claim=text("USER_CLAIM") or default.user_claim,
+        tenant_claim=text("TENANT_CLAIM"),
+        tenant=checked_name(text("TENANT") or default.tenant, "tenant"),
+        role_claim=text("ROLE_CLAIM"),
+        operator_role=text("OPERATOR_ROLE") or default.operator_role,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def quota_bytes() -> int:
@@ -139,10 +223,19 @@ def serve_settings(*, spec: DeploymentSpec | None, key: str | None, **flags: Any
     if address is not None and not re.fullmatch(r"auto|\S+:\d{1,5}", address):
         raise UserError(f"--address {address!r} is not that of a Ray cluster: HOST:PORT of its head, or auto")
     flags["store"] = flags.get("store") or from_environment("POLYTRACE_STORE", str, None)
-    if spec is None and flags["store"] is None:
-        raise UserError("there is nothing to serve: name a MODEL, or a --store that has deployments")
+    flags["database"] = flags.get("database") or from_environment("POLYTRACE_DATABASE", str, None)
+    flags["objects"] = flags.get("objects") or from_environment("POLYTRACE_OBJECTS", str, None)
+    if flags["store"] is None and (flags["database"] is None) != (flags["objects"] is None):
+        lacking = "--objects" if flags["objects"] is None else "--database"
+        raise UserError(f"a part of what is kept would go with the service's own folder: add {lacking}, or a --store")
+    if spec is None and flags["store"] is None and flags["database"] is None:
+        raise UserError("there is nothing to serve: name a MODEL, or a --store or --database that has deployments")
     budget = from_environment("POLYTRACE_BUDGET_TOKENS", int, DEFAULT_BUDGET_TOKENS, at_least=16)
     key = key or from_environment("POLYTRACE_KEY", str, None)
+    if not flags.get("asks_key", True):
+        if not is_loopback(flags.get("host", "127.0.0.1")):
+            raise UserError(f"--without-keys lets in whoever reaches {flags['host']}: leave out the one or the other")
+        key = None
     return ServeSettings(spec=spec, key=key, budget_tokens=budget, **flags)
 
 

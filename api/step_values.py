@@ -7,33 +7,32 @@ range of its bytes in the result only, which can be asked for when the request i
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from api.away import AwayError
+from api.results import Read, Results
 from polytrace.logs import MAX_LOG_BYTES
-from scheduling.plan import SaveSlot
+from scheduling.plan import RequestId, SaveSlot
 
 
-def values_as_json(saves: Iterable[SaveSlot], result_start: int, file: Path) -> list[dict[str, Any]]:
-    """The values of these slots, `result_start` bytes behind the beginning of the file."""
+def values_as_json(
+    request: RequestId, saves: Iterable[SaveSlot], result_start: int, results: Results
+) -> list[dict[str, Any]]:
+    """The values of these slots, `result_start` bytes behind the beginning of the result."""
     slots = [slot for slot in saves if slot.keep is None]
     if not slots:
         return []
     try:
-        fd = os.open(file, os.O_RDONLY)
-    except OSError:
+        with results.reading(request) as read:
+            return [_value(slot, result_start + slot.offset, read) for slot in slots]
+    except (OSError, AwayError):
         return []  # they come with the result, or its failure does
-    try:
-        return [_value(slot, result_start + slot.offset, fd) for slot in slots]
-    finally:
-        os.close(fd)
 
 
-def _value(slot: SaveSlot, start: int, fd: int) -> dict[str, Any]:
+def _value(slot: SaveSlot, start: int, read: Read) -> dict[str, Any]:
     size = slot.facts.num_bytes
     told: dict[str, Any] = {"name": slot.name, "dtype": slot.facts.dtype, "shape": list(slot.facts.shape)}
     if size <= MAX_LOG_BYTES:
-        told["data"] = base64.b64encode(os.pread(fd, size, start)).decode()
+        told["data"] = base64.b64encode(read(start, size)).decode()
     return told | {"range": [start, start + size]}

@@ -2,45 +2,63 @@
 
     store.db                      states, checked facts, and the deployments (`api.catalogue`)
     requests/<id>.safetensors     as received; gone once the request has ended
-    results/<id>.safetensors      its full size from the start, filled by the shards; complete when the state says done;
-                                  it, the events and the state go some time after the end (`api.expiry`)
+    results/<id>.safetensors      filled by the shards (`api.results`); complete when the state says done; it, the
+                                  events and the state go some time after the end (`api.expiry`)
     contents/<owner>/<hash>       what was uploaded or kept (`api.contents`)
     events/<id>                   what a generation tells while it runs (`api.events`)
     controller.bell, gateway.bell, events.bell    who wakes whom
+
+With a place of objects (`api.objects`) requests, contents and events of what has ended are there too, by the same
+names, and results are there alone. The folder then holds only what is at hand: on another machine it fills itself.
 
 Owns durability and the states: queued -> running -> done | failed | cancelled. Knows nothing of graphs and plans.
 
 Invariants
 - A request is on disk (file, folder entry, row) before `add` returns, a result before its state says done.
 - A state changes in one transaction whose WHERE names the state it leaves, so each request ends exactly once.
-- Ids are 128 random bits: who knows one may have its result.
+- Ids are 128 random bits. Who may see what is not decided here but where a call comes in (`api.waiting`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import secrets
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from api import idempotency, quotas, usage
+from api.audit import Audit
+from api.away import AwayError
 from api.catalogue import Catalogue, check_taking
-from api.contents import HAS_ITS_TURN, NOTHING, Contents, Needs, commit_place, sync
+from api.clock import SteadyClock
+from api.contents import HAS_ITS_TURN, NOTHING, Contents, Needs, sync
 from api.database import Transaction, open_database
 from api.doorbell import Doorbell
 from api.edits import KeptEdits
 from api.events import EventLog
+from api.idempotency import Submit
 from api.identity import LOCAL, Identity
+from api.keys import Keys
+from api.limits import NO_DEMAND, Demand, Terms
 from api.logs import logs_as_json
-from api.settings import DEFAULT_QUOTA_BYTES
+from api.objects import Objects
+from api.quotas import Queues
+from api.results import FileResults, ObjectResults, Results, allocate
+from api.settings import DEFAULT_QUOTA_BYTES, DEFAULT_RESULT_TTL_S
 from api.step_values import values_as_json
+from api.tenants import Tenants
+from api.usage import Usage
 from cluster.config import Mode
 from cluster.requests import Claimed, Finished, LeftBehind, Place, ResultPlace
+from polytrace.certificate import LimitLine
 from polytrace.errors import (
     CancelledError,
     CapacityError,
@@ -54,6 +72,8 @@ from polytrace.tensors import num_bytes
 from polytrace.wire import content_header
 from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
+
+_log = logging.getLogger(__name__)
 
 NOTE_S = 0.5  # between two words in the database of how far a generation is: its tokens go into a file
 _IS_OVER = "state IN ('done', 'failed', 'cancelled')"
@@ -82,6 +102,8 @@ class RequestStatus:
 
     id: RequestId
     model: str
+    tenant: str
+    user: str
     state: RequestState
     created: float  # seconds since the epoch, as all times here
     started: float | None
@@ -95,9 +117,20 @@ class RequestStatus:
 class Store(Catalogue):
     """One per process; its methods may be called from any thread. Construction makes the folder when there is none."""
 
-    def __init__(self, folder: Path, *, database: str | None = None, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> None:
-        """`database`: a URL as `open_database` takes it; None: a SQLite file in the folder."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        database: str | None = None,
+        objects: str | None = None,
+        quota_bytes: int = DEFAULT_QUOTA_BYTES,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """`database`: a URL as `open_database` takes it; None: a SQLite file in the folder. `objects`: a URL as
+        `Objects` takes it, where everything durable is put; None: in the folder.
+        """
         self.folder = folder.resolve()
+        self.now = clock or SteadyClock()  # seconds since the epoch
         for path in (self.folder, self._requests, self._results):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.controller_bell = Doorbell(self.folder / "controller.bell")
@@ -105,11 +138,20 @@ class Store(Catalogue):
         self.events_bell = Doorbell(self.folder / "events.bell")  # rung at every step: it costs the gateway little
         opened = open_database(database or f"sqlite:///{self.folder / 'store.db'}")
         super().__init__(opened, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
+        self.database = opened
+        self.tenants, self.keys, self.audit = Tenants(opened), Keys(opened), Audit(opened)
         self.edits = KeptEdits(opened)
-        self.contents = Contents(opened, self.folder / "contents", quota_bytes)
+        self.objects = None if objects is None else Objects(objects)
+        self.results: Results = FileResults(self._results) if self.objects is None else ObjectResults(self.objects)
+        self.contents = Contents(opened, self.folder / "contents", quota_bytes, self.now, self.objects)
+        self._put: set[RequestId] = set()  # requests that this process has put among the objects and not accepted yet
         self.events = EventLog(self.folder / "events")
         self._noted: dict[RequestId, float] = {}  # generations -> when their state was last told to the database
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
+
+    def hold(self) -> bool:
+        """Keeps other services from this store's database, until it is closed; False when another one has it."""
+        return self._db.hold()
 
     def close(self) -> None:
         """Gives the files back. Nothing is lost without it."""
@@ -129,11 +171,15 @@ class Store(Catalogue):
         return self._requests / f"{request}.safetensors"
 
     def result_path(self, request: RequestId) -> Path:
-        """The result; complete when the state says done, and not to be read before."""
+        """The result, where it is a file; complete when the state says done, and not to be read before."""
         return self._results / f"{request}.safetensors"
 
     def sync_request(self, request: RequestId) -> None:
         """Makes the received file durable; `add` follows."""
+        if self.objects is not None:
+            self._put.add(request)
+            self.objects.put_file(_object_of(request), self.request_path(request))
+            return
         sync(self.request_path(request))
         sync(self._requests)
 
@@ -145,32 +191,41 @@ class Store(Catalogue):
         *,
         work: int,
         max_open: int,
+        max_open_of_tenant: int | None = None,
         caller: Identity = LOCAL,
         is_interactive: bool = True,
-        tokens: int = 0,
+        demand: Demand = NO_DEMAND,
+        terms: Terms | None = None,
+        result_ttl_s: float = DEFAULT_RESULT_TTL_S,
         needs: Needs = NOTHING,
+        submit: Submit | None = None,
     ) -> RequestStatus:
         """Accepts a request whose file is durable and wakes the controller. `work`: as in `Claimed`.
-        `tokens` of its sequences, as certified.
+        `demand`: what it takes, as certified, which is held against the quotas of `terms`. `submit`: what it is known
+        by when it comes again.
 
-        Raises CapacityError when the deployment has `max_open` unfinished requests already or takes none, NotFoundError
-        when there is none, and what `Contents` says when the caller does not have what the request needs.
+        Raises CapacityError when the deployment has `max_open` unfinished requests already, or so many of this tenant,
+        or takes none, QuotaError when the tenant has no more, NotFoundError when there is no deployment, and what
+        `Contents` says when the caller does not have what the request needs; with `submit` what `idempotency.check_new`
+        says. After an AwayError nobody knows whether it was accepted.
         """
-        now = time.time()
+        terms = terms or Terms(tenant=caller.tenant, model=model)
+        queues = Queues(max_open=max_open, max_open_of_tenant=max_open_of_tenant or max_open)
+        now = self.now()
         with self._db.transaction() as db:
+            if submit is not None:
+                idempotency.check_new(db, caller.owner, submit)
+                idempotency.note(db, caller.owner, submit, request)
             mode = db.execute("SELECT mode FROM deployments WHERE model = ?", (model,)).fetchone()
             if mode is None:
                 raise NotFoundError(f"there is no model {model} here any more")
             check_taking(model, Mode(mode[0]))
-            (waiting,) = db.execute(
-                "SELECT count(*) FROM requests WHERE model = ? AND state IN ('queued', 'running')", (model,)
-            ).fetchone()
-            if waiting >= max_open:
-                raise CapacityError(f"{waiting} requests are waiting for {model}, the most it takes; try again later")
+            quotas.check_queues(db, terms, queues)
+            quotas.check(db, terms, demand, result_ttl_s=result_ttl_s)
             (seq,) = db.execute(
                 "INSERT INTO requests "
-                "(id, model, owner, tenant, user_name, is_interactive, tokens, state, created, work) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?) RETURNING seq",
+                "(id, model, owner, tenant, user_name, is_interactive, tokens, result_bytes, state, created, work) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?) RETURNING seq",
                 (
                     request,
                     model,
@@ -178,7 +233,8 @@ class Store(Catalogue):
                     caller.tenant,
                     caller.user,
                     int(is_interactive),
-                    tokens,
+                    demand.tokens,
+                    demand.stored_bytes,  # until it has ended
                     now,
                     max(1, work),
                 ),
@@ -186,10 +242,13 @@ class Store(Catalogue):
             if not needs.is_empty:
                 self.contents.use(db, request, seq, caller.owner, needs)
             db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
+        self._put.discard(request)
         self.controller_bell.ring()
         return RequestStatus(
             id=request,
             model=model,
+            tenant=caller.tenant,
+            user=caller.user,
             state=RequestState.QUEUED,
             created=now,
             started=None,
@@ -199,9 +258,18 @@ class Store(Catalogue):
             passes=0,
         )
 
+    def submitted(self, owner: str, key: str) -> tuple[RequestId, Submit] | None:
+        """The request that an owner's key stands for."""
+        rows = self._db.rows("SELECT request, digest FROM idempotency WHERE owner = ? AND key = ?", (owner, key))
+        return (RequestId(rows[0][0]), Submit(key=key, digest=rows[0][1])) if rows else None
+
     def discard(self, request: RequestId) -> None:
         """Drops a received file that was not accepted."""
         self.request_path(request).unlink(missing_ok=True)
+        if self.objects is not None and request in self._put:
+            self._put.discard(request)
+            with contextlib.suppress(AwayError):  # a sweep takes it
+                self.objects.remove(_object_of(request))
 
     def statuses(self, requests: Iterable[RequestId]) -> dict[RequestId, RequestStatus]:
         """Of those that exist."""
@@ -210,8 +278,8 @@ class Store(Catalogue):
         for first in range(0, len(ids), 500):
             some = ids[first : first + 500]
             rows = self._db.rows(
-                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs FROM requests "
-                f"WHERE id IN ({','.join('?' * len(some))})",
+                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, "
+                f"user_name FROM requests WHERE id IN ({','.join('?' * len(some))})",
                 some,
             )
             found |= {row[0]: _status(row) for row in rows}
@@ -226,7 +294,7 @@ class Store(Catalogue):
         with self._db.transaction() as db:
             gone = db.execute(
                 "UPDATE requests SET state = 'cancelled', finished = ?, error = ? WHERE id = ? AND state = 'queued'",
-                (time.time(), error, request),
+                (self.now(), error, request),
             ).rowcount
             asked = db.execute(
                 "UPDATE requests SET cancelled = 1 WHERE id = ? AND state = 'running'", (request,)
@@ -236,11 +304,48 @@ class Store(Catalogue):
                 asked |= self.contents.end_uses(db, request)
         self.contents.collect()
         if gone:
-            self.discard(request)
+            self._drop_behind(request, has_result=False)
             self.gateway_bell.ring()
         if asked:
             self.controller_bell.ring()
         return self.status(request)
+
+    def limit_texts(self, tenant: str, model: str) -> tuple[str | None, str | None]:
+        """The limits of a tenant and of a deployment as they stand there, None where there is no such."""
+        own = self._db.rows("SELECT limits FROM tenants WHERE name = ?", (tenant,))
+        of_model = self._db.rows("SELECT limits FROM deployments WHERE model = ?", (model,))
+        return (own[0][0] if own else None), (of_model[0][0] if of_model else None)
+
+    def limit_deployment(self, model: str, limits: str) -> None:
+        """Gives a deployment its limits. Raises NotFoundError."""
+        with self._db.transaction() as db:
+            if not db.execute("UPDATE deployments SET limits = ? WHERE model = ?", (limits, model)).rowcount:
+                raise NotFoundError(f"there is no deployment {model[:100]!r} here")
+
+    def accepted_since(self, at: float, *, tenant: str | None = None, model: str | None = None) -> int:
+        """How many requests of a tenant, or to a deployment, were accepted since then."""
+        which, value = ("tenant", tenant) if tenant is not None else ("model", model)
+        query = f"SELECT count(*) FROM requests WHERE {which} = ? AND created >= ?"
+        return int(self._db.rows(query, (value, at))[0][0])
+
+    def quota_lines(self, terms: Terms, demand: Demand) -> list[LimitLine]:
+        """What a request, and what is under way, take of its tenant's quotas."""
+        with self._db.transaction(is_durable=False) as db:
+            return quotas.used_lines(db, terms, demand)
+
+    def check_quotas(self, terms: Terms, demand: Demand, *, result_ttl_s: float) -> None:
+        """Raises what `add` would."""
+        with self._db.transaction(is_durable=False) as db:
+            quotas.check(db, terms, demand, result_ttl_s=result_ttl_s)
+
+    def check_stored(self, tenant: str, num_bytes: int, most: int) -> None:
+        """Raises QuotaError, or TooLargeError, when a tenant may not store so much more."""
+        with self._db.transaction(is_durable=False) as db:
+            quotas.check_stored(db, tenant, num_bytes, most, "the upload")
+
+    def usage(self, month: str, *, tenant: str | None = None, user: str | None = None) -> list[Usage]:
+        """What was used in a month."""
+        return usage.usage_of(self._db, month, tenant, user)
 
     def open_requests(self) -> dict[str, dict[RequestState, int]]:
         """How many requests wait and run, by model."""
@@ -265,7 +370,7 @@ class Store(Catalogue):
         for path in stale:
             path.unlink(missing_ok=True)
         self.contents.sweep()
-        return len(stale) + self.events.sweep(is_open | is_done)
+        return len(stale) + self.events.sweep(is_open | is_done) + self._sweep_objects(is_open, is_done)
 
     def drop_ended(self, ended_before: float, but: Collection[RequestId] = ()) -> list[RequestId]:
         """Drops requests that ended before a time, but not these; `remove_files` follows. Which they were."""
@@ -275,13 +380,21 @@ class Store(Catalogue):
             some = [(request,) for request in old[first : first + _DROPPED_AT_ONCE]]
             with self._db.transaction(is_durable=False) as db:  # what a crash brings back goes another time
                 db.executemany(f"DELETE FROM requests WHERE id = ? AND {_IS_OVER}", some)
+                db.executemany("DELETE FROM idempotency WHERE request = ?", some)
         return old
 
     def remove_files(self, requests: Iterable[RequestId]) -> None:
         """Results and events of requests that were dropped."""
         for request in requests:
-            self.result_path(request).unlink(missing_ok=True)
+            self.results.drop(request)
             self.events.path(request).unlink(missing_ok=True)
+            if self.objects is not None:
+                self.objects.remove(f"events/{request}")
+
+    def bring_events(self, request: RequestId) -> None:
+        """The events of a request that has ended are at hand, if it has any, though another machine wrote them."""
+        if self.objects is not None and not self.events.path(request).exists():
+            self.objects.get_file(f"events/{request}", self.events.path(request))
 
     # --- the controller's half (cluster.requests.RequestStore)
 
@@ -294,7 +407,7 @@ class Store(Catalogue):
             db.execute(
                 "UPDATE requests SET state = 'failed', finished = ?, error = ? "
                 "WHERE model = ? AND state = 'running' AND attempts >= ?",
-                (time.time(), _WORN_OUT, model, MAX_ATTEMPTS),
+                (self.now(), _WORN_OUT, model, MAX_ATTEMPTS),
             )
             count = db.execute(
                 "UPDATE requests SET state = 'queued', started = NULL WHERE model = ? AND state = 'running'", (model,)
@@ -318,9 +431,11 @@ class Store(Catalogue):
                 rows = rows[: max(1, next(i for i, row in enumerate(rows) if row[3]))]
             db.executemany(
                 "UPDATE requests SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
-                [(time.time(), row[0]) for row in rows],
+                [(self.now(), row[0]) for row in rows],
             )
             states = {row[0]: self.contents.states_now(db, row[0], row[5]) for row in rows}
+        for row in rows:
+            self._bring(row[0])
         return [
             Claimed(
                 request=row[0],
@@ -337,18 +452,26 @@ class Store(Catalogue):
             for row in rows
         ]
 
+    def unclaim(self, model: str, held: Collection[RequestId]) -> int:
+        """What is claimed and not held by the controller waits again: it never heard of it. How many."""
+        rows = self._db.rows("SELECT id FROM requests WHERE model = ? AND state = 'running'", (model,))
+        lost = [RequestId(row[0]) for row in rows if row[0] not in held]
+        if lost:
+            self.give_back(lost, ())
+        return len(lost)
+
     def give_back(self, requests: Iterable[RequestId], suspects: Iterable[RequestId]) -> None:
         doubted = set(suspects)
         with self._db.transaction() as db:
             db.executemany(
                 "UPDATE requests SET state = 'failed', finished = ?, error = ? "
                 "WHERE id = ? AND state = 'running' AND attempts >= ?",
-                [(time.time(), _WORN_OUT, request, MAX_ATTEMPTS) for request in doubted],
+                [(self.now(), _WORN_OUT, request, MAX_ATTEMPTS) for request in doubted],
             )
             db.executemany(
                 "UPDATE requests SET state = 'queued', started = NULL, passes_done = 0, passes = 0, logs = '[]', "
                 "attempts = attempts - ? WHERE id = ? AND state = 'running'",
-                [(request not in doubted, request) for request in requests],
+                [(int(request not in doubted), request) for request in requests],
             )
             self.contents.end_uses_of_ended(db)
         self.contents.collect()
@@ -361,7 +484,7 @@ class Store(Catalogue):
             refused = [row[0] for row in db.execute(f"SELECT id FROM requests WHERE {open_}", (model,))]
             db.execute(
                 f"UPDATE requests SET state = 'failed', finished = ?, error = ? WHERE {open_}",
-                (time.time(), json.dumps(error.to_fields()), model),
+                (self.now(), json.dumps(error.to_fields()), model),
             )
             db.executemany("DELETE FROM facts WHERE id = ?", [(request,) for request in refused])
             for request in refused:
@@ -371,27 +494,16 @@ class Store(Catalogue):
         self.controller_bell.ring()  # others may have waited for their states
         for request in refused:
             self.events.forget(request)
-            self.discard(request)
-            self.result_path(request).unlink(missing_ok=True)
+            self._drop_behind(request, has_result=False)
 
     def cancellations(self, model: str) -> list[RequestId]:
-        rows = self._db.rows("SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled", (model,))
+        rows = self._db.rows(
+            "SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled = 1", (model,)
+        )
         return [row[0] for row in rows]
 
     def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
-        path = self.result_path(request)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            _allocate(fd, room + data_bytes)  # a full disk shows here, not in a shard's write
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            num_bytes = room + data_bytes
-            raise CapacityError(
-                f"the service has no room for a result of {num_bytes} bytes: {error.strerror}"
-            ) from error
-        finally:
-            os.close(fd)
-        return ResultPlace(path=path, start=room)
+        return self.results.place(request, room, data_bytes)
 
     def place_left(self, request: RequestId, left: Sequence[LeftBehind]) -> list[Place]:
         with self._db.transaction(is_durable=False) as db:
@@ -400,9 +512,10 @@ class Store(Catalogue):
         places = []
         for each, path in zip(left, paths, strict=True):
             header = content_header(each.dtype, each.shape)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            path.unlink(missing_ok=True)  # an earlier attempt's, which may be a content by now
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
-                _allocate(fd, len(header) + num_bytes(each.dtype, each.shape))
+                allocate(fd, len(header) + num_bytes(each.dtype, each.shape))
                 os.pwrite(fd, header, 0)
             except OSError as error:
                 told = f"the service has no room for {each.name!r}, which is to stay there: {error.strerror}"
@@ -416,9 +529,9 @@ class Store(Catalogue):
         # 1) the files, all of a burst at once; a result that cannot be kept fails its own request only
         ended = list(self._syncers.map(self._commit, finished))
         if any(end.header is not None for end, _ in ended):
-            sync(self._results)
+            self.results.settle()
         # 2) the states
-        now = time.time()
+        now = self.now()
         changed: list[Finished] = []
         are_awaited = False
         with self._db.transaction() as db:
@@ -432,12 +545,22 @@ class Store(Catalogue):
                     if isinstance(end.error, CancelledError)
                     else RequestState.FAILED
                 )
-                count = db.execute(
-                    "UPDATE requests SET state = ?, finished = ?, error = ?, logs = '[]' "
-                    "WHERE id = ? AND state = 'running'",
-                    (state.value, now, end.error and json.dumps(end.error.to_fields()), end.request),
-                ).rowcount
-                if count:
+                row = db.execute(
+                    "UPDATE requests SET state = ?1, finished = CASE WHEN created > ?2 THEN created ELSE ?2 END, "
+                    "error = ?3, logs = '[]', token_layers = ?4, moved_bytes = ?5, result_bytes = ?6 "
+                    "WHERE id = ?7 AND state = 'running' RETURNING tenant, user_name, model, tokens",
+                    (
+                        state.value,
+                        now,
+                        end.error and json.dumps(end.error.to_fields()),
+                        end.token_layers,
+                        end.moved_bytes,
+                        (end.size or 0) if end.error is None else 0,
+                        end.request,
+                    ),
+                ).fetchone()
+                if row is not None:
+                    usage.enter(db, end, row[:3], row[3], now)
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
                     are_awaited |= self.contents.end_uses(db, end.request)
                     changed.append(end)
@@ -449,21 +572,19 @@ class Store(Catalogue):
         for end in finished:
             self._noted.pop(end.request, None)
             self.events.forget(end.request)
-        for end in changed:
-            self.discard(end.request)
-            if end.error is not None:
-                self.result_path(end.request).unlink(missing_ok=True)
+            self.results.forget(end.request)
+        list(self._syncers.map(lambda end: self._drop_behind(end.request, has_result=end.error is None), changed))
 
     def note_progress(self, progress: Sequence[Progress]) -> None:
         """How far running requests are; who waits for them hears of it."""
         generating = [told for told in progress if told.tokens or told.saves]
         for told in generating:
-            values = values_as_json(told.saves, told.result_start, self.result_path(told.request))
+            values = values_as_json(told.request, told.saves, told.result_start, self.results)
             self.events.append(told.request, told.tokens, values)
         if generating:
             self.events_bell.ring()
         rows = [
-            (told.passes_done, told.passes, logs_as_json(told, self.result_path(told.request)), told.request)
+            (told.passes_done, told.passes, logs_as_json(told, self.results), told.request)
             for told in progress
             if self._is_due(told)
         ]
@@ -482,6 +603,24 @@ class Store(Catalogue):
         self.controller_bell.ring()
 
     # --- inside
+
+    def _bring(self, request: RequestId) -> None:
+        """A claimed request's files are at hand, though another machine received them. Missing ones fail it later."""
+        if self.objects is None:
+            return
+        path = self.request_path(request)
+        if not path.exists():
+            self.objects.get_file(_object_of(request), path)
+        self.contents.bring_used(request)
+
+    def _sweep_objects(self, is_open: set[str], is_done: set[str]) -> int:
+        if self.objects is None:
+            return 0
+        stale = [f"requests/{name}" for name in self.objects.names("requests") if name.partition(".")[0] not in is_open]
+        stale += [f"results/{name}" for name in self.objects.names("results") if name not in is_done]
+        stale += [f"events/{name}" for name in self.objects.names("events") if name not in is_done]
+        self.objects.remove(*stale)
+        return len(stale)
 
     @property
     def _requests(self) -> Path:
@@ -505,22 +644,27 @@ class Store(Catalogue):
         if end.header is None:
             return end, []
         try:
-            digests = [commit_place(place) for place in end.left]
-            values = values_as_json(end.saves, len(end.header), self.result_path(end.request))
+            digests = [self.contents.commit_place(place) for place in end.left]
+            values = values_as_json(end.request, end.saves, len(end.header), self.results)
             self.events.complete(end.request, end.generated, values)
-            fd = os.open(self.result_path(end.request), os.O_RDWR)
-            try:
-                if os.pwrite(fd, end.header, 0) != len(end.header):
-                    raise OSError("short write")
-                if end.size is not None:
-                    os.ftruncate(fd, end.size)
-                os.fsync(fd)  # the shards' writes too: they went into the same file
-            finally:
-                os.close(fd)
+            if end.generated and self.objects is not None:
+                self.objects.put_file(f"events/{end.request}", self.events.path(end.request))
+            self.results.commit(end.request, end.header, end.size)
         except (OSError, WireError) as error:
             told = ServiceError(f"the result could not be kept: {error}")
             return Finished(request=end.request, error=told), []
         return end, digests
+
+    def _drop_behind(self, request: RequestId, *, has_result: bool) -> None:
+        """Drops the file of a request that has ended, and what there is of its result if it has none."""
+        self.request_path(request).unlink(missing_ok=True)
+        try:
+            if self.objects is not None:
+                self.objects.remove(_object_of(request))
+            if not has_result:
+                self.results.drop(request)
+        except AwayError as error:  # the request has ended all the same, and a sweep takes what is left
+            _log.warning("files of %s stay for now: %s", request, error)
 
     def _leave(self, db: Transaction, end: Finished, digests: Sequence[str]) -> Finished:
         """What a request leaves gets its names, all of it, or the request fails."""
@@ -535,6 +679,10 @@ class Store(Catalogue):
         return end
 
 
+def _object_of(request: RequestId) -> str:
+    return f"requests/{request}.safetensors"
+
+
 def _status(row: Sequence[Any]) -> RequestStatus:
     return RequestStatus(
         id=row[0],
@@ -547,11 +695,6 @@ def _status(row: Sequence[Any]) -> RequestStatus:
         passes_done=row[7],
         passes=row[8],
         logs=tuple(json.loads(row[9])),
+        tenant=row[10],
+        user=row[11],
     )
-
-
-def _allocate(fd: int, num_bytes: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, num_bytes)
-    else:  # macOS
-        os.ftruncate(fd, num_bytes)

@@ -16,6 +16,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from api.events import Event
+from api.identity import Identity
 from api.store import RequestStatus, Store
 from api.waiting import Waiting
 from scheduling.plan import RequestId
@@ -40,12 +41,14 @@ class Streams:
         if rung is not None:
             rung.set_result(None)
 
-    async def follow(self, request: RequestId, after: int = 0) -> AsyncIterator[list[Event] | RequestStatus]:
+    async def follow(
+        self, request: RequestId, caller: Identity, after: int = 0
+    ) -> AsyncIterator[list[Event] | RequestStatus]:
         """Events behind the one with this id, as they come; after IDLE_S of silence an empty list; at last how the
         request has ended. That is missing when the gateway stops. Raises NotFoundError and UserError at once.
         """
         self.followed[request] += 1  # before looking for it: from here on its events stay
-        ended = asyncio.ensure_future(self._waiting.until_final(request, math.inf))
+        ended = asyncio.ensure_future(self._waiting.until_final(request, math.inf, caller))
         try:
             while True:
                 rung = self._next_ring()  # before looking, so that none falls between

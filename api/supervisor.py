@@ -24,7 +24,10 @@ from types import FrameType
 
 import httpx
 
+from api.away import AwayError
 from api.children import GRACE_S
+from api.first_key import let_in
+from api.opening import places_in
 from api.processes import adopt_orphans, end_descendants
 from api.server import bind
 from api.settings import ServeSettings, gateway_settings, is_ray_token_given, ray_auth_mode
@@ -108,14 +111,18 @@ class Supervisor:
                 folder = stack.enter_context(scratch("polytrace-scratch-", tempfile.gettempdir())) / "store"
             else:
                 folder = Path(self._settings.store)
-            self._store = Store(folder)
+            self._store = Store(folder, database=self._settings.database, objects=self._settings.objects)
             stack.callback(self._store.close)
             lock = stack.enter_context((folder / "lock").open("w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"the store {folder} is in use by another service; choose another --store") from None
+            if not self._store.hold():
+                raise UserError("the database is in use by another service; choose another --database")
             self._store.sweep()
+            if self._settings.asks_key and (told := let_in(self._store.keys, self._settings)):
+                self._report(told)
             self._store.set_all_states(DeploymentState.STARTING, "starting")
             if self._settings.spec is not None:
                 self._store.want(self._settings.spec, replaces=True)
@@ -136,7 +143,8 @@ class Supervisor:
         listener = self._listener.fileno()
         descriptors: tuple[int, ...]
         if role == "gateway":
-            settings, extra, descriptors = to_json(gateway_settings(folder)), str(listener), (self._lifeline, listener)
+            gateway = gateway_settings(folder, asks_key=self._settings.asks_key)
+            settings, extra, descriptors = to_json(gateway), str(listener), (self._lifeline, listener)
         else:
             settings, extra, descriptors = to_json(self._controller_config()), folder, (self._lifeline,)
         command = [sys.executable, "-P", "-m", "api.children", role, json.dumps(settings), str(self._lifeline), extra]
@@ -160,7 +168,7 @@ class Supervisor:
         )
 
     def _environment(self, role: str) -> dict[str, str]:
-        environment = dict(os.environ)
+        environment = places_in(os.environ, self._settings.database, self._settings.objects)
         environment.pop("POLYTRACE_KEY", None)
         if role == "gateway" and self._settings.key:
             environment["POLYTRACE_KEY"] = self._settings.key
@@ -175,7 +183,8 @@ class Supervisor:
         while self._stop_signal is None:
             for role in ("gateway", "controller"):
                 self._mend(role)
-            self._tell()
+            with contextlib.suppress(AwayError):  # the children wait for it
+                self._tell()
             if not self._was_ready and self._is_ready():
                 self._was_ready = True
                 on_ready(self.url)
@@ -226,7 +235,8 @@ class Supervisor:
             raise ServiceError(self._last_words(role) or f"the {role} ended with code {code} and said nothing")
         self._report(f"the {role} ended with code {code}; it is started again")
         if role == "controller":
-            self._store.set_all_states(DeploymentState.STARTING, "the controller is started again")
+            with contextlib.suppress(AwayError):
+                self._store.set_all_states(DeploymentState.STARTING, "the controller is started again")
         others = [child.pid for other, child in self._children.items() if other != role]
         end_descendants(0.0, keep=others)  # what it had started: shards, Ray
         self._children[role] = self._start(role)
@@ -244,16 +254,18 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
             child.wait()
-        self._store.set_all_states(DeploymentState.STOPPED, "the service was stopped")
+        with contextlib.suppress(AwayError):
+            self._store.set_all_states(DeploymentState.STOPPED, "the service was stopped")
 
     def _log(self, role: str) -> Path:
         return self._store.folder / f"{role}.log"
 
     def _last_words(self, role: str) -> str:
         """Why a child ended: what the controller told, else the end of its log."""
-        for one in self._store.deployments():
-            if role == "controller" and one.state is DeploymentState.FAILED:
-                return f"{one.model} did not start: {one.progress}"
+        with contextlib.suppress(AwayError):
+            for one in self._store.deployments():
+                if role == "controller" and one.state is DeploymentState.FAILED:
+                    return f"{one.model} did not start: {one.progress}"
         return "\n".join(self._log(role).read_text(errors="replace").splitlines()[-20:])
 
 

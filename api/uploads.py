@@ -15,16 +15,18 @@ from polytrace.errors import CapacityError, TooLargeError, WireError
 _PART_BYTES = 1 << 20  # gathered before a write, which then leaves the event loop
 
 
-async def receive(request: Request, path: Path, *, max_bytes: int, idle_s: float) -> int:
+async def receive(
+    request: Request, path: Path, *, max_bytes: int, idle_s: float, whose: str = "this deployment"
+) -> int:
     """Writes the call's body to a new file; how many bytes. Never holds more than about 1 MiB of it.
 
-    Raises TooLargeError beyond `max_bytes`: at once when the call announces it, else when it happens. Raises
-    WireError when the sender falls silent for `idle_s`, CapacityError when the disk is full, starlette's
-    ClientDisconnect when it leaves. What was written stays: the caller discards it.
+    Raises TooLargeError beyond `max_bytes`, the limit of `whose`: at once when the call announces it, else when it
+    happens. Raises WireError when the sender falls silent for `idle_s`, CapacityError when the disk is full,
+    starlette's ClientDisconnect when it leaves. What was written stays: the caller discards it.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
-        raise _too_large(f"has {int(announced)} bytes", max_bytes)
+        raise _too_large(f"has {int(announced)} bytes", max_bytes, whose)
     num_bytes = 0
     parts: list[bytes] = []
     gathered = 0
@@ -39,7 +41,7 @@ async def receive(request: Request, path: Path, *, max_bytes: int, idle_s: float
             if chunk:
                 num_bytes += len(chunk)
                 if num_bytes > max_bytes:
-                    raise _too_large(f"is longer than {max_bytes} bytes", max_bytes)
+                    raise _too_large(f"is longer than {max_bytes} bytes", max_bytes, whose)
                 parts.append(chunk)
                 gathered += len(chunk)
             if gathered >= _PART_BYTES or chunk is None:
@@ -54,16 +56,21 @@ async def receive(request: Request, path: Path, *, max_bytes: int, idle_s: float
 
 def _write(path: Path, file: BinaryIO | None, parts: list[bytes]) -> BinaryIO:
     """Appends to the file, which the first call makes."""
+    made: BinaryIO | None = None
     try:
         if file is None:
-            file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)  # noqa: SIM115
+            file = made = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)  # noqa: SIM115
         view = memoryview(b"".join(parts))
         while view:
             view = view[file.write(view) :]
     except OSError as error:
+        if made is not None:
+            made.close()
         raise CapacityError(f"the service has no room for the request: {error.strerror}") from error
     return file
 
 
-def _too_large(what: str, max_bytes: int) -> TooLargeError:
-    return TooLargeError(f"the request {what}; this deployment takes at most {max_bytes}")
+def _too_large(what: str, max_bytes: int, whose: str) -> TooLargeError:
+    return TooLargeError(
+        f"the request {what}; {whose} {'takes' if 'deployment' in whose else 'may send'} at most {max_bytes}"
+    )

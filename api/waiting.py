@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 
 from anyio import to_thread
 from starlette.requests import Request
 
+from api.away import AwayError
+from api.callers import caller_of
+from api.identity import Identity
 from api.store import RequestStatus, Store
 from polytrace.errors import NotFoundError
 from scheduling.plan import RequestId
 
+_ID = re.compile(r"[0-9a-f]{32}")
 RECHECK_S = 5.0  # looks again without a ring, in case one was lost
+AWAY_S = 0.5  # between two looks while the database is away
 
 
 class Waiting:
@@ -26,20 +32,36 @@ class Waiting:
         self._is_released = False
 
     async def until_final(
-        self, request: RequestId, timeout_s: float, *, passes_done: int | None = None
+        self,
+        request: RequestId,
+        timeout_s: float,
+        caller: Identity,
+        *,
+        passes_done: int | None = None,
+        known: RequestStatus | None = None,
     ) -> RequestStatus:
-        """The request's status once it has ended, or when the time is over. Raises NotFoundError.
+        """The request's status once it has ended, or when the time is over. Raises NotFoundError, also for another's.
 
-        Whoever knows of `passes_done` also hears when more are.
+        Whoever knows of `passes_done` also hears when more are. While the database is away it waits on, and tells what
+        it knew last when the time is over; AwayError when it knew nothing.
         """
+        if not _ID.fullmatch(request):
+            raise no_request(request)
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             future: asyncio.Future[RequestStatus | None] = asyncio.get_running_loop().create_future()
             self._futures.setdefault(request, set()).add(future)  # before looking, so that no ring falls between
             try:
-                status = await to_thread.run_sync(self._store.status, request)
-                if status is None:
-                    raise no_request(request)
+                try:
+                    status = await to_thread.run_sync(self._store.status, request)
+                    if status is None or not may_see(caller, status):
+                        raise no_request(request)
+                except AwayError:
+                    if known is None:
+                        raise
+                    status = known
+                    await asyncio.sleep(AWAY_S)
+                known = status
                 left = deadline - asyncio.get_running_loop().time()
                 if _is_news(status, passes_done) or left <= 0 or self._is_released:
                     return status
@@ -52,15 +74,18 @@ class Waiting:
                 if not self._futures[request]:
                     del self._futures[request]
 
-    async def for_caller(self, request_id: RequestId, caller: Request, timeout_s: float) -> RequestStatus | None:
-        """As `until_final`; None, and the request cancelled, when the caller left."""
-        ended = asyncio.ensure_future(self.until_final(request_id, timeout_s))
+    async def for_caller(
+        self, known: RequestStatus, caller: Request, timeout_s: float, *, is_cancelling: bool = True
+    ) -> RequestStatus | None:
+        """As `until_final`; None, and the request cancelled if that `is_cancelling`, when the caller left."""
+        ended = asyncio.ensure_future(self.until_final(known.id, timeout_s, caller_of(caller), known=known))
         left = asyncio.ensure_future(disconnected(caller))
         try:
             await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
                 return ended.result()
-            await to_thread.run_sync(self._store.cancel, request_id)
+            if is_cancelling:
+                await to_thread.run_sync(self._store.cancel, known.id)
             return None
         finally:
             ended.cancel()
@@ -81,7 +106,12 @@ class Waiting:
         try:
             while self._rung:
                 self._rung = False
-                statuses = await to_thread.run_sync(self._store.statuses, list(self._futures))
+                try:
+                    statuses = await to_thread.run_sync(self._store.statuses, list(self._futures))
+                except AwayError:
+                    await asyncio.sleep(AWAY_S)
+                    self._rung = True
+                    continue
                 self._wake({key: status for key, status in statuses.items() if _is_news(status, 0)})
         finally:
             self._look = None
@@ -91,6 +121,11 @@ class Waiting:
             for future in self._futures.get(request, ()):
                 if not future.done():
                     future.set_result(status)
+
+
+def may_see(caller: Identity, status: RequestStatus) -> bool:
+    """Whether a request is the caller's own; operators see everyone's."""
+    return caller.is_operator or (caller.tenant, caller.user) == (status.tenant, status.user)
 
 
 def no_request(request: str) -> NotFoundError:

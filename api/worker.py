@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api.contents import NOTHING, Needs, needs_of
+from api.limits import NO_DEMAND, Demand, demand_of
 from polytrace.errors import GraphError, MissingError, PolytraceError, ServiceError, WireError, from_fields
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from api.wishes import ChatWish, CompletionWish
     from cluster.requests import Published
     from engine.whole_sites import CallSites
+    from polytrace.certificate import Certificate
     from polytrace.description import ModelDescription
     from scheduling.plan import Program
 
@@ -49,7 +51,8 @@ class Verdict:
     facts: bytes | None = None  # JSON for the controller: per node its ValueFacts or null
     needs: Needs = NOTHING  # of its owner's contents
     work: int = 0  # rows x layers that it would run through
-    certificate: bytes | None = None  # JSON for the user; only when it was asked for
+    demand: Demand = NO_DEMAND  # what admission holds against limits
+    certificate: bytes | None = None  # JSON for the user, to which admission adds; only when it was asked for
     error: Mapping[str, str] | None = None  # PolytraceError.to_fields()
 
     def raise_error(self) -> None:
@@ -109,6 +112,15 @@ class CheckerPool:
     ) -> Composed:
         """Makes the request that a wish is, as a new file, and says of it what `check` would."""
         return await self._run(_compose, model, version, str(path), str(contents), wish)
+
+    async def nearest(
+        self, model: str, version: str, path: Path, *, contents: Path, most: Mapping[str, int]
+    ) -> str | None:
+        """The nearest request to the one in a file that keeps these limits, in words; None where nobody knows one.
+
+        `most`: by the names of `Demand`, and `stored_bytes`.
+        """
+        return await self._run(_nearest, model, version, str(path), str(contents), dict(most))
 
     async def sites(self, model: str, version: str, asked: bytes) -> Answer:
         """What a call visits, by the arguments that a question names."""
@@ -199,9 +211,9 @@ class _Worker:
         return self.tokenizer(model, version) is not None
 
     def _published(self, model: str) -> Published:
-        from api.store import Store
+        from api.opening import open_store
 
-        store = Store(self._store)
+        store = open_store(self._store)
         published = store.published(model)
         store.close()
         if published is None:
@@ -250,6 +262,20 @@ def _check(model: str, version: str, path: str, contents: str, certify: bool) ->
         return _verdict(description, meta, Path(path), Path(contents), certify, has_text, _worker.calls.get(model))
 
     return _answered(model, version, judge)
+
+
+def _nearest(model: str, version: str, path: str, contents: str, most: Mapping[str, int]) -> str | None:
+    from api.nearest import nearest
+
+    found: list[str | None] = []
+
+    def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
+        assert _worker is not None
+        found.append(nearest(description, meta, Path(path), Path(contents), most, _worker.calls.get(model)))
+        return Verdict()
+
+    _answered(model, version, judge)
+    return found[0] if found else None
 
 
 def _sites(model: str, version: str, body: bytes) -> Answer:
@@ -340,13 +366,9 @@ def _verdict(
     from cluster.facts import FactsRecorder
     from cluster.requests import read_request
     from engine.shapes import infer
-    from polytrace.codec import to_json
     from polytrace.generation import check_stop_texts
-    from scheduling.checks import table_of
-    from scheduling.costs import token_layers
     from scheduling.plan import RequestId
     from scheduling.program import certify as make_certificate
-    from scheduling.step_costs import most_rows, step_costs
     from scheduling.step_saves import all_slots
     from scheduling.whole import described, inputs_of_all, work_out
 
@@ -359,14 +381,25 @@ def _verdict(
     notebook = FactsRecorder(lambda part: infer(description, part, meta), description)
     program, facts = work_out(RequestId(path.stem), request, description, notebook.infer)
     _check_keeps(program)
-    table = table_of(description)
-    certificate = json.dumps(to_json(make_certificate(program, facts, description))).encode() if certify else None
+    size = path.stat().st_size
+    certificate = make_certificate(program, facts, description, has_values=certify, request_bytes=size)
     return Verdict(
         facts=notebook.encode(request),
         needs=needs_of(named, tuple(all_slots(program))),
-        work=token_layers(program, table) + step_costs(program, most_rows(program), table).token_layers,
-        certificate=certificate,
+        work=certificate.token_layers,
+        demand=demand_of(certificate),
+        certificate=_as_json(certificate) if certify else None,
     )
+
+
+def _as_json(certificate: Certificate) -> bytes:
+    """Without what admission adds."""
+    from polytrace.codec import to_json
+
+    plain = to_json(certificate)
+    for name in ("limits", "refusal", "retry_after_s"):
+        del plain[name]
+    return json.dumps(plain).encode()
 
 
 def _check_keeps(program: Program) -> None:

@@ -54,6 +54,7 @@ def running_service(
         *(sys.executable, "-m", "api.commands", "serve", str(model)),
         *("--name", name, "--stages", str(stages), "--ranks", str(ranks), "--port", str(port)),
         *(() if cpus is None else ("--cpus", str(cpus))),
+        "--without-keys",
     ]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:

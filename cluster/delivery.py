@@ -83,10 +83,17 @@ def _finished(end: Done | Finished) -> Finished:
     except ValueError as error:
         _log.exception("the receipt of %s could not be written", end.program.request)
         return Finished(request=end.program.request, error=ServiceError(str(error)))
+    receipt = end.receipt
     for slot in came:
         if slot.file is not None and _is_short(slot, end.program):
             told = f"{slot.name!r} was to be kept and came out as {list(slot.facts.shape)}: its generation ended early"
-            return Finished(request=end.program.request, error=RunError(told))
+            return Finished(
+                request=end.program.request,
+                error=RunError(told),
+                tokens=receipt.tokens,
+                token_layers=receipt.token_layers,
+                run_seconds=receipt.run_seconds,
+            )
     places = (
         Place(left=left_by(slot), path=Path(slot.file), start=slot.offset) for slot in came if slot.file is not None
     )
@@ -95,7 +102,11 @@ def _finished(end: Done | Finished) -> Finished:
         header=header,
         size=end.program.result_start + end_of(returned),
         left=tuple(places),
-        generated=end.receipt.generated,
+        generated=receipt.generated,
+        tokens=receipt.tokens,
+        token_layers=receipt.token_layers,
+        moved_bytes=receipt.moved_bytes,
+        run_seconds=receipt.run_seconds,
         saves=tuple(slot for slot in end.saves if slot.keep is None),
     )
 

@@ -127,7 +127,12 @@ class Dispatcher:
         program = self._programs.pop(outcome.request)
         if outcome.receipt is not None and outcome.error is None:
             return Done(program=program, receipt=outcome.receipt, saves=outcome.saves)
-        return Finished(request=outcome.request, error=outcome.error or ServiceError("it ended without a receipt"))
+        return Finished(
+            request=outcome.request,
+            error=outcome.error or ServiceError("it ended without a receipt"),
+            token_layers=outcome.spent_token_layers,
+            run_seconds=outcome.spent_seconds,
+        )
 
     def _thread(self, name: str, body: Callable[[], None]) -> threading.Thread:
         def run() -> None:

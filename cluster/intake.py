@@ -164,7 +164,7 @@ class Intake:
             self._placed(program),
             contents=contents,
             request_file=str(claimed.path),
-            result_file=str(place.path),
+            result_file=place.target,
             result_start=place.start,
         )
 

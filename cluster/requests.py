@@ -78,10 +78,16 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultPlace:
-    """A result file that is there at its full size, without its header."""
+    """A result that is to be filled: a file that is there at its full size, or a place of objects."""
 
     path: Path
     start: int  # bytes before the data section, kept free for the header
+    url: str | None = None  # of the place of objects, which then is it
+
+    @property
+    def target(self) -> str:
+        """What shards are told."""
+        return self.url or str(self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +121,11 @@ class Finished:
     left: tuple[Place, ...] = ()  # what stays on the service when there is no error
     generated: tuple[Generated, ...] = ()  # how its sequences went on
     saves: tuple[SaveSlot, ...] = ()  # of a generation: those that came
+    # what it did cost, as measured; of one that failed, until then
+    tokens: int | None = None  # of its sequences; None: as certified
+    token_layers: int = 0
+    moved_bytes: int = 0
+    run_seconds: float = 0.0
 
 
 class RequestStore(Protocol):

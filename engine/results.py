@@ -1,4 +1,4 @@
-"""Where saved values go: into the result file at their planned offset, or to the caller in the same process.
+"""Where saved values go: into the result at their planned offset, or to the caller in the same process.
 
 Neither a disk nor a copy from a GPU holds a pass up: values are written behind it (`Writer`).
 """
@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor
 
 from engine.copies import HostCopy
+from engine.extents import is_url, write_extents
 from engine.links import as_bytes
 from polytrace.graph import NodeId
 from scheduling.plan import Program, SaveSlot
+
+SENDERS = 16  # writes under way to a place of objects
 
 
 class ResultSink(Protocol):
@@ -59,6 +63,7 @@ class Writer:
         self._changed = threading.Condition()
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._senders: ThreadPoolExecutor | None = None  # of what goes to a place of objects: many at a time
 
     def put(self, path: str, offset: int, tensor: Tensor, failed: Callable[[str], None]) -> None:
         """Starts writing a tensor, which must not change any more; `failed` hears, in the thread, why it could not be
@@ -87,16 +92,26 @@ class Writer:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
+        if self._senders is not None:
+            self._senders.shutdown()
+            self._senders = None
 
     def _run(self) -> None:
         while (write := self._queue.get()) is not None:
-            try:
-                _write(write)
-            except Exception as error:  # noqa: BLE001  the edge of the thread: a disk that is full fails one request
-                write.failed(f"its result could not be written: {error}")
-            with self._changed:
-                self._waiting_bytes -= write.num_bytes
-                self._changed.notify_all()
+            if is_url(write.path):
+                self._senders = self._senders or ThreadPoolExecutor(SENDERS, thread_name_prefix="saves")
+                self._senders.submit(self._do, write)
+            else:
+                self._do(write)
+
+    def _do(self, write: _Write) -> None:
+        try:
+            _write(write)
+        except Exception as error:  # noqa: BLE001  the edge of the thread: a disk that is full fails one request
+            write.failed(f"its result could not be written: {error}")
+        with self._changed:
+            self._waiting_bytes -= write.num_bytes
+            self._changed.notify_all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +131,9 @@ def _apart(tensor: Tensor) -> Tensor:
 def _write(write: _Write) -> None:
     tensor = write.copy.wait() if isinstance(write.copy, HostCopy) else write.copy
     left, offset = memoryview(as_bytes(tensor).numpy().data), write.offset
+    if is_url(write.path):
+        write_extents(write.path, offset, left)
+        return
     descriptor = os.open(write.path, os.O_WRONLY)
     try:
         while left:
@@ -126,7 +144,7 @@ def _write(write: _Write) -> None:
 
 
 class FileSink:
-    """Saves into the result file, by way of a writer. The file exists and has its full size."""
+    """Saves into the result, by way of a writer: a file that exists at its full size, or a place of objects."""
 
     def __init__(self, path: str, data_start: int, writer: Writer) -> None:
         self.path = path

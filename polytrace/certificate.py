@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,118 @@ class Certificate:
     notes: tuple[str, ...]  # for people: reads that see later lines' writes, pad rows written, ...
     edits: tuple[str, ...] = ()  # that its traces start from, as name@version
     kept_bytes: int = 0  # values that stay on the service
+    split: int = 0  # of the passes: those that it takes because its rows do not fit into fewer
+    row_bytes: int = 0  # its rows while they run through a layer or the head, on the shard that has most of them
+    trunk_bytes: int = 0  # rows that stay for its later passes and steps, on the shard that keeps most
+    gathered_bytes: int = 0  # that ranks get of each other's parts for its reads and operations
+    hidden_link_bytes: int = 0  # hidden states from stage to stage
+    request_bytes: int = 0  # the request as a file; 0 where it never was one
+    limits: tuple[LimitLine, ...] = ()  # what it is held against, where a service was asked
+    refusal: str | None = None  # why the service would not take it now
+    retry_after_s: float | None = None  # seconds after which it may be otherwise
+
+    @property
+    def shard_bytes(self) -> int:
+        """What it takes of a shard's memory beside the weights, at most: rows, values alive, tapes, kept rows."""
+        return self.row_bytes + self.live_bytes + self.tape_bytes + self.trunk_bytes
+
+    @property
+    def link_bytes(self) -> int:
+        """What goes over links between shards: hidden states, carried values, parts that ranks gather."""
+        return self.hidden_link_bytes + self.carried_bytes + self.gathered_bytes
+
+    @property
+    def moved_bytes(self) -> int:
+        """What is moved for this request alone: carried, gathered, returned and kept."""
+        return self.carried_bytes + self.gathered_bytes + self.result_bytes + self.kept_bytes
+
+    @property
+    def price(self) -> float:
+        """What a tenant is charged, in token-layers."""
+        return charge(self.token_layers, self.moved_bytes)
+
+    @property
+    def is_admitted(self) -> bool:
+        """Whether it would be taken now; True where nobody was asked."""
+        return self.refusal is None
+
+    def without_values(self) -> Certificate:
+        """The same without the shapes of single values."""
+        return replace(self, nodes=(), saves={})
+
+    def __str__(self) -> str:
+        from polytrace.price_tables import table_of_certificate
+
+        return table_of_certificate(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitLine:
+    """One limit of a service, and what a request takes of it."""
+
+    what: str  # as of `api.limits.TenantLimits`
+    needed: int  # by the request
+    used: int = 0  # by others of the same tenant, or deployment, now
+    limit: int | None  # None: there is none
+    whose: str  # "tenant lab" or "deployment tinyworld"
+
+    @property
+    def is_kept(self) -> bool:
+        return self.limit is None or self.used + self.needed <= self.limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What several requests cost together."""
+
+    requests: int = 0
+    passes: int = 0
+    tokens: int = 0
+    token_layers: int = 0
+    token_layers_alone: int = 0
+    moved_bytes: int = 0
+    result_bytes: int = 0
+    kept_bytes: int = 0
+    op_flops: int = 0
+    shard_bytes: int = 0  # of the request that takes most
+    refusals: tuple[str, ...] = ()  # of those that the service would not take now
+    is_partial: bool = False  # the program needed a result before it could go on; what comes behind is not in it
+
+    @property
+    def charged(self) -> float:
+        """What the tenant is charged for all of it, in token-layers."""
+        return charge(self.token_layers, self.moved_bytes)
+
+    def __str__(self) -> str:
+        from polytrace.price_tables import table_of_price
+
+        return table_of_price(self)
+
+
+def price_of(certificates: Iterable[Certificate]) -> Price:
+    """The price of all of them."""
+    all_ = list(certificates)
+    return Price(
+        requests=len(all_),
+        passes=sum(each.passes for each in all_),
+        tokens=sum(each.tokens for each in all_),
+        token_layers=sum(each.token_layers for each in all_),
+        token_layers_alone=sum(each.token_layers_alone for each in all_),
+        moved_bytes=sum(each.moved_bytes for each in all_),
+        result_bytes=sum(each.result_bytes for each in all_),
+        kept_bytes=sum(each.kept_bytes for each in all_),
+        op_flops=sum(each.op_flops for each in all_),
+        shard_bytes=max((each.shard_bytes for each in all_), default=0),
+        refusals=tuple(each.refusal for each in all_ if each.refusal is not None),
+    )
+
+
+BYTES_PER_TOKEN_LAYER = 1 << 16  # moved bytes that cost what one row costs at one layer
+
+
+def charge(token_layers: int, moved_bytes: int) -> float:
+    """The cost that shares and accounts are counted in: token-layers, with bytes that are moved on top."""
+    return token_layers + moved_bytes / BYTES_PER_TOKEN_LAYER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,3 +224,13 @@ class Receipt:
     generated: tuple[Generated, ...] = ()  # by invoke and sequence
     tape_bytes: int = 0  # that its passes kept for gradients at once, on the shard that kept most, as certified
     loaded_bytes: int = 0  # of constants and kept values that shards had to read, each its own: 0 when they had them
+
+    @property
+    def moved_bytes(self) -> int:
+        """What was moved for this request alone: carried, gathered, returned and kept."""
+        return self.carried_bytes + self.gathered_bytes + self.result_bytes + self.kept_bytes
+
+    @property
+    def price(self) -> float:
+        """What its tenant was charged, in token-layers."""
+        return charge(self.token_layers, self.moved_bytes)

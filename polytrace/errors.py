@@ -9,10 +9,12 @@
     │   ├── NotFoundError    no such model, job or result
     │   ├── MissingError     the request names contents that are not, or no longer, on the service: upload them
     │   ├── KeyRefusedError  no key, or not one the service knows
+    │   ├── ForbiddenError   the service knows the key, but this is for operators
     │   ├── CancelledError   the owner cancelled the request
     │   ├── ConflictError    a deployment of this name is something else, or on its way out
     │   └── RunError         the program failed while it ran (its own rows only)
     ├── CapacityError        the service is full or not ready: try again later
+    │   └── QuotaError           the tenant has as much under way, stored or used as it may: later, or ask for more
     └── ServiceError         ours: the service failed, the request is not to blame
 
 An error is also data: `to_fields` and `from_fields` carry it over HTTP and between processes.
@@ -20,6 +22,7 @@ An error is also data: `to_fields` and `from_fields` carry it over HTTP and betw
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 
@@ -74,6 +77,10 @@ class KeyRefusedError(UserError):
     code = "key-refused"
 
 
+class ForbiddenError(UserError):
+    code = "forbidden"
+
+
 class CancelledError(UserError):
     code = "cancelled"
 
@@ -87,7 +94,21 @@ class RunError(UserError):
 
 
 class CapacityError(PolytraceError):
+    """`retry_after_s`: seconds after which it may be otherwise, None where nobody knows."""
+
     code = "capacity"
+
+    def __init__(self, message: str, *, where: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, where=where)
+        self.retry_after_s = retry_after_s
+
+    def to_fields(self) -> dict[str, str]:
+        fields = super().to_fields()
+        return fields if self.retry_after_s is None else fields | {"retry_after_s": f"{self.retry_after_s:.3f}"}
+
+
+class QuotaError(CapacityError):
+    code = "quota"
 
 
 class ServiceError(PolytraceError):
@@ -105,10 +126,12 @@ _BY_CODE: dict[str, type[PolytraceError]] = {
         NotFoundError,
         MissingError,
         KeyRefusedError,
+        ForbiddenError,
         CancelledError,
         ConflictError,
         RunError,
         CapacityError,
+        QuotaError,
         ServiceError,
     )
 }
@@ -117,4 +140,14 @@ _BY_CODE: dict[str, type[PolytraceError]] = {
 def from_fields(fields: Mapping[str, str]) -> PolytraceError:
     """The error that `to_fields` described; an unknown code becomes a ServiceError."""
     kind = _BY_CODE.get(fields.get("code", ""), ServiceError)
-    return kind(fields.get("message", "unknown failure"), where=fields.get("where"))
+    error = kind(fields.get("message", "unknown failure"), where=fields.get("where"))
+    if isinstance(error, CapacityError) and (seconds := _seconds(fields.get("retry_after_s"))) is not None:
+        error.retry_after_s = seconds
+    return error
+
+
+def _seconds(text: str | None) -> float | None:
+    """Seconds as `to_fields` writes them; None for anything else."""
+    if text is None or re.fullmatch(r"\d{1,9}(\.\d{1,6})?", text) is None:
+        return None
+    return float(text)

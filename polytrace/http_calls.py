@@ -82,7 +82,8 @@ def _error(response: httpx.Response) -> PolytraceError:
     if not isinstance(problem, Mapping) or not isinstance(problem.get("code"), str):
         return ServiceError(f"{response.request.url} answered {response.status_code} {response.reason_phrase}")
     fields = {"code": problem["code"], "message": str(problem.get("detail") or problem.get("title") or "")}
-    where = problem.get("where")
+    where, seconds = problem.get("where"), response.headers.get("Retry-After")
+    fields |= {"retry_after_s": seconds} if seconds is not None else {}
     return from_fields(fields | {"where": where} if isinstance(where, str) else fields)
 
 

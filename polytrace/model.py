@@ -13,7 +13,7 @@ from polytrace import keeping
 from polytrace.aliases import find_aliases
 from polytrace.asked_shapes import Answers
 from polytrace.backend import Backend
-from polytrace.certificate import Certificate
+from polytrace.certificate import Certificate, Price, price_of
 from polytrace.chat import render
 from polytrace.description import ModelDescription
 from polytrace.edits.sets import EditSet, KnownEdit, LocalShelf, Shelf, check_name, decode_edits, encode_edits
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from polytrace.edits.block import EditBlock, EditedModel
     from polytrace.generating import GenerateTracer
     from polytrace.maps.mapping import Map
+    from polytrace.pricing import Pricing
     from polytrace.streaming import Piece
 
 
@@ -311,7 +312,10 @@ class Model(StandardModel):
         return Map(model, dataset, body, prompts, wishes)
 
     def validate(self, tracer: Tracer) -> Certificate:
-        """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it."""
+        """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it.
+
+        Of a service also the limits that hold for it, and whether it would be taken now. Printed it is a table.
+        """
         if not isinstance(tracer, Tracer):
             raise GraphError(
                 f"validate takes a trace, not a {type(tracer).__name__}: "
@@ -319,6 +323,20 @@ class Model(StandardModel):
                 where=user_line(),
             )
         return self.backend.validate(tracer.built_request())
+
+    def price(self, *tracers: Tracer) -> Price:
+        """What traces, or sessions, would cost all together. Nothing runs."""
+        return price_of(self.validate(tracer) for tracer in tracers)
+
+    def pricing(self) -> Pricing:
+        """`with model.pricing() as pricing:` certifies what `pricing.model` would run, and `pricing.price` adds it up.
+
+        For code that makes its traces itself: a method, a loop. Nothing runs; where code needs a number of a result,
+        the block ends, and the price says that it is partial.
+        """
+        from polytrace.pricing import Pricing
+
+        return Pricing(self)
 
     def support(self) -> Support:
         """Standard names: where each is in this model, in which layers and of what dimensions, and what was checked.

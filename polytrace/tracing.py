@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -41,6 +42,7 @@ from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
 from polytrace.loops import Position
 from polytrace.peeking import Peeks
+from polytrace.pricing import PricedError
 from polytrace.progress import Hear, Tell, hear_nothing, showing_progress
 from polytrace.prompts import PromptBook
 from polytrace.recording import Recording
@@ -49,7 +51,7 @@ from polytrace.scanning import Checking, probing_nodes, unused_values
 from polytrace.storage import State, is_recorded
 from polytrace.tokenizer import token_texts
 from polytrace.tree import NoSuchNameError
-from polytrace.wire import MAX_EDITS
+from polytrace.wire import MAX_EDITS, encode_request
 
 if TYPE_CHECKING:
     from polytrace.edits.sets import EditSet
@@ -319,6 +321,9 @@ class Tracer:
                     from polytrace.keeping import land
 
                     land(self.model, self.recording.leaving, result.receipt.request)
+        except PricedError as told:
+            self.recording.closed = told.message
+            return
         except BaseException:
             self.recording.closed = "the trace of this value failed, so it has no data"
             raise
@@ -439,6 +444,15 @@ class Tracer:
         """Raises GraphError for a call of a module whose weights an adapter of this trace changes."""
         for edit in self._edits:
             edit.check_call(module, where)
+
+    def save_request(self, path: str | PathLike[str]) -> None:
+        """Writes what would be sent to a file, constants and all: `polytrace validate FILE` says what it would cost.
+
+        Inside the block, or behind one with `run=False`, or one that ran. A kept value goes by its name alone.
+        """
+        parts = encode_request(self.built_request())
+        with open(path, "wb") as file:
+            file.writelines(parts)
 
     def built_request(self) -> Request:
         """What would be sent if the block ended here, or was when it ended."""

@@ -14,7 +14,7 @@ from scheduling.caches import Cache, Caches, SequenceId, drawing_cones
 from scheduling.forest import Kept, Placed, grow
 from scheduling.plan import NOWHERE, PAGE, Cone, Edit, Program, TrunkId
 from scheduling.prefixes import Prefixes, untouched
-from scheduling.trunks import rows_of
+from scheduling.trunks import token_layers_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,4 +151,4 @@ class Ahead:
             for tokens, cone in zip(self._program.invokes[invoke].sequences, cones, strict=True)
         ]
         forest = grow(placed, self._num_layers, list(self.kept()))
-        return wave.rows.token_layers - rows_of(forest).token_layers
+        return wave.rows.token_layers - token_layers_of(forest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from polytrace.graph import NodeId, Read, Write
+from polytrace.graph import NodeId, Parameter, Read, Write
 from scheduling.checks import ModelTable
 from scheduling.plan import PROLOGUE, Program, Wave
 
@@ -57,6 +57,43 @@ def carried_bytes(program: Program, table: ModelTable) -> int:
         move.facts.num_bytes for stage, work in works for move in (*work.held, *work.leaving) if move.source == stage
     )
     return sent * table.description.ranks
+
+
+def hidden_link_bytes(program: Program, table: ModelTable, *, is_keeping: bool = True) -> int:
+    """Bytes of hidden states, and of their gradients, from stage to stage: every rank sends its own copy."""
+    stages, found = table.levels.stages, 0
+    for wave in program.waves:
+        if wave.of is None:
+            found += (wave.rows if is_keeping else wave.rows_anew).link_rows
+            continue
+        there = program.waves[wave.of]
+        first, end = table.levels.acts_from(there.cuts[0]), table.levels.begun(there.until)
+        if first < end:
+            found += wave_tokens(program, there) * (stages[end - 1] - stages[first])
+    return found * table.description.hidden_bytes * table.description.ranks
+
+
+def gathered_bytes(program: Program, table: ModelTable) -> int:
+    """Bytes that ranks get of each other's parts, for the program's reads, parameters and operations.
+
+    Of values that are worked out below the gather: of what is left over.
+    """
+    others = table.description.ranks - 1
+    if not others:
+        return 0
+    found = 0
+    for node in {node for wave in program.waves for node in nodes_of(wave)}:
+        event, known, below = program.graph.nodes[node], program.facts[node], program.below.get(node)
+        if known is None:
+            continue
+        if below is not None:
+            found += known.num_bytes if below.result is None else 0
+        elif isinstance(event, Read):
+            _, leaf = table.site(event.site, "reads", event.where, event.invoke)
+            found += known.num_bytes if leaf.sharded_view_dim is not None else 0
+        elif isinstance(event, Parameter) and table.parameters[event.path].sharded_dim is not None:
+            found += known.num_bytes
+    return found * others
 
 
 def read_bytes(program: Program) -> int:

@@ -31,6 +31,8 @@ class Outcome:
     values: Mapping[str, Any] = field(default_factory=dict)  # saves, when the program has no result file
     tokens: tuple[Token, ...] = ()  # of the last steps, which no `Progress` has told
     saves: tuple[SaveSlot, ...] = ()  # of a generation: all that came, as of `Progress`
+    spent_token_layers: int = 0  # when it failed: what it ran until then
+    spent_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,23 +9,39 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from polytrace.graph import Op, operands
+from polytrace.graph import Call, NodeId, Op, OpGrad, operands
 from polytrace.ops import OPS, Cost
+from scheduling.checks import ModelTable
 from scheduling.costs import nodes_of
 from scheduling.plan import Program, ValueFacts
 
 _CUBIC = 4  # of a decomposition's m * n * min(m, n)
 _PER_WAVE = 5  # of a transform's n log2 n
+_WAY_BACK = 2  # forwards, as of a layer
 
 
-def program_flops(program: Program) -> int:
-    """All ops of a program that run, each once."""
-    running = {node for wave in program.waves for node in nodes_of(wave)}
-    return sum(
-        op_flops(event, program.facts, node)
-        for node, event in enumerate(program.graph.nodes)
-        if node in running and isinstance(event, Op)
-    )
+def program_flops(program: Program, table: ModelTable) -> int:
+    """All ops, calls of modules and gradients of these that run, each once."""
+    return sum(_node_flops(program, table, node) for node in {n for wave in program.waves for n in nodes_of(wave)})
+
+
+def _node_flops(program: Program, table: ModelTable, node: NodeId) -> int:
+    event = program.graph.nodes[node]
+    if isinstance(event, Op):
+        return op_flops(event, program.facts, node)
+    if isinstance(event, Call):
+        return call_flops(event, program.facts, table)
+    if isinstance(event, OpGrad):  # it runs the op again, and then its way back
+        return (1 + _WAY_BACK) * _node_flops(program, table, event.op)
+    return 0
+
+
+def call_flops(call: Call, facts: Sequence[ValueFacts | None], table: ModelTable) -> int:
+    """Of a module that is called on values: each of its weights once for each row of its largest operand."""
+    shapes = [known.shape for part in operands(call) if (known := facts[part]) is not None]
+    rows = max([math.prod(shape[:-1]) for shape in shapes], default=0)
+    own = [info for path, info in table.parameters.items() if path.startswith(f"{call.module}.") and info.of is None]
+    return 2 * rows * sum(math.prod(info.shape) for info in own)
 
 
 def op_flops(op: Op, facts: Sequence[ValueFacts | None], node: int) -> int:

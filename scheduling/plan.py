@@ -183,6 +183,7 @@ class WaveRows:
 
     widest: int  # rows of its widest layer
     token_layers: int  # rows of all layers
+    link_rows: int = 0  # that go from a stage to the next one, at all borders together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,10 +246,11 @@ class Program:
     kept_bytes: int  # of all trunks, on the shard that keeps most
     tape_bytes: int = 0  # of what its waves keep for their way back, at once, on the shard that keeps most
     live_bytes: int  # of values held at one site visit, at most
+    split: int = 0  # of its waves: those that it has because its rows do not fit into fewer
     constants: Mapping[str, RawTensor] = field(default_factory=dict)  # in process; empty when `request_file` is set
     request_file: str | None = None  # the stored request: shards map its constants from here
     contents: Mapping[str, str] = field(default_factory=dict)  # constants that stand on the service -> their files
-    result_file: str | None = None  # shards write saves at `result_start + offset`; None: they return them
+    result_file: str | None = None  # or a URL: saves are written at `result_start + offset`; None: they are returned
     result_start: int = 0  # bytes before the data section of the result file
 
 

@@ -34,6 +34,8 @@ from scheduling.cones import Keys, find_cones, kept_columns
 from scheduling.costs import (
     carried_bytes,
     find_notes,
+    gathered_bytes,
+    hidden_link_bytes,
     read_bytes,
     token_layers,
     token_layers_alone,
@@ -41,11 +43,13 @@ from scheduling.costs import (
 )
 from scheduling.forest import Forest, Placed, grow
 from scheduling.gradients import cuts_of, expand, has_gradients
+from scheduling.levels import Levels
 from scheduling.liveness import peak_bytes
 from scheduling.op_costs import program_flops
 from scheduling.placement import Scale, find_live, find_order, is_token, place, scale_of
 from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave, WaveRows
 from scheduling.residency import stage_works
+from scheduling.shard_bytes import row_bytes, trunk_bytes
 from scheduling.splitting import fits, split
 from scheduling.step_costs import most_rows, step_costs
 from scheduling.steps import Facts, Infer, compile_chain, generates
@@ -149,11 +153,13 @@ def _compile(
     ancestors: set[int] = set()
     order = find_order(graph, resolved, live)
     keys = Keys(request, resolved, columns, order)
+    num_unsplit = 0
     for look in range(_MAX_LOOKS):
         points = place(graph, resolved, order, facts, scale, earliest, holds)
         runs = find_runs(graph, resolved, live, points, scale)
         cones = find_cones(request, resolved, columns, keys, runs, table, cuts)
         forests = _grow(request.invokes, runs, cones, domain, description.num_layers)
+        num_unsplit = num_unsplit or len(forests)
         if is_graded or look == _MAX_LOOKS - 1 or all(fits(forest, limits.pass_tokens) for forest in forests.values()):
             break
         found = split(runs, forests, request.invokes, description.num_layers, limits.pass_tokens)
@@ -200,7 +206,7 @@ def _compile(
                 frees=frees.get(number, ()),
                 reruns=reruns and number in stops,
             )
-            for number, wave in enumerate(_waves(graph, works, runs, kept, cones, forests, chosen))
+            for number, wave in enumerate(_waves(graph, works, runs, kept, cones, forests, chosen, table.levels))
         ),
         saves=saves,
         holds={node: scale.stage(points[node]) for node in sorted(holds)},
@@ -208,21 +214,29 @@ def _compile(
         kept_bytes=kept_bytes(chosen.trunks, description, table.levels),
         tape_bytes=taken_bytes,
         live_bytes=peak_bytes(resolved, [0 if known is None else known.num_bytes for known in columns.facts])[0],
+        split=len(forests) - num_unsplit,
         constants=request.constants,
     )
 
 
-def certify(program: Program, facts: tuple[ValueFacts | None, ...], description: ModelDescription) -> Certificate:
+def certify(
+    program: Program,
+    facts: tuple[ValueFacts | None, ...],
+    description: ModelDescription,
+    *,
+    has_values: bool = True,
+    request_bytes: int = 0,
+) -> Certificate:
     """What a compiled program will cost and return; `facts` are those that it was compiled with.
 
-    Of a generation as if no sequence ended early.
+    Of a generation as if no sequence ended early. Without values: the totals alone, which admission asks for.
     """
     table = table_of(description)
     steps = step_costs(program, most_rows(program), table)
     saves = list(_all_saves(program))
     return Certificate(
-        nodes=tuple(None if known is None else _shape(known) for known in facts),
-        saves={name: _shape(slot.facts) for name, slot in saves if slot.keep is None},
+        nodes=tuple([None if known is None else _shape(known) for known in facts]) if has_values else (),
+        saves={name: _shape(slot.facts) for name, slot in saves if slot.keep is None} if has_values else {},
         passes=len(program.waves) + _num_step_passes(program),
         tokens=steps.tokens + sum(wave_tokens(program, wave) for wave in program.waves),
         token_layers=steps.token_layers + token_layers(program, table),
@@ -232,12 +246,16 @@ def certify(program: Program, facts: tuple[ValueFacts | None, ...], description:
         read_bytes=steps.read_bytes + read_bytes(program),
         carried_bytes=steps.carried_bytes + carried_bytes(program, table),
         tape_bytes=program.tape_bytes,
-        live_bytes=max(
-            [program.live_bytes, *([] if program.chain is None else [p.live_bytes for p in program.chain.parts])]
-        ),
-        op_flops=steps.op_flops + program_flops(program),
-        notes=find_notes(program, table),
+        live_bytes=max([program.live_bytes, *(part.live_bytes for part in _parts(program))]),
+        op_flops=steps.op_flops + program_flops(program, table),
+        split=program.split + sum(part.split for part in _parts(program)),
+        row_bytes=row_bytes(program, table),
+        trunk_bytes=trunk_bytes(program, table),
+        gathered_bytes=steps.gathered_bytes + gathered_bytes(program, table),
+        hidden_link_bytes=steps.hidden_link_bytes + hidden_link_bytes(program, table),
+        notes=find_notes(program, table) if has_values else (),
         edits=program.edits,
+        request_bytes=request_bytes,
     )
 
 
@@ -252,6 +270,10 @@ def _all_saves(program: Program) -> Iterator[tuple[str, SaveSlot]]:
         for step, run in runs:
             for slot in program.chain.parts[run.part].saves:
                 yield (name_at(slot.name, step) if slot.is_of_step else slot.name), slot
+
+
+def _parts(program: Program) -> tuple[Program, ...]:
+    return () if program.chain is None else program.chain.parts
 
 
 def _num_step_passes(program: Program) -> int:
@@ -355,6 +377,7 @@ def _waves(
     cones: dict[tuple[int, int], tuple[Cone, ...]],
     forests: dict[int, Forest],
     chosen: TrunkChoice,
+    levels: Levels,
 ) -> tuple[Wave, ...]:
     runs_of: list[list[Run]] = [[] for _ in works]
     for run in runs:
@@ -370,7 +393,7 @@ def _waves(
                 drawing=tuple(run.invoke for run in own if not tokens.isdisjoint(run.reads)),
                 until=max((run.until for run in own), default=PROLOGUE),
                 rows=chosen.rows.get(wave, _NO_ROWS),
-                rows_anew=rows_of(forests[wave]) if wave in forests else _NO_ROWS,
+                rows_anew=rows_of(forests[wave], levels) if wave in forests else _NO_ROWS,
                 stages=stages,
             )
         )

@@ -31,6 +31,7 @@ from polytrace.errors import CancelledError, PolytraceError, ServiceError, TooLa
 from scheduling.ahead import Ahead
 from scheduling.caches import caches_of
 from scheduling.checks import table_of
+from scheduling.costs import token_layers
 from scheduling.generating import Generating
 from scheduling.jobs import Flight, Job, Outcome, Progress
 from scheduling.memory import Memory
@@ -57,6 +58,7 @@ from scheduling.policy import (
 )
 from scheduling.prefixes import left_by
 from scheduling.receipts import find_error, find_out_of_memory, pass_entry, values_of
+from scheduling.step_costs import step_costs
 from scheduling.stopping import Decode
 
 __all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
@@ -516,7 +518,24 @@ class Scheduler:
             self._ended.append(job.program.request)
             self._has_much_left |= bool(job.taped)
         self._remove(job)
-        self._outcomes.append(Outcome(request=job.program.request, error=error, may_be_cut=may_be_cut))
+        self._outcomes.append(
+            Outcome(
+                request=job.program.request,
+                error=error,
+                may_be_cut=may_be_cut,
+                spent_token_layers=self._spent(job),
+                spent_seconds=0.0 if job.started is None else self._clock() - job.started,
+            )
+        )
+
+    def _spent(self, job: Job) -> int:
+        """Rows x layers of a request that ended without a result: of the passes that it was in, with the last one."""
+        if job.started is None:
+            return 0
+        program, rows = job.program, [] if job.generating is None else job.generating.rows_of_steps
+        there = token_layers(program, self._table, is_keeping=job.is_keeping is not False)
+        begun, waves = job.account.num_passes + 1, len(program.waves)
+        return there * min(begun, waves) // max(1, waves) + step_costs(program, rows, self._table).token_layers
 
     def _remove(self, job: Job, kept: Collection[RequestId] = ()) -> None:
         """`kept`: owners of its caches that stay."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduling.checks import ModelTable
-from scheduling.costs import carried_bytes, read_bytes
+from scheduling.costs import carried_bytes, gathered_bytes, read_bytes
 from scheduling.op_costs import program_flops
 from scheduling.plan import Program
 
@@ -19,6 +19,8 @@ class StepCosts:
     token_layers: int = 0
     read_bytes: int = 0
     carried_bytes: int = 0
+    gathered_bytes: int = 0
+    hidden_link_bytes: int = 0
     op_flops: int = 0
 
 
@@ -31,14 +33,20 @@ def step_costs(program: Program, rows: Sequence[int], table: ModelTable) -> Step
     if chain.ending is not None:
         parts.append(chain.parts[chain.ending.part])
     own = {id(part): part for part in parts}
-    known = {key: (read_bytes(p), carried_bytes(p, table), program_flops(p)) for key, p in own.items()}
-    totals = [sum(each) for each in zip(*(known[id(part)] for part in parts), strict=True)] or [0, 0, 0]
+    known = {
+        key: (read_bytes(p), carried_bytes(p, table), gathered_bytes(p, table), program_flops(p, table))
+        for key, p in own.items()
+    }
+    totals = [sum(each) for each in zip(*(known[id(part)] for part in parts), strict=True)] or [0, 0, 0, 0]
+    borders = len(set(table.levels.stages)) - 1 if table.levels.stages else 0
     return StepCosts(
         tokens=sum(rows),
         token_layers=sum(rows) * table.levels.count,
         read_bytes=totals[0],
         carried_bytes=totals[1],
-        op_flops=totals[2],
+        gathered_bytes=totals[2],
+        hidden_link_bytes=sum(rows) * borders * table.description.hidden_bytes * table.description.ranks,
+        op_flops=totals[3],
     )
 
 

@@ -56,7 +56,7 @@ def choose_trunks(
 
     Without `runs` nothing is kept.
     """
-    anew = {wave: rows_of(forest) for wave, forest in forests.items()}
+    anew = {wave: rows_of(forest, levels) for wave, forest in forests.items()}
     if not runs or len(forests) < 2:
         return TrunkChoice(trunks=(), rows=anew)
     candidates = list(_candidates(invokes, runs, cones, ancestors, levels.count))
@@ -84,7 +84,7 @@ def _use(
         before = [one for one in candidates if one.wave < wave]
         own = {(one.invoke, one.sequence): one for one in candidates if one.wave == wave and any(one.stops)}
         if not before and not own:
-            rows[wave] = rows_of(forests[wave])
+            rows[wave] = rows_of(forests[wave], levels)
             continue
         placed = [
             Placed(tokens=tokens, cone=_extended(cone, own.get((run.invoke, place))), domain=True)
@@ -95,17 +95,27 @@ def _use(
             )
         ]
         forest = grow(placed, levels.count, [_as_kept(one, levels.count) for one in before])
-        rows[wave] = rows_of(forest)
+        rows[wave] = rows_of(forest, levels)
         for one, (stops, outputs) in zip(before, forest.used, strict=True):
             one.stops = list(map(max, one.stops, stops))
             one.outputs = list(map(min, one.outputs, outputs))
     return rows
 
 
-def rows_of(forest: Forest) -> WaveRows:
-    """What a forest runs."""
-    token_layers = sum(forest.layer_rows) - sum(forest.skipped_rows)
-    return WaveRows(widest=max(forest.layer_rows, default=0), token_layers=token_layers)
+def rows_of(forest: Forest, levels: Levels) -> WaveRows:
+    """What a forest runs, and what of it goes from stage to stage."""
+    rows = forest.layer_rows
+    borders = [layer for layer in range(1, len(levels.stages)) if levels.stages[layer] != levels.stages[layer - 1]]
+    return WaveRows(
+        widest=max(rows, default=0),
+        token_layers=token_layers_of(forest),
+        link_rows=sum(rows[layer] for layer in borders),
+    )
+
+
+def token_layers_of(forest: Forest) -> int:
+    """Rows x layers that a forest runs."""
+    return sum(forest.layer_rows) - sum(forest.skipped_rows)
 
 
 def extended(cone: Cone, trunk: Trunk) -> Cone:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ TOKENS = tokens_of(GENERATED)
 
 
 class GatewayService:
-    """`model` is what it serves, by the name "m"; `settled` are settings of the gateway."""
+    """`model` is what it serves, by the name "m", of `source`; `settled` are settings of the gateway."""
 
     def __init__(
         self,
@@ -49,11 +49,15 @@ class GatewayService:
         model: ModelDescription,
         tokenizer: bytes | None = None,
         key: str | None = None,
+        source: str = "none",
+        database: str | None = None,
+        objects: str | None = None,
         **settled: Any,
     ) -> None:
-        self.store = Store(folder)
+        self.store = Store(folder, database=database, objects=objects)
         settings = GatewaySettings(store=str(folder), max_wait_s=20.0, shutdown_s=1.0, **settled)
-        self.server = GatewayServer(Gateway(self.store, settings, checker, key), settings)
+        self.gateway = Gateway(self.store, settings, checker, key)
+        self.server = GatewayServer(self.gateway, settings)
         listener = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -62,7 +66,7 @@ class GatewayService:
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=30)
         body = json.dumps(to_json(model)).encode()
         self.store.set_state("m", DeploymentState.STARTING, "")
-        self.store.publish("m", Published(source="none", dtype="auto", description=body, tokenizer=tokenizer))
+        self.store.publish("m", Published(source=source, dtype="auto", description=body, tokenizer=tokenizer))
         self.store.set_state("m", DeploymentState.READY, "ready")
         wait_until(lambda: self.http.get("/readyz").status_code == 200)
 
@@ -106,17 +110,25 @@ class Agreeable:
     async def check(self, model: str, version: str, path: Path, *, contents: Path, certify: bool) -> Verdict:
         return Verdict(facts=b"[]")
 
+    async def nearest(
+        self, model: str, version: str, path: Path, *, contents: Path, most: Mapping[str, int]
+    ) -> str | None: ...
 
-def submit(service: GatewayService) -> RequestId:
-    """A request that runs."""
+
+def body(number: int = 1) -> bytes:
+    """A request; another number is another request."""
     where = "experiment.py:1"
     request = Request(
         graph=Graph(nodes=(Constant(name="c", where=where), Save(name="out", value=Ref(NodeId(0)), where=where))),
         invokes=(Invoke(sequences=((1, 2, 3),)),),
-        constants={"c": RawTensor(dtype="float32", shape=(1,), data=memoryview(b"\1" * 4))},
+        constants={"c": RawTensor(dtype="float32", shape=(1,), data=memoryview(bytes([number]) * 4))},
     )
-    content = b"".join(encode_request(request))
-    posted = service.http.post("/v1/models/m/requests", content=content).json()
+    return b"".join(encode_request(request))
+
+
+def submit(service: GatewayService) -> RequestId:
+    """A request that runs."""
+    posted = service.http.post("/v1/models/m/requests", content=body()).json()
     assert service.claim() == posted["id"]
     return RequestId(posted["id"])
 

@@ -43,8 +43,8 @@ class Service:
         command = [sys.executable, "-m", "api.commands", "serve", *what]
         command += ["--port", str(self.port), "--store", str(self.store), *flags]
         self.scratch = tempfile.mkdtemp(prefix="pt", dir="/tmp")  # a short path, as Ray's sockets need it
-        environment = fresh_environment(folder) | environment
-        environment |= {MARK: self.mark, "POLYTRACE_KEY": "sesame", "TMPDIR": self.scratch}
+        environment = fresh_environment(folder) | {"POLYTRACE_KEY": "sesame"} | environment
+        environment |= {MARK: self.mark, "TMPDIR": self.scratch}
         self.log = (folder / "serve.log").open("wb")
         self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
         headers = {"Authorization": "Bearer sesame"}

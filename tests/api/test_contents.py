@@ -24,8 +24,8 @@ OWNER, ADA, BOB = LOCAL.owner, owner_name("lab", "ada"), owner_name("lab", "bob"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "store", quota_bytes=QUOTA)
+def store(tmp_path: Path, database_url: str) -> Iterator[Store]:
+    store = Store(tmp_path / "store", database=database_url, quota_bytes=QUOTA)
     store.set_state("m", DeploymentState.READY, "ready")
     store.set_state("other", DeploymentState.READY, "ready")
     yield store
@@ -323,7 +323,7 @@ def test_the_first_content_of_a_state_stays_when_it_is_begun_again(store: Store)
     assert state_of(store, "s") == 1
 
 
-def test_kept_values_outlive_every_process_and_a_sweep_finds_what_a_crash_left(store: Store) -> None:
+def test_kept_values_outlive_every_process_and_a_sweep_finds_what_a_crash_left(store: Store, database_url: str) -> None:
     begin_state(store, "s", 1)
     request = add(store)
     claim(store)
@@ -335,7 +335,7 @@ def test_kept_values_outlive_every_process_and_a_sweep_finds_what_a_crash_left(s
     lost = upload(store, 5)
     store.contents.content_path(OWNER, lost).unlink()
     store.close()
-    again = Store(store.folder, quota_bytes=QUOTA)
+    again = Store(store.folder, database=database_url, quota_bytes=QUOTA)
     again.sweep()
     again.requeue("m", is_clean=False)
     assert state_of(again, "s") == 1 and again.contents.kept_entry(OWNER, "mean", is_state=False).version == 1

@@ -31,14 +31,14 @@ from polytrace.graph import Node, NodeId, Op, Port, Read, Ref, Save, Site, Write
 from polytrace.model import Model
 from polytrace.wire import encode_request
 
-ADA, BOB = "ada", "bob"
+ADA, BOB, EVE = "lab~ada", "lab~bob", "labs~eve"  # Eve is of another tenant
 IDS = [3, 17, 42, 5]
 KEY = "sesame"
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    made = open_database(f"sqlite:///{tmp_path / 'store.db'}")
+def database(database_url: str) -> Iterator[Database]:
+    made = open_database(database_url)
     yield made
     made.close()
 
@@ -52,6 +52,10 @@ def test_an_edit_is_its_owners_alone_until_it_is_shared(database: Database) -> N
     assert kept.put("m", BOB, "mine", b"2", is_shared=False) == 1  # names are each owner's own
     assert kept.put("m", ADA, "ours", b"3", is_shared=True) == 1
     assert kept.get("m", BOB, "ours", None) == (1, b"3")
+    assert kept.known("m", EVE) == []
+    with pytest.raises(NotFoundError, match="no edit 'ours' here; there are none"):
+        kept.get("m", EVE, "ours", None)
+    assert kept.put("m", EVE, "ours", b"e", is_shared=True) == 1  # a name that is taken elsewhere
     assert [(known.name, known.is_shared, known.is_own) for known in kept.known("m", BOB)] == [
         ("mine", False, True),
         ("ours", True, False),

@@ -13,6 +13,7 @@ from gateways import GENERATED, TOKENS, Agreeable, GatewayService, description_o
 
 import api.events
 from api.expiry import Expiry
+from api.identity import LOCAL
 from api.settings import DEFAULT_RESULT_TTL_S, gateway_settings
 from api.store import Store
 from api.streams import Streams
@@ -68,7 +69,7 @@ def test_who_follows_a_request_hears_all_of_it_however_slowly_he_reads(
         streams = Streams(store, waiting)
         expiry = Expiry(store, streams, ttl_s=0.0)
         heard: list[int] = []
-        async for told in streams.follow(request):
+        async for told in streams.follow(request, LOCAL):
             await expiry.round()
             await expiry.round()
             assert files(store, request) == [True, True]

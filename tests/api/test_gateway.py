@@ -51,6 +51,10 @@ class StandInChecker:
             return Verdict(error=error.to_fields())
         return Verdict(facts=b"[]", certificate=b'{"passes": 1}' if certify else None)
 
+    async def nearest(
+        self, model: str, version: str, path: Path, *, contents: Path, most: Mapping[str, int]
+    ) -> str | None: ...
+
     def close(self) -> None:
         pass
 
@@ -272,7 +276,7 @@ def test_a_result_that_is_not_there_yet_is_202(service: Service) -> None:
 
 def test_validate_answers_with_a_certificate_and_keeps_nothing(service: Service) -> None:
     answer = service.http.post("/v1/models/m/validate", content=body(SUCCEED))
-    assert answer.json() == {"passes": 1}
+    assert answer.json() == {"passes": 1, "limits": [], "refusal": None, "retry_after_s": None}
     assert problem_of(service.http.post("/v1/models/m/validate", content=body(REFUSE)), 422)["code"] == "graph"
 
 

@@ -28,8 +28,8 @@ from scheduling.scheduler import Progress
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "store")
+def store(tmp_path: Path, database_url: str) -> Iterator[Store]:
+    store = Store(tmp_path / "store", database=database_url)
     yield store
     store.close()
 
@@ -170,9 +170,9 @@ def test_what_a_deployment_published_is_read_back(store: Store) -> None:
     ]
 
 
-def test_every_ring_wakes_a_controller_that_waits(store: Store) -> None:
+def test_every_ring_wakes_a_controller_that_waits(store: Store, database_url: str) -> None:
     store.wait_for_requests(0.0)  # opens the listening end
-    ringer = Store(store.folder)
+    ringer = Store(store.folder, database=database_url)
     woken: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -207,7 +207,7 @@ import sys
 from pathlib import Path
 from api.store import Store
 from cluster.requests import DeploymentState
-store = Store(Path(sys.argv[1]))
+store = Store(Path(sys.argv[1]), database=sys.argv[2])
 store.set_state("m", DeploymentState.READY, "ready")
 while True:
     request = store.new_id()
@@ -222,7 +222,7 @@ import sys
 from pathlib import Path
 from api.store import Store
 from cluster.requests import Finished
-store = Store(Path(sys.argv[1]))
+store = Store(Path(sys.argv[1]), database=sys.argv[2])
 store.requeue("m", is_clean=True)
 while True:
     for claimed in store.claim("m", 4):
@@ -248,13 +248,15 @@ def test_a_new_store_opens_while_another_process_is_making_it(tmp_path: Path) ->
     store.close()
 
 
-def test_nothing_acknowledged_is_lost_when_both_sides_are_killed(tmp_path: Path) -> None:
+def test_nothing_acknowledged_is_lost_when_both_sides_are_killed(tmp_path: Path, database_url: str) -> None:
     folder = tmp_path / "store"
     acknowledged: list[str] = []
     answered: list[str] = []
     for round_number in range(3):
         writer, runner = (
-            subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, cwd=Path.cwd())
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(folder), database_url], stdout=subprocess.PIPE, cwd=Path.cwd()
+            )
             for code in (_WRITER, _RUNNER)
         )
         assert writer.stdout is not None and runner.stdout is not None
@@ -265,7 +267,7 @@ def test_nothing_acknowledged_is_lost_when_both_sides_are_killed(tmp_path: Path)
         os.kill(runner.pid, signal.SIGKILL)
         acknowledged += writer.communicate()[0].decode().split()
         answered += runner.communicate()[0].decode().split()
-    store = Store(folder)
+    store = Store(folder, database=database_url)
     store.requeue("m", is_clean=True)
     store.sweep()
     statuses = store.statuses([RequestId(request) for request in acknowledged])

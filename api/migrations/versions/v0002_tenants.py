@@ -7,6 +7,7 @@ revision = "0002"
 down_revision = "0001"
 
 _SEQ = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+_NOBODY, _LOCAL = "default", "default~default"  # whose everything was, and what `api.identity` calls that caller
 
 
 def upgrade() -> None:
@@ -19,6 +20,7 @@ def upgrade() -> None:
         sa.Column("limits", sa.Text, nullable=False, server_default="{}"),  # JSON of `api.quotas.TenantLimits`
         sa.Column("models", sa.Text),  # JSON list of the deployments that it may use; NULL: all
     )
+    op.execute("INSERT INTO tenants (name, created) VALUES ('default', 0)")
     op.create_table(
         "users",
         sa.Column("tenant", sa.Text, primary_key=True),
@@ -59,6 +61,7 @@ def upgrade() -> None:
         postgresql_where=is_open,
     )
     op.create_index("requests_of", "requests", ["tenant", "user_name", "created"])
+    op.create_index("requests_hold", "requests", ["tenant", "state", "result_bytes", "tokens"])
     op.create_table(
         "idempotency",
         sa.Column("owner", sa.Text, primary_key=True),
@@ -105,3 +108,22 @@ def upgrade() -> None:
         sa.Column("limits", sa.Text, nullable=False, server_default="{}"),
     ):
         op.add_column("deployments", column)
+    if not sa.inspect(op.get_bind()).has_table("edits"):  # a store from before edits were kept
+        _create_edits()
+    for table in ("requests", "contents", "kept", "uses", "room", "edits"):
+        owner = sa.column("owner")
+        op.execute(sa.update(sa.table(table, owner)).where(owner == _NOBODY).values(owner=_LOCAL))
+
+
+def _create_edits() -> None:
+    op.create_table(
+        "edits",
+        sa.Column("model", sa.Text, primary_key=True),
+        sa.Column("owner", sa.Text, primary_key=True),
+        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("is_shared", sa.Integer, nullable=False),
+        sa.Column("created", sa.Double, nullable=False),
+        sa.Column("num_bytes", sa.BigInteger, nullable=False),
+        sa.Column("body", sa.LargeBinary),
+    )

@@ -1,0 +1,42 @@
+"""What the store is tested on: both databases, SQLite in a file and a PostgreSQL server of this session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from databases import Postgres, why_no_postgres
+from object_stores import S3
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One server for all tests of this process; each takes a database of its own."""
+    if (reason := why_no_postgres()) is not None:
+        pytest.skip(reason)
+    server = Postgres()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new database with the store's tables, once of each kind."""
+    if request.param == "sqlite":
+        (tmp_path / "store").mkdir(mode=0o700, exist_ok=True)
+        return f"sqlite:///{tmp_path / 'store' / 'store.db'}"
+    return str(request.getfixturevalue("postgres").database())
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """One server for all tests of this process; each takes a place of its own."""
+    server = S3()
+    try:
+        yield server
+    finally:
+        server.close()

@@ -1,0 +1,159 @@
+"""Two tenants on a whole service, from the key that it prints at its first start: a laptop's, on 2 stages x 2 ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from services import PROMPT, Service, fresh_environment, make_model, wait_until
+from transformers import LlamaForCausalLM
+
+import polytrace
+from polytrace.errors import ForbiddenError, KeyRefusedError, NotFoundError
+from polytrace.http_calls import check
+
+SCALE = 3.0
+
+
+class Laptop:
+    """A service that was given no key, and the one that it printed."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.service = Service(model, folder, "--stages", "2", "--ranks", "2", POLYTRACE_KEY="")
+        self.folder = folder
+        wait_until(lambda: "export POLYTRACE_KEY=" in self.printed(), 60, self.service)
+        found = re.search(r"export POLYTRACE_KEY=(pt_\S+)", self.printed())
+        assert found is not None
+        self.key = found[1]
+        self.service.http.headers["Authorization"] = f"Bearer {self.key}"
+        wait_until(self.service.is_ready, 240, self.service)
+        self.url = str(self.service.http.base_url)
+
+    def printed(self) -> str:
+        return (self.folder / "serve.log").read_text()
+
+    def polytrace(self, *arguments: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
+        environment = fresh_environment(self.folder) | {"POLYTRACE_URL": self.url, "POLYTRACE_KEY": key or self.key}
+        command = [sys.executable, "-m", "api.commands", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+    def made(self, *arguments: str) -> str:
+        answer = self.polytrace("keys", "make", *arguments)
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tenants") / "model")
+
+
+@pytest.fixture(scope="module")
+def laptop(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
+    laptop = None
+    try:
+        laptop = Laptop(model, tmp_path_factory.mktemp("service"))
+        yield laptop
+    finally:
+        if laptop is not None:
+            laptop.service.kill_all()
+
+
+def test_two_tenants_use_one_service_and_see_nothing_of_each_other(laptop: Laptop, model: Path) -> None:
+    # 1) the operator, with the printed key, lets two tenants in
+    for arguments in (
+        ("tenants", "add", "vision", "--weight", "2"),
+        ("tenants", "add", "audio", "--model", "tiny"),
+    ):
+        answer = laptop.polytrace(*arguments)
+        assert answer.returncode == 0, answer.stderr
+    ada = laptop.made("--tenant", "vision", "--user", "ada", "--expires", "1d")
+    carl = laptop.made("--tenant", "audio", "--user", "carl")
+
+    # 2) both trace, each with an edit, and what they keep has one name
+    with (
+        polytrace.connect(laptop.url, "tiny", key=ada) as adas,
+        polytrace.connect(laptop.url, "tiny", key=carl) as carls,
+    ):
+        ids, outs = [], []
+        for one, scale in ((adas, SCALE), (carls, 1.0)):
+            with one.trace(list(PROMPT)) as tracer:
+                hidden = one.model.layers[0].output[0]
+                one.model.layers[0].output[0][:] = hidden * scale
+                out = one.model.layers[2].output[0].save()
+                (hidden[:, 0] * scale).keep("mine")
+            ids.append(tracer.receipt.request)
+            outs.append(out)
+        expected = [by_hand(model, scale) for scale in (SCALE, 1.0)]
+        for out, (plain, _) in zip(outs, expected, strict=True):
+            assert (out - plain).abs().max() <= 1e-5 * max(1.0, float(plain.abs().max()))
+        assert (outs[0] - outs[1]).abs().max() > 0.1, "the edit did something"
+        kept: list[Any] = [one.kept("mine").fetch() for one in (adas, carls)]
+        for value, (_, plain) in zip(kept, expected, strict=True):
+            assert (value - plain).abs().max() <= 1e-5 * max(1.0, float(plain.abs().max()))
+
+    # 3) what is the other one's is not there; an operator sees all
+    http = laptop.service.http
+    for key, own, other in ((ada, 0, 1), (carl, 1, 0)):
+        bearer = {"Authorization": f"Bearer {key}"}
+        assert http.get(f"/v1/requests/{ids[own]}/result", headers=bearer).status_code == 200
+        for path in ("", "/result", "/events"):
+            assert http.get(f"/v1/requests/{ids[other]}{path}", headers=bearer).status_code == 404
+        assert http.get(f"/v1/requests/{ids[other]}/result").status_code == 200
+    assert http.get("/v1/kept/mine").status_code == 404
+    assert http.get("/v1/kept/mine", params={"owner": "vision/ada"}).status_code == 200
+
+    # 4) users operate nothing, and a tenant uses what it may
+    refused = laptop.polytrace("drain", "tiny", key=ada)
+    assert refused.returncode == 1 and "for operators; vision/ada is a user" in refused.stderr
+    with pytest.raises(ForbiddenError, match="for operators"):
+        check(http.get("/v1/tenants", headers={"Authorization": f"Bearer {ada}"}))
+    assert laptop.polytrace("tenants", "set", "audio", "--model", "another").returncode == 0
+    with pytest.raises(NotFoundError, match="there is none yet"):
+        polytrace.connect(laptop.url, "tiny", key=carl)
+
+    # 5) a user turns a key over; another process revokes one in the store; wrong keys say so
+    turned = laptop.polytrace("keys", "rotate", ada[:15], key=ada)
+    assert turned.returncode == 0, turned.stderr
+    with pytest.raises(KeyRefusedError, match="was revoked"):
+        polytrace.connect(laptop.url, "tiny", key=ada)
+    assert polytrace.models(laptop.url, key=turned.stdout.strip())[0]["name"] == "tiny"
+    store = str(laptop.service.store)
+    command = [sys.executable, "-m", "api.commands", "keys", "revoke", turned.stdout[:15], "--store", store]
+    subprocess.run(command, check=True, env=os.environ | fresh_environment(laptop.folder), timeout=60)
+    wait_until(lambda: is_refused(laptop, turned.stdout.strip()), 2, laptop.service)
+    with pytest.raises(KeyRefusedError, match="needs a key"):
+        polytrace.models(laptop.url)
+
+    # 6) all of that was written down
+    shown = laptop.polytrace("audit", "--json").stdout
+    for act in ("keys.make", "tenants.add", "tenants.change", "keys.rotate", "keys.revoke"):
+        assert f'"{act}"' in shown
+    assert "(store)/" in shown and "vision/ada" in shown and "drain" not in shown
+
+
+def by_hand(model: Path, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What layer 2 hands on, and what layer 0 does at the first token, when layer 0's output is scaled."""
+    plain = LlamaForCausalLM.from_pretrained(model).eval()
+    seen: dict[int, torch.Tensor] = {}
+
+    def scaled(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
+        seen[0] = output * scale
+        return seen[0]
+
+    plain.model.layers[0].register_forward_hook(scaled)
+    plain.model.layers[2].register_forward_hook(lambda _module, _args, output: seen.update({2: output}))
+    with torch.no_grad():
+        plain(torch.tensor([PROMPT]), use_cache=False)
+    return seen[2], seen[0][:, 0]
+
+
+def is_refused(laptop: Laptop, key: str) -> bool:
+    return laptop.service.http.get("/v1/whoami", headers={"Authorization": f"Bearer {key}"}).status_code == 401
