@@ -19,7 +19,7 @@ from polytrace.errors import CapacityError, NotFoundError, ServiceError, from_fi
 from polytrace.http_calls import check, make_client, timeout, unreachable
 from polytrace.jobs import JobStatus, Watch
 from polytrace.kinds import value_kind
-from polytrace.retrying import PATIENCE_S, Pauses
+from polytrace.retrying import Pauses
 from polytrace.wire import decode_result
 
 WAIT_S = 50.0  # of one call; the service may wait shorter
@@ -52,7 +52,7 @@ class HttpJob:
     def __init__(self, jobs: HttpJobs, id: str) -> None:
         self.id = id
         self._jobs = jobs
-        self._location = f"/v1/requests/{id}"
+        self.location = f"/v1/requests/{id}"
 
     def status(self) -> JobStatus:
         return status_of(self.ask())
@@ -72,7 +72,7 @@ class HttpJob:
 
     def ask(self, *, wait_s: float = 0.0, passes_done: int = 0) -> Any:
         """The status as JSON; with `wait_s` once it has ended or got further. A service may be away for a moment."""
-        path = f"{self._location}?wait={wait_s:.1f}&passes_done={passes_done}" if wait_s else self._location
+        path = f"{self.location}?wait={wait_s:.1f}&passes_done={passes_done}" if wait_s else self.location
         pauses = Pauses()
         while True:
             try:
@@ -101,7 +101,7 @@ class HttpJob:
             headers = {} if tag is None or not end else {"Range": f"bytes={end}-", "If-Range": tag}
             try:
                 with self._jobs.client.stream(
-                    "GET", f"{self._location}/result", headers=headers, timeout=timeout(0)
+                    "GET", f"{self.location}/result", headers=headers, timeout=timeout(0)
                 ) as response:
                     check(response)
                     if response.status_code == 202:
@@ -123,7 +123,7 @@ class HttpJob:
 
     def cancel(self) -> None:
         try:
-            self._jobs.client.delete(self._location, timeout=5.0)
+            self._jobs.client.delete(self.location, timeout=5.0)
         except httpx.HTTPError:
             return  # nobody to tell
 
@@ -140,6 +140,3 @@ def status_of(plain: Any) -> JobStatus:
         error=from_fields(error) if error else None,
         **known,
     )
-
-
-__all__ = ["PATIENCE_S", "HttpJob", "HttpJobs", "status_of"]

@@ -7,8 +7,8 @@
 
     polytrace.job(id).result().values["0"]      # elsewhere: by the order in which they were saved
 
-A job of a service is one of its requests; its result stays there until it expires. A model in this process runs a job on
-a thread, and it ends with the process.
+A job of a service is one of its requests; its result stays there until it expires. A model in this process runs a job
+on a thread, and it ends with the process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from polytrace.backend import Backend, Result
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, UserError
@@ -28,7 +30,10 @@ from polytrace.graph import Request
 if TYPE_CHECKING:
     from polytrace.http_jobs import HttpJobs
 
+T = TypeVar("T")
+
 URL = "POLYTRACE_URL"  # the service whose jobs `polytrace.job(id)` finds
+_threads = ThreadPoolExecutor(512, thread_name_prefix="polytrace-wait")  # made as they are needed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +134,15 @@ class Job:
         self._running.cancel()
 
     def __await__(self) -> Generator[Any, None, Result]:
-        return asyncio.to_thread(self.result).__await__()
+        return in_thread(self.result).__await__()
+
+    async def collected(self) -> Result:
+        """Its result; a task that is cancelled while it waits cancels the job."""
+        try:
+            return await self
+        except asyncio.CancelledError:
+            _threads.submit(self.cancel)
+            raise
 
     def __repr__(self) -> str:
         return f"<job {self.id}>"
@@ -138,8 +151,8 @@ class Job:
 def job(id: str, url: str | None = None, *, key: str | None = None) -> Job:
     """A job that this or another process has sent to a service.
 
-    `url`: the service's; by default the environment's POLYTRACE_URL. Raises NotFoundError for a job that is not there, or
-    somebody else's.
+    `url`: the service's; by default the environment's POLYTRACE_URL. Raises NotFoundError for a job that is not there,
+    or somebody else's.
     """
     from polytrace.client import gateway_url
     from polytrace.http_jobs import HttpJobs
@@ -153,10 +166,20 @@ def job(id: str, url: str | None = None, *, key: str | None = None) -> Job:
     return Job(running)
 
 
-def begin(backend: Backend, request: Request) -> Running:
-    """Sends a request and does not wait: to a service, else to a thread of this process."""
-    submit: Callable[[Request], Running] | None = getattr(backend, "submit", None)
-    return submit(request) if submit is not None else ThreadJob(lambda: backend.run(request))
+def begin(backend: Backend, request: Request, *, is_interactive: bool = False) -> Running:
+    """Sends a request and does not wait: to a service, else to a thread of this process.
+
+    `is_interactive`: somebody waits all the same, so it goes before its tenant's batch work.
+    """
+    submit: Callable[..., Running] | None = getattr(backend, "submit", None)
+    if submit is not None:
+        return submit(request, is_interactive=is_interactive)
+    return ThreadJob(lambda: backend.run(request))
+
+
+async def in_thread(do: Callable[..., T], *given: Any, **named: Any) -> T:
+    """What `do` returns, without the event loop waiting. Hundreds may wait at once, more than asyncio's own threads."""
+    return await asyncio.get_running_loop().run_in_executor(_threads, partial(do, *given, **named))
 
 
 class ThreadJob:

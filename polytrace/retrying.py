@@ -1,7 +1,7 @@
 """When a call that failed is tried again: after longer and longer pauses, as long as somebody may come back.
 
-Pauses are drawn between 0 and their bound ("full jitter", AWS Architecture Blog, 2015), so that clients of a service that
-was away do not all come back at once.
+Pauses are drawn between 0 and their bound ("full jitter", AWS Architecture Blog, 2015), so that clients of a service
+that was away do not all come back at once.
 """
 
 from __future__ import annotations
