@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from polytrace.choice import cond
     from polytrace.client import connect, load, models
     from polytrace.edits.adapters import delta, lora
+    from polytrace.jobs import Job, job
     from polytrace.keeping import Kept, NamedState
     from polytrace.maps.combining import count as count
     from polytrace.maps.combining import covariance as covariance
@@ -55,6 +56,7 @@ __all__ = [
     "CapacityError",
     "ForbiddenError",
     "GraphError",
+    "Job",
     "Kept",
     "KeyRefusedError",
     "Map",
@@ -74,6 +76,7 @@ __all__ = [
     "cond",
     "connect",
     "delta",
+    "job",
     "load",
     "lora",
     "models",
@@ -86,6 +89,8 @@ _ROOMS = {
     "connect": "client",
     "delta": "edits.adapters",
     "functions": "functions",
+    "Job": "jobs",
+    "job": "jobs",
     "Kept": "keeping",
     "load": "client",
     "lora": "edits.adapters",

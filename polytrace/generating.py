@@ -15,10 +15,11 @@ from polytrace.generate_options import Ways, is_source
 from polytrace.generation import check_stop_texts
 from polytrace.graph import Invoke, Op, Operand, Options, Port, Ref, Site, Stop
 from polytrace.iterating import StepBlock, StepIndex
+from polytrace.jobs import in_thread
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.loops import Position
-from polytrace.progress import Hear, Tell
+from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
 from polytrace.step_values import came
 from polytrace.streaming import Piece, Pieces
 from polytrace.timing import FIRST
@@ -204,6 +205,15 @@ class GenerateTracer(Tracer):
         going = self._ways.of(invoke, own)
         check_stop_texts([going], lambda: self.model.tokenizer is not None, user_line())
         return going
+
+    def _sent(self, error: BaseException | None) -> tuple[str, ...] | None:
+        if self._listener is not None and not self.is_blocking:
+            told = "stream= wants somebody who waits: leave out blocking=False, or ask tracer.job how far it is"
+            raise GraphError(told, where=self.where)
+        return super()._sent(error)
+
+    async def _awaited(self) -> Result:
+        return await (super()._awaited() if self._listener is None else in_thread(self._run, tell_nobody, hear_nothing))
 
     def _run(self, tell: Tell, hear: Hear) -> Result:
         assert self.request is not None

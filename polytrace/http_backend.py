@@ -1,12 +1,14 @@
 """A model that a service runs, over HTTP. Knows the gateway's routes, and nothing of traces or torch.
 
-A request is sent once and then waited for: first inside the call that sends it, then by long polls; who hears tokens
-follows its events instead. Whoever stops waiting (Ctrl-C, a time-out, an error of who hears) cancels it.
+A request is sent once, or again under the same idempotency key when nobody answers, and then waited for: first inside
+the call that sends it, then by long polls; who hears tokens follows its events instead. Whoever stops waiting (Ctrl-C,
+a time-out, an error of who hears) cancels it.
 """
 
 from __future__ import annotations
 
 import base64
+import secrets
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -20,20 +22,20 @@ from polytrace.backend import Result
 from polytrace.certificate import Certificate, Token
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription, SiteInfo
-from polytrace.errors import NotFoundError, ServiceError, UserError, WireError
+from polytrace.errors import CapacityError, NotFoundError, ServiceError, UserError, WireError
 from polytrace.graph import Inputs, Request
 from polytrace.http_calls import body, call, check, get_json, make_client, pieces, timeout, unreachable
 from polytrace.http_events import follow
+from polytrace.http_jobs import WAIT_S, HttpJob, HttpJobs
 from polytrace.http_keeper import HttpKeeper
 from polytrace.http_sites import HttpSites
 from polytrace.kinds import value_kind
 from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
+from polytrace.retrying import Pauses
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_result
 
-WAIT_S = 50.0  # of one call; the service may wait shorter
 _FIRST_WAIT_S = 10.0  # of the call that sends the request: what takes longer is asked how far it is
-_PATIENCE_S = 30.0  # an accepted request outlives a service that is away this long
 
 
 class HttpBackend:
@@ -49,6 +51,7 @@ class HttpBackend:
             self._base = f"/v1/models/{quote(self.name, safe='')}"
             self._description = self._described()
             self.keeper = HttpKeeper(self._client, url)
+            self._jobs = HttpJobs(self._client, url)
             self._sites = HttpSites(lambda asked: self.ask("POST", "sites", json=asked).json())
         except BaseException:
             self._client.close()
@@ -77,17 +80,24 @@ class HttpBackend:
         """Raises what the service says of the request, or ServiceError when it does not answer in time."""
         deadline = time.monotonic() + self._timeout_s
         is_heard = hear is not hear_nothing or hear_tokens is not hear_no_tokens  # who listens does so from the start
-        submit = partial(self._submit, wait_s=min(0.0 if is_heard else _FIRST_WAIT_S, self._timeout_s))
-        answer = self.keeper.with_contents(request, submit)
-        if isinstance(answer, str) and hear_tokens is not hear_no_tokens:
-            waited = self._await(answer, partial(self._listen, answer, deadline, hear, hear_tokens))
-        elif isinstance(answer, str):
-            waited = self._await(answer, partial(self._poll, answer, deadline, tell, hear))
-        else:
-            waited = answer
-        raws, receipt = decode_result(waited)
+        wait_s = min(0.0 if is_heard else _FIRST_WAIT_S, self._timeout_s)
+        answer = self.keeper.with_contents(request, partial(self._submit, _new_key(), wait_s, "interactive"))
+        if isinstance(answer, HttpJob):
+            if hear_tokens is not hear_no_tokens:
+                self._await(answer, partial(self._listen, answer, deadline, hear, hear_tokens))
+            else:
+                self._await(answer, partial(self._poll, answer, deadline, tell, hear))
+            return answer.result()
+        raws, receipt = decode_result(answer)
         decode = value_kind().decode
         return Result(values={name: decode(raw) for name, raw in raws.items()}, receipt=receipt)
+
+    def submit(self, request: Request, *, is_interactive: bool = False) -> HttpJob:
+        """Sends the request and waits for nothing but that it is accepted (`polytrace.jobs`)."""
+        queue = "interactive" if is_interactive else "batch"
+        answer = self.keeper.with_contents(request, partial(self._submit, _new_key(), 0.0, queue))
+        assert isinstance(answer, HttpJob)
+        return answer
 
     def sites_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
         """As `polytrace.whole_model.CallBackend`."""
@@ -103,78 +113,62 @@ class HttpBackend:
         """A call of a route below the model's own. Raises the service's error, or ServiceError when nobody answers."""
         return call(self._client, self._url, method, f"{self._base}/{path}", **more)
 
-    def _submit(self, parts: Sequence[bytes | memoryview], *, wait_s: float) -> memoryview | str:
-        """The result file, or the place to ask for it when it takes longer."""
+    def _submit(self, key: str, wait_s: float, queue: str, parts: Sequence[bytes | memoryview]) -> memoryview | HttpJob:
+        """The result file, or the job when it takes longer. Sent again, under the same key, when nobody answers."""
         headers = {
             "Content-Type": "application/vnd.safetensors",
             "Content-Length": str(sum(len(part) for part in parts)),
+            "Idempotency-Key": key,
             "Prefer": f"wait={wait_s:.0f}",
+            "X-Polytrace-Class": queue,
         }
-        stream = self._client.stream(
-            "POST", f"{self._base}/requests", content=pieces(parts), headers=headers, timeout=timeout(wait_s)
-        )
-        try:
-            with stream as response:
-                check(response)
-                if response.status_code == 202:
-                    return str(response.headers["Location"])
-                return body(response)
-        except httpx.TransportError as error:
-            raise unreachable(self._url, error) from error
+        pauses = Pauses()
+        while True:
+            stream = self._client.stream(
+                "POST", f"{self._base}/requests", content=pieces(parts), headers=headers, timeout=timeout(wait_s)
+            )
+            try:
+                with stream as response:
+                    check(response)
+                    if response.status_code == 202:
+                        return self._jobs.running(str(response.headers["X-Request-Id"]))
+                    return body(response)
+            except httpx.TransportError as error:
+                if not pauses.again():
+                    raise unreachable(self._url, error) from error
+            except CapacityError as error:
+                if not pauses.again(error.retry_after_s):
+                    raise
 
-    def _await(self, location: str, wait: Callable[[], memoryview]) -> memoryview:
+    def _await(self, job: HttpJob, wait: Callable[[], None]) -> None:
         """Waits for an accepted request; cancels it when the user or the deadline ends the waiting."""
         try:
-            return wait()
+            wait()
         except BaseException as error:
             if not isinstance(error, UserError):  # else it has ended by itself
-                self._cancel(location)
+                job.cancel()
             raise
 
-    def _listen(self, location: str, deadline: float, hear: Hear, hear_tokens: HearTokens) -> memoryview:
-        """The result of an accepted request, whose tokens and logs are heard as they come."""
-        for event in follow(self._client, self._url, location, deadline):
+    def _listen(self, job: HttpJob, deadline: float, hear: Hear, hear_tokens: HearTokens) -> None:
+        """Until the request has ended; its tokens and logs are heard as they come."""
+        for event in follow(self._client, self._url, job.location, deadline):
             if event.kind == "token":
                 hear_tokens([from_json(Token, event.data)])
             elif event.kind == "value" and "data" in event.data:
                 hear({event.data["name"]: _logged(event.data)})
-        return self._fetch(location)
 
-    def _poll(self, location: str, deadline: float, tell: Tell, hear: Hear) -> memoryview:
-        """The result of an accepted request; the service may be away for a moment."""
-        last_heard = time.monotonic()
+    def _poll(self, job: HttpJob, deadline: float, tell: Tell, hear: Hear) -> None:
+        """Until the request has ended; the service may be away for a moment."""
         seen = 0  # passes that are known to be done
-        while True:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise ServiceError(f"the request did not finish within {self._timeout_s:.0f} s, so it was cancelled")
-            wait_s = min(WAIT_S, left_s)
-            try:
-                asked = f"{location}?wait={wait_s:.1f}&passes_done={seen}"
-                status = self._get(asked, timeout=timeout(wait_s)).json()
-                last_heard = time.monotonic()
-                if status.get("passes"):
-                    seen = status["passes_done"]
-                    tell(seen, status["passes"])
-                    hear({log["name"]: _logged(log) for log in status.get("logs", ())})
-                if status["state"] in ("done", "failed", "cancelled"):
-                    return self._fetch(location)
-            except httpx.TransportError as error:
-                if time.monotonic() - last_heard > _PATIENCE_S:
-                    raise unreachable(self._url, error) from error
-                time.sleep(0.5)
-
-    def _fetch(self, location: str) -> memoryview:
-        """The result of a request that has ended, or its error."""
-        with self._client.stream("GET", f"{location}/result", timeout=timeout(0)) as response:
-            check(response)
-            return body(response)
-
-    def _cancel(self, location: str) -> None:
-        try:
-            self._client.delete(location, timeout=5.0)
-        except httpx.HTTPError:
-            return  # nobody to tell
+        while (left_s := deadline - time.monotonic()) > 0:
+            status = job.ask(wait_s=min(WAIT_S, left_s), passes_done=seen)
+            if status.get("passes"):
+                seen = status["passes_done"]
+                tell(seen, status["passes"])
+                hear({log["name"]: _logged(log) for log in status.get("logs", ())})
+            if status["state"] in ("done", "failed", "cancelled"):
+                return
+        raise ServiceError(f"the request did not finish within {self._timeout_s:.0f} s, so it was cancelled")
 
     def _only_name(self) -> str:
         names = [entry["name"] for entry in self._json("/v1/models")["models"]]
@@ -205,6 +199,11 @@ def list_models(url: str, *, key: str | None) -> list[dict[str, Any]]:
     """What the service says of each of its models."""
     with make_client(url, key) as client:
         return [dict(entry) for entry in get_json(client, url, "/v1/models")["models"]]
+
+
+def _new_key() -> str:
+    """Of one submit, however often it is sent."""
+    return secrets.token_hex(16)
 
 
 def _logged(plain: dict[str, Any]) -> Any:

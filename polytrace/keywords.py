@@ -1,6 +1,6 @@
 """nnsight's keywords that mean little or nothing here: taken, so that its programs run. Unknown ones are refused.
 
-What each means: `remote`, `blocking`, `dispatch`, `low_cpu_mem_usage`: nothing, for where a model runs is decided by
+What each means: `remote`, `dispatch`, `low_cpu_mem_usage`: nothing, for where a model runs is decided by
 `load` or `connect`. `attn_implementation`: nothing, for attention is polytrace's own and patterns can always be read.
 `device_map`: a device, or what means the default ("auto"). `torch_dtype`: another name of `dtype`. `backend`,
 `invoker_args`, `invoker_kwargs`: empty only. `trust_remote_code`: False only, for no model's own code is run.
@@ -44,7 +44,6 @@ _ON_LOAD: Mapping[str, _Foreign] = {
 }
 _ON_TRACE: Mapping[str, _Foreign] = {
     "remote": _NOTHING,
-    "blocking": _Foreign(bool, "a trace is waited for where its block ends"),
     "trace": _Foreign(bool, "a block is always a trace: save model.output in it"),
     "backend": _Foreign(lambda value: value is None, "what runs a trace is the model's: polytrace.load or connect"),
     "invoker_args": _Foreign(lambda value: not value, "give the prompts to model.trace(prompts) or tracer.invoke"),

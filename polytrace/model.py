@@ -108,6 +108,7 @@ class Model(StandardModel):
         edits: Sequence[Any] = (),
         scan: bool = False,
         validate: bool = False,
+        blocking: bool = True,
         chat: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> Tracer:
@@ -119,6 +120,8 @@ class Model(StandardModel):
         not even with your own requests. `run=False`: nothing is sent; `validate(tracer)` tells what it would cost.
         `validate=True`: the service checks all of it before anything runs, and `tracer.certificate` has the price.
         `peek=True`: `if`, `float()`, `print()` and the like on a recorded value run what it is made of, at once.
+        `blocking=False`: the block does not wait; `tracer.job` is asked later (`polytrace.jobs`). `async with` waits
+        and lets other tasks go on.
         `edits`: what every prompt starts from, in order: names of kept edits, edited models, adapters.
         `scan`: nothing, shapes are always known. Other keywords of nnsight's are taken as `polytrace.keywords` says.
         """
@@ -128,12 +131,16 @@ class Model(StandardModel):
         sets = (*self.edits_of_traces, *resolved(self, edits))
         session = open_trace()
         if isinstance(session, Session) and session.model.base is self.base:
+            if not blocking:
+                told = "a trace in a session is part of its request: write model.session(blocking=False)"
+                raise GraphError(told, where=user_line())
             chosen = None if sharing is None else _sharing(sharing)
             return session.add_trace(
                 prompts, seed=seed, sharing=chosen, run=run, validate=validate, edits=sets, peek=peek, chat=chat
             )
         tracer = Tracer(self, prompts, options_of(seed, sharing), run, chat=chat, edits=sets, is_peeking=peek)
         tracer.checking = Checking.VALIDATE if validate else Checking.NONE
+        tracer.is_blocking = blocking
         return tracer
 
     def generate(
@@ -145,6 +152,7 @@ class Model(StandardModel):
         run: bool = True,
         edits: Sequence[Any] = (),
         validate: bool = False,
+        blocking: bool = True,
         chat: Mapping[str, Any] | None = None,
         stream: Callable[[Piece], Any] | bool | None = None,
         **given: Any,
@@ -174,6 +182,7 @@ class Model(StandardModel):
             self, prompts, options_of(seed, sharing), run, given, chat=chat, edits=sets, listener=stream
         )
         tracer.checking = Checking.VALIDATE if validate else Checking.NONE
+        tracer.is_blocking = blocking
         return tracer
 
     def stream(
@@ -219,6 +228,7 @@ class Model(StandardModel):
         sharing: str | Sharing | None = None,
         run: bool = True,
         validate: bool = False,
+        blocking: bool = True,
         peek: bool = False,
     ) -> Session:
         """A block whose traces are one request: values of earlier ones are used in later ones and stay at the service.
@@ -227,6 +237,7 @@ class Model(StandardModel):
         """
         session = Session(self, options_of(seed, sharing), run, is_peeking=peek)
         session.checking = Checking.VALIDATE if validate else Checking.NONE
+        session.is_blocking = blocking
         return session
 
     def edit(self, name: str | None = None, *, shared: bool = False, inplace: bool = False) -> EditBlock:

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from polytrace.backend import Result
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Options, Request, Sharing
 from polytrace.lines import user_line
+from polytrace.logs import LogPrinter
 from polytrace.scanning import Checking
 from polytrace.tracing import InvokeBlock, Tracer, open_trace
 
@@ -109,13 +111,19 @@ class Session(Tracer):
                     where=where,
                 )
 
-    def _end(self, error: BaseException | None) -> None:
+    def _sent(self, error: BaseException | None) -> tuple[str, ...] | None:
         if error is None and self.broken is not None:
             self.recording.closed = self.broken
             raise GraphError(self.broken, where=user_line())
-        super()._end(error)
+        names = super()._sent(error)
         for trace in self.traces:
-            trace._receipt, trace.request = self._receipt, self.request
+            trace.request = self.request
+        return names
+
+    def _land(self, names: tuple[str, ...], printer: LogPrinter, result: Result) -> None:
+        super()._land(names, printer, result)
+        for trace in self.traces:
+            trace._receipt = self._receipt
 
 
 class SessionTrace(Tracer):
@@ -143,7 +151,7 @@ class SessionTrace(Tracer):
     def _own_invokes(self) -> Sequence[int]:
         return self._own
 
-    def _end(self, error: BaseException | None) -> None:
+    def _sent(self, error: BaseException | None) -> None:
         """Nothing is sent: the session goes on, and what it has of this trace is no part of the model any more."""
         self.recording.over.update(self._own)
         if error is not None:

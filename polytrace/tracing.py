@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,7 @@ from polytrace.graph import (
     name_at,
 )
 from polytrace.handing import hand_out
+from polytrace.jobs import Job, Running, begin, in_thread
 from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
 from polytrace.loops import Position
@@ -110,6 +112,8 @@ class Tracer:
         self._token: Token[Tracer | None] | None = None
         self._shapes: dict[bool, Shapes] = {}
         self.checking = Checking.NONE
+        self.is_blocking = True  # whether the end of the block waits for the result
+        self._job: Job | None = None
         self.certificate: Certificate | None = None  # what it would cost, once a scan or `validate=True` has asked
         # that polytrace.save was given; what later traces of a session put into one is saved too
         self.containers: list[Any] = home.containers if home is not None else []
@@ -154,6 +158,14 @@ class Tracer:
         known = [known for known in dir(type(self)) if not known.startswith("_")]
         told = f": {words}" if (words := hints.of_tracer(name)) else nearest(name, known)
         raise NoSuchNameError(f"a trace has no {name!r}{told}", where=user_line())
+
+    @property
+    def job(self) -> Job:
+        """The request of a trace with `blocking=False`, once its block has ended."""
+        if self._job is None:
+            told = "a trace has a job when it is made with blocking=False, and its block has ended"
+            raise GraphError(told, where=user_line())
+        return self._job
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -272,19 +284,38 @@ class Tracer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._token is not None
         try:
-            try:
-                if error is None:
-                    self._close()
-            except BaseException:
-                self.recording.closed = "the trace of this value failed, so it has no data"
-                raise
-            finally:
-                _open.reset(self._token)
-            self._end(error)
+            self._leave(error)
+            with suppress(PricedError):
+                self._end(error)
         finally:
             young_only.__exit__(kind, error, traceback)
+
+    async def __aenter__(self) -> Self:
+        """`async with model.trace(...)`: other tasks go on while it runs."""
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._leave(error)
+        finally:
+            young_only.__exit__(kind, error, traceback)
+        with suppress(PricedError):
+            await self._end_async(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """The block ends: nothing is recorded from now on."""
+        assert self._token is not None
+        try:
+            if error is None:
+                self._close()
+        except BaseException:
+            self.recording.closed = "the trace of this value failed, so it has no data"
+            raise
+        finally:
+            _open.reset(self._token)
 
     def _close(self) -> None:
         """What the end of a block says: what caches are of is read, what stands in saved containers by now is saved."""
@@ -296,46 +327,85 @@ class Tracer:
 
     def _end(self, error: BaseException | None) -> None:
         """Sends and runs what was recorded, if the block ended well."""
+        if (names := self._sent(error)) is None:
+            return
+        with self._failing():
+            if not self.is_blocking:
+                assert self.request is not None
+                self._begun(begin(self.model.backend, self.request), names)
+                return
+            printer = self._log_printer(names)
+            with showing_progress(self.model.description.name) as tell:
+                result = self._run(tell, printer.hear if self.logs else hear_nothing)
+            self._land(names, printer, result)
+
+    async def _end_async(self, error: BaseException | None) -> None:
+        """As `_end`, and meanwhile the event loop goes on. A task that is cancelled cancels the request."""
+        if (names := self._sent(error)) is None:
+            return
+        with self._failing():
+            assert self.request is not None
+            if not self.is_blocking:
+                self._begun(await in_thread(begin, self.model.backend, self.request), names)
+                return
+            self._land(names, self._log_printer(names), await self._awaited())
+
+    def _sent(self, error: BaseException | None) -> tuple[str, ...] | None:
+        """Makes the request, if the block ended well and wants one run: the names that its values come back under."""
         if error is not None:
             self.recording.closed = f"the trace of this value ended with {type(error).__name__}, so nothing was sent"
-            return
+            return None
         if self.checking is Checking.SCAN:
             self._scan()
-            return
+            return None
         if self.recording.has_looked_only:
             self.recording.closed = "this trace saved nothing, so nothing but its looks ran: call .save() in its block"
-            return
-        try:
+            return None
+        with self._failing():
             self.request, names = self._make_request()
             if self.checking is Checking.VALIDATE:
                 self.certificate = self.model.backend.validate(self.request)
-            if self._is_run:
-                printer = self._log_printer(names)
-                with showing_progress(self.model.description.name) as tell:
-                    hear = printer.hear if self.logs else hear_nothing
-                    result = self._run(tell, hear)
-                self._receipt = result.receipt
-                printer.hear(result.values)
-                self._hand_out(names, dict(result.values))
-                if self.recording.leaving:
-                    from polytrace.keeping import land
+            if not self._is_run:
+                self.recording.closed = (
+                    "this trace was recorded with run=False: nothing ran, so its values have no data"
+                )
+                return None
+            return names
 
-                    land(self.model, self.recording.leaving, result.receipt.request)
-        except PricedError as told:
-            self.recording.closed = told.message
-            return
-        except BaseException:
-            self.recording.closed = "the trace of this value failed, so it has no data"
+    def _begun(self, running: Running, names: tuple[str, ...]) -> None:
+        """It runs, and nobody waits."""
+        self._job = Job(running, partial(self._land, names, self._log_printer(names)))
+        self.recording.closed = f"job {running.id} makes this value: it has data once tracer.job.result() has returned"
+
+    def _land(self, names: tuple[str, ...], printer: LogPrinter, result: Result) -> None:
+        """The request has ended: values become what they are."""
+        self._receipt = result.receipt
+        printer.hear(result.values)
+        self._hand_out(names, dict(result.values))
+        if self.recording.leaving:
+            from polytrace.keeping import land
+
+            land(self.model, self.recording.leaving, result.receipt.request)
+        self.recording.closed = "this value was not saved, so it did not come back: call .save() on it inside the trace"
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What values say for whose trace the code inside fails."""
+        try:
+            yield
+        except BaseException as error:
+            is_priced = isinstance(error, PricedError)
+            self.recording.closed = str(error) if is_priced else "the trace of this value failed, so it has no data"
             raise
-        self.recording.closed = (
-            "this value was not saved, so it did not come back: call .save() on it inside the trace"
-            if self._is_run
-            else "this trace was recorded with run=False: nothing ran, so its values have no data"
-        )
 
     def _run(self, tell: Tell, hear: Hear) -> Result:
         assert self.request is not None
         return self.model.backend.run(self.request, tell, hear)
+
+    async def _awaited(self) -> Result:
+        """The result, while other tasks go on."""
+        assert self.request is not None
+        return await Job(await in_thread(begin, self.model.backend, self.request, is_interactive=True)).collected()
 
     def _scan(self) -> None:
         """Has everything checked; values keep their shapes and get no data."""
