@@ -61,6 +61,7 @@ from polytrace.errors import (
     TooLargeError,
     from_fields,
 )
+from polytrace.versions import version_headers
 from scheduling.plan import RequestId
 
 MEDIA_TYPE = "application/vnd.safetensors"
@@ -200,6 +201,7 @@ class Gateway:
         """The model description: module tree, sites, parameters, limits."""
         served = self._deployments.get(name, caller_of(request))
         headers = {"ETag": f'"{served.version}"', "Vary": "Accept-Encoding", "Cache-Control": "private, no-cache"}
+        headers |= version_headers()
         if served.version in re.findall(r'"([^"]*)"', request.headers.get("if-none-match", "")):
             return Response(status_code=304, headers=headers)
         if "gzip" in request.headers.get("accept-encoding", ""):

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import httpx
 
+from polytrace import __version__
 from polytrace.backend import Result
 from polytrace.certificate import Certificate, Token
 from polytrace.codec import from_json
@@ -33,6 +34,7 @@ from polytrace.kinds import value_kind
 from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 from polytrace.retrying import Pauses
 from polytrace.tensors import RawTensor
+from polytrace.versions import PROGRAM_HEADER, check_versions
 from polytrace.wire import decode_result
 
 _FIRST_WAIT_S = 10.0  # of the call that sends the request: what takes longer is asked how far it is
@@ -130,14 +132,14 @@ class HttpBackend:
             try:
                 with stream as response:
                     check(response)
-                    if response.status_code == 202:
-                        return self._jobs.running(str(response.headers["X-Request-Id"]))
+                    if response.status_code == 202 or not wait_s:  # one sent again may be done already
+                        return self._jobs.running(response.headers["X-Request-Id"])
                     return body(response)
             except httpx.TransportError as error:
                 if not pauses.again():
                     raise unreachable(self._url, error) from error
             except CapacityError as error:
-                if not pauses.again(error.retry_after_s):
+                if error.retry_after_s is None or not pauses.again(error.retry_after_s):
                     raise
 
     def _await(self, job: HttpJob, wait: Callable[[], None]) -> None:
@@ -177,10 +179,18 @@ class HttpBackend:
         return str(names[0])
 
     def _described(self) -> ModelDescription:
+        answer = call(self._client, self._url, "GET", self._base)
+        check_versions(self._url, answer.headers)
         try:
-            return from_json(ModelDescription, self._json(self._base))
+            return from_json(ModelDescription, answer.json())
+        except ValueError as error:
+            raise ServiceError(f"{self._url}{self._base} does not answer as a polytrace service does") from error
         except WireError as error:
-            raise WireError(f"{self._url} and this client are of different versions of polytrace: {error}") from error
+            theirs = answer.headers.get(PROGRAM_HEADER, "of an unknown version")
+            told = (
+                f"{self._url} is polytrace {theirs}, this client is {__version__}, and they describe models otherwise"
+            )
+            raise WireError(f"{told}: {error}") from error
 
     def _json(self, path: str) -> Any:
         return get_json(self._client, self._url, path)

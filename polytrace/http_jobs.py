@@ -83,7 +83,7 @@ class HttpJob:
                 if not pauses.again():
                     raise unreachable(self._jobs.url, error) from error
             except CapacityError as error:
-                if not pauses.again(error.retry_after_s):
+                if error.retry_after_s is None or not pauses.again(error.retry_after_s):
                     raise
 
     def result(self) -> Result:
@@ -118,7 +118,7 @@ class HttpJob:
                 if not pauses.again():
                     raise unreachable(self._jobs.url, error) from error
             except CapacityError as error:
-                if not pauses.again(error.retry_after_s):
+                if error.retry_after_s is None or not pauses.again(error.retry_after_s):
                     raise
 
     def cancel(self) -> None:

@@ -88,8 +88,8 @@ class Running(Protocol):
 class Job:
     """A request that runs without anybody waiting. `await job` is its result too."""
 
-    def __init__(self, running: Running, land: Callable[[Result], None] | None = None) -> None:
-        """`land` is told the result once: what a trace's values become."""
+    def __init__(self, running: Running, land: Callable[[Result], Result] | None = None) -> None:
+        """`land` makes of the result, once, what a trace's values become."""
         self._running = running
         self._land = land
         self._lock = threading.Lock()
@@ -124,9 +124,8 @@ class Job:
                 status = self._running.wait(timeout, on_status)
                 if not status.is_over:
                     raise TimeoutError(f"job {self.id} is {status} after {timeout} s; it goes on")
-                self._result = self._running.result()
-                if self._land is not None:
-                    self._land(self._result)
+                result = self._running.result()
+                self._result = result if self._land is None else self._land(result)
             return self._result
 
     def cancel(self) -> None:

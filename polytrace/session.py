@@ -120,10 +120,11 @@ class Session(Tracer):
             trace.request = self.request
         return names
 
-    def _land(self, names: tuple[str, ...], printer: LogPrinter, result: Result) -> None:
-        super()._land(names, printer, result)
+    def _land(self, names: tuple[str, ...], printer: LogPrinter, result: Result) -> Result:
+        landed = super()._land(names, printer, result)
         for trace in self.traces:
             trace._receipt = self._receipt
+        return landed
 
 
 class SessionTrace(Tracer):

@@ -377,8 +377,8 @@ class Tracer:
         self._job = Job(running, partial(self._land, names, self._log_printer(names)))
         self.recording.closed = f"job {running.id} makes this value: it has data once tracer.job.result() has returned"
 
-    def _land(self, names: tuple[str, ...], printer: LogPrinter, result: Result) -> None:
-        """The request has ended: values become what they are."""
+    def _land(self, names: tuple[str, ...], printer: LogPrinter, result: Result) -> Result:
+        """The request has ended, and values become what they are: the result with these, which have its tensors now."""
         self._receipt = result.receipt
         printer.hear(result.values)
         self._hand_out(names, dict(result.values))
@@ -387,6 +387,8 @@ class Tracer:
 
             land(self.model, self.recording.leaving, result.receipt.request)
         self.recording.closed = "this value was not saved, so it did not come back: call .save() on it inside the trace"
+        values = {name: value for name, (_, value, _) in zip(names, self.recording.saved, strict=True)}
+        return Result(values=values, receipt=result.receipt)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ import polytrace
 from polytrace.certificate import Certificate, Token, ValueShape
 from polytrace.codec import to_json
 from polytrace.errors import CapacityError, GraphError, KeyRefusedError, NotFoundError, ServiceError, WireError
+from polytrace.versions import version_headers
 from polytrace.wire import decode_request, result_header
 
 
@@ -97,7 +98,7 @@ def service(backend: Any) -> Iterator[Service]:
     thread.start()
     state.url = f"http://127.0.0.1:{server.server_port}"
     state.on("GET", "/v1/models", answer_json({"models": [{"name": "tiny", "state": "ready"}]}))
-    state.on("GET", "/v1/models/tiny", answer_json(to_json(backend.description)))
+    state.on("GET", "/v1/models/tiny", answer_json(to_json(backend.description), **version_headers()))
     state.on("GET", "/v1/models/tiny/tokenizer", Answer(body=backend.tokenizer_json()))
     try:
         yield state
@@ -124,6 +125,7 @@ def trace_once(service: Service, **more: Any) -> tuple[Any, Any]:
 
 
 STATUS = {"id": "r1", "state": "running", "error": None}
+ACCEPTED = answer_json(STATUS, 202, **{"Location": "/v1/requests/r1", "X-Request-Id": "r1"})
 
 
 def test_a_trace_goes_there_and_back_in_one_call(service: Service, result_file: Answer) -> None:
@@ -143,7 +145,7 @@ def test_a_trace_goes_there_and_back_in_one_call(service: Service, result_file: 
 
 
 def test_a_long_run_is_polled_until_it_is_done(service: Service, result_file: Answer) -> None:
-    service.on("POST", "/v1/models/tiny/requests", answer_json(STATUS, 202, Location="/v1/requests/r1"))
+    service.on("POST", "/v1/models/tiny/requests", ACCEPTED)
     done = answer_json(STATUS | {"state": "done"})
     service.on("GET", "/v1/requests/r1", answer_json(STATUS | {"state": "queued"}), answer_json(STATUS), done)
     service.on("GET", "/v1/requests/r1/result", result_file)
@@ -158,7 +160,7 @@ def test_a_service_that_is_away_for_a_moment_loses_nothing(service: Service, res
         raise ConnectionAbortedError  # the connection ends without an answer
 
     gone = Answer(after=vanish)
-    service.on("POST", "/v1/models/tiny/requests", answer_json(STATUS, 202, Location="/v1/requests/r1"))
+    service.on("POST", "/v1/models/tiny/requests", ACCEPTED)
     service.on("GET", "/v1/requests/r1", gone, answer_json(STATUS | {"state": "done"}))
     service.on("GET", "/v1/requests/r1/result", result_file)
     assert trace_once(service)[0].shape == (2, 2)
@@ -188,7 +190,7 @@ def test_tokens_and_logs_are_heard_once_each_though_the_connection_is_lost(
     large = ("26", "value", {"name": "h@1", "dtype": "float32", "shape": [9], "range": [0, 36]})
     cut = stream_of(*told[:1])
     cut.body += b"id: 20\nevent: token\ndata: {"  # the gateway ended here
-    service.on("POST", "/v1/models/tiny/requests", answer_json(STATUS, 202, Location="/v1/requests/r1"))
+    service.on("POST", "/v1/models/tiny/requests", ACCEPTED)
     rest = stream_of(told[1], log, large, told[2], ("end", "end", STATUS | {"state": "done"}))
     service.on("GET", "/v1/requests/r1/events", cut, rest)
     service.on("GET", "/v1/requests/r1/result", result_file)
@@ -203,7 +205,7 @@ def test_tokens_and_logs_are_heard_once_each_though_the_connection_is_lost(
 
 def test_a_listener_that_raises_cancels_the_request_and_a_failed_request_raises(service: Service) -> None:
     token = to_json(Token(invoke=0, sequence=0, step=0, id=5))
-    service.on("POST", "/v1/models/tiny/requests", answer_json(STATUS, 202, Location="/v1/requests/r1"))
+    service.on("POST", "/v1/models/tiny/requests", ACCEPTED)
     service.on("GET", "/v1/requests/r1/events", stream_of(("10", "token", token), ("end", "end", STATUS)))
     service.on("GET", "/v1/requests/r1/result", problem(422, "graph", "shapes differ", "a.py:7"))
     service.on("DELETE", "/v1/requests/r1", answer_json(STATUS))
@@ -235,7 +237,7 @@ def test_ctrl_c_cancels_the_request(service: Service) -> None:
         _thread.interrupt_main()
         time.sleep(0.3)
 
-    service.on("POST", "/v1/models/tiny/requests", answer_json(STATUS, 202, Location="/v1/requests/r1"))
+    service.on("POST", "/v1/models/tiny/requests", ACCEPTED)
     service.on("GET", "/v1/requests/r1", Answer(**vars(answer_json(STATUS)) | {"after": interrupt}))
     service.on("DELETE", "/v1/requests/r1", answer_json(STATUS | {"state": "cancelled"}))
     with pytest.raises(KeyboardInterrupt):
@@ -244,7 +246,7 @@ def test_ctrl_c_cancels_the_request(service: Service) -> None:
 
 
 def test_a_trace_that_takes_too_long_is_cancelled(service: Service) -> None:
-    service.on("POST", "/v1/models/tiny/requests", answer_json(STATUS, 202, Location="/v1/requests/r1"))
+    service.on("POST", "/v1/models/tiny/requests", ACCEPTED)
     service.on("GET", "/v1/requests/r1", answer_json(STATUS))
     service.on("DELETE", "/v1/requests/r1", answer_json(STATUS))
     with pytest.raises(ServiceError, match="did not finish within 0 s, so it was cancelled"):
@@ -269,7 +271,7 @@ def test_a_problem_is_the_error_that_it_was(service: Service, status: int, code:
 
 
 def test_a_failure_while_polling_is_the_run_s_own(service: Service) -> None:
-    service.on("POST", "/v1/models/tiny/requests", answer_json(STATUS, 202, Location="/v1/requests/r1"))
+    service.on("POST", "/v1/models/tiny/requests", ACCEPTED)
     service.on("GET", "/v1/requests/r1", answer_json(STATUS | {"state": "failed"}))
     service.on("GET", "/v1/requests/r1/result", problem(422, "graph", "shapes differ", "a.py:7"))
     with pytest.raises(GraphError, match=r"shapes differ \(a.py:7\)"):
@@ -308,8 +310,8 @@ def test_connecting_says_what_is_wrong(service: Service) -> None:
     service.on("GET", "/v1/models/tiny", problem(401, "key-refused", "this service needs its key"))
     with pytest.raises(KeyRefusedError, match="needs its key"):
         polytrace.connect(service.url, "tiny")
-    service.on("GET", "/v1/models/tiny", answer_json({"name": "tiny", "future": 1}))
-    with pytest.raises(WireError, match="different versions of polytrace"):
+    service.on("GET", "/v1/models/tiny", answer_json({"name": "tiny", "future": 1}, **version_headers()))
+    with pytest.raises(WireError, match="they describe models otherwise"):
         polytrace.connect(service.url, "tiny")
     with pytest.raises(ServiceError, match=r"no answer from http://127\.0\.0\.1:9"):
         polytrace.connect("http://127.0.0.1:9", "tiny")
