@@ -95,6 +95,10 @@ class RequestStatus:
     passes_done: int  # of a running request that takes several passes
     passes: int  # how many it takes, 0 while that is not known
     logs: tuple[Mapping[str, Any], ...] = ()  # values that it logged while it runs, as `api.logs` writes them
+    # what it did cost, once it has ended; 0 before
+    token_layers: int = 0
+    moved_bytes: int = 0
+    result_bytes: int = 0  # its file
 
 
 class Store(Catalogue):
@@ -219,7 +223,8 @@ class Store(Catalogue):
         for first in range(0, len(ids), 500):
             some = ids[first : first + 500]
             rows = self._db.rows(
-                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs FROM requests "
+                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, "
+                "token_layers, moved_bytes, result_bytes FROM requests "
                 f"WHERE id IN ({','.join('?' * len(some))})",
                 some,
             )
@@ -603,6 +608,9 @@ def _status(row: Sequence[Any]) -> RequestStatus:
         passes_done=row[7],
         passes=row[8],
         logs=tuple(json.loads(row[9])),
+        token_layers=row[10],
+        moved_bytes=row[11],
+        result_bytes=row[12] if RequestState(row[2]).is_final else 0,  # what it may leave, until then
     )
 
 
