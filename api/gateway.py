@@ -482,4 +482,7 @@ def _plain(status: RequestStatus) -> dict[str, Any]:
         "passes": status.passes,
         "error": status.error.to_fields() if status.error else None,
         "result": f"/v1/requests/{status.id}/result" if status.state is RequestState.DONE else None,
+        "token_layers": status.token_layers,
+        "moved_bytes": status.moved_bytes,
+        "result_bytes": status.result_bytes,
     }

@@ -112,6 +112,10 @@ class RequestStatus:
     passes_done: int  # of a running request that takes several passes
     passes: int  # how many it takes, 0 while that is not known
     logs: tuple[Mapping[str, Any], ...] = ()  # values that it logged while it runs, as `api.logs` writes them
+    # what it did cost, once it has ended; 0 before
+    token_layers: int = 0
+    moved_bytes: int = 0
+    result_bytes: int = 0  # its file
 
 
 class Store(Catalogue):
@@ -277,8 +281,8 @@ class Store(Catalogue):
         for first in range(0, len(ids), 500):
             some = ids[first : first + 500]
             rows = self._db.rows(
-                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, "
-                f"user_name FROM requests WHERE id IN ({','.join('?' * len(some))})",
+                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, user_name, "
+                f"token_layers, moved_bytes, result_bytes FROM requests WHERE id IN ({','.join('?' * len(some))})",
                 some,
             )
             found |= {row[0]: _status(row) for row in rows}
@@ -706,4 +710,7 @@ def _status(row: Sequence[Any]) -> RequestStatus:
         logs=tuple(json.loads(row[9])),
         tenant=row[10],
         user=row[11],
+        token_layers=row[12],
+        moved_bytes=row[13],
+        result_bytes=row[14] if RequestState(row[2]).is_final else 0,  # what it may leave, until then
     )

@@ -17,12 +17,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.admission import Admission
-from api.callers import caller_of
+from api.callers import caller_of, operator_of
 from api.limits import OF_DEPLOYMENTS, TenantLimits, checked_limits, text_of
 from api.store import Store
 from api.usage import as_csv, check_month, day_of
 from polytrace.codec import to_json
-from polytrace.errors import KeyRefusedError, NotFoundError
+from polytrace.errors import NotFoundError
 
 Limit = Annotated[int | None, Field(ge=0, lt=1 << 62)]
 
@@ -73,11 +73,12 @@ class UsageRoutes:
 
     async def limit(self, name: str, wish: Limits, request: Request) -> dict[str, Any]:
         """Gives a deployment limits of its own in the place of those it has; `null`, or nothing, is none."""
-        if not caller_of(request).is_operator:
-            raise KeyRefusedError("a deployment's limits are for operators to set")
+        operator = operator_of(request)
         limits = checked_limits(TenantLimits(**wish.model_dump()), f"the limits of {name}", OF_DEPLOYMENTS)
         await to_thread.run_sync(self._store.limit_deployment, name, text_of(limits))
         self._admission.forget()
+        note = partial(self._store.audit.record, operator, "models.limit", name, limits=to_json(limits))
+        await to_thread.run_sync(note)
         return {"name": name, "limits": to_json(limits)}
 
 

@@ -106,6 +106,17 @@ def test_a_request_that_ends_twice_counts_once(store: Store) -> None:
     assert tuple(row[0]) == (40, 0, 100)
 
 
+def test_a_status_has_what_a_request_did_cost_once_it_has_ended(store: Store) -> None:
+    done = run(store, ANN, token_layers=40, moved_bytes=1000)
+    failed = run(store, ANN, RunError("its own fault"), token_layers=12, run_seconds=0.5)
+    waiting = store.new_id()
+    store.request_path(waiting).write_bytes(b"request")
+    store.add(waiting, "m", b"[]", work=1, max_open=9, caller=ANN, demand=Demand(result_bytes=77))
+    told = store.statuses([done, failed, waiting])
+    costs = {name: (one.token_layers, one.moved_bytes, one.result_bytes) for name, one in told.items()}
+    assert costs == {done: (40, 1000, 100), failed: (12, 0, 0), waiting: (0, 0, 0)}
+
+
 def test_usage_outlives_the_requests(store: Store) -> None:
     run(store, ANN, tokens=10, token_layers=40)
     store.drop_ended(time.time() + 1)
@@ -147,7 +158,7 @@ class Knowing(Gateway):
 
 
 def test_only_operators_set_limits(service: GatewayService) -> None:
-    for caller, status in ((ANN, 401), (OPERATOR, 200)):
+    for caller, status in ((ANN, 403), (OPERATOR, 200)):
         client = TestClient(Knowing(service, caller).app())
         assert client.put("/v1/models/m/limits", json={"passes": 3}).status_code == status
         assert client.get("/v1/models/m/limits").json()["deployments"]["passes"] == (3 if status == 200 else None)
