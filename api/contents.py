@@ -104,6 +104,7 @@ class Contents:
         self._made: set[str] = set()  # owners whose folder is there
         self.quota_bytes = quota_bytes  # of each owner
         self._dropped: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and hash, whose files are to go
+        self._given_up: list[str] = []  # parts, whose rows are to go
         self._later: list[tuple[str, str]] = []  # the same, of objects
         self._dropped_parts: SimpleQueue[tuple[str, str]] = SimpleQueue()  # owner and part, the same
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -197,8 +198,12 @@ class Contents:
 
     def give_up(self, part: str) -> None:
         """Drops what is on its way for an upload or a request; nothing when there is nothing."""
-        with self._db.transaction(is_durable=False) as db:
-            self._drop_parts(db, part)
+        try:
+            with self._db.transaction(is_durable=False) as db:
+                self._drop_parts(db, part)
+        except AwayError:
+            self._given_up.append(part)  # another time: its room must not be lost to its owner
+            return
         self.collect()
 
     def give_up_uploads(self) -> None:
@@ -286,7 +291,10 @@ class Contents:
         return self.kept_entry(owner, name, is_state=True)
 
     def purge(self) -> int:
-        """Drops what has expired; how many names."""
+        """Drops what has expired; how many names. And what could not be given up before."""
+        given_up, self._given_up = self._given_up, []
+        for part in given_up:
+            self.give_up(part)
         if not self._db.rows("SELECT 1 FROM kept WHERE expires <= ? LIMIT 1", (self._now(),)):
             return 0
         with self._db.transaction() as db:

@@ -267,13 +267,13 @@ class PostgresDatabase:
         deadline = time.monotonic() + _TIMEOUT_S
         while True:
             try:
-                with _answering():
-                    self._connected()
+                self._connected()
                 return
-            except AwayError:
+            except (_lost(), AwayError) as error:
                 if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+                    _log.warning("the database: %s", " ".join(str(error).split()))
+                    raise AwayError(_NO_ANSWER) from error
+                time.sleep(1.5 * _PAUSE_S)  # when somebody may try again
 
     def _close(self) -> None:
         if self._connection is not None:

@@ -98,7 +98,7 @@ class Postgres:
         return self.url(name)
 
     def close(self) -> None:
-        self.stop()
+        self.kill()  # nobody wants what it has
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _ask(self, query: str) -> None:

@@ -223,6 +223,19 @@ def test_what_an_unheard_answer_claimed_is_claimed_again(tmp_path: Path, server:
     store.close()
 
 
+def test_the_room_of_an_upload_that_broke_off_meanwhile_is_given_back(tmp_path: Path, server: Postgres) -> None:
+    store = Store(tmp_path / "store", database=server.empty_database())
+    path = store.contents.begin_upload("lab~ada", "upload-1", 1000)
+    path.write_bytes(b"half")
+    server.stop()
+    store.contents.give_up("upload-1")
+    server.start()
+    time.sleep(0.6)
+    store.contents.purge()
+    assert store.database.rows("SELECT part FROM room") == [] and not path.exists()
+    store.close()
+
+
 def test_a_database_serves_one_service(server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     url = server.empty_database()
     first, second = open_database(url), open_database(url)
