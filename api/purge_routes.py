@@ -37,8 +37,6 @@ class PurgeRoutes:
             checked_name(user, "user")
         drop = partial(purge, self._store, tenant, user, is_cancelling=cancel, with_usage=usage)
         gone = dict(to_json(await to_thread.run_sync(drop)))
-        note = partial(
-            self._store.audit.record, operator, "purge", tenant, user=user, cancel=cancel, usage=usage, **gone
-        )
+        note = partial(self._store.audit.record, operator, "purge", tenant, user=user, is_cancelling=cancel, gone=gone)
         await to_thread.run_sync(note)
         return {"tenant": tenant, "user": user} | gone

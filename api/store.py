@@ -282,7 +282,8 @@ class Store(Catalogue):
             some = ids[first : first + 500]
             rows = self._db.rows(
                 "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, user_name, "
-                f"token_layers, moved_bytes, result_bytes FROM requests WHERE id IN ({','.join('?' * len(some))})",
+                "token_layers, moved_bytes, result_bytes FROM requests "
+                f"WHERE id IN ({','.join('?' * len(some))})",
                 some,
             )
             found |= {row[0]: _status(row) for row in rows}

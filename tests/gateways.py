@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from starlette.requests import Request as Call
 
 from api.events import tokens_of
 from api.gateway import Gateway
+from api.identity import Identity
 from api.served import Checker
 from api.server import GatewayServer, bind
 from api.settings import GatewaySettings
@@ -113,6 +115,17 @@ class Agreeable:
     async def nearest(
         self, model: str, version: str, path: Path, *, contents: Path, most: Mapping[str, int]
     ) -> str | None: ...
+
+
+class Knowing(Gateway):
+    """Knows who calls without a key."""
+
+    def __init__(self, service: GatewayService, caller: Identity) -> None:
+        super().__init__(service.store, service.gateway._settings, Agreeable())
+        self._caller = caller
+
+    async def _require_key(self, request: Call) -> None:
+        request.state.caller = self._caller
 
 
 def body(number: int = 1) -> bytes:

@@ -53,7 +53,7 @@ def test_a_change_leaves_what_it_does_not_name(store: Store) -> None:
         ({"weight": 0.0}, "more than 0"),
         ({"weight": math.nan}, "more than 0"),
         ({"weight": math.inf}, "more than 0"),
-        ({"limits": {"luck": 1}}, "'luck' is no limit; there are requests_in_flight"),
+        ({"limits": {"luck": 1}}, "'luck' is no limit; there are request_bytes"),
         ({"limits": {"passes": -1}}, "passes is -1"),
         ({"models": tuple(map(str, range(1001)))}, "at most 1000"),
     ]

@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from gateways import Agreeable, GatewayService, description_of_nothing
-from starlette.requests import Request
+from gateways import Agreeable, GatewayService, Knowing, description_of_nothing
 
-from api.gateway import Gateway
 from api.identity import Identity, Role
 from api.limits import Demand
 from api.store import Store
@@ -144,17 +142,6 @@ def service(tmp_path: Path) -> Iterator[GatewayService]:
     service = GatewayService(tmp_path / "store", Agreeable(), description_of_nothing())
     yield service
     service.close()
-
-
-class Knowing(Gateway):
-    """Knows who calls without a key."""
-
-    def __init__(self, service: GatewayService, caller: Identity) -> None:
-        super().__init__(service.store, service.gateway._settings, Agreeable())
-        self._caller = caller
-
-    async def _require_key(self, request: Request) -> None:
-        request.state.caller = self._caller
 
 
 def test_only_operators_set_limits(service: GatewayService) -> None:
