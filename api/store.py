@@ -281,8 +281,8 @@ class Store(Catalogue):
         for first in range(0, len(ids), 500):
             some = ids[first : first + 500]
             rows = self._db.rows(
-                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, user_name, "
-                "token_layers, moved_bytes, result_bytes FROM requests "
+                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, "
+                "user_name, token_layers, moved_bytes, result_bytes FROM requests "
                 f"WHERE id IN ({','.join('?' * len(some))})",
                 some,
             )
