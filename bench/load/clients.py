@@ -7,6 +7,7 @@ kept and looked at when the load is over.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Sent:
     accepted: float | None = None  # when the service told its id, or its result
     ended: float | None = None
     id: str | None = None
+    key: str = field(default_factory=lambda: secrets.token_hex(16))  # of idempotency
     status: int = 0  # of the last answer; 200: it is done
     answer: bytes | None = None
     problem: str | None = None
@@ -79,7 +81,7 @@ class PolytraceSender:
 
     async def send(self, tenant: Tenant, one: Sent, clock: Clock) -> None:
         headers = {"Content-Type": "application/vnd.safetensors", "Prefer": f"wait={_WAIT_S:.0f}"}
-        headers["Idempotency-Key"] = f"{tenant.name}-{id(one):x}-{one.due:.6f}"
+        headers["Idempotency-Key"] = one.key
         headers["X-Polytrace-Class"] = "interactive" if tenant.is_interactive else "batch"
         if tenant.key is not None:
             headers["Authorization"] = f"Bearer {tenant.key}"
