@@ -20,6 +20,7 @@ def figures(sent: Sequence[Sent], tenants: Sequence[Tenant], seconds: float, *, 
     """All of a run, as plain JSON. `target_s`: an answer that takes longer is no good one."""
     done = [one for one in sent if one.is_done]
     receipts = [decode_result(one.answer)[1] for one in done if one.answer is not None]
+    keys = {tenant.name: tenant.key for tenant in tenants}
     wrong = sum(not is_right(one.ask, one.answer) for one in done if one.answer is not None)
     return {
         "seconds": seconds,
@@ -36,7 +37,7 @@ def figures(sent: Sequence[Sent], tenants: Sequence[Tenant], seconds: float, *, 
         "latency_ms": percentiles(one.latency_s for one in done),
         "queue_ms": percentiles(receipt.queue_seconds for receipt in receipts),
         "run_ms": percentiles(receipt.run_seconds for receipt in receipts),
-        **passes(receipts),
+        **passes([(keys[one.tenant], receipt) for one, receipt in zip(done, receipts, strict=True)]),
         "tenants": {
             tenant.name: _tenant(tenant, [one for one in sent if one.tenant == tenant.name], seconds)
             for tenant in tenants
@@ -53,11 +54,15 @@ def percentiles(values: Iterable[float]) -> dict[str, float] | None:
     return found | {"max": float(array.max() * 1e3)}
 
 
-def passes(receipts: Sequence[Receipt]) -> dict[str, Any]:
-    """How many passes, and how many requests shared one."""
-    seen = {entry.pass_id: entry.requests for receipt in receipts for entry in receipt.passes}
-    mean = sum(seen.values()) / len(seen) if seen else 0.0
-    return {"passes": len(seen), "requests_per_pass": mean, "token_layers": sum(r.token_layers for r in receipts)}
+def passes(receipts: Sequence[tuple[str | None, Receipt]]) -> dict[str, Any]:
+    """How many passes, and how many requests shared one. Each receipt with its key: it tells of its own tenant alone."""
+    seen = {(entry.pass_id, key): entry.requests for key, receipt in receipts for entry in receipt.passes}
+    count = len({pass_id for pass_id, _ in seen})
+    return {
+        "passes": count,
+        "requests_per_pass": sum(seen.values()) / count if count else 0.0,
+        "token_layers": sum(receipt.token_layers for _, receipt in receipts),
+    }
 
 
 def served(sent: Sequence[Sent], tenants: Sequence[Tenant]) -> dict[str, list[tuple[float, float]]]:
