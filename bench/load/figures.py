@@ -55,7 +55,7 @@ def percentiles(values: Iterable[float]) -> dict[str, float] | None:
 
 
 def passes(receipts: Sequence[tuple[str | None, Receipt]]) -> dict[str, Any]:
-    """How many passes, and how many requests shared one. Each receipt with its key: it tells of its own tenant alone."""
+    """How many passes, and how many requests shared one. Each receipt with its key: it tells of its tenant alone."""
     seen = {(entry.pass_id, key): entry.requests for key, receipt in receipts for entry in receipt.passes}
     count = len({pass_id for pass_id, _ in seen})
     return {
