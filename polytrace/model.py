@@ -20,6 +20,7 @@ from polytrace.edits.sets import EditSet, KnownEdit, LocalShelf, Shelf, check_na
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Options, Sharing
+from polytrace.images import check_no_images
 from polytrace.keywords import check_trace_keywords, taken_keywords
 from polytrace.kinds import Kind, value_kind
 from polytrace.lines import user_line
@@ -108,6 +109,7 @@ class Model(StandardModel):
         scan: bool = False,
         validate: bool = False,
         chat: Mapping[str, Any] | None = None,
+        pixel_values: Any = None,
         **others: Any,
     ) -> Tracer:
         """A block whose code is recorded, then sent and run; saved values become the tensors that they are.
@@ -119,6 +121,7 @@ class Model(StandardModel):
         `validate=True`: the service checks all of it before anything runs, and `tracer.certificate` has the price.
         `peek=True`: `if`, `float()`, `print()` and the like on a recorded value run what it is made of, at once.
         `edits`: what every prompt starts from, in order: names of kept edits, edited models, adapters.
+        `pixel_values`: the images that stand in the prompts (`polytrace.images`).
         `scan`: nothing, shapes are always known. Other keywords of nnsight's are taken as `polytrace.keywords` says.
         """
         from polytrace.edits.block import resolved
@@ -127,11 +130,21 @@ class Model(StandardModel):
         sets = (*self.edits_of_traces, *resolved(self, edits))
         session = open_trace()
         if isinstance(session, Session) and session.model.base is self.base:
+            check_no_images(pixel_values, "a session's traces")
             chosen = None if sharing is None else _sharing(sharing)
             return session.add_trace(
                 prompts, seed=seed, sharing=chosen, run=run, validate=validate, edits=sets, peek=peek, chat=chat
             )
-        tracer = Tracer(self, prompts, options_of(seed, sharing), run, chat=chat, edits=sets, is_peeking=peek)
+        tracer = Tracer(
+            self,
+            prompts,
+            options_of(seed, sharing),
+            run,
+            chat=chat,
+            edits=sets,
+            is_peeking=peek,
+            pixel_values=pixel_values,
+        )
         tracer.checking = Checking.VALIDATE if validate else Checking.NONE
         return tracer
 
