@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from engine.checkpoint import Needs, check_weights, checkpoint_dtype, lazy_state
 from engine.drawing import random_state
 from engine.experts import use_padded_experts
+from engine.imaged import imaged_class
 from engine.links import Links
 from engine.offload import offload
 from engine.parallel import install_splits, place_splits
@@ -267,6 +268,8 @@ def _config_and_class(source: str) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(known_source(source))
     if _is_seq_to_seq(config):
         return config, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+    if (kind := imaged_class(config)) is not None:
+        return config, kind
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ServiceError(f"{source} is a {config.model_type} model, which transformers has no language model for")
     return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

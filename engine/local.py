@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from engine.image_gate import check_images
 from engine.keeping import LocalKeeper
 from engine.links import Solo
 from engine.loading import ShardConfig, meta_model
@@ -282,6 +283,8 @@ class LocalBackend(DirectBackend):
         description = replace(description, limits=replace(description.limits, pass_tokens=policy.budget_tokens))
         self.shard.open(description)
         super().__init__(source, LocalShards(self.shard), description, meta_model(source, dtype), policy)
+        if description.images is not None:
+            check_images(self, self.shard.loaded.model, description.images)
 
     def close(self) -> None:
         self.shard.stop()

@@ -28,6 +28,7 @@ from engine.fragments import RequestState, ShardContext
 from engine.gate import Trial, WrongMannerError, run_gate
 from engine.going_on import check_caches
 from engine.gradient_port import GradientPort
+from engine.image_rows import SeenImages, image_info
 from engine.lanes import forbid_split_sums
 from engine.links import Links
 from engine.loading import ShardConfig, load_model, meta_model
@@ -183,7 +184,8 @@ class Shard:
         )
         checked = with_checks(description, [check for report in told for check in report.checks])
         source = self.config.source
-        return replace(checked, chat=chat_format(source), eos=end_tokens(source))
+        images = image_info(self.loaded.model)
+        return replace(checked, chat=chat_format(source), eos=end_tokens(source), images=images)
 
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""
@@ -432,7 +434,7 @@ class Shard:
             plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None
         )
         attention.is_taped = tape is not None
-        rows = PackedRows(streams=streams, attention=attention, trunks=trunks, tape=tape)
+        rows = PackedRows(streams=streams, attention=attention, trunks=trunks, tape=tape, images=SeenImages(plan))
         is_last = self.links.stage == plan.num_stages - 1
         if is_last and plan.until != PROLOGUE:
             at.setdefault(plan.until, [])  # nobody reads or writes there when the pass goes on for what it keeps

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from engine.attention import AttentionPass, attending
 from engine.copies import to_device
 from engine.head_outputs import HeadOutputs, with_change
 from engine.head_seam import HeadSeam
+from engine.imaged import plain_tokens
 from engine.leaves import first_argument, port_leaves
 from engine.named import CallView, HeadsTaken, HeadView, Views
 from engine.operations import Stops, rewritten
@@ -40,6 +41,9 @@ from engine.trunks import Trunks
 from engine.windows import Window
 from engine.writes import with_member
 from polytrace.graph import Port
+
+if TYPE_CHECKING:
+    from engine.image_rows import SeenImages
 
 # T = packed rows of a level, K = kept rows, D = hidden
 
@@ -69,6 +73,7 @@ class PackedRows:
     trunks: Trunks
     landing: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)  # see `StageRunner.run`
     tape: Tape | None = None  # that records the forward; None: nobody runs it back
+    images: SeenImages | None = None  # that stand in its prompts
 
     def recording(self) -> AbstractContextManager[None]:
         """Forwards inside are recorded, when somebody runs them back; else they run without autograd."""
@@ -102,12 +107,17 @@ class StageRunner:
         """
         left: list[Tensor] = []
         streams = rows.streams
+        tokens, features = streams.tokens(), None
+        if rows.images is not None and self.window.is_first:
+            features = rows.images.features(self.model, tokens)
         tokens_1T, positions_1T = (
-            to_device([numbers], streams.device) for numbers in (streams.tokens(), streams.positions())
+            to_device([numbers], streams.device) for numbers in (plain_tokens(self.model, tokens), streams.positions())
         )
         kept_K = streams.kept_rows() if self.window.is_last and self._keeps_rows else None
         options: dict[str, Any] = {} if kept_K is None else {"logits_to_keep": kept_K}
         with ExitStack() as hooks, attending(rows.attention), rows.recording():
+            if features is not None:
+                hooks.callback(features.scattered(self.model).remove)
             for handle in self._install(rows, hidden_1TD, visits, stop_after, left):
                 hooks.callback(handle.remove)
             hooks.enter_context(self._numbering(positions_1T))

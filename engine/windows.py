@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.encoders import has_encoder, why_one_stage
+from engine.imaged import is_of_text
 from polytrace.errors import ServiceError
 
 _DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")  # in configurations of models that have an encoder
@@ -150,7 +151,10 @@ def find_layers(model: nn.Module) -> str:
     lists: list[tuple[int, str]] = [
         (sum(p.numel() for p in module.parameters()), path)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not _is_encoders(model, path)
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and not _is_encoders(model, path)
+        and is_of_text(model, module)
     ]
     if not lists:
         name = type(model).__name__

@@ -33,6 +33,7 @@ def load(
     rename: Mapping[str, str | Sequence[str]] | None = None,
     torch_dtype: Any = None,
     device_map: Any = None,
+    whole: bool = True,
     **others: Any,
 ) -> Model:
     """A model of the Hugging Face hub or a local folder, run in this process by the engine of a service.
@@ -45,6 +46,8 @@ def load(
     `polytrace.keywords` says: weights are loaded at once, whatever `dispatch` is.
     `random_weights`: a seed; no weights are read but drawn, for a model of which there is only a configuration.
     `offload_gib`: so much of the weights, or all, stays in the host's memory, and is on the GPU only while it is used.
+    `whole=False`: a vision-language model runs as the language model in it, whose prompts have images
+    (`polytrace.images`); by default it is called as it is.
     `edits`: a folder where named edits are kept; without one they live as long as the model does.
     """
     check_load_keywords(load, others)
@@ -60,20 +63,24 @@ def load(
             raise GraphError(told, where=user_line())
         _check_whole(offload_gib, edits)
         return WholeModel(own, rename)
-    whole = source_backend(
-        str(source),
-        dtype=chosen_dtype(dtype, torch_dtype),
-        name=name,
-        threads=threads,
-        device=device,
-        device_map=device_map,
-        random_weights=random_weights,
+    called = (
+        None
+        if not whole
+        else source_backend(
+            str(source),
+            dtype=chosen_dtype(dtype, torch_dtype),
+            name=name,
+            threads=threads,
+            device=device,
+            device_map=device_map,
+            random_weights=random_weights,
+        )
     )
-    if whole is not None:
+    if called is not None:
         from polytrace.whole_model import WholeModel
 
         _check_whole(offload_gib, edits)
-        return WholeModel(whole, rename)
+        return WholeModel(called, rename)
     with showing_bytes(f"loading {source}") as tell:
         backend = LocalBackend(
             str(source),

@@ -235,6 +235,15 @@ class ChatFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInfo:
+    """What stands for an image in a prompt: so many tokens of one kind, whose rows the image's features are."""
+
+    token: int
+    rows: int
+    shape: tuple[int, ...]  # of an image's pixels: channels, height, width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
     """All that anyone outside the shards knows of a deployed model."""
 
@@ -274,6 +283,7 @@ class ModelDescription:
     sources: tuple[SourceInfo, ...] = ()
     chat: ChatFormat | None = None  # how conversations become prompts; None: the model came without a chat template
     eos: tuple[int, ...] = ()  # tokens that end a text, by the model's own configuration of its generation
+    images: ImageInfo | None = None  # how images stand in prompts; None: prompts have none
     of_invokes: tuple[tuple[SiteInfo, ...], ...] = ()  # of one request, where the layout is WHOLE: sites of each invoke
 
 

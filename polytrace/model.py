@@ -20,6 +20,7 @@ from polytrace.edits.sets import EditSet, KnownEdit, LocalShelf, Shelf, check_na
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Options, Sharing
+from polytrace.images import check_no_images
 from polytrace.keywords import check_trace_keywords, taken_keywords
 from polytrace.kinds import Kind, value_kind
 from polytrace.lines import user_line
@@ -110,6 +111,7 @@ class Model(StandardModel):
         validate: bool = False,
         blocking: bool = True,
         chat: Mapping[str, Any] | None = None,
+        pixel_values: Any = None,
         **others: Any,
     ) -> Tracer:
         """A block whose code is recorded, then sent and run; saved values become the tensors that they are.
@@ -123,6 +125,7 @@ class Model(StandardModel):
         `blocking=False`: the block does not wait; `tracer.job` is asked later (`polytrace.jobs`). `async with` waits
         and lets other tasks go on.
         `edits`: what every prompt starts from, in order: names of kept edits, edited models, adapters.
+        `pixel_values`: the images that stand in the prompts (`polytrace.images`).
         `scan`: nothing, shapes are always known. Other keywords of nnsight's are taken as `polytrace.keywords` says.
         """
         from polytrace.edits.block import resolved
@@ -134,11 +137,21 @@ class Model(StandardModel):
             if not blocking:
                 told = "a trace in a session is part of its request: write model.session(blocking=False)"
                 raise GraphError(told, where=user_line())
+            check_no_images(pixel_values, "a session's traces")
             chosen = None if sharing is None else _sharing(sharing)
             return session.add_trace(
                 prompts, seed=seed, sharing=chosen, run=run, validate=validate, edits=sets, peek=peek, chat=chat
             )
-        tracer = Tracer(self, prompts, options_of(seed, sharing), run, chat=chat, edits=sets, is_peeking=peek)
+        tracer = Tracer(
+            self,
+            prompts,
+            options_of(seed, sharing),
+            run,
+            chat=chat,
+            edits=sets,
+            is_peeking=peek,
+            pixel_values=pixel_values,
+        )
         tracer.checking = Checking.VALIDATE if validate else Checking.NONE
         tracer.is_blocking = blocking
         return tracer

@@ -41,7 +41,9 @@ class Session(Tracer):
     def hint(self) -> str:
         return ", or use session(..., peek=True)"
 
-    def invoke(self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
+    def invoke(
+        self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None, pixel_values: Any = None
+    ) -> InvokeBlock:
         raise GraphError(
             "a session has traces, and these have prompts: write `with model.trace(prompts):` inside", where=user_line()
         )
@@ -145,8 +147,8 @@ class SessionTrace(Tracer):
             )
         return self.request
 
-    def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
-        self._own.append(super()._add_invoke(prompts, chat))
+    def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None, pixel_values: Any = None) -> int:
+        self._own.append(super()._add_invoke(prompts, chat, pixel_values))
         return self._own[-1]
 
     def _own_invokes(self) -> Sequence[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from polytrace.images import is_image_row
+
 
 def load_tokenizer(data: bytes) -> Any:
     """A `tokenizers.Tokenizer` of the model's own file, which neither pads nor cuts."""
@@ -19,8 +21,10 @@ def load_tokenizer(data: bytes) -> Any:
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     """Each token as text, special ones included; the id itself where there is no tokenizer."""
     if tokenizer is None:
-        return tuple(str(token) for token in ids)
-    return tuple(tokenizer.decode([token], skip_special_tokens=False) for token in ids)
+        return tuple("<image>" if is_image_row(token) else str(token) for token in ids)
+    return tuple(
+        "<image>" if is_image_row(token) else tokenizer.decode([token], skip_special_tokens=False) for token in ids
+    )
 
 
 def decoder_of(data: bytes | None) -> Callable[[Sequence[int]], str] | None:

@@ -21,6 +21,7 @@ from polytrace.collector import young_only
 from polytrace.edits.open_shapes import BY_STEP, opened
 from polytrace.errors import GraphError
 from polytrace.generation import num_steps
+from polytrace.given import given_names
 from polytrace.grammar import nearest
 from polytrace.graph import (
     Constant,
@@ -39,6 +40,7 @@ from polytrace.graph import (
     name_at,
 )
 from polytrace.handing import hand_out
+from polytrace.image_prompts import with_images
 from polytrace.jobs import Job, Running, begin, in_thread
 from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
@@ -83,6 +85,7 @@ class Tracer:
         home: Tracer | None = None,
         edits: Sequence[EditSet] = (),
         is_peeking: bool = False,
+        pixel_values: Any = None,
     ) -> None:
         """`home`: the session that this trace is part of, which has the program. `edits`: where each prompt starts."""
         self.model = model
@@ -121,15 +124,18 @@ class Tracer:
         # what tracer.log was given; with data once it is there
         self.logs: list[Log] = home.logs if home is not None else []
         if prompts is not None:
-            self._invoke = self._add_invoke(prompts, chat)
+            self._invoke = self._add_invoke(prompts, chat, pixel_values)
 
     # what a user calls
 
-    def invoke(self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
+    def invoke(
+        self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None, pixel_values: Any = None
+    ) -> InvokeBlock:
         """`with tracer.invoke(prompts)`: one of several sets of prompts, whose values may flow between them.
 
         Without prompts: all of the trace so far, as one left-padded view (`polytrace.groups`). What the invokes before
         have changed is seen there, and what is written there reaches them.
+        `pixel_values`: the images that stand in the prompts (`polytrace.images`).
         """
         if prompts is None:
             self._check_open()
@@ -139,7 +145,7 @@ class Tracer:
                 "this trace has its prompts: write model.trace() without any to invoke several", where=user_line()
             )
         self._check_open()
-        return InvokeBlock(self, self._add_invoke(prompts, chat))
+        return InvokeBlock(self, self._add_invoke(prompts, chat, pixel_values))
 
     @property
     def receipt(self) -> Receipt:
@@ -534,10 +540,15 @@ class Tracer:
             raise GraphError(self.recording.closed, where=user_line())
         return self._make_request()[0]
 
-    def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
+    def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None, pixel_values: Any = None) -> int:
         if chat and conversations_in(prompts) is None:
             raise GraphError("chat= is for conversations: lists of {'role', 'content'} messages", where=user_line())
-        self._invokes.append(self._goes_on(self._prompts.invoke(prompts, self._chat if chat is None else chat)))
+        if pixel_values is None and isinstance(prompts, Mapping):
+            pixel_values = prompts.get("pixel_values")
+        invoke = self._prompts.invoke(prompts, self._chat if chat is None else chat)
+        if pixel_values is not None:
+            invoke = with_images(invoke, pixel_values, self.model.description, self.recording.constants, user_line())
+        self._invokes.append(self._goes_on(invoke))
         index = len(self._invokes) - 1
         for edit in self._edits:
             edit.replay(self.recording, index, self.lengths_of(index))
@@ -574,6 +585,7 @@ class Tracer:
 
     def _request_of(self, nodes: tuple[Node, ...]) -> Request:
         used = {node.name for node in nodes if isinstance(node, Constant)}
+        used.update(name for invoke in self._invokes for name in given_names(invoke.inputs))
         saved = {node.name for node in nodes if isinstance(node, Save)}
         constants = {name: raw for name, raw in self.recording.constants.tensors.items() if name in used}
         if len(self.recording.labels) > MAX_EDITS:

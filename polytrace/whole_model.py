@@ -230,7 +230,7 @@ class CallTracer(Tracer):
             return ValueShape(shape=leaf.tail, dtype=leaf.dtype)
         return super().leaf_shape(node, is_late=is_late)
 
-    def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None) -> int:
+    def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None, pixel_values: Any = None) -> int:
         args, kwargs = prompts
         calling = Calling(self.recording, user_line())
         inputs = calling.inputs(args, kwargs)

@@ -41,6 +41,7 @@ from polytrace.graph import (
     Write,
     operands,
 )
+from polytrace.images import check_image_rows, is_image_row
 from polytrace.ops import OPS
 from polytrace.sources import Sources
 from polytrace.tensors import RawTensor
@@ -333,10 +334,12 @@ def _check_prompts(request: Request, description: ModelDescription) -> None:
 
 
 def _check_invoke_prompts(index: int, invoke: Invoke, description: ModelDescription) -> None:
-    if (invoke.inputs is not None) != (description.layout is PassLayout.WHOLE):
+    if invoke.inputs is not None and description.images is not None:
+        check_image_rows(index, invoke, description)
+    elif (invoke.inputs is not None) != (description.layout is PassLayout.WHOLE):
         told = "arguments" if description.layout is PassLayout.WHOLE else "prompts, not with arguments of its forward"
         raise GraphError(f"invoke {index}: {description.class_name} is called with {told} here")
-    if invoke.inputs is not None:
+    if description.layout is PassLayout.WHOLE:
         return
     limit = description.limits.max_sequence_tokens
     if not invoke.sequences:
@@ -347,6 +350,8 @@ def _check_invoke_prompts(index: int, invoke: Invoke, description: ModelDescript
             raise GraphError(f"{place} has no tokens")
         if len(sequence) > limit:
             raise ContextError(f"{place} has {len(sequence)} tokens; the model's context takes {limit}")
+        if invoke.inputs is not None:
+            sequence = tuple([token for token in sequence if not is_image_row(token)]) or (0,)
         if not (min(sequence) >= 0 and max(sequence) < description.vocab_size):
             wrong = next(token for token in sequence if not 0 <= token < description.vocab_size)
             raise GraphError(f"{place} has the token id {wrong}; ids are 0-{description.vocab_size - 1}")

@@ -93,7 +93,9 @@ class EditTracer(Tracer):
     def hint(self) -> str:
         return ""
 
-    def invoke(self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None) -> InvokeBlock:
+    def invoke(
+        self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None, pixel_values: Any = None
+    ) -> InvokeBlock:
         self._refuse_prompts()
 
     def shape_of(self, node: NodeId) -> ValueShape:

@@ -1,0 +1,120 @@
+"""Rows of images in the stream of a pass: made by the model's own vision part, one image at a time.
+
+So they do not depend on what else is in the pass. They are put into the text model's `inputs_embeds`, where the
+family's own forward scatters them; what runs behind is the text model, as of any language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from engine.copies import to_device
+from engine.fragments import from_raw
+from engine.imaged import imaged_class
+from polytrace.description import ImageInfo
+from polytrace.images import PIXELS, image_of, is_image_row
+from scheduling.plan import Plan, Program
+
+# T = rows of the root, R = rows of an image, D = hidden
+
+
+def image_info(model: nn.Module) -> ImageInfo | None:
+    """How images stand in prompts, by running the vision part once; None of a model without one."""
+    root: Any = model
+    if imaged_class(root.config) is None:
+        return None
+    vision = root.config.vision_config
+    shape = (vision.num_channels, vision.image_size, vision.image_size)
+    rows = _features(model, torch.zeros(1, *shape)).shape[0]
+    return ImageInfo(token=root.config.image_token_id, rows=rows, shape=shape)
+
+
+class SeenImages:
+    """The images in the prompts of a pass."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def features(self, model: nn.Module, tokens: Sequence[int]) -> ImageRows | None:
+        """What stands in the rows of images; None where no row is one. `tokens` are the root's."""
+        rows = [row for row, token in enumerate(tokens) if is_image_row(token)]
+        if not rows:
+            return None
+        wanted = [image_of(tokens[row]) for row in rows]
+        made: dict[int, Tensor] = {}
+        for digest, program, name, place in self._images():
+            if digest not in made and any(digest == one for one, _ in wanted):
+                made[digest] = _features(model, _constant(program, name)[place : place + 1])
+        features_RD = torch.stack([made[digest][row] for digest, row in wanted])
+        return ImageRows(rows=to_device(rows, features_RD.device), features_RD=features_RD)
+
+    def _images(self) -> Iterator[tuple[int, Program, str, int]]:
+        """Of each image its digest, and where it is: a program's constant, and its place in that."""
+        for member in self._plan.members:
+            for invoke in member.program.invokes:
+                if invoke.inputs is not None:
+                    rows = (image_of(token) for one in invoke.sequences for token in one if is_image_row(token))
+                    for place, digest in enumerate([digest for digest, row in rows if row == 0]):
+                        yield digest, member.program, invoke.inputs.kwargs[PIXELS].name, place
+
+
+def _constant(program: Program, name: str) -> Tensor:
+    if program.request_file is None:
+        return from_raw(program.constants[name])
+    with safe_open(program.request_file, framework="pt") as stored:
+        found: Tensor = stored.get_tensor(name)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRows:
+    """Features on their way into the stream."""
+
+    rows: Tensor  # of the root
+    features_RD: Tensor
+
+    def scattered(self, model: nn.Module) -> RemovableHandle:
+        """Puts them into what the text model is given, until the handle is removed."""
+        root: Any = model
+
+        def put(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            embeds_1TD = kwargs["inputs_embeds"]
+            features = self.features_RD.to(embeds_1TD.dtype)
+            return args, {**kwargs, "inputs_embeds": embeds_1TD.index_copy(1, self.rows, features[None])}
+
+        handle: RemovableHandle = root.get_decoder().register_forward_pre_hook(put, with_kwargs=True)
+        return handle
+
+
+def _features(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Of one image `[1, channels, height, width]`: `[R, D]`."""
+    root: Any = model
+    with torch.no_grad(), _own_attention(model):
+        pixels = pixels.to(root.device, root.dtype)
+        found = root.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        features: Tensor = torch.cat(list(found)) if isinstance(found, (list, tuple)) else found.flatten(0, -2)
+    return features
+
+
+@contextmanager
+def _own_attention(model: nn.Module) -> Iterator[None]:
+    """The vision part attends as transformers lets it, whatever the text part does."""
+    root: Any = model
+    text = {id(part.config) for part in root.get_decoder().modules() if hasattr(part, "config")}
+    configs = {id(part.config): part.config for part in root.modules() if hasattr(part, "config")}
+    kept = [(one, one._attn_implementation_internal) for key, one in configs.items() if key not in text]
+    try:
+        for one, _ in kept:
+            one._attn_implementation_internal = "sdpa" if root._supports_sdpa else "eager"
+        yield
+    finally:
+        for one, own in kept:
+            one._attn_implementation_internal = own

@@ -1,0 +1,202 @@
+"""A vision-language model as the language model in it: prompts with images are rows of shared passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_kinds import KINDS
+from processes import ProcessBackend, ProcessShards
+from torch import Tensor, nn
+
+import polytrace
+from polytrace.errors import GraphError
+from polytrace.model import Model
+
+TOLERANCE = 1e-5  # of max(1, max|plain|), float32
+IMAGE, ROWS = 63, 4
+TEXT = [5, 9, 2, 7]
+PROMPT = [1, 2, *[IMAGE] * ROWS, 3, 4, 5]
+
+
+class Imaged:
+    def __init__(self, folder: Path) -> None:
+        self.plain: Any = KINDS["llava"]()[0]
+        self.folder = str(folder)
+        self.plain.save_pretrained(folder)
+        self.model: Any = polytrace.load(self.folder, whole=False, threads=1)
+        generator = torch.Generator().manual_seed(1)
+        self.photos = torch.randn(3, 3, 8, 8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def imaged(tmp_path_factory: pytest.TempPathFactory) -> Imaged:
+    return Imaged(tmp_path_factory.mktemp("llava"))
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).abs().max()) <= TOLERANCE * max(1.0, float(expected.abs().max()))
+
+
+def _by_hand(imaged: Imaged, photo: Tensor | None, prompt: list[int], module: str | None, change: Any) -> Tensor:
+    """Logits of plain Hugging Face, with a hook that changes what a module gives."""
+    handles = []
+    if module is not None:
+        handles.append(imaged.plain.get_submodule(module).register_forward_hook(lambda _m, _a, out: change(out)))
+    given = {} if photo is None else {"pixel_values": photo[None]}
+    with torch.no_grad():
+        found: Tensor = imaged.plain(input_ids=torch.tensor([prompt]), **given).logits
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _later(value: Any) -> Any:
+    changed = value.clone()
+    changed[:, 3:5] += 1.0  # rows of the image
+    return changed
+
+
+EDITS = {
+    "model.language_model.layers.0": _later,
+    "model.language_model.layers.1.mlp": lambda value: value * 0.5,
+    "model.language_model.layers.0.self_attn.q_proj": _later,
+}
+
+
+@pytest.mark.parametrize("module", EDITS)
+def test_an_edit_of_rows_of_an_image_is_that_of_a_hook(imaged: Imaged, module: str) -> None:
+    photo, change = imaged.photos[0], EDITS[module]
+    with imaged.model.trace(PROMPT, pixel_values=photo[None]):
+        site: Any = imaged.model
+        for name in module.split("."):
+            site = site[int(name)] if name.isdigit() else getattr(site, name)
+        site.output = change(site.output)
+        logits = imaged.model.lm_head.output.save()
+    assert _close(logits, _by_hand(imaged, photo, PROMPT, module, change))
+    assert not _close(logits, _by_hand(imaged, photo, PROMPT, None, None))
+
+
+def _crowd(model: Any, photos: Tensor) -> list[Any]:
+    """Traces that differ in their images, in an edit, or have none; two are equal but for the user."""
+    crowd = []
+    for photo, is_edited in ((0, False), (1, False), (0, True), (0, False), (None, False)):
+        pixels = None if photo is None else photos[photo : photo + 1]
+        with model.trace(TEXT if pixels is None else PROMPT, pixel_values=pixels, run=False) as tracer:
+            if is_edited:
+                model.model.language_model.layers[0].output[:, 6] += 1.0
+            model.model.language_model.layers[1].output.save()
+            model.lm_head.output.save()
+        crowd.append(tracer)
+    return crowd
+
+
+def _run(model: Any, tracers: list[Any]) -> list[Any]:
+    backend = model.backend
+    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    assert all(outcome.error is None for outcome in outcomes)
+    return outcomes
+
+
+def test_prompts_with_images_have_their_bits_whoever_is_beside_them(imaged: Imaged) -> None:
+    crowd = _crowd(imaged.model, imaged.photos)
+    merged = _run(imaged.model, crowd)
+    assert all(entry.requests == len(crowd) for outcome in merged for entry in outcome.receipt.passes)
+    for tracer, outcome in zip(crowd, merged, strict=True):
+        (alone,) = _run(imaged.model, [tracer])
+        for name, value in outcome.values.items():
+            assert torch.equal(value, alone.values[name])
+    logits = [next(value for value in outcome.values.values() if value.shape[-1] == 64) for outcome in merged]
+    for found, photo in zip(logits[:2], imaged.photos, strict=False):
+        assert _close(found, _by_hand(imaged, photo, PROMPT, None, None))
+    assert not _close(logits[0], logits[1])  # the same text, another image
+    assert torch.equal(logits[0], logits[3])
+    # what is shared are the rows before the images differ, and all of an equal prompt: 9 + 7 + 3 + 4 of 31
+    assert merged[0].receipt.passes[0].tokens < sum(len(PROMPT) if place < 4 else len(TEXT) for place in range(5))
+
+
+def test_several_images_stand_in_several_prompts_in_order(imaged: Imaged) -> None:
+    prompts = [PROMPT, [6, *[IMAGE] * ROWS, 8, *[IMAGE] * ROWS]]
+    with imaged.model.trace(prompts, pixel_values=imaged.photos):
+        logits = imaged.model.lm_head.output.save()
+    with torch.no_grad():
+        last = imaged.plain(input_ids=torch.tensor([prompts[1]]), pixel_values=imaged.photos[1:]).logits
+    assert _close(logits[:1, 1:], _by_hand(imaged, imaged.photos[0], PROMPT, None, None))
+    assert _close(logits[1:], last)
+
+
+def test_values_and_images_flow_between_invokes(imaged: Imaged) -> None:
+    layer = imaged.model.model.language_model.layers[0]
+    with imaged.model.trace() as tracer:
+        with tracer.invoke(PROMPT, pixel_values=imaged.photos[:1]):
+            clean = layer.output[:, 2:6]
+        with tracer.invoke({"input_ids": [PROMPT], "pixel_values": imaged.photos[1:2]}):
+            layer.output[:, 2:6] = clean
+            patched = imaged.model.lm_head.output.save()
+    with imaged.model.trace(PROMPT, pixel_values=imaged.photos[:1]):
+        wanted = imaged.model.model.language_model.layers[0].output.save()
+
+    def put(value: Tensor) -> Tensor:
+        changed = value.clone()
+        changed[:, 2:6] = wanted[:, 2:6]
+        return changed
+
+    expected = _by_hand(imaged, imaged.photos[1], PROMPT, "model.language_model.layers.0", put)
+    assert _close(patched, expected)
+
+
+def test_a_gradient_at_rows_of_an_image_is_torchs(imaged: Imaged) -> None:
+    photo = imaged.photos[:1]
+    with imaged.model.trace(PROMPT, pixel_values=photo):
+        hidden = imaged.model.model.language_model.layers[0].output
+        imaged.model.lm_head.output[0, -1, 7].backward()
+        gradient = hidden.grad.save()
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    handle = imaged.plain.model.language_model.layers[0].register_forward_hook(keep)
+    imaged.plain.requires_grad_(True)
+    imaged.plain(input_ids=torch.tensor([PROMPT]), pixel_values=photo).logits[0, -1, 7].backward()
+    imaged.plain.requires_grad_(False)
+    handle.remove()
+    assert kept[0].grad is not None and kept[0].grad[:, 2:6].abs().max() > 1e-6
+    assert _close(gradient, kept[0].grad)
+
+
+def test_what_is_not_there_is_refused_with_what_to_do(imaged: Imaged) -> None:
+    model, photos = imaged.model, imaged.photos
+    with pytest.raises(GraphError, match="prompts have room for 1, not 2"):
+        model.trace(PROMPT, pixel_values=photos[:2])
+    with pytest.raises(GraphError, match=r"\[images, 3, 8, 8\]"):
+        model.trace(PROMPT, pixel_values=photos[0])
+    with pytest.raises(GraphError, match="prompt 0 has 3 of them"):
+        model.trace([1, IMAGE, IMAGE, IMAGE], pixel_values=photos[:1])
+    with (
+        pytest.raises(GraphError, match="do not go on here"),
+        model.generate({"input_ids": [PROMPT], "pixel_values": photos[:1]}, max_new_tokens=2),
+    ):
+        model.lm_head.output.save()
+    with pytest.raises(GraphError), model.trace(PROMPT, pixel_values=photos[:1]):
+        model.model.vision_tower.output.save()
+
+
+@pytest.fixture(scope="module", params=[1], ids="2x{}".format)
+def split(imaged: Imaged, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    shards = ProcessShards(imaged.folder, stages=2, ranks=request.param)
+    yield request.param, Model(ProcessBackend(imaged.folder, shards, tmp_path_factory.mktemp("results")))
+    shards.close()
+
+
+def test_shards_give_what_one_process_gives_and_stages_change_no_bit(imaged: Imaged, split: Any) -> None:
+    ranks, model = split
+    ours, expected = (_run(one, _crowd(one, imaged.photos)) for one in (model, imaged.model))
+    for one, other in zip(ours, expected, strict=True):
+        for name, value in one.values.items():
+            wanted = other.values[name]
+            assert torch.equal(value, wanted) if ranks == 1 else _close(value, wanted)
