@@ -1,0 +1,111 @@
+"""The scheduler's passes with several tenants: who is in which, what they are charged, what they are told."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+
+from scheduling.fair import FairShares, cost_of
+from scheduling.plan import Plan, Program
+from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from tests.scheduling.pipeline import TimedStages, run_all
+from tests.scheduling.test_overlap import TINY, asking, sweep
+
+SMALL = PassPolicy(budget_tokens=128, least_tokens=128)
+
+
+class Books(FairShares):
+    """Shares that remember what they charged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.charged: dict[str, float] = defaultdict(float)
+
+    def went(self, charges: Mapping[str, float], left: Sequence[str], *, replica: Hashable = None) -> None:
+        for tenant, cost in charges.items():
+            self.charged[tenant] += cost
+        super().went(charges, left, replica=replica)
+
+    def correct(self, tenant: str, cost: float) -> None:
+        self.charged[tenant] += cost
+        super().correct(tenant, cost)
+
+
+def of(tenant: str, program: Program, *, is_interactive: bool = True) -> Program:
+    return replace(program, tenant=tenant, is_interactive=is_interactive)
+
+
+def tenants(plan: Plan) -> list[str]:
+    return [member.program.tenant for member in plan.members]
+
+
+def run_with(scheduler: Scheduler) -> list[Outcome]:
+    return run_all(scheduler, TimedStages(4), lambda _: None)
+
+
+def test_another_tenants_single_trace_goes_into_the_next_pass() -> None:
+    scheduler = Scheduler(TINY, SMALL)
+    for number in range(200):
+        scheduler.add(of("sweeps", sweep(f"s{number}"), is_interactive=False))
+    assert set(tenants(scheduler.next_pass())) == {"sweeps"}
+    scheduler.add(of("single", asking("one", 40)))
+    assert "single" in tenants(scheduler.next_pass())
+
+
+def test_waiting_tenants_share_a_pass_however_many_requests_each_has() -> None:
+    scheduler = Scheduler(TINY, SMALL)
+    for number in range(100):
+        scheduler.add(of("many", asking(f"m{number}", 16)))
+    for number in range(4):
+        scheduler.add(of("few", asking(f"f{number}", 16)))
+    found = tenants(scheduler.next_pass())
+    assert abs(found.count("many") - found.count("few")) <= 1
+
+
+def test_who_waits_at_the_screen_goes_before_the_batch_of_the_same_tenant_but_not_for_ever() -> None:
+    scheduler = Scheduler(replace(TINY, stages=1), SMALL)
+    scheduler.add(of("one", asking("batch", 100), is_interactive=False))
+    passes = 0
+    for number in range(200):
+        scheduler.add(of("one", asking(f"i{number}", 100)))
+        plan = scheduler.next_pass()
+        names = [member.program.request for member in plan.members]
+        if "batch" in names:
+            break
+        assert names == [f"i{number}"]
+        scheduler.complete(plan, ())
+        passes += 1
+    assert 0 < passes <= 33
+
+
+def test_what_a_request_did_cost_is_what_its_tenant_is_charged() -> None:
+    books = Books()
+    scheduler = Scheduler(TINY, SMALL, shares=books)
+    for number in range(10):
+        scheduler.add(of("a", sweep(f"a{number}")))
+        scheduler.add(of("b", asking(f"b{number}", 30 + number)))
+    due: dict[str, float] = defaultdict(float)
+    for outcome in run_with(scheduler):
+        assert outcome.receipt is not None
+        due[outcome.request[0]] += cost_of(outcome.receipt.token_layers, outcome.receipt.moved_bytes)
+    assert books.charged == pytest.approx(due)
+
+
+def test_a_thousand_waiting_candidates_of_a_hundred_tenants_are_ordered_once_a_pass() -> None:
+    """No timing is asserted; the figure is printed for whoever measures."""
+    rng = random.Random(0)
+    scheduler = Scheduler(TINY, PassPolicy(budget_tokens=2048))
+    programs = [asking(f"p{number}", 8 + rng.randrange(8)) for number in range(1000)]
+    for number, program in enumerate(programs):
+        scheduler.add(of(f"t{number % 100}", program))
+    begun = time.perf_counter()
+    waiting = scheduler._with_room()
+    ready = scheduler._fair.ordered(waiting)
+    print(f"{(time.perf_counter() - begun) * 1e3:.2f} ms")
+    assert len(ready) == 1000
+    assert len({job.tenant for job in ready[:100]}) == 100, "everybody's first comes before anybody's second"
