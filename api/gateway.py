@@ -52,7 +52,7 @@ from api.tenant_routes import TenantRoutes
 from api.uploads import receive
 from api.usage_routes import UsageRoutes
 from api.waiting import Waiting, no_request
-from cluster.config import DeploymentSpec, Mode
+from cluster.config import DeploymentSpec, Mode, ShareAcross
 from polytrace.codec import to_json
 from polytrace.errors import (
     CapacityError,
@@ -433,6 +433,7 @@ class Deploy(BaseModel):
     cpus: float | None = None
     random_weights_seed: int | None = None
     offload_bytes: int = 0
+    share_across: ShareAcross = ShareAcross.TENANT
 
 
 class Resize(BaseModel):

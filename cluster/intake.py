@@ -21,6 +21,7 @@ from cluster.results import room_for, with_files
 from polytrace.description import ModelDescription
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, WireError
 from scheduling.plan import Program, RequestId
+from scheduling.program import owned
 from scheduling.step_saves import data_bytes
 from scheduling.whole import work_out
 
@@ -49,7 +50,9 @@ class Intake:
         emit: Callable[[IntakeEvent], None],  # called on the intake's thread
         *,
         max_active: int,
+        shares_across_tenants: bool = False,  # rows and prefixes: as of `DeploymentSpec.share_across`
     ) -> None:
+        self._shares_across_tenants = shares_across_tenants
         self._store = store
         self._description = description
         self._emit = emit
@@ -158,6 +161,12 @@ class Intake:
         request, contents = with_contents(request, claimed.contents, claimed.states)
         recorded = RecordedFacts(claimed.facts)
         program, _ = work_out(claimed.request, request, recorded.described(description), recorded.infer)
+        program = owned(
+            program,
+            claimed.tenant,
+            is_interactive=claimed.is_interactive,
+            shares_across_tenants=self._shares_across_tenants,
+        )
         room = room_for(program, request, description.num_layers)
         place = self._store.place_result(claimed.request, room, data_bytes(program))
         return with_files(

@@ -138,9 +138,8 @@ class Job:
         wave, widest = self.now.waves[self.wave], self.num_rows
         if wave.of is not None:
             there = self.now.waves[wave.of]
-            layers = len(there.cones[0].needs) if there.cones else 1
             rows = sum(self.now.invokes[invoke].num_tokens for invoke in there.invokes)
-            return max(1.0, float(rows * layers * (2 + there.reruns)))
+            return max(1.0, float(rows * self.num_layers * (2 + there.reruns)))
         if self.is_step:
             return max(1.0, float(num_rows * self.num_layers))
         full = (wave.rows_anew if self.is_keeping is False else wave.rows).token_layers

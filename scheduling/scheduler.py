@@ -26,6 +26,7 @@ from bisect import insort
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
 
+from polytrace.certificate import PassEntry
 from polytrace.description import ModelDescription, PassLayout
 from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError, TooLargeError
 from scheduling.ahead import Ahead
@@ -37,6 +38,7 @@ from scheduling.fair_choice import FairChoice
 from scheduling.generating import Generating
 from scheduling.jobs import Flight, Job, Outcome, Progress
 from scheduling.memory import Memory
+from scheduling.neighbours import own_entry
 from scheduling.packing import Going, Packer, Taped
 from scheduling.plan import (
     Member,
@@ -366,6 +368,7 @@ class Scheduler:
         flight = self._flying[plan.pass_id]
         together = len(flight.jobs)
         entry = pass_entry(plan, results, self._table, together)
+        told = self._told(entry, plan, flight)
         values = values_of(results)
         for job, member in self._landed(plan):
             failure = find_out_of_memory(job.program, results)
@@ -385,7 +388,7 @@ class Scheduler:
                 continue
             step, offset = (0, 0) if member is None else (member.step, member.offset)
             self._charge(job, cost_of(0, moved_in(results, job.program.request)))
-            job.account.enter(entry, results, job.now, step, offset, values.get(job.program.request, {}))
+            job.account.enter(told[job.tenant], results, job.now, step, offset, values.get(job.program.request, {}))
             if member is not None and job.generating is not None:
                 job.generating.take(results)
             if job.num_done == job.num_waves:
@@ -398,6 +401,21 @@ class Scheduler:
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
         self._ready.sort(key=lambda job: job.turn)
+
+    def _told(self, entry: PassEntry, plan: Plan, flight: Flight) -> dict[str, PassEntry]:
+        """What each tenant hears of a pass."""
+        by_tenant: dict[str, list[Job]] = {}
+        for job in flight.jobs:
+            by_tenant.setdefault(job.tenant, []).append(job)
+        if len(by_tenant) < 2 or self._policy.tells_of_other_tenants:
+            return dict.fromkeys(by_tenant, entry)
+        found = {}
+        for tenant, jobs in by_tenant.items():
+            requests = {job.program.request for job in jobs}
+            generating = [job.generating for job in jobs if job.generating is not None]
+            caches = {cache.trunk[0] for one in generating for cache in one.caches}
+            found[tenant] = own_entry(entry, plan, requests, caches, len(jobs))
+        return found
 
     def _charge(self, job: Job, cost: float) -> None:
         """What was measured beyond what was charged before, or below it."""

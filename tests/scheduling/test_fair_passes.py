@@ -10,8 +10,11 @@ from dataclasses import replace
 
 import pytest
 
+from polytrace.certificate import Receipt
+from polytrace.codec import to_json
 from scheduling.fair import FairShares, cost_of
-from scheduling.plan import Plan, Program
+from scheduling.plan import Plan, Program, RequestId
+from scheduling.program import owned
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
 from tests.scheduling.pipeline import TimedStages, run_all
 from tests.scheduling.test_overlap import TINY, asking, sweep
@@ -38,6 +41,10 @@ class Books(FairShares):
 
 def of(tenant: str, program: Program, *, is_interactive: bool = True) -> Program:
     return replace(program, tenant=tenant, is_interactive=is_interactive)
+
+
+def owned_by(tenant: str, program: Program) -> Program:
+    return owned(program, tenant, is_interactive=True, shares_across_tenants=False)
 
 
 def tenants(plan: Plan) -> list[str]:
@@ -109,3 +116,63 @@ def test_a_thousand_waiting_candidates_of_a_hundred_tenants_are_ordered_once_a_p
     print(f"{(time.perf_counter() - begun) * 1e3:.2f} ms")
     assert len(ready) == 1000
     assert len({job.tenant for job in ready[:100]}) == 100, "everybody's first comes before anybody's second"
+
+
+def served_beside(neighbours: list[Program], *, tells: bool = False) -> Receipt:
+    """The receipt of a request that shares its pass with others."""
+    scheduler = Scheduler(TINY, PassPolicy(least_tokens=8192, tells_of_other_tenants=tells))
+    for program in [*neighbours, owned_by("prober", asking("probe", 20, prefix=40))]:
+        scheduler.add(program)
+    outcomes = {outcome.request: outcome for outcome in run_with(scheduler)}
+    receipt = outcomes[RequestId("probe")].receipt
+    assert receipt is not None
+    return receipt
+
+
+def what_is_told(receipt: Receipt) -> object:
+    """Without times, which are what they are."""
+    return to_json(
+        replace(
+            receipt,
+            queue_seconds=0.0,
+            run_seconds=0.0,
+            passes=tuple(replace(entry, seconds=0.0) for entry in receipt.passes),
+        )
+    )
+
+
+def test_a_receipt_says_nothing_of_another_tenants_requests() -> None:
+    alike, other = asking("alike", 33, prefix=40), asking("other", 61)
+    alone = what_is_told(served_beside([]))
+    assert what_is_told(served_beside([owned_by("victim", alike)])) == alone
+    assert what_is_told(served_beside([owned_by("victim", other), owned_by("victim", alike)])) == alone
+    told = served_beside([owned_by("victim", other)], tells=True)
+    assert (told.passes[0].requests, told.passes[0].tokens) == (2, 60 + 61)
+    own = served_beside([owned_by("prober", other)])
+    assert own.passes[0].requests == 2, "of its own it is told"
+
+
+def test_rows_are_shared_within_a_tenant_and_across_only_where_the_deployment_says_so() -> None:
+    def rows(first: str, second: str, *, across: bool) -> int:
+        scheduler = Scheduler(TINY, PassPolicy(least_tokens=8192))
+        for tenant, name in ((first, "one"), (second, "two")):
+            program = asking(name, 20, prefix=100)
+            scheduler.add(owned(program, tenant, is_interactive=True, shares_across_tenants=across))
+        return max(scheduler.next_pass().layer_rows)
+
+    assert rows("a", "a", across=False) == rows("a", "b", across=True) == 100 + 2 * 20
+    assert rows("a", "b", across=False) == 2 * 120
+
+
+def test_what_tenants_are_told_adds_up_to_the_pass() -> None:
+    scheduler = Scheduler(TINY, PassPolicy(least_tokens=8192))
+    stages, programs = TimedStages(4), {}
+    for number in range(12):
+        name = f"r{number}"
+        programs[name] = owned_by(f"t{number % 3}", asking(name, 10 + number, prefix=30))
+        scheduler.add(programs[name])
+    outcomes = run_all(scheduler, stages, lambda _: None)
+    entries = {programs[one.request].tenant: one.receipt.passes[0] for one in outcomes if one.receipt is not None}
+    assert sum(entry.requests for entry in entries.values()) == 12
+    together = [sum(rows) for rows in zip(*(entry.layer_rows for entry in entries.values()), strict=True)]
+    assert together == [sum(10 + number for number in range(12)) + 3 * 30] * 8
