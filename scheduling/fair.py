@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 BYTES_PER_TOKEN_LAYER = 1 << 16  # moved bytes that count as one row through one layer
@@ -44,7 +44,7 @@ class FairShares:
         self._weights = dict(weights or {})
         self._counters: dict[str, float] = {}
         self._served: dict[str, int] = {}  # when it was charged last, for ties
-        self._left: dict[Hashable, set[str]] = {}  # by replica: who was left out of its last pass
+        self._left: dict[object, set[str]] = {}  # by replica: who was left out of its last pass
         self._floor = 0.0  # the least counter of the backlogged, as far as it ever got
         self._largest = 0.0  # cost of a pass
         self._num_charges = 0
@@ -115,7 +115,7 @@ class FairShares:
                     found[tenant] = over * self.weight(tenant)
             return found
 
-    def went(self, charges: Mapping[str, float], left: Sequence[str], *, replica: Hashable = None) -> None:
+    def went(self, charges: Mapping[str, float], left: Sequence[str], *, replica: object = None) -> None:
         """A pass is planned: what it costs by tenant, and who was left out though they could have gone."""
         with self._lock:
             for tenant, cost in charges.items():
@@ -139,7 +139,7 @@ class FairShares:
         with self._lock:
             self._counters[tenant] = self.counter(tenant) + cost / self.weight(tenant)
 
-    def close(self, replica: Hashable) -> None:
+    def close(self, replica: object) -> None:
         """A replica has ended: nobody waits there."""
         with self._lock:
             self._left.pop(replica, None)

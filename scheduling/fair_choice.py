@@ -6,7 +6,7 @@ Within a tenant the order stays as given. With one tenant nothing is changed.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from scheduling.fair import FairShares
@@ -33,7 +33,7 @@ AnyOwned = TypeVar("AnyOwned", bound=Owned)
 class FairChoice:
     """One replica's part in the shares."""
 
-    def __init__(self, shares: FairShares, replica: Hashable) -> None:
+    def __init__(self, shares: FairShares, replica: object) -> None:
         self.shares = shares
         self._replica = replica
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import time
 from bisect import insort
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from polytrace.certificate import PassEntry
@@ -85,7 +85,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         decode: Decode | None = None,
         shares: FairShares | None = None,
-        replica: Hashable = None,
+        replica: object = None,
     ) -> None:
         """`decode` gives the text of tokens; without it no text ends a generation. `shares` are those of all replicas
         of the deployment, this one by its name; None: its own.

@@ -152,3 +152,5 @@ def test_a_waiting_request_has_a_position_and_after_starts_a_time(store: Store, 
     assert found is not None
     assert (found.queue_position, found.expected_start) == (0, clock.now + 10.0)
     assert store.queue_outlook(first) is None, "it runs"
+
+

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -29,7 +29,7 @@ class Books(FairShares):
         super().__init__()
         self.charged: dict[str, float] = defaultdict(float)
 
-    def went(self, charges: Mapping[str, float], left: Sequence[str], *, replica: Hashable = None) -> None:
+    def went(self, charges: Mapping[str, float], left: Sequence[str], *, replica: object = None) -> None:
         for tenant, cost in charges.items():
             self.charged[tenant] += cost
         super().went(charges, left, replica=replica)
