@@ -4,6 +4,8 @@ what a receipt and a price say of another tenant's prompt, with both settings of
 
 from __future__ import annotations
 
+import random
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ import httpx
 import pytest
 from services import Service, make_model, wait_until
 
+import polytrace
 from polytrace.certificate import Receipt
 from polytrace.graph import Graph, Invoke, Node, NodeId, Op, Port, Read, Ref, Request, Save, Site, Write
 from polytrace.wire import decode_result, encode_request
@@ -52,6 +55,7 @@ class Caller:
         made = service.http.put(f"/v1/tenants/{tenant}", json={})
         assert made.status_code == 201, made.text
         key = service.http.post("/v1/keys", json={"tenant": tenant, "user": "someone"}).json()["secret"]
+        self.key, self.url = key, str(service.http.base_url)
         self.http = httpx.Client(
             base_url=service.http.base_url, headers={"Authorization": f"Bearer {key}"}, timeout=120
         )
@@ -101,14 +105,30 @@ def callers(service: Service) -> Iterator[Callable[[str], Caller]]:
         one.http.close()
 
 
+def generated(caller: Caller, deployment: str, prompt: list[int]) -> tuple[Any, Receipt]:
+    """The price of a generation, and its receipt once it has run."""
+    with polytrace.connect(caller.url, deployment, key=caller.key) as model:
+        with model.generate([prompt], max_new_tokens=2, eos=(), run=False) as asked:
+            pass
+        price = model.validate(asked)
+        with model.generate([prompt], max_new_tokens=2, eos=()) as tracer:
+            pass
+        assert tracer.receipt is not None
+        return price, tracer.receipt
+
+
+def told(receipt: Receipt) -> tuple[Any, ...]:
+    """What it says of cost and neighbours, without times."""
+    passes = tuple((entry.requests, entry.tokens, entry.layer_rows) for entry in receipt.passes)
+    return passes, receipt.token_layers, receipt.moved_bytes, receipt.loaded_bytes, receipt.notes
+
+
 def served(receipts: list[Receipt]) -> dict[int, int]:
     """By pass: rows x layers that a tenant's requests had there."""
     return {entry.pass_id: sum(entry.layer_rows) for receipt in receipts for entry in receipt.passes}
 
 
-def test_backlogged_tenants_stay_within_two_passes_and_a_single_trace_goes_next(
-    callers: Callable[[str], Caller],
-) -> None:
+def test_backlogged_tenants_stay_within_two_passes(callers: Callable[[str], Caller]) -> None:
     left, right, third = (callers(name) for name in ("left", "right", "third"))
     # 1) Both send more than the service keeps up with, one large requests, one small ones.
     with ThreadPoolExecutor(4) as pool:
@@ -141,3 +161,34 @@ def test_backlogged_tenants_stay_within_two_passes_and_a_single_trace_goes_next(
     print(f"{len(gaps)} passes, largest {largest}, gaps {min(gaps)} to {max(gaps)}")
     assert len(gaps) > 50
     assert max(gaps) - min(gaps) <= 2 * largest
+
+
+def test_another_tenants_prompt_is_in_no_receipt_or_price_unless_tenants_share(
+    service: Service, callers: Callable[[str], Caller]
+) -> None:
+    """The prober guesses which prompt the victim has just run: as often right as wrong, and each prompt once."""
+    spec = service.deployment()["spec"]
+    wish = {name: value for name, value in spec.items() if name != "name"} | {"stages": 1, "ranks": 1}
+    service.http.put("/v1/models/open", json=wish | {"share_across": "deployment"}).raise_for_status()
+    wait_until(lambda: service.is_ready("open"), 240, service)
+    assert (spec["share_across"], service.deployment("open")["spec"]["share_across"]) == ("tenant", "deployment")
+    victim, prober = callers("victim"), callers("prober")
+    rng = random.Random(0)
+    for deployment, has_told in (("tiny", False), ("open", True)):
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        answers: dict[bool, list[tuple[Any, ...]]] = {True: [], False: []}
+        prices = []
+        for turn in range(12):
+            secret, other = ([rng.randrange(64) for _ in range(100)] for _ in range(2))
+            generated(victim, deployment, secret)
+            is_right = turn % 2 == 0
+            price, receipt = generated(prober, deployment, secret if is_right else other)
+            prices.append(price.token_layers)
+            answers[is_right].append(told(receipt))
+            seconds[is_right].append(receipt.run_seconds)
+        assert len(set(prices)) == 1, "the price knows nothing of what others ran"
+        right, wrong = set(answers[True]), set(answers[False])
+        assert len(right) == len(wrong) == 1
+        assert (right != wrong) is has_told, (right, wrong)
+        medians = {name: f"{statistics.median(values) * 1e3:.1f} ms" for name, values in seconds.items()}
+        print(f"{deployment}: run at the median, by whether the guess was right: {medians}")

@@ -1,4 +1,4 @@
-"""What the controller claims of whom: one tenant's many do not stand before another's few. No shards here."""
+"""What the controller claims of whom: one tenant's many do not stand before another's few. On both databases; no shards."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    store = Store(tmp_path / "store", clock=clock)
+def store(tmp_path: Path, database_url: str, clock: Clock) -> Iterator[Store]:
+    store = Store(tmp_path / "store", database=database_url, clock=clock)
     store.set_state("m", DeploymentState.READY, "ready")
     yield store
     store.close()
@@ -116,13 +116,15 @@ def test_whom_somebody_waits_for_goes_first_but_batch_not_last_for_ever(store: S
     assert claims.index(batch) == REQUESTS_AHEAD - 2
 
 
-def test_a_claim_with_ten_thousand_waiting_reads_what_it_takes(store: Store) -> None:
+def test_a_claim_with_ten_thousand_waiting_reads_what_it_takes(store: Store, database_url: str) -> None:
     for number in range(10):
         many(store, f"t{number}", 1000)
     begun = time.perf_counter()
     claims = store.claim("m", 10, lambda names, _: dict.fromkeys(names, 1))
     print(f"{(time.perf_counter() - begun) * 1e3:.2f} ms")
     assert tenants(claims) == {f"t{number}": 1 for number in range(10)}
+    if database_url.startswith("postgres"):
+        return  # it chooses by what it knows of the table, which is too small for it to need an index
     for query, count in ((TENANTS, 1), (FIRST, 3)):
         plan = store._db.rows(f"EXPLAIN QUERY PLAN {query}", ("m", "t1", 10)[:count])
         assert sum("requests_of_tenants" in str(row) for row in plan) == 2, plan
@@ -152,5 +154,3 @@ def test_a_waiting_request_has_a_position_and_after_starts_a_time(store: Store, 
     assert found is not None
     assert (found.queue_position, found.expected_start) == (0, clock.now + 10.0)
     assert store.queue_outlook(first) is None, "it runs"
-
-
