@@ -23,8 +23,10 @@ from __future__ import annotations
 import logging
 import time
 from bisect import insort
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from heapq import heapify, heappop, heapreplace
 
 from polytrace.certificate import PassEntry
 from polytrace.description import ModelDescription, PassLayout
@@ -281,10 +283,11 @@ class Scheduler:
     def _with_room(self) -> list[Job]:
         """Those whose next wave may go: a generation needs room for its sequences' caches before that.
 
-        Whoever is younger than one that waits for room waits behind it.
+        Those that go on come first, the oldest in front; then those that begin, of whom the tenant has least room.
+        Whoever comes after one that waits for room waits behind it.
         """
         self._is_short = False
-        for job in sorted([job for job in self._ready if job.needed], key=lambda job: job.number):
+        for job in self._asking_room([job for job in self._ready if job.needed]):
             if not self._make_room(job):
                 self._is_short = True
                 break
@@ -294,16 +297,43 @@ class Scheduler:
                 break  # whoever is younger waits behind it
         return [job for job in self._ready if not job.needed and job.has_tape_room]
 
+    def _asking_room(self, jobs: list[Job]) -> list[Job]:
+        """In the order in which they are given room."""
+        if len({job.tenant for job in jobs}) < 2:
+            return sorted(jobs, key=lambda job: job.number)
+        held: dict[str, int] = {}
+        for job in self._jobs.values():
+            held[job.tenant] = held.get(job.tenant, 0) + job.reserved
+        going_on = sorted([job for job in jobs if job.reserved], key=lambda job: job.number)
+        begins: list[Job] = []
+        waiting = {job.tenant: deque[Job]() for job in jobs}
+        for job in sorted([job for job in jobs if not job.reserved], key=lambda job: job.number):
+            waiting[job.tenant].append(job)
+        heap = [(held[tenant] / self._shares.weight(tenant), tenant) for tenant, own in waiting.items() if own]
+        heapify(heap)
+        while heap:
+            room, tenant = heap[0]
+            job = waiting[tenant].popleft()
+            begins.append(job)
+            if waiting[tenant]:
+                heapreplace(heap, (room + job.needed / self._shares.weight(tenant), tenant))
+            else:
+                heappop(heap)
+        return [*going_on, *begins]
+
     def _free_tape(self, job: Job) -> None:
         if job.has_tape_room and job.program.tape_bytes:
             self._tapes.give(job.program.tape_bytes)
             job.has_tape_room = False
 
     def _make_room(self, job: Job) -> bool:
-        """Gives a job's caches the room that they need for its next step, if need be that of younger ones."""
+        """Gives a job's caches the room that they need for its next step, if need be that of younger ones: when it
+        begins, of its tenant's.
+        """
         while not self._memory.take(job.needed * self._position_bytes):
             holders = [other for other in self._jobs.values() if other.reserved and other is not job]
-            younger = [other for other in holders if other.number > job.number]
+            own = [other for other in holders if job.reserved or other.tenant == job.tenant]
+            younger = [other for other in own if other.number > job.number]
             idle = [other for other in younger if not other.in_flight]
             is_alone = self._memory.taken_bytes == job.reserved * self._position_bytes
             if idle:

@@ -1,4 +1,4 @@
-"""What the controller claims of whom: one tenant's many do not stand before another's few. On both databases; no shards."""
+"""What the controller claims of whom: many of one tenant do not stand before few of another. On both databases."""
 
 from __future__ import annotations
 

@@ -13,10 +13,12 @@ import pytest
 from polytrace.certificate import Receipt
 from polytrace.codec import to_json
 from scheduling.fair import FairShares, cost_of
-from scheduling.plan import Plan, Program, RequestId
+from scheduling.plan import PAGE, Plan, Program, RequestId
 from scheduling.program import owned
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from tests.scheduling.generations import generating_llama, generation
 from tests.scheduling.pipeline import TimedStages, run_all
+from tests.scheduling.test_generating import LAYERS, Service, prompt
 from tests.scheduling.test_overlap import TINY, asking, sweep
 
 SMALL = PassPolicy(budget_tokens=128, least_tokens=128)
@@ -176,3 +178,20 @@ def test_what_tenants_are_told_adds_up_to_the_pass() -> None:
     assert sum(entry.requests for entry in entries.values()) == 12
     together = [sum(rows) for rows in zip(*(entry.layer_rows for entry in entries.values()), strict=True)]
     assert together == [sum(10 + number for number in range(12)) + 3 * 30] * 8
+
+
+def test_room_for_caches_is_given_by_tenant_and_nobody_waits_for_ever() -> None:
+    small = generating_llama(kept_bytes=14 * PAGE * LAYERS)
+    service = Service(small)
+    names = [f"a{number}" for number in range(30)] + ["b0", "b1"]
+    for name in names:
+        service.add(owned_by(name[0], generation(small, name, prompt(40 + len(name), len(name)), new=12)))
+    order: list[str] = []
+    for _ in range(5000):
+        service.step()
+        order += [name for name in service.outcomes if name not in order]
+        if len(order) == len(names):
+            break
+    assert set(order) == set(names)
+    assert max(order.index("b0"), order.index("b1")) < 15, "they did not stand behind all thirty"
+    assert service.shards.most_held <= small.limits.kept_bytes
