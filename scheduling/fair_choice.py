@@ -23,8 +23,8 @@ class Owned(Candidate, Protocol):
     def is_suspect(self) -> bool:
         """Whether it goes before all others, and alone."""
 
-    def cost(self, num_rows: int) -> float:
-        """In token-layers, with so many of its rows."""
+    def cost(self, num_rows: int | None = None) -> float:
+        """In token-layers, with so many of its rows, or all."""
 
 
 AnyOwned = TypeVar("AnyOwned", bound=Owned)
@@ -44,7 +44,7 @@ class FairChoice:
         by_tenant = _by_tenant(waiting)
         if len(by_tenant) < 2 or waiting[0].is_suspect:
             return list(waiting)
-        ready = list(self.shares.interleaved(by_tenant, lambda one: one.cost(one.num_rows)))
+        ready = list(self.shares.interleaved(by_tenant, lambda one: one.cost()))
         if self.is_behind_steps(waiting):
             return ready
         return [*(one for one in ready if one.is_step), *(one for one in ready if not one.is_step)]

@@ -5,7 +5,7 @@ How it ends is an `Outcome`, how far it is a `Progress`. Who goes when is `sched
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,22 +131,25 @@ class Job:
     def tenant(self) -> str:
         return self.program.tenant
 
-    def cost(self, num_rows: int) -> float:
-        """Token-layers of its next wave, with so many of its rows; what is shared with others counts in full, as it
-        does in its price. One without rows costs a little, or it could be had for nothing.
+    def cost(self, num_rows: int | None = None) -> float:
+        """Token-layers of its next wave, with so many of its rows, or all; what is shared with others counts in full,
+        as it does in its price. One without rows costs a little, or it could be had for nothing.
         """
-        wave, widest = self.now.waves[self.wave], self.num_rows
+        wave = self.now.waves[self.wave]
+        if self.is_step:
+            return max(1.0, float((num_rows or self.num_rows) * self.num_layers))
         if wave.of is not None:
             there = self.now.waves[wave.of]
-            rows = sum(self.now.invokes[invoke].num_tokens for invoke in there.invokes)
-            return max(1.0, float(rows * self.num_layers * (2 + there.reruns)))
-        if self.is_step:
-            return max(1.0, float(num_rows * self.num_layers))
-        full = (wave.rows_anew if self.is_keeping is False else wave.rows).token_layers
-        if not full:
-            full = sum(self.now.invokes[invoke].num_tokens for invoke in wave.invokes) * self.num_layers
-        unspared = (wave.rows_anew if self.is_keeping is False else wave.rows).widest
-        return max(1.0, full * num_rows / max(1, unspared, widest))
+            return max(1.0, float(self._tokens(there.invokes) * self.num_layers * (2 + there.reruns)))
+        counts = wave.rows_anew if self.is_keeping is False else wave.rows
+        full = counts.token_layers or self._tokens(wave.invokes) * self.num_layers
+        if num_rows is None and self.ahead is None:
+            return max(1.0, float(full))
+        rows = self.num_rows if num_rows is None else num_rows
+        return max(1.0, full * min(1.0, rows / max(1, counts.widest)))
+
+    def _tokens(self, invokes: Sequence[int]) -> int:
+        return sum(self.now.invokes[invoke].num_tokens for invoke in invokes)
 
     @property
     def least_rows(self) -> int:

@@ -32,8 +32,8 @@ class Piece:
     def least_rows(self) -> int:
         return self.num_rows
 
-    def cost(self, num_rows: int) -> float:
-        return float(num_rows)
+    def cost(self, num_rows: int | None = None) -> float:
+        return float(num_rows or self.num_rows)
 
 
 class Passes:
