@@ -27,6 +27,7 @@ from scheduling.whole import work_out
 
 _log = logging.getLogger(__name__)
 
+CLAIMS_AT_ONCE = 4  # worked out before it looks who is next: another tenant's may have come
 RECHECK_S = 5.0  # looks again without a ring, in case one was lost
 
 
@@ -109,7 +110,7 @@ class Intake:
                 if self._suspect is not None and self._active == {self._suspect.request}:
                     claims, self._suspect = [self._suspect], None
                 elif (room := self._room()) > 0:
-                    claims = self._store.claim(self._description.name, room)
+                    claims = self._store.claim(self._description.name, min(room, CLAIMS_AT_ONCE))
                     self._active.update(claimed.request for claimed in claims)
                     self._claims.update((claimed.request, claimed) for claimed in claims)
                     if claims and claims[0].is_suspect:

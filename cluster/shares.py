@@ -125,6 +125,7 @@ class Share:
         self._woken = threading.Event()
         self._given: deque[Claimed] = deque()  # not taken by the replica's loop yet
         self._taken: dict[RequestId, Claimed] = {}  # taken and not ended
+        self._with_loop: Counter[str] = Counter()  # of these, by tenant
         self.work = 0
         self.is_taking = False
 
@@ -172,6 +173,7 @@ class Share:
         self.stop_taking()
         with self._shares.lock:
             taken, self._taken = self._taken, {}
+            self._with_loop.clear()
             self.work = 0
         self.fair.close(self)
         self._store.give_back(taken, suspects)
@@ -183,14 +185,27 @@ class Share:
     # --- cluster.requests.RequestStore
 
     def claim(self, model: str, limit: int) -> list[Claimed]:
+        """In turns of the tenants: whoever has fewest with the loop by its weight, so that one whose many are worked
+        out one by one does not keep another waiting.
+        """
         claims: list[Claimed] = []
         with self._shares.lock:
-            while self._given and len(claims) < limit and not (claims and self._given[0].is_suspect):
-                claims.append(self._given.popleft())
-                self._taken[claims[-1].request] = claims[-1]
-                if claims[-1].is_suspect:
+            while self._given and len(claims) < limit:
+                claimed = self._next()
+                if claims and claimed.is_suspect:
+                    break
+                self._given.remove(claimed)
+                claims.append(claimed)
+                self._taken[claimed.request] = claimed
+                self._with_loop[claimed.tenant] += 1
+                if claimed.is_suspect:
                     break
         return claims
+
+    def _next(self) -> Claimed:
+        """Of what was given: the first of the tenant whose turn it is."""
+        weight = self.fair.weight
+        return min(self._given, key=lambda claimed: self._with_loop[claimed.tenant] / weight(claimed.tenant))
 
     def cancellations(self, model: str) -> list[RequestId]:
         return [request for request in self._store.cancellations(model) if request in self._taken]
@@ -207,6 +222,8 @@ class Share:
             had_no_room = self.room <= 0
             for end in finished:
                 claimed = self._taken.pop(end.request, None)
+                if claimed is not None:
+                    self._with_loop[claimed.tenant] -= 1
                 self.work -= 0 if claimed is None else claimed.work
         if had_no_room or self._shares.has_more or not self.is_taking:
             self._store.interrupt()  # others wait for the room, or the controller for the last one to end

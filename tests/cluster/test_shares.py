@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from api.identity import Identity
 from api.store import MAX_ATTEMPTS, RequestState, Store
 from cluster.requests import Claimed, DeploymentState, Finished
 from cluster.shares import Share, Shares
@@ -164,3 +165,15 @@ def test_a_replica_hears_only_of_its_own_cancellations(store: Store, add: Add) -
     store.cancel(mine)
     store.cancel(others)
     assert (first.cancellations("m"), second.cancellations("m")) == ([mine], [others])
+
+
+def test_what_is_worked_out_next_is_another_tenants_when_one_has_many(store: Store, add: Add) -> None:
+    shares, (share,) = shares_of(store, 1)
+    many = [add(1) for _ in range(40)]
+    shares.give_out()
+    assert [one.request for one in share.claim("m", 4)] == many[:4]
+    request = store.new_id()
+    store.request_path(request).write_bytes(b"request")
+    store.add(request, "m", b"[]", work=1, max_open=1000, caller=Identity(tenant="other", user="someone"))
+    shares.give_out()
+    assert [one.request for one in share.claim("m", 4)] == [request, *many[4:7]]
