@@ -16,6 +16,7 @@ import typer
 
 from api import accounting, key_commands, operations, purge_command, store_commands, tenant_commands
 from api.console import errors, progress
+from cluster.config import ShareAcross
 
 app = typer.Typer(
     add_completion=False,
@@ -76,6 +77,7 @@ def serve(
     ] = False,
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
+    share_across: operations.Sharing = ShareAcross.TENANT,
 ) -> None:
     """Serve MODEL over HTTP until SIGTERM or Ctrl-C. `deploy` adds others."""
     with errors():
@@ -95,6 +97,7 @@ def serve(
                 cpus=cpus,
                 random_weights_seed=random_weights,
                 offload_bytes=int(offload * (1 << 30)),
+                share_across=share_across,
             )
         settings = serve_settings(
             spec=spec,

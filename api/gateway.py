@@ -30,6 +30,8 @@ from api.away import AwayError
 from api.bodies import LimitedBodies
 from api.callers import caller_of, operator_of, owner_of
 from api.catalogue import Deployment
+from api.claiming import Outlook
+from api.classes import is_interactive
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes, cancel_soon
 from api.expiry import Expiry
@@ -52,7 +54,7 @@ from api.tenant_routes import TenantRoutes
 from api.uploads import receive
 from api.usage_routes import UsageRoutes
 from api.waiting import Waiting, no_request
-from cluster.config import DeploymentSpec, Mode
+from cluster.config import DeploymentSpec, Mode, ShareAcross
 from polytrace.codec import to_json
 from polytrace.errors import (
     CapacityError,
@@ -251,6 +253,7 @@ class Gateway:
     async def submit(self, name: str, request: Request) -> Response:
         """Checks and accepts a request. Answers with its result, or 202 when the caller does not wait long enough."""
         caller, key = caller_of(request), key_of(request)
+        is_waited_for = is_interactive(request, self._preferred_wait(request))
         if key is not None and (before := await self._submitted(key, name, request)) is not None:
             return await self._followed(before, request)
         served = self._deployments.taking(name, caller)
@@ -270,7 +273,9 @@ class Gateway:
             raise
         try:
             submit = None if key is None else submit_of_file(key, name, self._store.request_path(request_id))
-            status = await self._admission.accept(request_id, served, caller, terms, verdict, submit=submit)
+            status = await self._admission.accept(
+                request_id, served, caller, terms, verdict, is_interactive=is_waited_for, submit=submit
+            )
         except PolytraceError as error:
             if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
                 self._store.discard(request_id)
@@ -292,7 +297,7 @@ class Gateway:
         status = await self._waiting.until_final(
             RequestId(request_id), wait_s, caller_of(request), passes_done=passes_done
         )
-        return JSONResponse(_plain(status) | {"logs": logs_since(status.logs, passes_done or 0)})
+        return JSONResponse(await self._stands(status) | {"logs": logs_since(status.logs, passes_done or 0)})
 
     async def result(self, request_id: str, request: Request) -> Response:
         """The result file of a finished request; 202 and the status while there is none."""
@@ -405,7 +410,13 @@ class Gateway:
         if status.error is not None:
             return problems.problem(status.error, headers)
         headers["Location"] = f"/v1/requests/{status.id}"
-        return JSONResponse(_plain(status), status_code=202, headers=headers)
+        return JSONResponse(await self._stands(status), status_code=202, headers=headers)
+
+    async def _stands(self, status: RequestStatus) -> dict[str, Any]:
+        """The status, with the place of one that waits."""
+        if status.state is not RequestState.QUEUED:
+            return _plain(status)
+        return _plain(status, await to_thread.run_sync(self._store.queue_outlook, status.id))
 
 
 class ResultResponse(FileResponse):
@@ -435,6 +446,7 @@ class Deploy(BaseModel):
     cpus: float | None = None
     random_weights_seed: int | None = None
     offload_bytes: int = 0
+    share_across: ShareAcross = ShareAcross.TENANT
 
 
 class Resize(BaseModel):
@@ -468,7 +480,7 @@ def _facts(served: Served) -> dict[str, Any]:
     }
 
 
-def _plain(status: RequestStatus) -> dict[str, Any]:
+def _plain(status: RequestStatus, outlook: Outlook | None = None) -> dict[str, Any]:
     return {
         "id": status.id,
         "model": status.model,
@@ -480,6 +492,8 @@ def _plain(status: RequestStatus) -> dict[str, Any]:
         "finished": status.finished,
         "passes_done": status.passes_done,
         "passes": status.passes,
+        "queue_position": None if outlook is None else outlook.queue_position,
+        "expected_start": None if outlook is None else outlook.expected_start,
         "error": status.error.to_fields() if status.error else None,
         "result": f"/v1/requests/{status.id}/result" if status.state is RequestState.DONE else None,
         "token_layers": status.token_layers,

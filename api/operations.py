@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from api.console import errors, progress
+from cluster.config import ShareAcross
 
 Url = Annotated[str, typer.Option(envvar="POLYTRACE_URL", help="Of the service.")]
 Key = Annotated[str | None, typer.Option(help="The service's key; default: POLYTRACE_KEY.")]
@@ -37,6 +38,9 @@ RandomWeights = Annotated[
 Offload = Annotated[
     float, typer.Option(min=0, metavar="GIB", help="Of each shard's weights to keep in its host's memory.")
 ]
+Sharing = Annotated[
+    ShareAcross, typer.Option(help="Whose requests have rows in common where their prompts begin alike.")
+]
 Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
 
 _HERE = "http://127.0.0.1:8765"
@@ -56,6 +60,7 @@ def deploy(
     cpus: Cpus = None,
     random_weights: RandomWeights = None,
     offload: Offload = 0.0,
+    share_across: Sharing = ShareAcross.TENANT,
     url: Url = _HERE,
     key: Key = None,
     wait: Wait = True,
@@ -77,6 +82,7 @@ def deploy(
             cpus=cpus,
             random_weights_seed=random_weights,
             offload_bytes=int(offload * (1 << 30)),
+            share_across=share_across,
         )
         wish = asdict(spec)
         name = wish.pop("name")

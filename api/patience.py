@@ -15,8 +15,9 @@ from functools import wraps
 from typing import Any, cast
 
 from api.away import AwayError
+from api.claiming import all_to_each
 from api.store import Store
-from cluster.requests import Claimed, ControllerStore, Finished
+from cluster.requests import Claimed, ControllerStore, Divide, Finished
 from scheduling.plan import RequestId
 
 PAUSE_S = 0.5
@@ -35,11 +36,11 @@ class _Patient:
         self._held: set[RequestId] = set()  # claimed, and neither finished nor given back
         self._lock = threading.Lock()
 
-    def claim(self, model: str, limit: int) -> list[Claimed]:
+    def claim(self, model: str, limit: int, divide: Divide = all_to_each) -> list[Claimed]:
         try:
-            claims = self._store.claim(model, limit)
+            claims = self._store.claim(model, limit, divide)
         except AwayError as error:
-            claims = self._claimed_again(model, limit, error)
+            claims = self._claimed_again(model, limit, divide, error)
         with self._lock:
             self._held.update(claimed.request for claimed in claims)
         return claims
@@ -58,7 +59,7 @@ class _Patient:
         setattr(self, name, method)
         return method
 
-    def _claimed_again(self, model: str, limit: int, error: AwayError) -> list[Claimed]:
+    def _claimed_again(self, model: str, limit: int, divide: Divide, error: AwayError) -> list[Claimed]:
         """`claim` has failed, and nobody knows what it has claimed."""
         while True:
             _log.warning("no requests can be claimed: %s", error)
@@ -67,7 +68,7 @@ class _Patient:
                 with self._lock:
                     held = set(self._held)
                 self._store.unclaim(model, held)
-                return self._store.claim(model, limit)
+                return self._store.claim(model, limit, divide)
             except AwayError as another:
                 error = another
 

@@ -38,8 +38,9 @@ from api import idempotency, quotas, usage
 from api.audit import Audit
 from api.away import AwayError
 from api.catalogue import Catalogue, check_taking
+from api.claiming import Outlook, all_to_each, find_waiting, outlook_of
 from api.clock import SteadyClock
-from api.contents import HAS_ITS_TURN, NOTHING, Contents, Needs, sync
+from api.contents import NOTHING, Contents, Needs, sync
 from api.database import Transaction, open_database
 from api.doorbell import Doorbell
 from api.edits import KeptEdits
@@ -57,7 +58,7 @@ from api.step_values import values_as_json
 from api.tenants import Tenants
 from api.usage import Usage
 from cluster.config import Mode
-from cluster.requests import Claimed, Finished, LeftBehind, Place, ResultPlace
+from cluster.requests import Claimed, Divide, Finished, LeftBehind, Place, ResultPlace
 from polytrace.certificate import LimitLine
 from polytrace.errors import (
     CancelledError,
@@ -421,40 +422,44 @@ class Store(Catalogue):
         self.gateway_bell.ring()
         return count
 
-    def claim(self, model: str, limit: int) -> list[Claimed]:
+    def claim(self, model: str, limit: int, divide: Divide = all_to_each) -> list[Claimed]:
         if limit <= 0:
             return []
         with self._db.transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
-            rows = db.execute(
-                "SELECT requests.id, created, json, attempts, work, owner, tenant, is_interactive "
-                "FROM requests JOIN facts USING (id) "
-                f"WHERE model = ? AND state = 'queued' AND {HAS_ITS_TURN} ORDER BY seq LIMIT ?",
-                (model, limit),
-            ).fetchall()
-            if any(row[3] for row in rows):
-                rows = rows[: max(1, next(i for i, row in enumerate(rows) if row[3]))]
+            found = find_waiting(db, model, limit, divide)
             db.executemany(
                 "UPDATE requests SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
-                [(self.now(), row[0]) for row in rows],
+                [(self.now(), one.id) for one in found],
             )
-            states = {row[0]: self.contents.states_now(db, row[0], row[5]) for row in rows}
-        for row in rows:
-            self._bring(row[0])
+            states = {one.id: self.contents.states_now(db, one.id, one.owner) for one in found}
+        for one in found:
+            self._bring(one.id)
         return [
             Claimed(
-                request=row[0],
-                path=self.request_path(row[0]),
-                accepted=row[1],
-                work=row[4],
-                facts=row[2],
-                contents=self.contents.folder_of(row[5]),
-                states=states[row[0]],
-                is_suspect=row[3] > 0,
-                tenant=row[6],
-                is_interactive=bool(row[7]),
+                request=one.id,
+                path=self.request_path(one.id),
+                accepted=one.created,
+                work=one.work,
+                facts=one.facts,
+                contents=self.contents.folder_of(one.owner),
+                states=states[one.id],
+                is_suspect=one.attempts > 0,
+                tenant=one.tenant,
+                is_interactive=bool(one.is_interactive),
             )
-            for row in rows
+            for one in found
         ]
+
+    def weights(self) -> dict[str, float]:
+        """Of the tenants whose share is not 1."""
+        return {row[0]: row[1] for row in self._db.rows("SELECT name, weight FROM tenants WHERE weight <> 1.0")}
+
+    def queue_outlook(self, request: RequestId) -> Outlook | None:
+        """Where a waiting request stands and when it may start; None when it does not wait."""
+        rows = self._db.rows(
+            "SELECT model, tenant, is_interactive, seq FROM requests WHERE id = ? AND state = 'queued'", (request,)
+        )
+        return outlook_of(self._db, rows[0], self.now()) if rows else None
 
     def unclaim(self, model: str, held: Collection[RequestId]) -> int:
         """What is claimed and not held by the controller waits again: it never heard of it. How many."""

@@ -6,8 +6,15 @@ Apart from `cluster.controller`, so that nobody needs Ray to say it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
+
+
+class ShareAcross(StrEnum):
+    """Whose requests may have rows and kept prefixes in common, and be told of each other in receipts."""
+
+    TENANT = "tenant"  # those of one tenant
+    DEPLOYMENT = "deployment"  # of all: less to run, and tenants can tell whether others ran the same prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +31,7 @@ class DeploymentSpec:
     cpus: float | None = None  # of the cluster's, reserved per shard; None: a small share
     random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
     offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
+    share_across: ShareAcross = ShareAcross.TENANT
 
 
 class Mode(Enum):

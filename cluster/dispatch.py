@@ -15,6 +15,7 @@ from cluster.intake import Cancel, Intake, IntakeEvent
 from cluster.requests import Finished, RequestStore
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError, ServiceError
+from scheduling.fair import FairShares
 from scheduling.loop import Shards, step
 from scheduling.plan import Plan, Program, RequestId, ShardResult
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
@@ -40,14 +41,18 @@ class Dispatcher:
         recover: Callable[[PolytraceError], None] = give_up,  # makes the shards whole after a loss, or raises
         max_active: int = 1024,  # programs in memory; the rest waits in the store
         decode: Decode | None = None,  # the text of tokens; without it requests have no texts to end at
+        shares: FairShares | None = None,  # of all replicas of the deployment; None: its own
+        shares_across_tenants: bool = False,  # as of `Intake`
     ) -> None:
         self._shards = _Lossy(shards)
         self._recover = recover
-        self._scheduler = Scheduler(description, policy, decode=decode)
+        self._scheduler = Scheduler(description, policy, decode=decode, shares=shares, replica=store)
         self._events: queue.SimpleQueue[IntakeEvent] = queue.SimpleQueue()
         self._awake = awake
         self._programs: dict[RequestId, Program] = {}
-        self._intake = Intake(store, description, self._on_event, max_active=max_active)
+        self._intake = Intake(
+            store, description, self._on_event, max_active=max_active, shares_across_tenants=shares_across_tenants
+        )
         self._delivery = Delivery(store, self._intake.ended)
         self._threads = [
             self._thread("intake", self._intake.run_forever),

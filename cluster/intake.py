@@ -21,11 +21,13 @@ from cluster.results import room_for, with_files
 from polytrace.description import ModelDescription
 from polytrace.errors import CancelledError, PolytraceError, ServiceError, WireError
 from scheduling.plan import Program, RequestId
+from scheduling.program import owned
 from scheduling.step_saves import data_bytes
 from scheduling.whole import work_out
 
 _log = logging.getLogger(__name__)
 
+CLAIMS_AT_ONCE = 4  # worked out before it looks who is next: another tenant's may have come
 RECHECK_S = 5.0  # looks again without a ring, in case one was lost
 
 
@@ -49,7 +51,9 @@ class Intake:
         emit: Callable[[IntakeEvent], None],  # called on the intake's thread
         *,
         max_active: int,
+        shares_across_tenants: bool = False,  # rows and prefixes: as of `DeploymentSpec.share_across`
     ) -> None:
+        self._shares_across_tenants = shares_across_tenants
         self._store = store
         self._description = description
         self._emit = emit
@@ -106,7 +110,7 @@ class Intake:
                 if self._suspect is not None and self._active == {self._suspect.request}:
                     claims, self._suspect = [self._suspect], None
                 elif (room := self._room()) > 0:
-                    claims = self._store.claim(self._description.name, room)
+                    claims = self._store.claim(self._description.name, min(room, CLAIMS_AT_ONCE))
                     self._active.update(claimed.request for claimed in claims)
                     self._claims.update((claimed.request, claimed) for claimed in claims)
                     if claims and claims[0].is_suspect:
@@ -158,6 +162,12 @@ class Intake:
         request, contents = with_contents(request, claimed.contents, claimed.states)
         recorded = RecordedFacts(claimed.facts)
         program, _ = work_out(claimed.request, request, recorded.described(description), recorded.infer)
+        program = owned(
+            program,
+            claimed.tenant,
+            is_interactive=claimed.is_interactive,
+            shares_across_tenants=self._shares_across_tenants,
+        )
         room = room_for(program, request, description.num_layers)
         place = self._store.place_result(claimed.request, room, data_bytes(program))
         return with_files(

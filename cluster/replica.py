@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
-from cluster.config import ControllerConfig, DeploymentSpec
+from cluster.config import ControllerConfig, DeploymentSpec, ShareAcross
 from cluster.deployment import Deployment, DeploymentConfig
 from cluster.dispatch import Dispatcher
 from cluster.requests import DeploymentState, Published, ReplicaStatus
@@ -139,7 +139,10 @@ class Replica:
         # 1) shards: room, weights, self-test
         self._deployment = deployment = Deployment(_deployment_config(self._spec))
         description = deployment.start(lambda line: self._say_on_the_way(DeploymentState.STARTING, line))
-        policy = PassPolicy(budget_tokens=self._config.budget_tokens)
+        policy = PassPolicy(
+            budget_tokens=self._config.budget_tokens,
+            tells_of_other_tenants=self._spec.share_across is ShareAcross.DEPLOYMENT,
+        )
         limits = replace(description.limits, pass_tokens=wave_tokens(policy, self._spec.stages))
         description = replace(description, limits=limits)
         self._agree(description)
@@ -156,6 +159,8 @@ class Replica:
                 recover=self._recover,
                 max_active=self._config.max_active,
                 decode=decoder_of(tokenizer_json(self._spec.source)),
+                shares=self._share.fair,
+                shares_across_tenants=self._spec.share_across is ShareAcross.DEPLOYMENT,
             )
             if self._is_stopped.is_set():  # looked at behind the assignment: `stop` looks in the other order
                 return

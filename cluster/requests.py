@@ -7,11 +7,11 @@ whatever the controller has in memory can be made again from the store.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from cluster.config import Wanted
 from polytrace.certificate import Generated
@@ -156,8 +156,20 @@ class RequestStore(Protocol):
         """Ends `wait_for_requests` early."""
 
 
+Divide: TypeAlias = Callable[[Sequence[str], int], Mapping[str, int]]
+"""Of tenants that have waiting requests, and the room: how many each may have, whoever goes first in front."""
+
+
 class ControllerStore(RequestStore, Protocol):
     """What the controller needs beside that: the deployments, and requests that change hands."""
+
+    def claim(self, model: str, limit: int, divide: Divide = ...) -> list[Claimed]:
+        """Takes waiting requests of the tenants that `divide` names, each tenant's in its order, at most `limit`; a
+        suspect is never taken together with another one.
+        """
+
+    def weights(self) -> Mapping[str, float]:
+        """Of the tenants whose share is not 1."""
 
     def wanted(self) -> list[Wanted]:
         """The deployments that are to be there."""

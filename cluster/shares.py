@@ -2,8 +2,10 @@
 
 The controller claims waiting requests and gives each to the least loaded replica that takes any: the one whose requests
 have the least work left, counted in rows x layers that they run through, whether they wait or are in a pass. There a
-request stays. What a replica cannot run, because it lost shards or is about to end, goes back to the store and to
-whoever takes it then: all of it again from its first wave, so with the same bits.
+request stays. Tenants are asked in the order of their counters (`scheduling.fair`), and none may hold more than is free
+beside it: so there is room for another tenant however many requests one has. What a replica cannot run, because it lost
+shards or is about to end, goes back to the store and to whoever takes it then: all of it again from its first wave, so
+with the same bits.
 
 A `Share` is the store as one replica sees it: only what was given to that replica can be claimed there. Knows nothing
 of Ray, shards or plans.
@@ -11,14 +13,19 @@ of Ray, shards or plans.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from cluster.requests import Claimed, ControllerStore, Finished, LeftBehind, Place, ResultPlace
+from scheduling.fair import FairShares
 from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
+
+WEIGH_S = 5.0  # between two looks at the weights of tenants
 
 
 class Load(Protocol):
@@ -37,7 +44,10 @@ class Shares:
         self.store = store
         self.model = model
         self.max_active = max_active  # requests of one replica
+        self.fair = FairShares()  # of all replicas
         self.lock = threading.Lock()
+        self.has_more = False  # the store, of tenants that may not hold more now
+        self._weighed = -math.inf
         self._all: list[Share] = []
 
     def open(self) -> Share:
@@ -51,6 +61,7 @@ class Shares:
         """The share of a replica that has ended; what it had must have been given back."""
         with self.lock:
             self._all.remove(share)
+        self.fair.close(share)
 
     def has_others(self, share: Share) -> bool:
         """Whether another replica takes requests now."""
@@ -59,10 +70,13 @@ class Shares:
 
     def give_out(self) -> None:
         """Claims what replicas have room for, and wakes all of them: for requests, and for cancellations."""
+        self._weigh()
         while True:
             with self.lock:
+                self.has_more = False
                 room = sum(share.room for share in self._all if share.is_taking)
-                claims = self.store.claim(self.model, room)  # under the lock: nobody stops taking in between
+                # under the lock: nobody stops taking in between
+                claims = self.store.claim(self.model, room, self._divide)
                 for claimed in claims:
                     takers = [share for share in self._all if share.is_taking and share.room > 0]
                     least_loaded(takers).put(claimed)
@@ -70,6 +84,31 @@ class Shares:
                 break
         for share in self._all:  # they look for cancellations
             share.interrupt()
+
+    def _weigh(self) -> None:
+        """Looks at the tenants' weights now and then."""
+        if time.monotonic() - self._weighed > WEIGH_S:
+            self._weighed = time.monotonic()
+            self.fair.weigh(self.store.weights())
+
+    def _divide(self, tenants: Sequence[str], room: int) -> dict[str, int]:
+        """How many more each may have: in turns, whoever was served least first, while it holds no more than is free
+        (dynamic thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998).
+        """
+        held: Counter[str] = Counter()
+        for share in self._all:
+            held.update(share.tenants())
+        given: dict[str, int] = {}
+        asking = deque(self.fair.order(tenants))
+        free = room
+        while asking and free > 0:
+            tenant = asking.popleft()
+            if held[tenant] + given.get(tenant, 0) <= free:
+                given[tenant] = given.get(tenant, 0) + 1
+                free -= 1
+                asking.append(tenant)
+        self.has_more = bool(tenants)
+        return given
 
 
 def least_loaded(shares: Sequence[AnyLoad]) -> AnyLoad:
@@ -86,6 +125,7 @@ class Share:
         self._woken = threading.Event()
         self._given: deque[Claimed] = deque()  # not taken by the replica's loop yet
         self._taken: dict[RequestId, Claimed] = {}  # taken and not ended
+        self._with_loop: Counter[str] = Counter()  # of these, by tenant
         self.work = 0
         self.is_taking = False
 
@@ -96,6 +136,14 @@ class Share:
     @property
     def room(self) -> int:
         return self._shares.max_active - self.num_requests
+
+    @property
+    def fair(self) -> FairShares:
+        return self._shares.fair
+
+    def tenants(self) -> list[str]:
+        """Whose requests it has, one by one. For `Shares`, which holds the lock."""
+        return [claimed.tenant for claimed in (*self._given, *self._taken.values())]
 
     def put(self, claimed: Claimed) -> None:
         """Gives the replica a request. For `Shares`, which holds the lock."""
@@ -125,7 +173,9 @@ class Share:
         self.stop_taking()
         with self._shares.lock:
             taken, self._taken = self._taken, {}
+            self._with_loop.clear()
             self.work = 0
+        self.fair.close(self)
         self._store.give_back(taken, suspects)
 
     def break_down(self) -> None:
@@ -135,14 +185,27 @@ class Share:
     # --- cluster.requests.RequestStore
 
     def claim(self, model: str, limit: int) -> list[Claimed]:
+        """In turns of the tenants: whoever has fewest with the loop by its weight, so that one whose many are worked
+        out one by one does not keep another waiting.
+        """
         claims: list[Claimed] = []
         with self._shares.lock:
-            while self._given and len(claims) < limit and not (claims and self._given[0].is_suspect):
-                claims.append(self._given.popleft())
-                self._taken[claims[-1].request] = claims[-1]
-                if claims[-1].is_suspect:
+            while self._given and len(claims) < limit:
+                claimed = self._next()
+                if claims and claimed.is_suspect:
+                    break
+                self._given.remove(claimed)
+                claims.append(claimed)
+                self._taken[claimed.request] = claimed
+                self._with_loop[claimed.tenant] += 1
+                if claimed.is_suspect:
                     break
         return claims
+
+    def _next(self) -> Claimed:
+        """Of what was given: the first of the tenant whose turn it is."""
+        weight = self.fair.weight
+        return min(self._given, key=lambda claimed: self._with_loop[claimed.tenant] / weight(claimed.tenant))
 
     def cancellations(self, model: str) -> list[RequestId]:
         return [request for request in self._store.cancellations(model) if request in self._taken]
@@ -159,8 +222,10 @@ class Share:
             had_no_room = self.room <= 0
             for end in finished:
                 claimed = self._taken.pop(end.request, None)
+                if claimed is not None:
+                    self._with_loop[claimed.tenant] -= 1
                 self.work -= 0 if claimed is None else claimed.work
-        if had_no_room or not self.is_taking:
+        if had_no_room or self._shares.has_more or not self.is_taking:
             self._store.interrupt()  # others wait for the room, or the controller for the last one to end
 
     def note_progress(self, progress: Sequence[Progress]) -> None:

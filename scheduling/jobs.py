@@ -5,7 +5,7 @@ How it ends is an `Outcome`, how far it is a `Progress`. Who goes when is `sched
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from scheduling.generating import Generating
 from scheduling.packing import Going, Taped
 from scheduling.plan import PAGE, Member, PassId, Program, RequestId, SaveSlot
 from scheduling.receipts import Account, Logged
+
+PASSES_AHEAD = 32  # that a request may have waited behind those that somebody waits for, before it goes like them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +54,10 @@ class Progress:
 class Job:
     """A request on its way through its waves."""
 
-    def __init__(self, program: Program, number: int, now: float) -> None:
+    def __init__(self, program: Program, number: int, now: float, num_layers: int = 1) -> None:
         self.program = program
+        self.num_layers = num_layers  # of the model
+        self.charged = 0.0  # to its tenant
         self.number = number  # of arrival
         self.added = now
         self.is_cancelled = False
@@ -124,6 +128,30 @@ class Job:
         return rows if self.ahead is None else max(1, rows - self.ahead.num_spared)
 
     @property
+    def tenant(self) -> str:
+        return self.program.tenant
+
+    def cost(self, num_rows: int | None = None) -> float:
+        """Token-layers of its next wave, with so many of its rows, or all; what is shared with others counts in full,
+        as it does in its price. One without rows costs a little, or it could be had for nothing.
+        """
+        wave = self.now.waves[self.wave]
+        if self.is_step:
+            return max(1.0, float((num_rows or self.num_rows) * self.num_layers))
+        if wave.of is not None:
+            there = self.now.waves[wave.of]
+            return max(1.0, float(self._tokens(there.invokes) * self.num_layers * (2 + there.reruns)))
+        counts = wave.rows_anew if self.is_keeping is False else wave.rows
+        full = counts.token_layers or self._tokens(wave.invokes) * self.num_layers
+        if num_rows is None and self.ahead is None:
+            return max(1.0, float(full))
+        rows = self.num_rows if num_rows is None else num_rows
+        return max(1.0, full * min(1.0, rows / max(1, counts.widest)))
+
+    def _tokens(self, invokes: Sequence[int]) -> int:
+        return sum(self.now.invokes[invoke].num_tokens for invoke in invokes)
+
+    @property
     def least_rows(self) -> int:
         can_be_cut = not self.is_step and self.ahead is not None and self.ahead.num_left >= PAGE
         return min(PAGE, self.num_rows) if can_be_cut else self.num_rows
@@ -182,10 +210,12 @@ class Job:
 
     @property
     def turn(self) -> tuple[bool, bool, bool, int, int]:
-        """Its place in the queue: suspects first, or they would wait for ever behind those that share passes; then
-        steps; those whose last wave is under way only fill what others leave.
+        """Its place among those of its tenant: suspects first, or they would wait for ever behind those that share
+        passes; then steps; those whose last wave is under way only fill what others leave. Whom somebody waits for
+        goes before others, but for those that wait since `PASSES_AHEAD` passes before it.
         """
-        return bool(self.in_flight), not self.is_suspect, not self.is_step, self.since or 0, self.number
+        since = (self.since or 0) - PASSES_AHEAD * self.program.is_interactive
+        return bool(self.in_flight), not self.is_suspect, not self.is_step, since, self.number
 
     def clear(self) -> None:
         """Ends the suspicion once its generation is behind the step at which a pass died."""

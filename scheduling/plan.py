@@ -252,6 +252,8 @@ class Program:
     contents: Mapping[str, str] = field(default_factory=dict)  # constants that stand on the service -> their files
     result_file: str | None = None  # or a URL: saves are written at `result_start + offset`; None: they are returned
     result_start: int = 0  # bytes before the data section of the result file
+    tenant: str = "default"  # whose counter it is charged to
+    is_interactive: bool = True  # somebody waits for it: it goes before its tenant's others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

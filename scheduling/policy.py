@@ -26,6 +26,7 @@ class PassPolicy:
     max_waits: int = 8  # passes that one with more rows stands behind steps before it goes all the same
     least_steps: int = 16  # no group of steps is cut below so many: kernels have as many rows in any case
     prefix_bytes: int | None = None  # of caches kept for others to go on from; None: half of what shards have; 0: none
+    tells_of_other_tenants: bool = False  # receipts: how many shared a pass, with how many rows
 
 
 def passes_in_flight(stages: int) -> int:

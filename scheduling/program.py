@@ -148,7 +148,7 @@ def _compile(
     # 3) Give each node its point (wave, stage, order), and with it each wave its rows; too many take several waves.
     # On the way of a gradient a row is one sequence's: two losses would add up in it.
     is_shared = is_first and description.has_forks and request.options.sharing is not Sharing.OFF and not is_graded
-    domain = request.options.sharing.value if is_shared else None  # there is one tenant: who has the key
+    domain = request.options.sharing.value if is_shared else None  # of whom it is: see `owned`
     earliest = [0] * len(request.invokes) if earliest is None else list(earliest)
     ancestors: set[int] = set()
     order = find_order(graph, resolved, live)
@@ -217,6 +217,25 @@ def _compile(
         split=len(forests) - num_unsplit,
         constants=request.constants,
     )
+
+
+def owned(program: Program, tenant: str, *, is_interactive: bool, shares_across_tenants: bool) -> Program:
+    """The program as a tenant's: it shares rows and kept prefixes with its own requests alone, unless the deployment
+    shares across tenants.
+    """
+
+    def domain_of(own: Program) -> str | None:
+        if own.sharing_domain is None or shares_across_tenants:
+            return own.sharing_domain
+        return f"{tenant}:{own.sharing_domain}"
+
+    def placed(own: Program) -> Program:
+        return replace(own, tenant=tenant, is_interactive=is_interactive, sharing_domain=domain_of(own))
+
+    program = placed(program)
+    if program.chain is None:
+        return program
+    return replace(program, chain=replace(program.chain, parts=tuple(map(placed, program.chain.parts))))
 
 
 def certify(

@@ -110,6 +110,11 @@ def values_of(results: tuple[ShardResult, ...]) -> dict[RequestId, dict[str, Any
     return found
 
 
+def moved_in(results: tuple[ShardResult, ...], request: RequestId) -> int:
+    """Bytes that a pass moved for one request: gathered by ranks, and saved."""
+    return sum(result.gathered.get(request, 0) + result.saved_bytes.get(request, 0) for result in results)
+
+
 class Account:
     """One request's books, pass by pass."""
 

@@ -23,18 +23,24 @@ from __future__ import annotations
 import logging
 import time
 from bisect import insort
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from heapq import heapify, heappop, heapreplace
 
+from polytrace.certificate import PassEntry
 from polytrace.description import ModelDescription, PassLayout
-from polytrace.errors import CancelledError, PolytraceError, ServiceError, TooLargeError
+from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError, TooLargeError
 from scheduling.ahead import Ahead
 from scheduling.caches import caches_of
 from scheduling.checks import table_of
 from scheduling.costs import token_layers
+from scheduling.fair import FairShares, cost_of
+from scheduling.fair_choice import FairChoice
 from scheduling.generating import Generating
 from scheduling.jobs import Flight, Job, Outcome, Progress
 from scheduling.memory import Memory
+from scheduling.neighbours import own_entry
 from scheduling.packing import Going, Packer, Taped
 from scheduling.plan import (
     Member,
@@ -57,7 +63,7 @@ from scheduling.policy import (
     step_share,
 )
 from scheduling.prefixes import left_by
-from scheduling.receipts import find_error, find_out_of_memory, pass_entry, values_of
+from scheduling.receipts import find_error, find_out_of_memory, moved_in, pass_entry, values_of
 from scheduling.step_costs import step_costs
 from scheduling.stopping import Decode
 
@@ -80,8 +86,12 @@ class Scheduler:
         *,
         clock: Callable[[], float] = time.monotonic,
         decode: Decode | None = None,
+        shares: FairShares | None = None,
+        replica: object = None,
     ) -> None:
-        """`decode` gives the text of tokens; without it no text ends a generation."""
+        """`decode` gives the text of tokens; without it no text ends a generation. `shares` are those of all replicas
+        of the deployment, this one by its name; None: its own.
+        """
         self._table = table_of(description)
         self._policy = policy
         is_packed = description.layout is PassLayout.PACKED
@@ -90,6 +100,8 @@ class Scheduler:
         self._depth = passes_in_flight(description.stages)
         self._packer = Packer(description)
         self._patience = Patience(policy.max_waits)
+        self._shares = FairShares() if shares is None else shares
+        self._fair = FairChoice(self._shares, replica)
         self._clock = clock
         self._decode = decode
         self._has_prefixes = is_packed and description.has_forks
@@ -121,7 +133,7 @@ class Scheduler:
         """Takes a request. Its id must not be one that is still on its way."""
         assert program.request not in self._jobs, f"request {program.request} was added twice"
         self._arrivals += 1
-        job = Job(program, self._arrivals, self._clock())
+        job = Job(program, self._arrivals, self._clock(), self._table.description.num_layers)
         job.since = PassId(self._passes)
         try:
             self._begin(job)
@@ -232,12 +244,14 @@ class Scheduler:
         self._tried, self._telling = [], ()
         waiting = self._with_room()
         self._look(waiting)
-        ready = self._patience.ordered(waiting)
+        in_order = self._fair.ordered(waiting)
+        ready = self._patience.ordered(in_order)
         num_steps = sum(job.num_rows for job in self._jobs.values() if job.is_step)
         others = share_of(sum(job.num_rows for job in ready), self._depth - len(self._flying), self._policy)
-        budget = min(others, self._policy.tokens_beside_steps) if num_steps else others
+        is_beside_steps = num_steps and not self._fair.is_behind_steps(waiting)
+        budget = min(others, self._policy.tokens_beside_steps) if is_beside_steps else others
         foreseen, steps = budget, step_share(num_steps, self._depth, self._policy)
-        chosen = self._choice.choose(ready, steps, foreseen)
+        chosen = self._fair.trimmed(self._choice.choose(ready, steps, foreseen), waiting)
         self._tried = [job for job, _ in chosen]
         going = self._going(chosen)
         ended = self._take_ended()
@@ -247,7 +261,7 @@ class Scheduler:
             if num_steps or len(chosen) == len(ready) or not 0 < rows * 4 < budget * 3:
                 break
             foreseen = foreseen * budget // rows
-            more = self._choice.choose(ready, steps, foreseen)
+            more = self._fair.trimmed(self._choice.choose(ready, steps, foreseen), waiting)
             if len(more) <= len(chosen):
                 break
             self._tried = [job for job, _ in more]
@@ -256,7 +270,10 @@ class Scheduler:
             if max(filled.layer_rows) > budget:
                 break
             chosen, going, plan = more, fuller, filled
-        self._patience.went(waiting, [job for job, _ in chosen])
+        self._patience.went(in_order, [job for job, _ in chosen])
+        self._fair.went(chosen, waiting)
+        for job, rows in chosen:
+            job.charged += job.cost(rows)
         return going, plan
 
     @property
@@ -266,10 +283,11 @@ class Scheduler:
     def _with_room(self) -> list[Job]:
         """Those whose next wave may go: a generation needs room for its sequences' caches before that.
 
-        Whoever is younger than one that waits for room waits behind it.
+        Those that go on come first, the oldest in front; then those that begin, of whom the tenant has least room.
+        Whoever comes after one that waits for room waits behind it.
         """
         self._is_short = False
-        for job in sorted([job for job in self._ready if job.needed], key=lambda job: job.number):
+        for job in self._asking_room([job for job in self._ready if job.needed]):
             if not self._make_room(job):
                 self._is_short = True
                 break
@@ -279,16 +297,43 @@ class Scheduler:
                 break  # whoever is younger waits behind it
         return [job for job in self._ready if not job.needed and job.has_tape_room]
 
+    def _asking_room(self, jobs: list[Job]) -> list[Job]:
+        """In the order in which they are given room."""
+        if len({job.tenant for job in jobs}) < 2:
+            return sorted(jobs, key=lambda job: job.number)
+        held: dict[str, int] = {}
+        for job in self._jobs.values():
+            held[job.tenant] = held.get(job.tenant, 0) + job.reserved
+        going_on = sorted([job for job in jobs if job.reserved], key=lambda job: job.number)
+        begins: list[Job] = []
+        waiting = {job.tenant: deque[Job]() for job in jobs}
+        for job in sorted([job for job in jobs if not job.reserved], key=lambda job: job.number):
+            waiting[job.tenant].append(job)
+        heap = [(held[tenant] / self._shares.weight(tenant), tenant) for tenant, own in waiting.items() if own]
+        heapify(heap)
+        while heap:
+            room, tenant = heap[0]
+            job = waiting[tenant].popleft()
+            begins.append(job)
+            if waiting[tenant]:
+                heapreplace(heap, (room + job.needed / self._shares.weight(tenant), tenant))
+            else:
+                heappop(heap)
+        return [*going_on, *begins]
+
     def _free_tape(self, job: Job) -> None:
         if job.has_tape_room and job.program.tape_bytes:
             self._tapes.give(job.program.tape_bytes)
             job.has_tape_room = False
 
     def _make_room(self, job: Job) -> bool:
-        """Gives a job's caches the room that they need for its next step, if need be that of younger ones."""
+        """Gives a job's caches the room that they need for its next step, if need be that of younger ones: when it
+        begins, of its tenant's.
+        """
         while not self._memory.take(job.needed * self._position_bytes):
             holders = [other for other in self._jobs.values() if other.reserved and other is not job]
-            younger = [other for other in holders if other.number > job.number]
+            own = [other for other in holders if job.reserved or other.tenant == job.tenant]
+            younger = [other for other in own if other.number > job.number]
             idle = [other for other in younger if not other.in_flight]
             is_alone = self._memory.taken_bytes == job.reserved * self._position_bytes
             if idle:
@@ -353,6 +398,7 @@ class Scheduler:
         flight = self._flying[plan.pass_id]
         together = len(flight.jobs)
         entry = pass_entry(plan, results, self._table, together)
+        told = self._told(entry, plan, flight)
         values = values_of(results)
         for job, member in self._landed(plan):
             failure = find_out_of_memory(job.program, results)
@@ -371,7 +417,8 @@ class Scheduler:
                 self._end(job, error)
                 continue
             step, offset = (0, 0) if member is None else (member.step, member.offset)
-            job.account.enter(entry, results, job.now, step, offset, values.get(job.program.request, {}))
+            self._charge(job, cost_of(0, moved_in(results, job.program.request)))
+            job.account.enter(told[job.tenant], results, job.now, step, offset, values.get(job.program.request, {}))
             if member is not None and job.generating is not None:
                 job.generating.take(results)
             if job.num_done == job.num_waves:
@@ -384,6 +431,27 @@ class Scheduler:
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
         self._ready.sort(key=lambda job: job.turn)
+
+    def _told(self, entry: PassEntry, plan: Plan, flight: Flight) -> dict[str, PassEntry]:
+        """What each tenant hears of a pass."""
+        by_tenant: dict[str, list[Job]] = {}
+        for job in flight.jobs:
+            by_tenant.setdefault(job.tenant, []).append(job)
+        if len(by_tenant) < 2 or self._policy.tells_of_other_tenants:
+            return dict.fromkeys(by_tenant, entry)
+        found = {}
+        for tenant, jobs in by_tenant.items():
+            requests = {job.program.request for job in jobs}
+            generating = [job.generating for job in jobs if job.generating is not None]
+            caches = {cache.trunk[0] for one in generating for cache in one.caches}
+            found[tenant] = own_entry(entry, plan, requests, caches, len(jobs))
+        return found
+
+    def _charge(self, job: Job, cost: float) -> None:
+        """What was measured beyond what was charged before, or below it."""
+        if cost:
+            self._shares.correct(job.tenant, cost)
+            job.charged += cost
 
     def _settle(self, job: Job) -> None:
         """Caches that have moved are where they are."""
@@ -494,6 +562,7 @@ class Scheduler:
             generating=job.generating,
             spared=0 if job.ahead is None else job.ahead.spared,
         )
+        self._charge(job, cost_of(receipt.token_layers, receipt.moved_bytes) - job.charged)
         if job.generating is not None and not job.generating.is_ending:
             self._ended.append(job.program.request)  # no plan could say that it was the last
         prefixes = []
@@ -518,6 +587,8 @@ class Scheduler:
             self._ended.append(job.program.request)
             self._has_much_left |= bool(job.taped)
         self._remove(job)
+        if isinstance(error, (ServiceError, CapacityError)):
+            self._charge(job, -job.charged)  # the fault is not its tenant's
         self._outcomes.append(
             Outcome(
                 request=job.program.request,

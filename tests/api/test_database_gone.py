@@ -15,10 +15,11 @@ from gateways import ROOM, Agreeable, GatewayService, body, description_of_nothi
 
 import api.database
 from api.away import AwayError
+from api.claiming import all_to_each
 from api.database import open_database
 from api.patience import patient
 from api.store import RequestState, Store
-from cluster.requests import ControllerStore, DeploymentState, Finished
+from cluster.requests import ControllerStore, DeploymentState, Divide, Finished
 from polytrace.wire import result_header
 from scheduling.plan import RequestId
 
@@ -195,8 +196,8 @@ def test_what_an_unheard_answer_claimed_is_claimed_again(tmp_path: Path, server:
     class Deaf(Store):
         is_deaf = False
 
-        def claim(self, model: str, limit: int) -> list[Any]:
-            claims = super().claim(model, limit)
+        def claim(self, model: str, limit: int, divide: Divide = all_to_each) -> list[Any]:
+            claims = super().claim(model, limit, divide)
             if self.is_deaf:
                 self.is_deaf = False
                 raise AwayError("the answer was lost")

@@ -532,3 +532,22 @@ def description() -> ModelDescription:
         row_multiple=1,
         has_kept_rows=True,
     )
+
+
+def test_a_submit_says_whether_somebody_waits_for_it(service: Service) -> None:
+    def kept(headers: dict[str, str]) -> bool:
+        posted = service.http.post("/v1/models/m/requests", content=body(HOLD), headers=headers)
+        assert posted.status_code == 202, posted.text
+        rows = service.store._db.rows("SELECT is_interactive FROM requests WHERE id = ?", (posted.json()["id"],))
+        service.http.delete(f"/v1/requests/{posted.json()['id']}")
+        return bool(rows[0][0])
+
+    assert kept({}) is False
+    assert kept({"Prefer": "wait=0.1"}) is True
+    assert kept({"Prefer": "wait=0.1", "X-Polytrace-Class": "batch"}) is False
+    assert kept({"X-Polytrace-Class": "interactive"}) is True
+    refused = service.http.post("/v1/models/m/requests", content=body(HOLD), headers={"X-Polytrace-Class": "urgent"})
+    assert refused.status_code == 400 and "interactive or batch" in refused.text
+    told = service.http.post("/v1/models/m/requests", content=body(HOLD)).json()
+    assert {"queue_position", "expected_start"} <= told.keys()
+    service.http.delete(f"/v1/requests/{told['id']}")

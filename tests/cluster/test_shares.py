@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from api.identity import Identity
 from api.store import MAX_ATTEMPTS, RequestState, Store
 from cluster.requests import Claimed, DeploymentState, Finished
 from cluster.shares import Share, Shares
@@ -77,12 +78,12 @@ def test_a_full_replica_leaves_the_rest_to_others_and_then_to_the_store(store: S
     shares, (first, second) = shares_of(store, 2, max_active=2)
     requests = [add(1) for _ in range(7)]
     shares.give_out()
-    assert (first.num_requests, second.num_requests) == (2, 2)
-    assert [state(store, request) for request in requests].count(RequestState.QUEUED) == 3
+    assert (first.num_requests, second.num_requests) == (2, 1), "one place stays free for another tenant"
+    assert [state(store, request) for request in requests].count(RequestState.QUEUED) == 4
     done = claimed(first)
     end(first, *done)
     shares.give_out()
-    assert (first.num_requests, second.num_requests) == (2, 2)
+    assert first.num_requests + second.num_requests == 3
 
 
 def test_requests_wait_in_the_store_while_no_replica_takes_any(store: Store, add: Add) -> None:
@@ -164,3 +165,15 @@ def test_a_replica_hears_only_of_its_own_cancellations(store: Store, add: Add) -
     store.cancel(mine)
     store.cancel(others)
     assert (first.cancellations("m"), second.cancellations("m")) == ([mine], [others])
+
+
+def test_what_is_worked_out_next_is_another_tenants_when_one_has_many(store: Store, add: Add) -> None:
+    shares, (share,) = shares_of(store, 1)
+    many = [add(1) for _ in range(40)]
+    shares.give_out()
+    assert [one.request for one in share.claim("m", 4)] == many[:4]
+    request = store.new_id()
+    store.request_path(request).write_bytes(b"request")
+    store.add(request, "m", b"[]", work=1, max_open=1000, caller=Identity(tenant="other", user="someone"))
+    shares.give_out()
+    assert [one.request for one in share.claim("m", 4)] == [request, *many[4:7]]

@@ -60,6 +60,7 @@ def upgrade() -> None:
         sqlite_where=is_open,
         postgresql_where=is_open,
     )
+    op.create_index("requests_started", "requests", ["model", "tenant", "started"])
     op.create_index("requests_of", "requests", ["tenant", "user_name", "created"])
     op.create_index("requests_hold", "requests", ["tenant", "state", "result_bytes", "tokens"])
     op.create_table(
