@@ -24,16 +24,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-BYTES_PER_TOKEN_LAYER = 1 << 16  # moved bytes that count as one row through one layer
-
 _MAX_REMEMBERED = 4096  # tenants with counters that say no more than a newcomer's
 
 Work = TypeVar("Work")
-
-
-def cost_of(token_layers: float, moved_bytes: float = 0.0) -> float:
-    """The cost of a piece of work, in token-layers."""
-    return token_layers + moved_bytes / BYTES_PER_TOKEN_LAYER
 
 
 class FairShares:

@@ -28,14 +28,14 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from heapq import heapify, heappop, heapreplace
 
-from polytrace.certificate import PassEntry
+from polytrace.certificate import PassEntry, charge
 from polytrace.description import ModelDescription, PassLayout
 from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError, TooLargeError
 from scheduling.ahead import Ahead
 from scheduling.caches import caches_of
 from scheduling.checks import table_of
 from scheduling.costs import token_layers
-from scheduling.fair import FairShares, cost_of
+from scheduling.fair import FairShares
 from scheduling.fair_choice import FairChoice
 from scheduling.generating import Generating
 from scheduling.jobs import Flight, Job, Outcome, Progress
@@ -417,7 +417,7 @@ class Scheduler:
                 self._end(job, error)
                 continue
             step, offset = (0, 0) if member is None else (member.step, member.offset)
-            self._charge(job, cost_of(0, moved_in(results, job.program.request)))
+            self._charge(job, charge(0, moved_in(results, job.program.request)))
             job.account.enter(told[job.tenant], results, job.now, step, offset, values.get(job.program.request, {}))
             if member is not None and job.generating is not None:
                 job.generating.take(results)
@@ -562,7 +562,7 @@ class Scheduler:
             generating=job.generating,
             spared=0 if job.ahead is None else job.ahead.spared,
         )
-        self._charge(job, cost_of(receipt.token_layers, receipt.moved_bytes) - job.charged)
+        self._charge(job, charge(receipt.token_layers, receipt.moved_bytes) - job.charged)
         if job.generating is not None and not job.generating.is_ending:
             self._ended.append(job.program.request)  # no plan could say that it was the last
         prefixes = []

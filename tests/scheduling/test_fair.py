@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.fair import FairShares, cost_of
+from polytrace.certificate import charge
+from scheduling.fair import FairShares
 from scheduling.fair_choice import FairChoice
 from scheduling.policy import FirstComeFirstServed
 
@@ -164,7 +165,7 @@ def test_steps_do_not_starve_a_tenant_without_any() -> None:
 def test_what_was_measured_puts_a_counter_right() -> None:
     shares = FairShares({"a": 2.0})
     shares.went({"a": 10.0, "b": 10.0}, ["a", "b"])
-    shares.correct("a", cost_of(4, 2 * (1 << 16)))
+    shares.correct("a", charge(4, 2 * (1 << 16)))
     assert shares.counter("a") == (10 + 6) / 2
     shares.correct("b", -3)
     assert shares.order(["a", "b"]) == ["b", "a"]

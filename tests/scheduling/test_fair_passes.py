@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from polytrace.certificate import Receipt
+from polytrace.certificate import Receipt, charge
 from polytrace.codec import to_json
-from scheduling.fair import FairShares, cost_of
+from scheduling.fair import FairShares
 from scheduling.plan import PAGE, Plan, Program, RequestId
 from scheduling.program import owned
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
@@ -101,7 +101,7 @@ def test_what_a_request_did_cost_is_what_its_tenant_is_charged() -> None:
     due: dict[str, float] = defaultdict(float)
     for outcome in run_with(scheduler):
         assert outcome.receipt is not None
-        due[outcome.request[0]] += cost_of(outcome.receipt.token_layers, outcome.receipt.moved_bytes)
+        due[outcome.request[0]] += charge(outcome.receipt.token_layers, outcome.receipt.moved_bytes)
     assert books.charged == pytest.approx(due)
 
 
