@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api import accounting, key_commands, operations, purge_command, store_commands, tenant_commands
+from api import accounting, job_commands, key_commands, operations, purge_command, store_commands, tenant_commands
 from api.console import errors, progress
 
 app = typer.Typer(
@@ -117,6 +117,7 @@ def serve(
 for _operation in (operations.status, operations.deploy, operations.drain, operations.resize, operations.remove):
     app.command()(_operation)
 app.command()(tenant_commands.audit)
+app.add_typer(job_commands.jobs, name="jobs")
 app.add_typer(key_commands.keys, name="keys")
 app.add_typer(tenant_commands.tenants, name="tenants")
 for _account in (accounting.validate, accounting.usage, accounting.limits):

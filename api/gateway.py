@@ -42,6 +42,7 @@ from api.oidc import Provider
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
 from api.purge_routes import PurgeRoutes
+from api.request_routes import RequestRoutes
 from api.result_response import StoredResultResponse
 from api.results import ObjectResults
 from api.served import Checker, Deployments, Served
@@ -114,6 +115,7 @@ class Gateway:
         v1.add_api_route("/models/{name}/validate", self.validate, methods=["POST"])
         v1.add_api_route("/models/{name}/sites", self.sites, methods=["POST"])
         v1.add_api_route("/models/{name}/requests", self.submit, methods=["POST"])
+        RequestRoutes(self._store, _plain).add_to(v1)
         v1.add_api_route("/requests/{request_id}", self.status)
         v1.add_api_route("/requests/{request_id}", self.cancel, methods=["DELETE"])
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["GET"])
