@@ -61,7 +61,8 @@ def run_controller(config: ControllerConfig, store_folder: str, lifeline: int) -
     from api.patience import patient
     from cluster.controller import Controller
 
-    controller = Controller(patient(open_store(Path(store_folder), quota_bytes=quota_bytes())), config)
+    store = open_store(Path(store_folder), quota_bytes=quota_bytes(), counts_as="controller")
+    controller = Controller(patient(store), config)
     forget_database()  # shards have no use for it
 
     def stop() -> None:
@@ -72,6 +73,7 @@ def run_controller(config: ControllerConfig, store_folder: str, lifeline: int) -
     controller.start()
     rearm()  # Ray put its own handler in
     controller.run_forever()
+    store.tally.close()
 
 
 def _watch(lifeline: int, stop: Callable[[], None]) -> Callable[[], None]:

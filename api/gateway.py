@@ -38,6 +38,7 @@ from api.keeping import KeepingRoutes
 from api.key_routes import KeyRoutes
 from api.limits import Terms
 from api.logs import logs_since
+from api.metric_routes import MeasuredCalls, MetricRoutes
 from api.oidc import Provider
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
@@ -104,6 +105,7 @@ class Gateway:
         )
         problems.install(app)
         app.add_middleware(LimitedBodies)
+        app.add_middleware(MeasuredCalls, tally=self._store.tally)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
         v1.add_api_route("/models", self.list_models)
         v1.add_api_route("/models/{name}", self.describe)
@@ -131,6 +133,9 @@ class Gateway:
         openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
         self._openai.add_to(openai)
         app.include_router(openai)
+        metrics = APIRouter(dependencies=[Depends(self._require_key)])
+        MetricRoutes(self._store).add_to(metrics)
+        app.include_router(metrics)
         app.add_api_route("/healthz", self.healthz)
         app.add_api_route("/readyz", self.readyz)
         return app

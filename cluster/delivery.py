@@ -107,6 +107,7 @@ def _finished(end: Done | Finished) -> Finished:
         token_layers=receipt.token_layers,
         moved_bytes=receipt.moved_bytes,
         run_seconds=receipt.run_seconds,
+        token_layers_alone=receipt.token_layers_alone,
         saves=tuple(slot for slot in end.saves if slot.keep is None),
     )
 
