@@ -7,7 +7,6 @@ nothing outlives a supervisor that was killed.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import select
 import signal
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from api import log_lines
 from api.settings import GatewaySettings, quota_bytes
 from cluster.config import ControllerConfig
 from polytrace.codec import from_json
@@ -27,9 +27,9 @@ GRACE_S = 10.0  # from the wish to end to the end, at most
 
 def main() -> None:
     """The command line of a child. The lifeline and, for the gateway, the listening socket are open descriptors."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(process)d %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's business
     role, settings, lifeline = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+    log_lines.configure(role)
     if role == "gateway":
         run_gateway(from_json(GatewaySettings, settings), int(sys.argv[4]), lifeline)
     else:

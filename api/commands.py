@@ -7,6 +7,7 @@ typer can run. Everything heavy is imported inside the command that needs it, so
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,12 +77,19 @@ def serve(
     ] = False,
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
+    log_format: Annotated[
+        str | None, typer.Option(help="Of the logs in the store's folder: text or json.", envvar="POLYTRACE_LOG_FORMAT")
+    ] = None,
 ) -> None:
     """Serve MODEL over HTTP until SIGTERM or Ctrl-C. `deploy` adds others."""
     with errors():
+        from api import log_lines
         from api.settings import deployment_spec, serve_settings
         from api.supervisor import Supervisor
 
+        if log_format is not None:
+            os.environ["POLYTRACE_LOG_FORMAT"] = log_format  # the processes that it starts read it there
+        log_lines.check()
         spec = None
         if model is not None:
             spec = deployment_spec(

@@ -37,6 +37,7 @@ from api.idempotency import AcceptedBeforeError, Returning, check_same, key_of, 
 from api.keeping import KeepingRoutes
 from api.key_routes import KeyRoutes
 from api.limits import Terms
+from api.log_lines import about_call
 from api.logs import logs_since
 from api.metric_routes import MeasuredCalls, MetricRoutes
 from api.oidc import Provider
@@ -261,6 +262,7 @@ class Gateway:
         served = self._deployments.taking(name, caller)
         terms = await self._admission.begin(caller, name)
         request_id = self._store.new_id()
+        about_call(request=request_id)
         try:
             await self._receive(request_id, request, served, terms)
             verdict, _ = await asyncio.gather(
@@ -348,7 +350,9 @@ class Gateway:
         self._streams.ring()
 
     async def _require_key(self, request: Request) -> None:
-        request.state.caller = await self._access.identify(request.headers.get("authorization", ""))
+        caller = await self._access.identify(request.headers.get("authorization", ""))
+        request.state.caller = caller
+        about_call(tenant=caller.tenant, user=caller.user)
 
     async def _operated(
         self, request: Request, name: str, act: Callable[[], Deployment], details: Mapping[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from anyio import to_thread
@@ -12,9 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import figures
 from api.callers import operator_of
+from api.log_lines import begin_call
 from api.metrics import Metrics
 from api.store import Store
 from api.tally import Tally
+
+_log = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"))
@@ -47,7 +51,7 @@ class MeasuredCalls:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), _NOT_BEGUN
+        began, status, about = time.perf_counter(), _NOT_BEGUN, begin_call()
 
         async def sent(message: Message) -> None:
             nonlocal status
@@ -60,7 +64,13 @@ class MeasuredCalls:
         finally:
             route = str(getattr(scope.get("route"), "path", "none"))
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._tally.observe(figures.HTTP, route, method, str(status), value=time.perf_counter() - began)
-            code = scope.get("state", {}).get("error_code")
+            seconds, code = time.perf_counter() - began, scope.get("state", {}).get("error_code")
+            self._tally.observe(figures.HTTP, route, method, str(status), value=seconds)
             if code is not None:
                 self._tally.count(figures.HTTP_ERRORS, code)
+            if _log.isEnabledFor(logging.INFO):
+                named = scope.get("path_params", {})
+                about.setdefault("request", named.get("request_id"))
+                about.setdefault("model", named.get("name") if route.startswith("/v1/models/") else None)
+                done = {"method": method, "route": route, "status": status, "seconds": round(seconds, 6), "code": code}
+                _log.info("%s %s %d", method, route, status, extra=done | about)

@@ -585,7 +585,7 @@ class Store(Catalogue):
                     usage.enter(db, end, row[:3], row[3], now)
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
                     are_awaited |= self.contents.end_uses(db, end.request)
-                    changed.append(Ended(end, row[2], bool(row[4]), row[5], row[6], row[3]))
+                    changed.append(Ended(end, *row[:3], bool(row[4]), row[5], row[6], row[3]))
         self.contents.collect()
         self.gateway_bell.ring()
         if are_awaited:
@@ -701,7 +701,7 @@ class Store(Catalogue):
             if not has_result:
                 self.results.drop(request)
         except AwayError as error:  # the request has ended all the same, and a sweep takes what is left
-            _log.warning("files of %s stay for now: %s", request, error)
+            _log.warning("files of %s stay for now: %s", request, error, extra={"request": request})
 
     def _leave(self, db: Transaction, end: Finished, digests: Sequence[str]) -> Finished:
         """What a request leaves gets its names, all of it, or the request fails."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 from api import figures
 from api.figures import class_of
@@ -10,12 +12,16 @@ from api.tally import Tally
 from cluster.requests import Finished, PassFigures
 from polytrace.errors import CancelledError, PolytraceError
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A request that has ended, as its row says."""
 
     end: Finished
+    tenant: str
+    user: str
     model: str
     is_interactive: bool
     created: float
@@ -30,6 +36,9 @@ def tell_ended(tally: Tally, ended: Ended, now: float) -> None:
     if ended.started is not None:
         tally.observe(figures.QUEUE, model, kind, value=max(0.0, ended.started - ended.created))
         tally.observe(figures.RUN, model, kind, value=max(0.0, now - ended.started))
+    if _log.isEnabledFor(logging.INFO):
+        state = "done" if end.error is None else f"ended: {end.error.code}"
+        _log.info("request %s is %s", end.request, state, extra=_about(ended, now))
     tally.count(figures.TOKEN_LAYERS, model, by=end.token_layers)
     tally.count(figures.MOVED, model, by=end.moved_bytes)
     if end.error is None:
@@ -57,3 +66,14 @@ def tell_pass(tally: Tally, model: str, told: PassFigures) -> None:
     tally.observe(figures.PASS_SECONDS, model, value=told.seconds)
     for stage, seconds in enumerate(told.busy_seconds):
         tally.count(figures.STAGE_BUSY, model, str(stage), by=seconds)
+
+
+def _about(ended: Ended, now: float) -> dict[str, Any]:
+    return {
+        "request": ended.end.request,
+        "tenant": ended.tenant,
+        "user": ended.user,
+        "model": ended.model,
+        "seconds": round(now - ended.created, 6),
+        "code": None if ended.end.error is None else ended.end.error.code,
+    }

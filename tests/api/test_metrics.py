@@ -142,7 +142,7 @@ def test_calls_are_measured_by_route_and_refusals_counted_by_code(service: Gatew
     one = {"method": "GET", "status": "404"}
     assert more("polytrace_http_seconds_count", route="/v1/requests/{request_id}", **one) == 3
     assert more("polytrace_http_seconds_count", route="none", **one) == 1
-    assert more("polytrace_http_errors_total", code="not_found") == 4
+    assert more("polytrace_http_errors_total", code="not-found") == 4
     assert not any("PROPFIND" in str(key) or "nowhere" in str(key) for key in after)
 
 
