@@ -15,7 +15,16 @@ from typing import Annotated, Any
 
 import typer
 
-from api import accounting, job_commands, key_commands, operations, purge_command, store_commands, tenant_commands
+from api import (
+    accounting,
+    job_commands,
+    key_commands,
+    operations,
+    purge_command,
+    store_commands,
+    tenant_commands,
+    watch_commands,
+)
 from api.console import errors, progress
 
 app = typer.Typer(
@@ -131,6 +140,8 @@ app.add_typer(tenant_commands.tenants, name="tenants")
 for _account in (accounting.validate, accounting.usage, accounting.limits):
     app.command()(_account)
 app.command()(purge_command.purge)
+app.command()(watch_commands.doctor)
+app.command()(watch_commands.top)
 app.add_typer(store_commands.store, name="store")
 
 

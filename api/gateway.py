@@ -44,6 +44,7 @@ from api.oidc import Provider
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
 from api.purge_routes import PurgeRoutes
+from api.readiness import Readiness
 from api.request_routes import RequestRoutes
 from api.result_response import StoredResultResponse
 from api.results import ObjectResults
@@ -84,6 +85,7 @@ class Gateway:
         self._tenants = TenantRoutes(store.tenants, store.audit, self._access.forget)
         self._keys = KeyRoutes(store.keys, self._access.forget, settings.key_ttl_s)
         self._deployments = Deployments(store, checker)
+        self._readiness = Readiness(store)
         self._waiting = Waiting(store)
         self._admission = Admission(store, settings, checker)
         self._edits = EditRoutes(store, settings, checker, self._deployments)
@@ -152,7 +154,9 @@ class Gateway:
         return {"status": "ok"}
 
     async def readyz(self, model: str | None = None) -> dict[str, str]:
-        """A deployment, or the named one, is loaded, self-tested and takes requests."""
+        """A deployment, or the named one, is loaded, self-tested and takes requests, and these can be stored."""
+        if (reason := await self._readiness.lacking()) is not None:
+            raise CapacityError(reason)
         if (reason := self._deployments.not_ready(model)) is not None:
             raise CapacityError(reason)
         return {"status": "ready"}

@@ -74,10 +74,10 @@ class Metrics(Collector):
             for labels, value in sorted(both.counts(what).items()):
                 counter.add_metric(labels, value)
             yield counter
-        for what in HISTOGRAMS:
-            histogram = HistogramMetricFamily(what.name, what.help, labels=what.labels)
-            for labels, (total, below) in sorted(both.spreads(what).items()):
-                names = [*(str(bucket) for bucket in what.buckets), "+Inf"]
+        for spread in HISTOGRAMS:
+            histogram = HistogramMetricFamily(spread.name, spread.help, labels=spread.labels)
+            for labels, (total, below) in sorted(both.spreads(spread).items()):
+                names = [*(str(bucket) for bucket in spread.buckets), "+Inf"]
                 histogram.add_metric(labels, list(zip(names, below, strict=True)), total)
             yield histogram
 

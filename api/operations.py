@@ -193,6 +193,12 @@ class Service:
             raise from_fields({"code": body.get("code", ""), "message": told})
         return body
 
+    def headers(self, path: str) -> dict[str, str]:
+        """What a path's answer has beside its body, by lower-case names."""
+        from polytrace.http_calls import call
+
+        return {name.lower(): value for name, value in call(self._client, self._url, "GET", path).headers.items()}
+
     def text(self, path: str, **more: Any) -> str:
         """What a path has as text."""
         from polytrace.http_calls import call

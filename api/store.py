@@ -585,7 +585,7 @@ class Store(Catalogue):
                     usage.enter(db, end, row[:3], row[3], now)
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
                     are_awaited |= self.contents.end_uses(db, end.request)
-                    changed.append(Ended(end, *row[:3], bool(row[4]), row[5], row[6], row[3]))
+                    changed.append(Ended(end, row[0], row[1], row[2], bool(row[4]), row[5], row[6], row[3]))
         self.contents.collect()
         self.gateway_bell.ring()
         if are_awaited:
