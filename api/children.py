@@ -58,10 +58,12 @@ def run_gateway(settings: GatewaySettings, listener_fd: int, lifeline: int) -> N
 def run_controller(config: ControllerConfig, store_folder: str, lifeline: int) -> None:
     """Joins Ray, and serves the deployments that the store wants."""
     from api.opening import forget_database, open_store
+    from api.otlp import traces
     from api.patience import patient
     from cluster.controller import Controller
 
     store = open_store(Path(store_folder), quota_bytes=quota_bytes(), counts_as="controller")
+    store.traces = traces("controller")
     controller = Controller(patient(store), config)
     forget_database()  # shards have no use for it
 
@@ -74,6 +76,8 @@ def run_controller(config: ControllerConfig, store_folder: str, lifeline: int) -
     rearm()  # Ray put its own handler in
     controller.run_forever()
     store.tally.close()
+    if store.traces is not None:
+        store.traces.close()
 
 
 def _watch(lifeline: int, stop: Callable[[], None]) -> Callable[[], None]:

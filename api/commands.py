@@ -89,16 +89,23 @@ def serve(
     log_format: Annotated[
         str | None, typer.Option(help="Of the logs in the store's folder: text or json.", envvar="POLYTRACE_LOG_FORMAT")
     ] = None,
+    otlp: Annotated[
+        str | None, typer.Option(help="URL of a collector for OpenTelemetry.", envvar="OTEL_EXPORTER_OTLP_ENDPOINT")
+    ] = None,
 ) -> None:
     """Serve MODEL over HTTP until SIGTERM or Ctrl-C. `deploy` adds others."""
     with errors():
         from api import log_lines
+        from api.otlp import check_url
         from api.settings import deployment_spec, serve_settings
         from api.supervisor import Supervisor
 
         if log_format is not None:
             os.environ["POLYTRACE_LOG_FORMAT"] = log_format  # the processes that it starts read it there
         log_lines.check()
+        if otlp is not None:
+            check_url(otlp)
+            os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = otlp
         spec = None
         if model is not None:
             spec = deployment_spec(

@@ -66,11 +66,13 @@ class MeasuredCalls:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             seconds, code = time.perf_counter() - began, scope.get("state", {}).get("error_code")
             self._tally.observe(figures.HTTP, route, method, str(status), value=seconds)
-            if code is not None:
+            is_probe = route in ("/healthz", "/readyz")  # asked all the time: no news
+            if code is not None and not is_probe:
                 self._tally.count(figures.HTTP_ERRORS, code)
-            if _log.isEnabledFor(logging.INFO):
+            level = logging.DEBUG if is_probe else logging.INFO
+            if _log.isEnabledFor(level):
                 named = scope.get("path_params", {})
                 about.setdefault("request", named.get("request_id"))
                 about.setdefault("model", named.get("name") if route.startswith("/v1/models/") else None)
                 done = {"method": method, "route": route, "status": status, "seconds": round(seconds, 6), "code": code}
-                _log.info("%s %s %d", method, route, status, extra=done | about)
+                _log.log(level, "%s %s %d", method, route, status, extra=done | about)

@@ -53,6 +53,7 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_RESULT_TTL_S": "seconds that a result and its events are kept after the request has ended",
     "POLYTRACE_UPLOAD_IDLE_S": "silence after which an upload is given up",
     "POLYTRACE_BUDGET_TOKENS": "most rows in one merged pass",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "an OpenTelemetry collector that gets a trace of each request: http://HOST:4318",
     "POLYTRACE_LOG_FORMAT": "text or json: lines of the logs of the gateway and the controller",
     "POLYTRACE_LOG_LEVEL": "debug, info, warning or error; default: warning, of JSON info",
     "RAY_AUTH_MODE": "`token` (what the service sets) or `disabled` (only for a test cluster on one machine)",

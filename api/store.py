@@ -52,6 +52,7 @@ from api.keys import Keys
 from api.limits import NO_DEMAND, Demand, Terms
 from api.logs import logs_as_json
 from api.objects import Objects
+from api.otlp import Traces
 from api.quotas import Queues
 from api.results import FileResults, ObjectResults, Results, allocate
 from api.settings import DEFAULT_QUOTA_BYTES, DEFAULT_RESULT_TTL_S
@@ -138,6 +139,7 @@ class Store(Catalogue):
         for path in (self.folder, self._requests, self._results):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.tally = Tally(self.counts_path(counts_as))
+        self.traces: Traces | None = None  # where an operator wants some
         self.controller_bell = Doorbell(self.folder / "controller.bell")
         self.gateway_bell = Doorbell(self.folder / "gateway.bell")
         self.events_bell = Doorbell(self.folder / "events.bell")  # rung at every step: it costs the gateway little
@@ -162,6 +164,8 @@ class Store(Catalogue):
         """Gives the files back. Nothing is lost without it."""
         self._syncers.shutdown()
         self.tally.close()
+        if self.traces is not None:
+            self.traces.close()
         self._db.close()
         self.controller_bell.close()
         self.gateway_bell.close()
@@ -592,6 +596,8 @@ class Store(Catalogue):
             self.controller_bell.ring()
         for each in changed:
             tell_ended(self.tally, each, now)
+            if self.traces is not None:
+                self.traces.tell(each, now)
         # 3) what is no longer needed
         for end in finished:
             self._noted.pop(end.request, None)
