@@ -15,6 +15,7 @@ from functools import partial
 
 from anyio import to_thread
 
+from api.figures import CHECK
 from api.idempotency import Submit
 from api.identity import Identity
 from api.limits import Terms, limits_from_text
@@ -89,7 +90,9 @@ class Admission:
         `certify` is to say what it takes even so; `certificate` says whether it would be taken.
         """
         path, contents = self._store.request_path(request), self._store.contents.folder_of(caller.owner)
+        began = time.perf_counter()
         verdict = await self._checker.check(terms.model, served.version, path, contents=contents, certify=certify)
+        self._store.tally.observe(CHECK, terms.model, value=time.perf_counter() - began)
         if certify and verdict.error is None:
             return verdict
         return await self.held(verdict, request, served, caller, terms)

@@ -7,7 +7,6 @@ nothing outlives a supervisor that was killed.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import select
 import signal
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from api import log_lines
 from api.settings import GatewaySettings, quota_bytes
 from cluster.config import ControllerConfig
 from polytrace.codec import from_json
@@ -27,9 +27,9 @@ GRACE_S = 10.0  # from the wish to end to the end, at most
 
 def main() -> None:
     """The command line of a child. The lifeline and, for the gateway, the listening socket are open descriptors."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(process)d %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's business
     role, settings, lifeline = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+    log_lines.configure(role)
     if role == "gateway":
         run_gateway(from_json(GatewaySettings, settings), int(sys.argv[4]), lifeline)
     else:
@@ -58,10 +58,13 @@ def run_gateway(settings: GatewaySettings, listener_fd: int, lifeline: int) -> N
 def run_controller(config: ControllerConfig, store_folder: str, lifeline: int) -> None:
     """Joins Ray, and serves the deployments that the store wants."""
     from api.opening import forget_database, open_store
+    from api.otlp import traces
     from api.patience import patient
     from cluster.controller import Controller
 
-    controller = Controller(patient(open_store(Path(store_folder), quota_bytes=quota_bytes())), config)
+    store = open_store(Path(store_folder), quota_bytes=quota_bytes(), counts_as="controller")
+    store.traces = traces("controller")
+    controller = Controller(patient(store), config)
     forget_database()  # shards have no use for it
 
     def stop() -> None:
@@ -72,6 +75,9 @@ def run_controller(config: ControllerConfig, store_folder: str, lifeline: int) -
     controller.start()
     rearm()  # Ray put its own handler in
     controller.run_forever()
+    store.tally.save()
+    if store.traces is not None:
+        store.traces.close()
 
 
 def _watch(lifeline: int, stop: Callable[[], None]) -> Callable[[], None]:

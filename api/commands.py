@@ -7,6 +7,7 @@ typer can run. Everything heavy is imported inside the command that needs it, so
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,16 @@ from typing import Annotated, Any
 
 import typer
 
-from api import accounting, key_commands, operations, purge_command, store_commands, tenant_commands
+from api import (
+    accounting,
+    job_commands,
+    key_commands,
+    operations,
+    purge_command,
+    store_commands,
+    tenant_commands,
+    watch_commands,
+)
 from api.console import errors, progress
 from cluster.config import ShareAcross
 
@@ -78,12 +88,26 @@ def serve(
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
     share_across: operations.Sharing = ShareAcross.TENANT,
+    log_format: Annotated[
+        str | None, typer.Option(help="Of the logs in the store's folder: text or json.", envvar="POLYTRACE_LOG_FORMAT")
+    ] = None,
+    otlp: Annotated[
+        str | None, typer.Option(help="URL of a collector for OpenTelemetry.", envvar="OTEL_EXPORTER_OTLP_ENDPOINT")
+    ] = None,
 ) -> None:
     """Serve MODEL over HTTP until SIGTERM or Ctrl-C. `deploy` adds others."""
     with errors():
+        from api import log_lines
+        from api.otlp import check_url
         from api.settings import deployment_spec, serve_settings
         from api.supervisor import Supervisor
 
+        if log_format is not None:
+            os.environ["POLYTRACE_LOG_FORMAT"] = log_format  # the processes that it starts read it there
+        log_lines.check()
+        if otlp is not None:
+            check_url(otlp)
+            os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = otlp
         spec = None
         if model is not None:
             spec = deployment_spec(
@@ -120,11 +144,14 @@ def serve(
 for _operation in (operations.status, operations.deploy, operations.drain, operations.resize, operations.remove):
     app.command()(_operation)
 app.command()(tenant_commands.audit)
+app.add_typer(job_commands.jobs, name="jobs")
 app.add_typer(key_commands.keys, name="keys")
 app.add_typer(tenant_commands.tenants, name="tenants")
 for _account in (accounting.validate, accounting.usage, accounting.limits):
     app.command()(_account)
 app.command()(purge_command.purge)
+app.command()(watch_commands.doctor)
+app.command()(watch_commands.top)
 app.add_typer(store_commands.store, name="store")
 
 

@@ -96,7 +96,7 @@ class EventLog:
             with self._lock:
                 self._append(request, tokens, values)
         except OSError:
-            _log.exception("events of %s could not be written", request)
+            _log.exception("events of %s could not be written", request, extra={"request": request})
             self.forget(request)
 
     def complete(

@@ -39,11 +39,15 @@ from api.idempotency import AcceptedBeforeError, Returning, check_same, key_of, 
 from api.keeping import KeepingRoutes
 from api.key_routes import KeyRoutes
 from api.limits import Terms
+from api.log_lines import about_call
 from api.logs import logs_since
+from api.metric_routes import MeasuredCalls, MetricRoutes
 from api.oidc import Provider
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
 from api.purge_routes import PurgeRoutes
+from api.readiness import Readiness
+from api.request_routes import RequestRoutes
 from api.result_response import StoredResultResponse
 from api.results import ObjectResults
 from api.served import Checker, Deployments, Served
@@ -84,6 +88,7 @@ class Gateway:
         self._tenants = TenantRoutes(store.tenants, store.audit, self._access.forget)
         self._keys = KeyRoutes(store.keys, self._access.forget, settings.key_ttl_s)
         self._deployments = Deployments(store, checker)
+        self._readiness = Readiness(store)
         self._waiting = Waiting(store)
         self._admission = Admission(store, settings, checker)
         self._edits = EditRoutes(store, settings, checker, self._deployments)
@@ -106,6 +111,7 @@ class Gateway:
         )
         problems.install(app)
         app.add_middleware(LimitedBodies)
+        app.add_middleware(MeasuredCalls, tally=self._store.tally)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
         v1.add_api_route("/models", self.list_models)
         v1.add_api_route("/models/{name}", self.describe)
@@ -117,6 +123,7 @@ class Gateway:
         v1.add_api_route("/models/{name}/validate", self.validate, methods=["POST"])
         v1.add_api_route("/models/{name}/sites", self.sites, methods=["POST"])
         v1.add_api_route("/models/{name}/requests", self.submit, methods=["POST"])
+        RequestRoutes(self._store, _plain).add_to(v1)
         v1.add_api_route("/requests/{request_id}", self.status)
         v1.add_api_route("/requests/{request_id}", self.cancel, methods=["DELETE"])
         v1.add_api_route("/requests/{request_id}/result", self.result, methods=["GET"])
@@ -132,6 +139,9 @@ class Gateway:
         openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
         self._openai.add_to(openai)
         app.include_router(openai)
+        metrics = APIRouter(dependencies=[Depends(self._require_key)])
+        MetricRoutes(self._store).add_to(metrics)
+        app.include_router(metrics)
         app.add_api_route("/healthz", self.healthz)
         app.add_api_route("/readyz", self.readyz)
         return app
@@ -147,7 +157,9 @@ class Gateway:
         return {"status": "ok"}
 
     async def readyz(self, model: str | None = None) -> dict[str, str]:
-        """A deployment, or the named one, is loaded, self-tested and takes requests."""
+        """A deployment, or the named one, is loaded, self-tested and takes requests, and these can be stored."""
+        if (reason := await self._readiness.lacking()) is not None:
+            raise CapacityError(reason)
         if (reason := self._deployments.not_ready(model)) is not None:
             raise CapacityError(reason)
         return {"status": "ready"}
@@ -259,6 +271,7 @@ class Gateway:
         served = self._deployments.taking(name, caller)
         terms = await self._admission.begin(caller, name)
         request_id = self._store.new_id()
+        about_call(request=request_id)
         try:
             await self._receive(request_id, request, served, terms)
             verdict, _ = await asyncio.gather(
@@ -348,7 +361,9 @@ class Gateway:
         self._streams.ring()
 
     async def _require_key(self, request: Request) -> None:
-        request.state.caller = await self._access.identify(request.headers.get("authorization", ""))
+        caller = await self._access.identify(request.headers.get("authorization", ""))
+        request.state.caller = caller
+        about_call(tenant=caller.tenant, user=caller.user)
 
     async def _operated(
         self, request: Request, name: str, act: Callable[[], Deployment], details: Mapping[str, Any] = {}

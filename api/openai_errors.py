@@ -82,13 +82,17 @@ def openai_route(require_key: Callable[[Request], Awaitable[None]]) -> type[APIR
                     await limited.body()  # here: what it raises would be lost in the framework
                     return await handle(limited)
                 except FieldError as found:
-                    return error_answer(found.error, found.param)
+                    return refused(request, found.error, found.param)
                 except PolytraceError as error:
-                    return error_answer(error)
+                    return refused(request, error)
                 except RequestValidationError as error:
-                    return error_answer(wish_error(error.errors()))
+                    return refused(request, wish_error(error.errors()))
                 except HTTPException as error:  # the framework could not parse the body
-                    return error_answer(WishError(str(error.detail), None))
+                    return refused(request, WishError(str(error.detail), None))
+
+            def refused(request: Request, error: PolytraceError, param: str | None = None) -> Response:
+                request.state.error_code = error.code  # for the metrics
+                return error_answer(error, param)
 
             return handler
 

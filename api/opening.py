@@ -15,13 +15,14 @@ from api.store import Store
 DATABASE, OBJECTS = "POLYTRACE_DATABASE", "POLYTRACE_OBJECTS"
 
 
-def open_store(folder: Path, *, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> Store:
+def open_store(folder: Path, *, quota_bytes: int = DEFAULT_QUOTA_BYTES, counts_as: str = "gateway") -> Store:
     """The store whose folder this is, with its database and its objects."""
     return Store(
         folder,
         database=from_environment(DATABASE, str, None),
         objects=from_environment(OBJECTS, str, None),
         quota_bytes=quota_bytes,
+        counts_as=counts_as,
     )
 
 

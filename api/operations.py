@@ -10,6 +10,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -198,11 +199,42 @@ class Service:
             raise from_fields({"code": body.get("code", ""), "message": told})
         return body
 
+    def headers(self, path: str) -> dict[str, str]:
+        """What a path's answer has beside its body, by lower-case names."""
+        from polytrace.http_calls import call
+
+        return {name.lower(): value for name, value in call(self._client, self._url, "GET", path).headers.items()}
+
     def text(self, path: str, **more: Any) -> str:
         """What a path has as text."""
         from polytrace.http_calls import call
 
         return call(self._client, self._url, "GET", path, **more).text
+
+    def download(self, path: str, to: Path) -> int:
+        """Writes a result into a file, which is whole or not there. Its bytes. ConflictError while there is none."""
+        import httpx
+
+        from polytrace.errors import ConflictError, ServiceError
+        from polytrace.http_calls import check
+
+        part = to.with_name(f"{to.name}.part")
+        try:
+            with self._client.stream("GET", path) as answer:
+                check(answer)
+                if answer.status_code == 202:
+                    answer.read()
+                    told = answer.json()
+                    raise ConflictError(f"{told['id']} is {told['state']}: there is no result yet; ask again later")
+                with part.open("wb") as file:
+                    for piece in answer.iter_bytes(4 << 20):
+                        file.write(piece)
+            part.replace(to)
+        except httpx.HTTPError as error:
+            raise ServiceError(f"the result did not come whole from {self._url}: {error}") from error
+        finally:
+            part.unlink(missing_ok=True)
+        return to.stat().st_size
 
     def deployments(self) -> list[Entry]:
         return list(self.ask("GET", "/v1/models")["models"])

@@ -108,6 +108,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 async def _on_ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, PolytraceError)
+    request.state.error_code = error.code  # for the metrics
     return problem(error)
 
 
@@ -120,17 +121,20 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     elif status is HTTPStatus.METHOD_NOT_ALLOWED:
         detail = f"{request.method} is not possible on {request.url.path}"
     code = _CODES.get(status, UserError.code if status < 500 else ServiceError.code)
+    request.state.error_code = code
     return _answer(status, status.phrase, detail, code, None, error.headers)
 
 
 async def _on_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    request.state.error_code = UserError.code
     detail = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
     return _answer(HTTPStatus.BAD_REQUEST, "A parameter is wrong", detail, UserError.code, None, None)
 
 
 async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
     # the server's log has the traceback; what the user sees names no internals
+    request.state.error_code = ServiceError.code
     return problem(ServiceError("the gateway failed on this call; it is in the service's log"))
 
 

@@ -146,7 +146,7 @@ class Deployments:
             served = await to_thread.run_sync(_serve, published, revision)
             await self._checker.warm(name, served.version)
         except Exception:  # noqa: BLE001  the edge of a task: it stays unready, and is tried again
-            _log.exception("%s cannot be served yet", name)
+            _log.exception("%s cannot be served yet", name, extra={"model": name})
             asyncio.get_running_loop().call_later(RETRY_S, self.ring)
         else:
             self._served[name] = served

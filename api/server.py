@@ -17,6 +17,7 @@ class GatewayServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 gateway.app(),
+                log_config=None,  # its lines are among ours (`api.log_lines`)
                 log_level="warning",
                 access_log=False,
                 server_header=False,

@@ -5,6 +5,7 @@
     results/<id>.safetensors      filled by the shards (`api.results`); complete when the state says done; it, the
                                   events and the state go some time after the end (`api.expiry`)
     contents/<owner>/<hash>       what was uploaded or kept (`api.contents`)
+    gateway.counts, controller.counts    what each has counted (`api.tally`)
     events/<id>                   what a generation tells while it runs (`api.events`)
     controller.bell, gateway.bell, events.bell    who wakes whom
 
@@ -34,7 +35,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from api import idempotency, quotas, usage
+from api import figures, idempotency, quotas, usage
 from api.audit import Audit
 from api.away import AwayError
 from api.catalogue import Catalogue, check_taking
@@ -45,20 +46,24 @@ from api.database import Transaction, open_database
 from api.doorbell import Doorbell
 from api.edits import KeptEdits
 from api.events import EventLog
+from api.figures import class_of
 from api.idempotency import Submit
 from api.identity import LOCAL, Identity
 from api.keys import Keys
 from api.limits import NO_DEMAND, Demand, Terms
 from api.logs import logs_as_json
 from api.objects import Objects
+from api.otlp import Traces
 from api.quotas import Queues
 from api.results import FileResults, ObjectResults, Results, allocate
 from api.settings import DEFAULT_QUOTA_BYTES, DEFAULT_RESULT_TTL_S
 from api.step_values import values_as_json
+from api.tally import Tally
+from api.telling import Ended, tell_end, tell_ended, tell_pass
 from api.tenants import Tenants
 from api.usage import Usage
 from cluster.config import Mode
-from cluster.requests import Claimed, Divide, Finished, LeftBehind, Place, ResultPlace
+from cluster.requests import Claimed, Divide, Finished, LeftBehind, PassFigures, Place, ResultPlace
 from polytrace.certificate import LimitLine
 from polytrace.errors import (
     CancelledError,
@@ -80,9 +85,7 @@ NOTE_S = 0.5  # between two words in the database of how far a generation is: it
 _IS_OVER = "state IN ('done', 'failed', 'cancelled')"
 _DROPPED_AT_ONCE = 500  # requests, so that others' transactions come in between
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
-_WORN_OUT = json.dumps(
-    ServiceError(f"the service broke down {MAX_ATTEMPTS} times while it ran this request").to_fields()
-)
+_WORN_OUT = ServiceError(f"the service broke down {MAX_ATTEMPTS} times while it ran this request")
 
 
 class RequestState(Enum):
@@ -130,14 +133,18 @@ class Store(Catalogue):
         objects: str | None = None,
         quota_bytes: int = DEFAULT_QUOTA_BYTES,
         clock: Callable[[], float] | None = None,
+        counts_as: str = "gateway",
     ) -> None:
         """`database`: a URL as `open_database` takes it; None: a SQLite file in the folder. `objects`: a URL as
-        `Objects` takes it, where everything durable is put; None: in the folder.
+        `Objects` takes it, where everything durable is put; None: in the folder. `counts_as`: the role of this process,
+        which no other has that counts anything.
         """
         self.folder = folder.resolve()
         self.now = clock or SteadyClock()  # seconds since the epoch
         for path in (self.folder, self._requests, self._results):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.tally = Tally(self.counts_path(counts_as))
+        self.traces: Traces | None = None  # where an operator wants some
         self.controller_bell = Doorbell(self.folder / "controller.bell")
         self.gateway_bell = Doorbell(self.folder / "gateway.bell")
         self.events_bell = Doorbell(self.folder / "events.bell")  # rung at every step: it costs the gateway little
@@ -161,10 +168,17 @@ class Store(Catalogue):
     def close(self) -> None:
         """Gives the files back. Nothing is lost without it."""
         self._syncers.shutdown()
+        self.tally.save()
+        if self.traces is not None:
+            self.traces.close()
         self._db.close()
         self.controller_bell.close()
         self.gateway_bell.close()
         self.events_bell.close()
+
+    def counts_path(self, role: str) -> Path:
+        """Where a process of this role keeps what it has counted."""
+        return self.folder / f"{role}.counts"
 
     # --- the gateway's half
 
@@ -248,6 +262,7 @@ class Store(Catalogue):
                 self.contents.use(db, request, seq, caller.owner, needs)
             db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
         self._put.discard(request)
+        self.tally.count(figures.ACCEPTED, model, class_of(is_interactive))
         self.controller_bell.ring()
         return RequestStatus(
             id=request,
@@ -295,12 +310,13 @@ class Store(Catalogue):
 
     def cancel(self, request: RequestId) -> RequestStatus | None:
         """Cancels a waiting request at once and asks the controller to cancel a running one; a finished one stays."""
-        error = json.dumps(CancelledError("the request was cancelled before it ran").to_fields())
+        error = CancelledError("the request was cancelled before it ran")
         with self._db.transaction() as db:
             gone = db.execute(
-                "UPDATE requests SET state = 'cancelled', finished = ?, error = ? WHERE id = ? AND state = 'queued'",
-                (self.now(), error, request),
-            ).rowcount
+                "UPDATE requests SET state = 'cancelled', finished = ?, error = ? WHERE id = ? AND state = 'queued' "
+                "RETURNING model, is_interactive",
+                (self.now(), json.dumps(error.to_fields()), request),
+            ).fetchone()
             asked = db.execute(
                 "UPDATE requests SET cancelled = 1 WHERE id = ? AND state = 'running'", (request,)
             ).rowcount
@@ -309,6 +325,7 @@ class Store(Catalogue):
                 asked |= self.contents.end_uses(db, request)
         self.contents.collect()
         if gone:
+            tell_end(self.tally, gone[0], class_of(gone[1]), error)
             self._drop_behind(request, has_result=False)
             self.gateway_bell.ring()
         if asked:
@@ -409,15 +426,16 @@ class Store(Catalogue):
                 db.execute(
                     "UPDATE requests SET attempts = attempts - 1 WHERE model = ? AND state = 'running'", (model,)
                 )
-            db.execute(
+            worn_out = db.execute(
                 "UPDATE requests SET state = 'failed', finished = ?, error = ? "
-                "WHERE model = ? AND state = 'running' AND attempts >= ?",
-                (self.now(), _WORN_OUT, model, MAX_ATTEMPTS),
-            )
+                "WHERE model = ? AND state = 'running' AND attempts >= ? RETURNING model, is_interactive",
+                (self.now(), json.dumps(_WORN_OUT.to_fields()), model, MAX_ATTEMPTS),
+            ).fetchall()
             count = db.execute(
                 "UPDATE requests SET state = 'queued', started = NULL WHERE model = ? AND state = 'running'", (model,)
             ).rowcount
             self.contents.end_uses_of_ended(db)
+        self._tell_worn_out(worn_out)
         self.contents.collect()
         self.gateway_bell.ring()
         return count
@@ -472,17 +490,22 @@ class Store(Catalogue):
     def give_back(self, requests: Iterable[RequestId], suspects: Iterable[RequestId]) -> None:
         doubted = set(suspects)
         with self._db.transaction() as db:
-            db.executemany(
-                "UPDATE requests SET state = 'failed', finished = ?, error = ? "
-                "WHERE id = ? AND state = 'running' AND attempts >= ?",
-                [(self.now(), _WORN_OUT, request, MAX_ATTEMPTS) for request in doubted],
-            )
+            worn_out = [
+                row
+                for request in doubted
+                for row in db.execute(
+                    "UPDATE requests SET state = 'failed', finished = ?, error = ? "
+                    "WHERE id = ? AND state = 'running' AND attempts >= ? RETURNING model, is_interactive",
+                    (self.now(), json.dumps(_WORN_OUT.to_fields()), request, MAX_ATTEMPTS),
+                ).fetchall()
+            ]
             db.executemany(
                 "UPDATE requests SET state = 'queued', started = NULL, passes_done = 0, passes = 0, logs = '[]', "
                 "attempts = attempts - ? WHERE id = ? AND state = 'running'",
                 [(int(request not in doubted), request) for request in requests],
             )
             self.contents.end_uses_of_ended(db)
+        self._tell_worn_out(worn_out)
         self.contents.collect()
         self.controller_bell.ring()
         self.gateway_bell.ring()
@@ -490,7 +513,8 @@ class Store(Catalogue):
     def refuse(self, model: str, error: PolytraceError) -> None:
         open_ = "model = ? AND state IN ('queued', 'running')"
         with self._db.transaction() as db:
-            refused = [row[0] for row in db.execute(f"SELECT id FROM requests WHERE {open_}", (model,))]
+            rows = db.execute(f"SELECT id, is_interactive FROM requests WHERE {open_}", (model,)).fetchall()
+            refused = [row[0] for row in rows]
             db.execute(
                 f"UPDATE requests SET state = 'failed', finished = ?, error = ? WHERE {open_}",
                 (self.now(), json.dumps(error.to_fields()), model),
@@ -501,6 +525,8 @@ class Store(Catalogue):
         self.contents.collect()
         self.gateway_bell.ring()
         self.controller_bell.ring()  # others may have waited for their states
+        for _, is_interactive in rows:
+            tell_end(self.tally, model, class_of(is_interactive), error)
         for request in refused:
             self.events.forget(request)
             self._drop_behind(request, has_result=False)
@@ -541,7 +567,7 @@ class Store(Catalogue):
             self.results.settle()
         # 2) the states
         now = self.now()
-        changed: list[Finished] = []
+        changed: list[Ended] = []
         are_awaited = False
         with self._db.transaction() as db:
             for end, digests in ended:
@@ -557,7 +583,8 @@ class Store(Catalogue):
                 row = db.execute(
                     "UPDATE requests SET state = ?1, finished = CASE WHEN created > ?2 THEN created ELSE ?2 END, "
                     "error = ?3, logs = '[]', token_layers = ?4, moved_bytes = ?5, result_bytes = ?6 "
-                    "WHERE id = ?7 AND state = 'running' RETURNING tenant, user_name, model, tokens",
+                    "WHERE id = ?7 AND state = 'running' "
+                    "RETURNING tenant, user_name, model, tokens, is_interactive, created, started",
                     (
                         state.value,
                         now,
@@ -572,17 +599,22 @@ class Store(Catalogue):
                     usage.enter(db, end, row[:3], row[3], now)
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
                     are_awaited |= self.contents.end_uses(db, end.request)
-                    changed.append(end)
+                    changed.append(Ended(end, row[0], row[1], row[2], bool(row[4]), row[5], row[6], row[3]))
         self.contents.collect()
         self.gateway_bell.ring()
         if are_awaited:
             self.controller_bell.ring()
+        for each in changed:
+            tell_ended(self.tally, each, now)
+            if self.traces is not None:
+                self.traces.tell(each, now)
         # 3) what is no longer needed
         for end in finished:
             self._noted.pop(end.request, None)
             self.events.forget(end.request)
             self.results.forget(end.request)
-        list(self._syncers.map(lambda end: self._drop_behind(end.request, has_result=end.error is None), changed))
+        drop = self._drop_behind
+        list(self._syncers.map(lambda one: drop(one.end.request, has_result=one.end.error is None), changed))
 
     def note_progress(self, progress: Sequence[Progress]) -> None:
         """How far running requests are; who waits for them hears of it."""
@@ -605,6 +637,9 @@ class Store(Catalogue):
             )
         self.gateway_bell.ring()
 
+    def note_pass(self, model: str, told: PassFigures) -> None:
+        tell_pass(self.tally, model, told)
+
     def wait_for_requests(self, timeout_s: float) -> None:
         self.controller_bell.wait(timeout_s)
 
@@ -612,6 +647,10 @@ class Store(Catalogue):
         self.controller_bell.ring()
 
     # --- inside
+
+    def _tell_worn_out(self, rows: Iterable[Sequence[Any]]) -> None:
+        for model, is_interactive in rows:
+            tell_end(self.tally, model, class_of(is_interactive), _WORN_OUT)
 
     def _bring(self, request: RequestId) -> None:
         """A claimed request's files are at hand, though another machine received them. Missing ones fail it later."""
@@ -678,7 +717,7 @@ class Store(Catalogue):
             if not has_result:
                 self.results.drop(request)
         except AwayError as error:  # the request has ended all the same, and a sweep takes what is left
-            _log.warning("files of %s stay for now: %s", request, error)
+            _log.warning("files of %s stay for now: %s", request, error, extra={"request": request})
 
     def _leave(self, db: Transaction, end: Finished, digests: Sequence[str]) -> Finished:
         """What a request leaves gets its names, all of it, or the request fails."""

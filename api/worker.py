@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from api import log_lines
 from api.contents import NOTHING, Needs, needs_of
 from api.limits import NO_DEMAND, Demand, demand_of
 from polytrace.errors import GraphError, MissingError, PolytraceError, ServiceError, WireError, from_fields
@@ -230,6 +231,7 @@ def _start(store: str, max_text_chars: int | None) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's business
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    log_lines.configure("checker")
     import torch
 
     torch.set_num_threads(1)

@@ -81,7 +81,8 @@ def _finished(end: Done | Finished) -> Finished:
     try:
         header = result_header(returned, end.receipt, end.program.result_start)
     except ValueError as error:
-        _log.exception("the receipt of %s could not be written", end.program.request)
+        request = end.program.request
+        _log.exception("the receipt of %s could not be written", request, extra={"request": request})
         return Finished(request=end.program.request, error=ServiceError(str(error)))
     receipt = end.receipt
     for slot in came:
@@ -107,6 +108,7 @@ def _finished(end: Done | Finished) -> Finished:
         token_layers=receipt.token_layers,
         moved_bytes=receipt.moved_bytes,
         run_seconds=receipt.run_seconds,
+        token_layers_alone=receipt.token_layers_alone,
         saves=tuple(slot for slot in end.saves if slot.keep is None),
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from cluster.delivery import Delivery, Done
 from cluster.intake import Cancel, Intake, IntakeEvent
-from cluster.requests import Finished, RequestStore
+from cluster.requests import Finished, PassFigures, RequestStore
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError, ServiceError
 from scheduling.fair import FairShares
@@ -44,7 +44,7 @@ class Dispatcher:
         shares: FairShares | None = None,  # of all replicas of the deployment; None: its own
         shares_across_tenants: bool = False,  # as of `Intake`
     ) -> None:
-        self._shards = _Lossy(shards)
+        self._shards = _Lossy(shards, lambda told: store.note_pass(description.name, told))
         self._recover = recover
         self._scheduler = Scheduler(description, policy, decode=decode, shares=shares, replica=store)
         self._events: queue.SimpleQueue[IntakeEvent] = queue.SimpleQueue()
@@ -151,12 +151,15 @@ class Dispatcher:
 
 
 class _Lossy:
-    """Shards whose loss the scheduler hears of only when it is known what becomes of the lost passes."""
+    """Shards whose loss the scheduler hears of only when it is known what becomes of the lost passes. `tell` hears of
+    every pass that ran.
+    """
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, tell: Callable[[PassFigures], None]) -> None:
         self.have_room = shards.have_room
         self.submit = shards.submit
         self._finished = shards.finished
+        self._tell = tell
         self._lost: list[tuple[Plan, PolytraceError]] = []
         self.loss: PolytraceError | None = None  # once every pass in flight has been handed back
 
@@ -166,6 +169,8 @@ class _Lossy:
                 if isinstance(results, PolytraceError):
                     self._lost.append((plan, results))
                 else:
+                    if not plan.is_of_nobody:
+                        self._tell(_figures(plan, results))
                     yield plan, results
         except PolytraceError as error:
             self.loss = error
@@ -176,3 +181,15 @@ class _Lossy:
         loss, self.loss = self.loss, None
         lost, self._lost = self._lost, []
         return loss, lost
+
+
+def _figures(plan: Plan, results: tuple[ShardResult, ...]) -> PassFigures:
+    busy = [0.0] * (1 + max((result.stage for result in results), default=-1))
+    for result in results:  # ranks of a stage work at the same time
+        busy[result.stage] = max(busy[result.stage], result.busy_seconds)
+    return PassFigures(
+        users=len({member.program.request for member in plan.members}),
+        rows=sum(plan.layer_rows[:1]),
+        seconds=max((result.seconds for result in results), default=0.0),
+        busy_seconds=tuple(busy),
+    )

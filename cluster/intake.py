@@ -145,7 +145,8 @@ class Intake:
         except PolytraceError as error:
             return Finished(request=claimed.request, error=error)
         except Exception as error:  # noqa: BLE001  one request must not end the controller
-            _log.exception("request %s could not be worked out", claimed.request)
+            about = {"request": claimed.request, "tenant": claimed.tenant}
+            _log.exception("request %s could not be worked out", claimed.request, extra=about)
             return Finished(
                 request=claimed.request,
                 error=ServiceError(f"the request could not be worked out: {type(error).__name__}"),

@@ -122,7 +122,8 @@ class Replica:
                 if self._is_stopped.is_set():
                     break
                 told = _told(error)
-                _log.warning("replica %d of %s: %s", self.number, self._spec.name, told)
+                about = {"model": self._spec.name}
+                _log.warning("replica %d of %s: %s", self.number, self._spec.name, told, extra=about)
                 breakdowns = [then for then in breakdowns if time.monotonic() - then < RESTART_WINDOW_S]
                 breakdowns.append(time.monotonic())
                 was_up = self._dispatcher is not None
@@ -185,7 +186,8 @@ class Replica:
 
         Raises MovedError as soon as they need not wait, because another replica takes requests.
         """
-        _log.warning("replica %d of %s: %s; recovering", self.number, self._spec.name, loss)
+        about = {"model": self._spec.name}
+        _log.warning("replica %d of %s: %s; recovering", self.number, self._spec.name, loss, extra=about)
         assert self._deployment is not None
         self._share.stop_taking()
 

@@ -126,6 +126,17 @@ class Finished:
     token_layers: int = 0
     moved_bytes: int = 0
     run_seconds: float = 0.0
+    token_layers_alone: int = 0  # what one that is done would have taken by itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassFigures:
+    """A pass that ran, as the service counts it."""
+
+    users: int  # requests that shared it
+    rows: int  # at the first layer
+    seconds: float  # from the first shard's start to the last shard's end
+    busy_seconds: tuple[float, ...]  # of each stage: not waiting for another one
 
 
 class RequestStore(Protocol):
@@ -148,6 +159,9 @@ class RequestStore(Protocol):
 
     def note_progress(self, progress: Sequence[Progress]) -> None:
         """How far running requests are."""
+
+    def note_pass(self, model: str, told: PassFigures) -> None:
+        """A pass ran. Touches no file and no database, and never waits."""
 
     def wait_for_requests(self, timeout_s: float) -> None:
         """Blocks until something may have changed for the caller, or the time is over. One thread only."""

@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
-from cluster.requests import Claimed, ControllerStore, Finished, LeftBehind, Place, ResultPlace
+from cluster.requests import Claimed, ControllerStore, Finished, LeftBehind, PassFigures, Place, ResultPlace
 from scheduling.fair import FairShares
 from scheduling.plan import RequestId
 from scheduling.scheduler import Progress
@@ -230,6 +230,9 @@ class Share:
 
     def note_progress(self, progress: Sequence[Progress]) -> None:
         self._store.note_progress(progress)
+
+    def note_pass(self, model: str, told: PassFigures) -> None:
+        self._store.note_pass(model, told)
 
     def wait_for_requests(self, timeout_s: float) -> None:
         self._woken.wait(timeout_s)

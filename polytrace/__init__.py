@@ -27,14 +27,15 @@ from polytrace.errors import (
     UserError,
     WireError,
 )
+from polytrace.program import __version__ as __version__
 
 if TYPE_CHECKING:
     from polytrace import functions as functions
     from polytrace import optim as optim
     from polytrace.choice import cond
-    from polytrace.client import connect, load, models
+    from polytrace.client import connect, job, load, models
     from polytrace.edits.adapters import delta, lora
-    from polytrace.jobs import Job, job
+    from polytrace.jobs import Job
     from polytrace.keeping import Kept, NamedState
     from polytrace.maps.combining import count as count
     from polytrace.maps.combining import covariance as covariance
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
     from polytrace.saving import save
     from polytrace.step_values import came
     from polytrace.tracing import Tracer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CancelledError",
@@ -90,7 +89,7 @@ _ROOMS = {
     "delta": "edits.adapters",
     "functions": "functions",
     "Job": "jobs",
-    "job": "jobs",
+    "job": "client",
     "Kept": "keeping",
     "load": "client",
     "lora": "edits.adapters",

@@ -10,8 +10,10 @@ from polytrace import environment
 from polytrace.description import PassLayout
 from polytrace.edits.http_shelf import HttpShelf
 from polytrace.edits.sets import LocalShelf
-from polytrace.errors import GraphError
+from polytrace.errors import GraphError, UserError
 from polytrace.http_backend import HttpBackend, list_models
+from polytrace.http_jobs import HttpJobs
+from polytrace.jobs import Job
 from polytrace.keywords import check_load_keywords, chosen_device, chosen_dtype
 from polytrace.lines import user_line
 from polytrace.model import Model
@@ -134,6 +136,20 @@ def connect(
 
         return WholeModel(backend, rename)
     return Model(backend, rename, shelf=HttpShelf(backend))
+
+
+def job(id: str, url: str | None = None, *, key: str | None = None) -> Job:
+    """A job that this or another process has sent to a service (`polytrace.jobs`).
+
+    `url`: the service's; by default the environment's POLYTRACE_URL. Raises NotFoundError for a job that is not there,
+    or somebody else's.
+    """
+    url = url or environment.url()
+    if not url:
+        raise UserError(f"say which service has the job: polytrace.job({id!r}, url), or set {environment.URL}")
+    running = HttpJobs.connect(gateway_url(url), key).running(id)
+    running.status()  # raises when there is none
+    return Job(running)
 
 
 def models(url: str, *, key: str | None = None) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+URL = "POLYTRACE_URL"  # the service whose jobs `polytrace.job(id)` finds
 KEY = "POLYTRACE_KEY"  # the key that a service asks for, when `connect(key=...)` is not given
 
 
@@ -13,3 +14,8 @@ def key() -> str | None:
     if not value.isascii() or not value.isprintable():
         raise ValueError(f"{KEY} is {value!r}: a key has printable ASCII characters only")
     return value or None
+
+
+def url() -> str | None:
+    """The user's service, None when it is not set or empty."""
+    return os.environ.get(URL, "").strip() or None

@@ -18,7 +18,6 @@ from urllib.parse import quote
 
 import httpx
 
-from polytrace import __version__
 from polytrace.backend import Result
 from polytrace.certificate import Certificate, Token
 from polytrace.codec import from_json
@@ -31,6 +30,7 @@ from polytrace.http_jobs import WAIT_S, HttpJob, HttpJobs
 from polytrace.http_keeper import HttpKeeper
 from polytrace.http_sites import HttpSites
 from polytrace.kinds import value_kind
+from polytrace.program import __version__
 from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
 from polytrace.retrying import Pauses
 from polytrace.tensors import RawTensor

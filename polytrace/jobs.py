@@ -14,7 +14,6 @@ on a thread, and it ends with the process.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import threading
 from collections.abc import Callable, Generator
@@ -24,15 +23,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from polytrace.backend import Backend, Result
-from polytrace.errors import CancelledError, PolytraceError, ServiceError, UserError
+from polytrace.errors import CancelledError, PolytraceError, ServiceError
 from polytrace.graph import Request
 
 if TYPE_CHECKING:
-    from polytrace.http_jobs import HttpJobs
+    pass
 
 T = TypeVar("T")
 
-URL = "POLYTRACE_URL"  # the service whose jobs `polytrace.job(id)` finds
 _threads = ThreadPoolExecutor(512, thread_name_prefix="polytrace-wait")  # made as they are needed
 
 
@@ -145,24 +143,6 @@ class Job:
 
     def __repr__(self) -> str:
         return f"<job {self.id}>"
-
-
-def job(id: str, url: str | None = None, *, key: str | None = None) -> Job:
-    """A job that this or another process has sent to a service.
-
-    `url`: the service's; by default the environment's POLYTRACE_URL. Raises NotFoundError for a job that is not there,
-    or somebody else's.
-    """
-    from polytrace.client import gateway_url
-    from polytrace.http_jobs import HttpJobs
-
-    url = url or os.environ.get(URL)
-    if not url:
-        raise UserError(f"say which service has the job: polytrace.job({id!r}, url), or set {URL}")
-    jobs: HttpJobs = HttpJobs.connect(gateway_url(url), key)
-    running = jobs.running(id)
-    running.status()  # raises when there is none
-    return Job(running)
 
 
 def begin(backend: Backend, request: Request, *, is_interactive: bool = False) -> Running:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from polytrace import __version__
 from polytrace.errors import WireError
+from polytrace.program import __version__
 from polytrace.wire import VERSION
 
 PROGRAM_HEADER = "X-Polytrace-Version"  # of the program

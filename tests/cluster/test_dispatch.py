@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from api import figures
 from api.store import MAX_ATTEMPTS, RequestState, RequestStatus, Store
 from cluster.dispatch import Dispatcher
 from cluster.requests import DeploymentState
@@ -154,6 +155,40 @@ def test_stored_requests_come_out_as_result_files_equal_to_plain_hugging_face(
         expected = plain_hidden(world, layer)
         for name in (before[layer], after[layer]):
             assert (world.hidden(name) - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_what_is_counted_is_what_the_receipts_say(world: World, run: Callable[..., Dispatcher]) -> None:
+    counters = (figures.PASSES, figures.PASS_ROWS, figures.TOKEN_LAYERS, figures.TOKEN_LAYERS_ALONE)
+    counters += (figures.TOKEN_LAYERS_SAVED, figures.MOVED)
+    spreads = (figures.PASS_USERS, figures.PASS_SECONDS)
+
+    def counted() -> list[float]:
+        tally = world.store.tally
+        found = [tally.counts(one).get(("m",), 0.0) for one in counters]
+        return found + [tally.spreads(one).get(("m",), (0.0, []))[0] for one in spreads]
+
+    before = counted()
+    names = [world.submit(read_layer(layer)) for layer in range(3)]
+    run()
+    world.wait(*names)
+    more = [now - then for now, then in zip(counted(), before, strict=True)]
+    receipts = [decode_result(world.store.result_path(name).read_bytes())[1] for name in names]
+    passes = {entry.pass_id: entry for receipt in receipts for entry in receipt.passes}.values()
+    charged = sum(receipt.token_layers for receipt in receipts)
+    alone = sum(receipt.token_layers_alone for receipt in receipts)
+    assert 0 < charged <= alone and sum(receipt.moved_bytes for receipt in receipts) > 0
+    expected = [
+        len(passes),
+        sum(entry.tokens for entry in passes),
+        charged,
+        alone,
+        alone - charged,
+        sum(receipt.moved_bytes for receipt in receipts),
+        sum(entry.requests for entry in passes),
+        sum(entry.seconds for entry in passes),
+    ]
+    assert more == pytest.approx(expected)
+    assert world.store.tally.counts(figures.STAGE_BUSY)[("m", "0")] > 0
 
 
 def test_a_failing_request_keeps_its_line_and_leaves_its_neighbours_unchanged(
