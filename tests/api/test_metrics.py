@@ -66,7 +66,8 @@ def test_whoever_reaches_a_service_without_keys_may_scrape_it(tmp_path: Path) ->
 
 def test_requests_are_counted_from_acceptance_to_their_end(service: GatewayService) -> None:
     before = scraped(service)
-    ids = [service.http.post("/v1/models/m/requests", content=body()).json()["id"] for _ in range(4)]
+    waits = {"X-Polytrace-Class": "interactive"}
+    ids = [service.http.post("/v1/models/m/requests", content=body(), headers=waits).json()["id"] for _ in range(4)]
     time.sleep(2.1)  # what stands in the database is looked up every two seconds
     waiting = scraped(service)
     assert value(waiting, "polytrace_requests", model="m", state="queued", **{"class": "interactive"}) == 4
@@ -110,7 +111,7 @@ def test_requests_are_counted_from_acceptance_to_their_end(service: GatewayServi
 def test_what_sharing_saved_and_results_weigh_is_counted(service: GatewayService) -> None:
     before = scraped(service)
     request = RequestId(service.http.post("/v1/models/m/requests", content=body()).json()["id"])
-    assert [one.request for one in service.store.claim("m", 1)] == [request]
+    assert request in [one.request for one in service.store.claim("m", 100)]
     place = service.store.place_result(request, 8192, 0)
     end = Finished(
         request=request, header=b" " * place.start, size=9000, token_layers=30, token_layers_alone=100, tokens=12
