@@ -12,6 +12,7 @@ import logging
 import socket
 import time
 import traceback
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -107,7 +108,7 @@ def _connect(config: ControllerConfig) -> None:
     if config.address is not None:
         _join(config.address)
         return
-    context = ray.init(
+    context: Any = ray.init(  # a RayContext, but typed as its base
         address="local",  # whatever RAY_ADDRESS says: joining is asked for by name
         namespace=discovery.NAMESPACE,
         include_dashboard=config.takes_jobs,
