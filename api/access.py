@@ -63,7 +63,8 @@ class Access:
         bearer = bearer.strip()
         if scheme.lower() != "bearer" or not bearer:
             raise KeyRefusedError(
-                "this service needs a key: `Authorization: Bearer KEY`, or POLYTRACE_KEY in the client's environment"
+                "this service needs a key: `Authorization: Bearer KEY`, or POLYTRACE_KEY in the client's environment "
+                "(a Ray job's: `env_vars` of its runtime environment)"
             )
         if len(bearer) > MAX_BEARER:
             raise KeyRefusedError(

@@ -85,6 +85,9 @@ def serve(
         bool,
         typer.Option("--without-keys", help="Whoever reaches it is an operator: on a machine of one's own."),
     ] = False,
+    jobs: Annotated[
+        bool, typer.Option("--jobs", help="Its own Ray cluster takes `ray job submit`; needs ray[default].")
+    ] = False,
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
     share_across: operations.Sharing = ShareAcross.TENANT,
@@ -133,6 +136,7 @@ def serve(
             store=None if store is None else str(store),
             database=database,
             objects=objects,
+            takes_jobs=jobs,
         )
         shards = f"{replicas} x {stages} x {ranks}" if replicas > 1 else f"{stages} x {ranks}"
         first = f"starting {spec.name} on {shards} shards" if spec else f"starting what {settings.store} has"

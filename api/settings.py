@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -110,6 +111,7 @@ class ServeSettings:
     objects: str | None = None  # a URL; None: that folder
     key: str | None = None
     asks_key: bool = True  # False: whoever reaches it is an operator
+    takes_jobs: bool = False  # its own Ray cluster has a job server
     budget_tokens: int = DEFAULT_BUDGET_TOKENS
 
 
@@ -225,6 +227,11 @@ def serve_settings(*, spec: DeploymentSpec | None, key: str | None, **flags: Any
     address = flags.get("address")
     if address is not None and not re.fullmatch(r"auto|\S+:\d{1,5}", address):
         raise UserError(f"--address {address!r} is not that of a Ray cluster: HOST:PORT of its head, or auto")
+    if flags.get("takes_jobs"):
+        if address is not None:
+            raise UserError(f"--jobs is for a cluster of the service's own; {address} has its job server or has none")
+        if find_spec("aiohttp_cors") is None or find_spec("opencensus") is None:
+            raise UserError("--jobs needs Ray's job server, which ray alone lacks: pip install 'ray[default]'")
     flags["store"] = flags.get("store") or from_environment("POLYTRACE_STORE", str, None)
     flags["database"] = flags.get("database") or from_environment("POLYTRACE_DATABASE", str, None)
     flags["objects"] = flags.get("objects") or from_environment("POLYTRACE_OBJECTS", str, None)

@@ -32,7 +32,7 @@ from api.processes import adopt_orphans, end_descendants
 from api.server import bind
 from api.settings import ServeSettings, gateway_settings, is_ray_token_given, ray_auth_mode
 from api.store import Store
-from cluster.config import ControllerConfig, address_file
+from cluster.config import ControllerConfig, address_file, jobs_file
 from cluster.requests import DeploymentState
 from polytrace.codec import to_json
 from polytrace.errors import ServiceError, UserError
@@ -165,6 +165,7 @@ class Supervisor:
             ray_folder=self._ray_folder,
             url=self.url,
             budget_tokens=self._settings.budget_tokens,
+            takes_jobs=self._settings.takes_jobs,
         )
 
     def _environment(self, role: str) -> dict[str, str]:
@@ -193,6 +194,9 @@ class Supervisor:
                 told_address = address
                 joining = " ".join(f"{name}={value}" for name, value in self._ray_auth.items())
                 self._report(f"Ray programs on this machine join with RAY_ADDRESS={address} {joining}")
+                if self._settings.takes_jobs:
+                    jobs = jobs_file(self._ray_folder).read_text()
+                    self._report(f"`ray job submit` on this machine takes RAY_API_SERVER_ADDRESS={jobs} {joining}")
             time.sleep(POLL_S)
         self._report("stopping")
 

@@ -59,6 +59,7 @@ class ControllerConfig:
     address: str | None = None  # of a Ray cluster to join; None: an own one, on this machine
     ray_folder: str | None = None  # scratch of the own cluster: a short path; `address_file` tells its address
     url: str | None = None  # of the gateway, made known in the cluster
+    takes_jobs: bool = False  # the own cluster has Ray's job server, for `ray job submit`
     budget_tokens: int = 8192  # most rows in one pass
     max_active: int = 1024  # requests that a replica has worked out and in memory; the rest waits in the store
 
@@ -66,3 +67,8 @@ class ControllerConfig:
 def address_file(ray_folder: str) -> Path:
     """Where the controller writes the address of its own Ray cluster, HOST:PORT, as soon as it runs."""
     return Path(ray_folder) / "address"
+
+
+def jobs_file(ray_folder: str) -> Path:
+    """Where it writes the URL of its own cluster's job server, when it has one."""
+    return Path(ray_folder) / "jobs"

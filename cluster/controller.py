@@ -12,13 +12,14 @@ import logging
 import socket
 import time
 import traceback
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import AuthenticationError
 
 from cluster import discovery
-from cluster.config import ControllerConfig, address_file
+from cluster.config import ControllerConfig, address_file, jobs_file
 from cluster.replicas import ReplicaSet
 from cluster.requests import ControllerStore, DeploymentState
 from polytrace.errors import PolytraceError, UserError
@@ -107,15 +108,17 @@ def _connect(config: ControllerConfig) -> None:
     if config.address is not None:
         _join(config.address)
         return
-    ray.init(
+    context: Any = ray.init(  # a RayContext, but typed as its base
         address="local",  # whatever RAY_ADDRESS says: joining is asked for by name
         namespace=discovery.NAMESPACE,
-        include_dashboard=False,
+        include_dashboard=config.takes_jobs,
         log_to_driver=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         _temp_dir=config.ray_folder,
     )
     if config.ray_folder is not None:
+        if config.takes_jobs:
+            jobs_file(config.ray_folder).write_text(f"http://{context.address_info['webui_url']}")
         address_file(config.ray_folder).write_text(ray.get_runtime_context().gcs_address)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
-from services import Service, answer, make_model, wait_until
+from services import SCALE, Service, answer, fresh_environment, make_model, wait_until
 
 WORK = [(layer, tuple(range(1 + layer, 20 + layer))) for layer in range(4)]
 # A killed raylet is noticed after 2 s instead of 15.7; a slow one still has time to answer.
@@ -92,6 +94,30 @@ def calm(service: Service) -> list[bytes]:
 
 def answers(service: Service) -> list[bytes]:
     return [answer(service, *one) for one in WORK]
+
+
+def test_a_job_of_the_joined_cluster_traces_with_its_own_key_and_the_same_values(
+    service: Service, nodes: Nodes, calm: list[bytes]
+) -> None:
+    folder = service.folder / "job"
+    folder.mkdir()
+    (folder / "script.py").write_text(
+        "import polytrace\nmodel = polytrace.connect('ray://auto', 'tiny')\n"
+        "with model.trace(list(range(4, 23))):\n"
+        f"    model.model.layers[0].output[:] = model.model.layers[0].output * {SCALE}\n"
+        "    out = model.model.layers[3].output.save()\n"
+        "print(out.numpy().tobytes().hex())\n"
+    )
+    told = {"RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "disabled"}
+    for key, code in (("sesame", 0), ("", 1)):
+        environment = fresh_environment(service.folder) | told | {"POLYTRACE_KEY": key}
+        command = [sys.executable, "script.py"]
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=100)
+        assert ran.returncode == code, ran.stderr
+        if key:
+            assert bytes.fromhex(ran.stdout.split()[-1]) == calm[3]
+        else:
+            assert "this service needs a key" in ran.stderr and "env_vars" in ran.stderr
 
 
 def test_shards_of_a_node_that_dies_move_to_another_one(service: Service, nodes: Nodes, calm: list[bytes]) -> None:
