@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     service = Service(model, tmp_path_factory.mktemp("service"), "--stages", "2")
     try:
-        wait_until(service.is_ready, 240, service)
+        wait_until(lambda: service.is_ready() and "RAY_ADDRESS=" in service.words(), 240, service)
         yield service
     finally:
         service.kill_all()
@@ -75,6 +75,22 @@ def test_a_task_in_the_cluster_finds_the_gateway_too(service: Service) -> None:
     answer = ray_program(service, outer, service.told_for_ray())
     assert answer.returncode == 0, answer.stderr
     assert "'tiny'" in answer.stdout
+
+
+def test_a_ray_job_brings_the_key_of_its_runtime_environment_and_without_one_is_told_so(service: Service) -> None:
+    """As `ray job submit --runtime-env-json` hands it on; the actor that tells the address knows nothing else."""
+    task = "ray.remote(lambda: __import__('polytrace').models('ray://auto')).remote()"
+    actor = "ray.get_actor('polytrace-gateway', namespace='polytrace')"
+    start = "import ray; ray.init(log_to_driver=False, runtime_env={'env_vars': %r}); "
+    program = start + f"print(ray.get({actor}.url.remote()), ray.get({task}))"
+    keyed = ray_program(service, program % {"POLYTRACE_KEY": "sesame"}, service.told_for_ray())
+    assert keyed.returncode == 0, keyed.stderr
+    assert keyed.stdout.startswith(f"http://127.0.0.1:{service.port} [") and "'tiny'" in keyed.stdout
+    for wrong, told in (({}, "env_vars"), ({"POLYTRACE_KEY": "sesame2"}, "does not know the key")):
+        refused = ray_program(service, program % wrong, service.told_for_ray())
+        assert refused.returncode == 1 and "KeyRefusedError" in refused.stderr and told in refused.stderr
+    with httpx.Client() as nobody:
+        assert nobody.get(f"http://127.0.0.1:{service.port}/v1/models").status_code == 401
 
 
 def test_without_the_token_the_cluster_stays_closed_and_the_error_tells_what_to_set(service: Service) -> None:
