@@ -14,16 +14,19 @@ import httpx
 import pytest
 from gateways import Agreeable, GatewayService, body, description_of_nothing
 from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.types import Message
 
 from api.admission import Admission
 from api.identity import LOCAL, Identity, Role
 from api.limits import TenantLimits, text_of
 from api.settings import GatewaySettings, checked_spec
 from api.store import Store
+from api.uploads import receive
 from api.wishes import ChatWish, CompletionWish
 from cluster.config import DeploymentSpec
 from cluster.requests import DeploymentState
-from polytrace.errors import PolytraceError, UserError
+from polytrace.errors import PolytraceError, UserError, WireError
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +142,16 @@ def test_half_a_character_is_refused_by_its_field(kind: type[CompletionWish | Ch
 def test_no_shard_offloads_fewer_than_no_bytes() -> None:
     with pytest.raises(UserError, match="offload_bytes is -5"):
         checked_spec(DeploymentSpec(source="none", name="m", offload_bytes=-5))
+
+
+def test_an_upload_that_drips_for_ever_is_ended(tmp_path: Path) -> None:
+    async def drip() -> Message:
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def take() -> None:
+        call = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, drip)
+        await asyncio.wait_for(receive(call, tmp_path / "upload", max_bytes=1 << 20, idle_s=0.1), 10)
+
+    with pytest.raises(WireError, match="slower than 1024 a second"):
+        asyncio.run(take())
