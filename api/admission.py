@@ -189,11 +189,12 @@ class Admission:
         return Terms(tenant=tenant, model=model, tenants=limits, deployments=deployment)
 
     async def _rate_error(self, terms: Terms) -> PolytraceError | None:
-        for owner, a_minute in _rates_of(terms):
+        for owner, a_minute in _rates_of(terms):  # before any is asked: nobody comes in between
             if not self._rates.is_known(owner):
                 which = {owner[0]: owner[1]}
                 taken = await to_thread.run_sync(partial(self._store.accepted_since, time.time() - 60, **which))
                 self._rates.begin(owner, a_minute, taken)
+        for owner, a_minute in _rates_of(terms):
             wait_s = self._rates.wait_s(owner, a_minute)
             if wait_s > 0:
                 whose = f"tenant {owner[1]} may send" if owner[0] == "tenant" else f"deployment {owner[1]} takes"

@@ -85,7 +85,7 @@ class Gateway:
         self._checker = checker
         provider = None if settings.oidc is None else Provider(settings.oidc)
         self._access = Access(store.keys, store.tenants, own_key=key, asks=settings.asks_key, provider=provider)
-        self._tenants = TenantRoutes(store.tenants, store.audit, self._access.forget)
+        self._tenants = TenantRoutes(store.tenants, store.audit, self._tenants_changed)
         self._keys = KeyRoutes(store.keys, self._access.forget, settings.key_ttl_s)
         self._deployments = Deployments(store, checker)
         self._readiness = Readiness(store)
@@ -105,12 +105,13 @@ class Gateway:
             title="polytrace",
             docs_url=None,  # its pages load scripts from elsewhere
             redoc_url=None,
+            redirect_slashes=False,  # to an address of the caller's `Host`, and without TLS behind a proxy
             lifespan=self._lifespan,
             responses=problems.RESPONSES,
             telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         problems.install(app)
-        app.add_middleware(LimitedBodies)
+        app.add_middleware(LimitedBodies, require_key=self._require_key)
         app.add_middleware(MeasuredCalls, tally=self._store.tally)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
         v1.add_api_route("/models", self.list_models)
@@ -156,13 +157,19 @@ class Gateway:
         """The gateway runs; nothing is said of the deployments."""
         return {"status": "ok"}
 
-    async def readyz(self, model: str | None = None) -> dict[str, str]:
-        """A deployment, or the named one, is loaded, self-tested and takes requests, and these can be stored."""
-        if (reason := await self._readiness.lacking()) is not None:
-            raise CapacityError(reason)
-        if (reason := self._deployments.not_ready(model)) is not None:
-            raise CapacityError(reason)
-        return {"status": "ready"}
+    async def readyz(self, request: Request, model: str | None = None) -> dict[str, str]:
+        """A deployment, or the named one, is loaded, self-tested and takes requests, and these can be stored.
+
+        Why not is told to operators.
+        """
+        reason = await self._readiness.lacking() or self._deployments.not_ready(model)
+        if reason is None:
+            return {"status": "ready"}
+        told = "what was asked for takes no requests now"
+        with contextlib.suppress(PolytraceError):
+            caller = await self._access.identify(request.headers.get("authorization", ""))
+            told = reason if caller.is_operator else told
+        raise CapacityError(told)
 
     async def list_models(self, request: Request) -> dict[str, Any]:
         """The deployments that the caller may use: what they are, how far, how many requests wait and run, and how each
@@ -359,6 +366,11 @@ class Gateway:
     def _on_events_bell(self) -> None:
         self._store.events_bell.quiet()
         self._streams.ring()
+
+    def _tenants_changed(self) -> None:
+        """Who comes in, and what limits hold, is looked up again."""
+        self._access.forget()
+        self._admission.forget()
 
     async def _require_key(self, request: Request) -> None:
         caller = await self._access.identify(request.headers.get("authorization", ""))

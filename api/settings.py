@@ -219,6 +219,8 @@ def checked_spec(spec: DeploymentSpec) -> DeploymentSpec:
         raise UserError(f"device is {spec.device!r}; it is auto, cpu or cuda")
     if spec.cpus is not None and not spec.cpus > 0:
         raise UserError(f"cpus is {spec.cpus}; it is more than 0")
+    if spec.offload_bytes < 0:
+        raise UserError(f"offload_bytes is {spec.offload_bytes}; it is at least 0")
     return spec
 
 

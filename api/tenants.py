@@ -19,7 +19,7 @@ from api.identity import LOCAL, Identity, Role, checked_name, owner_name
 from api.limits import ALL
 from polytrace.errors import ConflictError, NotFoundError, UserError
 
-MAX_WEIGHT = 1e6
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
 MAX_MODELS = 1000
 _TENANT = "name, created, disabled, weight, limits, models"
 _USER = "tenant, name, role, created, disabled"
@@ -181,8 +181,8 @@ def _with(tenant: Tenant, terms: Mapping[str, Any]) -> Tenant:
             raise UserError(f"the limit {name} is {value}; it is at least 0, or null for the service's own")
         else:
             limits[name] = value
-    if not (math.isfinite(changed.weight) and 0 < changed.weight <= MAX_WEIGHT):
-        raise UserError(f"the weight is {changed.weight}; it is more than 0 and at most {MAX_WEIGHT:.0f}")
+    if not (math.isfinite(changed.weight) and MIN_WEIGHT <= changed.weight <= MAX_WEIGHT):
+        raise UserError(f"the weight is {changed.weight}; it is from {MIN_WEIGHT:f} to {MAX_WEIGHT:.0f}")
     if changed.models is not None:
         if len(changed.models) > MAX_MODELS:
             raise UserError(f"{len(changed.models)} deployments are named; at most {MAX_MODELS} can be")

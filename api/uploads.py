@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +13,8 @@ from starlette.requests import Request
 
 from polytrace.errors import CapacityError, TooLargeError, WireError
 
+SLOWEST = 1024  # bytes a second, once a call has had GRACE silences
+GRACE = 4.0
 _PART_BYTES = 1 << 20  # gathered before a write, which then leaves the event loop
 
 
@@ -21,12 +24,13 @@ async def receive(
     """Writes the call's body to a new file; how many bytes. Never holds more than about 1 MiB of it.
 
     Raises TooLargeError beyond `max_bytes`, the limit of `whose`: at once when the call announces it, else when it
-    happens. Raises WireError when the sender falls silent for `idle_s`, CapacityError when the disk is full,
-    starlette's ClientDisconnect when it leaves. What was written stays: the caller discards it.
+    happens. Raises WireError when the sender falls silent for `idle_s` or stays slower than SLOWEST, CapacityError
+    when the disk is full, starlette's ClientDisconnect when it leaves. What was written stays: the caller discards it.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(f"has {int(announced)} bytes", max_bytes, whose)
+    began = time.monotonic()
     num_bytes = 0
     parts: list[bytes] = []
     gathered = 0
@@ -34,9 +38,13 @@ async def receive(
     file: BinaryIO | None = None
     try:
         while True:
+            left_s = began + GRACE * idle_s + num_bytes / SLOWEST - time.monotonic()
             try:
-                chunk = await asyncio.wait_for(anext(chunks, None), idle_s)
+                chunk = await asyncio.wait_for(anext(chunks, None), min(idle_s, left_s))
             except TimeoutError:
+                if left_s < idle_s:
+                    told = f"the upload has brought {num_bytes} bytes in {time.monotonic() - began:.0f} s"
+                    raise WireError(f"{told}: slower than {SLOWEST} a second none is taken") from None
                 raise WireError(f"the upload fell silent for {idle_s:g} s after {num_bytes} bytes") from None
             if chunk:
                 num_bytes += len(chunk)

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from api.admission import Admission
 from api.callers import caller_of, operator_of
+from api.identity import checked_name
 from api.limits import OF_DEPLOYMENTS, TenantLimits, checked_limits, text_of
 from api.store import Store
 from api.usage import as_csv, check_month, day_of
@@ -51,6 +52,8 @@ class UsageRoutes:
         month = day_of(time.time())[:7] if month is None else check_month(month)
         if not caller.is_operator and tenant not in (None, caller.tenant):
             raise NotFoundError(f"there is no tenant {tenant!r} here")
+        if tenant is not None:
+            checked_name(tenant, "tenant")  # it becomes a part of a header
         look = partial(self._store.usage, month, tenant=tenant)
         if not caller.is_operator:
             look = partial(self._store.usage, month, tenant=caller.tenant, user=caller.user)
@@ -63,7 +66,10 @@ class UsageRoutes:
 
     async def limits(self, name: str, request: Request) -> dict[str, Any]:
         """The limits that hold for the caller's requests to a deployment: the tenant's and the deployment's."""
-        terms = await self._admission.terms(caller_of(request), name)
+        caller = caller_of(request)
+        if not caller.may_use(name) or await to_thread.run_sync(self._store.deployment, name) is None:
+            raise NotFoundError(f"there is no model {name[:100]!r} here")
+        terms = await self._admission.terms(caller, name)
         return {
             "tenant": terms.tenant,
             "model": name,

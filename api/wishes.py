@@ -10,6 +10,7 @@ errors, and nobody is answered while they are made.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
@@ -194,6 +195,8 @@ class CompletionWish(Wish):
             raise _WrongField("best_of is not possible here, but for the value of n", "best_of")
         if self.echo and self.logprobs is not None:
             raise _WrongField("echo with logprobs is not possible here: trace the prompt for its logits", "echo")
+        if _kind_of_prompt(self.prompt) in ("text", "texts"):
+            _check_text(self.prompt, "prompt")
         return self
 
     @property
@@ -236,6 +239,8 @@ class ChatWish(Wish):
             raise _WrongField("top_logprobs needs logprobs", "top_logprobs")
         if "chat_template" in (self.chat_template_kwargs or {}):
             raise _WrongField("a template comes with the model and not with a request", "chat_template_kwargs")
+        _check_text(self.messages, "messages")
+        _check_text(self.chat_template_kwargs, "chat_template_kwargs")
         return self
 
     @property
@@ -277,6 +282,14 @@ class _WrongField(ValueError):
     def __init__(self, told: str, param: str) -> None:
         super().__init__(told)
         self.param = param
+
+
+def _check_text(value: Any, param: str) -> None:
+    """JSON may write halves of characters, which are no text to any tokenizer."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _WrongField("there is an unpaired surrogate in it, which is half a character", param) from None
 
 
 class WishError(UserError):

@@ -55,7 +55,7 @@ class JobStatus:
 
     def __str__(self) -> str:
         if self.state == "queued" and self.queue_position is not None:
-            return f"queued behind {self.queue_position} others"
+            return f"queued behind {self.queue_position} others" if self.queue_position else "queued, next to go"
         if self.state == "running" and self.passes:
             return f"running: {self.passes_done} of {self.passes} passes"
         return self.state if self.error is None else f"{self.state}: {self.error}"
