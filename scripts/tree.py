@@ -28,19 +28,21 @@ def lines() -> Iterator[str]:
     for room in ROOMS:
         yield f"{room + '/':<24}{sentence(ROOT / room / '__init__.py')}"
         yield from below(ROOT / room, "  ")
+    yield f"{'deploy/':<24}files to copy: one for each way to run a service on other people's machines"
     yield f"{'examples/':<24}four short programs to begin with, here or on a service"
     yield f"{'tests/':<24}mirrors the rooms"
     yield f"{'scripts/':<24}makes the environment that every command runs in; writes this tree"
 
 
 def below(folder: Path, indent: str) -> Iterator[str]:
-    """A folder's own modules, then its packages."""
+    """A folder's own modules, then its folders; one that is no package has no sentence."""
     for path in sorted(folder.glob("*.py")):
         if path.name != "__init__.py":
             yield f"{indent + path.name:<23} {sentence(path)}"
-    for path in sorted(folder.glob("*/__init__.py")):
-        yield f"{indent + path.parent.name + '/':<24}{sentence(path)}"
-        yield from below(path.parent, indent + "  ")
+    for inner in sorted({path.parent for path in folder.glob("*/*.py")}):
+        package = inner / "__init__.py"
+        yield f"{indent + inner.name + '/':<24}{sentence(package) if package.is_file() else ''}".rstrip()
+        yield from below(inner, indent + "  ")
 
 
 def sentence(path: Path) -> str:
