@@ -28,9 +28,9 @@ class Copied:
 def copy_store(source: Store, target: Store, report: Callable[[str], None]) -> Copied:
     """Everything of a store in a folder, with SQLite, to another database, and to its objects where it has any.
 
-    Raises ConflictError when the other database has requests, deployments or contents already.
+    Raises ConflictError when the other database has requests, deployments, contents or keys already.
     """
-    for table in ("requests", "deployments", "contents", "kept", "edits"):
+    for table in ("requests", "deployments", "contents", "kept", "edits", "users", "keys"):
         if target.database.rows(f"SELECT 1 FROM {table} LIMIT 1"):
             raise ConflictError(f"the database to copy to is not empty: it has {table}")
     files = 0 if target.objects is None else _copy_files(source, target, report)
@@ -76,6 +76,7 @@ def _copy_table(source: Database, target: Transaction, table: str) -> int:
     names, places = ", ".join(columns), ", ".join("?" * len(columns))
     count, last = 0, 0
     some = f"SELECT rowid, {names} FROM {table} WHERE rowid > ? ORDER BY rowid LIMIT ?"
+    target.execute(f"DELETE FROM {table}")  # the tenant that every store has from its beginning
     while rows := source.rows(some, (last, _ROWS)):
         target.executemany(f"INSERT INTO {table} ({names}) VALUES ({places})", [row[1:] for row in rows])
         count, last = count + len(rows), rows[-1][0]

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
-from ray import cloudpickle
 
 from cluster.shipping import Incoming, Shipment
 from engine.links import Distributed, join_store, open_store
@@ -127,15 +126,14 @@ class ShardActor:
         """Takes the description; plans can run from now on."""
         self._shard.open(description)
 
-    def run(self, packed: bytes) -> ShardResult:
-        """This shard's part of a pass, which is a packed `Shipment`.
+    def run(self, shipment: Shipment) -> ShardResult:
+        """This shard's part of a pass.
 
         When it fails, neighbours that wait for it are told by its leaving.
         """
         if self._has_left:
             raise ServiceError("it left after a failure")
         try:
-            shipment: Shipment = cloudpickle.loads(packed)  # the controller's
             return self._shard.run(self._incoming.unpack(shipment))
         except BaseException:
             self.leave()

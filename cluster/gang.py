@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
-from ray import cloudpickle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.shipping import Outgoing
@@ -22,7 +21,6 @@ from scheduling.policy import passes_in_flight
 
 _REACH_S = 10.0  # for Ray to tell that an actor is dead
 
-_INLINE_BYTES = 64 << 10  # of a plan: Ray itself puts arguments of more than 100 KB into its object store
 _HEARSAY_S = 1.0  # after a failure the other shards hear of it within moments: gloo and NCCL notice a dead peer
 
 
@@ -167,13 +165,12 @@ class RayShards:
     def submit(self, plan: Plan) -> None:
         """Sends the plan to every shard, without what they have; serialised once for all.
 
-        A small one goes with the call itself: the object store would cost each shard a message to and fro.
+        To one shard alone it goes with the call itself: the object store would cost a message to and fro.
         """
         self._num_in_flight += 1
-        packed: Any = cloudpickle.dumps(self._outgoing.pack(plan))  # type: ignore[no-untyped-call]
-        if len(packed) > _INLINE_BYTES:
-            packed = ray.put(packed)
-        self._submitted.put((plan, self._gang.start("run", packed)))
+        shipment = self._outgoing.pack(plan)
+        sent = shipment if len(self._gang.actors) == 1 else ray.put(shipment)
+        self._submitted.put((plan, self._gang.start("run", sent)))
 
     def finished(self) -> Iterator[tuple[Plan, tuple[ShardResult, ...] | PolytraceError]]:
         """The passes that ended since the last call, in the order they went in."""
