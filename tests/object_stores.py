@@ -25,7 +25,7 @@ class S3:
         self.environment = ENVIRONMENT | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{self._port}"}
         self._before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
-        self.system().mkdir("/tests")
+        self.system().makedirs("/tests", exist_ok=True)  # one of an earlier server in this process is there still
 
     def start(self) -> None:
         """Again with all that was there: what it holds is this process'."""
