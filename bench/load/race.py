@@ -28,7 +28,7 @@ import torch
 from bench import record
 from bench.jobs import Recorder
 from bench.load.ndif.asking import KINDS as NDIF_KINDS
-from bench.load.ndif.sender import open_users
+from bench.load.ndif.sender import NdifUser
 from bench.load.ndif.services import NAME, NDIF, running_ndif
 from bench.load.pictures import draw_race
 from bench.plain import TOLERANCE, Plain, difference
@@ -38,6 +38,7 @@ from engine.local import LocalBackend
 from polytrace.model import Model
 from polytrace.wire import decode_result, encode_request
 
+_SILENCE_S = 3.0
 _AIMS = {1: 1.0, 8: 1.0, 32: 8.0}  # requests a second, against NDIF's
 Ask = Callable[[int], Awaitable[bytes]]  # number of the request -> its answer
 
@@ -113,7 +114,7 @@ async def _race(
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         contenders = {"polytrace": _ours(session, url, bodies)}
         if peer is not None:
-            contenders["ndif"] = await _theirs(session, peer, folder, len(bodies), max(config.users))
+            contenders["ndif"] = _theirs(session, peer, folder, len(bodies))
         for ask in contenders.values():
             await _load(ask, users=4, seconds=2.0)  # warm
         for users, turn in itertools.product(config.users, range(config.turns)):
@@ -151,12 +152,18 @@ def _ours(session: aiohttp.ClientSession, url: str, bodies: Sequence[bytes]) -> 
     return ask
 
 
-async def _theirs(session: aiohttp.ClientSession, url: str, folder: Path, count: int, users: int) -> Ask:
+def _theirs(session: aiohttp.ClientSession, url: str, folder: Path, count: int) -> Ask:
     payloads = [(folder / f"{number}.bin").read_bytes() for number in range(count)]
-    free = list(await open_users(session, url, (folder / "model_key").read_text(), users))
+    model_key = (folder / "model_key").read_text()
+    free: list[NdifUser] = []
+    last_s = 0.0  # when somebody asked: the server closes sockets of users who are silent for some seconds
 
     async def ask(number: int) -> bytes:
-        user = free.pop()
+        nonlocal last_s
+        if time.perf_counter() - last_s > _SILENCE_S:
+            free.clear()
+        last_s = time.perf_counter()
+        user = free.pop() if free else await NdifUser.open(session, url, model_key)
         try:
             return await user.ask(payloads[number % count])
         finally:

@@ -7,7 +7,6 @@ request goes by HTTP with that id, and the result comes on the socket.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -51,8 +50,3 @@ class NdifUser:
 
     async def close(self) -> None:
         await self.socket.close()
-
-
-async def open_users(session: aiohttp.ClientSession, url: str, model_key: str, count: int) -> Sequence[NdifUser]:
-    """So many users, connected."""
-    return [await NdifUser.open(session, url, model_key) for _ in range(count)]
