@@ -22,20 +22,18 @@ from polytrace.backend import Result
 from polytrace.certificate import Certificate, Token
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription, SiteInfo
-from polytrace.errors import CapacityError, NotFoundError, ServiceError, UserError, WireError
+from polytrace.errors import NotFoundError, ServiceError, UserError, WireError
 from polytrace.graph import Inputs, Request
-from polytrace.http_calls import body, call, check, get_json, make_client, pieces, timeout, unreachable
+from polytrace.http_calls import body, call, check, get_json, make_client, persistently, pieces, timeout
 from polytrace.http_events import follow
-from polytrace.http_jobs import WAIT_S, HttpJob, HttpJobs
+from polytrace.http_jobs import WAIT_S, HttpJob, HttpJobs, result_of
 from polytrace.http_keeper import HttpKeeper
 from polytrace.http_sites import HttpSites
 from polytrace.kinds import value_kind
 from polytrace.program import __version__
 from polytrace.progress import Hear, HearTokens, Tell, hear_no_tokens, hear_nothing, tell_nobody
-from polytrace.retrying import Pauses
 from polytrace.tensors import RawTensor
 from polytrace.versions import PROGRAM_HEADER, check_versions
-from polytrace.wire import decode_result
 
 _FIRST_WAIT_S = 10.0  # of the call that sends the request: what takes longer is asked how far it is
 
@@ -90,9 +88,7 @@ class HttpBackend:
             else:
                 self._await(answer, partial(self._poll, answer, deadline, tell, hear))
             return answer.result()
-        raws, receipt = decode_result(answer)
-        decode = value_kind().decode
-        return Result(values={name: decode(raw) for name, raw in raws.items()}, receipt=receipt)
+        return result_of(answer)
 
     def submit(self, request: Request, *, is_interactive: bool = False) -> HttpJob:
         """Sends the request and waits for nothing but that it is accepted (`polytrace.jobs`)."""
@@ -124,23 +120,17 @@ class HttpBackend:
             "Prefer": f"wait={wait_s:.0f}",
             "X-Polytrace-Class": queue,
         }
-        pauses = Pauses()
-        while True:
-            stream = self._client.stream(
+
+        def send() -> memoryview | HttpJob:
+            with self._client.stream(
                 "POST", f"{self._base}/requests", content=pieces(parts), headers=headers, timeout=timeout(wait_s)
-            )
-            try:
-                with stream as response:
-                    check(response)
-                    if response.status_code == 202 or not wait_s:  # one sent again may be done already
-                        return self._jobs.running(response.headers["X-Request-Id"])
-                    return body(response)
-            except httpx.TransportError as error:
-                if not pauses.again():
-                    raise unreachable(self._url, error) from error
-            except CapacityError as error:
-                if error.retry_after_s is None or not pauses.again(error.retry_after_s):
-                    raise
+            ) as response:
+                check(response)
+                if response.status_code == 202 or not wait_s:  # one sent again may be done already
+                    return self._jobs.running(response.headers["X-Request-Id"])
+                return body(response)
+
+        return persistently(self._url, send)
 
     def _await(self, job: HttpJob, wait: Callable[[], None]) -> None:
         """Waits for an accepted request; cancels it when the user or the deadline ends the waiting."""

@@ -5,13 +5,16 @@ Knows no routes (`http_backend`, `http_keeper`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 
-from polytrace.errors import PolytraceError, ServiceError, from_fields
+from polytrace.errors import CapacityError, PolytraceError, ServiceError, from_fields
+from polytrace.retrying import Pauses
+
+T = TypeVar("T")
 
 _SLACK_S = 30.0  # an answer may be this much later than it was asked for
 _PART_BYTES = 4 << 20
@@ -33,6 +36,24 @@ def call(client: httpx.Client, url: str, method: str, path: str, **more: Any) ->
         raise unreachable(url, error) from error
     check(response)
     return response
+
+
+def persistently(url: str, attempt: Callable[[], T]) -> T:
+    """What an attempt gives, tried again while nobody answers, or when the service says to come back.
+
+    For calls that may be made twice. Raises the last error when patience is over (`polytrace.retrying`), and at once
+    the service's own of any other kind.
+    """
+    pauses = Pauses()
+    while True:
+        try:
+            return attempt()
+        except httpx.TransportError as error:
+            if not pauses.again():
+                raise unreachable(url, error) from error
+        except CapacityError as error:
+            if error.retry_after_s is None or not pauses.again(error.retry_after_s):
+                raise
 
 
 def get_json(client: httpx.Client, url: str, path: str) -> Any:

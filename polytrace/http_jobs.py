@@ -15,17 +15,16 @@ import httpx
 
 from polytrace import environment
 from polytrace.backend import Result
-from polytrace.errors import CapacityError, NotFoundError, ServiceError, from_fields
-from polytrace.http_calls import check, make_client, timeout, unreachable
+from polytrace.errors import NotFoundError, ServiceError, from_fields
+from polytrace.http_calls import check, make_client, persistently, timeout
 from polytrace.jobs import JobStatus, Watch
 from polytrace.kinds import value_kind
-from polytrace.retrying import Pauses
 from polytrace.wire import decode_result
 
 WAIT_S = 50.0  # of one call; the service may wait shorter
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class HttpJobs:
     """The jobs of one service."""
 
@@ -34,9 +33,8 @@ class HttpJobs:
 
     @classmethod
     def connect(cls, url: str, key: str | None) -> HttpJobs:
-        client = make_client(url, key or environment.key())
-        jobs = cls(client, url)
-        weakref.finalize(client, client.close)
+        jobs = cls(make_client(url, key or environment.key()), url)
+        weakref.finalize(jobs, jobs.client.close)
         return jobs
 
     def running(self, id: str) -> HttpJob:
@@ -73,33 +71,26 @@ class HttpJob:
     def ask(self, *, wait_s: float = 0.0, passes_done: int = 0) -> Any:
         """The status as JSON; with `wait_s` once it has ended or got further. A service may be away for a moment."""
         path = f"{self.location}?wait={wait_s:.1f}&passes_done={passes_done}" if wait_s else self.location
-        pauses = Pauses()
-        while True:
-            try:
-                response = self._jobs.client.get(path, timeout=timeout(wait_s))
-                check(response)
-                return response.json()
-            except httpx.TransportError as error:
-                if not pauses.again():
-                    raise unreachable(self._jobs.url, error) from error
-            except CapacityError as error:
-                if error.retry_after_s is None or not pauses.again(error.retry_after_s):
-                    raise
+
+        def look() -> Any:
+            response = self._jobs.client.get(path, timeout=timeout(wait_s))
+            check(response)
+            return response.json()
+
+        return persistently(self._jobs.url, look)
 
     def result(self) -> Result:
-        raws, receipt = decode_result(self.fetch())
-        decode = value_kind().decode
-        return Result(values={name: decode(raw) for name, raw in raws.items()}, receipt=receipt)
+        return result_of(self.fetch())
 
     def fetch(self) -> memoryview:
         """The bytes of the result of a request that has ended, or its error raised. Gone on with where it breaks."""
-        content = bytearray()
-        end = 0
+        content, end = bytearray(), 0
         tag: str | None = None
-        pauses = Pauses()
-        while True:
-            headers = {} if tag is None or not end else {"Range": f"bytes={end}-", "If-Range": tag}
-            try:
+
+        def go_on() -> memoryview:
+            nonlocal content, end, tag
+            while True:
+                headers = {} if tag is None or not end else {"Range": f"bytes={end}-", "If-Range": tag}
                 with self._jobs.client.stream(
                     "GET", f"{self.location}/result", headers=headers, timeout=timeout(0)
                 ) as response:
@@ -114,18 +105,21 @@ class HttpJob:
                         end += len(piece)
                     if end >= len(content):
                         return memoryview(content)[:end]
-            except httpx.TransportError as error:
-                if not pauses.again():
-                    raise unreachable(self._jobs.url, error) from error
-            except CapacityError as error:
-                if error.retry_after_s is None or not pauses.again(error.retry_after_s):
-                    raise
+
+        return persistently(self._jobs.url, go_on)
 
     def cancel(self) -> None:
         try:
             self._jobs.client.delete(self.location, timeout=5.0)
         except httpx.HTTPError:
             return  # nobody to tell
+
+
+def result_of(content: memoryview) -> Result:
+    """What a result file says."""
+    raws, receipt = decode_result(content)
+    decode = value_kind().decode
+    return Result(values={name: decode(raw) for name, raw in raws.items()}, receipt=receipt)
 
 
 def status_of(plain: Any) -> JobStatus:

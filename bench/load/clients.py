@@ -16,7 +16,7 @@ from typing import Protocol
 
 import aiohttp
 
-from bench.load.arrivals import Closed
+from bench.load.arrivals import Bursty, Closed, Poisson
 from bench.load.mixes import Ask, drawn
 from bench.load.tenants import Tenant
 
@@ -77,7 +77,6 @@ class PolytraceSender:
     url: str
     model: str
     patience_s: float = 120.0  # a service that is away this long is gone
-    keys: Mapping[str, str] = field(default_factory=dict)
 
     async def send(self, tenant: Tenant, one: Sent, clock: Clock) -> None:
         headers = {"Content-Type": "application/vnd.safetensors", "Prefer": f"wait={_WAIT_S:.0f}"}
@@ -127,54 +126,46 @@ async def load(
     tenants: Sequence[Tenant], asks: Mapping[str, Sequence[Ask]], sender: Sender, *, seconds: float, seed: int = 0
 ) -> tuple[list[Sent], float]:
     """All requests of a scenario, each ended, and the seconds that took. Nobody sends anything new after `seconds`."""
-    clock, sent = Clock(), list[Sent]()
+    run = _Load(asks, sender, seconds)
     async with asyncio.TaskGroup() as group:
         for number, tenant in enumerate(tenants):
-            rng = Random(f"{seed} {number} {tenant.name}")
+            name = f"{seed} {number} {tenant.name}"
             if isinstance(tenant.arrivals, Closed):
                 for client in range(tenant.arrivals.clients):
-                    own = Random(f"{seed} {number} {tenant.name} {client}")
-                    group.create_task(_closed(tenant, asks, sender, clock, sent, seconds, own))
+                    group.create_task(run.closed(tenant, tenant.arrivals, Random(f"{name} {client}")))
             else:
-                group.create_task(_open(tenant, asks, sender, clock, sent, seconds, rng))
-    return sent, clock.now()
+                group.create_task(run.open(tenant, tenant.arrivals, Random(name)))
+    return run.sent, run.clock.now()
 
 
-async def _open(
-    tenant: Tenant,
-    asks: Mapping[str, Sequence[Ask]],
-    sender: Sender,
-    clock: Clock,
-    sent: list[Sent],
-    seconds: float,
-    rng: Random,
-) -> None:
-    """Requests at their times, whether earlier ones are answered or not."""
-    assert not isinstance(tenant.arrivals, Closed)
-    async with asyncio.TaskGroup() as group:
-        for at in tenant.arrivals.times(seconds - tenant.begins_s, rng):
-            one = Sent(tenant=tenant.name, ask=drawn(tenant.mix, asks, rng), due=at + tenant.begins_s)
-            await asyncio.sleep(max(0.0, one.due - clock.now()))
-            one.sent = clock.now()
-            sent.append(one)
-            group.create_task(sender.send(tenant, one, clock))
+class _Load:
+    """One load, and what was sent so far."""
 
+    def __init__(self, asks: Mapping[str, Sequence[Ask]], sender: Sender, seconds: float) -> None:
+        self._asks = asks
+        self._sender = sender
+        self._seconds = seconds
+        self.clock = Clock()
+        self.sent: list[Sent] = []
 
-async def _closed(
-    tenant: Tenant,
-    asks: Mapping[str, Sequence[Ask]],
-    sender: Sender,
-    clock: Clock,
-    sent: list[Sent],
-    seconds: float,
-    rng: Random,
-) -> None:
-    """One client."""
-    assert isinstance(tenant.arrivals, Closed)
-    await asyncio.sleep(tenant.begins_s)
-    while clock.now() < seconds:
-        one = Sent(tenant=tenant.name, ask=drawn(tenant.mix, asks, rng), due=clock.now(), sent=clock.now())
-        sent.append(one)
-        await sender.send(tenant, one, clock)
-        if tenant.arrivals.think_s:
-            await asyncio.sleep(rng.expovariate(1 / tenant.arrivals.think_s))
+    async def open(self, tenant: Tenant, arrivals: Poisson | Bursty, rng: Random) -> None:
+        """Requests at their times, whether earlier ones are answered or not."""
+        async with asyncio.TaskGroup() as group:
+            for at in arrivals.times(self._seconds - tenant.begins_s, rng):
+                ask, due = drawn(tenant.mix, self._asks, rng), at + tenant.begins_s
+                await asyncio.sleep(max(0.0, due - self.clock.now()))
+                group.create_task(self._sender.send(tenant, self._begun(tenant, ask, due), self.clock))
+
+    async def closed(self, tenant: Tenant, arrivals: Closed, rng: Random) -> None:
+        """One client."""
+        await asyncio.sleep(tenant.begins_s)
+        while (due := self.clock.now()) < self._seconds:
+            one = self._begun(tenant, drawn(tenant.mix, self._asks, rng), due)
+            await self._sender.send(tenant, one, self.clock)
+            if arrivals.think_s:
+                await asyncio.sleep(rng.expovariate(1 / arrivals.think_s))
+
+    def _begun(self, tenant: Tenant, ask: Ask, due: float) -> Sent:
+        one = Sent(tenant=tenant.name, ask=ask, due=due, sent=self.clock.now())
+        self.sent.append(one)
+        return one
