@@ -290,9 +290,8 @@ def test_a_shard_that_dies_while_it_loads_is_started_again(cluster: None, source
             os.kill(killed[-1], signal.SIGKILL)
 
     def shard_processes() -> list[int]:
-        return sorted(set(shard_pids()) - others)
+        return sorted(set(shard_pids(deployment.config.name)))
 
-    others = set(shard_pids())
     try:
         deployment.start(report)
         assert len(killed) == 2 and not set(killed) & set(deployment.process_ids())
@@ -301,16 +300,17 @@ def test_a_shard_that_dies_while_it_loads_is_started_again(cluster: None, source
         deployment.stop()
 
 
-def shard_pids() -> list[int]:
-    """Processes of shards on this machine: Ray names an actor's process after its class."""
+def shard_pids(deployment: str) -> list[int]:
+    """Processes of a deployment's shards. Other tests have shards on this machine too: the environment tells whose."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 name = (folder / "cmdline").read_bytes()
+                environment = (folder / "environ").read_bytes()
             except OSError:
                 continue
-            if name.startswith(b"ray::ShardActor"):
+            if name.startswith(b"ray::ShardActor") and f"POLYTRACE_SHARD={deployment} ".encode() in environment:
                 found.append(int(folder.name))
     return found
 
