@@ -104,6 +104,12 @@ def whisper() -> Kind:
     return model, "model.encoder.layers.0", call, {**call, "input_features": torch.randn(2, 8, 40)}
 
 
+def mamba() -> Kind:
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    model = seeded(lambda: transformers.MambaForCausalLM(config))
+    return model, "backbone.layers.0", {"input_ids": ids(2, 6)}, {"input_ids": ids(2, 6)}
+
+
 def mamba2() -> Kind:
     config = transformers.Mamba2Config(
         vocab_size=64,
@@ -267,6 +273,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "vit": vit,
     "clip": clip,
     "whisper": whisper,
+    "mamba": mamba,
     "mamba2": mamba2,
     "jamba": jamba,
     "t5": t5,
