@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +42,14 @@ def running_service(
     ranks: int,
     log: Path,
     cpus: int | None = None,
+    key: str | None = None,
+    settings: Mapping[str, str] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Service]:
     """Starts a service, waits until every shard is loaded and self-tested, and stops it when the block ends.
 
-    `cpus`: of each shard; None: a small share. `report` gets the last line of the service's log about three times a
+    `cpus`: of each shard; None: a small share. `key`: an operator's; None: a service without keys. `settings`: more
+    environment variables for the service. `report` gets the last line of the service's log about three times a
     second while it starts.
     """
     port = free_port()
@@ -54,8 +57,9 @@ def running_service(
         *(sys.executable, "-m", "api.commands", "serve", str(model)),
         *("--name", name, "--stages", str(stages), "--ranks", str(ranks), "--port", str(port)),
         *(() if cpus is None else ("--cpus", str(cpus))),
-        "--without-keys",
+        *(() if key is not None else ("--without-keys",)),
     ]
+    environment = os.environ | dict(settings or {}) | ({} if key is None else {"POLYTRACE_KEY": key})
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         start = time.monotonic()
@@ -65,6 +69,7 @@ def running_service(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env=environment,
             start_new_session=True,
             preexec_fn=_die_with_parent(),
         )

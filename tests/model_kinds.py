@@ -105,7 +105,9 @@ def whisper() -> Kind:
 
 
 def mamba() -> Kind:
-    config = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    config = transformers.MambaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4
+    )
     model = seeded(lambda: transformers.MambaForCausalLM(config))
     return model, "backbone.layers.0", {"input_ids": ids(2, 6)}, {"input_ids": ids(2, 6)}
 

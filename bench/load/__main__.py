@@ -1,7 +1,7 @@
 """One scenario against a service: `python -m bench.load notebooks --seconds 30`.
 
-Without --url it starts a service of its own. Prints the figures, draws `out/load-SCENARIO.png`, and with --record
-appends a line to `bench/results/load.jsonl`.
+Without --url it starts a service of its own, with a tenant and a key for each of the scenario's. Prints the figures,
+draws `out/load-SCENARIO.png`, and with --record appends a line to `bench/results/load.jsonl`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -20,6 +20,7 @@ import aiohttp
 from bench import record, tinyworld
 from bench.load.clients import PolytraceSender, Sent, load
 from bench.load.figures import figures, largest_gap, served
+from bench.load.keys import with_keys
 from bench.load.mixes import Ask, asks
 from bench.load.pictures import draw
 from bench.load.tenants import SCENARIOS, Tenant
@@ -37,12 +38,14 @@ def main() -> None:
     parser.add_argument("--key", action="append", default=[], metavar="TENANT=KEY", help="a tenant's key; any number")
     parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--budget-tokens", type=int, help="rows of a pass, of an own service; none: its default")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     keys = dict(entry.split("=", 1) for entry in arguments.key)
-    tenants = tuple(replace(tenant, key=keys.get(tenant.name)) for tenant in SCENARIOS[arguments.scenario])
+    tenants = tuple([replace(tenant, key=keys.get(tenant.name)) for tenant in SCENARIOS[arguments.scenario]])
     known = asks(str(tinyworld.FOLDER), sorted({name for tenant in tenants for name in tenant.mix}))
-    with _service(arguments.url, stages=arguments.stages, ranks=arguments.ranks) as url:
+    budget = {} if arguments.budget_tokens is None else {"POLYTRACE_BUDGET_TOKENS": str(arguments.budget_tokens)}
+    with _service(arguments.url, tenants, budget, stages=arguments.stages, ranks=arguments.ranks) as (url, tenants):
         sent, seconds = asyncio.run(run(url, tenants, known, seconds=arguments.seconds, seed=arguments.seed))
     found = figures(sent, tenants, seconds, target_s=arguments.target_ms / 1e3)
     lines = served(sent, tenants)
@@ -55,7 +58,7 @@ def main() -> None:
         sys.exit("answers are wrong or missing, so the times mean nothing")
     if arguments.record:
         config = {"scenario": arguments.scenario, "tenants": [asdict(replace(one, key=None)) for one in tenants]}
-        config |= {name: getattr(arguments, name) for name in ("seconds", "seed", "stages", "ranks")}
+        config |= {name: getattr(arguments, name) for name in ("seconds", "seed", "stages", "ranks", "budget_tokens")}
         record.append("load", config=config, figures=found)
 
 
@@ -87,7 +90,8 @@ def tell(found: dict[str, Any]) -> str:
         f"{found['requests_per_s']:.1f}/s, {found['goodput_per_s']:.1f}/s within {found['target_s'] * 1e3:.0f} ms; "
         f"{found['wrong']} wrong, "
         f"{found['failed']} failed, {found['unanswered']} unanswered, {found['refusals']} told to come again",
-        f"  {found['passes']} passes, {found['requests_per_pass']:.2f} requests a pass",
+        f"  {found['passes']} passes, {found['requests_per_pass']:.2f} requests a pass, the largest with "
+        f"{found['largest_pass']} token-layers; tenants were at most {found['largest_gap']:.0f} apart",
         f"  latency ms: {shown('latency_ms')}",
         f"  queue ms:   {shown('queue_ms')}",
         f"  run ms:     {shown('run_ms')}",
@@ -102,13 +106,16 @@ def tell(found: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _service(url: str | None, *, stages: int, ranks: int) -> Iterator[str]:
+def _service(
+    url: str | None, tenants: tuple[Tenant, ...], settings: dict[str, str], *, stages: int, ranks: int
+) -> Iterator[tuple[str, tuple[Tenant, ...]]]:
     if url is not None:
-        yield url.rstrip("/")
+        yield url.rstrip("/"), tenants
         return
-    log = record.ROOT / "out" / "load-service.log"
-    with running_service(tinyworld.FOLDER, name="tinyworld", stages=stages, ranks=ranks, log=Path(log)) as service:
-        yield service.url
+    log, key = record.ROOT / "out" / "load-service.log", secrets.token_urlsafe(32)
+    size: dict[str, Any] = {"stages": stages, "ranks": ranks, "settings": settings, "key": key}
+    with running_service(tinyworld.FOLDER, name="tinyworld", log=log, **size) as service:
+        yield service.url, with_keys(tenants, service.url, key)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -56,24 +57,28 @@ def percentiles(values: Iterable[float]) -> dict[str, float] | None:
 
 def passes(receipts: Sequence[tuple[str | None, Receipt]]) -> dict[str, Any]:
     """How many passes, and how many requests shared one. Each receipt with its key: it tells of its tenant alone."""
-    seen = {(entry.pass_id, key): entry.requests for key, receipt in receipts for entry in receipt.passes}
-    count = len({pass_id for pass_id, _ in seen})
+    seen = {(entry.pass_id, key): entry for key, receipt in receipts for entry in receipt.passes}
+    token_layers: dict[int, int] = defaultdict(int)
+    for (pass_id, _), entry in seen.items():
+        token_layers[pass_id] += sum(entry.layer_rows)
+    count = len(token_layers)
     return {
         "passes": count,
-        "requests_per_pass": sum(seen.values()) / count if count else 0.0,
+        "largest_pass": max(token_layers.values(), default=0),  # token-layers
+        "requests_per_pass": sum(entry.requests for entry in seen.values()) / count if count else 0.0,
         "token_layers": sum(receipt.token_layers for _, receipt in receipts),
     }
 
 
 def served(sent: Sequence[Sent], tenants: Sequence[Tenant]) -> dict[str, list[tuple[float, float]]]:
-    """By tenant: (when, token-layers served up to then divided by its weight), at every end of a request."""
+    """By tenant: (when, token-layers charged up to then divided by its weight), at every end of a request."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for tenant in tenants:
         total, line = 0.0, [(0.0, 0.0)]
         own = [one for one in sent if one.tenant == tenant.name and one.is_done]
         for one in sorted(own, key=lambda one: one.ended or 0.0):
             assert one.answer is not None and one.ended is not None
-            total += decode_result(one.answer)[1].token_layers / tenant.weight
+            total += decode_result(one.answer)[1].price / tenant.weight
             line.append((one.ended, total))
         lines[tenant.name] = line
     return lines

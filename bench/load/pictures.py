@@ -18,7 +18,7 @@ _COLORS = ("#2b5c8a", "#e58f4e", "#a8323a", "#5f8d4e", "#6d5a8c", "#8a7a5c")
 
 
 def draw(path: Path, *, title: str, sent: Sequence[Sent], served: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Left: how many answers came within how long, by tenant. Right: token-layers served by weight, over time."""
+    """Left: how many answers came within how long, by tenant. Right: what tenants were charged, over time."""
     with pyplot.rc_context(STYLE):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.6))
         for number, name in enumerate(served):
@@ -31,7 +31,7 @@ def draw(path: Path, *, title: str, sent: Sequence[Sent], served: Mapping[str, S
         left.set(xscale="log", xlabel="milliseconds from due to answered", ylabel="share of answers", ylim=(0, 1.02))
         left.grid(alpha=0.25)
         left.legend(frameon=False, loc="lower right")
-        right.set(xlabel="seconds", ylabel="token-layers served / weight")
+        right.set(xlabel="seconds", ylabel="charged token-layers / weight")
         right.grid(alpha=0.25)
         right.legend(frameon=False, loc="upper left")
         figure.suptitle(title, x=0.02, ha="left", fontsize=11)

@@ -18,7 +18,7 @@ class Tenant:
         default_factory=lambda: {"small": 1.0}
     )  # experiment of `bench.load.mixes` -> weight
     key: str | None = None
-    weight: float = 1.0  # of its share, as the service has been told
+    weight: float = 1.0  # of its share; an own service is told, another one's operator has
     is_interactive: bool = True
     begins_s: float = 0.0  # ... and it is silent before
 
@@ -35,10 +35,10 @@ SCENARIOS: Mapping[str, tuple[Tenant, ...]] = {
         Tenant(name="sweeper", arrivals=Closed(clients=16), mix={"sweep": 1.0}, is_interactive=False),
         Tenant(name="people", arrivals=Poisson(rate=5.0)),
     ),
-    # two who always have more than their share
+    # two who always have more waiting than a pass takes of them
     "backlogged": (
-        Tenant(name="left", arrivals=Closed(clients=16), mix={"sweep": 1.0, "small": 2.0}),
-        Tenant(name="right", arrivals=Closed(clients=16), mix={"small": 1.0}),
+        Tenant(name="left", arrivals=Closed(clients=16), mix={"sweep": 1.0}, is_interactive=False),
+        Tenant(name="right", arrivals=Closed(clients=32), mix={"sweep": 1.0, "lens": 2.0}, is_interactive=False),
     ),
     "mixed": (
         Tenant(name="students", arrivals=Closed(clients=24, think_s=0.05)),
