@@ -5,7 +5,8 @@
 Each user sends small requests one after another: a residual, a logit lens, a steered run, an ablated head. Both
 services get bytes that were made before, and answers are looked at when the clocks have stopped: every value of both
 is held against hooks on plain Hugging Face. The services take turns, never running load at the same time. Each has one
-copy of the model, in float32, with one thread.
+copy of the model, in float32, with one thread. Between their turns with one user the same requests run in this
+process, in the engine alone: what a request takes longer is the service's own.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ from bench.plain import TOLERANCE, Plain, difference
 from bench.service import running_service
 from bench.workloads import KINDS, Choice, choice, direction
 from engine.local import LocalBackend
+from polytrace.graph import Request
 from polytrace.model import Model
 from polytrace.wire import decode_result, encode_request
 
 _SILENCE_S = 3.0
 _AIMS = {1: 1.0, 8: 1.0, 32: 8.0}  # requests a second, against NDIF's
+_OVERHEAD_AIM_MS = 10.0
 Ask = Callable[[int], Awaitable[bytes]]  # number of the request -> its answer
 
 
@@ -59,17 +62,18 @@ def run(config: RaceConfig) -> dict[str, Any]:
     """The figures, as plain JSON."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        bodies, right, choices = _questions(config)
+        requests, right, choices = _questions(config)
+        bodies = [b"".join(bytes(part) for part in encode_request(request)) for request in requests]
         log = record.ROOT / "out" / "race-service.log"
         with running_service(config.folder, name="tinyworld", stages=1, ranks=1, log=log) as ours:
             if not config.has_peer:
-                return asyncio.run(_race(config, ours.url, bodies, right, None, folder))
+                return asyncio.run(_race(config, ours.url, requests, bodies, right, None, folder))
             python = NDIF.make()
             with running_ndif(python, Path(config.folder)) as (url, env):
                 (folder / "choices.json").write_text(json.dumps(choices))
                 asking = [str(python), str(Path(__file__).parent / "ndif" / "asking.py")]
                 subprocess.run([*asking, "write", NAME, str(folder / "choices.json"), scratch], env=env, check=True)
-                figures = asyncio.run(_race(config, ours.url, bodies, right, url, folder))
+                figures = asyncio.run(_race(config, ours.url, requests, bodies, right, url, folder))
                 subprocess.run([*asking, "read", scratch], env=env, check=True)
         answers = json.loads((folder / "answers.json").read_text())
         theirs = [torch.tensor(one["values"]).view(one["shape"]) for one in answers]
@@ -77,22 +81,22 @@ def run(config: RaceConfig) -> dict[str, Any]:
         return figures
 
 
-def _questions(config: RaceConfig) -> tuple[list[bytes], list[torch.Tensor], list[dict[str, Any]]]:
-    """Requests as polytrace's client sends them, their right answers by hand, and what they ask for."""
+def _questions(config: RaceConfig) -> tuple[list[Request], list[torch.Tensor], list[dict[str, Any]]]:
+    """Requests as polytrace's client makes them, their right answers by hand, and what they ask for."""
     plain, backend = Plain(config.folder), LocalBackend(config.folder, threads=1)
     recorder = Recorder(backend)
     model: Any = Model(recorder)
-    bodies, right, choices = [], [], []
+    requests, right, choices = [], [], []
     kinds = [kind for kind in KINDS if kind.name in NDIF_KINDS]
     for number in range(config.variants):
         kind, at = kinds[number % len(kinds)], choice(number, plain)
         kind.ask(model, at)
-        bodies.append(b"".join(bytes(part) for part in encode_request(recorder.seen[-1][0])))
+        requests.append(recorder.seen[-1][0])
         (value,) = kind.check(plain, at).values()
         right.append(value)
         choices.append(_plain(kind.name, at, plain))
     backend.close()
-    return bodies, right, choices
+    return requests, right, choices
 
 
 def _plain(kind: str, at: Choice, plain: Plain) -> dict[str, Any]:
@@ -106,11 +110,18 @@ def _plain(kind: str, at: Choice, plain: Plain) -> dict[str, Any]:
 
 
 async def _race(
-    config: RaceConfig, url: str, bodies: Sequence[bytes], right: Sequence[torch.Tensor], peer: str | None, folder: Path
+    config: RaceConfig,
+    url: str,
+    requests: Sequence[Request],
+    bodies: Sequence[bytes],
+    right: Sequence[torch.Tensor],
+    peer: str | None,
+    folder: Path,
 ) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=120.0)
     rates: dict[str, dict[int, list[float]]] = {}
     waits: dict[str, dict[int, list[float]]] = {}
+    alone: list[float] = []  # median milliseconds of a request in the engine, by turn
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         contenders = {"polytrace": _ours(session, url, bodies)}
         if peer is not None:
@@ -123,6 +134,8 @@ async def _race(
                 took = await _load(contenders[name], users=users, seconds=config.seconds)
                 rates.setdefault(name, {}).setdefault(users, []).append(len(took) / config.seconds)
                 waits.setdefault(name, {}).setdefault(users, []).append(1e3 * statistics.median(took))
+            if users == 1:
+                alone.append(await asyncio.to_thread(_alone, config, requests))
         ours = [decode_result(await contenders["polytrace"](number))[0] for number in range(len(bodies))]
         if peer is not None:
             for number in range(len(bodies)):
@@ -131,11 +144,27 @@ async def _race(
     return {
         "requests_per_s": _medians(rates),
         "median_ms": _medians(waits),
+        "engine_ms": statistics.median(alone) if alone else None,
         "turns": {name: {str(users): found for users, found in by.items()} for name, by in rates.items()},
         "correct": {"polytrace": max(difference(a, b) for a, b in zip(values, right, strict=True))},
         "allowed": TOLERANCE,
         "aims": {str(users): aim for users, aim in _AIMS.items()},
     }
+
+
+def _alone(config: RaceConfig, requests: Sequence[Request]) -> float:
+    """The median of what a request takes in the engine, with no service around it; milliseconds."""
+    backend, took = LocalBackend(config.folder, threads=1), list[float]()
+    try:
+        end = time.perf_counter() + config.seconds
+        for request in itertools.cycle(requests):
+            if (start := time.perf_counter()) > end:
+                break
+            backend.run(request)
+            took.append(time.perf_counter() - start)
+    finally:
+        backend.close()
+    return 1e3 * statistics.median(took[len(took) // 10 :])  # without what is compiled at first
 
 
 def _ours(session: aiohttp.ClientSession, url: str, bodies: Sequence[bytes]) -> Ask:
@@ -211,6 +240,12 @@ def tell(figures: Mapping[str, Any]) -> str:
         if "ndif" in rates:
             said += f": {rates['polytrace'][users] / rates['ndif'][users]:.1f}x; aim {figures['aims'].get(users, 1)}x"
         lines.append(f"  {users:>3} users: {said}")
+    if figures["engine_ms"] is not None:
+        over = waits["polytrace"]["1"] - figures["engine_ms"]
+        lines.append(
+            f"  one request in the engine alone: {figures['engine_ms']:.1f} ms; the service adds {over:.1f} ms; "
+            f"aim {_OVERHEAD_AIM_MS:.0f} ms"
+        )
     lines.append("  off from plain Hugging Face: " + ", ".join(f"{k} {v:.1e}" for k, v in figures["correct"].items()))
     users = [int(count) for count in rates["polytrace"]]
     picture = record.ROOT / "out" / "race.png"
