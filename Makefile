@@ -13,12 +13,13 @@ TEST_WORKERS ?= 2
 # matplotlib's list of fonts: here, not in the home folder
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
-.PHONY: help setup demo test check bench families gpu-test format clean
+.PHONY: help setup demo test test-wide check bench families gpu-test format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      a small real model on 2 stages x 2 ranks, 8 users at once, two pictures in out/"
-	@echo "make test      all tests"
+	@echo "make test      all tests, of large grids one cell for each way through the code"
+	@echo "make test-wide every cell of every grid, and more of what is drawn at random"
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make bench     the benchmarks; one JSON line each in bench/results/"
 	@echo "make families  every causal language model class tried from a tiny configuration; writes docs/families.md"
@@ -38,6 +39,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+test-wide: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not gpu"
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -1,10 +1,18 @@
-"""What holds for every test: one thread a process, no hub, and properties that do not fail for want of speed."""
+"""What holds for every test: one thread a process, no hub, properties that do not fail for want of speed, how much is
+tried, and which worker takes what.
+"""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
+import pytest
+import width
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from spreading import ServicesApart
 
 # Before torch is imported anywhere: shards that tests start inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,3 +24,16 @@ settings.register_profile(
     "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
 )
 settings.load_profile("house")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    width.is_wide = "not wide" not in config.option.markexpr
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ServicesApart | None:
+    if config.option.dist != "loadfile":
+        return None
+    from spreading import ServicesApart
+
+    return ServicesApart(config, log)

@@ -65,6 +65,9 @@ class Postgres:
             assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
             time.sleep(0.05)
 
+    def is_running(self) -> bool:
+        return self._server is not None and self._server.poll() is None
+
     def stop(self) -> None:
         """As an operator stops it: connections are ended."""
         if self._server is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from width import keeping
 
 _SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
 _HEADS = {"num_attention_heads": 4, "max_position_embeddings": 64}
@@ -54,6 +56,16 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **_LLAMA, head_dim=8, num_local_experts=4, sliding_window=5, layer_types=_ALTERNATING, num_experts_per_tok=2
     ),
 }
+
+# One for each way through the engine: rotary, learned positions and fused rows, soft caps, normed queries and windows,
+# side by side and fused by head, fused blocks, sinks and experts, positions that begin at 2. The others are like one of
+# them: mistral and qwen3 like llama and gemma3, phi like gpt_neox, mixtral and qwen3_moe like gpt_oss.
+FEW = ("llama", "gpt2", "gemma2", "gemma3", "gpt_neox", "phi3", "gpt_oss", "opt")
+
+
+def few_of(families: Iterable[str]) -> list[Any]:
+    """As parameters of a test; those that are not among the few are wide."""
+    return keeping(families, FEW.__contains__)
 
 
 @dataclass(frozen=True)

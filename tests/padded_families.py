@@ -91,6 +91,9 @@ MIXING: dict[str, PreTrainedConfig] = {
     ),
 }
 CONFIGS = OWN_FORMULA | MIXING
+# One for each way of attending and of mixing. The others are like one of them: gptj like codegen, falcon like
+# falcon_alibi, mamba2 like mamba, falcon_h1 and lfm2 like jamba.
+FEW = ("bloom", "codegen", "gpt_neo", "mpt", "falcon_alibi", "jamba", "mamba", "recurrent_gemma", "qwen3_next")
 _T5: dict[str, Any] = {
     "vocab_size": 96,
     "d_model": 32,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ from polytrace.wire import encode_request
 from scheduling.plan import Plan, Program, ShardResult
 from scheduling.policy import passes_in_flight
 from scheduling.scheduler import PassPolicy
+
+
+def in_processes(function: Callable[..., None], arguments: tuple[Any, ...], number: int) -> None:
+    """Runs `function(place, *arguments)` in so many processes; torch is imported once, not by each."""
+    mp.get_context("forkserver").set_forkserver_preload(["engine.shard"])
+    mp.start_processes(function, arguments, nprocs=number, start_method="forkserver")
 
 
 def _serve(pipe: Connection, kind: type[Shard], config: ShardConfig, port: int) -> None:

@@ -23,6 +23,25 @@ def postgres() -> Iterator[Postgres]:
         server.close()
 
 
+@pytest.fixture(scope="session")
+def _durable_postgres() -> Iterator[Postgres]:
+    if (reason := why_no_postgres()) is not None:
+        pytest.skip(reason)
+    server = Postgres(is_durable=True)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def mortal_postgres(_durable_postgres: Postgres) -> Postgres:
+    """One that a test may stop, kill and start: what it has committed survives. Each test finds it running."""
+    if not _durable_postgres.is_running():
+        _durable_postgres.start()
+    return _durable_postgres
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A new database with the store's tables, once of each kind."""

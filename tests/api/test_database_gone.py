@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from databases import Postgres, why_no_postgres
+from databases import Postgres
 from gateways import ROOM, Agreeable, GatewayService, body, description_of_nothing, receipt_of, wait_until
 
 import api.database
@@ -27,13 +26,8 @@ PATH = "/v1/models/m/requests"
 
 
 @pytest.fixture
-def server() -> Iterator[Postgres]:
-    if (reason := why_no_postgres()) is not None:
-        pytest.skip(reason)
-    server = Postgres(is_durable=True)
-    server.start()
-    yield server
-    server.close()
+def server(mortal_postgres: Postgres) -> Postgres:
+    return mortal_postgres
 
 
 class Runner:
@@ -102,7 +96,7 @@ class Client:
                         return
 
 
-@pytest.mark.parametrize(("how", "gone_s"), [("stop", 10.0), ("kill", 1.0)])
+@pytest.mark.parametrize(("how", "gone_s"), [("stop", 3.0), ("kill", 1.0)])
 def test_nothing_is_lost_and_the_service_goes_on_by_itself(
     tmp_path: Path, server: Postgres, how: str, gone_s: float
 ) -> None:

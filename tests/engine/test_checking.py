@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS, model_of
+from families import CONFIGS, few_of, model_of
 from odd_models import save_odd
 from processes import ProcessShards
 from torch import Tensor
+from width import wide
 
 import engine.named
 from engine.anatomy import Anatomy, find_anatomy
@@ -30,7 +31,7 @@ SIDE_BY_SIDE = ("gpt_neox", "phi")
 NORMED = ("gemma2", "gemma3")
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=few_of(CONFIGS))
 def described(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ModelDescription]:
     folder = tmp_path_factory.mktemp("model")
     model_of(request.param).save_pretrained(folder)
@@ -80,7 +81,7 @@ def test_how_the_residual_adds_up_is_told_as_the_family_does_it(described: tuple
     assert ("soft-capped at 30" in logits) == (family == "gemma2")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", *map(wide, ("llama", "gemma2", "phi", "mixtral"))])
 def test_in_half_precision_names_hold_or_are_told_to_be_unchecked(family: str, tmp_path: Path) -> None:
     model_of(family, torch.bfloat16).save_pretrained(tmp_path)
     description = LocalBackend(str(tmp_path), threads=1).description
@@ -235,7 +236,7 @@ class _Described:
         return self._description
 
 
-@pytest.fixture(scope="module", params=["gpt2", "mixtral"])
+@pytest.fixture(scope="module", params=[wide("gpt2"), "mixtral"])
 def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
     folder = str(tmp_path_factory.mktemp("model"))
     model_of(request.param).save_pretrained(folder)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from decoded import Pass, cache, room, threads
 from torch import Tensor
+from width import covering
 
 from engine.attention import AttentionPass, attending, packed_attention
 from engine.points import Point
@@ -176,8 +177,7 @@ class Crowd:
             self.lengths[number] += 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("options", "dtype"), covering(OPTIONS, [torch.float32, torch.bfloat16]), ids=str)
 def test_a_row_that_decodes_has_the_bits_of_a_prompt_whoever_its_neighbours_are(
     options: Options, dtype: torch.dtype
 ) -> None:

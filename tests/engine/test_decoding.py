@@ -9,6 +9,7 @@ import pytest
 import torch
 from decoded import REQUEST, Machine, cache
 from torch import Tensor
+from width import covering
 
 from scheduling.plan import PassTooLargeError
 
@@ -47,8 +48,7 @@ def decode(machine: Machine, texts: list[list[int]], lengths: tuple[int, ...], c
     return [torch.cat(parts) for parts in found]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", DECODED)
+@pytest.mark.parametrize(("family", "dtype"), covering(DECODED, [torch.float32, torch.bfloat16]), ids=str)
 def test_rows_that_decode_have_the_bits_of_their_text_in_one_piece(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

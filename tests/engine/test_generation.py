@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, model_of
+from families import FAMILIES, few_of, model_of
 from generated import (
     Ablate,
     Steer,
@@ -30,6 +30,7 @@ from generated import (
 from programs import get
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
+from width import wide
 
 from engine.local import LocalBackend
 from polytrace.graph import Sampling
@@ -69,7 +70,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=few_of(FAMILIES))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
     made = Family(request.param, tmp_path_factory.mktemp(request.param))
     yield made
@@ -134,7 +135,7 @@ DRAWN = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"], indirect=True)
+@pytest.mark.parametrize("family", ["llama", wide("gpt2"), "gemma2", wide("mixtral")], indirect=True)
 def test_drawn_tokens_are_those_of_transformers_processors_and_the_written_down_numbers(family: Family) -> None:
     chosen = random.Random(2)
     users = [replace(some_user(family.names, chosen), sampling=sampling) for sampling in DRAWN]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import transformers
+from processes import in_processes
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -173,9 +173,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def ranks(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
     folder = tmp_path_factory.mktemp("out")
     stores = [open_store("127.0.0.1") for _ in WORLDS]
-    mp.get_context("forkserver").set_forkserver_preload(["engine.shard"])  # torch is imported once
     given = [store.port for store in stores], sources, str(folder)
-    mp.start_processes(shard, given, nprocs=max(WORLDS), start_method="forkserver")
+    in_processes(shard, given, max(WORLDS))
     return {ranks: [torch.load(folder / f"{ranks} {index}.pt") for index in range(ranks)] for ranks in WORLDS}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import in_processes
 
 from engine.links import Distributed, Solo, as_bytes, join_store, open_store
 from polytrace.errors import ServiceError
@@ -88,7 +88,7 @@ def chained(index: int, port: int, out: str) -> None:
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     out = tmp_path_factory.mktemp("links")
     store = open_store("127.0.0.1")
-    mp.spawn(shard, (store.port, str(out)), nprocs=STAGES * RANKS)
+    in_processes(shard, (store.port, str(out)), STAGES * RANKS)
     return [torch.load(out / f"{index}.pt") for index in range(STAGES * RANKS)]
 
 
@@ -123,13 +123,13 @@ def test_bytes_sent_and_gathered_are_counted(seen: list[dict[str, object]]) -> N
 
 def test_a_dead_neighbour_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
     store = open_store("127.0.0.1")
-    mp.spawn(survivor, (store.port, str(tmp_path)), nprocs=2)
+    in_processes(survivor, (store.port, str(tmp_path)), 2)
     assert (tmp_path / "told").read_text() == "yes"
 
 
 def test_a_neighbour_is_told_while_the_failure_that_it_follows_from_is_still_being_handled(tmp_path: Path) -> None:
     store = open_store("127.0.0.1")
-    mp.spawn(chained, (store.port, str(tmp_path)), nprocs=3)
+    in_processes(chained, (store.port, str(tmp_path)), 3)
     assert "lost stage 1" in (tmp_path / "told").read_text()
 
 

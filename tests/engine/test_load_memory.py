@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import in_processes
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from engine.drawing import DrawnTensor
@@ -89,7 +89,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CONFIGS["large"].save_pretrained(folder)
     store = open_store("127.0.0.1")
     results = tmp_path_factory.mktemp("out")
-    mp.spawn(load, (store.port, sources | {"random": str(folder)}, str(results)), nprocs=4)
+    in_processes(load, (store.port, sources | {"random": str(folder)}, str(results)), 4)
     for source in sources.values():
         shutil.rmtree(source)
     return results

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, model_of
+from families import FAMILIES, few_of, model_of
 from names import POINTS, change, points_by_hand, weights_by_hand
 from programs import difference, find
 from torch import Tensor
@@ -23,7 +23,7 @@ PROMPTS = [[7, 3, 5, 9, 11, 2, 4], [7, 3, 5, 1]]
 LAYER = 1
 
 
-@pytest.fixture(scope="module", params=sorted(POINTS))
+@pytest.fixture(scope="module", params=few_of(sorted(POINTS)))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, plain = tmp_path_factory.mktemp("model"), model_of(request.param)
     plain.save_pretrained(folder)

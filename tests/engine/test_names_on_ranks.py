@@ -13,6 +13,7 @@ from names import POINTS, change
 from processes import ProcessBackend, ProcessShards
 from programs import difference, find
 from torch import Tensor
+from width import wide
 
 from engine.local import LocalBackend
 from polytrace.model import Model
@@ -26,17 +27,15 @@ GATHERED = ("phi3",)  # every rank has what projections give, and of their fused
 GRIDS = [
     ("gpt2", 2),
     ("gpt_neox", 2),
-    ("qwen3", 2),
-    ("mixtral", 2),
-    ("phi", 2),
     ("phi3", 2),  # whose projections give every rank the whole
-    ("opt", 2),
-    ("gemma2", 2),
     ("mistral", 4),
 ]
 
 
-@pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: "-".join(map(str, grid)))
+MORE_GRIDS = [("qwen3", 2), ("mixtral", 2), ("phi", 2), ("opt", 2), ("gemma2", 2)]
+
+
+@pytest.fixture(scope="module", params=[*GRIDS, *map(wide, MORE_GRIDS)], ids=lambda grid: "-".join(map(str, grid)))
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     family, ranks = request.param
     folder: Path = tmp_path_factory.mktemp("model")

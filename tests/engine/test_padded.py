@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,12 +15,13 @@ import torch
 from by_hand import run_by_hand
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from padded_families import CONFIGS, FAMILIES, LOOKS_INTO_LAYERS, OWN_FORMULA, model_from, model_of
+from padded_families import CONFIGS, FAMILIES, FEW, LOOKS_INTO_LAYERS, OWN_FORMULA, model_from, model_of
 from processes import ProcessBackend, ProcessShards
 from programs import crowds, difference, find, serve
 from small import close, logits_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from width import keeping, wide
 
 from engine.leaves import port_leaves
 from engine.loading import check_split
@@ -50,14 +52,20 @@ class Loaded:
         return find(self.model, self.family.layers)[number]
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return Loaded(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
+    """A family by its name, loaded once."""
+    return cache(lambda name: Loaded(name, tmp_path_factory.mktemp(name)))
 
 
-@pytest.fixture(scope="module", params=sorted(OWN_FORMULA))
-def own_formula(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return Loaded(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module", params=keeping(sorted(CONFIGS), FEW.__contains__))
+def loaded(request: pytest.FixtureRequest, load: Callable[[str], Loaded]) -> Loaded:
+    return load(request.param)
+
+
+@pytest.fixture(scope="module", params=keeping(sorted(OWN_FORMULA), FEW.__contains__))
+def own_formula(request: pytest.FixtureRequest, load: Callable[[str], Loaded]) -> Loaded:
+    return load(request.param)
 
 
 def test_the_description_says_how_prompts_run_and_why(loaded: Loaded) -> None:
@@ -215,7 +223,7 @@ def test_calls_inside_of_forwards_are_visited_for_each_prompt_as_alone(loaded: L
             assert torch.equal(own.nan_to_num(7.0), alone.nan_to_num(7.0)), site.module
 
 
-@pytest.mark.parametrize(("name", "stages"), [("bloom", 2), ("mamba", 2), ("falcon_alibi", 2)])
+@pytest.mark.parametrize(("name", "stages"), [wide("bloom", 2), ("mamba", 2), ("falcon_alibi", 2)])
 def test_stages_change_no_bit(name: str, stages: int, tmp_path: Path) -> None:
     one = Loaded(name, tmp_path / "model")
     shards = ProcessShards(str(tmp_path / "model"), stages=stages, ranks=1)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import transformers
+from processes import in_processes
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -136,8 +136,7 @@ def out(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("out")
     stores = {world: open_store("127.0.0.1") for world in WORLDS}
     ports = {world: store.port for world, store in stores.items()}
-    mp.get_context("forkserver").set_forkserver_preload(["engine.shard"])  # torch is imported once
-    mp.start_processes(shard, (ports, sources, str(folder)), nprocs=4, start_method="forkserver")
+    in_processes(shard, (ports, sources, str(folder)), 4)
     return folder
 
 

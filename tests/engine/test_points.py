@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, model_of
+from families import FAMILIES, few_of, model_of
 from points import POINTS, Look, furthest, look_by_hand, looks, record_look
 from programs import difference, find, values_in_order
 
@@ -22,7 +22,10 @@ LONG = tuple(range(1, 41))  # more than a page of keys
 PROMPTS = [(LONG,), (LONG[:12], LONG[:5]), ((7, 3, 5, 9, 11, 2, 4),)]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "mistral", "gpt_oss", "gpt_neox", "opt", "mixtral"])
+SERVED = few_of(["llama", "gpt2", "gemma2", "mistral", "gpt_oss", "gpt_neox", "opt", "mixtral"])
+
+
+@pytest.fixture(scope="module", params=SERVED)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("model")
     plain = model_of(request.param)

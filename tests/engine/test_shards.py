@@ -30,6 +30,7 @@ from programs import (
     serve,
     values_in_order,
 )
+from width import wide
 
 from engine.local import LocalBackend
 from polytrace.errors import RunError
@@ -48,15 +49,17 @@ TWICE = settings(
 GRIDS = [  # stages, ranks
     ("llama", 2, 2, "float32"),
     ("gpt2", 2, 2, "float32"),
-    ("gemma2", 2, 2, "float32"),
-    ("llama", 1, 4, "float32"),
     ("llama", 4, 1, "float32"),
-    ("gemma3", 1, 2, "float32"),
     ("mistral", 1, 4, "float32"),  # 2 key/value heads
     ("gpt_oss", 1, 4, "float32"),  # the same, and 4 experts dealt out
+    ("llama", 2, 2, "bfloat16"),
+]
+MORE_GRIDS = [
+    ("gemma2", 2, 2, "float32"),
+    ("llama", 1, 4, "float32"),
+    ("gemma3", 1, 2, "float32"),
     ("mixtral", 2, 2, "float32"),
     ("opt", 1, 2, "float32"),
-    ("llama", 2, 2, "bfloat16"),
 ]
 
 
@@ -88,7 +91,7 @@ class Deployed:
             yield values_in_order(tracer, outcome.values)
 
 
-@pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: "-".join(map(str, grid)))
+@pytest.fixture(scope="module", params=[*GRIDS, *map(wide, MORE_GRIDS)], ids=lambda grid: "-".join(map(str, grid)))
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     deployment = Deployed(*request.param, tmp_path_factory.mktemp("model"))
     yield deployment
@@ -328,7 +331,7 @@ def reader_and_editor(family: str) -> list[Program]:
     ]
 
 
-@pytest.mark.parametrize(("stages", "ranks"), [(1, 1), (1, 2), (2, 1), (2, 4), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("stages", "ranks"), [(2, 4), wide(1, 1), wide(1, 2), wide(2, 1), wide(4, 2), wide(4, 4)])
 def test_every_grid_of_stages_and_ranks_gives_one_processs_numbers(stages: int, ranks: int, tmp_path: Path) -> None:
     deployed = Deployed("llama", stages, ranks, "float32", tmp_path)
     users = reader_and_editor("llama")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from points import POINTS, attending
 from programs import difference, find, values_in_order
 from torch import Tensor
+from width import examples, wide
 
 from engine.local import LocalBackend
 from polytrace.model import Model
@@ -312,7 +313,7 @@ class _counting:
 # --- prompts that run alone, side by side
 
 
-@pytest.fixture(scope="module", params=["jamba", "mamba2", "falcon_alibi"])
+@pytest.fixture(scope="module", params=["jamba", wide("mamba2"), wide("falcon_alibi")])
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("model")
     plain = padded_families.model_of(request.param)
@@ -320,7 +321,13 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return padded_families.FAMILIES[request.param], plain, LocalBackend(str(folder), threads=1, policy=EVERYONE)
 
 
-@settings(max_examples=4, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=examples(2, 4),
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 @given(data=st.data())
 def test_prompts_that_run_alone_have_gradients(alone: Any, data: st.DataObject) -> None:
     family, plain, backend = alone

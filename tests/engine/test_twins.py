@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from families import CONFIGS
+import width
+from families import CONFIGS, FEW
+from processes import in_processes
 from transformers import (
     AutoConfig,
     BioGptConfig,
@@ -72,13 +73,17 @@ MORE = (  # families that the other tests do not have, most of them split by a p
     Olmo2Config(**SIZES),
     DeepseekV2Config(**SIZES, n_routed_experts=4, num_experts_per_tok=2),
 )
+SHIPPED = ("deepseek-ai/DeepSeek-V3", "openai/gpt-oss-120b")
 NO_GRADIENTS = "keys of latent attention as if ranks had nothing to add up"  # runs, and right, but not backwards
 
 
-def configurations() -> dict[str, Any]:
-    found: dict[str, Any] = {name: copy.deepcopy(config) for name, config in CONFIGS.items()}
+def configurations(is_wide: bool) -> dict[str, Any]:
+    """Those that are proven; of families whose plans are alike, and of shipped models of their classes, all if wide."""
+    families = CONFIGS if is_wide else FEW
+    found: dict[str, Any] = {name: copy.deepcopy(CONFIGS[name]) for name in families}
     found |= {type(config).__name__: config for config in MORE}
-    found |= {name: AutoConfig.from_pretrained(known_source(name)) for name in shipped_models()}
+    shipped = shipped_models() if is_wide else SHIPPED
+    found |= {name: AutoConfig.from_pretrained(known_source(name)) for name in shipped}
     for name, (family, plan, _) in WRONG.items():
         found[name] = copy.deepcopy(CONFIGS[family])
         found[name].base_model_tp_plan = plan
@@ -87,12 +92,12 @@ def configurations() -> dict[str, Any]:
     return found
 
 
-def shard(rank: int, port: int, out: str) -> None:
+def shard(rank: int, port: int, out: str, is_wide: bool) -> None:
     torch.set_num_threads(1)
     store = join_store("127.0.0.1", port)
     links = Distributed(store, stage=0, stages=1, rank=rank, ranks=RANKS, timeout_s=60)
     told: dict[str, Any] = {}
-    for name, config in configurations().items():
+    for name, config in configurations(is_wide).items():
         try:
             proof = prove_splits(config, links, torch.device("cpu"))
             assert proof is not None
@@ -109,8 +114,7 @@ def shard(rank: int, port: int, out: str) -> None:
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("out")
     store = open_store("127.0.0.1")
-    mp.get_context("forkserver").set_forkserver_preload(["engine.shard"])  # torch is imported once
-    mp.start_processes(shard, (store.port, str(folder)), nprocs=RANKS, start_method="forkserver")
+    in_processes(shard, (store.port, str(folder), width.is_wide), RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -1,0 +1,29 @@
+"""Which worker takes which file: one takes those that start whole services, for as long as there are any.
+
+Two services at once would wait for each other's processes; and what the workers would otherwise take last, the files
+with the fewest tests, are the ones that take longest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
+
+ROOT = Path(__file__).parents[1]
+MARKS = ("from services import", "ray.init(", "running_service(")
+
+
+class ServicesApart(LoadFileScheduling):
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        is_for_services = node is self.nodes[0]
+        found = (file for file in self.workqueue if starts_a_service(file) is is_for_services)
+        self.workqueue.move_to_end(next(found, next(iter(self.workqueue))), last=False)
+        super()._assign_work_unit(node)
+
+
+def starts_a_service(file: str) -> bool:
+    """Whether a file's tests start Ray."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return any(mark in text for mark in MARKS)
