@@ -34,6 +34,7 @@ BENCHMARKS: Mapping[str, str] = {
     "gradients": "bench.gradients",
     "race": "bench.load.race",
     "maps": "bench.maps",
+    "simulate": "bench.simulator.benchmark",
     "large": "bench.large",
 }
 _ON_GPUS = {"large"}

@@ -17,7 +17,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from cluster.requests import Claimed, ControllerStore, Finished, LeftBehind, PassFigures, Place, ResultPlace
@@ -92,23 +92,28 @@ class Shares:
             self.fair.weigh(self.store.weights())
 
     def _divide(self, tenants: Sequence[str], room: int) -> dict[str, int]:
-        """How many more each may have: in turns, whoever was served least first, while it holds no more than is free
-        (dynamic thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998).
-        """
         held: Counter[str] = Counter()
         for share in self._all:
             held.update(share.tenants())
-        given: dict[str, int] = {}
-        asking = deque(self.fair.order(tenants))
-        free = room
-        while asking and free > 0:
-            tenant = asking.popleft()
-            if held[tenant] + given.get(tenant, 0) <= free:
-                given[tenant] = given.get(tenant, 0) + 1
-                free -= 1
-                asking.append(tenant)
         self.has_more = bool(tenants)
-        return given
+        return divided(self.fair, tenants, held, room)
+
+
+def divided(fair: FairShares, tenants: Sequence[str], held: Mapping[str, int], room: int) -> dict[str, int]:
+    """How many more of its waiting requests each tenant may have in memory, of so many that there is room for: in
+    turns, whoever was served least first, while it holds no more than is free (dynamic thresholds: Choudhury and Hahne,
+    IEEE/ACM Transactions on Networking 6, 1998).
+    """
+    given: dict[str, int] = {}
+    asking = deque(fair.order(tenants))
+    free = room
+    while asking and free > 0:
+        tenant = asking.popleft()
+        if held.get(tenant, 0) + given.get(tenant, 0) <= free:
+            given[tenant] = given.get(tenant, 0) + 1
+            free -= 1
+            asking.append(tenant)
+    return given
 
 
 def least_loaded(shares: Sequence[AnyLoad]) -> AnyLoad:

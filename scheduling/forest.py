@@ -21,6 +21,7 @@ from itertools import pairwise
 from operator import le, lt
 
 from scheduling.plan import NOWHERE, Cone, Edit, Segment, TrunkId
+from scheduling.rows import rows_by_layer, skipped_by_layer
 
 # What a fork costs besides its rows, in rows a layer: copies of a page of keys and values, and its part of the plan.
 _FORK_ROWS = 1
@@ -81,20 +82,9 @@ def grow(sequences: Sequence[Placed], num_layers: int, trunks: Sequence[Kept] = 
     return Forest(
         segments=segments,
         places=tuple(rows[twin] for twin in twins[: len(sequences)]),
-        layer_rows=tuple(_num_rows(segments, level) for level in range(num_layers)),
-        skipped_rows=_skipped_rows(segments, num_layers),
+        layer_rows=tuple(rows_by_layer(segments, num_layers)),
+        skipped_rows=tuple(skipped_by_layer(segments, num_layers)),
         used=tuple((tuple(tree.stops[:num_layers]), tuple(tree.behind)) for tree in trees[len(sequences) :]),
-    )
-
-
-def _num_rows(segments: Iterable[Segment], level: int) -> int:
-    return sum(max(0, segment.stops[level] - segment.starts[level]) for segment in segments if segment.trunk is None)
-
-
-def _skipped_rows(segments: Iterable[Segment], num_layers: int) -> tuple[int, ...]:
-    around = [segment for segment in segments if segment.skips]
-    return tuple(
-        _num_rows([segment for segment in around if level in segment.skips], level) for level in range(num_layers)
     )
 
 

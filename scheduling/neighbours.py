@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from polytrace.certificate import PassEntry
 from scheduling.plan import NO_ROWS, Plan, RequestId
+from scheduling.rows import rows_by_layer, skipped_by_layer
 
 
 def own_entry(
@@ -19,20 +20,17 @@ def own_entry(
     """The entry of a pass as one tenant's requests see it: `requests` are its members, `caches` the owners of the
     caches of its generations, `num_requests` how many it has there, those included whose rows only run ahead.
     """
-    own = _segments(plan, requests, caches)
     num_layers = len(entry.layer_rows)
-    rows, first = [0] * num_layers, 0
-    for number in own:
-        segment = plan.segments[number]
-        spans = [max(0, stop - start) for start, stop in zip(segment.starts, segment.stops, strict=False)]
-        first += sum(spans[:1])
-        for layer, span in enumerate(spans[:num_layers]):
-            rows[layer] += 0 if layer in segment.skips else span
+    own = [plan.segments[number] for number in _segments(plan, requests, caches)]
+    there = rows_by_layer(own, num_layers)
+    around = skipped_by_layer(own, num_layers)
     return replace(
         entry,
         requests=num_requests,
-        tokens=first,
-        layer_rows=tuple(own if all_ else 0 for own, all_ in zip(rows, entry.layer_rows, strict=True)),
+        tokens=sum(there[:1]),
+        layer_rows=tuple(
+            rows - less if all_ else 0 for rows, less, all_ in zip(there, around, entry.layer_rows, strict=True)
+        ),
     )
 
 

@@ -287,6 +287,8 @@ class Scheduler:
         Whoever comes after one that waits for room waits behind it.
         """
         self._is_short = False
+        if not any(job.needed or not job.has_tape_room for job in self._ready):
+            return list(self._ready)
         for job in self._asking_room([job for job in self._ready if job.needed]):
             if not self._make_room(job):
                 self._is_short = True

@@ -43,6 +43,17 @@ class Bursty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AtOnce:
+    """A script that submits all it has, as fast as it can, and goes home."""
+
+    requests: int
+    within_s: float = 0.0
+
+    def times(self, seconds: float, rng: Random) -> Iterator[float]:
+        return iter(sorted(rng.random() * self.within_s for _ in range(self.requests)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Closed:
     """Clients that each wait for an answer before they send again."""
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import aiohttp
 
-from bench.load.arrivals import Bursty, Closed, Poisson
+from bench.load.arrivals import AtOnce, Bursty, Closed, Poisson
 from bench.load.mixes import Ask, drawn
 from bench.load.tenants import Tenant
 
@@ -148,7 +148,7 @@ class _Load:
         self.clock = Clock()
         self.sent: list[Sent] = []
 
-    async def open(self, tenant: Tenant, arrivals: Poisson | Bursty, rng: Random) -> None:
+    async def open(self, tenant: Tenant, arrivals: Poisson | Bursty | AtOnce, rng: Random) -> None:
         """Requests at their times, whether earlier ones are answered or not."""
         async with asyncio.TaskGroup() as group:
             for at in arrivals.times(self._seconds - tenant.begins_s, rng):

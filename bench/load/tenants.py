@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bench.load.arrivals import Bursty, Closed, Poisson
+from bench.load.arrivals import AtOnce, Bursty, Closed, Poisson
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +13,7 @@ class Tenant:
     """One of those who share the service."""
 
     name: str
-    arrivals: Poisson | Bursty | Closed
+    arrivals: Poisson | Bursty | AtOnce | Closed
     mix: Mapping[str, float] = field(
         default_factory=lambda: {"small": 1.0}
     )  # experiment of `bench.load.mixes` -> weight

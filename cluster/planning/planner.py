@@ -1,8 +1,8 @@
 """Which split of a model fits which GPUs, what each shard holds, what crosses which link, and what can be reached.
 
 Weights are counted, parameter by parameter, from the model built without data (`engine.census`). Memory beside them and
-time are estimates by the rules that stand in `_row_bytes` and `_shard`: a roofline, which no real run beats and few
-come close to. Every stage is taken to be busy: as many passes in flight as there are stages.
+time are estimates: by the rules that stand in `_row_bytes`, and by `cluster.planning.roofline`, which no real run beats
+and few come close to. Every stage is taken to be busy: as many passes in flight as there are stages.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cluster.planning.hardware import GIB, Hardware, told_bytes
+from cluster.planning.roofline import FLOAT_BYTES, Roofline, stored_row_bytes
 from engine.census import Census, Kind, StageShare
 from engine.loading import meta_model
 from engine.shipped import known_source
 from polytrace.errors import ServiceError
 
-_FLOAT_BYTES = 4  # attention and the key/value store work in float32
 _MIN_PASS_ROWS = 2048  # a plan whose passes are smaller is no plan
 _MAX_PASS_ROWS = 8192  # what a service takes by default
 _MORE = 8  # times the nodes that are tried for the nearest plan that works
@@ -156,16 +156,16 @@ def _plan(census: Census, machine: Machine, load: Load, stages: int | None, rank
 
 def plan_split(census: Census, machine: Machine, load: Load, stages: int, ranks: int) -> SplitPlan | None:
     """One split, None when it does not fit."""
-    shares = census.shares(stages, ranks)
+    roofline = Roofline(census, machine.hardware, machine.gpus_a_node, stages=stages, ranks=ranks)
+    shares = roofline.shares
     row_bytes = _row_bytes(census, ranks)
     rooms = [machine.hardware.memory_bytes - load.beside_bytes - share.weight_bytes for share in shares]
     rooms[-1] -= _logits_bytes(census, load)
-    pass_rows = min(_MAX_PASS_ROWS, min(rooms) // row_bytes, load.store_bytes // _stored_row_bytes(census, ranks))
+    pass_rows = min(_MAX_PASS_ROWS, min(rooms) // row_bytes, load.store_bytes // stored_row_bytes(census, ranks))
     if pass_rows < _MIN_PASS_ROWS:
         return None
     shards = tuple(
-        _shard(census, machine, load, share, stage, stages, ranks, pass_rows, row_bytes)
-        for stage, share in enumerate(shares)
+        _shard(census, roofline, load, share, stage, pass_rows, row_bytes) for stage, share in enumerate(shares)
     )
     sums = max(share.summed_features for share in shares) * census.itemsize * (ranks - 1)
     return SplitPlan(
@@ -185,29 +185,22 @@ def plan_split(census: Census, machine: Machine, load: Load, stages: int, ranks:
 
 def _shard(
     census: Census,
-    machine: Machine,
+    roofline: Roofline,
     load: Load,
     share: StageShare,
     stage: int,
-    stages: int,
-    ranks: int,
     pass_rows: int,
     row_bytes: int,
 ) -> ShardPlan:
-    hardware = machine.hardware
-    is_last = stage == stages - 1
-    # 1) what the weights and the attention cost: the slower of arithmetic and memory
-    head = census.head_flops // ranks if is_last else 0
-    heads, _ = census.heads(ranks)
-    attention = 4 * load.context * heads * census.head_dim * len(share.layers)
-    flops = pass_rows * (share.flops - head + attention) + min(load.head_rows, pass_rows) * head
-    work_s = max(flops / hardware.flops, share.weight_bytes / hardware.memory_rate)
-    # 2) what moves: partial sums from every other rank, and the rows to the next stage
-    sum_rate = hardware.link_rate if ranks <= machine.gpus_a_node else hardware.network_rate
-    sum_s = pass_rows * share.summed_features * census.itemsize * (ranks - 1) / sum_rate
-    crosses = (stage + 1) * ranks % machine.gpus_a_node == 0
-    rate = hardware.network_rate if crosses else hardware.link_rate
-    send_s = 0.0 if is_last else pass_rows * census.hidden_size * census.itemsize / rate
+    layers = len(share.layers)
+    seconds = roofline.seconds(
+        stage,
+        rows=[pass_rows] * layers,
+        pairs=[pass_rows * load.context] * layers,
+        head_rows=min(load.head_rows, pass_rows),
+        sent_rows=pass_rows,
+    )
+    is_last = stage == len(roofline.shares) - 1
     return ShardPlan(
         stage=stage,
         layers=share.layers,
@@ -216,9 +209,9 @@ def _shard(
         value_bytes=load.value_bytes,
         reserve_bytes=load.reserve_bytes,
         activation_bytes=pass_rows * row_bytes + (_logits_bytes(census, load) if is_last else 0),
-        pass_s=work_s + sum_s + send_s,
-        sum_s=sum_s,
-        send_s=send_s,
+        pass_s=seconds.all_s,
+        sum_s=seconds.sum_s,
+        send_s=seconds.send_s,
     )
 
 
@@ -231,19 +224,14 @@ def _row_bytes(census: Census, ranks: int) -> int:
     heads, kv_heads = census.heads(ranks)
     stream = (3 + (ranks if ranks > 1 else 0)) * census.hidden_size * census.itemsize
     attention = (heads + 2 * kv_heads) * census.head_dim * census.itemsize
-    attention += 2 * heads * census.head_dim * _FLOAT_BYTES
+    attention += 2 * heads * census.head_dim * FLOAT_BYTES
     mlp = 3 * census.widest // ranks * census.itemsize
     return stream + max(attention, mlp)
 
 
 def _logits_bytes(census: Census, load: Load) -> int:
     """Of a pass, on the last stage: as they are made, and in float32."""
-    return load.head_rows * census.vocab_size * (census.itemsize + _FLOAT_BYTES)
-
-
-def _stored_row_bytes(census: Census, ranks: int) -> int:
-    """A row's keys and values at one layer: a pass holds one layer's at a time."""
-    return 2 * census.heads(ranks)[1] * census.head_dim * _FLOAT_BYTES
+    return load.head_rows * census.vocab_size * (census.itemsize + FLOAT_BYTES)
 
 
 def _rank_counts(machine: Machine, ranks: int | None) -> Iterator[int]:
