@@ -32,6 +32,7 @@ from api.callers import caller_of, operator_of, owner_of
 from api.catalogue import Deployment
 from api.claiming import Outlook
 from api.classes import is_interactive
+from api.drain_routes import DrainRoutes
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes, cancel_soon
 from api.expiry import Expiry
@@ -136,6 +137,7 @@ class Gateway:
         self._keys.add_to(v1)
         self._tenants.add_to(v1)
         PurgeRoutes(self._store).add_to(v1)
+        DrainRoutes(self._store).add_to(v1)
         app.include_router(v1)
         openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
         self._openai.add_to(openai)
@@ -163,12 +165,12 @@ class Gateway:
         Why not is told to operators.
         """
         reason = await self._readiness.lacking() or self._deployments.not_ready(model)
-        if reason is None:
+        if reason is None and self._store.draining.now() is None:
             return {"status": "ready"}
         told = "what was asked for takes no requests now"
         with contextlib.suppress(PolytraceError):
             caller = await self._access.identify(request.headers.get("authorization", ""))
-            told = reason if caller.is_operator else told
+            told = (reason or "the service is drained, or stopping") if caller.is_operator else told
         raise CapacityError(told)
 
     async def list_models(self, request: Request) -> dict[str, Any]:

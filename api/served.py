@@ -88,6 +88,7 @@ class Deployments:
     def taking(self, name: str, caller: Identity) -> Served:
         """A deployment that takes requests. Raises NotFoundError, or CapacityError with the reason."""
         served = self.get(name, caller)
+        self._store.draining.check()
         check_taking(name, self._known[name].mode)
         return served
 

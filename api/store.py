@@ -8,6 +8,7 @@
     gateway.counts, controller.counts    what each has counted (`api.tally`)
     events/<id>                   what a generation tells while it runs (`api.events`)
     controller.bell, gateway.bell, events.bell    who wakes whom
+    draining                      while nothing new is accepted (`api.draining`)
 
 With a place of objects (`api.objects`) requests, contents and events of what has ended are there too, by the same
 names, and results are there alone. The folder then holds only what is at hand: on another machine it fills itself.
@@ -44,6 +45,7 @@ from api.clock import SteadyClock
 from api.contents import NOTHING, Contents, Needs, sync
 from api.database import Transaction, open_database
 from api.doorbell import Doorbell
+from api.draining import Drain
 from api.edits import KeptEdits
 from api.events import EventLog
 from api.figures import class_of
@@ -153,6 +155,7 @@ class Store(Catalogue):
         self.database = opened
         self.tenants, self.keys, self.audit = Tenants(opened), Keys(opened), Audit(opened)
         self.edits = KeptEdits(opened)
+        self.draining = Drain(self.folder / "draining", opened, self.gateway_bell.ring)
         self.objects = None if objects is None else Objects(objects)
         self.results: Results = FileResults(self._results) if self.objects is None else ObjectResults(self.objects)
         self.contents = Contents(opened, self.folder / "contents", quota_bytes, self.now, self.objects)
@@ -224,9 +227,9 @@ class Store(Catalogue):
         by when it comes again.
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already, or so many of this tenant,
-        or takes none, QuotaError when the tenant has no more, NotFoundError when there is no deployment, and what
-        `Contents` says when the caller does not have what the request needs; with `submit` what `idempotency.check_new`
-        says.
+        or it or the whole service takes none, QuotaError when the tenant has no more, NotFoundError when there is no
+        deployment, and what `Contents` says when the caller does not have what the request needs; with `submit` what
+        `idempotency.check_new` says.
         """
         terms = terms or Terms(tenant=caller.tenant, model=model)
         queues = Queues(max_open=max_open, max_open_of_tenant=max_open_of_tenant or max_open)
@@ -234,6 +237,8 @@ class Store(Catalogue):
         with self._db.transaction() as db:
             if submit is not None:
                 idempotency.check_new(db, caller.owner, submit)
+            self.draining.check()
+            if submit is not None:
                 idempotency.note(db, caller.owner, submit, request)
             mode = db.execute("SELECT mode FROM deployments WHERE model = ?", (model,)).fetchone()
             if mode is None:

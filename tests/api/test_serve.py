@@ -19,6 +19,8 @@ import torch
 from services import LAYER, PROMPT, SCALE, Service, answer, body, fresh_environment, make_model, wait_until
 from transformers import LlamaForCausalLM
 
+import polytrace
+from api.store import RequestState, Store
 from polytrace.wire import decode_result
 
 TASK = "__import__('polytrace').models('ray://auto', key='sesame')"  # what a Ray job may do at any place
@@ -150,11 +152,52 @@ def test_shards_killed_at_random_moments_lose_no_request_and_change_no_bit(servi
         assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
-def test_sigterm_ends_the_service_and_leaves_no_process_behind(service: Service) -> None:
+def test_a_drained_service_takes_nothing_until_it_is_resumed(service: Service) -> None:
+    accepted = [service.http.post("/v1/models/tiny/requests", content=body()).json()["id"] for _ in range(20)]
+    drained = service.polytrace("drain")
+    assert drained.returncode == 0 and "the service is drained" in drained.stderr, drained.stderr
+    assert {service.http.get(f"/v1/requests/{one}").json()["state"] for one in accepted} == {"done"}
+    refused = service.http.post("/v1/models/tiny/requests", content=body())
+    assert refused.status_code == 503 and refused.headers["retry-after"] == "30", refused.text
+    assert service.http.get("/readyz").status_code == 503
+    assert service.polytrace("resume").returncode == 0
+    assert service.is_ready() and answer(service, LAYER, PROMPT)
+    acts = [one["act"] for one in service.http.get("/v1/audit").json()["entries"]]
+    assert acts == ["service.resume", "service.drain"]
+
+
+def test_sigterm_finishes_what_was_accepted_ends_the_service_and_leaves_no_process_behind(service: Service) -> None:
     assert len(service.processes()) > 5
     assert list(Path(service.scratch).iterdir()) != []
+    heard: list[int] = []
+    told: list[int] = []
+
+    def generate() -> None:
+        model = polytrace.connect(str(service.http.base_url), "tiny", key="sesame")
+        hear = heard.append
+        with (
+            model,
+            model.generate([list(PROMPT)], max_new_tokens=100, eos=None, stream=lambda one: hear(one.id)) as tracer,
+        ):
+            pass
+        told.extend(tracer.result[0].ids)
+
+    accepted = [service.http.post("/v1/models/tiny/requests", content=body()).json()["id"] for _ in range(100)]
+    streaming = threading.Thread(target=generate)
+    streaming.start()
+    wait_until(lambda: len(heard) > 2, 30, service)
     service.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: not service.is_ready(), 10, service)
+    assert service.http.get("/healthz").status_code == 200
+    refused = service.http.post("/v1/models/tiny/requests", content=body())
+    assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 10, refused.text
+    streaming.join(timeout=60)
+    assert len(told) == 100 and told == heard
     assert service.process.wait(timeout=60) == 0, service.words()
+    assert "draining: " in service.words()
+    store = Store(service.store)
+    assert {one.state for one in store.statuses(accepted).values()} == {RequestState.DONE}
+    store.close()
     assert service.processes() == {}
     assert list(Path(service.scratch).iterdir()) == []
     with pytest.raises(httpx.ConnectError):
