@@ -113,7 +113,7 @@ class Gateway:
         )
         problems.install(app)
         app.add_middleware(LimitedBodies, require_key=self._require_key)
-        app.add_middleware(MeasuredCalls, tally=self._store.tally)
+        app.add_middleware(MeasuredCalls, store=self._store)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
         v1.add_api_route("/models", self.list_models)
         v1.add_api_route("/models/{name}", self.describe)

@@ -84,6 +84,7 @@ from scheduling.scheduler import Progress
 _log = logging.getLogger(__name__)
 
 NOTE_S = 0.5  # between two words in the database of how far a generation is: its tokens go into a file
+_ABOUT = "tenant, user_name, model, tokens, is_interactive, created, started"  # of one that has ended, for `_ended`
 _IS_OVER = "state IN ('done', 'failed', 'cancelled')"
 _DROPPED_AT_ONCE = 500  # requests, so that others' transactions come in between
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
@@ -319,9 +320,9 @@ class Store(Catalogue):
         with self._db.transaction() as db:
             gone = db.execute(
                 "UPDATE requests SET state = 'cancelled', finished = ?, error = ? WHERE id = ? AND state = 'queued' "
-                "RETURNING model, is_interactive",
+                f"RETURNING id, {_ABOUT}",
                 (self.now(), json.dumps(error.to_fields()), request),
-            ).fetchone()
+            ).fetchall()
             asked = db.execute(
                 "UPDATE requests SET cancelled = 1 WHERE id = ? AND state = 'running'", (request,)
             ).rowcount
@@ -330,7 +331,7 @@ class Store(Catalogue):
                 asked |= self.contents.end_uses(db, request)
         self.contents.collect()
         if gone:
-            tell_end(self.tally, gone[0], class_of(gone[1]), error)
+            self._tell_over(gone, error)
             self._drop_behind(request, has_result=False)
             self.gateway_bell.ring()
         if asked:
@@ -433,14 +434,14 @@ class Store(Catalogue):
                 )
             worn_out = db.execute(
                 "UPDATE requests SET state = 'failed', finished = ?, error = ? "
-                "WHERE model = ? AND state = 'running' AND attempts >= ? RETURNING model, is_interactive",
+                f"WHERE model = ? AND state = 'running' AND attempts >= ? RETURNING id, {_ABOUT}",
                 (self.now(), json.dumps(_WORN_OUT.to_fields()), model, MAX_ATTEMPTS),
             ).fetchall()
             count = db.execute(
                 "UPDATE requests SET state = 'queued', started = NULL WHERE model = ? AND state = 'running'", (model,)
             ).rowcount
             self.contents.end_uses_of_ended(db)
-        self._tell_worn_out(worn_out)
+        self._tell_over(worn_out, _WORN_OUT)
         self.contents.collect()
         self.gateway_bell.ring()
         return count
@@ -500,7 +501,7 @@ class Store(Catalogue):
                 for request in doubted
                 for row in db.execute(
                     "UPDATE requests SET state = 'failed', finished = ?, error = ? "
-                    "WHERE id = ? AND state = 'running' AND attempts >= ? RETURNING model, is_interactive",
+                    f"WHERE id = ? AND state = 'running' AND attempts >= ? RETURNING id, {_ABOUT}",
                     (self.now(), json.dumps(_WORN_OUT.to_fields()), request, MAX_ATTEMPTS),
                 ).fetchall()
             ]
@@ -510,7 +511,7 @@ class Store(Catalogue):
                 [(int(request not in doubted), request) for request in requests],
             )
             self.contents.end_uses_of_ended(db)
-        self._tell_worn_out(worn_out)
+        self._tell_over(worn_out, _WORN_OUT)
         self.contents.collect()
         self.controller_bell.ring()
         self.gateway_bell.ring()
@@ -518,7 +519,7 @@ class Store(Catalogue):
     def refuse(self, model: str, error: PolytraceError) -> None:
         open_ = "model = ? AND state IN ('queued', 'running')"
         with self._db.transaction() as db:
-            rows = db.execute(f"SELECT id, is_interactive FROM requests WHERE {open_}", (model,)).fetchall()
+            rows = db.execute(f"SELECT id, {_ABOUT} FROM requests WHERE {open_}", (model,)).fetchall()
             refused = [row[0] for row in rows]
             db.execute(
                 f"UPDATE requests SET state = 'failed', finished = ?, error = ? WHERE {open_}",
@@ -530,8 +531,7 @@ class Store(Catalogue):
         self.contents.collect()
         self.gateway_bell.ring()
         self.controller_bell.ring()  # others may have waited for their states
-        for _, is_interactive in rows:
-            tell_end(self.tally, model, class_of(is_interactive), error)
+        self._tell_over(rows, error)
         for request in refused:
             self.events.forget(request)
             self._drop_behind(request, has_result=False)
@@ -566,6 +566,7 @@ class Store(Catalogue):
         return places
 
     def finish(self, finished: Sequence[Finished]) -> None:
+        began = self.now()
         # 1) the files, all of a burst at once; a result that cannot be kept fails its own request only
         ended = list(self._syncers.map(self._commit, finished))
         if any(end.header is not None for end, _ in ended):
@@ -589,7 +590,7 @@ class Store(Catalogue):
                     "UPDATE requests SET state = ?1, finished = CASE WHEN created > ?2 THEN created ELSE ?2 END, "
                     "error = ?3, logs = '[]', token_layers = ?4, moved_bytes = ?5, result_bytes = ?6 "
                     "WHERE id = ?7 AND state = 'running' "
-                    "RETURNING tenant, user_name, model, tokens, is_interactive, created, started",
+                    f"RETURNING {_ABOUT}",
                     (
                         state.value,
                         now,
@@ -604,7 +605,7 @@ class Store(Catalogue):
                     usage.enter(db, end, row[:3], row[3], now)
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
                     are_awaited |= self.contents.end_uses(db, end.request)
-                    changed.append(Ended(end, row[0], row[1], row[2], bool(row[4]), row[5], row[6], row[3]))
+                    changed.append(_ended(end, row))
         self.contents.collect()
         self.gateway_bell.ring()
         if are_awaited:
@@ -612,7 +613,7 @@ class Store(Catalogue):
         for each in changed:
             tell_ended(self.tally, each, now)
             if self.traces is not None:
-                self.traces.tell(each, now)
+                self.traces.tell(each, now, kept_from=began)
         # 3) what is no longer needed
         for end in finished:
             self._noted.pop(end.request, None)
@@ -644,6 +645,12 @@ class Store(Catalogue):
 
     def note_pass(self, model: str, told: PassFigures) -> None:
         tell_pass(self.tally, model, told)
+        if self.traces is not None:
+            self.traces.tell_pass(model, told)
+
+    def note_planning(self, request: RequestId, seconds: float) -> None:
+        if self.traces is not None:
+            self.traces.tell_planning(request, seconds)
 
     def wait_for_requests(self, timeout_s: float) -> None:
         self.controller_bell.wait(timeout_s)
@@ -653,9 +660,14 @@ class Store(Catalogue):
 
     # --- inside
 
-    def _tell_worn_out(self, rows: Iterable[Sequence[Any]]) -> None:
-        for model, is_interactive in rows:
-            tell_end(self.tally, model, class_of(is_interactive), _WORN_OUT)
+    def _tell_over(self, rows: Iterable[Sequence[Any]], error: PolytraceError) -> None:
+        """Requests, as their rows say, have ended without a result."""
+        now = self.now()
+        for request, *about in rows:
+            ended = _ended(Finished(request=request, error=error), about)
+            tell_end(self.tally, ended.model, class_of(ended.is_interactive), error)
+            if self.traces is not None:
+                self.traces.tell(ended, now)
 
     def _bring(self, request: RequestId) -> None:
         """A claimed request's files are at hand, though another machine received them. Missing ones fail it later."""
@@ -740,6 +752,12 @@ class Store(Catalogue):
 def _is_running(db: Transaction, request: RequestId) -> bool:
     row = db.execute("SELECT 1 FROM requests WHERE id = ? AND state = 'running'", (request,)).fetchone()
     return row is not None
+
+
+def _ended(end: Finished, about: Sequence[Any]) -> Ended:
+    """`about`: what _ABOUT names of the request's row."""
+    tenant, user, model, tokens, is_interactive, created, started = about
+    return Ended(end, tenant, user, model, bool(is_interactive), created, started, tokens)
 
 
 def _object_of(request: RequestId) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from collectors import Collector, about
 from services import LAYER, PROMPT, SCALE, Service, answer, body, fresh_environment, make_model, wait_until
 from transformers import LlamaForCausalLM
 
@@ -33,8 +34,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    service = Service(model, tmp_path_factory.mktemp("service"), "--stages", "2")
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="module")
+def service(model: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    service = Service(model, tmp_path_factory.mktemp("service"), "--stages", "2", "--otlp", collector.url)
     try:
         wait_until(lambda: service.is_ready() and "RAY_ADDRESS=" in service.words(), 240, service)
         yield service
@@ -52,6 +60,30 @@ def test_a_request_over_http_equals_plain_hugging_face(service: Service, model: 
         expected = plain(torch.tensor([PROMPT]), output_hidden_states=True, use_cache=False).hidden_states[LAYER + 1]
     assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
     assert receipt.result_bytes == out.nbytes
+
+
+def test_requests_are_traces_from_the_call_to_the_result_and_passes_name_their_members(
+    service: Service, collector: Collector
+) -> None:
+    accepted = [service.http.post("/v1/models/tiny/requests", content=body()).json()["id"] for _ in range(8)]
+    for request in accepted:
+        assert service.http.get(f"/v1/requests/{request}", params={"wait": 30}).json()["state"] == "done"
+    call, asked = "POST /v1/models/{name}/requests", "GET /v1/requests/{request_id}"
+    names = {call, asked, "request", "queue", "run", "planning", "pass", "result"}
+    wait_until(lambda: all(set(collector.trace(one)) == names for one in accepted), 20, service)
+    for request in accepted:
+        spans = collector.trace(request)
+        assert spans[call].parent_span_id == b"" and about(spans[call])["http.response.status_code"] == 202
+        below = {call: ("request", asked), "request": ("queue", "run"), "run": ("planning", "pass", "result")}
+        for name, others in below.items():
+            assert {spans[other].parent_span_id for other in others} == {spans[name].span_id}
+        for name in (call, "request"):
+            told = about(spans[name])
+            assert (told["polytrace.request"], told["polytrace.tenant"]) == (request, "default")
+        (link,) = spans["pass"].links
+        shared = collector.trace(link.trace_id.hex())["shared pass"]
+        members = {(one.trace_id.hex(), one.span_id) for one in shared.links}
+        assert (request, spans["run"].span_id) in members and about(shared)["polytrace.pass.users"] == len(members)
 
 
 def test_a_wrong_request_is_refused_with_its_line_before_it_is_accepted(service: Service) -> None:
