@@ -81,7 +81,7 @@ class Access:
                 memory.clear()
             memory[digest] = known
         if known.identity.key is not None:
-            self._used[known.identity.key] = time.time()
+            self._used[known.identity.key] = self._keys.now()
         return known.identity
 
     def forget(self) -> None:
@@ -102,7 +102,7 @@ class Access:
     # --- inside
 
     async def _look_up(self, bearer: str) -> _Known:
-        began, now = time.monotonic(), time.time()
+        began, now = time.monotonic(), self._keys.now()
         if self._provider is not None and bearer.count(".") == 2:
             vouched = await self._provider.vouch(bearer)
             identity = await to_thread.run_sync(self._taken_in, vouched)

@@ -197,7 +197,7 @@ class Admission:
         for owner, a_minute in _rates_of(terms):  # before any is asked: nobody comes in between
             if not self._rates.is_known(owner):
                 which = {owner[0]: owner[1]}
-                taken = await to_thread.run_sync(partial(self._store.accepted_since, time.time() - 60, **which))
+                taken = await to_thread.run_sync(partial(self._store.accepted_since, self._store.now() - 60, **which))
                 self._rates.begin(owner, a_minute, taken)
         for owner, a_minute in _rates_of(terms):
             wait_s = self._rates.wait_s(owner, a_minute)

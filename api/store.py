@@ -154,7 +154,8 @@ class Store(Catalogue):
         opened = open_database(database or f"sqlite:///{self.folder / 'store.db'}")
         super().__init__(opened, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
         self.database = opened
-        self.tenants, self.keys, self.audit = Tenants(opened), Keys(opened), Audit(opened)
+        self.tenants, self.keys = Tenants(opened, self.now), Keys(opened, self.now)
+        self.audit = Audit(opened, self.now)
         self.edits = KeptEdits(opened)
         self.draining = Drain(self.folder / "draining", opened, self.gateway_bell.ring)
         self.objects = None if objects is None else Objects(objects)
@@ -245,8 +246,8 @@ class Store(Catalogue):
             if mode is None:
                 raise NotFoundError(f"there is no model {model} here any more")
             check_taking(model, Mode(mode[0]))
-            quotas.check_queues(db, terms, queues)
-            quotas.check(db, terms, demand, result_ttl_s=result_ttl_s)
+            quotas.check_queues(db, terms, queues, now)
+            quotas.check(db, terms, demand, now, result_ttl_s=result_ttl_s)
             (seq,) = db.execute(
                 "INSERT INTO requests "
                 "(id, model, owner, tenant, user_name, is_interactive, tokens, result_bytes, state, created, work) "
@@ -359,17 +360,17 @@ class Store(Catalogue):
     def quota_lines(self, terms: Terms, demand: Demand) -> list[LimitLine]:
         """What a request, and what is under way, take of its tenant's quotas."""
         with self._db.transaction(is_durable=False) as db:
-            return quotas.used_lines(db, terms, demand)
+            return quotas.used_lines(db, terms, demand, self.now())
 
     def check_quotas(self, terms: Terms, demand: Demand, *, result_ttl_s: float) -> None:
         """Raises what `add` would."""
         with self._db.transaction(is_durable=False) as db:
-            quotas.check(db, terms, demand, result_ttl_s=result_ttl_s)
+            quotas.check(db, terms, demand, self.now(), result_ttl_s=result_ttl_s)
 
     def check_stored(self, tenant: str, num_bytes: int, most: int) -> None:
         """Raises QuotaError, or TooLargeError, when a tenant may not store so much more."""
         with self._db.transaction(is_durable=False) as db:
-            quotas.check_stored(db, tenant, num_bytes, most, "the upload")
+            quotas.check_stored(db, tenant, num_bytes, most, "the upload", self.now())
 
     def usage(self, month: str, *, tenant: str | None = None, user: str | None = None) -> list[Usage]:
         """What was used in a month."""
