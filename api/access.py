@@ -121,10 +121,10 @@ class Access:
         if tenant.is_disabled or (user is not None and user.is_disabled):
             who = tenant.name if tenant.is_disabled else f"{vouched.tenant}/{vouched.user}"
             raise KeyRefusedError(f"{who} is disabled on this service: ask your operators")
-        is_operator = vouched.is_operator or (user is not None and user.role is Role.OPERATOR)
+        role = Role.USER if user is None else user.role
         return Identity(
             tenant=vouched.tenant,
             user=vouched.user,
-            role=Role.OPERATOR if is_operator else Role.USER,
+            role=Role.OPERATOR if vouched.is_operator else role,
             models=None if tenant.models is None else frozenset(tenant.models),
         )

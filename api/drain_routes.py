@@ -9,7 +9,7 @@ from anyio import to_thread
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from api.callers import operator_of
+from api.callers import figures_reader_of, operator_of
 from api.store import RequestState, Store
 from polytrace.codec import to_json
 
@@ -26,8 +26,8 @@ class DrainRoutes:
         router.add_api_route("/drain", self.end, methods=["DELETE"])
 
     async def state(self, request: Request) -> dict[str, Any]:
-        """Whether the service is drained, by whom, and how many requests wait and run."""
-        operator_of(request)
+        """Whether the service is drained, by whom, and how many requests wait and run. For monitors too."""
+        figures_reader_of(request)
         return await self._told()
 
     async def begin(self, request: Request) -> dict[str, Any]:

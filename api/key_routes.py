@@ -44,7 +44,7 @@ class KeyRoutes:
             "user": caller.user,
             "role": caller.role.value,
             "key": caller.key,
-            "models": None if caller.models is None or caller.is_operator else sorted(caller.models),
+            "models": None if caller.models is None or caller.sees_figures else sorted(caller.models),
         }
 
     async def known(self, request: Request, tenant: str | None = None, user: str | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from http import HTTPStatus
 
 from anyio import to_thread
 from fastapi import APIRouter
@@ -13,10 +14,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import figures
-from api.callers import operator_of
+from api.callers import figures_reader_of
 from api.log_lines import begin_call
 from api.metrics import Metrics
 from api.otlp import Attributes
+from api.refusals import Refusals
 from api.store import Store
 from scheduling.plan import RequestId
 
@@ -30,7 +32,7 @@ _NOT_BEGUN = 499  # the caller left before there was an answer
 
 
 class MetricRoutes:
-    """For operators; without keys, for whoever reaches the service."""
+    """For operators and monitors; without keys, for whoever reaches the service."""
 
     def __init__(self, store: Store) -> None:
         self._metrics = Metrics(store)
@@ -39,18 +41,19 @@ class MetricRoutes:
         router.add_api_route("/metrics", self.metrics, response_class=Response)
 
     async def metrics(self, request: Request) -> Response:
-        """The service's figures in Prometheus' text format. For operators."""
-        operator_of(request)
+        """The service's figures in Prometheus' text format. For operators and monitors."""
+        figures_reader_of(request)
         return Response(await to_thread.run_sync(self._metrics.text), media_type=CONTENT_TYPE)
 
 
 class MeasuredCalls:
     """Measures calls by route, never by path: paths have names that callers choose."""
 
-    def __init__(self, app: ASGIApp, store: Store) -> None:
+    def __init__(self, app: ASGIApp, store: Store, refusals: Refusals) -> None:
         self._app = app
         self._tally = store.tally
         self._traces = store.traces
+        self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,6 +74,8 @@ class MeasuredCalls:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             seconds, code = time.perf_counter() - began, scope.get("state", {}).get("error_code")
             self._tally.observe(figures.HTTP, route, method, str(status), value=seconds)
+            if status == HTTPStatus.FORBIDDEN and (caller := scope.get("state", {}).get("caller")) is not None:
+                self._refusals.note(caller, f"{method} {scope['path'][:150]}")
             if self._traces is not None:
                 self._trace(scope, method, route, status, seconds, about)
             is_probe = route in ("/healthz", "/readyz")  # asked all the time: no news
