@@ -86,6 +86,7 @@ _log = logging.getLogger(__name__)
 NOTE_S = 0.5  # between two words in the database of how far a generation is: its tokens go into a file
 _ABOUT = "tenant, user_name, model, tokens, is_interactive, created, started"  # of one that has ended, for `_ended`
 _IS_OVER = "state IN ('done', 'failed', 'cancelled')"
+_AT_ONCE = 500  # ids in one query
 _DROPPED_AT_ONCE = 500  # requests, so that others' transactions come in between
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
 _WORN_OUT = ServiceError(f"the service broke down {MAX_ATTEMPTS} times while it ran this request")
@@ -301,8 +302,8 @@ class Store(Catalogue):
         """Of those that exist."""
         found: dict[RequestId, RequestStatus] = {}
         ids = list(requests)
-        for first in range(0, len(ids), 500):
-            some = ids[first : first + 500]
+        for first in range(0, len(ids), _AT_ONCE):
+            some = ids[first : first + _AT_ONCE]
             rows = self._db.rows(
                 "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, "
                 "user_name, token_layers, moved_bytes, result_bytes FROM requests "
@@ -452,11 +453,14 @@ class Store(Catalogue):
             return []
         with self._db.transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
             found = find_waiting(db, model, limit, divide)
-            db.executemany(
-                "UPDATE requests SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
-                [(self.now(), one.id) for one in found],
-            )
-            states = {one.id: self.contents.states_now(db, one.id, one.owner) for one in found}
+            for begin in range(0, len(found), _AT_ONCE):
+                some = [one.id for one in found[begin : begin + _AT_ONCE]]
+                db.execute(
+                    "UPDATE requests SET state = 'running', started = ?, attempts = attempts + 1 "
+                    f"WHERE id IN ({','.join('?' * len(some))})",
+                    (self.now(), *some),
+                )
+            states = self.contents.states_now(db, {one.id: one.owner for one in found})
         for one in found:
             self._bring(one.id)
         return [
@@ -467,7 +471,7 @@ class Store(Catalogue):
                 work=one.work,
                 facts=one.facts,
                 contents=self.contents.folder_of(one.owner),
-                states=states[one.id],
+                states=states.get(one.id, {}),
                 is_suspect=one.attempts > 0,
                 tenant=one.tenant,
                 is_interactive=bool(one.is_interactive),
