@@ -81,7 +81,7 @@ class Access:
                 memory.clear()
             memory[digest] = known
         if known.identity.key is not None:
-            self._used[known.identity.key] = time.time()
+            self._used[known.identity.key] = self._keys.now()
         return known.identity
 
     def forget(self) -> None:
@@ -102,7 +102,7 @@ class Access:
     # --- inside
 
     async def _look_up(self, bearer: str) -> _Known:
-        began, now = time.monotonic(), time.time()
+        began, now = time.monotonic(), self._keys.now()
         if self._provider is not None and bearer.count(".") == 2:
             vouched = await self._provider.vouch(bearer)
             identity = await to_thread.run_sync(self._taken_in, vouched)
@@ -121,10 +121,10 @@ class Access:
         if tenant.is_disabled or (user is not None and user.is_disabled):
             who = tenant.name if tenant.is_disabled else f"{vouched.tenant}/{vouched.user}"
             raise KeyRefusedError(f"{who} is disabled on this service: ask your operators")
-        is_operator = vouched.is_operator or (user is not None and user.role is Role.OPERATOR)
+        role = Role.USER if user is None else user.role
         return Identity(
             tenant=vouched.tenant,
             user=vouched.user,
-            role=Role.OPERATOR if is_operator else Role.USER,
+            role=Role.OPERATOR if vouched.is_operator else role,
             models=None if tenant.models is None else frozenset(tenant.models),
         )

@@ -19,6 +19,7 @@ from api.figures import CHECK
 from api.idempotency import Submit
 from api.identity import Identity
 from api.limits import Terms, limits_from_text
+from api.log_lines import about_call
 from api.quotas import Rates
 from api.served import Checker, Served
 from api.settings import GatewaySettings
@@ -92,7 +93,9 @@ class Admission:
         path, contents = self._store.request_path(request), self._store.contents.folder_of(caller.owner)
         began = time.perf_counter()
         verdict = await self._checker.check(terms.model, served.version, path, contents=contents, certify=certify)
-        self._store.tally.observe(CHECK, terms.model, value=time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._store.tally.observe(CHECK, terms.model, value=seconds)
+        about_call(check_seconds=f"{seconds:.6f}")
         if certify and verdict.error is None:
             return verdict
         return await self.held(verdict, request, served, caller, terms)
@@ -142,7 +145,9 @@ class Admission:
             submit=submit,
         )
         try:
-            return await to_thread.run_sync(add)
+            status = await to_thread.run_sync(add)
+            about_call(request=request, accepted=request)
+            return status
         except TooLargeError as error:
             raise await self._with_nearest(error, request, served, caller, terms) from None
         except QuotaError as error:
@@ -192,7 +197,7 @@ class Admission:
         for owner, a_minute in _rates_of(terms):  # before any is asked: nobody comes in between
             if not self._rates.is_known(owner):
                 which = {owner[0]: owner[1]}
-                taken = await to_thread.run_sync(partial(self._store.accepted_since, time.time() - 60, **which))
+                taken = await to_thread.run_sync(partial(self._store.accepted_since, self._store.now() - 60, **which))
                 self._rates.begin(owner, a_minute, taken)
         for owner, a_minute in _rates_of(terms):
             wait_s = self._rates.wait_s(owner, a_minute)

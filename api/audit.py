@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,14 @@ class Entry:
 class Audit:
     """The store's record of acts. Any thread."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, now: Callable[[], float] = time.time) -> None:
         self._db = db
+        self._now = now
 
     def record(self, actor: Identity, act: str, subject: str, **details: Any) -> None:
         """Writes an act down; it is on the disk when this returns."""
         with self._db.transaction() as db:
-            write(db, actor, act, subject, details)
+            write(db, self._now(), actor, act, subject, details)
 
     def entries(self, *, limit: int = 100, before: int | None = None) -> list[Entry]:
         """The newest acts, newest first; `before`: those in front of this one."""
@@ -51,10 +52,10 @@ class Audit:
         ]
 
 
-def write(db: Transaction, actor: Identity, act: str, subject: str, details: Mapping[str, Any]) -> None:
+def write(db: Transaction, at: float, actor: Identity, act: str, subject: str, details: Mapping[str, Any]) -> None:
     """Writes an act down in the transaction that does it."""
     told = dict(details) if actor.key is None else {**details, "key": actor.key}
     db.execute(
         "INSERT INTO audit (at, actor, act, subject, details) VALUES (?, ?, ?, ?, ?)",
-        (time.time(), str(actor), act, subject[:200], json.dumps(told)),
+        (at, str(actor), act, subject[:200], json.dumps(told)),
     )

@@ -40,10 +40,12 @@ def run_gateway(settings: GatewaySettings, listener_fd: int, lifeline: int) -> N
     """Serves HTTP on a listening socket that the supervisor made."""
     from api.gateway import Gateway
     from api.opening import open_store
+    from api.otlp import traces
     from api.server import GatewayServer
     from api.worker import CheckerPool
 
     store = open_store(Path(settings.store), quota_bytes=settings.quota_bytes)
+    store.traces = traces("gateway")
     checker = CheckerPool(store.folder, settings.checkers, max_text_chars=settings.max_text_chars)
     server = GatewayServer(Gateway(store, settings, checker, os.environ.get("POLYTRACE_KEY") or None), settings)
 

@@ -5,7 +5,7 @@ batch that came up to `REQUESTS_AHEAD` requests (of the whole store) earlier: so
 ever. Who of the tenants goes first, and how many each may have, is the controller's to say (`cluster.shares`).
 
 Each query reads what the index `requests_of_tenants` begins with, as many rows as it takes: with 10,000 queued it costs
-what it costs with ten.
+what it costs with ten. There are two, however many tenants wait: who they are, and the first of each.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cluster.requests import Divide
 from scheduling.plan import RequestId
 
 REQUESTS_AHEAD = 256
+_TENANTS_AT_ONCE = 4096  # in one query
 
 # as SQLite must hear it to take the index of open requests
 _QUEUED = "state = 'queued' AND state IN ('queued', 'running')"
@@ -26,19 +27,34 @@ _QUEUED = "state = 'queued' AND state IN ('queued', 'running')"
 # the tenants with waiting requests, each found by one look into the index behind the one before
 TENANTS = (
     "WITH RECURSIVE waiting (tenant) AS ("
-    f"SELECT min(tenant) FROM requests WHERE model = ?1 AND {_QUEUED} "
+    "SELECT CAST('' AS TEXT) "  # before all names
     f"UNION ALL SELECT (SELECT min(tenant) FROM requests WHERE model = ?1 AND {_QUEUED} "
     "AND requests.tenant > waiting.tenant) FROM waiting WHERE waiting.tenant IS NOT NULL) "
-    "SELECT tenant FROM waiting WHERE tenant IS NOT NULL"
+    "SELECT tenant FROM waiting WHERE tenant > ''"
 )
 
-_OWN = (
-    "SELECT id, created, json, attempts, work, owner, tenant, is_interactive, seq FROM (SELECT requests.id AS id, "
-    "created, json, attempts, work, owner, tenant, is_interactive, seq FROM requests JOIN facts ON facts.id = "
-    f"requests.id WHERE model = ?1 AND tenant = ?2 AND {_QUEUED} AND is_interactive = {{kind}} "
-    f"AND {HAS_ITS_TURN} ORDER BY seq LIMIT ?3) AS kind_{{kind}}"
+_NEXT = (
+    "SELECT requests.seq FROM requests WHERE model = ?1 AND requests.tenant = {walk}.tenant "
+    f"AND {_QUEUED} AND is_interactive = {{walk}}.kind AND requests.seq > {{after}} AND {HAS_ITS_TURN} "
+    "ORDER BY requests.seq LIMIT 1"
 )
-FIRST = f"{_OWN.format(kind=1)} UNION ALL {_OWN.format(kind=0)}"
+
+
+def first_of(num_tenants: int) -> str:
+    """The query for the first so many requests of each of so many tenants, of both kinds: from one to the next by one
+    look into the index each. Its values: the model, and of each tenant the name and how many.
+    """
+    given = ", ".join(f"(CAST(?{2 * n + 2} AS TEXT), CAST(?{2 * n + 3} AS BIGINT))" for n in range(num_tenants))
+    first, next_ = _NEXT.format(walk="asked", after="-1"), _NEXT.format(walk="walk", after="walk.seq")
+    return (
+        f"WITH RECURSIVE given (tenant, most) AS (VALUES {given}), kinds (kind) AS (VALUES (0), (1)), "
+        "asked (tenant, kind, most) AS (SELECT tenant, kind, most FROM given CROSS JOIN kinds), "
+        f"walk (tenant, kind, more, seq) AS (SELECT asked.tenant, asked.kind, asked.most - 1, ({first}) FROM asked "
+        f"UNION ALL SELECT walk.tenant, walk.kind, walk.more - 1, ({next_}) FROM walk "
+        "WHERE walk.more > 0 AND walk.seq IS NOT NULL) "
+        "SELECT requests.id, created, json, attempts, work, owner, requests.tenant, is_interactive, requests.seq "
+        "FROM walk JOIN requests ON requests.seq = walk.seq JOIN facts ON facts.id = requests.id"
+    )
 
 
 class Waiting(NamedTuple):
@@ -55,9 +71,9 @@ class Waiting(NamedTuple):
     seq: int
 
     @property
-    def place(self) -> int:
+    def place(self) -> tuple[int, int]:
         """In its tenant's queue."""
-        return self.seq - REQUESTS_AHEAD * self.is_interactive
+        return self.seq - REQUESTS_AHEAD * self.is_interactive, -self.is_interactive
 
 
 def all_to_each(tenants: Sequence[str], limit: int) -> Mapping[str, int]:
@@ -71,13 +87,18 @@ def find_waiting(db: Transaction, model: str, limit: int, divide: Divide) -> lis
     `divide` says of the tenants that have some, with the room, how many each may have, whoever is first in front.
     """
     tenants = [row[0] for row in db.execute(TENANTS, (model,))]
+    given = {tenant: min(most, limit) for tenant, most in divide(tenants, limit).items() if most > 0}
+    theirs: dict[str, list[Waiting]] = {tenant: [] for tenant in given}
+    names = list(given)
+    for begin in range(0, len(names), _TENANTS_AT_ONCE):
+        some = names[begin : begin + _TENANTS_AT_ONCE]
+        values = [model, *(value for tenant in some for value in (tenant, given[tenant]))]
+        for row in db.execute(first_of(len(some)), values):
+            one = Waiting(*row)
+            theirs[one.tenant].append(one)
     found: list[Waiting] = []
-    for tenant, most in divide(tenants, limit).items():
-        room = min(most, limit - len(found))
-        if room <= 0:
-            continue
-        own = [Waiting(*row) for row in db.execute(FIRST, (model, tenant, room))]
-        found += sorted(own, key=lambda one: one.place)[:room]
+    for tenant, own in theirs.items():
+        found += sorted(own, key=lambda one: one.place)[: min(given[tenant], limit - len(found))]
     first_suspect = next((place for place, one in enumerate(found) if one.attempts), None)
     return found if first_suspect is None else found[: max(1, first_suspect)]
 

@@ -91,6 +91,10 @@ def serve(
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
     share_across: operations.Sharing = ShareAcross.TENANT,
+    drain_seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="Most that it finishes accepted requests for when told to stop; default: 30."),
+    ] = None,
     log_format: Annotated[
         str | None, typer.Option(help="Of the logs in the store's folder: text or json.", envvar="POLYTRACE_LOG_FORMAT")
     ] = None,
@@ -98,7 +102,7 @@ def serve(
         str | None, typer.Option(help="URL of a collector for OpenTelemetry.", envvar="OTEL_EXPORTER_OTLP_ENDPOINT")
     ] = None,
 ) -> None:
-    """Serve MODEL over HTTP until SIGTERM or Ctrl-C. `deploy` adds others."""
+    """Serve MODEL over HTTP until SIGTERM or Ctrl-C, then finish what was accepted. `deploy` adds others."""
     with errors():
         from api import log_lines
         from api.otlp import check_url
@@ -137,6 +141,7 @@ def serve(
             database=database,
             objects=objects,
             takes_jobs=jobs,
+            drain_s=drain_seconds,
         )
         shards = f"{replicas} x {stages} x {ranks}" if replicas > 1 else f"{stages} x {ranks}"
         first = f"starting {spec.name} on {shards} shards" if spec else f"starting what {settings.store} has"
@@ -145,7 +150,14 @@ def serve(
             Supervisor(settings, report).run(lambda url: report(f"ready: {url} {serves}"))
 
 
-for _operation in (operations.status, operations.deploy, operations.drain, operations.resize, operations.remove):
+for _operation in (
+    operations.status,
+    operations.deploy,
+    operations.drain,
+    operations.resume,
+    operations.resize,
+    operations.remove,
+):
     app.command()(_operation)
 app.command()(tenant_commands.audit)
 app.add_typer(job_commands.jobs, name="jobs")

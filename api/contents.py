@@ -21,7 +21,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -48,6 +48,7 @@ from polytrace.wire import content_header, decode_content
 from scheduling.plan import SaveSlot
 
 DEFAULT_OWNER = LOCAL.owner
+_AT_ONCE = 500  # ids in one query
 _KEPT = "name, is_state, dtype, shape, digest, version, request, expires"
 _COLUMNS = "owner, is_state, name, dtype, shape, digest, version, request, expires"
 
@@ -331,17 +332,24 @@ class Contents:
         touched = [(now, owner, digest) for digest in needs.digests]
         db.executemany("UPDATE contents SET used = ? WHERE owner = ? AND digest = ?", touched)
 
-    def states_now(self, db: Transaction, request: str, owner: str) -> dict[str, str]:
-        """The contents that a claimed request's states have, which stay until it has ended."""
-        found = dict(
-            db.execute(
-                "SELECT kept.name, kept.digest FROM uses JOIN kept ON kept.owner = uses.owner AND is_state = 1 "
-                "AND kept.name = uses.state WHERE uses.id = ?",
-                (request,),
-            ).fetchall()
-        )
-        pins = [(request, owner, digest) for digest in found.values()]
-        db.executemany("INSERT INTO uses (id, owner, digest) VALUES (?, ?, ?)", pins)
+    def states_now(self, db: Transaction, owners: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """The contents that the states of claimed requests have, which stay until they have ended. `owners`: whose each
+        of the requests is. Of those that have states.
+        """
+        found: dict[str, dict[str, str]] = {}
+        requests = list(owners)
+        for begin in range(0, len(requests), _AT_ONCE):
+            some = requests[begin : begin + _AT_ONCE]
+            rows = db.execute(
+                "SELECT uses.id, kept.name, kept.digest FROM uses JOIN kept ON kept.owner = uses.owner "
+                f"AND is_state = 1 AND kept.name = uses.state WHERE uses.id IN ({','.join('?' * len(some))})",
+                some,
+            )
+            for request, name, digest in rows:
+                found.setdefault(request, {})[name] = digest
+        pins = [(one, owners[one], digest) for one, digests in found.items() for digest in digests.values()]
+        if pins:
+            db.executemany("INSERT INTO uses (id, owner, digest) VALUES (?, ?, ?)", pins)
         return found
 
     def end_uses(self, db: Transaction, request: str) -> bool:

@@ -34,6 +34,7 @@ _WRITERS = 0x706F6C79  # the lock of PostgreSQL that the one writer holds
 _BEFORE_SCRIPTS = 4  # what `PRAGMA user_version` says of a SQLite store without Alembic's table
 _HELD_S = 2.0 * _SILENCE_S  # until the server has surely let go of what a lost service held
 _SERVER = {  # what is asked of it for each connection
+    "jit": "off",  # to compile a query takes longer than to run any of ours
     "lock_timeout": f"{_TIMEOUT_S:g}s",
     "tcp_keepalives_idle": _SILENCE_S,
     "tcp_keepalives_interval": 1,

@@ -28,10 +28,11 @@ from api.access import Access
 from api.admission import Admission
 from api.away import AwayError
 from api.bodies import LimitedBodies
-from api.callers import caller_of, operator_of, owner_of
+from api.callers import caller_of, check_role, operator_of, owner_of
 from api.catalogue import Deployment
 from api.claiming import Outlook
 from api.classes import is_interactive
+from api.drain_routes import DrainRoutes
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes, cancel_soon
 from api.expiry import Expiry
@@ -47,6 +48,7 @@ from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
 from api.purge_routes import PurgeRoutes
 from api.readiness import Readiness
+from api.refusals import Refusals
 from api.request_routes import RequestRoutes
 from api.result_response import StoredResultResponse
 from api.results import ObjectResults
@@ -87,6 +89,7 @@ class Gateway:
         self._access = Access(store.keys, store.tenants, own_key=key, asks=settings.asks_key, provider=provider)
         self._tenants = TenantRoutes(store.tenants, store.audit, self._tenants_changed)
         self._keys = KeyRoutes(store.keys, self._access.forget, settings.key_ttl_s)
+        self._refusals = Refusals(store.audit)
         self._deployments = Deployments(store, checker)
         self._readiness = Readiness(store)
         self._waiting = Waiting(store)
@@ -112,7 +115,7 @@ class Gateway:
         )
         problems.install(app)
         app.add_middleware(LimitedBodies, require_key=self._require_key)
-        app.add_middleware(MeasuredCalls, tally=self._store.tally)
+        app.add_middleware(MeasuredCalls, store=self._store, refusals=self._refusals)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
         v1.add_api_route("/models", self.list_models)
         v1.add_api_route("/models/{name}", self.describe)
@@ -136,6 +139,7 @@ class Gateway:
         self._keys.add_to(v1)
         self._tenants.add_to(v1)
         PurgeRoutes(self._store).add_to(v1)
+        DrainRoutes(self._store).add_to(v1)
         app.include_router(v1)
         openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
         self._openai.add_to(openai)
@@ -160,15 +164,15 @@ class Gateway:
     async def readyz(self, request: Request, model: str | None = None) -> dict[str, str]:
         """A deployment, or the named one, is loaded, self-tested and takes requests, and these can be stored.
 
-        Why not is told to operators.
+        Why not is told to operators and monitors.
         """
         reason = await self._readiness.lacking() or self._deployments.not_ready(model)
-        if reason is None:
+        if reason is None and self._store.draining.now() is None:
             return {"status": "ready"}
         told = "what was asked for takes no requests now"
         with contextlib.suppress(PolytraceError):
             caller = await self._access.identify(request.headers.get("authorization", ""))
-            told = reason if caller.is_operator else told
+            told = (reason or "the service is drained, or stopping") if caller.sees_figures else told
         raise CapacityError(told)
 
     async def list_models(self, request: Request) -> dict[str, Any]:
@@ -348,12 +352,15 @@ class Gateway:
         purging = asyncio.create_task(self._keeping.purge_forever())
         expiring = asyncio.create_task(self._expiry.run_forever())
         noting = asyncio.create_task(self._access.note_forever())
+        refusing = asyncio.create_task(self._refusals.write_forever())
         try:
             yield
         finally:
             purging.cancel()
             expiring.cancel()
             noting.cancel()
+            refusing.cancel()
+            self._refusals.write()
             loop.remove_reader(bell.listen())
             loop.remove_reader(events_bell.listen())
             self._checker.close()
@@ -376,6 +383,7 @@ class Gateway:
         caller = await self._access.identify(request.headers.get("authorization", ""))
         request.state.caller = caller
         about_call(tenant=caller.tenant, user=caller.user)
+        check_role(caller, request.method, request.url.path)
 
     async def _operated(
         self, request: Request, name: str, act: Callable[[], Deployment], details: Mapping[str, Any] = {}

@@ -14,6 +14,7 @@ _BETWEEN = "~"  # in no name
 
 class Role(Enum):
     USER = "user"
+    MONITOR = "monitor"  # reads figures of everybody (`api.callers.check_role`), and can do nothing else
     OPERATOR = "operator"  # sees and steers everything
 
 
@@ -36,9 +37,14 @@ class Identity:
     def is_operator(self) -> bool:
         return self.role is Role.OPERATOR
 
+    @property
+    def sees_figures(self) -> bool:
+        """Whether it may know how the service does and who uses what."""
+        return self.role in (Role.OPERATOR, Role.MONITOR)
+
     def may_use(self, model: str) -> bool:
         """Whether a deployment is one of its tenant's."""
-        return self.is_operator or self.models is None or model in self.models
+        return self.sees_figures or self.models is None or model in self.models
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.user}"

@@ -21,6 +21,7 @@ def make(
     tenant: Annotated[str | None, typer.Option(help="Whose; default: one's own.")] = None,
     user: Annotated[str | None, typer.Option(help="Whose; made when there is none of this name.")] = None,
     operator: Annotated[bool, typer.Option("--operator", help="Of a user who is an operator.")] = False,
+    monitor: Annotated[bool, typer.Option("--monitor", help="Of one who reads figures, and nothing else.")] = False,
     label: Annotated[str, typer.Option(help="What it is for.")] = "",
     expires: Annotated[str | None, typer.Option(metavar="TIME", help="How long it is good: 90d, 12h.")] = None,
     url: Url = HERE,
@@ -30,8 +31,8 @@ def make(
     """Make a key and print it, alone on standard output: it cannot be shown again."""
     with errors():
         wish: dict[str, Any] = {"tenant": tenant, "user": user, "label": label, "expires_in_s": _seconds(expires)}
-        if operator:
-            wish["role"] = "operator"
+        if operator or monitor:
+            wish["role"] = "operator" if operator else "monitor"
         if store is not None:
             wish |= {"tenant": tenant or "default", "user": user or "default"}
         _tell(asked(url, key, store).ask("POST", "/v1/keys", json=wish))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -45,7 +44,7 @@ class KeyRoutes:
             "user": caller.user,
             "role": caller.role.value,
             "key": caller.key,
-            "models": None if caller.models is None or caller.is_operator else sorted(caller.models),
+            "models": None if caller.models is None or caller.sees_figures else sorted(caller.models),
         }
 
     async def known(self, request: Request, tenant: str | None = None, user: str | None = None) -> dict[str, Any]:
@@ -107,7 +106,7 @@ class KeyRoutes:
     def _end(self, caller: Identity, life_s: float | None) -> float | None:
         if self._ttl_s is not None and not caller.is_operator:
             life_s = self._ttl_s if life_s is None else min(life_s, self._ttl_s)
-        return None if life_s is None else time.time() + life_s
+        return None if life_s is None else self._keys.now() + life_s
 
 
 class NewKey(BaseModel):

@@ -13,7 +13,7 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +56,11 @@ class Holder:
 
 
 class Keys:
-    """The store's keys. `by` is who asks, for the audit log. Any thread."""
+    """The store's keys. `by` is who asks, for the audit log; `now` is the clock that they expire by. Any thread."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, now: Callable[[], float] = time.time) -> None:
         self._db = db
+        self.now = now
 
     def make(
         self,
@@ -78,14 +79,14 @@ class Keys:
         """
         if len(label) > MAX_LABEL or not label.isprintable():
             raise UserError(f"a key's label has at most {MAX_LABEL} printable characters")
-        if expires is not None and not expires > time.time():
+        if expires is not None and not expires > self.now():
             raise UserError("the key would have expired already")
         with self._db.transaction() as db:
-            known = user_in(db, tenant, user) or add_user(db, tenant, user, role or Role.USER)
+            known = user_in(db, tenant, user) or add_user(db, tenant, user, role or Role.USER, self.now())
             if role is not None and known.role is not role:
                 raise ConflictError(f"{tenant}/{user} is {known.role.value}, not {role.value}: change the user first")
             made, secret = self._insert(db, tenant, user, label, self._no_longer_than(db, by, expires))
-            write(db, by, "keys.make", made.prefix, {"owner": f"{tenant}/{user}", "expires": made.expires})
+            write(db, self.now(), by, "keys.make", made.prefix, {"owner": f"{tenant}/{user}", "expires": made.expires})
         return made, secret
 
     def known(self, *, tenant: str | None = None, user: str | None = None) -> list[Key]:
@@ -111,8 +112,8 @@ class Keys:
     def revoke(self, prefix: str, by: Identity) -> Key:
         """From now on it is refused; one that was revoked stays so. Raises NotFoundError."""
         with self._db.transaction() as db:
-            self._revoke(db, prefix, time.time())
-            write(db, by, "keys.revoke", prefix, {})
+            self._revoke(db, prefix, self.now())
+            write(db, self.now(), by, "keys.revoke", prefix, {})
         return self.get(prefix)
 
     def rotate(self, prefix: str, by: Identity, *, grace_s: float = 0.0) -> tuple[Key, str]:
@@ -121,7 +122,7 @@ class Keys:
         Raises NotFoundError, ConflictError when the old one is not good any more.
         """
         old = self.get(prefix)
-        now = time.time()
+        now = self.now()
         with self._db.transaction() as db:
             is_good = db.execute(f"SELECT 1 FROM keys WHERE prefix = ? AND {_IS_GOOD}", (prefix, now)).fetchone()
             if not is_good:
@@ -135,7 +136,7 @@ class Keys:
                 db.execute("UPDATE keys SET expires = ? WHERE prefix = ?", (ends, prefix))
             else:
                 self._revoke(db, prefix, now)
-            write(db, by, "keys.rotate", prefix, {"to": made.prefix, "grace_s": grace_s})
+            write(db, self.now(), by, "keys.rotate", prefix, {"to": made.prefix, "grace_s": grace_s})
         return made, secret
 
     def find(self, secret: str) -> Holder:
@@ -153,7 +154,7 @@ class Keys:
         prefix = form[1]
         if revoked is not None:
             raise KeyRefusedError(f"the key {prefix} was revoked: use another, or ask your operators for one")
-        if expires is not None and expires <= time.time():
+        if expires is not None and expires <= self.now():
             raise KeyRefusedError(f"the key {prefix} expired at {_utc(expires)}: make another")
         if is_user_out or is_tenant_out:
             who = f"{tenant}/{user}" if is_user_out else tenant
@@ -180,7 +181,7 @@ class Keys:
             self._db.rows(
                 "SELECT 1 FROM keys JOIN users ON users.tenant = keys.tenant AND users.name = keys.user_name "
                 f"WHERE {_IS_GOOD} {role} LIMIT 1",
-                (time.time(),),
+                (self.now(),),
             )
         )
 
@@ -194,7 +195,7 @@ class Keys:
     # --- inside
 
     def _insert(self, db: Transaction, tenant: str, user: str, label: str, expires: float | None) -> tuple[Key, str]:
-        now = time.time()
+        now = self.now()
         db.execute(
             "DELETE FROM keys WHERE tenant = ? AND user_name = ? AND coalesce(revoked, expires) < ?",
             (tenant, user, now - REMEMBERED_S),

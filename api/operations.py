@@ -1,4 +1,4 @@
-"""The commands that operate a running service: deploy, drain, remove, resize, status. They speak HTTP, like anybody.
+"""The commands that operate a running service: deploy, drain, resume, remove, resize, status. They speak HTTP.
 
 Each asks once and then follows the deployment until it is what was asked for; `--no-wait` returns at once. Ctrl-C ends
 the following, not the deployment.
@@ -93,17 +93,33 @@ def deploy(
             service.follow(name, f"deploying {name}", lambda entry: entry is not None and bool(entry["is_ready"]))
 
 
-def drain(name: Name, url: Url = _HERE, key: Key = None, wait: Wait = True) -> None:
-    """Let a deployment finish what it has and take nothing new; its shards stay. `deploy` makes it serve again."""
+def drain(
+    name: Annotated[str | None, typer.Argument(help="Of a deployment; without: the whole service.")] = None,
+    url: Url = _HERE,
+    key: Key = None,
+    wait: Wait = True,
+) -> None:
+    """Let a deployment, or all, finish what it has and take nothing new; its shards stay. `deploy` makes one serve
+    again, `resume` the service.
+    """
 
     def is_drained(entry: Entry | None) -> bool:
         return entry is None or (entry["mode"] != "serving" and entry["queued"] + entry["running"] == 0)
 
     with errors():
         service = Service(url, key)
+        if name is None:
+            _drain_all(service, wait)
+            return
         service.ask("POST", f"/v1/models/{name}/drain")
         if wait:
             service.follow(name, f"draining {name}", is_drained)
+
+
+def resume(url: Url = _HERE, key: Key = None) -> None:
+    """Let a drained service take requests again."""
+    with errors():
+        Service(url, key).ask("DELETE", "/v1/drain")
 
 
 def remove(
@@ -167,6 +183,20 @@ def status(
                     own = "" if own == told and not is_known else own
                     table.add_row(f"  replica {each['number']}", each["state"], own, "", "", str(each["requests"]))
         Console().print(table)
+
+
+def _drain_all(service: Service, wait: bool) -> None:
+    """Of the whole service: until nothing waits and nothing runs."""
+    told = service.ask("POST", "/v1/drain")
+    with progress("draining the service") as report:
+        line = ""
+        while wait and told["queued"] + told["running"] > 0:
+            if (now := f"{told['running']} requests run and {told['queued']} wait") != line:
+                line = now
+                report(line)
+            time.sleep(_LOOK_S)
+            told = service.ask("GET", "/v1/drain")
+        report("the service is drained" if told["queued"] + told["running"] == 0 else "the service is draining")
 
 
 def _first_line(text: str) -> str:

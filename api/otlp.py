@@ -1,29 +1,51 @@
 """OpenTelemetry traces of requests, sent to a collector over OTLP/HTTP when an operator names one.
 
-A request is one trace: the span `request`, and below it `queue` and `run`. They are made when it has ended, from the
-times that the store keeps anyway, so a request on its way costs nothing, and a collector that is away holds nobody up:
-spans wait in memory, a bounded number of them, and are dropped beyond it. The trace's id is the request's own: whoever
-has the one finds the other. Needs the extra `telemetry`.
+A request is one trace, whose id is the request's own: whoever has the one finds the other.
+
+    POST /v1/models/{name}/requests    the call that it came with (gateway); other calls about it are beside `request`
+      request                          from its acceptance to its end (controller)
+        queue                          until the controller took it
+        run
+          planning                     from the stored graph to a program
+          pass                         each pass that it was in, the first MAX_PASSES of them
+          result                       until its result was kept
+
+A pass that requests share is a trace of its own, `shared pass`, linked to `run` of every member, and each member's
+`pass` is linked to it. The two processes need not hear of each other: ids of spans follow from the request's id. Most
+spans are made when a request has ended, from the times that the store keeps anyway; a collector that is away holds
+nobody up: spans wait in memory, a bounded number of them, and are dropped beyond it. Needs the extra `telemetry`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from api.settings import from_environment
 from polytrace.errors import UserError
+from scheduling.plan import RequestId
 
 if TYPE_CHECKING:
     from api.telling import Ended
+    from cluster.requests import PassFigures
 
+MAX_PASSES = 64  # that one request's trace shows; sweeps and generations have thousands
 _NS = 1_000_000_000
 _SEND_S = 1.0  # between two sendings
 _TIMEOUT_S = 5.0  # of one
+_MAX_WAITING = 16_384  # spans
+_MAX_LINKS = 2048  # of one pass
+_CALL, _REQUEST, _RUN = "call", "request", "run"  # spans that others lie below
+
+Attributes = dict[str, str | int | float]
 
 
 class Traces:
-    """Sends spans from a thread of its own; `tell` may be called from any thread."""
+    """Sends spans from a thread of its own; everything here returns at once, on any thread. Times are seconds."""
 
     def __init__(self, url: str, role: str) -> None:
         """`url`: of the collector, to which `/v1/traces` is added. Raises UserError when it is none, or without the
@@ -32,37 +54,129 @@ class Traces:
         check_url(url)
         self._ids = threading.local()
         self._provider = _provider(f"{url.rstrip('/')}/v1/traces", role, self._ids)
+        self._tracer = self._provider.get_tracer("polytrace")
+        self._passes: Counter[RequestId] = Counter()  # told, of requests that run
 
-    def tell(self, ended: Ended, now: float) -> None:
-        """A request has ended. Returns at once."""
+    def tell_call(
+        self, request: RequestId, name: str, began: float, ended: float, about: Attributes, *, is_first: bool
+    ) -> None:
+        """A call about a request; `is_first`: the one by which it was accepted."""
+        from opentelemetry.trace import SpanKind
+
+        own, below = (_CALL, None) if is_first else (None, _CALL)
+        attributes = {"polytrace.request": request} | about
+        self._span(request, name, began, ended, own=own, below=below, attributes=attributes, kind=SpanKind.SERVER)
+
+    def tell_planning(self, request: RequestId, seconds: float) -> None:
+        """A request has become a program, just now."""
+        ended = time.time()
+        self._span(request, "planning", ended - seconds, ended, below=_RUN)
+
+    def tell_pass(self, model: str, told: PassFigures) -> None:
+        """A pass ran, and ended just now."""
         from opentelemetry.context import Context
-        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+        from opentelemetry.trace import Link
+
+        ended = time.time()
+        about: Attributes = {
+            "polytrace.model": model,
+            "polytrace.pass.users": told.users,
+            "polytrace.pass.rows": told.rows,
+        }
+        links = [Link(_context(request, _RUN)) for request in told.requests[:_MAX_LINKS]]
+        self._ids.trace = self._ids.span = None  # of its own
+        began = ended - told.seconds
+        shared = self._tracer.start_span(
+            "shared pass", Context(), attributes=about, links=links, start_time=int(began * _NS)
+        )
+        shared.end(int(ended * _NS))
+        whole = [Link(shared.get_span_context())]
+        for request in told.requests:
+            self._passes[request] += 1
+            if self._passes[request] <= MAX_PASSES:
+                self._span(request, "pass", began, ended, below=_RUN, attributes=about, links=whole)
+
+    def tell(self, ended: Ended, now: float, kept_from: float | None = None) -> None:
+        """A request has ended; `kept_from`: when its result began to be written down."""
+        from opentelemetry.trace import Status, StatusCode
 
         end, error = ended.end, ended.end.error
-        accepted, over = int(ended.created * _NS), int(max(now, ended.created) * _NS)
-        begun = over if ended.started is None else min(over, max(accepted, int(ended.started * _NS)))
-        tracer = self._provider.get_tracer("polytrace")
-        self._ids.trace = int(end.request, 16)
-        about: dict[str, str | int] = {
+        over = max(now, ended.created)
+        begun = over if ended.started is None else min(over, max(ended.created, ended.started))
+        about: Attributes = {
             "polytrace.request": end.request,
             "polytrace.tenant": ended.tenant,
             "polytrace.user": ended.user,
             "polytrace.model": ended.model,
+            "polytrace.passes": self._passes.pop(end.request, 0),
             "polytrace.token_layers": end.token_layers,
             "polytrace.moved_bytes": end.moved_bytes,
         }
-        whole = tracer.start_span("request", Context(), kind=SpanKind.SERVER, attributes=about, start_time=accepted)
-        inside = set_span_in_context(whole, Context())
-        tracer.start_span("queue", inside, start_time=accepted).end(begun)
-        tracer.start_span("run", inside, start_time=begun).end(over)
+        status = None
         if error is not None:
-            whole.set_attribute("polytrace.error", error.code)
-            whole.set_status(Status(StatusCode.ERROR, error.code))
-        whole.end(over)
+            about["polytrace.error"] = error.code
+            status = Status(StatusCode.ERROR, error.code)
+        self._span(
+            end.request, "request", ended.created, over, own=_REQUEST, below=_CALL, attributes=about, status=status
+        )
+        self._span(end.request, "queue", ended.created, begun, below=_REQUEST)
+        if ended.started is not None:
+            self._span(end.request, "run", begun, over, own=_RUN, below=_REQUEST)
+        if kept_from is not None:
+            self._span(end.request, "result", min(kept_from, over), over, below=_RUN)
 
     def close(self) -> None:
         """Sends what waits."""
         self._provider.shutdown()
+
+    # --- inside
+
+    def _span(
+        self,
+        request: RequestId,
+        name: str,
+        began: float,
+        ended: float,
+        *,
+        own: str | None = None,
+        below: str | None,
+        attributes: Mapping[str, str | int | float] | None = None,
+        links: Sequence[Any] = (),
+        status: Any = None,
+        kind: Any = None,
+    ) -> None:
+        """`own`: what others know it by; `below`: what it lies below, None for the trace's root."""
+        from opentelemetry.context import Context
+        from opentelemetry.trace import NonRecordingSpan, SpanKind, set_span_in_context
+
+        self._ids.trace = int(request, 16)
+        self._ids.span = None if own is None else _span_id(request, own)
+        where = Context()
+        if below is not None:
+            where = set_span_in_context(NonRecordingSpan(_context(request, below)), where)
+        span = self._tracer.start_span(
+            name,
+            where,
+            kind=kind or SpanKind.INTERNAL,
+            attributes=attributes,
+            links=links,
+            start_time=int(began * _NS),
+        )
+        if status is not None:
+            span.set_status(status)
+        span.end(int(ended * _NS))
+
+
+def _span_id(request: RequestId, name: str) -> int:
+    """The same in every process; 0 is none."""
+    return int.from_bytes(hashlib.blake2b(f"{request} {name}".encode(), digest_size=8).digest(), "big") or 1
+
+
+def _context(request: RequestId, name: str) -> Any:
+    """A span that another process may have made, as its neighbours name it."""
+    from opentelemetry.trace import SpanContext, TraceFlags
+
+    return SpanContext(int(request, 16), _span_id(request, name), is_remote=True, trace_flags=TraceFlags(1))
 
 
 def traces(role: str) -> Traces | None:
@@ -81,7 +195,7 @@ def _provider(url: str, role: str, ids: Any) -> Any:
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace import SpanLimits, TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
     except ModuleNotFoundError as error:
@@ -89,10 +203,16 @@ def _provider(url: str, role: str, ids: Any) -> Any:
 
     class RequestIds(RandomIdGenerator):
         def generate_trace_id(self) -> int:
-            return int(ids.trace)
+            return super().generate_trace_id() if ids.trace is None else int(ids.trace)
+
+        def generate_span_id(self) -> int:
+            return super().generate_span_id() if ids.span is None else int(ids.span)
 
     resource = Resource.create({"service.name": "polytrace", "polytrace.role": role})
-    provider = TracerProvider(resource=resource, id_generator=RequestIds(), shutdown_on_exit=False)
+    limits = SpanLimits(max_links=_MAX_LINKS)
+    provider = TracerProvider(resource=resource, id_generator=RequestIds(), span_limits=limits, shutdown_on_exit=False)
     exporter = OTLPSpanExporter(endpoint=url, timeout=_TIMEOUT_S)
-    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_SEND_S * 1000))
+    provider.add_span_processor(
+        BatchSpanProcessor(exporter, schedule_delay_millis=_SEND_S * 1000, max_queue_size=_MAX_WAITING)
+    )
     return provider

@@ -23,6 +23,10 @@ from polytrace.errors import CapacityError, QuotaError, TooLargeError
 from polytrace.price_tables import in_bytes
 
 RETRY_S = 2.0  # when something has to end first
+MIN_RETRY_S, MAX_RETRY_S = 1.0, 15.0  # of full queues; half as long as clients have patience
+LATELY_S = 60.0
+_ENDS = 64  # the latest, from which is told how fast a deployment's requests go
+LATEST = "SELECT finished FROM requests WHERE model = ? AND finished > ? ORDER BY finished DESC LIMIT ?"
 _OPEN = "state IN ('queued', 'running')"
 _HOLDS = "state IN ('queued', 'running', 'done')"  # requests that have a result, or will
 
@@ -35,7 +39,7 @@ class Queues:
     max_open_of_tenant: int
 
 
-def check_queues(db: Transaction, terms: Terms, queues: Queues) -> None:
+def check_queues(db: Transaction, terms: Terms, queues: Queues, now: float) -> None:
     """Raises CapacityError when the deployment's queue, or the tenant's part of it, is full."""
     model, tenant = terms.model, terms.tenant
     (waiting,) = db.execute(f"SELECT count(*) FROM requests WHERE model = ? AND {_OPEN}", (model,)).fetchone()
@@ -43,7 +47,7 @@ def check_queues(db: Transaction, terms: Terms, queues: Queues) -> None:
     most = queues.max_open if own is None else min(own, queues.max_open)
     if waiting >= most:
         told = f"{waiting} requests are waiting for {model}, the most it takes; try again later"
-        raise CapacityError(told, retry_after_s=RETRY_S)
+        raise CapacityError(told, retry_after_s=_until_worked_off(db, model, waiting, now))
     if waiting < queues.max_open_of_tenant:
         return  # so are the tenant's
     (theirs,) = db.execute(
@@ -51,28 +55,39 @@ def check_queues(db: Transaction, terms: Terms, queues: Queues) -> None:
     ).fetchone()
     if theirs >= queues.max_open_of_tenant:
         told = f"{theirs} requests of tenant {tenant} are waiting for {model}, the most it takes of one tenant"
-        raise CapacityError(f"{told}; try again later", retry_after_s=RETRY_S)
+        raise CapacityError(f"{told}; try again later", retry_after_s=_until_worked_off(db, model, theirs, now))
 
 
-def check(db: Transaction, terms: Terms, demand: Demand, *, result_ttl_s: float) -> None:
+def _until_worked_off(db: Transaction, model: str, waiting: int, now: float) -> float:
+    """Seconds in which a deployment ends so many requests, if it goes on as it did lately; RETRY_S when it ended none.
+
+    No more than MAX_RETRY_S: room comes with each request that ends, and a client should find it.
+    """
+    latest = db.execute(LATEST, (model, now - LATELY_S, _ENDS)).fetchall()
+    count, first = len(latest), latest[-1][0] if latest else now
+    if count == 0:
+        return RETRY_S
+    return min(MAX_RETRY_S, max(MIN_RETRY_S, waiting * (now - first) / count))
+
+
+def check(db: Transaction, terms: Terms, demand: Demand, now: float, *, result_ttl_s: float) -> None:
     """Raises QuotaError, with when to come again, or TooLargeError for what would never be taken."""
     limits, tenant = terms.tenants, terms.tenant
     if (most := limits.requests_in_flight) is not None and (under_way := in_flight(db, tenant)) >= most:
         told = f"tenant {tenant} has {under_way} requests in flight and may have {most} at once"
         raise QuotaError(f"{told}; try again when one has ended", retry_after_s=RETRY_S)
     if (most := limits.tokens_a_day) is not None:
-        now = time.time()
         if demand.tokens > most:
             raise TooLargeError(f"the request has {demand.tokens:,} tokens; tenant {tenant} may use {most:,} a day")
         if demand.tokens > (left := most - tokens_today(db, tenant, now)):
             told = f"the request has {demand.tokens:,} tokens; tenant {tenant} has {max(0, left):,} of {most:,} left"
             raise QuotaError(f"{told} today (UTC)", retry_after_s=midnight_after(now) - now)
     if limits.bytes_stored is not None:
-        check_stored(db, tenant, demand.stored_bytes, limits.bytes_stored, "the request", result_ttl_s)
+        check_stored(db, tenant, demand.stored_bytes, limits.bytes_stored, "the request", now, result_ttl_s)
 
 
 def check_stored(
-    db: Transaction, tenant: str, wanted: int, most: int, what: str, result_ttl_s: float | None = None
+    db: Transaction, tenant: str, wanted: int, most: int, what: str, now: float, result_ttl_s: float | None = None
 ) -> None:
     """Raises QuotaError when a tenant may not store so many bytes more, TooLargeError when it never may."""
     if wanted > most:
@@ -85,15 +100,15 @@ def check_stored(
             f"{what} leaves {wanted:,} bytes on the service; tenant {tenant} has {max(0, wanted - excess):,} of "
             f"{most:,} left: delete kept values, or wait until results expire"
         )
-        raise QuotaError(told, retry_after_s=_until_expired(db, tenant, excess, result_ttl_s))
+        raise QuotaError(told, retry_after_s=_until_expired(db, tenant, excess, now, result_ttl_s))
 
 
-def used_lines(db: Transaction, terms: Terms, demand: Demand) -> list[LimitLine]:
+def used_lines(db: Transaction, terms: Terms, demand: Demand, now: float) -> list[LimitLine]:
     """What the request, and what the tenant has under way, take of the tenant's quotas."""
     tenant, limits = terms.tenant, terms.tenants
     counts: tuple[tuple[str, int, int | None, Callable[[], int]], ...] = (
         ("requests_in_flight", 1, limits.requests_in_flight, lambda: in_flight(db, tenant)),
-        ("tokens_a_day", demand.tokens, limits.tokens_a_day, lambda: tokens_today(db, tenant, time.time())),
+        ("tokens_a_day", demand.tokens, limits.tokens_a_day, lambda: tokens_today(db, tenant, now)),
         ("bytes_stored", demand.stored_bytes, limits.bytes_stored, lambda: stored_bytes(db, tenant)),
     )
     return [
@@ -126,7 +141,7 @@ def stored_bytes(db: Transaction, tenant: str) -> int:
     return results + contents + coming
 
 
-def _until_expired(db: Transaction, tenant: str, excess: int, result_ttl_s: float | None) -> float | None:
+def _until_expired(db: Transaction, tenant: str, excess: int, now: float, result_ttl_s: float | None) -> float | None:
     """Seconds until so many bytes of results have expired; None when results alone do not do it."""
     if result_ttl_s is None:
         return None
@@ -138,7 +153,7 @@ def _until_expired(db: Transaction, tenant: str, excess: int, result_ttl_s: floa
     for finished, num_bytes in ended:
         excess -= num_bytes
         if excess <= 0:
-            return max(RETRY_S, float(finished) + result_ttl_s - time.time())
+            return max(RETRY_S, float(finished) + result_ttl_s - now)
     return None
 
 

@@ -88,6 +88,7 @@ class Deployments:
     def taking(self, name: str, caller: Identity) -> Served:
         """A deployment that takes requests. Raises NotFoundError, or CapacityError with the reason."""
         served = self.get(name, caller)
+        self._store.draining.check()
         check_taking(name, self._known[name].mode)
         return served
 
@@ -101,8 +102,9 @@ class Deployments:
             raise CapacityError(f"{name} is not ready ({_progress(self._known[name])})")
         if not self._has_looked:
             raise CapacityError("the gateway has just been started and does not know the deployments yet")
-        names = ", ".join(sorted(filter(caller.may_use, self._known))) or "none yet"
-        raise NotFoundError(f"there is no model {name[:100]!r} here; there is {names}")
+        names = ", ".join(sorted(filter(caller.may_use, self._known)))
+        others = f"; there is {names}" if names else ", and no other that you could use"
+        raise NotFoundError(f"there is no model {name[:100]!r} here{others}")
 
     def not_ready(self, name: str | None = None) -> str | None:
         """What the service still waits for, or one of its deployments; None when it waits for nothing.

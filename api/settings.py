@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 DEFAULT_BUDGET_TOKENS = 8192
 DEFAULT_RESULT_TTL_S = 7 * 24 * 3600.0
+DEFAULT_DRAIN_S = 30.0
 DEFAULT_QUOTA_BYTES = 16 << 30  # of one owner's constants, kept values and states
 MAX_REPLICAS = 64  # of one deployment: all their loops share the controller's process
 
@@ -52,6 +53,7 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_MAX_TEXT_CHARS": "characters of one prompt on OpenAI's routes; default: 32 a token of the context",
     "POLYTRACE_QUOTA_BYTES": "bytes of constants, kept values and states that one owner may have on the service",
     "POLYTRACE_RESULT_TTL_S": "seconds that a result and its events are kept after the request has ended",
+    "POLYTRACE_DRAIN_SECONDS": "longest time that a service which is told to stop finishes what it has accepted",
     "POLYTRACE_UPLOAD_IDLE_S": "silence after which an upload is given up",
     "POLYTRACE_BUDGET_TOKENS": "most rows in one merged pass",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "an OpenTelemetry collector that gets a trace of each request: http://HOST:4318",
@@ -112,6 +114,7 @@ class ServeSettings:
     key: str | None = None
     asks_key: bool = True  # False: whoever reaches it is an operator
     takes_jobs: bool = False  # its own Ray cluster has a job server
+    drain_s: float = DEFAULT_DRAIN_S  # longest time to finish what was accepted, when it is told to stop
     budget_tokens: int = DEFAULT_BUDGET_TOKENS
 
 
@@ -242,6 +245,8 @@ def serve_settings(*, spec: DeploymentSpec | None, key: str | None, **flags: Any
         raise UserError(f"a part of what is kept would go with the service's own folder: add {lacking}, or a --store")
     if spec is None and flags["store"] is None and flags["database"] is None:
         raise UserError("there is nothing to serve: name a MODEL, or a --store or --database that has deployments")
+    if flags.get("drain_s") is None:
+        flags["drain_s"] = from_environment("POLYTRACE_DRAIN_SECONDS", float, DEFAULT_DRAIN_S, at_least=0)
     budget = from_environment("POLYTRACE_BUDGET_TOKENS", int, DEFAULT_BUDGET_TOKENS, at_least=16)
     key = key or from_environment("POLYTRACE_KEY", str, None)
     if not flags.get("asks_key", True):

@@ -8,6 +8,7 @@
     gateway.counts, controller.counts    what each has counted (`api.tally`)
     events/<id>                   what a generation tells while it runs (`api.events`)
     controller.bell, gateway.bell, events.bell    who wakes whom
+    draining                      while nothing new is accepted (`api.draining`)
 
 With a place of objects (`api.objects`) requests, contents and events of what has ended are there too, by the same
 names, and results are there alone. The folder then holds only what is at hand: on another machine it fills itself.
@@ -44,6 +45,7 @@ from api.clock import SteadyClock
 from api.contents import NOTHING, Contents, Needs, sync
 from api.database import Transaction, open_database
 from api.doorbell import Doorbell
+from api.draining import Drain
 from api.edits import KeptEdits
 from api.events import EventLog
 from api.figures import class_of
@@ -82,7 +84,9 @@ from scheduling.scheduler import Progress
 _log = logging.getLogger(__name__)
 
 NOTE_S = 0.5  # between two words in the database of how far a generation is: its tokens go into a file
+_ABOUT = "tenant, user_name, model, tokens, is_interactive, created, started"  # of one that has ended, for `_ended`
 _IS_OVER = "state IN ('done', 'failed', 'cancelled')"
+_AT_ONCE = 500  # ids in one query
 _DROPPED_AT_ONCE = 500  # requests, so that others' transactions come in between
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
 _WORN_OUT = ServiceError(f"the service broke down {MAX_ATTEMPTS} times while it ran this request")
@@ -151,8 +155,10 @@ class Store(Catalogue):
         opened = open_database(database or f"sqlite:///{self.folder / 'store.db'}")
         super().__init__(opened, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
         self.database = opened
-        self.tenants, self.keys, self.audit = Tenants(opened), Keys(opened), Audit(opened)
+        self.tenants, self.keys = Tenants(opened, self.now), Keys(opened, self.now)
+        self.audit = Audit(opened, self.now)
         self.edits = KeptEdits(opened)
+        self.draining = Drain(self.folder / "draining", opened, self.gateway_bell.ring)
         self.objects = None if objects is None else Objects(objects)
         self.results: Results = FileResults(self._results) if self.objects is None else ObjectResults(self.objects)
         self.contents = Contents(opened, self.folder / "contents", quota_bytes, self.now, self.objects)
@@ -224,9 +230,9 @@ class Store(Catalogue):
         by when it comes again.
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already, or so many of this tenant,
-        or takes none, QuotaError when the tenant has no more, NotFoundError when there is no deployment, and what
-        `Contents` says when the caller does not have what the request needs; with `submit` what `idempotency.check_new`
-        says.
+        or it or the whole service takes none, QuotaError when the tenant has no more, NotFoundError when there is no
+        deployment, and what `Contents` says when the caller does not have what the request needs; with `submit` what
+        `idempotency.check_new` says.
         """
         terms = terms or Terms(tenant=caller.tenant, model=model)
         queues = Queues(max_open=max_open, max_open_of_tenant=max_open_of_tenant or max_open)
@@ -234,13 +240,15 @@ class Store(Catalogue):
         with self._db.transaction() as db:
             if submit is not None:
                 idempotency.check_new(db, caller.owner, submit)
+            self.draining.check()
+            if submit is not None:
                 idempotency.note(db, caller.owner, submit, request)
             mode = db.execute("SELECT mode FROM deployments WHERE model = ?", (model,)).fetchone()
             if mode is None:
                 raise NotFoundError(f"there is no model {model} here any more")
             check_taking(model, Mode(mode[0]))
-            quotas.check_queues(db, terms, queues)
-            quotas.check(db, terms, demand, result_ttl_s=result_ttl_s)
+            quotas.check_queues(db, terms, queues, now)
+            quotas.check(db, terms, demand, now, result_ttl_s=result_ttl_s)
             (seq,) = db.execute(
                 "INSERT INTO requests "
                 "(id, model, owner, tenant, user_name, is_interactive, tokens, result_bytes, state, created, work) "
@@ -294,8 +302,8 @@ class Store(Catalogue):
         """Of those that exist."""
         found: dict[RequestId, RequestStatus] = {}
         ids = list(requests)
-        for first in range(0, len(ids), 500):
-            some = ids[first : first + 500]
+        for first in range(0, len(ids), _AT_ONCE):
+            some = ids[first : first + _AT_ONCE]
             rows = self._db.rows(
                 "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, "
                 "user_name, token_layers, moved_bytes, result_bytes FROM requests "
@@ -314,9 +322,9 @@ class Store(Catalogue):
         with self._db.transaction() as db:
             gone = db.execute(
                 "UPDATE requests SET state = 'cancelled', finished = ?, error = ? WHERE id = ? AND state = 'queued' "
-                "RETURNING model, is_interactive",
+                f"RETURNING id, {_ABOUT}",
                 (self.now(), json.dumps(error.to_fields()), request),
-            ).fetchone()
+            ).fetchall()
             asked = db.execute(
                 "UPDATE requests SET cancelled = 1 WHERE id = ? AND state = 'running'", (request,)
             ).rowcount
@@ -325,7 +333,7 @@ class Store(Catalogue):
                 asked |= self.contents.end_uses(db, request)
         self.contents.collect()
         if gone:
-            tell_end(self.tally, gone[0], class_of(gone[1]), error)
+            self._tell_over(gone, error)
             self._drop_behind(request, has_result=False)
             self.gateway_bell.ring()
         if asked:
@@ -353,17 +361,17 @@ class Store(Catalogue):
     def quota_lines(self, terms: Terms, demand: Demand) -> list[LimitLine]:
         """What a request, and what is under way, take of its tenant's quotas."""
         with self._db.transaction(is_durable=False) as db:
-            return quotas.used_lines(db, terms, demand)
+            return quotas.used_lines(db, terms, demand, self.now())
 
     def check_quotas(self, terms: Terms, demand: Demand, *, result_ttl_s: float) -> None:
         """Raises what `add` would."""
         with self._db.transaction(is_durable=False) as db:
-            quotas.check(db, terms, demand, result_ttl_s=result_ttl_s)
+            quotas.check(db, terms, demand, self.now(), result_ttl_s=result_ttl_s)
 
     def check_stored(self, tenant: str, num_bytes: int, most: int) -> None:
         """Raises QuotaError, or TooLargeError, when a tenant may not store so much more."""
         with self._db.transaction(is_durable=False) as db:
-            quotas.check_stored(db, tenant, num_bytes, most, "the upload")
+            quotas.check_stored(db, tenant, num_bytes, most, "the upload", self.now())
 
     def usage(self, month: str, *, tenant: str | None = None, user: str | None = None) -> list[Usage]:
         """What was used in a month."""
@@ -428,14 +436,14 @@ class Store(Catalogue):
                 )
             worn_out = db.execute(
                 "UPDATE requests SET state = 'failed', finished = ?, error = ? "
-                "WHERE model = ? AND state = 'running' AND attempts >= ? RETURNING model, is_interactive",
+                f"WHERE model = ? AND state = 'running' AND attempts >= ? RETURNING id, {_ABOUT}",
                 (self.now(), json.dumps(_WORN_OUT.to_fields()), model, MAX_ATTEMPTS),
             ).fetchall()
             count = db.execute(
                 "UPDATE requests SET state = 'queued', started = NULL WHERE model = ? AND state = 'running'", (model,)
             ).rowcount
             self.contents.end_uses_of_ended(db)
-        self._tell_worn_out(worn_out)
+        self._tell_over(worn_out, _WORN_OUT)
         self.contents.collect()
         self.gateway_bell.ring()
         return count
@@ -445,11 +453,14 @@ class Store(Catalogue):
             return []
         with self._db.transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
             found = find_waiting(db, model, limit, divide)
-            db.executemany(
-                "UPDATE requests SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
-                [(self.now(), one.id) for one in found],
-            )
-            states = {one.id: self.contents.states_now(db, one.id, one.owner) for one in found}
+            for begin in range(0, len(found), _AT_ONCE):
+                some = [one.id for one in found[begin : begin + _AT_ONCE]]
+                db.execute(
+                    "UPDATE requests SET state = 'running', started = ?, attempts = attempts + 1 "
+                    f"WHERE id IN ({','.join('?' * len(some))})",
+                    (self.now(), *some),
+                )
+            states = self.contents.states_now(db, {one.id: one.owner for one in found})
         for one in found:
             self._bring(one.id)
         return [
@@ -460,7 +471,7 @@ class Store(Catalogue):
                 work=one.work,
                 facts=one.facts,
                 contents=self.contents.folder_of(one.owner),
-                states=states[one.id],
+                states=states.get(one.id, {}),
                 is_suspect=one.attempts > 0,
                 tenant=one.tenant,
                 is_interactive=bool(one.is_interactive),
@@ -495,7 +506,7 @@ class Store(Catalogue):
                 for request in doubted
                 for row in db.execute(
                     "UPDATE requests SET state = 'failed', finished = ?, error = ? "
-                    "WHERE id = ? AND state = 'running' AND attempts >= ? RETURNING model, is_interactive",
+                    f"WHERE id = ? AND state = 'running' AND attempts >= ? RETURNING id, {_ABOUT}",
                     (self.now(), json.dumps(_WORN_OUT.to_fields()), request, MAX_ATTEMPTS),
                 ).fetchall()
             ]
@@ -505,7 +516,7 @@ class Store(Catalogue):
                 [(int(request not in doubted), request) for request in requests],
             )
             self.contents.end_uses_of_ended(db)
-        self._tell_worn_out(worn_out)
+        self._tell_over(worn_out, _WORN_OUT)
         self.contents.collect()
         self.controller_bell.ring()
         self.gateway_bell.ring()
@@ -513,7 +524,7 @@ class Store(Catalogue):
     def refuse(self, model: str, error: PolytraceError) -> None:
         open_ = "model = ? AND state IN ('queued', 'running')"
         with self._db.transaction() as db:
-            rows = db.execute(f"SELECT id, is_interactive FROM requests WHERE {open_}", (model,)).fetchall()
+            rows = db.execute(f"SELECT id, {_ABOUT} FROM requests WHERE {open_}", (model,)).fetchall()
             refused = [row[0] for row in rows]
             db.execute(
                 f"UPDATE requests SET state = 'failed', finished = ?, error = ? WHERE {open_}",
@@ -525,8 +536,7 @@ class Store(Catalogue):
         self.contents.collect()
         self.gateway_bell.ring()
         self.controller_bell.ring()  # others may have waited for their states
-        for _, is_interactive in rows:
-            tell_end(self.tally, model, class_of(is_interactive), error)
+        self._tell_over(rows, error)
         for request in refused:
             self.events.forget(request)
             self._drop_behind(request, has_result=False)
@@ -561,6 +571,7 @@ class Store(Catalogue):
         return places
 
     def finish(self, finished: Sequence[Finished]) -> None:
+        began = self.now()
         # 1) the files, all of a burst at once; a result that cannot be kept fails its own request only
         ended = list(self._syncers.map(self._commit, finished))
         if any(end.header is not None for end, _ in ended):
@@ -584,7 +595,7 @@ class Store(Catalogue):
                     "UPDATE requests SET state = ?1, finished = CASE WHEN created > ?2 THEN created ELSE ?2 END, "
                     "error = ?3, logs = '[]', token_layers = ?4, moved_bytes = ?5, result_bytes = ?6 "
                     "WHERE id = ?7 AND state = 'running' "
-                    "RETURNING tenant, user_name, model, tokens, is_interactive, created, started",
+                    f"RETURNING {_ABOUT}",
                     (
                         state.value,
                         now,
@@ -599,7 +610,7 @@ class Store(Catalogue):
                     usage.enter(db, end, row[:3], row[3], now)
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
                     are_awaited |= self.contents.end_uses(db, end.request)
-                    changed.append(Ended(end, row[0], row[1], row[2], bool(row[4]), row[5], row[6], row[3]))
+                    changed.append(_ended(end, row))
         self.contents.collect()
         self.gateway_bell.ring()
         if are_awaited:
@@ -607,7 +618,7 @@ class Store(Catalogue):
         for each in changed:
             tell_ended(self.tally, each, now)
             if self.traces is not None:
-                self.traces.tell(each, now)
+                self.traces.tell(each, now, kept_from=began)
         # 3) what is no longer needed
         for end in finished:
             self._noted.pop(end.request, None)
@@ -639,6 +650,12 @@ class Store(Catalogue):
 
     def note_pass(self, model: str, told: PassFigures) -> None:
         tell_pass(self.tally, model, told)
+        if self.traces is not None:
+            self.traces.tell_pass(model, told)
+
+    def note_planning(self, request: RequestId, seconds: float) -> None:
+        if self.traces is not None:
+            self.traces.tell_planning(request, seconds)
 
     def wait_for_requests(self, timeout_s: float) -> None:
         self.controller_bell.wait(timeout_s)
@@ -648,9 +665,14 @@ class Store(Catalogue):
 
     # --- inside
 
-    def _tell_worn_out(self, rows: Iterable[Sequence[Any]]) -> None:
-        for model, is_interactive in rows:
-            tell_end(self.tally, model, class_of(is_interactive), _WORN_OUT)
+    def _tell_over(self, rows: Iterable[Sequence[Any]], error: PolytraceError) -> None:
+        """Requests, as their rows say, have ended without a result."""
+        now = self.now()
+        for request, *about in rows:
+            ended = _ended(Finished(request=request, error=error), about)
+            tell_end(self.tally, ended.model, class_of(ended.is_interactive), error)
+            if self.traces is not None:
+                self.traces.tell(ended, now)
 
     def _bring(self, request: RequestId) -> None:
         """A claimed request's files are at hand, though another machine received them. Missing ones fail it later."""
@@ -735,6 +757,12 @@ class Store(Catalogue):
 def _is_running(db: Transaction, request: RequestId) -> bool:
     row = db.execute("SELECT 1 FROM requests WHERE id = ? AND state = 'running'", (request,)).fetchone()
     return row is not None
+
+
+def _ended(end: Finished, about: Sequence[Any]) -> Ended:
+    """`about`: what _ABOUT names of the request's row."""
+    tenant, user, model, tokens, is_interactive, created, started = about
+    return Ended(end, tenant, user, model, bool(is_interactive), created, started, tokens)
 
 
 def _object_of(request: RequestId) -> str:

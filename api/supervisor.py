@@ -1,8 +1,9 @@
 """One service as a family of processes: this one, the gateway, and the controller with its Ray cluster.
 
-Owns their lives: starts them, restarts one that breaks, ends all of them on SIGTERM or Ctrl-C, and leaves none
-behind. The listening socket, the store's folder and Ray's scratch folder are made here and outlive a restart of
-either child. Serves nothing itself and never imports torch or Ray.
+Owns their lives: starts them, restarts one that breaks, on SIGTERM or Ctrl-C lets them finish what was accepted
+(`api.stopping`) and ends all of them, and leaves none behind. The listening socket, the store's folder and Ray's
+scratch folder are made here and outlive a restart of either child. Serves nothing itself and never imports torch or
+Ray.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from api.opening import places_in
 from api.processes import adopt_orphans, end_descendants
 from api.server import bind
 from api.settings import ServeSettings, gateway_settings, is_ray_token_given, ray_auth_mode
+from api.stopping import finish_accepted
 from api.store import Store
 from cluster.config import ControllerConfig, address_file, jobs_file
 from cluster.requests import DeploymentState
@@ -51,7 +53,7 @@ class Supervisor:
     def __init__(self, settings: ServeSettings, report: Report) -> None:
         self._settings = settings
         self._report = report
-        self._stop_signal: int | None = None
+        self._num_signals = 0  # that told it to stop
         self._was_ready = False
         self._told: dict[str, tuple[DeploymentState, str]] = {}  # what was last said of each deployment
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -80,7 +82,7 @@ class Supervisor:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self._stop_signal = number
+            self._num_signals += 1
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
@@ -121,6 +123,7 @@ class Supervisor:
             if not self._store.hold():
                 raise UserError("the database is in use by another service; choose another --database")
             self._store.sweep()
+            self._store.draining.forget()
             if self._settings.asks_key and (told := let_in(self._store.keys, self._settings)):
                 self._report(told)
             self._store.set_all_states(DeploymentState.STARTING, "starting")
@@ -181,9 +184,8 @@ class Supervisor:
 
     def _watch(self, on_ready: Callable[[str], None]) -> None:
         told_address = ""
-        while self._stop_signal is None:
-            for role in ("gateway", "controller"):
-                self._mend(role)
+        while self._num_signals == 0:
+            self._keep_up()
             with contextlib.suppress(AwayError):  # the children wait for it
                 self._tell()
             if not self._was_ready and self._is_ready():
@@ -198,7 +200,14 @@ class Supervisor:
                     jobs = jobs_file(self._ray_folder).read_text()
                     self._report(f"`ray job submit` on this machine takes RAY_API_SERVER_ADDRESS={jobs} {joining}")
             time.sleep(POLL_S)
+        finish_accepted(self._store, self._settings.drain_s, self._report, goes_on=self._keep_up)
         self._report("stopping")
+
+    def _keep_up(self) -> bool:
+        """Both children run. Whether nobody has told it to stop at once."""
+        for role in ("gateway", "controller"):
+            self._mend(role)
+        return self._num_signals < 2
 
     def _ray_address(self) -> str:
         """Of the own cluster; empty before there is one."""

@@ -94,7 +94,7 @@ def users(tenant: Tenant, as_json: AsJson = False, url: Url = HERE, key: UseKey 
 def user(
     tenant: Tenant,
     name: Annotated[str, typer.Argument(help="Name of the user.")],
-    role: Annotated[str | None, typer.Option(help="user or operator.")] = None,
+    role: Annotated[str | None, typer.Option(help="user, monitor or operator.")] = None,
     disable: Annotated[bool | None, typer.Option("--disable/--enable", help="Whether the keys are refused.")] = None,
     url: Url = HERE,
     key: UseKey = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,8 +51,9 @@ class User:
 class Tenants:
     """The store's tenants and users. `by` is who asks, for the audit log. Any thread."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, now: Callable[[], float] = time.time) -> None:
         self._db = db
+        self._now = now
 
     # --- tenants
 
@@ -68,12 +69,12 @@ class Tenants:
 
     def add(self, name: str, by: Identity, **terms: Any) -> Tenant:
         """A new tenant; `terms` as for `change`. Raises ConflictError when there is one of this name."""
-        made = _with(Tenant(name=checked_name(name, "tenant"), created=time.time(), limits={}), terms)
+        made = _with(Tenant(name=checked_name(name, "tenant"), created=self._now(), limits={}), terms)
         with self._db.transaction() as db:
             if db.execute("SELECT 1 FROM tenants WHERE name = ?", (name,)).fetchone():
                 raise ConflictError(f"there is a tenant {name} already: change it, or choose another name")
             db.execute(f"INSERT INTO tenants ({_TENANT}) VALUES (?, ?, ?, ?, ?, ?)", _row(made))
-            write(db, by, "tenants.add", name, terms)
+            write(db, self._now(), by, "tenants.add", name, terms)
         return made
 
     def change(self, name: str, by: Identity, **terms: Any) -> Tenant:
@@ -92,7 +93,7 @@ class Tenants:
             db.execute(
                 "UPDATE tenants SET disabled = ?, weight = ?, limits = ?, models = ? WHERE name = ?", (*rest, name)
             )
-            write(db, by, "tenants.change", name, terms)
+            write(db, self._now(), by, "tenants.change", name, terms)
         return changed
 
     def remove(self, name: str, by: Identity) -> None:
@@ -109,7 +110,7 @@ class Tenants:
                 raise ConflictError(f"{name} has {told}: purge the tenant first; until then it can be disabled")
             db.execute("DELETE FROM users WHERE tenant = ?", (name,))
             db.execute("DELETE FROM keys WHERE tenant = ?", (name,))
-            write(db, by, "tenants.remove", name, {})
+            write(db, self._now(), by, "tenants.remove", name, {})
 
     # --- users
 
@@ -124,7 +125,7 @@ class Tenants:
     ) -> User:
         """Makes a user, or changes one. Raises NotFoundError when there is no such tenant."""
         with self._db.transaction() as db:
-            user = user_in(db, tenant, name) or add_user(db, tenant, name, Role.USER)
+            user = user_in(db, tenant, name) or add_user(db, tenant, name, Role.USER, self._now())
             told: dict[str, Any] = {}
             if role is not None:
                 user, told["role"] = replace(user, role=role), role.value
@@ -134,7 +135,7 @@ class Tenants:
                 "UPDATE users SET role = ?, disabled = ? WHERE tenant = ? AND name = ?",
                 (user.role.value, int(user.is_disabled), tenant, name),
             )
-            write(db, by, "users.set", f"{tenant}/{name}", told)
+            write(db, self._now(), by, "users.set", f"{tenant}/{name}", told)
         return user
 
     def standing(self, tenant: str, user: str) -> tuple[Tenant | None, User | None]:
@@ -153,9 +154,9 @@ def user_in(db: Transaction, tenant: str, name: str) -> User | None:
     return _user(row) if row else None
 
 
-def add_user(db: Transaction, tenant: str, name: str, role: Role) -> User:
+def add_user(db: Transaction, tenant: str, name: str, role: Role, now: float) -> User:
     """A new user, after `user_in` has found none."""
-    user = User(tenant=tenant, name=name, role=role, created=time.time())
+    user = User(tenant=tenant, name=name, role=role, created=now)
     db.execute(f"INSERT INTO users ({_USER}) VALUES (?, ?, ?, ?, 0)", (tenant, name, role.value, user.created))
     return user
 

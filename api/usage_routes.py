@@ -6,7 +6,6 @@ asks with `format=csv`.
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -49,13 +48,13 @@ class UsageRoutes:
     ) -> Response:
         """What was used in a month (`YYYY-MM`, default: this one), by tenant, user and deployment."""
         caller = caller_of(request)
-        month = day_of(time.time())[:7] if month is None else check_month(month)
-        if not caller.is_operator and tenant not in (None, caller.tenant):
+        month = day_of(self._store.now())[:7] if month is None else check_month(month)
+        if not caller.sees_figures and tenant not in (None, caller.tenant):
             raise NotFoundError(f"there is no tenant {tenant!r} here")
         if tenant is not None:
             checked_name(tenant, "tenant")  # it becomes a part of a header
         look = partial(self._store.usage, month, tenant=tenant)
-        if not caller.is_operator:
+        if not caller.sees_figures:
             look = partial(self._store.usage, month, tenant=caller.tenant, user=caller.user)
         entries = await to_thread.run_sync(look)
         if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):

@@ -188,7 +188,7 @@ def _figures(plan: Plan, results: tuple[ShardResult, ...]) -> PassFigures:
     for result in results:  # ranks of a stage work at the same time
         busy[result.stage] = max(busy[result.stage], result.busy_seconds)
     return PassFigures(
-        users=len({member.program.request for member in plan.members}),
+        requests=tuple({member.program.request: None for member in plan.members}),
         rows=sum(plan.layer_rows[:1]),
         seconds=max((result.seconds for result in results), default=0.0),
         busy_seconds=tuple(busy),

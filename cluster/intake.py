@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -141,7 +142,10 @@ class Intake:
 
     def _work_out(self, claimed: Claimed) -> Program | Finished:
         try:
-            return self._program(claimed)
+            began = time.perf_counter()
+            program = self._program(claimed)
+            self._store.note_planning(claimed.request, time.perf_counter() - began)
+            return program
         except PolytraceError as error:
             return Finished(request=claimed.request, error=error)
         except Exception as error:  # noqa: BLE001  one request must not end the controller

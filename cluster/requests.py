@@ -133,10 +133,15 @@ class Finished:
 class PassFigures:
     """A pass that ran, as the service counts it."""
 
-    users: int  # requests that shared it
+    requests: tuple[RequestId, ...]  # that shared it
     rows: int  # at the first layer
     seconds: float  # from the first shard's start to the last shard's end
     busy_seconds: tuple[float, ...]  # of each stage: not waiting for another one
+
+    @property
+    def users(self) -> int:
+        """How many requests shared it."""
+        return len(self.requests)
 
 
 class RequestStore(Protocol):
@@ -162,6 +167,9 @@ class RequestStore(Protocol):
 
     def note_pass(self, model: str, told: PassFigures) -> None:
         """A pass ran. Touches no file and no database, and never waits."""
+
+    def note_planning(self, request: RequestId, seconds: float) -> None:
+        """A claimed request has just become a program, which took so long. As `note_pass`."""
 
     def wait_for_requests(self, timeout_s: float) -> None:
         """Blocks until something may have changed for the caller, or the time is over. One thread only."""

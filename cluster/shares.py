@@ -239,6 +239,9 @@ class Share:
     def note_pass(self, model: str, told: PassFigures) -> None:
         self._store.note_pass(model, told)
 
+    def note_planning(self, request: RequestId, seconds: float) -> None:
+        self._store.note_planning(request, seconds)
+
     def wait_for_requests(self, timeout_s: float) -> None:
         self._woken.wait(timeout_s)
         self._woken.clear()

@@ -14,6 +14,7 @@ import pytest
 from gateways import TOKENS, Agreeable, GatewayService, description_of_nothing, wait_until
 
 from api.access import KNOWN_S, Access
+from api.audit import Entry
 from api.database import open_database
 from api.identity import LOCAL, Identity, Role
 from api.keys import Keys
@@ -269,12 +270,48 @@ def test_deployments_tenants_and_the_audit_log_are_for_operators(service: Gatewa
         ("POST", "/v1/keys", {"user": "bob"}),
         ("POST", "/v1/keys", {"role": "operator"}),
     ]
-    before = len(service.store.audit.entries(limit=1000))
+    before = service.store.audit.entries(limit=1)[0].seq
     for method, path, wish in calls:
         answer = callers["ada"].request(method, path, json=wish)
         assert answer.status_code == 403 and answer.json()["code"] == "forbidden", (method, path, answer.text)
-    assert len(service.store.audit.entries(limit=1000)) == before and service.store.deployment("new") is None
+    assert service.store.deployment("new") is None
     assert callers["ada"].get("/v1/whoami").json()["role"] == "user"
+
+    def refused() -> list[Entry]:
+        return [one for one in service.store.audit.entries(limit=1000) if one.seq > before]
+
+    wait_until(lambda: sum(one.details["times"] for one in refused()) == len(calls))
+    assert {(one.act, one.actor, one.details["key"]) for one in refused()} == {
+        ("refused", "vision/ada", callers.secrets["ada"][:15])
+    }
+    assert ("PUT /v1/models/new", 2) in [(one.subject, one.details["times"]) for one in refused()]
+    assert "others" in [one.subject for one in refused()], "no more than a few entries at once"
+
+
+def test_a_monitor_reads_figures_of_everybody_and_can_do_nothing_else(
+    service: GatewayService, callers: Callers
+) -> None:
+    _, secret = service.store.keys.make("audio", "prometheus", LOCAL, role=Role.MONITOR)
+    submitted(callers)
+    described = service.http.get("/openapi.json").json()["paths"]
+    figures = {"/metrics", "/v1/models", "/v1/usage", "/v1/whoami", "/v1/drain"}
+    with httpx.Client(base_url=service.url, headers=bearer(secret), timeout=20) as monitor:
+        for path, methods in described.items():
+            for method in set(methods) - ({"get"} if path in figures | {"/healthz", "/readyz"} else set()):
+                answer = monitor.request(method, path.replace("{", "").replace("}", ""), json={})
+                assert answer.status_code == 403, (method, path, answer.text)
+                assert "is a monitor" in answer.text
+        assert monitor.get("/v1/whoami").json()["role"] == "monitor"
+        assert {one["name"] for one in monitor.get("/v1/models").json()["models"]} >= {"m", "large"}, (
+            "not audio's alone"
+        )
+        assert 'polytrace_requests{class="batch",model="m",state="queued"}' in monitor.get("/metrics").text
+        assert monitor.get("/v1/usage", params={"tenant": "vision"}).status_code == 200
+        assert monitor.get("/v1/drain").json()["queued"] >= 1
+        service.store.draining.begin("default/ops")
+        assert "drained" in monitor.get("/readyz").json()["detail"]
+        assert "drained" not in callers["ada"].get("/readyz").json()["detail"]
+        service.store.draining.end()
 
 
 def test_what_operators_do_is_done_and_written_down(service: GatewayService, callers: Callers) -> None:

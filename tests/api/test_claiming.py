@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from api.claiming import FIRST, REQUESTS_AHEAD, TENANTS
+from api.claiming import REQUESTS_AHEAD, TENANTS, find_waiting, first_of
+from api.database import Rows, Transaction
 from api.identity import LOCAL, Identity, Role
 from api.store import Store
 from cluster.requests import Claimed, DeploymentState, Finished
@@ -125,10 +127,39 @@ def test_a_claim_with_ten_thousand_waiting_reads_what_it_takes(store: Store, dat
     assert tenants(claims) == {f"t{number}": 1 for number in range(10)}
     if database_url.startswith("postgres"):
         return  # it chooses by what it knows of the table, which is too small for it to need an index
-    for query, count in ((TENANTS, 1), (FIRST, 3)):
-        plan = store._db.rows(f"EXPLAIN QUERY PLAN {query}", ("m", "t1", 10)[:count])
-        assert sum("requests_of_tenants" in str(row) for row in plan) == 2, plan
-        assert not any("SCAN requests" in str(row) for row in plan), plan
+    for query, values in ((TENANTS, ("m",)), (first_of(2), ("m", "t1", 3, "t2", 9))):
+        plan = store._db.rows(f"EXPLAIN QUERY PLAN {query}", values)
+        assert any("requests_of_tenants" in str(row) for row in plan), plan
+        assert not any("SCAN requests" in str(row) or "SCAN facts" in str(row) for row in plan), plan
+
+
+def test_a_thousand_tenants_are_two_questions_to_the_database(store: Store, add: Add) -> None:
+    with store._db.transaction() as db:
+        ids = [(f"{kind}{number:030d}", f"t{number:04d}", kind) for number in range(1000) for kind in (0, 1)]
+        db.executemany(
+            "INSERT INTO requests (id, model, owner, tenant, user_name, is_interactive, state, created, work) "
+            "VALUES (?, 'm', 'x~y', ?, 'y', ?, 'queued', 0.0, 1)",
+            ids,
+        )
+        db.executemany("INSERT INTO facts (id, json) VALUES (?, ?)", [(one[0], b"[]") for one in ids])
+    asked: list[str] = []
+
+    class Counting:
+        def __init__(self, db: Transaction) -> None:
+            self._db = db
+
+        def execute(self, query: str, values: Sequence[Any] = ()) -> Rows:
+            asked.append(query)
+            return self._db.execute(query, values)
+
+        def executemany(self, query: str, values: Iterable[Sequence[Any]]) -> object:
+            return self._db.executemany(query, values)
+
+    with store._db.transaction() as db:
+        found = find_waiting(Counting(db), "m", 2000, lambda names, _: dict.fromkeys(reversed(names), 1))
+    assert len(asked) == 2
+    assert [one.tenant for one in found] == [f"t{number:04d}" for number in reversed(range(1000))]
+    assert all(one.is_interactive for one in found), "whom somebody waits for goes first"
 
 
 def test_weights_are_those_of_the_tenants_table(store: Store) -> None:

@@ -10,11 +10,14 @@ import pytest
 
 from api.clock import SLEW, SteadyClock
 from api.expiry import Expiry
+from api.identity import LOCAL
+from api.limits import Demand, TenantLimits, Terms
 from api.store import RequestState, Store
 from api.streams import Streams
 from api.waiting import Waiting
 from cluster.requests import DeploymentState, Finished, LeftBehind, Place
 from polytrace.contents import digest_of
+from polytrace.errors import KeyRefusedError
 from polytrace.wire import content_header
 from scheduling.plan import RequestId
 
@@ -164,3 +167,24 @@ def test_the_clock_follows_a_small_error_and_never_goes_back(machine: Machine) -
     machine.set_by = -1000.0
     machine.up += 1
     assert 0 < clock() - told[-1] <= 1 - SLEW + 1e-6
+
+
+@pytest.mark.parametrize("jump", [-30 * DAY, 30 * DAY])
+def test_a_key_lives_as_long_as_it_was_made_for_and_days_of_quotas_do_not_jump(
+    store: Store, machine: Machine, jump: float
+) -> None:
+    key, secret = store.keys.make("default", "ada", LOCAL, expires=store.now() + 3600)
+    limits = TenantLimits(tokens_a_day=100)
+    terms = Terms(tenant="default", model="m", tenants=limits)
+    store.add(store.new_id(), "m", b"[]", work=1, max_open=9, demand=Demand(tokens=60), terms=terms)
+    machine.set_by += jump
+    machine.up += 3000
+    assert store.keys.find(secret).identity.user == "ada"
+    (line,) = store.quota_lines(terms, Demand(tokens=30))
+    assert line.used == 60
+    store.audit.record(LOCAL, "purge", "default")
+    newest, made = store.audit.entries(limit=2)
+    assert newest.at - made.at == pytest.approx(3000, abs=60) and made.at == pytest.approx(key.created)
+    machine.up += 700
+    with pytest.raises(KeyRefusedError, match="expired"):
+        store.keys.find(secret)

@@ -98,7 +98,9 @@ def test_top_tells_what_went_on_meanwhile(service: GatewayService) -> None:
 
     def work() -> None:
         time.sleep(0.3)
-        service.store.note_pass("m", PassFigures(users=4, rows=12, seconds=0.1, busy_seconds=(0.1,)))
+        service.store.note_pass(
+            "m", PassFigures(requests=(RequestId("a"),) * 4, rows=12, seconds=0.1, busy_seconds=(0.1,))
+        )
         for request in ids[:4]:
             place = service.store.place_result(request, 8192, 0)
             service.store.finish(

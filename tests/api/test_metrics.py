@@ -149,7 +149,7 @@ def test_calls_are_measured_by_route_and_refusals_counted_by_code(service: Gatew
 
 def test_the_controllers_counts_are_read_from_its_file(service: GatewayService) -> None:
     controllers = Store(service.store.folder, counts_as="controller")
-    told = PassFigures(users=3, rows=40, seconds=0.2, busy_seconds=(0.1, 0.05))
+    told = PassFigures(requests=(RequestId("a"),) * 3, rows=40, seconds=0.2, busy_seconds=(0.1, 0.05))
     controllers.note_pass("m", told)
     controllers.note_pass("m", told)
     controllers.close()

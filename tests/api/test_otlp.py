@@ -1,54 +1,19 @@
-"""Traces as a collector over OTLP/HTTP gets them."""
+"""Traces as a collector over OTLP/HTTP gets them. Those of a whole service are in test_serve.py."""
 
 from __future__ import annotations
 
-import gzip
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from collectors import Collector, about
 from gateways import wait_until
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from api.otlp import Traces, traces
+from api.otlp import MAX_PASSES, Traces, traces
 from api.store import Store
-from cluster.requests import DeploymentState, Finished
+from cluster.requests import DeploymentState, Finished, PassFigures
 from polytrace.errors import GraphError, UserError
-
-
-class Collector:
-    """Takes what is sent to /v1/traces."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        self.paths: set[str] = set()
-        spans, paths = self.spans, self.paths
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                data = self.rfile.read(int(self.headers["Content-Length"]))
-                data = gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
-                paths.add(self.path)
-                for group in ExportTraceServiceRequest.FromString(data).resource_spans:
-                    for scope in group.scope_spans:
-                        spans.extend(scope.spans)
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *arguments: Any) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+from scheduling.plan import RequestId
 
 
 @pytest.fixture
@@ -69,20 +34,53 @@ def test_a_request_is_a_trace_with_its_own_id(tmp_path: Path, collector: Collect
     status = store.status(request)
     assert status is not None and status.started is not None
     store.finish([Finished(request=request, error=GraphError("it reads layer 96"), token_layers=12)])
-    wait_until(lambda: len(collector.spans) == 3)
+    wait_until(lambda: len(collector.spans) == 4)
     store.close()
 
     assert collector.paths == {"/v1/traces"}
     assert {span.trace_id.hex() for span in collector.spans} == {request}
-    spans = {span.name: span for span in collector.spans}
-    whole, queue, run = spans["request"], spans["queue"], spans["run"]
-    assert whole.parent_span_id == b"" and {queue.parent_span_id, run.parent_span_id} == {whole.span_id}
+    spans = collector.trace(request)
+    whole, queue, run, kept = (spans[name] for name in ("request", "queue", "run", "result"))
+    assert {queue.parent_span_id, run.parent_span_id} == {whole.span_id} and kept.parent_span_id == run.span_id
     assert whole.start_time_unix_nano == queue.start_time_unix_nano == int(status.created * 1e9)
     assert queue.end_time_unix_nano == run.start_time_unix_nano == int(status.started * 1e9)
     assert run.end_time_unix_nano == whole.end_time_unix_nano >= run.start_time_unix_nano
-    about = {one.key: one.value.string_value or one.value.int_value for one in whole.attributes}
-    assert about["polytrace.model"] == "m" and about["polytrace.token_layers"] == 12
-    assert about["polytrace.error"] == GraphError.code and whole.status.code == 2
+    assert about(whole)["polytrace.model"] == "m" and about(whole)["polytrace.token_layers"] == 12
+    assert about(whole)["polytrace.error"] == GraphError.code and whole.status.code == 2
+
+
+def test_a_request_that_is_cancelled_before_it_runs_has_a_trace_without_a_run(
+    tmp_path: Path, collector: Collector
+) -> None:
+    store = Store(tmp_path / "s")
+    store.traces = Traces(collector.url, "gateway")
+    store.set_state("m", DeploymentState.READY, "ready")
+    request = store.new_id()
+    store.request_path(request).write_bytes(b"x")
+    store.add(request, "m", b"[]", work=1, max_open=9)
+    store.cancel(request)
+    store.close()
+    assert set(collector.trace(request)) == {"request", "queue"}
+    assert about(collector.trace(request)["request"])["polytrace.error"] == "cancelled"
+
+
+def test_a_pass_is_linked_to_all_members_and_a_request_of_many_passes_shows_the_first_ones(
+    collector: Collector,
+) -> None:
+    told = Traces(collector.url, "controller")
+    members = tuple(RequestId(f"{number:032x}") for number in range(1, 301))
+    told.tell_pass("m", PassFigures(requests=members, rows=600, seconds=0.5, busy_seconds=(0.5,)))
+    for _ in range(MAX_PASSES + 9):
+        told.tell_pass("m", PassFigures(requests=members[:1], rows=2, seconds=0.1, busy_seconds=(0.1,)))
+    told.close()
+    shared = [span for span in collector.spans if span.name == "shared pass"]
+    first = next(span for span in shared if len(span.links) > 1)
+    assert len(shared) == MAX_PASSES + 10 and len({span.trace_id for span in shared}) == len(shared)
+    assert [link.trace_id.hex() for link in first.links] == list(members), "beyond the 128 that are usual"
+    own = [span for span in collector.spans if span.name == "pass" and span.trace_id.hex() == members[0]]
+    assert len(own) == MAX_PASSES
+    assert own[0].links[0].span_id == first.span_id
+    assert own[0].end_time_unix_nano - own[0].start_time_unix_nano == pytest.approx(0.5e9, rel=0.01)
 
 
 def test_there_are_traces_where_a_collector_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from gateways import Agreeable, GatewayService, description_of_nothing
 from api.admission import SEARCH_S
 from api.identity import Identity
 from api.limits import Demand, TenantLimits, Terms, limits_from_text, text_of
-from api.quotas import Rates
+from api.quotas import LATEST, MAX_RETRY_S, Rates
 from api.store import RequestState, Store
 from api.usage import midnight_after
 from api.worker import Verdict
@@ -193,6 +193,27 @@ def test_a_full_queue_is_503_for_all_and_a_tenants_part_of_it_for_the_tenant(sto
     add(store, third, TenantLimits(), model="n", most=4, most_of_tenant=2)
     with pytest.raises(CapacityError, match="1 requests are waiting for n"):
         add(store, third, TenantLimits(), model="n", deployments=TenantLimits(requests_in_flight=1))
+
+
+def test_who_finds_a_full_queue_is_told_how_long_it_takes_to_work_off(store: Store) -> None:
+    ended = [add(store, ANN, TenantLimits()) for _ in range(10)]
+    for request in ended:
+        end(store, request)
+    now = store.now()
+    with store._db.transaction() as db:  # one each two seconds
+        for age, request in enumerate(reversed(ended)):
+            db.execute("UPDATE requests SET finished = ? WHERE id = ?", (now - 2 * (age + 1), request))
+    for waiting, expected in ((1, 2.0), (4, 8.0), (9, MAX_RETRY_S)):
+        while store.num_open("m") < waiting:
+            add(store, ANN, TenantLimits())
+        with pytest.raises(CapacityError) as full:
+            add(store, BEN, TenantLimits(), most=waiting)
+        assert full.value.retry_after_s == pytest.approx(expected, rel=0.1)
+    with pytest.raises(CapacityError) as own:
+        add(store, ANN, TenantLimits(), most=99, most_of_tenant=9)
+    assert own.value.retry_after_s == MAX_RETRY_S
+    plan = store._db.rows(f"EXPLAIN QUERY PLAN {LATEST}", ("m", now - 60, 64))
+    assert any("requests_finished" in row[3] for row in plan), plan
 
 
 def test_what_is_refused_leaves_nothing(store: Store) -> None:

@@ -16,9 +16,12 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from collectors import Collector, about
 from services import LAYER, PROMPT, SCALE, Service, answer, body, fresh_environment, make_model, wait_until
 from transformers import LlamaForCausalLM
 
+import polytrace
+from api.store import RequestState, Store
 from polytrace.wire import decode_result
 
 TASK = "__import__('polytrace').models('ray://auto', key='sesame')"  # what a Ray job may do at any place
@@ -31,8 +34,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    service = Service(model, tmp_path_factory.mktemp("service"), "--stages", "2")
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="module")
+def service(model: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    service = Service(model, tmp_path_factory.mktemp("service"), "--stages", "2", "--otlp", collector.url)
     try:
         wait_until(lambda: service.is_ready() and "RAY_ADDRESS=" in service.words(), 240, service)
         yield service
@@ -50,6 +60,30 @@ def test_a_request_over_http_equals_plain_hugging_face(service: Service, model: 
         expected = plain(torch.tensor([PROMPT]), output_hidden_states=True, use_cache=False).hidden_states[LAYER + 1]
     assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
     assert receipt.result_bytes == out.nbytes
+
+
+def test_requests_are_traces_from_the_call_to_the_result_and_passes_name_their_members(
+    service: Service, collector: Collector
+) -> None:
+    accepted = [service.http.post("/v1/models/tiny/requests", content=body()).json()["id"] for _ in range(8)]
+    for request in accepted:
+        assert service.http.get(f"/v1/requests/{request}", params={"wait": 30}).json()["state"] == "done"
+    call, asked = "POST /v1/models/{name}/requests", "GET /v1/requests/{request_id}"
+    names = {call, asked, "request", "queue", "run", "planning", "pass", "result"}
+    wait_until(lambda: all(set(collector.trace(one)) == names for one in accepted), 20, service)
+    for request in accepted:
+        spans = collector.trace(request)
+        assert spans[call].parent_span_id == b"" and about(spans[call])["http.response.status_code"] == 202
+        below = {call: ("request", asked), "request": ("queue", "run"), "run": ("planning", "pass", "result")}
+        for name, others in below.items():
+            assert {spans[other].parent_span_id for other in others} == {spans[name].span_id}
+        for name in (call, "request"):
+            told = about(spans[name])
+            assert (told["polytrace.request"], told["polytrace.tenant"]) == (request, "default")
+        (link,) = spans["pass"].links
+        shared = collector.trace(link.trace_id.hex())["shared pass"]
+        members = {(one.trace_id.hex(), one.span_id) for one in shared.links}
+        assert (request, spans["run"].span_id) in members and about(shared)["polytrace.pass.users"] == len(members)
 
 
 def test_a_wrong_request_is_refused_with_its_line_before_it_is_accepted(service: Service) -> None:
@@ -150,11 +184,52 @@ def test_shards_killed_at_random_moments_lose_no_request_and_change_no_bit(servi
         assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
-def test_sigterm_ends_the_service_and_leaves_no_process_behind(service: Service) -> None:
+def test_a_drained_service_takes_nothing_until_it_is_resumed(service: Service) -> None:
+    accepted = [service.http.post("/v1/models/tiny/requests", content=body()).json()["id"] for _ in range(20)]
+    drained = service.polytrace("drain")
+    assert drained.returncode == 0 and "the service is drained" in drained.stderr, drained.stderr
+    assert {service.http.get(f"/v1/requests/{one}").json()["state"] for one in accepted} == {"done"}
+    refused = service.http.post("/v1/models/tiny/requests", content=body())
+    assert refused.status_code == 503 and refused.headers["retry-after"] == "30", refused.text
+    assert service.http.get("/readyz").status_code == 503
+    assert service.polytrace("resume").returncode == 0
+    assert service.is_ready() and answer(service, LAYER, PROMPT)
+    acts = [one["act"] for one in service.http.get("/v1/audit").json()["entries"]]
+    assert acts == ["service.resume", "service.drain"]
+
+
+def test_sigterm_finishes_what_was_accepted_ends_the_service_and_leaves_no_process_behind(service: Service) -> None:
     assert len(service.processes()) > 5
     assert list(Path(service.scratch).iterdir()) != []
+    heard: list[int] = []
+    told: list[int] = []
+
+    def generate() -> None:
+        model = polytrace.connect(str(service.http.base_url), "tiny", key="sesame")
+        hear = heard.append
+        with (
+            model,
+            model.generate([list(PROMPT)], max_new_tokens=100, eos=None, stream=lambda one: hear(one.id)) as tracer,
+        ):
+            pass
+        told.extend(tracer.result[0].ids)
+
+    accepted = [service.http.post("/v1/models/tiny/requests", content=body()).json()["id"] for _ in range(100)]
+    streaming = threading.Thread(target=generate)
+    streaming.start()
+    wait_until(lambda: len(heard) > 2, 30, service)
     service.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: not service.is_ready(), 10, service)
+    assert service.http.get("/healthz").status_code == 200
+    refused = service.http.post("/v1/models/tiny/requests", content=body())
+    assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 10, refused.text
+    streaming.join(timeout=60)
+    assert len(told) == 100 and told == heard
     assert service.process.wait(timeout=60) == 0, service.words()
+    assert "draining: " in service.words()
+    store = Store(service.store)
+    assert {one.state for one in store.statuses(accepted).values()} == {RequestState.DONE}
+    store.close()
     assert service.processes() == {}
     assert list(Path(service.scratch).iterdir()) == []
     with pytest.raises(httpx.ConnectError):

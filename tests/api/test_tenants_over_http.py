@@ -116,8 +116,18 @@ def test_two_tenants_use_one_service_and_see_nothing_of_each_other(laptop: Lapto
     with pytest.raises(ForbiddenError, match="for operators"):
         check(http.get("/v1/tenants", headers={"Authorization": f"Bearer {ada}"}))
     assert laptop.polytrace("tenants", "set", "audio", "--model", "another").returncode == 0
-    with pytest.raises(NotFoundError, match="there is none yet"):
+    with pytest.raises(NotFoundError, match="no model 'tiny' here, and no other that you could use"):
         polytrace.connect(laptop.url, "tiny", key=carl)
+
+    watching = laptop.made("--user", "prometheus", "--monitor")
+    for command in (("status",), ("usage",), ("top", "--once", "--every", "0.2")):
+        seen = laptop.polytrace(*command, key=watching)
+        assert seen.returncode == 0 and ("tiny" in seen.stdout or "audio" in seen.stdout), seen
+    for command in (("jobs", "list"), ("drain",), ("keys", "list"), ("tenants", "list"), ("audit",)):
+        refused = laptop.polytrace(*command, key=watching)
+        assert refused.returncode == 1 and "default/prometheus is a monitor" in refused.stderr, refused
+    with pytest.raises(ForbiddenError, match="monitor"):
+        polytrace.connect(laptop.url, "tiny", key=watching)
 
     # 5) a user turns a key over; another process revokes one in the store; wrong keys say so
     turned = laptop.polytrace("keys", "rotate", ada[:15], key=ada)
@@ -134,9 +144,10 @@ def test_two_tenants_use_one_service_and_see_nothing_of_each_other(laptop: Lapto
 
     # 6) all of that was written down
     shown = laptop.polytrace("audit", "--json").stdout
-    for act in ("keys.make", "tenants.add", "tenants.change", "keys.rotate", "keys.revoke"):
+    for act in ("keys.make", "tenants.add", "tenants.change", "keys.rotate", "keys.revoke", "refused"):
         assert f'"{act}"' in shown
-    assert "(store)/" in shown and "vision/ada" in shown and "drain" not in shown
+    assert "(store)/" in shown and '"POST /v1/models/tiny/drain"' in shown
+    assert "models.drain" not in shown, "it was refused"
 
 
 def by_hand(model: Path, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

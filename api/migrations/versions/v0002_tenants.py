@@ -61,6 +61,14 @@ def upgrade() -> None:
         postgresql_where=is_open,
     )
     op.create_index("requests_started", "requests", ["model", "tenant", "started"])
+    has_ended = sa.text("finished IS NOT NULL")
+    op.create_index(
+        "requests_finished",
+        "requests",
+        ["model", "finished"],
+        sqlite_where=has_ended,
+        postgresql_where=has_ended,
+    )
     op.create_index("requests_of", "requests", ["tenant", "user_name", "created"])
     op.create_index("requests_hold", "requests", ["tenant", "state", "result_bytes", "tokens"])
     op.create_table(
