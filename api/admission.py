@@ -125,8 +125,9 @@ class Admission:
         *,
         is_interactive: bool = True,
         submit: Submit | None = None,
+        is_kept: bool = True,
     ) -> RequestStatus:
-        """Stores a request whose file is durable. Raises what `Store.add` does."""
+        """Stores a request whose file is durable; `is_kept`: as of `Store.add`, which says what is raised."""
         assert verdict.facts is not None
         add = partial(
             self._store.add,
@@ -143,6 +144,7 @@ class Admission:
             result_ttl_s=self._settings.result_ttl_s,
             needs=verdict.needs,
             submit=submit,
+            is_kept=is_kept,
         )
         try:
             status = await to_thread.run_sync(add)

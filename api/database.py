@@ -8,6 +8,7 @@ commits, and no statement of the store has to think about races. The tables are 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import logging
 import os
@@ -78,6 +79,9 @@ class Database(Protocol):
     def transaction(self, *, is_durable: bool = True) -> contextlib.AbstractContextManager[Transaction]:
         """All or nothing, for every process; on the disk when it returns unless that does not matter."""
 
+    def settle(self) -> None:
+        """What has been committed until now is on the disk when it returns. AwayError when nobody knows."""
+
     def hold(self) -> bool:
         """Takes the database for one service; False when another one keeps it. `close`, or its end, gives it back."""
 
@@ -97,39 +101,72 @@ def open_database(url: str) -> Database:
 
 
 class SqliteDatabase:
-    """A file in WAL mode: readers and a writer at once."""
+    """A file in WAL mode: readers and a writer at once.
+
+    Writers of all processes wait for their turns at a lock beside it, which wakes them at once: SQLite itself sleeps
+    and looks again, for longer each time.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, timeout=_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        self._path = path
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._turn = os.open(path.with_name(f"{path.name}-turn"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._connection = self._connected()
         os.chmod(path, 0o600)
         self._use_wal()
+        self._reader = self._connected()  # looks while a commit waits for the disk
+        self._is_full: bool | None = None
         migrations.bring_up(f"sqlite:///{path}", self._version())
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        with self._lock, _taking():
-            return self._connection.execute(query, values).fetchall()
+        with self._reading, _taking():
+            return self._reader.execute(query, values).fetchall()
 
     @contextlib.contextmanager
     def transaction(self, *, is_durable: bool = True) -> Iterator[Transaction]:
         with self._lock, _taking():
-            # in WAL mode NORMAL keeps the order of commits but may lose the last ones with the power
-            self._connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
-            self._connection.execute("BEGIN IMMEDIATE")
+            if is_durable is not self._is_full:
+                # in WAL mode NORMAL keeps the order of commits but may lose the last ones with the power
+                self._connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
+                self._is_full = is_durable
+            fcntl.flock(self._turn, fcntl.LOCK_EX)
             try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # a full disk may have ended it
-                    self._connection.execute("ROLLBACK")
-                raise
+                self._connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._connection
+                    self._connection.execute("COMMIT")
+                except BaseException:
+                    if self._connection.in_transaction:  # a full disk may have ended it
+                        self._connection.execute("ROLLBACK")
+                    raise
+            finally:
+                fcntl.flock(self._turn, fcntl.LOCK_UN)
+
+    def settle(self) -> None:
+        try:
+            log = os.open(f"{self._path}-wal", os.O_RDONLY | os.O_CLOEXEC)  # SQLite has no locks on it
+        except FileNotFoundError:  # all of it is in the database
+            return
+        try:
+            os.fsync(log)
+        except OSError as error:
+            raise AwayError(f"the service's database cannot be written now: {error}", may_be_done=True) from error
+        finally:
+            os.close(log)
 
     def hold(self) -> bool:
         return True  # the lock of its folder does
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._reading:
+            self._reader.close()
             self._connection.close()
+            if self._turn >= 0:
+                os.close(self._turn)
+                self._turn = -1
+
+    def _connected(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=_TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
     def _version(self) -> str | None:
         has_any = "SELECT 1 FROM sqlite_master WHERE name = ?"
@@ -202,6 +239,9 @@ class PostgresDatabase:
             connection.execute("COMMIT")
         except _lost() as error:
             raise AwayError(_NO_ANSWER, may_be_done=True) from error
+
+    def settle(self) -> None:
+        pass  # every transaction is durable
 
     def hold(self) -> bool:
         deadline = time.monotonic() + _HELD_S

@@ -283,12 +283,15 @@ class Gateway:
         terms = await self._admission.begin(caller, name)
         request_id = self._store.new_id()
         about_call(request=request_id)
+        # who waits is told nothing before the end, which is durable; or else what `_answer` keeps first
+        is_kept = self._preferred_wait(request) <= 0 or self._store.objects is not None
         try:
             await self._receive(request_id, request, served, terms)
-            verdict, _ = await asyncio.gather(
-                self._admission.checked(request_id, served, caller, terms),
-                to_thread.run_sync(self._store.sync_request, request_id),
-            )
+            checked = self._admission.checked(request_id, served, caller, terms)
+            if is_kept:
+                verdict, _ = await asyncio.gather(checked, to_thread.run_sync(self._store.sync_request, request_id))
+            else:
+                verdict = await checked
         except ClientDisconnect:
             self._store.discard(request_id)
             return Response(status_code=CLIENT_GONE)
@@ -298,7 +301,14 @@ class Gateway:
         try:
             submit = None if key is None else submit_of_file(key, name, self._store.request_path(request_id))
             status = await self._admission.accept(
-                request_id, served, caller, terms, verdict, is_interactive=is_waited_for, submit=submit
+                request_id,
+                served,
+                caller,
+                terms,
+                verdict,
+                is_interactive=is_waited_for,
+                submit=submit,
+                is_kept=is_kept,
             )
         except PolytraceError as error:
             if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
@@ -347,6 +357,8 @@ class Gateway:
         loop.add_reader(events_bell.listen(), self._on_events_bell)
         self._deployments.ring()
         self._checker.start()
+        with contextlib.suppress(AwayError):
+            await to_thread.run_sync(self._store.keep_open)
         with contextlib.suppress(AwayError):  # their room is given back another time
             self._store.contents.give_up_uploads()
         purging = asyncio.create_task(self._keeping.purge_forever())
@@ -434,6 +446,8 @@ class Gateway:
         `is_whole`: nobody can have asked for a part of the result, so a small one needs no machinery for that.
         """
         headers: dict[str, str] = {"X-Request-Id": status.id}
+        if status.state.is_final:
+            self._store.has_ended(status.id)
         if status.state is RequestState.DONE and isinstance(self._store.results, ObjectResults):
             stored = await to_thread.run_sync(self._store.results.stored, status.id)
             return StoredResultResponse(stored, MEDIA_TYPE, headers)
@@ -445,6 +459,7 @@ class Gateway:
         if status.error is not None:
             return problems.problem(status.error, headers)
         headers["Location"] = f"/v1/requests/{status.id}"
+        await to_thread.run_sync(self._store.keep, status.id)
         return JSONResponse(await self._stands(status), status_code=202, headers=headers)
 
     async def _stands(self, status: RequestStatus) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from api.contents import Contents
 from api.database import Transaction
+from api.fresh import drop_fresh
 from api.identity import owner_name
 from api.store import Store
 from polytrace.errors import CapacityError, ConflictError
@@ -76,6 +77,7 @@ def _drop(
     who, values = _of(tenant, user)
     rows = db.execute(f"DELETE FROM requests WHERE {who} RETURNING id", values).fetchall()
     requests = [RequestId(row[0]) for row in rows]
+    drop_fresh(db, requests)
     # owners are one word, whose beginning is the tenant's
     one = owner_name(tenant, user or "")
     owned, whose = ("owner = ?", (one,)) if user is not None else (f"substr(owner, 1, {len(one)}) = ?", (one,))

@@ -27,6 +27,7 @@ from engine.extents import DIGITS, name_of
 from polytrace.errors import CapacityError, NotFoundError
 from scheduling.plan import RequestId
 
+SMALL_BYTES = 64 << 10
 Read: TypeAlias = Callable[[int, int], bytes]  # so many bytes, from an offset on; OSError when they are not there
 
 
@@ -39,11 +40,14 @@ class Results(Protocol):
     def reading(self, request: RequestId) -> contextlib.AbstractContextManager[Read]:
         """What shards have written so far. OSError when nothing is placed."""
 
-    def commit(self, request: RequestId, header: bytes, size: int | None) -> None:
-        """Makes the result whole and durable; `size`: of all, where it is shorter than it was placed."""
+    def commit(self, request: RequestId, header: bytes, size: int | None) -> bytes | None:
+        """Makes the result whole and durable; `size`: of all, where it is shorter than it was placed.
+
+        A small one is returned and not durable yet (`api.fresh`).
+        """
 
     def settle(self) -> None:
-        """Behind a burst of commits: their names are durable too."""
+        """Behind a burst of commits that returned nothing: their names are durable too."""
 
     def forget(self, request: RequestId) -> None:
         """The request has ended: what the process remembers of it."""
@@ -85,19 +89,34 @@ class FileResults:
         finally:
             os.close(fd)
 
-    def commit(self, request: RequestId, header: bytes, size: int | None) -> None:
+    def commit(self, request: RequestId, header: bytes, size: int | None) -> bytes | None:
         fd = os.open(self.path(request), os.O_RDWR)
         try:
             if os.pwrite(fd, header, 0) != len(header):
                 raise OSError("short write")
-            if size is not None:
+            placed = os.fstat(fd).st_size
+            if size is not None and size != placed:
                 os.ftruncate(fd, size)
+            whole = placed if size is None else size
+            if whole <= SMALL_BYTES and len(content := os.pread(fd, whole, 0)) == whole:
+                return content
             os.fsync(fd)  # the shards' writes too: they went into the same file
         finally:
             os.close(fd)
+        return None
 
     def settle(self) -> None:
         sync(self._folder)
+
+    def sync(self, request: RequestId) -> None:
+        """Makes a result durable that `commit` returned, unless it has gone; `settle` follows."""
+        with contextlib.suppress(FileNotFoundError):
+            sync(self.path(request))
+
+    def write(self, request: RequestId, content: bytes) -> None:
+        """Writes a whole result again; `sync` follows."""
+        with open(os.open(self.path(request), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(content)
 
     def forget(self, request: RequestId) -> None:
         pass
@@ -133,12 +152,13 @@ class ObjectResults:
 
         yield read
 
-    def commit(self, request: RequestId, header: bytes, size: int | None) -> None:
+    def commit(self, request: RequestId, header: bytes, size: int | None) -> bytes | None:
         if request not in self._placed:
             raise FileNotFoundError(f"no result of {request} was placed")
         attempt, placed = self._placed[request]
         whole = placed if size is None else size
         self._objects.put(f"{_folder(request, attempt)}/header-{whole:0{DIGITS}d}", header)
+        return None
 
     def settle(self) -> None:
         pass

@@ -3,7 +3,8 @@
     store.db                      states, checked facts, and the deployments (`api.catalogue`)
     requests/<id>.safetensors     as received; gone once the request has ended
     results/<id>.safetensors      filled by the shards (`api.results`); complete when the state says done; it, the
-                                  events and the state go some time after the end (`api.expiry`)
+                                  events and the state go some time after the end (`api.expiry`). The database has a
+                                  small one too, until the file is on the disk (`api.fresh`)
     contents/<owner>/<hash>       what was uploaded or kept (`api.contents`)
     gateway.counts, controller.counts    what each has counted (`api.tally`)
     events/<id>                   what a generation tells while it runs (`api.events`)
@@ -16,7 +17,8 @@ names, and results are there alone. The folder then holds only what is at hand: 
 Owns durability and the states: queued -> running -> done | failed | cancelled. Knows nothing of graphs and plans.
 
 Invariants
-- A request is on disk (file, folder entry, row) before `add` returns, a result before its state says done.
+- A request is on disk (file, folder entry, row) before `add` returns, or, where its caller is told nothing before,
+  when `keep` does; a result before its state says done.
 - A state changes in one transaction whose WHERE names the state it leaves, so each request ends exactly once.
 - Ids are 128 random bits. Who may see what is not decided here but where a call comes in (`api.waiting`).
 """
@@ -49,6 +51,7 @@ from api.draining import Drain
 from api.edits import KeptEdits
 from api.events import EventLog
 from api.figures import class_of
+from api.fresh import FreshResults, drop_fresh
 from api.idempotency import Submit
 from api.identity import LOCAL, Identity
 from api.keys import Keys
@@ -57,7 +60,7 @@ from api.logs import logs_as_json
 from api.objects import Objects
 from api.otlp import Traces
 from api.quotas import Queues
-from api.results import FileResults, ObjectResults, Results, allocate
+from api.results import SMALL_BYTES, FileResults, ObjectResults, Results, allocate
 from api.settings import DEFAULT_QUOTA_BYTES, DEFAULT_RESULT_TTL_S
 from api.step_values import values_as_json
 from api.tally import Tally
@@ -166,6 +169,10 @@ class Store(Catalogue):
         self.events = EventLog(self.folder / "events")
         self._noted: dict[RequestId, float] = {}  # generations -> when their state was last told to the database
         self._syncers = ThreadPoolExecutor(8, thread_name_prefix="store-sync")  # syncs of one burst share the journal
+        self._fresh: FreshResults | None = None
+        if isinstance(self.results, FileResults):
+            self._fresh = FreshResults(opened, self.results, self._syncers)
+        self._unkept: set[RequestId] = set()  # requests that were accepted here and may not be on the disk yet
 
     def hold(self) -> bool:
         """Keeps other services from this store's database, until it is closed; False when another one has it."""
@@ -173,6 +180,8 @@ class Store(Catalogue):
 
     def close(self) -> None:
         """Gives the files back. Nothing is lost without it."""
+        if self._fresh is not None:
+            self._fresh.close()
         self._syncers.shutdown()
         self.tally.save()
         if self.traces is not None:
@@ -224,10 +233,12 @@ class Store(Catalogue):
         result_ttl_s: float = DEFAULT_RESULT_TTL_S,
         needs: Needs = NOTHING,
         submit: Submit | None = None,
+        is_kept: bool = True,
     ) -> RequestStatus:
         """Accepts a request whose file is durable and wakes the controller. `work`: as in `Claimed`.
         `demand`: what it takes, as certified, which is held against the quotas of `terms`. `submit`: what it is known
-        by when it comes again.
+        by when it comes again. Unless it `is_kept` neither its file nor its row need be durable: `keep` comes before
+        anybody is told that it was accepted.
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already, or so many of this tenant,
         or it or the whole service takes none, QuotaError when the tenant has no more, NotFoundError when there is no
@@ -237,7 +248,7 @@ class Store(Catalogue):
         terms = terms or Terms(tenant=caller.tenant, model=model)
         queues = Queues(max_open=max_open, max_open_of_tenant=max_open_of_tenant or max_open)
         now = self.now()
-        with self._db.transaction() as db:
+        with self._db.transaction(is_durable=False) as db:
             if submit is not None:
                 idempotency.check_new(db, caller.owner, submit)
             self.draining.check()
@@ -269,6 +280,10 @@ class Store(Catalogue):
             if not needs.is_empty:
                 self.contents.use(db, request, seq, caller.owner, needs)
             db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
+        if is_kept:
+            self._db.settle()
+        else:
+            self._unkept.add(request)
         self._put.discard(request)
         self.tally.count(figures.ACCEPTED, model, class_of(is_interactive))
         self.controller_bell.ring()
@@ -285,6 +300,26 @@ class Store(Catalogue):
             passes_done=0,
             passes=0,
         )
+
+    def keep(self, request: RequestId) -> None:
+        """The request is on the disk, unless it has ended: then its end is."""
+        if request in self._unkept:
+            with contextlib.suppress(FileNotFoundError):
+                self.sync_request(request)
+            self._db.settle()
+            self._unkept.discard(request)
+
+    def has_ended(self, request: RequestId) -> None:
+        """Its end is on the disk, so `keep` has nothing to do."""
+        self._unkept.discard(request)
+
+    def keep_open(self) -> None:
+        """All requests that wait or run are on the disk: a process before this one may have told nobody of some."""
+        if self.objects is None:
+            rows = self._db.rows("SELECT id FROM requests WHERE state IN ('queued', 'running')")
+            list(self._syncers.map(self._sync_if_there, [RequestId(row[0]) for row in rows]))
+            sync(self._requests)
+        self._db.settle()
 
     def submitted(self, owner: str, key: str) -> tuple[RequestId, Submit] | None:
         """The request that an owner's key stands for."""
@@ -393,6 +428,8 @@ class Store(Catalogue):
 
         Only at the start, while nobody else has the store open.
         """
+        if self._fresh is not None:
+            self._fresh.restore()
         is_open = {row[0] for row in self._db.rows("SELECT id FROM requests WHERE state IN ('queued', 'running')")}
         is_done = {row[0] for row in self._db.rows("SELECT id FROM requests WHERE state = 'done'")}
         stale = [path for path in self._requests.iterdir() if path.stem not in is_open]
@@ -411,6 +448,8 @@ class Store(Catalogue):
             with self._db.transaction(is_durable=False) as db:  # what a crash brings back goes another time
                 db.executemany(f"DELETE FROM requests WHERE id = ? AND {_IS_OVER}", some)
                 db.executemany("DELETE FROM idempotency WHERE request = ?", some)
+                drop_fresh(db, [one for (one,) in some])
+        self._unkept.difference_update(old)
         return old
 
     def remove_files(self, requests: Iterable[RequestId]) -> None:
@@ -573,15 +612,16 @@ class Store(Catalogue):
     def finish(self, finished: Sequence[Finished]) -> None:
         began = self.now()
         # 1) the files, all of a burst at once; a result that cannot be kept fails its own request only
-        ended = list(self._syncers.map(self._commit, finished))
-        if any(end.header is not None for end, _ in ended):
+        are_small = all(end.size is not None and end.size <= SMALL_BYTES and not end.left for end in finished)
+        ended = list((map if are_small and self._fresh is not None else self._syncers.map)(self._commit, finished))
+        if any(end.header is not None and content is None for end, _, content in ended):
             self.results.settle()
         # 2) the states
         now = self.now()
         changed: list[Ended] = []
         are_awaited = False
         with self._db.transaction() as db:
-            for end, digests in ended:
+            for end, digests, content in ended:
                 if digests and _is_running(db, end.request):  # it may be told twice, and leaves its values once
                     end = self._leave(db, end, digests)
                 state = (
@@ -609,10 +649,14 @@ class Store(Catalogue):
                 if row is not None:
                     usage.enter(db, end, row[:3], row[3], now)
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
+                    if content is not None and end.error is None and self._fresh is not None:
+                        self._fresh.enter(db, end.request, content)
                     are_awaited |= self.contents.end_uses(db, end.request)
                     changed.append(_ended(end, row))
-        self.contents.collect()
         self.gateway_bell.ring()
+        self.contents.collect()
+        if self._fresh is not None and changed:
+            self._fresh.settle_soon()
         if are_awaited:
             self.controller_bell.ring()
         for each in changed:
@@ -625,7 +669,8 @@ class Store(Catalogue):
             self.events.forget(end.request)
             self.results.forget(end.request)
         drop = self._drop_behind
-        list(self._syncers.map(lambda one: drop(one.end.request, has_result=one.end.error is None), changed))
+        dropping = map if self.objects is None else self._syncers.map
+        list(dropping(lambda one: drop(one.end.request, has_result=one.end.error is None), changed))
 
     def note_progress(self, progress: Sequence[Progress]) -> None:
         """How far running requests are; who waits for them hears of it."""
@@ -709,21 +754,27 @@ class Store(Catalogue):
             self._noted[told.request] = now
         return True
 
-    def _commit(self, end: Finished) -> tuple[Finished, list[str]]:
-        """Writes the header of a complete result and makes its files durable; with the hashes of what it leaves."""
+    def _commit(self, end: Finished) -> tuple[Finished, list[str], bytes | None]:
+        """Writes the header of a complete result and makes its files durable; with the hashes of what it leaves, and
+        a small result, which the database makes durable.
+        """
         if end.header is None:
-            return end, []
+            return end, [], None
         try:
             digests = [self.contents.commit_place(place) for place in end.left]
             values = values_as_json(end.request, end.saves, len(end.header), self.results)
             self.events.complete(end.request, end.generated, values)
             if end.generated and self.objects is not None:
                 self.objects.put_file(f"events/{end.request}", self.events.path(end.request))
-            self.results.commit(end.request, end.header, end.size)
+            content = self.results.commit(end.request, end.header, end.size)
         except (OSError, WireError) as error:
             told = ServiceError(f"the result could not be kept: {error}")
-            return Finished(request=end.request, error=told), []
-        return end, digests
+            return Finished(request=end.request, error=told), [], None
+        return end, digests, content
+
+    def _sync_if_there(self, request: RequestId) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            sync(self.request_path(request))
 
     def _remove_object(self, name: str) -> None:
         assert self.objects is not None

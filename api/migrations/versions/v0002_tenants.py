@@ -100,6 +100,11 @@ def upgrade() -> None:
         sa.Column("counter", sa.Double, nullable=False),  # virtual: what it was served, by its weight
     )
     op.create_table(
+        "fresh_results",  # small ones, until their files are on the disk (`api.fresh`)
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column("content", sa.LargeBinary, nullable=False),
+    )
+    op.create_table(
         "audit",
         sa.Column("seq", _SEQ, primary_key=True, autoincrement=True),
         sa.Column("at", sa.Double, nullable=False),
