@@ -24,6 +24,7 @@ from api.quotas import Rates
 from api.served import Checker, Served
 from api.settings import GatewaySettings
 from api.store import RequestStatus, Store
+from api.upload_room import UploadRoom
 from api.worker import Verdict
 from polytrace.certificate import LimitLine
 from polytrace.codec import to_json
@@ -52,6 +53,7 @@ class Admission:
         self._settings = settings
         self._checker = checker
         self._rates = Rates()
+        self.uploads = UploadRoom(most=settings.upload_bytes, most_of_tenant=settings.upload_bytes_of_tenant)
         self._known: dict[tuple[str, str], tuple[float, Terms]] = {}
 
     async def terms(self, caller: Identity, model: str) -> Terms:
@@ -78,6 +80,17 @@ class Admission:
             self._rates.take(owner, a_minute)
         return terms
 
+    async def ask(self, caller: Identity, model: str) -> Terms:
+        """Before a question is read, of which nothing comes: as `begin`, out of buckets that are full at first."""
+        terms = await self.terms(caller, model)
+        for owner, a_minute in _rates_of(terms):
+            asked = f"questions of a {owner[0]}", owner[1]
+            self._rates.begin_full(asked, a_minute)
+            if (error := _too_often(owner, a_minute, self._rates.wait_s(asked, a_minute), "ask")) is not None:
+                raise error
+            self._rates.take(asked, a_minute)
+        return terms
+
     def max_bytes(self, terms: Terms, served: Served) -> tuple[int, str]:
         """How long a request may be as a file, and who says so."""
         return terms.least("request_bytes", served.description.limits.max_request_bytes)
@@ -92,7 +105,10 @@ class Admission:
         """
         path, contents = self._store.request_path(request), self._store.contents.folder_of(caller.owner)
         began = time.perf_counter()
-        verdict = await self._checker.check(terms.model, served.version, path, contents=contents, certify=certify)
+        try:
+            verdict = await self._checker.check(terms.model, served.version, path, contents=contents, certify=certify)
+        finally:
+            self.uploads.release(request)
         seconds = time.perf_counter() - began
         self._store.tally.observe(CHECK, terms.model, value=seconds)
         about_call(check_seconds=f"{seconds:.6f}")
@@ -202,12 +218,8 @@ class Admission:
                 taken = await to_thread.run_sync(partial(self._store.accepted_since, self._store.now() - 60, **which))
                 self._rates.begin(owner, a_minute, taken)
         for owner, a_minute in _rates_of(terms):
-            wait_s = self._rates.wait_s(owner, a_minute)
-            if wait_s > 0:
-                whose = f"tenant {owner[1]} may send" if owner[0] == "tenant" else f"deployment {owner[1]} takes"
-                told = f"{whose} {a_minute} requests a minute"
-                kind = QuotaError if owner[0] == "tenant" else CapacityError
-                return kind(told, retry_after_s=None if math.isinf(wait_s) else wait_s)
+            if (error := _too_often(owner, a_minute, self._rates.wait_s(owner, a_minute))) is not None:
+                return error
         return None
 
     async def _left(self, terms: Terms, verdict: Verdict) -> dict[str, int]:
@@ -278,6 +290,16 @@ def _rates_of(terms: Terms) -> Iterator[tuple[tuple[str, str], int]]:
         yield ("tenant", terms.tenant), a_minute
     if (a_minute := terms.deployments.requests_a_minute) is not None:
         yield ("model", terms.model), a_minute
+
+
+def _too_often(owner: tuple[str, str], a_minute: int, wait_s: float, verb: str = "send") -> PolytraceError | None:
+    """The refusal of whoever has to wait."""
+    if wait_s <= 0:
+        return None
+    what = "requests" if verb == "send" else "questions"
+    whose = f"tenant {owner[1]} may {verb}" if owner[0] == "tenant" else f"deployment {owner[1]} takes"
+    kind = QuotaError if owner[0] == "tenant" else CapacityError
+    return kind(f"{whose} {a_minute} {what} a minute", retry_after_s=None if math.isinf(wait_s) else wait_s)
 
 
 def _has_quotas(terms: Terms) -> bool:

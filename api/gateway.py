@@ -66,7 +66,6 @@ from polytrace.errors import (
     CapacityError,
     NotFoundError,
     PolytraceError,
-    TooLargeError,
     from_fields,
 )
 from polytrace.versions import version_headers
@@ -74,7 +73,6 @@ from scheduling.plan import RequestId
 
 MEDIA_TYPE = "application/vnd.safetensors"
 SMALL_BYTES = 256 << 10
-_QUESTION_BYTES = 8 << 20  # what a call is given, without its large tensors
 CLIENT_GONE = 499  # of answers that nobody hears: for the log
 
 
@@ -114,7 +112,7 @@ class Gateway:
             telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         problems.install(app)
-        app.add_middleware(LimitedBodies, require_key=self._require_key)
+        app.add_middleware(LimitedBodies, require_key=self._require_key, idle_s=self._settings.upload_idle_s)
         app.add_middleware(MeasuredCalls, store=self._store, refusals=self._refusals)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
         v1.add_api_route("/models", self.list_models)
@@ -141,7 +139,7 @@ class Gateway:
         PurgeRoutes(self._store).add_to(v1)
         DrainRoutes(self._store).add_to(v1)
         app.include_router(v1)
-        openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key))
+        openai = APIRouter(prefix="/v1", route_class=openai_route(self._require_key, self._settings.upload_idle_s))
         self._openai.add_to(openai)
         app.include_router(openai)
         metrics = APIRouter(dependencies=[Depends(self._require_key)])
@@ -247,7 +245,7 @@ class Gateway:
         served = self._deployments.get(name, caller)
         request_id = self._store.new_id()
         try:
-            terms = await self._admission.terms(caller, name)
+            terms = await self._admission.ask(caller, name)
             await self._receive(request_id, request, served, terms)
             verdict = await self._admission.checked(request_id, served, caller, terms, certify=True)
             certificate = await self._admission.certificate(request_id, served, caller, terms, verdict)
@@ -260,15 +258,12 @@ class Gateway:
     async def sites(self, name: str, request: Request) -> Response:
         """What a call visits, of a model that is called as it is. Nothing runs, nothing is kept."""
         served = self._deployments.get(name, caller_of(request))
-        asked = bytearray()
+        await self._admission.ask(caller_of(request), name)
         try:
-            async for part in request.stream():
-                asked += part
-                if len(asked) > _QUESTION_BYTES:
-                    raise TooLargeError(f"a question for sites has at most {_QUESTION_BYTES} bytes")
+            asked = await request.body()  # at most MAX_QUESTION_BYTES (`api.bodies`)
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
-        answer = await self._checker.sites(name, served.version, bytes(asked))
+        answer = await self._checker.sites(name, served.version, asked)
         if answer.error is not None:
             raise from_fields(answer.error)
         return Response(answer.body, media_type="application/json")
@@ -410,7 +405,12 @@ class Gateway:
     async def _receive(self, request_id: RequestId, request: Request, served: Served, terms: Terms) -> None:
         most, whose = self._admission.max_bytes(terms, served)
         path = self._store.request_path(request_id)
-        await receive(request, path, max_bytes=most, idle_s=self._settings.upload_idle_s, whose=whose)
+        room = self._admission.uploads.of(terms.tenant, request_id)
+        try:
+            await receive(request, path, max_bytes=most, idle_s=self._settings.upload_idle_s, whose=whose, room=room)
+        except BaseException:
+            room.release()  # else once it was checked
+            raise
 
     async def _submitted(self, key: str, name: str, request: Request) -> RequestStatus | None:
         """How the request does that was accepted by this key before, None when there is none."""

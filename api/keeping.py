@@ -88,12 +88,14 @@ class KeepingRoutes:
             raise TooLargeError(f"the upload takes {size} bytes; its owner has {self._contents.quota_bytes} in all")
         await self._admission.check_stored(caller_of(request), size)
         path = await to_thread.run_sync(self._contents.begin_upload, owner, part, size)
+        room = self._admission.uploads.of(caller_of(request).tenant, part)
         try:
-            await receive(request, path, max_bytes=size, idle_s=self._upload_idle_s)
+            await receive(request, path, max_bytes=size, idle_s=self._upload_idle_s, room=room)
             await to_thread.run_sync(self._contents.finish_upload, owner, part, digest)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody hears it
         finally:
+            room.release()
             await to_thread.run_sync(self._contents.give_up, part)
         return Response(status_code=201)
 

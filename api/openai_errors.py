@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.problems import headers_of, retry_headers, status_of
+from api.uploads import Pace
 from api.wishes import FieldError, WishError, wish_error
 from polytrace.errors import (
     CapacityError,
@@ -68,7 +69,7 @@ def error_answer(error: PolytraceError, param: str | None = None) -> JSONRespons
     return JSONResponse(error_body(error, param), status_code=int(status), headers=headers)
 
 
-def openai_route(require_key: Callable[[Request], Awaitable[None]]) -> type[APIRoute]:
+def openai_route(require_key: Callable[[Request], Awaitable[None]], idle_s: float) -> type[APIRoute]:
     """A class of routes whose errors are OpenAI's, and which read a body only when the key is right."""
 
     class OpenAIRoute(APIRoute):
@@ -79,6 +80,7 @@ def openai_route(require_key: Callable[[Request], Awaitable[None]]) -> type[APIR
                 try:
                     await require_key(request)
                     limited = _LimitedRequest(request.scope, request.receive)
+                    limited.idle_s = idle_s
                     await limited.body()  # here: what it raises would be lost in the framework
                     return await handle(limited)
                 except FieldError as found:
@@ -100,15 +102,16 @@ def openai_route(require_key: Callable[[Request], Awaitable[None]]) -> type[APIR
 
 
 class _LimitedRequest(Request):
-    """A call whose body is read up to a limit."""
+    """A call whose body is read up to a limit, as it comes in time."""
+
+    idle_s: float
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
             parts: list[bytes] = []
-            num_bytes = 0
-            async for part in self.stream():
-                num_bytes += len(part)
-                if num_bytes > MAX_BODY_BYTES:
+            pace, stream = Pace(self.idle_s, "body"), aiter(self.stream())
+            while (part := await pace.next(anext(stream, None))) is not None:
+                if pace.came(len(part)) > MAX_BODY_BYTES:
                     raise TooLargeError(f"the body is longer than {MAX_BODY_BYTES} bytes")
                 parts.append(part)
             self._body = b"".join(parts)

@@ -78,6 +78,16 @@ def retry_headers(error: PolytraceError) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
 
 
+def refused(status: HTTPStatus, told: str) -> JSONResponse:
+    """The answer to a call that is refused before anybody looks at it."""
+    return _answer(status, status.phrase, told, _code_of(status), None, None)
+
+
+def body_of(status: HTTPStatus, told: str) -> dict[str, Any]:
+    """The body of an answer to what never became a call."""
+    return _body(status, status.phrase, told, _code_of(status), None)
+
+
 def status_of(error: PolytraceError) -> tuple[HTTPStatus, str]:
     """How an error is answered, and its title."""
     return next(
@@ -120,7 +130,7 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
         detail = f"nothing is at {request.url.path}"
     elif status is HTTPStatus.METHOD_NOT_ALLOWED:
         detail = f"{request.method} is not possible on {request.url.path}"
-    code = _CODES.get(status, UserError.code if status < 500 else ServiceError.code)
+    code = _code_of(status)
     request.state.error_code = code
     return _answer(status, status.phrase, detail, code, None, error.headers)
 
@@ -138,10 +148,21 @@ async def _on_unforeseen(request: Request, error: Exception) -> JSONResponse:
     return problem(ServiceError("the gateway failed on this call; it is in the service's log"))
 
 
+def _code_of(status: HTTPStatus) -> str:
+    return _CODES.get(status, UserError.code if status < 500 else ServiceError.code)
+
+
 def _answer(
     status: HTTPStatus, title: str, detail: str, code: str, where: str | None, headers: Mapping[str, str] | None
 ) -> JSONResponse:
-    body = {
+    body = _body(status, title, detail, code, where)
+    return JSONResponse(
+        body, status_code=int(status), media_type=MEDIA_TYPE, headers={**headers_of(status), **(headers or {})}
+    )
+
+
+def _body(status: HTTPStatus, title: str, detail: str, code: str, where: str | None) -> dict[str, Any]:
+    return {
         "type": f"urn:polytrace:problem:{code}",
         "title": title,
         "status": int(status),
@@ -149,6 +170,3 @@ def _answer(
         "code": code,
         "where": where,
     }
-    return JSONResponse(
-        body, status_code=int(status), media_type=MEDIA_TYPE, headers={**headers_of(status), **(headers or {})}
-    )

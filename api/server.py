@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+from typing import Any, cast
 
 import uvicorn
 
+from api.connections import Connections, most_connections
 from api.gateway import Gateway
 from api.settings import GatewaySettings
 
@@ -14,11 +16,18 @@ class GatewayServer(uvicorn.Server):
     """Serves until told to stop; then lets waiting calls answer before it closes their connections."""
 
     def __init__(self, gateway: Gateway, settings: GatewaySettings) -> None:
+        connections = Connections(
+            most=most_connections(settings.max_connections),
+            head_s=settings.head_s,
+            read_idle_s=settings.read_idle_s,
+        )
         super().__init__(
             uvicorn.Config(
                 gateway.app(),
+                http=cast(Any, connections.make),
+                ws="none",
                 log_config=None,  # its lines are among ours (`api.log_lines`)
-                log_level="warning",
+                log_level="error",  # what strangers send is no news
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=75,  # longer than the pauses of a notebook's client pool

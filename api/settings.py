@@ -55,6 +55,9 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_RESULT_TTL_S": "seconds that a result and its events are kept after the request has ended",
     "POLYTRACE_DRAIN_SECONDS": "longest time that a service which is told to stop finishes what it has accepted",
     "POLYTRACE_UPLOAD_IDLE_S": "silence after which an upload is given up",
+    "POLYTRACE_UPLOAD_BYTES": "bytes that requests may hold which arrive or are checked",
+    "POLYTRACE_UPLOAD_BYTES_OF_TENANT": "... and those of one tenant",
+    "POLYTRACE_MAX_CONNECTIONS": "connections that may be open at once; who waits longest makes room for the next",
     "POLYTRACE_BUDGET_TOKENS": "most rows in one merged pass",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "an OpenTelemetry collector that gets a trace of each request: http://HOST:4318",
     "POLYTRACE_LOG_FORMAT": "text or json: lines of the logs of the gateway and the controller",
@@ -91,6 +94,11 @@ class GatewaySettings:
     max_open_of_tenant: int = 2048
     limits: TenantLimits = UNLIMITED  # of tenants that have none of their own
     upload_idle_s: float = 60.0
+    upload_bytes: int = 16 << 30
+    upload_bytes_of_tenant: int = 4 << 30
+    max_connections: int = 4096
+    head_s: float = 20.0  # until a request line and its headers are there
+    read_idle_s: float = 60.0  # in which a caller takes some of what he asked for (`api.connections`)
     quota_bytes: int = DEFAULT_QUOTA_BYTES
     result_ttl_s: float = DEFAULT_RESULT_TTL_S
     max_text_chars: int | None = None  # None: by the model's context
@@ -147,6 +155,11 @@ def gateway_settings(store: str, *, asks_key: bool = True) -> GatewaySettings:
         ),
         limits=limits_from_text(from_environment("POLYTRACE_LIMITS", str, None), "POLYTRACE_LIMITS"),
         upload_idle_s=from_environment("POLYTRACE_UPLOAD_IDLE_S", float, default.upload_idle_s, at_least=1),
+        upload_bytes=from_environment("POLYTRACE_UPLOAD_BYTES", int, default.upload_bytes, at_least=1),
+        upload_bytes_of_tenant=from_environment(
+            "POLYTRACE_UPLOAD_BYTES_OF_TENANT", int, default.upload_bytes_of_tenant, at_least=1
+        ),
+        max_connections=from_environment("POLYTRACE_MAX_CONNECTIONS", int, default.max_connections, at_least=16),
         quota_bytes=quota_bytes(),
         max_text_chars=from_environment("POLYTRACE_MAX_TEXT_CHARS", int, default.max_text_chars, at_least=1),
         result_ttl_s=from_environment("POLYTRACE_RESULT_TTL_S", float, default.result_ttl_s, at_least=60),

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 import httpx
 
@@ -151,7 +152,7 @@ class Supervisor:
         else:
             settings, extra, descriptors = to_json(self._controller_config()), folder, (self._lifeline,)
         command = [sys.executable, "-P", "-m", "api.children", role, json.dumps(settings), str(self._lifeline), extra]
-        with self._log(role).open("ab") as log:
+        with _open_log(self._log(role)) as log:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -296,6 +297,13 @@ def scratch(prefix: str, root: str) -> Iterator[Path]:
     ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield Path(made)
+
+
+def _open_log(path: Path) -> BinaryIO:
+    """To be appended to, and this user's alone: it may name what users sent."""
+    file = open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115  the caller closes it
+    os.chmod(path, 0o600)  # of one that an older version made
+    return file
 
 
 def _new_token(folder: Path) -> str:

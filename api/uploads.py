@@ -5,58 +5,90 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from anyio import to_thread
 from starlette.requests import Request
 
+from api.upload_room import PART_BYTES, Room
 from polytrace.errors import CapacityError, TooLargeError, WireError
 
+T = TypeVar("T")
 SLOWEST = 1024  # bytes a second, once a call has had GRACE silences
 GRACE = 4.0
-_PART_BYTES = 1 << 20  # gathered before a write, which then leaves the event loop
+
+
+class Pace:
+    """How a body comes: never silent for `idle_s`, and not slower than SLOWEST. Raises WireError."""
+
+    def __init__(self, idle_s: float, what: str = "upload") -> None:
+        self._idle_s = idle_s
+        self._what = what
+        self._began = time.monotonic()
+        self.num_bytes = 0
+
+    def came(self, num_bytes: int) -> int:
+        """Some more; how many there are."""
+        self.num_bytes += num_bytes
+        return self.num_bytes
+
+    async def next(self, part: Awaitable[T]) -> T:
+        """The next part of it, in time."""
+        left_s = self._began + GRACE * self._idle_s + self.num_bytes / SLOWEST - time.monotonic()
+        try:
+            return await asyncio.wait_for(part, min(self._idle_s, left_s))
+        except TimeoutError:
+            if left_s < self._idle_s:
+                told = f"the {self._what} has brought {self.num_bytes} bytes in {time.monotonic() - self._began:.0f} s"
+                raise WireError(f"{told}: slower than {SLOWEST} a second none is taken") from None
+            told = f"the {self._what} fell silent for {self._idle_s:g} s after {self.num_bytes} bytes"
+            raise WireError(told) from None
 
 
 async def receive(
-    request: Request, path: Path, *, max_bytes: int, idle_s: float, whose: str = "this deployment"
+    request: Request,
+    path: Path,
+    *,
+    max_bytes: int,
+    idle_s: float,
+    whose: str = "this deployment",
+    room: Room | None = None,
 ) -> int:
-    """Writes the call's body to a new file; how many bytes. Never holds more than about 1 MiB of it.
+    """Writes the call's body to a new file; how many bytes. Never holds more than about 1 MiB of it in memory.
 
     Raises TooLargeError beyond `max_bytes`, the limit of `whose`: at once when the call announces it, else when it
-    happens. Raises WireError when the sender falls silent for `idle_s` or stays slower than SLOWEST, CapacityError
-    when the disk is full, starlette's ClientDisconnect when it leaves. What was written stays: the caller discards it.
+    happens. Raises what `Room.hold` does, WireError when the sender falls silent for `idle_s` or stays slower than
+    SLOWEST, CapacityError when the disk is full, starlette's ClientDisconnect when it leaves. What was written stays,
+    and so does the room that it takes: the caller discards and releases it.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(f"has {int(announced)} bytes", max_bytes, whose)
-    began = time.monotonic()
-    num_bytes = 0
+    pace = Pace(idle_s)
+    if room is not None and announced.isdecimal():
+        room.hold(int(announced))
     parts: list[bytes] = []
     gathered = 0
     chunks = aiter(request.stream())
     file: BinaryIO | None = None
     try:
         while True:
-            left_s = began + GRACE * idle_s + num_bytes / SLOWEST - time.monotonic()
-            try:
-                chunk = await asyncio.wait_for(anext(chunks, None), min(idle_s, left_s))
-            except TimeoutError:
-                if left_s < idle_s:
-                    told = f"the upload has brought {num_bytes} bytes in {time.monotonic() - began:.0f} s"
-                    raise WireError(f"{told}: slower than {SLOWEST} a second none is taken") from None
-                raise WireError(f"the upload fell silent for {idle_s:g} s after {num_bytes} bytes") from None
+            chunk = await pace.next(anext(chunks, None))
             if chunk:
-                num_bytes += len(chunk)
+                num_bytes = pace.came(len(chunk))
                 if num_bytes > max_bytes:
                     raise _too_large(f"is longer than {max_bytes} bytes", max_bytes, whose)
+                if room is not None:
+                    room.hold(num_bytes)
                 parts.append(chunk)
                 gathered += len(chunk)
-            if gathered >= _PART_BYTES or chunk is None:
+            if gathered >= (PART_BYTES if room is None else room.part_bytes) or chunk is None:
                 file = await to_thread.run_sync(_write, path, file, parts)
                 parts, gathered = [], 0
             if chunk is None:
-                return num_bytes
+                return pace.num_bytes
     finally:
         if file is not None:
             file.close()

@@ -24,7 +24,7 @@ from api.usage import as_csv, check_month, day_of
 from polytrace.codec import to_json
 from polytrace.errors import NotFoundError
 
-Limit = Annotated[int | None, Field(ge=0, lt=1 << 62)]
+Limit = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)] | None
 
 
 class UsageRoutes:
