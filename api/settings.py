@@ -53,6 +53,7 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_QUOTA_BYTES": "bytes of constants, kept values and states that one owner may have on the service",
     "POLYTRACE_RESULT_TTL_S": "seconds that a result and its events are kept after the request has ended",
     "POLYTRACE_UPLOAD_IDLE_S": "silence after which an upload is given up",
+    "POLYTRACE_WEIGHTS": "folder of a node for models that come from URLs; default: ~/.cache/polytrace/weights",
     "POLYTRACE_BUDGET_TOKENS": "most rows in one merged pass",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "an OpenTelemetry collector that gets a trace of each request: http://HOST:4318",
     "POLYTRACE_LOG_FORMAT": "text or json: lines of the logs of the gateway and the controller",
