@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from api.database import Database
-from cluster.config import DeploymentSpec, Mode, Wanted
+from api.heating import COLUMNS, Heating, keeping_of
+from cluster.config import ALWAYS, DeploymentSpec, Heat, Keeping, Mode, Wanted
 from cluster.requests import DeploymentState, Published, ReplicaStatus
 from polytrace.codec import from_json, to_json
 from polytrace.errors import CapacityError, ConflictError, NotFoundError
@@ -38,15 +38,22 @@ class Deployment:
     revision: int = 0  # another one each time it was deployed
     spec: DeploymentSpec | None = None
     replicas: tuple[ReplicaStatus, ...] = ()
+    heat: Heat = Heat.HOT  # that is wanted
+    why: str = ""  # it is not hot
+    keeping: Keeping = ALWAYS
+    last_used: float | None = None
+    is_described: bool = False  # it was loaded once
+
+    @property
+    def is_found(self) -> bool:
+        """Whether requests can be sent to it: it runs, or they load it."""
+        is_loading = self.mode is Mode.SERVING and self.keeping.on_demand and self.is_described
+        runs = self.state.is_serving or self.state is DeploymentState.DRAINING
+        return runs or (is_loading and self.state is not DeploymentState.FAILED)
 
 
-class Catalogue:
+class Catalogue(Heating):
     """What the store knows of deployments. Its methods may be called from any thread."""
-
-    def __init__(self, db: Database, *, ring_controller: Callable[[], None], ring_gateway: Callable[[], None]) -> None:
-        self._db = db
-        self._ring_controller = ring_controller
-        self._ring_gateway = ring_gateway
 
     # --- what is wanted
 
@@ -65,7 +72,7 @@ class Catalogue:
                 _check_same(spec, None if has_never_served else row[0], Mode(row[1]))
             db.execute(
                 "INSERT INTO deployments (model, state, progress, updated, spec) VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT (model) DO UPDATE SET spec = excluded.spec, mode = 'serving', "
+                "ON CONFLICT (model) DO UPDATE SET spec = excluded.spec, mode = 'serving', heat = 'hot', "
                 "revision = deployments.revision + 1",
                 (spec.name, DeploymentState.STARTING.value, "starting", time.time(), json.dumps(to_json(spec))),
             )
@@ -94,14 +101,29 @@ class Catalogue:
         return self._rung(model)
 
     def wanted(self) -> list[Wanted]:
-        rows = self._db.rows("SELECT spec, mode, revision FROM deployments WHERE spec IS NOT NULL ORDER BY model")
-        return [Wanted(spec=_spec(row[0]), mode=Mode(row[1]), revision=row[2]) for row in rows]
+        rows = self._db.rows(
+            f"SELECT spec, mode, revision, heat, heat_why, last_used, {COLUMNS} FROM deployments "
+            "WHERE spec IS NOT NULL ORDER BY model"
+        )
+        return [
+            Wanted(
+                spec=_spec(row[0]),
+                mode=Mode(row[1]),
+                revision=row[2],
+                heat=Heat(row[3]),
+                why=row[4],
+                last_used=row[5],
+                keeping=keeping_of(*row[6:]),
+            )
+            for row in rows
+        ]
 
     # --- how far it is
 
     def deployments(self) -> list[Deployment]:
         rows = self._db.rows(
-            "SELECT model, state, progress, updated, mode, revision, spec, replicas FROM deployments ORDER BY model"
+            "SELECT model, state, progress, updated, mode, revision, spec, replicas, heat, heat_why, last_used, "
+            f"CASE WHEN description IS NULL THEN 0 ELSE 1 END, {COLUMNS} FROM deployments ORDER BY model"
         )
         return [
             Deployment(
@@ -113,6 +135,11 @@ class Catalogue:
                 revision=row[5],
                 spec=_spec(row[6]) if row[6] else None,
                 replicas=from_json(tuple[ReplicaStatus, ...], json.loads(row[7])),
+                heat=Heat(row[8]),
+                why=row[9],
+                last_used=row[10],
+                is_described=bool(row[11]),
+                keeping=keeping_of(*row[12:]),
             )
             for row in rows
         ]
@@ -156,9 +183,11 @@ class Catalogue:
             )
 
     def publish(self, model: str, published: Published) -> None:
+        """Another description than before is another revision, which the gateway then looks at anew."""
         with self._db.transaction() as db:
             db.execute(
-                "UPDATE deployments SET source = ?, dtype = ?, description = ?, tokenizer = ? WHERE model = ?",
+                "UPDATE deployments SET source = ?1, dtype = ?2, tokenizer = ?4, revision = CASE WHEN description IS "
+                "NULL OR description = ?3 THEN revision ELSE revision + 1 END, description = ?3 WHERE model = ?5",
                 (published.source, published.dtype, published.description, published.tokenizer, model),
             )
 

@@ -19,6 +19,7 @@ from api import (
     accounting,
     job_commands,
     key_commands,
+    model_commands,
     operations,
     purge_command,
     store_commands,
@@ -162,6 +163,7 @@ for _operation in (
 app.command()(tenant_commands.audit)
 app.add_typer(job_commands.jobs, name="jobs")
 app.add_typer(key_commands.keys, name="keys")
+app.add_typer(model_commands.models, name="models")
 app.add_typer(tenant_commands.tenants, name="tenants")
 for _account in (accounting.validate, accounting.usage, accounting.limits):
     app.command()(_account)

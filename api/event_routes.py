@@ -20,7 +20,7 @@ from api.callers import caller_of
 from api.events import Event
 from api.identity import Identity
 from api.store import RequestStatus, Store
-from api.streams import COMMENT, MEDIA_TYPE, EventStream, Streams
+from api.streams import COMMENT, MEDIA_TYPE, EventStream, Reasons, Streams
 from api.waiting import Waiting
 from polytrace.errors import UserError
 from scheduling.plan import RequestId
@@ -30,7 +30,8 @@ END = "end"  # the id of the last event
 _EVENTS_DOC: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events `token` (as `polytrace.certificate.Token`), `value` (a saved step: its name, dtype, "
-        "shape, and its data in base64 or the range of its bytes in the result), and at last `end` with the status.",
+        "shape, and its data in base64 or the range of its bytes in the result), `waiting` (why it does not run yet, "
+        "as `waits_for`), and at last `end` with the status.",
         "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
     },
     204: {"description": "The caller has had the last event."},
@@ -41,12 +42,18 @@ class EventRoutes:
     """`plain` writes a status as JSON. Belongs to one event loop."""
 
     def __init__(
-        self, store: Store, waiting: Waiting, streams: Streams, plain: Callable[[RequestStatus], Mapping[str, Any]]
+        self,
+        store: Store,
+        waiting: Waiting,
+        streams: Streams,
+        plain: Callable[[RequestStatus], Mapping[str, Any]],
+        reasons: Reasons | None = None,
     ) -> None:
         self._store = store
         self._waiting = waiting
         self._streams = streams
         self._plain = plain
+        self._reasons = reasons
         self._listeners: Counter[RequestId] = Counter()
         self._cancelling: set[asyncio.Task[None]] = set()
 
@@ -77,7 +84,7 @@ class EventRoutes:
         )
 
     async def _texts(self, request: RequestId, caller: Identity, after: int) -> AsyncIterator[str]:
-        async for told in self._streams.follow(request, caller, after):
+        async for told in self._streams.follow(request, caller, after, self._reasons):
             if isinstance(told, RequestStatus):
                 yield _text(END, END, json.dumps(self._plain(told)))
             else:

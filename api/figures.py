@@ -65,6 +65,16 @@ STAGE_BUSY = Counter(
     help="Seconds in which a stage worked on passes, and did not wait for another; all replicas together.",
     labels=("model", "stage"),
 )
+STARTS = Counter(
+    name="polytrace_deployment_starts",
+    help="Times that a request found a deployment not loaded, and had it loaded.",
+    labels=("model",),
+)
+RESTS = Counter(
+    name="polytrace_deployment_rests",
+    help="Times that a deployment was unloaded without an operator's word: idle, for another's room, or failed.",
+    labels=("model", "cause"),
+)
 HTTP = Histogram(
     name="polytrace_http_seconds",
     help="From a call's arrival to the end of its answer; calls that wait for results last as long as they wait.",
@@ -94,6 +104,8 @@ COUNTERS = (
     PASSES,
     PASS_ROWS,
     STAGE_BUSY,
+    STARTS,
+    RESTS,
     HTTP_ERRORS,
 )
 HISTOGRAMS = (QUEUE, RUN, PASS_USERS, PASS_SECONDS, HTTP, CHECK)

@@ -43,6 +43,7 @@ from api.limits import Terms
 from api.log_lines import about_call
 from api.logs import logs_since
 from api.metric_routes import MeasuredCalls, MetricRoutes
+from api.model_routes import ModelRoutes
 from api.oidc import Provider
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
@@ -73,6 +74,7 @@ from scheduling.plan import RequestId
 
 MEDIA_TYPE = "application/vnd.safetensors"
 SMALL_BYTES = 256 << 10
+LOADING_S = 2.0  # that a call waits for a request whose deployment is being loaded, before it tells how far that is
 CLIENT_GONE = 499  # of answers that nobody hears: for the log
 
 
@@ -88,7 +90,7 @@ class Gateway:
         self._tenants = TenantRoutes(store.tenants, store.audit, self._tenants_changed)
         self._keys = KeyRoutes(store.keys, self._access.forget, settings.key_ttl_s)
         self._refusals = Refusals(store.audit)
-        self._deployments = Deployments(store, checker)
+        self._deployments = Deployments(store, checker, changed=lambda: self._streams.ring())
         self._readiness = Readiness(store)
         self._waiting = Waiting(store)
         self._admission = Admission(store, settings, checker)
@@ -97,7 +99,7 @@ class Gateway:
         self._cancelling: set[asyncio.Task[None]] = set()
         self._returning = Returning(lambda request: cancel_soon(store, request, self._cancelling))
         self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
-        self._events = EventRoutes(store, self._waiting, self._streams, _plain)
+        self._events = EventRoutes(store, self._waiting, self._streams, _plain, self._deployments)
         self._openai = OpenAIRoutes(store, checker, self._deployments, self._waiting, self._streams, self._admission)
         self._keeping = KeepingRoutes(store.contents, self._admission, upload_idle_s=settings.upload_idle_s)
 
@@ -133,6 +135,7 @@ class Gateway:
         self._events.add_to(v1)
         self._edits.add_to(v1)
         UsageRoutes(self._store, self._admission).add_to(v1)
+        ModelRoutes(self._store).add_to(v1)
         self._keeping.add_to(v1)
         self._keys.add_to(v1)
         self._tenants.add_to(v1)
@@ -321,11 +324,16 @@ class Gateway:
         wait: Annotated[float, Query(ge=0)] = 0.0,
         passes_done: Annotated[int | None, Query(ge=0)] = None,
     ) -> Response:
-        """How a request does; with `wait`, once it has ended, more than `passes_done` are, or the seconds are over."""
-        wait_s = min(wait, self._settings.max_wait_s)
-        status = await self._waiting.until_final(
-            RequestId(request_id), wait_s, caller_of(request), passes_done=passes_done
-        )
+        """How a request does; with `wait`, once it has ended, more than `passes_done` are, or the seconds are over.
+
+        While its deployment is loaded a wait is shorter, and `waits_for` says how far that is.
+        """
+        wait_s, caller = min(wait, self._settings.max_wait_s), caller_of(request)
+        if wait_s > LOADING_S and self._deployments.are_loading:
+            before = await self._waiting.until_final(RequestId(request_id), 0.0, caller)
+            if before.state is RequestState.QUEUED and self._deployments.waits_for(before.model) is not None:
+                wait_s = LOADING_S
+        status = await self._waiting.until_final(RequestId(request_id), wait_s, caller, passes_done=passes_done)
         return JSONResponse(await self._stands(status) | {"logs": logs_since(status.logs, passes_done or 0)})
 
     async def result(self, request_id: str, request: Request) -> Response:
@@ -466,7 +474,8 @@ class Gateway:
         """The status, with the place of one that waits."""
         if status.state is not RequestState.QUEUED:
             return _plain(status)
-        return _plain(status, await to_thread.run_sync(self._store.queue_outlook, status.id))
+        plain = _plain(status, await to_thread.run_sync(self._store.queue_outlook, status.id))
+        return plain | {"waits_for": self._deployments.waits_for(status.model)}
 
 
 class ResultResponse(FileResponse):
@@ -515,6 +524,9 @@ def _entry(known: Deployment) -> dict[str, Any]:
         "progress": known.progress,
         "spec": None if known.spec is None else to_json(known.spec),
         "replicas": to_json(known.replicas),
+        "heat": known.heat.value,
+        "keeping": to_json(known.keeping),
+        "last_used": known.last_used,
     }
 
 

@@ -18,7 +18,7 @@ from polytrace.errors import UserError, WireError
 # What one request takes, and is refused for by itself.
 OF_ONE_REQUEST = ("request_bytes", "result_bytes", "token_layers", "passes", "tape_bytes")
 # What all requests of a tenant take together.
-OF_ALL = ("requests_in_flight", "tokens_a_day", "bytes_stored", "requests_a_minute")
+OF_ALL = ("requests_in_flight", "tokens_a_day", "bytes_stored", "requests_a_minute", "starts_a_day")
 ALL = (*OF_ONE_REQUEST, *OF_ALL)
 # A deployment's own are for all tenants together; days and disks are counted by tenant.
 OF_DEPLOYMENTS = (*OF_ONE_REQUEST, "requests_in_flight", "requests_a_minute")
@@ -32,6 +32,7 @@ class TenantLimits:
     tokens_a_day: int | None = None  # of sequences, UTC days
     bytes_stored: int | None = None  # results, contents and kept values together
     requests_a_minute: int | None = None  # so many at once, and as many more each minute
+    starts_a_day: int | None = None  # of deployments that were not loaded (`api.starting`), UTC days
     request_bytes: int | None = None  # one request as a file
     result_bytes: int | None = None  # all saves of one request, those that stay on the service too
     token_layers: int | None = None  # of one request

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,12 +67,10 @@ def deploy(
     wait: Wait = True,
 ) -> None:
     """Serve another MODEL on a running service, or one again that was drained or has failed."""
-    from dataclasses import asdict
-
     with errors():
-        from api.settings import deployment_spec
-
-        spec = deployment_spec(
+        put(
+            Service(url, key),
+            wait=wait,
             source=model,
             name=name,
             stages=stages,
@@ -85,12 +83,21 @@ def deploy(
             offload_bytes=int(offload * (1 << 30)),
             share_across=share_across,
         )
-        wish = asdict(spec)
-        name = wish.pop("name")
-        service = Service(url, key)
-        service.ask("PUT", f"/v1/models/{name}", json=wish)
-        if wait:
-            service.follow(name, f"deploying {name}", lambda entry: entry is not None and bool(entry["is_ready"]))
+
+
+def put(service: Service, *, wait: bool, keeping: Mapping[str, Any] = {}, **flags: Any) -> None:
+    """Deploys what the flags say; with `keeping` how long it is to stay loaded."""
+    from dataclasses import asdict
+
+    from api.settings import deployment_spec
+
+    wish = asdict(deployment_spec(**flags))
+    name = wish.pop("name")
+    service.ask("PUT", f"/v1/models/{name}", json=wish)
+    if keeping:
+        service.ask("PATCH", f"/v1/models/{name}/keeping", json=dict(keeping))
+    if wait:
+        service.follow(name, f"deploying {name}", lambda entry: entry is not None and bool(entry["is_ready"]))
 
 
 def drain(

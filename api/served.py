@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,7 @@ from polytrace.description import ModelDescription
 from polytrace.errors import CapacityError, NotFoundError
 
 DRAINING = DeploymentState.DRAINING
+_RUNNING = (DeploymentState.READY, DRAINING)  # nothing is in the way of their requests
 RETRY_S = 5.0
 AWAY_S = 0.5  # between two looks while the database is away
 PAUSE_S = 0.05  # between two looks: most rings are about requests, not deployments
@@ -65,9 +66,12 @@ class Served:
 class Deployments:
     """All that the store knows of, and those of them that are ready. Belongs to one event loop."""
 
-    def __init__(self, store: Store, checker: Checker) -> None:
+    def __init__(self, store: Store, checker: Checker, changed: Callable[[], None] = lambda: None) -> None:
+        """`changed` is called when there is something new of one that does not run."""
         self._store = store
         self._checker = checker
+        self._changed = changed
+        self.are_loading = False  # some of them, or they rest
         self._known: dict[str, Deployment] = {}
         self._served: dict[str, Served] = {}
         self._refresh: asyncio.Task[None] | None = None
@@ -106,6 +110,13 @@ class Deployments:
         others = f"; there is {names}" if names else ", and no other that you could use"
         raise NotFoundError(f"there is no model {name[:100]!r} here{others}")
 
+    def waits_for(self, name: str) -> str | None:
+        """Why requests of a deployment do not run yet, None when nothing is in their way."""
+        known = self._known.get(name)
+        if known is None or known.state in _RUNNING:
+            return None
+        return f"{name} is {known.state.value}: {_first_line(known.progress)}"
+
     def not_ready(self, name: str | None = None) -> str | None:
         """What the service still waits for, or one of its deployments; None when it waits for nothing.
 
@@ -127,8 +138,12 @@ class Deployments:
                     await asyncio.sleep(AWAY_S)
                     self._rung = True
                     continue
-                self._known, self._has_looked = known, True
-                ready = {name for name, one in known.items() if one.state.is_serving or one.state is DRAINING}
+                before, self._known, self._has_looked = self._known, known, True
+                loading = {name: one.progress for name, one in known.items() if one.state not in _RUNNING}
+                self.are_loading = bool(loading)
+                if any(name not in before or before[name].progress != told for name, told in loading.items()):
+                    self._changed()
+                ready = {name for name, one in known.items() if one.is_found}
                 self._served = {
                     name: one
                     for name, one in self._served.items()
@@ -164,6 +179,10 @@ def _serve(published: Published, revision: int) -> Served:
         revision=revision,
         tokenizer=published.tokenizer,
     )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:500]
 
 
 def _progress(deployment: Deployment) -> str:

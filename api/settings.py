@@ -58,6 +58,7 @@ VARIABLES: Mapping[str, str] = {
     "POLYTRACE_UPLOAD_BYTES": "bytes that requests may hold which arrive or are checked",
     "POLYTRACE_UPLOAD_BYTES_OF_TENANT": "... and those of one tenant",
     "POLYTRACE_MAX_CONNECTIONS": "connections that may be open at once; who waits longest makes room for the next",
+    "POLYTRACE_WEIGHTS": "folder of a node for models that come from URLs; default: ~/.cache/polytrace/weights",
     "POLYTRACE_BUDGET_TOKENS": "most rows in one merged pass",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "an OpenTelemetry collector that gets a trace of each request: http://HOST:4318",
     "POLYTRACE_LOG_FORMAT": "text or json: lines of the logs of the gateway and the controller",

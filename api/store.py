@@ -38,7 +38,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from api import figures, idempotency, quotas, usage
+from api import figures, idempotency, quotas, starting, usage
 from api.audit import Audit
 from api.away import AwayError
 from api.catalogue import Catalogue, check_taking
@@ -67,7 +67,7 @@ from api.tally import Tally
 from api.telling import Ended, tell_end, tell_ended, tell_pass
 from api.tenants import Tenants
 from api.usage import Usage
-from cluster.config import Mode
+from cluster.config import Heat, Mode
 from cluster.requests import Claimed, Divide, Finished, LeftBehind, PassFigures, Place, ResultPlace
 from polytrace.certificate import LimitLine
 from polytrace.errors import (
@@ -254,10 +254,11 @@ class Store(Catalogue):
             self.draining.check()
             if submit is not None:
                 idempotency.note(db, caller.owner, submit, request)
-            mode = db.execute("SELECT mode FROM deployments WHERE model = ?", (model,)).fetchone()
+            mode = db.execute("SELECT mode, heat FROM deployments WHERE model = ?", (model,)).fetchone()
             if mode is None:
                 raise NotFoundError(f"there is no model {model} here any more")
             check_taking(model, Mode(mode[0]))
+            is_start = mode[1] != "hot" and starting.wake(db, terms, caller, now)
             quotas.check_queues(db, terms, queues, now)
             quotas.check(db, terms, demand, now, result_ttl_s=result_ttl_s)
             (seq,) = db.execute(
@@ -286,6 +287,8 @@ class Store(Catalogue):
             self._unkept.add(request)
         self._put.discard(request)
         self.tally.count(figures.ACCEPTED, model, class_of(is_interactive))
+        if is_start:
+            self.tally.count(figures.STARTS, model)
         self.controller_bell.ring()
         return RequestStatus(
             id=request,
@@ -692,6 +695,12 @@ class Store(Catalogue):
                 "UPDATE requests SET passes_done = ?, passes = ?, logs = ? WHERE id = ? AND state = 'running'", rows
             )
         self.gateway_bell.ring()
+
+    def cool(self, model: str, heat: Heat, why: str, cause: str) -> bool:
+        is_so = super().cool(model, heat, why, cause)
+        if is_so:
+            self.tally.count(figures.RESTS, model, cause)
+        return is_so
 
     def note_pass(self, model: str, told: PassFigures) -> None:
         tell_pass(self.tally, model, told)

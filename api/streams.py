@@ -7,23 +7,35 @@ then reads on where it stands in its own file.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
+from anyio import to_thread
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from api.away import AwayError
 from api.events import Event
 from api.identity import Identity
-from api.store import RequestStatus, Store
+from api.store import RequestState, RequestStatus, Store
 from api.waiting import Waiting
 from scheduling.plan import RequestId
 
 IDLE_S = 15.0  # of silence, before something is said to keep the connection
 MEDIA_TYPE = "text/event-stream"
 COMMENT = ": still here\n\n"
+WAITING = "waiting"  # the kind of an event that is not in the file: why the request does not run yet
+
+
+class Reasons(Protocol):
+    """Why requests do not run yet: `api.served.Deployments`."""
+
+    are_loading: bool  # some deployments
+
+    def waits_for(self, name: str) -> str | None: ...
 
 
 class Streams:
@@ -42,11 +54,15 @@ class Streams:
             rung.set_result(None)
 
     async def follow(
-        self, request: RequestId, caller: Identity, after: int = 0
+        self, request: RequestId, caller: Identity, after: int = 0, reasons: Reasons | None = None
     ) -> AsyncIterator[list[Event] | RequestStatus]:
         """Events behind the one with this id, as they come; after IDLE_S of silence an empty list; at last how the
         request has ended. That is missing when the gateway stops. Raises NotFoundError and UserError at once.
+
+        With `reasons` there is an event WAITING for each reason why the request does not run yet. It has the id of the
+        event before it, or 0: who comes back with that misses nothing.
         """
+        told: str | None = None
         self.followed[request] += 1  # before looking for it: from here on its events stay
         ended = asyncio.ensure_future(self._waiting.until_final(request, math.inf, caller))
         try:
@@ -57,6 +73,11 @@ class Streams:
                 while events := self._store.events.read(request, after):
                     after = events[-1].id
                     yield events
+                if reasons is not None and reasons.are_loading and not is_over:
+                    reason = await self._reason(request, reasons)
+                    if reason is not None and reason != told:
+                        yield [Event(after, WAITING, json.dumps({"waits_for": reason}))]
+                    told = reason
                 if is_over:
                     status = ended.result()
                     if status.state.is_final:
@@ -71,6 +92,14 @@ class Streams:
             self.followed[request] -= 1
             if not self.followed[request]:
                 del self.followed[request]
+
+    async def _reason(self, request: RequestId, reasons: Reasons) -> str | None:
+        try:
+            status = await to_thread.run_sync(self._store.status, request)
+        except AwayError:
+            return None
+        is_queued = status is not None and status.state is RequestState.QUEUED
+        return reasons.waits_for(status.model) if status is not None and is_queued else None
 
     def _next_ring(self) -> asyncio.Future[None]:
         if self._rung is None:

@@ -14,11 +14,12 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
 from cluster.shipping import Incoming, Shipment
+from engine.fetching import here
 from engine.links import Distributed, join_store, open_store
 from engine.loading import ShardConfig
 from engine.reading import Reading
@@ -65,7 +66,7 @@ class ShardActor:
         interface = _interface_of(_own_address())
         if interface is not None:  # gloo would look the host's name up, which many machines resolve to loopback
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        config = self._config
+        config = self._config = replace(self._config, source=here(self._config.source))
         store = join_store(point.host, point.port)
         if self._links is not None:
             self._links.meet(store)
@@ -113,6 +114,10 @@ class ShardActor:
         if failure:
             raise failure[0]
         self._is_loaded = True
+
+    def files(self) -> tuple[str, list[str]]:
+        """The node, and the files there that this shard read its weights from."""
+        return ray.get_runtime_context().get_node_id(), list(self._shard.files)
 
     def gate(self, is_first: bool) -> GateReport:
         """Proves on the served weights that rows are their own, the first time also how ranks split it (collective)."""

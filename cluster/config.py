@@ -22,7 +22,7 @@ class DeploymentSpec:
     """A model to serve by name: how it is split, and how many times it is there."""
 
     name: str
-    source: str  # folder or hub id
+    source: str  # folder, hub id, or URL (`engine.fetching`)
     stages: int = 1
     ranks: int = 1
     replicas: int = 1  # each is stages x ranks shards; requests go to the least loaded
@@ -32,6 +32,28 @@ class DeploymentSpec:
     random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
     offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
     share_across: ShareAcross = ShareAcross.TENANT
+
+
+class Heat(StrEnum):
+    """How near to running a deployment's weights are."""
+
+    HOT = "hot"  # with its shards
+    WARM = "warm"  # in the memory of the nodes that it ran on (`cluster.holder`), without shards
+    COLD = "cold"  # where they are stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keeping:
+    """How long a deployment is kept loaded, and who may have it loaded. Without any of this it stays loaded."""
+
+    on_demand: bool = False  # a request loads it when it is not, and it may make room for others while it is idle
+    is_pinned: bool = False  # stays loaded whoever needs the room, however idle
+    schedule: str | None = None  # `cluster.hours`: it is kept loaded then, and outside only as long as it is used
+    idle_minutes: float | None = None  # without a request, after which it rests; None: until its room is needed
+    rests: Heat = Heat.COLD  # or WARM: where it goes then
+
+
+ALWAYS = Keeping()
 
 
 class Mode(Enum):
@@ -50,6 +72,10 @@ class Wanted:
     spec: DeploymentSpec
     mode: Mode
     revision: int  # another one each time it was deployed: what failed before is tried again
+    heat: Heat = Heat.HOT
+    why: str = ""  # it is not hot
+    keeping: Keeping = ALWAYS
+    last_used: float | None = None  # seconds since the epoch, as far as an earlier controller told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,8 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from cluster import discovery
-from cluster.config import ControllerConfig, address_file, jobs_file
+from cluster.config import ALWAYS, ControllerConfig, address_file, jobs_file
+from cluster.demand import Demand
 from cluster.replicas import ReplicaSet
 from cluster.requests import ControllerStore, DeploymentState
 from polytrace.errors import PolytraceError, UserError
@@ -39,6 +40,7 @@ class Controller:
         self._store = store
         self._config = config
         self._sets: dict[str, ReplicaSet] = {}
+        self._demand = Demand(store, _free)
         self._has_begun = self._is_stopped = False
 
     def start(self) -> None:
@@ -89,6 +91,17 @@ class Controller:
                 self._sets[name] = ReplicaSet(self._store, self._config, wanted)
             if not self._sets[name].pursue(wanted):
                 del self._sets[name]
+        if self._demand.is_due():
+            self._see_demand()
+
+    def _see_demand(self) -> None:
+        now = self._store.now()
+        standings = [replicas.standing(now) for replicas in self._sets.values()]
+        if all(one.wanted.keeping == ALWAYS for one in standings):
+            return  # all stay loaded
+        notes = self._demand.look(standings)
+        for name, replicas in self._sets.items():
+            replicas.note = notes.get(name, "")
 
     def _end_all(self) -> None:
         deadline = time.monotonic() + _ENDING_S
@@ -120,6 +133,11 @@ def _connect(config: ControllerConfig) -> None:
         if config.takes_jobs:
             jobs_file(config.ray_folder).write_text(f"http://{context.address_info['webui_url']}")
         address_file(config.ray_folder).write_text(ray.get_runtime_context().gcs_address)
+
+
+def _free() -> dict[str, float]:
+    """What nobody has reserved of the cluster."""
+    return dict(ray.available_resources())  # type: ignore[no-untyped-call]
 
 
 def _join(address: str) -> None:

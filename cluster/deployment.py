@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.actors import WATCH, ShardActor
 from cluster.gang import Gang, RayShards, wait_for_all
 from cluster.progress import Loading
+from engine.fetching import here
 from engine.loading import ShardConfig, check_source, check_split
 from engine.whole_loading import whole_class
 from engine.whole_served import check_whole
@@ -44,7 +45,13 @@ _BEAT_S = 2.0  # between two looks at whether all shards answer
 _LOOK_S = 0.5  # between two looks at whether the cluster has room
 _PLACING_S = 2.0  # that Ray takes to place shards for which there is room
 _MAX_LOSSES = 5  # in a row, while the deployment comes up
-_INHERITED = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN")  # where and whether to look for weights
+_INHERITED = (
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_TOKEN",
+    "POLYTRACE_WEIGHTS",
+)  # where and whether to look for weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +59,7 @@ class DeploymentConfig:
     """What to serve and how it is split."""
 
     name: str
-    source: str  # folder or hub id
+    source: str  # folder, hub id or URL
     stages: int = 1
     ranks: int = 1
     dtype: str = "auto"
@@ -147,6 +154,20 @@ class Deployment:
         self._views.append(RayShards(self._gang, wake))
         return self._views[-1]
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """What its shards take of the cluster, all together; nothing before that is known."""
+        if self._group is None:
+            return {}
+        return {name: amount * self.config.num_shards for name, amount in _bundle(self._placement).items()}
+
+    def files(self) -> dict[str, frozenset[str]]:
+        """By node: the files that its shards read their weights from."""
+        found: dict[str, frozenset[str]] = {}
+        for node, paths in self._gang.call("files"):
+            found[node] = found.get(node, frozenset()) | frozenset(paths)
+        return found
+
     def process_ids(self) -> list[int]:
         """Of the shards, by stage, then rank; waits until each has done what it was given."""
         return self._gang.call("ping")
@@ -170,11 +191,12 @@ class Deployment:
     def _start(self, report: Report) -> None:
         config = self.config
         # 1) a model that can be split so, and a place for each shard
-        if (kind := whole_class(config.source)) is not None:
-            check_whole(config.source, kind, stages=config.stages, ranks=config.ranks)
+        source = here(config.source, report)
+        if (kind := whole_class(source)) is not None:
+            check_whole(source, kind, stages=config.stages, ranks=config.ranks)
         else:
-            check_source(config.source, config.dtype, random_weights=config.random_weights_seed is not None)
-            check_split(config.source, config.dtype, stages=config.stages, ranks=config.ranks)
+            check_source(source, config.dtype, random_weights=config.random_weights_seed is not None)
+            check_split(source, config.dtype, stages=config.stages, ranks=config.ranks)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._placement = plan_placement(
             config, cluster_cpus=resources.get("CPU", 0), cluster_gpus=resources.get("GPU", 0)

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from cluster.config import ControllerConfig, DeploymentSpec, ShareAcross
@@ -20,6 +20,7 @@ from cluster.deployment import Deployment, DeploymentConfig
 from cluster.dispatch import Dispatcher
 from cluster.requests import DeploymentState, Published, ReplicaStatus
 from cluster.shares import Share
+from engine.fetching import here
 from engine.tokenizer import tokenizer_json
 from polytrace.codec import to_json
 from polytrace.description import ModelDescription
@@ -54,6 +55,7 @@ class Replica:
         self.number = number
         self.state, self.progress = DeploymentState.STARTING, "starting"
         self.is_retiring = False
+        self.files: Mapping[str, frozenset[str]] = {}  # by node: those of the weights that its shards read
         self._spec = spec
         self._config = config
         self._share = share
@@ -67,6 +69,18 @@ class Replica:
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def holds(self) -> Mapping[str, float]:
+        """Of the cluster."""
+        deployment = self._deployment
+        return {} if deployment is None or deployment.is_waiting else deployment.resources
+
+    @property
+    def lacks(self) -> Mapping[str, float]:
+        """Of the cluster, while it waits for room."""
+        deployment = self._deployment
+        return deployment.resources if deployment is not None and deployment.is_waiting else {}
 
     def retire(self) -> None:
         """It is given no more requests, finishes those that it has begun, and ends (`end_if_idle`)."""
@@ -140,6 +154,7 @@ class Replica:
         # 1) shards: room, weights, self-test
         self._deployment = deployment = Deployment(_deployment_config(self._spec))
         description = deployment.start(lambda line: self._say_on_the_way(DeploymentState.STARTING, line))
+        self.files = deployment.files()
         policy = PassPolicy(
             budget_tokens=self._config.budget_tokens,
             tells_of_other_tenants=self._spec.share_across is ShareAcross.DEPLOYMENT,
@@ -159,7 +174,7 @@ class Replica:
                 awake=awake,
                 recover=self._recover,
                 max_active=self._config.max_active,
-                decode=decoder_of(tokenizer_json(self._spec.source)),
+                decode=decoder_of(tokenizer_json(here(self._spec.source))),
                 shares=self._share.fair,
                 shares_across_tenants=self._spec.share_across is ShareAcross.DEPLOYMENT,
             )
@@ -225,11 +240,12 @@ class Replica:
 
 def published(spec: DeploymentSpec, description: ModelDescription) -> Published:
     """What a deployment tells the gateway once its first replica is ready."""
+    source = here(spec.source)
     return Published(
-        source=spec.source,
+        source=source,
         dtype=spec.dtype,
         description=json.dumps(to_json(description)).encode(),
-        tokenizer=tokenizer_json(spec.source),
+        tokenizer=tokenizer_json(source),
     )
 
 

@@ -6,18 +6,22 @@ own. Sums up how they do for people and for the gateway. When it says that it is
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Sequence
 
-from cluster.config import ControllerConfig, Mode, Wanted
+from cluster.config import ControllerConfig, Heat, Mode, Wanted
+from cluster.demand import Standing, total
 from cluster.replica import Replica, published
 from cluster.requests import ControllerStore, DeploymentState, ReplicaStatus
 from cluster.shares import Share, Shares
+from cluster.warmth import Warmth
 from polytrace.description import ModelDescription
 from polytrace.errors import CapacityError, ServiceError
 
 _TELL_S = 0.5  # between two words about queues: they change with every request
+_USED_S = 10.0  # between two words about when it was used
 
 # The state of a deployment is that of its best replica.
 _ORDER = (
@@ -46,6 +50,10 @@ class ReplicaSet:
         self._num_open = 0  # requests that have not ended, when it matters
         self._told: tuple[DeploymentState, str] | None = None
         self._told_replicas: tuple[float, list[ReplicaStatus]] = (0.0, [])
+        self._warmth = Warmth(self._name)
+        self._used = wanted.last_used or 0.0  # when it had its last request, or became ready
+        self._told_used = self._used
+        self.note = ""  # why nobody makes room for it
 
     def give_out(self) -> None:
         """Gives waiting requests to the replicas."""
@@ -53,11 +61,14 @@ class ReplicaSet:
 
     def pursue(self, wanted: Wanted) -> bool:
         """One step towards what is wanted, and word of it. False when it was to be removed and is gone."""
+        is_hot = wanted.heat is Heat.HOT
         for replica, share in list(self._replicas):
             replica.end_if_idle()
-            if replica.has_ended() and replica.state is not DeploymentState.FAILED:
+            if replica.has_ended() and (replica.state is not DeploymentState.FAILED or not is_hot):
                 self._drop(replica, share)
-        self._num_open = self._store.num_open(self._name) if wanted.mode is not Mode.SERVING else 0
+        # one that rests and has nothing left gets no request without becoming hot first
+        is_asked = wanted.mode is not Mode.SERVING or (not is_hot and (self._replicas or self._told is None))
+        self._num_open = self._store.num_open(self._name) if is_asked else 0
         is_over = False
         if wanted.mode is Mode.DROPPING or (wanted.mode is Mode.REMOVING and self._num_open == 0):
             is_over = self._wind_up()
@@ -70,8 +81,33 @@ class ReplicaSet:
 
     def stop(self) -> None:
         """Every replica ends soon."""
+        self._warmth.release()
         for replica, _ in self._replicas:
             replica.stop()
+
+    def standing(self, now: float) -> Standing:
+        """How it stands among the others."""
+        is_busy = any(share.num_requests for _, share in self._replicas)
+        if is_busy:
+            self._used = now
+        self._used = max(self._used, self._shares.last_given)
+        if self._used - self._told_used > _USED_S:
+            self._told_used = self._used
+            self._store.note_used(self._name, self._used)
+        return Standing(
+            wanted=self._wanted,
+            state=self._state,
+            progress=self._told[1] if self._told is not None else "",
+            is_busy=is_busy,
+            used=self._used,
+            holds=total(replica.holds for replica, _ in self._replicas),
+            lacks=total(replica.lacks for replica, _ in self._replicas if not replica.is_retiring),
+        )
+
+    @property
+    def _state(self) -> DeploymentState:
+        """As it was told last."""
+        return DeploymentState.STARTING if self._told is None else self._told[0]
 
     def join(self, timeout_s: float) -> None:
         """Waits for their ends."""
@@ -85,11 +121,19 @@ class ReplicaSet:
             for replica, share in list(self._replicas):
                 if replica.state is DeploymentState.FAILED:
                     self._drop(replica, share)
+        is_resting = wanted.heat is not Heat.HOT and self._num_open == 0
+        number = 0 if is_resting else wanted.spec.replicas
+        if wanted.heat is Heat.WARM and is_resting:
+            self._warmth.hold(wanted.spec.source, [replica.files for replica, _ in self._replicas])
+        elif wanted.heat is Heat.COLD or self._state is DeploymentState.READY:
+            self._warmth.release()
+        if is_resting and not self._replicas:
+            self._description = None  # its files may have changed when it is loaded again
         staying = [replica for replica, _ in self._replicas if not replica.is_retiring]
-        for _ in range(wanted.spec.replicas - len(staying)):
+        for _ in range(number - len(staying)):
             self._add(wanted)
         by_worth = sorted(staying, key=lambda replica: (_ORDER.index(replica.state), replica.number))
-        for replica in by_worth[wanted.spec.replicas :]:
+        for replica in by_worth[number:]:
             replica.retire()
 
     def _wind_up(self) -> bool:
@@ -125,17 +169,27 @@ class ReplicaSet:
         """The first replica's description is the deployment's; every other one must have the same."""
         with self._lock:
             if self._description is None:
-                self._store.publish(self._name, published(self._wanted.spec, description))
+                self._publish(description)
                 self._description = description
             elif description != self._description:
                 source = self._wanted.spec.source
                 raise ServiceError(f"{self._name}: {source} here is not what the other replicas serve")
+
+    def _publish(self, description: ModelDescription) -> None:
+        """What is served from now on. Requests that were checked against another model's description are refused."""
+        before, now = self._store.published(self._name), published(self._wanted.spec, description)
+        self._store.publish(self._name, now)
+        if before is not None and json.loads(before.description)["fingerprint"] != description.fingerprint:
+            told = f"{self._name} is another model than when this request was accepted; send it again"
+            self._store.refuse(self._name, ServiceError(told))
 
     # --- what people are told
 
     def _tell(self) -> None:
         summary = self._summary()
         if summary != self._told:
+            if summary[0] is DeploymentState.READY and self._state is not DeploymentState.READY:
+                self._used = max(self._used, self._store.now())
             self._told = summary
             self._store.set_state(self._name, *summary)
         then, told = self._told_replicas
@@ -152,6 +206,10 @@ class ReplicaSet:
         )
         told = staying[0].progress if len(staying) == 1 else _tell_many(staying)
         state = staying[0].state if staying else DeploymentState.STOPPED
+        if state is DeploymentState.WAITING and self.note:
+            told = f"{told}; {self.note}"
+        if self._wanted.heat is not Heat.HOT:
+            state, told = self._resting(state, told)
         if self._wanted.mode is Mode.SERVING:
             return state, told
         done = "drained" if self._wanted.mode is Mode.DRAINING else "removed"
@@ -159,6 +217,18 @@ class ReplicaSet:
             return DeploymentState.DRAINING, done if self._wanted.mode is Mode.DRAINING else f"is {done}"
         left = f"{done} when {self._num_open} requests are finished"
         return (DeploymentState.DRAINING, left) if state.is_serving else (state, f"{left}; {told}")
+
+    def _resting(self, state: DeploymentState, told: str) -> tuple[DeploymentState, str]:
+        """Of one that is to be no more than warm."""
+        why = self._wanted.why
+        if self._num_open:
+            return state, f"{told}; rests when {self._num_open} requests are finished ({why})"
+        if self._replicas:
+            return DeploymentState.DRAINING, f"its shards end: {why}"
+        if self._wanted.heat is Heat.COLD:
+            return DeploymentState.COLD, why
+        is_warm, how = self._warmth.told()
+        return (DeploymentState.WARM if is_warm else DeploymentState.COLD), f"{why}; {how}"
 
 
 def _tell_many(replicas: Sequence[Replica]) -> str:

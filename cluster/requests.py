@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from cluster.config import Wanted
+from cluster.config import Heat, Wanted
 from polytrace.certificate import Generated
 from polytrace.errors import PolytraceError, WireError
 from polytrace.graph import Request
@@ -32,6 +32,8 @@ class DeploymentState(Enum):
     DRAINING = "draining"  # it takes nothing new
     FAILED = "failed"  # it will not come up by itself; the progress text says why
     STOPPED = "stopped"
+    WARM = "warm"  # not loaded, its weights are in the memory of nodes; the progress text says why
+    COLD = "cold"  # not loaded
 
     @property
     def is_serving(self) -> bool:
@@ -54,7 +56,7 @@ class ReplicaStatus:
 class Published:
     """What a ready deployment tells the gateway."""
 
-    source: str  # folder or hub id of the weights, which the gateway's workers build the shape model from
+    source: str  # folder or hub id of the configuration, which the gateway's workers build the shape model from
     dtype: str  # as asked for, "auto" included
     description: bytes  # ModelDescription as JSON
     tokenizer: bytes | None  # tokenizer.json
@@ -205,8 +207,23 @@ class ControllerStore(RequestStore, Protocol):
     def publish(self, model: str, published: Published) -> None:
         """Puts down what a ready deployment serves; `set_state(READY)` follows."""
 
+    def published(self, model: str) -> Published | None:
+        """What it serves, or served last."""
+
     def forget(self, model: str) -> None:
         """A deployment that was to be removed is gone; a name that is wanted again meanwhile stays."""
+
+    def now(self) -> float:
+        """Seconds since the epoch, by the store's clock."""
+
+    def cool(self, model: str, heat: Heat, why: str, cause: str) -> bool:
+        """A deployment is to be no hotter than this, unless it has requests that have not ended; whether it is so."""
+
+    def heat_up(self, model: str) -> None:
+        """A deployment is to be hot."""
+
+    def note_used(self, model: str, at: float) -> None:
+        """When a deployment had its last request."""
 
     def num_open(self, model: str) -> int:
         """Requests of a deployment that have not ended."""

@@ -47,6 +47,7 @@ class Shares:
         self.fair = FairShares()  # of all replicas
         self.lock = threading.Lock()
         self.has_more = False  # the store, of tenants that may not hold more now
+        self.last_given = 0.0  # by the store's clock: when it gave out a request
         self._weighed = -math.inf
         self._all: list[Share] = []
 
@@ -82,6 +83,7 @@ class Shares:
                     least_loaded(takers).put(claimed)
             if not claims:
                 break
+            self.last_given = self.store.now()
         for share in self._all:  # they look for cancellations
             share.interrupt()
 

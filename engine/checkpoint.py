@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import is_offline_mode
 from transformers.utils.hub import cached_file
 
+from engine.fetching import MANIFEST, fetch
 from engine.reading import FileTensor, Reader, Report, WeightFile
 from engine.windows import Window
 from polytrace.errors import ServiceError
@@ -53,6 +54,7 @@ def lazy_state(source: str, needs: Needs, files: ExitStack, reader: Reader, repo
     for number, name in enumerate(wanted, start=1):
         if not Path(source).is_dir():  # the hub's cache may not have it yet
             report(f"getting {name} ({number} of {len(wanted)})")
+        fetch(source, name, report)
         opened = files.enter_context(closing(_open(source, name, reader)))
         state.update({key: tensor for key, tensor in opened.tensors.items() if needs.has(key)})
     return state
@@ -60,6 +62,8 @@ def lazy_state(source: str, needs: Needs, files: ExitStack, reader: Reader, repo
 
 def check_weights(source: str) -> None:
     """ServiceError when a folder, or a cache that is all there is, has no weights of the model. Opens nothing."""
+    if (Path(source) / MANIFEST).is_file():
+        return  # they come when they are read
     if (Path(source).is_dir() or is_offline_mode()) and not _weight_files(source):
         _file(source, _ONE_FILE)
 
@@ -98,8 +102,21 @@ def _weight_files(source: str) -> dict[str, str]:
     return dict(json.loads(Path(index).read_text())["weight_map"])
 
 
+def weight_paths(source: str) -> list[str]:
+    """Every file of weights that is here already."""
+    names = sorted(set(_weight_files(source).values())) or [_ONE_FILE]
+    if Path(source).is_dir():
+        found = [Path(source) / name for name in names]
+        return [str(path) for path in found if path.is_file()] or sorted(map(str, Path(source).glob("*.safetensors")))
+    paths = (
+        cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False) for name in names
+    )
+    return [path for path in paths if path is not None]
+
+
 def _file(source: str, name: str, *, is_required: bool = True) -> str | None:
     try:
+        fetch(source, name)
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         raise ServiceError(f"cannot get {name} of {source}: {error}") from error

@@ -75,6 +75,7 @@ class LoadedModel:
     weight_bytes: int  # of this shard
     read_bytes: int  # of files
     seconds: float  # the load took
+    files: tuple[str, ...] = ()  # that hold weights of this shard
 
 
 def meta_model(source: str, dtype: str = "auto") -> PreTrainedModel:
@@ -177,6 +178,7 @@ def load_model(config: ShardConfig, links: Links, report: Report = lambda _: Non
         weight_bytes=weight_bytes,
         read_bytes=reader.read_bytes,
         seconds=seconds,
+        files=tuple(dict.fromkeys(reader.paths)),
     )
 
 

@@ -76,6 +76,7 @@ class Reader:
         self.piece_bytes = piece_bytes
         self.read_bytes = 0
         self.total_bytes = 0  # to be read, for those who look on; set by whoever knows
+        self.paths: list[str] = []  # of the files that were opened
         self._report = report
         self._tell_s = tell_s
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read")
@@ -136,6 +137,7 @@ class WeightFile:
         except BaseException:
             self.close()
             raise
+        reader.paths.append(path)
 
     def close(self) -> None:
         os.close(self._descriptor)

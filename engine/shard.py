@@ -102,6 +102,11 @@ class Shard:
         self.store = SpanStore(self.config.kv_bytes, self.device)
         self.runner = self._new_runner()
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those that its weights were read from."""
+        return self.loaded.files
+
     def _probed(self) -> Probe:
         """ServiceError when the model cannot be cut as it is asked for."""
         meta = meta_model(self.config.source, self.config.dtype)

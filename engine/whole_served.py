@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from engine.checkpoint import weight_paths
+from engine.fetching import fetch_all
 from engine.links import Links
 from engine.loading import ShardConfig
 from engine.reading import Report
@@ -39,8 +41,14 @@ class WholeServed:
             ranks=config.ranks,
             offload_bytes=config.offload_bytes,
         )
+        fetch_all(config.source, report)
         self._model: nn.Module = load_whole(self.config, self._kind)
         report(f"loaded {sum(p.nbytes for p in self._model.parameters()) / 1e6:,.1f} MB")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those that its weights were read from."""
+        return tuple(weight_paths(self.config.source))
 
     def gate(self, is_first: bool = True) -> GateReport:
         """There is nothing to prove: each call is one of the model as it is, and nobody shares it."""

@@ -124,7 +124,8 @@ def result_of(content: memoryview) -> Result:
 
 def status_of(plain: Any) -> JobStatus:
     """A status as the service tells it."""
-    known = {name: plain.get(name) for name in ("queue_position", "expected_start", "created", "started", "finished")}
+    names = ("queue_position", "expected_start", "created", "started", "finished", "waits_for")
+    known = {name: plain.get(name) for name in names}
     error = plain.get("error")
     return JobStatus(
         id=plain["id"],

@@ -48,12 +48,15 @@ class JobStatus:
     started: float | None = None
     finished: float | None = None
     error: PolytraceError | None = None  # why it failed
+    waits_for: str | None = None  # why it does not run yet, such as how far the loading of its model is
 
     @property
     def is_over(self) -> bool:
         return self.state in ("done", "failed", "cancelled")
 
     def __str__(self) -> str:
+        if self.state == "queued" and self.waits_for is not None:
+            return f"queued: {self.waits_for}"
         if self.state == "queued" and self.queue_position is not None:
             return f"queued behind {self.queue_position} others" if self.queue_position else "queued, next to go"
         if self.state == "running" and self.passes:

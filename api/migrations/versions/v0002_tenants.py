@@ -118,10 +118,26 @@ def upgrade() -> None:
         sa.Column("is_pinned", sa.Integer, nullable=False, server_default="0"),
         sa.Column("on_demand", sa.Integer, nullable=False, server_default="0"),
         sa.Column("schedule", sa.Text),
+        sa.Column("idle_minutes", sa.Double),
+        sa.Column("rests", sa.Text, nullable=False, server_default="cold"),
         sa.Column("last_used", sa.Double),
+        sa.Column("heat", sa.Text, nullable=False, server_default="hot"),  # that is wanted: `cluster.config.Heat`
+        sa.Column("heat_why", sa.Text, nullable=False, server_default=""),
+        sa.Column("heat_since", sa.Double, nullable=False, server_default="0"),
         sa.Column("limits", sa.Text, nullable=False, server_default="{}"),
     ):
         op.add_column("deployments", column)
+    op.create_table(
+        "starts",  # of deployments, that requests were the cause of
+        sa.Column("seq", _SEQ, primary_key=True, autoincrement=True),
+        sa.Column("tenant", sa.Text, nullable=False),
+        sa.Column("user_name", sa.Text, nullable=False),
+        sa.Column("model", sa.Text, nullable=False),
+        sa.Column("day", sa.Text, nullable=False),  # YYYY-MM-DD, UTC
+        sa.Column("at", sa.Double, nullable=False),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("starts_of", "starts", ["tenant", "day"])
     if not sa.inspect(op.get_bind()).has_table("edits"):  # a store from before edits were kept
         _create_edits()
     for table in ("requests", "contents", "kept", "uses", "room", "edits"):
