@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from engine.copies import to_device
 from engine.fragments import from_raw
-from engine.imaged import imaged_class
+from engine.imaged import image_shape, imaged_class
 from polytrace.description import ImageInfo
+from polytrace.errors import ServiceError
 from polytrace.images import PIXELS, image_of, is_image_row
 from scheduling.plan import Plan, Program
 
@@ -27,14 +29,27 @@ from scheduling.plan import Plan, Program
 
 
 def image_info(model: nn.Module) -> ImageInfo | None:
-    """How images stand in prompts, by running the vision part once; None of a model without one."""
+    """How images stand in prompts, by running the vision part of a meta model once; None of a model without one.
+
+    Raises ServiceError where it does not run with pixels alone.
+    """
     root: Any = model
-    if imaged_class(root.config) is None:
+    shape = image_shape(root.config)
+    if imaged_class(root.config) is None or shape is None:
         return None
-    vision = root.config.vision_config
-    shape = (vision.num_channels, vision.image_size, vision.image_size)
-    rows = _features(model, torch.zeros(1, *shape)).shape[0]
-    return ImageInfo(token=root.config.image_token_id, rows=rows, shape=shape)
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            rows = _features(model, torch.zeros(1, *shape)).shape[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        told = (
+            f"{type(model).__name__} does not make rows of an image {list(shape)} alone: {str(error).splitlines()[0]}"
+        )
+        raise ServiceError(f"{told}; {CALLED}") from error
+    return ImageInfo(token=root.config.image_token_id, rows=rows, shape=shape, flops=counter.get_total_flops())
+
+
+CALLED = "called as it is (whole=True, the default) it runs"
 
 
 class SeenImages:

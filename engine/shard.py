@@ -105,6 +105,7 @@ class Shard:
     def _probed(self) -> Probe:
         """ServiceError when the model cannot be cut as it is asked for."""
         meta = meta_model(self.config.source, self.config.dtype)
+        self._images = image_info(meta)
         probe = probe_model(meta, why_padded="it has an encoder and a decoder" if has_encoder(meta) else None)
         if has_encoder(meta) and self.config.stages > 1:
             raise ServiceError(f"{why_one_stage(meta)}; use stages=1")
@@ -184,8 +185,7 @@ class Shard:
         )
         checked = with_checks(description, [check for report in told for check in report.checks])
         source = self.config.source
-        images = image_info(self.loaded.model)
-        return replace(checked, chat=chat_format(source), eos=end_tokens(source), images=images)
+        return replace(checked, chat=chat_format(source), eos=end_tokens(source), images=self._images)
 
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""
