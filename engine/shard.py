@@ -434,7 +434,7 @@ class Shard:
             plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None
         )
         attention.is_taped = tape is not None
-        rows = PackedRows(streams=streams, attention=attention, trunks=trunks, tape=tape, images=SeenImages(plan))
+        rows = PackedRows(streams=streams, attention=attention, trunks=trunks, tape=tape, images=SeenImages(states))
         is_last = self.links.stage == plan.num_stages - 1
         if is_last and plan.until != PROLOGUE:
             at.setdefault(plan.until, [])  # nobody reads or writes there when the pass goes on for what it keeps
