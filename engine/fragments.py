@@ -21,6 +21,7 @@ from engine.calls import ModuleCall
 from engine.constants import Constants
 from engine.copies import to_device
 from engine.gradient_port import GradientPort
+from engine.imaged import plain_tokens
 from engine.links import Links
 from engine.memory import told_out_of_memory
 from engine.named import NamedParameters
@@ -57,6 +58,7 @@ from polytrace.graph import (
     draw_of,
     name_at,
 )
+from polytrace.images import images_by_digest
 from polytrace.tensors import RawTensor
 from scheduling.absence import without_absent
 from scheduling.checks import ModelTable
@@ -97,6 +99,7 @@ class RequestState:
         self._written: dict[tuple[Selector, int], list[tuple[NodeId, Tensor]]] = {}  # at this visit, by invoke
         self._in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
         self._constants: dict[str, Tensor] = {}
+        self.images = images_by_digest(program.invokes)  # in its prompts
         self._slots: dict[NodeId, SaveSlot] = {}
         self._writes: dict[tuple[Site, int], list[NodeId]] | None = None  # see `writes_of`
         self._reach: dict[tuple[int | None, int], dict[int, int]] = {}  # see `begin_wave`, by part and wave
@@ -135,7 +138,7 @@ class RequestState:
         self.values = {node: self.left[left] for node, left in member.binds.items() if left in self.left}
         if member.part is None:
             self.histories = {
-                (index, place): list(tokens)
+                (index, place): plain_tokens(self.context.runner.model, tokens)
                 for index, invoke in enumerate(member.program.invokes)
                 if invoke.generation is not None and invoke.generation.sampling.repetition_penalty != 1
                 for place, tokens in enumerate(invoke.sequences)
@@ -544,6 +547,12 @@ class RequestState:
                     constant = stored.get_tensor(name)
             self._constants[name] = to_device(constant, self.context.device)
         return self._constants[name]
+
+    def image(self, name: str) -> Tensor:
+        """The pixels of an image in its prompts, which are not needed again."""
+        pixels = self._constant(name)
+        del self._constants[name]
+        return pixels
 
     def _mask(self, invoke: int) -> Tensor:
         sequences = self.program.invokes[invoke].sequences

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.image_rows import CALLED
 from engine.manners import attention_of, use_attention
 from polytrace.backend import Backend
 from polytrace.description import ImageInfo
@@ -24,7 +25,6 @@ def check_images(backend: Backend, model: nn.Module, info: ImageInfo) -> None:
     """ServiceError unless the logits of a prompt with an image are those of the model as transformers runs it."""
     root: Any = model
     name = type(model).__name__
-    told = "polytrace.load(source) calls it as it is"
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, *info.shape, generator=generator)
     size = root.config.get_text_config().vocab_size
@@ -35,7 +35,7 @@ def check_images(backend: Backend, model: nn.Module, info: ImageInfo) -> None:
         with served.trace(prompt, pixel_values=pixels):
             found = served.output.logits.save()
     except PolytraceError as error:
-        raise ServiceError(f"{name} does not take images in shared passes: {error}; {told}") from error
+        raise ServiceError(f"{name} does not take images in shared passes: {error}; {CALLED}") from error
     own = attention_of(root)
     use_attention(root, "sdpa" if root._supports_sdpa else "eager")
     try:
@@ -49,5 +49,5 @@ def check_images(backend: Backend, model: nn.Module, info: ImageInfo) -> None:
     if not far <= max(_TOLERANCE, 8 * torch.finfo(root.dtype).eps):
         raise ServiceError(
             f"{name} has other logits in shared passes than alone when a prompt has an image: they differ by {far:.2g} "
-            f"of the largest; {told}"
+            f"of the largest; {CALLED}"
         )

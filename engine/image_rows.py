@@ -9,69 +9,81 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from engine.copies import to_device
-from engine.fragments import from_raw
-from engine.imaged import imaged_class
+from engine.imaged import image_shape, imaged_class
+from engine.memory import told_out_of_memory
 from polytrace.description import ImageInfo
-from polytrace.images import PIXELS, image_of, is_image_row
-from scheduling.plan import Plan, Program
+from polytrace.errors import ServiceError
+from polytrace.images import image_of, is_image_row
+
+if TYPE_CHECKING:
+    from engine.fragments import RequestState
 
 # T = rows of the root, R = rows of an image, D = hidden
 
 
 def image_info(model: nn.Module) -> ImageInfo | None:
-    """How images stand in prompts, by running the vision part once; None of a model without one."""
+    """How images stand in prompts, by running the vision part of a meta model once; None of a model without one.
+
+    Raises ServiceError where it does not run with pixels alone.
+    """
     root: Any = model
-    if imaged_class(root.config) is None:
+    shape = image_shape(root.config)
+    if imaged_class(root.config) is None or shape is None:
         return None
-    vision = root.config.vision_config
-    shape = (vision.num_channels, vision.image_size, vision.image_size)
-    rows = _features(model, torch.zeros(1, *shape)).shape[0]
-    return ImageInfo(token=root.config.image_token_id, rows=rows, shape=shape)
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            rows = _features(model, torch.zeros(1, *shape)).shape[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        told = (
+            f"{type(model).__name__} does not make rows of an image {list(shape)} alone: {str(error).splitlines()[0]}"
+        )
+        raise ServiceError(f"{told}; {CALLED}") from error
+    return ImageInfo(token=root.config.image_token_id, rows=rows, shape=shape, flops=counter.get_total_flops())
+
+
+CALLED = "called as it is (whole=True, the default) it runs"
 
 
 class SeenImages:
     """The images in the prompts of a pass."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, states: Sequence[RequestState]) -> None:
+        self._states = states
 
     def features(self, model: nn.Module, tokens: Sequence[int]) -> ImageRows | None:
-        """What stands in the rows of images; None where no row is one. `tokens` are the root's."""
+        """What stands in the rows of images; None where no row is one. `tokens` are the root's.
+
+        A request whose image cannot be read fails, and its rows are zeros.
+        """
         rows = [row for row, token in enumerate(tokens) if is_image_row(token)]
         if not rows:
             return None
         wanted = [image_of(tokens[row]) for row in rows]
-        made: dict[int, Tensor] = {}
-        for digest, program, name, place in self._images():
-            if digest not in made and any(digest == one for one, _ in wanted):
-                made[digest] = _features(model, _constant(program, name)[place : place + 1])
+        made = {digest: _features(model, self._pixels(model, digest)) for digest in dict(wanted)}
         features_RD = torch.stack([made[digest][row] for digest, row in wanted])
         return ImageRows(rows=to_device(rows, features_RD.device), features_RD=features_RD)
 
-    def _images(self) -> Iterator[tuple[int, Program, str, int]]:
-        """Of each image its digest, and where it is: a program's constant, and its place in that."""
-        for member in self._plan.members:
-            for invoke in member.program.invokes:
-                if invoke.inputs is not None:
-                    rows = (image_of(token) for one in invoke.sequences for token in one if is_image_row(token))
-                    for place, digest in enumerate([digest for digest, row in rows if row == 0]):
-                        yield digest, member.program, invoke.inputs.kwargs[PIXELS].name, place
-
-
-def _constant(program: Program, name: str) -> Tensor:
-    if program.request_file is None:
-        return from_raw(program.constants[name])
-    with safe_open(program.request_file, framework="pt") as stored:
-        found: Tensor = stored.get_tensor(name)
-    return found
+    def _pixels(self, model: nn.Module, digest: int) -> Tensor:
+        """From the first request that has the image and can read it; zeros where none can, who have failed then."""
+        root: Any = model
+        for state in self._states:
+            if (name := state.images.get(digest)) is not None:
+                try:
+                    return state.image(name)[None]
+                except Exception as error:  # the edge between a user's tensor and the shared pass
+                    if told_out_of_memory(error) is not None:
+                        raise
+                    state.fail(None, f"its image cannot be read: {error}")
+        return torch.zeros(1, *image_shape(root.config))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Families whose positions follow from images are not among them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,15 +19,44 @@ def imaged_class(config: Any) -> Any:
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return None
     kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    has_own_size = isinstance(getattr(getattr(config, "vision_config", None), "image_size", None), int)
-    is_known = hasattr(kind, "get_image_features") and hasattr(config, "image_token_id") and has_own_size
-    return kind if is_known else None
+    is_known = hasattr(kind, "get_image_features") and hasattr(config, "image_token_id")
+    return kind if is_known and image_shape(config) is not None else None
+
+
+def image_shape(config: Any) -> tuple[int, int, int] | None:
+    """Channels, height and width of the images that a model takes; None where it takes others too."""
+    vision = getattr(config, "vision_config", None)
+    size = getattr(vision, "image_size", None)
+    sizes = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
+    return (vision.num_channels, *sizes) if len(sizes) == 2 else None
+
+
+def language_class(config: Any) -> Any:
+    """The class of a model that runs as a language model, or as the one in it."""
+    return imaged_class(config) or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def is_of_text(model: nn.Module, module: nn.Module) -> bool:
     """Whether a module lies in the part of a model that reads text; in a language model all do."""
     root: Any = model
     return imaged_class(root.config) is None or any(part is module for part in root.get_decoder().modules())
+
+
+def image_parts(model: nn.Module) -> tuple[str, ...]:
+    """The topmost modules with weights that neither read text nor are the head; none in a language model."""
+    root: Any = model
+    return () if imaged_class(root.config) is None else tuple(_beside_text(root, "", root))
+
+
+def _beside_text(root: Any, path: str, module: nn.Module) -> Iterator[str]:
+    text = (root.get_decoder(), root.get_output_embeddings())
+    if any(module is one for one in text):
+        return
+    if any(part is one for part in module.modules() for one in text):
+        for name, child in module.named_children():
+            yield from _beside_text(root, f"{path}.{name}" if path else name, child)
+    elif next(module.parameters(), None) is not None:
+        yield path
 
 
 def plain_tokens(model: nn.Module, tokens: Sequence[int]) -> list[int]:

@@ -110,6 +110,7 @@ class Shard:
     def _probed(self) -> Probe:
         """ServiceError when the model cannot be cut as it is asked for."""
         meta = meta_model(self.config.source, self.config.dtype)
+        self._images = image_info(meta)
         probe = probe_model(meta, why_padded="it has an encoder and a decoder" if has_encoder(meta) else None)
         if has_encoder(meta) and self.config.stages > 1:
             raise ServiceError(f"{why_one_stage(meta)}; use stages=1")
@@ -189,8 +190,7 @@ class Shard:
         )
         checked = with_checks(description, [check for report in told for check in report.checks])
         source = self.config.source
-        images = image_info(self.loaded.model)
-        return replace(checked, chat=chat_format(source), eos=end_tokens(source), images=images)
+        return replace(checked, chat=chat_format(source), eos=end_tokens(source), images=self._images)
 
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""
@@ -439,7 +439,7 @@ class Shard:
             plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None
         )
         attention.is_taped = tape is not None
-        rows = PackedRows(streams=streams, attention=attention, trunks=trunks, tape=tape, images=SeenImages(plan))
+        rows = PackedRows(streams=streams, attention=attention, trunks=trunks, tape=tape, images=SeenImages(states))
         is_last = self.links.stage == plan.num_stages - 1
         if is_last and plan.until != PROLOGUE:
             at.setdefault(plan.until, [])  # nobody reads or writes there when the pass goes on for what it keeps

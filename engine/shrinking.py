@@ -35,6 +35,7 @@ _STATES = (
     ("n_mamba_heads", "mamba_headdim"),
     ("num_heads", "head_dim"),
 )
+_SEEN_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _EXPANDS = ("mamba_expand", "expand")
 _GROUPS = ("mamba_n_groups", "mamba_ngroups", "n_groups")
 
@@ -102,6 +103,24 @@ def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
             place: {name: _scaled(value, *ratios[name]) for name, value in apart.get(layer, {}).items()}
             for place, layer in enumerate(kept_layers)
         }
+
+
+def shrink_seeing(config: Any) -> None:
+    """Makes what sees images small in place, where a configuration has it: as many layers, which others may number."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return
+    vision.dtype = torch.float32
+    for name, size in (("num_attention_heads", 2), ("hidden_size", _HEAD * 2)):
+        _set(vision, name, size)
+    for name in _INNER:
+        _set(vision, name, _HEAD * 2)
+    text = config.get_text_config(decoder=True)
+    for each in (config, vision):
+        _set(each, "projection_dim", text.hidden_size)
+    last = text.vocab_size - 1
+    for place, name in enumerate(_SEEN_TOKENS):
+        _set(config, name, last - place)
 
 
 def _scaled(value: Any, now: int, was: int) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from engine.imaged import image_parts
 from engine.own_plans import OWN_PLANS
 from polytrace.errors import ServiceError
 
@@ -184,7 +185,8 @@ def _plan_of(model: nn.Module) -> dict[str, str]:
     if not any(_HOLDERS.get(name) is Style.EXPERTS_CUT for name in plan.values()):
         plan |= {path: name for path, name in root.ep_plan.items() if name in (_DEALT, "ep_dispatch_experts")}
     expanded: dict[str, str] = root._expand_parallel_plan(plan)
-    return expanded
+    whole = tuple(f"{path}." for path in image_parts(model))  # on each rank: images are few, and it is small
+    return {path: name for path, name in expanded.items() if not path.startswith(whole)}
 
 
 def _wanted(

@@ -25,19 +25,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.arguments import Selector
 from engine.attention import AttentionPass, use_packed_attention
 from engine.experts import is_experts
 from engine.gate import root_segment
+from engine.imaged import language_class
 from engine.leaves import port_leaves
 from engine.links import Links, Solo
 from engine.loading import LoadedModel, ShardConfig, load_model, meta_model
 from engine.operations import watch_operations
 from engine.probe import probe_model
 from engine.proofs import Proof
-from engine.shrinking import shrink
+from engine.shrinking import shrink, shrink_seeing
 from engine.slices import take_part
 from engine.source_sites import Place, blocks_of_operation, pattern_of
 from engine.spans import SpanStore
@@ -68,13 +68,13 @@ def prove_splits(config: Any, links: Links, device: torch.device) -> Proof | Non
     """
     if links.ranks == 1:
         return None
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = language_class(config)
     name: str = kind.__name__
     with tempfile.TemporaryDirectory(prefix="polytrace-twin-") as folder:
         part = ShardConfig(source=folder, dtype="float32", device=str(device), rank=links.rank, ranks=links.ranks)
 
         def make() -> tuple[LoadedModel, _Run]:
-            _write(_twin(config, links.ranks), Path(folder))
+            write_twin(twin_of(config, links.ranks), Path(folder))
             alone = load_model(replace(part, rank=0, ranks=1), Solo())
             return alone, _run(alone, device, folder)
 
@@ -253,11 +253,12 @@ def _run(loaded: LoadedModel, device: torch.device, folder: str) -> _Run:
     return _Run(ports=seen, operations=operations, calls=calls, modules=frozenset(paths.values()))
 
 
-def _twin(config: Any, ranks: int) -> PreTrainedModel:
+def twin_of(config: Any, ranks: int) -> PreTrainedModel:
     """On the CPU, with weights that make differences large."""
     small = copy.deepcopy(config)
     shrink(small, ranks)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)]
+    shrink_seeing(small)
+    kind: Any = language_class(small)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model: PreTrainedModel = kind._from_config(small, dtype=torch.float32).eval()
@@ -265,7 +266,7 @@ def _twin(config: Any, ranks: int) -> PreTrainedModel:
     return model
 
 
-def _write(model: PreTrainedModel, folder: Path) -> None:
+def write_twin(model: PreTrainedModel, folder: Path) -> None:
     """As a checkpoint. Not by `save_pretrained`, which writes on the first process of a world only."""
     tied = model.all_tied_weights_keys
     state = {path: tensor.contiguous() for path, tensor in model.state_dict().items() if path not in tied}

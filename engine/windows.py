@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.encoders import has_encoder, why_one_stage
-from engine.imaged import is_of_text
+from engine.imaged import image_parts, is_of_text
 from polytrace.errors import ServiceError
 
 _DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")  # in configurations of models that have an encoder
@@ -62,12 +62,13 @@ class OutputShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Where a model's weights lie in its forward. Modules that are in none of the three groups exist on every stage."""
+    """Where a model's weights lie in its forward. Modules that are in none of the groups exist on every stage."""
 
     layers: str
     num_layers: int
     before: Mapping[str, OutputShape]  # modules with weights that run before the first layer: first stage only
     after: tuple[str, ...]  # modules with weights that run after the last layer: last stage only
+    seeing: tuple[str, ...]  # modules with weights that make rows of images: first stage only
     layer_members: int  # the root forward takes a tuple of so many from a layer, and of these the first; 0: a tensor
     shares: tuple[
         float, ...
@@ -230,13 +231,15 @@ def find_layout(model: nn.Module) -> Layout:
         elif is_before == {False}:
             after.append(module)
     layers = _as_list(model, path)
+    seeing = [own for own in image_parts(model) if first and own not in first]
     return Layout(
         layers=path,
         num_layers=len(layers),
         before=before,
         after=tuple(after),
+        seeing=tuple(seeing),
         layer_members=members,
-        shares=_shares(model, [[*before], *([f"{path}.{index}"] for index in range(len(layers))), after]),
+        shares=_shares(model, [[*before, *seeing], *([f"{path}.{index}"] for index in range(len(layers))), after]),
         why_whole=why_whole,
     )
 
@@ -249,6 +252,7 @@ def _whole(model: nn.Module, path: str, reason: str) -> Layout:
         num_layers=len(layers),
         before={},
         after=(),
+        seeing=(),
         layer_members=0,
         shares=_shares(model, [[], *([f"{path}.{index}"] for index in range(len(layers))), []]),
         why_whole=reason,
@@ -304,6 +308,8 @@ def keep_window(model: nn.Module, window: Window, layout: Layout | None = None) 
     if not window.is_first:
         for path, shape in layout.before.items():
             model.set_submodule(path, NoEmbedding(shape))
+        for path in layout.seeing:
+            model.set_submodule(path, PassThrough(model.get_submodule(path)))
     if not window.is_last:
         for path in layout.after:
             model.set_submodule(path, PassThrough(model.get_submodule(path), has_parts=True))

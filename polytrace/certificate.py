@@ -28,13 +28,13 @@ class Certificate:
     read_bytes: int  # all values read from the model, what a client-side analysis would have to move
     carried_bytes: int  # values that cross from stage to stage
     live_bytes: int  # values that the graph holds at one site visit, at most
-    op_flops: int = 0  # of the graph's own ops, beside the model's
+    op_flops: int = 0  # of the graph's own ops, and to make rows of images, beside the model's
     tape_bytes: int = 0  # what passes keep for gradients, at once, on the shard that keeps most
     notes: tuple[str, ...]  # for people: reads that see later lines' writes, pad rows written, ...
     edits: tuple[str, ...] = ()  # that its traces start from, as name@version
     kept_bytes: int = 0  # values that stay on the service
     split: int = 0  # of the passes: those that it takes because its rows do not fit into fewer
-    row_bytes: int = 0  # its rows while they run through a layer or the head, on the shard that has most of them
+    row_bytes: int = 0  # its rows and images while they run, on the shard that has most of them
     trunk_bytes: int = 0  # rows that stay for its later passes and steps, on the shard that keeps most
     gathered_bytes: int = 0  # that ranks get of each other's parts for its reads and operations
     hidden_link_bytes: int = 0  # hidden states from stage to stage

@@ -7,6 +7,7 @@ from typing import Any
 
 from polytrace.certificate import Generated
 from polytrace.errors import GraphError
+from polytrace.images import is_image_row
 from polytrace.lines import user_line
 
 
@@ -92,5 +93,6 @@ class Continuations(Sequence[Continuation]):
 
 def new_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """The text that ids add to a prompt's: some tokenizers write a token's space only behind another."""
-    whole, before = tokenizer.decode([*prompt, *ids]), tokenizer.decode([*prompt])
+    prompt = [token for token in prompt if not is_image_row(token)]
+    whole, before = tokenizer.decode([*prompt, *ids]), tokenizer.decode(prompt)
     return str(whole[len(before) :] if whole.startswith(before) else tokenizer.decode([*ids]))

@@ -241,6 +241,7 @@ class ImageInfo:
     token: int
     rows: int
     shape: tuple[int, ...]  # of an image's pixels: channels, height, width
+    flops: int  # to make its rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from polytrace.errors import GraphError, TooLargeError
 from polytrace.generation import refusals
 from polytrace.grammar import nearest
 from polytrace.graph import Generation, Invoke, Sampling
+from polytrace.images import sampled_images
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 
@@ -73,9 +74,11 @@ class Ways:
                 f"this model takes {limit}",
                 where=user_line(),
             )
+        sequences = tuple([one for one in invoke.sequences for _ in range(samples)])
+        if invoke.inputs is not None:  # one of its own, that nobody else keeps
+            return replace(invoke, sequences=sequences, generation=way, inputs=sampled_images(invoke, samples))
         key = (id(invoke), way, samples)
         if key not in self._made:
-            sequences = tuple([one for one in invoke.sequences for _ in range(samples)])
             self._made[key] = replace(invoke, sequences=sequences, generation=way)
         return self._made[key]
 

@@ -14,6 +14,7 @@ from polytrace.errors import GraphError
 from polytrace.generate_options import Ways, is_source
 from polytrace.generation import check_stop_texts
 from polytrace.graph import Invoke, Op, Operand, Options, Port, Ref, Site, Stop
+from polytrace.images import plain_tokens
 from polytrace.iterating import StepBlock, StepIndex
 from polytrace.jobs import in_thread
 from polytrace.lines import user_line
@@ -47,6 +48,7 @@ class GenerateTracer(Tracer):
         chat: Mapping[str, Any] | None = None,
         edits: Sequence[EditSet] = (),
         listener: Listener | bool | None = None,
+        pixel_values: Any = None,
     ) -> None:
         """`given`: the keywords of `polytrace.generate_options`. `listener`: hears tokens; True prints their text."""
         self._ways = Ways(model.description, given, options.seed)
@@ -55,10 +57,12 @@ class GenerateTracer(Tracer):
             raise GraphError(f"stream is a function or True, not {listener!r}", where=user_line())
         self._listener: Listener | None = _print if listener is True else listener or None
         self._results: dict[int | None, Continuations] = {}
-        super().__init__(model, prompts, options, is_run, chat=chat, edits=edits)
+        super().__init__(model, prompts, options, is_run, chat=chat, edits=edits, pixel_values=pixel_values)
         self.recording.goes_on = True
 
-    def invoke(self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None, **own: Any) -> InvokeBlock:
+    def invoke(
+        self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None, pixel_values: Any = None, **own: Any
+    ) -> InvokeBlock:
         """`with tracer.invoke(prompts, max_new_tokens=..., seed=...)`: keywords of `model.generate` for these prompts.
 
         `generate=False`, or `max_new_tokens=0`: they do not go on; their values are there for the others.
@@ -67,7 +71,7 @@ class GenerateTracer(Tracer):
             raise GraphError(f"prompts are given before the loop over steps at {loop.where} begins", where=user_line())
         self._own_way = own
         try:
-            return super().invoke(prompts, chat=chat)
+            return super().invoke(prompts, chat=chat, pixel_values=pixel_values)
         finally:
             self._own_way = {}
 
@@ -190,9 +194,9 @@ class GenerateTracer(Tracer):
                 container[:] = came(container)
 
     def _continuations(self, invoke: int | None) -> list[Continuation]:
-        tokenizer = self.model.tokenizer
+        tokenizer, info = self.model.tokenizer, self.model.description.images
         return [
-            Continuation(self._invokes[one.invoke].sequences[one.sequence], one, tokenizer)
+            Continuation(plain_tokens(self._invokes[one.invoke].sequences[one.sequence], info), one, tokenizer)
             for one in self.receipt.generated
             if invoke is None or one.invoke == invoke
         ]

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any
 
 from polytrace.constants import Constants
 from polytrace.description import ImageInfo, ModelDescription
 from polytrace.errors import GraphError
 from polytrace.graph import Given, Inputs, Invoke
-from polytrace.images import PIXELS, image_row
-from polytrace.tensors import RawTensor
-
-
-def image_digests(raw: RawTensor) -> Iterator[int]:
-    """What tells images apart: of each its content, with dtype and shape."""
-    size = len(raw.data) // max(1, raw.shape[0])
-    head = f"{raw.dtype} {raw.shape[1:]} ".encode()
-    for place in range(raw.shape[0]):
-        yield int.from_bytes(sha256(head + bytes(raw.data[place * size : (place + 1) * size])).digest())
+from polytrace.images import PIXELS, image_row, own_digest
 
 
 def with_images(
@@ -37,19 +26,19 @@ def with_images(
     if len(shape) != 4 or shape[1:] != info.shape or "float" not in str(getattr(pixel_values, "dtype", "")):
         told = f"{PIXELS} is a tensor of floats [images, {', '.join(map(str, info.shape))}]"
         raise GraphError(f"{told}; this is {list(shape) or type(pixel_values).__name__}", where=where)
-    name = constants.add(pixel_values, where)
-    raw = constants.tensors[name]
-    if len(raw.data) > description.limits.max_value_bytes:
-        limit = description.limits.max_value_bytes
-        raise GraphError(f"{PIXELS} has {len(raw.data)} bytes; the limit is {limit}", where=where)
-    if not raw.is_here:
+    if getattr(pixel_values, "kept_tensor", None) is not None:
         raise GraphError(f"{PIXELS} is given with its values: what is kept on the service cannot be", where=where)
-    rows = iter([image_row(digest, row) for digest in image_digests(raw) for row in range(info.rows)])
+    names = [constants.add(pixel_values[place], where) for place in range(shape[0])]
+    limit = description.limits.max_value_bytes
+    raws = [constants.tensors[name] for name in names]
+    if (size := max([len(raw.data) for raw in raws], default=0)) > limit:
+        raise GraphError(f"an image of {PIXELS} has {size} bytes; the limit is {limit}", where=where)
     _check_room(invoke, shape[0], info, where)
+    rows = iter([image_row(digest, row) for digest in map(own_digest, raws) for row in range(info.rows)])
     sequences = tuple(
         [tuple([next(rows) if token == info.token else token for token in one]) for one in invoke.sequences]
     )
-    return replace(invoke, sequences=sequences, inputs=Inputs(args=(), kwargs={PIXELS: Given(name)}))
+    return replace(invoke, sequences=sequences, inputs=Inputs(args=(), kwargs={PIXELS: tuple(map(Given, names))}))
 
 
 def _check_room(invoke: Invoke, images: int, info: ImageInfo, where: str) -> None:

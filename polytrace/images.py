@@ -7,12 +7,15 @@ different images apart, and finds equal ones equal. Shards put there what the mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polytrace.description import ModelDescription
+from polytrace.contents import identity
+from polytrace.description import ImageInfo, ModelDescription
 from polytrace.errors import GraphError
-from polytrace.graph import Invoke
+from polytrace.graph import Given, Inputs, Invoke
 from polytrace.lines import user_line
+from polytrace.tensors import RawTensor
 
 PIXELS = "pixel_values"  # transformers' name of the argument
 _IMAGE = 1 << 300  # tokens from here on are rows of images
@@ -34,20 +37,60 @@ def image_of(token: int) -> tuple[int, int]:
     return (token - _IMAGE) >> _ROW_BITS, token & ((1 << _ROW_BITS) - 1)
 
 
-def check_image_rows(index: int, invoke: Invoke, description: ModelDescription) -> None:
+def plain_tokens(tokens: Sequence[int], info: ImageInfo | None) -> tuple[int, ...]:
+    """Tokens as the model knows them."""
+    return tuple(tokens if info is None else [info.token if is_image_row(token) else token for token in tokens])
+
+
+def own_digest(raw: RawTensor) -> int:
+    """What tells an image from others: its content, with dtype and shape."""
+    return int(identity(raw), 16)
+
+
+def images_of(invoke: Invoke) -> tuple[Given, ...]:
+    """The images of an invoke's prompts, in the order of their rows."""
+    return () if invoke.inputs is None else invoke.inputs.kwargs.get(PIXELS, ())
+
+
+def sampled_images(invoke: Invoke, samples: int) -> Inputs:
+    """What an invoke is given whose sequences are there so many times each, side by side."""
+    images = iter(images_of(invoke))
+    counts = [sum(is_image_row(token) and image_of(token)[1] == 0 for token in one) for one in invoke.sequences]
+    each = [tuple([next(images) for _ in range(count)]) for count in counts]
+    return Inputs(args=(), kwargs={PIXELS: tuple([image for own in each for image in own * samples])})
+
+
+def images_by_digest(invokes: Sequence[Invoke]) -> dict[int, str]:
+    """The constants that are images of prompts, by what tells these apart."""
+    found: dict[int, str] = {}
+    for invoke in invokes:
+        if invoke.inputs is not None:
+            firsts = (image_of(token) for one in invoke.sequences for token in one if is_image_row(token))
+            digests = [digest for digest, row in firsts if row == 0]
+            found |= {digest: image.name for digest, image in zip(digests, images_of(invoke), strict=True)}
+    return found
+
+
+def check_image_rows(
+    index: int, invoke: Invoke, description: ModelDescription, constants: Mapping[str, RawTensor]
+) -> None:
     """GraphError for an invoke with images that is not as `with_images` makes it."""
     inputs, info = invoke.inputs, description.images
     assert inputs is not None and info is not None
-    if inputs.args or inputs.kwargs.keys() != {PIXELS}:
+    images = inputs.kwargs.get(PIXELS)
+    is_listed = isinstance(images, tuple) and all(isinstance(image, Given) for image in images)
+    if inputs.args or len(inputs.kwargs) != 1 or not is_listed:
         raise GraphError(f"invoke {index}: prompts are given with {PIXELS} and nothing else")
-    if invoke.generation is not None:
-        raise GraphError(
-            f"invoke {index}: prompts with images do not go on here: model.trace gives their next tokens, and a model "
-            "loaded as it is (polytrace.load(source)) runs each call with tokens of your own"
-        )
-    for sequence in invoke.sequences:
-        if any(is_image_row(token) and image_of(token)[1] >= info.rows for token in sequence):
-            raise GraphError(f"invoke {index} has rows of an image beyond its {info.rows}")
+    for image in images_of(invoke):
+        raw = constants[image.name]
+        if raw.shape != info.shape or "float" not in raw.dtype:
+            told = f"{PIXELS} is a tensor of floats [images, {', '.join(map(str, info.shape))}]"
+            raise GraphError(f"invoke {index}: {told}; an image of it is {raw.dtype} {list(raw.shape)}")
+    found = [list(map(image_of, filter(is_image_row, sequence))) for sequence in invoke.sequences]
+    wanted = [row for _ in images_of(invoke) for row in range(info.rows)]
+    if [row for rows in found for _, row in rows] != wanted or any(len(rows) % info.rows for rows in found):
+        told = f"an image is {info.rows} tokens {info.token} in a prompt"
+        raise GraphError(f"invoke {index}: {told}, and these have {[len(rows) for rows in found]} for {len(images)}")
 
 
 def check_no_images(pixel_values: Any, what: str) -> None:

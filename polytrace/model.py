@@ -168,6 +168,7 @@ class Model(StandardModel):
         blocking: bool = True,
         chat: Mapping[str, Any] | None = None,
         stream: Callable[[Piece], Any] | bool | None = None,
+        pixel_values: Any = None,
         **given: Any,
     ) -> GenerateTracer:
         """A block as `trace`, whose prompts go on: `with model.generate(prompt, max_new_tokens=20) as tracer:`.
@@ -181,6 +182,7 @@ class Model(StandardModel):
         `logprobs`, a number of likeliest tokens to be told beside each. Transformers' `eos_token_id`, `stop_strings`
         and `num_return_sequences` are other names of them. `stream`: a function that is given each token as soon as it
         is there (`polytrace.streaming.Piece`: `id`, `text`, `sequence`, `step`, ...); True prints the text.
+        `pixel_values`: the images that stand in the prompts (`polytrace.images`).
         """
         from polytrace.edits.block import resolved
         from polytrace.generating import GenerateTracer
@@ -192,7 +194,15 @@ class Model(StandardModel):
         given = taken_keywords(self.generate, given)
         sets = (*self.edits_of_traces, *resolved(self, edits))
         tracer = GenerateTracer(
-            self, prompts, options_of(seed, sharing), run, given, chat=chat, edits=sets, listener=stream
+            self,
+            prompts,
+            options_of(seed, sharing),
+            run,
+            given,
+            chat=chat,
+            edits=sets,
+            listener=stream,
+            pixel_values=pixel_values,
         )
         tracer.checking = Checking.VALIDATE if validate else Checking.NONE
         tracer.is_blocking = blocking

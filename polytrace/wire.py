@@ -38,6 +38,7 @@ from polytrace.generation import check_generation, refusals
 from polytrace.given_json import decode_inputs, encode_inputs
 from polytrace.grammar import check_graph
 from polytrace.graph import Generation, Graph, Invoke, KeptSave, Options, Read, Request, Save, Sharing, Write
+from polytrace.image_holes import IMAGE_HOLE, with_holes, with_rows
 from polytrace.nodes import decode_nodes, encode_nodes
 from polytrace.tensors import DTYPES, NAME_OF_CODE, RawTensor, itemsize, num_bytes
 
@@ -238,6 +239,7 @@ def _request(body: Any, constants: dict[str, RawTensor], max_nodes: int) -> Requ
     if "inputs" in body:
         given = decode_inputs(body["inputs"], len(invokes), constants)
         invokes = tuple([replace(one, inputs=own) for one, own in zip(invokes, given, strict=True)])
+    invokes = with_rows(invokes, constants)
     check_graph(graph, num_invokes=len(invokes), constants=constants)
     check_generation(graph, invokes, max_nodes=max_nodes)
     return Request(
@@ -373,7 +375,7 @@ def _tensor(name: str, entry: Any, data: memoryview) -> RawTensor:
 def _encode_invokes(invokes: Sequence[Invoke]) -> tuple[list[tuple[int, ...]], list[Any]]:
     """Each prompt once, and the prompts of the invokes: how many each has, and which."""
     prompts: dict[tuple[int, ...], int] = {}
-    places = [prompts.setdefault(sequence, len(prompts)) for invoke in invokes for sequence in invoke.sequences]
+    places = [prompts.setdefault(sequence, len(prompts)) for invoke in invokes for sequence in with_holes(invoke)]
     sizes = fold([len(invoke.sequences) for invoke in invokes])
     return list(prompts), [sizes, fold_column(places) if places else []]
 
@@ -426,7 +428,7 @@ def _with_generations(plain: Any, invokes: tuple[Invoke, ...]) -> tuple[Invoke, 
 def _sequence(plain: Any, number: int) -> tuple[int, ...]:
     if not isinstance(plain, list) or not plain:
         raise WireError(f"prompt {number} has no tokens")
-    if not (set(map(type, plain)) == {int} and min(plain) >= 0 and max(plain) < MAX_TOKEN):
+    if not (set(map(type, plain)) == {int} and min(plain) >= IMAGE_HOLE and max(plain) < MAX_TOKEN):
         raise WireError(f"prompt {number} has a token that is not an integer from 0 to 2**31 - 1")
     return tuple(plain)
 

@@ -325,7 +325,7 @@ def _check_prompts(request: Request, description: ModelDescription) -> None:
     total = 0
     for index, invoke in enumerate(request.invokes):
         if id(invoke) not in tokens:
-            _check_invoke_prompts(index, invoke, description)
+            _check_invoke_prompts(index, invoke, description, request.constants)
             tokens[id(invoke)] = invoke.num_tokens
         total += tokens[id(invoke)]
     limit = description.limits.max_request_tokens
@@ -333,9 +333,11 @@ def _check_prompts(request: Request, description: ModelDescription) -> None:
         raise TooLargeError(f"all prompts have {total} tokens together; the limit is {limit}")
 
 
-def _check_invoke_prompts(index: int, invoke: Invoke, description: ModelDescription) -> None:
+def _check_invoke_prompts(
+    index: int, invoke: Invoke, description: ModelDescription, constants: Mapping[str, RawTensor]
+) -> None:
     if invoke.inputs is not None and description.images is not None:
-        check_image_rows(index, invoke, description)
+        check_image_rows(index, invoke, description, constants)
     elif (invoke.inputs is not None) != (description.layout is PassLayout.WHOLE):
         told = "arguments" if description.layout is PassLayout.WHOLE else "prompts, not with arguments of its forward"
         raise GraphError(f"invoke {index}: {description.class_name} is called with {told} here")

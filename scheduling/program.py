@@ -43,6 +43,7 @@ from scheduling.costs import (
 )
 from scheduling.forest import Forest, Placed, grow
 from scheduling.gradients import cuts_of, expand, has_gradients
+from scheduling.image_costs import image_bytes, image_flops
 from scheduling.levels import Levels
 from scheduling.liveness import peak_bytes
 from scheduling.op_costs import program_flops
@@ -266,9 +267,9 @@ def certify(
         carried_bytes=steps.carried_bytes + carried_bytes(program, table),
         tape_bytes=program.tape_bytes,
         live_bytes=max([program.live_bytes, *(part.live_bytes for part in _parts(program))]),
-        op_flops=steps.op_flops + program_flops(program, table),
+        op_flops=steps.op_flops + program_flops(program, table) + image_flops(program, description),
         split=program.split + sum(part.split for part in _parts(program)),
-        row_bytes=row_bytes(program, table),
+        row_bytes=row_bytes(program, table) + image_bytes(program, description),
         trunk_bytes=trunk_bytes(program, table),
         gathered_bytes=steps.gathered_bytes + gathered_bytes(program, table),
         hidden_link_bytes=steps.hidden_link_bytes + hidden_link_bytes(program, table),

@@ -8,16 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from model_kinds import KINDS
 from processes import ProcessBackend, ProcessShards
 from torch import Tensor, nn
 
 import polytrace
-from polytrace.errors import GraphError
+from engine.image_proofs import prove_images
+from engine.links import Solo
+from engine.loading import ShardConfig, load_model
+from polytrace.errors import GraphError, ServiceError
 from polytrace.model import Model
 
 TOLERANCE = 1e-5  # of max(1, max|plain|), float32
 IMAGE, ROWS = 63, 4
+GRIDS = [(2, 1), (2, 2)]  # stages and ranks
+LANGUAGE = ("model.language_model.embed_tokens.", "model.language_model.", "lm_head.")
 TEXT = [5, 9, 2, 7]
 PROMPT = [1, 2, *[IMAGE] * ROWS, 3, 4, 5]
 
@@ -169,6 +175,49 @@ def test_a_gradient_at_rows_of_an_image_is_torchs(imaged: Imaged) -> None:
     assert _close(gradient, kept[0].grad)
 
 
+def _greedy(imaged: Imaged, prompt: list[int], photo: Tensor | None, new: int, **more: Any) -> list[int]:
+    given = {} if photo is None else {"pixel_values": photo[None]}
+    ids = torch.tensor([prompt])
+    made = imaged.plain.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, **given, **more
+    )
+    return list(made[0, len(prompt) :].tolist())
+
+
+def test_prompts_with_images_go_on_as_transformers_lets_them_beside_prompts_of_text(imaged: Imaged) -> None:
+    new = 8
+    with imaged.model.generate(max_new_tokens=new) as tracer:
+        for photo in imaged.photos[:2]:
+            with tracer.invoke(PROMPT, pixel_values=photo[None]):
+                pass
+        with tracer.invoke(TEXT):
+            pass
+        with tracer.invoke({"input_ids": [PROMPT], "pixel_values": imaged.photos[2:]}, repetition_penalty=5.0):
+            pass
+    ids = [list(one.ids) for one in tracer.result]
+    plain = [_greedy(imaged, PROMPT, photo, new) for photo in imaged.photos[:2]]
+    assert ids[0] != ids[1]  # the image decides
+    assert ids[:3] == [*plain, _greedy(imaged, TEXT, None, new)]
+    assert ids[3] == _greedy(imaged, PROMPT, imaged.photos[2], new, repetition_penalty=5.0)
+    assert ids[3] != _greedy(imaged, PROMPT, imaged.photos[2], new)
+    assert tracer.result[0].prompt == tuple(PROMPT)
+    with imaged.model.generate(PROMPT, pixel_values=imaged.photos[:1], max_new_tokens=new) as alone:
+        with alone.iter[2]:
+            imaged.model.model.language_model.layers[0].output[:] = 0
+    assert list(alone.result.ids)[:2] == plain[0][:2] and list(alone.result.ids) != plain[0]
+
+
+def test_samples_of_a_prompt_have_its_images(imaged: Imaged) -> None:
+    prompts = [[6, *[IMAGE] * ROWS, 8, *[IMAGE] * ROWS], PROMPT]
+    given = {"pixel_values": imaged.photos, "max_new_tokens": 3, "do_sample": True, "seed": 3}
+    with imaged.model.generate(prompts, n=2, **given) as tracer:
+        logits = imaged.model.lm_head.output[:, -1].save()
+    with torch.no_grad():
+        first = imaged.plain(input_ids=torch.tensor(prompts[:1]), pixel_values=imaged.photos[:2]).logits[:, -1]
+    last = _by_hand(imaged, imaged.photos[2], PROMPT, None, None)[:, -1]
+    assert len(tracer.result) == 4 and _close(logits, torch.cat([first, first, last, last]))
+
+
 def test_what_is_not_there_is_refused_with_what_to_do(imaged: Imaged) -> None:
     model, photos = imaged.model, imaged.photos
     with pytest.raises(GraphError, match="prompts have room for 1, not 2"):
@@ -177,26 +226,57 @@ def test_what_is_not_there_is_refused_with_what_to_do(imaged: Imaged) -> None:
         model.trace(PROMPT, pixel_values=photos[0])
     with pytest.raises(GraphError, match="prompt 0 has 3 of them"):
         model.trace([1, IMAGE, IMAGE, IMAGE], pixel_values=photos[:1])
-    with (
-        pytest.raises(GraphError, match="do not go on here"),
-        model.generate({"input_ids": [PROMPT], "pixel_values": photos[:1]}, max_new_tokens=2),
-    ):
-        model.lm_head.output.save()
     with pytest.raises(GraphError), model.trace(PROMPT, pixel_values=photos[:1]):
         model.model.vision_tower.output.save()
 
 
-@pytest.fixture(scope="module", params=[1], ids="2x{}".format)
+def test_the_first_stage_alone_has_what_sees_images(imaged: Imaged) -> None:
+    stages = [load_model(ShardConfig(source=imaged.folder, stage=stage, stages=2), Solo()) for stage in range(2)]
+    whole = imaged.plain.state_dict()
+    names = [set(loaded.model.state_dict()) for loaded in stages]
+    seeing = {name for name in whole if name.startswith(("model.vision_tower.", "model.multi_modal_projector."))}
+    assert seeing and seeing <= names[0] and not seeing & names[1]
+    assert names[0] | names[1] == set(whole)
+    layout = stages[0].layout
+    assert all(layout.home(name, 2) == 0 for name in seeing)
+    parts = [{id(whole[name]): whole[name].nbytes for name in own} for own in names]
+    assert [loaded.weight_bytes for loaded in stages] == [sum(own.values()) for own in parts]
+    # what decides where stages are cut has it too
+    sizes = {prefix: sum(whole[name].nbytes for name in whole if name.startswith(prefix)) for prefix in LANGUAGE}
+    assert layout.shares[0] > (sum(whole[name].nbytes for name in seeing) + sizes[LANGUAGE[0]]) / sum(
+        {id(tensor): tensor.nbytes for tensor in whole.values()}.values()
+    )
+
+
+def test_a_family_whose_image_rows_see_each_other_is_refused_and_told_how_it_runs(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    text = transformers.GemmaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=1, head_dim=8, vocab_size=64)
+    vision = transformers.SiglipVisionConfig(**sizes, num_hidden_layers=2, image_size=8, patch_size=4)
+    config = transformers.PaliGemmaConfig(text_config=text, vision_config=vision, image_token_index=63)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ServiceError, match=r"whole=True"):
+        prove_images(str(tmp_path))
+
+
+@pytest.fixture(scope="module", params=GRIDS, ids="{0[0]}x{0[1]}".format)
 def split(imaged: Imaged, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    shards = ProcessShards(imaged.folder, stages=2, ranks=request.param)
-    yield request.param, Model(ProcessBackend(imaged.folder, shards, tmp_path_factory.mktemp("results")))
+    stages, ranks = request.param
+    shards = ProcessShards(imaged.folder, stages=stages, ranks=ranks)
+    yield ranks, Model(ProcessBackend(imaged.folder, shards, tmp_path_factory.mktemp("results")))
     shards.close()
 
 
-def test_shards_give_what_one_process_gives_and_stages_change_no_bit(imaged: Imaged, split: Any) -> None:
+def test_stages_change_no_bit_and_ranks_are_right_in_whatever_company(imaged: Imaged, split: Any) -> None:
     ranks, model = split
-    ours, expected = (_run(one, _crowd(one, imaged.photos)) for one in (model, imaged.model))
-    for one, other in zip(ours, expected, strict=True):
-        for name, value in one.values.items():
-            wanted = other.values[name]
+    merged = _run(model, crowd := _crowd(model, imaged.photos))
+    for ours, expected, tracer in zip(
+        merged, _run(imaged.model, _crowd(imaged.model, imaged.photos)), crowd, strict=True
+    ):
+        (alone,) = _run(model, [tracer])
+        for name, value in ours.values.items():
+            assert torch.equal(value, alone.values[name])
+            wanted = expected.values[name]
             assert torch.equal(value, wanted) if ranks == 1 else _close(value, wanted)
+    logits = [next(value for value in ours.values.values() if value.shape[-1] == 64) for ours in merged]
+    for found, photo in zip(logits[:2], imaged.photos, strict=False):
+        assert _close(found, _by_hand(imaged, photo, PROMPT, None, None))
