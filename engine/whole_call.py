@@ -22,7 +22,8 @@ from engine.stage import replace_first_argument
 from engine.whole_tape import WholeTape
 from polytrace.graph import Port
 
-Visits = dict[tuple[str, Port, int], int]  # (module, port, visit) -> order, of one invoke
+Key = tuple[str, Port, int]  # module, port, visit
+Visits = dict[Key, int]  # -> order, of one invoke
 
 
 @dataclass(slots=True)

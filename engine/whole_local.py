@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,15 +36,22 @@ class WholeBackend(DirectBackend):
     """One module, its shard, and the sites of its calls."""
 
     def __init__(
-        self, module: nn.Module, *, name: str, source: str | None = None, policy: PassPolicy | None = None
+        self,
+        module: nn.Module,
+        *,
+        name: str,
+        source: str | None = None,
+        policy: PassPolicy | None = None,
+        merges: bool = False,
     ) -> None:
-        """`source`: where its tokenizer and processor are, if there are any."""
+        """`source`: where its tokenizer and processor are, if there are any; `merges` as of its shard."""
         description = describe(module, name)
-        self.shard = WholeShard(module, description)
+        self.shard = WholeShard(module, description, merges=merges)
         self._sites = CallSites(module)
         self._is_known_source = source is not None
         self._processor: Any = None  # until somebody asks
         meta = twin_of(module, _on_meta)
+        policy = replace(policy or PassPolicy(), merges_calls=merges)
         super().__init__(source or name, LocalShards(self.shard), description, meta, policy)  # type: ignore[arg-type]
 
     def sites_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:

@@ -8,7 +8,7 @@ that is needed of it. What a module raises fails its request and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from engine.recorder import memory_of
 from engine.results import MemorySink, Writer, sink_for
 from engine.stopwatch import Stopwatch
 from engine.whole_call import Enough, Visits, WholeCall, alone, current, hooked
+from engine.whole_groups import CallGroups
 from engine.whole_side import Side
 from engine.whole_sites import told
 from engine.whole_state import CallState
@@ -44,7 +45,10 @@ from scheduling.plan import PROLOGUE, Fragment, Member, Phase, Plan, RequestId, 
 class WholeShard:
     """The process that holds the model. `model` stays as it is, on its device, in its mode."""
 
-    def __init__(self, model: nn.Module, description: ModelDescription, *, constant_bytes: int = 4 << 30) -> None:
+    def __init__(
+        self, model: nn.Module, description: ModelDescription, *, constant_bytes: int = 4 << 30, merges: bool = False
+    ) -> None:
+        """`merges`: calls of several requests are one call where the gate lets them (`engine.whole_merging`)."""
         self.model = model
         device = next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
         table = table_of(description)
@@ -61,6 +65,7 @@ class WholeShard:
         )
         self._states: dict[RequestId, CallState] = {}
         self._writer = Writer()
+        self.merging = CallGroups(model, device) if merges else None
 
     @torch.inference_mode(False)
     def run(self, plan: Plan) -> ShardResult:
@@ -69,8 +74,11 @@ class WholeShard:
         for request in plan.ended:
             self._states.pop(request, None)
         states = [self._enter(member) for member in plan.members]
-        for member, state in zip(plan.members, states, strict=True):
-            self._run_wave(member, state)
+        unmerged: Sequence[int] = range(len(states))
+        if self.merging is not None:
+            unmerged = self.merging.run(plan.members, states, self._anew)
+        for number in unmerged:
+            self._run_wave(plan.members[number], states[number])
         watch.lap(Phase.COMPUTING)
         self._writer.wait()
         watch.lap(Phase.SAVING)
@@ -111,6 +119,11 @@ class WholeShard:
         """Ends its threads."""
         self._writer.close()
         self._states.clear()
+
+    def _anew(self, member: Member) -> CallState:
+        """A request from its beginning."""
+        self._states.pop(member.program.request, None)
+        return self._enter(member)
 
     def _enter(self, member: Member) -> CallState:
         request = member.program.request

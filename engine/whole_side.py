@@ -40,6 +40,9 @@ class Side:
             self.value = with_member(self.value, selector, torch.empty_like(tensor).copy_(given))
 
     def _tensor(self, selector: Selector) -> Tensor:
+        return self._whole(selector)
+
+    def _whole(self, selector: Selector) -> Tensor:
         found = self.value
         for key in selector:
             found = member_of(found, key)

@@ -95,7 +95,7 @@ class Scheduler:
         self._table = table_of(description)
         self._policy = policy
         is_packed = description.layout is PassLayout.PACKED
-        choice = FirstComeFirstServed if is_packed else InTurns
+        choice = FirstComeFirstServed if is_packed or policy.merges_calls else InTurns
         self._choice: Choice = choice(policy.max_members)
         self._depth = passes_in_flight(description.stages)
         self._packer = Packer(description)
