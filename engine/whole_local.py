@@ -46,8 +46,8 @@ class WholeBackend(DirectBackend):
     ) -> None:
         """`source`: where its tokenizer and processor are, if there are any; `merges` as of its shard."""
         description = describe(module, name)
-        self.shard = WholeShard(module, description, merges=merges)
         self._sites = CallSites(module)
+        self.shard = WholeShard(module, description, merges=merges, sites=self._sites)
         self._is_known_source = source is not None
         self._processor: Any = None  # until somebody asks
         meta = twin_of(module, _on_meta)

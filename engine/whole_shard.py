@@ -30,7 +30,7 @@ from engine.stopwatch import Stopwatch
 from engine.whole_call import Enough, Visits, WholeCall, alone, current, hooked
 from engine.whole_groups import CallGroups
 from engine.whole_side import Side
-from engine.whole_sites import told
+from engine.whole_sites import CallSites, told
 from engine.whole_state import CallState
 from engine.whole_tape import NoGradientError, Ports, WholeTape, sweep
 from polytrace.description import ModelDescription
@@ -46,9 +46,17 @@ class WholeShard:
     """The process that holds the model. `model` stays as it is, on its device, in its mode."""
 
     def __init__(
-        self, model: nn.Module, description: ModelDescription, *, constant_bytes: int = 4 << 30, merges: bool = False
+        self,
+        model: nn.Module,
+        description: ModelDescription,
+        *,
+        constant_bytes: int = 4 << 30,
+        merges: bool = False,
+        sites: CallSites | None = None,
     ) -> None:
-        """`merges`: calls of several requests are one call where the gate lets them (`engine.whole_merging`)."""
+        """`merges`: calls are one call where the gate lets them (`engine.whole_merging`); `sites`: who finds what calls
+        of the model visit, where somebody does already.
+        """
         self.model = model
         device = next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
         table = table_of(description)
@@ -65,7 +73,7 @@ class WholeShard:
         )
         self._states: dict[RequestId, CallState] = {}
         self._writer = Writer()
-        self.merging = CallGroups(model, device) if merges else None
+        self.merging = CallGroups(model, device, sites or CallSites(model)) if merges else None
 
     @torch.inference_mode(False)
     def run(self, plan: Plan) -> ShardResult:
@@ -74,11 +82,7 @@ class WholeShard:
         for request in plan.ended:
             self._states.pop(request, None)
         states = [self._enter(member) for member in plan.members]
-        unmerged: Sequence[int] = range(len(states))
-        if self.merging is not None:
-            unmerged = self.merging.run(plan.members, states, self._anew)
-        for number in unmerged:
-            self._run_wave(plan.members[number], states[number])
+        self._run_waves(list(zip(plan.members, states, strict=True)))
         watch.lap(Phase.COMPUTING)
         self._writer.wait()
         watch.lap(Phase.SAVING)
@@ -107,6 +111,7 @@ class WholeShard:
             began=watch.began,
             phases=tuple(watch.phases),
             values=values,
+            merged=() if self.merging is None else self.merging.take_merged(),
         )
 
     def forget(self) -> None:
@@ -120,11 +125,6 @@ class WholeShard:
         self._writer.close()
         self._states.clear()
 
-    def _anew(self, member: Member) -> CallState:
-        """A request from its beginning."""
-        self._states.pop(member.program.request, None)
-        return self._enter(member)
-
     def _enter(self, member: Member) -> CallState:
         request = member.program.request
         state = self._states.get(request)
@@ -133,6 +133,14 @@ class WholeShard:
             self._states[request] = state
         state.begin_wave(member, {})
         return state
+
+    def _run_waves(self, waves: Sequence[tuple[Member, CallState]]) -> None:
+        alone = waves
+        if self.merging is not None:
+            self.merging.run([each for each in waves if _is_plain(each[0])], self._run_turn)
+            alone = [each for each in waves if not _is_plain(each[0])]
+        for member, state in alone:
+            self._run_wave(member, state)
 
     def _run_wave(self, member: Member, state: CallState) -> None:
         wave = member.program.waves[member.wave]
@@ -232,6 +240,12 @@ class WholeShard:
         with call.recording(), hooked(self.model, call), current(call), suppress(Enough):
             args, kwargs = state.arguments(invoke)
             self.model(*args, **kwargs)
+
+
+def _is_plain(member: Member) -> bool:
+    """Whether no gradient is asked of a wave."""
+    wave = member.program.waves[member.wave]
+    return wave.of is None and not wave.is_taped
 
 
 class _Runner:

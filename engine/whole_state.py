@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,16 @@ _NOTHING = (
     "nothing of the loss comes back to here: behind this place the call does not make it of this value, or does so "
     "without gradients (torch.no_grad(), detach())"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A request between two calls, none of which has failed."""
+
+    values: dict[NodeId, Any]
+    fired: list[NodeId]
+    saved_bytes: int
+    loaded_bytes: int
 
 
 class CallState(RequestState):
@@ -46,6 +57,16 @@ class CallState(RequestState):
         """Tapes that nobody runs back any more are forgotten; all of them when the request has failed."""
         for freed in self.tapes.copy() if self.has_failed else wave.frees:
             self.tapes.pop(freed, None)
+
+    def moment(self) -> Moment:
+        """What it has now."""
+        return Moment(dict(self.values), list(self.fired), self.sink.saved_bytes, self.loaded_bytes)
+
+    def back_to(self, moment: Moment) -> None:
+        """As if nothing had happened since then; what was saved is saved again."""
+        self.values, self.fired = dict(moment.values), list(moment.fired)
+        self.sink.saved_bytes, self.loaded_bytes = moment.saved_bytes, moment.loaded_bytes
+        self.failure = None
 
     def arguments(self, invoke: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a call is given: tensors of its own, so that code of the model may change them in place."""
