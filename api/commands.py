@@ -92,6 +92,7 @@ def serve(
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
     share_across: operations.Sharing = ShareAcross.TENANT,
+    merge_calls: operations.MergeCalls = True,
     drain_seconds: Annotated[
         float | None,
         typer.Option(min=0, help="Most that it finishes accepted requests for when told to stop; default: 30."),
@@ -130,6 +131,7 @@ def serve(
                 random_weights_seed=random_weights,
                 offload_bytes=int(offload * (1 << 30)),
                 share_across=share_across,
+                merges_calls=merge_calls,
             )
         settings = serve_settings(
             spec=spec,

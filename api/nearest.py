@@ -12,11 +12,11 @@ from pathlib import Path
 
 from torch import nn
 
+from api.checked_calls import CheckedCalls
 from api.limits import demand_of
 from cluster.contents import with_contents
 from cluster.requests import read_request
 from engine.shapes import infer
-from engine.whole_sites import CallSites
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError
 from polytrace.graph import Request
@@ -26,7 +26,7 @@ from scheduling.fewer import smaller_save, ways
 from scheduling.plan import Program, RequestId
 from scheduling.program import certify
 from scheduling.step_saves import all_slots
-from scheduling.whole import described, inputs_of_all, work_out
+from scheduling.whole import described, work_out
 
 PATIENCE_S = 3.0
 MOST_NODES = 100_000  # each try of which takes a second
@@ -42,7 +42,7 @@ def nearest(
     path: Path,
     contents: Path,
     most: Mapping[str, int],
-    calls: CallSites | None,
+    calls: CheckedCalls | None,
 ) -> str | None:
     """As of `CheckerPool.nearest`."""
     request = read_request(path, max_nodes=description.limits.max_nodes)
@@ -50,7 +50,7 @@ def nearest(
         return None
     request, _ = with_contents(request, contents, None)
     if calls is not None:
-        description = described(description, [calls.of(one, request.constants) for one in inputs_of_all(request)])
+        description = described(description, calls.of_all(request))
     search = _Search(description, meta, most, time.monotonic() + PATIENCE_S)
     return next(search.found(request), None)
 

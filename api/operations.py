@@ -42,6 +42,9 @@ Offload = Annotated[
 Sharing = Annotated[
     ShareAcross, typer.Option(help="Whose requests have rows in common where their prompts begin alike.")
 ]
+MergeCalls = Annotated[
+    bool, typer.Option(help="Of a model that is called as it is: calls of several users are one where that is exact.")
+]
 Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
 
 _HERE = "http://127.0.0.1:8765"
@@ -62,6 +65,7 @@ def deploy(
     random_weights: RandomWeights = None,
     offload: Offload = 0.0,
     share_across: Sharing = ShareAcross.TENANT,
+    merge_calls: MergeCalls = True,
     url: Url = _HERE,
     key: Key = None,
     wait: Wait = True,
@@ -82,6 +86,7 @@ def deploy(
             random_weights_seed=random_weights,
             offload_bytes=int(offload * (1 << 30)),
             share_across=share_across,
+            merges_calls=merge_calls,
         )
 
 

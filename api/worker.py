@@ -34,9 +34,9 @@ from polytrace.errors import GraphError, MissingError, PolytraceError, ServiceEr
 if TYPE_CHECKING:
     from torch import nn
 
+    from api.checked_calls import CheckedCalls
     from api.wishes import ChatWish, CompletionWish
     from cluster.requests import Published
-    from engine.whole_sites import CallSites
     from polytrace.certificate import Certificate
     from polytrace.description import ModelDescription
     from scheduling.plan import Program
@@ -177,14 +177,14 @@ class _Worker:
         self.max_text_chars = max_text_chars
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
         self._tokenizers: dict[str, tuple[str, Any]] = {}
-        self.calls: dict[str, CallSites] = {}  # of models that are called as they are
+        self.calls: dict[str, CheckedCalls] = {}  # of models that are called as they are
 
     def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
         if model in self._loaded and self._loaded[model][0] == version:
             return self._loaded[model][1:]
+        from api.checked_calls import CheckedCalls
         from engine.loading import meta_model
         from engine.whole_loading import whole_class, whole_meta
-        from engine.whole_sites import CallSites
         from polytrace.codec import from_json
         from polytrace.description import ModelDescription, PassLayout
 
@@ -192,7 +192,7 @@ class _Worker:
         description = from_json(ModelDescription, json.loads(published.description))
         if description.layout is PassLayout.WHOLE:
             meta: nn.Module = whole_meta(published.source, published.dtype, whole_class(published.source))
-            self.calls[model] = CallSites(meta, description.limits.max_value_bytes)
+            self.calls[model] = CheckedCalls(meta, description.limits.max_value_bytes)
         else:
             meta = meta_model(published.source, published.dtype)
         self._loaded[model] = (version, description, meta)
@@ -297,8 +297,8 @@ def _sites(model: str, version: str, body: bytes) -> Answer:
         except (ValueError, RecursionError) as error:
             raise WireError("the question is no JSON") from error
         inputs, tensors = asked(plain)
-        sites = calls.of(inputs, tensors)
-        answer = CallAnswer(sites=sites, has_looked=calls.has_looked(inputs, tensors))
+        sites, has_looked = calls.of(inputs, tensors)
+        answer = CallAnswer(sites=sites, has_looked=has_looked)
         found.append(json.dumps(to_json(answer)).encode())
         return Verdict()
 
@@ -362,7 +362,7 @@ def _verdict(
     contents: Path,
     certify: bool,
     has_text: Callable[[], bool],
-    calls: CallSites | None = None,
+    calls: CheckedCalls | None = None,
 ) -> Verdict:
     from cluster.contents import with_contents
     from cluster.facts import FactsRecorder
@@ -372,16 +372,20 @@ def _verdict(
     from scheduling.plan import RequestId
     from scheduling.program import certify as make_certificate
     from scheduling.step_saves import all_slots
-    from scheduling.whole import described, inputs_of_all, work_out
+    from scheduling.whole import described, taped, work_out
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
     check_stop_texts(request.invokes, has_text)
     named = tuple(request.constants.values())
     request, _ = with_contents(request, contents, None)
     if calls is not None:
-        description = described(description, [calls.of(one, request.constants) for one in inputs_of_all(request)])
+        of_invokes = calls.of_all(request)
+        description = described(description, of_invokes)
     notebook = FactsRecorder(lambda part: infer(description, part, meta), description)
     program, facts = work_out(RequestId(path.stem), request, description, notebook.infer)
+    if calls is not None:
+        program = taped(program, calls.tape_bytes(program, of_invokes), description.limits)
+        notebook.tape_bytes = program.tape_bytes
     _check_keeps(program)
     size = path.stat().st_size
     certificate = make_certificate(program, facts, description, has_values=certify, request_bytes=size)

@@ -32,6 +32,9 @@ class DeploymentSpec:
     random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
     offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
     share_across: ShareAcross = ShareAcross.TENANT
+    merges_calls: bool = (
+        True  # of a model that is called as it is: calls of several requests are one where that is exact
+    )
 
 
 class Heat(StrEnum):

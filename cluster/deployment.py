@@ -69,6 +69,7 @@ class DeploymentConfig:
     kv_bytes: int | None = None  # per shard's key/value store; None: the engine's default
     random_weights_seed: int | None = None  # read no weights
     offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
+    merges_calls: bool = False  # as of `engine.loading.ShardConfig`
     working_dir: str | None = None  # shipped to nodes that do not have polytrace installed
     placement_timeout_s: float | None = None  # for the cluster to have room; None: for ever, saying so
     hang_timeout_s: float = 30.0  # a shard that does not answer for so long is ended
@@ -312,6 +313,7 @@ class Deployment:
             threads=placement.threads,
             random_weights_seed=config.random_weights_seed,
             offload_bytes=config.offload_bytes,
+            merges_calls=config.merges_calls,
             **options,
         )
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}

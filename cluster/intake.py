@@ -168,7 +168,7 @@ class Intake:
         recorded = RecordedFacts(claimed.facts)
         program, _ = work_out(claimed.request, request, recorded.described(description), recorded.infer)
         program = owned(
-            program,
+            recorded.taped(program),
             claimed.tenant,
             is_interactive=claimed.is_interactive,
             shares_across_tenants=self._shares_across_tenants,

@@ -158,6 +158,7 @@ class Replica:
         policy = PassPolicy(
             budget_tokens=self._config.budget_tokens,
             tells_of_other_tenants=self._spec.share_across is ShareAcross.DEPLOYMENT,
+            merges_calls=self._spec.merges_calls,
         )
         limits = replace(description.limits, pass_tokens=wave_tokens(policy, self._spec.stages))
         description = replace(description, limits=limits)
@@ -260,6 +261,7 @@ def _deployment_config(spec: DeploymentSpec) -> DeploymentConfig:
         cpus=spec.cpus,
         random_weights_seed=spec.random_weights_seed,
         offload_bytes=spec.offload_bytes,
+        merges_calls=spec.merges_calls,
     )
 
 

@@ -62,6 +62,7 @@ class ShardConfig:
     offload_bytes: int = 0  # of the weights to keep in the host's memory, see `engine.offload`
     # where the parts of a model lie that is called as it is: accelerate's names, or module -> device; None: on `device`
     device_map: Any = None
+    merges_calls: bool = False  # of such a model: several are one where that is exact, see `engine.whole_merging`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -290,14 +290,14 @@ class LocalBackend(DirectBackend):
         self.shard.stop()
 
 
-def module_backend(module: Any, *, name: str | None) -> WholeBackend:
+def module_backend(module: Any, *, name: str | None, merges_calls: bool = False) -> WholeBackend:
     """A torch module as it is. Raises GraphError for anything else."""
     from engine.whole_local import WholeBackend
 
     if not isinstance(module, nn.Module):
         told = "polytrace.load takes a folder, a hub id or a torch.nn.Module"
         raise GraphError(f"{told}, not a {type(module).__name__}", where=user_line())
-    return WholeBackend(module, name=name or type(module).__name__)
+    return WholeBackend(module, name=name or type(module).__name__, merges=merges_calls)
 
 
 def source_backend(
@@ -309,6 +309,7 @@ def source_backend(
     device: str | None,
     device_map: Any,
     random_weights: int | None,
+    merges_calls: bool = False,
 ) -> WholeBackend | None:
     """A model of a folder or hub that is called as it is; None of one that is served as a language model."""
     from engine.whole_loading import load_whole, whole_class
@@ -325,7 +326,7 @@ def source_backend(
         random_weights_seed=random_weights,
         device_map=device_map,
     )
-    return WholeBackend(load_whole(config, kind), name=name or source, source=source)
+    return WholeBackend(load_whole(config, kind), name=name or source, source=source, merges=merges_calls)
 
 
 def best_device() -> str:

@@ -54,8 +54,12 @@ class SavedTensors:
     @property
     def num_bytes(self) -> int:
         """Of the memory that is kept; weights are there anyway."""
-        alive = (kept for refs in self._by_memory.values() for ref in refs if (kept := ref()) is not None)
-        sizes = {_memory(kept.tensor): kept.tensor.untyped_storage().nbytes() for kept in alive}
+        return self.num_bytes_with(())
+
+    def num_bytes_with(self, others: Iterable[Tensor]) -> int:
+        """The same, with other tensors that are kept."""
+        alive = (kept.tensor for refs in self._by_memory.values() for ref in refs if (kept := ref()) is not None)
+        sizes = {_memory(tensor): tensor.untyped_storage().nbytes() for tensor in (*alive, *others)}
         return sum(size for memory, size in sizes.items() if memory not in self._weights)
 
     @contextmanager

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import AutoProcessor
@@ -22,28 +23,39 @@ from engine.probe import named_tensors
 from engine.shapes import infer
 from engine.whole_shard import WholeShard
 from engine.whole_sites import CallSites, modules_of, parameters_of, record, twin_of
+from engine.whole_tapes import CallTapes
 from polytrace.description import Limits, ModelDescription, PassLayout, SiteInfo
 from polytrace.given import with_given
 from polytrace.graph import Given, Inputs, Request
 from polytrace.tensors import RawTensor
 from scheduling.plan import Program, RequestId, ValueFacts
 from scheduling.scheduler import PassPolicy
-from scheduling.whole import compile_call, described, inputs_of_all
+from scheduling.whole import compile_call, described, inputs_of_all, taped
+
+T = TypeVar("T")
 
 
 class WholeBackend(DirectBackend):
     """One module, its shard, and the sites of its calls."""
 
     def __init__(
-        self, module: nn.Module, *, name: str, source: str | None = None, policy: PassPolicy | None = None
+        self,
+        module: nn.Module,
+        *,
+        name: str,
+        source: str | None = None,
+        policy: PassPolicy | None = None,
+        merges: bool = False,
     ) -> None:
-        """`source`: where its tokenizer and processor are, if there are any."""
-        description = describe(module, name)
-        self.shard = WholeShard(module, description)
+        """`source`: where its tokenizer and processor are, if there are any; `merges` as of its shard."""
+        description = describe(module, name, tape_bytes=_ALL_THERE_IS)
         self._sites = CallSites(module)
+        self._tapes = CallTapes(self._sites)
+        self.shard = WholeShard(module, description, merges=merges, sites=self._sites)
         self._is_known_source = source is not None
         self._processor: Any = None  # until somebody asks
         meta = twin_of(module, _on_meta)
+        policy = replace(policy or PassPolicy(), merges_calls=merges)
         super().__init__(source or name, LocalShards(self.shard), description, meta, policy)  # type: ignore[arg-type]
 
     def sites_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
@@ -51,7 +63,13 @@ class WholeBackend(DirectBackend):
         return self._sites.of(inputs, constants, partial(self._really, constants=constants))
 
     def _really(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
-        """The same, by calling the model, whose buffers and random numbers are then as they were."""
+        """The same, by calling the model."""
+        return self._on_model(inputs, record, constants=constants)
+
+    def _on_model(
+        self, inputs: Inputs, run: Callable[[nn.Module, Inputs], T], *, constants: Mapping[str, RawTensor]
+    ) -> T:
+        """What `run` makes of the model, whose buffers and random numbers are then as they were."""
         device = self.shard.context.device
 
         def real(given: Given) -> Tensor:
@@ -59,7 +77,7 @@ class WholeBackend(DirectBackend):
 
         before = ModuleState(self.shard.model, device)
         try:
-            return record(self.shard.model, with_given(inputs, real))
+            return run(self.shard.model, with_given(inputs, real))
         finally:
             before.put()
 
@@ -79,13 +97,16 @@ class WholeBackend(DirectBackend):
         self.shard.stop()
 
     def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
-        own = described(self.description, [self.sites_of(one, request.constants) for one in inputs_of_all(request)])
+        of_invokes = [self.sites_of(one, request.constants) for one in inputs_of_all(request)]
+        own = described(self.description, of_invokes)
         facts = infer(own, request, self._meta)
-        return compile_call(request_id, request, own, facts), facts
+        program = compile_call(request_id, request, own, facts)
+        really = partial(self._on_model, constants=request.constants)
+        return taped(program, self._tapes.num_bytes(program, of_invokes, really), own.limits), facts
 
 
-def describe(module: nn.Module, name: str) -> ModelDescription:
-    """What is known of a module before it is called."""
+def describe(module: nn.Module, name: str, *, tape_bytes: int) -> ModelDescription:
+    """What is known of a module before it is called. `tape_bytes`: the most that calls keep for gradients at once."""
     modules, parameters = tuple(modules_of(module)), tuple(parameters_of(module))
     floating = [tensor.dtype for _, tensor in named_tensors(module) if tensor.is_floating_point()]
     dtype = DTYPE_NAMES.get(floating[0], "float32") if floating else "float32"
@@ -104,7 +125,7 @@ def describe(module: nn.Module, name: str) -> ModelDescription:
         modules=modules,
         sites=(),
         parameters=parameters,
-        limits=Limits(max_sequence_tokens=1),
+        limits=Limits(max_sequence_tokens=1, tape_bytes=tape_bytes),
         key_value_bytes=0,
         hidden_bytes=0,
         row_multiple=1,
@@ -122,6 +143,7 @@ def _config_of(module: nn.Module) -> dict[str, Any]:
     return made
 
 
+_ALL_THERE_IS = 1 << 62  # who calls in this process has its memory
 _NO_LAYERS = "."  # no module has a dot for its name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from engine.checkpoint import weight_paths
@@ -20,6 +21,8 @@ from engine.whole_shard import WholeShard
 from polytrace.description import ModelDescription
 from polytrace.errors import ServiceError
 from scheduling.plan import Plan, ShardResult
+
+_TAPE_BYTES = 4 << 30  # for gradients, at once; of a GPU half of what the weights leave
 
 
 class WholeServed:
@@ -51,7 +54,7 @@ class WholeServed:
         return tuple(weight_paths(self.config.source))
 
     def gate(self, is_first: bool = True) -> GateReport:
-        """There is nothing to prove: each call is one of the model as it is, and nobody shares it."""
+        """There is nothing to prove before a call comes: what may be one call is tried then."""
         return GateReport(
             stage=0,
             rank=0,
@@ -68,11 +71,15 @@ class WholeServed:
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description."""
-        return describe(self._model, name)
+        free = torch.cuda.mem_get_info(self.config.device)[0] if self.config.device.startswith("cuda") else 0
+        return describe(self._model, name, tape_bytes=max(_TAPE_BYTES, free // 2))
 
     def open(self, description: ModelDescription) -> None:
         """Takes the deployment's description; plans can run from now on."""
-        self._shard = WholeShard(self._model, description, constant_bytes=self.config.constant_bytes)
+        config = self.config
+        self._shard = WholeShard(
+            self._model, description, constant_bytes=config.constant_bytes, merges=config.merges_calls
+        )
 
     def run(self, plan: Plan) -> ShardResult:
         """Runs a pass."""

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from dataclasses import fields
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from polytrace.errors import GraphError, TooLargeError
 from polytrace.given import given_names, structure_of, with_given
 from polytrace.graph import DType, Given, Inputs, Port
 from polytrace.tensors import RawTensor
+
+T = TypeVar("T")
 
 _DEPTH = 4  # keys of a selector at most, as on the wire
 _MAX_SITES = 100_000  # of one call
@@ -105,6 +107,17 @@ class CallSites:
         """Whether what a call of this structure visits depends on values; behind `of`."""
         return self._levels.get(repr(structure_of(inputs, constants)), 0) > 0
 
+    def on_twin(
+        self, inputs: Inputs, constants: Mapping[str, RawTensor], run: Callable[[nn.Module, Inputs], T]
+    ) -> T | None:
+        """What `run` makes of the model without data and the arguments of a call whose sites were found; None where
+        these depend on more of its values than is known without data.
+        """
+        with self._turn:
+            level = self._levels.get(repr(structure_of(inputs, constants)), 0)
+            twin = (self._twin, self._looking_twin, None)[level]
+            return None if twin is None else twin.run(inputs, constants, run)
+
     def _found(
         self,
         inputs: Inputs,
@@ -134,6 +147,10 @@ class _Twin:
                 self._model.set_experts_implementation("batched_mm")
 
     def record(self, inputs: Inputs, constants: Mapping[str, RawTensor], max_bytes: int | None) -> tuple[SiteInfo, ...]:
+        return self.run(inputs, constants, lambda model, called: record(model, called, max_bytes))
+
+    def run(self, inputs: Inputs, constants: Mapping[str, RawTensor], run: Callable[[nn.Module, Inputs], T]) -> T:
+        """What it makes of the twin and the arguments, whose tensors are fake."""
         known = KnownIntegers(self._mode) if self._looks else None
 
         def fake(given: Given) -> Tensor:
@@ -148,7 +165,7 @@ class _Twin:
             if known is not None:
                 modes.enter_context(known)
                 modes.enter_context(PlainLists())
-            return record(self._model, called, max_bytes)
+            return run(self._model, called)
 
     def _unknown(self, tensor: Tensor) -> Tensor:
         """Of a model on the meta device too, for which calls come from the host."""

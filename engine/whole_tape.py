@@ -184,6 +184,16 @@ class WholeTape:
     seams: dict[int, WholeSeam] = field(default_factory=dict)  # by order, as the call came to them
     leaves: list[Tensor] = field(default_factory=list)  # of all seams so far
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the memory that is kept once the call is over: by operations, and by leaves."""
+        return self.saved.num_bytes_with(self.leaves)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What comes to the leaves on the way back."""
+        return sum(leaf.numel() * leaf.itemsize for leaf in self.leaves)
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """The call goes inside."""

@@ -198,6 +198,7 @@ class PassEntry:
     tokens: int  # rows of all of them at the first layer
     layer_rows: tuple[int, ...]  # rows of all of them at each decoder layer
     seconds: float  # from the first shard's start to the last shard's end
+    calls_merged: int = 0  # of a model that is called as it is: that were one call with one of its own, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

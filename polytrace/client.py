@@ -36,6 +36,7 @@ def load(
     torch_dtype: Any = None,
     device_map: Any = None,
     whole: bool = True,
+    merges_calls: bool = False,
     **others: Any,
 ) -> Model:
     """A model of the Hugging Face hub or a local folder, run in this process by the engine of a service.
@@ -50,6 +51,8 @@ def load(
     `offload_gib`: so much of the weights, or all, stays in the host's memory, and is on the GPU only while it is used.
     `whole=False`: a vision-language model runs as the language model in it, whose prompts have images
     (`polytrace.images`); by default it is called as it is.
+    `merges_calls`: calls of a model that runs as it is are one call where that is exact (docs/any_model.md); each has
+    the same bits alone, which may differ from plain torch's in the last places.
     `edits`: a folder where named edits are kept; without one they live as long as the model does.
     """
     check_load_keywords(load, others)
@@ -58,7 +61,7 @@ def load(
     if not isinstance(source, (str, os.PathLike)):
         from polytrace.whole_model import WholeModel
 
-        own = module_backend(source, name=name)
+        own = module_backend(source, name=name, merges_calls=merges_calls)
         loading = (dtype, torch_dtype, device, device_map, threads, random_weights)
         if loading != ("auto", None, None, None, None, None):
             told = "a module that is there runs as it is: no dtype, device, threads or random weights are for it"
@@ -76,6 +79,7 @@ def load(
             device=device,
             device_map=device_map,
             random_weights=random_weights,
+            merges_calls=merges_calls,
         )
     )
     if called is not None:

@@ -6,6 +6,7 @@ as values between them let it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
@@ -69,3 +70,29 @@ def turns_of(program: Program, wave: int) -> list[Turn]:
         )
         for turn, (invokes, part) in enumerate(zip(order, parts, strict=True))
     ]
+
+
+def joined(turns: Sequence[Turn], program: Program) -> Turn:
+    """Turns that follow each other as one, in which all their calls go at the same pace.
+
+    What a turn takes of an earlier one's calls was read at an earlier site, or at the same, before it.
+    """
+    if len(turns) == 1:
+        return turns[0]
+    nodes: dict[int, list[NodeId]] = {}
+    for turn in turns:
+        for fragment in turn.fragments:
+            nodes.setdefault(fragment.order, []).extend(fragment.nodes)
+    last: dict[NodeId, int] = {}
+    for order in sorted(nodes):
+        last.update((operand, order) for node in nodes[order] for operand in operands(program.graph.nodes[node]))
+    drops: dict[int, list[NodeId]] = {}
+    for node in sorted(node for turn in turns for fragment in turn.fragments for node in fragment.drops):
+        drops.setdefault(last[node], []).append(node)
+    return Turn(
+        invokes=tuple([invoke for turn in turns for invoke in turn.invokes]),
+        fragments=tuple(
+            Fragment(order=order, nodes=tuple(sorted(nodes[order])), drops=tuple(drops.get(order, ())))
+            for order in sorted(nodes)
+        ),
+    )

@@ -12,6 +12,7 @@ from typing import Any
 from polytrace.certificate import Receipt, Token
 from polytrace.errors import PolytraceError
 from scheduling.ahead import Ahead
+from scheduling.alike import Alike
 from scheduling.generating import Generating
 from scheduling.packing import Going, Taped
 from scheduling.plan import PAGE, Member, PassId, Program, RequestId, SaveSlot
@@ -71,6 +72,8 @@ class Job:
         self.num_told = 0  # steps whose tokens have been told
         self.num_saves_told = 0  # the same ones come again when it starts again
         self.copies: dict[int, Program] = {}  # as of `Going`
+        self.is_calling = False  # a model as it is, with which calls may be one
+        self.alike: Alike | None = None  # those whose calls may be one with its own; None: nobody's
 
     def restart(self, generating: Generating | None, ahead: Ahead | None) -> None:
         """From its first wave, with its generation, if it is one; what is in flight of it counts no more."""
@@ -109,8 +112,13 @@ class Job:
 
     @property
     def company(self) -> object | None:
-        """With whom it goes for the sake of gradients: whose way back is the same, or who was in the same pass."""
+        """With whom it goes for the sake of gradients: whose way back is the same, or who was in the same pass. Where a
+        model is called as it is: whose calls may be one with its own.
+        """
         wave = self.now.waves[self.wave]
+        if self.is_calling:
+            is_alone = self.alike is None or self.alike.is_apart or wave.of is not None or wave.is_taped
+            return self.number if is_alone else self.alike
         return self.of or ((wave.cuts, wave.reruns) if wave.cuts else None)
 
     @property

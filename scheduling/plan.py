@@ -433,3 +433,4 @@ class ShardResult:
     # saves that came out smaller than planned, behind the last step: by name
     shapes: Mapping[tuple[RequestId, str], tuple[int, ...]] = field(default_factory=dict)
     values: Mapping[tuple[RequestId, str], Any] = field(default_factory=dict)  # saves, when there is no result file
+    merged: tuple[tuple[RequestId, ...], ...] = ()  # of a model that is called as it is: calls that went as one

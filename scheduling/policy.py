@@ -27,6 +27,7 @@ class PassPolicy:
     least_steps: int = 16  # no group of steps is cut below so many: kernels have as many rows in any case
     prefix_bytes: int | None = None  # of caches kept for others to go on from; None: half of what shards have; 0: none
     tells_of_other_tenants: bool = False  # receipts: how many shared a pass, with how many rows
+    merges_calls: bool = False  # of a model that is called as it is: requests whose calls may be one share a pass
 
 
 def passes_in_flight(stages: int) -> int:

@@ -32,6 +32,7 @@ from polytrace.certificate import PassEntry, charge
 from polytrace.description import ModelDescription, PassLayout
 from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError, TooLargeError
 from scheduling.ahead import Ahead
+from scheduling.alike import MOST_CALLS, AlikeCalls, calls_merged
 from scheduling.caches import caches_of
 from scheduling.checks import table_of
 from scheduling.costs import token_layers
@@ -95,8 +96,10 @@ class Scheduler:
         self._table = table_of(description)
         self._policy = policy
         is_packed = description.layout is PassLayout.PACKED
-        choice = FirstComeFirstServed if is_packed else InTurns
-        self._choice: Choice = choice(policy.max_members)
+        is_merging = description.layout is PassLayout.WHOLE and policy.merges_calls
+        self._alike = AlikeCalls() if is_merging else None
+        choice = FirstComeFirstServed if is_packed or is_merging else InTurns
+        self._choice: Choice = choice(min(policy.max_members, MOST_CALLS) if is_merging else policy.max_members)
         self._depth = passes_in_flight(description.stages)
         self._packer = Packer(description)
         self._patience = Patience(policy.max_waits)
@@ -147,6 +150,8 @@ class Scheduler:
     def _begin(self, job: Job) -> None:
         """Brings a job before its first wave."""
         program = job.program
+        if self._alike is not None:
+            job.alike, job.is_calling = self._alike.of(program), True
         if program.chain is None:
             job.restart(None, None)
             return
@@ -402,6 +407,8 @@ class Scheduler:
         entry = pass_entry(plan, results, self._table, together)
         told = self._told(entry, plan, flight)
         values = values_of(results)
+        if self._alike is not None:
+            self._alike.learn([job.alike for job in flight.jobs if job.alike is not None], results)
         for job, member in self._landed(plan):
             failure = find_out_of_memory(job.program, results)
             error: PolytraceError | None = None
@@ -420,7 +427,8 @@ class Scheduler:
                 continue
             step, offset = (0, 0) if member is None else (member.step, member.offset)
             self._charge(job, charge(0, moved_in(results, job.program.request)))
-            job.account.enter(told[job.tenant], results, job.now, step, offset, values.get(job.program.request, {}))
+            own = self._with_calls(told[job.tenant], job, flight, results)
+            job.account.enter(own, results, job.now, step, offset, values.get(job.program.request, {}))
             if member is not None and job.generating is not None:
                 job.generating.take(results)
             if job.num_done == job.num_waves:
@@ -448,6 +456,14 @@ class Scheduler:
             caches = {cache.trunk[0] for one in generating for cache in one.caches}
             found[tenant] = own_entry(entry, plan, requests, caches, len(jobs))
         return found
+
+    def _with_calls(self, entry: PassEntry, job: Job, flight: Flight, results: tuple[ShardResult, ...]) -> PassEntry:
+        """What a request hears of the calls that were one with its own: of its tenant's, as of the pass."""
+        if self._alike is None:
+            return entry
+        own = {other.program.request for other in flight.jobs if other.tenant == job.tenant}
+        seen = None if self._policy.tells_of_other_tenants else own
+        return replace(entry, calls_merged=calls_merged(results, job.program.request, seen))
 
     def _charge(self, job: Job, cost: float) -> None:
         """What was measured beyond what was charged before, or below it."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
 from polytrace.collector import young_only
-from polytrace.description import ModelDescription, PassLayout, SiteInfo
+from polytrace.description import Limits, ModelDescription, PassLayout, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Inputs, Port, Read, Request, Write
 from scheduling import program
@@ -71,6 +71,16 @@ def work_out(
         return program.work_out(request_id, request, description, infer)
     facts = infer(request)
     return compile_call(request_id, request, description, facts), facts
+
+
+def taped(program: Program, num_bytes: int, limits: Limits) -> Program:
+    """The program, whose calls keep so much for gradients. Raises TooLargeError."""
+    if num_bytes > limits.tape_bytes:
+        raise TooLargeError(
+            f"the gradients of this request keep {num_bytes:,} bytes; the limit is {limits.tape_bytes:,}: "
+            "ask for gradients of fewer calls at once, of smaller ones, or of later sites"
+        )
+    return replace(program, tape_bytes=num_bytes)
 
 
 def compile_call(

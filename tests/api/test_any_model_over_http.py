@@ -5,6 +5,7 @@ In float32, max|a - b| <= 1e-5 max(1, max|b|).
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
     plain.save_pretrained(folder)
     theirs, _ = plain_run(plain, path, other)
     seen, wanted = plain_run(plain, path, call, lambda tensor: 0.5 * tensor + 0.5 * theirs)
+    vit, block, images, _ = KINDS["vit"]()
+    vit.save_pretrained(tmp_path / "vit")
     service = Service(folder, tmp_path)
     try:
         wait_until(service.is_ready, 240, service)
+        service.http.put("/v1/models/vit", json={"source": str(tmp_path / "vit")}).raise_for_status()
         model: Any = polytrace.connect(f"http://127.0.0.1:{service.port}", "tiny", key="sesame")
         layer = model.get_submodule(path)
         with model.trace() as tracer:
@@ -52,14 +56,51 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
             loss.backward()
         with pytest.raises(GraphError, match=r"does not take these arguments.*\(test_any_model_over_http.py:\d+\)"):
             model.trace(pixel_values=torch.ones(3, 3))
+        wait_until(lambda: service.is_ready("vit"), 240, service)
+        users: Any = polytrace.connect(f"http://127.0.0.1:{service.port}", "vit", key="sesame")
+        calls = [torch.randn_like(images["pixel_values"]) for _ in range(6)]
+        alone = run_all(users, block, calls[:1])
+        together = run_all(users, block, calls)
+        for _ in range(20):  # until some have waited for the shard at the same time
+            if max(num_merged for num_merged, _ in together) > 1:
+                break
+            together = run_all(users, block, calls)
     finally:
         service.kill_all()
     for ours, theirs in zip(back, gradients[0], strict=True):
         close(ours, theirs)
+    assert max(num_merged for num_merged, _ in together) > 1
+    assert alone[0][0] == 0
+    assert torch.equal(alone[0][1], together[0][1])
+    for number, (_, logits) in enumerate(together):
+        close(logits, plain_run(vit, block, {"pixel_values": calls[number]}, partial(moved, number))[1])
     assert vector.grad is not None
     close(vector.grad, 1.5 * gradients[0][1].sum((0, 1)))  # of both backwards, the first of which was halved there
     close(read, seen)
     close(result, wanted)
+
+
+def run_all(model: Any, path: str, calls: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+    """Sends an edit of each call before any has run; how many calls were one with it, and its logits."""
+    tracers = []
+    for number, call in enumerate(calls):
+        with model.trace(pixel_values=call, run=False) as tracer:
+            moved(number, model.get_submodule(path).output)
+            model.output.logits.save()
+        tracers.append(tracer)
+    jobs = [model.backend.submit(tracer.built_request()) for tracer in tracers]
+    for job in jobs:
+        job.wait(120, None)
+    results = [job.result() for job in jobs]
+    found = []
+    for result in results:
+        (logits,) = result.values.values()
+        found.append((result.receipt.passes[0].calls_merged, torch.as_tensor(logits)))
+    return found
+
+
+def moved(number: int, tensor: Any) -> None:
+    tensor[:, 1] += number
 
 
 def double(tensor: torch.Tensor) -> None:

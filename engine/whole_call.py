@@ -1,0 +1,116 @@
+"""One call on its way through the unmodified model: hooks where it is visited, and its end behind the last visit.
+
+Knows nothing of graphs: who waits at a visit says what goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.arguments import Arguments
+from engine.leaves import first_argument
+from engine.lockstep import stop
+from engine.stage import replace_first_argument
+from engine.whole_tape import WholeTape
+from polytrace.graph import Port
+
+Key = tuple[str, Port, int]  # module, port, visit
+Visits = dict[Key, int]  # -> order, of one invoke
+
+
+@dataclass(slots=True)
+class WholeCall:
+    """One call on its way."""
+
+    visits: Visits
+    come: Callable[[int, Any], Any] = stop  # gives what goes on of what a visit has
+    kept: Collection[int] = ()  # memory of the model itself, where something is written in place
+    counts: dict[tuple[str, Port], int] = field(default_factory=dict)  # of visits so far
+    num_left: int = 0
+    tape: WholeTape | None = None  # where its gradient is asked for
+
+    def __post_init__(self) -> None:
+        self.num_left = len(self.visits)
+
+    def visit(self, path: str, port: Port, value: Any) -> Any:
+        """What goes on of a side of a module; raises where nothing behind it is needed."""
+        number = self.counts.get((path, port), 0)
+        self.counts[path, port] = number + 1
+        order = self.visits.get((path, port, number))
+        if order is None:
+            return value
+        after = self.come(order, value)
+        if self.tape is not None:
+            after = self.tape.cut(order, value, after)
+        self.num_left -= 1
+        if not self.num_left:
+            raise Enough
+        return after
+
+    def recording(self) -> AbstractContextManager[None]:
+        """How the model is run."""
+        return torch.no_grad() if self.tape is None else self.tape.recording()
+
+    def changing(self, tensor: Tensor) -> None:
+        """Somebody writes to a tensor in place."""
+        if self.tape is not None:
+            self.tape.saved.protect([tensor])
+
+
+class Enough(BaseException):
+    """Ends a call early: there is nothing left to do. Code of models that catches every Exception lets it through."""
+
+
+_going: ContextVar[WholeCall | None] = ContextVar("whole_call", default=None)
+
+
+@contextmanager
+def current(call: WholeCall | None) -> Iterator[None]:
+    token = _going.set(call)
+    try:
+        yield
+    finally:
+        _going.reset(token)
+
+
+def alone(meet: Callable[[int, Mapping[int, Any]], dict[int, Any]], order: int, value: Any) -> Any:
+    with current(None):
+        return meet(order, {0: value})[0]
+
+
+@contextmanager
+def hooked(model: nn.Module, call: WholeCall) -> Iterator[None]:
+    """Hooks on the modules that a call is visited at; they are about that call alone."""
+
+    def before(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _going.get() is not call:
+            return None
+        first = first_argument(args, kwargs)
+        after = call.visit(path, Port.INPUT, first)
+        given = Arguments(args, kwargs) if after is first else Arguments(*replace_first_argument(args, kwargs, after))
+        given = call.visit(path, Port.INPUTS, given)
+        return given.args, dict(given.kwargs)
+
+    def behind(path: str, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        return call.visit(path, Port.OUTPUT, output) if _going.get() is call else None
+
+    ports: dict[str, set[bool]] = {}
+    for path, port, _ in call.visits:
+        ports.setdefault(path, set()).add(port is Port.OUTPUT)
+    with ExitStack() as hooks:
+        for path, sides in ports.items():
+            module = model.get_submodule(path)
+            if False in sides:
+                handle = module.register_forward_pre_hook(partial(before, path), with_kwargs=True)
+                hooks.callback(handle.remove)
+            if True in sides:
+                hooks.callback(module.register_forward_hook(partial(behind, path)).remove)
+        yield

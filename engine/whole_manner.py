@@ -1,0 +1,72 @@
+"""How a model runs whose calls may be merged: what becomes of one call does not depend on how many are beside it.
+
+Libraries choose how they add by the size of what they get. So linear layers get no fewer rows than make the common
+path (`MIN_ROWS`, with zeros), and what works on one member of a batch at a time (convolutions, group norms) gets one at
+a time. A call that has nobody beside it runs the same way, which costs it next to nothing; whether that suffices for
+a model is tried by `engine.whole_merging`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from scheduling.plan import MIN_ROWS
+
+_BATCHED: dict[Any, int] = {  # functions that get one member at a time -> dimensions of what they get as a batch
+    functional.conv1d: 3,
+    functional.conv2d: 4,
+    functional.conv3d: 5,
+    functional.conv_transpose1d: 3,
+    functional.conv_transpose2d: 4,
+    functional.conv_transpose3d: 5,
+}
+_NORMS = frozenset({functional.group_norm, torch.group_norm})
+_POINTWISE = frozenset({functional.silu, functional.gelu, torch.tanh, torch.sigmoid, torch.exp, Tensor.exp})
+_LANES = 64  # elements that a processor takes at once, at most: what is left over goes another way
+
+
+class CallByCall(TorchFunctionMode):
+    """The model's code runs inside."""
+
+    def __torch_function__(
+        self,
+        function: Any,
+        _types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor):
+            if function is functional.linear:
+                return _linear(function, args, kwargs)
+            if _goes_by_member(function, args[0]):
+                # Also a single one, in one layout: a batch of one says nothing of how its members lie.
+                members = args[0].split(1)
+                return torch.cat([function(member.contiguous(), *args[1:], **kwargs) for member in members])
+        return function(*args, **kwargs)
+
+
+def _goes_by_member(function: Any, tensor: Tensor) -> bool:
+    if tensor.ndim < 2 or not len(tensor):
+        return False
+    if function in _POINTWISE:
+        return math.prod(tensor.shape[1:]) % _LANES != 0
+    return function in _NORMS or _BATCHED.get(function) == tensor.ndim
+
+
+def _linear(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    rows = args[0].shape[:-1]
+    num_rows = math.prod(rows)
+    if not 0 < num_rows < MIN_ROWS:
+        return function(*args, **kwargs)
+    flat = args[0].reshape(num_rows, -1)
+    padded = torch.cat([flat, flat.new_zeros(MIN_ROWS - num_rows, flat.shape[1])])
+    out = function(padded, *args[1:], **kwargs)[:num_rows]
+    return out.reshape(*rows, out.shape[-1])

@@ -1,0 +1,333 @@
+"""Calls of several requests as one: the bits of each alone, and plain torch with hooks to 1e-5 in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from called_by_hand import first_of, plain_run
+from model_kinds import DIFFUSION, KINDS, seeded
+from programs import values_in_order
+from torch import Tensor, nn
+
+from engine.whole_local import WholeBackend
+from polytrace.whole_model import WholeModel
+
+Call = dict[str, Any]
+
+
+def scale(tensor: Tensor) -> None:
+    tensor[..., 0] += 3.0
+
+
+def turn(tensor: Tensor) -> Tensor:
+    return -0.5 * tensor
+
+
+EDITS = (None, scale, turn)  # a read, an edit in place, an assignment
+
+
+class Merging:
+    """A module whose calls are merged where that is exact."""
+
+    def __init__(self, plain: nn.Module, path: str) -> None:
+        self.plain, self.path = plain, path
+        self.backend = WholeBackend(plain, name="merging", merges=True)
+        self.model: Any = WholeModel(self.backend)
+        assert self.backend.shard.merging is not None
+        self.groups = self.backend.shard.merging
+
+    def run(self, calls: Sequence[tuple[Call, int]]) -> list[list[Tensor]]:
+        """What each sees at the path and at the end, with the edit of its number; all at once."""
+        tracers = []
+        for call, number in calls:
+            with self.model.trace(**call, run=False) as tracer:
+                module = self.model.get_submodule(self.path)
+                first_of(module.output).save()
+                if number == 1:
+                    first_of(module.output)[..., 0] += 3.0
+                if number == 2:
+                    self._assign(module)
+                first_of(self.model.output).save()
+            tracers.append(tracer)
+        outcomes = self.backend.run_together([self.backend.compile(one.built_request()) for one in tracers])
+        assert [outcome.error for outcome in outcomes] == [None] * len(calls)
+        self.outcomes = outcomes
+        return [values_in_order(one, outcome.values) for one, outcome in zip(tracers, outcomes, strict=True)]
+
+    def _assign(self, module: Any) -> None:
+        if hasattr(module.output, "dtype"):
+            module.output = -0.5 * module.output
+        else:
+            key = module.output.keys()[0]
+            module.output[key] = -0.5 * module.output[key]
+
+    @property
+    def num_merged(self) -> list[int]:
+        """Of each request that has run: the calls that were one with its own."""
+        return [one.receipt.passes[0].calls_merged for one in self.outcomes if one.receipt is not None]
+
+    def refusal(self) -> str | None:
+        (verdict,) = self.groups.verdicts.values()
+        return verdict.refusal
+
+    def assert_by_hand(self, call: Call, number: int, got: Sequence[Any]) -> None:
+        wanted = plain_run(self.plain, self.path, call, EDITS[number])
+        for own, by_hand in zip(got, wanted, strict=True):
+            bound = 1e-5 * max(1.0, by_hand.abs().max().item())
+            assert (torch.as_tensor(own) - by_hand).abs().max() <= bound
+        if number:
+            assert (wanted[1] - plain_run(self.plain, self.path, call)[1]).abs().max() > 1e-3
+
+
+def other_call(call: Call, seed: int) -> Call:
+    """Of the same structure; integers are some of the call's own."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype == torch.bool:
+            return value
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=chance)
+        return value.flatten()[torch.randperm(value.numel(), generator=chance)].reshape(value.shape)
+
+    return {name: value if "mask" in name else other(value) for name, value in call.items()}
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "whisper", "t5", "unet", "dit"])
+def test_three_interventions_beside_neighbours_are_those_of_hooks_with_the_bits_of_each_alone(kind: str) -> None:
+    if kind in DIFFUSION:
+        pytest.importorskip("diffusers")
+    plain, path, call, _ = (KINDS | DIFFUSION)[kind]()
+    merging = Merging(plain, path)
+    calls = [(other_call(call, seed), seed % 3) for seed in range(5)]
+    together = merging.run(calls)
+    assert merging.num_merged == [5] * 5, merging.groups.verdicts
+    for (one, number), got in zip(calls, together, strict=True):
+        merging.assert_by_hand(one, number, got)
+        (alone,) = merging.run([(one, number)])
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(alone, got, strict=True))
+
+
+class Plain(nn.Module):
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(16, 32), middle, nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.middle(self.first(x))))
+        return out
+
+
+def test_a_neighbour_without_a_number_changes_nothing() -> None:
+    merging = Merging(seeded(lambda: Plain(nn.Linear(32, 32))), "middle")
+    call, lost = {"x": torch.randn(3, 16)}, {"x": torch.full((3, 16), float("nan"))}
+    beside, wrong = merging.run([(call, 1), (lost, 0)])
+    assert merging.num_merged == [2, 2]
+    assert torch.as_tensor(wrong[1]).isnan().all()
+    (alone,) = merging.run([(call, 1)])
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(alone, beside, strict=True))
+    merging.assert_by_hand(call, 1, beside)
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Choosing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.max() > 100 else 2 * x
+
+
+def of_batches() -> nn.Module:
+    norm = nn.BatchNorm1d(32, track_running_stats=False)
+    return norm.train()
+
+
+@pytest.mark.parametrize("middle", [Centred, of_batches, Choosing, lambda: nn.Dropout(0.5).train()])
+def test_what_has_other_numbers_in_company_is_found_out_and_goes_as_it_is(middle: Callable[[], nn.Module]) -> None:
+    plain = seeded(lambda: Plain(nn.Identity()))
+    plain.middle = middle()
+    merging = Merging(plain, "last")
+    calls = [({"x": torch.randn(4, 16)}, number) for number in range(3)]
+    together = merging.run(calls)
+    assert merging.refusal() is not None
+    assert merging.num_merged == [0, 0, 0]
+    if not isinstance(plain.middle, nn.Dropout):
+        for (call, number), got in zip(calls, together, strict=True):
+            merging.assert_by_hand(call, number, got)
+
+
+class Residual(nn.Module):
+    """What comes into `inner` goes on beside it, so assigning it and changing it in place are not the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x + self.inner(x)
+
+
+def test_one_assigns_what_another_changes_in_place_at_the_same_visit() -> None:
+    plain = seeded(Residual)
+    model, backend = merging_model(plain)
+    calls = [torch.randn(2, 16) for _ in range(3)]
+    tracers = []
+    for number, x in enumerate(calls):
+        with model.trace(x, run=False) as tracer:
+            if number == 0:
+                model.inner.input = 3 * model.inner.input
+                model.inner.input[:, 0] += 1
+            if number == 1:
+                model.inner.input[:, 0] += 5
+            model.output.save()
+        tracers.append(tracer)
+    for number, x in enumerate(calls):
+        with torch.no_grad():
+            kept = plain.first(x)
+            given = 3 * kept if number == 0 else kept
+            given[:, 0] += (1, 5, 0)[number]  # of the second it is one tensor
+            wanted = kept + plain.inner(given)
+        close(outputs(backend, tracers)[number], wanted)
+    assert len({id(one) for one in tracers}) == 3
+
+
+class Touchy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Embedding(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.outer(self.inner(x))
+        return out
+
+
+def test_who_breaks_a_call_of_several_fails_alone() -> None:
+    plain = seeded(Touchy)
+    model, backend = merging_model(plain)
+    good, bad = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 99]])
+    tracers = []
+    for x in (good, bad, good + 1):
+        with model.trace(x, run=False) as tracer:
+            model.inner.output.save()
+            model.output.save()
+        tracers.append(tracer)
+    first, second, third = backend.run_together([backend.compile(one.built_request()) for one in tracers])
+    assert second.error is not None
+    assert "index out of range" in str(second.error)
+    for tracer, outcome, x in ((tracers[0], first, good), (tracers[2], third, good + 1)):
+        assert outcome.error is None
+        assert outcome.receipt is not None
+        assert len(outcome.receipt.fired) == 2
+        with torch.no_grad():
+            close(values_in_order(tracer, outcome.values)[1], plain(x))
+
+
+def test_calls_of_one_trace_are_one_call_also_where_values_go_from_one_to_the_next() -> None:
+    plain, path, _, _ = KINDS["vit"]()
+    model, _ = merging_model(plain)
+    images = [torch.randn(1, 3, 8, 8) for _ in range(6)]
+    with model.trace() as tracer:
+        saved, given = [], None
+        for number, image in enumerate(images):
+            with tracer.invoke(pixel_values=image):
+                layer = model.get_submodule(path)
+                if number in (1, 4):
+                    layer.output[:, 1] = given[:, 1]
+                given = layer.output
+                saved.append((given.mean().save(), model.output.logits.save()))
+    assert tracer.receipt.passes[0].calls_merged == 6
+    theirs = None
+    for number, image in enumerate(images):
+
+        def edit(tensor: Tensor, number: int = number, theirs: Any = theirs) -> None:
+            if number in (1, 4):
+                tensor[:, 1] = theirs[:, 1]
+
+        seen, wanted = plain_run(plain, path, {"pixel_values": image}, edit)
+        if number in (1, 4):
+            seen = seen.clone()
+            seen[:, 1] = theirs[:, 1]
+            assert (wanted - plain_run(plain, path, {"pixel_values": image})[1]).abs().max() > 1e-3
+        theirs = seen
+        close(saved[number][0], seen.mean())
+        close(saved[number][1], wanted)
+
+
+def test_calls_of_other_shapes_go_with_their_like_and_gradients_alone() -> None:
+    plain = seeded(lambda: Plain(nn.Linear(32, 32)))
+    model, backend = merging_model(plain)
+    calls = [torch.randn(rows, 16) for rows in (1, 2, 1, 2, 1)]
+    tracers = []
+    for x in calls:
+        with model.trace(x, run=False) as tracer:
+            model.middle.output[:, 0] += 1
+            model.output.save()
+        tracers.append(tracer)
+    with model.trace(calls[0], run=False) as tracer:
+        hidden = model.middle.output
+        model.output.sum().backward()
+        hidden.grad.save()
+    outcomes = backend.run_together([backend.compile(one.built_request()) for one in [*tracers, tracer]])
+    assert [one.error for one in outcomes] == [None] * 6
+    assert [one.receipt.passes[0].calls_merged for one in outcomes] == [3, 2, 3, 2, 3, 0]
+    with torch.no_grad():
+        for x, one, outcome in zip(calls, tracers, outcomes, strict=False):
+            middle = plain.middle(plain.first(x))
+            middle[:, 0] += 1
+            close(values_in_order(one, outcome.values)[0], plain.last(torch.tanh(middle)))
+
+
+def test_a_mask_of_ones_is_not_put_beside_one_with_holes() -> None:
+    plain, _, call, _ = KINDS["bert"]()
+    model, backend = merging_model(plain)
+    masks = [torch.ones(2, 5, dtype=torch.long), call["attention_mask"], torch.ones(2, 5, dtype=torch.long)]
+    tracers = []
+    for mask in masks:
+        with model.trace(input_ids=call["input_ids"], attention_mask=mask, run=False) as tracer:
+            model.output.last_hidden_state.save()
+        tracers.append(tracer)
+    outcomes = backend.run_together([backend.compile(one.built_request()) for one in tracers])
+    assert [one.receipt.passes[0].calls_merged for one in outcomes] == [2, 0, 2]
+    for mask, tracer, outcome in zip(masks, tracers, outcomes, strict=True):
+        with torch.no_grad():
+            wanted = plain(input_ids=call["input_ids"], attention_mask=mask).last_hidden_state
+        close(values_in_order(tracer, outcome.values)[0], wanted)
+
+
+def test_what_is_of_all_calls_together_is_read_alone() -> None:
+    plain, _, call, _ = KINDS["clip"]()
+    model, backend = merging_model(plain)
+    for name, num_merged in (("image_embeds", 2), ("logits_per_image", 0)):
+        tracers = []
+        for seed in range(2):
+            with model.trace(**other_call(call, seed), run=False) as tracer:
+                model.output[name].save()
+            tracers.append(tracer)
+        outcomes = backend.run_together([backend.compile(one.built_request()) for one in tracers])
+        assert [one.receipt.passes[0].calls_merged for one in outcomes] == [num_merged] * 2
+        for seed, (tracer, outcome) in enumerate(zip(tracers, outcomes, strict=True)):
+            with torch.no_grad():
+                wanted = plain(**other_call(call, seed))[name]
+            close(values_in_order(tracer, outcome.values)[0], wanted)
+
+
+def merging_model(plain: nn.Module) -> tuple[Any, WholeBackend]:
+    backend = WholeBackend(plain, name="merging", merges=True)
+    return WholeModel(backend), backend
+
+
+def outputs(backend: WholeBackend, tracers: Sequence[Any]) -> list[Any]:
+    outcomes = backend.run_together([backend.compile(one.built_request()) for one in tracers])
+    assert [one.error for one in outcomes] == [None] * len(tracers)
+    assert [one.receipt.passes[0].calls_merged for one in outcomes if one.receipt] == [len(tracers)] * len(tracers)
+    return [values_in_order(one, outcome.values)[0] for one, outcome in zip(tracers, outcomes, strict=True)]
+
+
+def close(ours: Any, plain: Tensor) -> None:
+    assert float((torch.as_tensor(ours) - plain).abs().max()) <= 1e-5 * max(1.0, float(plain.abs().max()))
