@@ -467,7 +467,7 @@ class Gateway:
         if status.error is not None:
             return problems.problem(status.error, headers)
         headers["Location"] = f"/v1/requests/{status.id}"
-        await to_thread.run_sync(self._store.keep, status.id)
+        await to_thread.run_sync(self._store.secure, status.id)
         return JSONResponse(await self._stands(status), status_code=202, headers=headers)
 
     async def _stands(self, status: RequestStatus) -> dict[str, Any]:

@@ -237,7 +237,7 @@ class Store(Catalogue):
     ) -> RequestStatus:
         """Accepts a request whose file is durable and wakes the controller. `work`: as in `Claimed`.
         `demand`: what it takes, as certified, which is held against the quotas of `terms`. `submit`: what it is known
-        by when it comes again. Unless it `is_kept` neither its file nor its row need be durable: `keep` comes before
+        by when it comes again. Unless it `is_kept` neither its file nor its row need be durable: `secure` comes before
         anybody is told that it was accepted.
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already, or so many of this tenant,
@@ -304,7 +304,7 @@ class Store(Catalogue):
             passes=0,
         )
 
-    def keep(self, request: RequestId) -> None:
+    def secure(self, request: RequestId) -> None:
         """The request is on the disk, unless it has ended: then its end is."""
         if request in self._unkept:
             with contextlib.suppress(FileNotFoundError):
@@ -313,7 +313,7 @@ class Store(Catalogue):
             self._unkept.discard(request)
 
     def has_ended(self, request: RequestId) -> None:
-        """Its end is on the disk, so `keep` has nothing to do."""
+        """Its end is on the disk, so `secure` has nothing to do."""
         self._unkept.discard(request)
 
     def keep_open(self) -> None:

@@ -86,9 +86,9 @@ def test_a_request_is_kept_when_somebody_is_told_of_it_and_after_its_end_there_i
     waiting = store.new_id()
     store.request_path(waiting).write_bytes(b"request")
     store.add(waiting, "m", b"[]", work=1, max_open=10, is_kept=False)
-    store.keep(waiting)
+    store.secure(waiting)
     store.keep_open()
     assert store.request_path(waiting).read_bytes() == b"request"
     (claimed,) = store.claim("m", 1)
     assert claimed.request == waiting
-    store.keep(done(store, b"data"))
+    store.secure(done(store, b"data"))
