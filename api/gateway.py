@@ -281,7 +281,7 @@ class Gateway:
         terms = await self._admission.begin(caller, name)
         request_id = self._store.new_id()
         about_call(request=request_id)
-        # who waits is told nothing before the end, which is durable; or else what `_answer` keeps first
+        # who waits is told nothing before the end, which is durable; or else what `_answer` secures first
         is_kept = self._preferred_wait(request) <= 0 or self._store.objects is not None
         try:
             await self._receive(request_id, request, served, terms)

@@ -18,7 +18,7 @@ Owns durability and the states: queued -> running -> done | failed | cancelled. 
 
 Invariants
 - A request is on disk (file, folder entry, row) before `add` returns, or, where its caller is told nothing before,
-  when `keep` does; a result before its state says done.
+  when `secure` does; a result before its state says done.
 - A state changes in one transaction whose WHERE names the state it leaves, so each request ends exactly once.
 - Ids are 128 random bits. Who may see what is not decided here but where a call comes in (`api.waiting`).
 """

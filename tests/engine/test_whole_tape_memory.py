@@ -1,4 +1,4 @@
-"""What calls of a model as it is keep for gradients: never more than the certificate says, and of each pass all told."""
+"""What calls of a model as it is keep for gradients: never more than certified, and of each pass all is told."""
 
 from __future__ import annotations
 
