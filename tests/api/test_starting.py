@@ -23,9 +23,9 @@ COLD, READY = DeploymentState.COLD, DeploymentState.READY
 class Shop:
     """A store whose clock stands until it is moved."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: str | None) -> None:
         self.at = NOON
-        self.store = Store(folder, clock=lambda: self.at)
+        self.store = Store(folder, database=database, clock=lambda: self.at)
         for name in ("m", "other", "plain"):
             self.store.want(DeploymentSpec(name=name, source="none"))
             self.store.publish(name, Published(source="none", dtype="auto", description=b"{}", tokenizer=None))
@@ -46,9 +46,10 @@ class Shop:
         return next(wanted.heat for wanted in self.store.wanted() if wanted.spec.name == name)
 
 
-@pytest.fixture
-def shop(tmp_path: Path) -> Iterator[Shop]:
-    shop = Shop(tmp_path / "store")
+@pytest.fixture(params=["sqlite", "postgres"])
+def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
+    is_large = request.param == "postgres"
+    shop = Shop(tmp_path / "store", request.getfixturevalue("postgres").empty_database() if is_large else None)
     yield shop
     shop.store.close()
 
