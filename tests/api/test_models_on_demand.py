@@ -43,12 +43,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def service(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    service = Service(None, tmp_path_factory.mktemp("service"))
+    folder = tmp_path_factory.mktemp("service")
+    service = Service(None, folder, POLYTRACE_WEIGHTS=str(folder / "weights"))
     try:
         wait_until(lambda: is_up(service), 120, service)
-        for name, folder in models.items():
+        for name, source in {"first": f"file://{models['first']}", "second": str(models["second"])}.items():
             flags = ("--name", name, "--cpus", CPUS, "--on-demand")
-            done = service.polytrace("models", "deploy", str(folder), *flags)
+            done = service.polytrace("models", "deploy", source, *flags)
             assert done.returncode == 0, f"{done.stderr}\n{service.words()}"
         yield service
     finally:
@@ -99,6 +100,8 @@ def test_a_second_model_that_is_deployed_takes_the_place_of_the_first(service: S
     assert (first["state"], first["progress"]) == ("cold", "made room for second")
     assert second["state"] == "ready" and first["is_ready"], "it takes requests all the same"
     assert service.shards("first") == [] and len(service.shards("second")) == 1
+    weights = [*(service.folder / "weights").glob("*/model.safetensors")]
+    assert len(weights) == 1, "the first one's came from a URL, once"
 
 
 def test_a_request_loads_its_model_and_hears_how_far_that_is(service: Service, models: dict[str, Path]) -> None:
@@ -190,7 +193,8 @@ def test_a_model_that_cannot_be_loaded_refuses_those_who_wait_with_the_reason(
         status = service.http.get(f"/v1/requests/{request}", params={"wait": 30}).json()
     assert status["state"] == "failed"
     assert "second could not be loaded: there is no folder" in status["error"]["message"]
-    wait_until(lambda: service.deployment("second")["is_ready"], 30, service)  # to be asked again
+    rests = {"state": "cold", "is_ready": True}  # to be asked again
+    wait_until(lambda: service.deployment("second").items() >= rests.items(), 30, service)
     refused = service.http.post("/v1/models/second/requests", content=body())
     assert refused.status_code == 503 and "second could not be loaded" in refused.json()["detail"]
     assert 0 < int(refused.headers["Retry-After"]) <= 60
