@@ -164,6 +164,8 @@ def _deployment(name: str, state: str, mode: str, progress: str) -> Finding:
         return Finding(Grade.WARN, what, f"is {mode}", f"polytrace deploy makes {name} serve again")
     if state == "ready":
         return Finding(Grade.OK, what, "ready")
+    if state in ("warm", "cold"):
+        return Finding(Grade.OK, what, f"rests, {state}: {told}")
     return Finding(Grade.WARN, what, f"{state}: {told}", "polytrace status follows it")
 
 

@@ -557,6 +557,7 @@ def _plain(status: RequestStatus, outlook: Outlook | None = None) -> dict[str, A
         "passes": status.passes,
         "queue_position": None if outlook is None else outlook.queue_position,
         "expected_start": None if outlook is None else outlook.expected_start,
+        "waits_for": None,
         "error": status.error.to_fields() if status.error else None,
         "result": f"/v1/requests/{status.id}/result" if status.state is RequestState.DONE else None,
         "token_layers": status.token_layers,

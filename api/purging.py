@@ -87,6 +87,8 @@ def _drop(
     kept = db.execute(f"DELETE FROM kept WHERE {owned}", whose).rowcount
     sizes = contents.drop_all(db, owned, whose)
     usage = db.execute(f"DELETE FROM usage WHERE {who}", values).rowcount if with_usage else 0
+    if with_usage:
+        db.execute(f"DELETE FROM starts WHERE {who}", values)
     purged = Purged(
         requests=len(requests),
         contents=len(sizes),

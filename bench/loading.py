@@ -45,7 +45,7 @@ def run(config: LoadingConfig) -> dict[str, Any]:
     """The figures, as plain JSON: a row for each condition."""
     torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory(prefix="polytrace-loading-") as folder:
-        _write(config, folder)
+        write_model(config, folder)
         files = sorted(Path(folder).glob("*.safetensors"))
         contenders: dict[str, Callable[[], object]] = {
             "files": lambda: [_read(file) for file in files],
@@ -77,7 +77,8 @@ def run(config: LoadingConfig) -> dict[str, Any]:
     return {"gb": num_bytes["files"] / 1e9, "rows": rows, "parameters_that_differ": wrong}
 
 
-def _write(config: LoadingConfig, folder: str) -> None:
+def write_model(config: LoadingConfig, folder: str) -> None:
+    """A Llama with random weights."""
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=config.vocabulary,

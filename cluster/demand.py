@@ -22,6 +22,7 @@ from polytrace.errors import ServiceError
 
 LOOK_S = 0.5  # between two looks
 GRACE_S = 2.0  # without a request, before a deployment may rest at all
+SETTLE_S = 3.0  # until the cluster has heard of all that those had who rest now
 STUCK_S = 10.0  # that room which is enough in sum may take to do: it may lie on too many nodes
 
 Resources = Mapping[str, float]  # of a Ray cluster
@@ -53,6 +54,8 @@ class Demand:
         self._store = store
         self._free = free
         self._looked = 0.0
+        self._notes: dict[str, str] = {}
+        self._gone = 0.0  # when somebody was on the way to rest
         self._enough_since: dict[str, float] = {}  # by the deployment that waits although there is room in sum
 
     def is_due(self) -> bool:
@@ -87,6 +90,11 @@ class Demand:
             self._enough_since.clear()
             return told
         going = [one for one in standings if one.wanted.heat is not Heat.HOT and one.holds]
+        if going:
+            self._gone = now
+        elif now - self._gone < SETTLE_S:
+            return self._notes
+        self._notes = told
         free = total([self._free(), *(one.holds for one in going)])
         candidates = [one for one in standings if one not in going and one.holds and one not in waiting]
         for one in waiting:

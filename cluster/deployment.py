@@ -121,6 +121,7 @@ class Deployment:
         self._answering: set[int] = set()  # shards whose processes have answered once
         self._loaded: set[int] = set()  # shards that have their weights
         self.is_waiting = False  # for room in the cluster; the progress lines say for how much
+        self._num_missing = 0  # shards that it waits for room for
         self._is_stopped = threading.Event()
 
     def start(self, report: Report = lambda _: None) -> ModelDescription:
@@ -156,11 +157,19 @@ class Deployment:
         return self._views[-1]
 
     @property
-    def resources(self) -> dict[str, float]:
-        """What its shards take of the cluster, all together; nothing before that is known."""
-        if self._group is None:
+    def holds(self) -> dict[str, float]:
+        """What its shards have of the cluster, all together."""
+        return self._of_shards(self.config.num_shards - self._num_missing)
+
+    @property
+    def lacks(self) -> dict[str, float]:
+        """What it waits for."""
+        return self._of_shards(self._num_missing)
+
+    def _of_shards(self, number: int) -> dict[str, float]:
+        if self._group is None or not number:
             return {}
-        return {name: amount * self.config.num_shards for name, amount in _bundle(self._placement).items()}
+        return {name: amount * number for name, amount in _bundle(self._placement).items()}
 
     def files(self) -> dict[str, frozenset[str]]:
         """By node: the files that its shards read their weights from."""
@@ -268,6 +277,7 @@ class Deployment:
         limit_s = self.config.placement_timeout_s
         try:
             while not self._has_room():
+                self._num_missing = self._num_missing or self.config.num_shards
                 if self._is_stopped.is_set():
                     raise ServiceError(f"{self.config.name} was stopped while it waited for room in the cluster")
                 if limit_s is not None and time.monotonic() - began > limit_s:
@@ -277,7 +287,7 @@ class Deployment:
                     report(self._wish())
                 self._is_stopped.wait(_LOOK_S)
         finally:
-            self.is_waiting = False
+            self.is_waiting, self._num_missing = False, 0
 
     def _has_room(self) -> bool:
         assert self._group is not None
@@ -289,7 +299,7 @@ class Deployment:
         assert self._group is not None
         nodes = placement_group_table(self._group).get("bundles_to_node_id", {})
         asked = _bundle(self._placement)
-        num_missing = sum(not node for node in nodes.values()) or self.config.num_shards
+        num_missing = self._num_missing = sum(not node for node in nodes.values()) or self.config.num_shards
         free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
         whole: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         told_free = ", ".join(f"{name} {free.get(name, 0):g} of {whole.get(name, 0):g}" for name in asked)

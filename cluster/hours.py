@@ -25,7 +25,7 @@ from polytrace.errors import UserError
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 MAX_CHARS = 500
 _FORM = "days and a time, such as 'mon-fri 08:00-20:00'"
-_TIMES = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-(([01]\d|2[0-3]):([0-5]\d)|24:00)")
+_TIMES = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-(([01][0-9]|2[0-3]):([0-5][0-9])|24:00)")
 _ZONE = re.compile(r"[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*")
 
 

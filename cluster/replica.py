@@ -74,13 +74,13 @@ class Replica:
     def holds(self) -> Mapping[str, float]:
         """Of the cluster."""
         deployment = self._deployment
-        return {} if deployment is None or deployment.is_waiting else deployment.resources
+        return {} if deployment is None else deployment.holds
 
     @property
     def lacks(self) -> Mapping[str, float]:
         """Of the cluster, while it waits for room."""
         deployment = self._deployment
-        return deployment.resources if deployment is not None and deployment.is_waiting else {}
+        return deployment.lacks if deployment is not None and deployment.is_waiting else {}
 
     def retire(self) -> None:
         """It is given no more requests, finishes those that it has begun, and ends (`end_if_idle`)."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from gateways import Agreeable, GatewayService, body, description_of_nothing, wait_until
 
 from api.identity import Identity, Role
 from api.limits import TenantLimits, Terms
 from api.store import Store
 from cluster.config import DeploymentSpec, Heat
 from cluster.requests import DeploymentState, Published
-from polytrace.errors import CapacityError, ConflictError, NotFoundError, QuotaError, UserError
+from polytrace.errors import CapacityError, ConflictError, NotFoundError, QuotaError, RunError, UserError
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC).timestamp()
 ANNA = Identity(tenant="lab", user="anna", role=Role.USER)
@@ -23,9 +25,9 @@ COLD, READY = DeploymentState.COLD, DeploymentState.READY
 class Shop:
     """A store whose clock stands until it is moved."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: str | None) -> None:
         self.at = NOON
-        self.store = Store(folder, clock=lambda: self.at)
+        self.store = Store(folder, database=database, clock=lambda: self.at)
         for name in ("m", "other", "plain"):
             self.store.want(DeploymentSpec(name=name, source="none"))
             self.store.publish(name, Published(source="none", dtype="auto", description=b"{}", tokenizer=None))
@@ -46,9 +48,10 @@ class Shop:
         return next(wanted.heat for wanted in self.store.wanted() if wanted.spec.name == name)
 
 
-@pytest.fixture
-def shop(tmp_path: Path) -> Iterator[Shop]:
-    shop = Shop(tmp_path / "store")
+@pytest.fixture(params=["sqlite", "postgres"])
+def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
+    is_large = request.param == "postgres"
+    shop = Shop(tmp_path / "store", request.getfixturevalue("postgres").empty_database() if is_large else None)
     yield shop
     shop.store.close()
 
@@ -146,3 +149,59 @@ def test_another_description_is_another_revision(shop: Shop) -> None:
     assert revision() == first
     shop.store.publish("m", Published(source="none", dtype="auto", description=b"[]", tokenizer=None))
     assert revision() == first + 1
+
+
+def test_who_waits_is_told_how_far_the_loading_is_by_status_and_by_events(tmp_path: Path) -> None:
+    service = GatewayService(tmp_path / "store", Agreeable(), description_of_nothing())
+    store, url = service.store, "/v1/models/m/requests"
+    try:
+        changed = service.http.patch("/v1/models/m/keeping", json={"on_demand": True, "rests": "warm"})
+        assert changed.json()["keeping"] == {
+            "on_demand": True,
+            "is_pinned": False,
+            "schedule": None,
+            "idle_minutes": None,
+            "rests": "warm",
+        }
+        assert service.http.post("/v1/models/m/evict", json={}).json() == {"name": "m", "heat": "warm"}
+        store.set_state("m", DeploymentState.WARM, "evicted; 3.00 GB of weights in memory")
+        posted = service.http.post(url, content=body())
+        assert posted.status_code == 202 and store.deployments()[0].heat is Heat.HOT
+        request = posted.json()["id"]
+
+        def told() -> str:
+            return str(service.http.get(f"/v1/requests/{request}", params={"wait": 20}).json()["waits_for"])
+
+        wait_until(lambda: told() == "m is warm: evicted; 3.00 GB of weights in memory")
+        heard: list[str] = []
+        with service.http.stream("GET", f"/v1/requests/{request}/events") as stream:
+            lines = stream.iter_lines()
+            for state, progress in ((DeploymentState.STARTING, "1 of 8 shards"), (DeploymentState.READY, "ready")):
+                while not heard or not heard[-1].startswith("data: "):
+                    heard.append(next(lines))
+                store.set_state("m", state, progress)
+                heard.append("changed")
+            while not heard[-1].startswith("data: "):
+                heard.append(next(lines))
+                if heard[-1] == "":
+                    service.finish(service.claim(), error=RunError("over"))
+        kinds = [line.removeprefix("event: ") for line in heard if line.startswith("event: ")]
+        data = [json.loads(line.removeprefix("data: ")) for line in heard if line.startswith("data: ")]
+        assert kinds == ["waiting", "waiting", "end"] and "id: 0" in heard
+        assert data[:2] == [
+            {"waits_for": "m is warm: evicted; 3.00 GB of weights in memory"},
+            {"waits_for": "m is starting: 1 of 8 shards"},
+        ]
+        assert data[2]["state"] == "failed" and told() == "None"
+        for path, wish in (
+            ("keeping", {"schedule": "always"}),
+            ("keeping", {"rests": "hot"}),
+            ("evict", {"to": "ice"}),
+        ):
+            method = "PATCH" if path == "keeping" else "POST"
+            assert service.http.request(method, f"/v1/models/m/{path}", json=wish).status_code in (400, 422)
+        assert service.http.post("/v1/models/none/load").status_code == 404
+        acts = [entry.act for entry in store.audit.entries()]
+        assert acts == ["models.evict", "models.keep"]
+    finally:
+        service.close()
