@@ -23,6 +23,7 @@ from scheduling.plan import RequestId
 
 HEADER = "Idempotency-Key"
 GRACE_S = 30.0  # for a caller whose connection broke to send its submit again
+MAX_TAKEN_BACK = 1000
 _READ_BYTES = 4 << 20
 
 
@@ -111,6 +112,7 @@ class Returning:
         self._cancel = cancel
         self._waiting: Counter[RequestId] = Counter()
         self._leaving: dict[RequestId, asyncio.TimerHandle] = {}
+        self._taken_back: set[tuple[str, str]] = set()
 
     def come(self, request: RequestId) -> None:
         """Somebody waits for it, again or for the first time."""
@@ -126,6 +128,15 @@ class Returning:
         del self._waiting[request]
         if not has_heard:
             self._leaving[request] = asyncio.get_running_loop().call_later(GRACE_S, self._give_up, request)
+
+    def take_back(self, owner: str, key: str) -> None:
+        """Its sender is gone for good: what is accepted by it after this is to be cancelled."""
+        if len(self._taken_back) >= MAX_TAKEN_BACK:
+            self._taken_back.clear()
+        self._taken_back.add((owner, key))
+
+    def is_taken_back(self, owner: str, key: str) -> bool:
+        return (owner, key) in self._taken_back
 
     def _give_up(self, request: RequestId) -> None:
         del self._leaving[request]
