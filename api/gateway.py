@@ -101,7 +101,9 @@ class Gateway:
         self._returning = Returning(lambda request: cancel_soon(store, request, self._cancelling))
         self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
         self._events = EventRoutes(store, self._waiting, self._streams, _plain)
-        self._openai = OpenAIRoutes(store, checker, self._deployments, self._waiting, self._streams, self._admission)
+        self._openai = OpenAIRoutes(
+            store, checker, self._deployments, self._waiting, self._streams, self._admission, self._returning
+        )
         self._keeping = KeepingRoutes(store.contents, self._admission, upload_idle_s=settings.upload_idle_s)
 
     def app(self) -> FastAPI:

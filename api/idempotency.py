@@ -62,6 +62,19 @@ def submit_of_file(key: str, model: str, path: Path) -> Submit:
     return Submit(key=key, digest=f"{num_bytes}-{digest.hexdigest()}")
 
 
+def submit_of_body(key: str, route: str, body: bytes) -> Submit:
+    """The submit that is the whole body of a call of a route."""
+    digest = _begun(route)
+    digest.update(body)
+    return Submit(key=key, digest=f"{len(body)}-{digest.hexdigest()}")
+
+
+def check_equal(known: Submit, again: Submit) -> None:
+    """Raises ConflictError when a key came with something else than before."""
+    if known.digest != again.digest:
+        raise _other(again.key)
+
+
 async def check_same(known: Submit, model: str, request: Request, *, idle_s: float) -> None:
     """Reads the call's body and keeps nothing of it. Raises ConflictError when it is not what was accepted."""
     expected = int(known.digest.partition("-")[0])
