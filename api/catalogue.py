@@ -193,7 +193,11 @@ class Catalogue(Heating):
 
     def forget(self, model: str) -> None:
         with self._db.transaction() as db:
-            db.execute("DELETE FROM deployments WHERE model = ? AND mode IN ('removing', 'dropping')", (model,))
+            gone = db.execute(
+                "DELETE FROM deployments WHERE model = ? AND mode IN ('removing', 'dropping')", (model,)
+            ).rowcount
+            if gone:
+                db.execute("DELETE FROM shares WHERE model = ?", (model,))
         self._ring_gateway()
 
     # --- inside

@@ -148,9 +148,10 @@ def serve(
         )
         shards = f"{replicas} x {stages} x {ranks}" if replicas > 1 else f"{stages} x {ranks}"
         first = f"starting {spec.name} on {shards} shards" if spec else f"starting what {settings.store} has"
-        with progress(first) as report:
+        with progress(first, tells_first=False) as report:
             serves = f"serves {spec.name}" if spec else "takes deployments"
-            Supervisor(settings, report).run(lambda url: report(f"ready: {url} {serves}"))
+            supervisor = Supervisor(settings, report)
+            supervisor.run(lambda url: report(f"ready: {url} {serves}"), on_begun=lambda: report(first))
 
 
 for _operation in (

@@ -12,8 +12,10 @@ _SELDOM_S = 10.0
 
 
 @contextlib.contextmanager
-def progress(first: str) -> Iterator[Callable[[str], None]]:
-    """Lines of progress with their time. "loading: ..." only moves a terminal's spinner, and elsewhere comes seldom."""
+def progress(first: str, *, tells_first: bool = True) -> Iterator[Callable[[str], None]]:
+    """Lines of progress with their time. "loading: ..." only moves a terminal's spinner, and elsewhere comes seldom.
+    Unless it `tells_first`, the first line only stands beside the spinner.
+    """
     import time
 
     from rich.console import Console
@@ -35,7 +37,8 @@ def progress(first: str) -> Iterator[Callable[[str], None]]:
             else:
                 spinner.update(line)
 
-        report(first)
+        if tells_first:
+            report(first)
         yield report
 
 

@@ -100,7 +100,9 @@ class Gateway:
         self._returning = Returning(lambda request: cancel_soon(store, request, self._cancelling))
         self._expiry = Expiry(store, self._streams, settings.result_ttl_s)
         self._events = EventRoutes(store, self._waiting, self._streams, _plain, self._deployments)
-        self._openai = OpenAIRoutes(store, checker, self._deployments, self._waiting, self._streams, self._admission)
+        self._openai = OpenAIRoutes(
+            store, checker, self._deployments, self._waiting, self._streams, self._admission, self._returning
+        )
         self._keeping = KeepingRoutes(store.contents, self._admission, upload_idle_s=settings.upload_idle_s)
 
     def app(self) -> FastAPI:
@@ -127,6 +129,7 @@ class Gateway:
         v1.add_api_route("/models/{name}/validate", self.validate, methods=["POST"])
         v1.add_api_route("/models/{name}/sites", self.sites, methods=["POST"])
         v1.add_api_route("/models/{name}/requests", self.submit, methods=["POST"])
+        v1.add_api_route("/models/{name}/requests", self.take_back, methods=["DELETE"])
         RequestRoutes(self._store, _plain).add_to(v1)
         v1.add_api_route("/requests/{request_id}", self.status)
         v1.add_api_route("/requests/{request_id}", self.cancel, methods=["DELETE"])
@@ -317,6 +320,15 @@ class Gateway:
             status = await self._waiting.until_final(before.request, 0.0, caller)
         return await self._followed(status, request)
 
+    async def take_back(self, name: str, request: Request) -> Response:
+        """Cancels what was, or is about to be, accepted by the `Idempotency-Key`: its sender waits no more."""
+        if (key := key_of(request)) is None:
+            raise UserError("say which submit by the Idempotency-Key that it was sent with")
+        self._deployments.get(name, caller_of(request))
+        self._returning.take_back(owner_of(request), key)  # before looking: it may be accepted just now
+        known = await to_thread.run_sync(self._store.submitted, owner_of(request), key)
+        return Response(status_code=202) if known is None else await self.cancel(known[0], request)
+
     async def status(
         self,
         request_id: str,
@@ -430,9 +442,12 @@ class Gateway:
 
     async def _followed(self, status: RequestStatus, request: Request) -> Response:
         """The answer to a submit: what came of it within the time that the caller waits, else how it stands."""
+        key = key_of(request)
+        if key is not None and self._returning.is_taken_back(owner_of(request), key):
+            status = await to_thread.run_sync(self._store.cancel, status.id) or status
         if (wait_s := self._preferred_wait(request)) <= 0:
             return await self._answer(status)
-        returning = None if key_of(request) is None else self._returning
+        returning = None if key is None else self._returning
         if returning is not None:
             returning.come(status.id)
         waited = None

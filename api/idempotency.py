@@ -23,6 +23,7 @@ from scheduling.plan import RequestId
 
 HEADER = "Idempotency-Key"
 GRACE_S = 30.0  # for a caller whose connection broke to send its submit again
+MAX_TAKEN_BACK = 1000
 _READ_BYTES = 4 << 20
 
 
@@ -59,6 +60,19 @@ def submit_of_file(key: str, model: str, path: Path) -> Submit:
             num_bytes += len(chunk)
             digest.update(chunk)
     return Submit(key=key, digest=f"{num_bytes}-{digest.hexdigest()}")
+
+
+def submit_of_body(key: str, route: str, body: bytes) -> Submit:
+    """The submit that is the whole body of a call of a route."""
+    digest = _begun(route)
+    digest.update(body)
+    return Submit(key=key, digest=f"{len(body)}-{digest.hexdigest()}")
+
+
+def check_equal(known: Submit, again: Submit) -> None:
+    """Raises ConflictError when a key came with something else than before."""
+    if known.digest != again.digest:
+        raise _other(again.key)
 
 
 async def check_same(known: Submit, model: str, request: Request, *, idle_s: float) -> None:
@@ -111,6 +125,7 @@ class Returning:
         self._cancel = cancel
         self._waiting: Counter[RequestId] = Counter()
         self._leaving: dict[RequestId, asyncio.TimerHandle] = {}
+        self._taken_back: set[tuple[str, str]] = set()
 
     def come(self, request: RequestId) -> None:
         """Somebody waits for it, again or for the first time."""
@@ -126,6 +141,15 @@ class Returning:
         del self._waiting[request]
         if not has_heard:
             self._leaving[request] = asyncio.get_running_loop().call_later(GRACE_S, self._give_up, request)
+
+    def take_back(self, owner: str, key: str) -> None:
+        """Its sender is gone for good: what is accepted by it after this is to be cancelled."""
+        if len(self._taken_back) >= MAX_TAKEN_BACK:
+            self._taken_back.clear()
+        self._taken_back.add((owner, key))
+
+    def is_taken_back(self, owner: str, key: str) -> bool:
+        return (owner, key) in self._taken_back
 
     def _give_up(self, request: RequestId) -> None:
         del self._leaving[request]

@@ -1,7 +1,8 @@
 """`/v1/completions` and `/v1/chat/completions`, as OpenAI's clients speak: the same requests in other words.
 
 What is asked for becomes a request (`api.composing`, in a worker), which is kept and run like any other. Its tokens
-come back as text. Who leaves before the end cancels it: nobody else waits for it.
+come back as text. Who leaves before the end cancels it, because nobody else waits for it; who sent an `Idempotency-Key`
+may come again, with the same body, and has the same answer from its beginning (`api.idempotency`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from api.callers import caller_of
 from api.choices import Answer
 from api.event_routes import cancel_soon
 from api.events import TOKEN, Event
+from api.idempotency import AcceptedBeforeError, Returning, Submit, check_equal, key_of, submit_of_body
 from api.identity import Identity
 from api.openai_errors import MODEL, RESPONSES, error_body
 from api.served import Checker, Deployments, Served
@@ -60,6 +61,7 @@ class OpenAIRoutes:
         waiting: Waiting,
         streams: Streams,
         admission: Admission,
+        returning: Returning,
     ) -> None:
         self._store = store
         self._admission = admission
@@ -67,6 +69,7 @@ class OpenAIRoutes:
         self._deployments = deployments
         self._waiting = waiting
         self._streams = streams
+        self._returning = returning
         self._tokenizers: dict[str, tuple[str, Any]] = {}  # by model, with the version of what it serves
         self._cancelling: set[asyncio.Task[None]] = set()
 
@@ -85,19 +88,31 @@ class OpenAIRoutes:
     # --- inside
 
     async def _answered(self, wish: CompletionWish | ChatWish, request: Request) -> Response:
+        caller, key = caller_of(request), key_of(request)
+        submit = None if key is None else submit_of_body(key, request.url.path, await request.body())
+        before = None if submit is None else await self._submitted(submit, caller)
         with about(MODEL):
-            served = self._deployments.taking(wish.model, caller_of(request))
+            find = self._deployments.taking if before is None else self._deployments.get
+            served = find(wish.model, caller)
         tokenizer = await self._tokenizer(wish.model, served)
-        accepted, composed = await self._accepted(wish, served, caller_of(request))
+        accepted, composed = await self._accepted(wish, served, caller, submit, before)
         request_id = accepted.id
         answer = Answer(
-            wish, request=request_id, created=int(time.time()), prompts=composed.prompts, tokenizer=tokenizer
+            wish, request=request_id, created=int(accepted.created), prompts=composed.prompts, tokenizer=tokenizer
         )
         headers = {"X-Request-Id": request_id}
+        if submit is not None:
+            self._returning.come(request_id)
         if wish.stream:
-            left = partial(cancel_soon, self._store, request_id, self._cancelling)
-            return EventStream(self._texts(request_id, caller_of(request), answer), on_left=left, headers=headers)
-        status = await self._waiting.for_caller(accepted, request, math.inf)
+            left = partial(self._leave, request_id, has_key=submit is not None)
+            texts = self._texts(request_id, caller, answer, has_key=submit is not None)
+            return EventStream(texts, on_left=left, headers=headers)
+        status = None
+        try:
+            status = await self._waiting.for_caller(accepted, request, math.inf, is_cancelling=submit is None)
+        finally:
+            if submit is not None:
+                self._returning.go(request_id, has_heard=status is not None)
         if status is None:
             return Response(status_code=CLIENT_GONE)
         if (error := _error_of(status)) is not None:
@@ -105,11 +120,32 @@ class OpenAIRoutes:
         whole = await to_thread.run_sync(lambda: answer.whole(self._tokens(request_id)))
         return JSONResponse(whole, headers=headers)
 
+    async def _submitted(self, submit: Submit, caller: Identity) -> RequestStatus | None:
+        """How the request does that was accepted by this key before, None when there is none."""
+        known = await to_thread.run_sync(self._store.submitted, caller.owner, submit.key)
+        if known is None:
+            return None
+        check_equal(known[1], submit)
+        return await self._waiting.until_final(known[0], 0.0, caller)
+
+    def _leave(self, request_id: RequestId, *, has_key: bool) -> None:
+        """A caller has left its stream: with a key it may come back."""
+        if has_key:
+            self._returning.go(request_id, has_heard=False)
+        else:
+            cancel_soon(self._store, request_id, self._cancelling)
+
     async def _accepted(
-        self, wish: CompletionWish | ChatWish, served: Served, caller: Identity
+        self,
+        wish: CompletionWish | ChatWish,
+        served: Served,
+        caller: Identity,
+        submit: Submit | None,
+        before: RequestStatus | None,
     ) -> tuple[RequestStatus, Composed]:
-        """The request, in the store like one that was uploaded."""
-        terms = await self._admission.begin(caller, wish.model)
+        """The request, in the store like one that was uploaded; or the one that was accepted `before` by this key."""
+        admit = self._admission.begin if before is None else self._admission.terms
+        terms = await admit(caller, wish.model)
         request_id = self._store.new_id()
         path, contents = self._store.request_path(request_id), self._store.contents.folder_of(caller.owner)
         try:
@@ -117,17 +153,33 @@ class OpenAIRoutes:
             verdict = composed.verdict
             if verdict.error is not None:
                 raise FieldError(from_fields(verdict.error), composed.param)
+            if before is not None:
+                self._store.discard(request_id)
+                return before, composed
             await self._admission.held(verdict, request_id, served, caller, terms)
             await to_thread.run_sync(self._store.sync_request, request_id)
-            status = await self._admission.accept(request_id, served, caller, terms, verdict)
+            status = await self._admission.accept(request_id, served, caller, terms, verdict, submit=submit)
+        except AcceptedBeforeError as same:  # by a call at the same time
+            self._store.discard(request_id)
+            return await self._waiting.until_final(same.request, 0.0, caller), composed
         except BaseException as error:
             if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
                 self._store.discard(request_id)
             raise
         return status, composed
 
-    async def _texts(self, request_id: RequestId, caller: Identity, answer: Answer) -> AsyncIterator[str]:
+    async def _texts(
+        self, request_id: RequestId, caller: Identity, answer: Answer, *, has_key: bool
+    ) -> AsyncIterator[str]:
         """What a stream sends."""
+        async for text in self._told(request_id, caller, answer, has_key=has_key):
+            yield text
+        if has_key:
+            self._returning.go(request_id, has_heard=True)
+
+    async def _told(
+        self, request_id: RequestId, caller: Identity, answer: Answer, *, has_key: bool
+    ) -> AsyncIterator[str]:
         for chunk in answer.beginning():
             yield _data(chunk)
         status: RequestStatus | None = None
@@ -140,7 +192,7 @@ class OpenAIRoutes:
                 yield "".join(map(_data, chunks))
         if (error := _error_of(status)) is not None:
             yield _data(error_body(error))
-            if status is None:
+            if status is None and not has_key:
                 cancel_soon(self._store, request_id, self._cancelling)  # nobody can ask for it again
             return
         for chunk in answer.ending():

@@ -525,6 +525,20 @@ class Store(Catalogue):
         """Of the tenants whose share is not 1."""
         return {row[0]: row[1] for row in self._db.rows("SELECT name, weight FROM tenants WHERE weight <> 1.0")}
 
+    def counters(self, model: str) -> dict[str, float]:
+        """What `save_counters` has kept."""
+        return {row[0]: row[1] for row in self._db.rows("SELECT tenant, counter FROM shares WHERE model = ?", (model,))}
+
+    def save_counters(self, model: str, changed: Mapping[str, float], gone: Collection[str]) -> None:
+        """Keeps counters of tenants (`scheduling.fair`); those that are gone have what a newcomer has."""
+        with self._db.transaction(is_durable=False) as db:
+            db.executemany(
+                "INSERT INTO shares (model, tenant, counter) VALUES (?, ?, ?) "
+                "ON CONFLICT (model, tenant) DO UPDATE SET counter = excluded.counter",
+                [(model, tenant, counter) for tenant, counter in changed.items()],
+            )
+            db.executemany("DELETE FROM shares WHERE model = ? AND tenant = ?", [(model, tenant) for tenant in gone])
+
     def queue_outlook(self, request: RequestId) -> Outlook | None:
         """Where a waiting request stands and when it may start; None when it does not wait."""
         rows = self._db.rows(

@@ -67,11 +67,15 @@ class Supervisor:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def run(self, on_ready: Callable[[str], None]) -> None:
-        """Blocks until SIGTERM or Ctrl-C, or until the service cannot go on: ServiceError. Main thread only."""
+    def run(self, on_ready: Callable[[str], None], on_begun: Callable[[], None] = lambda: None) -> None:
+        """Blocks until SIGTERM or Ctrl-C, or until the service cannot go on: ServiceError. Main thread only.
+
+        `on_begun` is called when nothing stands in the way of a start, `on_ready` once with the URL.
+        """
         adopt_orphans()
         with self._signals(), self._socket(), self._folders():
             try:
+                on_begun()
                 for role in ("gateway", "controller"):
                     self._children[role] = self._start(role)
                 self._watch(on_ready)

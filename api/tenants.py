@@ -110,6 +110,7 @@ class Tenants:
                 raise ConflictError(f"{name} has {told}: purge the tenant first; until then it can be disabled")
             db.execute("DELETE FROM users WHERE tenant = ?", (name,))
             db.execute("DELETE FROM keys WHERE tenant = ?", (name,))
+            db.execute("DELETE FROM shares WHERE tenant = ?", (name,))
             write(db, self._now(), by, "tenants.remove", name, {})
 
     # --- users

@@ -110,10 +110,11 @@ class ReplicaSet:
         return DeploymentState.STARTING if self._told is None else self._told[0]
 
     def join(self, timeout_s: float) -> None:
-        """Waits for their ends."""
+        """Waits for their ends, and keeps what tenants were served."""
         deadline = time.monotonic() + timeout_s
         for replica, _ in self._replicas:
             replica.join(max(0.0, deadline - time.monotonic()))
+        self._shares.save()
 
     def _adjust(self, wanted: Wanted) -> None:
         """As many replicas as are wanted; those that failed once more when it was deployed again."""

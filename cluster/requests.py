@@ -7,7 +7,7 @@ whatever the controller has in memory can be made again from the store.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -194,6 +194,12 @@ class ControllerStore(RequestStore, Protocol):
 
     def weights(self) -> Mapping[str, float]:
         """Of the tenants whose share is not 1."""
+
+    def counters(self, model: str) -> dict[str, float]:
+        """What `save_counters` has kept of a deployment."""
+
+    def save_counters(self, model: str, changed: Mapping[str, float], gone: Collection[str]) -> None:
+        """Keeps what tenants were served of a deployment (`cluster.kept_shares`)."""
 
     def wanted(self) -> list[Wanted]:
         """The deployments that are to be there."""

@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
+from cluster.kept_shares import KeptShares
 from cluster.requests import Claimed, ControllerStore, Finished, LeftBehind, PassFigures, Place, ResultPlace
 from scheduling.fair import FairShares
 from scheduling.plan import RequestId
@@ -44,7 +45,8 @@ class Shares:
         self.store = store
         self.model = model
         self.max_active = max_active  # requests of one replica
-        self.fair = FairShares()  # of all replicas
+        self._kept = KeptShares(store, model)
+        self.fair = self._kept.fair  # of all replicas
         self.lock = threading.Lock()
         self.has_more = False  # the store, of tenants that may not hold more now
         self.last_given = 0.0  # by the store's clock: when it gave out a request
@@ -84,8 +86,13 @@ class Shares:
             if not claims:
                 break
             self.last_given = self.store.now()
+        self._kept.save()
         for share in self._all:  # they look for cancellations
             share.interrupt()
+
+    def save(self) -> None:
+        """Keeps who was served how much: the controller ends."""
+        self._kept.save(is_last=True)
 
     def _weigh(self) -> None:
         """Looks at the tenants' weights now and then."""

@@ -8,6 +8,7 @@ a time-out, an error of who hears) cancels it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import secrets
 import time
 import weakref
@@ -81,7 +82,12 @@ class HttpBackend:
         deadline = time.monotonic() + self._timeout_s
         is_heard = hear is not hear_nothing or hear_tokens is not hear_no_tokens  # who listens does so from the start
         wait_s = min(0.0 if is_heard else _FIRST_WAIT_S, self._timeout_s)
-        answer = self.keeper.with_contents(request, partial(self._submit, _new_key(), wait_s, "interactive"))
+        key = _new_key()
+        try:
+            answer = self.keeper.with_contents(request, partial(self._submit, key, wait_s, "interactive"))
+        except (KeyboardInterrupt, SystemExit):
+            self._take_back(key)
+            raise
         if isinstance(answer, HttpJob):
             if hear_tokens is not hear_no_tokens:
                 self._await(answer, partial(self._listen, answer, deadline, hear, hear_tokens))
@@ -131,6 +137,11 @@ class HttpBackend:
                 return body(response)
 
         return persistently(self._url, send)
+
+    def _take_back(self, key: str) -> None:
+        """Nobody waits any more for what was sent under this key, whether it was accepted or not."""
+        with contextlib.suppress(httpx.HTTPError):
+            self._client.delete(f"{self._base}/requests", headers={"Idempotency-Key": key}, timeout=5.0)
 
     def _await(self, job: HttpJob, wait: Callable[[], None]) -> None:
         """Waits for an accepted request; cancels it when the user or the deadline ends the waiting."""

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from polytrace.errors import CapacityError, PolytraceError, ServiceError, from_fields
-from polytrace.retrying import Pauses
+from polytrace.retrying import PATIENCE_S, Pauses
 
 T = TypeVar("T")
 
@@ -38,17 +38,22 @@ def call(client: httpx.Client, url: str, method: str, path: str, **more: Any) ->
     return response
 
 
-def persistently(url: str, attempt: Callable[[], T]) -> T:
-    """What an attempt gives, tried again while nobody answers, or when the service says to come back.
+def persistently(
+    url: str, attempt: Callable[[], T], *, reached: Callable[[], int] = lambda: 0, patience_s: float = PATIENCE_S
+) -> T:
+    """What an attempt gives, tried again while nobody answers, or when the service says to come back. `reached`: how
+    far attempts have come together; each that got further has patience of its own.
 
     For calls that may be made twice. Raises the last error when patience is over (`polytrace.retrying`), and at once
     the service's own of any other kind.
     """
-    pauses = Pauses()
+    pauses, best = Pauses(patience_s), reached()
     while True:
         try:
             return attempt()
         except httpx.TransportError as error:
+            if (now := reached()) > best:
+                pauses, best = Pauses(patience_s), now
             if not pauses.again():
                 raise unreachable(url, error) from error
         except CapacityError as error:

@@ -106,7 +106,7 @@ class HttpJob:
                     if end >= len(content):
                         return memoryview(content)[:end]
 
-        return persistently(self._jobs.url, go_on)
+        return persistently(self._jobs.url, go_on, reached=lambda: end)
 
     def cancel(self) -> None:
         try:

@@ -132,6 +132,17 @@ class FairShares:
         with self._lock:
             self._counters[tenant] = self.counter(tenant) + cost / self.weight(tenant)
 
+    def snapshot(self) -> dict[str, float]:
+        """All that `restore` needs: counters, and as that of nobody ("") what a newcomer has."""
+        with self._lock:
+            return {"": self._floor} | {tenant: self.counter(tenant) for tenant in self._counters}
+
+    def restore(self, counters: Mapping[str, float]) -> None:
+        """What a `snapshot` said, before anybody is charged."""
+        with self._lock:
+            self._counters = {tenant: counter for tenant, counter in counters.items() if tenant}
+            self._floor = counters.get("", 0.0)
+
     def close(self, replica: object) -> None:
         """A replica has ended: nobody waits there."""
         with self._lock:

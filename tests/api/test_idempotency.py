@@ -150,6 +150,24 @@ def test_a_caller_who_does_not_come_back_has_his_request_cancelled(
     wait_until(lambda: service.store.cancellations("m") == [request])
 
 
+def test_what_is_taken_back_by_its_key_is_cancelled_at_once_also_when_it_is_not_accepted_yet(
+    service: GatewayService, checker: Slow
+) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        service.http.post(PATH, content=body(), headers=KEY | {"Prefer": "wait=20"}, timeout=0.5)
+    request = service.claim()
+    assert service.http.delete(PATH, headers=KEY).json()["id"] == request
+    assert service.store.cancellations("m") == [request]
+    checker.together = threading.Barrier(2)  # it is being checked
+    with ThreadPoolExecutor(1) as caller:
+        late = caller.submit(post, service, key="late", Prefer="wait=20")
+        wait_until(lambda: checker.together is not None and checker.together.n_waiting == 1)
+        assert service.http.delete(PATH, headers={"Idempotency-Key": "late"}).status_code == 202
+        checker.together.wait()
+        assert late.result().status_code == 409 and late.result().json()["code"] == "cancelled"
+    assert service.http.delete(PATH).status_code == 400
+
+
 def test_a_submit_that_was_accepted_is_answered_for_when_the_deployment_takes_no_more(service: GatewayService) -> None:
     request = post(service).json()["id"]
     service.store.drain("m")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +20,7 @@ import pytest
 from gateways import GatewayService, wait_until
 from pydantic import ValidationError
 
+import api.idempotency
 import api.rendering
 from api.composing import compose, prompts_of
 from api.events import tokens_of
@@ -297,6 +299,55 @@ def test_who_leaves_a_stream_or_an_answer_cancels_it(service: GatewayService, cl
         with pytest.raises(openai.APITimeoutError):
             answer.result()
     wait_until(lambda: waiting in service.store.cancellations("m"))
+
+
+def test_a_call_that_is_sent_again_with_its_key_is_one_request_with_one_answer(
+    service: GatewayService, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.idempotency, "GRACE_S", 1.0)
+    keyed = {"Idempotency-Key": "one-key"}
+
+    def call(prompt: str = "a", **more: Any) -> Any:
+        return client.completions.create(model="m", prompt=prompt, extra_headers=keyed, **more)
+
+    stream = call(stream=True)
+    request = service.claim()
+    service.tell(request, *tokens_of([one(" b c")])[:1])
+    begun = next(stream)
+    stream.close()  # the connection breaks
+    again = call(stream=True)
+    assert next(again) == begun, "from the beginning"
+    time.sleep(1.2)  # the grace of the first one would be over
+    assert request not in service.store.cancellations("m")
+    service.finish(request, [one(" b c")])
+    rest = list(again)
+    assert begun.choices[0].text + "".join(chunk.choices[0].text for chunk in rest) == " b c"
+    before = service.store.open_requests()
+    with pytest.raises(openai.ConflictError, match="was sent with another request before"):
+        call("b", stream=True)
+    with pytest.raises(openai.ConflictError):
+        call()
+    service.store.draining.begin("default/default")
+    assert [chunk.choices[0].text for chunk in call(stream=True)] == [begun.choices[0].text] + [
+        chunk.choices[0].text for chunk in rest
+    ]
+    service.store.draining.end()
+    keyed["Idempotency-Key"] = "another"
+    _, whole = answered(service, call, [one(" b c")])
+    assert call() == whole
+    assert service.store.open_requests() == before
+
+
+def test_who_leaves_with_a_key_and_does_not_come_back_has_his_request_cancelled(
+    service: GatewayService, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.idempotency, "GRACE_S", 0.3)
+    stream = client.completions.create(model="m", prompt="a", stream=True, extra_headers={"Idempotency-Key": "gone"})
+    request = service.claim()
+    service.tell(request, *tokens_of([one(" b c")])[:1])
+    next(stream)
+    stream.close()
+    wait_until(lambda: request in service.store.cancellations("m"))
 
 
 def test_an_error_in_the_middle_of_a_stream_is_an_error_of_the_client(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ import polytrace
 from polytrace.certificate import Certificate, Token, ValueShape
 from polytrace.codec import to_json
 from polytrace.errors import CapacityError, GraphError, KeyRefusedError, NotFoundError, ServiceError, WireError
+from polytrace.http_calls import persistently
 from polytrace.versions import version_headers
 from polytrace.wire import decode_request, result_header
 
@@ -243,6 +245,40 @@ def test_ctrl_c_cancels_the_request(service: Service) -> None:
     with pytest.raises(KeyboardInterrupt):
         trace_once(service)
     assert service.calls()[-1] == "DELETE /v1/requests/r1"
+
+
+@pytest.mark.usefixtures("listening_to_ctrl_c")
+def test_ctrl_c_before_the_service_has_answered_takes_the_submit_back_by_its_key(service: Service) -> None:
+    import _thread
+
+    def interrupt() -> None:
+        _thread.interrupt_main()
+        time.sleep(0.3)
+
+    path = "/v1/models/tiny/requests"
+    service.on("POST", path, Answer(**vars(ACCEPTED) | {"after": interrupt}))
+    service.on("DELETE", path, answer_json(STATUS | {"state": "cancelled"}))
+    with pytest.raises(KeyboardInterrupt):
+        trace_once(service)
+    (sent,) = [headers["Idempotency-Key"] for method, _, headers, _ in service.asked if method == "POST"]
+    assert service.calls()[-1] == f"DELETE {path}" and service.asked[-1][2]["Idempotency-Key"] == sent
+
+
+def test_a_call_that_gets_further_has_patience_again_and_one_that_does_not_gives_up() -> None:
+    steps = 0
+
+    def further() -> str:
+        nonlocal steps
+        steps += 1
+        time.sleep(0.1)
+        if steps < 10:
+            raise httpx.ReadError("broken")
+        return "all"
+
+    assert persistently("u", further, reached=lambda: steps, patience_s=0.5) == "all"
+    steps = -1000
+    with pytest.raises(ServiceError, match="no answer from u: broken"):
+        persistently("u", further, patience_s=0.5)
 
 
 def test_a_trace_that_takes_too_long_is_cancelled(service: Service) -> None:
