@@ -161,6 +161,7 @@ def test_sigterm_ends_the_service_and_leaves_no_process_behind(service: Service)
         service.http.get("/healthz")
 
 
+@pytest.mark.wide  # test_operations and test_nodes kill one that has started
 def test_a_killed_supervisor_leaves_no_process_behind(model: Path, tmp_path: Path) -> None:
     service = Service(model, tmp_path)
     try:
