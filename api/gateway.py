@@ -67,6 +67,7 @@ from polytrace.errors import (
     CapacityError,
     NotFoundError,
     PolytraceError,
+    UserError,
     from_fields,
 )
 from polytrace.versions import version_headers

@@ -5,6 +5,8 @@ tried, and which worker takes what.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +15,8 @@ from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from spreading import ServicesApart
+
+    from bench.service import Service
 
 # Before torch is imported anywhere: shards that tests start inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,3 +41,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ServicesApar
     from spreading import ServicesApart
 
     return ServicesApart(config, log)
+
+
+@pytest.fixture(scope="session")
+def chat_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from services import make_chat_world
+
+    return make_chat_world(tmp_path_factory.mktemp("chat") / "world")
+
+
+@pytest.fixture(scope="session")
+def world_service(chat_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One for all modules that do not break theirs: without keys, tinyworld on 2 stages x 2 ranks.
+
+    Other models that they want are `services.deployed` on it.
+    """
+    from bench.service import running_service
+
+    log = tmp_path_factory.mktemp("service") / "serve.log"
+    with running_service(chat_world, name="tinyworld", stages=2, ranks=2, log=log) as service:
+        yield service

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -20,6 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from api.server import bind
+from bench import tinyworld
 from polytrace.graph import Graph, Invoke, Node, NodeId, Op, Port, Read, Ref, Request, Save, Site, Write
 from polytrace.wire import decode_result, encode_request
 
@@ -138,6 +140,17 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ ' is' if add_generation_prompt }}"
+
+
+def make_chat_world(folder: Path) -> Path:
+    """tinyworld with a chat template."""
+    shutil.copytree(tinyworld.FOLDER, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    return folder
+
+
 def answer(service: Service, layer: int, prompt: tuple[int, ...], name: str = "tiny") -> bytes:
     """The saved values of a request, through HTTP, however long it takes."""
     posted = service.http.post(f"/v1/models/{name}/requests", content=body(layer, prompt, SCALE)).json()
@@ -175,9 +188,35 @@ def body(layer: int = LAYER, prompt: tuple[int, ...] = PROMPT, scale: float | No
     return b"".join(encode_request(request))
 
 
-def wait_until(condition: object, timeout_s: float, service: Service) -> None:
+def wait_until(condition: object, timeout_s: float, service: Service | Guest) -> None:
     assert callable(condition)
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"it did not happen in {timeout_s} s\n{service.words()}"
         time.sleep(0.2)
+
+
+class Guest:
+    """A model on a service that others use too, with as much of `Service` as those need who break nothing."""
+
+    def __init__(self, url: str, model: Path, *, name: str = "tiny", key: str = "sesame", **wish: Any) -> None:
+        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        self.port = self.http.base_url.port
+        self._others = self._models().keys()
+        self.http.put(f"/v1/models/{name}", json={"source": str(model)} | wish).raise_for_status()
+
+    def is_ready(self, model: str = "tiny") -> bool:
+        return self.http.get("/readyz", params={"model": model}).status_code == 200
+
+    def words(self) -> str:
+        return json.dumps(self._models(), indent=1)
+
+    def kill_all(self) -> None:
+        """Takes away what was deployed since it came."""
+        for name in self._models().keys() - self._others:
+            self.http.delete(f"/v1/models/{name}", params={"now": "true"}).raise_for_status()
+        wait_until(lambda: self._models().keys() <= self._others, 60, self)
+        self.http.close()
+
+    def _models(self) -> dict[str, Any]:
+        return {one["name"]: one for one in self.http.get("/v1/models").json()["models"]}

@@ -12,7 +12,7 @@ from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
 ROOT = Path(__file__).parents[1]
-MARKS = ("from services import", "ray.init(", "running_service(")
+MARKS = ("from services import", "world_service", "laptop", "ray.init(", "running_service(")
 
 
 class ServicesApart(LoadFileScheduling):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from databases import Postgres, why_no_postgres
+from laptops import Laptop
 from object_stores import S3
+from services import make_model
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +61,16 @@ def s3() -> Iterator[S3]:
         yield server
     finally:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
+    """One for all modules that have tenants of their own: "tiny" on 2 stages x 2 ranks, with small passes."""
+    folder = tmp_path_factory.mktemp("laptop")
+    flags = ("--stages", "2", "--ranks", "2")
+    laptop = Laptop(make_model(folder / "model"), folder, *flags, POLYTRACE_BUDGET_TOKENS="128")
+    try:
+        laptop.start()
+        yield laptop
+    finally:
+        laptop.service.kill_all()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from services import Service, make_model, wait_until
+from laptops import Laptop
 from typer.testing import CliRunner, Result
 
 import polytrace
@@ -23,27 +23,31 @@ PROMPT = [3, 1, 4, 1, 5]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("admission-served")
-    service = Service(make_model(folder / "model"), folder, "--stages", "2", POLYTRACE_LIMITS=json.dumps(LIMITS))
-    try:
-        wait_until(service.is_ready, 180, service)
-        yield service
-    finally:
-        service.kill_all()
+def service(laptop: Laptop) -> Iterator[Laptop]:
+    """The tenant of its operator, in whose name nobody else sends anything, has limits."""
+
+    def limit(limits: Mapping[str, int | None]) -> None:
+        laptop.service.http.patch("/v1/tenants/default", json={"limits": limits}).raise_for_status()
+
+    limit(LIMITS)
+    yield laptop
+    limit(dict.fromkeys(LIMITS))
 
 
 @pytest.fixture(scope="module")
-def model(service: Service) -> Iterator[Model]:
-    model = polytrace.connect(f"http://127.0.0.1:{service.port}", "tiny", key="sesame")
-    yield model
-    model.close()
+def model(service: Laptop) -> Iterator[Model]:
+    with polytrace.connect(service.url, "tiny", key=service.key) as model:
+        yield model
 
 
-def command(service: Service, *arguments: str) -> Result:
+def command(service: Laptop, *arguments: str) -> Result:
     """A command of the command line, in this process."""
-    flags = ["--url", str(service.http.base_url), "--key", "sesame"]
-    return CliRunner().invoke(commands.app, [*arguments, *flags])
+    return CliRunner().invoke(commands.app, [*arguments, "--url", service.url, "--key", service.key])
+
+
+def usage(service: Laptop) -> list[dict[str, Any]]:
+    answer = service.service.http.get("/v1/usage", params={"tenant": "default"}).json()
+    return list(answer["usage"])
 
 
 def different(count: int) -> list[list[int]]:
@@ -51,7 +55,7 @@ def different(count: int) -> list[list[int]]:
 
 
 def test_a_user_is_told_what_would_fit_sends_it_and_is_charged_what_was_certified(
-    service: Service, model: Model, tmp_path: Path
+    service: Laptop, model: Model, tmp_path: Path
 ) -> None:
     # 1) twelve prompts are too many: 5 tokens x 4 layers each
     with model.trace(different(12), run=False) as tracer:
@@ -74,14 +78,14 @@ def test_a_user_is_told_what_would_fit_sends_it_and_is_charged_what_was_certifie
     priced = model.validate(tracer)
     assert isinstance(hidden, torch.Tensor) and hidden.shape == (8, 5, 32)
     assert priced.token_layers == tracer.receipt.token_layers == 160
-    (used,) = service.http.get("/v1/usage").json()["usage"]
+    (used,) = usage(service)
     assert (used["requests"], used["tokens"], used["token_layers"]) == (1, 40, 160)
     assert used["moved_bytes"] == tracer.receipt.moved_bytes == priced.moved_bytes
     assert used["result_bytes"] > 8 * 5 * 32 * 4 and used["run_seconds"] > 0
-    listed = command(service, "usage", "--csv")
+    listed = command(service, "usage", "--tenant", "default", "--csv")
     (row,) = csv.DictReader(io.StringIO(listed.stdout))
     assert row["token_layers"] == "160" and row["tenant"] == "default"
-    assert command(service, "usage").stdout.split("\n")[2].split()[:7] == [
+    assert command(service, "usage", "--tenant", "default").stdout.split("\n")[2].split()[:7] == [
         "default",
         "default",
         "tiny",
@@ -92,8 +96,8 @@ def test_a_user_is_told_what_would_fit_sends_it_and_is_charged_what_was_certifie
     ]
 
 
-def test_a_day_has_so_many_tokens(service: Service, model: Model) -> None:
-    used = sum(one["tokens"] for one in service.http.get("/v1/usage").json()["usage"])
+def test_a_day_has_so_many_tokens(service: Laptop, model: Model) -> None:
+    used = sum(one["tokens"] for one in usage(service))
     while used + 40 <= LIMITS["tokens_a_day"]:
         with model.trace(different(8)):
             model.model.layers[0].output[0][:, -1].save()
@@ -105,7 +109,7 @@ def test_a_day_has_so_many_tokens(service: Service, model: Model) -> None:
     assert (f"{left // 5} of these 8 prompts would fit" in str(caught.value)) == (left >= 5)
 
 
-def test_an_operator_gives_a_deployment_limits(service: Service) -> None:
+def test_an_operator_gives_a_deployment_limits(service: Laptop) -> None:
     given = command(service, "limits", "tiny", "token_layers=100", "requests_in_flight=7")
     assert given.exit_code == 0, given.output
     assert "deployment tiny: requests_in_flight 7, token_layers 100" in given.stdout

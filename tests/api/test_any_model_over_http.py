@@ -13,14 +13,15 @@ import pytest
 import torch
 from called_by_hand import plain_run
 from model_kinds import KINDS
-from services import Service, wait_until
+from services import Guest, wait_until
 from whole_gradients_by_hand import plain_gradients, weights_of
 
 import polytrace
+from bench.service import Service as Running
 from polytrace.errors import GraphError
 
 
-def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: Path) -> None:
+def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: Path, world_service: Running) -> None:
     plain, path, call, other = KINDS["llava"]()
     folder = tmp_path / "model"
     plain.save_pretrained(folder)
@@ -28,7 +29,7 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
     seen, wanted = plain_run(plain, path, call, lambda tensor: 0.5 * tensor + 0.5 * theirs)
     vit, block, images, _ = KINDS["vit"]()
     vit.save_pretrained(tmp_path / "vit")
-    service = Service(folder, tmp_path)
+    service = Guest(world_service.url, folder)
     try:
         wait_until(service.is_ready, 240, service)
         service.http.put("/v1/models/vit", json={"source": str(tmp_path / "vit")}).raise_for_status()

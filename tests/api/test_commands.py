@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from api.limits import TenantLimits
 from api.server import bind
 from api.settings import deployment_spec, from_environment, gateway_settings, ray_auth_mode
 from polytrace.errors import UserError
@@ -83,6 +84,15 @@ def test_a_bad_variable_is_refused_with_its_name_and_value(monkeypatch: pytest.M
         ray_auth_mode()
     monkeypatch.delenv("RAY_AUTH_MODE")
     assert ray_auth_mode() == "token"
+
+
+def test_limits_of_tenants_that_have_none_are_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gateway_settings("store").limits == TenantLimits()
+    monkeypatch.setenv("POLYTRACE_LIMITS", '{"tokens_a_day": 5}')
+    assert gateway_settings("store").limits == TenantLimits(tokens_a_day=5)
+    monkeypatch.setenv("POLYTRACE_LIMITS", '{"tokens_a_day": -5}')
+    with pytest.raises(UserError, match="POLYTRACE_LIMITS"):
+        gateway_settings("store")
 
 
 def test_an_address_that_is_none_is_refused_before_anything_is_started() -> None:

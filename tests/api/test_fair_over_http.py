@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from services import Service, make_model, wait_until
+from laptops import Laptop
+from services import Guest, Service, wait_until
 
 import polytrace
 from polytrace.certificate import Receipt
@@ -81,15 +82,19 @@ class Caller:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("fair")
-    model = make_model(folder / "model")
-    service = Service(model, folder, "--stages", "2", "--ranks", "2", POLYTRACE_BUDGET_TOKENS="128")
+def service(laptop: Laptop) -> Service:
+    return laptop.service
+
+
+@pytest.fixture
+def open_to_all(laptop: Laptop) -> Iterator[Guest]:
+    """Another deployment of its model, in which tenants share."""
+    guest = Guest(laptop.url, laptop.folder / "model", name="open", key=laptop.key, share_across="deployment")
     try:
-        wait_until(service.is_ready, 240, service)
-        yield service
+        wait_until(lambda: guest.is_ready("open"), 240, guest)
+        yield guest
     finally:
-        service.kill_all()
+        guest.kill_all()
 
 
 @pytest.fixture
@@ -129,7 +134,7 @@ def served(receipts: list[Receipt]) -> dict[int, int]:
 
 
 def test_backlogged_tenants_stay_within_two_passes(callers: Callable[[str], Caller]) -> None:
-    left, right, third = (callers(name) for name in ("left", "right", "third"))
+    left, right, third = (callers(name) for name in ("many", "small", "third"))
     # 1) Both send more than the service keeps up with, one large requests, one small ones.
     with ThreadPoolExecutor(4) as pool:
         large = [pool.submit(left.submit, sweep(number, 10, 100)) for number in range(16)]
@@ -163,15 +168,13 @@ def test_backlogged_tenants_stay_within_two_passes(callers: Callable[[str], Call
     assert max(gaps) - min(gaps) <= 2 * largest
 
 
+@pytest.mark.usefixtures("open_to_all")
 def test_another_tenants_prompt_is_in_no_receipt_or_price_unless_tenants_share(
     service: Service, callers: Callable[[str], Caller]
 ) -> None:
     """The prober guesses which prompt the victim has just run: as often right as wrong, and each prompt once."""
-    spec = service.deployment()["spec"]
-    wish = {name: value for name, value in spec.items() if name != "name"} | {"stages": 1, "ranks": 1}
-    service.http.put("/v1/models/open", json=wish | {"share_across": "deployment"}).raise_for_status()
-    wait_until(lambda: service.is_ready("open"), 240, service)
-    assert (spec["share_across"], service.deployment("open")["spec"]["share_across"]) == ("tenant", "deployment")
+    specs = [service.deployment(name)["spec"] for name in ("tiny", "open")]
+    assert [spec["share_across"] for spec in specs] == ["tenant", "deployment"]
     victim, prober = callers("victim"), callers("prober")
     rng = random.Random(0)
     for deployment, has_told in (("tiny", False), ("open", True)):

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,14 +25,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 import polytrace
-from bench.service import running_service
+from bench.service import Service
 from bench.tinyworld import FOLDER
 from polytrace.certificate import Token
 from polytrace.model import Model
 from polytrace.wire import decode_result, encode_request
 
 PROMPT = "The Eiffel Tower is in the city of"
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ ' is' if add_generation_prompt }}"
 CHAT = [{"role": "user", "content": "The Eiffel Tower"}]
 LAYER = 3
 
@@ -50,14 +47,8 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("world")
-    shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
-    log = tmp_path_factory.mktemp("service") / "serve.log"
-    with running_service(folder, name="tinyworld", stages=2, ranks=2, log=log) as service:
-        yield service.url
+def url(world_service: Service) -> str:
+    return world_service.url
 
 
 @pytest.fixture(scope="module")

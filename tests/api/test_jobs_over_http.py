@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from cutting import CuttingProxy
-from services import PROMPT, Service, fresh_environment, make_model
+from services import PROMPT, Guest, fresh_environment, make_model, wait_until
 
 import polytrace
+from bench.service import Service as Running
 from polytrace.errors import CancelledError, NotFoundError, WireError
 from polytrace.versions import PROGRAM_HEADER, WIRE_HEADER
 
@@ -25,22 +26,17 @@ KEY = "sesame"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = make_model(tmp_path_factory.mktemp("jobs") / "model")
-    service = Service(folder, tmp_path_factory.mktemp("service"))
+def service(world_service: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    service = Guest(world_service.url, make_model(tmp_path_factory.mktemp("jobs") / "model"))
     try:
-        deadline = 240
-        while not service.is_ready():
-            deadline -= 1
-            assert deadline, service.words()
-            threading.Event().wait(1)
+        wait_until(service.is_ready, 240, service)
         yield service
     finally:
         service.kill_all()
 
 
 @pytest.fixture
-def model(service: Service) -> Iterator[Any]:
+def model(service: Guest) -> Iterator[Any]:
     with polytrace.connect(str(service.http.base_url), "tiny", key=KEY) as model:
         yield model
 
@@ -51,7 +47,7 @@ def expected(model: Any, layer: int = 2) -> torch.Tensor:
     return saved["hidden"]
 
 
-def test_a_job_is_collected_by_another_process(model: Any, service: Service, tmp_path: Path) -> None:
+def test_a_job_is_collected_by_another_process(model: Any, service: Guest, tmp_path: Path) -> None:
     with model.trace(IDS, blocking=False) as tracer:
         hidden = model.model.layers[2].output[0].save()
     told = []
@@ -79,7 +75,7 @@ def test_a_job_is_collected_by_another_process(model: Any, service: Service, tmp
         polytrace.job("0" * 32, str(service.http.base_url), key=KEY)
 
 
-def test_a_result_is_gone_on_with_where_it_broke(model: Any, service: Service) -> None:
+def test_a_result_is_gone_on_with_where_it_broke(model: Any, service: Guest) -> None:
     """A result of 1 MB through connections that break after 300 KB each."""
     with model.trace([[1] * 100] * 20, blocking=False) as tracer:
         for layer in model.model.layers:
@@ -96,7 +92,7 @@ def test_a_result_is_gone_on_with_where_it_broke(model: Any, service: Service) -
     assert all(torch.equal(whole.values[name], again.values[name]) for name in whole.values)
 
 
-def test_a_submit_that_nobody_answered_is_the_same_request_when_it_comes_again(service: Service) -> None:
+def test_a_submit_that_nobody_answered_is_the_same_request_when_it_comes_again(service: Guest) -> None:
     """The service has accepted it, and the answer is lost: the client sends it again under its key."""
     lost = []
 

@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 from padded_families import model_of
-from services import Service, wait_until
+from services import Guest, wait_until
 from small import close
 
 import polytrace
+from bench.service import Service as Running
 
 PROMPTS = [[3, 14, 15, 92, 65], [35, 89, 79, 32, 38, 46, 26, 43]]
 
 
-def test_a_service_gives_a_hybrids_values_as_one_process_does(tmp_path: Path) -> None:
+def test_a_service_gives_a_hybrids_values_as_one_process_does(tmp_path: Path, world_service: Running) -> None:
     torch.set_num_threads(1)
     folder = tmp_path / "model"
     model_of("falcon_h1").save_pretrained(folder)
-    service = Service(folder, tmp_path)
+    service = Guest(world_service.url, folder)
     try:
         with polytrace.load(str(folder), threads=1) as here:
             expected = values(here)

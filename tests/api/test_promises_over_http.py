@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +27,7 @@ from vector_calls import check_vectors
 
 import polytrace
 import polytrace.functions
-from bench.service import running_service
+from bench.service import Service
 from bench.tinyworld import FOLDER
 from polytrace.errors import GraphError
 from polytrace.model import Model
@@ -46,7 +44,6 @@ TWICE = settings(
 )
 
 PROMPT = "The Eiffel Tower is in the city of"
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ ' is' if add_generation_prompt }}"
 CHAT = [{"role": "user", "content": "The Eiffel Tower"}]
 
 
@@ -56,20 +53,8 @@ def plain() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tinyworld with a chat template."""
-    made: Path = tmp_path_factory.mktemp("world")
-    shutil.copytree(FOLDER, made, dirs_exist_ok=True)
-    settings = json.loads((made / "tokenizer_config.json").read_text())
-    (made / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
-    return made
-
-
-@pytest.fixture(scope="module")
-def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("service") / "serve.log"
-    with running_service(folder, name="tinyworld", stages=2, ranks=2, log=log) as service:
-        yield service.url
+def url(world_service: Service) -> str:
+    return world_service.url
 
 
 @pytest.fixture(scope="module")
@@ -400,8 +385,8 @@ def test_logs_are_told_while_a_request_runs_with_the_bits_of_its_result(model: A
     assert all(torch.equal(result.values[name], value) for name, value in heard.items())
 
 
-def test_conversations_are_rendered_with_the_served_template(model: Any, folder: Path) -> None:
-    ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+def test_conversations_are_rendered_with_the_served_template(model: Any, chat_world: Path) -> None:
+    ids = AutoTokenizer.from_pretrained(chat_world).apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
     with model.trace(CHAT) as tracer:
         by_chat = model.lm_head.output[:, -1].save()
     with model.trace([int(token) for token in ids]):

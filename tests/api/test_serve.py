@@ -236,6 +236,7 @@ def test_sigterm_finishes_what_was_accepted_ends_the_service_and_leaves_no_proce
         service.http.get("/healthz")
 
 
+@pytest.mark.wide  # test_operations and test_nodes kill one that has started
 def test_a_killed_supervisor_leaves_no_process_behind(model: Path, tmp_path: Path) -> None:
     service = Service(model, tmp_path)
     try:

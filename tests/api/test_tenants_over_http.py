@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from services import PROMPT, Service, fresh_environment, make_model, wait_until
+from laptops import Laptop
+from services import PROMPT, fresh_environment, wait_until
 from transformers import LlamaForCausalLM
 
 import polytrace
@@ -22,48 +21,9 @@ from polytrace.http_calls import check
 SCALE = 3.0
 
 
-class Laptop:
-    """A service that was given no key, and the one that it printed."""
-
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.service = Service(model, folder, "--stages", "2", "--ranks", "2", POLYTRACE_KEY="")
-        self.folder = folder
-        wait_until(lambda: "export POLYTRACE_KEY=" in self.printed(), 60, self.service)
-        found = re.search(r"export POLYTRACE_KEY=(pt_\S+)", self.printed())
-        assert found is not None
-        self.key = found[1]
-        self.service.http.headers["Authorization"] = f"Bearer {self.key}"
-        wait_until(self.service.is_ready, 240, self.service)
-        self.url = str(self.service.http.base_url)
-
-    def printed(self) -> str:
-        return (self.folder / "serve.log").read_text()
-
-    def polytrace(self, *arguments: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
-        environment = fresh_environment(self.folder) | {"POLYTRACE_URL": self.url, "POLYTRACE_KEY": key or self.key}
-        command = [sys.executable, "-m", "api.commands", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
-
-    def made(self, *arguments: str) -> str:
-        answer = self.polytrace("keys", "make", *arguments)
-        assert answer.returncode == 0, answer.stderr
-        return answer.stdout.strip()
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("tenants") / "model")
-
-
-@pytest.fixture(scope="module")
-def laptop(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
-    laptop = None
-    try:
-        laptop = Laptop(model, tmp_path_factory.mktemp("service"))
-        yield laptop
-    finally:
-        if laptop is not None:
-            laptop.service.kill_all()
+def model(laptop: Laptop) -> Path:
+    return laptop.folder / "model"
 
 
 def test_two_tenants_use_one_service_and_see_nothing_of_each_other(laptop: Laptop, model: Path) -> None:

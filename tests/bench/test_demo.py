@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    log = tmp_path_factory.mktemp("demo") / "service.log"
-    with running_service(tinyworld.FOLDER, name=NAME, stages=2, ranks=2, log=log) as service:
-        yield service
+def service(world_service: Service) -> Service:
+    return world_service
 
 
 @pytest.mark.timeout(600)

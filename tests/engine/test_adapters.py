@@ -16,6 +16,7 @@ from families import model_of
 from processes import ProcessBackend, ProcessShards
 from safetensors.torch import save_file
 from torch import Tensor
+from width import wide
 
 import polytrace
 from engine.local import LocalBackend
@@ -78,7 +79,7 @@ class Deployed:
 
 @pytest.fixture(
     scope="module",
-    params=[("llama", 1), ("gpt2", 1), ("llama", 2), ("gpt2", 2)],
+    params=[("llama", 1), wide(("gpt2", 1)), wide(("llama", 2)), ("gpt2", 2)],
     ids=lambda param: "-".join(map(str, param)),
 )
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:

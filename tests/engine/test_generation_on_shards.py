@@ -32,6 +32,7 @@ from generation_programs import (
 )
 from processes import ProcessBackend, ProcessShards
 from programs import difference
+from width import wide
 
 from engine.local import LocalBackend
 from polytrace.errors import RunError
@@ -67,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (2, 2)], ids=lambda grid: "x".join(map(str, grid)))
+@pytest.fixture(scope="module", params=[wide((1, 1)), (2, 1), (2, 2)], ids=lambda grid: "x".join(map(str, grid)))
 def grid(request: pytest.FixtureRequest, folder: Path) -> Iterator[Grid]:
     stages, ranks = request.param
     if stages == 1:

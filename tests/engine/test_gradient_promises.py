@@ -17,6 +17,7 @@ from families import FAMILIES, model_of
 from processes import ProcessBackend, ProcessShards
 from programs import get, values_in_order
 from torch import Tensor, nn
+from width import wide
 
 from engine.local import LocalBackend
 from polytrace.errors import CancelledError, RunError, TooLargeError
@@ -109,7 +110,7 @@ def local(folder: Path) -> LocalBackend:
     return LocalBackend(str(folder), threads=1, policy=EVERYONE)
 
 
-@pytest.fixture(scope="module", params=["1x1", "2x2", "1x4"])
+@pytest.fixture(scope="module", params=["1x1", "2x2", wide("1x4")])
 def backend(request: pytest.FixtureRequest, folder: Path, local: LocalBackend) -> Iterator[Any]:
     """Stages x ranks."""
     stages, ranks = map(int, request.param.split("x"))

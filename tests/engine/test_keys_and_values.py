@@ -13,7 +13,7 @@ from typing import Any
 import padded_families
 import pytest
 import torch
-from families import CONFIGS, model_of
+from families import CONFIGS, few_of, model_of
 from processes import ProcessBackend, ProcessShards
 from programs import difference
 from small import close
@@ -71,7 +71,7 @@ def asked(model: Any, prompts: list[list[int]], **more: Any) -> dict[str, list[T
         return look(model, tracer)
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("family", few_of(sorted(CONFIGS)))
 def test_they_are_what_the_cache_of_hugging_face_holds_at_every_step(family: str, tmp_path: Path) -> None:
     folder = saved(tmp_path, family)
     model = polytrace.load(folder, dtype="float32", threads=1)

@@ -11,6 +11,7 @@ from padded_by_hand import LAYERS, Change, Loaded, assert_close, by_hugging_face
 from processes import ProcessBackend, ProcessShards
 from programs import find
 from torch import Tensor
+from width import wide
 
 from engine.loading import check_split
 from polytrace.errors import GraphError, ServiceError
@@ -25,7 +26,7 @@ def steered(hidden: Tensor) -> Tensor:
     return hidden + VECTOR
 
 
-@pytest.fixture(scope="module", params=["falcon", "jamba", "mamba", "recurrent_gemma", "t5"])
+@pytest.fixture(scope="module", params=["falcon", "jamba", wide("mamba"), wide("recurrent_gemma"), "t5"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return Loaded(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -13,6 +13,7 @@ import torch
 from families import FAMILIES, model_of
 from programs import get, values_in_order
 from taped import held_by_pass, held_bytes
+from width import wide
 
 from bench.cones.models import folder_of
 from engine.local import LocalBackend
@@ -60,7 +61,9 @@ def check(backend: LocalBackend, tracer: Any) -> None:
     assert last == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "opt", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", wide("gemma2"), wide("mixtral"), "gpt_oss", wide("opt"), wide("gpt_neox")]
+)
 def test_what_is_held_is_what_the_certificate_says(family: str, tmp_path: Path) -> None:
     model_of(family, positions=256).save_pretrained(tmp_path)
     backend = LocalBackend(str(tmp_path), threads=1)
