@@ -91,6 +91,7 @@ def serve(
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
     share_across: operations.Sharing = ShareAcross.TENANT,
+    whole: operations.Whole = True,
     log_format: Annotated[
         str | None, typer.Option(help="Of the logs in the store's folder: text or json.", envvar="POLYTRACE_LOG_FORMAT")
     ] = None,
@@ -125,6 +126,7 @@ def serve(
                 random_weights_seed=random_weights,
                 offload_bytes=int(offload * (1 << 30)),
                 share_across=share_across,
+                whole=whole,
             )
         settings = serve_settings(
             spec=spec,

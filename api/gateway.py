@@ -474,6 +474,7 @@ class Deploy(BaseModel):
     random_weights_seed: int | None = None
     offload_bytes: int = 0
     share_across: ShareAcross = ShareAcross.TENANT
+    whole: bool = True
 
 
 class Resize(BaseModel):

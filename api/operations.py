@@ -42,6 +42,12 @@ Offload = Annotated[
 Sharing = Annotated[
     ShareAcross, typer.Option(help="Whose requests have rows in common where their prompts begin alike.")
 ]
+Whole = Annotated[
+    bool,
+    typer.Option(
+        "--whole/--packed", help="A vision-language model as it is, or the language model in it, with images."
+    ),
+]
 Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
 
 _HERE = "http://127.0.0.1:8765"
@@ -62,6 +68,7 @@ def deploy(
     random_weights: RandomWeights = None,
     offload: Offload = 0.0,
     share_across: Sharing = ShareAcross.TENANT,
+    whole: Whole = True,
     url: Url = _HERE,
     key: Key = None,
     wait: Wait = True,
@@ -84,6 +91,7 @@ def deploy(
             random_weights_seed=random_weights,
             offload_bytes=int(offload * (1 << 30)),
             share_across=share_across,
+            whole=whole,
         )
         wish = asdict(spec)
         name = wish.pop("name")

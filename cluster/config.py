@@ -32,6 +32,7 @@ class DeploymentSpec:
     random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
     offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
     share_across: ShareAcross = ShareAcross.TENANT
+    whole: bool = True  # a vision-language model is called as it is; else it runs as the language model in it
 
 
 class Mode(Enum):

@@ -244,6 +244,7 @@ def _deployment_config(spec: DeploymentSpec) -> DeploymentConfig:
         cpus=spec.cpus,
         random_weights_seed=spec.random_weights_seed,
         offload_bytes=spec.offload_bytes,
+        whole=spec.whole,
     )
 
 

@@ -201,9 +201,8 @@ def test_prompts_with_images_go_on_as_transformers_lets_them_beside_prompts_of_t
     assert ids[3] == _greedy(imaged, PROMPT, imaged.photos[2], new, repetition_penalty=5.0)
     assert ids[3] != _greedy(imaged, PROMPT, imaged.photos[2], new)
     assert tracer.result[0].prompt == tuple(PROMPT)
-    with imaged.model.generate(PROMPT, pixel_values=imaged.photos[:1], max_new_tokens=new) as alone:
-        with alone.iter[2]:
-            imaged.model.model.language_model.layers[0].output[:] = 0
+    with imaged.model.generate(PROMPT, pixel_values=imaged.photos[:1], max_new_tokens=new) as alone, alone.iter[2]:
+        imaged.model.model.language_model.layers[0].output[:] = 0
     assert list(alone.result.ids)[:2] == plain[0][:2] and list(alone.result.ids) != plain[0]
 
 
