@@ -93,6 +93,7 @@ def serve(
     offload: operations.Offload = 0.0,
     share_across: operations.Sharing = ShareAcross.TENANT,
     merge_calls: operations.MergeCalls = True,
+    whole: operations.Whole = True,
     drain_seconds: Annotated[
         float | None,
         typer.Option(min=0, help="Most that it finishes accepted requests for when told to stop; default: 30."),
@@ -132,6 +133,7 @@ def serve(
                 offload_bytes=int(offload * (1 << 30)),
                 share_across=share_across,
                 merges_calls=merge_calls,
+                whole=whole,
             )
         settings = serve_settings(
             spec=spec,

@@ -523,6 +523,7 @@ class Deploy(BaseModel):
     offload_bytes: int = 0
     share_across: ShareAcross = ShareAcross.TENANT
     merges_calls: bool = True
+    whole: bool = True
 
 
 class Resize(BaseModel):

@@ -45,6 +45,12 @@ Sharing = Annotated[
 MergeCalls = Annotated[
     bool, typer.Option(help="Of a model that is called as it is: calls of several users are one where that is exact.")
 ]
+Whole = Annotated[
+    bool,
+    typer.Option(
+        "--whole/--packed", help="A vision-language model as it is, or the language model in it, with images."
+    ),
+]
 Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
 
 _HERE = "http://127.0.0.1:8765"
@@ -66,6 +72,7 @@ def deploy(
     offload: Offload = 0.0,
     share_across: Sharing = ShareAcross.TENANT,
     merge_calls: MergeCalls = True,
+    whole: Whole = True,
     url: Url = _HERE,
     key: Key = None,
     wait: Wait = True,
@@ -87,6 +94,7 @@ def deploy(
             offload_bytes=int(offload * (1 << 30)),
             share_across=share_across,
             merges_calls=merge_calls,
+            whole=whole,
         )
 
 

@@ -32,6 +32,7 @@ from cluster.actors import WATCH, ShardActor
 from cluster.gang import Gang, RayShards, wait_for_all
 from cluster.progress import Loading
 from engine.fetching import here
+from engine.image_proofs import prove_images
 from engine.loading import ShardConfig, check_source, check_split
 from engine.whole_loading import whole_class
 from engine.whole_served import check_whole
@@ -70,6 +71,7 @@ class DeploymentConfig:
     random_weights_seed: int | None = None  # read no weights
     offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
     merges_calls: bool = False  # as of `engine.loading.ShardConfig`
+    whole: bool = True  # as of `DeploymentSpec`
     working_dir: str | None = None  # shipped to nodes that do not have polytrace installed
     placement_timeout_s: float | None = None  # for the cluster to have room; None: for ever, saying so
     hang_timeout_s: float = 30.0  # a shard that does not answer for so long is ended
@@ -202,11 +204,12 @@ class Deployment:
         config = self.config
         # 1) a model that can be split so, and a place for each shard
         source = here(config.source, report)
-        if (kind := whole_class(source)) is not None:
+        if config.whole and (kind := whole_class(source)) is not None:
             check_whole(source, kind, stages=config.stages, ranks=config.ranks)
         else:
             check_source(source, config.dtype, random_weights=config.random_weights_seed is not None)
             check_split(source, config.dtype, stages=config.stages, ranks=config.ranks)
+            prove_images(source)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._placement = plan_placement(
             config, cluster_cpus=resources.get("CPU", 0), cluster_gpus=resources.get("GPU", 0)
@@ -324,6 +327,7 @@ class Deployment:
             random_weights_seed=config.random_weights_seed,
             offload_bytes=config.offload_bytes,
             merges_calls=config.merges_calls,
+            whole=config.whole,
             **options,
         )
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}

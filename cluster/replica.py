@@ -262,6 +262,7 @@ def _deployment_config(spec: DeploymentSpec) -> DeploymentConfig:
         random_weights_seed=spec.random_weights_seed,
         offload_bytes=spec.offload_bytes,
         merges_calls=spec.merges_calls,
+        whole=spec.whole,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from engine.image_rows import CALLED
 from engine.imaged import imaged_class
 from engine.loading import meta_model
@@ -17,11 +19,19 @@ from engine.twins import twin_of, write_twin
 from polytrace.errors import ServiceError
 
 
+def sees_images(source: str) -> bool:
+    """Whether a model may run as the language model in it, with images in its prompts."""
+    try:
+        return imaged_class(AutoConfig.from_pretrained(source)) is not None
+    except (OSError, ValueError):
+        return False
+
+
 def prove_images(source: str) -> None:
     """ServiceError unless prompts with images are right in shared passes. Nothing to do for a model without them."""
-    config = meta_model(source).config
-    if imaged_class(config) is None:
+    if not sees_images(source):
         return
+    config = meta_model(source).config
     with tempfile.TemporaryDirectory(prefix="polytrace-twin-") as folder:
         try:
             write_twin(twin_of(config, 1), Path(folder))

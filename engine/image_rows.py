@@ -75,14 +75,15 @@ class SeenImages:
     def _pixels(self, model: nn.Module, digest: int) -> Tensor:
         """From the first request that has the image and can read it; zeros where none can, who have failed then."""
         root: Any = model
-        for state in self._states:
-            if (name := state.images.get(digest)) is not None:
-                try:
-                    return state.image(name)[None]
-                except Exception as error:  # the edge between a user's tensor and the shared pass
-                    if told_out_of_memory(error) is not None:
-                        raise
-                    state.fail(None, f"its image cannot be read: {error}")
+        owners = [state for state in self._states if digest in state.images]
+        assert owners, "rows of an image run in a pass of a request that has it"
+        for state in owners:
+            try:
+                return state.image(state.images[digest])[None]
+            except Exception as error:  # the edge between a user's tensor and the shared pass
+                if told_out_of_memory(error) is not None:
+                    raise
+                state.fail(None, f"its image cannot be read: {error}")
         return torch.zeros(1, *image_shape(root.config))
 
 

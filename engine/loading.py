@@ -60,6 +60,7 @@ class ShardConfig:
     constant_bytes: int = 4 << 30  # budget of contents that stay on the device, see `engine.constants`
     random_weights_seed: int | None = None  # read no weights: draw them, the same ones on every shard
     offload_bytes: int = 0  # of the weights to keep in the host's memory, see `engine.offload`
+    whole: bool = True  # whether a model that is no language model is called as it is, see `engine.imaged`
     # where the parts of a model lie that is called as it is: accelerate's names, or module -> device; None: on `device`
     device_map: Any = None
     merges_calls: bool = False  # of such a model: several are one where that is exact, see `engine.whole_merging`

@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.checkpoint import weight_paths
 from engine.fetching import fetch_all
+from engine.image_proofs import sees_images
 from engine.links import Links
 from engine.loading import ShardConfig
 from engine.reading import Report
@@ -101,7 +102,7 @@ class WholeServed:
 
 def new_shard(config: ShardConfig, links: Links) -> Shard | WholeServed:
     """The shard that a source needs."""
-    kind = whole_class(config.source)
+    kind = whole_class(config.source) if config.whole else None
     return Shard(config, links) if kind is None else WholeServed(config, links, kind)
 
 
@@ -109,6 +110,7 @@ def check_whole(source: str, kind: Any, *, stages: int, ranks: int, offload_byte
     """ServiceError with the way out when the model cannot be served so."""
     if stages > 1 or ranks > 1:
         told = f"{source} is a {kind.__name__}, which is called as it is, on one shard"
-        raise ServiceError(f"{told}; use stages=1 and ranks=1")
+        way = " (or whole=false: as the language model in it)" if sees_images(source) else ""
+        raise ServiceError(f"{told}; use stages=1 and ranks=1{way}")
     if offload_bytes:
         raise ServiceError(f"{source} is a {kind.__name__}, whose weights are not offloaded: it needs room for all")

@@ -52,6 +52,11 @@ def images_of(invoke: Invoke) -> tuple[Given, ...]:
     return () if invoke.inputs is None else invoke.inputs.kwargs.get(PIXELS, ())
 
 
+def num_before_images(tokens: Sequence[int]) -> int:
+    """How many tokens stand in front of the first image; all of them where there is none."""
+    return next((place for place, token in enumerate(tokens) if is_image_row(token)), len(tokens))
+
+
 def sampled_images(invoke: Invoke, samples: int) -> Inputs:
     """What an invoke is given whose sequences are there so many times each, side by side."""
     images = iter(images_of(invoke))

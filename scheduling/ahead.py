@@ -2,7 +2,8 @@
 
 Owns how far each prompt's cache is before the first step runs, and what a pass of some rows would do next. A later pass
 forks from the cache as from any trunk, and so has the bits that it would have with all rows in one. What somebody reads
-or writes, and all behind that, waits for the first step's own pass. Programs of several waves run in these alone.
+or writes, and all behind that, waits for the first step's own pass, and so do images, which come with their request.
+Programs of several waves run in these alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from polytrace.images import num_before_images
 from scheduling.caches import Cache, Caches, SequenceId, drawing_cones
 from scheduling.forest import Kept, Placed, grow
 from scheduling.plan import NOWHERE, PAGE, Cone, Edit, Program, TrunkId
@@ -61,7 +63,7 @@ class Ahead:
             tokens, cone = program.invokes[invoke].sequences[place], cones[invoke][place]
             most = cache.most if cache is not own else len(tokens)
             domain = program.sharing_domain or ("alone", program.request, sequence)
-            limit = 0 if cone.skips else min(untouched(tokens, cone), most)
+            limit = 0 if cone.skips else min(untouched(tokens, cone), most, num_before_images(tokens))
             self._prompts.append(
                 _Prompt(sequence=sequence, cache=cache, tokens=tokens, cone=cone, domain=domain, limit=limit)
             )

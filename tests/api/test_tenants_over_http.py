@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from laptops import Laptop
+from model_kinds import KINDS
 from services import PROMPT, fresh_environment, wait_until
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 import polytrace
 from polytrace.errors import ForbiddenError, KeyRefusedError, NotFoundError
@@ -108,6 +110,64 @@ def test_two_tenants_use_one_service_and_see_nothing_of_each_other(laptop: Lapto
         assert f'"{act}"' in shown
     assert "(store)/" in shown and '"POST /v1/models/tiny/drain"' in shown
     assert "models.drain" not in shown, "it was refused"
+
+
+def test_tenants_with_one_text_and_images_of_their_own_get_what_is_their_own(laptop: Laptop, tmp_path: Path) -> None:
+    config = KINDS["llava"]()[0].config
+    config.vision_config.image_size, config.vision_config.patch_size = 80, 40  # large enough to be a content
+    torch.manual_seed(0)
+    plain = LlavaForConditionalGeneration(config).eval()
+    plain.save_pretrained(tmp_path / "seeing")
+    asked = ("deploy", str(tmp_path / "seeing"), "--stages", "2", "--ranks", "2", "--cpus", "0.1")
+    refused = laptop.polytrace(*asked)
+    assert refused.returncode == 1 and "whole=false" in refused.stderr
+    answer = laptop.polytrace(*asked, "--packed", timeout_s=240)
+    assert answer.returncode == 0, answer.stderr + laptop.service.words()
+    keys = []
+    for tenant in ("left", "right"):
+        assert laptop.polytrace("tenants", "add", tenant).returncode == 0
+        keys.append(laptop.made("--tenant", tenant, "--user", "one"))
+    prompt = [1, 2, *[config.image_token_id] * 4, 3, 4, 5]
+    photos = torch.randn(2, 1, 3, 80, 80)
+
+    def ask(key: str, photo: torch.Tensor) -> tuple[torch.Tensor, list[int], Any]:
+        with polytrace.connect(laptop.url, "seeing", key=key) as model:
+            with model.trace(prompt, pixel_values=photo, run=False) as tracer:
+                model.model.language_model.layers[0].output[:, 3:5] *= SCALE
+                model.lm_head.output.save()
+            with model.trace(prompt, pixel_values=photo):
+                model.model.language_model.layers[0].output[:, 3:5] *= SCALE
+                logits = model.lm_head.output.save()
+            with model.generate(prompt, pixel_values=photo, max_new_tokens=4) as going:
+                pass
+            return logits, list(going.result.ids), model.validate(tracer)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, [*keys, *keys], [photos[0], photos[1], photos[1], photos[0]]))
+    expected = [seen_by_hand(plain, prompt, photo) for photo in photos]
+    assert (expected[0][0] - expected[1][0]).abs().max() > 1e-2
+    for (logits, ids, certificate), place in zip(answers, (0, 1, 1, 0), strict=True):
+        wanted, going = expected[place]
+        assert (logits - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+        assert ids == going
+        assert certificate.op_flops > 4 * 2 * 3 * 40 * 40 * 16  # what makes patches of the pixels alone
+
+
+def seen_by_hand(plain: Any, prompt: list[int], photo: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Logits with an edit at rows of an image, and what comes next without one."""
+    given = {"input_ids": torch.tensor([prompt]), "pixel_values": photo}
+    going = plain.generate(**given, attention_mask=torch.ones(1, len(prompt)), max_new_tokens=4, do_sample=False)
+
+    def scaled(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, 3:5] *= SCALE
+        return output
+
+    handle = plain.model.language_model.layers[0].register_forward_hook(scaled)
+    with torch.no_grad():
+        logits = plain(**given).logits
+    handle.remove()
+    return logits, going[0, len(prompt) :].tolist()
 
 
 def by_hand(model: Path, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
