@@ -28,8 +28,6 @@ from engine.whole_side import Side
 from engine.whole_sites import CallSites, told
 from engine.whole_state import CallState
 from engine.writes import with_member
-from polytrace.errors import GraphError, TooLargeError
-from polytrace.given import structure_of
 from polytrace.graph import Node, Read, Write
 from scheduling.alike import MOST_CALLS
 from scheduling.call_turns import Turn, joined, turns_of
@@ -88,9 +86,7 @@ class CallGroups:
         """What calls that go together have in common; None of one that goes as it is."""
         if len(turn.invokes) != 1:
             return None  # they wait for each other
-        inputs, constants = state.program.invokes[turn.invokes[0]].inputs, state.program.constants
-        assert inputs is not None, "the request was checked"
-        key = repr(structure_of(inputs, constants)), likeness(calls[0]), settings
+        key = repr(state.structure(turn.invokes[0])), likeness(calls[0]), settings
         verdict = self.verdicts.get(key)
         if verdict is None:
             verdict = self.verdicts[key] = self._judged(state, turn.invokes[0], calls[0])
@@ -108,13 +104,10 @@ class CallGroups:
         return key
 
     def _judged(self, state: CallState, invoke: int, called: Called) -> Verdict:
-        inputs, constants = state.program.invokes[invoke].inputs, state.program.constants
+        inputs = state.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
-        try:
-            self._sites.of(inputs, constants)
-        except (GraphError, TooLargeError) as error:
-            return Verdict(refusal=str(error))
-        if self._sites.has_looked(inputs, constants):  # what the gate sees of one call would say nothing of another
+        # What is seen of one call says nothing of another where values decide.
+        if not self._sites.follow_from_structure(inputs, state.outlines(invoke)):
             return Verdict(refusal="what a call visits depends on values")
         return judge(self._model, called, self._device)
 
