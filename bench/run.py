@@ -24,6 +24,7 @@ from bench import record, tinyworld
 # `moved` and `maps` need Ray, `large` a GPU.
 BENCHMARKS: Mapping[str, str] = {
     "merged": "bench.merged",
+    "calls": "bench.calls",
     "overhead": "bench.overhead",
     "cones": "bench.cones.benchmark",
     "generation": "bench.generation.benchmark",

@@ -28,8 +28,6 @@ from engine.whole_side import Side
 from engine.whole_sites import CallSites, told
 from engine.whole_state import CallState
 from engine.writes import with_member
-from polytrace.errors import GraphError, TooLargeError
-from polytrace.given import structure_of
 from polytrace.graph import Node, Read, Write
 from scheduling.alike import MOST_CALLS
 from scheduling.call_turns import Turn, joined, turns_of
@@ -39,18 +37,22 @@ _MOST_VERDICTS = 1024
 
 
 class CallGroups:
-    """Of one model. `verdicts` are by structure, settings and likeness."""
+    """Of one model. `verdicts` are by structure and likeness, of the settings that the model has."""
 
-    def __init__(self, model: nn.Module, device: torch.device, sites: CallSites) -> None:
-        """`sites`: finds what calls of the model visit."""
-        self._model, self._device, self._sites = model, device, sites
+    def __init__(self, model: nn.Module, device: torch.device, sites: CallSites, *, is_fixed: bool) -> None:
+        """`sites`: finds what calls of the model visit. `is_fixed`: nobody sets anything on the model between calls."""
+        self._model, self._device, self._sites, self._is_fixed = model, device, sites, is_fixed
         self.verdicts: OrderedDict[Hashable, Verdict] = OrderedDict()
+        self._settings: Hashable = None
         self.merged: list[tuple[RequestId, ...]] = []  # calls that went as one since somebody took this, by requests
 
     def run(self, waves: Sequence[tuple[Member, CallState]], alone: Callable[[Turn, CallState], None]) -> None:
         """Runs waves that no gradient is asked of; `alone` runs calls as they are."""
-        settings = settings_of(self._model), torch.get_num_threads()
-        waiting = [deque(self._parts(*each, settings)) for each in waves]
+        settings = None if self._is_fixed else settings_of(self._model), torch.get_num_threads()
+        if settings != self._settings:  # what was found of others says nothing of these
+            self._settings = settings
+            self.verdicts.clear()
+        waiting = [deque(self._parts(*each)) for each in waves]
         while going := [parts.popleft() for parts in waiting if parts]:
             groups: dict[Hashable, list[_Part]] = {}
             for part in going:
@@ -68,12 +70,12 @@ class CallGroups:
         merged, self.merged = tuple(self.merged), []
         return merged
 
-    def _parts(self, member: Member, state: CallState, settings: Hashable) -> Iterator[_Part]:
+    def _parts(self, member: Member, state: CallState) -> Iterator[_Part]:
         """The calls of a wave, those that may go as one together."""
         pending: list[_Part] = []
         for turn in turns_of(member.program, member.wave):
             calls = [state.arguments(invoke) for invoke in turn.invokes] if not state.has_failed else []
-            part = _Part.of(state, [turn], self._key(turn, state, calls, settings) if calls else None)
+            part = _Part.of(state, [turn], self._key(turn, state, calls) if calls else None)
             if pending and (part.key is None or part.key != pending[0].key or len(pending) == MOST_CALLS):
                 yield _Part.of(state, [one.turn for one in pending], pending[0].key)
                 pending = []
@@ -84,13 +86,11 @@ class CallGroups:
         if pending:
             yield _Part.of(state, [one.turn for one in pending], pending[0].key)
 
-    def _key(self, turn: Turn, state: CallState, calls: Sequence[Called], settings: Hashable) -> Hashable | None:
+    def _key(self, turn: Turn, state: CallState, calls: Sequence[Called]) -> Hashable | None:
         """What calls that go together have in common; None of one that goes as it is."""
         if len(turn.invokes) != 1:
             return None  # they wait for each other
-        inputs, constants = state.program.invokes[turn.invokes[0]].inputs, state.program.constants
-        assert inputs is not None, "the request was checked"
-        key = repr(structure_of(inputs, constants)), likeness(calls[0]), settings
+        key = repr(state.structure(turn.invokes[0])), likeness(calls[0])
         verdict = self.verdicts.get(key)
         if verdict is None:
             verdict = self.verdicts[key] = self._judged(state, turn.invokes[0], calls[0])
@@ -108,13 +108,10 @@ class CallGroups:
         return key
 
     def _judged(self, state: CallState, invoke: int, called: Called) -> Verdict:
-        inputs, constants = state.program.invokes[invoke].inputs, state.program.constants
+        inputs = state.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
-        try:
-            self._sites.of(inputs, constants)
-        except (GraphError, TooLargeError) as error:
-            return Verdict(refusal=str(error))
-        if self._sites.has_looked(inputs, constants):  # what the gate sees of one call would say nothing of another
+        # What is seen of one call says nothing of another where values decide.
+        if not self._sites.follow_from_structure(inputs, state.outlines(invoke)):
             return Verdict(refusal="what a call visits depends on values")
         return judge(self._model, called, self._device)
 

@@ -55,7 +55,7 @@ class WholeShard:
         sites: CallSites | None = None,
     ) -> None:
         """`merges`: calls are one call where the gate lets them (`engine.whole_merging`); `sites`: who finds what calls
-        of the model visit, where somebody does already.
+        of the model visit, where somebody does already, who may set something on it between two calls.
         """
         self.model = model
         device = next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
@@ -73,7 +73,7 @@ class WholeShard:
         )
         self._states: dict[RequestId, CallState] = {}
         self._writer = Writer()
-        self.merging = CallGroups(model, device, sites or CallSites(model)) if merges else None
+        self.merging = CallGroups(model, device, sites or CallSites(model), is_fixed=sites is None) if merges else None
 
     @torch.inference_mode(False)
     def run(self, plan: Plan) -> ShardResult:

@@ -71,21 +71,25 @@ class CallSites:
     ) -> tuple[SiteInfo, ...]:
         """The sites of a call, in their order; the same object each time. Raises GraphError where it does not run."""
         with self._turn:
-            if (settings := settings_of(self._model)) != self._settings:  # `model.train()`, `model.steps = 8`
-                self._settings = settings
-                self._twin, self._looking_twin = _Twin(self._model, looks=False), None
-                self._known.clear()
-                self._levels.clear()
+            self._look_at_settings()
             return self._of(inputs, constants, really)
+
+    def _look_at_settings(self) -> None:
+        if (settings := settings_of(self._model)) != self._settings:  # `model.train()`, `model.steps = 8`
+            self._settings = settings
+            self._twin, self._looking_twin = _Twin(self._model, looks=False), None
+            self._known.clear()
+            self._levels.clear()
 
     def _of(
         self,
         inputs: Inputs,
         constants: Mapping[str, RawTensor],
         really: Callable[[Inputs], tuple[SiteInfo, ...]] | None,
+        num_levels: int = 3,
     ) -> tuple[SiteInfo, ...]:
         structure = repr(structure_of(inputs, constants))
-        for level in range(self._levels.get(structure, 0), _NUM_LEVELS):
+        for level in range(self._levels.get(structure, 0), num_levels):
             key = structure, tuple(_content(constants[name], level) for name in given_names(inputs))
             if key in self._known:
                 self._known.move_to_end(key)
@@ -93,7 +97,7 @@ class CallSites:
             try:
                 found = self._found(inputs, constants, level, really)
             except GraphError:
-                if level == _NUM_LEVELS - 1 or (level == 1 and really is None):
+                if level == num_levels - 1 or (level == 1 and really is None):
                     raise
                 continue
             self._levels[structure] = level
@@ -106,6 +110,18 @@ class CallSites:
     def has_looked(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> bool:
         """Whether what a call of this structure visits depends on values; behind `of`."""
         return self._levels.get(repr(structure_of(inputs, constants)), 0) > 0
+
+    def follow_from_structure(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> bool:
+        """Whether the sites of a call, whose tensors need not be there, follow from its structure alone."""
+        with self._turn:
+            self._look_at_settings()
+            structure = repr(structure_of(inputs, constants))
+            if structure not in self._levels:
+                try:
+                    self._of(inputs, constants, None, num_levels=1)
+                except (GraphError, TooLargeError):
+                    return False
+            return not self._levels[structure]
 
     def on_twin(
         self, inputs: Inputs, constants: Mapping[str, RawTensor], run: Callable[[nn.Module, Inputs], T]
@@ -174,7 +190,6 @@ class _Twin:
         return FakeTensor(self._mode, own, device)
 
 
-_NUM_LEVELS = 3
 _MAX_KNOWN = 256  # calls whose sites are kept
 
 

@@ -9,15 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from engine.fragments import RequestState, ShardContext
-from engine.ops import TORCH_DTYPES
+from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.results import ResultSink
 from engine.turns import earlier
 from engine.whole_side import Side
 from engine.whole_sites import arguments_of
 from engine.whole_tape import Ports, WholeTape, cuts_of
-from polytrace.given import with_given
-from polytrace.graph import Given, NodeId, Read, SiteGrad, Write
+from polytrace.given import given_names, structure_of, with_given
+from polytrace.graph import Given, Inputs, NodeId, Read, SiteGrad, Write
 from polytrace.graph import Turn as GradientTurn
+from polytrace.tensors import RawTensor
 from scheduling.plan import Fragment, Program, Wave
 
 _NOTHING = (
@@ -68,6 +69,16 @@ class CallState(RequestState):
         self.sink.saved_bytes, self.loaded_bytes = moment.saved_bytes, moment.loaded_bytes
         self.failure = None
 
+    def structure(self, invoke: int) -> Inputs:
+        """The arguments of a call with dtype and shape in the place of tensors."""
+        inputs = self.program.invokes[invoke].inputs
+        assert inputs is not None, "the request was checked"
+        return structure_of(inputs, self.outlines(invoke))
+
+    def outlines(self, invoke: int) -> dict[str, RawTensor]:
+        """What is known of the tensors that a call is given without their values."""
+        return {name: _outline(self._constant(name)) for name in given_names(self.program.invokes[invoke].inputs)}
+
     def arguments(self, invoke: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a call is given: tensors of its own, so that code of the model may change them in place."""
         inputs = self.program.invokes[invoke].inputs
@@ -86,6 +97,7 @@ class CallState(RequestState):
         """Runs a fragment at a visit that calls have come to, each with its side of the module, by invoke."""
         self._sides = sides
         self.run(fragment, None)
+        self._sides = {}  # what the model gives is its own again: a tape would keep all of it
 
     def _is_only(self, look: SiteGrad) -> bool:
         """Whether no other run of its call gives the same read a gradient."""
@@ -105,6 +117,7 @@ class CallState(RequestState):
         """Runs a fragment where the gradients of calls have come to a visit, by invoke."""
         self._ports = ports
         self.run(fragment, None)
+        self._ports = {}
 
     def _turn(self, node: SiteGrad) -> Tensor | None:
         """Takes a graph's turn at the gradient of a site; its value, None where it has none."""
@@ -159,3 +172,7 @@ class CallState(RequestState):
         else:
             side.write(node.site.selector, self.values[node.value.node], in_place=node.in_place)
         self.fired.append(node_id)
+
+
+def _outline(tensor: Tensor) -> RawTensor:
+    return RawTensor(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=memoryview(b""))

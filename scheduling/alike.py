@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from polytrace.given import structure_of
 from scheduling.plan import Program, RequestId, ShardResult
 
 MOST_CALLS = 16  # of one request, and requests in a pass
@@ -38,13 +37,9 @@ class AlikeCalls:
 
     def of(self, program: Program) -> Alike | None:
         """None of a request whose calls go alone: several structures, or many calls."""
-        inputs = [invoke.inputs for invoke in program.invokes]
-        if not inputs or len(inputs) * 2 > MOST_CALLS or any(one is None for one in inputs):
+        if program.structure is None or len(program.invokes) * 2 > MOST_CALLS:
             return None
-        structures = {repr(structure_of(one, program.constants)) for one in inputs if one is not None}
-        if len(structures) != 1:
-            return None
-        alike = self._known.setdefault(structures.pop(), Alike())
+        alike = self._known.setdefault(program.structure, Alike())
         if len(self._known) > _MOST_KNOWN:
             self._known.popitem(last=False)
         return alike

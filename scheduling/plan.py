@@ -247,6 +247,7 @@ class Program:
     tape_bytes: int = 0  # of what its waves keep for their way back, at once, on the shard that keeps most
     live_bytes: int  # of values held at one site visit, at most
     split: int = 0  # of its waves: those that it has because its rows do not fit into fewer
+    structure: str | None = None  # of the arguments of all its calls of a model as it is, where they have one
     constants: Mapping[str, RawTensor] = field(default_factory=dict)  # in process; empty when `request_file` is set
     request_file: str | None = None  # the stored request: shards map its constants from here
     contents: Mapping[str, str] = field(default_factory=dict)  # constants that stand on the service -> their files

@@ -14,6 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from polytrace.collector import young_only
 from polytrace.description import Limits, ModelDescription, PassLayout, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
+from polytrace.given import structure_of
 from polytrace.graph import Inputs, Port, Read, Request, Write
 from scheduling import program
 from scheduling.checks import resolve, table_of
@@ -150,7 +151,14 @@ def compile_call(
             kept_bytes=0,
             live_bytes=peak_bytes(resolved, [0 if known is None else known.num_bytes for known in facts])[0],
             constants=request.constants,
+            structure=_one_structure(request),
         )
+
+
+def _one_structure(request: Request) -> str | None:
+    """That of all calls; None where they have several."""
+    found = {repr(structure_of(inputs, request.constants)) for inputs in inputs_of_all(request)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _in_one_order(tables: Sequence[tuple[SiteInfo, ...]]) -> list[tuple[SiteInfo, ...]]:

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+import torch
 from services import make_model
+from torch import nn
 
+from api.checked_calls import CheckedCalls
 from api.store import Store
 from api.worker import CheckerPool, Verdict
 from cluster.requests import DeploymentState, Published
@@ -20,7 +23,8 @@ from engine.local import LocalBackend
 from polytrace.certificate import Certificate
 from polytrace.codec import from_json, to_json
 from polytrace.errors import GraphError, PolytraceError, TooLargeError, WireError, from_fields
-from polytrace.graph import Graph, Invoke, NodeId, Op, Port, Read, Ref, Request, Save, Site
+from polytrace.graph import Given, Graph, Inputs, Invoke, NodeId, Op, Port, Read, Ref, Request, Save, Site
+from polytrace.tensors import RawTensor
 from polytrace.wire import encode_request
 
 WHERE = "experiment.py:12"
@@ -132,3 +136,27 @@ def read(module: str, *more: Op, tokens: tuple[int, ...] = (1, 2, 3)) -> Request
         invokes=(Invoke(sequences=(tokens,)),),
         constants={},
     )
+
+
+class Endless(nn.Module):
+    def forward(self, x: torch.Tensor, steps: int) -> torch.Tensor:
+        while steps:
+            try:
+                x = x + 1
+            except Exception:  # noqa: BLE001  as code of models does
+                continue
+        return x
+
+
+def test_a_call_that_never_ends_is_refused_in_time_and_the_next_is_answered() -> None:
+    calls = CheckedCalls(Endless(), 1 << 20, patience_s=0.5)
+    constants = {"x": RawTensor(dtype="float32", shape=(2,), data=memoryview(b""))}
+
+    def call(steps: int) -> Inputs:
+        return Inputs(args=(Given("x"), steps), kwargs={})
+
+    with pytest.raises(TooLargeError, match=r"not found out within 0\.5 s: send fewer, or smaller ones"):
+        calls.of(call(1), constants)
+    sites, has_looked = calls.of(call(0), constants)
+    assert [site.port for site in sites] == [Port.INPUT, Port.OUTPUT]
+    assert not has_looked

@@ -1,4 +1,4 @@
-"""What calls of a model as it is keep for gradients: never more than certified, and of each pass all is told."""
+"""What calls of a model as it is keep for gradients: never more than the certificate says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polytrace.whole_model import WholeModel
 from scheduling.policy import PassPolicy
 from scheduling.scheduler import Scheduler
 
-MOST = 1.6  # times what is held may the certificate say
+MOST = 1.1  # times what is held may the certificate say
 
 
 def gradient_of(model: Any, path: str, call: dict[str, Any], kind: str) -> Any:
@@ -57,16 +57,12 @@ def test_no_more_is_held_than_the_certificate_says(kind: str) -> None:
     if kind in DIFFUSION:
         pytest.importorskip("diffusers")
     plain, path, call, _ = (KINDS | DIFFUSION)[kind]()
-    for is_frozen in (False, True):
-        plain.requires_grad_(not is_frozen)
-        backend = WholeBackend(plain, name=kind)
-        model = WholeModel(backend)
-        for edit in ("none", "in place", "assigned"):
-            held, told = held_and_told(backend, gradient_of(model, path, call, edit))
-            print(kind, is_frozen, edit, held, told)
-            assert 0 < held <= told
-            if kind not in _GATHERED:
-                assert told <= MOST * held
+    for is_frozen, edit in ((False, "in place"), (True, "assigned")):
+        backend = WholeBackend(plain.requires_grad_(not is_frozen), name=kind)
+        held, told = held_and_told(backend, gradient_of(WholeModel(backend), path, call, edit))
+        assert 0 < held <= told
+        if kind not in _GATHERED:
+            assert told <= MOST * held
 
 
 _GATHERED = ("jamba",)  # without data every token's experts are gathered
@@ -101,13 +97,15 @@ def test_several_calls_and_losses_are_counted_together() -> None:
 
     def asked(num_calls: int) -> Any:
         with model.trace(run=False) as tracer:
-            loss = 0.0
+            loss, seen = 0.0, []
             for _ in range(num_calls):
                 with tracer.invoke(torch.randn(3, 4)):
                     hidden = model.shared.output
+                    seen.append(hidden)
                     loss = loss + model.output["y"].sum()
             loss.backward()
-            hidden.grad.save()
+            for hidden in seen:
+                hidden.grad.save()
         return tracer
 
     one, three = (held_and_told(backend, asked(number)) for number in (1, 3))
