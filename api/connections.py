@@ -12,7 +12,9 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import os
 import resource
+import socket
 import struct
 import termios
 from http import HTTPStatus
@@ -71,6 +73,7 @@ class Connection(HttpToolsProtocol):
         self._reader_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0  # of a head that is not whole yet
         self._num_heads = 0
+        self._has_begun = False  # with a head
         self._refusal: tuple[HTTPStatus, str] | None = None
         self._lingered: int | None = None  # bytes that came after the last answer; None: it is not over
 
@@ -121,7 +124,12 @@ class Connection(HttpToolsProtocol):
 
     # --- what the parser tells
 
+    def on_message_begin(self) -> None:
+        self._has_begun = True
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
+        self._has_begun = False
         self._num_heads += 1
         self._head_bytes = 0
         self._among.waiting.pop(self, None)
@@ -165,6 +173,8 @@ class Connection(HttpToolsProtocol):
             return
         if is_last and self.cycle.more_body:
             self._linger()
+        elif is_last and self._has_begun:
+            self._await_head()
         elif is_last:
             self._among.waiting[self] = None
 
@@ -184,6 +194,7 @@ class Connection(HttpToolsProtocol):
         def look() -> None:
             left = self._unread_bytes()
             if unread - left < SLOWEST * self._among.read_idle_s:
+                _forget_unsent(self._fileno())
                 self.transport.abort()
             else:
                 self._watch_reader(left)
@@ -192,7 +203,10 @@ class Connection(HttpToolsProtocol):
 
     def _unread_bytes(self) -> int:
         """What was written and has not come to the other side, the system's own buffer included."""
-        return self.transport.get_write_buffer_size() + _unsent(self.transport.get_extra_info("socket").fileno())
+        return self.transport.get_write_buffer_size() + _unsent(self._fileno())
+
+    def _fileno(self) -> int:
+        return int(self.transport.get_extra_info("socket").fileno())
 
     def _end_with(self, status: HTTPStatus, told: str) -> None:
         """An answer to what is no request, and the end."""
@@ -236,6 +250,12 @@ def _unsent(fd: int) -> int:
     """Bytes in the system's buffer of a socket that the other side has not acknowledged."""
     (count,) = struct.unpack("i", fcntl.ioctl(fd, termios.TIOCOUTQ, b"\0\0\0\0"))
     return int(count)
+
+
+def _forget_unsent(fd: int) -> None:
+    """A socket that is closed does not keep what was written until the other side has it, as it else would."""
+    with socket.socket(fileno=os.dup(fd)) as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def most_connections(wanted: int) -> int:

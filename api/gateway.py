@@ -21,7 +21,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from api import problems
 from api.access import Access
@@ -53,6 +53,7 @@ from api.refusals import Refusals
 from api.request_routes import RequestRoutes
 from api.result_response import StoredResultResponse
 from api.results import ObjectResults
+from api.sending import StoredFile
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
 from api.store import RequestState, RequestStatus, Store
@@ -479,7 +480,7 @@ class Gateway:
             path = self._store.result_path(status.id)
             if is_whole and (content := await to_thread.run_sync(_read_small, path)) is not None:
                 return Response(content, media_type=MEDIA_TYPE, headers=headers)
-            return ResultResponse(path, media_type=MEDIA_TYPE, headers=headers)
+            return StoredFile(path, media_type=MEDIA_TYPE, headers=headers)
         if status.error is not None:
             return problems.problem(status.error, headers)
         headers["Location"] = f"/v1/requests/{status.id}"
@@ -494,17 +495,14 @@ class Gateway:
         return plain | {"waits_for": self._deployments.waits_for(status.model)}
 
 
-class ResultResponse(FileResponse):
-    """Ranges, ETag, If-Range and HEAD are starlette's; its 64 KB reads cost three times as much."""
-
-    chunk_size = 4 << 20
-
-
 def _read_small(path: Path) -> bytes | None:
     """A file in one go; None when it is too large for that."""
     with path.open("rb", buffering=0) as file:
         content = file.read(SMALL_BYTES + 1)
     return content if len(content) <= SMALL_BYTES else None
+
+
+Count = Annotated[int, Field(strict=True, gt=-(1 << 62), lt=1 << 62)]  # how few there may be, `checked_spec` says
 
 
 class Deploy(BaseModel):
@@ -513,14 +511,14 @@ class Deploy(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     source: str
-    stages: int = 1
-    ranks: int = 1
-    replicas: int = 1
+    stages: Count = 1
+    ranks: Count = 1
+    replicas: Count = 1
     dtype: str = "auto"
     device: str = "auto"
-    cpus: float | None = None
-    random_weights_seed: int | None = None
-    offload_bytes: int = 0
+    cpus: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
+    random_weights_seed: Count | None = None
+    offload_bytes: Count = 0
     share_across: ShareAcross = ShareAcross.TENANT
     merges_calls: bool = True
     whole: bool = True
@@ -531,7 +529,7 @@ class Resize(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)]
+    replicas: Annotated[int, Field(strict=True, ge=1, le=MAX_REPLICAS)]
 
 
 def _entry(known: Deployment) -> dict[str, Any]:

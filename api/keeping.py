@@ -12,15 +12,16 @@ from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from api.admission import Admission
 from api.away import AwayError
 from api.callers import caller_of, owner_of
 from api.contents import Contents
+from api.sending import StoredFile
 from api.uploads import receive
 from polytrace.codec import to_json
 from polytrace.contents import is_digest, is_name
@@ -163,7 +164,7 @@ class FirstContent(BaseModel):
 
     hash: str
     dtype: str
-    shape: Annotated[list[Annotated[int, Query(ge=0, lt=1 << 48)]], Field(max_length=MAX_DIMS)]
+    shape: Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]], Field(max_length=MAX_DIMS)]
 
 
 def _check_digest(digest: str) -> None:
@@ -173,13 +174,7 @@ def _check_digest(digest: str) -> None:
 
 async def _file(contents: Contents, owner: str, digest: str) -> Response:
     path = await to_thread.run_sync(contents.content_path, owner, digest)
-    return ContentResponse(path, media_type=MEDIA_TYPE)
-
-
-class ContentResponse(FileResponse):
-    """Starlette's 64 KB reads cost three times as much."""
-
-    chunk_size = 4 << 20
+    return StoredFile(path, media_type=MEDIA_TYPE)
 
 
 def _plain(entry: KeptEntry) -> dict[str, Any]:

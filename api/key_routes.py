@@ -118,7 +118,7 @@ class NewKey(BaseModel):
     user: str | None = None
     role: Role | None = None  # of the user
     label: Annotated[str, Field(max_length=MAX_LABEL)] = ""
-    expires_in_s: Life | None = None
+    expires_in_s: Annotated[Life, Field(strict=True)] | None = None
 
 
 def _check_own(caller: Identity, tenant: str | None, user: str | None) -> None:

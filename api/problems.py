@@ -36,6 +36,7 @@ from polytrace.errors import (
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 2
+MAX_MISTAKES = 10  # of one call that are told
 
 # exception -> status, title; the first that fits
 _TABLE: tuple[tuple[type[PolytraceError], HTTPStatus, str], ...] = (
@@ -138,7 +139,11 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
 async def _on_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     request.state.error_code = UserError.code
-    detail = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
+    found = error.errors()
+    told = [f"{'.'.join(map(str, part['loc']))[:100]}: {part['msg'][:200]}" for part in found[:MAX_MISTAKES]]
+    if len(found) > MAX_MISTAKES:
+        told.append(f"and {len(found) - MAX_MISTAKES} more")
+    detail = "; ".join(told).encode(errors="replace").decode()  # names of fields may be no text
     return _answer(HTTPStatus.BAD_REQUEST, "A parameter is wrong", detail, UserError.code, None, None)
 
 

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.results import StoredResult
+from api.sending import chunk_bytes
 
 CHUNK_BYTES = 4 << 20
 
@@ -24,6 +25,7 @@ class StoredResultResponse(Response):
     def __init__(self, result: StoredResult, media_type: str, headers: Mapping[str, str]) -> None:
         super().__init__(media_type=media_type, headers=dict(headers))
         self._result = result
+        self._chunk_bytes = CHUNK_BYTES
         del self.headers["content-length"]
         self.headers["accept-ranges"] = "bytes"
         self.headers["etag"] = f'"{result.attempt}-{result.size}"'
@@ -44,7 +46,8 @@ class StoredResultResponse(Response):
         self.headers["content-length"] = str(end - start)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         if scope["method"] != "HEAD" and start < end:
-            await self._send(start, end, send)
+            with chunk_bytes(CHUNK_BYTES) as self._chunk_bytes:
+                await self._send(start, end, send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, start: int, end: int, send: Send) -> None:
@@ -52,7 +55,7 @@ class StoredResultResponse(Response):
         try:
             while start < end:
                 chunk = await following
-                if len(chunk) != min(end - start, CHUNK_BYTES):
+                if len(chunk) != min(end - start, self._chunk_bytes):
                     raise OSError("a result is shorter than it was")
                 start += len(chunk)
                 if start < end:
@@ -62,7 +65,7 @@ class StoredResultResponse(Response):
             following.cancel()
 
     async def _chunk(self, start: int, end: int) -> bytes:
-        return await to_thread.run_sync(self._result.chunk, start, min(end, start + CHUNK_BYTES))
+        return await to_thread.run_sync(self._result.chunk, start, min(end, start + self._chunk_bytes))
 
 
 def _range(wanted: str, size: int) -> tuple[int, int] | None:

@@ -99,7 +99,7 @@ class Terms(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     is_disabled: bool = False
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 1.0
     limits: Annotated[dict[str, Limit | None], Field(max_length=100)] = {}
     models: Annotated[tuple[ModelName, ...], Field(max_length=MAX_MODELS)] | None = None  # None: all
 

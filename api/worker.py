@@ -18,6 +18,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from scheduling.plan import Program
 
 T = TypeVar("T")
+LARGE_NODES = 5_000  # of graphs that are checked apart, one after another: each takes a second or a hundred
 _log = logging.getLogger(__name__)
 
 
@@ -54,6 +56,7 @@ class Verdict:
     work: int = 0  # rows x layers that it would run through
     demand: Demand = NO_DEMAND  # what admission holds against limits
     certificate: bytes | None = None  # JSON for the user, to which admission adds; only when it was asked for
+    is_large: bool = False  # it was only read: it is to be checked apart
     error: Mapping[str, str] | None = None  # PolytraceError.to_fields()
 
     def raise_error(self) -> None:
@@ -89,6 +92,7 @@ class CheckerPool:
         self._pool: ProcessPoolExecutor | None = None
         self._careful: ProcessPoolExecutor | None = None  # one process that checks one request at a time
         self._careful_turn = asyncio.Lock()
+        self._large: deque[Path] = deque(maxlen=256)  # requests that were checked apart
 
     def start(self) -> None:
         """Starts what the workers do only once, which takes seconds, while the deployment still loads."""
@@ -106,7 +110,12 @@ class CheckerPool:
 
         `version` names the description that it is checked against.
         """
-        return await self._run(_check, model, version, str(path), str(contents), certify)
+        about = model, version, str(path), str(contents), certify
+        verdict = await self._run(_check, *about, LARGE_NODES)
+        if not verdict.is_large:
+            return verdict
+        self._large.append(path)
+        return await self._apart(_check, *about)
 
     async def compose(
         self, model: str, version: str, path: Path, wish: CompletionWish | ChatWish, *, contents: Path
@@ -121,7 +130,8 @@ class CheckerPool:
 
         `most`: by the names of `Demand`, and `stored_bytes`.
         """
-        return await self._run(_nearest, model, version, str(path), str(contents), dict(most))
+        run = self._apart if path in self._large else self._run
+        return await run(_nearest, model, version, str(path), str(contents), dict(most))
 
     async def sites(self, model: str, version: str, asked: bytes) -> Answer:
         """What a call visits, by the arguments that a question names."""
@@ -151,6 +161,11 @@ class CheckerPool:
             if self._pool is pool:  # the first to notice
                 self._pool = None
         _log.warning("a checking process ended; its requests are checked once more, each alone")
+        return await self._apart(function, *arguments)
+
+    async def _apart(self, function: Callable[..., T], *arguments: Any) -> T:
+        """In a process of its own, that does one thing at a time: nobody else waits for it, or ends with it."""
+        loop = asyncio.get_running_loop()
         async with self._careful_turn:
             if self._careful is None:
                 self._careful = self._make_pool(1)
@@ -158,7 +173,7 @@ class CheckerPool:
                 return await loop.run_in_executor(self._careful, function, *arguments)
             except BrokenProcessPool:
                 self._careful = None
-                raise ServiceError("checking the request ended the process that did it, twice; it is refused") from None
+                raise ServiceError("checking the request ended the process that did it; it is refused") from None
 
     def _make_pool(self, workers: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
@@ -257,11 +272,14 @@ def _prepare(model: str, version: str) -> None:
     _worker.load(model, version)
 
 
-def _check(model: str, version: str, path: str, contents: str, certify: bool) -> Verdict:
+def _check(
+    model: str, version: str, path: str, contents: str, certify: bool, large_nodes: int | None = None
+) -> Verdict:
     def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
         assert _worker is not None
         has_text = partial(_worker.has_tokenizer, model, version)
-        return _verdict(description, meta, Path(path), Path(contents), certify, has_text, _worker.calls.get(model))
+        calls = _worker.calls.get(model)
+        return _verdict(description, meta, Path(path), Path(contents), certify, has_text, calls, large_nodes)
 
     return _answered(model, version, judge)
 
@@ -363,6 +381,7 @@ def _verdict(
     certify: bool,
     has_text: Callable[[], bool],
     calls: CheckedCalls | None = None,
+    large_nodes: int | None = None,
 ) -> Verdict:
     from cluster.contents import with_contents
     from cluster.facts import FactsRecorder
@@ -375,6 +394,8 @@ def _verdict(
     from scheduling.whole import described, taped, work_out
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
+    if large_nodes is not None and len(request.graph.nodes) > large_nodes:
+        return Verdict(is_large=True)
     check_stop_texts(request.invokes, has_text)
     named = tuple(request.constants.values())
     request, _ = with_contents(request, contents, None)
