@@ -6,13 +6,17 @@ with the fewest tests, are the ones that take longest.
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from pathlib import Path
 
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
 ROOT = Path(__file__).parents[1]
-MARKS = ("from services import", "world_service", "laptop", "ray.init(", "running_service(")
+STARTS = re.compile(
+    r"from services import .*\b(Service|Guest)\b|\bworld_service\b|\bLaptop\b|\bray\.init\(|\brunning_service\("
+)
 
 
 class ServicesApart(LoadFileScheduling):
@@ -23,7 +27,7 @@ class ServicesApart(LoadFileScheduling):
         super()._assign_work_unit(node)
 
 
+@cache
 def starts_a_service(file: str) -> bool:
     """Whether a file's tests start Ray."""
-    text = (ROOT / file).read_text(encoding="utf-8")
-    return any(mark in text for mark in MARKS)
+    return STARTS.search((ROOT / file).read_text(encoding="utf-8")) is not None

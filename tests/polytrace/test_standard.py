@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, model_of
+from families import FAMILIES, few_of, model_of
 from programs import difference
 from standard import LAYER, NAMES, OF_LAYERS, by_hand, change, change_in_place, places
 from torch import Tensor
@@ -19,7 +19,7 @@ TOLERANCE = 1e-5  # of max(1, max|plain|), float32
 PROMPTS = [[7, 3, 5, 9, 11, 2, 4], [7, 3, 5, 1]]
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=few_of(sorted(FAMILIES)))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, plain = tmp_path_factory.mktemp("model"), model_of(request.param)
     plain.save_pretrained(folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, model_of
+from families import FAMILIES, few_of, model_of
 from programs import difference
 from torch import Tensor
 
@@ -23,7 +23,7 @@ HEADS, SIZE = 4, 8
 Hook = Callable[..., Any]
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "gemma2", "qwen3", "gpt_neox", "mixtral"])
+@pytest.fixture(scope="module", params=few_of(["gpt2", "llama", "gemma2", "qwen3", "gpt_neox", "mixtral"]))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, plain = tmp_path_factory.mktemp("model"), model_of(request.param)
     plain.save_pretrained(folder)
