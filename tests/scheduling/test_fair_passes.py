@@ -13,6 +13,7 @@ import pytest
 from polytrace.certificate import Receipt, charge
 from polytrace.codec import to_json
 from scheduling.fair import FairShares
+from scheduling.fair_choice import by_tenant
 from scheduling.plan import PAGE, Plan, Program, RequestId
 from scheduling.program import owned
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
@@ -114,7 +115,7 @@ def test_a_thousand_waiting_candidates_of_a_hundred_tenants_are_ordered_once_a_p
         scheduler.add(of(f"t{number % 100}", program))
     begun = time.perf_counter()
     waiting = scheduler._with_room()
-    ready = scheduler._fair.ordered(waiting)
+    ready = scheduler._fair.ordered(waiting, by_tenant(waiting))
     print(f"{(time.perf_counter() - begun) * 1e3:.2f} ms")
     assert len(ready) == 1000
     assert len({job.tenant for job in ready[:100]}) == 100, "everybody's first comes before anybody's second"
