@@ -51,19 +51,17 @@ def simulated(deployment: SimulatedDeployment, policy: str, requests: Sequence[A
 
 def two_backlogged() -> list[Asked]:
     """One whose requests fill a pass each came a moment before one with many small ones."""
-    return [*several("large", "activations", 512, 60), *several("small", "patch", 96, 900, at=1e-9)]
+    return [*several("large", "activations", 512, 50), *several("small", "patch", 96, 600, at=1e-9)]
 
 
 def test_two_backlogged_tenants_stay_within_two_of_the_largest_passes_and_without_shares_they_do_not(
     deployment: SimulatedDeployment,
 ) -> None:
     fair = simulated(deployment, "fair", two_backlogged()).books
-    assert len(fair.times) > 60, "many passes were planned"
+    assert len(fair.times) > 50, "many passes were planned"
     assert fair.largest_gap <= 2 * fair.largest_pass
     unfair = simulated(deployment, "fcfs", two_backlogged()).books
     assert unfair.largest_gap > 10 * unfair.largest_pass
-    alone = simulated(deployment, "one", two_backlogged()).books
-    assert alone.largest_gap > 10 * alone.largest_pass
 
 
 @pytest.fixture(scope="module")

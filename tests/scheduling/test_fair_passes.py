@@ -181,6 +181,19 @@ def test_what_tenants_are_told_adds_up_to_the_pass() -> None:
     assert together == [sum(10 + number for number in range(12)) + 3 * 30] * 8
 
 
+def test_what_earlier_passes_left_is_none_of_a_passes_rows() -> None:
+    model = generating_llama()
+    service = Service(model, least_steps=16)
+    for name in ("a", "b"):
+        service.add(owned_by(name, generation(model, name, prompt(40, ord(name)), new=4)))
+    service.run(2)
+    for name in ("a", "b"):
+        receipt = service.outcomes[name].receipt
+        assert receipt is not None and [entry.requests for entry in receipt.passes] == [1] * 4, "of its own it is told"
+        assert [entry.tokens for entry in receipt.passes] == [40, 1, 1, 1]
+        assert [max(entry.layer_rows) for entry in receipt.passes] == [40, 1, 1, 1]
+
+
 def test_room_for_caches_is_given_by_tenant_and_nobody_waits_for_ever() -> None:
     small = generating_llama(kept_bytes=14 * PAGE * LAYERS)
     service = Service(small)
