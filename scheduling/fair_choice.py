@@ -6,8 +6,9 @@ Within a tenant the order stays as given. With one tenant nothing is changed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from scheduling.fair import FairShares
 from scheduling.policy import Candidate
@@ -28,6 +29,7 @@ class Owned(Candidate, Protocol):
 
 
 AnyOwned = TypeVar("AnyOwned", bound=Owned)
+ByTenant: TypeAlias = dict[str, list[AnyOwned]]  # those who wait
 
 
 class FairChoice:
@@ -37,29 +39,28 @@ class FairChoice:
         self.shares = shares
         self._replica = replica
 
-    def ordered(self, waiting: Sequence[AnyOwned]) -> list[AnyOwned]:
+    def ordered(self, waiting: Sequence[AnyOwned], tenants: ByTenant[AnyOwned]) -> list[AnyOwned]:
         """Suspects as they are; else by tenants. Steps go before others, but not before those of a tenant that is
         behind all whose steps they are: it would wait for ever where steps take all there is.
         """
-        by_tenant = _by_tenant(waiting)
-        if len(by_tenant) < 2 or waiting[0].is_suspect:
+        if len(tenants) < 2 or waiting[0].is_suspect:
             return list(waiting)
-        ready = list(self.shares.interleaved(by_tenant, lambda one: one.cost()))
-        if self.is_behind_steps(waiting):
+        ready = list(self.shares.interleaved(tenants, lambda one: one.cost()))
+        if self.is_behind_steps(tenants):
             return ready
         return [*(one for one in ready if one.is_step), *(one for one in ready if not one.is_step)]
 
-    def is_behind_steps(self, waiting: Sequence[AnyOwned]) -> bool:
+    def is_behind_steps(self, tenants: ByTenant[AnyOwned]) -> bool:
         """Whether a tenant with no step that may go was served less than all that have some."""
-        with_steps = {one.tenant for one in waiting if one.is_step}
-        others = {one.tenant for one in waiting} - with_steps
+        with_steps = {tenant for tenant, own in tenants.items() if any(one.is_step for one in own)}
+        others = tenants.keys() - with_steps
         if not with_steps or not others:
             return False
         counter = self.shares.counter
         return min(map(counter, others)) < min(map(counter, with_steps))
 
     def trimmed(
-        self, chosen: Sequence[tuple[AnyOwned, int]], waiting: Sequence[AnyOwned]
+        self, chosen: Sequence[tuple[AnyOwned, int]], tenants: ByTenant[AnyOwned]
     ) -> list[tuple[AnyOwned, int]]:
         """Without those that would bring their tenant further ahead of one that is left out than the gap allows. The
         first stays, and who must go together.
@@ -67,7 +68,7 @@ class FairChoice:
         kept = list(chosen)
         if any(one.party is not None for one, _ in kept):
             return kept
-        excess = self.shares.excess(_charges(kept), _left(kept, waiting))
+        excess = self.shares.excess(_charges(kept), _left(kept, tenants))
         for place in range(len(kept) - 1, 0, -1):
             one, rows = kept[place]
             if excess.get(one.tenant, 0.0) > 0:
@@ -75,12 +76,13 @@ class FairChoice:
                 del kept[place]
         return kept
 
-    def went(self, chosen: Sequence[tuple[AnyOwned, int]], waiting: Sequence[AnyOwned]) -> None:
+    def went(self, chosen: Sequence[tuple[AnyOwned, int]], tenants: ByTenant[AnyOwned]) -> None:
         """Charges those who are in a pass."""
-        self.shares.went(_charges(chosen), _left(chosen, waiting), replica=self._replica)
+        self.shares.went(_charges(chosen), _left(chosen, tenants), replica=self._replica)
 
 
-def _by_tenant(waiting: Sequence[AnyOwned]) -> dict[str, list[AnyOwned]]:
+def by_tenant(waiting: Sequence[AnyOwned]) -> ByTenant[AnyOwned]:
+    """Each tenant's, in the order given: found once a pass, as many may wait."""
     found: dict[str, list[AnyOwned]] = {}
     for one in waiting:
         found.setdefault(one.tenant, []).append(one)
@@ -94,7 +96,7 @@ def _charges(chosen: Sequence[tuple[AnyOwned, int]]) -> dict[str, float]:
     return found
 
 
-def _left(chosen: Sequence[tuple[AnyOwned, int]], waiting: Sequence[AnyOwned]) -> list[str]:
-    """Tenants of whom something is left out, in a fixed order."""
-    gone = {id(one) for one, _ in chosen}
-    return list(dict.fromkeys(one.tenant for one in waiting if id(one) not in gone))
+def _left(chosen: Sequence[tuple[AnyOwned, int]], tenants: ByTenant[AnyOwned]) -> list[str]:
+    """Tenants of whom something is left out, in a fixed order. Who is chosen is one of those who wait."""
+    gone = Counter(one.tenant for one, _ in chosen)
+    return [tenant for tenant, own in tenants.items() if len(own) > gone[tenant]]

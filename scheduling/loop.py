@@ -25,7 +25,7 @@ class Shards(Protocol):
 
 def step(scheduler: Scheduler, shards: Shards) -> None:
     """One round of the loop. Never waits: the caller does, when nothing can be submitted and nothing has finished."""
-    while scheduler.has_work() and shards.have_room():
+    while shards.have_room() and scheduler.has_work():
         shards.submit(scheduler.next_pass())
     for plan, results in shards.finished():
         if isinstance(results, PassTooLargeError):

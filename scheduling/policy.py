@@ -109,18 +109,22 @@ class FirstComeFirstServed:
         chosen: list[tuple[AnyCandidate, int]] = []
         room = {True: step_rows, False: other_rows}
         is_first = True  # of those with rows
+        kind: tuple[object | None, object | None] | None = None
         for candidate in candidates:
             if len(chosen) == self._max_members:
                 break
-            first = chosen[0][0] if chosen else candidate
-            if (candidate.party, candidate.company) != (first.party, first.company):
+            rows, left, party = candidate.num_rows, room[candidate.is_step], candidate.party
+            must = is_first or party is not None or not rows
+            is_cut = rows > left and candidate.least_rows < rows and (must or candidate.least_rows <= left)
+            if rows > left and not must and not is_cut:
                 continue
-            rows, left = candidate.num_rows, room[candidate.is_step]
-            must = is_first or candidate.party is not None or not rows
-            if rows > left and candidate.least_rows < rows and (must or candidate.least_rows <= left):
+            own = party, candidate.company
+            if kind is None:
+                kind = own
+            elif own != kind:
+                continue
+            if is_cut:
                 rows = max(candidate.least_rows, left)
-            elif rows > left and not must:
-                continue
             chosen.append((candidate, rows))
             room[candidate.is_step] -= rows
             is_first = is_first and not rows

@@ -37,7 +37,7 @@ from scheduling.caches import caches_of
 from scheduling.checks import table_of
 from scheduling.costs import token_layers
 from scheduling.fair import FairShares
-from scheduling.fair_choice import FairChoice
+from scheduling.fair_choice import FairChoice, by_tenant
 from scheduling.generating import Generating
 from scheduling.jobs import Flight, Job, Outcome, Progress
 from scheduling.memory import Memory
@@ -225,8 +225,16 @@ class Scheduler:
                 job.wave += 1
             if job.wave < job.num_waves and self._depth > 1 and (one.stretches or job.may_follow()):
                 self._ready.append(job)
-        self._ready.sort(key=lambda job: job.turn)
+        self._put_in_turn({job for job, _ in going})
         return plan
+
+    def _put_in_turn(self, moved: Collection[Job]) -> None:
+        """Puts those of the ready whose turn may be another one now where they belong; all others are in theirs."""
+        own = [job for job in self._ready if job in moved]
+        if own:
+            self._ready = [job for job in self._ready if job not in moved]
+            for job in own:
+                insort(self._ready, job, key=lambda ready: ready.turn)
 
     def _part(self, error: Exception) -> None:
         """After a pass that could not be planned: its requests go alone from now on, and one that was alone ends."""
@@ -249,14 +257,15 @@ class Scheduler:
         self._tried, self._telling = [], ()
         waiting = self._with_room()
         self._look(waiting)
-        in_order = self._fair.ordered(waiting)
+        tenants = by_tenant(waiting)
+        in_order = self._fair.ordered(waiting, tenants)
         ready = self._patience.ordered(in_order)
         num_steps = sum(job.num_rows for job in self._jobs.values() if job.is_step)
         others = share_of(sum(job.num_rows for job in ready), self._depth - len(self._flying), self._policy)
-        is_beside_steps = num_steps and not self._fair.is_behind_steps(waiting)
+        is_beside_steps = num_steps and not self._fair.is_behind_steps(tenants)
         budget = min(others, self._policy.tokens_beside_steps) if is_beside_steps else others
         foreseen, steps = budget, step_share(num_steps, self._depth, self._policy)
-        chosen = self._fair.trimmed(self._choice.choose(ready, steps, foreseen), waiting)
+        chosen = self._fair.trimmed(self._choice.choose(ready, steps, foreseen), tenants)
         self._tried = [job for job, _ in chosen]
         going = self._going(chosen)
         ended = self._take_ended()
@@ -266,7 +275,7 @@ class Scheduler:
             if num_steps or len(chosen) == len(ready) or not 0 < rows * 4 < budget * 3:
                 break
             foreseen = foreseen * budget // rows
-            more = self._fair.trimmed(self._choice.choose(ready, steps, foreseen), waiting)
+            more = self._fair.trimmed(self._choice.choose(ready, steps, foreseen), tenants)
             if len(more) <= len(chosen):
                 break
             self._tried = [job for job, _ in more]
@@ -276,7 +285,7 @@ class Scheduler:
                 break
             chosen, going, plan = more, fuller, filled
         self._patience.went(in_order, [job for job, _ in chosen])
-        self._fair.went(chosen, waiting)
+        self._fair.went(chosen, tenants)
         for job, rows in chosen:
             job.charged += job.cost(rows)
         return going, plan
@@ -366,6 +375,7 @@ class Scheduler:
         assert job.generating is not None and not job.in_flight
         job.least = max([job.least, *job.generating.lengths.values()])
         self._restart(job)
+        self._put_in_turn({job})
 
     def _restart(self, job: Job) -> None:
         """What shards have of its caches they are to forget."""
@@ -409,7 +419,8 @@ class Scheduler:
         values = values_of(results)
         if self._alike is not None:
             self._alike.learn([job.alike for job in flight.jobs if job.alike is not None], results)
-        for job, member in self._landed(plan):
+        landed = self._landed(plan)
+        for job, member in landed:
             failure = find_out_of_memory(job.program, results)
             error: PolytraceError | None = None
             if member is not None:
@@ -440,7 +451,7 @@ class Scheduler:
             self._progress[job.program.request] = job
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
-        self._ready.sort(key=lambda job: job.turn)
+        self._put_in_turn({job for job, _ in landed})
 
     def _told(self, entry: PassEntry, plan: Plan, flight: Flight) -> dict[str, PassEntry]:
         """What each tenant hears of a pass."""

@@ -118,7 +118,7 @@ class Simulation:
             self._end(outcome)
         self._scheduler.take_progress()
         self._say()
-        if outcomes or (self._scheduler.has_work() and self._stages.have_room()):
+        if outcomes or (self._stages.have_room() and self._scheduler.has_work()):
             return True
         moments = [at for at in (self._next_arrival, self._stages.next_end) if at is not None]
         if not moments:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from polytrace.certificate import charge
 from scheduling.fair import FairShares
-from scheduling.fair_choice import FairChoice
+from scheduling.fair_choice import FairChoice, by_tenant
 from scheduling.policy import FirstComeFirstServed
 
 BUDGET = 100
@@ -50,9 +50,10 @@ class Passes:
         self.largest = 0.0
 
     def run(self) -> list[Piece]:
-        chosen = self.choice.choose(self.fair.ordered(self.waiting), 16, BUDGET)
-        chosen = self.fair.trimmed(chosen, self.waiting)
-        self.fair.went(chosen, self.waiting)
+        tenants = by_tenant(self.waiting)
+        chosen = self.choice.choose(self.fair.ordered(self.waiting, tenants), 16, BUDGET)
+        chosen = self.fair.trimmed(chosen, tenants)
+        self.fair.went(chosen, tenants)
         gone = [one for one, _ in chosen]
         for one in gone:
             self.served[one.tenant] += one.num_rows

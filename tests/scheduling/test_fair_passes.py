@@ -13,6 +13,7 @@ import pytest
 from polytrace.certificate import Receipt, charge
 from polytrace.codec import to_json
 from scheduling.fair import FairShares
+from scheduling.fair_choice import by_tenant
 from scheduling.plan import PAGE, Plan, Program, RequestId
 from scheduling.program import owned
 from scheduling.scheduler import Outcome, PassPolicy, Scheduler
@@ -114,7 +115,7 @@ def test_a_thousand_waiting_candidates_of_a_hundred_tenants_are_ordered_once_a_p
         scheduler.add(of(f"t{number % 100}", program))
     begun = time.perf_counter()
     waiting = scheduler._with_room()
-    ready = scheduler._fair.ordered(waiting)
+    ready = scheduler._fair.ordered(waiting, by_tenant(waiting))
     print(f"{(time.perf_counter() - begun) * 1e3:.2f} ms")
     assert len(ready) == 1000
     assert len({job.tenant for job in ready[:100]}) == 100, "everybody's first comes before anybody's second"
@@ -178,6 +179,19 @@ def test_what_tenants_are_told_adds_up_to_the_pass() -> None:
     assert sum(entry.requests for entry in entries.values()) == 12
     together = [sum(rows) for rows in zip(*(entry.layer_rows for entry in entries.values()), strict=True)]
     assert together == [sum(10 + number for number in range(12)) + 3 * 30] * 8
+
+
+def test_what_earlier_passes_left_is_none_of_a_passes_rows() -> None:
+    model = generating_llama()
+    service = Service(model, least_steps=16)
+    for name in ("a", "b"):
+        service.add(owned_by(name, generation(model, name, prompt(40, ord(name)), new=4)))
+    service.run(2)
+    for name in ("a", "b"):
+        receipt = service.outcomes[name].receipt
+        assert receipt is not None and [entry.requests for entry in receipt.passes] == [1] * 4, "of its own it is told"
+        assert [entry.tokens for entry in receipt.passes] == [40, 1, 1, 1]
+        assert [max(entry.layer_rows) for entry in receipt.passes] == [40, 1, 1, 1]
 
 
 def test_room_for_caches_is_given_by_tenant_and_nobody_waits_for_ever() -> None:
