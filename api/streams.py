@@ -33,8 +33,6 @@ WAITING = "waiting"  # the kind of an event that is not in the file: why the req
 class Reasons(Protocol):
     """Why requests do not run yet: `api.served.Deployments`."""
 
-    are_loading: bool  # some deployments
-
     def waits_for(self, name: str) -> str | None: ...
 
 
@@ -62,7 +60,7 @@ class Streams:
         With `reasons` there is an event WAITING for each reason why the request does not run yet. It has the id of the
         event before it, or 0: who comes back with that misses nothing.
         """
-        told: str | None = None
+        model, told = "", None
         self.followed[request] += 1  # before looking for it: from here on its events stay
         ended = asyncio.ensure_future(self._waiting.until_final(request, math.inf, caller))
         try:
@@ -73,11 +71,12 @@ class Streams:
                 while events := self._store.events.read(request, after):
                     after = events[-1].id
                     yield events
-                if reasons is not None and reasons.are_loading and not is_over:
-                    reason = await self._reason(request, reasons)
-                    if reason is not None and reason != told:
-                        yield [Event(after, WAITING, json.dumps({"waits_for": reason}))]
-                    told = reason
+                if reasons is not None and not is_over and (not model or reasons.waits_for(model) != told):
+                    model = await self._queued_at(request)
+                    told = reasons.waits_for(model) if model else None
+                    reasons = reasons if model else None  # what has begun to run needs none any more
+                    if told is not None:
+                        yield [Event(after, WAITING, json.dumps({"waits_for": told}))]
                 if is_over:
                     status = ended.result()
                     if status.state.is_final:
@@ -93,13 +92,13 @@ class Streams:
             if not self.followed[request]:
                 del self.followed[request]
 
-    async def _reason(self, request: RequestId, reasons: Reasons) -> str | None:
+    async def _queued_at(self, request: RequestId) -> str:
+        """The deployment that a request waits for; empty when it does not wait."""
         try:
             status = await to_thread.run_sync(self._store.status, request)
         except AwayError:
-            return None
-        is_queued = status is not None and status.state is RequestState.QUEUED
-        return reasons.waits_for(status.model) if status is not None and is_queued else None
+            return ""
+        return status.model if status is not None and status.state is RequestState.QUEUED else ""
 
     def _next_ring(self) -> asyncio.Future[None]:
         if self._rung is None:

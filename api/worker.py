@@ -198,18 +198,20 @@ class _Worker:
         if model in self._loaded and self._loaded[model][0] == version:
             return self._loaded[model][1:]
         from api.checked_calls import CheckedCalls
+        from engine.fetching import here
         from engine.loading import meta_model
         from engine.whole_loading import whole_class, whole_meta
         from polytrace.codec import from_json
         from polytrace.description import ModelDescription, PassLayout
 
         published = self._published(model)
+        source = here(published.source)
         description = from_json(ModelDescription, json.loads(published.description))
         if description.layout is PassLayout.WHOLE:
-            meta: nn.Module = whole_meta(published.source, published.dtype, whole_class(published.source))
+            meta: nn.Module = whole_meta(source, published.dtype, whole_class(source))
             self.calls[model] = CheckedCalls(meta, description.limits.max_value_bytes)
         else:
-            meta = meta_model(published.source, published.dtype)
+            meta = meta_model(source, published.dtype)
         self._loaded[model] = (version, description, meta)
         return self._loaded[model][1:]
 

@@ -33,7 +33,7 @@ from bench.loading import LoadingConfig, write_model
 class WarmthConfig:
     """One run of the benchmark."""
 
-    layers: int = 24
+    layers: int = 12
     hidden: int = 2560
     vocabulary: int = 32000
     dtype: str = "bfloat16"

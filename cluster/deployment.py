@@ -46,13 +46,8 @@ _BEAT_S = 2.0  # between two looks at whether all shards answer
 _LOOK_S = 0.5  # between two looks at whether the cluster has room
 _PLACING_S = 2.0  # that Ray takes to place shards for which there is room
 _MAX_LOSSES = 5  # in a row, while the deployment comes up
-_INHERITED = (
-    "HF_HUB_OFFLINE",
-    "HF_HOME",
-    "HF_HUB_CACHE",
-    "HF_TOKEN",
-    "POLYTRACE_WEIGHTS",
-)  # where and whether to look for weights
+# where and whether to look for weights
+_INHERITED = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "POLYTRACE_WEIGHTS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -241,12 +241,11 @@ class Replica:
 
 def published(spec: DeploymentSpec, description: ModelDescription) -> Published:
     """What a deployment tells the gateway once its first replica is ready."""
-    source = here(spec.source)
     return Published(
-        source=source,
+        source=spec.source,
         dtype=spec.dtype,
         description=json.dumps(to_json(description)).encode(),
-        tokenizer=tokenizer_json(source),
+        tokenizer=tokenizer_json(here(spec.source)),
     )
 
 

@@ -180,7 +180,8 @@ class ReplicaSet:
         """What is served from now on. Requests that were checked against another model's description are refused."""
         before, now = self._store.published(self._name), published(self._wanted.spec, description)
         self._store.publish(self._name, now)
-        if before is not None and json.loads(before.description)["fingerprint"] != description.fingerprint:
+        known = None if before is None else json.loads(before.description).get("fingerprint")
+        if known not in (None, description.fingerprint):
             told = f"{self._name} is another model than when this request was accepted; send it again"
             self._store.refuse(self._name, ServiceError(told))
 

@@ -56,7 +56,7 @@ class ReplicaStatus:
 class Published:
     """What a ready deployment tells the gateway."""
 
-    source: str  # folder or hub id of the configuration, which the gateway's workers build the shape model from
+    source: str  # folder, hub id or URL of the weights, which the gateway's workers build the shape model from
     dtype: str  # as asked for, "auto" included
     description: bytes  # ModelDescription as JSON
     tokenizer: bytes | None  # tokenizer.json
