@@ -425,7 +425,8 @@ class Gateway:
         """The answer to a submit: what came of it within the time that the caller waits, else how it stands."""
         key = key_of(request)
         if key is not None and self._returning.is_taken_back(owner_of(request), key):
-            status = await to_thread.run_sync(self._store.cancel, status.id) or status
+            cancelled = await to_thread.run_sync(self._store.cancel, status.id)
+            status = cancelled or status
         if (wait_s := self._preferred_wait(request)) <= 0:
             return await self._answer(status)
         returning = None if key is None else self._returning
