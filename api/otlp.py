@@ -11,18 +11,24 @@ A request is one trace, whose id is the request's own: whoever has the one finds
           result                       until its result was kept
 
 A pass that requests share is a trace of its own, `shared pass`, linked to `run` of every member, and each member's
-`pass` is linked to it. The two processes need not hear of each other: ids of spans follow from the request's id. Most
-spans are made when a request has ended, from the times that the store keeps anyway; a collector that is away holds
-nobody up: spans wait in memory, a bounded number of them, and are dropped beyond it. Needs the extra `telemetry`.
+`pass` is linked to it. The two processes need not hear of each other: ids of spans follow from the request's id.
+
+A span costs about 0.1 ms, so they are made on a thread of their own, behind whoever tells, and most of them when a
+request has ended, from the times that the store keeps anyway. A collector that is away holds nobody up: spans wait in
+memory, a bounded number of them, and are dropped beyond it. Needs the extra `telemetry`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
+import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from api.settings import from_environment
@@ -33,29 +39,36 @@ if TYPE_CHECKING:
     from api.telling import Ended
     from cluster.requests import PassFigures
 
-MAX_PASSES = 64  # that one request's trace shows; sweeps and generations have thousands
+MAX_PASSES = 16  # that one request's trace shows; sweeps and generations have thousands
 _NS = 1_000_000_000
 _SEND_S = 1.0  # between two sendings
 _TIMEOUT_S = 5.0  # of one
 _MAX_WAITING = 16_384  # spans
+_MAX_KNOWN = 100_000  # requests that run
+_MAX_TOLD = 4096  # of which no spans are made yet
 _MAX_LINKS = 2048  # of one pass
 _CALL, _REQUEST, _RUN = "call", "request", "run"  # spans that others lie below
+
+_log = logging.getLogger(__name__)
 
 Attributes = dict[str, str | int | float]
 
 
 class Traces:
-    """Sends spans from a thread of its own; everything here returns at once, on any thread. Times are seconds."""
+    """Makes and sends spans on threads of its own; what tells of something returns at once. Times are seconds."""
 
     def __init__(self, url: str, role: str) -> None:
         """`url`: of the collector, to which `/v1/traces` is added. Raises UserError when it is none, or without the
         extra.
         """
         check_url(url)
-        self._ids = threading.local()
+        self._ids = _Ids()
         self._provider = _provider(f"{url.rstrip('/')}/v1/traces", role, self._ids)
         self._tracer = self._provider.get_tracer("polytrace")
         self._passes: Counter[RequestId] = Counter()  # told, of requests that run
+        self._told: queue.Queue[Callable[[], None] | None] = queue.Queue(_MAX_TOLD)
+        self._maker = threading.Thread(target=self._make_forever, name="spans", daemon=True)
+        self._maker.start()
 
     def tell_call(
         self, request: RequestId, name: str, began: float, ended: float, about: Attributes, *, is_first: bool
@@ -64,20 +77,46 @@ class Traces:
         from opentelemetry.trace import SpanKind
 
         own, below = (_CALL, None) if is_first else (None, _CALL)
-        attributes = {"polytrace.request": request} | about
-        self._span(request, name, began, ended, own=own, below=below, attributes=attributes, kind=SpanKind.SERVER)
+        attributes: Attributes = {"polytrace.request": request} | about
+        make = partial(self._span, request, name, began, ended, own=own, below=below, kind=SpanKind.SERVER)
+        self._later(partial(make, attributes=attributes))
 
     def tell_planning(self, request: RequestId, seconds: float) -> None:
         """A request has become a program, just now."""
         ended = time.time()
-        self._span(request, "planning", ended - seconds, ended, below=_RUN)
+        self._later(partial(self._span, request, "planning", ended - seconds, ended, below=_RUN))
 
     def tell_pass(self, model: str, told: PassFigures) -> None:
         """A pass ran, and ended just now."""
+        self._later(partial(self._pass, model, told, time.time()))
+
+    def tell(self, ended: Ended, now: float, kept_from: float | None = None) -> None:
+        """A request has ended; `kept_from`: when its result began to be written down."""
+        self._later(partial(self._end, ended, now, kept_from))
+
+    def close(self) -> None:
+        """Sends what waits."""
+        self._told.put(None)
+        self._maker.join(_TIMEOUT_S)
+        self._provider.shutdown()
+
+    # --- the thread that makes them
+
+    def _later(self, make: Callable[[], None]) -> None:
+        with contextlib.suppress(queue.Full):  # then its spans are dropped
+            self._told.put_nowait(make)
+
+    def _make_forever(self) -> None:
+        while (make := self._told.get()) is not None:
+            try:
+                make()
+            except Exception:  # noqa: BLE001  the edge of the thread: one span less
+                _log.exception("a span could not be made")
+
+    def _pass(self, model: str, told: PassFigures, ended: float) -> None:
         from opentelemetry.context import Context
         from opentelemetry.trace import Link
 
-        ended = time.time()
         about: Attributes = {
             "polytrace.model": model,
             "polytrace.pass.users": told.users,
@@ -91,13 +130,14 @@ class Traces:
         )
         shared.end(int(ended * _NS))
         whole = [Link(shared.get_span_context())]
+        if len(self._passes) > _MAX_KNOWN:  # of those whose ends were dropped
+            self._passes.clear()
         for request in told.requests:
             self._passes[request] += 1
             if self._passes[request] <= MAX_PASSES:
                 self._span(request, "pass", began, ended, below=_RUN, attributes=about, links=whole)
 
-    def tell(self, ended: Ended, now: float, kept_from: float | None = None) -> None:
-        """A request has ended; `kept_from`: when its result began to be written down."""
+    def _end(self, ended: Ended, now: float, kept_from: float | None) -> None:
         from opentelemetry.trace import Status, StatusCode
 
         end, error = ended.end, ended.end.error
@@ -124,12 +164,6 @@ class Traces:
             self._span(end.request, "run", begun, over, own=_RUN, below=_REQUEST)
         if kept_from is not None:
             self._span(end.request, "result", min(kept_from, over), over, below=_RUN)
-
-    def close(self) -> None:
-        """Sends what waits."""
-        self._provider.shutdown()
-
-    # --- inside
 
     def _span(
         self,
@@ -167,6 +201,13 @@ class Traces:
         span.end(int(ended * _NS))
 
 
+class _Ids:
+    """What the next span is called; None: whatever."""
+
+    trace: int | None = None
+    span: int | None = None
+
+
 def _span_id(request: RequestId, name: str) -> int:
     """The same in every process; 0 is none."""
     return int.from_bytes(hashlib.blake2b(f"{request} {name}".encode(), digest_size=8).digest(), "big") or 1
@@ -191,7 +232,7 @@ def check_url(url: str) -> None:
         raise UserError(f"{url!r} is no address of a collector: http://HOST:4318")
 
 
-def _provider(url: str, role: str, ids: Any) -> Any:
+def _provider(url: str, role: str, ids: _Ids) -> Any:
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -203,10 +244,10 @@ def _provider(url: str, role: str, ids: Any) -> Any:
 
     class RequestIds(RandomIdGenerator):
         def generate_trace_id(self) -> int:
-            return super().generate_trace_id() if ids.trace is None else int(ids.trace)
+            return super().generate_trace_id() if ids.trace is None else ids.trace
 
         def generate_span_id(self) -> int:
-            return super().generate_span_id() if ids.span is None else int(ids.span)
+            return super().generate_span_id() if ids.span is None else ids.span
 
     resource = Resource.create({"service.name": "polytrace", "polytrace.role": role})
     limits = SpanLimits(max_links=_MAX_LINKS)

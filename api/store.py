@@ -532,11 +532,14 @@ class Store(Catalogue):
     def save_counters(self, model: str, changed: Mapping[str, float], gone: Collection[str]) -> None:
         """Keeps counters of tenants (`scheduling.fair`); those that are gone have what a newcomer has."""
         with self._db.transaction(is_durable=False) as db:
-            db.executemany(
-                "INSERT INTO shares (model, tenant, counter) VALUES (?, ?, ?) "
-                "ON CONFLICT (model, tenant) DO UPDATE SET counter = excluded.counter",
-                [(model, tenant, counter) for tenant, counter in changed.items()],
-            )
+            rows = [(model, tenant, counter) for tenant, counter in changed.items()]
+            for begin in range(0, len(rows), _AT_ONCE):
+                some = rows[begin : begin + _AT_ONCE]
+                db.execute(
+                    f"INSERT INTO shares (model, tenant, counter) VALUES {', '.join(['(?, ?, ?)'] * len(some))} "
+                    "ON CONFLICT (model, tenant) DO UPDATE SET counter = excluded.counter",
+                    [value for row in some for value in row],
+                )
             db.executemany("DELETE FROM shares WHERE model = ? AND tenant = ?", [(model, tenant) for tenant in gone])
 
     def queue_outlook(self, request: RequestId) -> Outlook | None:

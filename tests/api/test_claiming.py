@@ -14,6 +14,7 @@ from api.claiming import REQUESTS_AHEAD, TENANTS, find_waiting, first_of
 from api.database import Rows, Transaction
 from api.identity import LOCAL, Identity, Role
 from api.store import Store
+from cluster.config import DeploymentSpec
 from cluster.requests import Claimed, DeploymentState, Finished
 from cluster.shares import Shares
 from polytrace.errors import RunError
@@ -185,3 +186,17 @@ def test_a_waiting_request_has_a_position_and_after_starts_a_time(store: Store, 
     assert found is not None
     assert (found.queue_position, found.expected_start) == (0, clock.now + 10.0)
     assert store.queue_outlook(first) is None, "it runs"
+
+
+def test_counters_go_with_their_deployment_and_their_tenant(store: Store) -> None:
+    store.want(DeploymentSpec(source="none", name="m"))
+    store.tenants.add("old", LOCAL)
+    store.save_counters("m", {"": 1.0, "lab": 2.0, "old": 7.0}, [])
+    store.save_counters("m", {"lab": 3.0}, [])
+    assert store.counters("m") == {"": 1.0, "lab": 3.0, "old": 7.0}
+    store.tenants.remove("old", LOCAL)
+    store.save_counters("m", {}, ["lab"])
+    assert store.counters("m") == {"": 1.0}
+    store.remove("m", now=True)
+    store.forget("m")
+    assert store.counters("m") == {}

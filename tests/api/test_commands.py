@@ -50,6 +50,13 @@ def test_a_taken_port_is_known_before_anything_is_started(tmp_path: Path) -> Non
     listener.close()
     assert answer.returncode == 1
     assert "another --port" in answer.stderr and "Traceback" not in answer.stderr
+    assert "starting" not in answer.stderr
+
+
+def test_a_service_that_anybody_could_enter_is_refused_and_does_not_say_that_it_starts(tmp_path: Path) -> None:
+    answer = polytrace("serve", str(tmp_path), "--port", "0", "--name", "m", "--host", "0.0.0.0")
+    assert answer.returncode == 1
+    assert "0.0.0.0 can be reached from other machines" in answer.stderr and "starting" not in answer.stderr
 
 
 def test_a_model_without_weights_is_refused_and_told_of_random_ones(tmp_path: Path) -> None:

@@ -450,8 +450,22 @@ def test_a_stopping_gateway_answers_those_who_wait_and_forgets_nothing(tmp_path:
     waiting = threading.Thread(target=submit)
     waiting.start()
     wait_until(lambda: bool(service.controller.held))
+    (request,) = service.controller.held
+    heard: list[str] = []
+
+    def listen() -> None:
+        with service.http.stream("GET", f"/v1/requests/{request}/events") as stream:
+            heard.append("begun")
+            heard.extend(stream.iter_lines())  # raises when it is cut off
+        heard.append("ended")
+
+    listening = threading.Thread(target=listen)
+    listening.start()
+    wait_until(lambda: bool(heard))
     service.server.should_exit = True
     waiting.join(timeout=10)
+    listening.join(timeout=10)
+    assert heard == ["begun", "ended"], "without an `end`: it is gone on with at the next start"
     assert answers[0].status_code == 202
     assert service.state(answers[0].json()["id"]) is RequestState.RUNNING
     service.close()

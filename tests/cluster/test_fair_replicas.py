@@ -165,14 +165,3 @@ def test_who_was_ahead_before_a_restart_waits_until_the_other_has_caught_up(stor
 
     assert order(KeptShares(store, "m"))[:3] == ["modest"] * 3
     assert order(KeptShares(store, "another"))[:3] != ["modest"] * 3, "without what is kept they begin even"
-
-
-def test_counters_go_with_their_deployment_and_their_tenant(store: Store) -> None:
-    store.save_counters("m", {"": 1.0, "lab": 2.0}, [])
-    store.save_counters("m", {"lab": 3.0}, [])
-    assert store.counters("m") == {"": 1.0, "lab": 3.0}
-    store.save_counters("m", {}, ["lab"])
-    assert store.counters("m") == {"": 1.0}
-    store.remove("m", now=True)
-    store.forget("m")
-    assert store.counters("m") == {}
