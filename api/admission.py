@@ -16,6 +16,7 @@ from functools import partial
 from anyio import to_thread
 
 from api.figures import CHECK
+from api.hops import hop
 from api.idempotency import Submit
 from api.identity import Identity
 from api.limits import Terms, limits_from_text
@@ -144,7 +145,7 @@ class Admission:
             is_kept=is_kept,
         )
         try:
-            return await to_thread.run_sync(add)
+            return await hop(add)
         except TooLargeError as error:
             raise await self._with_nearest(error, request, served, caller, terms) from None
         except QuotaError as error:

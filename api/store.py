@@ -32,7 +32,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,10 @@ from scheduling.scheduler import Progress
 _log = logging.getLogger(__name__)
 
 NOTE_S = 0.5  # between two words in the database of how far a generation is: its tokens go into a file
+_STATUS = (  # what `_status` reads
+    "requests.id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, user_name, "
+    "token_layers, moved_bytes, result_bytes"
+)
 _IS_OVER = "state IN ('done', 'failed', 'cancelled')"
 _DROPPED_AT_ONCE = 500  # requests, so that others' transactions come in between
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
@@ -123,6 +127,7 @@ class RequestStatus:
     token_layers: int = 0
     moved_bytes: int = 0
     result_bytes: int = 0  # its file
+    result: bytes | None = None  # a small one that ended just now, where it was looked for (`Store.news`)
 
 
 class Store(Catalogue):
@@ -331,13 +336,22 @@ class Store(Catalogue):
         ids = list(requests)
         for first in range(0, len(ids), 500):
             some = ids[first : first + 500]
-            rows = self._db.rows(
-                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, "
-                "user_name, token_layers, moved_bytes, result_bytes FROM requests "
-                f"WHERE id IN ({','.join('?' * len(some))})",
-                some,
+            query = f"SELECT {_STATUS} FROM requests WHERE id IN ({','.join('?' * len(some))})"
+            found |= {row[0]: _status(row) for row in self._db.rows(query, some)}
+        return found
+
+    def news(self, requests: Iterable[RequestId]) -> dict[RequestId, RequestStatus]:
+        """Of those that have ended, with small results that ended just now, or have run some of their passes."""
+        found: dict[RequestId, RequestStatus] = {}
+        ids = list(requests)
+        for first in range(0, len(ids), 500):
+            some = ids[first : first + 500]
+            query = (
+                f"SELECT {_STATUS}, content FROM requests LEFT JOIN fresh_results ON fresh_results.id = requests.id "
+                f"WHERE requests.id IN ({','.join('?' * len(some))}) AND ({_IS_OVER} OR passes_done > 0)"
             )
-            found |= {row[0]: _status(row) for row in rows}
+            for row in self._db.rows(query, some):
+                found[row[0]] = replace(_status(row), result=None if row[-1] is None else bytes(row[-1]))
         return found
 
     def status(self, request: RequestId) -> RequestStatus | None:

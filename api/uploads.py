@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from anyio import to_thread
 from starlette.requests import Request
 
+from api.hops import hop
 from polytrace.errors import CapacityError, TooLargeError, WireError
 
 SLOWEST = 1024  # bytes a second, once a call has had GRACE silences
@@ -53,7 +53,7 @@ async def receive(
                 parts.append(chunk)
                 gathered += len(chunk)
             if gathered >= _PART_BYTES or chunk is None:
-                file = await to_thread.run_sync(_write, path, file, parts)
+                file = await hop(_write, path, file, parts)
                 parts, gathered = [], 0
             if chunk is None:
                 return num_bytes
