@@ -89,6 +89,7 @@ _STATUS = (  # what `_status` reads
     "requests.id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, user_name, "
     "token_layers, moved_bytes, result_bytes"
 )
+_ANY_WAITING = "SELECT 1 FROM requests WHERE model = ? AND state = 'queued' AND state IN ('queued', 'running') LIMIT 1"
 _IS_OVER = "state IN ('done', 'failed', 'cancelled')"
 _DROPPED_AT_ONCE = 500  # requests, so that others' transactions come in between
 MAX_ATTEMPTS = 3  # controllers that may die while they run a request before the request is refused
@@ -495,6 +496,8 @@ class Store(Catalogue):
 
     def claim(self, model: str, limit: int, divide: Divide = all_to_each) -> list[Claimed]:
         if limit <= 0:
+            return []
+        if not self._db.rows(_ANY_WAITING, (model,)):  # most rings are about something else: no writer waits for this
             return []
         with self._db.transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
             found = find_waiting(db, model, limit, divide)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api import log_lines
+from api.alike import MAX_BYTES, Remembered, is_remembered, likeness
 from api.contents import NOTHING, Needs, needs_of
 from api.limits import NO_DEMAND, Demand, demand_of
 from polytrace.errors import GraphError, MissingError, PolytraceError, ServiceError, WireError, from_fields
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from engine.whole_sites import CallSites
     from polytrace.certificate import Certificate
     from polytrace.description import ModelDescription
+    from polytrace.graph import Request
     from scheduling.plan import Program
 
 T = TypeVar("T")
@@ -178,6 +180,7 @@ class _Worker:
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
         self._tokenizers: dict[str, tuple[str, Any]] = {}
         self.calls: dict[str, CallSites] = {}  # of models that are called as they are
+        self.remembered = Remembered()
 
     def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
         if model in self._loaded and self._loaded[model][0] == version:
@@ -260,8 +263,21 @@ def _prepare(model: str, version: str) -> None:
 def _check(model: str, version: str, path: str, contents: str, certify: bool) -> Verdict:
     def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
         assert _worker is not None
+        file, calls = Path(path), _worker.calls.get(model)
+        size = file.stat().st_size
+        like = None
+        if 0 < size <= MAX_BYTES and calls is None and not certify:
+            like = likeness(model, version, file.read_bytes())
+        if like is not None and (known := _worker.remembered.find(like, size)) is not None:
+            check_prompt(like.tokens, description)
+            return known
         has_text = partial(_worker.has_tokenizer, model, version)
-        return _verdict(description, meta, Path(path), Path(contents), certify, has_text, _worker.calls.get(model))
+        verdict, request = _verdict(description, meta, file, Path(contents), certify, has_text, calls)
+        if like is not None and is_remembered(request):
+            _worker.remembered.keep(like, verdict)
+        return verdict
+
+    from scheduling.checks import check_prompt
 
     return _answered(model, version, judge)
 
@@ -331,7 +347,7 @@ def _compose(model: str, version: str, path: str, contents: str, wish: Completio
             file.writelines(encode_request(request))
         has_text = partial(_worker.has_tokenizer, model, version)
         try:
-            return _verdict(description, meta, Path(path), Path(contents), False, has_text)
+            return _verdict(description, meta, Path(path), Path(contents), False, has_text)[0]
         except (GraphError, MissingError):
             param = None if wish.polytrace is None else "polytrace"
             raise
@@ -363,7 +379,7 @@ def _verdict(
     certify: bool,
     has_text: Callable[[], bool],
     calls: CallSites | None = None,
-) -> Verdict:
+) -> tuple[Verdict, Request]:
     from cluster.contents import with_contents
     from cluster.facts import FactsRecorder
     from cluster.requests import read_request
@@ -385,13 +401,14 @@ def _verdict(
     _check_keeps(program)
     size = path.stat().st_size
     certificate = make_certificate(program, facts, description, has_values=certify, request_bytes=size)
-    return Verdict(
+    verdict = Verdict(
         facts=notebook.encode(request),
         needs=needs_of(named, tuple(all_slots(program))),
         work=certificate.token_layers,
         demand=demand_of(certificate),
         certificate=_as_json(certificate) if certify else None,
     )
+    return verdict, request
 
 
 def _as_json(certificate: Certificate) -> bytes:
