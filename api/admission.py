@@ -16,6 +16,7 @@ from functools import partial
 from anyio import to_thread
 
 from api.figures import CHECK
+from api.hops import hop
 from api.idempotency import Submit
 from api.identity import Identity
 from api.limits import Terms, limits_from_text
@@ -163,7 +164,7 @@ class Admission:
             is_kept=is_kept,
         )
         try:
-            status = await to_thread.run_sync(add)
+            status = await hop(add)
             about_call(request=request, accepted=request)
             return status
         except TooLargeError as error:

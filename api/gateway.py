@@ -56,12 +56,14 @@ from api.results import ObjectResults
 from api.sending import StoredFile
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, GatewaySettings, checked_spec
+from api.short_way import ShortWay
 from api.store import RequestState, RequestStatus, Store
 from api.streams import Streams
 from api.tenant_routes import TenantRoutes
 from api.uploads import receive
 from api.usage_routes import UsageRoutes
-from api.waiting import Waiting, no_request
+from api.waiting import Expected, Waiting, no_request
+from api.worker import Verdict
 from cluster.config import DeploymentSpec, Mode, ShareAcross
 from polytrace.codec import to_json
 from polytrace.errors import (
@@ -118,6 +120,7 @@ class Gateway:
             telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         problems.install(app)
+        app.add_middleware(ShortWay, submit=self.submit, require_key=self._require_key)
         app.add_middleware(LimitedBodies, require_key=self._require_key, idle_s=self._settings.upload_idle_s)
         app.add_middleware(MeasuredCalls, store=self._store, refusals=self._refusals)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._require_key)])
@@ -301,26 +304,12 @@ class Gateway:
         except BaseException:
             self._store.discard(request_id)
             raise
+        expected = self._waiting.expect(request_id)
         try:
-            submit = None if key is None else submit_of_file(key, name, self._store.request_path(request_id))
-            status = await self._admission.accept(
-                request_id,
-                served,
-                caller,
-                terms,
-                verdict,
-                is_interactive=is_waited_for,
-                submit=submit,
-                is_kept=is_kept,
-            )
-        except PolytraceError as error:
-            if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
-                self._store.discard(request_id)
-            raise
-        except AcceptedBeforeError as before:  # by a call at the same time
-            self._store.discard(request_id)
-            status = await self._waiting.until_final(before.request, 0.0, caller)
-        return await self._followed(status, request)
+            status = await self._accepted(request_id, served, request, terms, verdict, is_waited_for, is_kept)
+            return await self._followed(status, request, expected if status.id == request_id else None)
+        finally:
+            self._waiting.give_up(request_id, expected)
 
     async def take_back(self, name: str, request: Request) -> Response:
         """Cancels what was, or is about to be, accepted by the `Idempotency-Key`: its sender waits no more."""
@@ -424,6 +413,38 @@ class Gateway:
         await to_thread.run_sync(partial(self._store.audit.record, operator, f"models.{word}", name, **details))
         return entry
 
+    async def _accepted(
+        self,
+        request_id: RequestId,
+        served: Served,
+        request: Request,
+        terms: Terms,
+        verdict: Verdict,
+        is_waited_for: bool,
+        is_kept: bool,
+    ) -> RequestStatus:
+        """The request, in the store; or how the one does that was accepted by its key at the same time."""
+        caller, key = caller_of(request), key_of(request)
+        try:
+            submit = None if key is None else submit_of_file(key, terms.model, self._store.request_path(request_id))
+            return await self._admission.accept(
+                request_id,
+                served,
+                caller,
+                terms,
+                verdict,
+                is_interactive=is_waited_for,
+                submit=submit,
+                is_kept=is_kept,
+            )
+        except PolytraceError as error:
+            if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
+                self._store.discard(request_id)
+            raise
+        except AcceptedBeforeError as before:
+            self._store.discard(request_id)
+            return await self._waiting.until_final(before.request, 0.0, caller)
+
     async def _receive(self, request_id: RequestId, request: Request, served: Served, terms: Terms) -> None:
         most, whose = self._admission.max_bytes(terms, served)
         path = self._store.request_path(request_id)
@@ -442,7 +463,7 @@ class Gateway:
         await check_same(known[1], name, request, idle_s=self._settings.upload_idle_s)
         return await self._waiting.until_final(known[0], 0.0, caller_of(request))
 
-    async def _followed(self, status: RequestStatus, request: Request) -> Response:
+    async def _followed(self, status: RequestStatus, request: Request, expected: Expected | None = None) -> Response:
         """The answer to a submit: what came of it within the time that the caller waits, else how it stands."""
         key = key_of(request)
         if key is not None and self._returning.is_taken_back(owner_of(request), key):
@@ -455,7 +476,10 @@ class Gateway:
             returning.come(status.id)
         waited = None
         try:
-            waited = await self._waiting.for_caller(status, request, wait_s, is_cancelling=returning is None)
+            is_cancelling = returning is None
+            waited = await self._waiting.for_caller(
+                status, request, wait_s, is_cancelling=is_cancelling, expected=expected
+            )
         finally:
             if returning is not None:
                 returning.go(status.id, has_heard=waited is not None)
@@ -477,6 +501,8 @@ class Gateway:
         if status.state is RequestState.DONE and isinstance(self._store.results, ObjectResults):
             stored = await to_thread.run_sync(self._store.results.stored, status.id)
             return StoredResultResponse(stored, MEDIA_TYPE, headers)
+        if status.state is RequestState.DONE and is_whole and status.result is not None:
+            return Response(status.result, media_type=MEDIA_TYPE, headers=headers)
         if status.state is RequestState.DONE:
             path = self._store.result_path(status.id)
             if is_whole and (content := await to_thread.run_sync(_read_small, path)) is not None:

@@ -117,10 +117,15 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-async def _on_ours(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, PolytraceError)
+def answer_to(request: Request, error: PolytraceError) -> JSONResponse:
+    """What one of our own errors makes of a call."""
     request.state.error_code = error.code  # for the metrics
     return problem(error)
+
+
+async def _on_ours(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, PolytraceError)
+    return answer_to(request, error)
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:

@@ -33,7 +33,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,11 @@ _log = logging.getLogger(__name__)
 
 NOTE_S = 0.5  # between two words in the database of how far a generation is: its tokens go into a file
 _ABOUT = "tenant, user_name, model, tokens, is_interactive, created, started"  # of one that has ended, for `_ended`
+_STATUS = (  # what `_status` reads
+    "requests.id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, user_name, "
+    "token_layers, moved_bytes, result_bytes"
+)
+_ANY_WAITING = "SELECT 1 FROM requests WHERE model = ? AND state = 'queued' AND state IN ('queued', 'running') LIMIT 1"
 _IS_OVER = "state IN ('done', 'failed', 'cancelled')"
 _AT_ONCE = 500  # ids in one query
 _DROPPED_AT_ONCE = 500  # requests, so that others' transactions come in between
@@ -127,6 +132,7 @@ class RequestStatus:
     token_layers: int = 0
     moved_bytes: int = 0
     result_bytes: int = 0  # its file
+    result: bytes | None = None  # a small one that ended just now, where it was looked for (`Store.news`)
 
 
 class Store(Catalogue):
@@ -342,13 +348,22 @@ class Store(Catalogue):
         ids = list(requests)
         for first in range(0, len(ids), _AT_ONCE):
             some = ids[first : first + _AT_ONCE]
-            rows = self._db.rows(
-                "SELECT id, model, state, created, started, finished, error, passes_done, passes, logs, tenant, "
-                "user_name, token_layers, moved_bytes, result_bytes FROM requests "
-                f"WHERE id IN ({','.join('?' * len(some))})",
-                some,
+            query = f"SELECT {_STATUS} FROM requests WHERE id IN ({','.join('?' * len(some))})"
+            found |= {row[0]: _status(row) for row in self._db.rows(query, some)}
+        return found
+
+    def news(self, requests: Iterable[RequestId]) -> dict[RequestId, RequestStatus]:
+        """Of those that have ended, with small results that ended just now, or have run some of their passes."""
+        found: dict[RequestId, RequestStatus] = {}
+        ids = list(requests)
+        for first in range(0, len(ids), _AT_ONCE):
+            some = ids[first : first + _AT_ONCE]
+            query = (
+                f"SELECT {_STATUS}, content FROM requests LEFT JOIN fresh_results ON fresh_results.id = requests.id "
+                f"WHERE requests.id IN ({','.join('?' * len(some))}) AND ({_IS_OVER} OR passes_done > 0)"
             )
-            found |= {row[0]: _status(row) for row in rows}
+            for row in self._db.rows(query, some):
+                found[row[0]] = replace(_status(row), result=None if row[-1] is None else bytes(row[-1]))
         return found
 
     def status(self, request: RequestId) -> RequestStatus | None:
@@ -492,6 +507,8 @@ class Store(Catalogue):
 
     def claim(self, model: str, limit: int, divide: Divide = all_to_each) -> list[Claimed]:
         if limit <= 0:
+            return []
+        if not self._db.rows(_ANY_WAITING, (model,)):  # most rings are about something else: no writer waits for this
             return []
         with self._db.transaction(is_durable=False) as db:  # a claim that a crash forgets is a request that still waits
             found = find_waiting(db, model, limit, divide)

@@ -9,9 +9,9 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from anyio import to_thread
 from starlette.requests import Request
 
+from api.hops import hop
 from api.upload_room import PART_BYTES, Room
 from polytrace.errors import CapacityError, TooLargeError, WireError
 
@@ -85,7 +85,7 @@ async def receive(
                 parts.append(chunk)
                 gathered += len(chunk)
             if gathered >= (PART_BYTES if room is None else room.part_bytes) or chunk is None:
-                file = await to_thread.run_sync(_write, path, file, parts)
+                file = await hop(_write, path, file, parts)
                 parts, gathered = [], 0
             if chunk is None:
                 return pace.num_bytes

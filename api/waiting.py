@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from anyio import to_thread
 from starlette.requests import Request
 
 from api.away import AwayError
 from api.callers import caller_of
+from api.hops import hop
 from api.identity import Identity
 from api.store import RequestStatus, Store
 from polytrace.errors import NotFoundError
@@ -21,12 +23,15 @@ RECHECK_S = 5.0  # looks again without a ring, in case one was lost
 AWAY_S = 0.5  # between two looks while the database is away
 
 
+Expected: TypeAlias = "asyncio.Future[RequestStatus | None]"
+
+
 class Waiting:
     """Belongs to one event loop; `ring` is called on it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._futures: dict[RequestId, set[asyncio.Future[RequestStatus | None]]] = {}
+        self._futures: dict[RequestId, set[Expected]] = {}
         self._look: asyncio.Task[None] | None = None
         self._rung = False
         self._is_released = False
@@ -39,21 +44,23 @@ class Waiting:
         *,
         passes_done: int | None = None,
         known: RequestStatus | None = None,
+        expected: Expected | None = None,
     ) -> RequestStatus:
         """The request's status once it has ended, or when the time is over. Raises NotFoundError, also for another's.
 
-        Whoever knows of `passes_done` also hears when more are. While the database is away it waits on, and tells what
-        it knew last when the time is over; AwayError when it knew nothing.
+        `expected`: since before it was accepted, as which it is `known`, so nothing has been missed. Whoever knows of
+        `passes_done` also hears when more are. While the database is away it waits on, and tells what it knew last when
+        the time is over; AwayError when it knew nothing.
         """
         if not _ID.fullmatch(request):
             raise no_request(request)
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
-            future: asyncio.Future[RequestStatus | None] = asyncio.get_running_loop().create_future()
-            self._futures.setdefault(request, set()).add(future)  # before looking, so that no ring falls between
+            future = expected or self.expect(request)  # before looking, so that no ring falls between
             try:
                 try:
-                    status = await to_thread.run_sync(self._store.status, request)
+                    status = known if expected is not None else await hop(self._store.status, request)
+                    expected = None
                     if status is None or not may_see(caller, status):
                         raise no_request(request)
                 except AwayError:
@@ -69,16 +76,35 @@ class Waiting:
                 if future.done() and (told := future.result()) is not None and _is_news(told, passes_done):
                     return told
             finally:
-                future.cancel()
-                self._futures[request].discard(future)
-                if not self._futures[request]:
-                    del self._futures[request]
+                self.give_up(request, future)
+
+    def expect(self, request: RequestId) -> Expected:
+        """Word of a request that has not been accepted yet; `until_final` takes it, or else `give_up`."""
+        future: Expected = asyncio.get_running_loop().create_future()
+        self._futures.setdefault(request, set()).add(future)
+        return future
+
+    def give_up(self, request: RequestId, expected: Expected) -> None:
+        """Nobody waits for this word any more. May be said twice."""
+        expected.cancel()
+        waiting = self._futures.get(request, set())
+        waiting.discard(expected)
+        if not waiting:
+            self._futures.pop(request, None)
 
     async def for_caller(
-        self, known: RequestStatus, caller: Request, timeout_s: float, *, is_cancelling: bool = True
+        self,
+        known: RequestStatus,
+        caller: Request,
+        timeout_s: float,
+        *,
+        is_cancelling: bool = True,
+        expected: Expected | None = None,
     ) -> RequestStatus | None:
         """As `until_final`; None, and the request cancelled if that `is_cancelling`, when the caller left."""
-        ended = asyncio.ensure_future(self.until_final(known.id, timeout_s, caller_of(caller), known=known))
+        ended = asyncio.ensure_future(
+            self.until_final(known.id, timeout_s, caller_of(caller), known=known, expected=expected)
+        )
         left = asyncio.ensure_future(disconnected(caller))
         try:
             await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -107,12 +133,12 @@ class Waiting:
             while self._rung:
                 self._rung = False
                 try:
-                    statuses = await to_thread.run_sync(self._store.statuses, list(self._futures))
+                    statuses = await hop(self._store.news, list(self._futures))
                 except AwayError:
                     await asyncio.sleep(AWAY_S)
                     self._rung = True
                     continue
-                self._wake({key: status for key, status in statuses.items() if _is_news(status, 0)})
+                self._wake(statuses)
         finally:
             self._look = None
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api import log_lines
+from api.alike import MAX_BYTES, Remembered, is_remembered, likeness
 from api.contents import NOTHING, Needs, needs_of
 from api.limits import NO_DEMAND, Demand, demand_of
 from polytrace.errors import GraphError, MissingError, PolytraceError, ServiceError, WireError, from_fields
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cluster.requests import Published
     from polytrace.certificate import Certificate
     from polytrace.description import ModelDescription
+    from polytrace.graph import Request
     from scheduling.plan import Program
 
 T = TypeVar("T")
@@ -193,6 +195,7 @@ class _Worker:
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
         self._tokenizers: dict[str, tuple[str, Any]] = {}
         self.calls: dict[str, CheckedCalls] = {}  # of models that are called as they are
+        self.remembered = Remembered()
 
     def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
         if model in self._loaded and self._loaded[model][0] == version:
@@ -279,9 +282,21 @@ def _check(
 ) -> Verdict:
     def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
         assert _worker is not None
+        file, calls = Path(path), _worker.calls.get(model)
+        size = file.stat().st_size
+        like = None
+        if 0 < size <= MAX_BYTES and calls is None and not certify:
+            like = likeness(model, version, file.read_bytes())
+        if like is not None and (known := _worker.remembered.find(like, size)) is not None:
+            check_prompt(like.tokens, description)
+            return known
         has_text = partial(_worker.has_tokenizer, model, version)
-        calls = _worker.calls.get(model)
-        return _verdict(description, meta, Path(path), Path(contents), certify, has_text, calls, large_nodes)
+        verdict, request = _verdict(description, meta, file, Path(contents), certify, has_text, calls, large_nodes)
+        if like is not None and not verdict.is_large and is_remembered(request):
+            _worker.remembered.keep(like, verdict)
+        return verdict
+
+    from scheduling.checks import check_prompt
 
     return _answered(model, version, judge)
 
@@ -351,7 +366,7 @@ def _compose(model: str, version: str, path: str, contents: str, wish: Completio
             file.writelines(encode_request(request))
         has_text = partial(_worker.has_tokenizer, model, version)
         try:
-            return _verdict(description, meta, Path(path), Path(contents), False, has_text)
+            return _verdict(description, meta, Path(path), Path(contents), False, has_text)[0]
         except (GraphError, MissingError):
             param = None if wish.polytrace is None else "polytrace"
             raise
@@ -384,7 +399,7 @@ def _verdict(
     has_text: Callable[[], bool],
     calls: CheckedCalls | None = None,
     large_nodes: int | None = None,
-) -> Verdict:
+) -> tuple[Verdict, Request]:
     from cluster.contents import with_contents
     from cluster.facts import FactsRecorder
     from cluster.requests import read_request
@@ -397,7 +412,7 @@ def _verdict(
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
     if large_nodes is not None and len(request.graph.nodes) > large_nodes:
-        return Verdict(is_large=True)
+        return Verdict(is_large=True), request
     check_stop_texts(request.invokes, has_text)
     named = tuple(request.constants.values())
     request, _ = with_contents(request, contents, None)
@@ -412,13 +427,14 @@ def _verdict(
     _check_keeps(program)
     size = path.stat().st_size
     certificate = make_certificate(program, facts, description, has_values=certify, request_bytes=size)
-    return Verdict(
+    verdict = Verdict(
         facts=notebook.encode(request),
         needs=needs_of(named, tuple(all_slots(program))),
         work=certificate.token_layers,
         demand=demand_of(certificate),
         certificate=_as_json(certificate) if certify else None,
     )
+    return verdict, request
 
 
 def _as_json(certificate: Certificate) -> bytes:

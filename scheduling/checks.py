@@ -333,6 +333,11 @@ def _check_prompts(request: Request, description: ModelDescription) -> None:
         raise TooLargeError(f"all prompts have {total} tokens together; the limit is {limit}")
 
 
+def check_prompt(tokens: tuple[int, ...], description: ModelDescription) -> None:
+    """Whether a request's one prompt fits the model. Raises GraphError."""
+    _check_invoke_prompts(0, Invoke(sequences=(tokens,)), description, {})
+
+
 def _check_invoke_prompts(
     index: int, invoke: Invoke, description: ModelDescription, constants: Mapping[str, RawTensor]
 ) -> None:
