@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from engine.copies import to_device
-from engine.imaged import image_shape, imaged_class
+from engine.imaged import image_parts, image_shape, imaged_class
 from engine.memory import told_out_of_memory
 from polytrace.description import ImageInfo
 from polytrace.errors import ServiceError
@@ -47,7 +47,13 @@ def image_info(model: nn.Module) -> ImageInfo | None:
             f"{type(model).__name__} does not make rows of an image {list(shape)} alone: {str(error).splitlines()[0]}"
         )
         raise ServiceError(f"{told}; {CALLED}") from error
-    return ImageInfo(token=root.config.image_token_id, rows=rows, shape=shape, flops=counter.get_total_flops())
+    return ImageInfo(
+        token=root.config.image_token_id,
+        rows=rows,
+        shape=shape,
+        flops=counter.get_total_flops(),
+        modules=image_parts(model),
+    )
 
 
 CALLED = "called as it is (whole=True, the default) it runs"

@@ -242,6 +242,7 @@ class ImageInfo:
     rows: int
     shape: tuple[int, ...]  # of an image's pixels: channels, height, width
     flops: int  # to make its rows
+    modules: tuple[str, ...]  # that make them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

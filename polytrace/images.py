@@ -98,6 +98,14 @@ def check_image_rows(
         raise GraphError(f"invoke {index}: {told}, and these have {[len(rows) for rows in found]} for {len(images)}")
 
 
+def hint_at_images(path: str, description: ModelDescription) -> str:
+    """How the sites of what sees images are had, where a path lies there; else nothing."""
+    parts = () if description.images is None else description.images.modules
+    if not any(path == part or path.startswith(f"{part}.") for part in parts):
+        return ""
+    return "; what sees images has no sites in shared passes: whole=True has the model as it is, with all of them"
+
+
 def check_no_images(pixel_values: Any, what: str) -> None:
     """GraphError where images are given to what takes none."""
     if pixel_values is not None:
