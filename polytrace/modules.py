@@ -15,7 +15,7 @@ from polytrace.description import ModuleInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Port
-from polytrace.images import hint_at_images
+from polytrace.image_checks import hint_at_images
 from polytrace.inputs import inputs_table
 from polytrace.lines import user_line
 from polytrace.literals import scalar

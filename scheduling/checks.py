@@ -41,7 +41,8 @@ from polytrace.graph import (
     Write,
     operands,
 )
-from polytrace.images import check_image_rows, hint_at_images, is_image_row
+from polytrace.image_checks import check_image_rows, hint_at_images
+from polytrace.images import is_image_row
 from polytrace.ops import OPS
 from polytrace.sources import Sources
 from polytrace.tensors import RawTensor
