@@ -21,6 +21,7 @@ from engine.calls import ModuleCall
 from engine.constants import Constants
 from engine.copies import to_device
 from engine.gradient_port import GradientPort
+from engine.image_positions import PromptPositions, positions_of
 from engine.imaged import plain_tokens
 from engine.links import Links
 from engine.memory import told_out_of_memory
@@ -100,6 +101,8 @@ class RequestState:
         self._in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
         self._constants: dict[str, Tensor] = {}
         self.images = images_by_digest(program.invokes)  # in its prompts
+        self._prompts = program.invokes if self.images else ()
+        self._positions: dict[tuple[int, int], PromptPositions] = {}  # of these, by invoke and sequence
         self._slots: dict[NodeId, SaveSlot] = {}
         self._writes: dict[tuple[Site, int], list[NodeId]] | None = None  # see `writes_of`
         self._reach: dict[tuple[int | None, int], dict[int, int]] = {}  # see `begin_wave`, by part and wave
@@ -547,6 +550,13 @@ class RequestState:
                     constant = stored.get_tensor(name)
             self._constants[name] = to_device(constant, self.context.device)
         return self._constants[name]
+
+    def positions(self, invoke: int, place: int) -> PromptPositions:
+        """Of a sequence's tokens, where they follow from images."""
+        if (invoke, place) not in self._positions:
+            model = self.context.runner.model
+            self._positions[invoke, place] = positions_of(model, self._prompts[invoke], place)
+        return self._positions[invoke, place]
 
     def image(self, name: str) -> Tensor:
         """The pixels of an image in its prompts, which are not needed again."""

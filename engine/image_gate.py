@@ -6,16 +6,18 @@ an image see each other, or does more with an image than to put its features int
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.image_rows import CALLED
 from engine.manners import attention_of, use_attention
 from polytrace.backend import Backend
 from polytrace.description import ImageInfo
 from polytrace.errors import PolytraceError, ServiceError
+from polytrace.images import GRIDS, PIXELS
 from polytrace.model import Model
 
 _TOLERANCE = 1e-3  # of the largest logit, as for models that run each sequence alone
@@ -26,28 +28,40 @@ def check_images(backend: Backend, model: nn.Module, info: ImageInfo) -> None:
     root: Any = model
     name = type(model).__name__
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(1, *info.shape, generator=generator)
+    given, rows = _some_image(info, generator)
     size = root.config.get_text_config().vocab_size
     texts = [token for token in torch.randint(0, size, (12,), generator=generator).tolist() if token != info.token]
-    prompt = [*texts[:3], *[info.token] * info.rows, *texts[3:]]
+    prompt = [*texts[:3], *[info.token] * rows, *texts[3:]]
     served: Any = Model(backend)
     try:
-        with served.trace(prompt, pixel_values=pixels):
+        with served.trace({"input_ids": [prompt], **given}):
             found = served.output.logits.save()
     except PolytraceError as error:
         raise ServiceError(f"{name} does not take images in shared passes: {error}; {CALLED}") from error
-    own = attention_of(root)
+    before = attention_of(root)
     use_attention(root, "sdpa" if root._supports_sdpa else "eager")
     try:
         with torch.no_grad():
             ids = torch.tensor([prompt], device=root.device)
-            given = pixels.to(root.device, root.dtype)
-            expected = root(input_ids=ids, pixel_values=given, use_cache=False).logits.float()
+            own = {name: value.to(root.device) for name, value in given.items()}
+            own[PIXELS] = own[PIXELS].to(root.dtype)
+            if info.merge:
+                own["mm_token_type_ids"] = (ids == info.token).int()
+            expected = root(input_ids=ids, use_cache=False, **own).logits.float()
     finally:
-        use_attention(root, own)
+        use_attention(root, before)
     far = float((found.float() - expected.cpu()).abs().max()) / max(1.0, float(expected.abs().max()))
     if not far <= max(_TOLERANCE, 8 * torch.finfo(root.dtype).eps):
         raise ServiceError(
             f"{name} has other logits in shared passes than alone when a prompt has an image: they differ by {far:.2g} "
             f"of the largest; {CALLED}"
         )
+
+
+def _some_image(info: ImageInfo, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
+    """What a processor would give for an image, and how many rows it is."""
+    if not info.merge:
+        return {PIXELS: torch.randn(1, *info.shape, generator=generator)}, info.rows
+    grid = (1, 2 * info.merge, 3 * info.merge)
+    patches = torch.randn(math.prod(grid), *info.shape, generator=generator)
+    return {PIXELS: patches, GRIDS: torch.tensor([grid])}, 6

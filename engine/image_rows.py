@@ -6,6 +6,7 @@ family's own forward scatters them; what runs behind is the text model, as of an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from engine.copies import to_device
-from engine.imaged import image_shape, imaged_class
+from engine.image_positions import positions_of_pass, takes_grids
+from engine.imaged import has_grids, image_parts, image_shape, imaged_class
 from engine.memory import told_out_of_memory
+from engine.streams import Streams
+from engine.windows import token_flops
 from polytrace.description import ImageInfo
 from polytrace.errors import ServiceError
 from polytrace.images import image_of, is_image_row
@@ -30,24 +34,41 @@ if TYPE_CHECKING:
 
 
 def image_info(model: nn.Module) -> ImageInfo | None:
-    """How images stand in prompts, by running the vision part of a meta model once; None of a model without one.
+    """How images stand in prompts, of a meta model; None of a model without one.
 
-    Raises ServiceError where it does not run with pixels alone.
+    By running the vision part once, where all images are of one size. Raises ServiceError where it does not run with
+    pixels alone, and where it is not known how positions follow from grids.
     """
     root: Any = model
-    shape = image_shape(root.config)
-    if imaged_class(root.config) is None or shape is None:
+    kind = imaged_class(root.config)
+    if kind is None:
         return None
+    known: dict[str, Any] = {"token": root.config.image_token_id, "modules": image_parts(model)}
+    if has_grids(kind):
+        return _info_of_grids(model, known)
+    shape = image_shape(root.config)
+    assert shape is not None, "its class says so"
     counter = FlopCounterMode(display=False)
     try:
         with counter:
-            rows = _features(model, torch.zeros(1, *shape)).shape[0]
+            rows = _features(model, torch.zeros(1, *shape), ()).shape[0]
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        told = (
-            f"{type(model).__name__} does not make rows of an image {list(shape)} alone: {str(error).splitlines()[0]}"
-        )
-        raise ServiceError(f"{told}; {CALLED}") from error
-    return ImageInfo(token=root.config.image_token_id, rows=rows, shape=shape, flops=counter.get_total_flops())
+        told = f"{type(model).__name__} does not make rows of an image {list(shape)} alone"
+        raise ServiceError(f"{told}: {str(error).splitlines()[0]}; {CALLED}") from error
+    return ImageInfo(rows=rows, shape=shape, flops=counter.get_total_flops(), **known)
+
+
+def _info_of_grids(model: nn.Module, known: dict[str, Any]) -> ImageInfo:
+    root: Any = model
+    merge = getattr(root.config.vision_config, "spatial_merge_size", None)
+    parts = [model.get_submodule(path) for path in known["modules"]]
+    matrices = [weight for part in parts for weight in part.parameters() if weight.ndim >= 2]
+    if not isinstance(merge, int) or not matrices or not takes_grids(model):
+        told = f"{type(model).__name__} does not tell how positions follow from an image's grid"
+        raise ServiceError(f"{told}; {CALLED}")
+    flops = merge**2 * sum(token_flops(module, root.config) for part in parts for module in part.modules())
+    size = math.prod(matrices[0].shape[1:])  # what a patch is turned into features from
+    return ImageInfo(rows=0, shape=(size,), flops=flops, merge=merge, **known)
 
 
 CALLED = "called as it is (whole=True, the default) it runs"
@@ -68,23 +89,32 @@ class SeenImages:
         if not rows:
             return None
         wanted = [image_of(tokens[row]) for row in rows]
-        made = {digest: _features(model, self._pixels(model, digest)) for digest in dict(wanted)}
+        made = {digest: _features(model, *self._pixels(digest)) for digest in dict(wanted)}
         features_RD = torch.stack([made[digest][row] for digest, row in wanted])
         return ImageRows(rows=to_device(rows, features_RD.device), features_RD=features_RD)
 
-    def _pixels(self, model: nn.Module, digest: int) -> Tensor:
-        """From the first request that has the image and can read it; zeros where none can, who have failed then."""
-        root: Any = model
+    def positions(self, model: nn.Module, streams: Streams) -> Tensor | None:
+        """`[3, 1, T]`, where positions follow from images."""
+        return positions_of_pass(model, streams, self._states)
+
+    def _pixels(self, digest: int) -> tuple[Tensor, tuple[int, ...]]:
+        """Pixels and grid, from the first request that can read them; zeros where none can, who have failed then."""
         owners = [state for state in self._states if digest in state.images]
         assert owners, "rows of an image run in a pass of a request that has it"
+        image, info = owners[0].images[digest], owners[0].context.table.description.images
+        assert info is not None
         for state in owners:
             try:
-                return state.image(state.images[digest])[None]
+                pixels = state.image(state.images[digest].constant)
             except Exception as error:  # the edge between a user's tensor and the shared pass
                 if told_out_of_memory(error) is not None:
                     raise
                 state.fail(None, f"its image cannot be read: {error}")
-        return torch.zeros(1, *image_shape(root.config))
+            else:
+                break
+        else:
+            pixels = torch.zeros(math.prod(image.grid), *info.shape) if image.grid else torch.zeros(info.shape)
+        return (pixels if image.grid else pixels[None]), image.grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +137,13 @@ class ImageRows:
         return handle
 
 
-def _features(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Of one image `[1, channels, height, width]`: `[R, D]`."""
+def _features(model: nn.Module, pixels: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Of one image `[1, channels, height, width]`, or of patches `[patches, features]` and their grid: `[R, D]`."""
     root: Any = model
     with torch.no_grad(), _own_attention(model):
         pixels = pixels.to(root.device, root.dtype)
-        found = root.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        given = {"image_grid_thw": torch.tensor([grid], device=root.device)} if grid else {}
+        found = root.get_image_features(pixel_values=pixels, return_dict=True, **given).pooler_output
         features: Tensor = torch.cat(list(found)) if isinstance(found, (list, tuple)) else found.flatten(0, -2)
     return features
 

@@ -1,10 +1,11 @@
 """Which vision-language models are served as the language models in them, and which part of them reads text.
 
-Families whose positions follow from images are not among them.
+Either all images of a model are of one size, or each has a grid of patches and positions follow from these.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,12 @@ def imaged_class(config: Any) -> Any:
         return None
     kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     is_known = hasattr(kind, "get_image_features") and hasattr(config, "image_token_id")
-    return kind if is_known and image_shape(config) is not None else None
+    return kind if is_known and (has_grids(kind) or image_shape(config) is not None) else None
+
+
+def has_grids(kind: Any) -> bool:
+    """Whether images of a class have each its own grid of patches, from which positions follow."""
+    return "image_grid_thw" in inspect.signature(kind.get_image_features).parameters
 
 
 def image_shape(config: Any) -> tuple[int, int, int] | None:

@@ -96,6 +96,7 @@ def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
             setattr(each, name, None if getattr(each, name, None) is None else 0)
     for factors in _rotary_factors(getattr(text, "rope_parameters", None)):
         del factors[_HEAD // 2 :]
+    _share_rotary(getattr(text, "rope_parameters", None))
     # 4) layers that have other numbers than all, in the same ratio
     if apart:
         ratios = {name: (_number(text, name), was) for name, was in before.items()}
@@ -111,11 +112,14 @@ def shrink_seeing(config: Any) -> None:
     if vision is None:
         return
     vision.dtype = torch.float32
-    for name, size in (("num_attention_heads", 2), ("hidden_size", _HEAD * 2)):
+    text = config.get_text_config(decoder=True)
+    has_own_width = _number(vision, "embed_dim") > 0  # then its hidden size is that of its rows
+    sizes = {"num_attention_heads": 2, "num_heads": 2, "embed_dim": _HEAD * 2, "out_hidden_size": text.hidden_size}
+    sizes["hidden_size"] = text.hidden_size if has_own_width else _HEAD * 2
+    for name, size in sizes.items():
         _set(vision, name, size)
     for name in _INNER:
         _set(vision, name, _HEAD * 2)
-    text = config.get_text_config(decoder=True)
     for each in (config, vision):
         _set(each, "projection_dim", text.hidden_size)
     last = text.vocab_size - 1
@@ -192,6 +196,14 @@ def _keep_layers(text: Any, apart: dict[int, dict[str, Any]]) -> list[int]:
     if isinstance(getattr(text, "mlp_only_layers", None), list) and "mlp_only_layers" not in lists:
         text.mlp_only_layers = [layer for layer in text.mlp_only_layers if layer < len(kept)]
     return kept
+
+
+def _share_rotary(rotary: Any) -> None:
+    """Pairs of a head's features that turn with time, height and width: as many of each in the same ratio."""
+    sections = rotary.get("mrope_section") if isinstance(rotary, dict) else None
+    if sections:
+        shares = [_HEAD // 2 * size // sum(sections) for size in sections]
+        sections[:] = [*shares[:-1], _HEAD // 2 - sum(shares[:-1])]
 
 
 def _rotary_factors(rotary: Any) -> Iterator[list[float]]:

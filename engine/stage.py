@@ -27,6 +27,7 @@ from engine.attention import AttentionPass, attending
 from engine.copies import to_device
 from engine.head_outputs import HeadOutputs, with_change
 from engine.head_seam import HeadSeam
+from engine.image_positions import put_in
 from engine.imaged import plain_tokens
 from engine.leaves import first_argument, port_leaves
 from engine.named import CallView, HeadsTaken, HeadView, Views
@@ -120,6 +121,8 @@ class StageRunner:
                 hooks.callback(features.scattered(self.model).remove)
             for handle in self._install(rows, hidden_1TD, visits, stop_after, left):
                 hooks.callback(handle.remove)
+            if rows.images is not None and (seen_31T := rows.images.positions(self.model, streams)) is not None:
+                hooks.callback(put_in(self.model, seen_31T).remove)  # behind who looks at what the text model is given
             hooks.enter_context(self._numbering(positions_1T))
             reruns = [self._rerun(rows, level, positions_1T) for level in self._rerun_layers(rows, visits)]
             hooks.enter_context(self._rewritten(reruns, visits, stop_after))

@@ -239,9 +239,11 @@ class ImageInfo:
     """What stands for an image in a prompt: so many tokens of one kind, whose rows the image's features are."""
 
     token: int
-    rows: int
-    shape: tuple[int, ...]  # of an image's pixels: channels, height, width
-    flops: int  # to make its rows
+    rows: int  # of an image; 0 where each has a grid of patches
+    shape: tuple[int, ...]  # of an image's pixels: channels, height, width; of a patch, where there are grids
+    flops: int  # to make its rows; to make a row, where there are grids
+    modules: tuple[str, ...]  # that make them
+    merge: int = 0  # patches side by side that become a row, each way, of a grid [time, height, width]; 0: no grids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

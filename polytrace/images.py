@@ -7,17 +7,19 @@ different images apart, and finds equal ones equal. Shards put there what the mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from polytrace.contents import identity
-from polytrace.description import ImageInfo, ModelDescription
-from polytrace.errors import GraphError
+from polytrace.description import ImageInfo
 from polytrace.graph import Given, Inputs, Invoke
-from polytrace.lines import user_line
 from polytrace.tensors import RawTensor
 
-PIXELS = "pixel_values"  # transformers' name of the argument
+PIXELS, GRIDS = "pixel_values", "image_grid_thw"  # transformers' names of the arguments
+_SIZE = 1 << 20  # no side of a grid is as long
 _IMAGE = 1 << 300  # tokens from here on are rows of images
 _ROW_BITS = 32
 
@@ -42,14 +44,51 @@ def plain_tokens(tokens: Sequence[int], info: ImageInfo | None) -> tuple[int, ..
     return tuple(tokens if info is None else [info.token if is_image_row(token) else token for token in tokens])
 
 
-def own_digest(raw: RawTensor) -> int:
-    """What tells an image from others: its content, with dtype and shape."""
-    return int(identity(raw), 16)
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image of a prompt."""
+
+    constant: str  # its pixels, or its patches one behind another
+    grid: tuple[int, ...]  # of its patches: time, height, width; empty where all images are of one size
+
+    def digest(self, raw: RawTensor) -> int:
+        """What tells it from others: its content, with dtype, shape and grid."""
+        own = identity(raw)
+        return int(hashlib.sha256(f"{own} {self.grid}".encode()).hexdigest() if self.grid else own, 16)
+
+    def num_rows(self, info: ImageInfo) -> int:
+        """Of a prompt."""
+        return math.prod(self.grid) // info.merge**2 if info.merge else info.rows
 
 
-def images_of(invoke: Invoke) -> tuple[Given, ...]:
-    """The images of an invoke's prompts, in the order of their rows."""
-    return () if invoke.inputs is None else invoke.inputs.kwargs.get(PIXELS, ())
+def inputs_of(images: Sequence[Image]) -> Inputs:
+    """What an invoke with images is given."""
+    kwargs: dict[str, Any] = {PIXELS: tuple([Given(image.constant) for image in images])}
+    if any(image.grid for image in images):
+        kwargs[GRIDS] = tuple([image.grid for image in images])
+    return Inputs(args=(), kwargs=kwargs)
+
+
+def images_of(inputs: Inputs | None) -> tuple[Image, ...] | None:
+    """The images of an invoke's prompts, in the order of their rows; None where it is given anything else."""
+    if inputs is None:
+        return ()
+    names, grids = inputs.kwargs.get(PIXELS), inputs.kwargs.get(GRIDS)
+    if not isinstance(names, tuple) or not all(isinstance(name, Given) for name in names):
+        return None
+    if inputs.args or inputs.kwargs.keys() - {PIXELS, GRIDS}:
+        return None
+    if grids is None:
+        return tuple([Image(name.name, ()) for name in names])
+    if not isinstance(grids, tuple) or len(grids) != len(names) or not all(map(_is_grid, grids)):
+        return None
+    return tuple([Image(name.name, grid) for name, grid in zip(names, grids, strict=True)])
+
+
+def _is_grid(value: Any) -> bool:
+    return (
+        isinstance(value, tuple) and len(value) == 3 and all(type(size) is int and 0 < size < _SIZE for size in value)
+    )
 
 
 def num_before_images(tokens: Sequence[int]) -> int:
@@ -59,46 +98,17 @@ def num_before_images(tokens: Sequence[int]) -> int:
 
 def sampled_images(invoke: Invoke, samples: int) -> Inputs:
     """What an invoke is given whose sequences are there so many times each, side by side."""
-    images = iter(images_of(invoke))
+    images = iter(images_of(invoke.inputs) or ())
     counts = [sum(is_image_row(token) and image_of(token)[1] == 0 for token in one) for one in invoke.sequences]
-    each = [tuple([next(images) for _ in range(count)]) for count in counts]
-    return Inputs(args=(), kwargs={PIXELS: tuple([image for own in each for image in own * samples])})
+    each = [[next(images) for _ in range(count)] for count in counts]
+    return inputs_of([image for own in each for image in own * samples])
 
 
-def images_by_digest(invokes: Sequence[Invoke]) -> dict[int, str]:
-    """The constants that are images of prompts, by what tells these apart."""
-    found: dict[int, str] = {}
+def images_by_digest(invokes: Sequence[Invoke]) -> dict[int, Image]:
+    """The images of prompts, by what tells these apart."""
+    found: dict[int, Image] = {}
     for invoke in invokes:
-        if invoke.inputs is not None:
+        if invoke.inputs is not None and (images := images_of(invoke.inputs)):
             firsts = (image_of(token) for one in invoke.sequences for token in one if is_image_row(token))
-            digests = [digest for digest, row in firsts if row == 0]
-            found |= {digest: image.name for digest, image in zip(digests, images_of(invoke), strict=True)}
+            found.update(zip([digest for digest, row in firsts if row == 0], images, strict=True))
     return found
-
-
-def check_image_rows(
-    index: int, invoke: Invoke, description: ModelDescription, constants: Mapping[str, RawTensor]
-) -> None:
-    """GraphError for an invoke with images that is not as `with_images` makes it."""
-    inputs, info = invoke.inputs, description.images
-    assert inputs is not None and info is not None
-    images = inputs.kwargs.get(PIXELS)
-    is_listed = isinstance(images, tuple) and all(isinstance(image, Given) for image in images)
-    if inputs.args or len(inputs.kwargs) != 1 or not is_listed:
-        raise GraphError(f"invoke {index}: prompts are given with {PIXELS} and nothing else")
-    for image in images_of(invoke):
-        raw = constants[image.name]
-        if raw.shape != info.shape or "float" not in raw.dtype:
-            told = f"{PIXELS} is a tensor of floats [images, {', '.join(map(str, info.shape))}]"
-            raise GraphError(f"invoke {index}: {told}; an image of it is {raw.dtype} {list(raw.shape)}")
-    found = [list(map(image_of, filter(is_image_row, sequence))) for sequence in invoke.sequences]
-    wanted = [row for _ in images_of(invoke) for row in range(info.rows)]
-    if [row for rows in found for _, row in rows] != wanted or any(len(rows) % info.rows for rows in found):
-        told = f"an image is {info.rows} tokens {info.token} in a prompt"
-        raise GraphError(f"invoke {index}: {told}, and these have {[len(rows) for rows in found]} for {len(images)}")
-
-
-def check_no_images(pixel_values: Any, what: str) -> None:
-    """GraphError where images are given to what takes none."""
-    if pixel_values is not None:
-        raise GraphError(f"{what} take no images: write a trace of its own", where=user_line())

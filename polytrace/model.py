@@ -20,7 +20,7 @@ from polytrace.edits.sets import EditSet, KnownEdit, LocalShelf, Shelf, check_na
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Options, Sharing
-from polytrace.images import check_no_images
+from polytrace.image_checks import check_no_images
 from polytrace.keywords import check_trace_keywords, taken_keywords
 from polytrace.kinds import Kind, value_kind
 from polytrace.lines import user_line

@@ -15,6 +15,7 @@ from polytrace.description import ModuleInfo
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Port
+from polytrace.image_checks import hint_at_images
 from polytrace.inputs import inputs_table
 from polytrace.lines import user_line
 from polytrace.literals import scalar
@@ -257,6 +258,7 @@ class Module(NotAValue):
         if self._info.is_list:
             raise GraphError(f"{path} is a list of modules: index it, as in {path}[0].{port}", where=user_line())
         told = f"nothing in it gives a {port}" if port in DIMS else "it is not called, or handed no tensors"
+        told += hint_at_images(self._path, self._model.description)
         raise GraphError(f"{path} has no {port}: in this model's forward {told}", where=user_line())
 
 

@@ -40,7 +40,8 @@ from polytrace.graph import (
     name_at,
 )
 from polytrace.handing import hand_out
-from polytrace.image_prompts import with_images
+from polytrace.image_prompts import images_among, with_images
+from polytrace.images import PIXELS
 from polytrace.jobs import Job, Running, begin, in_thread
 from polytrace.lines import user_line
 from polytrace.logs import Log, LogPrinter, add_log
@@ -543,11 +544,10 @@ class Tracer:
     def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None, pixel_values: Any = None) -> int:
         if chat and conversations_in(prompts) is None:
             raise GraphError("chat= is for conversations: lists of {'role', 'content'} messages", where=user_line())
-        if pixel_values is None and isinstance(prompts, Mapping):
-            pixel_values = prompts.get("pixel_values")
+        images = images_among(prompts) if pixel_values is None else {PIXELS: pixel_values}
         invoke = self._prompts.invoke(prompts, self._chat if chat is None else chat)
-        if pixel_values is not None:
-            invoke = with_images(invoke, pixel_values, self.model.description, self.recording.constants, user_line())
+        if images.get(PIXELS) is not None:
+            invoke = with_images(invoke, images, self.model.description, self.recording.constants, user_line())
         self._invokes.append(self._goes_on(invoke))
         index = len(self._invokes) - 1
         for edit in self._edits:

@@ -41,7 +41,8 @@ from polytrace.graph import (
     Write,
     operands,
 )
-from polytrace.images import check_image_rows, is_image_row
+from polytrace.image_checks import check_image_rows, hint_at_images
+from polytrace.images import is_image_row
 from polytrace.ops import OPS
 from polytrace.sources import Sources
 from polytrace.tensors import RawTensor
@@ -112,7 +113,8 @@ class ModelTable:
         if found is None:
             self._check_module(site.module, verb, where)
             if not visits:
-                raise GraphError(f"graph {verb} {site}, but no forward of this model visits it", where=where)
+                told = f"graph {verb} {site}, but no forward of this model visits it"
+                raise GraphError(told + hint_at_images(site.module, self.description), where=where)
             port = replace(site, visit=0)
             raise GraphError(
                 f"graph {verb} visit {site.visit} of {port}; one forward visits it {len(visits)} times, counted from 0",

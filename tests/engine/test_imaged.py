@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ import polytrace
 from engine.image_proofs import prove_images
 from engine.links import Solo
 from engine.loading import ShardConfig, load_model
-from polytrace.errors import GraphError, ServiceError
+from polytrace.contents import digest_of
+from polytrace.errors import GraphError, ServiceError, WireError
+from polytrace.graph import Request
 from polytrace.model import Model
+from polytrace.tensors import RawTensor
+from polytrace.wire import decode_request, encode_request
 
 TOLERANCE = 1e-5  # of max(1, max|plain|), float32
 IMAGE, ROWS = 63, 4
@@ -225,8 +231,100 @@ def test_what_is_not_there_is_refused_with_what_to_do(imaged: Imaged) -> None:
         model.trace(PROMPT, pixel_values=photos[0])
     with pytest.raises(GraphError, match="prompt 0 has 3 of them"):
         model.trace([1, IMAGE, IMAGE, IMAGE], pixel_values=photos[:1])
-    with pytest.raises(GraphError), model.trace(PROMPT, pixel_values=photos[:1]):
+    with pytest.raises(GraphError, match="whole=True"), model.trace(PROMPT, pixel_values=photos[:1]):
         model.model.vision_tower.output.save()
+    with pytest.raises(GraphError, match="take no images"), model.session():
+        model.trace(PROMPT, pixel_values=photos[:1])
+    with pytest.raises(GraphError, match="kept on the service cannot be"):
+        model.trace(PROMPT, pixel_values=_Kept(photos[:1]))
+
+
+class _Kept:
+    """What stands on a service already, as far as is looked at."""
+
+    kept_tensor = True
+
+    def __init__(self, value: Tensor) -> None:
+        self.shape, self.dtype = value.shape, value.dtype
+
+
+def _recorded(imaged: Imaged, photos: Tensor, prompts: Any = PROMPT) -> Any:
+    with imaged.model.trace(prompts, pixel_values=photos, run=False) as tracer:
+        imaged.model.lm_head.output[:, -1].save()
+    return tracer.built_request()
+
+
+def test_images_travel_and_what_tells_them_apart_is_made_of_what_came(imaged: Imaged) -> None:
+    prompts = [PROMPT, [6, *[IMAGE] * ROWS, 8, *[IMAGE] * ROWS]]
+    sent = _recorded(imaged, imaged.photos, prompts)
+    written = b"".join(encode_request(sent))
+    came = decode_request(written)
+    assert came.invokes == sent.invokes and len({*sent.invokes[0].sequences[1]}) == 2 + 2 * ROWS
+    # nothing in the file says what an image is but the image: other pixels are another one
+    start = written.index(imaged.photos[0].numpy().tobytes())
+    other = decode_request(written[:start] + imaged.photos[0].neg().numpy().tobytes() + written[start + 4 * 3 * 64 :])
+    assert other.invokes[0].sequences[0][2] != sent.invokes[0].sequences[0][2]
+    assert other.invokes[0].sequences[1] == sent.invokes[0].sequences[1]
+    # one that the service has is known by the hash that it was taken in with
+    stored = {
+        name: replace(raw, digest=digest_of(raw.dtype, raw.shape, raw.data)) for name, raw in sent.constants.items()
+    }
+    parts = encode_request(replace(sent, constants=stored), stored=stored)
+    assert decode_request(b"".join(parts)).invokes == sent.invokes
+
+
+def _tampered(sent: Request, change: Callable[[dict[str, Any]], None]) -> bytes:
+    written = b"".join(encode_request(sent))
+    size = int.from_bytes(written[:8], "little")
+    header = json.loads(written[8 : 8 + size])
+    body = json.loads(header["__metadata__"]["request"])
+    change(body)
+    header["__metadata__"]["request"] = json.dumps(body)
+    told = json.dumps(header).encode()
+    return len(told).to_bytes(8, "little") + told + written[8 + size :]
+
+
+def test_a_file_whose_images_do_not_fit_its_prompts_is_refused(imaged: Imaged) -> None:
+    sent = _recorded(imaged, imaged.photos[:1])
+
+    def lack_one(body: dict[str, Any]) -> None:
+        body["prompts"][0].remove(-1)
+
+    def have_none(body: dict[str, Any]) -> None:
+        del body["inputs"]
+
+    def have_two(body: dict[str, Any]) -> None:
+        (images,) = body["inputs"][0][1]["pixel_values"].values()
+        images *= 3
+
+    def claim(body: dict[str, Any]) -> None:
+        body["prompts"][0][2] = sent.invokes[0].sequences[0][2]
+
+    for change, told in ((have_none, "no images"), (have_two, "4 rows of 3 images"), (claim, "not an integer")):
+        with pytest.raises(WireError, match=told):
+            decode_request(_tampered(sent, change))
+    backend = imaged.model.backend
+    with pytest.raises(GraphError, match=r"4 tokens 63 in a prompt, and these have \[3\] for 1"):
+        backend.compile(decode_request(_tampered(sent, lack_one)))
+    for pixels in (torch.zeros(3, 8, 9), torch.zeros(3, 8, 8, dtype=torch.int32)):
+        (name,) = sent.constants
+        raw = RawTensor(
+            dtype=str(pixels.dtype)[6:], shape=tuple(pixels.shape), data=memoryview(pixels.numpy().tobytes())
+        )
+        with pytest.raises(GraphError, match=r"floats \[images, 3, 8, 8\]"):
+            backend.compile(decode_request(b"".join(encode_request(replace(sent, constants={name: raw})))))
+
+
+def test_a_certificate_has_what_images_cost_and_equal_ones_once(imaged: Imaged) -> None:
+    info = imaged.model.description.images
+    one, other = (
+        imaged.model.backend.validate(_recorded(imaged, photos, [PROMPT] * len(photos)))
+        for photos in (imaged.photos[:1], imaged.photos[:2])
+    )
+    twice = imaged.model.backend.validate(_recorded(imaged, imaged.photos[[0, 0]], [PROMPT] * 2))
+    assert info.flops > 2 * ROWS * 3 * 16 * 16  # the patches' own
+    assert one.op_flops - info.flops == other.op_flops - 2 * info.flops == twice.op_flops - info.flops
+    assert other.row_bytes - twice.row_bytes >= info.rows * imaged.model.description.hidden_bytes
 
 
 def test_the_first_stage_alone_has_what_sees_images(imaged: Imaged) -> None:
