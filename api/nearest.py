@@ -26,7 +26,7 @@ from scheduling.fewer import smaller_save, ways
 from scheduling.plan import Program, RequestId
 from scheduling.program import certify
 from scheduling.step_saves import all_slots
-from scheduling.whole import described, work_out
+from scheduling.whole import described, taped, work_out
 
 PATIENCE_S = 3.0
 MOST_NODES = 100_000  # each try of which takes a second
@@ -51,7 +51,7 @@ def nearest(
     request, _ = with_contents(request, contents, None)
     if calls is not None:
         description = described(description, calls.of_all(request))
-    search = _Search(description, meta, most, time.monotonic() + PATIENCE_S)
+    search = _Search(description, meta, calls, most, time.monotonic() + PATIENCE_S)
     return next(search.found(request), None)
 
 
@@ -59,10 +59,16 @@ class _Search:
     """Works requests out until the time is over."""
 
     def __init__(
-        self, description: ModelDescription, meta: nn.Module, most: Mapping[str, int], deadline: float
+        self,
+        description: ModelDescription,
+        meta: nn.Module,
+        calls: CheckedCalls | None,
+        most: Mapping[str, int],
+        deadline: float,
     ) -> None:
         self._description = description
         self._meta = meta
+        self._calls = calls
         self._most = most
         self._deadline = deadline
 
@@ -114,6 +120,8 @@ class _Search:
         if has_room:
             about = replace(about, limits=replace(about.limits, max_result_bytes=1 << 62))
         program, facts = work_out(RequestId("0" * 32), request, about, lambda part: infer(about, part, self._meta))
+        if self._calls is not None:
+            program = taped(program, self._calls.tape_bytes(program, about.of_invokes), about.limits)
         size = sum(map(len, encode_request(request))) if "request_bytes" in self._most else 0
         demand = demand_of(certify(program, facts, about, has_values=False, request_bytes=size))
         takes = {each.name: int(getattr(demand, each.name)) for each in fields(demand)}

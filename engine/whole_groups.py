@@ -33,7 +33,7 @@ from scheduling.alike import MOST_CALLS
 from scheduling.call_turns import Turn, joined, turns_of
 from scheduling.plan import PROLOGUE, Fragment, Member, RequestId
 
-_MOST_VERDICTS = 1024
+_MOST_VERDICTS = 256
 
 
 class CallGroups:
@@ -93,7 +93,10 @@ class CallGroups:
         key = repr(state.structure(turn.invokes[0])), likeness(calls[0])
         verdict = self.verdicts.get(key)
         if verdict is None:
-            verdict = self.verdicts[key] = self._judged(state, turn.invokes[0], calls[0])
+            verdict = self._judged(state, turn.invokes[0], calls[0])
+            if verdict is None:
+                return None
+            self.verdicts[key] = verdict
             if len(self.verdicts) > _MOST_VERDICTS:
                 self.verdicts.popitem(last=False)
         self.verdicts.move_to_end(key)
@@ -107,7 +110,7 @@ class CallGroups:
                         return None
         return key
 
-    def _judged(self, state: CallState, invoke: int, called: Called) -> Verdict:
+    def _judged(self, state: CallState, invoke: int, called: Called) -> Verdict | None:
         inputs = state.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
         # What is seen of one call says nothing of another where values decide.

@@ -57,8 +57,10 @@ class Verdict:
         return next(size for size in SIZES if size >= num_calls and self.tried.get(size, "") is None)
 
 
-def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict:
-    """Tries a call of this structure, alone and as two."""
+def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict | None:
+    """Tries a call of this structure, alone and as two. None where the call as it is raises, or there is no memory:
+    that says nothing of others.
+    """
     refusal = _refusal(model, called)
     if refusal is not None:
         return Verdict(refusal=refusal)
@@ -67,7 +69,10 @@ def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict:
     def look() -> None:
         plain: dict[Spot, Tensor] = {}
         shapes: dict[Spot, tuple[int, ...]] = {}
-        _run(model, called, lambda spot, tensor: plain.__setitem__(spot, tensor.clone()), manner=nullcontext())
+        try:
+            _run(model, called, lambda spot, tensor: plain.__setitem__(spot, tensor.clone()), manner=nullcontext())
+        except Exception as error:
+            raise _BrokenError from error
 
         def own(spot: Spot, tensor: Tensor) -> None:
             _check_close(spot, tensor, plain.pop(spot, None))
@@ -87,7 +92,10 @@ def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict:
             raise _Refusal("no site has its calls along its first dimension")
         _try_size(model, called, verdict.rows, 2)
 
-    refusal = _carefully(model, device, look)
+    try:
+        refusal = _carefully(model, device, look)
+    except (_BrokenError, torch.OutOfMemoryError):
+        return None
     if refusal is not None:
         return Verdict(refusal=refusal)
     verdict.tried[2] = None
@@ -99,7 +107,10 @@ def try_up_to(verdict: Verdict, num_calls: int, model: nn.Module, called: Called
     wanted = next((size for size in SIZES if size >= num_calls), MOST_CALLS)
     for size in (SIZES[SIZES.index(wanted) - 1], wanted):
         if size not in verdict.tried:
-            verdict.tried[size] = _carefully(model, device, partial(_try_size, model, called, verdict.rows, size))
+            try:
+                verdict.tried[size] = _carefully(model, device, partial(_try_size, model, called, verdict.rows, size))
+            except torch.OutOfMemoryError as error:
+                verdict.tried[size] = told(error)
 
 
 def together(calls: Sequence[Called], size: int) -> Called:
@@ -131,6 +142,10 @@ class _Refusal(Exception):
     pass
 
 
+class _BrokenError(Exception):
+    pass
+
+
 def _refusal(model: nn.Module, called: Called) -> str | None:
     """Why it need not be tried."""
     values = [*called[0], *called[1].values()]
@@ -157,6 +172,8 @@ def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None])
             return "a call changes the model, or draws random numbers"
     except _Refusal as found:
         return str(found)
+    except (_BrokenError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # noqa: BLE001  whatever code of the model raises for calls in one
         return f"calls in one raised {told(error)}"
     finally:

@@ -211,6 +211,10 @@ def test_who_breaks_a_call_of_several_fails_alone() -> None:
     plain = seeded(Touchy)
     model, backend = merging_model(plain)
     good, bad = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 99]])
+    with model.trace(bad, run=False) as tracer:  # the first of its structure says nothing of others
+        model.output.save()
+    (broken,) = backend.run_together([backend.compile(tracer.built_request())])
+    assert broken.error is not None
     tracers = []
     for x in (good, bad, good + 1):
         with model.trace(x, run=False) as tracer:
@@ -220,6 +224,7 @@ def test_who_breaks_a_call_of_several_fails_alone() -> None:
     first, second, third = backend.run_together([backend.compile(one.built_request()) for one in tracers])
     assert second.error is not None
     assert "index out of range" in str(second.error)
+    assert [one.refusal for one in backend.shard.merging.verdicts.values()] == [None]  # type: ignore[union-attr]
     for tracer, outcome, x in ((tracers[0], first, good), (tracers[2], third, good + 1)):
         assert outcome.error is None
         assert outcome.receipt is not None
