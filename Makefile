@@ -13,13 +13,14 @@ TEST_WORKERS ?= 2
 # matplotlib's list of fonts: here, not in the home folder
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
-.PHONY: help setup demo test test-wide check bench families gpu-test format clean
+.PHONY: help setup demo test test-wide fuzz check bench families gpu-test format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      a small real model on 2 stages x 2 ranks, 8 users at once, two pictures in out/"
 	@echo "make test      all tests, of large grids one cell for each way through the code"
 	@echo "make test-wide every cell of every grid, and more of what is drawn at random"
+	@echo "make fuzz      the tests of strange calls and bytes, with FUZZ=1000 examples each"
 	@echo "make check     ruff, mypy --strict, import-linter"
 	@echo "make bench     the benchmarks; one JSON line each in bench/results/"
 	@echo "make families  every causal language model class tried from a tiny configuration; writes docs/families.md"
@@ -42,6 +43,11 @@ test: $(READY)
 
 test-wide: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not gpu"
+
+# Other examples each time; a failure tells its own.
+FUZZ ?= 1000
+fuzz: $(READY)
+	$(TEST_ENV) POLYTRACE_FUZZ=$(FUZZ) $(BIN)/python -m pytest -o timeout=0 tests/api/test_fuzzing.py tests/polytrace/test_wire_fuzzing.py
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -32,6 +32,7 @@ from api.callers import caller_of, check_role, operator_of, owner_of
 from api.catalogue import Deployment
 from api.claiming import Outlook
 from api.classes import is_interactive
+from api.document import describe
 from api.drain_routes import DrainRoutes
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes, cancel_soon
@@ -158,6 +159,7 @@ class Gateway:
         app.include_router(metrics)
         app.add_api_route("/healthz", self.healthz)
         app.add_api_route("/readyz", self.readyz)
+        describe(app)
         return app
 
     def release(self) -> None:

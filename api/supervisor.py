@@ -156,7 +156,7 @@ class Supervisor:
         else:
             settings, extra, descriptors = to_json(self._controller_config()), folder, (self._lifeline,)
         command = [sys.executable, "-P", "-m", "api.children", role, json.dumps(settings), str(self._lifeline), extra]
-        with _open_log(self._log(role)) as log:
+        with open_log(self._log(role)) as log:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -303,7 +303,7 @@ def scratch(prefix: str, root: str) -> Iterator[Path]:
         yield Path(made)
 
 
-def _open_log(path: Path) -> BinaryIO:
+def open_log(path: Path) -> BinaryIO:
     """To be appended to, and this user's alone: it may name what users sent."""
     file = open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115  the caller closes it
     os.chmod(path, 0o600)  # of one that an older version made

@@ -322,6 +322,7 @@ def _decode(buffer: Any, kind: str, max_header_bytes: int) -> tuple[Any, dict[st
         raise WireError(f"the metadata has no {kind}")
     data = view[_PREFIX.size + length :]
     tensors = {name: _tensor(name, entry, data) for name, entry in header.items()}
+    _check_apart(header)
     return _loads(text, f"the {kind}"), tensors
 
 
@@ -370,6 +371,17 @@ def _tensor(name: str, entry: Any, data: memoryview) -> RawTensor:
     if stop > len(data):
         raise WireError(f"the file is cut off: tensor {brief(name)} ends at byte {stop} of {len(data)}")
     return RawTensor(dtype=dtype, shape=tuple(shape), data=data[start:stop])
+
+
+def _check_apart(entries: Mapping[str, Any]) -> None:
+    """Checked tensors have bytes of their own: else a small file is as large as it likes. Holes are allowed."""
+    spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
+    end, last = 0, ""
+    for start, stop, name in spans:
+        if start < end and start < stop:
+            raise WireError(f"tensors {brief(last)} and {brief(name)} overlap at byte {start}")
+        if stop > end:
+            end, last = stop, name
 
 
 def _encode_invokes(invokes: Sequence[Invoke]) -> tuple[list[tuple[int, ...]], list[Any]]:

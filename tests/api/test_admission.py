@@ -217,6 +217,18 @@ def test_validate_tells_limits_and_whether_it_would_be_taken(world: World) -> No
     assert "would be taken now" in str(fits) and "would be refused" in str(beyond)
 
 
+def test_questions_have_a_rate_of_their_own(world: World) -> None:
+    world.limit(requests_a_minute=3)
+    for _ in range(3):
+        assert world.validate(together(1)).token_layers > 0
+    content = b"".join(encode_request(together(1)))
+    for path in ("validate", "sites"):
+        answer = world.service.http.post(f"/v1/models/m/{path}", content=content)
+        assert answer.status_code == 429 and 0 < int(answer.headers["retry-after"]) <= 20
+        assert "tenant default may ask 3 questions a minute" in answer.json()["detail"]
+    assert world.submit(together(1)).status_code == 202, "they take nothing of its requests'"
+
+
 @pytest.mark.parametrize("is_announced", [True, False])
 def test_an_upload_ends_where_the_limit_is_whatever_it_says_of_its_length(world: World, is_announced: bool) -> None:
     world.limit(request_bytes=100_000)

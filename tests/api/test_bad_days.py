@@ -392,7 +392,7 @@ def test_uploads_under_way_hold_so_much_of_one_tenant_and_so_much_of_all(gateway
     def answer(who: str) -> tuple[int, str, Any]:
         """To one upload more, of a MiB."""
         told = gateway.http[who].post("/v1/models/m/requests", content=bytes(MIB))
-        return told.status_code, told.headers.get("retry-after", ""), told.json()["detail"]
+        return told.status_code, told.headers.get("retry-after", ""), told.json().get("detail", "")
 
     with contextlib.ExitStack() as stack:
         for who in ("vision", "vision"):  # what is announced counts

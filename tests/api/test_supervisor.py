@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from api.supervisor import SCRATCH_MIN_AGE_S, scratch
+from api.supervisor import SCRATCH_MIN_AGE_S, open_log, scratch
 
 
 def test_a_scratch_folder_is_this_users_alone_and_goes_with_its_block(tmp_path: Path) -> None:
@@ -31,3 +31,14 @@ def test_what_a_killed_service_left_goes_and_what_a_living_one_has_stays(tmp_pat
 def age(folder: Path) -> None:
     then = time.time() - 2 * SCRATCH_MIN_AGE_S
     os.utime(folder, (then, then))
+
+
+def test_logs_are_this_users_alone_also_those_of_an_older_version(tmp_path: Path) -> None:
+    old = tmp_path / "gateway.log"
+    old.write_text("before\n")
+    old.chmod(0o644)
+    for path in (old, tmp_path / "controller.log"):
+        with open_log(path) as log:
+            log.write(b"now\n")
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert old.read_text() == "before\nnow\n"

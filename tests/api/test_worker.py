@@ -160,3 +160,33 @@ def test_a_call_that_never_ends_is_refused_in_time_and_the_next_is_answered() ->
     sites, has_looked = calls.of(call(0), constants)
     assert [site.port for site in sites] == [Port.INPUT, Port.OUTPUT]
     assert not has_looked
+
+
+def test_a_large_graph_is_checked_apart_and_nobody_waits_for_it(world: World) -> None:
+    """A few hundred bytes may say a hundred thousand nodes."""
+    large = exponents(100_000)
+    assert len(b"".join(encode_request(large))) < 1_000
+
+    async def both() -> tuple[Verdict, list[Verdict]]:
+        first = asyncio.ensure_future(world.checking(large))
+        others = [await world.checking(read("model.layers.1")) for _ in range(3)]
+        assert not first.done(), "the others did not wait for it"
+        return await first, others
+
+    verdict, others = world.loop.run_until_complete(both())
+    assert verdict.error is None and len(json.loads(verdict.facts or b"")) == 100_002
+    assert all(other.error is None for other in others)
+
+
+def test_a_graph_beyond_the_limit_is_refused_with_the_number_and_the_limit(world: World) -> None:
+    file = b"".join(encode_request(exponents(100_000)))
+    assert file.count(b"[100000, ") + file.count(b"[100000,") == 1
+    error = world.refusal(file.replace(b"[100000,", b"[999999,"))
+    assert "1000001 nodes; at most 1000000" in error.message
+
+
+def exponents(count: int) -> Request:
+    nodes = [Op(name="exp", args=(Ref(NodeId(place)),), where=WHERE) for place in range(count)]
+    first = Read(site=Site(module="model.layers.2", port=Port.OUTPUT), invoke=0, where=WHERE)
+    last = Save(name="out", value=Ref(NodeId(count)), where=WHERE)
+    return Request(graph=Graph(nodes=(first, *nodes, last)), invokes=(Invoke(sequences=((1, 2, 3),)),), constants={})
