@@ -114,7 +114,7 @@ def test_nothing_is_lost_and_the_service_goes_on_by_itself(
     time.sleep(gone_s)
     server.start()
     ran = len(runner.ran)
-    wait_until(lambda: len(runner.ran) > ran + 10, 20)
+    wait_until(lambda: len(runner.ran) > ran + 10, 60)
     for client in clients:
         client.stop()
     wait_until(lambda: service.store.num_open("m") == 0, 30)

@@ -85,7 +85,7 @@ def test_ready_is_who_can_store_what_comes(service: GatewayService, tmp_path: Pa
     away = tmp_path / "away"
     objects.rename(away)
     objects.write_text("in the way")  # writing below it fails, as with a place that is gone
-    wait_until(lambda: service.http.get("/readyz").status_code == 503, 20)
+    wait_until(lambda: service.http.get("/readyz").status_code == 503, 60)
     assert httpx.get(f"{service.url}/healthz").status_code == 200
     objects.unlink()
     away.rename(objects)

@@ -98,7 +98,7 @@ def test_a_deployment_that_does_not_fit_says_what_it_waits_for_and_holds_nobody_
     def told() -> str:
         return str(service.http.post("/v1/models/huge/requests", content=body()).json()["detail"])
 
-    wait_until(lambda: "waits for room" in told(), 10, service)  # the gateway hears of it a moment later
+    wait_until(lambda: "waits for room" in told(), 60, service)  # the gateway hears of it a moment later
     assert all_answers(service) == calm
     ok(service, "remove", "huge")
     assert service.deployment("huge") == {}

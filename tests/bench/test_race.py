@@ -19,7 +19,7 @@ def test_every_contender_runs_once_a_round_and_once_before() -> None:
 
 
 def test_a_contender_that_takes_longer_has_a_ratio_above_one() -> None:
-    seconds = race({"slow": lambda: time.sleep(0.006), "fast": lambda: time.sleep(0.002)}, rounds=15)
+    seconds = race({"slow": lambda: time.sleep(0.03), "fast": lambda: time.sleep(0.01)}, rounds=15)
     slower = ratio(seconds["slow"], seconds["fast"])
     assert 1.5 < slower.low <= slower.median <= slower.high < 4.5
     assert slower.rounds == 15

@@ -132,7 +132,7 @@ def group_states() -> set[str]:
     return {group["state"] for group in placement_group_table().values()}
 
 
-def comes_true(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
+def comes_true(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
     until = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < until:
         time.sleep(0.1)

@@ -272,7 +272,7 @@ def test_a_loop_that_sleeps_uses_no_time(world: World, run: Callable[..., Dispat
     world.wait(world.submit(read_layer(1)))
     before = time.process_time()
     time.sleep(0.5)
-    assert time.process_time() - before < 0.1
+    assert time.process_time() - before < 0.25
 
 
 def test_what_the_loop_cannot_mend_ends_it(world: World) -> None:
