@@ -19,12 +19,12 @@ from api.served import Checker
 from api.server import GatewayServer, bind
 from api.settings import GatewaySettings
 from api.store import Store
-from api.worker import Verdict
+from api.worker import Answer, Verdict
 from cluster.requests import DeploymentState, Finished, Published
 from polytrace.certificate import Generated, Receipt, Token
 from polytrace.codec import to_json
 from polytrace.description import Limits, ModelDescription
-from polytrace.errors import PolytraceError
+from polytrace.errors import PolytraceError, WireError
 from polytrace.graph import Constant, Graph, Invoke, NodeId, Ref, Request, Save
 from polytrace.tensors import RawTensor
 from polytrace.wire import encode_request, result_header
@@ -111,6 +111,9 @@ class Agreeable:
     async def warm(self, model: str, version: str) -> None: ...
     async def check(self, model: str, version: str, path: Path, *, contents: Path, certify: bool) -> Verdict:
         return Verdict(facts=b"[]")
+
+    async def sites(self, model: str, version: str, asked: bytes) -> Answer:
+        return Answer(error=WireError("nothing can be visited here").to_fields())
 
     async def nearest(
         self, model: str, version: str, path: Path, *, contents: Path, most: Mapping[str, int]
