@@ -18,7 +18,7 @@ import pytest
 import torch
 from collectors import Collector, about
 from services import LAYER, PROMPT, SCALE, Service, answer, body, fresh_environment, make_model, wait_until
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import polytrace
 from api.store import RequestState, Store
@@ -260,11 +260,13 @@ def test_ctrl_c_while_it_starts_ends_it_at_once(model: Path, tmp_path: Path) -> 
 
 
 def test_a_model_that_cannot_be_loaded_is_told_and_nothing_stays(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+    config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config.save_pretrained(tmp_path / "empty")  # no weights
     service = Service(tmp_path / "empty", tmp_path)
     try:
         assert service.process.wait(timeout=120) == 1
-        assert "empty" in service.words()
+        told = (tmp_path / "serve.log").read_text()
+        assert "empty" in told and "--random-weights SEED" in told and "Traceback" not in told
         assert service.processes() == {}
     finally:
         service.kill_all()

@@ -102,6 +102,7 @@ def test_the_best_by_hand_gives_what_one_run_each_gives_and_notices_a_dropped_ed
         assert largest_difference(by_hand, without) > 100 * TOLERANCE
 
 
+@pytest.mark.wide
 def test_the_whole_benchmark_runs_is_right_and_can_be_recorded(folder: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(benchmark.config_for(folder, quick=True), pictures=str(tmp_path))
     figures = benchmark.run(config)

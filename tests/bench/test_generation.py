@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import pytest
+
 from bench import tinyworld
 from bench.cones.models import folder_of
 from bench.cones.workloads import shape_of
@@ -23,6 +25,7 @@ def test_the_batch_by_hand_gives_what_each_user_gets_alone() -> None:
     assert told[0] != told[1] != told[2] != told[0]
 
 
+@pytest.mark.wide
 def test_the_benchmark_of_generation_holds_all_tokens_against_each_other() -> None:
     figures = benchmark.run(benchmark.config_for(tinyworld.FOLDER, quick=True))
     assert benchmark.is_right(figures), benchmark.tell(figures)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from bench import loading
 from bench.loading import LoadingConfig
 
 
+@pytest.mark.wide
 def test_every_row_is_of_right_weights_and_tells_rates() -> None:
     threads = torch.get_num_threads()
     figures = loading.run(LoadingConfig(layers=2, hidden=128, vocabulary=256, file_size="300KB", rounds=1, threads=1))

@@ -171,7 +171,7 @@ def cluster() -> Iterator[None]:
 def running(cluster: None, source: str) -> Iterator[Running]:
     lines: list[str] = []
     deployment = Deployment(
-        DeploymentConfig(name="tiny", source=source, stages=2, ranks=2, device="cpu", hang_timeout_s=10)
+        DeploymentConfig(name="tiny", source=source, stages=2, ranks=2, device="cpu", hang_timeout_s=20)
     )
     description = deployment.start(lines.append)
     yield Running(source=source, deployment=deployment, description=description, lines=lines)
@@ -270,7 +270,7 @@ def test_a_shard_that_hangs_is_ended_and_comes_back_though_nobody_runs_a_pass(ru
     running.awake.clear()
     os.kill(pids[2], signal.SIGSTOP)
     assert running.awake.wait(90)
-    with pytest.raises(ServiceError, match="stage 1 rank 0 did not answer for 10 s and was ended"):
+    with pytest.raises(ServiceError, match="stage 1 rank 0 did not answer for 20 s and was ended"):
         list(running.shards.finished())
     running.deployment.recover()
     assert pids[2] not in running.deployment.process_ids()
