@@ -18,7 +18,7 @@ from bench.simulator.simulation import Run
 _COLORS = {"fair": "#2b5c8a", "fcfs": "#e58f4e", "one": "#a8323a"}
 _NAMES = {"fair": "fair (the product)", "fcfs": "first come, first served", "one": "one request at a time"}
 _TENANTS = ("#2b5c8a", "#e58f4e", "#5f8d4e")
-_POINTS = 2000  # of a line
+_POINTS = 600  # of a line
 
 
 def draw(path: Path, *, title: str, runs: Mapping[str, Run]) -> None:
@@ -49,7 +49,7 @@ def draw(path: Path, *, title: str, runs: Mapping[str, Run]) -> None:
                     right.plot(waits[keep], place[keep], style, color=_COLORS[name])
         middle.axhline(2.0, color="#9c978a", linewidth=0.9, linestyle="--")
         middle.set(yscale="log", xlabel="share of the run", ylabel="largest passes")
-        middle.set_title("gap between two backlogged tenants (dashed: the bound)", loc="left", fontsize=9)
+        middle.set_title("gap of two backlogged tenants (dashed: bound)", loc="left", fontsize=9)
         right.set(xscale="log", xlabel="seconds to the answer", ylabel="share of answers", ylim=(0, 1.02))
         right.set_title("a tenant's single traces (line), people (dots)", loc="left", fontsize=9)
         for axes in (left, middle, right):
