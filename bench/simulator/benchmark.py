@@ -117,7 +117,8 @@ def tell(found: Mapping[str, Any]) -> str:
         for kind, waits in own["latency_ms"].items():
             told = ", ".join(f"{key} {value / 1e3:,.1f}" for key, value in waits.items() if key != "p90")
             lines.append(f"  {kind:10} s: {told}")
-        lines.append(f"  the planner took {found['planner_ms_a_pass'][name]:.1f} ms a pass here (measured)")
+        planner_ms = found["planner_ms_a_pass"][name]
+        lines.append(f"  the planner took {planner_ms:.1f} ms of one core a pass here (measured)")
     return "\n".join(lines)
 
 

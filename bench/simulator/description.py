@@ -2,11 +2,12 @@
 
 The sites are those that `engine.probe` finds in the model on the meta device, placed by `engine.placing`. What gates
 find on real weights is taken to be what they find of every Llama: rows may be shared, bits do not depend on neighbours.
+Named weights (`W_Q`) are taken to be whole on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 from cluster.planning.roofline import stored_row_bytes
@@ -14,7 +15,7 @@ from engine.census import Census
 from engine.placing import describe_model
 from engine.probe import Probe, probe_model
 from engine.reports import GateReport, LeafReport
-from engine.splits import Style
+from engine.splits import Split, Style
 from polytrace.description import Leaf, Limits, ModelDescription, SiteInfo
 from polytrace.graph import Port
 from scheduling.policy import PassPolicy, wave_tokens
@@ -49,27 +50,27 @@ def describe(census: Census, *, name: str, stages: int, ranks: int, kept_bytes: 
 
 
 def _leaves(probe: Probe, census: Census, ranks: int) -> Iterator[LeafReport]:
+    splits = {split.module: split for split in census.splits(ranks)}
     for site in probe.sites:
         for leaf in site.leaves:
             yield LeafReport(
                 module=site.module,
                 port=site.port,
                 selector=leaf.selector,
-                local_tail=_local_tail(site, leaf, census, ranks),
+                local_tail=_local_tail(site, leaf, census, splits.get(site.module), ranks),
                 mutated=False,
                 refusal=None,
             )
 
 
-def _local_tail(site: SiteInfo, leaf: Leaf, census: Census, ranks: int) -> tuple[int, ...]:
+def _local_tail(site: SiteInfo, leaf: Leaf, census: Census, split: Split | None, ranks: int) -> tuple[int, ...]:
     """What a rank has of a leaf: its part of what split matrices give and take, of heads and of neurons."""
     if ranks == 1 or not leaf.tail or census.layout.layer_of(site.module) is None:
         return leaf.tail
-    styles: Mapping[str, Style] = {split.module: split.style for split in census.splits(ranks)}
-    style = styles.get(site.module)
-    is_of_matrix = (style, site.port) in ((Style.COLUMN, Port.OUTPUT), (Style.ROW, Port.INPUT))
-    if is_of_matrix or leaf.tail == (census.widest,):
-        return (leaf.tail[0] // ranks, *leaf.tail[1:])
+    if split is not None and (split.style, site.port) in ((Style.COLUMN, Port.OUTPUT), (Style.ROW, Port.INPUT)):
+        return (split.part.held(ranks), *leaf.tail[1:])
+    if leaf.tail == (census.widest,):
+        return (census.widest // ranks,)
     heads = (census.num_heads, census.num_kv_heads)
     dims = [dim for dim, size in enumerate(leaf.tail) if size in heads] if len(leaf.tail) == 2 or leaf.of_pairs else []
     if not dims:

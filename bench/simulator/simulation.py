@@ -49,7 +49,7 @@ class Run:
     members: int = 0  # of all passes
     tenants: int = 0  # of all passes: whose requests were in
     rows: int = 0  # of all passes, at the first layer
-    planner_s: float = 0.0  # real seconds that planning passes took here; it is no part of the simulated time
+    planner_s: float = 0.0  # seconds of this processor for planning passes; they are no part of the simulated time
 
 
 Tell = Callable[[str], None]
@@ -110,9 +110,9 @@ class Simulation:
             self._waiting.add(self._requests[self._arrived])
             self._arrived += 1
         self._claim()
-        began = time.perf_counter()
+        began = time.process_time()
         step(self._scheduler, self._stages)
-        self._stages.planner_s += time.perf_counter() - began
+        self._stages.planner_s += time.process_time() - began
         outcomes = self._scheduler.take_outcomes()
         for outcome in outcomes:
             self._end(outcome)
