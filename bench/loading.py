@@ -59,7 +59,7 @@ def run(config: LoadingConfig) -> dict[str, Any]:
         rows = []
         conditions: dict[str, Callable[[], object]] = {
             "warm": gc.collect,  # models are cyclic, and a race collects nothing
-            "evicted": lambda: _evict(files),
+            "evicted": lambda: forget(files),
         }
         for condition, before in conditions.items():
             seconds = race(contenders, rounds=config.rounds, before=before)
@@ -109,7 +109,8 @@ def _shard(folder: str, *, stages: int) -> LoadedModel:
     return load_model(ShardConfig(source=folder, stage=stages - 1, stages=stages), Solo())
 
 
-def _evict(files: list[Path]) -> None:
+def forget(files: list[Path]) -> None:
+    """Tells the kernel that nobody needs them."""
     gc.collect()
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
