@@ -183,7 +183,8 @@ class Gateway:
         """The deployments that the caller may use: what they are, how far, how many requests wait and run, and how each
         replica does.
 
-        `data` has the names of those that are ready, as OpenAI's clients read them.
+        `data` has the names of those that are ready, as OpenAI's clients read them. `is_draining`: none of them takes
+        requests now, because the whole service is drained or stops.
         """
         counts = await to_thread.run_sync(self._store.open_requests)
         models = []
@@ -203,7 +204,8 @@ class Gateway:
             for known in models
             if known["is_ready"]
         ]
-        return {"models": models, "object": "list", "data": ready}
+        is_draining = self._store.draining.now() is not None
+        return {"models": models, "object": "list", "data": ready, "is_draining": is_draining}
 
     async def deploy(self, name: str, wish: Deploy, request: Request) -> dict[str, Any]:
         """Serves a model under this name from now on, or again when it was drained or has failed. For operators."""
