@@ -316,13 +316,15 @@ class Gateway:
         return await self._followed(status, request)
 
     async def take_back(self, name: str, request: Request) -> Response:
-        """Cancels what was, or is about to be, accepted by the `Idempotency-Key`: its sender waits no more."""
+        """Cancels what was, or is about to be, accepted by the `Idempotency-Key`: its sender waits no more. Tells its
+        status; `id` is null when nothing has been accepted yet.
+        """
         if (key := key_of(request)) is None:
             raise UserError("say which submit by the Idempotency-Key that it was sent with")
         self._deployments.get(name, caller_of(request))
         self._returning.take_back(owner_of(request), key)  # before looking: it may be accepted just now
         known = await to_thread.run_sync(self._store.submitted, owner_of(request), key)
-        return Response(status_code=202) if known is None else await self.cancel(known[0], request)
+        return JSONResponse({"id": None}) if known is None else await self.cancel(known[0], request)
 
     async def status(
         self,
