@@ -190,7 +190,8 @@ class Gateway:
         """The deployments that the caller may use: what they are, how far, how many requests wait and run, and how each
         replica does.
 
-        `data` has the names of those that are ready, as OpenAI's clients read them.
+        `data` has the names of those that are ready, as OpenAI's clients read them. `is_draining`: none of them takes
+        requests now, because the whole service is drained or stops.
         """
         counts = await to_thread.run_sync(self._store.open_requests)
         models = []
@@ -210,7 +211,8 @@ class Gateway:
             for known in models
             if known["is_ready"]
         ]
-        return {"models": models, "object": "list", "data": ready}
+        is_draining = self._store.draining.now() is not None
+        return {"models": models, "object": "list", "data": ready, "is_draining": is_draining}
 
     async def deploy(self, name: str, wish: Deploy, request: Request) -> dict[str, Any]:
         """Serves a model under this name from now on, or again when it was drained or has failed. For operators."""
@@ -314,13 +316,15 @@ class Gateway:
             self._waiting.give_up(request_id, expected)
 
     async def take_back(self, name: str, request: Request) -> Response:
-        """Cancels what was, or is about to be, accepted by the `Idempotency-Key`: its sender waits no more."""
+        """Cancels what was, or is about to be, accepted by the `Idempotency-Key`: its sender waits no more. Tells its
+        status; `id` is null when nothing has been accepted yet.
+        """
         if (key := key_of(request)) is None:
             raise UserError("say which submit by the Idempotency-Key that it was sent with")
         self._deployments.get(name, caller_of(request))
         self._returning.take_back(owner_of(request), key)  # before looking: it may be accepted just now
         known = await to_thread.run_sync(self._store.submitted, owner_of(request), key)
-        return Response(status_code=202) if known is None else await self.cancel(known[0], request)
+        return JSONResponse({"id": None}) if known is None else await self.cancel(known[0], request)
 
     async def status(
         self,

@@ -140,6 +140,7 @@ def resume(url: Url = _HERE, key: Key = None) -> None:
     """Let a drained service take requests again."""
     with errors():
         Service(url, key).ask("DELETE", "/v1/drain")
+        print("the service takes requests")
 
 
 def remove(
@@ -190,7 +191,8 @@ def status(
         from rich.table import Table
 
         table = Table("model", "state", "what", "stages x ranks", "queued", "running")
-        for one in Service(address or url, key).deployments():
+        told_all = Service(address or url, key).ask("GET", "/v1/models")
+        for one in told_all["models"]:
             is_known = "class_name" in one
             told = _first_line(one["progress"])
             what = f"{one['class_name']}, {one['num_layers']} layers, {one['dtype']}" if is_known else told
@@ -203,6 +205,8 @@ def status(
                     own = "" if own == told and not is_known else own
                     table.add_row(f"  replica {each['number']}", each["state"], own, "", "", str(each["requests"]))
         Console().print(table)
+        if told_all.get("is_draining"):
+            print("The service is drained or stopping: it finishes what it has and takes no new requests.")
 
 
 def _drain_all(service: Service, wait: bool) -> None:

@@ -231,7 +231,10 @@ class Supervisor:
                 raise ServiceError(f"{name} did not start: {one.progress}")
             if self._told.get(name) != (one.state, one.progress):
                 self._told[name] = (one.state, one.progress)
-                self._report(one.progress if name == first else f"{name}, {one.state.value}: {one.progress}")
+                if name != first:
+                    self._report(f"{name}, {one.state.value}: {one.progress}")
+                elif one.progress != "starting":  # which has been said
+                    self._report(one.progress)
 
     def _is_ready(self) -> bool:
         """Whether it takes requests for what it was started for, or anything else, when it was started for nothing."""

@@ -192,7 +192,9 @@ def test_a_drained_service_takes_nothing_until_it_is_resumed(service: Service) -
     refused = service.http.post("/v1/models/tiny/requests", content=body())
     assert refused.status_code == 503 and refused.headers["retry-after"] == "30", refused.text
     assert service.http.get("/readyz").status_code == 503
+    assert "drained or stopping" in service.polytrace("status").stdout
     assert service.polytrace("resume").returncode == 0
+    assert "drained" not in service.polytrace("status").stdout
     assert service.is_ready() and answer(service, LAYER, PROMPT)
     acts = [one["act"] for one in service.http.get("/v1/audit").json()["entries"]]
     assert acts == ["service.resume", "service.drain"]
