@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
 from polytrace.description import ImageInfo, ModelDescription
 from polytrace.errors import GraphError
 from polytrace.graph import Invoke
 from polytrace.images import GRIDS, PIXELS, Image, image_of, images_of, is_image_row
-from polytrace.lines import user_line
 from polytrace.tensors import RawTensor
 
 
@@ -76,9 +74,3 @@ def hint_at_images(path: str, description: ModelDescription) -> str:
     if not any(path == part or path.startswith(f"{part}.") for part in parts):
         return ""
     return "; what sees images has no sites in shared passes: whole=True has the model as it is, with all of them"
-
-
-def check_no_images(pixel_values: Any, what: str) -> None:
-    """GraphError where images are given to what takes none."""
-    if pixel_values is not None:
-        raise GraphError(f"{what} take no images: write a trace of its own", where=user_line())

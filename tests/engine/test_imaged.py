@@ -160,6 +160,25 @@ def test_values_and_images_flow_between_invokes(imaged: Imaged) -> None:
     assert _close(patched, expected)
 
 
+def test_traces_of_a_session_have_their_images(imaged: Imaged) -> None:
+    with imaged.model.session():
+        with imaged.model.trace(PROMPT, pixel_values=imaged.photos[:1]):
+            last = imaged.model.model.language_model.layers[1].output[:, 2:6]
+        with imaged.model.trace({"input_ids": [PROMPT], "pixel_values": imaged.photos[1:2]}):  # a wave of its own
+            imaged.model.model.language_model.layers[0].output[:, 2:6] = last
+            patched = imaged.model.lm_head.output.save()
+    with imaged.model.trace(PROMPT, pixel_values=imaged.photos[:1]):
+        wanted = imaged.model.model.language_model.layers[1].output.save()
+
+    def put(value: Tensor) -> Tensor:
+        changed = value.clone()
+        changed[:, 2:6] = wanted[:, 2:6]
+        return changed
+
+    expected = _by_hand(imaged, imaged.photos[1], PROMPT, "model.language_model.layers.0", put)
+    assert _close(patched, expected)
+
+
 def test_a_gradient_at_rows_of_an_image_is_torchs(imaged: Imaged) -> None:
     photo = imaged.photos[:1]
     with imaged.model.trace(PROMPT, pixel_values=photo):
@@ -233,8 +252,8 @@ def test_what_is_not_there_is_refused_with_what_to_do(imaged: Imaged) -> None:
         model.trace([1, IMAGE, IMAGE, IMAGE], pixel_values=photos[:1])
     with pytest.raises(GraphError, match="whole=True"), model.trace(PROMPT, pixel_values=photos[:1]):
         model.model.vision_tower.output.save()
-    with pytest.raises(GraphError, match="take no images"), model.session():
-        model.trace(PROMPT, pixel_values=photos[:1])
+    with pytest.raises(GraphError, match="images to a trace of their own"):
+        list(model.map([{"input_ids": PROMPT, "pixel_values": photos[:1]}], dict))
     with pytest.raises(GraphError, match="kept on the service cannot be"):
         model.trace(PROMPT, pixel_values=_Kept(photos[:1]))
 
