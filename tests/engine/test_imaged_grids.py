@@ -194,6 +194,8 @@ def test_grids_travel_and_what_does_not_fit_them_is_refused(gridded: Gridded) ->
             model.trace({"input_ids": [prompt], "pixel_values": patches, "image_grid_thw": torch.tensor(grid)})
     with pytest.raises(GraphError, match=r"\[6\] of these images; the prompts have \[5\]"):
         model.trace({**_given(patches, WIDE), "input_ids": [[1, *[IMAGE] * 5, 3]]})
+    with pytest.raises(GraphError, match="no pixel_values_videos: a model that is called as it is"):
+        model.trace({**_given(patches), "pixel_values_videos": patches})
     with pytest.raises(GraphError, match="others between two images"):
         model.trace({**_given(patches, *SMALL), "input_ids": [[1, *[IMAGE] * 6, 3]]})
 
