@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 from polytrace.description import ImageInfo, ModelDescription
-from polytrace.errors import GraphError
+from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Invoke
 from polytrace.images import GRIDS, PIXELS, Image, image_of, images_of, is_image_row
-from polytrace.tensors import RawTensor
+from polytrace.tensors import RawTensor, num_bytes
 
 
 def check_image_rows(
@@ -22,9 +22,13 @@ def check_image_rows(
     if images is None or any(bool(image.grid) != bool(info.merge) for image in images):
         told = f"{PIXELS} and {GRIDS}" if info.merge else PIXELS
         raise GraphError(f"invoke {index}: prompts are given with {told} and nothing else")
+    limit = description.limits.max_value_bytes
     for image in images:
-        if (why := why_none(image, constants[image.constant], info)) is not None:
+        raw = constants[image.constant]
+        if (why := why_none(image, raw, info)) is not None:
             raise GraphError(f"invoke {index}: {why}")
+        if (size := num_bytes(raw.dtype, raw.shape)) > limit:
+            raise TooLargeError(f"invoke {index}: an image of {PIXELS} has {size} bytes; the limit is {limit}")
     found = [list(map(image_of, filter(is_image_row, sequence))) for sequence in invoke.sequences]
     wanted = [row for image in images for row in range(image.num_rows(info))]
     is_cut = any(rows and rows[0][1] != 0 for rows in found)
