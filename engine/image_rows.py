@@ -66,6 +66,7 @@ def _info_of_grids(model: nn.Module, known: dict[str, Any]) -> ImageInfo:
     if not isinstance(merge, int) or not matrices or not takes_grids(model):
         told = f"{type(model).__name__} does not tell how positions follow from an image's grid"
         raise ServiceError(f"{told}; {CALLED}")
+    # what patches attend to is not in it: that grows with the grid
     flops = merge**2 * sum(token_flops(module, root.config) for part in parts for module in part.modules())
     size = math.prod(matrices[0].shape[1:])  # what a patch is turned into features from
     return ImageInfo(rows=0, shape=(size,), flops=flops, merge=merge, **known)

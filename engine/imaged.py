@@ -31,7 +31,7 @@ def has_grids(kind: Any) -> bool:
 
 def image_shape(config: Any) -> tuple[int, int, int] | None:
     """Channels, height and width of the images that a model takes; None where it takes others too."""
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     size = getattr(vision, "image_size", None)
     sizes = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
     return (vision.num_channels, *sizes) if len(sizes) == 2 else None

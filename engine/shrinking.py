@@ -108,7 +108,7 @@ def shrink(config: Any, ranks: int, *, keeps_heads: bool = False) -> None:
 
 def shrink_seeing(config: Any) -> None:
     """Makes what sees images small in place, where a configuration has it: as many layers, which others may number."""
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     if vision is None:
         return
     vision.dtype = torch.float32

@@ -382,7 +382,7 @@ class Invoke:
     # Behind step 0, where a port is named that has what came before:
     before: int = 0  # positions before its first column, of the longest sequence
     pads: int = 0  # so many fewer the shortest has
-    inputs: Inputs | None = None  # of one call of a model that is called as it is
+    inputs: Inputs | None = None  # of one call of a model that is called as it is; else the images in its prompts
 
     @property
     def longest(self) -> int:

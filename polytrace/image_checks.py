@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
 from polytrace.description import ImageInfo, ModelDescription
-from polytrace.errors import GraphError
+from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Invoke
 from polytrace.images import GRIDS, PIXELS, Image, image_of, images_of, is_image_row
-from polytrace.lines import user_line
-from polytrace.tensors import RawTensor
+from polytrace.tensors import RawTensor, num_bytes
 
 
 def check_image_rows(
@@ -24,9 +22,13 @@ def check_image_rows(
     if images is None or any(bool(image.grid) != bool(info.merge) for image in images):
         told = f"{PIXELS} and {GRIDS}" if info.merge else PIXELS
         raise GraphError(f"invoke {index}: prompts are given with {told} and nothing else")
+    limit = description.limits.max_value_bytes
     for image in images:
-        if (why := why_none(image, constants[image.constant], info)) is not None:
+        raw = constants[image.constant]
+        if (why := why_none(image, raw, info)) is not None:
             raise GraphError(f"invoke {index}: {why}")
+        if (size := num_bytes(raw.dtype, raw.shape)) > limit:
+            raise TooLargeError(f"invoke {index}: an image of {PIXELS} has {size} bytes; the limit is {limit}")
     found = [list(map(image_of, filter(is_image_row, sequence))) for sequence in invoke.sequences]
     wanted = [row for image in images for row in range(image.num_rows(info))]
     is_cut = any(rows and rows[0][1] != 0 for rows in found)
@@ -76,9 +78,3 @@ def hint_at_images(path: str, description: ModelDescription) -> str:
     if not any(path == part or path.startswith(f"{part}.") for part in parts):
         return ""
     return "; what sees images has no sites in shared passes: whole=True has the model as it is, with all of them"
-
-
-def check_no_images(pixel_values: Any, what: str) -> None:
-    """GraphError where images are given to what takes none."""
-    if pixel_values is not None:
-        raise GraphError(f"{what} take no images: write a trace of its own", where=user_line())

@@ -13,11 +13,25 @@ from polytrace.errors import GraphError
 from polytrace.graph import Invoke
 from polytrace.image_checks import APART, are_apart, told_rows, why_none
 from polytrace.images import GRIDS, PIXELS, Image, image_row, inputs_of
+from polytrace.lines import user_line
 
 
 def images_among(prompts: Any) -> Mapping[str, Any]:
-    """What a processor has made of images, where its whole batch stands in the place of prompts."""
-    return {name: prompts[name] for name in (PIXELS, GRIDS) if name in prompts} if isinstance(prompts, Mapping) else {}
+    """What a processor has made of images, where its whole batch stands in the place of prompts.
+
+    Raises GraphError for what it has made of anything else, such as videos.
+    """
+    if not isinstance(prompts, Mapping):
+        return {}
+    given = {str(name): value for name, value in prompts.items() if value is not None}
+    others = [name for name in given if name not in (PIXELS, GRIDS) and any(word in name for word in _MEDIA)]
+    if others:
+        told = f"prompts have images beside them ({PIXELS}, {GRIDS}), and no {others[0]}"
+        raise GraphError(f"{told}: a model that is called as it is (whole=True) takes all arguments", where=user_line())
+    return {name: given[name] for name in (PIXELS, GRIDS) if name in given}
+
+
+_MEDIA = ("pixel", "image", "video", "audio", "features", "grid")  # in the names of arguments that are no text
 
 
 def with_images(

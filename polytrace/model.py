@@ -20,7 +20,6 @@ from polytrace.edits.sets import EditSet, KnownEdit, LocalShelf, Shelf, check_na
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Options, Sharing
-from polytrace.image_checks import check_no_images
 from polytrace.keywords import check_trace_keywords, taken_keywords
 from polytrace.kinds import Kind, value_kind
 from polytrace.lines import user_line
@@ -137,10 +136,17 @@ class Model(StandardModel):
             if not blocking:
                 told = "a trace in a session is part of its request: write model.session(blocking=False)"
                 raise GraphError(told, where=user_line())
-            check_no_images(pixel_values, "a session's traces")
             chosen = None if sharing is None else _sharing(sharing)
             return session.add_trace(
-                prompts, seed=seed, sharing=chosen, run=run, validate=validate, edits=sets, peek=peek, chat=chat
+                prompts,
+                seed=seed,
+                sharing=chosen,
+                run=run,
+                validate=validate,
+                edits=sets,
+                peek=peek,
+                chat=chat,
+                pixel_values=pixel_values,
             )
         tracer = Tracer(
             self,

@@ -10,6 +10,8 @@ from polytrace.chat import conversations_in, render
 from polytrace.description import ModelDescription
 from polytrace.errors import ContextError, GraphError
 from polytrace.graph import Invoke
+from polytrace.image_prompts import images_among
+from polytrace.images import PIXELS
 from polytrace.lines import user_line
 from polytrace.literals import scalar
 from polytrace.storage import is_recorded
@@ -30,12 +32,15 @@ class PromptBook:
         self._tokenizer = tokenizer  # asked for when the first text comes
         self._known: dict[Hashable, Invoke] = {}
 
-    def invoke(self, prompts: Any, chat: Mapping[str, Any] = MappingProxyType({})) -> Invoke:
+    def invoke(
+        self, prompts: Any, chat: Mapping[str, Any] = MappingProxyType({}), *, has_images: bool = False
+    ) -> Invoke:
         """Prompts as token ids: a string, strings, ids, lists of ids, or 1-D and 2-D integer tensors and arrays.
 
         Conversations too: a list of messages, or a list of such lists; `chat` is what `polytrace.chat` takes.
 
-        Raises GraphError for anything else, ContextError for a prompt beyond the model's context.
+        `has_images`: whoever asks takes the images of a processor's batch. Raises GraphError for anything else,
+        ContextError for a prompt beyond the model's context.
         """
         if is_recorded(prompts):
             raise GraphError(
@@ -43,6 +48,8 @@ class PromptBook:
                 "trace of its own after the block",
                 where=user_line(),
             )
+        if not has_images and images_among(prompts).get(PIXELS) is not None:
+            raise GraphError(f"prompts have no {PIXELS} here: give images to a trace of their own", where=user_line())
         key = _key(prompts)
         found = self._known.get(key) if key is not None else None
         if found is None:

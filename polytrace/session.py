@@ -59,6 +59,7 @@ class Session(Tracer):
         edits: Sequence[EditSet],
         peek: bool,
         chat: Mapping[str, Any] | None,
+        pixel_values: Any,
     ) -> SessionTrace:
         """What `model.trace(...)` is in the session. Raises GraphError for options that are not the session's."""
         own = self.options
@@ -76,7 +77,7 @@ class Session(Tracer):
                     f"as in model.session({name}={wanted!r})",
                     where=user_line(),
                 )
-        made = SessionTrace(self, prompts, edits, chat)
+        made = SessionTrace(self, prompts, edits, chat, pixel_values)
         self.traces.append(made)
         return made
 
@@ -133,11 +134,25 @@ class SessionTrace(Tracer):
     """`with model.trace(...)` in a session. Its receipt, once the session has ended, is that of the session."""
 
     def __init__(
-        self, session: Session, prompts: Any, edits: Sequence[EditSet], chat: Mapping[str, Any] | None
+        self,
+        session: Session,
+        prompts: Any,
+        edits: Sequence[EditSet],
+        chat: Mapping[str, Any] | None,
+        pixel_values: Any,
     ) -> None:
         self._session = session
         self._own: list[int] = []  # its invokes
-        super().__init__(session.model, prompts, session.options, True, chat=chat, home=session, edits=edits)
+        super().__init__(
+            session.model,
+            prompts,
+            session.options,
+            True,
+            chat=chat,
+            home=session,
+            edits=edits,
+            pixel_values=pixel_values,
+        )
 
     def built_request(self) -> Request:
         if self.request is None:

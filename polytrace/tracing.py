@@ -545,7 +545,7 @@ class Tracer:
         if chat and conversations_in(prompts) is None:
             raise GraphError("chat= is for conversations: lists of {'role', 'content'} messages", where=user_line())
         images = images_among(prompts) if pixel_values is None else {PIXELS: pixel_values}
-        invoke = self._prompts.invoke(prompts, self._chat if chat is None else chat)
+        invoke = self._prompts.invoke(prompts, self._chat if chat is None else chat, has_images=True)
         if images.get(PIXELS) is not None:
             invoke = with_images(invoke, images, self.model.description, self.recording.constants, user_line())
         self._invokes.append(self._goes_on(invoke))

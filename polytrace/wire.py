@@ -11,7 +11,8 @@ nodes}. What repeats stands once: each prompt (invokes have `sizes` prompts each
 and each form of node (`polytrace.nodes`). Constants that stand on the service are in "stored" instead of among the
 tensors: {name: [dtype, shape, hash or null, state or null]}; "keeps" are the saves that stay there: [[save, name, is a
 state, seconds], ...]. "generations" are the ways in which prompts go on, each once, and a column of the place of each
-invoke's among them, counted from 1. All three may miss. In a result's receipt `fired` is {"forms": [[site, kind, line],
+invoke's among them, counted from 1. All three may miss. A prompt has -1 where a row of an image is, and the invoke's
+"inputs" the images (`polytrace.image_holes`). In a result's receipt `fired` is {"forms": [[site, kind, line],
 ...], "order", "invokes", "passes"}: the form, the invoke and the passes of each, as columns (`polytrace.folding`), of a
 generation "steps" and "of_steps" too. A content is a file with one tensor.
 """

@@ -25,7 +25,8 @@ def image_flops(program: Program, description: ModelDescription) -> int:
 
 def image_bytes(program: Program, description: ModelDescription) -> int:
     """Of the rows of all images of a pass, and of the pixels of one, on the first stage."""
-    info, passes = description.images, _of_passes(program)
+    info = description.images
+    passes = [] if info is None else _of_passes(program)
     if info is None or not any(passes):
         return 0
     rows = max(sum(image.num_rows(info) for image in images) for images in passes)

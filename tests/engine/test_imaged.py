@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from model_kinds import KINDS
 from processes import ProcessBackend, ProcessShards
+from seeing import IMAGE, PROMPT, ROWS, TEXT, Imaged
 from torch import Tensor, nn
 
-import polytrace
+from engine.census import Census
 from engine.image_proofs import prove_images
 from engine.links import Solo
-from engine.loading import ShardConfig, load_model
-from polytrace.contents import digest_of
-from polytrace.errors import GraphError, ServiceError, WireError
-from polytrace.graph import Request
+from engine.loading import ShardConfig, load_model, meta_model
+from polytrace.errors import GraphError, ServiceError
 from polytrace.model import Model
-from polytrace.tensors import RawTensor
-from polytrace.wire import decode_request, encode_request
 
 TOLERANCE = 1e-5  # of max(1, max|plain|), float32
-IMAGE, ROWS = 63, 4
 GRIDS = [(2, 1), (2, 2)]  # stages and ranks
 LANGUAGE = ("model.language_model.embed_tokens.", "model.language_model.", "lm_head.")
-TEXT = [5, 9, 2, 7]
-PROMPT = [1, 2, *[IMAGE] * ROWS, 3, 4, 5]
-
-
-class Imaged:
-    def __init__(self, folder: Path) -> None:
-        self.plain: Any = KINDS["llava"]()[0]
-        self.folder = str(folder)
-        self.plain.save_pretrained(folder)
-        self.model: Any = polytrace.load(self.folder, whole=False, threads=1)
-        generator = torch.Generator().manual_seed(1)
-        self.photos = torch.randn(3, 3, 8, 8, generator=generator)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +141,25 @@ def test_values_and_images_flow_between_invokes(imaged: Imaged) -> None:
     assert _close(patched, expected)
 
 
+def test_traces_of_a_session_have_their_images(imaged: Imaged) -> None:
+    with imaged.model.session():
+        with imaged.model.trace(PROMPT, pixel_values=imaged.photos[:1]):
+            last = imaged.model.model.language_model.layers[1].output[:, 2:6]
+        with imaged.model.trace({"input_ids": [PROMPT], "pixel_values": imaged.photos[1:2]}):  # a wave of its own
+            imaged.model.model.language_model.layers[0].output[:, 2:6] = last
+            patched = imaged.model.lm_head.output.save()
+    with imaged.model.trace(PROMPT, pixel_values=imaged.photos[:1]):
+        wanted = imaged.model.model.language_model.layers[1].output.save()
+
+    def put(value: Tensor) -> Tensor:
+        changed = value.clone()
+        changed[:, 2:6] = wanted[:, 2:6]
+        return changed
+
+    expected = _by_hand(imaged, imaged.photos[1], PROMPT, "model.language_model.layers.0", put)
+    assert _close(patched, expected)
+
+
 def test_a_gradient_at_rows_of_an_image_is_torchs(imaged: Imaged) -> None:
     photo = imaged.photos[:1]
     with imaged.model.trace(PROMPT, pixel_values=photo):
@@ -233,8 +233,8 @@ def test_what_is_not_there_is_refused_with_what_to_do(imaged: Imaged) -> None:
         model.trace([1, IMAGE, IMAGE, IMAGE], pixel_values=photos[:1])
     with pytest.raises(GraphError, match="whole=True"), model.trace(PROMPT, pixel_values=photos[:1]):
         model.model.vision_tower.output.save()
-    with pytest.raises(GraphError, match="take no images"), model.session():
-        model.trace(PROMPT, pixel_values=photos[:1])
+    with pytest.raises(GraphError, match="images to a trace of their own"):
+        list(model.map([{"input_ids": PROMPT, "pixel_values": photos[:1]}], dict))
     with pytest.raises(GraphError, match="kept on the service cannot be"):
         model.trace(PROMPT, pixel_values=_Kept(photos[:1]))
 
@@ -248,85 +248,6 @@ class _Kept:
         self.shape, self.dtype = value.shape, value.dtype
 
 
-def _recorded(imaged: Imaged, photos: Tensor, prompts: Any = PROMPT) -> Any:
-    with imaged.model.trace(prompts, pixel_values=photos, run=False) as tracer:
-        imaged.model.lm_head.output[:, -1].save()
-    return tracer.built_request()
-
-
-def test_images_travel_and_what_tells_them_apart_is_made_of_what_came(imaged: Imaged) -> None:
-    prompts = [PROMPT, [6, *[IMAGE] * ROWS, 8, *[IMAGE] * ROWS]]
-    sent = _recorded(imaged, imaged.photos, prompts)
-    written = b"".join(encode_request(sent))
-    came = decode_request(written)
-    assert came.invokes == sent.invokes and len({*sent.invokes[0].sequences[1]}) == 2 + 2 * ROWS
-    # nothing in the file says what an image is but the image: other pixels are another one
-    start = written.index(imaged.photos[0].numpy().tobytes())
-    other = decode_request(written[:start] + imaged.photos[0].neg().numpy().tobytes() + written[start + 4 * 3 * 64 :])
-    assert other.invokes[0].sequences[0][2] != sent.invokes[0].sequences[0][2]
-    assert other.invokes[0].sequences[1] == sent.invokes[0].sequences[1]
-    # one that the service has is known by the hash that it was taken in with
-    stored = {
-        name: replace(raw, digest=digest_of(raw.dtype, raw.shape, raw.data)) for name, raw in sent.constants.items()
-    }
-    parts = encode_request(replace(sent, constants=stored), stored=stored)
-    assert decode_request(b"".join(parts)).invokes == sent.invokes
-
-
-def _tampered(sent: Request, change: Callable[[dict[str, Any]], None]) -> bytes:
-    written = b"".join(encode_request(sent))
-    size = int.from_bytes(written[:8], "little")
-    header = json.loads(written[8 : 8 + size])
-    body = json.loads(header["__metadata__"]["request"])
-    change(body)
-    header["__metadata__"]["request"] = json.dumps(body)
-    told = json.dumps(header).encode()
-    return len(told).to_bytes(8, "little") + told + written[8 + size :]
-
-
-def test_a_file_whose_images_do_not_fit_its_prompts_is_refused(imaged: Imaged) -> None:
-    sent = _recorded(imaged, imaged.photos[:1])
-
-    def lack_one(body: dict[str, Any]) -> None:
-        body["prompts"][0].remove(-1)
-
-    def have_none(body: dict[str, Any]) -> None:
-        del body["inputs"]
-
-    def have_two(body: dict[str, Any]) -> None:
-        (images,) = body["inputs"][0][1]["pixel_values"].values()
-        images *= 3
-
-    def claim(body: dict[str, Any]) -> None:
-        body["prompts"][0][2] = sent.invokes[0].sequences[0][2]
-
-    for change, told in ((have_none, "no images"), (have_two, "4 rows of 3 images"), (claim, "not an integer")):
-        with pytest.raises(WireError, match=told):
-            decode_request(_tampered(sent, change))
-    backend = imaged.model.backend
-    with pytest.raises(GraphError, match=r"4 tokens 63 in a prompt, and these have \[3\] for 1"):
-        backend.compile(decode_request(_tampered(sent, lack_one)))
-    for pixels in (torch.zeros(3, 8, 9), torch.zeros(3, 8, 8, dtype=torch.int32)):
-        (name,) = sent.constants
-        raw = RawTensor(
-            dtype=str(pixels.dtype)[6:], shape=tuple(pixels.shape), data=memoryview(pixels.numpy().tobytes())
-        )
-        with pytest.raises(GraphError, match=r"floats \[images, 3, 8, 8\]"):
-            backend.compile(decode_request(b"".join(encode_request(replace(sent, constants={name: raw})))))
-
-
-def test_a_certificate_has_what_images_cost_and_equal_ones_once(imaged: Imaged) -> None:
-    info = imaged.model.description.images
-    one, other = (
-        imaged.model.backend.validate(_recorded(imaged, photos, [PROMPT] * len(photos)))
-        for photos in (imaged.photos[:1], imaged.photos[:2])
-    )
-    twice = imaged.model.backend.validate(_recorded(imaged, imaged.photos[[0, 0]], [PROMPT] * 2))
-    assert info.flops > 2 * ROWS * 3 * 16 * 16  # the patches' own
-    assert one.op_flops - info.flops == other.op_flops - 2 * info.flops == twice.op_flops - info.flops
-    assert other.row_bytes - twice.row_bytes >= info.rows * imaged.model.description.hidden_bytes
-
-
 def test_the_first_stage_alone_has_what_sees_images(imaged: Imaged) -> None:
     stages = [load_model(ShardConfig(source=imaged.folder, stage=stage, stages=2), Solo()) for stage in range(2)]
     whole = imaged.plain.state_dict()
@@ -338,6 +259,9 @@ def test_the_first_stage_alone_has_what_sees_images(imaged: Imaged) -> None:
     assert all(layout.home(name, 2) == 0 for name in seeing)
     parts = [{id(whole[name]): whole[name].nbytes for name in own} for own in names]
     assert [loaded.weight_bytes for loaded in stages] == [sum(own.values()) for own in parts]
+    census = Census(meta_model(imaged.folder))  # what plans of hardware count
+    census.check(2, 1)
+    assert [share.weight_bytes for share in census.shares(2, 1)] == [loaded.weight_bytes for loaded in stages]
     # what decides where stages are cut has it too
     sizes = {prefix: sum(whole[name].nbytes for name in whole if name.startswith(prefix)) for prefix in LANGUAGE}
     assert layout.shares[0] > (sum(whole[name].nbytes for name in seeing) + sizes[LANGUAGE[0]]) / sum(

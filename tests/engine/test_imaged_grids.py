@@ -194,12 +194,15 @@ def test_grids_travel_and_what_does_not_fit_them_is_refused(gridded: Gridded) ->
             model.trace({"input_ids": [prompt], "pixel_values": patches, "image_grid_thw": torch.tensor(grid)})
     with pytest.raises(GraphError, match=r"\[6\] of these images; the prompts have \[5\]"):
         model.trace({**_given(patches, WIDE), "input_ids": [[1, *[IMAGE] * 5, 3]]})
+    with pytest.raises(GraphError, match="no pixel_values_videos: a model that is called as it is"):
+        model.trace({**_given(patches), "pixel_values_videos": patches})
     with pytest.raises(GraphError, match="others between two images"):
         model.trace({**_given(patches, *SMALL), "input_ids": [[1, *[IMAGE] * 6, 3]]})
 
 
-def test_a_tiny_twin_proves_the_family_before_a_service_takes_it(gridded: Gridded, tmp_path: Path) -> None:
-    prove_images(gridded.folder)
-    qwen3_vl().save_pretrained(tmp_path)  # which adds features of images to several layers
+def test_a_tiny_twin_proves_the_family_before_a_service_takes_it(tmp_path: Path) -> None:
+    qwen2_5_vl().config.save_pretrained(tmp_path / "known")
+    prove_images(str(tmp_path / "known"))
+    qwen3_vl().save_pretrained(tmp_path / "other")  # which adds features of images to several layers
     with pytest.raises(ServiceError, match=r"other logits in shared passes.*whole=True"):
-        prove_images(str(tmp_path))
+        prove_images(str(tmp_path / "other"))
