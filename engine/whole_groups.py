@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -62,8 +62,8 @@ class CallGroups:
                     alone(part.turn, part.state)
                 else:
                     groups.setdefault(part.key, []).append(part)
-            for key, parts in groups.items():
-                self._run_group(parts, self.verdicts[key])
+            for parts in groups.values():
+                self._run_group(parts)
 
     def take_merged(self) -> tuple[tuple[RequestId, ...], ...]:
         """The calls that went as one since it was asked before, by their requests."""
@@ -74,43 +74,36 @@ class CallGroups:
         """The calls of a wave, those that may go as one together."""
         pending: list[_Part] = []
         for turn in turns_of(member.program, member.wave):
-            calls = [state.arguments(invoke) for invoke in turn.invokes] if not state.has_failed else []
-            part = _Part.of(state, [turn], self._key(turn, state, calls) if calls else None)
+            part = _Part(state, (turn,), *self._judged(turn, state), turn)
             if pending and (part.key is None or part.key != pending[0].key or len(pending) == MOST_CALLS):
-                yield _Part.of(state, [one.turn for one in pending], pending[0].key)
+                yield _together(pending)
                 pending = []
             if part.key is None:
                 yield part
             else:
                 pending.append(part)
         if pending:
-            yield _Part.of(state, [one.turn for one in pending], pending[0].key)
+            yield _together(pending)
 
-    def _key(self, turn: Turn, state: CallState, calls: Sequence[Called]) -> Hashable | None:
-        """What calls that go together have in common; None of one that goes as it is."""
-        if len(turn.invokes) != 1:
-            return None  # they wait for each other
-        key = repr(state.structure(turn.invokes[0])), likeness(calls[0])
-        verdict = self.verdicts.get(key)
+    def _judged(self, turn: Turn, state: CallState) -> tuple[Hashable, Verdict | None]:
+        """What calls that go together have in common, and what is known of them; None of one that goes as it is."""
+        if len(turn.invokes) != 1 or state.has_failed:
+            return None, None  # where there are several they wait for each other
+        try:
+            called = state.arguments(turn.invokes[0])
+            key = repr(state.structure(turn.invokes[0])), likeness(called)
+        except Exception:  # noqa: BLE001  whatever is wrong with what it is given, it says so when it runs
+            return None, None
+        verdict = self.verdicts.get(key) or self._tried(state, turn.invokes[0], called)
         if verdict is None:
-            verdict = self._judged(state, turn.invokes[0], calls[0])
-            if verdict is None:
-                return None
-            self.verdicts[key] = verdict
-            if len(self.verdicts) > _MOST_VERDICTS:
-                self.verdicts.popitem(last=False)
+            return None, None
+        self.verdicts[key] = verdict
         self.verdicts.move_to_end(key)
-        if verdict.refusal is not None:
-            return None
-        for fragment in turn.fragments:
-            for node in map(state.program.graph.nodes.__getitem__, fragment.nodes):
-                if isinstance(node, (Read, Write)):
-                    spot = (node.site.module, node.site.port, node.site.visit), node.site.selector
-                    if spot not in verdict.rows or (isinstance(node, Write) and verdict.rows[spot] is None):
-                        return None
-        return key
+        if len(self.verdicts) > _MOST_VERDICTS:
+            self.verdicts.popitem(last=False)
+        return (key, verdict) if verdict.refusal is None and _has_rows(turn, state, verdict.rows) else (None, None)
 
-    def _judged(self, state: CallState, invoke: int, called: Called) -> Verdict | None:
+    def _tried(self, state: CallState, invoke: int, called: Called) -> Verdict | None:
         inputs = state.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
         # What is seen of one call says nothing of another where values decide.
@@ -118,8 +111,10 @@ class CallGroups:
             return Verdict(refusal="what a call visits depends on values")
         return judge(self._model, called, self._device)
 
-    def _run_group(self, parts: Sequence[_Part], verdict: Verdict) -> None:
+    def _run_group(self, parts: Sequence[_Part]) -> None:
         """Runs all of them, as many as may go at a time."""
+        verdict = parts[0].verdict
+        assert verdict is not None, "they have a key"
         calls = sum(part.num_calls for part in parts)
         if calls > 1:
             first = parts[0]
@@ -246,12 +241,9 @@ class _Part:
 
     state: CallState
     turns: tuple[Turn, ...]
-    key: Hashable | None  # None: as they are
+    key: Hashable  # None: as they are
+    verdict: Verdict | None  # of calls with a key
     turn: Turn  # all of them
-
-    @classmethod
-    def of(cls, state: CallState, turns: Sequence[Turn], key: Hashable | None) -> _Part:
-        return cls(state, tuple(turns), key, joined(turns, state.program))
 
     @property
     def num_calls(self) -> int:
@@ -267,7 +259,25 @@ class _Part:
         if self.num_calls <= most:
             return [self]
         starts = range(0, len(self.turns), most)
-        return [_Part.of(self.state, self.turns[start : start + most], self.key) for start in starts]
+        some = [self.turns[start : start + most] for start in starts]
+        return [replace(self, turns=turns, turn=joined(turns, self.state.program)) for turns in some]
+
+
+def _together(parts: Sequence[_Part]) -> _Part:
+    """Calls of one key, one after another."""
+    turns = tuple([turn for part in parts for turn in part.turns])
+    return replace(parts[0], turns=turns, turn=joined(turns, parts[0].state.program))
+
+
+def _has_rows(turn: Turn, state: CallState, rows: Rows) -> bool:
+    """Whether all that is read and written is of the call's own rows, or is read and the same for all."""
+    for fragment in turn.fragments:
+        for node in map(state.program.graph.nodes.__getitem__, fragment.nodes):
+            if isinstance(node, (Read, Write)):
+                spot = (node.site.module, node.site.port, node.site.visit), node.site.selector
+                if spot not in rows or (isinstance(node, Write) and rows[spot] is None):
+                    return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

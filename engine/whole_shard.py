@@ -137,7 +137,10 @@ class WholeShard:
     def _run_waves(self, waves: Sequence[tuple[Member, CallState]]) -> None:
         alone = waves
         if self.merging is not None:
-            self.merging.run([each for each in waves if _is_plain(each[0])], self._run_turn)
+            merging = [each for each in waves if _is_plain(each[0])]
+            self.merging.run(merging, self._run_turn)
+            for member, state in merging:
+                state.end_wave(member.program.waves[member.wave])
             alone = [each for each in waves if not _is_plain(each[0])]
         for member, state in alone:
             self._run_wave(member, state)

@@ -47,7 +47,7 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
         assert model.validate(tracer).result_bytes == read.nbytes + result.nbytes
         _, gradients = plain_gradients(plain, path, call, double, 0.5, (1,))
         vector = torch.zeros(seen.shape[-1], requires_grad=True)
-        with model.trace(**call):
+        with model.trace(**call) as asked:
             got, own = layer.input, layer.output
             own[:] = 2 * own + vector
             loss = (model.output.logits * weights_of(wanted, 1)).sum()
@@ -55,6 +55,7 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
                 back = [got.grad.save(), own.grad.clone().save()]
                 own.grad *= 0.5
             loss.backward()
+        assert model.validate(asked).tape_bytes == asked.receipt.tape_bytes > read.nbytes
         with pytest.raises(GraphError, match=r"does not take these arguments.*\(test_any_model_over_http.py:\d+\)"):
             model.trace(pixel_values=torch.ones(3, 3))
         wait_until(lambda: service.is_ready("vit"), 240, service)

@@ -264,6 +264,32 @@ def test_calls_of_one_trace_are_one_call_also_where_values_go_from_one_to_the_ne
         close(saved[number][1], wanted)
 
 
+def test_later_waves_of_several_requests_are_one_call_too() -> None:
+    plain, _, _, _ = KINDS["vit"]()
+    model, backend = merging_model(plain)
+    pairs = [(torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)) for _ in range(3)]
+    tracers = []
+    for clean, corrupt in pairs:
+        with model.trace(run=False) as tracer:
+            with tracer.invoke(pixel_values=clean):
+                late = model.vit.layers[1].output[:, 0]
+            with tracer.invoke(pixel_values=corrupt):
+                model.vit.layers[0].output[:, 0] = late
+                model.output.logits.save()
+        tracers.append(tracer)
+    outcomes = backend.run_together([backend.compile(one.built_request()) for one in tracers])
+    for (clean, corrupt), tracer, outcome in zip(pairs, tracers, outcomes, strict=True):
+        assert outcome.receipt is not None
+        assert [entry.calls_merged for entry in outcome.receipt.passes] == [6, 3]  # what is changed is read before
+        late, _ = plain_run(plain, "vit.layers.1", {"pixel_values": clean})
+
+        def put(tensor: Tensor, late: Tensor = late) -> None:
+            tensor[:, 0] = late[:, 0]
+
+        _, wanted = plain_run(plain, "vit.layers.0", {"pixel_values": corrupt}, put)
+        close(values_in_order(tracer, outcome.values)[0], wanted)
+
+
 def test_calls_of_other_shapes_go_with_their_like_and_gradients_alone() -> None:
     plain = seeded(lambda: Plain(nn.Linear(32, 32)))
     model, backend = merging_model(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from model_kinds import DIFFUSION, KINDS, Looped, seeded
 from torch import Tensor, nn
 
 from engine.whole_local import WholeBackend
+from polytrace.errors import TooLargeError
 from polytrace.whole_model import WholeModel
 from scheduling.policy import PassPolicy
 from scheduling.scheduler import Scheduler
+from scheduling.whole import taped
 
 MOST = 1.1  # times what is held may the certificate say
 
@@ -89,6 +92,10 @@ def test_where_values_decide_the_call_itself_is_measured() -> None:
         hidden.grad.save()
     held, told = held_and_told(backend, tracer)
     assert 0 < held == told
+    program, limits = backend.compile(tracer.built_request()), backend.description.limits
+    assert taped(program, told, replace(limits, tape_bytes=told)).tape_bytes == told
+    with pytest.raises(TooLargeError, match=rf"keep {told:,} bytes; the limit is {told - 1:,}: ask for"):
+        taped(program, told, replace(limits, tape_bytes=told - 1))
 
 
 def test_several_calls_and_losses_are_counted_together() -> None:
