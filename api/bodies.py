@@ -13,6 +13,7 @@ from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import problem, refused
@@ -37,9 +38,8 @@ class LimitedBodies:
         self._idle_s = idle_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _is_encoded(scope):
-            told = "a body comes as it is: Content-Encoding is not taken"
-            await refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, told)(scope, receive, send)
+        if scope["type"] == "http" and (refusal := _refusal(scope)) is not None:
+            await refusal(scope, receive, send)
             return
         if scope["type"] != "http" or _OWN.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
@@ -69,9 +69,12 @@ class LimitedBodies:
         await self._app(scope, limited, send)
 
 
-def _is_encoded(scope: Scope) -> bool:
-    """Whether a body says that it is compressed: a few bytes could be any number."""
-    return any(
-        name == b"content-encoding" and value.strip().lower() not in (b"", b"identity")
-        for name, value in scope["headers"]
-    )
+def _refusal(scope: Scope) -> JSONResponse | None:
+    """Of what no route takes."""
+    if "\0" in scope["path"] or b"%00" in scope["query_string"] or b"\0" in scope["query_string"]:
+        return refused(HTTPStatus.BAD_REQUEST, "no name has a NUL in it, and no database takes one")
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            told = "a body comes as it is: Content-Encoding is not taken"  # a few bytes could be any number
+            return refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, told)
+    return None

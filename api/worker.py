@@ -19,19 +19,29 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api import log_lines
 from api.alike import MAX_BYTES, Remembered, is_remembered, likeness
 from api.contents import NOTHING, Needs, needs_of
 from api.limits import NO_DEMAND, Demand, demand_of
-from polytrace.errors import GraphError, MissingError, PolytraceError, ServiceError, WireError, from_fields
+from polytrace.errors import (
+    GraphError,
+    MissingError,
+    PolytraceError,
+    ServiceError,
+    TooLargeError,
+    WireError,
+    from_fields,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +56,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LARGE_NODES = 5_000  # of graphs that are checked apart, one after another: each takes a second or a hundred
+LONGEST_S = 300.0  # of one check
+NEAREST_S = 20.0  # of a search for what would fit, which ends itself between two tries
 _log = logging.getLogger(__name__)
 
 
@@ -311,7 +323,7 @@ def _nearest(model: str, version: str, path: str, contents: str, most: Mapping[s
         found.append(nearest(description, meta, Path(path), Path(contents), most, _worker.calls.get(model)))
         return Verdict()
 
-    _answered(model, version, judge)
+    _answered(model, version, judge, NEAREST_S)
     return found[0] if found else None
 
 
@@ -379,10 +391,39 @@ def _check_edits(model: str, version: str, path: str) -> Verdict:
     return _answered(model, version, lambda description, meta: _verdict_of_edits(description, Path(path)))
 
 
-def _answered(model: str, version: str, judge: Callable[[ModelDescription, nn.Module], Verdict]) -> Verdict:
+class _TooLongError(BaseException):
+    """Goes through whoever handles errors of a program."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raises TooLargeError when the block takes longer. Where there are no signals, in other threads, it may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _TooLongError:
+        raise TooLargeError(f"checking the request takes longer than {seconds:g} s; send it in parts") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _answered(
+    model: str, version: str, judge: Callable[[ModelDescription, nn.Module], Verdict], longest_s: float = LONGEST_S
+) -> Verdict:
     assert _worker is not None
     try:
-        return judge(*_worker.load(model, version))
+        loaded = _worker.load(model, version)
+        with within(longest_s):
+            return judge(*loaded)
     except PolytraceError as error:
         return Verdict(error=error.to_fields())
     except Exception as error:  # noqa: BLE001  the edge of the process: record and answer

@@ -121,3 +121,13 @@ def test_of_no_question_the_checks_break(service: GatewayService) -> None:
             assert 400 <= answer.status_code < 500, answer.text
 
     asked()
+
+
+@pytest.mark.parametrize(
+    "told", ["[" * 100_000, '{"a":' * 100_000, '{"a":' * 900 + "1" + "}" * 900, "9" * 100_000, "NaN"]
+)
+def test_deep_nesting_of_a_question_is_the_callers_mistake(service: GatewayService, told: str) -> None:
+    for question in (told, f'{{"inputs": {told}}}', f'{{"args": [{told}], "kwargs": {{"a": {told}}}}}'):
+        answer = service.http.post("/v1/models/m/sites", content=question)
+        assert answer.status_code in (400, 422), answer.text
+        assert len(answer.content) < 2_000

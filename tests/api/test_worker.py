@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from api.checked_calls import CheckedCalls
 from api.store import Store
-from api.worker import CheckerPool, Verdict
+from api.worker import CheckerPool, Verdict, within
 from cluster.requests import DeploymentState, Published
 from engine.local import LocalBackend
 from polytrace.certificate import Certificate
@@ -183,6 +184,21 @@ def test_a_graph_beyond_the_limit_is_refused_with_the_number_and_the_limit(world
     assert file.count(b"[100000, ") + file.count(b"[100000,") == 1
     error = world.refusal(file.replace(b"[100000,", b"[999999,"))
     assert "1000001 nodes; at most 1000000" in error.message
+
+
+def test_a_check_that_takes_too_long_is_ended_whatever_the_program_handles() -> None:
+    def endless() -> None:
+        while True:
+            try:
+                time.sleep(0.001)
+            except Exception:  # noqa: BLE001  as one that looks at users' operations does
+                continue
+
+    with pytest.raises(TooLargeError, match=r"takes longer than 0\.05 s"), within(0.05):
+        endless()
+    with within(0.05):
+        pass
+    time.sleep(0.1)  # nothing rings later
 
 
 def exponents(count: int) -> Request:

@@ -140,12 +140,10 @@ def test_of_a_broken_request_nothing_else_comes_out(file: bytes) -> None:
 @search
 @given(st.sampled_from(SEEDS).flatmap(broken_files), st.sampled_from(["result", "content", "edits", "request"]))
 def test_of_a_file_of_another_kind_nothing_else_comes_out(file: bytes, kind: str) -> None:
-    other = file.replace(b'"request":', b'"' + kind.encode() + b'":', 1)
-    file = (
-        struct.pack("<Q", struct.unpack("<Q", file[:8])[0] + len(other) - len(file)) + other[8:]
-        if len(file) > 8
-        else b""
-    )
+    length, rest = file[:8], file[8:].replace(b'"request":', b'"' + kind.encode() + b'":', 1)
+    if len(length) == 8:
+        grown = (int.from_bytes(length, "little") + 8 + len(rest) - len(file)) % (1 << 64)
+        file = struct.pack("<Q", grown) + rest
     told_or_taken(lambda: decode_result(file))
     told_or_taken(lambda: decode_content(file))
     told_or_taken(lambda: decode_edits(file, "name", max_nodes=MAX_NODES))
