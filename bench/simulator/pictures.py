@@ -61,7 +61,7 @@ def draw(path: Path, *, title: str, runs: Mapping[str, Run]) -> None:
         middle.legend(frameon=False, loc="upper left", fontsize=8)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        figure.savefig(path, dpi=110)
         pyplot.close(figure)
 
 

@@ -1,8 +1,8 @@
 """Who goes first: as the product has it, or as what it is held against.
 
 Both baselines have the product's scheduler, packer and pass sizes. `fcfs` takes requests and fills passes in the order
-of arrival, whoever's they are. `one` has one request in memory and one pass in flight: what a service does that runs
-requests one after another.
+of arrival, whoever's they are; it has 256 in memory, and so keeps nearer to that order than with more. `one` has one
+request in memory and one pass in flight: what a service does that runs requests one after another.
 """
 
 from __future__ import annotations
@@ -67,6 +67,6 @@ class Policy:
 
 POLICIES: Mapping[str, Policy] = {
     "fair": Policy(is_fair=True),
-    "fcfs": Policy(is_fair=False),
+    "fcfs": Policy(is_fair=False, max_active=256),
     "one": Policy(is_fair=False, is_alone=True, max_active=1, pass_policy=PassPolicy(max_members=1)),
 }
