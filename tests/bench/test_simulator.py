@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
+from families import model_of
 
 from bench.simulator.books import Books
 from bench.simulator.deployment import SimulatedDeployment
+from bench.simulator.description import describe
 from bench.simulator.experiments import EXPERIMENTS
 from bench.simulator.figures import figures
 from bench.simulator.policies import POLICIES
@@ -20,6 +23,7 @@ from bench.simulator.stages import Clock, SimulatedStages
 from cluster.planning.hardware import hardware_of
 from cluster.planning.planner import census_of
 from cluster.planning.roofline import Roofline
+from engine.local import LocalBackend
 from scheduling.plan import RequestId
 from scheduling.policy import PassPolicy
 from scheduling.scheduler import Scheduler
@@ -35,6 +39,19 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> SimulatedDeployment:
     config |= {"num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps(config))
     return SimulatedDeployment(model=str(folder), stages=2, ranks=2, nodes=1)
+
+
+def test_sites_are_described_as_a_loaded_model_describes_them(tmp_path: Path) -> None:
+    """But for gradients, which are not simulated."""
+    model_of("llama").save_pretrained(tmp_path)
+    backend = LocalBackend(str(tmp_path), threads=1)
+    described = describe(census_of(str(tmp_path)), name="tiny", stages=1, ranks=1, kept_bytes=1 << 30)
+    real = backend.describe()
+    backend.close()
+    assert len(real.sites) > 50
+    for ours, theirs in zip(described.sites, real.sites, strict=True):
+        leaves = tuple(replace(leaf, gradient_refusal=None) for leaf in theirs.leaves)
+        assert ours == replace(theirs, leaves=leaves)
 
 
 def several(tenant: str, experiment: str, length: int, count: int, at: float = 0.0) -> list[Asked]:

@@ -15,8 +15,6 @@ from programs import difference, find
 from torch import Tensor
 from width import wide
 
-from bench.simulator.description import describe
-from cluster.planning.planner import census_of
 from engine.local import LocalBackend
 from polytrace.model import Model
 from scheduling.scheduler import PassPolicy
@@ -51,17 +49,6 @@ def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         Model(LocalBackend(str(folder), threads=1)),
     )
     shards.close()
-
-
-def test_the_simulators_description_has_the_sites_of_real_shards(deployed: Any) -> None:
-    """What `bench.simulator` describes without weights is what shards that have them report."""
-    family, ranks, model, _ = deployed
-    if family not in ("qwen3", "mistral"):
-        pytest.skip("it simulates models like Llama")
-    backend = model.backend
-    described = describe(census_of(backend.source), name="tiny", stages=1, ranks=ranks, kept_bytes=1 << 30)
-    assert described.sites == backend.describe().sites
-    assert described.key_value_bytes == backend.describe().key_value_bytes
 
 
 def _layer(model: Any, family: str) -> Any:
