@@ -348,7 +348,8 @@ class Deployment:
         starting = [index for index in range(self.config.num_shards) if index not in self._answering]
         calls = [self._gang.actors[index].ping.remote() for index in starting]
         for count in range(1, len(calls) + 1):
-            ray.wait(calls, num_returns=count)
+            while len(ray.wait(calls, num_returns=count, timeout=_LOOK_S)[0]) < count:
+                self._await_room(report)  # of a node that was gone when they were placed Ray hears a moment later
             report(f"{count} of {len(calls)} shard processes are up")
         for index, call in zip(starting, calls, strict=True):
             try:
