@@ -2,7 +2,7 @@
 
 Each is recorded through the client and worked out once a length, as a service does it. A tenant's request is then the
 same program over tokens of its own (`Worked.of`): who is before whom, what forks where and what is carried do not
-depend on which tokens these are.
+depend on which tokens these are, as long as prompts that differ there differ here.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Worked:
     places: tuple[tuple[int, ...], ...]  # by invoke: which of them
 
     def of(self, request: RequestId, tokens: Sequence[int], tenant: str, *, is_interactive: bool) -> Program:
-        """The request with that id; `tokens[t]` stands for the program's token t."""
+        """The request with that id; `tokens[t]` stands for the program's token t, and the last is none of the others."""
         own = [tuple(map(tokens.__getitem__, sequence)) for sequence in self.distinct]
         invokes = tuple(
             [

@@ -22,6 +22,7 @@ from scheduling.loop import step
 from scheduling.plan import Plan, Program, RequestId
 from scheduling.scheduler import Outcome, Scheduler
 
+_NOWHERE = 0  # a token that the text has nowhere: prompts that differ in it differ
 TEXT_TOKENS = 1 << 20  # of the text that all prompts are parts of
 
 
@@ -83,7 +84,7 @@ class Simulation:
         self._arrived = 0
         vocabulary = deployment.description.vocab_size
         rng = Random(seed)
-        self._text = [rng.randrange(vocabulary) for _ in range(TEXT_TOKENS + 8192)]
+        self._text = [rng.randrange(_NOWHERE + 1, vocabulary) for _ in range(TEXT_TOKENS + 8192)]
         self._begins = {tenant: rng.randrange(TEXT_TOKENS) for tenant in tenants}  # of what its prompts have in common
         self._tell, self._told = tell, time.monotonic()
 
@@ -140,7 +141,8 @@ class Simulation:
     def _program(self, one: Asked) -> Program:
         worked = self._deployment.worked[one.experiment][one.length]
         begin, text = self._begins[one.tenant], self._text
-        tokens = [*text[begin : begin + worked.shared], *text[one.place + worked.shared : one.place + one.length + 1]]
+        own = text[one.place + worked.shared : one.place + one.length]
+        tokens = [*text[begin : begin + worked.shared], *own, _NOWHERE]
         return worked.of(
             RequestId(f"{one.tenant}.{one.number}"),
             tokens,
