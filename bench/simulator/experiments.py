@@ -123,7 +123,7 @@ class Worked:
     places: tuple[tuple[int, ...], ...]  # by invoke: which of them
 
     def of(self, request: RequestId, tokens: Sequence[int], tenant: str, *, is_interactive: bool) -> Program:
-        """The request with that id; `tokens[t]` stands for the program's token t, and the last is none of the others."""
+        """The request with that id. `tokens[t]` stands for the program's token t; the last is none of the others."""
         own = [tuple(map(tokens.__getitem__, sequence)) for sequence in self.distinct]
         invokes = tuple(
             [
