@@ -15,7 +15,7 @@ from cluster.kept_shares import KeptShares
 from cluster.requests import Claimed, ControllerStore, DeploymentState, Divide, Finished
 from cluster.shares import Share, Shares
 from polytrace.errors import RunError
-from scheduling.fair_choice import FairChoice
+from scheduling.fair_choice import FairChoice, by_tenant
 from scheduling.plan import RequestId
 from scheduling.policy import FirstComeFirstServed
 from tests.scheduling.test_fair import BUDGET, Piece
@@ -32,6 +32,9 @@ class Backlog:
     def claim(self, model: str, limit: int, divide: Divide) -> list[Claimed]:
         given = divide(sorted(self._sizes), limit) if limit > 0 else {}
         return [self._one(tenant) for tenant, most in given.items() for _ in range(most)]
+
+    def now(self) -> float:
+        return 0.0
 
     def weights(self) -> dict[str, float]:
         return {}
@@ -79,9 +82,10 @@ class Copy:
         for one in self._share.claim("m", 1000):
             self._waiting[Piece(one.tenant, one.work)] = one.request
         waiting = list(self._waiting)
-        chosen = FirstComeFirstServed(256).choose(self._choice.ordered(waiting), 16, BUDGET)
-        chosen = self._choice.trimmed(chosen, waiting)
-        self._choice.went(chosen, waiting)
+        tenants = by_tenant(waiting)
+        chosen = FirstComeFirstServed(256).choose(self._choice.ordered(waiting, tenants), 16, BUDGET)
+        chosen = self._choice.trimmed(chosen, tenants)
+        self._choice.went(chosen, tenants)
         rows: dict[str, int] = defaultdict(int)
         for piece, _ in chosen:
             rows[piece.tenant] += piece.num_rows
@@ -156,8 +160,9 @@ def test_who_was_ahead_before_a_restart_waits_until_the_other_has_caught_up(stor
         choice, waiting = FairChoice(fair.fair, None), [Piece(name, BUDGET) for name in ("greedy", "modest") * 6]
         went = []
         for _ in range(6):
-            chosen = FirstComeFirstServed(256).choose(choice.ordered(waiting), 16, BUDGET)
-            choice.went(chosen, waiting)
+            tenants = by_tenant(waiting)
+            chosen = FirstComeFirstServed(256).choose(choice.ordered(waiting, tenants), 16, BUDGET)
+            choice.went(chosen, tenants)
             for piece, _ in chosen:
                 went.append(piece.tenant)
                 waiting.remove(piece)
