@@ -2,8 +2,10 @@
 
 What a verdict says of a request with one prompt follows from its graph, the length of the prompt, and its constants: of
 those that are floating point from their dtypes and shapes alone. So a sweep over prompts, vectors or seeds is worked
-out once; with several prompts it matters which of their tokens are equal, and nothing is remembered. Nor is it of a
+out once. With several prompts it matters which of their tokens are equal, and nothing is remembered. Nor is it of a
 graph whose shapes may follow from values (`engine.known`), nor where anything stands on the service or goes on.
+
+Each owner's are remembered apart, so the time that a check takes tells nobody what others ask.
 
 Owns what "like" is. The file itself, and the tokens, are checked each time.
 """
@@ -36,8 +38,11 @@ class Likeness:
     tokens: tuple[int, ...]
 
 
-def likeness(model: str, version: str, content: bytes) -> Likeness | None:
-    """None where a verdict may follow from more than what is compared. Raises WireError as decoding does."""
+def likeness(model: str, version: str, owner: str, content: bytes) -> Likeness | None:
+    """Of an owner's request. None where a verdict may follow from more than what is compared.
+
+    Raises WireError as decoding does.
+    """
     body, tensors = decode_tensors(content, "request")
     if not isinstance(body, dict) or body.keys() & {"stored", "keeps", "generations", "inputs"}:
         return None
@@ -51,7 +56,7 @@ def likeness(model: str, version: str, content: bytes) -> Likeness | None:
         return None
     rest = {name: value for name, value in body.items() if name not in ("prompts", "seed")}
     constants = [[name, raw.dtype, raw.shape, *_told(raw)] for name, raw in tensors.items()]
-    text = json.dumps([model, version, rest, len(tokens), constants])
+    text = json.dumps([model, version, owner, rest, len(tokens), constants])
     return Likeness(blake2b(text.encode(), digest_size=32).digest(), tuple(tokens))
 
 

@@ -1,7 +1,7 @@
 """A store moves from its folder to PostgreSQL and a place of objects, with everything in it.
 
 Owns the order: first the files, then all rows in one transaction, so a copy that breaks off leaves an empty store. The
-folder is only read. Nobody else may have either store open.
+folder is only read, but for results that a crash left in its database alone. Nobody else may have either store open.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def copy_store(source: Store, target: Store, report: Callable[[str], None]) -> C
     for table in ("requests", "deployments", "contents", "kept", "edits", "users", "keys"):
         if target.database.rows(f"SELECT 1 FROM {table} LIMIT 1"):
             raise ConflictError(f"the database to copy to is not empty: it has {table}")
+    source.restore_fresh()
     files = 0 if target.objects is None else _copy_files(source, target, report)
     rows = 0
     with target.database.transaction() as db:
@@ -68,7 +69,9 @@ def _copy_files(source: Store, target: Store, report: Callable[[str], None]) -> 
 
 def _tables(database: Database) -> list[str]:
     rows = database.rows("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
-    return [name for (name,) in rows if name != "alembic_version" and not name.startswith("sqlite_")]
+    return [
+        name for (name,) in rows if name not in ("alembic_version", "fresh_results") and not name.startswith("sqlite_")
+    ]
 
 
 def _copy_table(source: Database, target: Transaction, table: str) -> int:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.admission import Admission
 from api.callers import caller_of, owner_of
 from api.edits import MAX_BYTES
 from api.served import Checker, Deployments
@@ -33,12 +34,14 @@ class EditRoutes:
         settings: GatewaySettings,
         checker: Checker,
         deployments: Deployments,
+        admission: Admission,
     ) -> None:
         self._store = store
         self._kept = store.edits
         self._settings = settings
         self._checker = checker
         self._deployments = deployments
+        self._admission = admission
 
     def add_to(self, router: APIRouter) -> None:
         router.add_api_route("/models/{name}/edits", self.known)
@@ -65,14 +68,16 @@ class EditRoutes:
         """Keeps another version of an edit."""
         served = self._deployments.get(name, caller_of(request))
         check_name(edit)
+        terms = await self._admission.ask(caller_of(request), name)
         upload = self._store.new_id()
-        path = self._store.request_path(upload)
+        path, room = self._store.request_path(upload), self._admission.uploads.of(terms.tenant, upload)
         try:
-            await receive(request, path, max_bytes=MAX_BYTES, idle_s=self._settings.upload_idle_s)
+            await receive(request, path, max_bytes=MAX_BYTES, idle_s=self._settings.upload_idle_s, room=room)
             verdict = await self._checker.check_edits(name, served.version, path)
             verdict.raise_error()
             version = await to_thread.run_sync(self._put, name, owner_of(request), edit, path, shared)
         finally:
+            room.release()
             self._store.discard(upload)
         return JSONResponse({"name": edit, "version": version}, status_code=201)
 

@@ -63,7 +63,11 @@ class FreshResults:
         """Writes the files again that a crash may have lost. Only while nobody else has the store open."""
         for (request,) in self._db.rows("SELECT id FROM fresh_results"):
             ((content,),) = self._db.rows("SELECT content FROM fresh_results WHERE id = ?", (request,))
-            self._results.write(RequestId(request), bytes(content))
+            try:
+                self._results.write(RequestId(request), bytes(content))
+            except OSError as error:
+                _log.warning("the result of %s stays in the database for now: %s", request, error)
+                return
         self.settle()
 
     def close(self) -> None:

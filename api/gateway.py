@@ -80,7 +80,6 @@ from scheduling.plan import RequestId
 MEDIA_TYPE = "application/vnd.safetensors"
 SMALL_BYTES = 256 << 10
 LOADING_S = 2.0  # that a call waits for a request whose deployment is being loaded, before it tells how far that is
-CLIENT_GONE = 499  # of answers that nobody hears: for the log
 
 
 class Gateway:
@@ -99,7 +98,7 @@ class Gateway:
         self._readiness = Readiness(store)
         self._waiting = Waiting(store)
         self._admission = Admission(store, settings, checker)
-        self._edits = EditRoutes(store, settings, checker, self._deployments)
+        self._edits = EditRoutes(store, settings, checker, self._deployments, self._admission)
         self._streams = Streams(store, self._waiting)
         self._cancelling: set[asyncio.Task[None]] = set()
         self._returning = Returning(lambda request: cancel_soon(store, request, self._cancelling))
@@ -265,7 +264,7 @@ class Gateway:
             verdict = await self._admission.checked(request_id, served, caller, terms, certify=True)
             certificate = await self._admission.certificate(request_id, served, caller, terms, verdict)
         except ClientDisconnect:
-            return Response(status_code=CLIENT_GONE)
+            return problems.left()
         finally:
             self._store.discard(request_id)
         return Response(certificate, media_type="application/json")
@@ -277,7 +276,7 @@ class Gateway:
         try:
             asked = await request.body()  # at most MAX_QUESTION_BYTES (`api.bodies`)
         except ClientDisconnect:
-            return Response(status_code=CLIENT_GONE)
+            return problems.left()
         answer = await self._checker.sites(name, served.version, asked)
         if answer.error is not None:
             raise from_fields(answer.error)
@@ -304,7 +303,7 @@ class Gateway:
                 verdict = await checked
         except ClientDisconnect:
             self._store.discard(request_id)
-            return Response(status_code=CLIENT_GONE)
+            return problems.left()
         except BaseException:
             self._store.discard(request_id)
             raise
@@ -321,10 +320,12 @@ class Gateway:
         """
         if (key := key_of(request)) is None:
             raise UserError("say which submit by the Idempotency-Key that it was sent with")
-        self._deployments.get(name, caller_of(request))
         self._returning.take_back(owner_of(request), key)  # before looking: it may be accepted just now
         known = await to_thread.run_sync(self._store.submitted, owner_of(request), key)
-        return JSONResponse({"id": None}) if known is None else await self.cancel(known[0], request)
+        if known is not None:
+            return await self.cancel(known[0], request)
+        self._deployments.get(name, caller_of(request))
+        return JSONResponse({"id": None})
 
     async def status(
         self,
@@ -369,7 +370,7 @@ class Gateway:
         loop.add_reader(events_bell.listen(), self._on_events_bell)
         self._deployments.ring()
         self._checker.start()
-        with contextlib.suppress(AwayError):
+        with contextlib.suppress(AwayError):  # else each is secured when somebody is told of it
             await to_thread.run_sync(self._store.keep_open)
         with contextlib.suppress(AwayError):  # their room is given back another time
             self._store.contents.give_up_uploads()
@@ -489,7 +490,7 @@ class Gateway:
         finally:
             if returning is not None:
                 returning.go(status.id, has_heard=waited is not None)
-        return Response(status_code=CLIENT_GONE) if waited is None else await self._answer(waited)
+        return problems.left() if waited is None else await self._answer(waited)
 
     def _preferred_wait(self, request: Request) -> float:
         """Seconds of `Prefer: wait=N` (RFC 7240), at most what the settings allow; 0 when there is none."""

@@ -18,7 +18,8 @@ from pathlib import Path
 from starlette.requests import Request
 
 from api.database import Transaction
-from polytrace.errors import ConflictError, UserError, WireError
+from api.uploads import Pace
+from polytrace.errors import ConflictError, UserError
 from scheduling.plan import RequestId
 
 HEADER = "Idempotency-Key"
@@ -79,14 +80,11 @@ async def check_same(known: Submit, model: str, request: Request, *, idle_s: flo
     """Reads the call's body and keeps nothing of it. Raises ConflictError when it is not what was accepted."""
     expected = int(known.digest.partition("-")[0])
     digest = _begun(model)
-    num_bytes = 0
+    pace = Pace(idle_s)
     chunks = aiter(request.stream())
     while True:
-        try:
-            chunk = await asyncio.wait_for(anext(chunks, None), idle_s)
-        except TimeoutError:
-            raise WireError(f"the upload fell silent for {idle_s:g} s after {num_bytes} bytes") from None
-        num_bytes += len(chunk or b"")
+        chunk = await pace.next(anext(chunks, None))
+        num_bytes = pace.came(len(chunk or b""))
         if num_bytes > expected:
             raise _other(known.key)
         if chunk is None:

@@ -20,6 +20,7 @@ from api.metrics import Metrics
 from api.otlp import Attributes
 from api.refusals import Refusals
 from api.store import Store
+from polytrace.errors import ServiceError
 from scheduling.plan import RequestId
 
 _log = logging.getLogger(__name__)
@@ -67,12 +68,17 @@ class MeasuredCalls:
                 status = message["status"]
             await send(message)
 
+        failure: str | None = None
         try:
             await self._app(scope, receive, sent)
+        except Exception:
+            failure = ServiceError.code  # what nobody foresaw is answered further out
+            status = HTTPStatus.INTERNAL_SERVER_ERROR if status == _NOT_BEGUN else status
+            raise
         finally:
             route = str(getattr(scope.get("route"), "path", "none"))
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            seconds, code = time.perf_counter() - began, scope.get("state", {}).get("error_code")
+            seconds, code = time.perf_counter() - began, scope.get("state", {}).get("error_code") or failure
             self._tally.observe(figures.HTTP, route, method, str(status), value=seconds)
             if status == HTTPStatus.FORBIDDEN and (caller := scope.get("state", {}).get("caller")) is not None:
                 self._refusals.note(caller, f"{method} {scope['path'][:150]}")

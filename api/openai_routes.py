@@ -19,6 +19,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api import problems
 from api.admission import Admission
 from api.away import AwayError
 from api.callers import caller_of
@@ -40,7 +41,6 @@ from polytrace.errors import CapacityError, PolytraceError, ServiceError, from_f
 from polytrace.tokenizer import load_tokenizer
 from scheduling.plan import RequestId
 
-CLIENT_GONE = 499
 _DONE = "data: [DONE]\n\n"
 _DOC: dict[int | str, dict[str, Any]] = RESPONSES | {
     200: {
@@ -114,8 +114,10 @@ class OpenAIRoutes:
             if submit is not None:
                 self._returning.go(request_id, has_heard=status is not None)
         if status is None:
-            return Response(status_code=CLIENT_GONE)
+            return problems.left()
         if (error := _error_of(status)) is not None:
+            if submit is None and not status.state.is_final:
+                cancel_soon(self._store, request_id, self._cancelling)  # nobody can ask for it again
             raise error
         whole = await to_thread.run_sync(lambda: answer.whole(self._tokens(request_id)))
         return JSONResponse(whole, headers=headers)

@@ -15,6 +15,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
 from polytrace.errors import (
     CancelledError,
@@ -34,6 +36,7 @@ from polytrace.errors import (
     WireError,
 )
 
+_CLIENT_GONE = 499
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 2
 MAX_MISTAKES = 10  # of one call that are told
@@ -107,6 +110,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(PolytraceError, _on_ours)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(ClientDisconnect, _on_left)
     app.add_exception_handler(Exception, _on_unforeseen)
 
 
@@ -121,6 +125,15 @@ def answer_to(request: Request, error: PolytraceError) -> JSONResponse:
     """What one of our own errors makes of a call."""
     request.state.error_code = error.code  # for the metrics
     return problem(error)
+
+
+def left() -> Response:
+    """To a caller who has gone: for the log."""
+    return Response(status_code=_CLIENT_GONE)
+
+
+async def _on_left(request: Request, error: Exception) -> Response:
+    return left()
 
 
 async def _on_ours(request: Request, error: Exception) -> JSONResponse:

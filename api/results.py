@@ -114,7 +114,10 @@ class FileResults:
             sync(self.path(request))
 
     def write(self, request: RequestId, content: bytes) -> None:
-        """Writes a whole result again; `sync` follows."""
+        """Writes a whole result again, unless it is there; `sync` follows."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.path(request).read_bytes() == content:
+                return
         with open(os.open(self.path(request), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(content)
 

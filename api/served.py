@@ -149,7 +149,8 @@ class Deployments:
                     for name, one in self._served.items()
                     if name in ready and one.revision == known[name].revision
                 }
-                for name in ready - self._served.keys():
+                # those that run first: a start of the gateway takes in all that requests may load as well
+                for name in sorted(ready - self._served.keys(), key=lambda name: known[name].state not in _RUNNING):
                     await self._take_in(name, known[name].revision)
         finally:
             self._refresh = None

@@ -10,11 +10,11 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.problems import answer_to
+from api.problems import answer_to, left
 from polytrace.errors import PolytraceError
 
 _SUBMIT = re.compile(r"/v1/models/([^/]+)/requests")
@@ -52,4 +52,6 @@ class ShortWay:
             response = await self._submit(found[1], request)
         except PolytraceError as error:
             response = answer_to(request, error)
+        except ClientDisconnect:
+            response = left()
         await response(scope, receive, send)

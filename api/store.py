@@ -68,7 +68,7 @@ from api.telling import Ended, tell_end, tell_ended, tell_pass
 from api.tenants import Tenants
 from api.usage import Usage
 from cluster.config import Heat, Mode
-from cluster.requests import Claimed, Divide, Finished, LeftBehind, PassFigures, Place, ResultPlace
+from cluster.requests import Claimed, Divide, Finished, LeftBehind, PassFigures, Place, ResultPlace, is_whole
 from polytrace.certificate import LimitLine
 from polytrace.errors import (
     CancelledError,
@@ -178,6 +178,7 @@ class Store(Catalogue):
         self._fresh: FreshResults | None = None
         if isinstance(self.results, FileResults):
             self._fresh = FreshResults(opened, self.results, self._syncers)
+        self._are_open_kept = False  # whether all that this process found are on the disk
         self._unkept: set[RequestId] = set()  # requests that were accepted here and may not be on the disk yet
 
     def hold(self) -> bool:
@@ -254,43 +255,48 @@ class Store(Catalogue):
         terms = terms or Terms(tenant=caller.tenant, model=model)
         queues = Queues(max_open=max_open, max_open_of_tenant=max_open_of_tenant or max_open)
         now = self.now()
-        with self._db.transaction(is_durable=False) as db:
-            if submit is not None:
-                idempotency.check_new(db, caller.owner, submit)
-            self.draining.check()
-            if submit is not None:
-                idempotency.note(db, caller.owner, submit, request)
-            mode = db.execute("SELECT mode, heat FROM deployments WHERE model = ?", (model,)).fetchone()
-            if mode is None:
-                raise NotFoundError(f"there is no model {model} here any more")
-            check_taking(model, Mode(mode[0]))
-            is_start = mode[1] != "hot" and starting.wake(db, terms, caller, now)
-            quotas.check_queues(db, terms, queues, now)
-            quotas.check(db, terms, demand, now, result_ttl_s=result_ttl_s)
-            (seq,) = db.execute(
-                "INSERT INTO requests "
-                "(id, model, owner, tenant, user_name, is_interactive, tokens, result_bytes, state, created, work) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?) RETURNING seq",
-                (
-                    request,
-                    model,
-                    caller.owner,
-                    caller.tenant,
-                    caller.user,
-                    int(is_interactive),
-                    demand.tokens,
-                    demand.stored_bytes,  # until it has ended
-                    now,
-                    max(1, work),
-                ),
-            ).fetchone()
-            if not needs.is_empty:
-                self.contents.use(db, request, seq, caller.owner, needs)
-            db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
+        self._unkept.add(request)  # before anybody can find it by its key
+        try:
+            with self._db.transaction(is_durable=False) as db:
+                if submit is not None:
+                    idempotency.check_new(db, caller.owner, submit)
+                self.draining.check()
+                if submit is not None:
+                    idempotency.note(db, caller.owner, submit, request)
+                mode = db.execute("SELECT mode, heat FROM deployments WHERE model = ?", (model,)).fetchone()
+                if mode is None:
+                    raise NotFoundError(f"there is no model {model} here any more")
+                check_taking(model, Mode(mode[0]))
+                is_start = mode[1] != "hot" and starting.wake(db, terms, caller, now)
+                quotas.check_queues(db, terms, queues, now)
+                quotas.check(db, terms, demand, now, result_ttl_s=result_ttl_s)
+                (seq,) = db.execute(
+                    "INSERT INTO requests "
+                    "(id, model, owner, tenant, user_name, is_interactive, tokens, result_bytes, state, created, work) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?) RETURNING seq",
+                    (
+                        request,
+                        model,
+                        caller.owner,
+                        caller.tenant,
+                        caller.user,
+                        int(is_interactive),
+                        demand.tokens,
+                        demand.stored_bytes,  # until it has ended
+                        now,
+                        max(1, work),
+                    ),
+                ).fetchone()
+                if not needs.is_empty:
+                    self.contents.use(db, request, seq, caller.owner, needs)
+                db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
+        except BaseException as error:
+            if not (isinstance(error, AwayError) and error.may_be_done):
+                self._unkept.discard(request)
+            raise
         if is_kept:
             self._db.settle()
-        else:
-            self._unkept.add(request)
+            self._unkept.discard(request)
         self._put.discard(request)
         self.tally.count(figures.ACCEPTED, model, class_of(is_interactive))
         if is_start:
@@ -311,10 +317,11 @@ class Store(Catalogue):
         )
 
     def secure(self, request: RequestId) -> None:
-        """The request is on the disk, unless it has ended: then its end is."""
-        if request in self._unkept:
-            with contextlib.suppress(FileNotFoundError):
-                self.sync_request(request)
+        """The request is on the disk; or its end is."""
+        if request in self._unkept or not self._are_open_kept:
+            if self.objects is None:  # else it was put there already
+                with contextlib.suppress(FileNotFoundError):
+                    self.sync_request(request)
             self._db.settle()
             self._unkept.discard(request)
 
@@ -329,6 +336,7 @@ class Store(Catalogue):
             list(self._syncers.map(self._sync_if_there, [RequestId(row[0]) for row in rows]))
             sync(self._requests)
         self._db.settle()
+        self._are_open_kept = True
 
     def submitted(self, owner: str, key: str) -> tuple[RequestId, Submit] | None:
         """The request that an owner's key stands for."""
@@ -446,8 +454,9 @@ class Store(Catalogue):
 
         Only at the start, while nobody else has the store open.
         """
-        if self._fresh is not None:
-            self._fresh.restore()
+        self.restore_fresh()
+        if self.objects is None:
+            self._forget_torn()
         is_open = {row[0] for row in self._db.rows("SELECT id FROM requests WHERE state IN ('queued', 'running')")}
         is_done = {row[0] for row in self._db.rows("SELECT id FROM requests WHERE state = 'done'")}
         stale = [path for path in self._requests.iterdir() if path.stem not in is_open]
@@ -456,6 +465,19 @@ class Store(Catalogue):
             path.unlink(missing_ok=True)
         self.contents.sweep()
         return len(stale) + self.events.sweep(is_open | is_done) + self._sweep_objects(is_open, is_done)
+
+    def restore_fresh(self) -> None:
+        """Results that ended just before a crash are in their files. Only while nobody else has the store open."""
+        if self._fresh is not None:
+            self._fresh.restore()
+
+    def _forget_torn(self) -> None:
+        """Keys of requests that nobody was told of, whose files a crash took: sent again they are new ones."""
+        query = "SELECT request FROM idempotency JOIN requests ON id = request WHERE state IN ('queued', 'running')"
+        torn = [row for row in self._db.rows(query) if not is_whole(self.request_path(RequestId(row[0])))]
+        if torn:
+            with self._db.transaction() as db:
+                db.executemany("DELETE FROM idempotency WHERE request = ?", [(row[0],) for row in torn])
 
     def drop_ended(self, ended_before: float, but: Collection[RequestId] = ()) -> list[RequestId]:
         """Drops requests that ended before a time, but not these; `remove_files` follows. Which they were."""

@@ -11,6 +11,7 @@ Nothing at the top of this module may import torch: the gateway imports it.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -207,6 +208,7 @@ class _Worker:
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
         self._tokenizers: dict[str, tuple[str, Any]] = {}
         self.calls: dict[str, CheckedCalls] = {}  # of models that are called as they are
+        self.digests: dict[str, str] = {}  # of the descriptions that are loaded
         self.remembered = Remembered()
 
     def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
@@ -228,6 +230,7 @@ class _Worker:
         else:
             meta = meta_model(source, published.dtype)
         self._loaded[model] = (version, description, meta)
+        self.digests[model] = hashlib.sha256(published.description).hexdigest()
         return self._loaded[model][1:]
 
     def tokenizer(self, model: str, version: str) -> Any:
@@ -298,7 +301,7 @@ def _check(
         size = file.stat().st_size
         like = None
         if 0 < size <= MAX_BYTES and calls is None and not certify:
-            like = likeness(model, version, file.read_bytes())
+            like = likeness(model, _worker.digests[model], contents, file.read_bytes())
         if like is not None and (known := _worker.remembered.find(like, size)) is not None:
             check_prompt(like.tokens, description)
             return known

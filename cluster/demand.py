@@ -75,7 +75,7 @@ class Demand:
         if is_kept(one.wanted, now):
             if not is_hot:
                 self._store.heat_up(one.name)
-        elif is_hot and keeping.on_demand and one.state is DeploymentState.FAILED:
+        elif keeping.on_demand and one.state is DeploymentState.FAILED:
             told = f"{one.name} could not be loaded: {one.progress}"
             _log.warning("%s", told, extra={"model": one.name})
             self._store.refuse(one.name, ServiceError(told))

@@ -64,10 +64,13 @@ class ReplicaSet:
         is_hot = wanted.heat is Heat.HOT
         for replica, share in list(self._replicas):
             replica.end_if_idle()
-            if replica.has_ended() and (replica.state is not DeploymentState.FAILED or not is_hot):
+            # one that failed stays as long as somebody has to be told why
+            has_failed = replica.state is DeploymentState.FAILED
+            if replica.has_ended() and not (has_failed and (is_hot or self._num_open)):
                 self._drop(replica, share)
         # one that rests and has nothing left gets no request without becoming hot first
-        is_asked = wanted.mode is not Mode.SERVING or (not is_hot and (self._replicas or self._told is None))
+        may_have = self._replicas or self._num_open or self._told is None or wanted != self._wanted
+        is_asked = wanted.mode is not Mode.SERVING or (not is_hot and may_have)
         self._num_open = self._store.num_open(self._name) if is_asked else 0
         is_over = False
         if wanted.mode is Mode.DROPPING or (wanted.mode is Mode.REMOVING and self._num_open == 0):

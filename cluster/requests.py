@@ -17,7 +17,7 @@ from cluster.config import Heat, Wanted
 from polytrace.certificate import Generated
 from polytrace.errors import PolytraceError, WireError
 from polytrace.graph import Request
-from polytrace.wire import decode_request
+from polytrace.wire import decode_request, decode_tensors
 from scheduling.plan import RequestId, SaveSlot
 from scheduling.scheduler import Progress
 
@@ -258,6 +258,16 @@ def left_by(slot: SaveSlot) -> LeftBehind:
         dtype=slot.facts.dtype,
         shape=slot.facts.shape,
     )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a stored request has all of its bytes. Reads its header only."""
+    try:
+        with path.open("rb") as file:
+            decode_tensors(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), "request")
+    except (OSError, ValueError, WireError):  # a ValueError: an empty file
+        return False
+    return True
 
 
 def read_request(path: Path, *, max_nodes: int) -> Request:

@@ -17,9 +17,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.holder import Held, Holder
 from engine.checkpoint import weight_paths
 from engine.fetching import here
-from polytrace.errors import PolytraceError
+from polytrace.errors import CapacityError, PolytraceError
 
 BEAT_S = 5.0  # between two looks at whether they are still there
+
+
+class WeightsHolder(Holder):
+    """Finds out itself which files they are where nobody knows: a source may be a URL, which may take its time."""
+
+    def hold_weights(self, source: str, paths: Sequence[str]) -> Held:
+        """Holds these files, or, when there are none, those of the model's weights on this node."""
+        found = paths or sorted(weight_paths(here(source)))
+        if not found:
+            raise CapacityError("no file of its weights is here")
+        return self.hold(found)
 
 
 class Warmth:
@@ -46,20 +57,12 @@ class Warmth:
             for node, paths in one.items():
                 found[node] = found.get(node, frozenset()) | paths
         self._files = found or self._files
-        try:
-            by_node = self._files or {ray.get_runtime_context().get_node_id(): frozenset(weight_paths(here(source)))}
-        except PolytraceError as error:
-            self._failure = error.message
-            return
-        if not any(by_node.values()):
-            self._failure = "no file of its weights is here"
-            return
-        for node, paths in by_node.items():
-            remote = ray.remote(Holder).options(
+        for node in self._files or [ray.get_runtime_context().get_node_id()]:
+            remote = ray.remote(WeightsHolder).options(
                 num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
             )
             self._holders.append(remote.remote())
-            self._asked.append(self._holders[-1].hold.remote(sorted(paths)))
+            self._asked.append(self._holders[-1].hold_weights.remote(source, sorted(self._files.get(node, ()))))
         self._num_bytes, self._is_locked = 0, True
 
     def told(self) -> tuple[bool, str]:

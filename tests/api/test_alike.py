@@ -162,10 +162,11 @@ def test_tokens_and_bytes_of_like_requests_are_checked(checking: Checking) -> No
     body = content(steered(1.0))
     for number in (1, 64, len(body) - 3):
         with pytest.raises(Exception, match=r"cut off|header|bytes"):
-            likeness("m", "1", body[:number])
+            likeness("m", "1", "lab~ada", body[:number])
 
 
-def test_requests_to_another_deployment_or_version_are_not_alike() -> None:
+def test_requests_of_another_owner_or_to_another_deployment_or_version_are_not_alike() -> None:
     body = content(steered(1.0))
-    found = {likeness(model, version, body) for model, version in (("m", "1"), ("m", "2"), ("n", "1"))}
-    assert len(found) == 3 and None not in found
+    of = [("m", "1", "lab~ada"), ("m", "1", "lab~bob"), ("m", "2", "lab~ada"), ("n", "1", "lab~ada")]
+    found = {likeness(*one, body) for one in of}
+    assert len(found) == 4 and None not in found

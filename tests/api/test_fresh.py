@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gateways import body
 
+from api.away import AwayError
+from api.idempotency import submit_of_file
+from api.identity import LOCAL
 from api.results import SMALL_BYTES
 from api.store import RequestState, Store
 from cluster.requests import DeploymentState, Finished
@@ -92,3 +96,43 @@ def test_a_request_is_kept_when_somebody_is_told_of_it_and_after_its_end_there_i
     (claimed,) = store.claim("m", 1)
     assert claimed.request == waiting
     store.secure(done(store, b"data"))
+
+
+def kept(store: Store, key: str, *, is_kept: bool = True) -> RequestId:
+    """A request that was sent with a key."""
+    request = store.new_id()
+    store.request_path(request).write_bytes(body())
+    submit = submit_of_file(key, "m", store.request_path(request))
+    store.add(request, "m", b"[]", work=1, max_open=10, submit=submit, is_kept=is_kept)
+    return request
+
+
+def test_whoever_finds_a_request_by_its_key_is_told_of_it_once_it_is_on_the_disk(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the wait for the disk failed for the one who sent it."""
+    settled: list[int] = []
+
+    def settle() -> None:
+        settled.append(1)
+        if len(settled) == 1:
+            raise AwayError("the disk does not answer", may_be_done=True)
+
+    monkeypatch.setattr(store.database, "settle", settle)
+    with pytest.raises(AwayError):
+        kept(store, "a-key")
+    known = store.submitted(LOCAL.owner, "a-key")
+    assert known is not None
+    store.secure(known[0])
+    assert len(settled) == 2
+
+
+def test_a_key_of_a_request_that_a_crash_took_is_free_again(store: Store) -> None:
+    torn, whole = kept(store, "torn", is_kept=False), kept(store, "whole")
+    content = store.request_path(torn).read_bytes()
+    for left in (b"", content[:20], content[:-1]):
+        store.request_path(torn).write_bytes(left)
+        store.sweep()
+        assert store.submitted(LOCAL.owner, "torn") is None
+    assert store.submitted(LOCAL.owner, "whole") is not None
+    assert {one.request for one in store.claim("m", 2)} == {torn, whole}, "it ends with the reason"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -199,3 +201,31 @@ def test_a_key_is_its_owners_and_goes_with_its_request(tmp_path: Path, database_
     again = store.status(add(ada))
     assert again is not None and again.state is RequestState.QUEUED
     store.close()
+
+
+def test_what_comes_again_is_held_to_the_pace_of_uploads_and_may_leave(service: GatewayService) -> None:
+    content = body()
+    service.gateway._settings = replace(service.gateway._settings, upload_idle_s=0.2)
+    assert post(service).status_code == 202
+    head = f"POST {PATH} HTTP/1.1\r\nHost: here\r\nIdempotency-Key: a-key\r\nContent-Length: {len(content)}\r\n\r\n"
+    address = ("127.0.0.1", service.http.base_url.port or 0)
+    with socket.create_connection(address, timeout=30) as slow:
+        slow.sendall(head.encode())
+        answer = b""
+        slow.settimeout(0.05)
+        for byte in content:
+            try:
+                slow.sendall(bytes([byte]))
+                answer = slow.recv(4096)
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+            if answer:
+                break
+        assert b"slower than" in answer
+    with socket.create_connection(address, timeout=30) as gone:
+        gone.sendall(head.encode() + content[:10])
+    text = service.http.get("/metrics").text
+    wait_until(lambda: 'status="499"' in service.http.get("/metrics").text)
+    assert 'status="500"' not in text

@@ -147,6 +147,25 @@ def test_calls_are_measured_by_route_and_refusals_counted_by_code(service: Gatew
     assert not any("PROPFIND" in str(key) or "nowhere" in str(key) for key in after)
 
 
+def test_what_nobody_foresaw_is_counted_as_the_services_fault(
+    service: GatewayService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    before = scraped(service)
+    monkeypatch.setattr(service.store, "new_id", broken)
+    assert service.http.post("/v1/models/m/requests", content=b"1").status_code == 500
+    with httpx.Client(
+        base_url=service.http.base_url, headers=service.http.headers
+    ) as other:  # the first one was closed
+        after = parsed(other.get("/metrics").text)
+    labels = {"method": "POST", "status": "500", "route": "/v1/models/{name}/requests"}
+    assert value(after, "polytrace_http_seconds_count", **labels) == 1
+    name = "polytrace_http_errors_total"
+    assert value(after, name, code="service") - value(before, name, code="service") == 1
+
+
 def test_the_controllers_counts_are_read_from_its_file(service: GatewayService) -> None:
     controllers = Store(service.store.folder, counts_as="controller")
     told = PassFigures(requests=(RequestId("a"),) * 3, rows=40, seconds=0.2, busy_seconds=(0.1, 0.05))

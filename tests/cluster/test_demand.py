@@ -167,6 +167,17 @@ def test_one_that_cannot_be_loaded_refuses_those_who_wait_with_the_reason(desk: 
     assert desk.heats() == {"broken": "cold"} and desk.why("broken") == "failed: as it is"
 
 
+def test_one_that_was_evicted_while_it_was_loaded_and_fails_refuses_those_who_wait(desk: Desk) -> None:
+    desk.add("broken", DeploymentState.STARTING, on_demand=True)
+    request = desk.ask("broken")
+    desk.store.evict("broken", None, "evicted by an operator")
+    desk.states["broken"] = FAILED
+    desk.look()
+    status = desk.store.status(request)
+    assert status is not None and status.error is not None
+    assert status.error.message == "broken could not be loaded: as it is"
+
+
 @pytest.mark.parametrize(
     ("lacks", "free", "victims"),
     [
