@@ -203,7 +203,7 @@ class Guest:
         self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
         self.port = self.http.base_url.port
         self._others = self._models().keys()
-        self.http.put(f"/v1/models/{name}", json={"source": str(model)} | wish).raise_for_status()
+        self.http.put(f"/v1/models/{name}", json={"source": str(model), "cpus": 0.1} | wish).raise_for_status()
 
     def is_ready(self, model: str = "tiny") -> bool:
         return self.http.get("/readyz", params={"model": model}).status_code == 200
