@@ -229,6 +229,7 @@ class _Worker:
             self.calls[model] = CheckedCalls(meta, description.limits.max_value_bytes)
         else:
             meta = meta_model(source, published.dtype)
+            self.calls.pop(model, None)  # of one by this name that was called as it is
         self._loaded[model] = (version, description, meta)
         self.digests[model] = hashlib.sha256(published.description).hexdigest()
         return self._loaded[model][1:]

@@ -30,10 +30,12 @@ class Laptop:
     def printed(self) -> str:
         return (self.folder / "serve.log").read_text()
 
-    def polytrace(self, *arguments: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
+    def polytrace(
+        self, *arguments: str, key: str | None = None, timeout_s: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         environment = fresh_environment(self.folder) | {"POLYTRACE_URL": self.url, "POLYTRACE_KEY": key or self.key}
         command = [sys.executable, "-m", "api.commands", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout_s, check=False)
 
     def made(self, *arguments: str) -> str:
         answer = self.polytrace("keys", "make", *arguments)

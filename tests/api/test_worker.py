@@ -10,12 +10,15 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from model_kinds import KINDS
 from services import make_model
 from torch import nn
 
+import polytrace
 from api.checked_calls import CheckedCalls
 from api.store import Store
 from api.worker import CheckerPool, Verdict, within
@@ -37,16 +40,17 @@ class World:
     pool: CheckerPool
     loop: asyncio.AbstractEventLoop
 
-    def check(self, content: bytes | Request, certify: bool = False) -> Verdict:
-        return self.loop.run_until_complete(self.checking(content, certify))
+    def check(self, content: bytes | Request, certify: bool = False, version: str = "1") -> Verdict:
+        return self.loop.run_until_complete(self.checking(content, certify, version))
 
-    async def checking(self, content: bytes | Request, certify: bool = False) -> Verdict:
+    async def checking(self, content: bytes | Request, certify: bool = False, version: str = "1") -> Verdict:
         path = self.store.request_path(self.store.new_id())
         path.write_bytes(content if isinstance(content, bytes) else b"".join(encode_request(content)))
-        return await self.pool.check("m", "1", path, contents=self.store.contents.folder_of("default"), certify=certify)
+        contents = self.store.contents.folder_of("default")
+        return await self.pool.check("m", version, path, contents=contents, certify=certify)
 
-    def refusal(self, content: bytes | Request) -> PolytraceError:
-        verdict = self.check(content)
+    def refusal(self, content: bytes | Request, version: str = "1") -> PolytraceError:
+        verdict = self.check(content, version=version)
         assert verdict.error is not None
         return from_fields(verdict.error)
 
@@ -66,6 +70,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     world.pool.close()
     world.loop.close()
     store.close()
+
+
+def test_a_name_that_a_called_model_had_may_be_a_language_models(world: World, tmp_path: Path) -> None:
+    KINDS["vit"]()[0].save_pretrained(tmp_path / "vit")
+    before = world.store.published("m")
+    assert before is not None
+    called = polytrace.load(str(tmp_path / "vit"))
+    body = json.dumps(to_json(called.description)).encode()
+    world.store.publish("m", Published(source=str(tmp_path / "vit"), dtype="auto", description=body, tokenizer=None))
+    world.loop.run_until_complete(world.pool.warm("m", "2"))
+    assert "is called with" in world.refusal(read("model.layers.2"), "2").message
+    world.store.publish("m", before)
+    assert world.check(read("model.layers.2")).error is None
 
 
 def test_a_good_request_gets_facts_and_on_demand_a_certificate(world: World) -> None:

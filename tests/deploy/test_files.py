@@ -99,7 +99,9 @@ def test_the_slurm_script_starts_ray_on_each_node_and_the_service_with_secrets_i
             "srun": 'while [ "$1" != hostname ] && [ "$1" != ray ]; do shift; done; exec "$@"',
             "hostname": "echo 127.0.0.1",
             "ray": f"echo $$ >> {tmp_path}/pids; exec sleep 60",
-            "polytrace": f"echo $POLYTRACE_KEY $RAY_AUTH_MODE > {tmp_path}/told; exit 3",
+            # not before both nodes have theirs: they are started beside it
+            "polytrace": f"until [ $(cat {tmp_path}/pids | wc -l) = 2 ]; do sleep 0.05; done; "
+            f"echo $POLYTRACE_KEY $RAY_AUTH_MODE > {tmp_path}/told; exit 3",
         }
         for name, body in bodies.items():
             (tools / name).write_text(f"{tool}{body}\n")
