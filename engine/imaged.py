@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from polytrace.images import is_image_row
@@ -63,6 +64,21 @@ def _beside_text(root: Any, path: str, module: nn.Module) -> Iterator[str]:
             yield from _beside_text(root, f"{path}.{name}" if path else name, child)
     elif next(module.parameters(), None) is not None:
         yield path
+
+
+def copied_embeddings(model: nn.Module) -> RemovableHandle:
+    """The text model is given a copy of what its tokens are turned into, until the handle is removed.
+
+    As where images stand in it: a tensor of its own, which no row of theirs hands a gradient back through.
+    """
+    root: Any = model
+
+    def copy(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = kwargs.get("inputs_embeds")
+        return None if given is None else (args, {**kwargs, "inputs_embeds": given.clone()})
+
+    handle: RemovableHandle = root.get_decoder().register_forward_pre_hook(copy, with_kwargs=True)
+    return handle
 
 
 def plain_tokens(model: nn.Module, tokens: Sequence[int]) -> list[int]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from engine.arguments import Arguments, Selector
 from engine.attention import watching
 from engine.encoders import of_decoder
+from engine.imaged import copied_embeddings, imaged_class
 from engine.leaves import first_argument, port_leaves
 from engine.manners import Manner
 from engine.operations import watch_operations
@@ -70,7 +71,9 @@ class Recorder:
 
     def run(self, rows: int, kept: int, has_kept_rows: bool, has_mask: bool) -> Recorder:
         self.rows, self.kept, self.decoded = rows, kept, rows + _MORE_DECODED
-        handles = [handle for path, module in self.model.named_modules() for handle in self._hook(path, module)]
+        # before whoever looks at it: it is not the embedding's own
+        handles = [copied_embeddings(self.model)] if imaged_class(self.model.config) is not None else []
+        handles += [handle for path, module in self.model.named_modules() for handle in self._hook(path, module)]
         ids = torch.zeros(1, rows, dtype=torch.long, device="meta")
         given = of_decoder(self.model, torch.zeros(1, self.decoded, dtype=torch.long, device="meta"))
         if self.manner.layout is PassLayout.PACKED:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.given import MAX_DEPTH
 from polytrace.graph import DType, Given, Inputs
+from polytrace.leaves import requires_gradients
 from polytrace.literals import dtype_name, scalar
 from polytrace.storage import is_recorded, state_of
 from polytrace.tensors import DTYPES, RawTensor, num_bytes
@@ -22,13 +23,14 @@ class Calling:
     """The arguments of one call on their way to data.
 
     A value of the trace is a tensor of zeros among them, and `written` says where it is written when the call begins:
-    so it goes from call to call without leaving the service.
+    so it goes from call to call without leaving the service. A tensor that requires gradients is written too, and so
+    has those of the whole program.
     """
 
     def __init__(self, recording: Recording, where: str) -> None:
         self._recording = recording
         self._where = where
-        self.written: list[tuple[tuple[int | str, ...], Any]] = []  # selectors of `inputs`, and values
+        self.written: list[tuple[tuple[int | str, ...], Any]] = []  # selectors of `inputs`
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
         """The arguments as data; their tensors are constants of the recording. Raises GraphError."""
@@ -64,6 +66,8 @@ class Calling:
                 "makes these of images and sound, `model.processor(...)` where the model came with one",
                 where=where,
             )
+        if requires_gradients(value):
+            self.written.append((way, value))
         return Given(self._recording.constants.add(value, where))
 
     def _later(self, value: Any, way: tuple[int | str, ...], what: str) -> Given:

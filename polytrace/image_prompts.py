@@ -13,6 +13,7 @@ from polytrace.errors import GraphError
 from polytrace.graph import Invoke
 from polytrace.image_checks import APART, are_apart, told_rows, why_none
 from polytrace.images import GRIDS, PIXELS, Image, image_row, inputs_of
+from polytrace.leaves import requires_gradients
 from polytrace.lines import user_line
 
 
@@ -53,6 +54,9 @@ def with_images(
         raise GraphError(f"{told}; this is {list(shape) or type(pixels).__name__}", where=where)
     if getattr(pixels, "kept_tensor", None) is not None:
         raise GraphError(f"{PIXELS} is given with its values: what is kept on the service cannot be", where=where)
+    if requires_gradients(pixels):
+        told = f"{PIXELS} requires gradients, and rows of images are made without any in shared passes"
+        raise GraphError(f"{told}: give {PIXELS}.detach(), or load the model with whole=True", where=where)
     images, limit = [], description.limits.max_value_bytes
     for grid, own in _parts(pixels, given.get(GRIDS), info, where):
         image = Image(constants.add(own, where), grid)

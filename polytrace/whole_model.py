@@ -28,6 +28,7 @@ from polytrace.model import Model, options_of
 from polytrace.modules import Module
 from polytrace.scanning import Checking
 from polytrace.standard import StandardModel
+from polytrace.storage import is_recorded
 from polytrace.tensors import RawTensor
 from polytrace.tracing import InvokeBlock, Tracer, open_trace
 from polytrace.tree import PortTable, Table
@@ -250,8 +251,9 @@ class CallTracer(Tracer):
         arguments = inputs_table(self._tables[invoke], "")
         assert arguments is not None, "a call has arguments"
         if selector not in arguments.leaves:
-            told = "a value of a trace cannot be an argument that lies so deep: give it in a tuple or dict less"
-            raise GraphError(told, where=user_line())
+            kind = "a value of a trace" if is_recorded(value) else "a tensor with requires_grad=True"
+            told = f"{kind} cannot be an argument that lies so deep: give it in a tuple or dict less"
+            raise GraphError(told if is_recorded(value) else f"{told}, or its .detach()", where=user_line())
         site, _ = arguments.leaves[selector]
         self.recording.write_edge(site, invoke, value)
 

@@ -181,6 +181,66 @@ def test_a_gradient_at_rows_of_an_image_is_torchs(imaged: Imaged) -> None:
     assert _close(gradient, kept[0].grad)
 
 
+SITES = {
+    "layers[0].input": lambda text: text.layers[0].input,
+    "layers[0].inputs": lambda text: text.layers[0].inputs[0][0],
+    "input_layernorm.input": lambda text: text.layers[0].input_layernorm.input,
+    "inputs_embeds": lambda text: text.inputs[1]["inputs_embeds"],
+}
+
+
+def test_what_the_first_layer_gets_has_the_gradient_of_all_rows(imaged: Imaged) -> None:
+    layer = imaged.plain.model.language_model.layers[0]
+    kept: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
+    imaged.plain.requires_grad_(True)
+    logits = imaged.plain(input_ids=torch.tensor([PROMPT]), pixel_values=imaged.photos[:1]).logits
+    (wanted,) = torch.autograd.grad(logits[0, -1, 7], kept)
+    imaged.plain.requires_grad_(False)
+    handle.remove()
+    assert wanted[:, 2:6].abs().amax(-1).min() > 1e-2
+    text = imaged.model.model.language_model
+    for site in SITES.values():
+        with imaged.model.trace(PROMPT, pixel_values=imaged.photos[:1]):
+            value, loss = site(text), imaged.model.lm_head.output[0, -1, 7]
+            (asked,) = torch.autograd.grad(loss, [value])
+            with loss.backward():
+                own, embedded = value.grad.save(), text.embed_tokens.output.grad.save()
+            asked.save()
+        assert _close(own, wanted) and _close(asked, wanted)
+        assert _close(embedded[:, :2], wanted[:, :2]) and _close(embedded[:, 6:], wanted[:, 6:])
+        assert not embedded[:, 2:6].any()  # another tensor: images come over it
+
+
+def test_an_embedding_and_what_the_first_layer_gets_are_two_tensors(imaged: Imaged) -> None:
+    photo, text = imaged.photos[0], imaged.model.model.language_model
+    with imaged.model.trace(PROMPT, pixel_values=photo[None]):
+        text.embed_tokens.output[:] += 1.0
+        logits = imaged.model.lm_head.output.save()
+    name = "model.language_model.embed_tokens"
+    plain = _by_hand(imaged, photo, PROMPT, None, None)
+    assert _close(logits, _by_hand(imaged, photo, PROMPT, name, lambda value: value + 1.0))
+    assert not _close(logits, plain)
+    with imaged.model.trace(PROMPT, pixel_values=photo[None]):
+        embedded, got = text.embed_tokens.output.save(), text.layers[0].input.save()
+    with imaged.model.trace(PROMPT, pixel_values=photo[None]):
+        text.embed_tokens.output[:] += 1.0
+        raised = text.layers[0].input.save()
+    assert _close(raised[:, [0, 1, 6, 7, 8]], got[:, [0, 1, 6, 7, 8]] + 1.0) and torch.equal(
+        raised[:, 2:6], got[:, 2:6]
+    )
+    with imaged.model.trace(PROMPT, pixel_values=photo[None]):
+        text.layers[0].input[:] += 1.0
+        same, logits = text.embed_tokens.output.save(), imaged.model.lm_head.output.save()
+    assert torch.equal(same, embedded) and not torch.equal(embedded, got)
+    handle = imaged.plain.model.language_model.layers[0].register_forward_pre_hook(
+        lambda _module, args: (args[0] + 1.0, *args[1:])
+    )
+    wanted = _by_hand(imaged, photo, PROMPT, None, None)
+    handle.remove()
+    assert _close(logits, wanted) and not _close(wanted, plain)
+
+
 def _greedy(imaged: Imaged, prompt: list[int], photo: Tensor | None, new: int, **more: Any) -> list[int]:
     given = {} if photo is None else {"pixel_values": photo[None]}
     ids = torch.tensor([prompt])
@@ -237,6 +297,8 @@ def test_what_is_not_there_is_refused_with_what_to_do(imaged: Imaged) -> None:
         list(model.map([{"input_ids": PROMPT, "pixel_values": photos[:1]}], dict))
     with pytest.raises(GraphError, match="kept on the service cannot be"):
         model.trace(PROMPT, pixel_values=_Kept(photos[:1]))
+    with pytest.raises(GraphError, match=r"made without any.*whole=True.*test_imaged"):
+        model.trace(PROMPT, pixel_values=photos[:1].clone().requires_grad_(True))
 
 
 class _Kept:

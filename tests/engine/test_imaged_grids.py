@@ -156,24 +156,29 @@ def test_generations_go_on_behind_images_with_grids_as_transformers_lets_them(gr
             assert list(going.ids) == made[0, ids.shape[1] :].tolist()
 
 
-def test_a_gradient_behind_an_image_with_a_grid_is_torchs(gridded: Gridded) -> None:
+def test_gradients_of_rows_of_an_image_with_a_grid_are_torchs(gridded: Gridded) -> None:
     batch = _given(gridded.patches, WIDE)
     with gridded.model.trace(batch):
-        hidden = gridded.model.model.language_model.layers[0].output
+        layer = gridded.model.model.language_model.layers[0]
+        got, hidden = layer.input, layer.output
         gridded.model.lm_head.output[0, -1, 7].backward()
-        gradient = hidden.grad.save()
+        found = [got.grad.save(), hidden.grad.save()]
     kept: list[Tensor] = []
 
-    def keep(_module: Any, _args: Any, output: Tensor) -> None:
-        output.requires_grad_(True).retain_grad()
-        kept.append(output)
+    def before(_module: Any, args: Any) -> Any:
+        kept.append(args[0].detach().requires_grad_(True))
+        return (kept[-1], *args[1:])
 
-    handle = gridded.plain.model.language_model.layers[0].register_forward_hook(keep)
+    plain = gridded.plain.model.language_model.layers[0]
+    handles = [plain.register_forward_pre_hook(before)]
+    handles.append(plain.register_forward_hook(lambda _module, _args, output: kept.append(output)))
     gridded.plain.model.rope_deltas = None
-    gridded.plain(**batch).logits[0, -1, 7].backward()
-    handle.remove()
-    assert kept[0].grad is not None and kept[0].grad[:, 3:9].abs().max() > 1e-6
-    assert _close(gradient, kept[0].grad)
+    wanted = torch.autograd.grad(gridded.plain(**batch).logits[0, -1, 7], kept)
+    for handle in handles:
+        handle.remove()
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert theirs[:, 3:9].abs().max() > 1e-6
+        assert _close(ours, theirs)
 
 
 def test_grids_travel_and_what_does_not_fit_them_is_refused(gridded: Gridded) -> None:
