@@ -43,7 +43,10 @@ Sharing = Annotated[
     ShareAcross, typer.Option(help="Whose requests have rows in common where their prompts begin alike.")
 ]
 MergeCalls = Annotated[
-    bool, typer.Option(help="Of a model that is called as it is: calls of several users are one where that is exact.")
+    bool,
+    typer.Option(
+        help="Of a model that is called as it is: calls of several users are one, where no trial finds it inexact."
+    ),
 ]
 Whole = Annotated[
     bool,
@@ -71,7 +74,7 @@ def deploy(
     random_weights: RandomWeights = None,
     offload: Offload = 0.0,
     share_across: Sharing = ShareAcross.TENANT,
-    merge_calls: MergeCalls = True,
+    merge_calls: MergeCalls = False,
     whole: Whole = True,
     url: Url = _HERE,
     key: Key = None,

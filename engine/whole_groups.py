@@ -22,8 +22,9 @@ from engine.memory import told_out_of_memory
 from engine.module_state import kept_tensors, settings_of
 from engine.recorder import memory_of
 from engine.whole_call import Enough, Key, WholeCall, current, hooked
+from engine.whole_contents import Called, likeness
 from engine.whole_manner import CallByCall
-from engine.whole_merging import Called, Rows, Verdict, judge, likeness, rows_of, together, try_up_to
+from engine.whole_merging import Rows, Verdict, judge, rows_of, together, try_up_to
 from engine.whole_side import Side
 from engine.whole_sites import CallSites, told
 from engine.whole_state import CallState
@@ -63,7 +64,12 @@ class CallGroups:
                 else:
                     groups.setdefault(part.key, []).append(part)
             for parts in groups.values():
-                self._run_group(parts)
+                if self._may_go(parts):
+                    self._run_group(parts)
+                    continue
+                for part in parts:
+                    for turn in part.turns:
+                        alone(turn, part.state)
 
     def take_merged(self) -> tuple[tuple[RequestId, ...], ...]:
         """The calls that went as one since it was asked before, by their requests."""
@@ -101,7 +107,9 @@ class CallGroups:
         self.verdicts.move_to_end(key)
         if len(self.verdicts) > _MOST_VERDICTS:
             self.verdicts.popitem(last=False)
-        return (key, verdict) if verdict.refusal is None and _has_rows(turn, state, verdict.rows) else (None, None)
+        if verdict.refusal is not None or not _has_rows(turn, state, verdict.rows):
+            return None, None
+        return (key, _assigned(turn, state)), verdict
 
     def _tried(self, state: CallState, invoke: int, called: Called) -> Verdict | None:
         inputs = state.program.invokes[invoke].inputs
@@ -111,15 +119,19 @@ class CallGroups:
             return Verdict(refusal="what a call visits depends on values")
         return judge(self._model, called, self._device)
 
+    def _may_go(self, parts: Sequence[_Part]) -> bool:
+        """Whether calls of one key may go as one, also as so many."""
+        first, calls = parts[0], sum(part.num_calls for part in parts)
+        assert first.verdict is not None, "they have a key"
+        if calls > 1:
+            called = first.state.arguments(first.turn.invokes[0])
+            try_up_to(first.verdict, min(calls, MOST_CALLS), self._model, called, self._device)
+        return first.verdict.refusal is None
+
     def _run_group(self, parts: Sequence[_Part]) -> None:
         """Runs all of them, as many as may go at a time."""
         verdict = parts[0].verdict
         assert verdict is not None, "they have a key"
-        calls = sum(part.num_calls for part in parts)
-        if calls > 1:
-            first = parts[0]
-            called = first.state.arguments(first.turn.invokes[0])
-            try_up_to(verdict, min(calls, MOST_CALLS), self._model, called, self._device)
         most = verdict.most(MOST_CALLS)
         going: list[_Part] = []
         for part in [smaller for each in parts for smaller in each.split(most)]:
@@ -184,51 +196,36 @@ class CallGroups:
 
 
 class Shared:
-    """A module's side at a visit, for all whose calls are one there."""
+    """A module's side at a visit, for all whose calls are one there. They assign to the same tensors in it."""
 
     def __init__(self, value: Any) -> None:
+        self.had = value  # what the module has
         self.value = value  # what goes on
-        self.assigned: set[tuple[int, Selector]] = set()  # calls that another tensor was assigned for, and where
-        self.had: dict[Selector, Tensor] = {}  # what the module has where another tensor goes on
+        self.put: dict[Selector, Tensor] = {}  # what was put in the place of the module's tensors, for all calls
 
 
 class RowsSide(Side):
     """What one of several calls in one has of a module's side."""
 
     def __init__(self, shared: Shared, kept: Collection[int], key: Key, rows: Rows, number: int) -> None:
-        super().__init__(shared.value, _nobody, kept)
+        super().__init__(shared.had, _nobody, kept)
         self._shared, self._key, self._rows, self._number = shared, key, rows, number
 
     def read(self, selector: Selector) -> Tensor:
         """A snapshot, in one layout however many calls there are: torch adds up in another order over other strides."""
-        self.value = self._shared.value
         return self._tensor(selector).clone(memory_format=torch.contiguous_format)
 
-    def write(self, selector: Selector, given: Tensor, *, in_place: bool) -> None:
-        """As of a side, where the rows of others stay what they are."""
-        self.value = self._shared.value
-        super().write(selector, given, in_place=in_place)
-
     def _put(self, selector: Selector, given: Tensor) -> None:
+        """Puts one tensor there for all; until a call has its own value in it, what it has is the module's."""
         shared = self._shared
-        if selector not in shared.had:
-            whole = shared.had[selector] = self._whole(selector)
-            self.value = shared.value = with_member(self.value, selector, whole.clone())
+        if selector not in shared.put:
+            shared.put[selector] = self._whole(selector).clone()
+            shared.value = with_member(shared.value, selector, shared.put[selector])
+        self.value = with_member(self.value, selector, shared.put[selector])
         self._tensor(selector).copy_(given)
-        shared.assigned.add((self._number, selector))
-
-    def _held(self, selector: Selector) -> Sequence[Tensor]:
-        """Also what the module has, where it was for another call that something else was assigned."""
-        shared = self._shared
-        if selector not in shared.had or (self._number, selector) in shared.assigned:
-            return (self._tensor(selector),)
-        return self._own(shared.had[selector], selector), self._tensor(selector)
 
     def _tensor(self, selector: Selector) -> Tensor:
-        return self._own(self._whole(selector), selector)
-
-    def _own(self, whole: Tensor, selector: Selector) -> Tensor:
-        return rows_of(whole, self._number, self._rows[self._key, selector])
+        return rows_of(self._whole(selector), self._number, self._rows[self._key, selector])
 
 
 def _nobody(_tensor: Tensor) -> None:
@@ -278,6 +275,14 @@ def _has_rows(turn: Turn, state: CallState, rows: Rows) -> bool:
                 if spot not in rows or (isinstance(node, Write) and rows[spot] is None):
                     return False
     return True
+
+
+def _assigned(turn: Turn, state: CallState) -> Hashable:
+    """Where a call puts other tensors in the place of the module's: whoever else holds these keeps them unchanged, and
+    that may not be for a neighbour's sake.
+    """
+    nodes = [state.program.graph.nodes[node] for fragment in turn.fragments for node in fragment.nodes]
+    return frozenset([node.site for node in nodes if isinstance(node, Write) and not node.in_place])
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 Libraries choose how they add by the size of what they get. So linear layers get no fewer rows than make the common
 path (`MIN_ROWS`, with zeros), and what works on one member of a batch at a time (convolutions, group norms) gets one at
-a time. A call that has nobody beside it runs the same way, which costs it next to nothing; whether that suffices for
-a model is tried by `engine.whole_merging`.
+a time; so do functions of single elements that treat the last few of what they get in another way. A call that has
+nobody beside it runs the same way, which costs it next to nothing; whether that suffices for a model is tried by
+`engine.whole_merging`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ _BATCHED: dict[Any, int] = {  # functions that get one member at a time -> dimen
     functional.conv_transpose3d: 5,
 }
 _NORMS = frozenset({functional.group_norm, torch.group_norm})
-_POINTWISE = frozenset({functional.silu, functional.gelu, torch.tanh, torch.sigmoid, torch.exp, Tensor.exp})
+_POINTWISE = frozenset(
+    {
+        *(torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_, torch.exp, torch.exp_, Tensor.exp, Tensor.exp_),
+        *(torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, functional.logsigmoid, functional.softplus),
+        *(functional.silu, functional.gelu, functional.mish, functional.elu, functional.selu, functional.celu),
+        *(torch.pow, Tensor.pow, Tensor.pow_, Tensor.__pow__),
+    }
+)
 _LANES = 64  # elements that a processor takes at once, at most: what is left over goes another way
 
 
@@ -46,18 +54,26 @@ class CallByCall(TorchFunctionMode):
         if args and isinstance(args[0], Tensor):
             if function is functional.linear:
                 return _linear(function, args, kwargs)
-            if _goes_by_member(function, args[0]):
+            if _goes_by_member(function, args, kwargs):
                 # Also a single one, in one layout: a batch of one says nothing of how its members lie.
                 members = args[0].split(1)
-                return torch.cat([function(member.contiguous(), *args[1:], **kwargs) for member in members])
+                made = torch.cat([function(member.contiguous(), *args[1:], **kwargs) for member in members])
+                return args[0].copy_(made) if _is_in_place(function, kwargs) else made
         return function(*args, **kwargs)
 
 
-def _goes_by_member(function: Any, tensor: Tensor) -> bool:
+def _is_in_place(function: Any, kwargs: Mapping[str, Any]) -> bool:
+    name: str = function.__name__
+    return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
+
+
+def _goes_by_member(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    tensor: Tensor = args[0]
     if tensor.ndim < 2 or not len(tensor):
         return False
     if function in _POINTWISE:
-        return math.prod(tensor.shape[1:]) % _LANES != 0
+        is_by_numbers = not any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values()))  # nor has `out`
+        return is_by_numbers and math.prod(tensor.shape[1:]) % _LANES != 0
     return function in _NORMS or _BATCHED.get(function) == tensor.ndim
 
 

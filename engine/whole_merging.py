@@ -1,8 +1,8 @@
 """Whether calls of one structure may be one call, tried on the served weights, and what each has of every site.
 
 Calls are put together along the first dimension of their tensors, and run call by call (`engine.whole_manner`). The
-gate looks at every side of every module: beside any other calls, also those without a number, each must have the bits
-that it has alone in that manner, and these must be those of the call as it is to 1e-5 in float32. What passes runs
+gate looks at every side of every module: beside other calls, also those without a number, each must have the bits that
+it has alone in that manner, and these must be those of the call as it is to 1e-5 in float32. What passes runs
 so always, alone too; what does not is called as it is. Numbers of calls in one are tried when they are first wanted:
 one that fails is not used, and no bit depends on that.
 """
@@ -23,8 +23,9 @@ from engine.arguments import Arguments, Selector
 from engine.leaves import first_argument
 from engine.module_state import ModuleState, kept_tensors, settings_of
 from engine.whole_call import Key
+from engine.whole_contents import Called, extremes, other, telling
 from engine.whole_manner import CallByCall
-from engine.whole_sites import leaves_of, told
+from engine.whole_sites import leaves_of, overlaps, told
 from engine.writes import with_member
 from polytrace.graph import Port
 from scheduling.alike import MOST_CALLS
@@ -33,7 +34,6 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, MOST_CALLS)  # calls in one
 _NUM_KINDS = 4  # calls of other content that the gate puts beside each other
 _TOLERANCE = 1e-5  # of a call in this manner, to the call as it is: of the largest value, in float32
 
-Called = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of one call, or of one that is several
 Spot = tuple[Key, Selector]
 Rows = Mapping[Spot, int | None]  # of one call; None: of all, whoever is beside it
 _Note = Callable[[Spot, Tensor], None]
@@ -65,6 +65,7 @@ def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict | N
     if refusal is not None:
         return Verdict(refusal=refusal)
     verdict = Verdict()
+    called = telling(called)
 
     def look() -> None:
         plain: dict[Spot, Tensor] = {}
@@ -80,13 +81,20 @@ def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict | N
 
         _run(model, called, own)
         pair: dict[Spot, tuple[int, ...]] = {}
-        _run(model, together([called] * 2, 2), lambda spot, tensor: pair.__setitem__(spot, tuple(tensor.shape)))
+        ones: set[Spot] = set()  # where calls are one in memory, as of `expand`
+
+        def of_two(spot: Spot, tensor: Tensor) -> None:
+            pair[spot] = tuple(tensor.shape)
+            if overlaps(tensor):
+                ones.add(spot)
+
+        _run(model, together([called] * 2, 2), of_two)
         if plain or pair.keys() != shapes.keys():
             raise _Refusal("in this manner a call visits other sites")
         verdict.rows = {
             spot: None if shape == pair[spot] else shape[0]
             for spot, shape in shapes.items()
-            if shape == pair[spot] or (shape and pair[spot] == (2 * shape[0], *shape[1:]))
+            if shape == pair[spot] or (shape and pair[spot] == (2 * shape[0], *shape[1:]) and spot not in ones)
         }
         if all(rows is None for rows in verdict.rows.values()):
             raise _Refusal("no site has its calls along its first dimension")
@@ -96,6 +104,8 @@ def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict | N
         refusal = _carefully(model, device, look)
     except (_BrokenError, torch.OutOfMemoryError):
         return None
+    except _MixedError as found:
+        refusal = str(found)
     if refusal is not None:
         return Verdict(refusal=refusal)
     verdict.tried[2] = None
@@ -103,12 +113,18 @@ def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict | N
 
 
 def try_up_to(verdict: Verdict, num_calls: int, model: nn.Module, called: Called, device: torch.device) -> None:
-    """Tries the number of calls in one that has room for so many, and the one below it, where that was not done yet."""
+    """Tries the number of calls in one that has room for so many, and the one below it, where that was not done yet.
+    Refuses all where what a call has depends on what others have: it does so in two as well, if more rarely.
+    """
+    called = telling(called)
     wanted = next((size for size in SIZES if size >= num_calls), MOST_CALLS)
     for size in (SIZES[SIZES.index(wanted) - 1], wanted):
         if size not in verdict.tried:
             try:
                 verdict.tried[size] = _carefully(model, device, partial(_try_size, model, called, verdict.rows, size))
+            except _MixedError as found:
+                verdict.refusal = str(found)
+                return
             except torch.OutOfMemoryError as error:
                 verdict.tried[size] = told(error)
 
@@ -126,20 +142,12 @@ def rows_of(tensor: Tensor, number: int, rows: int | None) -> Tensor:
     return tensor if rows is None else tensor[number * rows : (number + 1) * rows]
 
 
-def likeness(called: Called) -> tuple[float | None, ...]:
-    """What calls in one have to have in common beside their structure: models go by masks that are ones all over."""
-
-    def only(value: Any) -> float | None:
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.numel() < 2:
-            return None
-        first = value.flatten()[0]
-        return float(first) if bool((value == first).all()) else None
-
-    return tuple([only(value) for value in (*called[0], *called[1].values())])
-
-
 class _Refusal(Exception):
     pass
+
+
+class _MixedError(Exception):
+    """What a call has depends on what others have."""
 
 
 class _BrokenError(Exception):
@@ -172,7 +180,7 @@ def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None])
             return "a call changes the model, or draws random numbers"
     except _Refusal as found:
         return str(found)
-    except (_BrokenError, torch.OutOfMemoryError):
+    except (_MixedError, _BrokenError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # noqa: BLE001  whatever code of the model raises for calls in one
         return f"calls in one raised {told(error)}"
@@ -192,29 +200,42 @@ def _chance(device: torch.device) -> Tensor:
 
 
 def _try_size(model: nn.Module, called: Called, rows: Rows, size: int) -> None:
-    """_Refusal where a call has other bits in so many, beside others, or beside calls without a number."""
-    kinds = [called, *[_other(called, seed) for seed in range(1, min(size, _NUM_KINDS))]]
-    alone: list[dict[Spot, int]] = [{} for _ in kinds]
-    for kind, marks in zip(kinds, alone, strict=True):
-        _run(model, kind, lambda spot, tensor, marks=marks: marks.__setitem__(spot, _mark(tensor)))  # type: ignore[misc]
-    lost = [_lost(kind) for kind in kinds]
-    order = list(islice(cycle(range(len(kinds))), size))
-    beside = [(number, kinds[number]) for number in order]
-    alone_in = [(0, kinds[0]), *[(None, lost[number]) for number in order[1:-1]], (len(kinds) - 1, kinds[-1])]
-    for company, is_replacing in ((beside, True), (beside[1:] + beside[:1], False), (alone_in, False)):
-        seen = set()
-
-        def compare(spot: Spot, tensor: Tensor) -> None:
-            seen.add(spot)  # noqa: B023  called before the next company
-            if spot not in rows:
-                return
-            for place, (number, _) in enumerate(company):  # noqa: B023
-                if number is not None and _mark(rows_of(tensor, place, rows[spot])) != alone[number].get(spot):
-                    raise _Refusal(f"{_name(spot)} has other bits beside other calls")
-
-        _run(model, together([one for _, one in company], size), compare, is_replacing=is_replacing)
-        if seen != alone[0].keys():
+    """_MixedError where what a call has in so many depends on others, _Refusal where it is not what it has alone."""
+    kinds = [called, *[other(called, seed) for seed in range(1, min(size, _NUM_KINDS))]]
+    alone = [{spot: mark for (spot, _), mark in _marks(model, [(0, kind)], rows).items()} for kind in kinds]
+    numbers = list(islice(cycle(range(len(kinds))), size))
+    beside = [(number, kinds[number]) for number in numbers]
+    found = _marks(model, beside, rows)
+    kept = {0, size - 1} if size > 2 else {0}  # who has neighbours of the strangest sort
+    for change in extremes(called):
+        company = [one if place in kept else (None, change(one[1])) for place, one in enumerate(beside)]
+        for (spot, place), mark in _marks(model, company, rows).items():
+            if mark != found.get((spot, place)):
+                raise _MixedError(f"{_name(spot)} has other bits beside calls of other content")
+    turned = numbers[1:] + numbers[:1]
+    others = _marks(model, beside[1:] + beside[:1], rows, is_replacing=True)
+    for order, marks in ((numbers, found), (turned, others)):
+        if {spot for spot, _ in marks} != alone[0].keys():
             raise _Refusal("calls in one visit other sites")
+        for (spot, place), mark in marks.items():
+            if mark != alone[order[place]].get(spot):
+                raise _Refusal(f"{_name(spot)} has other bits beside other calls")
+
+
+def _marks(
+    model: nn.Module, company: Sequence[tuple[int | None, Called]], rows: Rows, *, is_replacing: bool = False
+) -> dict[tuple[Spot, int], int]:
+    """What those of calls in one have that are numbered, by their places; 0 where they have nothing of their own."""
+    marks: dict[tuple[Spot, int], int] = {}
+
+    def note(spot: Spot, tensor: Tensor) -> None:
+        for place, (number, _) in enumerate(company):
+            if number is not None:
+                marks[spot, place] = _mark(rows_of(tensor, place, rows[spot])) if spot in rows else 0
+
+    called = together([one for _, one in company], len(company))
+    _run(model, called, note, is_replacing=is_replacing)
+    return marks
 
 
 def _check_close(spot: Spot, own: Tensor, plain: Tensor | None) -> None:
@@ -264,31 +285,6 @@ def _run(model: nn.Module, called: Called, note: _Note, *, is_replacing: bool = 
 
 def _joined(values: Sequence[Any]) -> Any:
     return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
-
-
-def _other(called: Called, seed: int) -> Called:
-    """A call of the same structure with other content: integers are some of its own."""
-    chance = torch.Generator().manual_seed(seed)
-
-    def changed(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        moved = value.flatten().roll(seed).reshape(value.shape)
-        if not value.is_floating_point():
-            return moved
-        return moved + torch.randn(value.shape, generator=chance).to(value.device, value.dtype)
-
-    return tuple(map(changed, called[0])), {name: changed(value) for name, value in called[1].items()}
-
-
-def _lost(called: Called) -> Called:
-    """A call with no number among its numbers."""
-
-    def lose(value: Any) -> Any:
-        is_number = isinstance(value, Tensor) and value.is_floating_point()
-        return torch.full_like(value, float("nan")) if is_number else value
-
-    return tuple(map(lose, called[0])), {name: lose(value) for name, value in called[1].items()}
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -32,20 +32,15 @@ class Side:
         if given.shape != tensor.shape:
             raise ValueError(f"the value has shape {list(given.shape)}, the site {list(tensor.shape)} in this call")
         if in_place:
-            for held in self._held(selector):
-                if memory_of(held) in self._kept:
-                    raise ValueError("the model keeps this tensor behind the call: write `site = value`")
-                self._changing(held)
-                held.copy_(given)
+            if memory_of(tensor) in self._kept:
+                raise ValueError("the model keeps this tensor behind the call: write `site = value`")
+            self._changing(tensor)
+            tensor.copy_(given)
         else:
             self._put(selector, given)
 
     def _put(self, selector: Selector, given: Tensor) -> None:
         self.value = with_member(self.value, selector, torch.empty_like(self._tensor(selector)).copy_(given))
-
-    def _held(self, selector: Selector) -> Sequence[Tensor]:
-        """What an edit in place changes."""
-        return (self._tensor(selector),)
 
     def _tensor(self, selector: Selector) -> Tensor:
         return self._whole(selector)

@@ -331,7 +331,7 @@ class _Recorder:
         in_place = None
         if refusal is None and memory_of(tensor) in self._held:
             in_place = _HELD
-        elif refusal is None and _overlaps(tensor):
+        elif refusal is None and overlaps(tensor):
             in_place = _OVERLAPS
         return Leaf(
             selector=selector,
@@ -345,7 +345,7 @@ class _Recorder:
         )
 
 
-def _overlaps(tensor: Tensor) -> bool:
+def overlaps(tensor: Tensor) -> bool:
     """Whether elements may be one in memory, as of `expand` and `unfold`: a stride within another's reach."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -12,6 +12,8 @@ from model_kinds import DIFFUSION, KINDS, seeded
 from programs import values_in_order
 from torch import Tensor, nn
 
+from api.gateway import Deploy
+from cluster.config import DeploymentSpec
 from engine.whole_local import WholeBackend
 from polytrace.whole_model import WholeModel
 
@@ -102,13 +104,18 @@ def test_three_interventions_beside_neighbours_are_those_of_hooks_with_the_bits_
         pytest.importorskip("diffusers")
     plain, path, call, _ = (KINDS | DIFFUSION)[kind]()
     merging = Merging(plain, path)
-    calls = [(other_call(call, seed), seed % 3) for seed in range(5)]
+    calls = [(other_call(call, seed), seed % 3) for seed in range(6)]
     together = merging.run(calls)
-    assert merging.num_merged == [5] * 5, merging.groups.verdicts
+    assert merging.num_merged == [4, 4, 2, 4, 4, 2], merging.groups.verdicts  # who assigns is with who assigns there
     for (one, number), got in zip(calls, together, strict=True):
         merging.assert_by_hand(one, number, got)
         (alone,) = merging.run([(one, number)])
         assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(alone, got, strict=True))
+
+
+def test_a_service_merges_calls_where_it_is_asked_to() -> None:
+    assert not Deploy(source="model").merges_calls
+    assert not DeploymentSpec(source="model", name="model").merges_calls
 
 
 class Plain(nn.Module):
@@ -142,6 +149,138 @@ class Choosing(nn.Module):
         return x if x.max() > 100 else 2 * x
 
 
+class Least(nn.Module):
+    """Goes by all of a batch, where it is far out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.isinf().any(), x.clamp(-1, 1), x / x.abs().max().clamp(min=100.0))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("first", [NAN, INF, 1e9, 0.0])
+@pytest.mark.parametrize("middle", [Centred, Least])
+def test_who_mixes_a_batch_is_found_out_whatever_the_first_call_has(
+    middle: Callable[[], nn.Module], first: float
+) -> None:
+    plain = seeded(lambda: Plain(middle()))
+    model, backend = merging_model(plain)
+    calls = [torch.full((2, 16), first), torch.randn(2, 16), 300 * torch.randn(2, 16)]
+    tracers = [traced(model, x=calls[0])]
+    outputs(backend, tracers, [0])
+    tracers = [traced(model, x=x) for x in calls[1:]]
+    for x, ours in zip(calls[1:], outputs(backend, tracers, [0, 0]), strict=True):
+        with torch.no_grad():
+            close(ours, plain(x))
+
+
+class OfIds(nn.Module):
+    """Goes by the largest integer of a batch, or by its first."""
+
+    def __init__(self, *, is_first: bool) -> None:
+        super().__init__()
+        self.inner, self.last, self._is_first = nn.Embedding(64, 16), nn.Linear(16, 4), is_first
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.last(self.inner(ids) - self.inner(ids[0, 0] if self._is_first else ids.max()))
+        return out
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize(
+    "calls", [[[[3]], [[50]], [[9]]], [[[3, 5]], [[9, 7]], [[20, 60]]], [[[4, 3, 9, 9]], [[8, 7, 9, 1]]]]
+)
+def test_integers_that_decide_for_all_are_found_out(calls: list[Any], *, is_first: bool) -> None:
+    plain = seeded(lambda: OfIds(is_first=is_first))
+    model, backend = merging_model(plain)
+    tracers = [traced(model, ids=torch.tensor(ids)) for ids in calls]
+    for ids, ours in zip(calls, outputs(backend, tracers, [0] * len(calls)), strict=True):
+        with torch.no_grad():
+            close(ours, plain(torch.tensor(ids)))
+
+
+class OfMany(nn.Module):
+    """Mixes a batch only when it is a larger one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0) if len(x) > 4 else x
+
+
+def test_who_mixes_more_calls_is_not_trusted_with_two() -> None:
+    plain = seeded(lambda: Plain(OfMany()))
+    model, backend = merging_model(plain)
+    calls = [torch.randn(2, 16) for _ in range(3)]
+    for number, num_merged in ((2, [2, 2]), (3, [0, 0, 0]), (2, [0, 0])):
+        tracers = [traced(model, x=x) for x in calls[:number]]
+        for x, ours in zip(calls, outputs(backend, tracers, num_merged), strict=False):
+            with torch.no_grad():
+                close(ours, plain(x))
+
+
+ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
+    Tensor.sigmoid,
+    Tensor.tanh,
+    nn.functional.elu,
+    nn.functional.selu,
+    nn.functional.softplus,
+    nn.functional.mish,
+    lambda x: (x.abs() + 0.1) ** 2.3,
+    lambda x: (x.abs() + 0.1).pow(2.3),
+]
+
+
+class Activated(nn.Module):
+    def __init__(self, width: int, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self._act = nn.Linear(8, width), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._act(self.first(x))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_functions_of_single_elements_have_the_bits_of_alone_whatever_their_number(
+    act: Callable[[Tensor], Tensor],
+) -> None:
+    for width in (5, 24):
+        plain = seeded(lambda width=width: Activated(width, act))  # type: ignore[misc]
+        model, backend = merging_model(plain)
+        for _ in range(3):
+            calls = [3 * torch.randn(1, 8) for _ in range(8)]
+            beside = outputs(backend, [traced(model, x=x) for x in calls], [8] * 8)
+            for x, ours in zip(calls, beside, strict=True):
+                (alone,) = outputs(backend, [traced(model, x=x)], [0])
+                assert torch.equal(torch.as_tensor(alone), torch.as_tensor(ours))
+                with torch.no_grad():
+                    close(ours, plain(x))
+
+
+class ActsInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act = nn.Linear(8, 10), nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).reshape(-1, 2, 5).transpose(1, 2)  # members are not contiguous
+        return self.act(x) + x.sin()
+
+
+def test_what_is_changed_in_place_member_by_member_is_still_one_tensor() -> None:
+    plain = seeded(ActsInPlace)
+    model, backend = merging_model(plain)
+    x = torch.randn(3, 8)
+    with model.trace(x, run=False) as tracer:
+        model.act.output[:, 0] += 3
+        model.output.save()
+    (ours,) = outputs(backend, [tracer], [0])
+    with torch.no_grad():
+        acted = plain.act(plain.first(x).reshape(-1, 2, 5).transpose(1, 2))
+        acted[:, 0] += 3
+        close(ours, acted + acted.sin())
+    assert [one.refusal for one in backend.shard.merging.verdicts.values()] == [None]  # type: ignore[union-attr]
+
+
 def of_batches() -> nn.Module:
     norm = nn.BatchNorm1d(32, track_running_stats=False)
     return norm.train()
@@ -173,28 +312,107 @@ class Residual(nn.Module):
         return x + self.inner(x)
 
 
-def test_one_assigns_what_another_changes_in_place_at_the_same_visit() -> None:
+def test_those_that_assign_at_one_visit_have_each_its_own_of_what_was_there_and_of_what_goes_on() -> None:
     plain = seeded(Residual)
+    model, backend = merging_model(plain)
+    calls = [torch.randn(2, 16) for _ in range(4)]
+    tracers = []
+    for number, x in enumerate(calls):
+        with model.trace(x, run=False) as tracer:
+            if number == 1:
+                model.inner.input[:, 0] += 5  # of what goes on beside it too
+            if number != 3:
+                model.inner.input = 3 * model.inner.input
+            if number != 1:
+                model.inner.input[:, 0] += 1
+            model.output.save()
+        tracers.append(tracer)
+    got = outputs(backend, tracers, [3, 3, 3, 0])
+    for number, (x, ours) in enumerate(zip(calls, got, strict=True)):
+        with torch.no_grad():
+            kept = plain.first(x)
+            if number == 1:
+                kept[:, 0] += 5
+            given = kept if number == 3 else 3 * kept
+            given[:, 0] += number != 1
+            close(ours, kept + plain.inner(given))
+
+
+class InPlace(nn.Module):
+    """Its inner module changes what comes in, which goes on beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(16, 16), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x + 2 * self.inner(x)
+
+
+def test_a_neighbours_assignment_leaves_alone_what_others_have_of_the_same_tensor_elsewhere() -> None:
+    plain, _, call, _ = KINDS["bert"]()
+    model, backend = merging_model(plain)
+    attention = model.encoder.layer[0].attention.self
+    tracers = []
+    for number in range(3):
+        with model.trace(**other_call(call, number), run=False) as tracer:
+            if number == 0:
+                attention.input = 1.0 * attention.input
+            else:
+                attention.query.input[:, :, 0] += 3
+            model.output.last_hidden_state.save()
+        tracers.append(tracer)
+    for number, ours in enumerate(outputs(backend, tracers, [0, 2, 2])):
+        where = "encoder.layer.0.attention.self.query"
+        hook = plain.get_submodule(where).register_forward_pre_hook(
+            lambda _, args, number=number: scale(args[0]) if number else None  # type: ignore[misc]
+        )
+        with hook, torch.no_grad():
+            close(ours, plain(**other_call(call, number)).last_hidden_state)
+    plain = seeded(InPlace)
     model, backend = merging_model(plain)
     calls = [torch.randn(2, 16) for _ in range(3)]
     tracers = []
     for number, x in enumerate(calls):
         with model.trace(x, run=False) as tracer:
             if number == 0:
-                model.inner.input = 3 * model.inner.input
-                model.inner.input[:, 0] += 1
-            if number == 1:
-                model.inner.input[:, 0] += 5
+                model.inner.input = 2 * model.inner.input
             model.output.save()
         tracers.append(tracer)
-    for number, x in enumerate(calls):
+    for x, ours in list(zip(calls, outputs(backend, tracers, [0, 2, 2]), strict=True))[1:]:
         with torch.no_grad():
-            kept = plain.first(x)
-            given = 3 * kept if number == 0 else kept
-            given[:, 0] += (1, 5, 0)[number]  # of the second it is one tensor
-            wanted = kept + plain.inner(given)
-        close(outputs(backend, tracers)[number], wanted)
-    assert len({id(one) for one in tracers}) == 3
+            close(ours, plain(x))
+
+
+class Spread(nn.Module):
+    """What its inner module gives is one memory for all members of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.inner, self.last = nn.Parameter(torch.ones(1, 16)), nn.Identity(), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(x + self.inner((2 * self.query).expand(len(x), -1)))
+        return out
+
+
+def test_members_that_are_one_in_memory_are_not_changed_beside_others() -> None:
+    plain = seeded(Spread)
+    model, backend = merging_model(plain)
+    calls = [torch.randn(1, 16) for _ in range(3)]
+    tracers = []
+    for number, x in enumerate(calls):
+        with model.trace(x, run=False) as tracer:
+            if number == 0:
+                model.inner.output[:, 0] += 3
+            model.output.save()
+        tracers.append(tracer)
+    for number, (x, ours) in enumerate(zip(calls, outputs(backend, tracers, [0, 2, 2]), strict=True)):
+        with torch.no_grad():
+            given = 2 * plain.query
+            given[:, 0] += 3 * (number == 0)
+            close(ours, plain.last(x + given))
 
 
 class Touchy(nn.Module):
@@ -353,10 +571,16 @@ def merging_model(plain: nn.Module) -> tuple[Any, WholeBackend]:
     return WholeModel(backend), backend
 
 
-def outputs(backend: WholeBackend, tracers: Sequence[Any]) -> list[Any]:
+def traced(model: Any, **call: Any) -> Any:
+    with model.trace(**call, run=False) as tracer:
+        model.output.save()
+    return tracer
+
+
+def outputs(backend: WholeBackend, tracers: Sequence[Any], num_merged: Sequence[int]) -> list[Any]:
     outcomes = backend.run_together([backend.compile(one.built_request()) for one in tracers])
     assert [one.error for one in outcomes] == [None] * len(tracers)
-    assert [one.receipt.passes[0].calls_merged for one in outcomes if one.receipt] == [len(tracers)] * len(tracers)
+    assert [one.receipt.passes[0].calls_merged for one in outcomes if one.receipt] == num_merged
     return [values_in_order(one, outcome.values)[0] for one, outcome in zip(tracers, outcomes, strict=True)]
 
 
