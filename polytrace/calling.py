@@ -30,7 +30,7 @@ class Calling:
     def __init__(self, recording: Recording, where: str) -> None:
         self._recording = recording
         self._where = where
-        self.written: list[tuple[tuple[int | str, ...], Any]] = []  # selectors of `inputs`
+        self.written: list[tuple[tuple[int | str, ...], Any]] = []  # selectors of `inputs`, and values
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
         """The arguments as data; their tensors are constants of the recording. Raises GraphError."""

@@ -249,8 +249,7 @@ class CallTracer(Tracer):
     def _begin_with(self, invoke: int, selector: tuple[int | str, ...], value: Any) -> None:
         """A value is written to the argument that it is before anything of the call runs."""
         arguments = inputs_table(self._tables[invoke], "")
-        assert arguments is not None, "a call has arguments"
-        if selector not in arguments.leaves:
+        if arguments is None or selector not in arguments.leaves:
             kind = "a value of a trace" if is_recorded(value) else "a tensor with requires_grad=True"
             told = f"{kind} cannot be an argument that lies so deep: give it in a tuple or dict less"
             raise GraphError(told if is_recorded(value) else f"{told}, or its .detach()", where=user_line())

@@ -126,10 +126,17 @@ def test_an_argument_that_cannot_have_its_gradient_is_refused() -> None:
         def forward(self, batch: Any, more: Tensor | None = None) -> Tensor:
             return super().forward(batch[0][0][0], more)
 
+    class Deepest(Mixer):
+        def forward(self, batch: Any, more: Tensor | None = None) -> Tensor:
+            found: Tensor = self.one(batch[0][0][0][0][0])
+            return found
+
     model: Any = polytrace.load(seeded(Deep))
     batch = {"parts": [_own(1)], "gate": _own(2).detach()}
     with pytest.raises(GraphError, match=r"requires_grad=True cannot.*so deep.*detach") as refused:
         model.trace([[[batch]]])
     assert refused.value.where is not None and refused.value.where.startswith("test_argument_gradients.py:")
+    with pytest.raises(GraphError, match="so deep"):  # no argument that can be written lies there
+        polytrace.load(seeded(Deepest)).trace([[[[[_own(1)]]]]])
     with model.trace([[[{**batch, "parts": [_own(1).detach()]}]]]):
         assert model.output.save() is not None
