@@ -1,10 +1,13 @@
 """What a module that is called as it is has beside its weights: tensors in attributes, buffers, settings, chance.
 
-Owns what is found among them and what is put back: buffers, numbers and texts. A list that a forward appends to is not.
+Owns what is found among them and what is put back: attributes of modules, what lists and dicts among them have, and
+the content of buffers and of tensors in attributes. What objects of other kinds have in them is not.
 """
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
@@ -37,12 +40,16 @@ def kept_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def settings_of(model: nn.Module) -> Hashable:
-    """What a forward may go by and a user may set after loading: modes, dtypes, numbers, texts, configurations."""
+    """What a forward may go by and a user may set after loading: modes, dtypes, numbers, texts, configurations, hooks,
+    another forward.
+    """
     tensors = tuple([(path, tensor.shape, tensor.dtype) for path, tensor in named_tensors(model)])
     configs: dict[int, Any] = {}
     found: list[Hashable] = []
     for path, module in model.named_modules():
-        found.append((path, type(module), *_plain_members(module)))
+        hooks = tuple(module._forward_pre_hooks), tuple(module._forward_hooks)  # numbers, of which each is used once
+        forward = vars(module).get("forward"), getattr(type(module), "forward", None)
+        found.append((path, type(module), hooks, forward, *_plain_members(module)))
         config = vars(module).get("config")
         if hasattr(config, "__dict__"):
             configs[id(config)] = config
@@ -50,49 +57,58 @@ def settings_of(model: nn.Module) -> Hashable:
 
 
 class ModuleState:
-    """Buffers, numbers and texts of modules, and what random numbers come next, at one moment."""
+    """What a module has beside its weights, and what random numbers come next, at one moment."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
-        self._buffers = [
-            (module._buffers, name, buffer, buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+        tensors = (*model.buffers(), *attribute_tensors(model))
+        self._tensors = [
+            (one, one.detach().clone()) for one in tensors if one.layout is torch.strided and not one.is_meta
         ]
-        self._plain = [
-            (vars(module), {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)})
-            for module in model.modules()
+        self._members = [(vars(module), dict(vars(module))) for module in model.modules()]
+        self._contents = [
+            (value, copy.copy(value))
+            for _, members in self._members
+            for value in members.values()
+            if type(value) in (list, dict, OrderedDict, defaultdict)
         ]
         self._host = torch.get_rng_state()
         self._own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def put(self) -> None:
         """Makes everything as it was."""
+        for owner, had in (*self._members, *self._contents):
+            if isinstance(owner, list):
+                owner[:] = had
+                continue
+            for new in owner.keys() - had.keys():
+                del owner[new]
+            owner.update(had)
         with torch.no_grad():
-            for buffers, name, buffer, content in self._buffers:
-                buffers[name] = buffer
-                if not buffer.is_meta and not torch.equal(buffer, content):
-                    buffer.copy_(content)
-        for members, plain in self._plain:
-            members.update(plain)
+            for tensor, content in self._tensors:
+                if not torch.equal(tensor, content):
+                    tensor.copy_(content)
         torch.set_rng_state(self._host)
         if self._own is not None:
             torch.cuda.set_rng_state(self._own, self._device)
 
 
 def _plain_members(owner: Any) -> tuple[Hashable, ...]:
-    return tuple([(name, plain) for name, value in vars(owner).items() if (plain := _plain(value)) is not _OTHER])
+    members = vars(owner).items()
+    return tuple(
+        [(name, type(value), repr(value)) for name, value in members if name not in _OF_TORCH and _is_plain(value)]
+    )
 
 
-_OTHER = object()
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, _PLAIN):
-        return type(value), repr(value)
-    is_short = isinstance(value, (tuple, list)) and len(value) <= _MAX_MEMBERS
-    return (type(value), repr(value)) if is_short and all(isinstance(one, _PLAIN) for one in value) else _OTHER
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return len(value) <= _MAX_MEMBERS and all(isinstance(one, _PLAIN) for pair in value.items() for one in pair)
+    if isinstance(value, (tuple, list)):
+        return len(value) <= _MAX_MEMBERS and all(isinstance(one, _PLAIN) for one in value)
+    return isinstance(value, _PLAIN)
 
 
 def _tensors(value: Any, depth: int) -> Iterator[Tensor]:

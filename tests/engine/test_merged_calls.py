@@ -571,6 +571,73 @@ def merging_model(plain: nn.Module) -> tuple[Any, WholeBackend]:
     return WholeModel(backend), backend
 
 
+class Remembering(nn.Module):
+    """Goes by the calls that were there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls, self.counts = nn.Linear(16, 16), [], {"calls": 0}
+        self.last: Tensor | None = None
+        self.sum = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        self.counts["calls"] += 1
+        self.sum += 1
+        out: Tensor = self.inner(x) * len(self.calls) + self.sum
+        self.last, out = out.clone(), out if self.last is None else out + self.last
+        return out
+
+
+def test_a_trial_leaves_no_trace_in_a_module_that_remembers() -> None:
+    plain, served = seeded(Remembering), seeded(Remembering)
+    model, backend = merging_model(served)
+    for _ in range(3):
+        x = torch.randn(2, 16)
+        (ours,) = outputs(backend, [traced(model, x=x)], [0])
+        with torch.no_grad():
+            close(ours, plain(x))
+    assert (served.calls, served.counts, served.sum) == ([2, 2, 2], {"calls": 3}, 3)
+
+
+class Set(nn.Module):
+    """Mixes a batch where that was set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.settings = nn.Linear(16, 16), {"is_mixing": False}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return x - x.mean(0) if self.settings["is_mixing"] else x
+
+
+def set_hook(plain: Any) -> None:
+    plain.inner.register_forward_hook(lambda _module, _args, output: output - output.mean(0))
+
+
+def set_forward(plain: Any) -> None:
+    plain.inner.forward = lambda x: x - x.mean(0)
+
+
+def set_member(plain: Any) -> None:
+    plain.settings["is_mixing"] = True
+
+
+@pytest.mark.parametrize("change", [set_hook, set_forward, set_member])
+def test_what_is_set_on_a_model_later_is_tried_again(change: Callable[[Any], None]) -> None:
+    plain = seeded(Set)
+    model, backend = merging_model(plain)
+    calls = [torch.randn(2, 16) for _ in range(2)]
+    for num_merged in ([2, 2], [0, 0]):
+        tracers = [traced(model, x=x) for x in calls]
+        for x, ours in zip(calls, outputs(backend, tracers, num_merged), strict=True):
+            with torch.no_grad():
+                close(ours, plain(x))
+        if num_merged[0]:
+            change(plain)
+
+
 def traced(model: Any, **call: Any) -> Any:
     with model.trace(**call, run=False) as tracer:
         model.output.save()
