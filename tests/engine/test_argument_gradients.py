@@ -83,9 +83,10 @@ def test_arguments_of_several_calls_have_gradients_of_all_of_them(mixer: Any) ->
         with tracer.invoke({"parts": [own], "gate": second}):
             loss = model.output.pow(2).sum()
         with tracer.invoke({"parts": [second], "gate": own}):
-            found = [one.save() for one in torch.autograd.grad(loss + model.output.pow(3).sum(), [own, second])]
-    for ours, theirs in zip(found, wanted, strict=True):
-        _assert_close(ours, theirs)
+            ours: Any = torch.autograd.grad(loss + model.output.pow(3).sum(), [own, second])
+            found = [one.save() for one in ours]
+    for mine, theirs in zip(found, wanted, strict=True):
+        _assert_close(mine, theirs)
 
 
 def test_an_argument_that_is_changed_at_its_site_has_its_gradient_through_that(mixer: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def test_a_gradient_at_rows_of_an_image_is_torchs(imaged: Imaged) -> None:
     assert _close(gradient, kept[0].grad)
 
 
-SITES = {
+SITES: dict[str, Callable[[Any], Any]] = {
     "layers[0].input": lambda text: text.layers[0].input,
     "layers[0].inputs": lambda text: text.layers[0].inputs[0][0],
     "input_layernorm.input": lambda text: text.layers[0].input_layernorm.input,
@@ -203,10 +203,10 @@ def test_what_the_first_layer_gets_has_the_gradient_of_all_rows(imaged: Imaged) 
     for site in SITES.values():
         with imaged.model.trace(PROMPT, pixel_values=imaged.photos[:1]):
             value, loss = site(text), imaged.model.lm_head.output[0, -1, 7]
-            (asked,) = torch.autograd.grad(loss, [value])
+            gradients: Any = torch.autograd.grad(loss, [value])
             with loss.backward():
                 own, embedded = value.grad.save(), text.embed_tokens.output.grad.save()
-            asked.save()
+            asked = gradients[0].save()
         assert _close(own, wanted) and _close(asked, wanted)
         assert _close(embedded[:, :2], wanted[:, :2]) and _close(embedded[:, 6:], wanted[:, 6:])
         assert not embedded[:, 2:6].any()  # another tensor: images come over it
