@@ -6,18 +6,15 @@ makes it run for long. Imports torch: workers alone import it.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from torch import nn
 
+from api.time_limits import within
 from engine.whole_sites import CallSites
 from engine.whole_tapes import CallTapes
 from polytrace.description import SiteInfo
-from polytrace.errors import TooLargeError
 from polytrace.graph import Inputs, Request
 from polytrace.tensors import RawTensor
 from scheduling.plan import Program
@@ -36,42 +33,19 @@ class CheckedCalls:
 
     def of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[tuple[SiteInfo, ...], bool]:
         """The sites of one call, and whether its values were looked at."""
-        with within(self._patience_s):
+        with self._in_time():
             return self._sites.of(inputs, constants), self._sites.has_looked(inputs, constants)
 
     def of_all(self, request: Request) -> list[tuple[SiteInfo, ...]]:
         """The sites of each call of a request."""
-        with within(self._patience_s):
+        with self._in_time():
             return [self._sites.of(inputs, request.constants) for inputs in inputs_of_all(request)]
 
     def tape_bytes(self, program: Program, of_invokes: Sequence[tuple[SiteInfo, ...]]) -> int:
         """What its calls keep for gradients, as of `CallTapes`."""
-        with within(self._patience_s):
+        with self._in_time():
             return self._tapes.num_bytes(program, of_invokes)
 
-
-class _TooLong(BaseException):
-    """Ends whatever runs. Code of models that catches every Exception lets it through."""
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """TooLargeError when what is inside takes longer. In a process' main thread, where a worker does its work."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(_number: int, _frame: Any) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except _TooLong:
-        raise TooLargeError(
-            f"what these calls visit was not found out within {seconds:g} s: send fewer, or smaller ones"
-        ) from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def _in_time(self) -> AbstractContextManager[None]:
+        told = f"what these calls visit was not found out within {self._patience_s:g} s: send fewer, or smaller ones"
+        return within(self._patience_s, told)

@@ -20,26 +20,24 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api import log_lines
 from api.alike import MAX_BYTES, Remembered, is_remembered, likeness
 from api.contents import NOTHING, Needs, needs_of
 from api.limits import NO_DEMAND, Demand, demand_of
+from api.time_limits import within
 from polytrace.errors import (
     GraphError,
     MissingError,
     PolytraceError,
     ServiceError,
-    TooLargeError,
     WireError,
     from_fields,
 )
@@ -395,38 +393,13 @@ def _check_edits(model: str, version: str, path: str) -> Verdict:
     return _answered(model, version, lambda description, meta: _verdict_of_edits(description, Path(path)))
 
 
-class _TooLongError(BaseException):
-    """Goes through whoever handles errors of a program."""
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Raises TooLargeError when the block takes longer. Where there are no signals, in other threads, it may."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise _TooLongError
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except _TooLongError:
-        raise TooLargeError(f"checking the request takes longer than {seconds:g} s; send it in parts") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def _answered(
     model: str, version: str, judge: Callable[[ModelDescription, nn.Module], Verdict], longest_s: float = LONGEST_S
 ) -> Verdict:
     assert _worker is not None
     try:
         loaded = _worker.load(model, version)
-        with within(longest_s):
+        with within(longest_s, f"checking the request takes longer than {longest_s:g} s; send it in parts"):
             return judge(*loaded)
     except PolytraceError as error:
         return Verdict(error=error.to_fields())

@@ -21,7 +21,8 @@ from torch import nn
 import polytrace
 from api.checked_calls import CheckedCalls
 from api.store import Store
-from api.worker import CheckerPool, Verdict, within
+from api.time_limits import within
+from api.worker import CheckerPool, Verdict
 from cluster.requests import DeploymentState, Published
 from engine.local import LocalBackend
 from polytrace.certificate import Certificate
@@ -211,9 +212,9 @@ def test_a_check_that_takes_too_long_is_ended_whatever_the_program_handles() -> 
             except Exception:  # noqa: BLE001  as one that looks at users' operations does
                 continue
 
-    with pytest.raises(TooLargeError, match=r"takes longer than 0\.05 s"), within(0.05):
+    with pytest.raises(TooLargeError, match=r"takes longer than 0\.05 s"), within(0.05, "it takes longer than 0.05 s"):
         endless()
-    with within(0.05):
+    with within(0.05, "late"):
         pass
     time.sleep(0.1)  # nothing rings later
 
@@ -223,3 +224,14 @@ def exponents(count: int) -> Request:
     first = Read(site=Site(module="model.layers.2", port=Port.OUTPUT), invoke=0, where=WHERE)
     last = Save(name="out", value=Ref(NodeId(count)), where=WHERE)
     return Request(graph=Graph(nodes=(first, *nodes, last)), invokes=(Invoke(sequences=((1, 2, 3),)),), constants={})
+
+
+def test_a_time_limit_inside_of_another_leaves_it_its_own() -> None:
+    with pytest.raises(TooLargeError, match="outer"), within(0.2, "outer"):
+        with within(10.0, "inner"):
+            pass
+        while True:
+            pass
+    with pytest.raises(TooLargeError, match="inner"), within(10.0, "outer"), within(0.05, "inner"):
+        while True:
+            pass
