@@ -52,6 +52,8 @@ def deploy(
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
     share_across: operations.Sharing = ShareAcross.TENANT,
+    merge_calls: operations.MergeCalls = False,
+    whole: operations.Whole = True,
     on_demand: OnDemand = False,
     idle: Idle = None,
     rests: Rests = None,
@@ -79,6 +81,8 @@ def deploy(
             random_weights_seed=random_weights,
             offload_bytes=int(offload * (1 << 30)),
             share_across=share_across,
+            merges_calls=merge_calls,
+            whole=whole,
         )
 
 
