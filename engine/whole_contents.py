@@ -6,7 +6,7 @@ Integers that are the same all over are what calls in one have in common (`liken
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -15,16 +15,18 @@ from torch import Tensor
 Called = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of one call, or of one that is several
 
 
-def likeness(called: Called) -> tuple[int | None, ...]:
-    """What calls in one have to have in common beside their structure: models go by masks that are ones all over."""
+def likeness(called: Called) -> tuple[Hashable, ...]:
+    """What calls in one have to have in common beside their structure, because models go by it: of integers which one
+    they are all over, and otherwise whether one of them is 0 (a mask with a hole in it).
+    """
 
-    def only(value: Any) -> int | None:
+    def likeness_of(value: Any) -> Hashable:
         if not isinstance(value, Tensor) or _is_of_numbers(value) or not value.numel():
             return None
         first = value.flatten()[0]
-        return int(first) if bool((value == first).all()) else None
+        return int(first) if bool((value == first).all()) else ("all", bool(value.all()))
 
-    return tuple([only(value) for value in (*called[0], *called[1].values())])
+    return tuple([likeness_of(value) for value in (*called[0], *called[1].values())])
 
 
 def telling(called: Called) -> Called:
@@ -50,27 +52,6 @@ def other(called: Called, seed: int) -> Called:
         return _moved(value, chance) if _is_of_numbers(value) else _drawn(value, seed, chance)
 
     return _each(called, change)
-
-
-def extremes(called: Called) -> Sequence[Callable[[Called], Called]]:
-    """What makes neighbours of the strangest sort of a call: 1e4 times as large, of NaN, of infinities."""
-
-    def large(one: Called) -> Called:
-        return _each(other(one, _ANOTHER), lambda value: 1e4 * value if _is_of_numbers(value) else value)
-
-    def lost(one: Called) -> Called:
-        return _each(one, lambda value: torch.full_like(value, float("nan")) if _is_of_numbers(value) else value)
-
-    def infinite(one: Called) -> Called:
-        return _each(one, lambda value: _infinities(value) if _is_of_numbers(value) else value)
-
-    has_numbers = any(
-        isinstance(value, Tensor) and _is_of_numbers(value) for value in (*called[0], *called[1].values())
-    )
-    return (large, lost, infinite) if has_numbers else (large,)
-
-
-_ANOTHER = 64  # a seed that no call beside these has
 
 
 def _each(called: Called, change: Callable[[Tensor], Tensor]) -> Called:
@@ -99,21 +80,14 @@ def _moved(value: Tensor, chance: torch.Generator) -> Tensor:
 
 
 def _drawn(value: Tensor, seed: int, chance: torch.Generator) -> Tensor:
-    """Integers within the range of a call's own, its own where some are below 0, without the largest or the least."""
+    """Integers from 1 to the largest of a call's own, or some of its own where these are below 0; of its likeness."""
     own = value.long().unique()
     if len(own) < 2:
         return value
-    is_range = int(own[0]) >= 0
-    start, end = (min(1, int(own[0])), int(own[-1]) + 1) if is_range else (0, len(own))
-    if end - start > 2:
-        start, end = (start, end - 1) if seed % 2 else (start + 1, end)
-    drawn = torch.randint(start, end, (value.numel(),), generator=chance)
-    if bool((drawn == drawn[0]).all()):  # that would be a call of another likeness
-        drawn[seed % len(drawn)] = start if int(drawn[0]) != start else end - 1
-    drawn = drawn.to(value.device)
-    return (drawn if is_range else own[drawn]).reshape(value.shape).to(value.dtype)
-
-
-def _infinities(value: Tensor) -> Tensor:
-    places = torch.arange(value.numel(), device=value.device).reshape(value.shape)
-    return torch.where(places % 2 == 0, float("inf"), float("-inf")).to(value.dtype)
+    choice = own if int(own[0]) < 0 else torch.arange(min(1, int(own[0])), int(own[-1]) + 1, device=value.device)
+    drawn = choice[torch.randint(0, len(choice), (value.numel(),), generator=chance).to(value.device)]
+    if not bool(value.all()):
+        drawn[seed % len(drawn)] = 0
+    if bool((drawn == drawn[0]).all()):
+        drawn[(seed + 1) % len(drawn)] = own[0] if int(drawn[0]) != int(own[0]) else own[-1]
+    return drawn.reshape(value.shape).to(value.dtype)

@@ -22,11 +22,11 @@ from engine.memory import told_out_of_memory
 from engine.module_state import kept_tensors, settings_of
 from engine.recorder import memory_of
 from engine.whole_call import Enough, Key, WholeCall, current, hooked
-from engine.whole_contents import Called, likeness
-from engine.whole_manner import CallByCall
+from engine.whole_contents import likeness
+from engine.whole_manner import call_by_call
 from engine.whole_merging import Rows, Verdict, judge, rows_of, together, try_up_to
 from engine.whole_side import Side
-from engine.whole_sites import CallSites, told
+from engine.whole_sites import told
 from engine.whole_state import CallState
 from engine.writes import with_member
 from polytrace.graph import Node, Read, Write
@@ -40,9 +40,9 @@ _MOST_VERDICTS = 256
 class CallGroups:
     """Of one model. `verdicts` are by structure and likeness, of the settings that the model has."""
 
-    def __init__(self, model: nn.Module, device: torch.device, sites: CallSites, *, is_fixed: bool) -> None:
-        """`sites`: finds what calls of the model visit. `is_fixed`: nobody sets anything on the model between calls."""
-        self._model, self._device, self._sites, self._is_fixed = model, device, sites, is_fixed
+    def __init__(self, model: nn.Module, device: torch.device, *, is_fixed: bool) -> None:
+        """`is_fixed`: nobody sets anything on the model between calls."""
+        self._model, self._device, self._is_fixed = model, device, is_fixed
         self.verdicts: OrderedDict[Hashable, Verdict] = OrderedDict()
         self._settings: Hashable = None
         self.merged: list[tuple[RequestId, ...]] = []  # calls that went as one since somebody took this, by requests
@@ -100,24 +100,16 @@ class CallGroups:
             key = repr(state.structure(turn.invokes[0])), likeness(called)
         except Exception:  # noqa: BLE001  whatever is wrong with what it is given, it says so when it runs
             return None, None
-        verdict = self.verdicts.get(key) or self._tried(state, turn.invokes[0], called)
+        verdict = self.verdicts.get(key) or judge(self._model, called, self._device)
         if verdict is None:
             return None, None
         self.verdicts[key] = verdict
         self.verdicts.move_to_end(key)
         if len(self.verdicts) > _MOST_VERDICTS:
             self.verdicts.popitem(last=False)
-        if verdict.refusal is not None or not _has_rows(turn, state, verdict.rows):
+        if verdict.refusal is not None or not _has_rows(turn, state, verdict):
             return None, None
         return (key, _assigned(turn, state)), verdict
-
-    def _tried(self, state: CallState, invoke: int, called: Called) -> Verdict | None:
-        inputs = state.program.invokes[invoke].inputs
-        assert inputs is not None, "the request was checked"
-        # What is seen of one call says nothing of another where values decide.
-        if not self._sites.follow_from_structure(inputs, state.outlines(invoke)):
-            return Verdict(refusal="what a call visits depends on values")
-        return judge(self._model, called, self._device)
 
     def _may_go(self, parts: Sequence[_Part]) -> bool:
         """Whether calls of one key may go as one, also as so many."""
@@ -189,7 +181,7 @@ class CallGroups:
             call = WholeCall({key: place for place, key in enumerate(keys)}, come=come)
             calls = [part.state.arguments(invoke) for part in parts for invoke in part.turn.invokes]
             args, kwargs = together(calls, verdict.size_of(len(calls)))
-            with call.recording(), hooked(self._model, call), current(call), suppress(Enough), CallByCall():
+            with call.recording(), hooked(self._model, call), current(call), suppress(Enough), call_by_call():
                 self._model(*args, **kwargs)
         for one in going:
             one.run_up_to(None, {})
@@ -266,13 +258,14 @@ def _together(parts: Sequence[_Part]) -> _Part:
     return replace(parts[0], turns=turns, turn=joined(turns, parts[0].state.program))
 
 
-def _has_rows(turn: Turn, state: CallState, rows: Rows) -> bool:
+def _has_rows(turn: Turn, state: CallState, verdict: Verdict) -> bool:
     """Whether all that is read and written is of the call's own rows, or is read and the same for all."""
     for fragment in turn.fragments:
         for node in map(state.program.graph.nodes.__getitem__, fragment.nodes):
             if isinstance(node, (Read, Write)):
                 spot = (node.site.module, node.site.port, node.site.visit), node.site.selector
-                if spot not in rows or (isinstance(node, Write) and rows[spot] is None):
+                is_fixed = verdict.rows.get(spot) is None or spot in verdict.fixed
+                if spot not in verdict.rows or (isinstance(node, Write) and is_fixed):
                     return False
     return True
 

@@ -51,7 +51,7 @@ class WholeBackend(DirectBackend):
         description = describe(module, name, tape_bytes=_ALL_THERE_IS)
         self._sites = CallSites(module)
         self._tapes = CallTapes(self._sites)
-        self.shard = WholeShard(module, description, merges=merges, sites=self._sites)
+        self.shard = WholeShard(module, description, merges=merges, is_fixed=False)
         self._is_known_source = source is not None
         self._processor: Any = None  # until somebody asks
         meta = twin_of(module, _on_meta)

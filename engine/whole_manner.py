@@ -10,7 +10,8 @@ nobody beside it runs the same way, which costs it next to nothing; whether that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,8 +41,26 @@ _POINTWISE = frozenset(
 _LANES = 64  # elements that a processor takes at once, at most: what is left over goes another way
 
 
-class CallByCall(TorchFunctionMode):
+@contextmanager
+def operation_by_operation() -> Iterator[None]:
+    """Inside torch does not take several operations of an encoder's layer in one, which it does or not by who looks."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def call_by_call() -> Iterator[None]:
     """The model's code runs inside."""
+    with operation_by_operation(), _CallByCall():
+        yield
+
+
+class _CallByCall(TorchFunctionMode):
+    """Functions of torch, in this manner."""
 
     def __torch_function__(
         self,

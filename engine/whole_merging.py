@@ -1,16 +1,16 @@
-"""Whether calls of one structure may be one call, tried on the served weights, and what each has of every site.
+"""Whether calls of one structure may be one call, and what each has of every site then.
 
 Calls are put together along the first dimension of their tensors, and run call by call (`engine.whole_manner`). The
-gate looks at every side of every module: beside other calls, also those without a number, each must have the bits that
-it has alone in that manner, and these must be those of the call as it is to 1e-5 in float32. What passes runs
-so always, alone too; what does not is called as it is. Numbers of calls in one are tried when they are first wanted:
-one that fails is not used, and no bit depends on that.
+gate looks at every side of every module. That a call has rows of its own there, which depend on no other call, is
+proven (`engine.call_proof`). That these have the bits that they have alone in that manner, and are those of the call as
+it is to 1e-5 in float32, is tried. What passes runs so always, alone too; what does not is called as it is. Numbers of
+calls in one are tried when they are first wanted: one that fails is not used, and no bit depends on that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
@@ -20,11 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.arguments import Arguments, Selector
+from engine.call_axis import Along, Content, Same
+from engine.call_proof import Alone, Together, UnprovenError
+from engine.call_rules import tensors_of
 from engine.leaves import first_argument
 from engine.module_state import ModuleState, kept_tensors, settings_of
 from engine.whole_call import Key
-from engine.whole_contents import Called, extremes, other, telling
-from engine.whole_manner import CallByCall
+from engine.whole_contents import Called, other, telling
+from engine.whole_manner import call_by_call
 from engine.whole_sites import leaves_of, overlaps, told
 from engine.writes import with_member
 from polytrace.graph import Port
@@ -44,6 +47,7 @@ class Verdict:
     """What the gate has found of one structure of arguments."""
 
     rows: Rows = field(default_factory=dict)  # sites that are not there are none that a call has for itself
+    fixed: frozenset[Spot] = frozenset()  # of these: what a call has there follows from what all have in common
     refusal: str | None = None  # why calls are run as they are
     tried: dict[int, str | None] = field(default_factory=lambda: {1: None})  # calls in one -> why not
 
@@ -58,10 +62,10 @@ class Verdict:
 
 
 def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict | None:
-    """Tries a call of this structure, alone and as two. None where the call as it is raises, or there is no memory:
+    """Looks at a call of this structure, alone and as two. None where the call as it is raises, or there is no memory:
     that says nothing of others.
     """
-    refusal = _refusal(model, called)
+    refusal = _refusal(called)
     if refusal is not None:
         return Verdict(refusal=refusal)
     verdict = Verdict()
@@ -71,7 +75,7 @@ def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict | N
         plain: dict[Spot, Tensor] = {}
         shapes: dict[Spot, tuple[int, ...]] = {}
         try:
-            _run(model, called, lambda spot, tensor: plain.__setitem__(spot, tensor.clone()), manner=nullcontext())
+            _run(model, called, lambda spot, tensor: plain.__setitem__(spot, tensor.clone()), manner=_as_it_is)
         except Exception as error:
             raise _BrokenError from error
 
@@ -80,32 +84,17 @@ def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict | N
             shapes[spot] = tuple(tensor.shape)
 
         _run(model, called, own)
-        pair: dict[Spot, tuple[int, ...]] = {}
-        ones: set[Spot] = set()  # where calls are one in memory, as of `expand`
-
-        def of_two(spot: Spot, tensor: Tensor) -> None:
-            pair[spot] = tuple(tensor.shape)
-            if overlaps(tensor):
-                ones.add(spot)
-
-        _run(model, together([called] * 2, 2), of_two)
-        if plain or pair.keys() != shapes.keys():
+        if plain:
             raise _Refusal("in this manner a call visits other sites")
-        verdict.rows = {
-            spot: None if shape == pair[spot] else shape[0]
-            for spot, shape in shapes.items()
-            if shape == pair[spot] or (shape and pair[spot] == (2 * shape[0], *shape[1:]) and spot not in ones)
-        }
+        verdict.rows, verdict.fixed = _proven_rows(model, called, 2)
         if all(rows is None for rows in verdict.rows.values()):
-            raise _Refusal("no site has its calls along its first dimension")
+            raise _Refusal("at no site a call's own rows can be told")
         _try_size(model, called, verdict.rows, 2)
 
     try:
         refusal = _carefully(model, device, look)
     except (_BrokenError, torch.OutOfMemoryError):
         return None
-    except _MixedError as found:
-        refusal = str(found)
     if refusal is not None:
         return Verdict(refusal=refusal)
     verdict.tried[2] = None
@@ -113,18 +102,19 @@ def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict | N
 
 
 def try_up_to(verdict: Verdict, num_calls: int, model: nn.Module, called: Called, device: torch.device) -> None:
-    """Tries the number of calls in one that has room for so many, and the one below it, where that was not done yet.
-    Refuses all where what a call has depends on what others have: it does so in two as well, if more rarely.
-    """
+    """Tries the number of calls in one that has room for so many, and the one below it, where that was not done yet."""
+
+    def look(size: int) -> None:
+        if _proven_rows(model, called, size) != (verdict.rows, verdict.fixed):
+            raise _Refusal("with so many calls other sites have a call's own rows")
+        _try_size(model, called, verdict.rows, size)
+
     called = telling(called)
     wanted = next((size for size in SIZES if size >= num_calls), MOST_CALLS)
     for size in (SIZES[SIZES.index(wanted) - 1], wanted):
         if size not in verdict.tried:
             try:
-                verdict.tried[size] = _carefully(model, device, partial(_try_size, model, called, verdict.rows, size))
-            except _MixedError as found:
-                verdict.refusal = str(found)
-                return
+                verdict.tried[size] = _carefully(model, device, partial(look, size))
             except torch.OutOfMemoryError as error:
                 verdict.tried[size] = told(error)
 
@@ -146,26 +136,17 @@ class _Refusal(Exception):
     pass
 
 
-class _MixedError(Exception):
-    """What a call has depends on what others have."""
-
-
 class _BrokenError(Exception):
     pass
 
 
-def _refusal(model: nn.Module, called: Called) -> str | None:
+def _refusal(called: Called) -> str | None:
     """Why it need not be tried."""
     values = [*called[0], *called[1].values()]
     tensors = [value for value in values if isinstance(value, Tensor)]
     has_more = any(isinstance(value, (tuple, list, dict)) for value in values)
     if has_more or not tensors or any(not tensor.ndim or not len(tensor) for tensor in tensors):
         return "its arguments are not tensors that have a first dimension, and plain values"
-    dtypes = {tensor.dtype for tensor in (*model.parameters(), *tensors)}
-    if torch.float16 in dtypes:
-        return "in float16 models look whether any value of a batch is too large"
-    if any("experts" in type(module).__name__.lower() for module in model.modules()):
-        return "experts get as many rows as are sent to them, by whomever"
     return None
 
 
@@ -180,7 +161,9 @@ def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None])
             return "a call changes the model, or draws random numbers"
     except _Refusal as found:
         return str(found)
-    except (_MixedError, _BrokenError, torch.OutOfMemoryError):
+    except UnprovenError as found:
+        return str(found)
+    except (_BrokenError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # noqa: BLE001  whatever code of the model raises for calls in one
         return f"calls in one raised {told(error)}"
@@ -200,18 +183,12 @@ def _chance(device: torch.device) -> Tensor:
 
 
 def _try_size(model: nn.Module, called: Called, rows: Rows, size: int) -> None:
-    """_MixedError where what a call has in so many depends on others, _Refusal where it is not what it has alone."""
+    """_Refusal where what a call has in so many is not what it has alone, bit for bit."""
     kinds = [called, *[other(called, seed) for seed in range(1, min(size, _NUM_KINDS))]]
     alone = [{spot: mark for (spot, _), mark in _marks(model, [(0, kind)], rows).items()} for kind in kinds]
     numbers = list(islice(cycle(range(len(kinds))), size))
     beside = [(number, kinds[number]) for number in numbers]
     found = _marks(model, beside, rows)
-    kept = {0, size - 1} if size > 2 else {0}  # who has neighbours of the strangest sort
-    for change in extremes(called):
-        company = [one if place in kept else (None, change(one[1])) for place, one in enumerate(beside)]
-        for (spot, place), mark in _marks(model, company, rows).items():
-            if mark != found.get((spot, place)):
-                raise _MixedError(f"{_name(spot)} has other bits beside calls of other content")
     turned = numbers[1:] + numbers[:1]
     others = _marks(model, beside[1:] + beside[:1], rows, is_replacing=True)
     for order, marks in ((numbers, found), (turned, others)):
@@ -223,15 +200,14 @@ def _try_size(model: nn.Module, called: Called, rows: Rows, size: int) -> None:
 
 
 def _marks(
-    model: nn.Module, company: Sequence[tuple[int | None, Called]], rows: Rows, *, is_replacing: bool = False
+    model: nn.Module, company: Sequence[tuple[int, Called]], rows: Rows, *, is_replacing: bool = False
 ) -> dict[tuple[Spot, int], int]:
-    """What those of calls in one have that are numbered, by their places; 0 where they have nothing of their own."""
+    """What each of calls in one has, by their places; 0 where it has nothing of its own."""
     marks: dict[tuple[Spot, int], int] = {}
 
     def note(spot: Spot, tensor: Tensor) -> None:
-        for place, (number, _) in enumerate(company):
-            if number is not None:
-                marks[spot, place] = _mark(rows_of(tensor, place, rows[spot])) if spot in rows else 0
+        for place in range(len(company)):
+            marks[spot, place] = _mark(rows_of(tensor, place, rows[spot])) if spot in rows else 0
 
     called = together([one for _, one in company], len(company))
     _run(model, called, note, is_replacing=is_replacing)
@@ -252,7 +228,46 @@ def _check_close(spot: Spot, own: Tensor, plain: Tensor | None) -> None:
         raise _Refusal(f"{_name(spot)} is another in this manner")
 
 
-def _run(model: nn.Module, called: Called, note: _Note, *, is_replacing: bool = False, manner: Any = None) -> None:
+def _proven_rows(model: nn.Module, called: Called, size: int) -> tuple[Rows, frozenset[Spot]]:
+    """What each of so many calls has of every site, whatever is in them; and at which of these sites the proof goes by
+    what they have in common, so that nobody may write there. UnprovenError where nothing can be told.
+    """
+    kept = list(kept_tensors(model))
+    alone = Alone(kept)
+    _run(model, called, lambda _spot, _tensor: None, manner=lambda own: alone.running(tensors_of(own)))
+    several = Together(size, alone.ran, kept)
+    rows: dict[Spot, int | None] = {}
+    fixed: set[Spot] = set()
+
+    def note(spot: Spot, tensor: Tensor) -> None:
+        place = several.place(tensor)
+        if isinstance(place, Same):
+            rows[spot] = None
+        elif isinstance(place, Along) and not place.dim and place.before == 1 and not overlaps(tensor):
+            rows[spot] = place.inside
+            if place.content is not Content.OWN:
+                fixed.add(spot)
+
+    _run(model, together([called] * size, size), note, manner=lambda own: several.running(tensors_of(own)))
+    return rows, frozenset(fixed)
+
+
+def _as_it_is(_called: Called) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _call_by_call(_called: Called) -> AbstractContextManager[Any]:
+    return call_by_call()
+
+
+def _run(
+    model: nn.Module,
+    called: Called,
+    note: _Note,
+    *,
+    is_replacing: bool = False,
+    manner: Callable[[Called], AbstractContextManager[Any]] = _call_by_call,
+) -> None:
     """One call, with every tensor that modules take and give. `is_replacing`: each hands on a copy, as edits do."""
     counts: dict[tuple[str, Port], int] = {}
 
@@ -278,8 +293,8 @@ def _run(model: nn.Module, called: Called, note: _Note, *, is_replacing: bool = 
         for path, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(before, path), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(partial(behind, path)).remove)
-        args, kwargs = together([called], 1)  # models change their arguments
-        stack.enter_context(CallByCall() if manner is None else manner)
+        args, kwargs = own = together([called], 1)  # models change their arguments
+        stack.enter_context(manner(own))
         model(*args, **kwargs)
 
 

@@ -30,7 +30,7 @@ from engine.stopwatch import Stopwatch
 from engine.whole_call import Enough, Visits, WholeCall, alone, current, hooked
 from engine.whole_groups import CallGroups
 from engine.whole_side import Side
-from engine.whole_sites import CallSites, told
+from engine.whole_sites import told
 from engine.whole_state import CallState
 from engine.whole_tape import NoGradientError, Ports, WholeTape, sweep
 from polytrace.description import ModelDescription
@@ -52,10 +52,10 @@ class WholeShard:
         *,
         constant_bytes: int = 4 << 30,
         merges: bool = False,
-        sites: CallSites | None = None,
+        is_fixed: bool = True,
     ) -> None:
-        """`merges`: calls are one call where the gate lets them (`engine.whole_merging`); `sites`: who finds what calls
-        of the model visit, where somebody does already, who may set something on it between two calls.
+        """`merges`: calls are one call where the gate lets them (`engine.whole_merging`); `is_fixed`: nobody sets
+        anything on the model between two calls.
         """
         self.model = model
         device = next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
@@ -73,7 +73,7 @@ class WholeShard:
         )
         self._states: dict[RequestId, CallState] = {}
         self._writer = Writer()
-        self.merging = CallGroups(model, device, sites or CallSites(model), is_fixed=sites is None) if merges else None
+        self.merging = CallGroups(model, device, is_fixed=is_fixed) if merges else None
 
     @torch.inference_mode(False)
     def run(self, plan: Plan) -> ShardResult:

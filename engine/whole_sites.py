@@ -86,10 +86,9 @@ class CallSites:
         inputs: Inputs,
         constants: Mapping[str, RawTensor],
         really: Callable[[Inputs], tuple[SiteInfo, ...]] | None,
-        num_levels: int = 3,
     ) -> tuple[SiteInfo, ...]:
         structure = repr(structure_of(inputs, constants))
-        for level in range(self._levels.get(structure, 0), num_levels):
+        for level in range(self._levels.get(structure, 0), 3):
             key = structure, tuple(_content(constants[name], level) for name in given_names(inputs))
             if key in self._known:
                 self._known.move_to_end(key)
@@ -97,7 +96,7 @@ class CallSites:
             try:
                 found = self._found(inputs, constants, level, really)
             except GraphError:
-                if level == num_levels - 1 or (level == 1 and really is None):
+                if level == 2 or (level == 1 and really is None):
                     raise
                 continue
             self._levels[structure] = level
@@ -110,18 +109,6 @@ class CallSites:
     def has_looked(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> bool:
         """Whether what a call of this structure visits depends on values; behind `of`."""
         return self._levels.get(repr(structure_of(inputs, constants)), 0) > 0
-
-    def follow_from_structure(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> bool:
-        """Whether the sites of a call, whose tensors need not be there, follow from its structure alone."""
-        with self._turn:
-            self._look_at_settings()
-            structure = repr(structure_of(inputs, constants))
-            if structure not in self._levels:
-                try:
-                    self._of(inputs, constants, None, num_levels=1)
-                except (GraphError, TooLargeError):
-                    return False
-            return not self._levels[structure]
 
     def on_twin(
         self, inputs: Inputs, constants: Mapping[str, RawTensor], run: Callable[[nn.Module, Inputs], T]

@@ -73,11 +73,7 @@ class CallState(RequestState):
         """The arguments of a call with dtype and shape in the place of tensors."""
         inputs = self.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
-        return structure_of(inputs, self.outlines(invoke))
-
-    def outlines(self, invoke: int) -> dict[str, RawTensor]:
-        """What is known of the tensors that a call is given without their values."""
-        return {name: _outline(self._constant(name)) for name in given_names(self.program.invokes[invoke].inputs)}
+        return structure_of(inputs, {name: _outline(self._constant(name)) for name in given_names(inputs)})
 
     def arguments(self, invoke: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a call is given: tensors of its own, so that code of the model may change them in place."""
