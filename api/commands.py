@@ -92,7 +92,7 @@ def serve(
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
     share_across: operations.Sharing = ShareAcross.TENANT,
-    merge_calls: operations.MergeCalls = False,
+    merge_calls: operations.MergeCalls = True,
     whole: operations.Whole = True,
     drain_seconds: Annotated[
         float | None,

@@ -554,7 +554,7 @@ class Deploy(BaseModel):
     random_weights_seed: Count | None = None
     offload_bytes: Count = 0
     share_across: ShareAcross = ShareAcross.TENANT
-    merges_calls: bool = False
+    merges_calls: bool = True
     whole: bool = True
 
 

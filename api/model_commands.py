@@ -52,7 +52,7 @@ def deploy(
     random_weights: operations.RandomWeights = None,
     offload: operations.Offload = 0.0,
     share_across: operations.Sharing = ShareAcross.TENANT,
-    merge_calls: operations.MergeCalls = False,
+    merge_calls: operations.MergeCalls = True,
     whole: operations.Whole = True,
     on_demand: OnDemand = False,
     idle: Idle = None,

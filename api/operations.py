@@ -44,9 +44,7 @@ Sharing = Annotated[
 ]
 MergeCalls = Annotated[
     bool,
-    typer.Option(
-        help="Of a model that is called as it is: calls of several users are one, where no trial finds it inexact."
-    ),
+    typer.Option(help="Of a model that is called as it is: calls of several users are one, where that is exact."),
 ]
 Whole = Annotated[
     bool,
@@ -74,7 +72,7 @@ def deploy(
     random_weights: RandomWeights = None,
     offload: Offload = 0.0,
     share_across: Sharing = ShareAcross.TENANT,
-    merge_calls: MergeCalls = False,
+    merge_calls: MergeCalls = True,
     whole: Whole = True,
     url: Url = _HERE,
     key: Key = None,

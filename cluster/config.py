@@ -32,8 +32,7 @@ class DeploymentSpec:
     random_weights_seed: int | None = None  # no weights are read; for trials of size and speed
     offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
     share_across: ShareAcross = ShareAcross.TENANT
-    # of a model that is called as it is: calls of several requests are one, where no trial finds it inexact
-    merges_calls: bool = False
+    merges_calls: bool = True  # of a model that is called as it is: of several requests, where that is exact
     whole: bool = True  # a vision-language model is called as it is; else it runs as the language model in it
 
 

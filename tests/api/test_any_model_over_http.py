@@ -32,7 +32,7 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
     service = Guest(world_service.url, folder)
     try:
         wait_until(service.is_ready, 240, service)
-        asked = {"source": str(tmp_path / "vit"), "cpus": 0.1, "merges_calls": True}
+        asked = {"source": str(tmp_path / "vit"), "cpus": 0.1}
         service.http.put("/v1/models/vit", json=asked).raise_for_status()
         model: Any = polytrace.connect(f"http://127.0.0.1:{service.port}", "tiny", key="sesame")
         layer = model.get_submodule(path)

@@ -113,9 +113,10 @@ def test_three_interventions_beside_neighbours_are_those_of_hooks_with_the_bits_
         assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(alone, got, strict=True))
 
 
-def test_a_service_merges_calls_where_it_is_asked_to() -> None:
-    assert not Deploy(source="model").merges_calls
-    assert not DeploymentSpec(source="model", name="model").merges_calls
+def test_a_service_merges_calls_unless_it_is_asked_not_to() -> None:
+    assert Deploy(source="model").merges_calls
+    assert DeploymentSpec(source="model", name="model").merges_calls
+    assert not Deploy.model_validate({"source": "model", "merges_calls": False}).merges_calls
 
 
 class Plain(nn.Module):
