@@ -1,12 +1,13 @@
 """Runs calls of several requests, and of one, as one call of the module: each at its own rows.
 
-Which these are, and so which bits they have, follows from each call alone, never from who else is there: no gradients,
-sites of which it has rows of its own, and arguments that the gate lets (`engine.whole_merging`). Such a call goes in
-the same manner when nobody is beside it.
+Which bits a call has follows from the call and the model, never from who else is there: one without gradients always
+goes in the manner of calls that may be one, where the model does at all (`engine.whole_merging`). It goes beside others
+where it is proven that it has rows of its own at every site that it reads and writes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,9 +23,20 @@ from engine.memory import told_out_of_memory
 from engine.module_state import kept_tensors, settings_of
 from engine.recorder import memory_of
 from engine.whole_call import Enough, Key, WholeCall, current, hooked
-from engine.whole_contents import likeness
+from engine.whole_contents import Called, likeness
 from engine.whole_manner import call_by_call
-from engine.whole_merging import Rows, Verdict, judge, rows_of, together, try_up_to
+from engine.whole_merging import (
+    ALONE,
+    BrokenError,
+    Rows,
+    Verdict,
+    goes_apart,
+    judge,
+    rows_of,
+    together,
+    try_up_to,
+    why_not_so,
+)
 from engine.whole_side import Side
 from engine.whole_sites import told
 from engine.whole_state import CallState
@@ -35,6 +47,7 @@ from scheduling.call_turns import Turn, joined, turns_of
 from scheduling.plan import PROLOGUE, Fragment, Member, RequestId
 
 _MOST_VERDICTS = 256
+_log = logging.getLogger(__name__)
 
 
 class CallGroups:
@@ -45,13 +58,14 @@ class CallGroups:
         self._model, self._device, self._is_fixed = model, device, is_fixed
         self.verdicts: OrderedDict[Hashable, Verdict] = OrderedDict()
         self._settings: Hashable = None
+        self._is_so: bool | None = None  # whether calls go in the manner of those that may be one; None: nobody called
         self.merged: list[tuple[RequestId, ...]] = []  # calls that went as one since somebody took this, by requests
 
     def run(self, waves: Sequence[tuple[Member, CallState]], alone: Callable[[Turn, CallState], None]) -> None:
         """Runs waves that no gradient is asked of; `alone` runs calls as they are."""
         settings = None if self._is_fixed else settings_of(self._model), torch.get_num_threads()
         if settings != self._settings:  # what was found of others says nothing of these
-            self._settings = settings
+            self._settings, self._is_so = settings, None
             self.verdicts.clear()
         waiting = [deque(self._parts(*each)) for each in waves]
         while going := [parts.popleft() for parts in waiting if parts]:
@@ -64,12 +78,7 @@ class CallGroups:
                 else:
                     groups.setdefault(part.key, []).append(part)
             for parts in groups.values():
-                if self._may_go(parts):
-                    self._run_group(parts)
-                    continue
-                for part in parts:
-                    for turn in part.turns:
-                        alone(turn, part.state)
+                self._run_group(parts)
 
     def take_merged(self) -> tuple[tuple[RequestId, ...], ...]:
         """The calls that went as one since it was asked before, by their requests."""
@@ -80,7 +89,7 @@ class CallGroups:
         """The calls of a wave, those that may go as one together."""
         pending: list[_Part] = []
         for turn in turns_of(member.program, member.wave):
-            part = _Part(state, (turn,), *self._judged(turn, state), turn)
+            part = _Part(state, (turn,), self._key(turn, state), turn)
             if pending and (part.key is None or part.key != pending[0].key or len(pending) == MOST_CALLS):
                 yield _together(pending)
                 pending = []
@@ -91,47 +100,67 @@ class CallGroups:
         if pending:
             yield _together(pending)
 
-    def _judged(self, turn: Turn, state: CallState) -> tuple[Hashable, Verdict | None]:
-        """What calls that go together have in common, and what is known of them; None of one that goes as it is."""
+    def _key(self, turn: Turn, state: CallState) -> _Key | None:
+        """What calls that go together have in common; None of one that goes as it is, whoever is there."""
         if len(turn.invokes) != 1 or state.has_failed:
-            return None, None  # where there are several they wait for each other
+            return None  # where there are several they wait for each other
         try:
             called = state.arguments(turn.invokes[0])
-            key = repr(state.structure(turn.invokes[0])), likeness(called)
+            key = _Key(repr(state.structure(turn.invokes[0])), likeness(called), _assigned(turn, state))
         except Exception:  # noqa: BLE001  whatever is wrong with what it is given, it says so when it runs
-            return None, None
-        verdict = self.verdicts.get(key) or judge(self._model, called, self._device)
+            return None
+        return key if goes_apart(called) and self._goes_so(called) else None
+
+    def _goes_so(self, called: Called) -> bool:
+        """Whether calls of the model go in the manner of those that may be one; the first one tells."""
+        if self._is_so is None:
+            with suppress(BrokenError):
+                why_not = why_not_so(self._model, called, self._device)
+                self._is_so = why_not is None
+                if why_not is not None:
+                    _log.info("calls of %s are not merged: %s", type(self._model).__name__, why_not)
+        return self._is_so is not False
+
+    def _verdict(self, parts: Sequence[_Part]) -> Verdict | None:
+        """What is known of calls of one key, of which there are so many now; None where they go one by one."""
+        key, calls = parts[0].key, sum(part.num_calls for part in parts)
+        assert key is not None, "they may be one"
+        called = parts[0].state.arguments(parts[0].turn.invokes[0])
+        verdict = self.verdicts.get(key.of_calls)
         if verdict is None:
-            return None, None
-        self.verdicts[key] = verdict
-        self.verdicts.move_to_end(key)
+            try:
+                verdict = judge(self._model, called, self._device)
+            except BrokenError:
+                return None
+            if verdict.refusal is not None:
+                told = "calls of %s with arguments of one structure go one by one: %s"
+                _log.info(told, type(self._model).__name__, verdict.refusal)
+        self.verdicts[key.of_calls] = verdict
+        self.verdicts.move_to_end(key.of_calls)
         if len(self.verdicts) > _MOST_VERDICTS:
             self.verdicts.popitem(last=False)
-        if verdict.refusal is not None or not _has_rows(turn, state, verdict):
-            return None, None
-        return (key, _assigned(turn, state)), verdict
-
-    def _may_go(self, parts: Sequence[_Part]) -> bool:
-        """Whether calls of one key may go as one, also as so many."""
-        first, calls = parts[0], sum(part.num_calls for part in parts)
-        assert first.verdict is not None, "they have a key"
-        if calls > 1:
-            called = first.state.arguments(first.turn.invokes[0])
-            try_up_to(first.verdict, min(calls, MOST_CALLS), self._model, called, self._device)
-        return first.verdict.refusal is None
+        if verdict.refusal is not None:
+            return None
+        try_up_to(verdict, min(calls, MOST_CALLS), self._model, called, self._device)
+        return verdict
 
     def _run_group(self, parts: Sequence[_Part]) -> None:
         """Runs all of them, as many as may go at a time."""
-        verdict = parts[0].verdict
-        assert verdict is not None, "they have a key"
-        most = verdict.most(MOST_CALLS)
+        verdict = self._verdict(parts) if sum(part.num_calls for part in parts) > 1 else None
         going: list[_Part] = []
-        for part in [smaller for each in parts for smaller in each.split(most)]:
-            if going and sum(one.num_calls for one in going) + part.num_calls > most:
-                self._run_one(going, verdict)
-                going = []
-            going.append(part)
-        self._run_one(going, verdict)
+        for part in parts:
+            if verdict is None or not all(_has_rows(turn, part.state, verdict) for turn in part.turns):
+                for one in part.split(1):
+                    self._run_one([one], ALONE)
+                continue
+            most = verdict.most(MOST_CALLS)
+            for smaller in part.split(most):
+                if going and sum(one.num_calls for one in going) + smaller.num_calls > most:
+                    self._run_one(going, verdict)
+                    going = []
+                going.append(smaller)
+        if verdict is not None and going:
+            self._run_one(going, verdict)
 
     def _run_one(self, parts: Sequence[_Part], verdict: Verdict) -> None:
         """Runs them as one; one by one where that raises, so that who it is about is found."""
@@ -217,11 +246,25 @@ class RowsSide(Side):
         self._tensor(selector).copy_(given)
 
     def _tensor(self, selector: Selector) -> Tensor:
-        return rows_of(self._whole(selector), self._number, self._rows[self._key, selector])
+        return rows_of(self._whole(selector), self._number, self._rows.get((self._key, selector)))
 
 
 def _nobody(_tensor: Tensor) -> None:
     """There is no gradient that a write would have to be told to."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What calls that may be one have in common."""
+
+    structure: str
+    likeness: Hashable
+    assigned: Hashable
+
+    @property
+    def of_calls(self) -> Hashable:
+        """Whatever is read and written."""
+        return self.structure, self.likeness
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +273,7 @@ class _Part:
 
     state: CallState
     turns: tuple[Turn, ...]
-    key: Hashable  # None: as they are
-    verdict: Verdict | None  # of calls with a key
+    key: _Key | None  # None: as they are
     turn: Turn  # all of them
 
     @property

@@ -1,16 +1,17 @@
 """Whether calls of one structure may be one call, and what each has of every site then.
 
 Calls are put together along the first dimension of their tensors, and run call by call (`engine.whole_manner`). The
-gate looks at every side of every module. That a call has rows of its own there, which depend on no other call, is
-proven (`engine.call_proof`). That these have the bits that they have alone in that manner, and are those of the call as
-it is to 1e-5 in float32, is tried. What passes runs so always, alone too; what does not is called as it is. Numbers of
-calls in one are tried when they are first wanted: one that fails is not used, and no bit depends on that.
+gate looks at every side of every module. A model's first call tries that in that manner it is the call as it is, to
+1e-5 in float32; its calls go so from then on, alone too, and if they are not, as they are. When two of one structure
+first wait, it is proven at which sites a call has rows of its own, which depend on no other call (`engine.call_proof`),
+and tried that these have the bits of alone. Numbers of calls in one are looked at when they are first wanted: one that
+fails is not used, and no bit depends on that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
@@ -48,7 +49,7 @@ class Verdict:
 
     rows: Rows = field(default_factory=dict)  # sites that are not there are none that a call has for itself
     fixed: frozenset[Spot] = frozenset()  # of these: what a call has there follows from what all have in common
-    refusal: str | None = None  # why calls are run as they are
+    refusal: str | None = None  # why calls go one by one
     tried: dict[int, str | None] = field(default_factory=lambda: {1: None})  # calls in one -> why not
 
     def most(self, num_calls: int) -> int:
@@ -61,40 +62,47 @@ class Verdict:
         return next(size for size in SIZES if size >= num_calls and self.tried.get(size, "") is None)
 
 
-def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict | None:
-    """Looks at a call of this structure, alone and as two. None where the call as it is raises, or there is no memory:
-    that says nothing of others.
+ALONE = Verdict()  # of a call that has nobody beside it
+
+
+def goes_apart(called: Called) -> bool:
+    """Whether calls of such arguments can be put together: tensors that have a first dimension, and plain values."""
+    values = [*called[0], *called[1].values()]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    has_more = any(isinstance(value, (tuple, list, dict)) for value in values)
+    return bool(tensors) and not has_more and all(tensor.ndim and len(tensor) for tensor in tensors)
+
+
+def why_not_so(model: nn.Module, called: Called, device: torch.device) -> str | None:
+    """Why a model cannot go in the manner of calls that may be one: numbers are not those of the call as it is.
+
+    BrokenError where the call as it is raises.
     """
-    refusal = _refusal(called)
-    if refusal is not None:
-        return Verdict(refusal=refusal)
-    verdict = Verdict()
     called = telling(called)
 
     def look() -> None:
         plain: dict[Spot, Tensor] = {}
-        shapes: dict[Spot, tuple[int, ...]] = {}
-        try:
+        with _raising_broken():
             _run(model, called, lambda spot, tensor: plain.__setitem__(spot, tensor.clone()), manner=_as_it_is)
-        except Exception as error:
-            raise _BrokenError from error
-
-        def own(spot: Spot, tensor: Tensor) -> None:
-            _check_close(spot, tensor, plain.pop(spot, None))
-            shapes[spot] = tuple(tensor.shape)
-
-        _run(model, called, own)
+        _run(model, called, lambda spot, tensor: _check_close(spot, tensor, plain.pop(spot, None)))
         if plain:
             raise _Refusal("in this manner a call visits other sites")
+
+    return _carefully(model, device, look)
+
+
+def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict:
+    """Looks at a call of this structure, alone and as two. BrokenError where it raises alone."""
+    verdict = Verdict()
+    called = telling(called)
+
+    def look() -> None:
         verdict.rows, verdict.fixed = _proven_rows(model, called, 2)
         if all(rows is None for rows in verdict.rows.values()):
             raise _Refusal("at no site a call's own rows can be told")
         _try_size(model, called, verdict.rows, 2)
 
-    try:
-        refusal = _carefully(model, device, look)
-    except (_BrokenError, torch.OutOfMemoryError):
-        return None
+    refusal = _carefully(model, device, look)
     if refusal is not None:
         return Verdict(refusal=refusal)
     verdict.tried[2] = None
@@ -115,7 +123,7 @@ def try_up_to(verdict: Verdict, num_calls: int, model: nn.Module, called: Called
         if size not in verdict.tried:
             try:
                 verdict.tried[size] = _carefully(model, device, partial(look, size))
-            except torch.OutOfMemoryError as error:
+            except BrokenError as error:
                 verdict.tried[size] = told(error)
 
 
@@ -136,18 +144,18 @@ class _Refusal(Exception):
     pass
 
 
-class _BrokenError(Exception):
-    pass
+class BrokenError(Exception):
+    """A call raises, or there is no memory for it: that says nothing of others of its structure."""
 
 
-def _refusal(called: Called) -> str | None:
-    """Why it need not be tried."""
-    values = [*called[0], *called[1].values()]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    has_more = any(isinstance(value, (tuple, list, dict)) for value in values)
-    if has_more or not tensors or any(not tensor.ndim or not len(tensor) for tensor in tensors):
-        return "its arguments are not tensors that have a first dimension, and plain values"
-    return None
+@contextmanager
+def _raising_broken() -> Iterator[None]:
+    try:
+        yield
+    except UnprovenError:
+        raise
+    except Exception as error:
+        raise BrokenError from error
 
 
 def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None]) -> str | None:
@@ -163,7 +171,9 @@ def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None])
         return str(found)
     except UnprovenError as found:
         return str(found)
-    except (_BrokenError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError as error:
+        raise BrokenError from error
+    except BrokenError:
         raise
     except Exception as error:  # noqa: BLE001  whatever code of the model raises for calls in one
         return f"calls in one raised {told(error)}"
@@ -234,7 +244,8 @@ def _proven_rows(model: nn.Module, called: Called, size: int) -> tuple[Rows, fro
     """
     kept = list(kept_tensors(model))
     alone = Alone(kept)
-    _run(model, called, lambda _spot, _tensor: None, manner=lambda own: alone.running(tensors_of(own)))
+    with _raising_broken():
+        _run(model, called, lambda _spot, _tensor: None, manner=lambda own: alone.running(tensors_of(own)))
     several = Together(size, alone.ran, kept)
     rows: dict[Spot, int | None] = {}
     fixed: set[Spot] = set()
