@@ -44,8 +44,9 @@ from api.away import AwayError
 from api.catalogue import Catalogue, check_taking
 from api.claiming import Outlook, all_to_each, find_waiting, outlook_of
 from api.clock import SteadyClock
-from api.contents import NOTHING, Contents, Needs, sync
+from api.contents import Contents
 from api.database import Transaction, open_database
+from api.disk import allocate, sync
 from api.doorbell import Doorbell
 from api.draining import Drain
 from api.edits import KeptEdits
@@ -57,10 +58,11 @@ from api.identity import LOCAL, Identity
 from api.keys import Keys
 from api.limits import NO_DEMAND, Demand, Terms
 from api.logs import logs_as_json
+from api.needs import NOTHING, Needs
 from api.objects import Objects
 from api.otlp import Traces
 from api.quotas import Queues
-from api.results import SMALL_BYTES, FileResults, ObjectResults, Results, allocate
+from api.results import SMALL_BYTES, FileResults, ObjectResults, Results
 from api.settings import DEFAULT_QUOTA_BYTES, DEFAULT_RESULT_TTL_S
 from api.step_values import values_as_json
 from api.tally import Tally
@@ -288,7 +290,7 @@ class Store(Catalogue):
                     ),
                 ).fetchone()
                 if not needs.is_empty:
-                    self.contents.use(db, request, seq, caller.owner, needs)
+                    self.contents.uses.begin(db, request, seq, caller.owner, needs)
                 db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
         except BaseException as error:
             if not (isinstance(error, AwayError) and error.may_be_done):
@@ -391,7 +393,7 @@ class Store(Catalogue):
             ).rowcount
             if gone:
                 db.execute("DELETE FROM facts WHERE id = ?", (request,))
-                asked |= self.contents.end_uses(db, request)
+                asked |= self.contents.uses.end(db, request)
         self.contents.collect()
         if gone:
             self._tell_over(gone, error)
@@ -521,7 +523,7 @@ class Store(Catalogue):
             count = db.execute(
                 "UPDATE requests SET state = 'queued', started = NULL WHERE model = ? AND state = 'running'", (model,)
             ).rowcount
-            self.contents.end_uses_of_ended(db)
+            self.contents.uses.end_of_ended(db)
         self._tell_over(worn_out, _WORN_OUT)
         self.contents.collect()
         self.gateway_bell.ring()
@@ -541,7 +543,7 @@ class Store(Catalogue):
                     f"WHERE id IN ({','.join('?' * len(some))})",
                     (self.now(), *some),
                 )
-            states = self.contents.states_now(db, {one.id: one.owner for one in found})
+            states = self.contents.uses.states_now(db, {one.id: one.owner for one in found})
         for one in found:
             self._bring(one.id)
         return [
@@ -613,7 +615,7 @@ class Store(Catalogue):
                 "attempts = attempts - ? WHERE id = ? AND state = 'running'",
                 [(int(request not in doubted), request) for request in requests],
             )
-            self.contents.end_uses_of_ended(db)
+            self.contents.uses.end_of_ended(db)
         self._tell_over(worn_out, _WORN_OUT)
         self.contents.collect()
         self.controller_bell.ring()
@@ -630,7 +632,7 @@ class Store(Catalogue):
             )
             db.executemany("DELETE FROM facts WHERE id = ?", [(request,) for request in refused])
             for request in refused:
-                self.contents.end_uses(db, request)
+                self.contents.uses.end(db, request)
         self.contents.collect()
         self.gateway_bell.ring()
         self.controller_bell.ring()  # others may have waited for their states
@@ -650,7 +652,7 @@ class Store(Catalogue):
 
     def place_left(self, request: RequestId, left: Sequence[LeftBehind]) -> list[Place]:
         with self._db.transaction(is_durable=False) as db:
-            paths = self.contents.place(db, request, left)
+            paths = self.contents.kept.place(db, request, left)
         self.contents.collect()
         places = []
         for each, path in zip(left, paths, strict=True):
@@ -710,7 +712,7 @@ class Store(Catalogue):
                     db.execute("DELETE FROM facts WHERE id = ?", (end.request,))
                     if content is not None and end.error is None and self._fresh is not None:
                         self._fresh.enter(db, end.request, content)
-                    are_awaited |= self.contents.end_uses(db, end.request)
+                    are_awaited |= self.contents.uses.end(db, end.request)
                     changed.append(_ended(end, row))
         self.gateway_bell.ring()
         self.contents.collect()
@@ -791,7 +793,7 @@ class Store(Catalogue):
         path = self.request_path(request)
         if not path.exists():
             self.objects.get_file(_object_of(request), path)
-        self.contents.bring_used(request)
+        self.contents.uses.bring(request)
 
     def _sweep_objects(self, is_open: set[str], is_done: set[str]) -> int:
         if self.objects is None:
@@ -826,7 +828,7 @@ class Store(Catalogue):
         if end.header is None:
             return end, [], None
         try:
-            digests = [self.contents.commit_place(place) for place in end.left]
+            digests = [self.contents.kept.commit(place) for place in end.left]
             values = values_as_json(end.request, end.saves, len(end.header), self.results)
             self.events.complete(end.request, end.generated, values)
             if end.generated and self.objects is not None:
@@ -861,7 +863,7 @@ class Store(Catalogue):
         """What a request leaves gets its names, all of it, or the request fails."""
         db.execute("SAVEPOINT leaving")
         try:
-            self.contents.leave(db, end.request, list(zip(end.left, digests, strict=True)))
+            self.contents.kept.leave(db, end.request, list(zip(end.left, digests, strict=True)))
         except (PolytraceError, OSError) as error:
             db.execute("ROLLBACK TO leaving")
             told = error if isinstance(error, PolytraceError) else ServiceError(f"what it keeps could not be: {error}")

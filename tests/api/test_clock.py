@@ -148,7 +148,7 @@ def test_a_kept_value_expires_after_its_time_to_live(store: Store, machine: Mach
     machine.up += 3500
     store.contents.purge()
     owner = "default~default"
-    assert store.contents.kept_entry(owner, "mean", is_state=False).digest == digest_of("uint8", (4,), b"abcd")
+    assert store.contents.kept.entry(owner, "mean", is_state=False).digest == digest_of("uint8", (4,), b"abcd")
     assert store.contents.content_path(owner, digest_of("uint8", (4,), b"abcd")).read_bytes() == (
         content_header("uint8", (4,)) + b"abcd"
     )
