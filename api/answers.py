@@ -14,7 +14,8 @@ from api.result_response import StoredResultResponse
 from api.results import ObjectResults
 from api.sending import StoredFile
 from api.served import Deployments
-from api.store import RequestState, RequestStatus, Store
+from api.status import RequestState, RequestStatus
+from api.store import Store
 
 MEDIA_TYPE = "application/vnd.safetensors"
 SMALL_BYTES = 256 << 10
@@ -34,7 +35,7 @@ class Answers:
         """
         headers: dict[str, str] = {"X-Request-Id": status.id}
         if status.state.is_final:
-            self._store.has_ended(status.id)
+            self._store.received.note_kept(status.id)
         if status.state is RequestState.DONE and isinstance(self._store.results, ObjectResults):
             stored = await to_thread.run_sync(self._store.results.stored, status.id)
             return StoredResultResponse(stored, MEDIA_TYPE, headers)
@@ -48,7 +49,7 @@ class Answers:
         if status.error is not None:
             return problems.problem(status.error, headers)
         headers["Location"] = f"/v1/requests/{status.id}"
-        await to_thread.run_sync(self._store.secure, status.id)
+        await to_thread.run_sync(self._store.received.secure, status.id)
         return JSONResponse(await self.stands(status), status_code=202, headers=headers)
 
     async def stands(self, status: RequestStatus) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from api.callers import caller_of, operator_of
 from api.catalogue import Deployment
 from api.served import Checker, Deployments, Served
 from api.settings import MAX_REPLICAS, checked_spec
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.config import DeploymentSpec, Mode, ShareAcross
 from polytrace.codec import to_json
 from polytrace.errors import NotFoundError, from_fields

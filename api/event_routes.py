@@ -20,7 +20,8 @@ from api.answers import plain
 from api.callers import caller_of
 from api.events import Event
 from api.identity import Identity
-from api.store import RequestStatus, Store
+from api.status import RequestStatus
+from api.store import Store
 from api.streams import COMMENT, MEDIA_TYPE, EventStream, Reasons, Streams
 from api.waiting import Waiting
 from polytrace.errors import UserError

@@ -17,7 +17,8 @@ from api.listing import MAX_PAGE, Wanted, page_of
 from api.logs import logs_since
 from api.served import Deployments
 from api.settings import GatewaySettings
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from api.waiting import Waiting, no_request
 from polytrace.errors import NotFoundError
 from scheduling.plan import RequestId

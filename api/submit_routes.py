@@ -26,7 +26,8 @@ from api.limits import Terms
 from api.log_lines import about_call
 from api.served import Deployments, Served
 from api.settings import GatewaySettings
-from api.store import RequestStatus, Store
+from api.status import RequestStatus
+from api.store import Store
 from api.uploads import receive
 from api.waiting import Expected, Waiting
 from api.worker import Verdict
@@ -78,14 +79,14 @@ class SubmitRoutes:
             await self._receive(request_id, request, served, terms)
             checked = self._admission.checked(request_id, served, caller, terms)
             if is_kept:
-                verdict, _ = await asyncio.gather(checked, to_thread.run_sync(self._store.sync_request, request_id))
+                verdict, _ = await asyncio.gather(checked, to_thread.run_sync(self._store.received.sync, request_id))
             else:
                 verdict = await checked
         except ClientDisconnect:
-            self._store.discard(request_id)
+            self._store.received.discard(request_id)
             return problems.left()
         except BaseException:
-            self._store.discard(request_id)
+            self._store.received.discard(request_id)
             raise
         expected = self._waiting.expect(request_id)
         try:
@@ -120,7 +121,7 @@ class SubmitRoutes:
         except ClientDisconnect:
             return problems.left()
         finally:
-            self._store.discard(request_id)
+            self._store.received.discard(request_id)
         return Response(certificate, media_type="application/json")
 
     async def _accepted(
@@ -149,10 +150,10 @@ class SubmitRoutes:
             )
         except PolytraceError as error:
             if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
-                self._store.discard(request_id)
+                self._store.received.discard(request_id)
             raise
         except AcceptedBeforeError as before:
-            self._store.discard(request_id)
+            self._store.received.discard(request_id)
             return await self._waiting.until_final(before.request, 0.0, caller)
 
     async def _receive(self, request_id: RequestId, request: Request, served: Served, terms: Terms) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from api.identity import LOCAL, Identity, owner_name
 from api.needs import Needs
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.requests import Claimed, DeploymentState, Finished, LeftBehind, Place
 from polytrace.contents import digest_of
 from polytrace.errors import CapacityError, GraphError, MissingError, NotFoundError, RunError, TooLargeError, WireError

@@ -15,7 +15,8 @@ from gateways import GENERATED, Agreeable, GatewayService, body, description_of_
 from object_stores import S3
 
 from api.identity import LOCAL
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from polytrace.contents import digest_of
 from polytrace.wire import content_header
 from scheduling.plan import RequestId

@@ -17,7 +17,8 @@ from gateways import Agreeable, GatewayService, body, description_of_nothing, wa
 import api.idempotency
 from api.idempotency import Submit
 from api.identity import LOCAL, Identity
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from api.worker import Verdict
 from cluster.requests import DeploymentState
 from polytrace.errors import ConflictError, RunError

@@ -12,7 +12,8 @@ from databases import Postgres
 from api import migrations
 from api.database import Database, open_database
 from api.identity import LOCAL
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from polytrace.errors import ServiceError, UserError
 from scheduling.plan import RequestId
 

@@ -58,7 +58,7 @@ def lose(store: Store) -> Path:
 def accept(store: Store, content: bytes = b"request", needs: Needs | None = None) -> RequestId:
     request = store.new_id()
     store.request_path(request).write_bytes(content)
-    store.sync_request(request)
+    store.received.sync(request)
     store.add(request, "m", b"[]", work=1, max_open=10, needs=needs or Needs())
     return request
 

@@ -18,7 +18,8 @@ from api.idempotency import Submit
 from api.identity import LOCAL, Identity
 from api.needs import Needs
 from api.purging import Purged, purge
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.requests import DeploymentState, Finished
 from polytrace.contents import digest_of
 from polytrace.errors import CancelledError, CapacityError, ConflictError
@@ -45,7 +46,7 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Store]:
 def accept(store: Store, who: Identity) -> RequestId:
     request = store.new_id()
     store.request_path(request).write_bytes(b"request")
-    store.sync_request(request)
+    store.received.sync(request)
     submit = Submit(key=request, digest="7-a")
     store.add(request, "m", b"[]", work=1, max_open=99, caller=who, needs=Needs(digests=(DIGEST,)), submit=submit)
     return request
