@@ -19,6 +19,7 @@ from engine.gradient_port import GradientPort
 from engine.image_rows import SeenImages
 from engine.next_tokens import NextTokens
 from engine.row_tables import PassTables, RowTables
+from engine.site_rows import rows_at, rows_back
 from engine.spans import SpanStore
 from engine.stage import PackedRows, Visit
 from engine.streams import Streams
@@ -126,8 +127,8 @@ class Visiting:
         tape: Tape | None,
     ) -> set[int]:
         """Rows for which the visit of an order is made: also those that are not read anew and have a gradient."""
-        own = {row for state, fragment in fragments for row in state.rows_at(fragment)}
-        return own if tape is None else own.union(*[state.rows_back(order) for state in states])
+        own = {row for state, fragment in fragments for row in rows_at(state, fragment)}
+        return own if tape is None else own.union(*[rows_back(state, order) for state in states])
 
     def _port(self, order: int) -> tuple[tuple[str, str], Port]:
         """The module and the way inside of its source, and the side, of what has an order."""
