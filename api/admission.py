@@ -24,7 +24,8 @@ from api.log_lines import about_call
 from api.quotas import Rates
 from api.served import Checker, Served
 from api.settings import GatewaySettings
-from api.store import RequestStatus, Store
+from api.status import RequestStatus
+from api.store import Store
 from api.upload_room import UploadRoom
 from api.worker import Verdict
 from polytrace.certificate import LimitLine
@@ -185,8 +186,8 @@ class Admission:
         try:
             await self.held(verdict, request, served, caller, terms)
             if _has_quotas(terms):
-                lines += await to_thread.run_sync(self._store.quota_lines, terms, verdict.demand)
-                check = partial(self._store.check_quotas, result_ttl_s=self._settings.result_ttl_s)
+                lines += await to_thread.run_sync(self._store.allowances.lines, terms, verdict.demand)
+                check = partial(self._store.allowances.check, result_ttl_s=self._settings.result_ttl_s)
                 await to_thread.run_sync(check, terms, verdict.demand)
             refusal = await self._rate_error(terms)
         except (TooLargeError, CapacityError) as error:
@@ -202,12 +203,12 @@ class Admission:
         """Raises QuotaError, or TooLargeError, when a caller's tenant may not store so much more."""
         most = (await self.terms(caller, "")).tenants.bytes_stored
         if most is not None:
-            await to_thread.run_sync(self._store.check_stored, caller.tenant, num_bytes, most)
+            await to_thread.run_sync(self._store.allowances.check_stored, caller.tenant, num_bytes, most)
 
     # --- inside
 
     def _look_up(self, tenant: str, model: str) -> Terms:
-        own, of_model = self._store.limit_texts(tenant, model)
+        own, of_model = self._store.allowances.limit_texts(tenant, model)
         limits = limits_from_text(own, f"the limits of tenant {tenant}").over(self._settings.limits)
         deployment = limits_from_text(of_model, f"the limits of deployment {model}")
         return Terms(tenant=tenant, model=model, tenants=limits, deployments=deployment)
@@ -216,7 +217,9 @@ class Admission:
         for owner, a_minute in _rates_of(terms):  # before any is asked: nobody comes in between
             if not self._rates.is_known(owner):
                 which = {owner[0]: owner[1]}
-                taken = await to_thread.run_sync(partial(self._store.accepted_since, self._store.now() - 60, **which))
+                taken = await to_thread.run_sync(
+                    partial(self._store.allowances.accepted_since, self._store.now() - 60, **which)
+                )
                 self._rates.begin(owner, a_minute, taken)
         for owner, a_minute in _rates_of(terms):
             if (error := _too_often(owner, a_minute, self._rates.wait_s(owner, a_minute))) is not None:
@@ -225,7 +228,7 @@ class Admission:
 
     async def _left(self, terms: Terms, verdict: Verdict) -> dict[str, int]:
         """What a tenant has left of quotas that a smaller request would keep."""
-        lines = await to_thread.run_sync(self._store.quota_lines, terms, verdict.demand)
+        lines = await to_thread.run_sync(self._store.allowances.lines, terms, verdict.demand)
         names = {"tokens_a_day": "tokens", "bytes_stored": "stored_bytes"}
         return {
             names[line.what]: line.limit - line.used

@@ -100,6 +100,12 @@ class Catalogue(Heating):
             db.execute("UPDATE deployments SET spec = ? WHERE model = ?", (json.dumps(to_json(spec)), model))
         return self._rung(model)
 
+    def limit_deployment(self, model: str, limits: str) -> None:
+        """Gives a deployment its limits. Raises NotFoundError."""
+        with self._db.transaction() as db:
+            if not db.execute("UPDATE deployments SET limits = ? WHERE model = ?", (limits, model)).rowcount:
+                raise NotFoundError(f"there is no deployment {model[:100]!r} here")
+
     def wanted(self) -> list[Wanted]:
         rows = self._db.rows(
             f"SELECT spec, mode, revision, heat, heat_why, last_used, {COLUMNS} FROM deployments "

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from api.contents import HAS_ITS_TURN
+from api.content_uses import HAS_ITS_TURN
 from api.database import Database, Transaction
 from cluster.requests import Divide
 from scheduling.plan import RequestId

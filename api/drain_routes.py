@@ -10,7 +10,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from api.callers import figures_reader_of, operator_of
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from polytrace.codec import to_json
 
 

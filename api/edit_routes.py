@@ -78,7 +78,7 @@ class EditRoutes:
             version = await to_thread.run_sync(self._put, name, owner_of(request), edit, path, shared)
         finally:
             room.release()
-            self._store.discard(upload)
+            self._store.received.discard(upload)
         return JSONResponse({"name": edit, "version": version}, status_code=201)
 
     async def delete(self, name: str, edit: str, request: Request, version: Version = None) -> dict[str, Any]:

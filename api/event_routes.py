@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Request, Response
 
+from api.answers import plain
 from api.callers import caller_of
 from api.events import Event
 from api.identity import Identity
-from api.store import RequestStatus, Store
+from api.status import RequestStatus
+from api.store import Store
 from api.streams import COMMENT, MEDIA_TYPE, EventStream, Reasons, Streams
 from api.waiting import Waiting
 from polytrace.errors import UserError
@@ -39,20 +41,12 @@ _EVENTS_DOC: dict[int | str, dict[str, Any]] = {
 
 
 class EventRoutes:
-    """`plain` writes a status as JSON. Belongs to one event loop."""
+    """Belongs to one event loop."""
 
-    def __init__(
-        self,
-        store: Store,
-        waiting: Waiting,
-        streams: Streams,
-        plain: Callable[[RequestStatus], Mapping[str, Any]],
-        reasons: Reasons | None = None,
-    ) -> None:
+    def __init__(self, store: Store, waiting: Waiting, streams: Streams, reasons: Reasons | None = None) -> None:
         self._store = store
         self._waiting = waiting
         self._streams = streams
-        self._plain = plain
         self._reasons = reasons
         self._listeners: Counter[RequestId] = Counter()
         self._cancelling: set[asyncio.Task[None]] = set()
@@ -86,7 +80,7 @@ class EventRoutes:
     async def _texts(self, request: RequestId, caller: Identity, after: int) -> AsyncIterator[str]:
         async for told in self._streams.follow(request, caller, after, self._reasons):
             if isinstance(told, RequestStatus):
-                yield _text(END, END, json.dumps(self._plain(told)))
+                yield _text(END, END, json.dumps(plain(told)))
             else:
                 yield "".join(map(_event, told)) or COMMENT
         self._leave(request)

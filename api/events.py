@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from api.contents import sync
+from api.disk import sync
 from polytrace.certificate import Generated, Token
 from polytrace.codec import to_json
 from polytrace.errors import UserError

@@ -85,8 +85,10 @@ class KeepingRoutes:
         if not announced.isdecimal():
             raise WireError("an upload of a content says how long it is: Content-Length")
         size = int(announced)
-        if size > self._contents.quota_bytes:  # before it becomes a number of the database
-            raise TooLargeError(f"the upload takes {size} bytes; its owner has {self._contents.quota_bytes} in all")
+        if size > self._contents.holdings.quota_bytes:  # before it becomes a number of the database
+            raise TooLargeError(
+                f"the upload takes {size} bytes; its owner has {self._contents.holdings.quota_bytes} in all"
+            )
         await self._admission.check_stored(caller_of(request), size)
         path = await to_thread.run_sync(self._contents.begin_upload, owner, part, size)
         room = self._admission.uploads.of(caller_of(request).tenant, part)
@@ -112,7 +114,7 @@ class KeepingRoutes:
         _check_digest(wish.hash)
         if wish.dtype not in DTYPES:
             raise UserError(f"{wish.dtype[:100]!r} is no dtype")
-        make = partial(self._contents.begin_state, owner_of(request), name)
+        make = partial(self._contents.kept.begin_state, owner_of(request), name)
         return _plain(await to_thread.run_sync(make, wish.dtype, tuple(wish.shape), wish.hash))
 
 
@@ -125,7 +127,7 @@ class Names:
 
     async def listed(self, request: Request, left_by: str | None = None) -> dict[str, Any]:
         """All of them; with `left_by`, those that a request left as they are."""
-        look = partial(self._contents.kept_entries, is_state=self._is_state, request=left_by)
+        look = partial(self._contents.kept.entries, is_state=self._is_state, request=left_by)
         entries = await to_thread.run_sync(look, owner_of(request))
         return {"entries": [_plain(entry) for entry in entries]}
 
@@ -140,12 +142,12 @@ class Names:
 
     async def delete(self, name: str, request: Request) -> Response:
         """Takes it away."""
-        drop = partial(self._contents.delete_kept, is_state=self._is_state)
+        drop = partial(self._contents.kept.delete, is_state=self._is_state)
         await to_thread.run_sync(drop, owner_of(request), name)
         return Response(status_code=204)
 
     async def _entry(self, name: str, request: Request) -> KeptEntry:
-        look = partial(self._contents.kept_entry, is_state=self._is_state)
+        look = partial(self._contents.kept.entry, is_state=self._is_state)
         return await to_thread.run_sync(look, owner_of(request), name)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from api.database import Database
-from api.store import RequestState, RequestStatus, Store
+from api.status import RequestState, RequestStatus
+from api.store import Store
 from scheduling.plan import RequestId
 
 MAX_PAGE = 500

@@ -30,7 +30,8 @@ from api.idempotency import AcceptedBeforeError, Returning, Submit, check_equal,
 from api.identity import Identity
 from api.openai_errors import MODEL, RESPONSES, error_body
 from api.served import Checker, Deployments, Served
-from api.store import RequestState, RequestStatus, Store
+from api.status import RequestState, RequestStatus
+from api.store import Store
 from api.streams import COMMENT, MEDIA_TYPE, EventStream, Streams
 from api.waiting import Waiting
 from api.wishes import ChatWish, CompletionWish, FieldError, about
@@ -156,17 +157,17 @@ class OpenAIRoutes:
             if verdict.error is not None:
                 raise FieldError(from_fields(verdict.error), composed.param)
             if before is not None:
-                self._store.discard(request_id)
+                self._store.received.discard(request_id)
                 return before, composed
             await self._admission.held(verdict, request_id, served, caller, terms)
-            await to_thread.run_sync(self._store.sync_request, request_id)
+            await to_thread.run_sync(self._store.received.sync, request_id)
             status = await self._admission.accept(request_id, served, caller, terms, verdict, submit=submit)
         except AcceptedBeforeError as same:  # by a call at the same time
-            self._store.discard(request_id)
+            self._store.received.discard(request_id)
             return await self._waiting.until_final(same.request, 0.0, caller), composed
         except BaseException as error:
             if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted
-                self._store.discard(request_id)
+                self._store.received.discard(request_id)
             raise
         return status, composed
 

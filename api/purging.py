@@ -85,7 +85,7 @@ def _drop(
     edits = db.execute(f"SELECT count(*), coalesce(sum(num_bytes), 0) FROM edits WHERE {owned}", whose).fetchone()
     db.execute(f"DELETE FROM edits WHERE {owned}", whose)
     kept = db.execute(f"DELETE FROM kept WHERE {owned}", whose).rowcount
-    sizes = contents.drop_all(db, owned, whose)
+    sizes = contents.holdings.drop_all(db, owned, whose)
     usage = db.execute(f"DELETE FROM usage WHERE {who}", values).rowcount if with_usage else 0
     if with_usage:
         db.execute(f"DELETE FROM starts WHERE {who}", values)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from api.contents import sync
+from api.disk import allocate, sync
 from api.objects import Objects, Piece
 from cluster.requests import ResultPlace
 from engine.extents import DIGITS, name_of
@@ -220,14 +220,6 @@ class StoredResult:
         pieces = [part for part in parts if not isinstance(part, bytes)]
         read = iter(self.objects.read(*pieces) if pieces else ())
         return b"".join(part if isinstance(part, bytes) else next(read) for part in parts)
-
-
-def allocate(fd: int, num_bytes: int) -> None:
-    """Makes a file this long, on the disk."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, num_bytes)
-    else:  # macOS
-        os.ftruncate(fd, num_bytes)
 
 
 def _folder(request: RequestId, attempt: str) -> str:

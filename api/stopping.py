@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 
 from api.away import AwayError
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.requests import DeploymentState
 
 LOOK_S = 0.1

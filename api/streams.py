@@ -20,7 +20,8 @@ from starlette.types import Receive, Scope, Send
 from api.away import AwayError
 from api.events import Event
 from api.identity import Identity
-from api.store import RequestState, RequestStatus, Store
+from api.status import RequestState, RequestStatus
+from api.store import Store
 from api.waiting import Waiting
 from scheduling.plan import RequestId
 

@@ -14,7 +14,8 @@ from api.away import AwayError
 from api.callers import caller_of
 from api.hops import hop
 from api.identity import Identity
-from api.store import RequestStatus, Store
+from api.status import RequestStatus
+from api.store import Store
 from polytrace.errors import NotFoundError
 from scheduling.plan import RequestId
 

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from api import log_lines
 from api.alike import MAX_BYTES, Remembered, is_remembered, likeness
-from api.contents import NOTHING, Needs, needs_of
 from api.limits import NO_DEMAND, Demand, demand_of
+from api.needs import NOTHING, Needs, needs_of
 from api.time_limits import within
 from polytrace.errors import (
     GraphError,

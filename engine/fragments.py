@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.arguments import Selector
-from engine.below import finish, prepare, run_apart, travel, travels, with_parts
 from engine.calls import ModuleCall
 from engine.constants import Constants
 from engine.copies import to_device
@@ -28,18 +27,18 @@ from engine.memory import told_out_of_memory
 from engine.named import NamedParameters
 from engine.op_grads import ones_like, operand_gradient
 from engine.ops import resolve, run_op
-from engine.pair_views import check_pairs, pairs_of, read_pairs
 from engine.results import ResultSink
-from engine.slices import gather_whole, take_part
+from engine.site_rows import own_what_stays, read_site, write_site
+from engine.slices import gather_whole
 from engine.stage import StageRunner
+from engine.together import call_gradient, placeholder, run_below, told_of
 from engine.turns import run_turn
-from engine.views import InvokeRows, RowView
-from engine.writes import PortValue, RowWrite
-from polytrace.description import Leaf, ParameterInfo, Rows, SiteInfo
+from engine.views import InvokeRows
+from engine.writes import PortValue
+from polytrace.description import Leaf, ParameterInfo, SiteInfo
 from polytrace.graph import (
     Call,
     Constant,
-    Invoke,
     Last,
     Mask,
     NodeId,
@@ -47,9 +46,7 @@ from polytrace.graph import (
     Operand,
     OpGrad,
     Parameter,
-    Port,
     Read,
-    Ref,
     Save,
     SeedGrad,
     Site,
@@ -63,9 +60,8 @@ from polytrace.images import images_by_digest
 from polytrace.tensors import RawTensor
 from scheduling.absence import without_absent
 from scheduling.checks import ModelTable
-from scheduling.columns import columns_of
 from scheduling.levels import Levels
-from scheduling.plan import Cut, Drawn, Failure, Fragment, Member, Program, SaveSlot, Stopped, ValueFacts
+from scheduling.plan import Drawn, Failure, Fragment, Member, Program, SaveSlot, Stopped, ValueFacts
 from scheduling.steps import GENERATE
 
 
@@ -97,8 +93,8 @@ class RequestState:
         self.gathered_bytes = 0  # received from other ranks in this pass
         self.loaded_bytes = 0  # of contents that were read in this pass
         self.rows: dict[int, InvokeRows] = {}  # of this pass, by invoke
-        self._written: dict[tuple[Selector, int], list[tuple[NodeId, Tensor]]] = {}  # at this visit, by invoke
-        self._in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
+        self.written: dict[tuple[Selector, int], list[tuple[NodeId, Tensor]]] = {}  # at this visit, by invoke
+        self.in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
         self._constants: dict[str, Tensor] = {}
         self.images = images_by_digest(program.invokes)  # in its prompts
         self._prompts = program.invokes if self.images else ()
@@ -131,7 +127,7 @@ class RequestState:
         reach = self._reach.get((member.part, member.wave))
         if reach is None:
             reach = self._reach[member.part, member.wave] = _find_reach(member.program, member.wave)
-        self._in_place_until = reach
+        self.in_place_until = reach
 
     def _begin_program(self, member: Member) -> None:
         """The request's first program, or the next step of its generation."""
@@ -180,7 +176,7 @@ class RequestState:
 
     def run(self, fragment: Fragment, port: PortValue | GradientPort | None) -> None:
         """Runs a fragment at a visit (None at the prologue), then drops what the stage no longer needs."""
-        self._written = {}
+        self.written = {}
         gathered = self.context.links.bytes.gathered
         absent = self.member.absent if self.member is not None else ()
         for node_id in fragment.nodes:
@@ -194,12 +190,12 @@ class RequestState:
                     raise  # other ranks have the memory, and may wait for this one inside the node
                 if told is not None:
                     self.context.constants.clear()  # it may be tried once more
-                self.fail(node_id, told or _told(error), is_out_of_memory=told is not None)
+                self.fail(node_id, told or told_of(error), is_out_of_memory=told is not None)
         self.gathered_bytes += self.context.links.bytes.gathered - gathered
         for node_id in fragment.drops:
             self.values.pop(node_id, None)
         if isinstance(port, PortValue):
-            self._own_what_stays(fragment, port)
+            own_what_stays(self, fragment, port)
 
     def held(self, node_id: NodeId, facts: ValueFacts) -> Tensor:
         """A value to carry, at its planned shape whatever happened."""
@@ -217,18 +213,18 @@ class RequestState:
         node = self.program.graph.nodes[node_id]
         value: Any
         if isinstance(node, Read):
-            value = self._read(node_id, node, order, _visited(port))
+            value = read_site(self, node_id, node, order, _visited(port))
         elif isinstance(node, Parameter):
             value = self._parameter(node_id, node)
         elif isinstance(node, Call):
             value = self._call(node_id, node)
         elif isinstance(node, Op) and node_id in self.program.below:
-            value = self._below(node_id, node)
+            value = run_below(self, node_id, node)
         elif isinstance(node, SiteGrad):
             assert isinstance(port, GradientPort), "a turn was planned outside a visit on the way back"
             value = run_turn(self, node, port)
         elif isinstance(node, OpGrad) and isinstance(self.program.graph.nodes[node.op], Call):
-            value = self._call_gradient(node)
+            value = call_gradient(self, node)
         elif self.has_failed:
             return
         elif isinstance(node, OpGrad):
@@ -238,8 +234,8 @@ class RequestState:
         elif isinstance(node, Op):
             value = run_op(
                 node.name,
-                tuple(self._resolve(arg) for arg in node.args),
-                {name: self._resolve(arg) for name, arg in node.kwargs.items()},
+                tuple(self.resolve(arg) for arg in node.args),
+                {name: self.resolve(arg) for name, arg in node.kwargs.items()},
                 seed=self._seed(draw_of(node, node_id)),
                 device=self.context.device,
             )
@@ -253,7 +249,7 @@ class RequestState:
             self.stops.append((node.invoke, self.values[node.value.node]))
             return
         elif isinstance(node, Write):
-            self._write(node_id, node, _visited(port))
+            write_site(self, node_id, node, _visited(port))
             self.fired.append(node_id)
             return
         else:
@@ -266,127 +262,6 @@ class RequestState:
                 self.values[node_id] = value
             if isinstance(node, (Read, SiteGrad)):
                 self.fired.append(node_id)
-
-    # Reading and writing
-
-    def _read(self, node_id: NodeId, node: Read, order: int, port: PortValue) -> Tensor:
-        leaf = self.context.sites[node.site][1]
-        rows = self.rows_of(node_id, node)
-        if port.pairs is not None:
-            before = self.program.invokes[node.invoke].before
-            value = read_pairs(port.pairs, rows, self.rows[node.invoke].view, before)
-        elif port.attended is not None and self.program.invokes[node.invoke].before:
-            value = port.attended.read(self.rows[node.invoke].view, self.program.invokes[node.invoke].before)
-        elif port.heads is not None:
-            value = port.heads.read(rows)
-        else:
-            # In one layout wherever its rows lie: torch adds up in another order over other strides.
-            value = rows.read(port.tensors[node.site.selector], port.outputs).contiguous()
-            if leaf.row_dim != 1:
-                value = value.movedim(1, leaf.row_dim)
-        if leaf.sharded_view_dim is not None and node_id not in self.program.below:
-            blocks, copies = leaf.sharded_blocks, leaf.sharded_copies
-            value = gather_whole(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
-        elif rows.is_run and (leaf.mutated or self._in_place_until.get(node.invoke, -1) >= order):
-            value = value.clone()  # a snapshot: something may still write to this memory
-        written = self._written.get((node.site.selector, node.invoke), ())
-        if not written:
-            return value
-        return self._with_own_writes(node_id, value, written, self.program.invokes[node.invoke], rows, leaf.column_dim)
-
-    def _with_own_writes(
-        self,
-        node_id: NodeId,
-        value: Tensor,
-        written: list[tuple[NodeId, Tensor]],
-        invoke: Invoke,
-        rows: RowView,
-        column_dim: int,
-    ) -> Tensor:
-        """What a read of this visit sees behind its own invoke's writes of the same visit."""
-        value = value.clone()
-        columns = columns_of(self.program.narrowed, node_id, invoke)
-        seen = value.movedim(column_dim, 1)  # views: what is put there is in the value
-        for write, given in written:
-            theirs = {column: place for place, column in enumerate(columns_of(self.program.narrowed, write, invoke))}
-            common = [(place, theirs[column]) for place, column in enumerate(columns) if column in theirs]
-            if common:
-                here, there = to_device(common, value.device).T
-                seen.index_copy_(1, here, given.movedim(column_dim, 1).index_select(1, there))
-        if not rows.is_whole:
-            real = torch.zeros(rows.shape, dtype=torch.bool, device=value.device)
-            real.view(-1).index_fill_(0, rows.cells, True)
-            seen.masked_fill_(~real.view(*rows.shape, *[1] * (value.ndim - 2)), 0)
-        return value
-
-    def _write(self, node_id: NodeId, node: Write, port: PortValue) -> None:
-        leaf = self.context.sites[node.site][1]
-        rows = self.rows_of(node_id, node)
-        selector = node.site.selector
-        value: Tensor = self.values[node.value.node]
-        num_sequences, num_columns = rows.shape
-        invoke = self.program.invokes[node.invoke]
-        planned = leaf.view_shape(num_sequences, invoke.longest, num_columns, before=invoke.before)
-        below = self.program.below.get(node_id)
-        if below is not None:
-            planned = self._local_shape(planned, below.cut)
-        if tuple(value.shape) != planned:
-            raise ValueError(f"the value has shape {list(value.shape)}, the site {list(planned)}")
-        if port.pairs is None:
-            value = value.to(port.tensors[selector].dtype)
-        else:
-            value = value.float()
-            columns = columns_of(self.program.narrowed, node_id, invoke)
-            check_pairs(value, columns, self.rows[node.invoke].view, port.pairs, invoke.before)
-        written = self._written.setdefault((selector, node.invoke), [])
-        is_assigned = any(not self.is_in_place(other) for other, _ in written)
-        turn = len(written)
-        written.append((node_id, value))
-        if leaf.sharded_view_dim is not None and below is None:
-            blocks, copies = leaf.sharded_blocks, leaf.sharded_copies
-            value = take_part(self.context.links, value, leaf.sharded_view_dim, blocks, copies)
-        if port.pairs is not None:
-            value = pairs_of(value, rows, self.rows[node.invoke].view, port.pairs, invoke.before)
-        if leaf.row_dim != 1:
-            value = value.movedim(leaf.row_dim, 1)
-        in_place = node.in_place and not is_assigned
-        port.write(selector, RowWrite(rows=rows, value=value, in_place=in_place, turn=turn))
-
-    def rows_of(self, node_id: NodeId, node: Read | Write) -> RowView:
-        """The rows that a read gives, or that a write changes."""
-        info, leaf = self.context.sites[node.site]
-        levels = self.context.levels
-        level = levels.of(info.order)
-        if isinstance(node, Write):
-            return self._rows(node_id, node, info, level if self._is_taped else levels.acts_from(info.order))
-        if leaf.num_columns is None and levels.is_output(info.order) and node.site.selector in ((), (0,)):
-            return self.rows[node.invoke].behind(level, self.program.narrowed.get(node_id))
-        return self._rows(node_id, node, info, level)
-
-    @property
-    def _is_taped(self) -> bool:
-        """Whether gradients are run through this pass: what is written behind a layer is written right there."""
-        wave = None if self.member is None else self.program.waves[self.member.wave]
-        return wave is not None and (wave.is_taped or wave.of is not None)
-
-    def rows_at(self, fragment: Fragment) -> Iterator[int]:
-        """Rows of the stream that a fragment reads or writes at a visit inside of a layer."""
-        for node_id in fragment.nodes:
-            node = self.program.graph.nodes[node_id]
-            if isinstance(node, (Read, Write)):
-                info = self.context.sites[node.site][0]
-                yield from self._rows(node_id, node, info, self.context.levels.of(info.order)).numbers
-
-    def rows_back(self, order: int) -> Iterator[int]:
-        """Rows of the stream whose gradients are seen or changed at a visit, once this wave is run backwards."""
-        assert self.member is not None
-        for wave in self.program.waves:
-            works = wave.stages if wave.of == self.member.wave else ()
-            fragments = [fragment for work in works for fragment in work.fragments if fragment.order == order]
-            for node in [self.program.graph.nodes[node_id] for fragment in fragments for node_id in fragment.nodes]:
-                at = self.program.graph.nodes[node.at] if isinstance(node, SiteGrad) else None
-                if isinstance(node, SiteGrad) and isinstance(at, (Read, Write)):
-                    yield from self.rows_of(node.at, at).numbers
 
     def reads_of(self, fragment: Fragment) -> Iterator[int]:
         """Invokes of whose rows a fragment reads at its visit."""
@@ -418,26 +293,6 @@ class RequestState:
                     self._writes.setdefault((node.site, node.invoke), []).append(NodeId(place))
         return self._writes.get((site, invoke), ())
 
-    def _rows(self, node_id: NodeId, node: Read | Write, info: SiteInfo, level: int) -> RowView:
-        columns = self.program.narrowed.get(node_id)
-        rows = self.rows[node.invoke]
-        if node.site.port is Port.TOKEN:
-            return rows.tokens(columns)
-        if info.rows is Rows.DECODER:
-            return rows.decoder
-        if info.rows is not Rows.ALL:
-            return rows.kept(columns)
-        is_inside = self.context.levels.is_inside(info.order)
-        return rows.inside(level, columns) if is_inside else rows.at(level, columns)
-
-    def _own_what_stays(self, fragment: Fragment, port: PortValue) -> None:
-        """Copies values that outlive the visit out of the stream, so that they do not keep all its rows alive."""
-        packed = {tensor.untyped_storage().data_ptr() for tensor in port.tensors.values()}
-        for node_id in fragment.nodes:
-            value = self.values.get(node_id)
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in packed:
-                self.values[node_id] = value.clone()
-
     # Values that come from elsewhere
 
     def _parameter(self, node_id: NodeId, node: Parameter) -> Tensor:
@@ -461,9 +316,9 @@ class RequestState:
         if self.has_failed:
             if self.context.links.ranks == 1:
                 return None
-            args = tuple(self._placeholder(arg) for arg in node.args)  # other ranks wait inside the module
+            args = tuple(placeholder(self, arg) for arg in node.args)  # other ranks wait inside the module
         else:
-            args = tuple(self._resolve(arg) for arg in node.args)
+            args = tuple(self.resolve(arg) for arg in node.args)
         value = call.run(args)
         return value if node_id in self.program.below else call.joined(value)
 
@@ -482,59 +337,6 @@ class RequestState:
             )
 
         return operand_gradient(node, self.values, again)
-
-    def _call_gradient(self, node: OpGrad) -> Tensor | None:
-        """The gradient with regard to what a module was called on."""
-        call = self.program.graph.nodes[node.op]
-        assert isinstance(call, Call)
-        if self.has_failed and self.context.links.ranks == 1:
-            return None
-        needed = {ref.node for ref in (*node.needs, *node.gradients) if ref is not None}
-        values = {part: self._placeholder(Ref(part)) if self.has_failed else self.values[part] for part in needed}
-        given = [None if ref is None else values[ref.node] for ref in node.gradients]
-        found = ModuleCall(self.context, call).gradient(call, node.needs[node.operand].node, values, given)
-        return None if self.has_failed else found
-
-    def _below(self, node_id: NodeId, node: Op) -> Any:
-        """An op on this rank's part of a value, in two halves with what travels between them."""
-        below, links = self.program.below[node_id], self.context.links
-        if self.has_failed and not travels(below):
-            return None
-        kwargs = {name: self._resolve(arg) for name, arg in node.kwargs.items()}
-        args: tuple[Any, ...] = ()
-        sent = None
-        if not self.has_failed:
-            try:
-                args = tuple(self._resolve(arg) for arg in node.args)
-                if not travels(below):
-                    return run_apart(below, node.name, args, kwargs, links)
-                args = with_parts(below, args, links)
-                sent = prepare(below, node.name, args, kwargs, links)
-            except Exception as error:  # the user's, and other ranks wait for what is to travel
-                if told_out_of_memory(error) is not None:
-                    raise
-                self.fail(node_id, _told(error))
-        if sent is None and travels(below):
-            args = with_parts(below, tuple(self._placeholder(arg) for arg in node.args), links)
-            sent = prepare(below, node.name, args, kwargs, links)
-        if sent is None:
-            return None
-        received = travel(below, sent, links)
-        return None if self.has_failed else finish(below, node.name, args, kwargs, received, links)
-
-    def _placeholder(self, operand: Operand) -> Any:
-        facts = self.program.facts[operand.node] if isinstance(operand, Ref) else None
-        if facts is None:
-            return operand if not isinstance(operand, Ref) else self._resolve(operand)
-        assert isinstance(operand, Ref)
-        below = self.program.below.get(operand.node)
-        cut = None if below is None else below.result
-        shape = facts.shape if cut is None else self._local_shape(facts.shape, cut)
-        return torch.zeros(shape, dtype=getattr(torch, facts.dtype), device=self.context.device)
-
-    def _local_shape(self, shape: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
-        """The shape of this rank's part."""
-        return (*shape[: cut.dim], cut.size // self.context.links.ranks, *shape[cut.dim + 1 :])
 
     def _constant(self, name: str) -> Tensor:
         if name not in self._constants:
@@ -577,7 +379,7 @@ class RequestState:
             assert isinstance(node, Save)
             self._save(node_id, self.values[node.value.node] if value is None else value)
         except Exception as error:  # noqa: BLE001  the edge between a user's program and the shared pass
-            self.fail(node_id, _told(error))
+            self.fail(node_id, told_of(error))
 
     def _save(self, node_id: NodeId, value: Any) -> None:
         if self.context.links.rank == 0:
@@ -603,7 +405,8 @@ class RequestState:
         step = 0 if self.member is None else self.member.step
         return (self.program.seed, draw, step) if step else (self.program.seed, draw)
 
-    def _resolve(self, operand: Operand) -> Any:
+    def resolve(self, operand: Operand) -> Any:
+        """An operand with values in the place of nodes."""
         if self.member is not None and self.member.absent:
             operand = without_absent(operand, self.member.absent)
         return resolve(operand, self.values)
@@ -637,10 +440,3 @@ def _visited(port: PortValue | GradientPort | None) -> PortValue:
 
 def _shape(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _told(error: Exception) -> str:
-    """The first lines of an error, for its user."""
-    if isinstance(error, KeyError):
-        return f"a value it needs is missing: {error}"
-    return str(error).strip().split("\n")[0][:500] or type(error).__name__

@@ -1,8 +1,9 @@
 """One shard: a window of layers on one rank, running plans.
 
-Owns the order of things inside a pass on one shard. A pass is a straight story: take what other stages hold for it,
-run the prologue, run the window with every graph's fragments at their visits, hand on hidden rows and carried values,
-report. It never waits for the controller inside a pass, and every shard runs every transfer whatever happens.
+Owns the order of things inside a pass on one shard. What goes from stage to stage is `engine.crossings`, what happens
+at visits in the window `engine.visiting`. A pass is a straight story: take what other stages hold for it, run the
+prologue, run the window with every graph's fragments at their visits, hand on hidden rows and carried values, report.
+It never waits for the controller inside a pass, and every shard runs every transfer whatever happens.
 
 Knows nothing of Ray, queues or HTTP. A plain class: `cluster.actors` makes it remote where it is launched.
 """
@@ -10,32 +11,28 @@ Knows nothing of Ray, queues or HTTP. A plain class: `cluster.actors` makes it r
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from engine import heap
-from engine.arguments import Selector
-from engine.attended import Attended
-from engine.attention import AttentionPass
 from engine.chat import chat_format
 from engine.checking import check_names
 from engine.constants import Constants
+from engine.crossings import Crossings
 from engine.encoders import has_encoder, why_one_stage
 from engine.fragments import RequestState, ShardContext
 from engine.gate import Trial, WrongMannerError, run_gate
 from engine.going_on import check_caches
-from engine.gradient_port import GradientPort
-from engine.image_rows import SeenImages, image_info
+from engine.image_rows import image_info
 from engine.lanes import forbid_split_sums
 from engine.links import Links
 from engine.loading import ShardConfig, load_model, meta_model
 from engine.memory import told_out_of_memory
-from engine.messages import receive_values, send_values
 from engine.named import NamedParameters
-from engine.next_tokens import NextTokens, drawn_of
+from engine.next_tokens import drawn_of
 from engine.padded import PaddedRunner
 from engine.placing import describe_model
 from engine.probe import Probe, named_tensors, probe_model
@@ -43,39 +40,24 @@ from engine.proofs import Proof
 from engine.reading import Report
 from engine.reports import GateReport
 from engine.results import MemorySink, Writer, sink_for
-from engine.row_tables import PassTables, RowTables
+from engine.row_tables import RowTables
 from engine.spans import SpanStore
 from engine.splits import blocks_of
-from engine.stage import PackedRows, StageRunner, Visit
+from engine.stage import StageRunner
 from engine.stopwatch import Stopwatch
 from engine.streams import Streams
-from engine.tape import Place as TapePlace
-from engine.tape import Tape, row_leaves_of
 from engine.tapes import Tapes
 from engine.tokenizer import end_tokens
-from engine.trunks import Trunks
 from engine.twins import prove_splits
 from engine.views import InvokeRows
+from engine.visiting import Visiting
 from engine.withdrawing import with_checks
-from engine.writes import PortValue, apply_writes
-from polytrace.description import Limits, ModelDescription, PassLayout, logits_of
+from polytrace.description import Limits, ModelDescription, PassLayout
 from polytrace.errors import CapacityError, ServiceError
-from polytrace.graph import Port
 from polytrace.sources import SiteIndex
 from scheduling.checks import table_of
 from scheduling.levels import Levels
-from scheduling.plan import (
-    PROLOGUE,
-    Fragment,
-    PassId,
-    PassTooLargeError,
-    Phase,
-    Plan,
-    RequestId,
-    ShardResult,
-    StageWork,
-    Transfer,
-)
+from scheduling.plan import PROLOGUE, PassTooLargeError, Phase, Plan, RequestId, ShardResult
 
 
 class Shard:
@@ -209,12 +191,16 @@ class Shard:
         )
         self.row_tables = RowTables(self.context)
         self._row_multiple = description.row_multiple
-        self._ports = {info.order: ((info.module, ""), info.port) for info in description.sites}
-        self._layouts = {info.order: info.layouts for info in description.sites if info.layouts}
-        self._row_leaves = {info.order: row_leaves_of(info) for info in description.sites}
-        self._hidden_size = description.hidden_size
-        logits = logits_of(description.sites)
-        self._logits = None if logits is None else (logits[0].rows, logits[1])
+        self._crossings = Crossings(
+            self.links,
+            self.device,
+            self._tapes,
+            self.context.levels,
+            first_layer=self.loaded.window.first,
+            hidden_size=description.hidden_size,
+            dtype=model.dtype,
+        )
+        self._visiting = Visiting(self.context, description, self.row_tables, self.store, self._tapes, self._crossings)
 
     def run(self, plan: Plan) -> ShardResult:
         """Runs this shard's part of a pass.
@@ -248,9 +234,9 @@ class Shard:
         states = self._enter(plan, streams)
         works = [member.program.waves[member.wave].stages[self.links.stage] for member in plan.members]
         # 2) values that other stages hold from earlier waves
-        self._exchange(states, [work.held for work in works], watch)
+        self._crossings.exchange(states, [work.held for work in works], watch)
         # 3) values of this pass from earlier stages, with what has failed there
-        hidden_in = self._receive(plan, streams, states, works)
+        hidden_in = self._crossings.receive(plan, streams, states, works)
         watch.lap(Phase.WAITING)
         # 4) the prologue, then the window with every fragment at its visit
         for state, work in zip(states, works, strict=True):
@@ -258,12 +244,12 @@ class Shard:
                 if fragment.order == PROLOGUE:
                     self.row_tables.steady.run(state, fragment)
         if plan.of is None:
-            hidden_out = self._run_window(plan, streams, states, works, hidden_in)
+            hidden_out = self._visiting.forwards(plan, streams, states, works, hidden_in)
         else:
-            hidden_out = self._run_back(plan.of, states, works, hidden_in)
+            hidden_out = self._visiting.backwards(plan.of, states, works, hidden_in)
         watch.lap(Phase.COMPUTING)
         # 5) hidden rows and carried values go on
-        hidden_bytes = self._send(plan, states, works, hidden_out)
+        hidden_bytes = self._crossings.send(plan, states, works, hidden_out)
         watch.lap(Phase.SENDING)
         # 6) saves are written, or it is known why not
         self._writer.wait()
@@ -333,8 +319,6 @@ class Shard:
         self._tapes.clear()
         self.links.close()
 
-    # 1) members
-
     def _enter(self, plan: Plan, streams: Streams) -> list[RequestState]:
         rows: dict[int, dict[int, InvokeRows]] = defaultdict(dict)
         for view in plan.views:
@@ -351,222 +335,6 @@ class Shard:
             state.begin_wave(member, rows[place])
             states.append(state)
         return states
-
-    # 2), 3), 5) what goes from one stage to another
-
-    def _exchange(self, states: list[RequestState], transfers: list[tuple[Transfer, ...]], watch: Stopwatch) -> None:
-        """Held values, in any direction."""
-        here = self.links.stage
-        targets = sorted({t.target for each in transfers for t in each if t.source == here})
-        sources = sorted({t.source for each in transfers for t in each if t.target == here})
-        for target in targets:
-            send_values(self.links, self.device, states, transfers, target)
-        watch.lap(Phase.COMPUTING)
-        for source in sources:
-            receive_values(self.links, states, transfers, source)
-
-    def _receive(
-        self, plan: Plan, streams: Streams, states: list[RequestState], works: list[StageWork]
-    ) -> Tensor | None:
-        """Hidden rows of the stage before, or their gradients from the one behind; and values."""
-        hidden = None
-        source = self._neighbour(plan, before=True)
-        if source is not None:
-            num_rows = streams.layer(self.loaded.window.first).num_padded
-            shape: tuple[int, ...] = (1, num_rows, self._hidden_size)
-            if plan.of is not None:
-                shape = self._tapes.of(plan.of).shape_out
-            hidden = self.links.receive(shape, self.runner.model.dtype, source)
-        arriving = [work.arriving for work in works]
-        sources = {t.source for each in arriving for t in each}
-        if source is not None:
-            sources.add(source)  # its flags come even when no value does
-        for stage in sorted(sources):
-            receive_values(self.links, states, arriving, stage)
-        return hidden
-
-    def _send(self, plan: Plan, states: list[RequestState], works: list[StageWork], hidden: Tensor | None) -> int:
-        """Returns the bytes of hidden rows, or gradients, sent."""
-        leaving = [work.leaving for work in works]
-        targets = {t.target for each in leaving for t in each}
-        hidden_bytes = 0
-        target = self._neighbour(plan, before=False)
-        if target is not None:
-            assert hidden is not None, "the window ended before its last layer, but a later stage has rows to run"
-            self.links.send(hidden, target)
-            hidden_bytes = hidden.nbytes
-            targets.add(target)
-        for stage in sorted(targets):
-            send_values(self.links, self.device, states, leaving, stage)
-        return hidden_bytes
-
-    def _neighbour(self, plan: Plan, *, before: bool) -> int | None:
-        """The stage that hands its rows to this one, or gets them from it, in the direction of the pass.
-
-        Gradients go no further back than to the stage where the first of them stops.
-        """
-        here, first = self.links.stage, 0
-        if plan.of is not None:
-            first, before = self._stage_of(min(self._tapes.of(plan.of).cuts)), not before
-        other = here - 1 if before else here + 1
-        return other if first <= min(here, other) and max(here, other) < plan.num_stages else None
-
-    def _stage_of(self, order: int) -> int:
-        levels = self.context.levels
-        return levels.stages[min(levels.of(order), levels.count - 1)]
-
-    # 4) the window
-
-    def _run_window(
-        self,
-        plan: Plan,
-        streams: Streams,
-        states: list[RequestState],
-        works: list[StageWork],
-        hidden: Tensor | None,
-    ) -> Tensor | None:
-        if self.links.stage >= plan.num_stages:
-            return None
-        at: dict[int, list[tuple[RequestState, Fragment]]] = defaultdict(list)
-        for state, work in zip(states, works, strict=True):
-            for fragment in work.fragments:
-                if fragment.order != PROLOGUE:
-                    at[fragment.order].append((state, fragment))
-        tables = self.row_tables.of_pass(states, streams)
-        tape = self._tapes.begin(plan, states, self.context.levels) if plan.cuts else None
-        trunks = Trunks(streams, self.store)
-        attention = AttentionPass(
-            plan.pass_id, self.store, self.device, trunks if plan.keeps or plan.grows or streams.trunks else None
-        )
-        attention.is_taped = tape is not None
-        rows = PackedRows(streams=streams, attention=attention, trunks=trunks, tape=tape, images=SeenImages(states))
-        is_last = self.links.stage == plan.num_stages - 1
-        if is_last and plan.until != PROLOGUE:
-            at.setdefault(plan.until, [])  # nobody reads or writes there when the pass goes on for what it keeps
-        if tape is not None:
-            if hidden is not None:
-                hidden = tape.receive(hidden, has_seam=self._stage_of(min(plan.cuts)) < self.links.stage)
-            for order in plan.cuts:
-                if self._stage_of(order) == self.links.stage:
-                    at.setdefault(order, [])
-        visits = [
-            Visit(
-                order=order,
-                module=module,
-                operation=operation,
-                port=port,
-                visitor=self._visitor(fragments, tables, rows, order)
-                if port is not Port.TOKEN
-                else self._token_visitor(plan, states, fragments, tables, rows, order),
-                rows=self._rows_at(order, fragments, states, tape) if port.is_of_pairs else (),
-                layouts=self._layouts.get(order, {}),
-            )
-            for order, fragments in at.items()
-            for (module, operation), port in (self._port(order),)
-        ]
-        hidden_out = self.runner.run(rows, hidden, visits, stop_after=plan.until if is_last else None)
-        return hidden_out if tape is None or hidden_out is None else tape.hand_on(hidden_out)
-
-    def _rows_at(
-        self,
-        order: int,
-        fragments: Sequence[tuple[RequestState, Fragment]],
-        states: Sequence[RequestState],
-        tape: Tape | None,
-    ) -> set[int]:
-        """Rows for which the visit of an order is made: also those that are not read anew and have a gradient."""
-        own = {row for state, fragment in fragments for row in state.rows_at(fragment)}
-        return own if tape is None else own.union(*[state.rows_back(order) for state in states])
-
-    def _run_back(
-        self, of: PassId, states: list[RequestState], works: list[StageWork], gradient: Tensor | None
-    ) -> Tensor | None:
-        """The window of an earlier pass backwards: what comes of a gradient at its end to what came in."""
-        at: dict[int, list[tuple[RequestState, Fragment]]] = defaultdict(list)
-        for state, work in zip(states, works, strict=True):
-            for fragment in work.fragments:
-                if fragment.order != PROLOGUE:
-                    at[fragment.order].append((state, fragment))
-
-        def run(order: int, port: GradientPort) -> None:
-            for state, fragment in at.pop(order, ()):
-                state.run(fragment, port)
-
-        found = self._tapes.of(of).sweep(gradient, run)
-        assert not at, "a gradient is looked at where the pass before has no seam"
-        return found
-
-    def _port(self, order: int) -> tuple[tuple[str, str], Port]:
-        """The module and the way inside of its source, and the side, of what has an order."""
-        if order not in self._ports:
-            self._ports[order], self._layouts[order] = self.context.table.sources.at(order)
-        return self._ports[order]
-
-    def _visitor(
-        self, fragments: list[tuple[RequestState, Fragment]], tables: PassTables, rows: PackedRows, order: int
-    ) -> Callable[[object], object]:
-        levels = self.context.levels
-        level, next_level = levels.of(order), levels.acts_from(order)
-        streams, is_output, layouts = rows.streams, levels.is_output(order), self._layouts.get(order, {})
-        if rows.tape is not None:
-            return self._taped_visitor(fragments, rows.tape, order, layouts)
-        side = self._port(order)[1]
-
-        def visit(value: object) -> object:
-            port = PortValue(value, rows.trunks.outputs(level) if is_output and streams.giving else None, layouts)
-            if side.is_attended:
-                port.attended = Attended(port.tensors[()], side, level, streams.inside(level), rows.trunks)
-            for state, fragment in tables.run(order, fragments, port):
-                state.run(fragment, port)
-            if is_output:  # a layer's output: what is written to it belongs to the next level's rows
-                hidden: Selector = () if isinstance(value, Tensor) else (0,)
-                writes = port.take_writes(hidden)
-                if writes:
-                    rows.landing.setdefault(next_level, []).append(lambda after: apply_writes(after, writes))
-            return port.result()
-
-        return visit
-
-    def _taped_visitor(
-        self, fragments: list[tuple[RequestState, Fragment]], tape: Tape, order: int, layouts: Mapping[Selector, int]
-    ) -> Callable[[object], object]:
-        """In a pass that is run backwards later. What is written lands right there: all levels have the same rows."""
-        if order not in self._row_leaves:
-            self._row_leaves[order] = row_leaves_of(self.context.table.sources.site_at(order))
-        selectors = self._row_leaves[order]
-        place = TapePlace(order=order, port=self._port(order)[1], selectors=selectors, layouts=layouts)
-
-        def run(port: PortValue) -> None:
-            for state, fragment in fragments:
-                state.run(fragment, port)
-
-        return lambda value: tape.visit(place, value, run)
-
-    def _token_visitor(
-        self,
-        plan: Plan,
-        states: list[RequestState],
-        fragments: list[tuple[RequestState, Fragment]],
-        tables: PassTables,
-        rows: PackedRows,
-        order: int,
-    ) -> Callable[[object], object]:
-        """Draws what sequences go on with, which fragments may see and change."""
-        assert self._logits is not None, "a model without logits has no tokens to be drawn"
-        draws = [(state, fragment) for state, fragment in fragments if state.is_draw(fragment)]
-        others = [(state, fragment) for state, fragment in fragments if not state.is_draw(fragment)]
-        places = {id(state): place for place, state in enumerate(states)} if others else {}
-        readers = {(places[id(state)], invoke) for state, fragment in others for invoke in state.reads_of(fragment)}
-        next_tokens = NextTokens(plan.members, states, plan.views, *self._logits, self.links, self.device, readers)
-        visit = self._visitor(others, tables, rows, order)
-
-        def draw(output: object) -> object:
-            after = next_tokens.visit(output, visit)
-            for state, fragment in draws:
-                state.note_draw(fragment)
-            return after
-
-        return draw
 
     def _result(self, plan: Plan, states: list[RequestState]) -> dict[tuple[RequestId, str], Tensor]:
         values: dict[tuple[RequestId, str], Tensor] = {}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.grad_slices import gather_gradient, take_gradient
 from engine.gradient_port import GradientPort
+from engine.site_rows import rows_of
 from engine.views import RowView
 from polytrace.description import Leaf
 from polytrace.graph import NodeId, Read, SiteGrad, Turn, Write
@@ -29,7 +30,7 @@ def run_turn(state: RequestState, node: SiteGrad, port: GradientPort) -> Tensor 
     assert isinstance(at, (Read, Write))
     site = at.site if node.first is None else node.first[0]
     leaf = state.context.sites[site][1]
-    rows, gradient = state.rows_of(node.at, at), port.gradients[site.selector]
+    rows, gradient = rows_of(state, node.at, at), port.gradients[site.selector]
     if node.turn is Turn.TAKE:
         is_assigned = any(not state.is_in_place(write) for write in (*earlier(state, node.at, at), node.at))
         return _whole(state, gradient.take(rows, is_assigned=is_assigned), leaf)
@@ -60,7 +61,7 @@ def _assigned(state: RequestState, node: NodeId, at: Read | Write) -> list[RowVi
         if is_assigned:
             event = state.program.graph.nodes[write]
             assert isinstance(event, Write)
-            found.append(state.rows_of(write, event))
+            found.append(rows_of(state, write, event))
     return found
 
 

@@ -15,6 +15,7 @@ from polytrace.generate_options import Ways, is_source
 from polytrace.generation import check_stop_texts
 from polytrace.graph import Invoke, Op, Operand, Options, Port, Ref, Site, Stop
 from polytrace.images import plain_tokens
+from polytrace.invoke_block import InvokeBlock
 from polytrace.iterating import StepBlock, StepIndex
 from polytrace.jobs import in_thread
 from polytrace.lines import user_line
@@ -24,7 +25,7 @@ from polytrace.progress import Hear, Tell, hear_nothing, tell_nobody
 from polytrace.step_values import came
 from polytrace.streaming import Piece, Pieces
 from polytrace.timing import FIRST
-from polytrace.tracing import InvokeBlock, Tracer
+from polytrace.tracing import Tracer
 
 if TYPE_CHECKING:
     from polytrace.edits.sets import EditSet

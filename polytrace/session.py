@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from polytrace.backend import Result
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.graph import Options, Request, Sharing
+from polytrace.invoke_block import InvokeBlock
 from polytrace.lines import user_line
 from polytrace.logs import LogPrinter
 from polytrace.scanning import Checking
-from polytrace.tracing import InvokeBlock, Tracer, open_trace
+from polytrace.tracing import Tracer, open_trace
 
 if TYPE_CHECKING:
     from polytrace.edits.sets import EditSet

@@ -1,62 +1,40 @@
-"""A trace: the block in which a program is recorded, and what becomes of its values when it ends."""
+"""A trace: the block in which a program is recorded. What becomes of it when the block ends is `polytrace.sending`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar, Token
-from dataclasses import replace
 from functools import partial
-from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from polytrace import hints
 from polytrace.asked_shapes import AskedShapes
-from polytrace.backend import Result
 from polytrace.caching import Cache, CacheRequest
-from polytrace.certificate import Certificate, Receipt, ValueShape
+from polytrace.certificate import Receipt, ValueShape
 from polytrace.chat import conversations_in
 from polytrace.collector import young_only
 from polytrace.edits.open_shapes import BY_STEP, opened
 from polytrace.errors import GraphError
 from polytrace.generation import num_steps
-from polytrace.given import given_names
 from polytrace.grammar import nearest
-from polytrace.graph import (
-    Constant,
-    Graph,
-    Invoke,
-    Mask,
-    Node,
-    NodeId,
-    Options,
-    Parameter,
-    Port,
-    Read,
-    Request,
-    Save,
-    Site,
-    name_at,
-)
-from polytrace.handing import hand_out
+from polytrace.graph import Constant, Invoke, Mask, Node, NodeId, Options, Parameter, Port, Read, Site
 from polytrace.image_prompts import images_among, with_images
 from polytrace.images import PIXELS
-from polytrace.jobs import Job, Running, begin, in_thread
+from polytrace.invoke_block import InvokeBlock
+from polytrace.jobs import Job
 from polytrace.lines import user_line
-from polytrace.logs import Log, LogPrinter, add_log
-from polytrace.loops import Position
+from polytrace.logs import add_log
 from polytrace.peeking import Peeks
 from polytrace.pricing import PricedError
-from polytrace.progress import Hear, Tell, hear_nothing, showing_progress
 from polytrace.prompts import PromptBook
 from polytrace.recording import Recording
 from polytrace.saving import save_members
-from polytrace.scanning import Checking, probing_nodes, unused_values
+from polytrace.sending import Sending
 from polytrace.storage import State, is_recorded
 from polytrace.tokenizer import token_texts
 from polytrace.tree import NoSuchNameError
-from polytrace.wire import MAX_EDITS, encode_request
 
 if TYPE_CHECKING:
     from polytrace.edits.sets import EditSet
@@ -72,7 +50,7 @@ def open_trace() -> Tracer | None:
     return _open.get()
 
 
-class Tracer:
+class Tracer(Sending):
     """`with model.trace(...) as tracer`."""
 
     def __init__(
@@ -89,15 +67,10 @@ class Tracer:
         pixel_values: Any = None,
     ) -> None:
         """`home`: the session that this trace is part of, which has the program. `edits`: where each prompt starts."""
-        self.model = model
-        self.options = options
-        self.recording: Recording = home.recording if home is not None else Recording(model.description, self)
+        recording = home.recording if home is not None else Recording(model.description, self)
+        super().__init__(model, options, recording, is_run=is_run)
         self.recording.gradients.detaching.is_off = model.kind.is_grad_off
         self.wrap: Callable[[State], Any] = model.kind.make  # the Python object for a value
-        self._receipt: Receipt | None = None
-        self.request: Request | None = None  # what was sent, once the block has ended
-        self.where = user_line()
-        self._is_run = is_run
         self._home = home
         self._edits = edits
         for edit in edits:
@@ -107,7 +80,8 @@ class Tracer:
         self._prompts: PromptBook = (
             home._prompts if home is not None else PromptBook(model.description, lambda: model.tokenizer)
         )
-        self._invokes: list[Invoke] = home._invokes if home is not None else []
+        if home is not None:
+            self._invokes, self.logs = home._invokes, home.logs
         self._groups: list[tuple[int, ...]] = home._groups if home is not None else []  # members of each empty invoke
         if home is None and is_peeking:
             self.recording.peeks = Peeks(self.recording, self._invokes, options, model.backend.run)
@@ -115,15 +89,9 @@ class Tracer:
         self._has_own_prompts = prompts is not None
         self._token: Token[Tracer | None] | None = None
         self._shapes: dict[bool, Shapes] = {}
-        self.checking = Checking.NONE
-        self.is_blocking = True  # whether the end of the block waits for the result
-        self._job: Job | None = None
-        self.certificate: Certificate | None = None  # what it would cost, once a scan or `validate=True` has asked
         # that polytrace.save was given; what later traces of a session put into one is saved too
         self.containers: list[Any] = home.containers if home is not None else []
         self.caches: list[CacheRequest] = []  # of the invokes that are open, whose reads stand at their end
-        # what tracer.log was given; with data once it is there
-        self.logs: list[Log] = home.logs if home is not None else []
         if prompts is not None:
             self._invoke = self._add_invoke(prompts, chat, pixel_values)
 
@@ -332,115 +300,6 @@ class Tracer:
         for container in self.containers:
             save_members(container)
 
-    def _end(self, error: BaseException | None) -> None:
-        """Sends and runs what was recorded, if the block ended well."""
-        if (names := self._sent(error)) is None:
-            return
-        with self._failing():
-            if not self.is_blocking:
-                assert self.request is not None
-                self._begun(begin(self.model.backend, self.request), names)
-                return
-            printer = self._log_printer(names)
-            with showing_progress(self.model.description.name) as tell:
-                result = self._run(tell, printer.hear if self.logs else hear_nothing)
-            self._land(names, printer, result)
-
-    async def _end_async(self, error: BaseException | None) -> None:
-        """As `_end`, and meanwhile the event loop goes on. A task that is cancelled cancels the request."""
-        if (names := self._sent(error)) is None:
-            return
-        with self._failing():
-            assert self.request is not None
-            if not self.is_blocking:
-                self._begun(await in_thread(begin, self.model.backend, self.request), names)
-                return
-            self._land(names, self._log_printer(names), await self._awaited())
-
-    def _sent(self, error: BaseException | None) -> tuple[str, ...] | None:
-        """Makes the request, if the block ended well and wants one run: the names that its values come back under."""
-        if error is not None:
-            self.recording.closed = f"the trace of this value ended with {type(error).__name__}, so nothing was sent"
-            return None
-        if self.checking is Checking.SCAN:
-            self._scan()
-            return None
-        if self.recording.has_looked_only:
-            self.recording.closed = "this trace saved nothing, so nothing but its looks ran: call .save() in its block"
-            return None
-        with self._failing():
-            self.request, names = self._make_request()
-            if self.checking is Checking.VALIDATE:
-                self.certificate = self.model.backend.validate(self.request)
-            if not self._is_run:
-                self.recording.closed = (
-                    "this trace was recorded with run=False: nothing ran, so its values have no data"
-                )
-                return None
-            return names
-
-    def _begun(self, running: Running, names: tuple[str, ...]) -> None:
-        """It runs, and nobody waits."""
-        self._job = Job(running, partial(self._land, names, self._log_printer(names)))
-        self.recording.closed = f"job {running.id} makes this value: it has data once tracer.job.result() has returned"
-
-    def _land(self, names: tuple[str, ...], printer: LogPrinter, result: Result) -> Result:
-        """The request has ended, and values become what they are: the result with these, which have its tensors now."""
-        self._receipt = result.receipt
-        printer.hear(result.values)
-        self._hand_out(names, dict(result.values))
-        if self.recording.leaving:
-            from polytrace.keeping import land
-
-            land(self.model, self.recording.leaving, result.receipt.request)
-        self.recording.closed = "this value was not saved, so it did not come back: call .save() on it inside the trace"
-        values = {name: value for name, (_, value, _) in zip(names, self.recording.saved, strict=True)}
-        return Result(values=values, receipt=result.receipt)
-
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
-        """What values say for whose trace the code inside fails."""
-        try:
-            yield
-        except BaseException as error:
-            is_priced = isinstance(error, PricedError)
-            self.recording.closed = str(error) if is_priced else "the trace of this value failed, so it has no data"
-            raise
-
-    def _run(self, tell: Tell, hear: Hear) -> Result:
-        assert self.request is not None
-        return self.model.backend.run(self.request, tell, hear)
-
-    async def _awaited(self) -> Result:
-        """The result, while other tasks go on."""
-        assert self.request is not None
-        return await Job(await in_thread(begin, self.model.backend, self.request, is_interactive=True)).collected()
-
-    def _scan(self) -> None:
-        """Has everything checked; values keep their shapes and get no data."""
-        try:
-            unused = {node: self.shape_of(node) for node in unused_values(self.recording)}
-            saved = {self.recording.node_of(state) for state, _, _ in self.recording.saved}
-            if not unused.keys() <= saved:
-                probe = self._request_of(probing_nodes(self.recording, unused))
-                self.certificate = self.model.backend.validate(probe)
-            if saved:
-                self.request = self._make_request()[0]
-                self.certificate = self.model.backend.validate(self.request)
-        except BaseException:
-            self.recording.closed = "the scan of this value failed"
-            raise
-        self.recording.keeps_shapes = True
-        self.recording.closed = "this trace was scanned: nothing ran, so its values have shapes and no data"
-
-    def _log_printer(self, names: tuple[str, ...]) -> LogPrinter:
-        recording = self.recording
-        full = {
-            id(value): name if when is None else name_at(name, when.step)
-            for (_, value, _), name, when in zip(recording.saved, names, recording.saved_steps, strict=True)
-        }
-        return LogPrinter(self.logs, {number: full[id(log.value)] for number, log in enumerate(self.logs)})
-
     # what values and modules call
 
     def shape_of(self, node: NodeId) -> ValueShape:
@@ -524,23 +383,6 @@ class Tracer:
         for edit in self._edits:
             edit.check_call(module, where)
 
-    def save_request(self, path: str | PathLike[str]) -> None:
-        """Writes what would be sent to a file, constants and all: `polytrace validate FILE` says what it would cost.
-
-        Inside the block, or behind one with `run=False`, or one that ran. A kept value goes by its name alone.
-        """
-        parts = encode_request(self.built_request())
-        with open(path, "wb") as file:
-            file.writelines(parts)
-
-    def built_request(self) -> Request:
-        """What would be sent if the block ended here, or was when it ended."""
-        if self.request is not None:
-            return self.request
-        if self.recording.closed is not None:
-            raise GraphError(self.recording.closed, where=user_line())
-        return self._make_request()[0]
-
     def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None, pixel_values: Any = None) -> int:
         if chat and conversations_in(prompts) is None:
             raise GraphError("chat= is for conversations: lists of {'role', 'content'} messages", where=user_line())
@@ -579,69 +421,6 @@ class Tracer:
         chosen = self._own_invokes() if self._invoke is None else self.members_of(self._invoke)
         return tuple(sequence for invoke in chosen for sequence in self._invokes[invoke].sequences)
 
-    def _make_request(self) -> tuple[Request, tuple[str, ...]]:
-        nodes, names = self.recording.finish()
-        return self._request_of(nodes), names
-
-    def _request_of(self, nodes: tuple[Node, ...]) -> Request:
-        used = {node.name for node in nodes if isinstance(node, Constant)}
-        used.update(name for invoke in self._invokes for name in given_names(invoke.inputs))
-        saved = {node.name for node in nodes if isinstance(node, Save)}
-        constants = {name: raw for name, raw in self.recording.constants.tensors.items() if name in used}
-        if len(self.recording.labels) > MAX_EDITS:
-            told = f"this program starts from {len(self.recording.labels)} edits; {MAX_EDITS} is the most"
-            raise GraphError(told, where=self.where)
-        return Request(
-            graph=Graph(nodes=nodes),
-            invokes=tuple(self._invokes),
-            constants=constants,
-            options=replace(self.options, edits=tuple(self.recording.labels)),
-            keeps=tuple(left.keep for left in self.recording.leaving if left.keep.save in saved),
-        )
-
-    def _hand_out(self, names: tuple[str, ...], results: dict[str, Any]) -> None:
-        """Every saved value becomes its result."""
-        hand_out(self.recording, names, results, self.model.kind)
-        self.recording.gradients.leaves.deliver()
-
     def _check_open(self) -> None:
         if _open.get() is not self:
             raise GraphError("this trace's block is not open here", where=user_line())
-
-
-class InvokeBlock:
-    """`with tracer.invoke(prompts) as invoke`."""
-
-    def __init__(self, tracer: Tracer, index: int) -> None:
-        self._tracer = tracer
-        self._index = index
-        self._around: int | None = None  # the trace's own prompts, which an empty invoke stands in
-        self._position = Position()  # in its generation
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each prompt."""
-        return self._tracer.lengths_of(self._index)
-
-    def __enter__(self) -> InvokeBlock:
-        self._around = self._tracer._invoke
-        if self._around is not None and not self._tracer._has_own_prompts:
-            raise GraphError("an invoke is open already: one ends before the next begins", where=user_line())
-        self._tracer._invoke = self._index
-        self._swap_positions()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        try:
-            if error is None:
-                self._tracer._close()
-        finally:
-            self._tracer._invoke = self._around
-            self._swap_positions()
-
-    def _swap_positions(self) -> None:
-        """Each invoke has its own: what `next()` says in one is nothing to the others."""
-        if not self._tracer.recording.goes_on:
-            return
-        loops = self._tracer.recording.loops
-        self._position, loops.position = loops.position, self._position

@@ -23,6 +23,7 @@ from polytrace.errors import GraphError, TooLargeError
 from polytrace.given import given_names
 from polytrace.graph import Inputs, Invoke, Node, Options, Port, Read, Request, Site
 from polytrace.inputs import inputs_table
+from polytrace.invoke_block import InvokeBlock
 from polytrace.lines import user_line
 from polytrace.model import Model, options_of
 from polytrace.modules import Module
@@ -30,7 +31,7 @@ from polytrace.scanning import Checking
 from polytrace.standard import StandardModel
 from polytrace.storage import is_recorded
 from polytrace.tensors import RawTensor
-from polytrace.tracing import InvokeBlock, Tracer, open_trace
+from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import PortTable, Table
 
 _MAX_TABLES = 256  # of calls of one model that are kept

@@ -13,13 +13,14 @@ from polytrace.edits.open_shapes import opened
 from polytrace.edits.sets import EditSet, check_edits, check_name, plain_label, refuse_save
 from polytrace.errors import GraphError
 from polytrace.graph import Constant, Invoke, Node, NodeId, Options
+from polytrace.invoke_block import InvokeBlock
 from polytrace.lines import user_line
 from polytrace.model import Model
 from polytrace.modules import Module
 from polytrace.positions import with_positions
 from polytrace.recording import Recording
 from polytrace.storage import State
-from polytrace.tracing import InvokeBlock, Tracer, open_trace
+from polytrace.tracing import Tracer, open_trace
 
 _LONGEST = 61  # tokens of the prompts that stand for later ones where a shape is asked for
 

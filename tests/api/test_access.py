@@ -18,7 +18,7 @@ from api.audit import Entry
 from api.database import open_database
 from api.identity import LOCAL, Identity, Role
 from api.keys import Keys
-from api.store import RequestState
+from api.status import RequestState
 from api.tenants import Tenants
 from cluster.requests import DeploymentState, Published
 from polytrace.contents import digest_of

@@ -237,7 +237,8 @@ def test_deep_nesting_is_the_callers_mistake_on_every_route(gateway: OwnProcess,
 def test_what_is_no_number_or_text_is_refused(gateway: OwnProcess, method: str, path: str, told: str) -> None:
     answer = gateway.http["operator"].request(method, path, content=told, headers=JSON if told else {})
     assert answer.status_code == 400, f"{answer.status_code} {answer.text}"
-    assert gateway.store.deployment("odd") is None and gateway.store.limit_texts("default", "m")[1] in (None, "{}")
+    assert gateway.store.deployment("odd") is None
+    assert gateway.store.allowances.limit_texts("default", "m")[1] in (None, "{}")
 
 
 @pytest.mark.parametrize(

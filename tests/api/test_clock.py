@@ -12,7 +12,8 @@ from api.clock import SLEW, SteadyClock
 from api.expiry import Expiry
 from api.identity import LOCAL
 from api.limits import Demand, TenantLimits, Terms
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from api.streams import Streams
 from api.waiting import Waiting
 from cluster.requests import DeploymentState, Finished, LeftBehind, Place
@@ -148,7 +149,7 @@ def test_a_kept_value_expires_after_its_time_to_live(store: Store, machine: Mach
     machine.up += 3500
     store.contents.purge()
     owner = "default~default"
-    assert store.contents.kept_entry(owner, "mean", is_state=False).digest == digest_of("uint8", (4,), b"abcd")
+    assert store.contents.kept.entry(owner, "mean", is_state=False).digest == digest_of("uint8", (4,), b"abcd")
     assert store.contents.content_path(owner, digest_of("uint8", (4,), b"abcd")).read_bytes() == (
         content_header("uint8", (4,)) + b"abcd"
     )
@@ -180,7 +181,7 @@ def test_a_key_lives_as_long_as_it_was_made_for_and_days_of_quotas_do_not_jump(
     machine.set_by += jump
     machine.up += 3000
     assert store.keys.find(secret).identity.user == "ada"
-    (line,) = store.quota_lines(terms, Demand(tokens=30))
+    (line,) = store.allowances.lines(terms, Demand(tokens=30))
     assert line.used == 60
     store.audit.record(LOCAL, "purge", "default")
     newest, made = store.audit.entries(limit=2)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from api.contents import Needs
 from api.identity import LOCAL, Identity, owner_name
-from api.store import RequestState, Store
+from api.needs import Needs
+from api.status import RequestState
+from api.store import Store
 from cluster.requests import Claimed, DeploymentState, Finished, LeftBehind, Place
 from polytrace.contents import digest_of
 from polytrace.errors import CapacityError, GraphError, MissingError, NotFoundError, RunError, TooLargeError, WireError
@@ -97,12 +98,12 @@ def claim(store: Store, model: str = "m") -> list[Claimed]:
 
 def state_of(store: Store, name: str) -> int:
     """The byte that a state is of."""
-    entry = store.contents.kept_entry(OWNER, name, is_state=True)
+    entry = store.contents.kept.entry(OWNER, name, is_state=True)
     return decode_content(store.contents.content_path(OWNER, entry.digest).read_bytes()).data[0]
 
 
 def begin_state(store: Store, name: str, number: int) -> None:
-    store.contents.begin_state(OWNER, name, "uint8", (KIB,), upload(store, number))
+    store.contents.kept.begin_state(OWNER, name, "uint8", (KIB,), upload(store, number))
 
 
 def files(store: Store) -> int:
@@ -132,16 +133,16 @@ def test_a_content_is_its_owners_alone(store: Store) -> None:
     with pytest.raises(MissingError, match=digest[:12]):
         add(store, digest, owner=BOB)
     with pytest.raises(MissingError):
-        store.contents.begin_state(BOB, "s", "uint8", (KIB,), digest)
+        store.contents.kept.begin_state(BOB, "s", "uint8", (KIB,), digest)
     add(store, digest, owner=ADA)
     upload(store, 1, owner=BOB)
     add(store, digest, owner=BOB)
     assert [claimed.contents.name for claimed in claim(store)] == [ADA, BOB]
     for dtype, shape in (("uint8", (KIB // 2,)), ("float64", (1 << 40,))):
         with pytest.raises(WireError, match="the first content of the state 's' is uint8"):
-            store.contents.begin_state(ADA, "s", dtype, shape, digest)
-    store.contents.begin_state(ADA, "s", "uint8", (KIB,), digest)
-    assert store.contents.kept_entries(BOB, is_state=True) == []
+            store.contents.kept.begin_state(ADA, "s", dtype, shape, digest)
+    store.contents.kept.begin_state(ADA, "s", "uint8", (KIB,), digest)
+    assert store.contents.kept.entries(BOB, is_state=True) == []
     with pytest.raises(ValueError):
         store.contents.folder_of("../ada")
 
@@ -149,7 +150,7 @@ def test_a_content_is_its_owners_alone(store: Store) -> None:
 def test_the_quota_purges_what_was_used_least_recently_and_nothing_that_is_needed(store: Store) -> None:
     needed, oldest, older, named = (upload(store, number, size=4000) for number in range(4))
     request = add(store, needed)
-    store.contents.begin_state(OWNER, "s", "uint8", (4000,), named)
+    store.contents.kept.begin_state(OWNER, "s", "uint8", (4000,), named)
     store.contents.missing(OWNER, [oldest])  # used now: no longer the oldest
     newest = upload(store, 5, size=6000)
     assert store.contents.missing(OWNER, [needed, oldest, older, named]) == [older]
@@ -177,24 +178,24 @@ def test_a_kept_value_is_there_when_its_request_is_done_and_goes_when_its_time_i
     request = add(store)
     claim(store)
     run(store, request, (left("mean", ttl_s=60), 7), (left("other"), 8))
-    entry = store.contents.kept_entry(OWNER, "mean", is_state=False)
+    entry = store.contents.kept.entry(OWNER, "mean", is_state=False)
     assert (entry.shape, entry.version, entry.request) == ((KIB,), 1, request)
     assert entry.digest == digest_of("uint8", [KIB], bytes([7]) * KIB)
-    assert [each.name for each in store.contents.kept_entries(OWNER, is_state=False)] == ["mean", "other"]
+    assert [each.name for each in store.contents.kept.entries(OWNER, is_state=False)] == ["mean", "other"]
     waiting = add(store, entry.digest)
     with store._db.transaction() as db:
         db.execute("UPDATE kept SET expires = ? WHERE name = ?", (time.time() - 1, "mean"))
     with pytest.raises(NotFoundError):
-        store.contents.kept_entry(OWNER, "mean", is_state=False)
+        store.contents.kept.entry(OWNER, "mean", is_state=False)
     assert store.contents.purge() == 1
     assert files(store) == 2  # a request that waits has it still
     claim(store)
     run(store, waiting)
     assert files(store) == 1
-    store.contents.delete_kept(OWNER, "other", is_state=False)
+    store.contents.kept.delete(OWNER, "other", is_state=False)
     assert files(store) == 0
     with pytest.raises(NotFoundError):
-        store.contents.delete_kept(OWNER, "other", is_state=False)
+        store.contents.kept.delete(OWNER, "other", is_state=False)
 
 
 def test_keeping_under_a_name_again_replaces_what_was_there(store: Store) -> None:
@@ -202,7 +203,7 @@ def test_keeping_under_a_name_again_replaces_what_was_there(store: Store) -> Non
         request = add(store)
         claim(store)
         run(store, request, (left("mean"), number))
-    entry = store.contents.kept_entry(OWNER, "mean", is_state=False)
+    entry = store.contents.kept.entry(OWNER, "mean", is_state=False)
     assert (entry.version, entry.digest) == (2, content(2)[0]) and files(store) == 1
 
 
@@ -217,8 +218,8 @@ def test_an_end_that_is_told_twice_leaves_its_values_once(store: Store) -> None:
     for _ in range(2):
         store.finish([finished])
         assert state_of(store, "s") == 5
-        assert store.contents.kept_entry(OWNER, "s", is_state=True).version == 2
-        assert store.contents.kept_entry(OWNER, "mean", is_state=False).version == 1
+        assert store.contents.kept.entry(OWNER, "s", is_state=True).version == 2
+        assert store.contents.kept.entry(OWNER, "mean", is_state=False).version == 1
     status = store.status(request)
     assert status is not None and status.state is RequestState.DONE
 
@@ -227,15 +228,15 @@ def test_a_transaction_that_fails_leaves_what_it_needs_to_be_tried_again(store: 
     request = add(store)
     claim(store)
     places = place(store, request, (left("mean"), 7))
-    digests = [(one, store.contents.commit_place(one)) for one in places]
+    digests = [(one, store.contents.kept.commit(one)) for one in places]
     with pytest.raises(RunError), store.database.transaction() as db:
-        store.contents.leave(db, request, digests)
-        store.contents.end_uses(db, request)
+        store.contents.kept.leave(db, request, digests)
+        store.contents.uses.end(db, request)
         raise RunError("the transaction does not come to its end")
     store.contents.collect()
     store.place_result(request, 64, 0)
     store.finish([Finished(request=request, header=b"h" * 64, left=tuple(places))])
-    entry = store.contents.kept_entry(OWNER, "mean", is_state=False)
+    entry = store.contents.kept.entry(OWNER, "mean", is_state=False)
     assert store.contents.content_path(OWNER, entry.digest).read_bytes() == content(7)[1] and files(store) == 1
 
 
@@ -258,7 +259,7 @@ def test_a_failed_request_leaves_nothing_and_changes_no_state(store: Store) -> N
     claim(store)
     run(store, request, (left("mean"), 7), (left("s", is_state=True), 2), error=RunError("it failed"))
     assert state_of(store, "s") == 1 and files(store) == 1
-    assert store.contents.kept_entries(OWNER, is_state=False) == []
+    assert store.contents.kept.entries(OWNER, is_state=False) == []
 
 
 def test_a_file_that_is_lost_before_its_request_ends_fails_that_request_only(store: Store) -> None:
@@ -275,7 +276,7 @@ def test_a_file_that_is_lost_before_its_request_ends_fails_that_request_only(sto
     statuses = store.statuses([broken, whole])
     assert (statuses[broken].state, statuses[whole].state) == (RequestState.FAILED, RequestState.DONE)
     assert state_of(store, "s") == 1
-    names = [entry.name for entry in store.contents.kept_entries(OWNER, is_state=False)]
+    names = [entry.name for entry in store.contents.kept.entries(OWNER, is_state=False)]
     assert names == ["mean", "other"] and files(store) == 3  # what the whole one left, and the state
 
 
@@ -337,18 +338,18 @@ def test_a_request_that_ends_in_any_way_gives_its_turn_on(store: Store, how: str
 def test_a_state_that_is_gone_or_another_one_is_refused(store: Store) -> None:
     with pytest.raises(NotFoundError, match="no state 's'"):
         add(store, states=["s"])
-    store.contents.begin_state(OWNER, "s", "uint8", (12,), upload(store, 1, size=12))
+    store.contents.kept.begin_state(OWNER, "s", "uint8", (12,), upload(store, 1, size=12))
     with pytest.raises(GraphError, match=r"'s' is uint8 \[12\]"):
         add(store, states=["s"])
-    store.contents.delete_kept(OWNER, "s", is_state=True)
+    store.contents.kept.delete(OWNER, "s", is_state=True)
     begin_state(store, "s", 1)
     request = add(store, states=["s"])
     claim(store)
-    store.contents.delete_kept(OWNER, "s", is_state=True)
+    store.contents.kept.delete(OWNER, "s", is_state=True)
     run(store, request, (left("s", is_state=True), 2))
     status = store.status(request)
     assert status is not None and status.state is RequestState.FAILED and "'s' was deleted" in str(status.error)
-    assert store.contents.kept_entries(OWNER, is_state=True) == []
+    assert store.contents.kept.entries(OWNER, is_state=True) == []
 
 
 def test_the_first_content_of_a_state_stays_when_it_is_begun_again(store: Store) -> None:
@@ -372,7 +373,7 @@ def test_kept_values_outlive_every_process_and_a_sweep_finds_what_a_crash_left(s
     again = Store(store.folder, database=database_url, quota_bytes=QUOTA)
     again.sweep()
     again.requeue("m", is_clean=False)
-    assert state_of(again, "s") == 1 and again.contents.kept_entry(OWNER, "mean", is_state=False).version == 1
+    assert state_of(again, "s") == 1 and again.contents.kept.entry(OWNER, "mean", is_state=False).version == 1
     assert files(again) == 2 and again.contents.missing(OWNER, [lost]) == [lost]
     (claimed,) = again.claim("m", 10)
     run(again, claimed.request, (left("s", is_state=True), 9))

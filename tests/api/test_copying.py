@@ -15,7 +15,8 @@ from gateways import GENERATED, Agreeable, GatewayService, body, description_of_
 from object_stores import S3
 
 from api.identity import LOCAL
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from polytrace.contents import digest_of
 from polytrace.wire import content_header
 from scheduling.plan import RequestId
@@ -42,7 +43,7 @@ def test_a_store_goes_on_in_its_new_places(tmp_path: Path, postgres: Postgres, s
     events = service.http.get(f"/v1/requests/{done}/events").text
     store.contents.begin_upload(LOCAL.owner, "upload-1", len(FILE)).write_bytes(FILE)
     store.contents.finish_upload(LOCAL.owner, "upload-1", DIGEST)
-    store.contents.begin_state(LOCAL.owner, "s", "uint8", (16,), DIGEST)
+    store.contents.kept.begin_state(LOCAL.owner, "s", "uint8", (16,), DIGEST)
     store.edits.put("m", LOCAL.owner, "mine", b"\0edit", is_shared=True)
     key = {"Idempotency-Key": "k"}
     waiting = RequestId(service.http.post("/v1/models/m/requests", content=body(), headers=key).json()["id"])
@@ -60,7 +61,7 @@ def test_a_store_goes_on_in_its_new_places(tmp_path: Path, postgres: Postgres, s
     assert again.http.get(f"/v1/requests/{done}/events").text == events
     assert again.http.post("/v1/models/m/requests", content=body(), headers=key).json()["id"] == waiting
     assert again.store.contents.content_path(LOCAL.owner, DIGEST).read_bytes() == FILE
-    assert again.store.contents.kept_entry(LOCAL.owner, "s", is_state=True).digest == DIGEST
+    assert again.store.contents.kept.entry(LOCAL.owner, "s", is_state=True).digest == DIGEST
     assert again.store.edits.get("m", LOCAL.owner, "mine", None) == (1, b"\0edit")
     new = RequestId(again.http.post("/v1/models/m/requests", content=body(2)).json()["id"])
     assert [claimed.request for claimed in again.store.claim("m", 9)] == [waiting, new], "in their order"

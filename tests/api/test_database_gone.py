@@ -17,7 +17,8 @@ from api.away import AwayError
 from api.claiming import all_to_each
 from api.database import open_database
 from api.patience import patient
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.requests import ControllerStore, DeploymentState, Divide, Finished
 from polytrace.wire import result_header
 from scheduling.plan import RequestId

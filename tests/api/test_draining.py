@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from api.status import RequestState
 from api.stopping import finish_accepted
-from api.store import RequestState, Store
+from api.store import Store
 from cluster.requests import DeploymentState, Finished
 from polytrace.errors import CapacityError, ConflictError, RunError
 from scheduling.plan import RequestId

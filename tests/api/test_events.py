@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import api.event_routes
 import api.events
 from api.events import EventLog
-from api.store import RequestState
+from api.status import RequestState
 from polytrace.certificate import Token
 from polytrace.codec import from_json
 from polytrace.errors import RunError, UserError

@@ -12,7 +12,8 @@ from api.away import AwayError
 from api.idempotency import submit_of_file
 from api.identity import LOCAL
 from api.results import SMALL_BYTES
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.requests import DeploymentState, Finished
 from scheduling.plan import RequestId
 
@@ -90,12 +91,12 @@ def test_a_request_is_kept_when_somebody_is_told_of_it_and_after_its_end_there_i
     waiting = store.new_id()
     store.request_path(waiting).write_bytes(b"request")
     store.add(waiting, "m", b"[]", work=1, max_open=10, is_kept=False)
-    store.secure(waiting)
-    store.keep_open()
+    store.received.secure(waiting)
+    store.received.keep_open()
     assert store.request_path(waiting).read_bytes() == b"request"
     (claimed,) = store.claim("m", 1)
     assert claimed.request == waiting
-    store.secure(done(store, b"data"))
+    store.received.secure(done(store, b"data"))
 
 
 def kept(store: Store, key: str, *, is_kept: bool = True) -> RequestId:
@@ -123,7 +124,7 @@ def test_whoever_finds_a_request_by_its_key_is_told_of_it_once_it_is_on_the_disk
         kept(store, "a-key")
     known = store.submitted(LOCAL.owner, "a-key")
     assert known is not None
-    store.secure(known[0])
+    store.received.secure(known[0])
     assert len(settled) == 2
 
 

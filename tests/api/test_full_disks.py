@@ -17,7 +17,7 @@ from gateways import ROOM, Agreeable, GatewayService, body, description_of_nothi
 
 from api.away import AwayError
 from api.patience import patient
-from api.store import RequestState
+from api.status import RequestState
 from cluster.requests import Finished
 from polytrace.errors import CapacityError
 from polytrace.wire import result_header

@@ -15,7 +15,8 @@ import pytest
 from api.gateway import Gateway
 from api.server import GatewayServer, bind
 from api.settings import GatewaySettings
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from api.waiting import RECHECK_S
 from api.worker import Verdict
 from cluster.config import Mode

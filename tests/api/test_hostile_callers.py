@@ -103,13 +103,13 @@ def test_of_many_who_come_at_once_to_a_new_gateway_a_rate_takes_only_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path / "store")
-    look = store.accepted_since
+    look = store.allowances.accepted_since
 
     def slow(since: float, **whose: str) -> int:
         time.sleep(0.2 if "model" in whose else 0.0)  # as a busy disk may be
         return look(since, **whose)
 
-    monkeypatch.setattr(store, "accepted_since", slow)
+    monkeypatch.setattr(store.allowances, "accepted_since", slow)
     store.want(DeploymentSpec(source="none", name="m"))
     store.tenants.add("lab", LOCAL, limits={"requests_a_minute": 5})
     store.limit_deployment("m", text_of(TenantLimits(requests_a_minute=1000)))

@@ -17,7 +17,8 @@ from gateways import Agreeable, GatewayService, body, description_of_nothing, wa
 import api.idempotency
 from api.idempotency import Submit
 from api.identity import LOCAL, Identity
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from api.worker import Verdict
 from cluster.requests import DeploymentState
 from polytrace.errors import ConflictError, RunError
@@ -205,7 +206,8 @@ def test_a_key_is_its_owners_and_goes_with_its_request(tmp_path: Path, database_
 
 def test_what_comes_again_is_held_to_the_pace_of_uploads_and_may_leave(service: GatewayService) -> None:
     content = body()
-    service.gateway._settings = replace(service.gateway._settings, upload_idle_s=0.2)
+    submits = service.gateway._submits
+    submits._settings = replace(submits._settings, upload_idle_s=0.2)
     assert post(service).status_code == 202
     head = f"POST {PATH} HTTP/1.1\r\nHost: here\r\nIdempotency-Key: a-key\r\nContent-Length: {len(content)}\r\n\r\n"
     address = ("127.0.0.1", service.http.base_url.port or 0)

@@ -19,7 +19,8 @@ from gateways import ROOM, body, description_of_nothing, receipt_of, wait_until
 
 from api.patience import patient
 from api.server import bind
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.requests import DeploymentState, Finished, Published
 from polytrace.codec import to_json
 from polytrace.wire import result_header

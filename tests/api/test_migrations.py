@@ -12,7 +12,8 @@ from databases import Postgres
 from api import migrations
 from api.database import Database, open_database
 from api.identity import LOCAL
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from polytrace.errors import ServiceError, UserError
 from scheduling.plan import RequestId
 
@@ -58,7 +59,7 @@ def test_an_older_store_comes_up_with_all_that_was_in_it(tmp_path: Path, has_edi
     assert [claimed.request for claimed in claims] == [RUNNING, QUEUED]
     assert all(claimed.path.read_bytes() == b"request" and claimed.tenant == LOCAL.tenant for claimed in claims)
     assert store.contents.content_path(LOCAL.owner, DIGEST).read_bytes() == b"content", "it is the same caller's"
-    assert store.contents.kept_entry(LOCAL.owner, "s", is_state=True).digest == DIGEST
+    assert store.contents.kept.entry(LOCAL.owner, "s", is_state=True).digest == DIGEST
     assert [known.name for known in store.edits.known("m", LOCAL.owner)] == (["mine"] if has_edits else [])
     store.edits.put("m", LOCAL.owner, "another", b"edit", is_shared=False)
     store.close()

@@ -12,7 +12,7 @@ from gateways import GENERATED, Agreeable, GatewayService, body, description_of_
 from object_stores import S3
 
 from api.away import AwayError
-from api.contents import Needs
+from api.needs import Needs
 from api.objects import Objects
 from api.results import ObjectResults
 from api.store import Store
@@ -58,7 +58,7 @@ def lose(store: Store) -> Path:
 def accept(store: Store, content: bytes = b"request", needs: Needs | None = None) -> RequestId:
     request = store.new_id()
     store.request_path(request).write_bytes(content)
-    store.sync_request(request)
+    store.received.sync(request)
     store.add(request, "m", b"[]", work=1, max_open=10, needs=needs or Needs())
     return request
 
@@ -173,7 +173,7 @@ def test_contents_and_kept_values_come_back_on_another_machine(tmp_path: Path, d
     digest, file = digest_of("uint8", [16], data), content_header("uint8", (16,)) + data
     first.contents.begin_upload(OWNER, "upload-1", len(file)).write_bytes(file)
     first.contents.finish_upload(OWNER, "upload-1", digest)
-    first.contents.begin_state(OWNER, "s", "uint8", (16,), digest)
+    first.contents.kept.begin_state(OWNER, "s", "uint8", (16,), digest)
     keeper = accept(first)
     first.claim("m", 1)
     left = LeftBehind(name="mean", is_state=False, ttl_s=None, dtype="uint8", shape=(4,))
@@ -188,9 +188,9 @@ def test_contents_and_kept_values_come_back_on_another_machine(tmp_path: Path, d
     store.sweep()
     (claimed,) = store.claim("m", 10)
     assert claimed.request == user and (claimed.contents / digest).read_bytes() == file
-    entry = store.contents.kept_entry(OWNER, "mean", is_state=False)
+    entry = store.contents.kept.entry(OWNER, "mean", is_state=False)
     assert store.contents.content_path(OWNER, entry.digest).read_bytes() == content_header("uint8", (4,)) + b"abcd"
-    store.contents.delete_kept(OWNER, "mean", is_state=False)
+    store.contents.kept.delete(OWNER, "mean", is_state=False)
     assert set(Objects(place).sizes("contents")) == {f"{OWNER}/{digest}"}, "what is dropped is dropped there too"
     store.close()
 

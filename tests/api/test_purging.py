@@ -14,11 +14,12 @@ from fastapi.testclient import TestClient
 from gateways import GENERATED, Agreeable, GatewayService, Knowing, body, description_of_nothing, wait_until
 
 import api.purging
-from api.contents import Needs
 from api.idempotency import Submit
 from api.identity import LOCAL, Identity
+from api.needs import Needs
 from api.purging import Purged, purge
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.requests import DeploymentState, Finished
 from polytrace.contents import digest_of
 from polytrace.errors import CancelledError, CapacityError, ConflictError
@@ -45,7 +46,7 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Store]:
 def accept(store: Store, who: Identity) -> RequestId:
     request = store.new_id()
     store.request_path(request).write_bytes(b"request")
-    store.sync_request(request)
+    store.received.sync(request)
     submit = Submit(key=request, digest="7-a")
     store.add(request, "m", b"[]", work=1, max_open=99, caller=who, needs=Needs(digests=(DIGEST,)), submit=submit)
     return request
@@ -56,7 +57,7 @@ def furnish(store: Store, who: Identity) -> RequestId:
     store.contents.begin_upload(who.owner, f"upload-{who.owner}", len(FILE)).write_bytes(FILE)
     store.contents.finish_upload(who.owner, f"upload-{who.owner}", DIGEST)
     store.contents.begin_upload(who.owner, f"upload-half-{who.owner}", 100).write_bytes(b"half")
-    store.contents.begin_state(who.owner, "s", "uint8", (16,), DIGEST)
+    store.contents.kept.begin_state(who.owner, "s", "uint8", (16,), DIGEST)
     store.edits.put("m", who.owner, "mine", b"edit", is_shared=True)
     store.edits.delete("m", who.owner, "mine", 1)
     store.edits.put("m", who.owner, "mine", b"edit", is_shared=False)
@@ -121,7 +122,7 @@ def test_what_waits_or_runs_is_in_the_way_until_it_is_cancelled(store: Store, mo
     assert [claimed.request for claimed in store.claim("m", 1)] == [running]
     with pytest.raises(ConflictError, match="2 requests of lab/a wait or run: let them end, or purge with `cancel`"):
         purge(store, "lab", "a", is_cancelling=False, with_usage=False)
-    assert store.contents.kept_entry(ADA.owner, "s", is_state=True).digest == DIGEST, "nothing was dropped"
+    assert store.contents.kept.entry(ADA.owner, "s", is_state=True).digest == DIGEST, "nothing was dropped"
     monkeypatch.setattr(api.purging, "ENDING_S", 0.3)
     with pytest.raises(CapacityError, match="1 requests of lab are cancelled and still run: ask again"):
         purge(store, "lab", None, is_cancelling=True, with_usage=False)

@@ -14,7 +14,8 @@ from api.admission import SEARCH_S
 from api.identity import Identity
 from api.limits import Demand, TenantLimits, Terms, limits_from_text, text_of
 from api.quotas import LATEST, MAX_RETRY_S, Rates
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from api.usage import midnight_after
 from api.worker import Verdict
 from cluster.config import DeploymentSpec

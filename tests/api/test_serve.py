@@ -21,7 +21,8 @@ from services import LAYER, PROMPT, SCALE, Service, answer, body, fresh_environm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import polytrace
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from polytrace.wire import decode_result
 
 TASK = "__import__('polytrace').models('ray://auto', key='sesame')"  # what a Ray job may do at any place

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from api.handover import MAX_ATTEMPTS
 from api.logs import MAX_LOGS_BYTES, logs_since
-from api.store import MAX_ATTEMPTS, RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.requests import DeploymentState, Finished, Published
 from polytrace.errors import CancelledError, CapacityError, RunError, ServiceError
 from polytrace.graph import NodeId
@@ -37,7 +39,7 @@ def store(tmp_path: Path, database_url: str) -> Iterator[Store]:
 def add(store: Store, model: str = "m", content: bytes = b"request", max_open: int = 100) -> RequestId:
     request = store.new_id()
     store.request_path(request).write_bytes(content)
-    store.sync_request(request)
+    store.received.sync(request)
     if store.deployment(model) is None:
         store.set_state(model, DeploymentState.READY, "ready")
     store.add(request, model, b"[]", work=1, max_open=max_open)
@@ -212,7 +214,7 @@ store.set_state("m", DeploymentState.READY, "ready")
 while True:
     request = store.new_id()
     store.request_path(request).write_bytes(request.encode())
-    store.sync_request(request)
+    store.received.sync(request)
     store.add(request, "m", b"[]", work=1, max_open=1_000_000)
     print(request, flush=True)
 """

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from api.store import RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.config import DeploymentSpec, Heat
 from cluster.demand import STUCK_S, Demand, Standing, choose
 from cluster.requests import DeploymentState, Published

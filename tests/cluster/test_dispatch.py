@@ -14,7 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from api import figures
-from api.store import MAX_ATTEMPTS, RequestState, RequestStatus, Store
+from api.handover import MAX_ATTEMPTS
+from api.status import RequestState, RequestStatus
+from api.store import Store
 from cluster.dispatch import Dispatcher
 from cluster.requests import DeploymentState
 from engine.loading import meta_model

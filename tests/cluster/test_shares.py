@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from api.handover import MAX_ATTEMPTS
 from api.identity import Identity
-from api.store import MAX_ATTEMPTS, RequestState, Store
+from api.status import RequestState
+from api.store import Store
 from cluster.requests import Claimed, DeploymentState, Finished
 from cluster.shares import Share, Shares
 from polytrace.errors import RunError

@@ -12,7 +12,7 @@ from model_kinds import DIFFUSION, KINDS, seeded
 from programs import values_in_order
 from torch import Tensor, nn
 
-from api.gateway import Deploy
+from api.deployment_routes import Deploy
 from cluster.config import DeploymentSpec
 from engine.whole_local import WholeBackend
 from polytrace.whole_model import WholeModel
