@@ -21,6 +21,7 @@ from polytrace.methods.metrics import Metric, Run, as_metric, logits_for, measur
 from polytrace.methods.patching import check_lengths, pairs_of
 from polytrace.methods.places import Prompts, value_of
 from polytrace.methods.sweeps import Scale, Sweep, numbers_of, sweep_of
+from polytrace.methods.terms import heads_of, layer_terms, norm_behind
 from polytrace.methods.transformer_lens.blocks import Block, find_blocks
 from polytrace.modules import Module
 
@@ -48,10 +49,10 @@ def edge_attribution_patching(
     of key/value heads), "3.mlp", "logits"; NaN where a reader does not stand behind a writer. `positions`: the tokens
     whose edges count, all at once; None is every token. Pairs of prompts have equal lengths. It is the estimated change
     of the metric, so that the edges of a writer add up to what `attribution_patching` says of it (not normalised, less
-    the clean metric). Needs torch.
+    the clean metric). Behind a norm (Gemma 2, OLMo 2) a head writes what the norm, with its scale in either run, makes
+    of what it gives, and its edges add up to the gradient of that. Needs torch.
 
-    Raises GraphError for families whose residual is not the sum of what heads and MLPs give (norms or factors behind
-    these, as in Gemma 2 and Granite), to 1e-4 of its largest feature.
+    Raises GraphError where the residual is not the sum of what is written, to 1e-4 of its largest feature.
     """
     torch = needs_torch("edge_attribution_patching")
     base, other = pairs_of(model, clean, corrupt)
@@ -102,10 +103,12 @@ class _Taken:
 
 def _written(model: Model) -> list[Any]:
     """`[n, T, W, D]` of the open invoke: the embedding, heads and MLP of each layer, and the residual last."""
-    found = [model.layers[0].resid_pre.float()[:, :, None]]
-    for layer in model.layers:
-        found += [layer.head_out.float(), layer.mlp_added.float()[:, :, None]]
-    return [*found, model.layers[-1].resid_post.float()[:, :, None]]
+    terms = [layer_terms(layer, None) for layer in model.layers]
+    found = [terms[0].embedding_nD[:, :, None]]
+    for own in terms:
+        heads, way, _ = heads_of(own)
+        found += [way.push(heads), own.mlp_nD[:, :, None]]
+    return [*found, terms[-1].residual_nD[:, :, None]]
 
 
 def _read(model: Model) -> list[_Taken]:
@@ -120,6 +123,12 @@ def _read(model: Model) -> list[_Taken]:
         )
         for number, layer in enumerate(model.layers)
     ]
+
+
+def _in_front(layer: Module, norm: str | None, half: str) -> str | None:
+    """A block's norm, where it stands in front of that half: some families norm behind it alone."""
+    behind = norm_behind(layer, half)
+    return None if behind is not None and behind._path == norm else norm
 
 
 def _given_to_mlp(layer: Module) -> Any:
@@ -172,10 +181,12 @@ class _Edges:
             parts.append(self.torch.einsum("nthc,hdc->nthd", gradient_nTHC, getattr(own.layer, weight)))
             names += [f"{number}.{head}.{name}" for head in range(gradient_nTHC.shape[2])]
         gradient_nTRD = self.torch.cat(parts, 2)
-        self._score(self._before_norm(block.ln1, own.before, own.attention, gradient_nTRD), names)
+        norm = _in_front(own.layer, block.ln1, "attention")
+        self._score(self._before_norm(norm, own.before, own.attention, gradient_nTRD), names)
 
     def _read_mlp(self, number: int, own: _Taken, residual: Any, block: Block) -> None:
-        gradient = self._before_norm(block.ln2, residual, own.mlp, own.mlp.grad[:, :, None])
+        norm = _in_front(own.layer, block.ln2, "mlp")
+        gradient = self._before_norm(norm, residual, own.mlp, own.mlp.grad[:, :, None])
         self._score(gradient, [f"{number}.mlp"])
 
     def _before_norm(self, norm: str | None, residual: Any, given: Any, gradient_nTRD: Any) -> Any:

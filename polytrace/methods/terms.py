@@ -1,8 +1,9 @@
-"""The terms of the residual stream at one token of each prompt, as values of the open trace.
+"""The terms of the residual stream at one token of each prompt, or at all, as values of the open trace.
 
 The final residual is the embedding plus what each layer's attention and MLP add; attention's part is what its heads and
 a bias add, the MLP's what its neurons and a bias add. Every sum is also worked out as a relative error, so that a model
-whose parts do not add up this way is noticed. Rows are float32: n = prompts, D = features of the residual.
+whose parts do not add up this way is noticed. Rows are float32: n = prompts (and their tokens, `[n, T, ...]`, where it
+is about all), D = features of the residual.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from polytrace.modules import Module
 
 @dataclass(slots=True, kw_only=True)
 class LayerTerms:
-    """What one layer adds at one position of each prompt."""
+    """What one layer adds at one position of each prompt; None: at every token."""
 
     layer: Module
-    position: int
+    position: int | None
     embedding_nD: Any  # the residual before it
     attention_nD: Any
     mlp_nD: Any
@@ -31,22 +32,13 @@ class LayerTerms:
 
     def at(self, value: Any) -> Any:
         """The rows of a value, float32."""
-        return value.at(self.position).float()
+        return _rows(value, self.position)
 
     def weight(self, name: str) -> Any:
         """A named weight of the layer, None where the family has none."""
         table, path = self.layer._table, self.layer._path
         is_there = name in table.layer_weights.get(path, {}) or name in table.own_parameters.get(path, ())
         return getattr(self.layer, name).float() if is_there else None
-
-    def norm_behind(self, half: str) -> Module | None:
-        """The norm between what "attention" or "mlp" gives and what is added of that, None where there is none."""
-        known = self.layer._table.points.get(self.layer._path, {})
-        names = f"{half}_output", f"{half}_added"
-        given, added = (known[name].site if name in known else None for name in names)
-        if given is None or added is None or given.module == added.module:
-            return None
-        return Module(self.layer._model, added.module)
 
     def check(self, what: str, got: Any, wanted: Any) -> None:
         """Notes by how much two values differ, relative to the residual's largest feature."""
@@ -64,7 +56,7 @@ class Way:
 
     def push(self, parts_nPD: Any) -> Any:
         """What parts of the matrix's result are of what is added."""
-        return (parts_nPD if self.norm is None else self.norm.push(parts_nPD)) * self.scale_n1[:, None]
+        return (parts_nPD if self.norm is None else self.norm.push(parts_nPD)) * self.scale_n1.unsqueeze(-2)
 
     def pull(self, direction_nD: Any) -> Any:
         """The direction in the matrix's result that one in the residual is."""
@@ -73,19 +65,23 @@ class Way:
     def constant(self, bias_D: Any) -> Any:
         """What a bias of the matrix and the norm's own add, `[n, D]` (or 0.0)."""
         own = 0.0 if self.norm is None else self.norm.bias_D * self.factor_n1
-        return own if bias_D is None else own + self.push(bias_D[None, None])[:, 0]
+        return own if bias_D is None else own + self.push(bias_D[None, None]).squeeze(-2)
 
 
-def layer_terms(layer: Module, position: int) -> LayerTerms:
+def _rows(value: Any, position: int | None) -> Any:
+    return value.float() if position is None else value.at(position).float()
+
+
+def layer_terms(layer: Module, position: int | None) -> LayerTerms:
     """Attention's and the MLP's part, exact by construction where something lies between them, else checked."""
-    before, after = (value.at(position).float() for value in (layer.resid_pre, layer.resid_post))
+    before, after = (_rows(value, position) for value in (layer.resid_pre, layer.resid_post))
     if "resid_mid" in layer.points:
-        middle = layer.resid_mid.at(position).float()
+        middle = _rows(layer.resid_mid, position)
         attention, mlp = middle - before, after - middle
         return LayerTerms(
             layer=layer, position=position, embedding_nD=before, attention_nD=attention, mlp_nD=mlp, residual_nD=after
         )
-    attention, mlp = (value.at(position).float() for value in (layer.attention_added, layer.mlp_added))  # side by side
+    attention, mlp = (_rows(value, position) for value in (layer.attention_added, layer.mlp_added))  # side by side
     terms = LayerTerms(
         layer=layer, position=position, embedding_nD=before, attention_nD=attention, mlp_nD=mlp, residual_nD=after
     )
@@ -93,14 +89,24 @@ def layer_terms(layer: Module, position: int) -> LayerTerms:
     return terms
 
 
+def norm_behind(layer: Module, half: str) -> Module | None:
+    """The norm between what "attention" or "mlp" gives and what is added of that, None where there is none."""
+    known = layer._table.points.get(layer._path, {})
+    names = f"{half}_output", f"{half}_added"
+    given, added = (known[name].site if name in known else None for name in names)
+    if given is None or added is None or given.module == added.module:
+        return None
+    return Module(layer._model, added.module)
+
+
 def heads_of(terms: LayerTerms) -> tuple[Any, Way, Any]:
     """`head_out` at the position `[n, heads, D]`, its way into the residual, and what biases add `[n, D]` or 0.0."""
     out_nHD = terms.at(terms.layer.head_out)
     bias = terms.weight("b_O")
-    whole = out_nHD.sum(1) if bias is None else out_nHD.sum(1) + bias
-    way = _way(terms, terms.norm_behind("attention"), whole, terms.attention_nD)
+    whole = out_nHD.sum(-2) if bias is None else out_nHD.sum(-2) + bias
+    way = _way(terms, norm_behind(terms.layer, "attention"), whole, terms.attention_nD)
     constant = way.constant(bias)
-    terms.check("the heads", way.push(out_nHD).sum(1) + constant, terms.attention_nD)
+    terms.check("the heads", way.push(out_nHD).sum(-2) + constant, terms.attention_nD)
     return out_nHD, way, constant
 
 
@@ -110,7 +116,7 @@ def neurons_of(terms: LayerTerms) -> tuple[Any, Any, Way, Any]:
     if weight_ND is None:
         raise GraphError(f"{terms.layer._path} has no W_out to say what a neuron adds", where=user_line())
     whole = neurons_nN @ weight_ND if bias is None else neurons_nN @ weight_ND + bias
-    way = _way(terms, terms.norm_behind("mlp"), whole, terms.mlp_nD)
+    way = _way(terms, norm_behind(terms.layer, "mlp"), whole, terms.mlp_nD)
     constant = way.constant(bias)
     pushed = way.push(whole[:, None])[:, 0] + (0.0 if way.norm is None else way.norm.bias_D * way.factor_n1)
     terms.check("the neurons", pushed, terms.mlp_nD)

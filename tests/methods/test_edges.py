@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from patched_by_hand import PlainModel
 from torch import Tensor
 
+import polytrace
 from polytrace.errors import GraphError
 from polytrace.methods import attribution_patching, edge_attribution_patching, logit_difference
 
@@ -39,6 +42,22 @@ PLACES: dict[str, tuple[str, str, dict[str, tuple[str, int]], str, str, str]] = 
         "mlp",
         "transformer.ln_f",
     ),
+    "qwen3": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        {name: (f"self_attn.{name}_proj", 0) for name in "qkv"},
+        "self_attn.o_proj",
+        "mlp",
+        "model.norm",
+    ),
+    "gemma2": (
+        "input_layernorm",
+        "pre_feedforward_layernorm",
+        {name: (f"self_attn.{name}_proj", 0) for name in "qkv"},
+        "self_attn.o_proj",
+        "mlp",
+        "model.norm",
+    ),
     "phi": (
         "input_layernorm",
         "input_layernorm",
@@ -48,6 +67,9 @@ PLACES: dict[str, tuple[str, str, dict[str, tuple[str, int]], str, str, str]] = 
         "model.final_layernorm",
     ),
 }
+
+# the norms behind attention and the MLP
+POSTS = {"gemma2": ("post_attention_layernorm", "post_feedforward_layernorm")}
 
 
 class _ByHand:
@@ -73,8 +95,10 @@ class _ByHand:
                 for name, (path, column) in makers.items():
                     hook(layer.get_submodule(path), self.head_readers(number, name, column, first))
                 hook(layer.get_submodule(mlp), self.mlp_reader(number, second), is_before=True)
-                hook(layer.get_submodule(back), self.head_writers(number), is_before=True)
-                hook(layer.get_submodule(mlp), self.write(f"{number}.mlp"))
+                posts = POSTS.get(plain.kind)
+                norm = layer.get_submodule(posts[0]) if posts else None
+                hook(layer.get_submodule(back), self.head_writers(number, norm), is_before=True)
+                hook(layer.get_submodule(posts[1] if posts else mlp), self.write(f"{number}.mlp"))
             hook(plain.model.get_submodule(end), self.last_reader, is_before=True)
             logits = plain.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
             self.metric = logits[RIGHT] - logits[WRONG]
@@ -95,12 +119,16 @@ class _ByHand:
 
         return run
 
-    def head_writers(self, number: int) -> Any:
+    def head_writers(self, number: int, norm: Any) -> Any:
         def run(module: Any, args: Any) -> None:
             weight = module.weight if type(module).__name__ == "Conv1D" else module.weight.T
+            gain: Any = 1.0
+            if norm is not None:  # with its scale of this run
+                given = args[0][0] @ weight
+                gain = (given.pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt() * (1 + norm.weight)
             for head in range(WIDTH // SIZE):
                 own = slice(head * SIZE, (head + 1) * SIZE)
-                self.written[f"{number}.{head}"] = (args[0][0][:, own] @ weight[own]).detach()
+                self.written[f"{number}.{head}"] = (args[0][0][:, own] @ weight[own] * gain).detach()
 
         return run
 
@@ -178,10 +206,49 @@ def test_the_edges_of_a_head_add_up_to_its_attribution(patched: Callable[[str], 
             assert abs(float(edges.effect.sel(writer=f"{layer}.{head}").sum()) - whole) < 1e-4 * max(1.0, abs(whole))
 
 
-def test_a_residual_that_is_no_sum_is_refused(patched: Callable[[str], tuple[Any, PlainModel]]) -> None:
-    model, _ = patched("gemma2")
-    with pytest.raises(GraphError, match="residual is not the sum of what its heads and MLPs give"):
-        edge_attribution_patching(model, CLEAN, CORRUPT, METRIC)
+TINY: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+OTHERS = {
+    "norms behind attention and MLP alone": transformers.Olmo2Config(**TINY, pad_token_id=0),
+    "a factor on what is added": transformers.GraniteConfig(**TINY, residual_multiplier=0.22, logits_scaling=0.5),
+    "scaled residuals": transformers.DogeConfig(**TINY),
+}
+
+
+@pytest.fixture(params=OTHERS)
+def other(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Any]]:
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_config(OTHERS[request.param])
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if weight.ndim > 1 or "residual" in name:
+                weight.normal_(0.0, 0.3)
+    plain.save_pretrained(tmp_path)
+    with polytrace.load(str(tmp_path), threads=1) as model:
+        yield request.param, model
+
+
+def test_edges_of_the_embedding_add_up_to_the_gradient_at_it_or_the_family_is_refused(other: tuple[str, Any]) -> None:
+    kind, model = other
+    if kind == "scaled residuals":
+        with pytest.raises(GraphError, match=r"did not hold that resid_mid = resid_pre \+ self_attn.output"):
+            edge_attribution_patching(model, CLEAN, CORRUPT, METRIC)
+        return
+    edges = edge_attribution_patching(model, CLEAN, CORRUPT, METRIC).effect
+    at = attribution_patching(model, CLEAN, CORRUPT, METRIC, of="resid_pre", direction="noise", normalise=False)
+    wanted = float((at.effect[0] - at.clean).sum())
+    assert abs(wanted) > 0.02
+    assert abs(float(edges.sel(writer="embedding").sum()) - wanted) <= 1e-4 * max(1.0, abs(wanted))
+
+
+def test_prompts_of_other_lengths_are_refused(patched: Callable[[str], tuple[Any, PlainModel]]) -> None:
     llama, _ = patched("llama")
     with pytest.raises(GraphError, match="7 tokens in the clean prompt and 4 in the corrupt one"):
         edge_attribution_patching(llama, CLEAN, SHORT, METRIC)
