@@ -29,7 +29,7 @@ from dataclasses import replace
 
 from polytrace.certificate import PassEntry, charge
 from polytrace.description import ModelDescription, PassLayout
-from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError, TooLargeError
+from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError
 from scheduling.ahead import Ahead
 from scheduling.alike import MOST_CALLS, AlikeCalls, calls_merged
 from scheduling.caches import caches_of
@@ -39,7 +39,7 @@ from scheduling.fair import FairShares
 from scheduling.fair_choice import FairChoice, by_tenant
 from scheduling.generating import Generating
 from scheduling.jobs import Flight, Job, Outcome, Progress
-from scheduling.neighbours import own_entry
+from scheduling.neighbours import entries_of_tenants
 from scheduling.packing import Going, Packer, Taped
 from scheduling.plan import (
     Member,
@@ -63,6 +63,7 @@ from scheduling.policy import (
 )
 from scheduling.prefixes import left_by
 from scheduling.receipts import find_error, find_out_of_memory, moved_in, pass_entry, values_of
+from scheduling.refusals import of_ours, rows_held, too_large
 from scheduling.room import Room
 from scheduling.step_costs import step_costs
 from scheduling.stopping import Decode
@@ -137,7 +138,7 @@ class Scheduler:
             self._begin(job)
         except Exception as error:  # noqa: BLE001  it is this request's, and not of who adds it or runs beside it
             _log.exception("request %s could not be begun", program.request)
-            self._outcomes.append(Outcome(request=program.request, error=_ours(error)))
+            self._outcomes.append(Outcome(request=program.request, error=of_ours(error)))
             return
         self._jobs[program.request] = job
         insort(self._ready, job, key=lambda ready: ready.turn)
@@ -239,7 +240,7 @@ class Scheduler:
             if len(self._tried) > 1:
                 job.party = job.number
             else:
-                self._end(job, _ours(error))
+                self._end(job, of_ours(error))
 
     def _take_ended(self) -> tuple[RequestId, ...]:
         """What shards are to forget, once."""
@@ -344,7 +345,7 @@ class Scheduler:
         flight = self._flying[plan.pass_id]
         together = len(flight.jobs)
         entry = pass_entry(plan, results, self._table, together)
-        told = self._told(entry, plan, flight)
+        told = entries_of_tenants(entry, plan, flight.jobs, is_of_all=self._policy.tells_of_other_tenants)
         values = values_of(results)
         if self._alike is not None:
             self._alike.learn([job.alike for job in flight.jobs if job.alike is not None], results)
@@ -361,7 +362,7 @@ class Scheduler:
                 self._queue_again(job, party=job.number)  # its neighbours may have had the memory
                 continue
             elif failure is not None and member is not None:
-                error = _too_large(job, member.wave, failure.message, where=None if error is None else error.where)
+                error = too_large(job, member.wave, failure.message, where=None if error is None else error.where)
             if error is not None:
                 self._end(job, error)
                 continue
@@ -381,21 +382,6 @@ class Scheduler:
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
         self._put_in_turn({job for job, _ in landed})
-
-    def _told(self, entry: PassEntry, plan: Plan, flight: Flight) -> dict[str, PassEntry]:
-        """What each tenant hears of a pass."""
-        by_tenant: dict[str, list[Job]] = {}
-        for job in flight.jobs:
-            by_tenant.setdefault(job.tenant, []).append(job)
-        if len(by_tenant) < 2 or self._policy.tells_of_other_tenants:
-            return dict.fromkeys(by_tenant, entry)
-        found = {}
-        for tenant, jobs in by_tenant.items():
-            requests = {job.program.request for job in jobs}
-            generating = [job.generating for job in jobs if job.generating is not None]
-            caches = {cache.trunk[0] for one in generating for cache in one.caches}
-            found[tenant] = own_entry(entry, plan, requests, caches, len(jobs))
-        return found
 
     def _with_calls(self, entry: PassEntry, job: Job, flight: Flight, results: tuple[ShardResult, ...]) -> PassEntry:
         """What a request hears of the calls that were one with its own: of its tenant's, as of the pass."""
@@ -427,7 +413,7 @@ class Scheduler:
         """
         together = len(self._flying[plan.pass_id].jobs)
         landed = self._landed(plan)
-        rows = _rows_held(plan)
+        rows = rows_held(plan)
         is_too_large = isinstance(error, PassTooLargeError)
         if is_too_large:
             self._learn(rows)
@@ -440,7 +426,7 @@ class Scheduler:
                 wave = 0 if member is None else member.wave
                 work = job.now.waves[wave]
                 may_be_cut = len(work.invokes) > 1 and work.rows.widest > self.budget_tokens
-                self._end(job, _too_large(job, wave, error.message), may_be_cut=may_be_cut)
+                self._end(job, too_large(job, wave, error.message), may_be_cut=may_be_cut)
             elif is_too_large:
                 self._queue_again(job, party=(plan.pass_id, 2 * place < len(landed)))
             elif isinstance(error, PassAbandonedError):
@@ -568,34 +554,3 @@ class Scheduler:
         del self._jobs[job.program.request]
         self._free(job, kept)
         self._room.memory.give(job.program.kept_bytes if job.is_keeping else 0)
-
-
-def _ours(error: Exception) -> PolytraceError:
-    """What a request is told of a fault that is not its own."""
-    if isinstance(error, PolytraceError):
-        return error
-    told = ServiceError(f"the request could not be planned: {type(error).__name__}: {error}")
-    told.__cause__ = error
-    return told
-
-
-def _rows_held(plan: Plan) -> int:
-    """Rows of a pass, or of those whose gradients it runs back: they have no other there."""
-    if plan.of is None:
-        return max(plan.layer_rows, default=0)
-    return sum(_widest(member.program, member.wave) for member in plan.members)
-
-
-def _widest(program: Program, wave: int) -> int:
-    """Rows of a wave's widest layer, or of the one that it runs back."""
-    of = program.waves[wave].of
-    return program.waves[wave if of is None else of].rows.widest
-
-
-def _too_large(job: Job, wave: int, told: str, *, where: str | None = None) -> TooLargeError:
-    rows = _widest(job.now, wave)
-    return TooLargeError(
-        f"pass {wave + 1} of {job.num_waves} does not fit into memory though the request has it to itself, "
-        f"{rows:,} rows at its widest layer: {told}. Ask for fewer or shorter prompts in one invoke, or smaller values",
-        where=where,
-    )
