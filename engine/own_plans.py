@@ -24,6 +24,19 @@ def _llama_like(attention: str, output: str, *more: tuple[str, str]) -> Mapping[
     return {**inputs, f"{attention}.{output}": "rowwise", **dict(more)}
 
 
+def _opt_like(layer: str) -> Mapping[str, str]:
+    return _llama_like(f"{layer}.self_attn", "out_proj", (f"{layer}.fc1", "colwise"), (f"{layer}.fc2", "rowwise"))
+
+
+_LLAMA = _llama_like(
+    "model.layers.*.self_attn",
+    "o_proj",
+    ("model.layers.*.mlp.gate_proj", "colwise"),
+    ("model.layers.*.mlp.up_proj", "colwise"),
+    ("model.layers.*.mlp.down_proj", "rowwise"),
+    ("lm_head", "colwise_gather_output"),
+)
+
 OWN_PLANS: Mapping[str, OwnPlan] = {
     "gpt2": OwnPlan(
         styles={
@@ -35,35 +48,14 @@ OWN_PLANS: Mapping[str, OwnPlan] = {
         counts=("split_size",),
     ),
     "opt": OwnPlan(
-        styles=_llama_like(
-            "model.decoder.layers.*.self_attn",
-            "out_proj",
-            ("model.decoder.layers.*.fc1", "colwise"),
-            ("model.decoder.layers.*.fc2", "rowwise"),
-        ),
+        styles=_opt_like("model.decoder.layers.*"),
         counts=("num_heads",),
     ),
     "stablelm": OwnPlan(
-        styles=_llama_like(
-            "model.layers.*.self_attn",
-            "o_proj",
-            ("model.layers.*.mlp.gate_proj", "colwise"),
-            ("model.layers.*.mlp.up_proj", "colwise"),
-            ("model.layers.*.mlp.down_proj", "rowwise"),
-            ("lm_head", "colwise_gather_output"),
-        ),
+        styles=_LLAMA,
         counts=("num_heads", "num_key_value_heads"),
     ),
-    "hunyuan_v1_dense": OwnPlan(
-        styles=_llama_like(
-            "model.layers.*.self_attn",
-            "o_proj",
-            ("model.layers.*.mlp.gate_proj", "colwise"),
-            ("model.layers.*.mlp.up_proj", "colwise"),
-            ("model.layers.*.mlp.down_proj", "rowwise"),
-            ("lm_head", "colwise_gather_output"),
-        )
-    ),
+    "hunyuan_v1_dense": OwnPlan(styles=_LLAMA),
     "persimmon": OwnPlan(
         styles={
             "model.layers.*.self_attn.query_key_value": "colwise",  # one head's three after another's
@@ -74,14 +66,7 @@ OWN_PLANS: Mapping[str, OwnPlan] = {
         },
         counts=("num_heads",),
     ),
-    "biogpt": OwnPlan(
-        styles=_llama_like(
-            "biogpt.layers.*.self_attn",
-            "out_proj",
-            ("biogpt.layers.*.fc1", "colwise"),
-            ("biogpt.layers.*.fc2", "rowwise"),
-        )
-    ),
+    "biogpt": OwnPlan(styles=_opt_like("biogpt.layers.*")),
     "gpt_oss": OwnPlan(  # its experts are split by transformers' plan
         styles=_llama_like(
             "model.layers.*.self_attn",

@@ -6,15 +6,32 @@ are, and where they read. What remains is time, which all in a pass share.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from polytrace.certificate import PassEntry
+from scheduling.jobs import Job
 from scheduling.plan import NO_ROWS, Plan, RequestId
 from scheduling.rows import rows_by_layer, skipped_by_layer
 
 
-def own_entry(
+def entries_of_tenants(entry: PassEntry, plan: Plan, jobs: Sequence[Job], *, is_of_all: bool) -> dict[str, PassEntry]:
+    """What each tenant hears of a pass that these were in; `is_of_all`: all hear of all."""
+    by_tenant: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_tenant.setdefault(job.tenant, []).append(job)
+    if len(by_tenant) < 2 or is_of_all:
+        return dict.fromkeys(by_tenant, entry)
+    found = {}
+    for tenant, theirs in by_tenant.items():
+        requests = {job.program.request for job in theirs}
+        generating = [job.generating for job in theirs if job.generating is not None]
+        caches = {cache.trunk[0] for one in generating for cache in one.caches}
+        found[tenant] = _own_entry(entry, plan, requests, caches, len(theirs))
+    return found
+
+
+def _own_entry(
     entry: PassEntry, plan: Plan, requests: Collection[RequestId], caches: Collection[RequestId], num_requests: int
 ) -> PassEntry:
     """The entry of a pass as one tenant's requests see it: `requests` are its members, `caches` the owners of the

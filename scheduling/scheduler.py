@@ -1,7 +1,8 @@
 """The queue of a deployment: which waves are ready, which pass they are in, how each request ends.
 
 Owns the life of a request between `add` and its one `Outcome`. Who goes into a pass is `scheduling.policy`'s, what the
-pass looks like is `scheduling.packing`'s, what its results say is `scheduling.receipts`'.
+pass looks like is `scheduling.packing`'s, what its results say is `scheduling.receipts`', who has room on the shards is
+`scheduling.room`'s.
 
 A pass that does not fit into a shard's memory is abandoned, and its members run again in two halves that never merge
 with others again; so whoever is too large for a pass to itself is found out, and nobody else suffers. Passes have at
@@ -23,14 +24,12 @@ from __future__ import annotations
 import logging
 import time
 from bisect import insort
-from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from heapq import heapify, heappop, heapreplace
 
 from polytrace.certificate import PassEntry, charge
 from polytrace.description import ModelDescription, PassLayout
-from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError, TooLargeError
+from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError
 from scheduling.ahead import Ahead
 from scheduling.alike import MOST_CALLS, AlikeCalls, calls_merged
 from scheduling.caches import caches_of
@@ -40,8 +39,7 @@ from scheduling.fair import FairShares
 from scheduling.fair_choice import FairChoice, by_tenant
 from scheduling.generating import Generating
 from scheduling.jobs import Flight, Job, Outcome, Progress
-from scheduling.memory import Memory
-from scheduling.neighbours import own_entry
+from scheduling.neighbours import entries_of_tenants
 from scheduling.packing import Going, Packer, Taped
 from scheduling.plan import (
     Member,
@@ -65,6 +63,8 @@ from scheduling.policy import (
 )
 from scheduling.prefixes import left_by
 from scheduling.receipts import find_error, find_out_of_memory, moved_in, pass_entry, values_of
+from scheduling.refusals import of_ours, rows_held, too_large
+from scheduling.room import Room
 from scheduling.step_costs import step_costs
 from scheduling.stopping import Decode
 
@@ -114,12 +114,8 @@ class Scheduler:
         self._ended: list[RequestId] = []  # shards hold values of these; the next plan says to drop them
         self._outcomes: list[Outcome] = []
         self._progress: dict[RequestId, Job] = {}  # that got further
-        self._memory = Memory(description.limits.kept_bytes, policy.prefix_bytes)
-        self._tapes = Memory(description.limits.tape_bytes, prefix_bytes=0)  # of what passes keep for gradients
-        stages = table_of(description).levels.stages
-        self._position_bytes = description.key_value_bytes * max(map(stages.count, set(stages)), default=0)
+        self._room = Room(description, policy.prefix_bytes, self._shares, put_back=self._put_back, end=self._end)
         self._has_much_left = False  # shards, of generations and gradients that have ended
-        self._is_short = False  # somebody waits for room
         self._owners = 0  # of caches
         self._arrivals = 0
         self._passes = 0
@@ -142,7 +138,7 @@ class Scheduler:
             self._begin(job)
         except Exception as error:  # noqa: BLE001  it is this request's, and not of who adds it or runs beside it
             _log.exception("request %s could not be begun", program.request)
-            self._outcomes.append(Outcome(request=program.request, error=_ours(error)))
+            self._outcomes.append(Outcome(request=program.request, error=of_ours(error)))
             return
         self._jobs[program.request] = job
         insort(self._ready, job, key=lambda ready: ready.turn)
@@ -181,11 +177,11 @@ class Scheduler:
 
     def forget_prefixes(self) -> None:
         """Keeps nothing any more of what generations have left for others; the next plan says so."""
-        self._memory.forget_prefixes()
+        self._room.memory.forget_prefixes()
 
     def has_work(self) -> bool:
         """Whether a wave may go into a pass now. A suspect goes when no pass is in flight, and none beside it."""
-        if self._is_idle and (self._has_much_left or self._memory.dropped):
+        if self._is_idle and (self._has_much_left or self._room.memory.dropped):
             return True
         if self._has_suspect_in_flight:
             return False
@@ -244,12 +240,12 @@ class Scheduler:
             if len(self._tried) > 1:
                 job.party = job.number
             else:
-                self._end(job, _ours(error))
+                self._end(job, of_ours(error))
 
     def _take_ended(self) -> tuple[RequestId, ...]:
         """What shards are to forget, once."""
-        self._telling = (*self._ended, *self._memory.dropped)
-        self._ended, self._memory.dropped, self._has_much_left = [], [], False
+        self._telling = (*self._ended, *self._room.memory.dropped)
+        self._ended, self._room.memory.dropped, self._has_much_left = [], [], False
         return self._telling
 
     def _fill(self, pass_id: PassId) -> tuple[list[tuple[Job, Going]], Plan]:
@@ -300,75 +296,12 @@ class Scheduler:
         Those that go on come first, the oldest in front; then those that begin, of whom the tenant has least room.
         Whoever comes after one that waits for room waits behind it.
         """
-        self._is_short = False
+        self._room.is_short = False
         if not any(job.needed or not job.has_tape_room for job in self._ready):
             return list(self._ready)
-        for job in self._asking_room([job for job in self._ready if job.needed]):
-            if not self._make_room(job):
-                self._is_short = True
-                break
-        for job in sorted([job for job in self._ready if not job.has_tape_room], key=lambda job: job.number):
-            job.has_tape_room = self._tapes.take(job.program.tape_bytes)
-            if not job.has_tape_room:
-                break  # whoever is younger waits behind it
+        self._room.give_caches(self._ready, self._jobs.values())
+        self._room.give_tapes(self._ready)
         return [job for job in self._ready if not job.needed and job.has_tape_room]
-
-    def _asking_room(self, jobs: list[Job]) -> list[Job]:
-        """In the order in which they are given room."""
-        if len({job.tenant for job in jobs}) < 2:
-            return sorted(jobs, key=lambda job: job.number)
-        held: dict[str, int] = {}
-        for job in self._jobs.values():
-            held[job.tenant] = held.get(job.tenant, 0) + job.reserved
-        going_on = sorted([job for job in jobs if job.reserved], key=lambda job: job.number)
-        begins: list[Job] = []
-        waiting = {job.tenant: deque[Job]() for job in jobs}
-        for job in sorted([job for job in jobs if not job.reserved], key=lambda job: job.number):
-            waiting[job.tenant].append(job)
-        heap = [(held[tenant] / self._shares.weight(tenant), tenant) for tenant, own in waiting.items() if own]
-        heapify(heap)
-        while heap:
-            room, tenant = heap[0]
-            job = waiting[tenant].popleft()
-            begins.append(job)
-            if waiting[tenant]:
-                heapreplace(heap, (room + job.needed / self._shares.weight(tenant), tenant))
-            else:
-                heappop(heap)
-        return [*going_on, *begins]
-
-    def _free_tape(self, job: Job) -> None:
-        if job.has_tape_room and job.program.tape_bytes:
-            self._tapes.give(job.program.tape_bytes)
-            job.has_tape_room = False
-
-    def _make_room(self, job: Job) -> bool:
-        """Gives a job's caches the room that they need for its next step, if need be that of younger ones: when it
-        begins, of its tenant's.
-        """
-        while not self._memory.take(job.needed * self._position_bytes):
-            holders = [other for other in self._jobs.values() if other.reserved and other is not job]
-            own = [other for other in holders if job.reserved or other.tenant == job.tenant]
-            younger = [other for other in own if other.number > job.number]
-            idle = [other for other in younger if not other.in_flight]
-            is_alone = self._memory.taken_bytes == job.reserved * self._position_bytes
-            if idle:
-                self._put_back(max(idle, key=lambda other: other.number))
-            elif is_alone and not job.reserved:
-                self._end(job, _no_room(job.needed * self._position_bytes, self._memory.most_bytes))
-                return False
-            elif is_alone:
-                self._put_back(job)  # it begins with no more than it has come to need, and moves nothing
-            else:
-                if job.reserved and holders and not younger:
-                    self._put_back(job)
-                return False  # what others have comes free
-        job.reserved += job.needed
-        job.needed = 0
-        if job.generating is not None:
-            job.generating.caches.widen(job.generating.lengths)
-            job.leaving = job.reserved - job.generating.caches.num_positions
-        return True
 
     def _put_back(self, job: Job) -> None:
         """It runs again from its first step, when there is room."""
@@ -380,33 +313,30 @@ class Scheduler:
     def _restart(self, job: Job) -> None:
         """What shards have of its caches they are to forget."""
         self._free(job)
-        self._free_tape(job)
         if job.is_held:
             self._ended.append(job.program.request)
         self._begin(job)
 
     def _free(self, job: Job, kept: Collection[RequestId] = ()) -> None:
-        """Gives back the room of a job's caches, but of those that are kept."""
-        if job.generating is None or not job.reserved:
-            return
-        owners = {cache.trunk[0] for cache in job.generating.caches}
-        self._ended += sorted(owners.difference(kept))
-        self._has_much_left = True
-        self._memory.give(job.reserved * self._position_bytes)
-        job.reserved = 0
+        """Gives back what a job has room for, but caches that are kept."""
+        if job.generating is not None and job.reserved:
+            owners = {cache.trunk[0] for cache in job.generating.caches}
+            self._ended += sorted(owners.difference(kept))
+            self._has_much_left = True
+        self._room.free(job)
 
     def _look(self, jobs: list[Job]) -> None:
         """Finds prefixes for prompts that have not begun."""
         for job in jobs:
             if job.ahead is not None and not job.is_step:
-                job.ahead.look(self._memory.prefixes)
+                job.ahead.look(self._room.memory.prefixes)
 
     def _going(self, chosen: list[tuple[Job, int]]) -> list[tuple[Job, Going]]:
         """The jobs with their trunks: those keep them that the store has room for when they first go."""
         for job, _ in chosen:
             if job.is_keeping is None:
-                is_free = not job.program.kept_bytes or not self._is_short
-                job.is_keeping = is_free and self._memory.take(job.program.kept_bytes)
+                is_free = not job.program.kept_bytes or not self._room.is_short
+                job.is_keeping = is_free and self._room.memory.take(job.program.kept_bytes)
         self._look([job for job, _ in chosen])  # again: what takes room may have been given that of prefixes
         return [(job, job.going(rows)) for job, rows in chosen]
 
@@ -415,7 +345,7 @@ class Scheduler:
         flight = self._flying[plan.pass_id]
         together = len(flight.jobs)
         entry = pass_entry(plan, results, self._table, together)
-        told = self._told(entry, plan, flight)
+        told = entries_of_tenants(entry, plan, flight.jobs, is_of_all=self._policy.tells_of_other_tenants)
         values = values_of(results)
         if self._alike is not None:
             self._alike.learn([job.alike for job in flight.jobs if job.alike is not None], results)
@@ -432,7 +362,7 @@ class Scheduler:
                 self._queue_again(job, party=job.number)  # its neighbours may have had the memory
                 continue
             elif failure is not None and member is not None:
-                error = _too_large(job, member.wave, failure.message, where=None if error is None else error.where)
+                error = too_large(job, member.wave, failure.message, where=None if error is None else error.where)
             if error is not None:
                 self._end(job, error)
                 continue
@@ -443,7 +373,7 @@ class Scheduler:
             if member is not None and job.generating is not None:
                 job.generating.take(results)
             if job.num_done == job.num_waves:
-                self._settle(job)
+                self._room.settle(job)
                 if not job.advance():
                     self._finish(job)
                     continue
@@ -452,21 +382,6 @@ class Scheduler:
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
         self._put_in_turn({job for job, _ in landed})
-
-    def _told(self, entry: PassEntry, plan: Plan, flight: Flight) -> dict[str, PassEntry]:
-        """What each tenant hears of a pass."""
-        by_tenant: dict[str, list[Job]] = {}
-        for job in flight.jobs:
-            by_tenant.setdefault(job.tenant, []).append(job)
-        if len(by_tenant) < 2 or self._policy.tells_of_other_tenants:
-            return dict.fromkeys(by_tenant, entry)
-        found = {}
-        for tenant, jobs in by_tenant.items():
-            requests = {job.program.request for job in jobs}
-            generating = [job.generating for job in jobs if job.generating is not None]
-            caches = {cache.trunk[0] for one in generating for cache in one.caches}
-            found[tenant] = own_entry(entry, plan, requests, caches, len(jobs))
-        return found
 
     def _with_calls(self, entry: PassEntry, job: Job, flight: Flight, results: tuple[ShardResult, ...]) -> PassEntry:
         """What a request hears of the calls that were one with its own: of its tenant's, as of the pass."""
@@ -481,12 +396,6 @@ class Scheduler:
         if cost:
             self._shares.correct(job.tenant, cost)
             job.charged += cost
-
-    def _settle(self, job: Job) -> None:
-        """Caches that have moved are where they are."""
-        self._memory.give(job.leaving * self._position_bytes)
-        job.reserved -= job.leaving
-        job.leaving = 0
 
     def lost(self, plan: Plan, error: PolytraceError) -> None:
         """The pass died with its shards: its members end with `error`, requests between two waves start again."""
@@ -504,7 +413,7 @@ class Scheduler:
         """
         together = len(self._flying[plan.pass_id].jobs)
         landed = self._landed(plan)
-        rows = _rows_held(plan)
+        rows = rows_held(plan)
         is_too_large = isinstance(error, PassTooLargeError)
         if is_too_large:
             self._learn(rows)
@@ -517,7 +426,7 @@ class Scheduler:
                 wave = 0 if member is None else member.wave
                 work = job.now.waves[wave]
                 may_be_cut = len(work.invokes) > 1 and work.rows.widest > self.budget_tokens
-                self._end(job, _too_large(job, wave, error.message), may_be_cut=may_be_cut)
+                self._end(job, too_large(job, wave, error.message), may_be_cut=may_be_cut)
             elif is_too_large:
                 self._queue_again(job, party=(plan.pass_id, 2 * place < len(landed)))
             elif isinstance(error, PassAbandonedError):
@@ -561,7 +470,7 @@ class Scheduler:
         for job in self._ready:
             if not job.in_flight:
                 self._restart(job)
-        self._memory.forget_prefixes()
+        self._room.memory.forget_prefixes()
         # Where the shards are still the same, they hold values and rows of all of these.
         self._ended += [member.program.request for member in plan.members]
         self._ended += [job.program.request for job in self._ready]
@@ -597,9 +506,9 @@ class Scheduler:
         prefixes = []
         if job.generating is not None and self._has_prefixes:
             num_layers = self._table.description.num_layers
-            prefixes = list(left_by(job.program, job.generating, num_layers, self._position_bytes))
+            prefixes = list(left_by(job.program, job.generating, num_layers, self._room.position_bytes))
         self._remove(job, {prefix.trunk[0] for prefix in prefixes})
-        self._ended += [prefix.trunk[0] for prefix in prefixes if not self._memory.keep(prefix)]
+        self._ended += [prefix.trunk[0] for prefix in prefixes if not self._room.memory.keep(prefix)]
         self._outcomes.append(
             Outcome(
                 request=job.program.request,
@@ -644,43 +553,4 @@ class Scheduler:
             self._ready.remove(job)
         del self._jobs[job.program.request]
         self._free(job, kept)
-        self._free_tape(job)
-        self._memory.give(job.program.kept_bytes if job.is_keeping else 0)
-
-
-def _ours(error: Exception) -> PolytraceError:
-    """What a request is told of a fault that is not its own."""
-    if isinstance(error, PolytraceError):
-        return error
-    told = ServiceError(f"the request could not be planned: {type(error).__name__}: {error}")
-    told.__cause__ = error
-    return told
-
-
-def _no_room(needed: int, most: int) -> TooLargeError:
-    return TooLargeError(
-        f"the keys and values of this generation take {needed:,} bytes on a shard; there is room for {most:,}: "
-        "ask for fewer new tokens, shorter prompts or fewer samples"
-    )
-
-
-def _rows_held(plan: Plan) -> int:
-    """Rows of a pass, or of those whose gradients it runs back: they have no other there."""
-    if plan.of is None:
-        return max(plan.layer_rows, default=0)
-    return sum(_widest(member.program, member.wave) for member in plan.members)
-
-
-def _widest(program: Program, wave: int) -> int:
-    """Rows of a wave's widest layer, or of the one that it runs back."""
-    of = program.waves[wave].of
-    return program.waves[wave if of is None else of].rows.widest
-
-
-def _too_large(job: Job, wave: int, told: str, *, where: str | None = None) -> TooLargeError:
-    rows = _widest(job.now, wave)
-    return TooLargeError(
-        f"pass {wave + 1} of {job.num_waves} does not fit into memory though the request has it to itself, "
-        f"{rows:,} rows at its widest layer: {told}. Ask for fewer or shorter prompts in one invoke, or smaller values",
-        where=where,
-    )
+        self._room.memory.give(job.program.kept_bytes if job.is_keeping else 0)

@@ -149,7 +149,7 @@ def submit(service: GatewayService) -> RequestId:
     return RequestId(posted["id"])
 
 
-def receipt_of(request: RequestId, generated: Sequence[Generated]) -> Receipt:
+def receipt_of(request: RequestId, generated: Sequence[Generated] = ()) -> Receipt:
     return Receipt(
         request=request,
         model="m",

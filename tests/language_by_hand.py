@@ -19,6 +19,7 @@ from language_meanings import change, compute, given_to, instead, made, tokens_f
 from language_programs import Apply, Block, Call, Edit, Mask, Program, Read, Skip, Statement, Weigh
 from language_sites import Attend, HeadOut, Hook, Patched, Spot, spots
 from names import HEADS, SIZE, weights_by_hand
+from operations import put_in_place
 from points import attending
 from programs import find
 from torch import Tensor
@@ -326,7 +327,7 @@ def _patched(plain: Any, hand: Patched, see: See, own: Any, is_quiet: Callable[[
     """One call of a function in each forward; calls are counted by thread."""
     case = hand.case
     owner = case.owner(plain)
-    original, is_own = getattr(owner, case.function), case.function in vars(owner)
+    original = getattr(owner, case.function)
     port, *way = case.keys
     counter = f"calls of {case.name}"
 
@@ -351,14 +352,8 @@ def _patched(plain: Any, hand: Patched, see: See, own: Any, is_quiet: Callable[[
         args = tuple(look(one) if number == place else one for number, one in enumerate(args))
         return original(*args, **kwargs)
 
-    setattr(owner, case.function, function)
-    try:
+    with put_in_place(owner, case.function, function):
         yield
-    finally:
-        if is_own:
-            setattr(owner, case.function, original)
-        else:
-            delattr(owner, case.function)
 
 
 def look_around(family: str, own: Sequence[Spot]) -> dict[Spot, tuple[tuple[int, ...], torch.dtype]]:

@@ -178,7 +178,6 @@ def by_hand(plain: Any, ids: Sequence[int], case: Case, edit: Edit | None = None
 def _replaced(case: Case, plain: Any, seen: list[Tensor], edit: Edit | None) -> Iterator[None]:
     owner = case.owner(plain)
     original = getattr(owner, case.function)
-    is_own = case.function in vars(owner)
     calls = 0
     port, *way = case.keys
 
@@ -202,11 +201,19 @@ def _replaced(case: Case, plain: Any, seen: list[Tensor], edit: Edit | None) -> 
         args = tuple(look(one) if number == place else one for number, one in enumerate(args))
         return original(*args, **kwargs)
 
-    setattr(owner, case.function, function)
+    with put_in_place(owner, case.function, function):
+        yield
+
+
+@contextmanager
+def put_in_place(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A function of a module or an object is another one, and then its own again."""
+    original, is_own = getattr(owner, name), name in vars(owner)
+    setattr(owner, name, function)
     try:
         yield
     finally:
         if is_own:
-            setattr(owner, case.function, original)
+            setattr(owner, name, original)
         else:
-            delattr(owner, case.function)
+            delattr(owner, name)

@@ -347,7 +347,7 @@ def large(gateway: OwnProcess) -> Large:
         pass
     size = 64 * MIB
     place = gateway.store.place_result(request, ROOM, size)
-    header = result_header([], receipt_of(request, ()), place.start)
+    header = result_header([], receipt_of(request), place.start)
     gateway.store.finish([Finished(request=request, header=header)])
     return Large(request, size)
 

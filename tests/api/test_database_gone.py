@@ -53,7 +53,7 @@ class Runner:
                 assert claimed.path.read_bytes()
                 self.ran.append(claimed.request)
                 place = self._store.place_result(claimed.request, ROOM, 0)
-                header = result_header([], receipt_of(claimed.request, ()), place.start)
+                header = result_header([], receipt_of(claimed.request), place.start)
                 self._store.finish([Finished(request=claimed.request, header=header)])
             self._store.set_state("m", DeploymentState.READY, "ready")
             self._store.wait_for_requests(0.02)
@@ -152,7 +152,7 @@ def test_who_waits_for_a_result_waits_on_while_the_database_is_away(tmp_path: Pa
     assert not answers
     server.start()
     place = service.store.place_result(request, ROOM, 0)
-    header = result_header([], receipt_of(request, ()), place.start)
+    header = result_header([], receipt_of(request), place.start)
     patient(service.store).finish([Finished(request=request, header=header)])
     waiting.join(timeout=20)
     assert [answer.status_code for answer in answers] == [200]

@@ -118,7 +118,7 @@ def test_a_result_that_does_not_fit_fails_its_own_request_with_the_number(
 def test_a_result_whose_state_does_not_fit_is_kept_when_there_is_room(service: GatewayService, disk: SmallDisk) -> None:
     request = submit(service)
     place = service.store.place_result(request, ROOM, 0)
-    finished = Finished(request=request, header=result_header([], receipt_of(request, ()), place.start))
+    finished = Finished(request=request, header=result_header([], receipt_of(request), place.start))
     disk.fill()
     with pytest.raises(AwayError, match="cannot be written now"):
         for _ in range(1000):  # until the log that there is has no room left

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from gateways import description_of_nothing, receipt_of, wait_until
 
 from api.gateway import Gateway
 from api.server import GatewayServer, bind
@@ -21,9 +22,8 @@ from api.waiting import RECHECK_S
 from api.worker import Verdict
 from cluster.config import Mode
 from cluster.requests import Claimed, DeploymentState, Finished, Published
-from polytrace.certificate import Receipt
 from polytrace.codec import from_json, to_json
-from polytrace.description import Limits, ModelDescription
+from polytrace.description import ModelDescription
 from polytrace.errors import CancelledError, CapacityError, GraphError, NotFoundError, PolytraceError, RunError
 from polytrace.graph import Constant, Graph, Invoke, NodeId, Options, Ref, Request, Save
 from polytrace.tensors import RawTensor
@@ -94,7 +94,7 @@ class StandInController(threading.Thread):
             with place.path.open("r+b") as file:
                 file.seek(place.start)
                 file.write(data)
-            header = result_header(slots, receipt(claimed.request), place.start)
+            header = result_header(slots, receipt_of(claimed.request), place.start)
             self.store.finish([Finished(request=claimed.request, header=header)])
 
     def stop(self) -> None:
@@ -118,7 +118,7 @@ class Service:
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=30)
 
     def publish(self) -> None:
-        body = json.dumps(to_json(description())).encode()
+        body = json.dumps(to_json(description_of_nothing())).encode()
         self.store.set_state("m", DeploymentState.STARTING, "loading shard 1 of 4")
         self.store.publish("m", Published(source="none", dtype="auto", description=body, tokenizer=b'{"t": 1}'))
         self.store.set_state("m", DeploymentState.READY, "ready")
@@ -287,7 +287,7 @@ def test_models_and_their_descriptions(service: Service) -> None:
     assert model["name"] == "m" and model["is_ready"] and model["class_name"] == "TinyForCausalLM"
     answer = service.http.get("/v1/models/m")
     assert answer.headers["content-encoding"] == "gzip"
-    assert from_json(ModelDescription, answer.json()) == description()
+    assert from_json(ModelDescription, answer.json()) == description_of_nothing()
     same = service.http.get("/v1/models/m", headers={"If-None-Match": answer.headers["etag"]})
     assert same.status_code == 304 and same.content == b""
     plain = service.http.get("/v1/models/m", headers={"Accept-Encoding": "identity"})
@@ -496,58 +496,6 @@ def problem_of(answer: httpx.Response, status: int) -> Mapping[str, object]:
     assert problem.keys() == {"type", "title", "status", "detail", "code", "where"}
     assert problem["status"] == status
     return dict(problem)
-
-
-def wait_until(condition: object, timeout_s: float = 60.0) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-
-
-def receipt(request: RequestId) -> Receipt:
-    return Receipt(
-        request=request,
-        model="m",
-        passes=(),
-        tokens=3,
-        token_layers=3,
-        token_layers_alone=3,
-        fired=(),
-        pad_rows_written=0,
-        read_bytes=0,
-        result_bytes=16,
-        carried_bytes=0,
-        gathered_bytes=0,
-        queue_seconds=0.0,
-        run_seconds=0.0,
-        notes=(),
-    )
-
-
-def description() -> ModelDescription:
-    return ModelDescription(
-        name="m",
-        class_name="TinyForCausalLM",
-        dtype="float32",
-        vocab_size=10,
-        hidden_size=4,
-        num_layers=1,
-        layers="model.layers",
-        stages=1,
-        ranks=1,
-        fingerprint="f",
-        config={"model_type": "tiny"},
-        modules=(),
-        sites=(),
-        parameters=(),
-        limits=Limits(max_sequence_tokens=16, max_request_bytes=MAX_BYTES),
-        key_value_bytes=1,
-        hidden_bytes=1,
-        row_multiple=1,
-        has_kept_rows=True,
-    )
 
 
 def test_a_submit_says_whether_somebody_waits_for_it(service: Service) -> None:

@@ -462,7 +462,7 @@ def test_gradients_on_their_way_back_begin_again_behind_the_loss_of_a_shard(runn
         assert after.error is None and after.receipt is not None and len(after.receipt.passes) == 5
         assert len(before.values) == 8 and any(value.any() for value in before.values.values())
         assert all(torch.equal(after.values[name], value) for name, value in before.values.items())
-    assert scheduler._tapes.taken_bytes == 0
+    assert scheduler._room.tapes.taken_bytes == 0
 
 
 def hear_nothing(news: Progress | Outcome) -> None:

@@ -124,7 +124,7 @@ def backend(request: pytest.FixtureRequest, folder: Path, local: LocalBackend) -
 
 def holds_nothing(backend: Any) -> bool:
     """Whether a shard in this process has no tape, and the scheduler counts none."""
-    is_free = backend.scheduler._tapes.taken_bytes == 0
+    is_free = backend.scheduler._room.tapes.taken_bytes == 0
     return is_free and (not isinstance(backend, LocalBackend) or backend.shard._tapes.is_empty)
 
 

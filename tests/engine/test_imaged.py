@@ -47,6 +47,19 @@ def _by_hand(imaged: Imaged, photo: Tensor | None, prompt: list[int], module: st
     return found
 
 
+def _patched_by_hand(imaged: Imaged, giver: int) -> Tensor:
+    """Logits of the second photo, where rows behind the first layer are the first photo's behind layer `giver`."""
+    with imaged.model.trace(PROMPT, pixel_values=imaged.photos[:1]):
+        wanted = imaged.model.model.language_model.layers[giver].output.save()
+
+    def put(value: Tensor) -> Tensor:
+        changed = value.clone()
+        changed[:, 2:6] = wanted[:, 2:6]
+        return changed
+
+    return _by_hand(imaged, imaged.photos[1], PROMPT, "model.language_model.layers.0", put)
+
+
 def _later(value: Any) -> Any:
     changed = value.clone()
     changed[:, 3:5] += 1.0  # rows of the image
@@ -129,16 +142,7 @@ def test_values_and_images_flow_between_invokes(imaged: Imaged) -> None:
         with tracer.invoke({"input_ids": [PROMPT], "pixel_values": imaged.photos[1:2]}):
             layer.output[:, 2:6] = clean
             patched = imaged.model.lm_head.output.save()
-    with imaged.model.trace(PROMPT, pixel_values=imaged.photos[:1]):
-        wanted = imaged.model.model.language_model.layers[0].output.save()
-
-    def put(value: Tensor) -> Tensor:
-        changed = value.clone()
-        changed[:, 2:6] = wanted[:, 2:6]
-        return changed
-
-    expected = _by_hand(imaged, imaged.photos[1], PROMPT, "model.language_model.layers.0", put)
-    assert _close(patched, expected)
+    assert _close(patched, _patched_by_hand(imaged, 0))
 
 
 def test_traces_of_a_session_have_their_images(imaged: Imaged) -> None:
@@ -148,16 +152,7 @@ def test_traces_of_a_session_have_their_images(imaged: Imaged) -> None:
         with imaged.model.trace({"input_ids": [PROMPT], "pixel_values": imaged.photos[1:2]}):  # a wave of its own
             imaged.model.model.language_model.layers[0].output[:, 2:6] = last
             patched = imaged.model.lm_head.output.save()
-    with imaged.model.trace(PROMPT, pixel_values=imaged.photos[:1]):
-        wanted = imaged.model.model.language_model.layers[1].output.save()
-
-    def put(value: Tensor) -> Tensor:
-        changed = value.clone()
-        changed[:, 2:6] = wanted[:, 2:6]
-        return changed
-
-    expected = _by_hand(imaged, imaged.photos[1], PROMPT, "model.language_model.layers.0", put)
-    assert _close(patched, expected)
+    assert _close(patched, _patched_by_hand(imaged, 1))
 
 
 def test_a_gradient_at_rows_of_an_image_is_torchs(imaged: Imaged) -> None:

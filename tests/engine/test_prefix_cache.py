@@ -33,7 +33,7 @@ class Machine:
         self.plain.save_pretrained(folder)
         self.backend = LocalBackend(str(folder), threads=1)
         self.model: Any = Model(self.backend)
-        self.position_bytes = self.backend.scheduler._position_bytes
+        self.position_bytes = self.backend.scheduler._room.position_bytes
 
     def use(self, policy: PassPolicy, *, kept_bytes: int | None = None) -> None:
         """From now on; nothing is left of before."""
@@ -151,7 +151,7 @@ def test_a_small_store_gives_the_bits_of_a_large_one(llama: Machine) -> None:
     for pages in (40, 18):
         llama.use(PassPolicy(), kept_bytes=pages * PAGE * llama.position_bytes)
         assert llama.serve(users) == large
-        assert llama.backend.scheduler._memory.taken_bytes == 0
+        assert llama.backend.scheduler._room.memory.taken_bytes == 0
     llama.empty()
 
 

@@ -98,7 +98,7 @@ def room(backend: LocalBackend, tape_bytes: int) -> Iterator[None]:
     backend.scheduler = Scheduler(backend.description, EVERYONE)
     try:
         yield
-        assert backend.scheduler._tapes.taken_bytes == 0 and backend.shard._tapes.is_empty
+        assert backend.scheduler._room.tapes.taken_bytes == 0 and backend.shard._tapes.is_empty
     finally:
         backend.scheduler, backend.description = scheduler, description
 

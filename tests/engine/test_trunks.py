@@ -59,7 +59,7 @@ def test_a_sweep_of_several_passes_runs_its_base_once(backend: LocalBackend) -> 
     whole, one = sweep(backend, sharing="off")
     with few_rows(backend, 60):
         kept, several = sweep(backend)
-        assert backend.scheduler._memory.taken_bytes == 0, "given back at the end"
+        assert backend.scheduler._room.memory.taken_bytes == 0, "given back at the end"
     with few_rows(backend, 60, kept_bytes=0):
         anew, without = sweep(backend)
     assert len(several.passes) > 5 and len(one.passes) == 1
@@ -115,4 +115,4 @@ def test_a_request_that_ends_between_its_waves_leaves_nothing(backend: LocalBack
     assert failed.error is not None
     sweep(backend)
     assert backend.shard.store.held_bytes == 0
-    assert backend.scheduler._memory.taken_bytes == 0
+    assert backend.scheduler._room.memory.taken_bytes == 0

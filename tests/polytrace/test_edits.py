@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import WIDTH, at_last, close, hooked, small_llama
+from small import IDS, OTHER, WIDTH, at_last, close, hooked, small_llama
 from torch import Tensor
 
 import polytrace
@@ -17,8 +17,6 @@ from polytrace.errors import GraphError, NotFoundError, WireError
 from polytrace.model import Model
 from polytrace.wire import encode_request
 
-IDS = [3, 17, 42, 5, 9, 30, 11]
-OTHER = [8, 25, 1, 60]
 HAPPY = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)) * 3
 CALM = torch.randn(WIDTH, generator=torch.Generator().manual_seed(2)) * 3
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small import close, hooked, small_llama
+from small import IDS, OTHER, close, hooked, loaded, small_llama
 from torch import Tensor
 
 import polytrace
 from polytrace.errors import GraphError
-
-IDS = [3, 17, 42, 5, 9, 30, 11]
-OTHER = [8, 25, 1, 60]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +22,8 @@ def plain() -> Any:
 
 @pytest.fixture(scope="module")
 def model(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    folder: Path = tmp_path_factory.mktemp("llama")
-    plain.save_pretrained(folder)
-    with polytrace.load(str(folder), threads=1) as loaded:
-        yield loaded
+    with loaded(plain, tmp_path_factory.mktemp("llama")) as made:
+        yield made
 
 
 def halve(hidden: Tensor) -> Tensor:

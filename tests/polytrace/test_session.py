@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small import VOCABULARY, WIDTH, at_last, close, hooked, small_llama
+from small import IDS, OTHER, VOCABULARY, WIDTH, at_last, close, hooked, loaded, small_llama
 from torch import Tensor
 
-import polytrace
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.wire import encode_request
-
-IDS = [3, 17, 42, 5, 9, 30, 11]
-OTHER = [8, 25, 1, 60]
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +22,8 @@ def plain() -> Any:
 
 @pytest.fixture(scope="module")
 def model(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    folder: Path = tmp_path_factory.mktemp("llama")
-    plain.save_pretrained(folder)
-    with polytrace.load(str(folder), threads=1) as loaded:
-        yield loaded
+    with loaded(plain, tmp_path_factory.mktemp("llama")) as made:
+        yield made
 
 
 def patched(model: Any, **options: Any) -> tuple[Any, list[Any]]:

@@ -32,7 +32,7 @@ from polytrace.graph import (
 from polytrace.tensors import RawTensor, num_bytes
 from scheduling.plan import NO_ROWS, Drawn, Plan, Program, RequestId, ShardResult, TrunkId, ValueFacts
 from scheduling.program import work_out
-from tests.scheduling.pipeline import fired_nodes
+from tests.scheduling.pipeline import answer_of
 from tests.scheduling.tiny import HIDDEN, VOCAB, tiny_llama
 
 Tokens = tuple[int, ...]
@@ -208,16 +208,5 @@ class DrawingShards:
 
     def _answer(self, plan: Plan, stage: int, drawn: dict[RequestId, list[Drawn]]) -> ShardResult:
         is_last = stage == self.description.stages - 1
-        return ShardResult(
-            pass_id=plan.pass_id,
-            stage=stage,
-            rank=0,
-            failures=(),
-            fired=fired_nodes(plan, stage),
-            saved_bytes={},
-            carried_bytes=0,
-            gathered_bytes=0,
-            seconds=1.0,
-            busy_seconds=1.0,
-            drawn={request: tuple(own) for request, own in drawn.items()} if is_last else {},
-        )
+        told = {request: tuple(own) for request, own in drawn.items()} if is_last else {}
+        return replace(answer_of(plan, stage), seconds=1.0, busy_seconds=1.0, drawn=told)

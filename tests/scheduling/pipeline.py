@@ -98,18 +98,20 @@ def fired_nodes(plan: Plan, stage: int) -> dict[RequestId, tuple[NodeId, ...]]:
 
 def all_fired(plan: Plan, stages: int) -> tuple[ShardResult, ...]:
     """What shards answer that ran everything."""
-    return tuple(
-        ShardResult(
-            pass_id=plan.pass_id,
-            stage=stage,
-            rank=0,
-            failures=(),
-            fired=fired_nodes(plan, stage),
-            saved_bytes={},
-            carried_bytes=0,
-            gathered_bytes=0,
-            seconds=0.0,
-            busy_seconds=0.0,
-        )
-        for stage in range(stages)
+    return tuple(answer_of(plan, stage) for stage in range(stages))
+
+
+def answer_of(plan: Plan, stage: int) -> ShardResult:
+    """What one of them answers."""
+    return ShardResult(
+        pass_id=plan.pass_id,
+        stage=stage,
+        rank=0,
+        failures=(),
+        fired=fired_nodes(plan, stage),
+        saved_bytes={},
+        carried_bytes=0,
+        gathered_bytes=0,
+        seconds=0.0,
+        busy_seconds=0.0,
     )

@@ -75,7 +75,7 @@ class Service:
         while self.scheduler.has_work():
             self.step()
         assert not self.shards.caches
-        memory = self.scheduler._memory
+        memory = self.scheduler._room.memory
         assert memory.taken_bytes == memory.prefixes.held_bytes == len(memory.prefixes) == 0
 
 

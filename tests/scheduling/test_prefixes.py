@@ -41,7 +41,7 @@ def test_the_next_turn_goes_on_from_the_one_before() -> None:
     assert served(service, "e", TEXT[:20] + prompt(20, 3)) == 40, "less than a page is not worth it"
     receipt = service.outcomes["b"].receipt
     assert receipt is not None and receipt.token_layers_alone - receipt.token_layers == 107 * LAYERS
-    assert len(service.scheduler._memory.prefixes) == 3, "what one says another need not say"
+    assert len(service.scheduler._room.memory.prefixes) == 3, "what one says another need not say"
     service.empty()
 
 
@@ -56,7 +56,7 @@ def test_samples_leave_what_they_have_in_common_and_go_on_from_it() -> None:
 def test_private_requests_neither_give_nor_take() -> None:
     service = Service()
     assert served(service, "a", TEXT, sharing=Sharing.OFF) == 100
-    assert len(service.scheduler._memory.prefixes) == 0
+    assert len(service.scheduler._room.memory.prefixes) == 0
     assert served(service, "b", TEXT) == 100
     assert served(service, "c", TEXT, sharing=Sharing.OFF) == 100
     service.empty()
@@ -126,7 +126,7 @@ def test_the_least_recently_used_goes_first() -> None:
     texts = [prompt(60, number) for number in range(5)]
     for number in (0, 1, 2, 0, 3):  # three pages each
         served(service, f"{number} {len(service.outcomes)}", texts[number])
-    assert service.scheduler._memory.prefixes.held_bytes == 9 * PAGE * LAYERS
+    assert service.scheduler._room.memory.prefixes.held_bytes == 9 * PAGE * LAYERS
     assert served(service, "0", texts[0]) == served(service, "3", texts[3]) == served(service, "2", texts[2]) == 1
     assert served(service, "1", texts[1]) == 60
     service.empty()
@@ -137,7 +137,7 @@ def test_prefixes_make_room_for_whoever_needs_it() -> None:
     service = Service(small)
     for number in range(3):
         served(service, f"{number}", prompt(40, number))
-    assert len(service.scheduler._memory.prefixes) == 2
+    assert len(service.scheduler._room.memory.prefixes) == 2
     service.add(generation(small, "large", prompt(200, 9)))
     service.run(4)
     assert service.shards.most_held <= small.limits.kept_bytes
