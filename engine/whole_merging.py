@@ -36,6 +36,7 @@ from scheduling.alike import MOST_CALLS
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, MOST_CALLS)  # calls in one
 _NUM_KINDS = 4  # calls of other content that the gate puts beside each other
+_TURNS_OF_HALVES = 4  # which round most differences away
 _TOLERANCE = 1e-5  # of a call in this manner, to the call as it is: of the largest value, in float32
 
 Spot = tuple[Key, Selector]
@@ -194,7 +195,14 @@ def _chance(device: torch.device) -> Tensor:
 
 def _try_size(model: nn.Module, called: Called, rows: Rows, size: int) -> None:
     """_Refusal where what a call has in so many is not what it has alone, bit for bit."""
-    kinds = [called, *[other(called, seed) for seed in range(1, min(size, _NUM_KINDS))]]
+    is_half = any(parameter.is_floating_point() and parameter.itemsize < 4 for parameter in model.parameters())
+    for turn in range(_TURNS_OF_HALVES if is_half else 1):
+        _try_kinds(
+            model, [other(called, _NUM_KINDS * turn + kind) for kind in range(min(size, _NUM_KINDS))], rows, size
+        )
+
+
+def _try_kinds(model: nn.Module, kinds: Sequence[Called], rows: Rows, size: int) -> None:
     alone = [{spot: mark for (spot, _), mark in _marks(model, [(0, kind)], rows).items()} for kind in kinds]
     numbers = list(islice(cycle(range(len(kinds))), size))
     beside = [(number, kinds[number]) for number in numbers]
