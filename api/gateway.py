@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
@@ -556,6 +556,8 @@ class Deploy(BaseModel):
     share_across: ShareAcross = ShareAcross.TENANT
     merges_calls: bool = False
     whole: bool = True
+    device_map: str | dict[str, StrictInt | str] | None = None
+    gpus: Count | None = None
 
 
 class Resize(BaseModel):

@@ -311,7 +311,10 @@ def source_backend(
     random_weights: int | None,
     merges_calls: bool = False,
 ) -> WholeBackend | None:
-    """A model of a folder or hub that is called as it is; None of one that is served as a language model."""
+    """A model of a folder or hub that is called as it is; None of one that is served as a language model. Raises as
+    `engine.whole_loading.load_whole`.
+    """
+    from engine.offload_folder import OffloadFolder
     from engine.whole_loading import load_whole, whole_class
     from engine.whole_local import WholeBackend
 
@@ -326,7 +329,9 @@ def source_backend(
         random_weights_seed=random_weights,
         device_map=device_map,
     )
-    return WholeBackend(load_whole(config, kind), name=name or source, source=source, merges=merges_calls)
+    folder = OffloadFolder()
+    model = load_whole(config, kind, folder)
+    return WholeBackend(model, name=name or source, source=source, merges=merges_calls, folder=folder)
 
 
 def best_device() -> str:

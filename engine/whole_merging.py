@@ -25,6 +25,7 @@ from engine.module_state import ModuleState, kept_tensors, settings_of
 from engine.whole_call import Key
 from engine.whole_contents import Called, extremes, other, telling
 from engine.whole_manner import CallByCall
+from engine.whole_places import gpus_of, let_go
 from engine.whole_sites import leaves_of, overlaps, told
 from engine.writes import with_member
 from polytrace.graph import Port
@@ -171,12 +172,12 @@ def _refusal(model: nn.Module, called: Called) -> str | None:
 
 def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None]) -> str | None:
     """Why not, if `look` finds it; the model's buffers, numbers and random numbers are then as they were."""
-    before = ModuleState(model, device)
-    kept, settings, chance = _versions(model), settings_of(model), _chance(device)
+    before = ModuleState(model)
+    kept, settings, chance = _versions(model), settings_of(model), _chance(model)
     try:
         look()
         is_same = _versions(model) == kept and settings_of(model) == settings
-        if not is_same or not torch.equal(chance, _chance(device)):
+        if not is_same or not torch.equal(chance, _chance(model)):
             return "a call changes the model, or draws random numbers"
     except _Refusal as found:
         return str(found)
@@ -185,18 +186,19 @@ def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None])
     except Exception as error:  # noqa: BLE001  whatever code of the model raises for calls in one
         return f"calls in one raised {told(error)}"
     finally:
+        let_go(model)
         before.put()
     return None
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    """Which tensors the model keeps, and how often each was written to."""
-    return [(id(one), _mark(one) if one.is_inference() else one._version) for one in kept_tensors(model)]
+    """Which tensors the model keeps, and how often each was written to. Offloaded weights come anew for each call."""
+    kept = (one for one in kept_tensors(model) if not one.is_meta)
+    return [(id(one), _mark(one) if one.is_inference() else one._version) for one in kept]
 
 
-def _chance(device: torch.device) -> Tensor:
-    own = torch.get_rng_state()
-    return torch.cat([own, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else own
+def _chance(model: nn.Module) -> Tensor:
+    return torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpus_of(model))])
 
 
 def _try_size(model: nn.Module, called: Called, rows: Rows, size: int) -> None:
