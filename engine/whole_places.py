@@ -47,6 +47,13 @@ def check_parts(device_map: DeviceMap, meta: nn.Module) -> None:
     if left:
         told = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         raise UserError(f"the device map leaves out {told} of {name}: place all of its parts")
+    known: dict[int, str] = {}
+    for path, tensor in meta.named_parameters(remove_duplicate=False):
+        other = known.setdefault(id(tensor), path)
+        places = {_place_of(path, device_map), _place_of(other, device_map)}
+        if len(places) > 1 and "disk" in places:  # a library finds what is on the disk under one name
+            told = f"the device map puts one of {other} and {path} on disk"
+            raise UserError(f"{told}, and they are one tensor: put both there, or none")
 
 
 def check_gpus(device_map: DeviceMap, there: int) -> None:
@@ -108,7 +115,7 @@ def told_places(model: nn.Module) -> str:
         return ""
     sizes: dict[str, int] = {}
     for path, tensor in model.named_parameters():
-        place = next((places[way] for way in _ways_to(path) if way in places), "cpu")
+        place = _place_of(path, places)
         told = f"GPU {place}" if isinstance(place, int) else str(place)
         sizes[told] = sizes.get(told, 0) + tensor.nbytes
     return ": " + ", ".join(f"{size / 1e6:,.1f} on {place}" for place, size in sorted(sizes.items()))
@@ -157,6 +164,10 @@ def let_go(model: nn.Module) -> None:
         if any(not tensor.is_meta for tensor in module.parameters(recurse=False)):
             for hook in filter(_offloads, _hooks_of(module)):
                 hook.post_forward(module, None)
+
+
+def _place_of(path: str, device_map: Mapping[str, Any]) -> Any:
+    return next((device_map[way] for way in _ways_to(path) if way in device_map), "cpu")
 
 
 def _hooks_of(module: nn.Module) -> Iterator[Any]:

@@ -26,7 +26,7 @@ from engine.arguments import Arguments, Selector
 from engine.fragments import from_raw
 from engine.known_integers import KnownIntegers, PlainLists
 from engine.leaves import first_argument
-from engine.module_state import attribute_tensors, kept_tensors, settings_of
+from engine.module_state import attribute_tensors, kept_memory, settings_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.probe import named_tensors
 from engine.recorder import memory_of
@@ -282,7 +282,7 @@ class _Recorder:
         self._max_bytes = max_bytes
         self.sites: list[SiteInfo] = []
         self._visits: dict[tuple[str, Port], int] = {}
-        self._held = set(map(memory_of, kept_tensors(model)))
+        self._held = kept_memory(model)
 
     def hooks(self, path: str, module: nn.Module) -> Iterator[Any]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from engine.fragments import RequestState, ShardContext
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
@@ -18,7 +17,7 @@ from engine.whole_side import Side
 from engine.whole_sites import arguments_of
 from engine.whole_tape import Ports, WholeTape, cuts_of
 from polytrace.given import given_names, structure_of, with_given
-from polytrace.graph import Call, Given, Inputs, NodeId, Read, SiteGrad, Write
+from polytrace.graph import Given, Inputs, NodeId, Read, SiteGrad, Write
 from polytrace.graph import Turn as GradientTurn
 from polytrace.tensors import RawTensor
 from scheduling.plan import Fragment, Program, Wave
@@ -94,10 +93,6 @@ class CallState(RequestState):
         if kept is None:
             raise ValueError(f"{path} is not there: the model has it without data")
         return kept.detach().to(self.context.device)
-
-    def _call(self, node_id: NodeId, node: Call) -> Any:
-        home = self.context.device  # another device than that of the module, where parts lie on several
-        return tree_map(lambda part: part.to(home) if isinstance(part, Tensor) else part, super()._call(node_id, node))
 
     def _given(self, given: Given) -> Tensor:
         return self._constant(given.name).clone()

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from called_by_hand import first_of, plain_run
-from model_kinds import KINDS, unet
+from model_kinds import KINDS, ids, seeded, unet
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from whole_gradients_by_hand import plain_gradients, weights_of
@@ -55,6 +56,7 @@ CLIP = {
     "visual_projection": "disk",
     "text_projection": "cpu",
 }
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 BERT = {"embeddings": "cpu", "encoder.layer.0": "disk", "encoder.layer.1": "disk", "pooler": "disk"}
 
 
@@ -328,6 +330,21 @@ def test_a_tensor_beside_modules_lies_where_it_is_used(tmp_path: Path) -> None:
     saved("clip", tmp_path)
     with pytest.raises(GraphError, match=r"puts logit_scale on disk: it is a tensor beside modules.*on cpu"):
         polytrace.load(str(tmp_path), device_map=CLIP | {"logit_scale": "disk"})
+
+
+def test_weights_that_are_one_lie_on_one_disk(tmp_path: Path) -> None:
+    whole = seeded(lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)))
+    whole.save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(GraphError, match=r"one of bert\.embeddings\.\S+ and cls\.\S+ on disk, and they are one tensor"):
+        polytrace.load(str(tmp_path), device_map={"bert": "cpu", "cls": "disk"})
+    words = {"input_ids": ids(2, 5)}
+    places = {"bert.embeddings": "disk", "bert.encoder": "cpu", "cls": "disk"}
+    model: Any = polytrace.load(str(tmp_path), device_map=places)
+    _, wanted = plain_run(whole, "bert.encoder.layer.0", words, lambda tensor: 2 * tensor)
+    with model.trace(**words):
+        model.bert.encoder.layer[0].output = 2 * model.bert.encoder.layer[0].output
+        result = model.output.logits.save()
+    assert torch.equal(result, wanted)
 
 
 def test_sites_are_found_of_a_model_on_two_gpus() -> None:
