@@ -27,6 +27,7 @@ from engine.tokenizer import tokenizer_json
 from polytrace.backend import Result
 from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
+from polytrace.device_maps import DeviceMap
 from polytrace.errors import (
     GraphError,
     PolytraceError,
@@ -307,7 +308,7 @@ def source_backend(
     name: str | None,
     threads: int | None,
     device: str | None,
-    device_map: Any,
+    device_map: DeviceMap | None,
     random_weights: int | None,
     merges_calls: bool = False,
 ) -> WholeBackend | None:

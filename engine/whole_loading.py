@@ -59,7 +59,7 @@ def load_whole(config: ShardConfig, kind: Any, folder: OffloadFolder) -> nn.Modu
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    told = {} if config.device_map is None else _placing(config, kind, folder)
+    told = {} if config.device_map is None else _placing(config, config.device_map, kind, folder)
     try:
         if config.random_weights_seed is not None:
             with torch.random.fork_rng(devices=[]):
@@ -80,9 +80,8 @@ def load_whole(config: ShardConfig, kind: Any, folder: OffloadFolder) -> nn.Modu
     return made
 
 
-def _placing(config: ShardConfig, kind: Any, folder: OffloadFolder) -> dict[str, Any]:
+def _placing(config: ShardConfig, places: DeviceMap, kind: Any, folder: OffloadFolder) -> dict[str, Any]:
     """What a library is told of where the parts lie. Checked before it reads any weights."""
-    places: DeviceMap = config.device_map
     check_parts(places, whole_meta(config.source, config.dtype, kind))
     check_gpus(places, torch.cuda.device_count())
     may_use_disk = isinstance(places, str) or "disk" in places.values()

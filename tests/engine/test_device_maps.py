@@ -110,6 +110,13 @@ def test_a_spread_model_has_the_bits_of_the_same_one_in_plain_transformers(
             result = first_of(model.output).save()
     assert torch.equal(result, wanted)
     assert (wanted - base).abs().max() > 1e-3
+    _, wanted = plain_run(plain, path, call, lambda tensor: 2 * tensor)
+    own: Any = polytrace.load(plain)  # a module that somebody else has spread
+    with own.trace(**call):
+        module = own.get_submodule(path)
+        module.output = 2 * module.output
+        result = first_of(own.output).save()
+    assert torch.equal(result, wanted)
 
 
 @pytest.fixture(scope="module")
