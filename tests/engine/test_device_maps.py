@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
 from called_by_hand import first_of, plain_run
 from model_kinds import KINDS, ids, seeded, unet
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from engine.links import Solo
 from engine.loading import ShardConfig
 from engine.offload_folder import OffloadFolder
 from engine.whole_loading import whole_class
-from engine.whole_places import gpus_of, home_of
+from engine.whole_places import gpus_of, home_of, quiet_accelerate
 from engine.whole_served import WholeServed, check_unmapped
 from engine.whole_sites import CallSites
 from polytrace.description import serve_the_same
@@ -371,6 +372,48 @@ def test_sites_are_found_of_a_model_on_two_gpus() -> None:
     assert [one.index for one in gpus_of(model)] == [0, 1]
     assert home_of(model) == torch.device("cuda:0")
     assert sites_of(model, call) == alone
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return made
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # accelerate does, for tied weights
+def test_what_a_request_has_of_two_devices_comes_together_and_goes_where_it_belongs() -> None:
+    """The engine runs as it does, on fake tensors of two devices: torch refuses whatever would mix them."""
+    places = {"a": "cpu:0", "b": "cpu:1", "c": "cpu:1"}
+    mode, plain = FakeTensorMode(allow_non_fake_inputs=True), Chain().eval()
+    with mode, quiet_accelerate():
+        for path, device in places.items():
+            module = plain.get_submodule(path)
+            for name, tensor in list(module.named_parameters()):
+                fake = FakeTensor(mode, tensor.detach().to("meta"), torch.device(device))
+                module._parameters[name] = nn.Parameter(fake, requires_grad=False)
+        dispatch_model(plain, places, main_device="cpu:0")
+        with pytest.raises(RuntimeError, match="at least two devices"):
+            plain.get_parameter("a.weight") + plain.get_parameter("b.weight")
+    model: Any = polytrace.load(plain)
+    vector = torch.ones(4, requires_grad=True)
+    with model.trace(torch.randn(2, 4), run=False) as tracer:
+        first, second = model.a.output, model.b.output
+        model.b.output = first + second + vector
+        model.c.input[:, 0] += first[:, 0]
+        called = model.b(first) + first
+        weights = model.b.weight + model.a.weight
+        loss = model.output.sum() + called.sum() + weights.sum()
+        loss.backward()
+        (first.grad + second.grad + first).save()
+        weights.save()
+    with mode:
+        values = model.backend.run(tracer.built_request()).values
+    assert {tuple(tensor.shape) for tensor in values.values()} == {(2, 4), (4, 4), (4,)}, "the vector's gradient too"
+    assert {tensor.device for tensor in values.values()} == {torch.device("cpu:0")}
 
 
 def sites_of(model: nn.Module, call: dict[str, Any]) -> Any:
