@@ -6,7 +6,7 @@ makes it run for long. Imports torch: workers alone import it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from torch import nn
@@ -26,9 +26,12 @@ PATIENCE_S = 60.0  # for all calls of one request, or one question
 class CheckedCalls:
     """Of one model. What is asked raises TooLargeError where it takes too long."""
 
-    def __init__(self, meta: nn.Module, max_tensor_bytes: int, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, meta: nn.Module, max_tensor_bytes: int, patience_s: float = PATIENCE_S, *, offloaded: Collection[str] = ()
+    ) -> None:
+        """`offloaded` as of `CallTapes`."""
         self._sites = CallSites(meta, max_tensor_bytes)
-        self._tapes = CallTapes(self._sites)
+        self._tapes = CallTapes(self._sites, offloaded)
         self._patience_s = patience_s
 
     def of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[tuple[SiteInfo, ...], bool]:

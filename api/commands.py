@@ -94,6 +94,8 @@ def serve(
     share_across: operations.Sharing = ShareAcross.TENANT,
     merge_calls: operations.MergeCalls = True,
     whole: operations.Whole = True,
+    device_map: operations.Spread = None,
+    gpus: operations.Gpus = None,
     drain_seconds: Annotated[
         float | None,
         typer.Option(min=0, help="Most that it finishes accepted requests for when told to stop; default: 30."),
@@ -134,6 +136,8 @@ def serve(
                 share_across=share_across,
                 merges_calls=merge_calls,
                 whole=whole,
+                device_map=device_map,
+                gpus=gpus,
             )
         settings = serve_settings(
             spec=spec,

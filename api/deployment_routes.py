@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -161,6 +161,8 @@ class Deploy(BaseModel):
     share_across: ShareAcross = ShareAcross.TENANT
     merges_calls: bool = True
     whole: bool = True
+    device_map: str | dict[str, StrictInt | str] | None = None
+    gpus: Count | None = None
 
 
 class Resize(BaseModel):

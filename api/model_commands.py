@@ -54,6 +54,8 @@ def deploy(
     share_across: operations.Sharing = ShareAcross.TENANT,
     merge_calls: operations.MergeCalls = True,
     whole: operations.Whole = True,
+    device_map: operations.Spread = None,
+    gpus: operations.Gpus = None,
     on_demand: OnDemand = False,
     idle: Idle = None,
     rests: Rests = None,
@@ -83,6 +85,8 @@ def deploy(
             share_across=share_across,
             merges_calls=merge_calls,
             whole=whole,
+            device_map=device_map,
+            gpus=gpus,
         )
 
 

@@ -52,6 +52,16 @@ Whole = Annotated[
         "--whole/--packed", help="A vision-language model as it is, or the language model in it, with images."
     ),
 ]
+Spread = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="NAME|FILE",
+        help="Of a model that is called as it is, over devices of its one shard: auto, balanced, balanced_low_0, "
+        'sequential, or a file such as {"vit.embeddings": 0, "vit.layers.0": "cpu", ...}.',
+    ),
+]
+Gpus = Annotated[int | None, typer.Option(min=1, help="Of the one shard with --device-map; default: those it names.")]
 Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
 
 _HERE = "http://127.0.0.1:8765"
@@ -74,6 +84,8 @@ def deploy(
     share_across: Sharing = ShareAcross.TENANT,
     merge_calls: MergeCalls = True,
     whole: Whole = True,
+    device_map: Spread = None,
+    gpus: Gpus = None,
     url: Url = _HERE,
     key: Key = None,
     wait: Wait = True,
@@ -96,6 +108,8 @@ def deploy(
             share_across=share_across,
             merges_calls=merge_calls,
             whole=whole,
+            device_map=device_map,
+            gpus=gpus,
         )
 
 

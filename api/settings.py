@@ -10,15 +10,18 @@ import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from api.device_map_files import read_device_map
 from api.identity import checked_name
 from api.limits import UNLIMITED, TenantLimits, limits_from_text
 from cluster.config import DeploymentSpec
+from cluster.mapped_gpus import check_mapped
+from polytrace.device_maps import checked_device_map
 from polytrace.errors import UserError
 
 T = TypeVar("T")
@@ -213,12 +216,18 @@ def quota_bytes() -> int:
     return from_environment("POLYTRACE_QUOTA_BYTES", int, DEFAULT_QUOTA_BYTES, at_least=1)
 
 
-def deployment_spec(*, source: str, name: str | None = None, **flags: Any) -> DeploymentSpec:
-    """A deployment as a command line asks for it: a folder by its full path, a name of its own or the model's."""
+def deployment_spec(
+    *, source: str, name: str | None = None, device_map: str | None = None, **flags: Any
+) -> DeploymentSpec:
+    """A deployment as a command line asks for it: a folder by its full path, a name of its own or the model's, a device
+    map by its name or in a file.
+    """
     if Path(source).is_dir():
         source = str(Path(source).resolve())
         name = name or Path(source).name
-    return checked_spec(DeploymentSpec(source=source, name=name or source.rpartition("/")[2], **flags))
+    places = None if device_map is None else read_device_map(device_map)
+    wish = DeploymentSpec(source=source, name=name or source.rpartition("/")[2], device_map=places, **flags)
+    return checked_spec(wish)
 
 
 def checked_spec(spec: DeploymentSpec) -> DeploymentSpec:
@@ -238,6 +247,16 @@ def checked_spec(spec: DeploymentSpec) -> DeploymentSpec:
         raise UserError(f"cpus is {spec.cpus}; it is more than 0")
     if spec.offload_bytes < 0:
         raise UserError(f"offload_bytes is {spec.offload_bytes}; it is at least 0")
+    if spec.device_map is not None:
+        spec = replace(spec, device_map=checked_device_map(spec.device_map))
+    check_mapped(
+        spec.device_map,
+        device=spec.device,
+        gpus=spec.gpus,
+        stages=spec.stages,
+        ranks=spec.ranks,
+        offload_bytes=spec.offload_bytes,
+    )
     return spec
 
 

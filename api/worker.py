@@ -224,7 +224,7 @@ class _Worker:
         description = from_json(ModelDescription, json.loads(published.description))
         if description.layout is PassLayout.WHOLE:
             meta: nn.Module = whole_meta(source, published.dtype, whole_class(source))
-            self.calls[model] = CheckedCalls(meta, description.limits.max_value_bytes)
+            self.calls[model] = CheckedCalls(meta, description.limits.max_value_bytes, offloaded=description.offloaded)
         else:
             meta = meta_model(source, published.dtype)
             self.calls.pop(model, None)  # of one by this name that was called as it is

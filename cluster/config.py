@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from pathlib import Path
 
+from polytrace.device_maps import DeviceMap
+
 
 class ShareAcross(StrEnum):
     """Whose requests may have rows and kept prefixes in common, and be told of each other in receipts."""
@@ -34,6 +36,9 @@ class DeploymentSpec:
     share_across: ShareAcross = ShareAcross.TENANT
     merges_calls: bool = True  # of a model that is called as it is: of several requests, where that is exact
     whole: bool = True  # a vision-language model is called as it is; else it runs as the language model in it
+    # of a model that is called as it is: how it lies over the devices of its one shard (`polytrace.device_maps`)
+    device_map: DeviceMap | None = None
+    gpus: int | None = None  # of the one shard with a device map; None: those that it names, one of a name's
 
 
 class Heat(StrEnum):

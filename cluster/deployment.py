@@ -30,13 +30,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import WATCH, ShardActor
 from cluster.gang import Gang, RayShards, wait_for_all
+from cluster.mapped_gpus import mapped_gpus, most_gpus
 from cluster.progress import Loading
 from engine.fetching import here
 from engine.image_proofs import prove_images
 from engine.loading import ShardConfig, check_source, check_split
-from engine.whole_loading import whole_class
-from engine.whole_served import check_whole
-from polytrace.description import ModelDescription
+from engine.whole_loading import whole_class, whole_meta
+from engine.whole_places import check_parts
+from engine.whole_served import check_unmapped, check_whole
+from polytrace.description import ModelDescription, serve_the_same
+from polytrace.device_maps import DeviceMap
 from polytrace.errors import ServiceError
 
 Report = Callable[[str], None]
@@ -67,6 +70,8 @@ class DeploymentConfig:
     offload_bytes: int = 0  # of each shard's weights to keep in its host's memory
     merges_calls: bool = False  # as of `engine.loading.ShardConfig`
     whole: bool = True  # as of `DeploymentSpec`
+    device_map: DeviceMap | None = None  # as of `DeploymentSpec`
+    gpus: int | None = None  # as of `DeploymentSpec`
     working_dir: str | None = None  # shipped to nodes that do not have polytrace installed
     placement_timeout_s: float | None = None  # for the cluster to have room; None: for ever, saying so
     hang_timeout_s: float = 30.0  # a shard that does not answer for so long is ended
@@ -87,14 +92,22 @@ class Placement:
     backend: str  # of torch.distributed
 
 
-def plan_placement(config: DeploymentConfig, *, cluster_cpus: float, cluster_gpus: float) -> Placement:
+def plan_placement(
+    config: DeploymentConfig, *, cluster_cpus: float, cluster_gpus: float, node_gpus: float | None = None
+) -> Placement:
     """Resolves `auto`: a GPU each when there are enough, a share of one when there are some, else a share of the CPUs.
+    With a device map: as many as that needs, on one machine; `node_gpus` are those of the machine with most.
 
     A shard asks for little of the CPUs, so that 2 x 2 shards fit on two cores and leave room for what else runs there.
     """
     num_shards = config.num_shards
     threads = config.threads or max(1, int((cluster_cpus - 1) // num_shards))  # one core is for the service itself
     cpus = config.cpus or max(0.01, min(1.0, round(0.5 * cluster_cpus / num_shards, 2)))
+    if config.device_map is not None:
+        there = cluster_gpus if node_gpus is None else node_gpus
+        gpus = mapped_gpus(config.name, config.device_map, device=config.device, gpus=config.gpus, node_gpus=there)
+        device, backend = ("cuda", "nccl") if gpus else ("cpu", "gloo")
+        return Placement(cpus=cpus, gpus=gpus, threads=threads, device=device, backend=backend)
     if config.device == "cpu" or (config.device == "auto" and cluster_gpus < 1):
         return Placement(cpus=cpus, gpus=0, threads=threads, device="cpu", backend="gloo")
     if cluster_gpus < 1:
@@ -201,13 +214,19 @@ class Deployment:
         source = here(config.source, report)
         if config.whole and (kind := whole_class(source)) is not None:
             check_whole(source, kind, stages=config.stages, ranks=config.ranks)
+            if config.device_map is not None:
+                check_parts(config.device_map, whole_meta(source, config.dtype, kind))
         else:
+            check_unmapped(source, config.device_map)
             check_source(source, config.dtype, random_weights=config.random_weights_seed is not None)
             check_split(source, config.dtype, stages=config.stages, ranks=config.ranks)
             prove_images(source)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._placement = plan_placement(
-            config, cluster_cpus=resources.get("CPU", 0), cluster_gpus=resources.get("GPU", 0)
+            config,
+            cluster_cpus=resources.get("CPU", 0),
+            cluster_gpus=resources.get("GPU", 0),
+            node_gpus=most_gpus(ray.nodes()),  # type: ignore[no-untyped-call]
         )
         self._group = self._reserve(self._placement)
         self._gang.actors = [None] * config.num_shards
@@ -249,7 +268,7 @@ class Deployment:
         report("self-testing: a row must be the same bits beside neighbours and alone")
         reports = gang.call("gate", self._description is None)
         description: ModelDescription = gang.call_first("describe", self.config.name, reports)
-        if self._description is not None and description != self._description:
+        if self._description is not None and not serve_the_same(description, self._description):
             raise ServiceError(f"{self.config.name}: {self.config.source} is not what it was when the service started")
         gang.call("open", description)
         self._description = description
@@ -323,6 +342,7 @@ class Deployment:
             offload_bytes=config.offload_bytes,
             merges_calls=config.merges_calls,
             whole=config.whole,
+            device_map=config.device_map,
             **options,
         )
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}

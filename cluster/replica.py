@@ -262,6 +262,8 @@ def _deployment_config(spec: DeploymentSpec) -> DeploymentConfig:
         offload_bytes=spec.offload_bytes,
         merges_calls=spec.merges_calls,
         whole=spec.whole,
+        device_map=spec.device_map,
+        gpus=spec.gpus,
     )
 
 

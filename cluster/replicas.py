@@ -17,7 +17,7 @@ from cluster.replica import Replica, published
 from cluster.requests import ControllerStore, DeploymentState, ReplicaStatus
 from cluster.shares import Share, Shares
 from cluster.warmth import Warmth
-from polytrace.description import ModelDescription
+from polytrace.description import ModelDescription, serve_the_same
 from polytrace.errors import CapacityError, ServiceError
 
 _TELL_S = 0.5  # between two words about queues: they change with every request
@@ -175,7 +175,7 @@ class ReplicaSet:
             if self._description is None:
                 self._publish(description)
                 self._description = description
-            elif description != self._description:
+            elif not serve_the_same(description, self._description):
                 source = self._wanted.spec.source
                 raise ServiceError(f"{self._name}: {source} here is not what the other replicas serve")
 

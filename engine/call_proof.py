@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.bits import mark_of
 from engine.call_axis import MIXED, SAME, Along, Content, Mixed, Place, Same, Total, alone
 from engine.call_rules import Step, may_differ, rule_of, tensors_of
 from engine.recorder import memory_of
@@ -50,7 +51,7 @@ class _Ran:
     plain: tuple[tuple[str, Any], ...]  # arguments that are no tensors
     shapes: tuple[tuple[int, ...], ...]
     others: tuple[Any, ...]  # results that are no tensors
-    strangers: Mapping[int, Tensor]  # tensors that nobody knows, by their place among its tensors
+    strangers: Mapping[int, int]  # tensors that nobody knows: their place among its tensors -> `mark_of`
 
 
 class _Known:
@@ -93,10 +94,10 @@ class Alone(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         arguments = _named(function, args, kwargs)
-        strangers: dict[int, Tensor] = {}
+        strangers: dict[int, int] = {}
         for place, tensor in enumerate(tensors_of(arguments)):
             if self._known.of(tensor) is None:
-                strangers[place] = tensor.detach().clone()
+                strangers[place] = mark_of(tensor)
                 self._known.put(tensor, SAME)
         made = function(*args, **kwargs)
         results = _results(made)
@@ -147,6 +148,11 @@ class Together(TorchDispatchMode):
             return MIXED if place.content is Content.COUNT else place.of(Content.OWN)
         return place
 
+    def is_of_calls(self, tensor: Tensor) -> bool:
+        """Whether what calls have may be in a tensor. One that no operation has had is not made of any other."""
+        is_known = self._known.of(tensor) is not None or memory_of(tensor) in self._mixed
+        return is_known and not isinstance(self.place(tensor), Same)
+
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         arguments = _named(function, args, kwargs)
@@ -157,7 +163,7 @@ class Together(TorchDispatchMode):
         given = list(tensors_of(arguments))
         for place, tensor in enumerate(given):
             if self._known.of(tensor) is None:
-                self._known.put(tensor, SAME if _is_equal(tensor, ran.strangers.get(place)) else MIXED)
+                self._known.put(tensor, SAME if mark_of(tensor) == ran.strangers.get(place) else MIXED)
         self._look(function, arguments, given)
         memories = {memory_of(tensor) for tensor in given}
         written = [one for name in _written(function) for one in tensors_of(arguments[name])]
@@ -234,7 +240,7 @@ class _Looking(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in _LOOKING_FUNCTIONS and not isinstance(self.together.place(args[0]), Same):
+        if function in _LOOKING_FUNCTIONS and self.together.is_of_calls(args[0]):
             raise UnprovenError(f"{getattr(function, '__name__', function)} looks at what calls have")
         return function(*args, **kwargs)
 
@@ -275,10 +281,3 @@ def _is_same(value: Any, other: Any) -> bool:
 
 def _results(made: Any) -> list[Any]:
     return [part for one in made for part in _results(one)] if isinstance(made, (tuple, list)) else [made]
-
-
-def _is_equal(tensor: Tensor, other: Tensor | None) -> bool:
-    """Bit for bit, but for which NaN it is."""
-    if other is None or tensor.shape != other.shape or tensor.dtype != other.dtype:
-        return False
-    return bool(((tensor == other) | ((tensor != tensor) & (other != other))).all())

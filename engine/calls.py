@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from engine.grad_slices import take_gradient
 from engine.op_grads import gradient_through
@@ -66,7 +67,9 @@ class ModuleCall:
 
     def _called(self, args: Sequence[Any]) -> Any:
         with self._context.runner.calling():
-            return self.module(*args)
+            given = self.module(*args)
+        home = self._context.device  # another than the module's, where a model's parts lie on several
+        return tree_map(lambda part: part.to(home) if isinstance(part, Tensor) else part, given)
 
     def _own(self, arg: Any) -> Any:
         """What of an argument meets this rank's weights."""

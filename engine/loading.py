@@ -40,6 +40,7 @@ from engine.reading import Reader, Report
 from engine.shipped import known_source
 from engine.splits import Split, plan_splits
 from engine.windows import Layout, Window, find_layout, keep_window
+from polytrace.device_maps import DeviceMap
 from polytrace.errors import ServiceError
 from polytrace.grammar import nearest
 
@@ -61,8 +62,7 @@ class ShardConfig:
     random_weights_seed: int | None = None  # read no weights: draw them, the same ones on every shard
     offload_bytes: int = 0  # of the weights to keep in the host's memory, see `engine.offload`
     whole: bool = True  # whether a model that is no language model is called as it is, see `engine.imaged`
-    # where the parts of a model lie that is called as it is: accelerate's names, or module -> device; None: on `device`
-    device_map: Any = None
+    device_map: DeviceMap | None = None  # how a model that is called as it is is spread; None: all of it is on `device`
     merges_calls: bool = False  # of such a model: several are one where that is exact, see `engine.whole_merging`
 
 

@@ -27,6 +27,7 @@ from engine.tokenizer import tokenizer_json
 from polytrace.backend import Result
 from polytrace.certificate import Certificate
 from polytrace.description import ModelDescription
+from polytrace.device_maps import DeviceMap
 from polytrace.errors import (
     GraphError,
     PolytraceError,
@@ -307,11 +308,14 @@ def source_backend(
     name: str | None,
     threads: int | None,
     device: str | None,
-    device_map: Any,
+    device_map: DeviceMap | None,
     random_weights: int | None,
     merges_calls: bool = False,
 ) -> WholeBackend | None:
-    """A model of a folder or hub that is called as it is; None of one that is served as a language model."""
+    """A model of a folder or hub that is called as it is; None of one that is served as a language model. Raises as
+    `engine.whole_loading.load_whole`.
+    """
+    from engine.offload_folder import OffloadFolder
     from engine.whole_loading import load_whole, whole_class
     from engine.whole_local import WholeBackend
 
@@ -326,7 +330,9 @@ def source_backend(
         random_weights_seed=random_weights,
         device_map=device_map,
     )
-    return WholeBackend(load_whole(config, kind), name=name or source, source=source, merges=merges_calls)
+    folder = OffloadFolder()
+    model = load_whole(config, kind, folder)
+    return WholeBackend(model, name=name or source, source=source, merges=merges_calls, folder=folder)
 
 
 def best_device() -> str:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.probe import named_tensors
+from engine.recorder import memory_of
+from engine.whole_places import gpus_of
 
 _DEPTH = 3  # of lists, tuples and dicts in an attribute
 _MAX_MEMBERS = 64  # of a setting that is a list
@@ -39,6 +41,11 @@ def kept_tensors(model: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
+def kept_memory(model: nn.Module) -> frozenset[int]:
+    """Of these tensors. What is on no device, because it comes when it is needed, has none that stays."""
+    return frozenset(memory_of(tensor) for tensor in kept_tensors(model) if not tensor.is_meta)
+
+
 def settings_of(model: nn.Module) -> Hashable:
     """What a forward may go by and a user may set after loading: modes, dtypes, numbers, texts, configurations, hooks,
     another forward.
@@ -59,8 +66,7 @@ def settings_of(model: nn.Module) -> Hashable:
 class ModuleState:
     """What a module has beside its weights, and what random numbers come next, at one moment."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, model: nn.Module) -> None:
         tensors = (*model.buffers(), *attribute_tensors(model))
         self._tensors = [
             (one, one.detach().clone()) for one in tensors if one.layout is torch.strided and not one.is_meta
@@ -73,7 +79,7 @@ class ModuleState:
             if type(value) in (list, dict, OrderedDict, defaultdict)
         ]
         self._host = torch.get_rng_state()
-        self._own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._own = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus_of(model)}
 
     def put(self) -> None:
         """Makes everything as it was."""
@@ -89,8 +95,8 @@ class ModuleState:
                 if not torch.equal(tensor, content):
                     tensor.copy_(content)
         torch.set_rng_state(self._host)
-        if self._own is not None:
-            torch.cuda.set_rng_state(self._own, self._device)
+        for gpu, state in self._own.items():
+            torch.cuda.set_rng_state(state, gpu)
 
 
 def _plain_members(owner: Any) -> tuple[Hashable, ...]:

@@ -8,7 +8,7 @@ place behind the back of autograd is an error, as it is there.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ class Kept:
 class SavedTensors:
     """What the operations of one forward keep."""
 
-    def __init__(self) -> None:
+    def __init__(self, coming: Collection[int] = ()) -> None:
+        """`coming`: memory of weights that are not there anyway, but come for the forward."""
+        self._coming = coming
         self._by_memory: dict[int, list[weakref.ref[Kept]]] = {}
         self._weights: set[int] = set()
 
@@ -77,7 +79,8 @@ class SavedTensors:
 
     def _pack(self, tensor: Tensor) -> Kept:
         kept = Kept(tensor)
-        if isinstance(tensor._base if tensor._is_view() else tensor, nn.Parameter):
+        is_weight = isinstance(tensor._base if tensor._is_view() else tensor, nn.Parameter)
+        if is_weight and _memory(tensor) not in self._coming:
             self._weights.add(_memory(tensor))
         else:
             refs = self._by_memory.setdefault(_memory(tensor), [])

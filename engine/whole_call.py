@@ -19,6 +19,7 @@ from engine.arguments import Arguments
 from engine.leaves import first_argument
 from engine.lockstep import stop
 from engine.stage import replace_first_argument
+from engine.whole_places import let_go
 from engine.whole_tape import WholeTape
 from polytrace.graph import Port
 
@@ -106,6 +107,7 @@ def hooked(model: nn.Module, call: WholeCall) -> Iterator[None]:
     for path, port, _ in call.visits:
         ports.setdefault(path, set()).add(port is Port.OUTPUT)
     with ExitStack() as hooks:
+        hooks.callback(let_go, model)
         for path, sides in ports.items():
             module = model.get_submodule(path)
             if False in sides:

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from engine.arguments import Selector
 from engine.memory import told_out_of_memory
-from engine.module_state import kept_tensors, settings_of
-from engine.recorder import memory_of
+from engine.module_state import kept_memory, settings_of
 from engine.whole_call import Enough, Key, WholeCall, current, hooked
 from engine.whole_contents import Called, likeness
 from engine.whole_manner import call_by_call
@@ -186,7 +185,7 @@ class CallGroups:
 
     def _go(self, parts: Sequence[_Part], verdict: Verdict) -> None:
         is_in_place = any(isinstance(node, Write) and node.in_place for part in parts for node in part.nodes)
-        kept = frozenset(map(memory_of, kept_tensors(self._model))) if is_in_place else frozenset()
+        kept = kept_memory(self._model) if is_in_place else frozenset()
         going = [_Going.of(part) for part in parts]
         starts = list(accumulate((part.num_calls for part in parts), initial=0))
         keys = list(dict.fromkeys(key for one in going for key in one.visits))

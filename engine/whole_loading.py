@@ -22,6 +22,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from engine.loading import ShardConfig, quiet_transformers, resolve_dtype_of
+from engine.offload_folder import OffloadFolder
+from engine.whole_places import check_gpus, check_parts, on_host, quiet_accelerate, spread
+from polytrace.device_maps import DeviceMap
 from polytrace.errors import ServiceError
 
 
@@ -49,27 +52,42 @@ def _names(kinds: Any) -> list[str]:
     return [kind.__name__ for kind in (kinds if isinstance(kinds, (tuple, list)) else (kinds,))]
 
 
-def load_whole(config: ShardConfig, kind: Any) -> nn.Module:
-    """The model, in eval mode, without gradients, on its device. ServiceError where its library cannot load it."""
+def load_whole(config: ShardConfig, kind: Any, folder: OffloadFolder) -> nn.Module:
+    """The model, in eval mode, without gradients, on its device or spread over several. `folder` has what lies on disk
+    of it, unless its own files do. ServiceError where its library cannot load it, UserError where a device map does not
+    fit it.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    told = {} if config.device_map is None else _placing(config, config.device_map, kind, folder)
     try:
         if config.random_weights_seed is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.random_weights_seed)
                 model = _from_config(config.source, kind, config.dtype)
+            if told:
+                with quiet_accelerate():
+                    model = spread(model, **told)
         else:
-            given = _dtype(config.source, config.dtype)
-            if config.device_map is not None:
-                given["device_map"] = config.device_map
-            with quiet_transformers():
+            given = _dtype(config.source, config.dtype) | told
+            with quiet_transformers(), quiet_accelerate():
                 model = kind.from_pretrained(config.source, use_safetensors=True, **given)
     except (OSError, ValueError, RuntimeError) as error:
         raise ServiceError(f"{config.source} cannot be loaded as {kind.__name__}: {error}") from error
-    if config.device_map is None:
+    if not told:
         model = model.to(config.device)
     made: nn.Module = model.eval().requires_grad_(False)
     return made
+
+
+def _placing(config: ShardConfig, places: DeviceMap, kind: Any, folder: OffloadFolder) -> dict[str, Any]:
+    """What a library is told of where the parts lie. Checked before it reads any weights."""
+    check_parts(places, whole_meta(config.source, config.dtype, kind))
+    check_gpus(places, torch.cuda.device_count())
+    may_use_disk = isinstance(places, str) or "disk" in places.values()
+    told: dict[str, Any] = {"device_map": places if isinstance(places, str) else dict(places)}
+    told |= {"offload_folder": str(folder.path)} if may_use_disk else {}
+    return told | (on_host(places) if config.device == "cpu" else {})
 
 
 def whole_meta(source: str, dtype: str, kind: Any) -> nn.Module:

@@ -18,9 +18,11 @@ from transformers import AutoProcessor
 from engine.fragments import from_raw
 from engine.local import DirectBackend, LocalShards
 from engine.module_state import ModuleState
+from engine.offload_folder import OffloadFolder
 from engine.ops import DTYPE_NAMES
 from engine.probe import named_tensors
 from engine.shapes import infer
+from engine.whole_places import offloaded_modules
 from engine.whole_shard import WholeShard
 from engine.whole_sites import CallSites, modules_of, parameters_of, record, twin_of
 from engine.whole_tapes import CallTapes
@@ -46,11 +48,15 @@ class WholeBackend(DirectBackend):
         source: str | None = None,
         policy: PassPolicy | None = None,
         merges: bool = False,
+        folder: OffloadFolder | None = None,
     ) -> None:
-        """`source`: where its tokenizer and processor are, if there are any; `merges` as of its shard."""
+        """`source`: where its tokenizer and processor are, if there are any; `merges` as of its shard; `folder`: of
+        weights that lie on disk.
+        """
         description = describe(module, name, tape_bytes=_ALL_THERE_IS)
+        self._folder = folder
         self._sites = CallSites(module)
-        self._tapes = CallTapes(self._sites)
+        self._tapes = CallTapes(self._sites, description.offloaded)
         self.shard = WholeShard(module, description, merges=merges, is_fixed=False)
         self._is_known_source = source is not None
         self._processor: Any = None  # until somebody asks
@@ -75,7 +81,7 @@ class WholeBackend(DirectBackend):
         def real(given: Given) -> Tensor:
             return from_raw(constants[given.name]).to(device, copy=True)  # models change their arguments
 
-        before = ModuleState(self.shard.model, device)
+        before = ModuleState(self.shard.model)
         try:
             return run(self.shard.model, with_given(inputs, real))
         finally:
@@ -95,6 +101,8 @@ class WholeBackend(DirectBackend):
 
     def close(self) -> None:
         self.shard.stop()
+        if self._folder is not None:
+            self._folder.close()
 
     def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
         of_invokes = [self.sites_of(one, request.constants) for one in inputs_of_all(request)]
@@ -132,6 +140,7 @@ def describe(module: nn.Module, name: str, *, tape_bytes: int) -> ModelDescripti
         has_kept_rows=False,
         has_forks=False,
         layout=PassLayout.WHOLE,
+        offloaded=tuple([path for path, _ in offloaded_modules(module)]),
     )
 
 

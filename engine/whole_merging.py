@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.arguments import Arguments, Selector
+from engine.bits import mark_of
 from engine.call_axis import Along, Content, Same
 from engine.call_proof import Alone, Together, UnprovenError
 from engine.call_rules import tensors_of
@@ -29,6 +30,7 @@ from engine.module_state import ModuleState, kept_tensors, settings_of
 from engine.whole_call import Key
 from engine.whole_contents import Called, other, telling
 from engine.whole_manner import call_by_call
+from engine.whole_places import gpus_of, let_go, weights_from_outside
 from engine.whole_sites import leaves_of, overlaps, told
 from engine.writes import with_member
 from polytrace.graph import Port
@@ -161,12 +163,12 @@ def _raising_broken() -> Iterator[None]:
 
 def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None]) -> str | None:
     """Why not, if `look` finds it; the model's buffers, numbers and random numbers are then as they were."""
-    before = ModuleState(model, device)
-    kept, settings, chance = _versions(model), settings_of(model), _chance(device)
+    before = ModuleState(model)
+    kept, settings, chance = _versions(model), settings_of(model), _chance(model)
     try:
         look()
         is_same = _versions(model) == kept and settings_of(model) == settings
-        if not is_same or not torch.equal(chance, _chance(device)):
+        if not is_same or not torch.equal(chance, _chance(model)):
             return "a call changes the model, or draws random numbers"
     except _Refusal as found:
         return str(found)
@@ -179,18 +181,19 @@ def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None])
     except Exception as error:  # noqa: BLE001  whatever code of the model raises for calls in one
         return f"calls in one raised {told(error)}"
     finally:
+        let_go(model)
         before.put()
     return None
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    """Which tensors the model keeps, and how often each was written to."""
-    return [(id(one), _mark(one) if one.is_inference() else one._version) for one in kept_tensors(model)]
+    """Which tensors the model keeps, and how often each was written to. Offloaded weights come anew for each call."""
+    kept = (one for one in kept_tensors(model) if not one.is_meta)
+    return [(id(one), mark_of(one) if one.is_inference() else one._version) for one in kept]
 
 
-def _chance(device: torch.device) -> Tensor:
-    own = torch.get_rng_state()
-    return torch.cat([own, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else own
+def _chance(model: nn.Module) -> Tensor:
+    return torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpus_of(model))])
 
 
 def _try_size(model: nn.Module, called: Called, rows: Rows, size: int) -> None:
@@ -225,7 +228,7 @@ def _marks(
 
     def note(spot: Spot, tensor: Tensor) -> None:
         for place in range(len(company)):
-            marks[spot, place] = _mark(rows_of(tensor, place, rows[spot])) if spot in rows else 0
+            marks[spot, place] = mark_of(rows_of(tensor, place, rows[spot])) if spot in rows else 0
 
     called = together([one for _, one in company], len(company))
     _run(model, called, note, is_replacing=is_replacing)
@@ -313,27 +316,13 @@ def _run(
             stack.callback(module.register_forward_pre_hook(partial(before, path), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(partial(behind, path)).remove)
         args, kwargs = own = together([called], 1)  # models change their arguments
+        stack.enter_context(weights_from_outside(model))
         stack.enter_context(manner(own))
         model(*args, **kwargs)
 
 
 def _joined(values: Sequence[Any]) -> Any:
     return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio's bits
-
-
-def _mark(tensor: Tensor) -> int:
-    """A number that differs where a bit does, but for which NaN it is: so that nobody has to keep what was there."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.is_floating_point():
-        tensor = torch.where(tensor == tensor, tensor, float("nan"))
-    bits = tensor.contiguous().view(_INTEGERS[tensor.itemsize]).flatten().long()
-    places = torch.arange(1, len(bits) + 1, device=bits.device) * _ODD | 1
-    return hash((tuple(tensor.shape), tensor.dtype, int((bits * places).sum())))
 
 
 def _is_equal(own: Tensor, other: Tensor) -> bool:

@@ -13,17 +13,20 @@ from engine.fetching import fetch_all
 from engine.image_proofs import sees_images
 from engine.links import Links
 from engine.loading import ShardConfig
+from engine.offload_folder import OffloadFolder
 from engine.reading import Report
 from engine.reports import GateReport
 from engine.shard import Shard
 from engine.whole_loading import load_whole, whole_class
 from engine.whole_local import describe
+from engine.whole_places import gpus_of, told_places
 from engine.whole_shard import WholeShard
 from polytrace.description import ModelDescription
-from polytrace.errors import ServiceError
+from polytrace.device_maps import DeviceMap
+from polytrace.errors import ServiceError, UserError
 from scheduling.plan import Plan, ShardResult
 
-_TAPE_BYTES = 4 << 30  # for gradients, at once; of a GPU half of what the weights leave
+_TAPE_BYTES = 4 << 30  # for gradients, at once; of the fullest GPU half of what the weights leave
 
 
 class WholeServed:
@@ -33,6 +36,7 @@ class WholeServed:
         self.config = config
         self.links = links
         self._kind = kind
+        self._folder = OffloadFolder()
         self._shard: WholeShard | None = None
 
     def start(self, report: Report) -> None:
@@ -46,8 +50,8 @@ class WholeServed:
             offload_bytes=config.offload_bytes,
         )
         fetch_all(config.source, report)
-        self._model: nn.Module = load_whole(self.config, self._kind)
-        report(f"loaded {sum(p.nbytes for p in self._model.parameters()) / 1e6:,.1f} MB")
+        self._model: nn.Module = load_whole(self.config, self._kind, self._folder)
+        report(f"loaded {sum(p.nbytes for p in self._model.parameters()) / 1e6:,.1f} MB{told_places(self._model)}")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -72,7 +76,7 @@ class WholeServed:
 
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description."""
-        free = torch.cuda.mem_get_info(self.config.device)[0] if self.config.device.startswith("cuda") else 0
+        free = min((torch.cuda.mem_get_info(gpu)[0] for gpu in gpus_of(self._model)), default=0)
         return describe(self._model, name, tape_bytes=max(_TAPE_BYTES, free // 2))
 
     def open(self, description: ModelDescription) -> None:
@@ -98,6 +102,7 @@ class WholeServed:
         if self._shard is not None:
             self._shard.stop()
         self.links.close()
+        self._folder.close()
 
 
 def new_shard(config: ShardConfig, links: Links) -> Shard | WholeServed:
@@ -113,4 +118,14 @@ def check_whole(source: str, kind: Any, *, stages: int, ranks: int, offload_byte
         way = " (or whole=false: as the language model in it)" if sees_images(source) else ""
         raise ServiceError(f"{told}; use stages=1 and ranks=1{way}")
     if offload_bytes:
-        raise ServiceError(f"{source} is a {kind.__name__}, whose weights are not offloaded: it needs room for all")
+        told = (
+            f"{source} is a {kind.__name__}, which a device map spreads over host and disk, and offload_bytes does not"
+        )
+        raise ServiceError(f'{told}: use device_map, "auto" or a place for each part')
+
+
+def check_unmapped(source: str, device_map: DeviceMap | None) -> None:
+    """UserError with the way out for a device map of a language model."""
+    if device_map is not None:
+        way = "spread it with stages, ranks and offload_bytes"
+        raise UserError(f"{source} is served as a language model, for which no device map is: {way}")

@@ -21,7 +21,7 @@ from engine.fragments import ShardContext
 from engine.links import Solo
 from engine.lockstep import in_order, stop
 from engine.memory import told_out_of_memory
-from engine.module_state import kept_tensors
+from engine.module_state import kept_memory
 from engine.named import NamedParameters
 from engine.probe import named_tensors
 from engine.recorder import memory_of
@@ -29,6 +29,7 @@ from engine.results import MemorySink, Writer, sink_for
 from engine.stopwatch import Stopwatch
 from engine.whole_call import Enough, Visits, WholeCall, alone, current, hooked
 from engine.whole_groups import CallGroups
+from engine.whole_places import home_of, offloaded_modules
 from engine.whole_side import Side
 from engine.whole_sites import told
 from engine.whole_state import CallState
@@ -40,6 +41,11 @@ from polytrace.sources import SiteIndex
 from scheduling.call_turns import Turn, turns_of
 from scheduling.checks import table_of
 from scheduling.plan import PROLOGUE, Fragment, Member, Phase, Plan, RequestId, ShardResult, Wave
+
+_NOT_IN_TURNS = (
+    "calls that take values from each other in both directions go at each other's pace, and {path} has its weights for "
+    "one call at a time (they are offloaded): place it on a device, or let values go one way and send two requests"
+)
 
 
 class WholeShard:
@@ -58,7 +64,7 @@ class WholeShard:
         anything on the model between two calls.
         """
         self.model = model
-        device = next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
+        device = home_of(model)
         table = table_of(description)
         self.context = ShardContext(
             runner=_Runner(model),  # type: ignore[arg-type]
@@ -71,6 +77,8 @@ class WholeShard:
             device=device,
             constants=Constants(device, constant_bytes),
         )
+        has_parts = (path for path, module in offloaded_modules(model) if next(module.children(), None) is not None)
+        self._left_open = next(has_parts, None)  # what another call would take the weights from, halfway through
         self._states: dict[RequestId, CallState] = {}
         self._writer = Writer()
         self.merging = CallGroups(model, device, is_fixed=is_fixed) if merges else None
@@ -151,7 +159,8 @@ class WholeShard:
             self._run_back(wave, wave.of, state)
         else:
             if wave.is_taped:
-                state.begin_tapes(member.wave, frozenset(memory_of(tensor) for _, tensor in named_tensors(self.model)))
+                own = frozenset(memory_of(tensor) for _, tensor in named_tensors(self.model) if not tensor.is_meta)
+                state.begin_tapes(member.wave, own)
             for turn in turns_of(member.program, member.wave):
                 if not state.has_failed:
                     self._run_turn(turn, state)
@@ -184,12 +193,15 @@ class WholeShard:
 
     def _run_turn(self, turn: Turn, state: CallState) -> None:
         fragments = {one.order: one for one in turn.fragments}
+        if len(turn.invokes) > 1 and self._left_open is not None:
+            state.fail(turn.fragments[-1].nodes[-1], _NOT_IN_TURNS.format(path=self._left_open))
+            return
         if PROLOGUE in fragments:
             state.run(fragments.pop(PROLOGUE), None)
         visits = _visits_of(state, fragments)
         nodes = [state.program.graph.nodes[node] for one in turn.fragments for node in one.nodes]
         is_in_place = any(isinstance(node, Write) and node.in_place for node in nodes)
-        kept = frozenset(map(memory_of, kept_tensors(self.model))) if is_in_place else frozenset()
+        kept = kept_memory(self.model) if is_in_place else frozenset()
         tapes = {invoke: tape for invoke in turn.invokes if (tape := state.tape_of(invoke)) is not None}
         for invoke, tape in tapes.items():
             visits[invoke].update(_visits_at(state, tape))

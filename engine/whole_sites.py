@@ -26,10 +26,11 @@ from engine.arguments import Arguments, Selector
 from engine.fragments import from_raw
 from engine.known_integers import KnownIntegers, PlainLists
 from engine.leaves import first_argument
-from engine.module_state import attribute_tensors, kept_tensors, settings_of
+from engine.module_state import attribute_tensors, kept_memory, settings_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.probe import named_tensors
 from engine.recorder import memory_of
+from engine.whole_places import home_of
 from engine.writes import is_record
 from polytrace.description import Leaf, ModuleInfo, ParameterInfo, Rows, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
@@ -143,6 +144,8 @@ class _Twin:
 
     def __init__(self, model: nn.Module, *, looks: bool) -> None:
         self._looks = looks
+        # one device: what lies on several comes together anyway, and what is known of integers is on the host
+        self._device = torch.device("cpu") if looks else home_of(model)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # what a model keeps beside parameters and buffers
         self._model = twin_of(model, self._unknown)
         if isinstance(self._model, PreTrainedModel):  # the experts that a token goes to are values, too
@@ -171,10 +174,8 @@ class _Twin:
             return run(self._model, called)
 
     def _unknown(self, tensor: Tensor) -> Tensor:
-        """Of a model on the meta device too, for which calls come from the host."""
-        device = torch.device("cpu") if tensor.is_meta else tensor.device
         own = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        return FakeTensor(self._mode, own, device)
+        return FakeTensor(self._mode, own, self._device)
 
 
 _MAX_KNOWN = 256  # calls whose sites are kept
@@ -198,7 +199,9 @@ def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
     for tensor in attribute_tensors(model):
         if tensor.is_floating_point() and (tensor.ndim or not tensor.is_leaf):  # a number that is kept stays known
             tensors[id(tensor)] = tensor
-    memo: dict[int, Any] = {}
+    # accelerate's hooks hold the weights that they bring, and are not for the twin
+    hooks = (vars(module).get("_hf_hook") for module in model.modules())
+    memo: dict[int, Any] = {id(hook): None for hook in hooks if hook is not None}
     for key, tensor in tensors.items():
         made = make(tensor)
         is_parameter = isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter)
@@ -210,7 +213,7 @@ def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
         raise GraphError(f"{name} cannot be copied, which says what its calls visit: {told(error)}") from error
     modules: Iterator[Any] = twin.modules()
     for module in modules:
-        if hasattr(module, "_hf_hook"):  # accelerate's, which brings weights from where they lie
+        if hasattr(module, "_hf_hook"):
             module.forward = module._old_forward
             del module._hf_hook
     return twin
@@ -266,7 +269,7 @@ class _Recorder:
         self._max_bytes = max_bytes
         self.sites: list[SiteInfo] = []
         self._visits: dict[tuple[str, Port], int] = {}
-        self._held = set(map(memory_of, kept_tensors(model)))
+        self._held = kept_memory(model)
 
     def hooks(self, path: str, module: nn.Module) -> Iterator[Any]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

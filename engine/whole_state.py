@@ -12,6 +12,7 @@ from engine.fragments import RequestState, ShardContext
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.results import ResultSink
 from engine.turns import earlier
+from engine.whole_places import offloaded_weight
 from engine.whole_side import Side
 from engine.whole_sites import arguments_of
 from engine.whole_tape import Ports, WholeTape, cuts_of
@@ -82,9 +83,12 @@ class CallState(RequestState):
         return arguments_of(with_given(inputs, self._given))
 
     def _local_parameter(self, path: str) -> Tensor:
-        if self.context.parameters[path].is_meta:
-            raise ValueError(f"{path} is offloaded, and there only while its module runs: call the module instead")
-        return super()._local_parameter(path)
+        if not self.context.parameters[path].is_meta:
+            return super()._local_parameter(path)
+        kept = offloaded_weight(self.context.runner.model, path)
+        if kept is None:
+            raise ValueError(f"{path} is not there: the model has it without data")
+        return kept.detach().to(self.context.device)
 
     def _given(self, given: Given) -> Tensor:
         return self._constant(given.name).clone()

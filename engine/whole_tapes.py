@@ -8,7 +8,7 @@ what operations keep, the leaves of seams, and a gradient for each of these.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from engine.arguments import Selector
 from engine.probe import named_tensors
 from engine.recorder import memory_of
+from engine.saved import SavedTensors
 from engine.whole_call import Enough, Visits, WholeCall, current, hooked
 from engine.whole_side import Side
 from engine.whole_sites import CallSites, arguments_of, told
@@ -36,8 +37,10 @@ Run = Callable[[nn.Module, Inputs], int]
 class CallTapes:
     """Of one model."""
 
-    def __init__(self, sites: CallSites) -> None:
+    def __init__(self, sites: CallSites, offloaded: Collection[str] = ()) -> None:
+        """`offloaded`: modules whose weights come for each call, and stay for its way back."""
         self._sites = sites
+        self._offloaded = frozenset(offloaded)
         self._known: OrderedDict[Hashable, tuple[tuple[SiteInfo, ...], int]] = OrderedDict()
 
     def num_bytes(
@@ -55,7 +58,7 @@ class CallTapes:
             if not work.is_taped:
                 continue
             for invoke, cuts in cuts_of(program, wave).items():
-                call = _Recorded(program, wave, invoke, cuts)
+                call = _Recorded(program, wave, invoke, cuts, self._offloaded)
                 key = id(of_invokes[invoke]), call.signature
                 if key not in self._known:
                     self._known[key] = of_invokes[invoke], self._recorded(program, invoke, call.run, really)
@@ -89,9 +92,17 @@ class CallTapes:
 class _Recorded:
     """One call of a wave, as far as its tape depends on the request."""
 
-    def __init__(self, program: Program, wave: int, invoke: int, cuts: dict[int, dict[Selector, NodeId]]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        wave: int,
+        invoke: int,
+        cuts: dict[int, dict[Selector, NodeId]],
+        offloaded: frozenset[str],
+    ) -> None:
         nodes = program.graph.nodes
         self._cuts = cuts
+        self._offloaded = offloaded
         self._visits: Visits = {}
         self._writes: dict[int, list[Write]] = {}
         for fragment in program.waves[wave].stages[0].fragments:
@@ -115,7 +126,10 @@ class _Recorded:
 
     def run(self, model: nn.Module, called: Inputs) -> int:
         """Bytes that the call keeps."""
-        tape = WholeTape(cuts=self._cuts, own=frozenset(memory_of(tensor) for _, tensor in named_tensors(model)))
+        named = dict(named_tensors(model))
+        coming = [tensor for path, tensor in named.items() if path.rpartition(".")[0] in self._offloaded]
+        saved = SavedTensors(coming=frozenset(map(memory_of, coming)))
+        tape = WholeTape(cuts=self._cuts, own=frozenset(map(memory_of, named.values())), saved=saved)
 
         def come(order: int, value: Any) -> Any:
             side = Side(value, call.changing, ())

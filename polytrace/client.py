@@ -14,7 +14,7 @@ from polytrace.errors import GraphError, UserError
 from polytrace.http_backend import HttpBackend, list_models
 from polytrace.http_jobs import HttpJobs
 from polytrace.jobs import Job
-from polytrace.keywords import check_load_keywords, chosen_device, chosen_dtype
+from polytrace.keywords import check_load_keywords, chosen_device, chosen_dtype, chosen_places
 from polytrace.lines import user_line
 from polytrace.model import Model
 from polytrace.progress import showing_bytes
@@ -45,7 +45,8 @@ def load(
     it is in; `dtype` and the other options of loading are not for it.
 
     `dtype`: a name, torch's own, or "auto" for the checkpoint's; `torch_dtype` is the same. `device_map`: a device, or
-    "auto". `rename`: other names for modules (`polytrace.aliases`). Other keywords of nnsight's are taken as
+    "auto"; of a model that is called as it is, how it lies over several (docs/any_model.md).
+    `rename`: other names for modules (`polytrace.aliases`). Other keywords of nnsight's are taken as
     `polytrace.keywords` says: weights are loaded at once, whatever `dispatch` is.
     `random_weights`: a seed; no weights are read but drawn, for a model of which there is only a configuration.
     `offload_gib`: so much of the weights, or all, stays in the host's memory, and is on the GPU only while it is used.
@@ -68,20 +69,24 @@ def load(
             raise GraphError(told, where=user_line())
         _check_whole(offload_gib, edits)
         return WholeModel(own, rename)
-    called = (
-        None
-        if not whole
-        else source_backend(
-            str(source),
-            dtype=chosen_dtype(dtype, torch_dtype),
-            name=name,
-            threads=threads,
-            device=device,
-            device_map=device_map,
-            random_weights=random_weights,
-            merges_calls=merges_calls,
+    one_device, places = chosen_places(device, device_map)
+    try:
+        called = (
+            None
+            if not whole
+            else source_backend(
+                str(source),
+                dtype=chosen_dtype(dtype, torch_dtype),
+                name=name,
+                threads=threads,
+                device=one_device,
+                device_map=places,
+                random_weights=random_weights,
+                merges_calls=merges_calls,
+            )
         )
-    )
+    except UserError as error:  # of a device map that does not fit the model
+        raise GraphError(error.message, where=error.where or user_line()) from None
     if called is not None:
         from polytrace.whole_model import WholeModel
 

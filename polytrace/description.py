@@ -11,7 +11,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -288,6 +288,13 @@ class ModelDescription:
     eos: tuple[int, ...] = ()  # tokens that end a text, by the model's own configuration of its generation
     images: ImageInfo | None = None  # how images stand in prompts; None: prompts have none
     of_invokes: tuple[tuple[SiteInfo, ...], ...] = ()  # of one request, where the layout is WHOLE: sites of each invoke
+    offloaded: tuple[str, ...] = ()  # modules of such a model whose weights are there only while they run
+
+
+def serve_the_same(one: ModelDescription, other: ModelDescription) -> bool:
+    """Whether two deployments' shards serve the same, wherever its weights have found room."""
+    limits = replace(one.limits, tape_bytes=other.limits.tape_bytes)
+    return replace(one, offloaded=other.offloaded, limits=limits) == other
 
 
 def logits_of(sites: Iterable[SiteInfo]) -> tuple[SiteInfo, Leaf] | None:

@@ -2,23 +2,24 @@
 
 What each means: `remote`, `dispatch`, `low_cpu_mem_usage`: nothing, for where a model runs is decided by
 `load` or `connect`. `attn_implementation`: nothing, for attention is polytrace's own and patterns can always be read.
-`device_map`: a device, or what means the default ("auto"). `torch_dtype`: another name of `dtype`. `backend`,
-`invoker_args`, `invoker_kwargs`: empty only. `trust_remote_code`: False only, for no model's own code is run.
+`device_map`: a device, what means the default ("auto"), or how a model that is called as it is lies over several
+(`polytrace.device_maps`). `torch_dtype`: another name of `dtype`. `backend`, `invoker_args`, `invoker_kwargs`: empty
+only. `trust_remote_code`: False only, for no model's own code is run.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polytrace.errors import GraphError
+from polytrace.device_maps import DeviceMap, checked_device_map
+from polytrace.errors import GraphError, UserError
 from polytrace.grammar import nearest
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name
-
-_PLACED = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})  # device maps that leave it to the library
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +77,39 @@ def chosen_dtype(dtype: Any, torch_dtype: Any) -> str:
     return _named(torch_dtype)
 
 
+def chosen_places(device: str | None, device_map: Any) -> tuple[str | None, DeviceMap | None]:
+    """The device that `device_map` names, or how it spreads a model over several. GraphError for what is neither."""
+    if device_map is None:
+        return device, None
+    try:
+        if (text := _device(device_map)) is not None:
+            return text, None
+        places = checked_device_map(device_map)
+    except UserError as error:
+        raise GraphError(error.message, where=user_line()) from None
+    if not isinstance(places, str) and len(every := set(places.values())) == 1 and every != {"disk"}:
+        return _device(every.pop()), None
+    return device, places
+
+
 def chosen_device(device: str | None, device_map: Any) -> str | None:
-    """The device that `device_map` names; None where it leaves the choice."""
-    if device_map is None or (isinstance(device_map, str) and device_map in _PLACED):
-        return device
-    if isinstance(device_map, Mapping):
-        if len(places := set(map(_device, device_map.values()))) != 1:
-            raise GraphError(
-                "polytrace.load runs a model on one device: a service splits it (polytrace serve --stages --ranks)",
-                where=user_line(),
-            )
-        return places.pop()
-    return _device(device_map)
+    """The one device that `device_map` names; None where it leaves the choice."""
+    device, places = chosen_places(device, device_map)
+    if places is not None and not isinstance(places, str):
+        raise GraphError(
+            "polytrace.load runs a language model on one device: a service splits it (polytrace serve --stages "
+            "--ranks), and offload_gib= keeps weights in the host's memory",
+            where=user_line(),
+        )
+    return device
 
 
-def _device(given: Any) -> str:
-    """A device as accelerate has it: a number is a GPU's."""
-    return f"cuda:{given}" if isinstance(given, int) else str(given)
+def _device(given: Any) -> str | None:
+    """A device as accelerate has it, where a number is a GPU's; None for what is none."""
+    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
+        return f"cuda:{given}"
+    is_text = isinstance(given, str) or type(given).__name__ == "device"  # torch's own
+    return str(given) if is_text and re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d{1,4})?", str(given), re.ASCII) else None
 
 
 def _named(dtype: Any) -> str:

@@ -17,8 +17,37 @@ from services import Guest, wait_until
 from whole_gradients_by_hand import plain_gradients, weights_of
 
 import polytrace
+from bench import tinyworld
 from bench.service import Service as Running
 from polytrace.errors import GraphError
+
+SPREAD = {  # layer 0, which is read and edited, is on the disk
+    "vit.embeddings": "cpu",
+    "vit.layers.0": "disk",
+    "vit.layers.1": "cpu",
+    "vit.layernorm": "disk",
+    "classifier": "cpu",
+}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"device_map": "gpu"}, "'gpu' is no device map: a device map is one of auto, balanced"),
+    ({"device_map": {"vit": "tpu"}}, "puts vit on 'tpu': a device is"),
+    ({"device_map": {"vit": 1.5}}, "device_map"),
+    ({"device_map": {"vit": {"a": 1}}}, "device_map"),
+    ({"device_map": {f"a{number}": "cpu" for number in range(5000)}}, "has 5000 entries; it has at most 4096"),
+    ({"stages": 2}, "stages is 2 and ranks 1, and a device map spreads a model within one shard"),
+    ({"gpus": 2}, "the device map names no GPU"),
+    ({"device_map": None, "gpus": 2}, "gpus is 2: it is for a device map"),
+]
+FAILING: dict[str, dict[str, Any]] = {
+    "less": {"device_map": {"vit": "cpu"}},
+    "more": {"device_map": SPREAD | {"classifier": 1}},
+    "language": {"source": str(tinyworld.FOLDER), "device_map": "auto"},
+}
+TOLD = {
+    "less": "the device map leaves out classifier.weight",
+    "more": "its device map needs a machine with 2 GPUs, and the one with most has 0",
+    "language": "is served as a language model, for which no device map is: spread it with stages, ranks",
+}
 
 
 def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: Path, world_service: Running) -> None:
@@ -32,8 +61,14 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
     service = Guest(world_service.url, folder)
     try:
         wait_until(service.is_ready, 240, service)
-        asked = {"source": str(tmp_path / "vit"), "cpus": 0.1}
+        asked = {"source": str(tmp_path / "vit"), "cpus": 0.1, "device_map": SPREAD}
         service.http.put("/v1/models/vit", json=asked).raise_for_status()
+        assert model_of(service, "vit")["spec"]["device_map"] == SPREAD
+        for wrong, told in REFUSED:
+            answer = service.http.put("/v1/models/wrong", json=asked | wrong)
+            assert answer.status_code in (400, 422) and told in answer.text, answer.text
+        for name, wish in FAILING.items():
+            service.http.put(f"/v1/models/{name}", json=asked | wish).raise_for_status()
         model: Any = polytrace.connect(f"http://127.0.0.1:{service.port}", "tiny", key="sesame")
         layer = model.get_submodule(path)
         with model.trace() as tracer:
@@ -64,6 +99,11 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
         calls = [torch.randn_like(images["pixel_values"]) for _ in range(6)]
         alone = run_all(users, block, calls[:1])
         together = run_all(users, block, calls)
+        with users.trace(pixel_values=calls[0]):
+            weight = users.get_submodule(block).mlp.fc1.weight.save()
+        for name, told in TOLD.items():
+            wait_until(lambda name=name: model_of(service, name)["state"] == "failed", 60, service)
+            assert told in model_of(service, name)["progress"]
         for _ in range(20):  # until some have waited for the shard at the same time
             if max(num_merged for num_merged, _ in together) > 1:
                 break
@@ -74,6 +114,7 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
         close(ours, theirs)
     assert max(num_merged for num_merged, _ in together) > 1
     assert alone[0][0] == 0
+    assert torch.equal(weight, vit.get_submodule(block).get_parameter("mlp.fc1.weight"))
     assert torch.equal(alone[0][1], together[0][1])
     for number, (_, logits) in enumerate(together):
         close(logits, plain_run(vit, block, {"pixel_values": calls[number]}, partial(moved, number))[1])
@@ -81,6 +122,11 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
     close(vector.grad, 1.5 * gradients[0][1].sum((0, 1)))  # of both backwards, the first of which was halved there
     close(read, seen)
     close(result, wanted)
+
+
+def model_of(service: Guest, name: str) -> dict[str, Any]:
+    """What the service says of a deployment."""
+    return next(one for one in service.http.get("/v1/models").json()["models"] if one["name"] == name)
 
 
 def run_all(model: Any, path: str, calls: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:

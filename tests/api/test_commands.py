@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from api.limits import TenantLimits
 from api.server import bind
 from api.settings import deployment_spec, from_environment, gateway_settings, ray_auth_mode
+from cluster.config import DeploymentSpec
+from polytrace.codec import from_json, to_json
 from polytrace.errors import UserError
 
 
@@ -127,6 +130,27 @@ def test_a_deployment_that_can_be_none_anywhere_is_refused_with_its_number() -> 
     ):
         with pytest.raises(UserError, match=message):
             deployment_spec(source="a/b", **flags)
+
+
+def test_a_device_map_is_a_name_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "places.json"
+    file.write_text('{"vit": "cuda:1", "classifier": "cpu"}')
+    assert deployment_spec(source="a/b", device_map="balanced").device_map == "balanced"
+    spec = deployment_spec(source="a/b", device_map=str(file), gpus=3)
+    assert (spec.device_map, spec.gpus) == ({"vit": 1, "classifier": "cpu"}, 3)
+    assert from_json(DeploymentSpec, json.loads(json.dumps(to_json(spec)))) == spec
+    for text, told in (
+        ("[1]", "a list is no device map"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        (" " * (5 << 20), "has 5242880 bytes; a device map has at most"),
+        ('{"vit": "tpu"}', "puts vit on 'tpu'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=told):
+            deployment_spec(source="a/b", device_map=str(file))
+    with pytest.raises(UserError, match=r"gone\.json is neither auto, balanced, .* nor a file"):
+        deployment_spec(source="a/b", device_map="gone.json")
 
 
 def test_a_service_of_nothing_is_refused() -> None:

@@ -326,22 +326,6 @@ def test_an_encoder_in_a_folder_is_loaded_and_called_as_it_is(tmp_path: Path) ->
     assert torch.equal(result, wanted)
 
 
-def test_parts_of_a_model_may_lie_where_accelerate_puts_them(tmp_path: Path) -> None:
-    plain, path, call, _ = KINDS["vit"]()
-    plain.save_pretrained(tmp_path)
-    places = {"vit.embeddings": "cpu", "vit.layers.0": "cpu", "vit.layers.1": "disk"}
-    model = polytrace.load(str(tmp_path), device_map=places | {"vit.layernorm": "cpu", "classifier": "cpu"})
-    seen, wanted = plain_run(plain, path, call, lambda tensor: 2 * tensor)
-    with model.trace(**call):
-        read = model.vit.layers[0].output.save()
-        model.vit.layers[0].output = 2 * model.vit.layers[0].output
-        result = model.output.logits.save()
-    assert torch.equal(read, seen)
-    assert torch.equal(result, wanted)
-    with pytest.raises(RunError, match=r"vit\.layers\.1\..*weight is offloaded"), model.trace(**call):
-        model.vit.layers[1].attention.q_proj.weight.save()
-
-
 def test_mistakes_are_told_with_the_users_line() -> None:
     plain, _, call, _ = KINDS["bert"]()
     model = polytrace.load(plain)
