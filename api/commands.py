@@ -27,7 +27,7 @@ from api import (
     watch_commands,
 )
 from api.console import errors, progress
-from cluster.config import ShareAcross
+from api.deployment_flags import DeploymentFlags, takes_deployment
 
 app = typer.Typer(
     add_completion=False,
@@ -54,19 +54,15 @@ def main() -> None:
 
 
 @app.command()
+@takes_deployment
 def serve(
     model: Annotated[
         str | None, typer.Argument(help="A folder with a Hugging Face model, or a hub id; without: what --store has.")
     ] = None,
-    stages: operations.Stages = 1,
-    ranks: operations.Ranks = 1,
-    replicas: operations.Replicas = 1,
+    *,
+    deployment: DeploymentFlags,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8765,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
-    name: operations.DeploymentName = None,
-    dtype: operations.Dtype = "auto",
-    device: operations.Device = "auto",
-    cpus: operations.Cpus = None,
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to join, HOST:PORT or auto; default: an own one.")
     ] = None,
@@ -89,13 +85,6 @@ def serve(
     jobs: Annotated[
         bool, typer.Option("--jobs", help="Its own Ray cluster takes `ray job submit`; needs ray[default].")
     ] = False,
-    random_weights: operations.RandomWeights = None,
-    offload: operations.Offload = 0.0,
-    share_across: operations.Sharing = ShareAcross.TENANT,
-    merge_calls: operations.MergeCalls = True,
-    whole: operations.Whole = True,
-    device_map: operations.Spread = None,
-    gpus: operations.Gpus = None,
     drain_seconds: Annotated[
         float | None,
         typer.Option(min=0, help="Most that it finishes accepted requests for when told to stop; default: 30."),
@@ -111,7 +100,7 @@ def serve(
     with errors():
         from api import log_lines
         from api.otlp import check_url
-        from api.settings import deployment_spec, serve_settings
+        from api.settings import serve_settings
         from api.supervisor import Supervisor
 
         if log_format is not None:
@@ -120,25 +109,7 @@ def serve(
         if otlp is not None:
             check_url(otlp)
             os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = otlp
-        spec = None
-        if model is not None:
-            spec = deployment_spec(
-                source=model,
-                name=name,
-                stages=stages,
-                ranks=ranks,
-                replicas=replicas,
-                dtype=dtype,
-                device=device,
-                cpus=cpus,
-                random_weights_seed=random_weights,
-                offload_bytes=int(offload * (1 << 30)),
-                share_across=share_across,
-                merges_calls=merge_calls,
-                whole=whole,
-                device_map=device_map,
-                gpus=gpus,
-            )
+        spec = None if model is None else deployment.spec(model)
         settings = serve_settings(
             spec=spec,
             key=key,
@@ -152,7 +123,8 @@ def serve(
             takes_jobs=jobs,
             drain_s=drain_seconds,
         )
-        shards = f"{replicas} x {stages} x {ranks}" if replicas > 1 else f"{stages} x {ranks}"
+        shards = f"{deployment.stages} x {deployment.ranks}"
+        shards = f"{deployment.replicas} x {shards}" if deployment.replicas > 1 else shards
         first = f"starting {spec.name} on {shards} shards" if spec else f"starting what {settings.store} has"
         with progress(first, tells_first=False) as report:
             serves = f"serves {spec.name}" if spec else "takes deployments"

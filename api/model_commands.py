@@ -9,8 +9,8 @@ import typer
 from api import operations
 from api.asking import AsJson, quoted, show, when
 from api.console import errors
+from api.deployment_flags import DeploymentFlags, takes_deployment
 from api.operations import _HERE, Entry, Key, Name, Service, Url, Wait
-from cluster.config import ShareAcross
 
 models = typer.Typer(no_args_is_help=True, help="Deploy, list, load, evict, pin, schedule and remove deployments.")
 
@@ -38,24 +38,12 @@ def list_(as_json: AsJson = False, url: Url = _HERE, key: Key = None) -> None:
 
 
 @models.command()
+@takes_deployment
 def deploy(
     model: Annotated[
         str, typer.Argument(help="A folder with a Hugging Face model, a hub id, or a URL such as s3://BUCKET/MODEL.")
     ],
-    name: operations.DeploymentName = None,
-    stages: operations.Stages = 1,
-    ranks: operations.Ranks = 1,
-    replicas: operations.Replicas = 1,
-    dtype: operations.Dtype = "auto",
-    device: operations.Device = "auto",
-    cpus: operations.Cpus = None,
-    random_weights: operations.RandomWeights = None,
-    offload: operations.Offload = 0.0,
-    share_across: operations.Sharing = ShareAcross.TENANT,
-    merge_calls: operations.MergeCalls = True,
-    whole: operations.Whole = True,
-    device_map: operations.Spread = None,
-    gpus: operations.Gpus = None,
+    deployment: DeploymentFlags,
     on_demand: OnDemand = False,
     idle: Idle = None,
     rests: Rests = None,
@@ -68,26 +56,7 @@ def deploy(
     change |= {} if idle is None else {"idle_minutes": idle}
     change |= {} if rests is None else {"rests": rests}
     with errors():
-        operations.put(
-            Service(url, key),
-            wait=wait,
-            keeping=change,
-            source=model,
-            name=name,
-            stages=stages,
-            ranks=ranks,
-            replicas=replicas,
-            dtype=dtype,
-            device=device,
-            cpus=cpus,
-            random_weights_seed=random_weights,
-            offload_bytes=int(offload * (1 << 30)),
-            share_across=share_across,
-            merges_calls=merge_calls,
-            whole=whole,
-            device_map=device_map,
-            gpus=gpus,
-        )
+        operations.put(Service(url, key), deployment.spec(model), wait=wait, keeping=change)
 
 
 models.command()(operations.drain)

@@ -10,116 +10,44 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from api.console import errors, progress
-from cluster.config import ShareAcross
+from api.deployment_flags import DeploymentFlags, takes_deployment
+from cluster.config import DeploymentSpec
 
 Url = Annotated[str, typer.Option(envvar="POLYTRACE_URL", help="Of the service.")]
 Key = Annotated[str | None, typer.Option(help="The service's key; default: POLYTRACE_KEY.")]
 Wait = Annotated[bool, typer.Option(help="Follow it until it is so.")]
 Name = Annotated[str, typer.Argument(help="Name of the deployment.")]
-# What a deployment is asked for; `serve` takes the same.
-DeploymentName = Annotated[
-    str | None, typer.Option("--name", help="Name of the deployment; default: the model's last part.")
-]
-Stages = Annotated[int, typer.Option(min=1, help="Pipeline stages: blocks of layers.")]
-Ranks = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of every stage.")]
-Replicas = Annotated[int, typer.Option(min=1, help="Copies; requests go to the least loaded one.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: GPUs when the cluster has any.")]
-Cpus = Annotated[float | None, typer.Option(help="Of the cluster's, for each shard; default: a small share.")]
-RandomWeights = Annotated[
-    int | None,
-    typer.Option(metavar="SEED", help="Read no weights but draw them; MODEL may be one that ships, as for plan."),
-]
-Offload = Annotated[
-    float, typer.Option(min=0, metavar="GIB", help="Of each shard's weights to keep in its host's memory.")
-]
-Sharing = Annotated[
-    ShareAcross, typer.Option(help="Whose requests have rows in common where their prompts begin alike.")
-]
-MergeCalls = Annotated[
-    bool,
-    typer.Option(help="Of a model that is called as it is: calls of several users are one, where that is exact."),
-]
-Whole = Annotated[
-    bool,
-    typer.Option(
-        "--whole/--packed", help="A vision-language model as it is, or the language model in it, with images."
-    ),
-]
-Spread = Annotated[
-    str | None,
-    typer.Option(
-        "--device-map",
-        metavar="NAME|FILE",
-        help="Of a model that is called as it is, over devices of its one shard: auto, balanced, balanced_low_0, "
-        'sequential, or a file such as {"vit.embeddings": 0, "vit.layers.0": "cpu", ...}.',
-    ),
-]
-Gpus = Annotated[int | None, typer.Option(min=1, help="Of the one shard with --device-map; default: those it names.")]
 Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
 
 _HERE = "http://127.0.0.1:8765"
 _LOOK_S = 0.5
 
 
+@takes_deployment
 def deploy(
     model: Annotated[
         str, typer.Argument(help="A folder with a Hugging Face model, or a hub id; the service reads it.")
     ],
-    name: DeploymentName = None,
-    stages: Stages = 1,
-    ranks: Ranks = 1,
-    replicas: Replicas = 1,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    cpus: Cpus = None,
-    random_weights: RandomWeights = None,
-    offload: Offload = 0.0,
-    share_across: Sharing = ShareAcross.TENANT,
-    merge_calls: MergeCalls = True,
-    whole: Whole = True,
-    device_map: Spread = None,
-    gpus: Gpus = None,
+    deployment: DeploymentFlags,
     url: Url = _HERE,
     key: Key = None,
     wait: Wait = True,
 ) -> None:
     """Serve another MODEL on a running service, or one again that was drained or has failed."""
     with errors():
-        put(
-            Service(url, key),
-            wait=wait,
-            source=model,
-            name=name,
-            stages=stages,
-            ranks=ranks,
-            replicas=replicas,
-            dtype=dtype,
-            device=device,
-            cpus=cpus,
-            random_weights_seed=random_weights,
-            offload_bytes=int(offload * (1 << 30)),
-            share_across=share_across,
-            merges_calls=merge_calls,
-            whole=whole,
-            device_map=device_map,
-            gpus=gpus,
-        )
+        put(Service(url, key), deployment.spec(model), wait=wait)
 
 
-def put(service: Service, *, wait: bool, keeping: Mapping[str, Any] = {}, **flags: Any) -> None:
-    """Deploys what the flags say; with `keeping` how long it is to stay loaded."""
-    from dataclasses import asdict
-
-    from api.settings import deployment_spec
-
-    wish = asdict(deployment_spec(**flags))
+def put(service: Service, spec: DeploymentSpec, *, wait: bool, keeping: Mapping[str, Any] = {}) -> None:
+    """Deploys it; with `keeping` how long it is to stay loaded."""
+    wish = asdict(spec)
     name = wish.pop("name")
     service.ask("PUT", f"/v1/models/{name}", json=wish)
     if keeping:

@@ -1,0 +1,108 @@
+"""What a deployment is asked for on a command line: `serve`, `deploy` and `models deploy` take the same flags."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from cluster.config import ShareAcross
+
+if TYPE_CHECKING:
+    from cluster.config import DeploymentSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentFlags:
+    """Each field is a flag."""
+
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the deployment; default: the model's last part.")
+    ] = None
+    stages: Annotated[int, typer.Option(min=1, help="Pipeline stages: blocks of layers.")] = 1
+    ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of every stage.")] = 1
+    replicas: Annotated[int, typer.Option(min=1, help="Copies; requests go to the least loaded one.")] = 1
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: GPUs when the cluster has any.")] = "auto"
+    cpus: Annotated[float | None, typer.Option(help="Of the cluster's, for each shard; default: a small share.")] = None
+    random_weights: Annotated[
+        int | None,
+        typer.Option(metavar="SEED", help="Read no weights but draw them; MODEL may be one that ships, as for plan."),
+    ] = None
+    offload: Annotated[
+        float, typer.Option(min=0, metavar="GIB", help="Of each shard's weights to keep in its host's memory.")
+    ] = 0.0
+    share_across: Annotated[
+        ShareAcross, typer.Option(help="Whose requests have rows in common where their prompts begin alike.")
+    ] = ShareAcross.TENANT
+    merge_calls: Annotated[
+        bool,
+        typer.Option(help="Of a model that is called as it is: calls of several users are one, where that is exact."),
+    ] = True
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--whole/--packed", help="A vision-language model as it is, or the language model in it, with images."
+        ),
+    ] = True
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Of a model that is called as it is, over devices of its one shard: auto, balanced, balanced_low_0, "
+            'sequential, or a file such as {"vit.embeddings": 0, "vit.layers.0": "cpu", ...}.',
+        ),
+    ] = None
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Of the one shard with --device-map; default: those it names.")
+    ] = None
+
+    def spec(self, source: str) -> DeploymentSpec:
+        """The deployment of a model. Raises UserError when it can be none on any cluster."""
+        from api.settings import deployment_spec
+
+        return deployment_spec(
+            source=source,
+            name=self.name,
+            stages=self.stages,
+            ranks=self.ranks,
+            replicas=self.replicas,
+            dtype=self.dtype,
+            device=self.device,
+            cpus=self.cpus,
+            random_weights_seed=self.random_weights,
+            offload_bytes=int(self.offload * (1 << 30)),
+            share_across=self.share_across,
+            merges_calls=self.merge_calls,
+            whole=self.whole,
+            device_map=self.device_map,
+            gpus=self.gpus,
+        )
+
+
+def takes_deployment(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with a flag for each field in the place of its parameter `deployment`, which gets all of them."""
+    hints = get_type_hints(DeploymentFlags, include_extras=True)
+    flags = {field.name: field.default for field in fields(DeploymentFlags)}
+    own = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == "deployment":
+            parameters += [
+                inspect.Parameter(name, parameter.kind, default=default, annotation=hints[name])
+                for name, default in flags.items()
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=own[parameter.name]))
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        command(deployment=DeploymentFlags(**{name: given.pop(name) for name in flags}), **given)
+
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
