@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from api.console import errors
-from api.operations import _HERE, Key, Service, Url
+from api.operations import HERE, Key, Service, Url
 
 
 def validate(
     file: Annotated[Path, typer.Argument(help="A request, as `tracer.save_request(path)` writes it.", exists=True)],
     model: Annotated[str | None, typer.Option(help="Name of the deployment; default: the only one.")] = None,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
     as_json: Annotated[bool, typer.Option("--json", help="The certificate as JSON.")] = False,
 ) -> None:
@@ -47,7 +47,7 @@ def usage(
     month: Annotated[str | None, typer.Option(help="YYYY-MM, UTC; default: this one.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Only of one tenant; operators see all.")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="As CSV, for accounting.")] = False,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
 ) -> None:
     """Show what was used in a month, by tenant, user and deployment."""
@@ -77,7 +77,7 @@ def limits(
     given: Annotated[
         list[str] | None, typer.Argument(metavar="[LIMIT=NUMBER]...", help="All that it is to have; `none`: none.")
     ] = None,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
 ) -> None:
     """Show the limits that hold for one's requests to a deployment, or give the deployment its own.

@@ -10,7 +10,7 @@ from api import operations
 from api.asking import AsJson, quoted, show, when
 from api.console import errors
 from api.deployment_flags import DeploymentFlags, takes_deployment
-from api.operations import _HERE, Entry, Key, Name, Service, Url, Wait
+from api.operations import HERE, Entry, Key, Name, Service, Url, Wait
 
 models = typer.Typer(no_args_is_help=True, help="Deploy, list, load, evict, pin, schedule and remove deployments.")
 
@@ -22,13 +22,13 @@ Rests = Annotated[str | None, typer.Option(help="Where it goes then: warm (its w
 
 
 @models.command("list")
-def list_(as_json: AsJson = False, url: Url = _HERE, key: Key = None) -> None:
+def list_(as_json: AsJson = False, url: Url = HERE, key: Key = None) -> None:
     """List the deployments: what is loaded, what rests and why, what keeps each, and when it was used."""
     with errors():
         columns = {
             "model": lambda one: str(one["name"]),
             "state": lambda one: str(one["state"]),
-            "what": lambda one: operations._first_line(one["progress"]),
+            "what": lambda one: operations.first_line(one["progress"]),
             "kept": lambda one: _kept(one["keeping"]),
             "last used": lambda one: when(one["last_used"]),
             "queued": lambda one: str(one["queued"]),
@@ -47,7 +47,7 @@ def deploy(
     on_demand: OnDemand = False,
     idle: Idle = None,
     rests: Rests = None,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
     wait: Wait = True,
 ) -> None:
@@ -65,7 +65,7 @@ models.command()(operations.resize)
 
 
 @models.command()
-def load(name: Name, url: Url = _HERE, key: Key = None, wait: Wait = True) -> None:
+def load(name: Name, url: Url = HERE, key: Key = None, wait: Wait = True) -> None:
     """Load a deployment that rests, or try one again that has failed."""
     with errors():
         service = Service(url, key)
@@ -78,7 +78,7 @@ def load(name: Name, url: Url = _HERE, key: Key = None, wait: Wait = True) -> No
 def evict(
     name: Name,
     to: Annotated[str | None, typer.Option(help="warm or cold; default: where it rests.")] = None,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
     wait: Wait = True,
 ) -> None:
@@ -92,7 +92,7 @@ def evict(
 
 
 @models.command()
-def pin(name: Name, url: Url = _HERE, key: Key = None, wait: Wait = True) -> None:
+def pin(name: Name, url: Url = HERE, key: Key = None, wait: Wait = True) -> None:
     """Load a deployment and keep it loaded, whoever needs the room."""
     with errors():
         service = Service(url, key)
@@ -102,7 +102,7 @@ def pin(name: Name, url: Url = _HERE, key: Key = None, wait: Wait = True) -> Non
 
 
 @models.command()
-def unpin(name: Name, url: Url = _HERE, key: Key = None) -> None:
+def unpin(name: Name, url: Url = HERE, key: Key = None) -> None:
     """Let a deployment make room for others again."""
     with errors():
         _keep(Service(url, key), name, {"is_pinned": False})
@@ -115,7 +115,7 @@ def schedule(
         str | None, typer.Argument(help="'mon-fri 08:00-20:00', UTC, or '...; sat 10:00-14:00 Europe/Berlin'.")
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="No hours any more.")] = False,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
 ) -> None:
     """Keep a deployment loaded in these hours, and outside of them only as long as it is used."""
@@ -134,7 +134,7 @@ def set_(
     idle: Idle = None,
     never_idle: Annotated[bool, typer.Option("--never-idle", help="It stays until others need its room.")] = False,
     rests: Rests = None,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
 ) -> None:
     """Change what is named of how a deployment is kept; the rest stays."""

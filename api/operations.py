@@ -26,7 +26,7 @@ Wait = Annotated[bool, typer.Option(help="Follow it until it is so.")]
 Name = Annotated[str, typer.Argument(help="Name of the deployment.")]
 Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
 
-_HERE = "http://127.0.0.1:8765"
+HERE = "http://127.0.0.1:8765"
 _LOOK_S = 0.5
 
 
@@ -36,7 +36,7 @@ def deploy(
         str, typer.Argument(help="A folder with a Hugging Face model, or a hub id; the service reads it.")
     ],
     deployment: DeploymentFlags,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
     wait: Wait = True,
 ) -> None:
@@ -58,7 +58,7 @@ def put(service: Service, spec: DeploymentSpec, *, wait: bool, keeping: Mapping[
 
 def drain(
     name: Annotated[str | None, typer.Argument(help="Of a deployment; without: the whole service.")] = None,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
     wait: Wait = True,
 ) -> None:
@@ -79,7 +79,7 @@ def drain(
             service.follow(name, f"draining {name}", is_drained)
 
 
-def resume(url: Url = _HERE, key: Key = None) -> None:
+def resume(url: Url = HERE, key: Key = None) -> None:
     """Let a drained service take requests again."""
     with errors():
         Service(url, key).ask("DELETE", "/v1/drain")
@@ -89,7 +89,7 @@ def resume(url: Url = _HERE, key: Key = None) -> None:
 def remove(
     name: Name,
     now: Annotated[bool, typer.Option("--now", help="Do not finish what it has: refuse it.")] = False,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
     wait: Wait = True,
 ) -> None:
@@ -104,7 +104,7 @@ def remove(
 def resize(
     name: Name,
     replicas: Annotated[int, typer.Option(min=1, help="Copies that there are to be.")],
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
     wait: Wait = True,
 ) -> None:
@@ -125,7 +125,7 @@ def resize(
 
 def status(
     address: Annotated[str | None, typer.Argument(metavar="[URL]", help="Of the service, as --url.")] = None,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
 ) -> None:
     """Show a service's deployments, their replicas, states and queues."""
@@ -137,14 +137,14 @@ def status(
         told_all = Service(address or url, key).ask("GET", "/v1/models")
         for one in told_all["models"]:
             is_known = "class_name" in one
-            told = _first_line(one["progress"])
+            told = first_line(one["progress"])
             what = f"{one['class_name']}, {one['num_layers']} layers, {one['dtype']}" if is_known else told
             shape = one if is_known else one["spec"] or {}
             shards = f"{shape['stages']} x {shape['ranks']}" if shape else ""
             table.add_row(one["name"], one["state"], what, shards, str(one["queued"]), str(one["running"]))
             if len(one["replicas"]) > 1 or (is_known and one["state"] != "ready"):
                 for each in one["replicas"]:
-                    own = _first_line(each["progress"])
+                    own = first_line(each["progress"])
                     own = "" if own == told and not is_known else own
                     table.add_row(f"  replica {each['number']}", each["state"], own, "", "", str(each["requests"]))
         Console().print(table)
@@ -166,7 +166,7 @@ def _drain_all(service: Service, wait: bool) -> None:
         report("the service is drained" if told["queued"] + told["running"] == 0 else "the service is draining")
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
     """Of an error that others made: theirs are long."""
     return text.strip().partition("\n")[0]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from api.console import errors
-from api.operations import _HERE, Key, Service, Url
+from api.operations import HERE, Key, Service, Url
 
 
 def purge(
@@ -16,7 +16,7 @@ def purge(
     everything: Annotated[bool, typer.Option("--all", help="What is kept for accounting too.")] = False,
     cancel: Annotated[bool, typer.Option("--cancel", help="Cancel what waits or runs, instead of refusing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    url: Url = _HERE,
+    url: Url = HERE,
     key: Key = None,
 ) -> None:
     """Drop all requests, results, constants, kept values, states and edits of TENANT, or of one user. For operators."""
