@@ -186,7 +186,7 @@ def _repeated(step: Step) -> Place:
 def _viewed(step: Step) -> Place:
     place = step.place(step.first)
     if "dtype" in step.arguments:
-        return place if step.out.itemsize == step.first.itemsize else _unknown(step)
+        return _plain(place) if step.out.itemsize == step.first.itemsize else _unknown(step)
     if isinstance(place, Along):
         return reshaped(place, step.first.shape, step.out.shape, step.calls)
     return place
@@ -247,15 +247,21 @@ def _reduced(step: Step) -> Place:
         return place
     dims = step.dims("dim" if "dim" in step.arguments else "dims")
     if place.dim in dims:
-        is_told = step.name in _ONCE and place.content is Content.SAME
+        is_told = step.name in _ONCE and place.content is Content.SAME and not _has_places(step)
         # of all of an argument, these are what calls in one have in common (`engine.whole_contents.likeness`)
         is_all = len(dims) == step.first.ndim
         is_likeness = is_all and place.content is Content.ARGUMENT
-        if step.name == "sum" and is_all and step.first.dtype == torch.bool and place.content in _IN_COMMON:
+        is_count = step.first.dtype == torch.bool and step.out.dtype == torch.int64
+        if step.name == "sum" and is_all and is_count and place.content in _IN_COMMON:
             return Total(step.first.numel())
         return SAME if is_told or (is_likeness and step.name in _LIKENESS) else MIXED
     gone = 0 if step.arguments.get("keepdim", False) else sum(dim < place.dim for dim in dims)
     return _plain(place.to(place.dim - gone))
+
+
+def _has_places(step: Step) -> bool:
+    """Whether it also says where the largest or the least is."""
+    return step.name in ("max", "min") and "dim" in step.arguments
 
 
 def _layer_norm(step: Step) -> Place:
@@ -337,7 +343,7 @@ def _looked_up(step: Step) -> Place:
 def _gathered(step: Step) -> Place:
     own, at = step.place(step.first), step.place(step.arguments["index"])
     (dim,) = step.dims("dim")
-    if isinstance(at, Along) and at.content is Content.COUNT:
+    if any(isinstance(one, Along) and one.content is Content.COUNT for one in (own, at)):
         return MIXED
     if isinstance(own, Along) and isinstance(at, Along) and own.is_at(at) and own.dim != dim:
         return own.of(Content.OWN)
@@ -394,6 +400,27 @@ def _indexed(step: Step) -> Place:
     return (
         place_of_indices.to(start + place_of_indices.dim) if isinstance(place_of_indices, Along) else place_of_indices
     )
+
+
+def is_filling(arguments: Mapping[str, Any]) -> bool:
+    """Whether it is an `index_put` of one number where a mask says: it does not matter at how many places."""
+    indices = [at for at in arguments["indices"] if at is not None]
+    is_alone = len(indices) == 1 and indices[0].dtype == torch.bool and arguments["indices"][0] is indices[0]
+    return is_alone and not arguments.get("accumulate", True) and arguments["values"].numel() == 1
+
+
+def _put_at(step: Step) -> Place:
+    """`index_put`."""
+    own, values = step.place(step.first), step.place(step.arguments["values"])
+    if is_filling(step.arguments) and isinstance(values, Same):
+        mask = step.arguments["indices"][0]
+        if mask.ndim == step.first.ndim:
+            return _joined(step, [step.first, mask], step.first.ndim)
+        at = step.place(mask)  # of the first dimensions
+        if isinstance(own, Along) and isinstance(at, Along) and own.is_at(at):
+            return own.of(Content.OWN) if Content.COUNT not in (own.content, at.content) else MIXED
+        return MIXED
+    return _unknown(step)
 
 
 def _varies(step: Step, tensor: Tensor, along: Along, rank: int) -> bool:
@@ -464,6 +491,7 @@ _SIZES: dict[str, tuple[str, ...]] = {
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(("clone", "_to_copy", "alias", "detach", "lift_fresh"), _copied),
     **dict.fromkeys(("floor_divide", "masked_fill", "masked_fill_", "floor_divide_"), _by_element),
+    **dict.fromkeys(("hardswish", "hardswish_", "_prelu_kernel", "log_sigmoid_forward"), _by_element),
     "copy_": _copied_into,
     "eq": _compared,
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like", "fill_", "zero_"), _filled),
@@ -495,6 +523,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bicubic2d_aa"), _members),
     **dict.fromkeys(("_upsample_bilinear2d_aa", "reflection_pad1d", "reflection_pad2d"), _members),
     **dict.fromkeys(("replication_pad1d", "replication_pad2d", "im2col"), _members),
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), _members),
     **dict.fromkeys(("_scaled_dot_product_flash_attention_for_cpu",), _attention),
     **dict.fromkeys(("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"), _attention),
     **dict.fromkeys(("_scaled_dot_product_cudnn_attention",), _attention),
@@ -504,6 +533,7 @@ _RULES: dict[str, Rule] = {
     "gather": _gathered,
     "index_select": _chosen,
     "index": _indexed,
+    **dict.fromkeys(("index_put", "index_put_"), _put_at),
     **dict.fromkeys(("cat", "stack"), _put_together),
     "slice": _sliced,
     "constant_pad_nd": _padded,

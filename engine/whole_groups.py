@@ -12,8 +12,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from engine.whole_merging import (
     ALONE,
     BrokenError,
     Rows,
+    SettledError,
     Verdict,
     goes_apart,
     judge,
@@ -46,6 +48,8 @@ from scheduling.call_turns import Turn, joined, turns_of
 from scheduling.plan import PROLOGUE, Fragment, Member, RequestId
 
 _MOST_VERDICTS = 256
+_MOST_CHANGES = 4
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +62,7 @@ class CallGroups:
         self.verdicts: OrderedDict[Hashable, Verdict] = OrderedDict()
         self._settings: Hashable = None
         self._is_so: bool | None = None  # whether calls go in the manner of those that may be one; None: nobody called
+        self._num_changes = 0  # of settings, by calls that were looked at
         self.merged: list[tuple[RequestId, ...]] = []  # calls that went as one since somebody took this, by requests
 
     def run(self, waves: Sequence[tuple[Member, CallState]], alone: Callable[[Turn, CallState], None]) -> None:
@@ -114,11 +119,21 @@ class CallGroups:
         """Whether calls of the model go in the manner of those that may be one; the first one tells."""
         if self._is_so is None:
             with suppress(BrokenError):
-                why_not = why_not_so(self._model, called, self._device)
+                why_not = self._settled(partial(why_not_so, self._model, called, self._device))
                 self._is_so = why_not is None
                 if why_not is not None:
                     _log.info("calls of %s are not merged: %s", type(self._model).__name__, why_not)
         return self._is_so is not False
+
+    def _settled(self, look: Callable[[], T]) -> T | str:
+        """What it finds, or why not, of a model whose calls change its settings each time."""
+        try:
+            return look()
+        except SettledError as error:
+            self._num_changes += 1
+            if self._num_changes < _MOST_CHANGES:
+                raise
+            return str(error)
 
     def _verdict(self, parts: Sequence[_Part]) -> Verdict | None:
         """What is known of calls of one key, of which there are so many now; None where they go one by one."""
@@ -128,9 +143,10 @@ class CallGroups:
         verdict = self.verdicts.get(key.of_calls)
         if verdict is None:
             try:
-                verdict = judge(self._model, called, self._device)
+                found = self._settled(partial(judge, self._model, called, self._device))
             except BrokenError:
                 return None
+            verdict = Verdict(refusal=found) if isinstance(found, str) else found
             if verdict.refusal is not None:
                 told = "calls of %s with arguments of one structure go one by one: %s"
                 _log.info(told, type(self._model).__name__, verdict.refusal)

@@ -35,7 +35,9 @@ _POINTWISE = frozenset(
         *(torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_, torch.exp, torch.exp_, Tensor.exp, Tensor.exp_),
         *(torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, functional.logsigmoid, functional.softplus),
         *(functional.silu, functional.gelu, functional.mish, functional.elu, functional.selu, functional.celu),
-        *(torch.pow, Tensor.pow, Tensor.pow_, Tensor.__pow__),
+        *(torch.pow, Tensor.pow, Tensor.pow_, Tensor.__pow__, Tensor.__rpow__),
+        *(torch.exp2, Tensor.exp2, torch.sinh, Tensor.sinh, torch.cosh, Tensor.cosh, torch.atanh, Tensor.atanh),
+        *(torch.special.expit, torch.rsqrt, Tensor.rsqrt),
     }
 )
 _LANES = 64  # elements that a processor takes at once, at most: what is left over goes another way
@@ -43,13 +45,31 @@ _LANES = 64  # elements that a processor takes at once, at most: what is left ov
 
 @contextmanager
 def operation_by_operation() -> Iterator[None]:
-    """Inside torch does not take several operations of an encoder's layer in one, which it does or not by who looks."""
+    """Inside torch does not take several operations of an encoder's layer in one, which it does or not by who looks,
+    and goes no other ways for a batch of one.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with _OneLayout():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+class _OneLayout(TorchFunctionMode):
+    """Linear layers get their rows in one layout: of a batch of one a library may not see that they lie otherwise."""
+
+    def __torch_function__(
+        self,
+        function: Any,
+        _types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is functional.linear and args and isinstance(args[0], Tensor):
+            args = (args[0].contiguous(), *args[1:])
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager

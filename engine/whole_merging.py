@@ -151,6 +151,10 @@ class BrokenError(Exception):
     """A call raises, or there is no memory for it: that says nothing of others of its structure."""
 
 
+class SettledError(BrokenError):
+    """A call has changed settings. Some models do so once: the next call may tell."""
+
+
 @contextmanager
 def _raising_broken() -> Iterator[None]:
     try:
@@ -167,9 +171,10 @@ def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None])
     kept, settings, chance = _versions(model), settings_of(model), _chance(model)
     try:
         look()
-        is_same = _versions(model) == kept and settings_of(model) == settings
-        if not is_same or not torch.equal(chance, _chance(model)):
+        if _versions(model) != kept or not torch.equal(chance, _chance(model)):
             return "a call changes the model, or draws random numbers"
+        if settings_of(model) != settings:
+            raise SettledError("a call changes settings of the model")
     except _Refusal as found:
         return str(found)
     except UnprovenError as found:
@@ -256,7 +261,7 @@ def _proven_rows(model: nn.Module, called: Called, size: int) -> tuple[Rows, fro
     kept = list(kept_tensors(model))
     alone = Alone(kept)
     with _raising_broken():
-        _run(model, called, lambda _spot, _tensor: None, manner=lambda own: alone.running(tensors_of(own)))
+        _run(model, called, lambda _spot, _tensor: None, manner=partial(_proving, model, alone))
     several = Together(size, alone.ran, kept)
     rows: dict[Spot, int | None] = {}
     fixed: set[Spot] = set()
@@ -265,13 +270,23 @@ def _proven_rows(model: nn.Module, called: Called, size: int) -> tuple[Rows, fro
         place = several.place(tensor)
         if isinstance(place, Same):
             rows[spot] = None
-        elif isinstance(place, Along) and not place.dim and place.before == 1 and not overlaps(tensor):
+        elif isinstance(place, Along) and _is_rows(place) and not overlaps(tensor):
             rows[spot] = place.inside
-            if place.content is not Content.OWN:
+            if place.content is not Content.OWN or several.is_told(tensor):
                 fixed.add(spot)
 
-    _run(model, together([called] * size, size), note, manner=lambda own: several.running(tensors_of(own)))
+    _run(model, together([called] * size, size), note, manner=partial(_proving, model, several))
     return rows, frozenset(fixed)
+
+
+def _is_rows(place: Along) -> bool:
+    return not place.dim and place.before == 1 and place.content is not Content.COUNT
+
+
+@contextmanager
+def _proving(model: nn.Module, mode: Alone | Together, own: Called) -> Iterator[None]:
+    with weights_from_outside(model, mode.keep), mode.running(tensors_of(own)):
+        yield
 
 
 def _as_it_is(_called: Called) -> AbstractContextManager[None]:
@@ -316,7 +331,6 @@ def _run(
             stack.callback(module.register_forward_pre_hook(partial(before, path), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(partial(behind, path)).remove)
         args, kwargs = own = together([called], 1)  # models change their arguments
-        stack.enter_context(weights_from_outside(model))
         stack.enter_context(manner(own))
         model(*args, **kwargs)
 

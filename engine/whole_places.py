@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import psutil  # accelerate's own
@@ -168,30 +169,42 @@ def let_go(model: nn.Module) -> None:
 
 
 @contextmanager
-def weights_from_outside(model: nn.Module) -> Iterator[None]:
-    """Inside, offloaded weights are read where no mode of torch looks: libraries that read files do not under one."""
+def weights_from_outside(model: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, offloaded weights are read where no mode of torch looks: libraries that read files do not under one.
+    `keep` hears of those that have come for a module.
+    """
     hooks = [
         hook for _, module in offloaded_modules(model) for hook in _hooks_of(module) if hook.weights_map is not None
     ]
     maps = [hook.weights_map for hook in hooks]
+
+    def come(hook: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = type(hook).pre_forward(hook, module, *args, **kwargs)
+        for tensor in (*module.parameters(), *module.buffers()):
+            keep(tensor)
+        return given
+
     for hook, own in zip(hooks, maps, strict=True):
-        hook.weights_map = _Outside(own)
+        hook.weights_map, hook.pre_forward = _Outside(own, keep), partial(come, hook)
     try:
         yield
     finally:
         for hook, own in zip(hooks, maps, strict=True):
             hook.weights_map = own
+            del hook.pre_forward
 
 
 class _Outside(Mapping[str, Tensor]):
     """Offloaded weights by their names."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._weights = weights
+    def __init__(self, weights: Mapping[str, Tensor], keep: Callable[[Tensor], None]) -> None:
+        self._weights, self._keep = weights, keep
 
     def __getitem__(self, name: str) -> Tensor:
         with _disable_current_modes(), torch._C.DisableTorchFunction():
-            return self._weights[name]
+            found = self._weights[name]
+            self._keep(found)
+            return found
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights
