@@ -142,6 +142,11 @@ OWN: dict[str, Function] = {
     "ones of its own": own_ones,
     "repeated": lambda x, *_: x.repeat(1, 2, 1) + torch.zeros(1, 8, 6).repeat(len(x), 1, 1),
     "repeated before": lambda x, *_: x.repeat(2, 1, 1),
+    "a number where a mask says": lambda x, *_: (y := x.clone(), y.__setitem__(y > 0, 3.0), y)[-1],
+    "a number at rows that a mask says": lambda x, i, n, m: (y := x.clone(), y.__setitem__(m == 0, 3.0), y)[-1],
+    "constants": lambda x, *_: x[:, [2, 0]] * torch.tensor(2.0) + x.new_tensor([1.0]),
+    "contiguous rows": lambda x, *_: x.transpose(1, 2).contiguous().transpose(1, 2).reshape(len(x), -1),
+    "units": lambda x, i, *_: F.pixel_unshuffle(F.hardswish(i), 2),
     "where": lambda x, *_: torch.where(x > 0, x, x.new_zeros(len(x), 1, 6)),
     "triangle": lambda x, *_: x.tril() + torch.ones(4, 6).triu(),
     "in place": lambda x, *_: x.clone().add_(1).mul_(x).clamp_(min=0),
@@ -194,6 +199,29 @@ def no_longer_ones(x: Tensor, *_: Tensor) -> Tensor:
     return keep.amax()
 
 
+def other_content(x: Tensor, *_: Tensor) -> Tensor:
+    kept = torch.zeros(())
+    kept.data = x.max()
+    return x * kept
+
+
+def caught(x: Tensor, *_: Tensor) -> Tensor:
+    try:
+        return -x if x.max() > 1e9 else x
+    except Exception:  # noqa: BLE001  as models do
+        return x
+
+
+def counted(x: Tensor, _i: Tensor, numbers: Tensor, _m: Tensor) -> Tensor:
+    return torch.arange(len(x))[:, None].expand(-1, 4).gather(1, numbers)
+
+
+def where_largest(x: Tensor, *_: Tensor) -> Tensor:
+    made = torch.zeros(len(x), 2)
+    made[:, 1] = 1
+    return x * made.t().reshape(-1).max(0).indices
+
+
 MIXING: dict[str, Function] = {
     "mean of all": lambda x, *_: x - x.mean(0),
     "the largest of all": lambda x, *_: torch.where(x.max() > 1e9, 0, x),
@@ -221,8 +249,20 @@ MIXING: dict[str, Function] = {
     "half a mask": lambda x, i, n, mask: x * mask[:, :2].all(),
     "a number of theirs": lambda x, *_: torch.full((4, 6), float(len(x))) + x,
     "made elsewhere": lambda x, *_: x + torch.tensor([float(len(x))]),
+    "made of a tensor": lambda x, *_: x * torch.tensor([x.max(), x.min()])[0],
+    "made of a tensor by another": lambda x, *_: x * x.new_tensor([x.max()]),
+    "a parameter": lambda x, *_: x * nn.Parameter(x.max(), requires_grad=False),
+    "an index in a list": lambda x, i, n, _: x[:, [n.max()]],
+    "which of all": counted,
+    "where it is largest": where_largest,
+    "another dtype's bits": lambda x, i, n, _: x * n.int().view(torch.float32).all(),
 }
 LOOKING: dict[str, Function] = {
+    "other content": other_content,
+    "caught": caught,
+    "integers": lambda x, i, n, _: x.index_select(1, torch.LongTensor([n.max()])),
+    "text": lambda x, *_: x if "e+10" in repr(x.max()) else -x,
+    "split at": lambda x, i, n, _: x.tensor_split(n[0, :1], 1)[0],
     "branch": lambda x, *_: x if x.max() > 1e9 else 2 * x,
     "item": lambda x, *_: x * x[0, 0, 0].item(),
     "index": lambda x, i, n, _: TABLE[n.max()] + x[..., :5],
@@ -263,6 +303,19 @@ def test_elements_in_their_order_keep_calls_together_or_not() -> None:
     assert isinstance(reshaped(along, (4, 30, 7), (8, 3, 7, 5), calls), Along)
     assert isinstance(reshaped(along, (4, 30, 7), (10, 12, 7), calls), Mixed)
     assert isinstance(reshaped(Along(0, 1, 1), (4,), (2, 2), 4), Mixed)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_copies_that_only_several_calls_need_are_none(rows: int) -> None:
+    def turned(x: Tensor, *_: Tensor) -> Tensor:
+        odd = x.transpose(0, 1).contiguous().transpose(0, 1)
+        return F.linear(odd, WEIGHT).reshape(len(x), -1) + odd.contiguous().flatten(1)
+
+    calls = [tuple([part[:rows] for part in given(seed)]) for seed in range(CALLS)]
+    made, place = proven(turned, [calls[0]] * CALLS)
+    assert place == Along(0, 1, rows)
+    with torch.no_grad():
+        torch.testing.assert_close(made[:rows], turned(*calls[0]), rtol=1e-5, atol=1e-5)
 
 
 class Encoder(nn.Module):

@@ -377,6 +377,79 @@ def test_who_writes_what_the_proof_goes_by_is_nobodys_neighbour() -> None:
             close(ours, plain(x, torch.tensor([1, 1 - (number == 1)])))
 
 
+class OfPart(Masked):
+    """Hands a part of its mask on: a view."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.first(x)
+        self.hands_on(mask[:, :1])
+        out: Tensor = self.last(x if mask.all() else -x)
+        return out
+
+
+def test_who_writes_to_a_view_of_what_the_proof_goes_by_is_nobodys_neighbour() -> None:
+    plain = seeded(OfPart)
+    model, backend = merging_model(plain)
+    calls = [torch.randn(2, 16) for _ in range(3)]
+    tracers = []
+    for number, x in enumerate(calls):
+        with model.trace(x=x, mask=torch.ones(2, 3, dtype=torch.long), run=False) as tracer:
+            if number == 1:
+                model.hands_on.output[:] = 0
+            model.output.save()
+        tracers.append(tracer)
+    for number, (x, ours) in enumerate(zip(calls, outputs(backend, tracers, [2, 0, 2]), strict=True)):
+        with torch.no_grad():
+            close(ours, plain.last(plain.first(x) * (-1 if number == 1 else 1)))
+
+
+class OfData(nn.Module):
+    """Changes what it keeps without torch's counting it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = nn.Linear(16, 16), nn.Buffer(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.data += 1
+        out: Tensor = self.inner(x) * self.calls
+        return out
+
+
+def test_a_model_that_changes_its_data_goes_one_by_one() -> None:
+    plain = seeded(OfData)
+    model, backend = merging_model(plain)
+    calls = [torch.randn(2, 16) for _ in range(2)]
+    got = outputs(backend, [traced(model, x=x) for x in calls], [0, 0])
+    for number, (x, ours) in enumerate(zip(calls, got, strict=True)):
+        with torch.no_grad():
+            close(ours, (number + 1) * plain.inner(x))
+
+
+class Settling(nn.Module):
+    """Sets something at its first call, as models do that begin to capture what is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.is_set = nn.Linear(16, 16), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.is_set = True
+        out: Tensor = self.inner(x)
+        return out
+
+
+def test_a_model_that_sets_something_once_is_merged_when_it_has() -> None:
+    plain = seeded(Settling)
+    backend = WholeBackend(plain, name="settling", merges=True)
+    model: Any = WholeModel(backend)
+    for num_merged in ([0, 0], [2, 2]):
+        calls = [torch.randn(2, 16) for _ in range(2)]
+        for x, ours in zip(calls, outputs(backend, [traced(model, x=x) for x in calls], num_merged), strict=True):
+            with torch.no_grad():
+                close(ours, plain(x))
+
+
 class InPlace(nn.Module):
     """Its inner module changes what comes in, which goes on beside it."""
 
