@@ -250,7 +250,8 @@ def _given(values: LayerValues, name: str, added: Added | None, summed: Outcome,
     else:
         times = f", {added.scale:.4g} times" if added.is_scaled else ""
         says, found = f"{says}{times}", equal(value, _as(given, value))
-    yield _check(values, name, says, found)
+    # where an MLP gives but a part of what is added, it takes but a part of what is given
+    yield _check(values, name, says, found, "mlp_output mlp_input" if name == "mlp_output" else None)
 
 
 def _with_residual(values: LayerValues, added: Added | None, total: Tensor | None, name: str) -> Iterator[Check]:

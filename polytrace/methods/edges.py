@@ -52,7 +52,8 @@ def edge_attribution_patching(
     the clean metric). Behind a norm (Gemma 2, OLMo 2) a head writes what the norm, with its scale in either run, makes
     of what it gives, and its edges add up to the gradient of that. Needs torch.
 
-    Raises GraphError where the residual is not the sum of what is written, to 1e-4 of its largest feature.
+    Raises GraphError where the residual is not the sum of what is written, or its gradient not that of its readers,
+    to 1e-4 of the largest feature.
     """
     torch = needs_torch("edge_attribution_patching")
     base, other = pairs_of(model, clean, corrupt)
@@ -157,16 +158,20 @@ class _Edges:
     def record(self, deltas: Sequence[Any], taken: Sequence[_Taken], last: Any) -> None:
         """`deltas` in the order of `_written`, and the last residual."""
         self.written = self._write(deltas[0], ["embedding"])
+        behind = [own.before for own in taken[1:]] + [last]
         for number, (own, block) in enumerate(zip(taken, self.blocks, strict=True)):
-            self._read_heads(number, own, block)
+            to_heads = self._read_heads(number, own, block)
             heads, mlp = deltas[1 + 2 * number : 3 + 2 * number]
             names = [f"{number}.{head}" for head in range(heads.shape[2])]
             if own.middle is None:  # side by side
-                self._read_mlp(number, own, own.before, block)
+                to_mlp = self._read_mlp(number, own, own.before, block)
                 self.written = self._write(heads, names)
+                self._check_readers(own.before, to_heads + to_mlp + behind[number].grad)
             else:
                 self.written = self._write(heads, names)
-                self._read_mlp(number, own, own.middle, block)
+                to_mlp = self._read_mlp(number, own, own.middle, block)
+                self._check_readers(own.middle, to_mlp + behind[number].grad)
+                self._check_readers(own.before, to_heads + own.middle.grad)
             self.written = self._write(mlp, [f"{number}.mlp"])
         self._score(last.grad[:, :, None], ["logits"])
 
@@ -174,7 +179,11 @@ class _Edges:
         self.writers += names
         return delta if self.written is None else self.torch.cat([self.written, delta], 2)
 
-    def _read_heads(self, number: int, own: _Taken, block: Block) -> None:
+    def _check_readers(self, residual: Any, gradient_nTD: Any) -> None:
+        """Who reads the residual from one place to the next has all of its gradient together."""
+        self.errors.append(_apart(gradient_nTD, residual.grad, self.mask_nT))
+
+    def _read_heads(self, number: int, own: _Taken, block: Block) -> Any:
         parts, names = [], []
         for name, weight in _WEIGHTS.items():
             gradient_nTHC = own.heads[name].grad
@@ -182,12 +191,15 @@ class _Edges:
             names += [f"{number}.{head}.{name}" for head in range(gradient_nTHC.shape[2])]
         gradient_nTRD = self.torch.cat(parts, 2)
         norm = _in_front(own.layer, block.ln1, "attention")
-        self._score(self._before_norm(norm, own.before, own.attention, gradient_nTRD), names)
+        gradient_nTRD = self._before_norm(norm, own.before, own.attention, gradient_nTRD)
+        self._score(gradient_nTRD, names)
+        return gradient_nTRD.sum(2)
 
-    def _read_mlp(self, number: int, own: _Taken, residual: Any, block: Block) -> None:
+    def _read_mlp(self, number: int, own: _Taken, residual: Any, block: Block) -> Any:
         norm = _in_front(own.layer, block.ln2, "mlp")
         gradient = self._before_norm(norm, residual, own.mlp, own.mlp.grad[:, :, None])
         self._score(gradient, [f"{number}.mlp"])
+        return gradient[:, :, 0]
 
     def _before_norm(self, norm: str | None, residual: Any, given: Any, gradient_nTRD: Any) -> Any:
         """Gradients at what a norm gives as those at what it takes, for each reader on its own."""
@@ -227,7 +239,8 @@ def _check(model: Model, errors: Any) -> None:
     if worst > limit:
         raise GraphError(
             f"this model's residual is not the sum of what its heads and MLPs give, each read through a norm of its "
-            f"own: it is off by {worst:.2g} of the largest value, and {limit:g} is allowed; use attribution_patching",
+            f"own, or something else reads it: values or gradients are off by {worst:.2g} of the largest, where "
+            f"{limit:g} is allowed; use attribution_patching",
             where=user_line(),
         )
 

@@ -219,6 +219,15 @@ OTHERS = {
     "norms behind attention and MLP alone": transformers.Olmo2Config(**TINY, pad_token_id=0),
     "a factor on what is added": transformers.GraniteConfig(**TINY, residual_multiplier=0.22, logits_scaling=0.5),
     "scaled residuals": transformers.DogeConfig(**TINY),
+    "an expert beside others": transformers.Llama4TextConfig(
+        **TINY, head_dim=8, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=64
+    ),
+}
+
+
+WITHOUT = {
+    "scaled residuals": r"did not hold that resid_mid = resid_pre \+ self_attn.output",
+    "an expert beside others": r"has no mlp_input: .* did not hold that mlp_output is what is added to the residual",
 }
 
 
@@ -237,8 +246,8 @@ def other(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
 
 def test_edges_of_the_embedding_add_up_to_the_gradient_at_it_or_the_family_is_refused(other: tuple[str, Any]) -> None:
     kind, model = other
-    if kind == "scaled residuals":
-        with pytest.raises(GraphError, match=r"did not hold that resid_mid = resid_pre \+ self_attn.output"):
+    if kind in WITHOUT:
+        with pytest.raises(GraphError, match=WITHOUT[kind]):
             edge_attribution_patching(model, CLEAN, CORRUPT, METRIC)
         return
     edges = edge_attribution_patching(model, CLEAN, CORRUPT, METRIC).effect
