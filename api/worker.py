@@ -287,8 +287,11 @@ def _warm() -> None:
 
 
 def _prepare(model: str, version: str) -> None:
+    from polytrace.collector import settle
+
     assert _worker is not None
     _worker.load(model, version)
+    settle()
 
 
 def _check(
