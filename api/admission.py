@@ -15,6 +15,7 @@ from functools import partial
 
 from anyio import to_thread
 
+from api.bursts import Bursts
 from api.figures import CHECK
 from api.hops import hop
 from api.idempotency import Submit
@@ -54,6 +55,7 @@ class Admission:
         self._settings = settings
         self._checker = checker
         self._rates = Rates()
+        self._bursts = Bursts(store)
         self.uploads = UploadRoom(most=settings.upload_bytes, most_of_tenant=settings.upload_bytes_of_tenant)
         self._known: dict[tuple[str, str], tuple[float, Terms]] = {}
 
@@ -164,7 +166,7 @@ class Admission:
             is_kept=is_kept,
         )
         try:
-            status = await hop(add)
+            status = await (hop(add) if is_kept else self._bursts.accept(add))
             about_call(request=request, accepted=request)
             return status
         except TooLargeError as error:
