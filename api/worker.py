@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api import log_lines
-from api.alike import MAX_BYTES, Remembered, is_remembered, likeness
+from api.alike import Remembered, is_remembered
 from api.contents import NOTHING, Needs, needs_of
 from api.limits import NO_DEMAND, Demand, demand_of
 from api.time_limits import within
+from cluster.likeness import MAX_BYTES, likeness
 from polytrace.errors import (
     GraphError,
     MissingError,

@@ -11,9 +11,9 @@ import pytest
 from services import make_model
 
 from api import worker
-from api.alike import likeness
 from api.store import Store
 from api.worker import Verdict
+from cluster.likeness import likeness
 from cluster.requests import DeploymentState, Published
 from engine.local import LocalBackend
 from polytrace.codec import to_json
