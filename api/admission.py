@@ -15,6 +15,7 @@ from functools import partial
 
 from anyio import to_thread
 
+from api.alike import Remembered
 from api.bursts import Bursts
 from api.figures import CHECK
 from api.hops import hop
@@ -56,6 +57,7 @@ class Admission:
         self._checker = checker
         self._rates = Rates()
         self._bursts = Bursts(store)
+        self._remembered = Remembered(checker)
         self.uploads = UploadRoom(most=settings.upload_bytes, most_of_tenant=settings.upload_bytes_of_tenant)
         self._known: dict[tuple[str, str], tuple[float, Terms]] = {}
 
@@ -109,7 +111,7 @@ class Admission:
         path, contents = self._store.request_path(request), self._store.contents.folder_of(caller.owner)
         began = time.perf_counter()
         try:
-            verdict = await self._checker.check(terms.model, served.version, path, contents=contents, certify=certify)
+            verdict = await self._remembered.check(terms.model, served, path, contents=contents, certify=certify)
         finally:
             self.uploads.release(request)
         seconds = time.perf_counter() - began

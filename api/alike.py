@@ -1,49 +1,58 @@
-"""Verdicts that a checking process remembers: a request that is like one before need not be worked out again.
+"""Verdicts that the gateway remembers: a request that is like one before need not go to a checking process.
 
 What "like" is, `cluster.likeness` says. Nothing is remembered of a graph whose shapes may follow from values
-(`engine.known`). The file itself, and the tokens, are checked each time.
+(`engine.known`); a worker says so. The file itself, and the tokens, are checked each time.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from cluster.likeness import MAX_BYTES, Likeness
-
-if TYPE_CHECKING:
-    from api.worker import Verdict
-    from polytrace.graph import Request
+from api.served import Checker, Served
+from api.worker import Verdict
+from cluster.likeness import MAX_BYTES, Likeness, likeness
+from polytrace.errors import PolytraceError, WireError
+from scheduling.checks import check_prompt
 
 _MOST = 512  # verdicts, of all deployments
 
 
-def is_remembered(request: Request) -> bool:
-    """Whether its verdict follows from what is compared."""
-    from engine.known import looks_at_data
-    from polytrace.graph import Op
-
-    return not any(isinstance(node, Op) and looks_at_data(node) for node in request.graph.nodes)
-
-
 class Remembered:
-    """Verdicts by likeness, those that were asked for last."""
+    """Verdicts by likeness, those that were asked for last. Belongs to one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, checker: Checker) -> None:
+        self._checker = checker
         self._known: OrderedDict[bytes, Verdict] = OrderedDict()
 
-    def find(self, likeness: Likeness, num_bytes: int) -> Verdict | None:
-        """The verdict on a request of this size that is like one before."""
-        found = self._known.get(likeness.digest)
-        if found is None:
-            return None
-        self._known.move_to_end(likeness.digest)
-        return replace(found, demand=replace(found.demand, request_bytes=num_bytes))
+    async def check(self, model: str, served: Served, path: Path, *, contents: Path, certify: bool) -> Verdict:
+        """As `Checker.check`, of a request to what is served."""
+        num_bytes = path.stat().st_size
+        is_small = num_bytes <= MAX_BYTES and not certify
+        like = _likeness(model, served.version, str(contents), path.read_bytes()) if is_small else None
+        if like is not None and (known := self._known.get(like.digest)) is not None:
+            self._known.move_to_end(like.digest)
+            try:
+                check_prompt(like.tokens, served.description)
+            except PolytraceError as error:
+                return Verdict(error=error.to_fields())
+            return replace(known, demand=replace(known.demand, request_bytes=num_bytes))
+        verdict = await self._checker.check(model, served.version, path, contents=contents, certify=certify)
+        if like is not None and verdict.holds_alike:
+            self._keep(like, verdict)
+        return verdict
 
-    def keep(self, likeness: Likeness, verdict: Verdict) -> None:
-        """For those that come after it."""
+    def _keep(self, like: Likeness, verdict: Verdict) -> None:
         if verdict.error is None and len(verdict.facts or b"") <= MAX_BYTES:
-            self._known[likeness.digest] = verdict
+            self._known[like.digest] = verdict
             if len(self._known) > _MOST:
                 self._known.popitem(last=False)
+
+
+def _likeness(model: str, version: str, owner: str, content: bytes) -> Likeness | None:
+    """None also of what is no request: a worker says what is wrong with it."""
+    try:
+        return likeness(model, version, owner, content)
+    except WireError:
+        return None
