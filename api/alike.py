@@ -10,6 +10,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
+from api.hops import hop
 from api.served import Checker, Served
 from api.worker import Verdict
 from cluster.likeness import MAX_BYTES, Likeness, likeness
@@ -17,6 +18,7 @@ from polytrace.errors import PolytraceError, WireError
 from scheduling.checks import check_prompt
 
 _MOST = 512  # verdicts, of all deployments
+_AT_ONCE_BYTES = 8 << 10  # of a request that is looked at in less time than a thread takes to begin
 
 
 class Remembered:
@@ -29,8 +31,10 @@ class Remembered:
     async def check(self, model: str, served: Served, path: Path, *, contents: Path, certify: bool) -> Verdict:
         """As `Checker.check`, of a request to what is served."""
         num_bytes = path.stat().st_size
-        is_small = num_bytes <= MAX_BYTES and not certify
-        like = _likeness(model, served.version, str(contents), path.read_bytes()) if is_small else None
+        like: Likeness | None = None
+        if num_bytes <= MAX_BYTES and not certify:
+            told = model, served.version, contents, path
+            like = _likeness(*told) if num_bytes <= _AT_ONCE_BYTES else await hop(_likeness, *told)
         if like is not None and (known := self._known.get(like.digest)) is not None:
             self._known.move_to_end(like.digest)
             try:
@@ -50,9 +54,9 @@ class Remembered:
                 self._known.popitem(last=False)
 
 
-def _likeness(model: str, version: str, owner: str, content: bytes) -> Likeness | None:
+def _likeness(model: str, version: str, contents: Path, path: Path) -> Likeness | None:
     """None also of what is no request: a worker says what is wrong with it."""
     try:
-        return likeness(model, version, owner, content)
+        return likeness(model, version, str(contents), path.read_bytes())
     except WireError:
         return None
