@@ -42,7 +42,7 @@ from api import figures, idempotency, quotas, starting, usage
 from api.audit import Audit
 from api.away import AwayError
 from api.catalogue import Catalogue, check_taking
-from api.claiming import Outlook, all_to_each, find_waiting, outlook_of
+from api.claiming import CANCELLED, Outlook, all_to_each, find_waiting, outlook_of
 from api.clock import SteadyClock
 from api.contents import NOTHING, Contents, Needs, sync
 from api.database import Transaction, open_database
@@ -640,10 +640,7 @@ class Store(Catalogue):
             self._drop_behind(request, has_result=False)
 
     def cancellations(self, model: str) -> list[RequestId]:
-        rows = self._db.rows(
-            "SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled = 1", (model,)
-        )
-        return [row[0] for row in rows]
+        return [row[0] for row in self._db.rows(CANCELLED, (model,))]
 
     def place_result(self, request: RequestId, room: int, data_bytes: int) -> ResultPlace:
         return self.results.place(request, room, data_bytes)
