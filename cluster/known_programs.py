@@ -63,7 +63,9 @@ class KnownPrograms:
         is_written = any(isinstance(node, Write) for node in worked_out.program.graph.nodes)
         key = _key(one, is_written=is_written)
         self._bytes += one.num_bytes - self._known.pop(key, (None, 0))[1]
-        self._known[key] = replace(worked_out, program=replace(worked_out.program, constants={})), one.num_bytes
+        nobodys = tuple([replace(invoke, sequences=()) for invoke in worked_out.program.invokes])  # no prompt stays
+        program = replace(worked_out.program, constants={}, invokes=nobodys)
+        self._known[key] = replace(worked_out, program=program), one.num_bytes
         while self._bytes > _MOST_BYTES:
             _, (_, num_bytes) = self._known.popitem(last=False)
             self._bytes -= num_bytes
