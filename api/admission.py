@@ -15,6 +15,8 @@ from functools import partial
 
 from anyio import to_thread
 
+from api.alike import Remembered
+from api.bursts import Bursts
 from api.figures import CHECK
 from api.hops import hop
 from api.idempotency import Submit
@@ -55,6 +57,8 @@ class Admission:
         self._settings = settings
         self._checker = checker
         self._rates = Rates()
+        self._bursts = Bursts(store)
+        self._remembered = Remembered(checker)
         self.uploads = UploadRoom(most=settings.upload_bytes, most_of_tenant=settings.upload_bytes_of_tenant)
         self._known: dict[tuple[str, str], tuple[float, Terms]] = {}
 
@@ -108,7 +112,7 @@ class Admission:
         path, contents = self._store.request_path(request), self._store.contents.folder_of(caller.owner)
         began = time.perf_counter()
         try:
-            verdict = await self._checker.check(terms.model, served.version, path, contents=contents, certify=certify)
+            verdict = await self._remembered.check(terms.model, served, path, contents=contents, certify=certify)
         finally:
             self.uploads.release(request)
         seconds = time.perf_counter() - began
@@ -165,7 +169,7 @@ class Admission:
             is_kept=is_kept,
         )
         try:
-            status = await hop(add)
+            status = await (hop(add) if is_kept else self._bursts.accept(add))
             about_call(request=request, accepted=request)
             return status
         except TooLargeError as error:

@@ -1,95 +1,62 @@
-"""Verdicts that a checking process remembers: a request that is like one before it need not be worked out again.
+"""Verdicts that the gateway remembers: a request that is like one before need not go to a checking process.
 
-What a verdict says of a request with one prompt follows from its graph, the length of the prompt, and its constants: of
-those that are floating point from their dtypes and shapes alone. So a sweep over prompts, vectors or seeds is worked
-out once. With several prompts it matters which of their tokens are equal, and nothing is remembered. Nor is it of a
-graph whose shapes may follow from values (`engine.known`), nor where anything stands on the service or goes on.
-
-Each owner's are remembered apart, so the time that a check takes tells nobody what others ask.
-
-Owns what "like" is. The file itself, and the tokens, are checked each time.
+What "like" is, `cluster.likeness` says. Nothing is remembered of a graph whose shapes may follow from values
+(`engine.known`); a worker says so. The file itself, and the tokens, are checked each time.
 """
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
-from dataclasses import dataclass, replace
-from hashlib import blake2b
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
 
-from polytrace.tensors import RawTensor
-from polytrace.wire import decode_tensors
+from api.hops import hop
+from api.served import Checker, Served
+from api.worker import Verdict
+from cluster.likeness import MAX_BYTES, Likeness, likeness
+from polytrace.errors import PolytraceError, WireError
+from scheduling.checks import check_prompt
 
-if TYPE_CHECKING:
-    from api.worker import Verdict
-    from polytrace.graph import Request
-
-MAX_BYTES = 64 << 10  # of a request, and of the facts that are remembered of one
 _MOST = 512  # verdicts, of all deployments
-_ONE_PROMPT = [[1], 0]  # as a request says that it has one invoke with its one prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Likeness:
-    """What requests that are alike have in common, and the one's own tokens."""
-
-    digest: bytes
-    tokens: tuple[int, ...]
-
-
-def likeness(model: str, version: str, owner: str, content: bytes) -> Likeness | None:
-    """Of an owner's request. None where a verdict may follow from more than what is compared.
-
-    Raises WireError as decoding does.
-    """
-    body, tensors = decode_tensors(content, "request")
-    if not isinstance(body, dict) or body.keys() & {"stored", "keeps", "generations", "inputs"}:
-        return None
-    prompts, seed = body.get("prompts"), body.get("seed")
-    if not isinstance(prompts, list) or len(prompts) != 1 or body.get("invokes") != _ONE_PROMPT:
-        return None
-    (tokens,) = prompts
-    if not isinstance(tokens, list) or not tokens or set(map(type, tokens)) != {int}:
-        return None
-    if type(seed) is not int or not 0 <= seed < 1 << 63:
-        return None
-    rest = {name: value for name, value in body.items() if name not in ("prompts", "seed")}
-    constants = [[name, raw.dtype, raw.shape, *_told(raw)] for name, raw in tensors.items()]
-    text = json.dumps([model, version, owner, rest, len(tokens), constants])
-    return Likeness(blake2b(text.encode(), digest_size=32).digest(), tuple(tokens))
-
-
-def is_remembered(request: Request) -> bool:
-    """Whether its verdict follows from what is compared."""
-    from engine.known import looks_at_data
-    from polytrace.graph import Op
-
-    return not any(isinstance(node, Op) and looks_at_data(node) for node in request.graph.nodes)
+_AT_ONCE_BYTES = 8 << 10  # of a request that is looked at in less time than a thread takes to begin
 
 
 class Remembered:
-    """Verdicts by likeness, those that were asked for last."""
+    """Verdicts by likeness, those that were asked for last. Belongs to one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, checker: Checker) -> None:
+        self._checker = checker
         self._known: OrderedDict[bytes, Verdict] = OrderedDict()
 
-    def find(self, likeness: Likeness, num_bytes: int) -> Verdict | None:
-        """The verdict on a request of this size that is like one before."""
-        found = self._known.get(likeness.digest)
-        if found is None:
-            return None
-        self._known.move_to_end(likeness.digest)
-        return replace(found, demand=replace(found.demand, request_bytes=num_bytes))
+    async def check(self, model: str, served: Served, path: Path, *, contents: Path, certify: bool) -> Verdict:
+        """As `Checker.check`, of a request to what is served."""
+        num_bytes = path.stat().st_size
+        like: Likeness | None = None
+        if num_bytes <= MAX_BYTES and not certify:
+            told = model, served.version, contents, path
+            like = _likeness(*told) if num_bytes <= _AT_ONCE_BYTES else await hop(_likeness, *told)
+        if like is not None and (known := self._known.get(like.digest)) is not None:
+            self._known.move_to_end(like.digest)
+            try:
+                check_prompt(like.tokens, served.description)
+            except PolytraceError as error:
+                return Verdict(error=error.to_fields())
+            return replace(known, demand=replace(known.demand, request_bytes=num_bytes))
+        verdict = await self._checker.check(model, served.version, path, contents=contents, certify=certify)
+        if like is not None and verdict.holds_alike:
+            self._keep(like, verdict)
+        return verdict
 
-    def keep(self, likeness: Likeness, verdict: Verdict) -> None:
-        """For those that come after it."""
+    def _keep(self, like: Likeness, verdict: Verdict) -> None:
         if verdict.error is None and len(verdict.facts or b"") <= MAX_BYTES:
-            self._known[likeness.digest] = verdict
+            self._known[like.digest] = verdict
             if len(self._known) > _MOST:
                 self._known.popitem(last=False)
 
 
-def _told(raw: RawTensor) -> list[str]:
-    is_float = raw.dtype.startswith(("float", "bfloat"))
-    return [] if is_float else [blake2b(raw.data, digest_size=32).hexdigest()]
+def _likeness(model: str, version: str, contents: Path, path: Path) -> Likeness | None:
+    """None also of what is no request: a worker says what is wrong with it."""
+    try:
+        return likeness(model, version, str(contents), path.read_bytes())
+    except WireError:
+        return None

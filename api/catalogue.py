@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from api.heating import COLUMNS, Heating, keeping_of
+from api.heating import COLUMNS, IS_DESCRIBED, Heating, keeping_of
 from cluster.config import ALWAYS, DeploymentSpec, Heat, Keeping, Mode, Wanted
 from cluster.requests import DeploymentState, Published, ReplicaStatus
 from polytrace.codec import from_json, to_json
@@ -65,10 +65,10 @@ class Catalogue(Heating):
         """
         with self._db.transaction() as db:
             row = db.execute(
-                "SELECT spec, mode, state, description FROM deployments WHERE model = ?", (spec.name,)
+                f"SELECT spec, mode, state, {IS_DESCRIBED} FROM deployments WHERE model = ?", (spec.name,)
             ).fetchone()
             if row is not None and not replaces:
-                has_never_served = row[2] == DeploymentState.FAILED.value and row[3] is None
+                has_never_served = row[2] == DeploymentState.FAILED.value and not row[3]
                 _check_same(spec, None if has_never_served else row[0], Mode(row[1]))
             db.execute(
                 "INSERT INTO deployments (model, state, progress, updated, spec) VALUES (?, ?, ?, ?, ?) "
@@ -129,7 +129,7 @@ class Catalogue(Heating):
     def deployments(self) -> list[Deployment]:
         rows = self._db.rows(
             "SELECT model, state, progress, updated, mode, revision, spec, replicas, heat, heat_why, last_used, "
-            f"CASE WHEN description IS NULL THEN 0 ELSE 1 END, {COLUMNS} FROM deployments ORDER BY model"
+            f"{IS_DESCRIBED}, {COLUMNS} FROM deployments ORDER BY model"
         )
         return [
             Deployment(
@@ -156,7 +156,8 @@ class Catalogue(Heating):
     def published(self, model: str) -> Published | None:
         """What the deployment serves, None before it was ready for the first time."""
         rows = self._db.rows(
-            "SELECT source, dtype, description, tokenizer FROM deployments WHERE model = ? AND description IS NOT NULL",
+            "SELECT source, dtype, description, tokenizer FROM deployments "
+            "JOIN descriptions ON descriptions.model = deployments.model WHERE deployments.model = ?",
             (model,),
         )
         if not rows:
@@ -191,11 +192,18 @@ class Catalogue(Heating):
     def publish(self, model: str, published: Published) -> None:
         """Another description than before is another revision, which the gateway then looks at anew."""
         with self._db.transaction() as db:
-            db.execute(
-                "UPDATE deployments SET source = ?1, dtype = ?2, tokenizer = ?4, revision = CASE WHEN description IS "
-                "NULL OR description = ?3 THEN revision ELSE revision + 1 END, description = ?3 WHERE model = ?5",
-                (published.source, published.dtype, published.description, published.tokenizer, model),
-            )
+            known = db.execute("SELECT description FROM descriptions WHERE model = ?", (model,)).fetchone()
+            is_another = known is not None and bytes(known[0]) != published.description
+            is_there = db.execute(
+                "UPDATE deployments SET source = ?, dtype = ?, revision = revision + ? WHERE model = ?",
+                (published.source, published.dtype, int(is_another), model),
+            ).rowcount
+            if is_there:
+                db.execute(
+                    "INSERT INTO descriptions (model, description, tokenizer) VALUES (?, ?, ?) ON CONFLICT (model) DO "
+                    "UPDATE SET description = excluded.description, tokenizer = excluded.tokenizer",
+                    (model, published.description, published.tokenizer),
+                )
 
     def forget(self, model: str) -> None:
         with self._db.transaction() as db:
@@ -203,6 +211,7 @@ class Catalogue(Heating):
                 "DELETE FROM deployments WHERE model = ? AND mode IN ('removing', 'dropping')", (model,)
             ).rowcount
             if gone:
+                db.execute("DELETE FROM descriptions WHERE model = ?", (model,))
                 db.execute("DELETE FROM shares WHERE model = ?", (model,))
         self._ring_gateway()
 

@@ -21,6 +21,7 @@ from api import log_lines
 from api.settings import GatewaySettings, quota_bytes
 from cluster.config import ControllerConfig
 from polytrace.codec import from_json
+from polytrace.collector import settle
 
 GRACE_S = 10.0  # from the wish to end to the end, at most
 
@@ -53,6 +54,7 @@ def run_gateway(settings: GatewaySettings, listener_fd: int, lifeline: int) -> N
         server.should_exit = True
 
     _watch(lifeline, stop)
+    settle()
     server.run(sockets=[socket.socket(fileno=listener_fd)])
     store.close()
 
@@ -76,6 +78,7 @@ def run_controller(config: ControllerConfig, store_folder: str, lifeline: int) -
     rearm = _watch(lifeline, stop)
     controller.start()
     rearm()  # Ray put its own handler in
+    settle()
     controller.run_forever()
     store.tally.save()
     if store.traces is not None:

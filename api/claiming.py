@@ -33,6 +33,11 @@ TENANTS = (
     "SELECT tenant FROM waiting WHERE tenant > ''"
 )
 
+# running requests that are to be cancelled
+CANCELLED = (
+    "SELECT id FROM requests WHERE model = ? AND state = 'running' AND state IN ('queued', 'running') AND cancelled = 1"
+)
+
 _NEXT = (
     "SELECT requests.seq FROM requests WHERE model = ?1 AND requests.tenant = {walk}.tenant "
     f"AND {_QUEUED} AND is_interactive = {{walk}}.kind AND requests.seq > {{after}} AND {HAS_ITS_TURN} "

@@ -16,7 +16,7 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -46,6 +46,7 @@ _AWAY = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY)  # it m
 
 
 _NO_ANSWER = "the service's database does not answer"
+_IS_OVER = "the service's database cannot be written now: it ended what this was a part of"
 _log = logging.getLogger(__name__)
 
 
@@ -78,6 +79,11 @@ class Database(Protocol):
 
     def transaction(self, *, is_durable: bool = True) -> contextlib.AbstractContextManager[Transaction]:
         """All or nothing, for every process; on the disk when it returns unless that does not matter."""
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """The transactions that this thread makes inside become one, which need not be durable; each of them is still
+        all or nothing by itself. What they did is seen by others, and sure, behind it.
+        """
 
     def settle(self) -> None:
         """What has been committed until now is on the disk when it returns. AwayError when nobody knows."""
@@ -116,14 +122,22 @@ class SqliteDatabase:
         self._use_wal()
         self._reader = self._connected()  # looks while a commit waits for the disk
         self._is_full: bool | None = None
+        self._burst = _Burst()
         migrations.bring_up(f"sqlite:///{path}", self._version())
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._reading, _taking():
             return self._reader.execute(query, values).fetchall()
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return self._burst.around(self.transaction(is_durable=False))
+
     @contextlib.contextmanager
     def transaction(self, *, is_durable: bool = True) -> Iterator[Transaction]:
+        if (burst := self._burst.mine()) is not None:
+            with _taking(), _part_of(burst, lambda: self._connection.in_transaction):
+                yield burst
+            return
         with self._lock, _taking():
             if is_durable is not self._is_full:
                 # in WAL mode NORMAL keeps the order of commits but may lose the last ones with the power
@@ -134,6 +148,8 @@ class SqliteDatabase:
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._connection
+                    if not self._connection.in_transaction:  # a full disk has ended it, in the middle of a burst
+                        raise AwayError(_IS_OVER)
                     self._connection.execute("COMMIT")
                 except BaseException:
                     if self._connection.in_transaction:  # a full disk may have ended it
@@ -204,6 +220,7 @@ class PostgresDatabase:
         self._lock = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
         self._is_held = False
+        self._burst = _Burst()
         self._refused_until = 0.0  # when somebody is to try to connect again
         with self._lock:
             self._wait_for_server()
@@ -219,8 +236,15 @@ class PostgresDatabase:
                 self._close()
                 return self._connected().execute(*_translated(query, values)).fetchall()
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return self._burst.around(self.transaction(is_durable=False))
+
     @contextlib.contextmanager
     def transaction(self, *, is_durable: bool = True) -> Iterator[Transaction]:
+        if (burst := self._burst.mine()) is not None:
+            with _answering(), _part_of(burst, lambda: True):
+                yield burst
+            return
         with self._lock, _answering():
             connection = self._begun()
             try:
@@ -333,6 +357,43 @@ def _has_taken(connection: psycopg.Connection[Any]) -> bool:
 
 
 _IDLE = 0  # psycopg.pq.TransactionStatus.IDLE
+
+
+class _Burst:
+    """The transaction that others of the same thread are part of."""
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self._transaction: Transaction | None = None
+
+    def mine(self) -> Transaction | None:
+        """It, where this is its thread."""
+        return self._transaction if self._thread == threading.get_ident() else None
+
+    @contextlib.contextmanager
+    def around(self, whole: contextlib.AbstractContextManager[Transaction]) -> Iterator[None]:
+        with whole as transaction:
+            self._transaction, self._thread = transaction, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._thread = self._transaction = None
+
+
+@contextlib.contextmanager
+def _part_of(whole: Transaction, goes_on: Callable[[], bool]) -> Iterator[None]:
+    """All or nothing, unless the `whole` does not go on: a full disk may have ended it."""
+    if not goes_on():
+        raise AwayError(_IS_OVER)
+    whole.execute("SAVEPOINT part")
+    try:
+        yield
+    except BaseException:
+        if goes_on():
+            whole.execute("ROLLBACK TO part")
+            whole.execute("RELEASE part")
+        raise
+    whole.execute("RELEASE part")
 
 
 class _PostgresTransaction:

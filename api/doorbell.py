@@ -11,6 +11,8 @@ import contextlib
 import errno
 import os
 import select
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -20,11 +22,14 @@ class Doorbell:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd: int | None = None
+        self._holder: int | None = None  # the thread whose rings wait
         with contextlib.suppress(FileExistsError):
             os.mkfifo(path, mode=0o600)
 
     def ring(self) -> None:
         """Wakes the listener, if there is one. Never blocks."""
+        if self._holder == threading.get_ident():
+            return
         try:
             fd = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK)
         except OSError as error:
@@ -36,6 +41,16 @@ class Doorbell:
                 os.write(fd, b"\0")
         finally:
             os.close(fd)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """This thread's rings inside become one behind it. For one thread at a time."""
+        self._holder = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._holder = None
+            self.ring()
 
     def listen(self) -> int:
         """The listener's file descriptor: readable after a ring."""

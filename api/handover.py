@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 
-from api.claiming import Outlook, all_to_each, find_waiting, outlook_of
+from api.claiming import CANCELLED, Outlook, all_to_each, find_waiting, outlook_of
 from api.store_parts import ABOUT, StoreParts
 from cluster.requests import Claimed, Divide
 from polytrace.errors import ServiceError
@@ -110,10 +110,7 @@ class Handover(StoreParts):
         self.gateway_bell.ring()
 
     def cancellations(self, model: str) -> list[RequestId]:
-        rows = self._db.rows(
-            "SELECT id FROM requests WHERE model = ? AND state = 'running' AND cancelled = 1", (model,)
-        )
-        return [row[0] for row in rows]
+        return [row[0] for row in self._db.rows(CANCELLED, (model,))]
 
     def queue_outlook(self, request: RequestId) -> Outlook | None:
         """Where a waiting request stands and when it may start; None when it does not wait."""

@@ -19,6 +19,7 @@ from polytrace.errors import ConflictError, NotFoundError, UserError
 
 MAX_IDLE_MINUTES = 60.0 * 24 * 366
 COLUMNS = "on_demand, is_pinned, schedule, idle_minutes, rests"  # of `Keeping`
+IS_DESCRIBED = "EXISTS (SELECT 1 FROM descriptions WHERE descriptions.model = deployments.model)"  # it was loaded once
 
 
 class Heating:

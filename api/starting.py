@@ -8,6 +8,7 @@ one that comes while it is still loaded and only about to rest. Operators are ch
 from __future__ import annotations
 
 from api.database import Transaction
+from api.heating import IS_DESCRIBED
 from api.identity import Identity
 from api.limits import Terms
 from api.usage import day_of, midnight_after
@@ -25,8 +26,7 @@ def wake(db: Transaction, terms: Terms, caller: Identity, now: float) -> bool:
     """
     model, tenant = terms.model, terms.tenant
     on_demand, state, why, since, is_described = db.execute(
-        "SELECT on_demand, state, heat_why, heat_since, CASE WHEN description IS NULL THEN 0 ELSE 1 END "
-        "FROM deployments WHERE model = ?",
+        f"SELECT on_demand, state, heat_why, heat_since, {IS_DESCRIBED} FROM deployments WHERE model = ?",
         (model,),
     ).fetchone()
     if not on_demand or not is_described:

@@ -11,7 +11,6 @@ Nothing at the top of this module may import torch: the gateway imports it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -23,13 +22,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from api import log_lines
-from api.alike import MAX_BYTES, Remembered, is_remembered, likeness
 from api.limits import NO_DEMAND, Demand, demand_of
 from api.needs import NOTHING, Needs, needs_of
 from api.time_limits import within
@@ -70,6 +68,7 @@ class Verdict:
     demand: Demand = NO_DEMAND  # what admission holds against limits
     certificate: bytes | None = None  # JSON for the user, to which admission adds; only when it was asked for
     is_large: bool = False  # it was only read: it is to be checked apart
+    holds_alike: bool = False  # for every request that is like it (`cluster.likeness`) too
     error: Mapping[str, str] | None = None  # PolytraceError.to_fields()
 
     def raise_error(self) -> None:
@@ -206,8 +205,6 @@ class _Worker:
         self._loaded: dict[str, tuple[str, ModelDescription, nn.Module]] = {}
         self._tokenizers: dict[str, tuple[str, Any]] = {}
         self.calls: dict[str, CheckedCalls] = {}  # of models that are called as they are
-        self.digests: dict[str, str] = {}  # of the descriptions that are loaded
-        self.remembered = Remembered()
 
     def load(self, model: str, version: str) -> tuple[ModelDescription, nn.Module]:
         if model in self._loaded and self._loaded[model][0] == version:
@@ -229,7 +226,6 @@ class _Worker:
             meta = meta_model(source, published.dtype)
             self.calls.pop(model, None)  # of one by this name that was called as it is
         self._loaded[model] = (version, description, meta)
-        self.digests[model] = hashlib.sha256(published.description).hexdigest()
         return self._loaded[model][1:]
 
     def tokenizer(self, model: str, version: str) -> Any:
@@ -287,8 +283,11 @@ def _warm() -> None:
 
 
 def _prepare(model: str, version: str) -> None:
+    from polytrace.collector import settle
+
     assert _worker is not None
     _worker.load(model, version)
+    settle()
 
 
 def _check(
@@ -296,21 +295,10 @@ def _check(
 ) -> Verdict:
     def judge(description: ModelDescription, meta: nn.Module) -> Verdict:
         assert _worker is not None
-        file, calls = Path(path), _worker.calls.get(model)
-        size = file.stat().st_size
-        like = None
-        if 0 < size <= MAX_BYTES and calls is None and not certify:
-            like = likeness(model, _worker.digests[model], contents, file.read_bytes())
-        if like is not None and (known := _worker.remembered.find(like, size)) is not None:
-            check_prompt(like.tokens, description)
-            return known
-        has_text = partial(_worker.has_tokenizer, model, version)
-        verdict, request = _verdict(description, meta, file, Path(contents), certify, has_text, calls, large_nodes)
-        if like is not None and not verdict.is_large and is_remembered(request):
-            _worker.remembered.keep(like, verdict)
-        return verdict
-
-    from scheduling.checks import check_prompt
+        calls, has_text = _worker.calls.get(model), partial(_worker.has_tokenizer, model, version)
+        files = Path(path), Path(contents)
+        verdict, request = _verdict(description, meta, *files, certify, has_text, calls, large_nodes)
+        return replace(verdict, holds_alike=_looks_at_no_data(request))
 
     return _answered(model, version, judge)
 
@@ -453,6 +441,14 @@ def _verdict(
         certificate=_as_json(certificate) if certify else None,
     )
     return verdict, request
+
+
+def _looks_at_no_data(request: Request) -> bool:
+    """Whether no shape in it may follow from values."""
+    from engine.known import looks_at_data
+    from polytrace.graph import Op
+
+    return not any(isinstance(node, Op) and looks_at_data(node) for node in request.graph.nodes)
 
 
 def _as_json(certificate: Certificate) -> bytes:

@@ -25,6 +25,7 @@ from engine.loading import ShardConfig
 from engine.reading import Reading
 from engine.reports import GateReport
 from engine.whole_served import new_shard
+from polytrace.collector import settle
 from polytrace.description import ModelDescription
 from polytrace.errors import ServiceError
 from scheduling.plan import ShardResult
@@ -130,6 +131,7 @@ class ShardActor:
     def open(self, description: ModelDescription) -> None:
         """Takes the description; plans can run from now on."""
         self._shard.open(description)
+        settle()
 
     def run(self, shipment: Shipment) -> ShardResult:
         """This shard's part of a pass.

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from cluster.contents import with_contents
 from cluster.facts import RecordedFacts
+from cluster.known_programs import KnownPrograms, WorkedOut, known
 from cluster.requests import Claimed, Finished, RequestStore, left_by, read_request
 from cluster.results import room_for, with_files
 from polytrace.description import ModelDescription
@@ -61,6 +62,7 @@ class Intake:
         self._max_active = max_active
         self._active: set[RequestId] = set()
         self._claims: dict[RequestId, Claimed] = {}  # of the active ones
+        self._known = KnownPrograms()
         self._again: queue.SimpleQueue[RequestId] = queue.SimpleQueue()
         self._cancelled: set[RequestId] = set()
         self._suspect: Claimed | None = None  # claimed, and waiting to be alone
@@ -159,29 +161,40 @@ class Intake:
     def _program(self, claimed: Claimed) -> Program:
         if claimed.request in self._cancelled:  # before it was worked out again
             raise CancelledError("the request was cancelled")
+        worked_out = self._worked_out(claimed)
+        program = owned(
+            worked_out.program,
+            claimed.tenant,
+            is_interactive=claimed.is_interactive,
+            shares_across_tenants=self._shares_across_tenants,
+        )
+        place = self._store.place_result(claimed.request, worked_out.room, data_bytes(program))
+        return with_files(
+            self._placed(program),
+            contents=worked_out.contents,
+            request_file=str(claimed.path),
+            result_file=place.target,
+            result_start=place.start,
+        )
+
+    def _worked_out(self, claimed: Claimed) -> WorkedOut:
         description = self._description
         try:
+            one = known(claimed, description)
+            if one is not None and (found := self._known.find(one, claimed.request)) is not None:
+                return found
             request = read_request(claimed.path, max_nodes=description.limits.max_nodes)
         except (WireError, OSError) as error:  # it was whole when it was accepted
             raise ServiceError(f"the stored request cannot be read: {error}") from error
         request, contents = with_contents(request, claimed.contents, claimed.states)
         recorded = RecordedFacts(claimed.facts)
         program, _ = work_out(claimed.request, request, recorded.described(description), recorded.infer)
-        program = owned(
-            recorded.taped(program),
-            claimed.tenant,
-            is_interactive=claimed.is_interactive,
-            shares_across_tenants=self._shares_across_tenants,
-        )
+        program = recorded.taped(program)
         room = room_for(program, request, description.num_layers)
-        place = self._store.place_result(claimed.request, room, data_bytes(program))
-        return with_files(
-            self._placed(program),
-            contents=contents,
-            request_file=str(claimed.path),
-            result_file=place.target,
-            result_start=place.start,
-        )
+        worked_out = WorkedOut(program=program, room=room, contents=contents)
+        if one is not None:
+            self._known.keep(one, worked_out)
+        return worked_out
 
     def _placed(self, program: Program) -> Program:
         """The program with the files that saves go to which stay on the service."""

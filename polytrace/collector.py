@@ -26,22 +26,29 @@ class _YoungOnly:
     def __enter__(self) -> None:
         with self._lock:
             self._depth += 1
-            if self._depth == 1 and self._is_ours:
-                self._is_ours = not gc.get_freeze_count()
+            if self._depth == 1:
+                self._is_ours = self._is_ours and not gc.get_freeze_count()
+                self._usual = gc.get_threshold()
+                if self._usual[0]:  # zero: it is off
+                    gc.set_threshold(max(_MANY, self._usual[0]), *self._usual[1:])
                 if self._is_ours:
-                    self._usual = gc.get_threshold()
                     gc.freeze()
-                    if self._usual[0]:  # zero: it is off
-                        gc.set_threshold(max(_MANY, self._usual[0]), *self._usual[1:])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with self._lock:
             self._depth -= 1
-            if self._depth == 0 and self._is_ours:
+            if self._depth == 0:
                 gc.set_threshold(*self._usual)
-                gc.unfreeze()
+                if self._is_ours:
+                    gc.unfreeze()
 
 
 young_only = _YoungOnly()
+
+
+def settle() -> None:
+    """At the edge of a process that has loaded what it works with: the collector never looks through that again."""
+    gc.collect()
+    gc.freeze()

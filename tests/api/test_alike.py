@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from collections.abc import Sequence
@@ -11,9 +12,11 @@ import pytest
 from services import make_model
 
 from api import worker
-from api.alike import likeness
+from api.alike import Remembered
+from api.served import _serve
 from api.store import Store
 from api.worker import Verdict
+from cluster.likeness import likeness
 from cluster.requests import DeploymentState, Published
 from engine.local import LocalBackend
 from polytrace.codec import to_json
@@ -40,20 +43,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Checking:
-    """A checking process' state, here."""
+    """What a gateway remembers, before a checking process that is this one."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._file = folder / "request"
-        self._worker = worker._Worker(folder / "store", None)
-        monkeypatch.setattr(worker, "_worker", self._worker)
+        monkeypatch.setattr(worker, "_worker", worker._Worker(folder / "store", None))
+        store = Store(folder / "store")
+        published = store.published("m")
+        store.close()
+        assert published is not None
+        self._served = _serve(published, 1)
+        self._remembered = Remembered(self)  # type: ignore[arg-type]
+        self.num_checked = 0
 
-    def check(self, request: Request) -> Verdict:
+    def verdict(self, request: Request) -> Verdict:
         self._file.write_bytes(content(request))
-        return worker._check("m", "1", str(self._file), str(self._file.parent), False)
+        answer = self._remembered.check("m", self._served, self._file, contents=self._file.parent, certify=False)
+        return asyncio.run(answer)
+
+    async def check(self, model: str, version: str, path: Path, *, contents: Path, certify: bool) -> Verdict:
+        self.num_checked += 1
+        return worker._check(model, version, str(path), str(contents), certify)
 
     @property
     def num_remembered(self) -> int:
-        return len(self._worker.remembered._known)
+        return len(self._remembered._known)
 
 
 @pytest.fixture
@@ -63,7 +77,7 @@ def checking(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Checking:
 
 def alone(folder: Path, request: Request) -> Verdict:
     with pytest.MonkeyPatch.context() as patch:
-        return Checking(folder, patch).check(request)
+        return Checking(folder, patch).verdict(request)
 
 
 def content(request: Request) -> bytes:
@@ -132,15 +146,15 @@ def masked(values: tuple[float, ...]) -> Request:
 
 def test_other_tokens_vectors_and_seeds_are_worked_out_once(folder: Path, checking: Checking) -> None:
     like = [steered(1.0), steered(2.0), steered(2.0, [(60, 1, 60, 1, 60, 1)]), steered(1.0, seed=7)]
-    verdicts = [checking.check(request) for request in like]
-    assert checking.num_remembered == 1
+    verdicts = [checking.verdict(request) for request in like]
+    assert checking.num_remembered == checking.num_checked == 1
     assert verdicts == [alone(folder, request) for request in like]
     assert verdicts[2].demand.request_bytes > verdicts[1].demand.request_bytes, "each its own size"
 
 
 def test_what_a_verdict_follows_from_makes_another_one(folder: Path, checking: Checking) -> None:
     unlike = [chosen((0, 1)), chosen((4, 5)), chosen((5,)), steered(1.0), steered(1.0, [PROMPT[:5]])]
-    verdicts = [checking.check(request) for request in unlike]
+    verdicts = [checking.verdict(request) for request in unlike]
     assert checking.num_remembered == len(unlike)
     assert verdicts == [alone(folder, request) for request in unlike]
 
@@ -148,7 +162,7 @@ def test_what_a_verdict_follows_from_makes_another_one(folder: Path, checking: C
 def test_what_values_may_decide_is_worked_out_each_time(folder: Path, checking: Checking) -> None:
     several = [(PROMPT, PROMPT), (PROMPT, (9, 9, 9, 9, 9, 9))]  # alike ones share their rows
     requests = [masked((1, -1, 1, -1, -1, -1)), masked((1, 1, 1, 1, 1, -1)), *(steered(1.0, two) for two in several)]
-    verdicts = [checking.check(request) for request in requests]
+    verdicts = [checking.verdict(request) for request in requests]
     assert checking.num_remembered == 0
     assert verdicts == [alone(folder, request) for request in requests]
     assert [json.loads(one.facts or b"")[3]["shape"] for one in verdicts[:2]] == [[1, 2, 32], [1, 5, 32]]
@@ -156,8 +170,8 @@ def test_what_values_may_decide_is_worked_out_each_time(folder: Path, checking: 
 
 
 def test_tokens_and_bytes_of_like_requests_are_checked(checking: Checking) -> None:
-    assert checking.check(steered(1.0)).error is None
-    refused = checking.check(steered(1.0, [(1, 2, 3, 4, 5, 64)]))
+    assert checking.verdict(steered(1.0)).error is None
+    refused = checking.verdict(steered(1.0, [(1, 2, 3, 4, 5, 64)]))
     assert refused.error is not None and "64" in refused.error["message"]
     body = content(steered(1.0))
     for number in (1, 64, len(body) - 3):

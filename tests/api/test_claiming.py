@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from api.claiming import REQUESTS_AHEAD, TENANTS, find_waiting, first_of
+from api.claiming import CANCELLED, REQUESTS_AHEAD, TENANTS, find_waiting, first_of
 from api.database import Rows, Transaction
 from api.identity import LOCAL, Identity, Role
 from api.store import Store
@@ -132,6 +132,8 @@ def test_a_claim_with_ten_thousand_waiting_reads_what_it_takes(store: Store, dat
         plan = store._db.rows(f"EXPLAIN QUERY PLAN {query}", values)
         assert any("requests_of_tenants" in str(row) for row in plan), plan
         assert not any("SCAN requests" in str(row) or "SCAN facts" in str(row) for row in plan), plan
+    plan = store._db.rows(f"EXPLAIN QUERY PLAN {CANCELLED}", ("m",))
+    assert any("requests_open" in str(row) for row in plan), f"asked all the time, of those that run alone: {plan}"
 
 
 def test_a_thousand_tenants_are_two_questions_to_the_database(store: Store, add: Add) -> None:

@@ -14,6 +14,7 @@ from api.database import Database, open_database
 from api.identity import LOCAL
 from api.status import RequestState
 from api.store import Store
+from cluster.requests import Published
 from polytrace.errors import ServiceError, UserError
 from scheduling.plan import RequestId
 
@@ -49,8 +50,11 @@ def old_store(folder: Path, *, has_edits: bool = True) -> Path:
 
 @pytest.mark.parametrize("has_edits", [True, False])
 def test_an_older_store_comes_up_with_all_that_was_in_it(tmp_path: Path, has_edits: bool) -> None:
-    store = Store(old_store(tmp_path / "store", has_edits=has_edits))
+    folder = old_store(tmp_path / "store", has_edits=has_edits)
+    change(folder, "UPDATE deployments SET source = 'w', dtype = 'auto', description = x'7b7d', tokenizer = x'5b5d'")
+    store = Store(folder)
     store.sweep()
+    assert store.published("m") == Published(source="w", dtype="auto", description=b"{}", tokenizer=b"[]")
     states = {request: status.state for request, status in store.statuses([DONE, RUNNING, QUEUED]).items()}
     assert states == {DONE: RequestState.DONE, RUNNING: RequestState.RUNNING, QUEUED: RequestState.QUEUED}
     assert store.result_path(DONE).read_bytes() == b"h" * 64
@@ -90,6 +94,13 @@ def test_both_databases_have_the_same_tables(tmp_path: Path, postgres: Postgres)
     for database in (lite, large):
         assert database.rows("SELECT version_num FROM alembic_version") == [(migrations.HEAD,)]
         database.close()
+
+
+def test_a_row_that_every_request_reads_has_nothing_large(tmp_path: Path) -> None:
+    database = open_database(f"sqlite:///{tmp_path / 'store.db'}")
+    kinds = {row[2] for table in ("deployments", "requests") for row in database.rows(f"PRAGMA table_info({table})")}
+    assert "TEXT" in kinds and "BLOB" not in kinds, "SQLite reads all of a row that stands before the column it wants"
+    database.close()
 
 
 def test_processes_that_open_a_new_store_at_once_make_its_tables_once(postgres: Postgres, tmp_path: Path) -> None:

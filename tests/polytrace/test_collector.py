@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from polytrace.collector import _YoungOnly
+from polytrace.collector import _YoungOnly, settle
 from polytrace.model import Model
 
 
@@ -57,6 +57,19 @@ def test_a_heap_that_others_froze_stays_frozen() -> None:
     with young_only:
         pass
     assert gc.get_freeze_count() > 0
+
+
+def test_a_settled_heap_is_left_alone_and_graphs_still_wait_for_the_collector() -> None:
+    young_only, usual = _YoungOnly(), gc.get_threshold()
+    node = Node()
+    settle()
+    assert count_nodes() == 0  # out of sight
+    with young_only:
+        assert gc.get_threshold()[0] > usual[0]
+    assert gc.get_threshold() == usual
+    assert count_nodes() == 0
+    gc.unfreeze()
+    assert node.itself is node and count_nodes() == 1
 
 
 def test_a_trace_gives_the_heap_back_however_it_ends(model: Model) -> None:
