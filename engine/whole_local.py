@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -90,6 +90,12 @@ class WholeBackend(DirectBackend):
     def tokenizer_json(self) -> bytes | None:
         return super().tokenizer_json() if self._is_known_source else None
 
+    def weight_behind(self, tensor: Any) -> str | None:
+        """The weight that a tensor with a gradient is or was computed from."""
+        paths = {id(weight): path for path, weight in self.shard.model.named_parameters()}
+        found = (paths[id(one)] for one in leaves_behind(tensor) if id(one) in paths)
+        return next(found, None)
+
     def processor(self) -> Any:
         """transformers' own, for images, sound or text; None where the model came without one."""
         if self._processor is None and self._is_known_source:
@@ -111,6 +117,22 @@ class WholeBackend(DirectBackend):
         program = compile_call(request_id, request, own, facts)
         really = partial(self._on_model, constants=request.constants)
         return taped(program, self._tapes.num_bytes(program, of_invokes, really), own.limits), facts
+
+
+def leaves_behind(tensor: Tensor) -> Iterator[Tensor]:
+    """Tensors that autograd gathers gradients at, for one that requires them."""
+    if tensor.grad_fn is None:
+        yield tensor
+        return
+    pending, seen = [tensor.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        pending += [before for before, _ in node.next_functions if before is not None]
 
 
 def describe(module: nn.Module, name: str, *, tape_bytes: int) -> ModelDescription:

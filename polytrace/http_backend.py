@@ -107,6 +107,9 @@ class HttpBackend:
         """As `polytrace.whole_model.CallBackend`."""
         return self._sites.of(inputs, constants)
 
+    def weight_behind(self, _tensor: Any) -> None:
+        """The model's weights are on the service."""
+
     def processor(self) -> None:
         """The service's files do not come here."""
 

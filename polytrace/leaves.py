@@ -6,7 +6,7 @@ trained as if the model were here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,9 @@ class Leaves:
         if node not in leaf.nodes:
             leaf.nodes.append(node)
         return node
+
+    def __iter__(self) -> Iterator[Leaf]:
+        return iter(self._own.values())
 
     def of(self, tensor: Any) -> Leaf | None:
         """What is known of a tensor; None when it is no part of the program."""

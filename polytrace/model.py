@@ -27,6 +27,7 @@ from polytrace.modules import Module
 from polytrace.renaming import take_renamed
 from polytrace.scanning import Checking
 from polytrace.session import Session
+from polytrace.source_views import Source
 from polytrace.standard import StandardModel
 from polytrace.support import Support, support_of
 from polytrace.tokenizer import load_tokenizer
@@ -377,6 +378,10 @@ class Model(StandardModel):
         from polytrace.pricing import Pricing
 
         return Pricing(self)
+
+    def source_of(self, path: str) -> Source:
+        """As `module.source`, of the module at a path."""
+        return Source(self, path, "")
 
     def support(self) -> Support:
         """Standard names: where each is in this model, in which layers and of what dimensions, and what was checked.

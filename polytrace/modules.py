@@ -23,12 +23,12 @@ from polytrace.not_values import NotAValue
 from polytrace.points import DIMS, Points, owners, point_table
 from polytrace.ports import OpenPort
 from polytrace.skipping import skip_module
-from polytrace.source_views import Source
 from polytrace.tree import NoSuchLayerError, NoSuchNameError, PortTable, Table, draw, join
 from polytrace.visits import Visits
 
 if TYPE_CHECKING:
     from polytrace.model import Model
+    from polytrace.source_views import Source
 
 
 class Module(NotAValue):
@@ -58,7 +58,7 @@ class Module(NotAValue):
     @property
     def source(self) -> Source:
         """The text of its forward, and every call in it: print it to see their names."""
-        return Source(self._model, self._path, "")
+        return self._model.source_of(self._path)
 
     def skip(self, value: Any) -> None:
         """The module is not run for this invoke's prompts: `value` is its output, in the module's own structure.

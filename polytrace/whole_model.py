@@ -46,6 +46,9 @@ class CallBackend(Backend, Protocol):
     def processor(self) -> Any:
         """transformers' processor of the model, in this process; None where there is none."""
 
+    def weight_behind(self, tensor: Any) -> str | None:
+        """The weight of the model, in this process, that a tensor of the user's is or was computed from."""
+
 
 class WholeModel(Model):
     """The root module."""
@@ -68,8 +71,9 @@ class WholeModel(Model):
         """A block whose code is recorded, then run on `forward(*args, **kwargs)`; saved values become tensors.
 
         Arguments are tensors, arrays, numbers, texts, and tuples, lists and dicts of these. Without any,
-        `tracer.invoke(*args, **kwargs)` gives several calls, between which values may flow. `seed`, `run`, `peek` and
-        `validate` are as of `Model.trace`; a forward that has arguments of these names is called by `tracer.invoke`.
+        `tracer.invoke(*args, **kwargs)` gives several calls, between which values may flow. `seed` (of the trace's own
+        random operations, not of the model's dropout), `run`, `peek` and `validate` are as of `Model.trace`; a forward
+        that has arguments of these names is called by `tracer.invoke`.
         """
         given = (args, kwargs) if args or kwargs else None
         tracer = CallTracer(self, given, options_of(seed, None), run, is_peeking=peek)
@@ -121,6 +125,10 @@ class WholeModel(Model):
     def support(self) -> NoReturn:
         """Refused."""
         raise self._refusal("model.support", "names that every decoder has are not looked for: print(model)")
+
+    def source_of(self, path: str) -> NoReturn:
+        """Refused."""
+        raise self._refusal("module.source", f"read what {path or 'the model'} and the modules in it take and give")
 
     def table_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> Table:
         """What dotted paths lead to in a call with these arguments."""
@@ -258,6 +266,11 @@ class CallTracer(Tracer):
         self.recording.write_edge(site, invoke, value)
 
     def _request_of(self, nodes: tuple[Node, ...]) -> Request:
+        for leaf in self.recording.gradients.leaves:
+            if (path := self.model.backend.weight_behind(leaf.tensor)) is not None:
+                told = f"this tensor is, or comes from, {path} of the model, which has no gradient here"
+                where = self.recording.nodes[leaf.nodes[0]].where
+                raise GraphError(f"{told}: use its .detach(), or model.{path}", where=where)
         request = super()._request_of(nodes)
         every = self.recording.constants.tensors
         own = {name: every[name] for invoke in self._invokes for name in given_names(invoke.inputs)}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from polytrace.description import PassLayout
 from polytrace.errors import GraphError
 from polytrace.lines import user_line
 from polytrace.literals import scalar
@@ -81,6 +82,9 @@ class Prompts:
 def prompts_of(model: Model, prompts: Any) -> Prompts:
     """Prompts of every kind that `model.trace` takes. Raises as that does."""
     needs("xarray")  # what answers are labelled with: missed before anything has run, not behind it
+    if model.description.layout is PassLayout.WHOLE:
+        told = f"methods are of language models, and {model.description.class_name} is called as it is"
+        raise GraphError(f"{told}: write the trace (docs/any_model.md)", where=user_line())
     sequences = PromptBook(model.description, lambda: model.tokenizer).invoke(prompts).sequences
     given: list[str | None] = [None] * len(sequences)
     if isinstance(prompts, str):

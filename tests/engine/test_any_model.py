@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import polytrace
 from engine.whole_sites import CallSites, record, twin_of
+from polytrace import methods
 from polytrace.description import SiteInfo
 from polytrace.errors import GraphError, RunError, TooLargeError
 from polytrace.graph import Given, Inputs, Port
@@ -358,6 +359,10 @@ def test_mistakes_are_told_with_the_users_line() -> None:
         tracer.invoke()
     with pytest.raises(GraphError, match=r"model\.generate is not there for such models"):
         model.generate("x")
+    with pytest.raises(GraphError, match=rf"module\.source is not there for such models.*{here}"), model.trace(**call):
+        model.encoder.layer[0].source  # noqa: B018
+    with pytest.raises(GraphError, match=rf"methods are of language models, and BertModel is called as it is.*{here}"):
+        methods.logit_lens(model, [[1, 2, 3]])
     with pytest.raises(GraphError, match="a module that is there runs as it is"):
         polytrace.load(plain, dtype="bfloat16")
     with pytest.raises(GraphError, match="offload_gib is for language models"):

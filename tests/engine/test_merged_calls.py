@@ -94,7 +94,7 @@ def other_call(call: Call, seed: int) -> Call:
     return {name: value if "mask" in name else other(value) for name, value in call.items()}
 
 
-@pytest.mark.parametrize("kind", ["vit", "bert", "whisper", "t5", "unet", "dit"])
+@pytest.mark.parametrize("kind", ["vit", "bert", "whisper", "t5", "bart", "mamba", "unet", "dit"])
 def test_three_interventions_beside_neighbours_are_those_of_hooks_with_the_bits_of_each_alone(kind: str) -> None:
     if kind in DIFFUSION:
         pytest.importorskip("diffusers")

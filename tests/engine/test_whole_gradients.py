@@ -374,3 +374,18 @@ def test_a_failed_call_leaves_the_next_one_right() -> None:
         gradient(True)
     assert torch.equal(gradient(False), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+
+
+def test_a_weight_of_the_users_module_gets_no_part_of_a_gradient() -> None:
+    module = nn.Linear(2, 2)
+    model: Any = polytrace.load(module)
+    for weight in (module.weight, module.weight.T, 2 * module.weight):
+        with pytest.raises(GraphError, match=r"comes from, weight of the model.*\(test_whole_gradients.py:\d+\)"):  # noqa: SIM117
+            with model.trace(torch.ones(1, 2)):
+                (model.output @ weight).sum().backward()
+    assert module.weight.grad is None
+    own = module.weight.detach().clone().requires_grad_()
+    with model.trace(torch.ones(1, 2)):
+        (model.output @ own).sum().backward()
+    wanted = module(torch.ones(1, 2)).detach().T.expand(2, 2)
+    torch.testing.assert_close(own.grad, wanted)

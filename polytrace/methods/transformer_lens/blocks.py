@@ -63,7 +63,7 @@ def _find(table: Table, path: str) -> Block:
     attention = own.get("z")
     if attention is None:
         raise GraphError(
-            f"{path} has no attention that polytrace knows, so TransformerLens's names are not for this model",
+            f"{path} has no attention that polytrace knows, so names and edges of heads are not for this model",
             where=user_line(),
         )
     mlp = own.get("mlp_post", own.get("router"))
