@@ -357,4 +357,4 @@ def checked_device(device: str | None) -> str:
         way = '"cpu"' + (f' or "cuda:N" with N below {num_gpus}' if num_gpus else "")
         here = f"this machine has {num_gpus} GPU{'' if num_gpus == 1 else 's'}"
         raise GraphError(f"device {str(device)!r} is {told}: {here}; write {way}", where=user_line())
-    return str(device)
+    return str(wanted)

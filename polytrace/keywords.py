@@ -106,7 +106,7 @@ def chosen_device(device: str | None, device_map: Any) -> str | None:
         told = f"device_map is {places!r}, and " if isinstance(places, str) else ""
         raise GraphError(
             f"{told}polytrace.load runs a language model on one device: a service splits it (polytrace serve --stages "
-            "--ranks), and offload_gib= keeps weights in the host's memory",
+            '--ranks), and offload_gib= keeps weights in the host\'s memory; here device_map is a device or "auto"',
             where=user_line(),
         )
     return one

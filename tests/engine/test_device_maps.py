@@ -316,7 +316,7 @@ def test_a_folder_goes_when_nobody_has_it() -> None:
         ({"vit.embedings": "cpu"}, r"places vit\.embedings, which ViT\w+ does not have; did you mean vit\.embeddings"),
         ({"vit.layers.0": "cpu"}, "leaves out vit.embeddings.cls_token, .* more of ViT.*place all"),
         ({"": 63}, "'cuda:63' is not there"),
-        (VIT | {"classifier": 3}, r"names GPU 3, and there are \d GPUs here"),
+        (VIT | {"classifier": 3}, r"names GPU 3, and there are \d GPUs here: place its parts on fewer, and"),
         ({"": "cpu", "vit.layers.0": "disk"}, "places the whole model and vit.layers.0, which is a part of it"),
         ({"vit": "cpu", "vit.layers.0": "disk"}, "places vit and vit.layers.0.*name the other parts of vit"),
         ({"vit": "cpu", "classifier": "tpu"}, "puts classifier on 'tpu': a device is"),
