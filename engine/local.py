@@ -273,7 +273,7 @@ class LocalBackend(DirectBackend):
             source=source,
             dtype=dtype,
             threads=threads,
-            device=device or best_device(),
+            device=checked_device(device),
             random_weights_seed=random_weights,
             offload_bytes=int(offload_gib * (1 << 30)),
         )
@@ -292,12 +292,16 @@ class LocalBackend(DirectBackend):
 
 
 def module_backend(module: Any, *, name: str | None, merges_calls: bool = False) -> WholeBackend:
-    """A torch module as it is. Raises GraphError for anything else."""
+    """A torch module as it is. Raises GraphError for anything else, and where TorchScript runs in it."""
     from engine.whole_local import WholeBackend
 
     if not isinstance(module, nn.Module):
         told = "polytrace.load takes a folder, a hub id or a torch.nn.Module"
-        raise GraphError(f"{told}, not a {type(module).__name__}", where=user_line())
+        raise GraphError(f"{told}, not something of type {type(module).__name__}", where=user_line())
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            told = f"{path or 'the module'} is a {type(part).__name__} of TorchScript, which has no hooks of Python's"
+            raise GraphError(f"{told}: load the module that it was made of", where=user_line())
     return WholeBackend(module, name=name or type(module).__name__, merges=merges_calls)
 
 
@@ -313,7 +317,7 @@ def source_backend(
     merges_calls: bool = False,
 ) -> WholeBackend | None:
     """A model of a folder or hub that is called as it is; None of one that is served as a language model. Raises as
-    `engine.whole_loading.load_whole`.
+    `engine.whole_loading.load_whole`, and GraphError for a device that is not there.
     """
     from engine.offload_folder import OffloadFolder
     from engine.whole_loading import load_whole, whole_class
@@ -322,11 +326,14 @@ def source_backend(
     kind = whole_class(source)
     if kind is None:
         return None
+    if isinstance(device_map, str) and device not in (None, "cpu", "cuda"):
+        told = f"device is {device}, and device_map={device_map!r} takes the GPUs that there are"
+        raise GraphError(f"{told}: give one of them", where=user_line())
     config = ShardConfig(
         source=source,
         dtype=dtype,
         threads=threads,
-        device=device or best_device(),
+        device=checked_device(device),
         random_weights_seed=random_weights,
         device_map=device_map,
     )
@@ -335,6 +342,19 @@ def source_backend(
     return WholeBackend(model, name=name or source, source=source, merges=merges_calls, folder=folder)
 
 
-def best_device() -> str:
-    """The GPU when there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def checked_device(device: str | None) -> str:
+    """Where a model is to run; by default the GPU when there is one. GraphError for a device that is not there."""
+    num_gpus = torch.cuda.device_count()
+    if device is None:
+        return "cuda" if num_gpus else "cpu"
+    try:
+        wanted = torch.device(device)
+        there = torch.get_device_module(wanted).device_count()
+    except (RuntimeError, TypeError, AttributeError):  # nothing that torch knows, or that runs anything
+        there = None
+    if there is None or (wanted.index or 0) >= there:
+        told = "no device" if there is None else "not there"
+        way = '"cpu"' + (f' or "cuda:N" with N below {num_gpus}' if num_gpus else "")
+        here = f"this machine has {num_gpus} GPU{'' if num_gpus == 1 else 's'}"
+        raise GraphError(f"device {str(device)!r} is {told}: {here}; write {way}", where=user_line())
+    return str(wanted)

@@ -62,7 +62,8 @@ def check_gpus(device_map: DeviceMap, there: int) -> None:
     """UserError when a mapping names a GPU that is not there."""
     wanted = num_gpus(device_map) or 0
     if wanted > there:
-        raise UserError(f"the device map names GPU {wanted - 1}, and there are {there} GPUs here")
+        told = f"the device map names GPU {wanted - 1}, and there are {there} GPUs here"
+        raise UserError(f'{told}: place its parts on fewer, and on "cpu" and "disk"')
 
 
 def on_host(device_map: DeviceMap) -> dict[str, Any]:

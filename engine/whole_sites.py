@@ -7,6 +7,7 @@ arguments alone (`polytrace.given`). The model itself is not touched: a twin run
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -231,12 +232,34 @@ def record(model: nn.Module, called: Inputs, max_bytes: int | None = None) -> tu
     except (GraphError, TooLargeError):
         raise
     except Exception as error:  # whatever code of the model raises
-        raise GraphError(f"{type(model).__name__} does not take these arguments: {told(error)}") from error
+        why = f"{told(error)}{_misnamed(model, called)}"
+        raise GraphError(f"{type(model).__name__} does not take these arguments: {why}") from error
     finally:
         _recording.reset(token)
         for handle in handles:
             handle.remove()
     return tuple(recorder.sites)
+
+
+def _misnamed(model: nn.Module, called: Inputs) -> str:
+    """Which arguments were given and which are taken, where these do not fit by their names and number; else nothing.
+
+    Models of libraries take any keyword, and fail for the lack of another one, far from the call.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a function of torch's own, which has none
+        return ""
+    named = [name for name, one in signature.parameters.items() if one.kind not in _VARIADIC]
+    with suppress(TypeError):
+        signature.bind(*called.args, **called.kwargs)
+        if not named or called.kwargs.keys() <= set(named):
+            return ""
+    given = [f"{len(called.args)} without a name"] * bool(called.args) + list(called.kwargs)
+    return f"; given: {', '.join(given) or 'nothing'}; forward takes {', '.join(named) or 'nothing'}"
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def arguments_of(called: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

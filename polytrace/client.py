@@ -63,9 +63,9 @@ def load(
         from polytrace.whole_model import WholeModel
 
         own = module_backend(source, name=name, merges_calls=merges_calls)
-        loading = (dtype, torch_dtype, device, device_map, threads, random_weights)
-        if loading != ("auto", None, None, None, None, None):
-            told = "a module that is there runs as it is: no dtype, device, threads or random weights are for it"
+        loading = (dtype, torch_dtype, device, device_map, threads, random_weights, whole)
+        if loading != ("auto", None, None, None, None, None, True):
+            told = "a module that is there runs as it is: no dtype, device, threads, random weights or whole are for it"
             raise GraphError(told, where=user_line())
         _check_whole(offload_gib, edits)
         return WholeModel(own, rename)

@@ -49,9 +49,10 @@ def with_images(
         raise GraphError(f"{description.class_name} takes prompts without images here", where=where)
     shape = tuple(getattr(pixels, "shape", ()))
     wanted = "patches" if info.merge else "images"
-    if len(shape) != 1 + len(info.shape) or shape[1:] != info.shape or "float" not in str(getattr(pixels, "dtype", "")):
+    dtype = str(getattr(pixels, "dtype", "")).removeprefix("torch.")
+    if len(shape) != 1 + len(info.shape) or shape[1:] != info.shape or "float" not in dtype:
         told = f"{PIXELS} is a tensor of floats [{wanted}, {', '.join(map(str, info.shape))}]"
-        raise GraphError(f"{told}; this is {list(shape) or type(pixels).__name__}", where=where)
+        raise GraphError(f"{told}; this is {f'{dtype} {list(shape)}' if shape else type(pixels).__name__}", where=where)
     if getattr(pixels, "kept_tensor", None) is not None:
         raise GraphError(f"{PIXELS} is given with its values: what is kept on the service cannot be", where=where)
     if requires_gradients(pixels):

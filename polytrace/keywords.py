@@ -3,8 +3,8 @@
 What each means: `remote`, `dispatch`, `low_cpu_mem_usage`: nothing, for where a model runs is decided by
 `load` or `connect`. `attn_implementation`: nothing, for attention is polytrace's own and patterns can always be read.
 `device_map`: a device, what means the default ("auto"), or how a model that is called as it is lies over several
-(`polytrace.device_maps`). `torch_dtype`: another name of `dtype`. `backend`, `invoker_args`, `invoker_kwargs`: empty
-only. `trust_remote_code`: False only, for no model's own code is run.
+(`polytrace.device_maps`); a language model's parts are all on one. `torch_dtype`: another name of `dtype`. `backend`,
+`invoker_args`, `invoker_kwargs`: empty only. `trust_remote_code`: False only, for no model's own code is run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polytrace.device_maps import DeviceMap, checked_device_map
+from polytrace.device_maps import DeviceMap, checked_device_map, num_gpus
 from polytrace.errors import GraphError, UserError
 from polytrace.grammar import nearest
 from polytrace.lines import user_line
@@ -78,30 +78,51 @@ def chosen_dtype(dtype: Any, torch_dtype: Any) -> str:
 
 
 def chosen_places(device: str | None, device_map: Any) -> tuple[str | None, DeviceMap | None]:
-    """The device that `device_map` names, or how it spreads a model over several. GraphError for what is neither."""
+    """The device that `device_map` names, or how it places the parts of a model, which others check. GraphError for
+    what is neither, and for a `device` that is another one.
+    """
     if device_map is None:
         return device, None
+    if (named := _device(device_map)) is not None:
+        return _agreed(device, named), None
     try:
-        if (text := _device(device_map)) is not None:
-            return text, None
         places = checked_device_map(device_map)
     except UserError as error:
         raise GraphError(error.message, where=user_line()) from None
-    if not isinstance(places, str) and len(every := set(places.values())) == 1 and every != {"disk"}:
-        return _device(every.pop()), None
-    return device, places
+    if isinstance(places, str):
+        return device, places
+    one = _of_all(places)
+    agreed = _agreed(device, one or ("cuda" if num_gpus(places) else "cpu"))
+    return (agreed, None) if one is not None and "" in places else (device, places)
 
 
 def chosen_device(device: str | None, device_map: Any) -> str | None:
-    """The one device that `device_map` names; None where it leaves the choice."""
+    """The one device that `device_map` names, or puts all parts on; None where it leaves the choice."""
     device, places = chosen_places(device, device_map)
-    if places is not None and not isinstance(places, str):
+    if places is None or places == "auto":
+        return device
+    one = None if isinstance(places, str) else _of_all(places)
+    if one is None:
+        told = f"device_map is {places!r}, and " if isinstance(places, str) else ""
         raise GraphError(
-            "polytrace.load runs a language model on one device: a service splits it (polytrace serve --stages "
-            "--ranks), and offload_gib= keeps weights in the host's memory",
+            f"{told}polytrace.load runs a language model on one device: a service splits it (polytrace serve --stages "
+            '--ranks), and offload_gib= keeps weights in the host\'s memory; here device_map is a device or "auto"',
             where=user_line(),
         )
-    return device
+    return one
+
+
+def _of_all(places: Mapping[str, str | int]) -> str | None:
+    """The device that every part is on; None where they are on several, or on the disk."""
+    every = set(places.values())
+    return _device(every.pop()) if len(every) == 1 else None
+
+
+def _agreed(device: str | None, named: str) -> str:
+    """What `device_map` names: `device` beside it says the same, or its kind ("cuda")."""
+    if device is not None and str(device) not in (named, named.partition(":")[0]):
+        raise GraphError(f"device is {device}, and device_map is of {named}: give one of them", where=user_line())
+    return named
 
 
 def _device(given: Any) -> str | None:

@@ -7,7 +7,8 @@ import sys
 import sysconfig
 from types import CodeType, FrameType
 
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_HERE = tuple([os.path.join(_ROOT, room, "") for room in ("polytrace", "engine")])  # rooms that run in users' processes
 _LIBRARIES = tuple(
     folder + os.sep
     for folder in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}

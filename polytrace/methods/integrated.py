@@ -89,6 +89,7 @@ def integrated_gradients(
             """An invoke a part of the way: the metric, what was put in, and the whole way."""
             with tracer.invoke(batch.ids):
                 site = rows.value(number)
+                _check_shape(start, site, of)
                 way = site.float() - start
                 value = site.float() - way * (1.0 - share)
                 site[:] = value
@@ -130,5 +131,14 @@ def _baseline_prompts(model: Model, batch: Prompts, baseline: Any) -> Prompts | 
     other = prompts_of(model, baseline)
     if len(other) != len(batch):
         raise GraphError(f"{len(other)} baseline prompts for {len(batch)}: give as many", where=user_line())
-    check_lengths(batch, other)
+    check_lengths(batch, other, ("given", "baseline"))
     return other
+
+
+def _check_shape(baseline: Any, site: Any, of: str) -> None:
+    """GraphError for numbers that are not of the rows' shape, `[sequences, tokens, ...]`, as they broadcast."""
+    own, shape = tuple(getattr(baseline, "shape", ())), tuple(site.shape)
+    fits = len(own) <= len(shape) and all(one in (1, size) for one, size in zip(own[::-1], shape[::-1], strict=False))
+    if not fits:
+        told = f"the baseline has the shape {list(own)}, and what each prompt has at {of} {list(shape[1:])}"
+        raise GraphError(f"{told}: give a number, an array {list(shape[2:])}, or one of all of it", where=user_line())

@@ -173,24 +173,27 @@ def record_values(tracer: Tracer, model: Model, batch: Prompts, layers: Sequence
         return {number: value_of(model, number, of) for number in layers}
 
 
-def pairs_of(model: Model, clean: Any, corrupt: Any) -> tuple[Prompts, Prompts]:
-    """Two batches of as many prompts. Raises GraphError else."""
+def pairs_of(
+    model: Model, clean: Any, corrupt: Any, names: tuple[str, str] = ("clean", "corrupt")
+) -> tuple[Prompts, Prompts]:
+    """Two batches of as many prompts. Raises GraphError else, in which they are called so."""
     one, other = prompts_of(model, clean), prompts_of(model, corrupt)
     if len(one) != len(other):
         raise GraphError(
-            f"{len(one)} clean prompts and {len(other)} corrupt ones: they are pairs, so give as many",
+            f"{len(one)} {names[0]} prompts and {len(other)} {names[1]} ones: they are pairs, so give as many",
             where=user_line(),
         )
     return one, other
 
 
-def check_lengths(clean: Prompts, corrupt: Prompts) -> None:
+def check_lengths(clean: Prompts, corrupt: Prompts, names: tuple[str, str] = ("clean", "corrupt")) -> None:
     """Raises GraphError for a pair whose positions are not the same tokens."""
     for prompt, (one, other) in enumerate(zip(clean.lengths, corrupt.lengths, strict=True)):
         if one != other:
             raise GraphError(
-                f"pair {prompt} has {one} tokens in the clean prompt and {other} in the corrupt one, so positions do "
-                "not mean the same in both: give prompts of equal length, or positions such as -1 or a text",
+                f"pair {prompt} has {one} tokens in the {names[0]} prompt and {other} in the {names[1]} one, so "
+                "positions do not mean the same in both: give prompts of equal length, or positions such as -1 or a "
+                "text",
                 where=user_line(),
             )
 

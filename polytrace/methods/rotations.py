@@ -77,7 +77,7 @@ def learn_rotation(
     torch = needs_torch("learn_rotation")
     check_stream(of)
     (number,) = layers_of(model, layer)
-    base, source = pairs_of(model, bases, sources)
+    base, source = pairs_of(model, bases, sources, ("base", "source"))
     hidden, count = model.description.hidden_size, scalar(size)
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= hidden:
         raise GraphError(f"size is 1-{hidden} directions, not {size!r}", where=user_line())
@@ -116,7 +116,7 @@ def interchange(
     `clean` is the bases' own metric, `corrupt` the sources'. `positions`: other ones than the rotation's.
     """
     needs_torch("interchange")
-    base, source = pairs_of(model, bases, sources)
+    base, source = pairs_of(model, bases, sources, ("base", "source"))
     measured, pairs = (
         as_metric(metric),
         _pairs(model, base, source, rotation.positions if positions is None else positions),

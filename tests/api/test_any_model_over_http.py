@@ -94,6 +94,8 @@ def test_a_service_calls_a_vision_language_model_as_one_process_does(tmp_path: P
         assert model.validate(asked).tape_bytes == asked.receipt.tape_bytes > read.nbytes
         with pytest.raises(GraphError, match=r"does not take these arguments.*\(test_any_model_over_http.py:\d+\)"):
             model.trace(pixel_values=torch.ones(3, 3))
+        with pytest.raises(GraphError, match=r"given: pixels; forward takes .*pixel_values, .*\(test_any"):
+            model.trace(pixels=images["pixel_values"])
         wait_until(lambda: service.is_ready("vit"), 240, service)
         users: Any = polytrace.connect(f"http://127.0.0.1:{service.port}", "vit", key="sesame")
         calls = [torch.randn_like(images["pixel_values"]) for _ in range(6)]

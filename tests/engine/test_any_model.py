@@ -343,6 +343,11 @@ def test_mistakes_are_told_with_the_users_line() -> None:
         model.trace(input_ids=call["input_ids"].float()),
     ):
         model.output[0].save()
+    taken = r"given: 1 without a name, ids; forward takes input_ids, attention_mask, [\w, ]+"
+    with pytest.raises(GraphError, match=f"does not take these arguments: .*; {taken} {here}"):
+        model.trace(None, ids=call["input_ids"])
+    with pytest.raises(GraphError, match=rf"does not take these arguments: [^;]*{here}"):  # names are not to blame
+        model.trace(attention_mask=call["attention_mask"])
     with pytest.raises(GraphError, match=f"belongs to a call: .*{here}"), model.trace():
         model.encoder.layer[0].output.save()
     with pytest.raises(GraphError, match=f"belongs to another trace.*{here}"), model.trace(**call):
@@ -367,8 +372,14 @@ def test_mistakes_are_told_with_the_users_line() -> None:
         polytrace.load(plain, dtype="bfloat16")
     with pytest.raises(GraphError, match="offload_gib is for language models"):
         polytrace.load(plain, offload_gib=1.0)
-    with pytest.raises(GraphError, match=r"takes a folder, a hub id or a torch\.nn\.Module, not a int"):
+    with pytest.raises(GraphError, match="no dtype, device, threads, random weights or whole are for it"):
+        polytrace.load(plain, whole=False)
+    with pytest.raises(GraphError, match=rf"or a torch\.nn\.Module, not something of type int {here}"):
         polytrace.load(3)
+    scripted = torch.jit.ScriptModule()
+    for own, path in ((scripted, "the module"), (nn.Sequential(nn.Tanh(), scripted), "1")):
+        with pytest.raises(GraphError, match=f"{path} is a ScriptModule of TorchScript.*load the module.*{here}"):
+            polytrace.load(own)
 
 
 def test_a_models_own_modules_have_their_names() -> None:

@@ -313,7 +313,10 @@ def test_a_folder_goes_when_nobody_has_it() -> None:
             r"places vit\.layers\.7, which ViTForImageClassification does not have; did you",
         ),
         ({name: VIT[name] for name in VIT if name != "classifier"}, r"leaves out classifier\.weight, .*place all"),
-        (VIT | {"classifier": 3}, r"names GPU 3, and there are \d GPUs here"),
+        ({"vit.embedings": "cpu"}, r"places vit\.embedings, which ViT\w+ does not have; did you mean vit\.embeddings"),
+        ({"vit.layers.0": "cpu"}, "leaves out vit.embeddings.cls_token, .* more of ViT.*place all"),
+        ({"": 63}, "'cuda:63' is not there"),
+        (VIT | {"classifier": 3}, r"names GPU 3, and there are \d GPUs here: place its parts on fewer, and"),
         ({"": "cpu", "vit.layers.0": "disk"}, "places the whole model and vit.layers.0, which is a part of it"),
         ({"vit": "cpu", "vit.layers.0": "disk"}, "places vit and vit.layers.0.*name the other parts of vit"),
         ({"vit": "cpu", "classifier": "tpu"}, "puts classifier on 'tpu': a device is"),
@@ -332,6 +335,18 @@ def test_a_device_map_that_is_none_is_told_before_weights_are_read(device_map: A
     with pytest.raises(GraphError, match=told) as error:
         polytrace.load(str(folder), device_map=device_map)
     assert error.value.where is not None and error.value.where.startswith("test_device_maps.py")
+
+
+def test_parts_that_are_all_on_one_device_are_a_device_map(
+    folder: Path, plain: nn.Module, call: dict[str, Any]
+) -> None:
+    model: Any = polytrace.load(str(folder), device_map={"vit": "cpu", "classifier": "cpu"}, device="cpu")
+    with model.trace(**call):
+        result = model.output.logits.save()
+    with torch.no_grad():
+        assert torch.equal(result, plain(**call).logits)
+    with pytest.raises(GraphError, match="'auto' takes the GPUs that there are: give one of them"):
+        polytrace.load(str(folder), device_map="auto", device="cuda:1")
 
 
 def test_a_tensor_beside_modules_lies_where_it_is_used(tmp_path: Path) -> None:

@@ -284,6 +284,8 @@ def test_what_is_not_there_is_refused_with_what_to_do(imaged: Imaged) -> None:
         model.trace(PROMPT, pixel_values=photos[:2])
     with pytest.raises(GraphError, match=r"\[images, 3, 8, 8\]"):
         model.trace(PROMPT, pixel_values=photos[0])
+    with pytest.raises(GraphError, match=r"tensor of floats \[images, 3, 8, 8\]; this is uint8 \[1, 3, 8, 8\]"):
+        model.trace(PROMPT, pixel_values=photos[:1].to(torch.uint8))
     with pytest.raises(GraphError, match="prompt 0 has 3 of them"):
         model.trace([1, IMAGE, IMAGE, IMAGE], pixel_values=photos[:1])
     with pytest.raises(GraphError, match="whole=True"), model.trace(PROMPT, pixel_values=photos[:1]):

@@ -224,5 +224,7 @@ def test_mistakes_are_told(llama: tuple[Any, PlainModel]) -> None:
     ):
         with pytest.raises(GraphError, match=told):
             learn_rotation(model, PROMPTS, SOURCES, TARGETS, layer=1, **more)
+    with pytest.raises(GraphError, match="2 base prompts and 1 source ones"):
+        learn_rotation(model, PROMPTS, SOURCES[:1], TARGETS, layer=1)
     with pytest.raises(GraphError, match="3 targets for 2 prompts"):
         learn_steering_vector(model, PROMPTS, [1, 2, 3], layer=1)

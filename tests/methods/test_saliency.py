@@ -145,7 +145,11 @@ def test_mistakes_are_told(llama: tuple[Any, PlainModel]) -> None:
         (lambda: saliency(model, PROMPT, METRIC, layers=2), "the embedding is of no layer"),
         (lambda: saliency(model, PROMPT, METRIC, of="pattern"), "'pattern' has no row for each token"),
         (lambda: integrated_gradients(model, PROMPT, METRIC, baseline=0.0, steps=0), "steps are 1-512, not 0"),
-        (lambda: integrated_gradients(model, PROMPT, METRIC, baseline=[SHORT]), "7 tokens in the clean prompt"),
+        (lambda: integrated_gradients(model, PROMPT, METRIC, baseline=[SHORT]), "7 tokens in the given prompt"),
+        (
+            lambda: integrated_gradients(model, PROMPT, METRIC, baseline=torch.zeros(5, 3)),
+            r"the baseline has the shape \[5, 3\], and what each prompt has at embedding \[7, 32\].*test_saliency",
+        ),
         (lambda: integrated_gradients(model, PROMPT, METRIC, baseline=[PROMPT, OTHER]), "2 baseline prompts for 1"),
         (lambda: saliency(model, PROMPT, lambda logits: logits.argmax(-1)), "int64"),
         (lambda: saliency(model, PROMPT, log_probability(99)), "99"),

@@ -12,7 +12,7 @@ from small import IDS, small_llama
 
 import polytrace
 from polytrace.errors import GraphError
-from polytrace.keywords import chosen_device
+from polytrace.keywords import chosen_device, chosen_places
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,35 @@ def test_what_cannot_be_honoured_is_told(model: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "device"), [({"": 0}, "cuda:0"), (1, "cuda:1"), ({"": "cpu"}, "cpu"), ("auto", None)]
+    ("given", "device"),
+    [({"": 0}, "cuda:0"), (1, "cuda:1"), ({"": "cpu"}, "cpu"), ("auto", None), ({"a.0": 0, "a.1": 0}, "cuda:0")],
 )
 def test_a_device_map_names_one_device(given: Any, device: str | None) -> None:
     assert chosen_device(None, given) == device
+
+
+def test_parts_of_a_model_that_is_called_are_no_device() -> None:
+    assert chosen_places(None, {"a": "cpu"}) == (None, {"a": "cpu"}), "whether these are all of it is seen later"
+    assert chosen_places(None, {"": "disk"}) == (None, {"": "disk"})
+    assert chosen_places("cuda", {"": 1}) == ("cuda:1", None)
+
+
+@pytest.mark.parametrize("given", ["cuda:0", {"": 0}, {"a": 0}, {"a": 0, "b": "cpu"}], ids=str)
+def test_a_device_beside_a_map_of_another_one_is_refused(given: Any) -> None:
+    with pytest.raises(GraphError, match=r"device is cpu, and device_map is of cuda.*give one of them \(test_keywords"):
+        chosen_places("cpu", given)
+
+
+def test_names_that_spread_are_refused_for_a_language_model_as_a_service_does() -> None:
+    with pytest.raises(GraphError, match=r"device_map is 'balanced', and polytrace\.load runs a language model on one"):
+        chosen_device(None, "balanced")
+    assert chosen_device("cuda:1", "auto") == "cuda:1"
+
+
+@pytest.mark.parametrize("chosen", [{"device": "cuda:70"}, {"device_map": {"": 63}}], ids=str)
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_loaded(folder: Path, chosen: Any) -> None:
+    told = rf"is not there: this machine has {torch.cuda.device_count()} GPUs?; write \"cpu\".*\(test_keywords"
+    with pytest.raises(GraphError, match=told):
+        polytrace.load(str(folder), **chosen)
+    with pytest.raises(GraphError, match="device 'gpu' is no device"):
+        polytrace.load(str(folder), device="gpu")
