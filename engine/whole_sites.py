@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import fields
 from hashlib import blake2b
@@ -168,7 +169,7 @@ class _Twin:
             return known.fake(from_raw(raw).clone())  # models change their arguments
 
         called = with_given(inputs, fake)
-        with self._mode, ExitStack() as modes:
+        with self._mode, _quiet_torch(), ExitStack() as modes:
             if known is not None:
                 modes.enter_context(known)
                 modes.enter_context(PlainLists())
@@ -189,6 +190,18 @@ def _content(raw: RawTensor, level: int) -> bytes | None:
     if not raw.is_here:
         return (raw.digest or raw.state or "").encode()
     return blake2b(raw.data, digest_size=16).digest()
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """It logs, with its own frames, that an operation does not take its tensors, which the user's error says."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
