@@ -198,12 +198,16 @@ def test_an_edge_is_what_its_reader_alone_would_take(
 
 def test_the_edges_of_a_head_add_up_to_its_attribution(patched: Callable[[str], tuple[Any, PlainModel]]) -> None:
     model, _ = patched("llama")
-    edges = edge_attribution_patching(model, CLEAN, CORRUPT, METRIC)
+    agrees_with_heads(model, edge_attribution_patching(model, CLEAN, CORRUPT, METRIC).effect)
+
+
+def agrees_with_heads(model: Any, edges: Any) -> None:
     heads = attribution_patching(model, CLEAN, CORRUPT, METRIC, of="z", direction="noise", normalise=False)
-    for layer in range(LAYERS):
+    assert float(abs(heads.effect - heads.clean).max()) > 0.02
+    for layer in range(model.description.num_layers):
         for head in range(WIDTH // SIZE):
             whole = float(heads.effect[layer, head] - heads.clean)
-            assert abs(float(edges.effect.sel(writer=f"{layer}.{head}").sum()) - whole) < 1e-4 * max(1.0, abs(whole))
+            assert abs(float(edges.sel(writer=f"{layer}.{head}").sum()) - whole) < 1e-4 * max(1.0, abs(whole))
 
 
 TINY: dict[str, Any] = {
@@ -255,6 +259,8 @@ def test_edges_of_the_embedding_add_up_to_the_gradient_at_it_or_the_family_is_re
     wanted = float((at.effect[0] - at.clean).sum())
     assert abs(wanted) > 0.02
     assert abs(float(edges.sel(writer="embedding").sum()) - wanted) <= 1e-4 * max(1.0, abs(wanted))
+    if kind == "a factor on what is added":
+        agrees_with_heads(model, edges)
 
 
 def test_prompts_of_other_lengths_are_refused(patched: Callable[[str], tuple[Any, PlainModel]]) -> None:
