@@ -7,7 +7,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # One thread a process: several test workers and shards share the cores, and one thread gives the same bits everywhere.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Bytecode is kept whatever the environment says: tests start some hundred processes, and one compiles for all.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 TEST_WORKERS ?= 2
 
 # matplotlib's list of fonts: here, not in the home folder

@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -262,7 +263,12 @@ def _start(store: str, max_text_chars: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's business
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log_lines.configure("checker")
-    import torch
+    from polytrace.collector import uncollected
+
+    with uncollected():
+        import torch
+
+        import_module("engine.loading")  # for `load`
 
     torch.set_num_threads(1)
     _worker = _Worker(Path(store), max_text_chars)

@@ -18,17 +18,19 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from cluster.shipping import Incoming, Shipment
-from engine.fetching import here
-from engine.links import Distributed, join_store, open_store
-from engine.loading import ShardConfig
-from engine.reading import Reading
-from engine.reports import GateReport
-from engine.whole_served import new_shard
-from polytrace.collector import settle
-from polytrace.description import ModelDescription
-from polytrace.errors import ServiceError
-from scheduling.plan import ShardResult
+from polytrace.collector import settle, uncollected
+
+with uncollected():
+    from cluster.shipping import Incoming, Shipment
+    from engine.fetching import here
+    from engine.links import Distributed, join_store, open_store
+    from engine.loading import ShardConfig
+    from engine.reading import Reading
+    from engine.reports import GateReport
+    from engine.whole_served import new_shard
+    from polytrace.description import ModelDescription
+    from polytrace.errors import ServiceError
+    from scheduling.plan import ShardResult
 
 WATCH = "watch"  # the concurrency group of `beat`
 

@@ -5,13 +5,15 @@ tried, and which worker takes what.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import width
 from hypothesis import HealthCheck, settings
+
+from polytrace.collector import uncollected
 
 if TYPE_CHECKING:
     from spreading import ServicesApart
@@ -32,6 +34,12 @@ settings.load_profile("house")
 
 def pytest_configure(config: pytest.Config) -> None:
     width.is_wide = "not wide" not in config.option.markexpr
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    with uncollected():
+        return (yield)
 
 
 @pytest.hookimpl(optionalhook=True)  # of xdist's

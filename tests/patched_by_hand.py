@@ -15,6 +15,7 @@ from torch import Tensor
 KINDS = ("llama", "gpt2", "gemma2")
 OTHERS = ("phi", "opt")  # attention and MLP side by side behind one norm; an MLP without a module of its own
 Edits = Mapping[tuple[str, int], Callable[[Tensor], Tensor]]  # point and layer -> what it becomes
+Seen = tuple[Tensor, dict[tuple[str, int], Tensor]]
 
 
 class PlainModel:
@@ -35,15 +36,21 @@ class PlainModel:
             "opt": ("fc1", "fc2", "fc2"),
         }.get(kind, ("mlp", "mlp", "mlp.down_proj"))
         self.num_layers, self.num_heads = 4, 4
+        self._unedited: dict[tuple[int, ...], Seen] = {}
 
-    def run(
-        self, ids: list[int], edits: Edits | None = None, *, has_gradients: bool = False
-    ) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
+    def run(self, ids: list[int], edits: Edits | None = None, *, has_gradients: bool = False) -> Seen:
         """Logits `[tokens, vocabulary]` with edits, and every point as it was then, `[1, ...]`.
 
-        With gradients, logits have come from these very tensors.
+        With gradients, logits have come from these very tensors. What a prompt gives without edits is worked out once.
         """
-        edits = edits or {}
+        if edits or has_gradients:
+            return self._run(ids, edits or {}, has_gradients)
+        if tuple(ids) not in self._unedited:
+            self._unedited[tuple(ids)] = self._run(ids, {}, False)
+        logits, seen = self._unedited[tuple(ids)]
+        return logits.clone(), {point: value.clone() for point, value in seen.items()}
+
+    def _run(self, ids: list[int], edits: Edits, has_gradients: bool) -> Seen:
         seen: dict[tuple[str, int], Tensor] = {}
         left = set(edits)
 
