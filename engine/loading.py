@@ -258,7 +258,7 @@ def _unreadable(source: str, error: Exception) -> str:
     folder = Path(source)
     if (source.count("/") > 1 or source.startswith((".", "/", "~"))) and not folder.exists():
         beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-        close = nearest(str(folder), [str(one) for one in beside if one.is_dir()])
+        close = nearest(str(folder), [str(one) for one in beside if one.is_dir() and one.name != "__pycache__"])
         return f"there is no folder {source}{close}, and a hub's id is owner/name"
     return f"cannot read a model configuration from {source}: {error}"
 

@@ -58,7 +58,7 @@ def settle() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Python looks for no garbage while the block imports, nor ever again among what there is behind it.
+    """Python looks for no garbage while the block imports, and what there is behind it counts as old at once.
 
     It would go through all modules over and over, for a quarter of the time that their imports take.
     """
@@ -67,6 +67,8 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
+        if not gc.get_freeze_count():  # else it is somebody's, who unfreezes it
+            gc.freeze()
+            gc.unfreeze()
         if was_enabled:
             gc.enable()

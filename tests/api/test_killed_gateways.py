@@ -126,7 +126,9 @@ def test_every_accepted_request_is_accounted_for(tmp_path: Path, places: str, re
     try:
         wait_until(lambda: httpx.get(f"{url}/readyz", timeout=30).status_code == 200, 30)
         clients = [Client(url, number) for number in range(CLIENTS)]
-        for _ in range(KILLS):
+        num_kills = 0
+        while num_kills < KILLS or not any(client.broken for client in clients):
+            num_kills += 1
             before = len(controller.ran)
             wait_until(lambda before=before: len(controller.ran) > before, 30)  # type: ignore[misc]
             time.sleep(random.uniform(0.0, 0.4))

@@ -223,7 +223,7 @@ def test_calls_inside_of_forwards_are_visited_for_each_prompt_as_alone(loaded: L
             assert torch.equal(own.nan_to_num(7.0), alone.nan_to_num(7.0)), site.module
 
 
-@pytest.mark.parametrize(("name", "stages"), [wide("bloom", 2), ("mamba", 2), ("falcon_alibi", 2)])
+@pytest.mark.parametrize(("name", "stages"), [wide("bloom", 2), wide("mamba", 2), ("falcon_alibi", 2)])
 def test_stages_change_no_bit(name: str, stages: int, tmp_path: Path) -> None:
     one = Loaded(name, tmp_path / "model")
     shards = ProcessShards(str(tmp_path / "model"), stages=stages, ranks=1)

@@ -18,7 +18,6 @@ class Node:
 
 @pytest.fixture(autouse=True)
 def nothing_is_frozen() -> Iterator[None]:
-    gc.unfreeze()  # what there was when tests were collected
     yield
     gc.unfreeze()
 
