@@ -25,7 +25,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from engine.bits import mark_of
 from engine.call_axis import MIXED, SAME, Along, Content, Mixed, Place, Same, Total, alone
-from engine.call_rules import Step, is_filling, may_differ, rule_of, tensors_of
+from engine.call_lookups import is_filling
+from engine.call_rules import may_differ, rule_of
+from engine.call_step import Step, tensors_of
 from engine.recorder import memory_of
 from engine.whole_manner import operation_by_operation
 

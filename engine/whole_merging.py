@@ -24,7 +24,7 @@ from engine.arguments import Arguments, Selector
 from engine.bits import mark_of
 from engine.call_axis import Along, Content, Same
 from engine.call_proof import Alone, Together, UnprovenError
-from engine.call_rules import tensors_of
+from engine.call_step import tensors_of
 from engine.leaves import first_argument
 from engine.module_state import ModuleState, kept_tensors, settings_of
 from engine.whole_call import Key
