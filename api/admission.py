@@ -15,7 +15,6 @@ from functools import partial
 
 from anyio import to_thread
 
-from api.alike import Remembered
 from api.bursts import Bursts
 from api.figures import CHECK
 from api.hops import hop
@@ -24,6 +23,7 @@ from api.identity import Identity
 from api.limits import Terms, limits_from_text
 from api.log_lines import about_call
 from api.quotas import Rates
+from api.remembered import Remembered
 from api.served import Checker, Served
 from api.settings import GatewaySettings
 from api.status import RequestStatus

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 from api.heating import COLUMNS, IS_DESCRIBED, Heating, keeping_of
@@ -250,8 +250,10 @@ def _check_same(spec: DeploymentSpec, known: str | None, mode: Mode) -> None:
         return
     old = _spec(known)
     if replace(old, replicas=spec.replicas) != spec:
+        own, asked = asdict(replace(old, replicas=spec.replicas)), asdict(spec)
+        others = ", ".join(f"{name} is {own[name]!r}, not {asked[name]!r}" for name in own if own[name] != asked[name])
         told = f"{spec.name} is {old.source} on {old.stages} x {old.ranks} shards ({old.dtype}, {old.device}) already"
-        raise ConflictError(f"{told}; remove it first, or choose another name")
+        raise ConflictError(f"{told} ({others}); remove it first, or choose another name")
 
 
 @lru_cache(maxsize=256)  # the controller asks at every ring of its bell

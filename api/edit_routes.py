@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.admission import Admission
+from api.answers import MEDIA_TYPE
 from api.callers import caller_of, owner_of
 from api.edits import MAX_BYTES
 from api.served import Checker, Deployments
@@ -21,7 +22,6 @@ from api.uploads import receive
 from polytrace.codec import to_json
 from polytrace.edits.sets import check_name
 
-MEDIA_TYPE = "application/vnd.safetensors"
 Version = Annotated[int | None, Query(ge=1, lt=1 << 31)]
 
 

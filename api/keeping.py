@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from api.admission import Admission
+from api.answers import MEDIA_TYPE
 from api.away import AwayError
 from api.callers import caller_of, owner_of
 from api.contents import Contents
@@ -30,7 +31,6 @@ from polytrace.keepers import KeptEntry
 from polytrace.tensors import DTYPES
 from polytrace.wire import MAX_DIMS
 
-MEDIA_TYPE = "application/vnd.safetensors"
 PURGE_S = 5.0  # between two looks at what has expired; an expired name is not found before, too
 MAX_ASKED = 10_000
 

@@ -248,6 +248,8 @@ def checked_spec(spec: DeploymentSpec) -> DeploymentSpec:
     if spec.offload_bytes < 0:
         raise UserError(f"offload_bytes is {spec.offload_bytes}; it is at least 0")
     if spec.device_map is not None:
+        if not spec.whole:
+            raise UserError("a device map is of a model that is called as it is: leave it out, or --packed")
         spec = replace(spec, device_map=checked_device_map(spec.device_map))
     check_mapped(
         spec.device_map,

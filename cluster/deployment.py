@@ -138,7 +138,8 @@ class Deployment:
         """Places, loads and self-tests every shard; lines of progress go to `report`. Shards that are lost on the way
         are started again.
 
-        ServiceError with the reason when it cannot; whatever was started is stopped then.
+        ServiceError with the reason when it cannot, UserError where the model does not take what was asked for;
+        whatever was started is stopped then.
         """
         try:
             self._start(report)

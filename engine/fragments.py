@@ -27,11 +27,11 @@ from engine.memory import told_out_of_memory
 from engine.named import NamedParameters
 from engine.op_grads import ones_like, operand_gradient
 from engine.ops import resolve, run_op
+from engine.rank_nodes import call_gradient, placeholder, run_below, told_of
 from engine.results import ResultSink
 from engine.site_rows import own_what_stays, read_site, write_site
 from engine.slices import gather_whole
 from engine.stage import StageRunner
-from engine.together import call_gradient, placeholder, run_below, told_of
 from engine.turns import run_turn
 from engine.views import InvokeRows
 from engine.writes import PortValue

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engine.copies import to_device
 from engine.pair_views import check_pairs, pairs_of, read_pairs
+from engine.rank_nodes import local_shape
 from engine.slices import gather_whole, take_part
-from engine.together import local_shape
 from engine.views import RowView
 from engine.writes import PortValue, RowWrite
 from polytrace.description import Rows, SiteInfo

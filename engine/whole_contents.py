@@ -45,7 +45,7 @@ def telling(called: Called) -> Called:
 
 
 def other(called: Called, seed: int) -> Called:
-    """A call with other content: numbers moved by as much as they are, integers drawn from among its own."""
+    """A call with other content: numbers moved by as much as they are, integers drawn anew."""
     chance = torch.Generator().manual_seed(seed)
 
     def change(value: Tensor) -> Tensor:
@@ -80,12 +80,16 @@ def _moved(value: Tensor, chance: torch.Generator) -> Tensor:
 
 
 def _drawn(value: Tensor, seed: int, chance: torch.Generator) -> Tensor:
-    """Integers from 1 to the largest of a call's own, or some of its own where these are below 0; of its likeness."""
+    """Integers from 1 (0 where a call has one) to the largest of its own, or of its own where these are below 0; of its
+    likeness. Takes no more memory than they do.
+    """
     own = value.long().unique()
     if len(own) < 2:
         return value
-    choice = own if int(own[0]) < 0 else torch.arange(min(1, int(own[0])), int(own[-1]) + 1, device=value.device)
-    drawn = choice[torch.randint(0, len(choice), (value.numel(),), generator=chance).to(value.device)]
+    is_range = int(own[0]) >= 0
+    start, end = (min(1, int(own[0])), int(own[-1]) + 1) if is_range else (0, len(own))
+    drawn = torch.randint(start, end, (value.numel(),), generator=chance).to(value.device)
+    drawn = drawn if is_range else own[drawn]
     if not bool(value.all()):
         drawn[seed % len(drawn)] = 0
     if bool((drawn == drawn[0]).all()):

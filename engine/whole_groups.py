@@ -123,7 +123,7 @@ class CallGroups:
                 self._is_so = why_not is None
                 if why_not is not None:
                     _log.info("calls of %s are not merged: %s", type(self._model).__name__, why_not)
-        return self._is_so is not False
+        return self._is_so is True
 
     def _settled(self, look: Callable[[], T]) -> T | str:
         """What it finds, or why not, of a model whose calls change its settings each time."""

@@ -10,6 +10,7 @@ nobody beside it runs the same way, which costs it next to nothing; whether that
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -48,13 +49,33 @@ def operation_by_operation() -> Iterator[None]:
     """Inside torch does not take several operations of an encoder's layer in one, which it does or not by who looks,
     and goes no other ways for a batch of one.
     """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with _OneLayout():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    with _slow_path, _OneLayout():
+        yield
+
+
+class _SlowPath:
+    """A context without torch's fast path, which is a switch of the process; contexts of several threads overlap."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._usual = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._usual = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+
+    def __exit__(self, *_raised: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                torch.backends.mha.set_fastpath_enabled(self._usual)
+
+
+_slow_path = _SlowPath()
 
 
 class _OneLayout(TorchFunctionMode):

@@ -148,7 +148,7 @@ class _Refusal(Exception):
 
 
 class BrokenError(Exception):
-    """A call raises, or there is no memory for it: that says nothing of others of its structure."""
+    """A call raises: that says nothing of others of its structure."""
 
 
 class SettledError(BrokenError):
@@ -180,7 +180,7 @@ def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None])
     except UnprovenError as found:
         return str(found)
     except torch.OutOfMemoryError as error:
-        raise BrokenError from error
+        return f"there is no memory to try it: {told(error)}"
     except BrokenError:
         raise
     except Exception as error:  # noqa: BLE001  whatever code of the model raises for calls in one

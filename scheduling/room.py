@@ -52,6 +52,9 @@ class Room:
     def give_tapes(self, ready: Collection[Job]) -> None:
         """The same of what is kept for gradients."""
         for job in sorted([job for job in ready if not job.has_tape_room], key=lambda job: job.number):
+            if job.program.tape_bytes > self.tapes.most_bytes:  # of a replica that has less room than the first had
+                self._end(job, _no_tape_room(job.program.tape_bytes, self.tapes.most_bytes))
+                continue
             job.has_tape_room = self.tapes.take(job.program.tape_bytes)
             if not job.has_tape_room:
                 break  # whoever is younger waits behind it
@@ -128,4 +131,11 @@ def _no_room(needed: int, most: int) -> TooLargeError:
     return TooLargeError(
         f"the keys and values of this generation take {needed:,} bytes on a shard; there is room for {most:,}: "
         "ask for fewer new tokens, shorter prompts or fewer samples"
+    )
+
+
+def _no_tape_room(needed: int, most: int) -> TooLargeError:
+    return TooLargeError(
+        f"gradients of this request keep {needed:,} bytes on a shard; there is room for {most:,}: ask for them of "
+        "fewer or smaller inputs at a time"
     )

@@ -10,7 +10,9 @@ from polytrace.description import Limits, ModelDescription
 from polytrace.errors import TooLargeError
 from polytrace.graph import Port
 from polytrace.tensors import itemsize
-from scheduling.plan import Program
+from scheduling.plan import Program, RequestId
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Scheduler
 from tests.scheduling.tiny import HIDDEN, VOCAB, Recorder, tiny_llama
 
 ROW, FILL, HIDDEN_BYTES = 1000, 70, 8  # of a layer: a row, tiles of its experts, hidden states
@@ -57,6 +59,21 @@ def test_what_does_not_fit_runs_layers_again_and_else_is_refused_with_the_number
     assert program.tape_bytes == least < whole
     with pytest.raises(TooLargeError, match=rf"{least:,} bytes.* 24 rows; the limit is {least - 1:,}"):
         asked(replace(TINY, limits=Limits(max_sequence_tokens=100, tape_bytes=least - 1)), 0)
+
+
+def test_a_replica_with_less_room_ends_what_it_never_has_room_for_and_goes_on_with_the_next() -> None:
+    large, small = asked(TINY, 0), asked(TINY, 2)
+    assert large.tape_bytes > small.tape_bytes
+    limits = Limits(max_sequence_tokens=100, tape_bytes=small.tape_bytes)
+    scheduler = Scheduler(replace(TINY, limits=limits), PassPolicy())
+    scheduler.add(replace(large, request=RequestId("large")))
+    scheduler.add(replace(small, request=RequestId("small")))
+    plan = scheduler.next_pass()
+    assert [member.program.request for member in plan.members] == ["small"]
+    (outcome,) = scheduler.take_outcomes()
+    assert outcome.request == "large"
+    assert isinstance(outcome.error, TooLargeError)
+    assert f"keep {large.tape_bytes:,} bytes on a shard; there is room for {small.tape_bytes:,}" in str(outcome.error)
 
 
 def test_layers_inside_of_which_a_gradient_stops_are_kept_whole() -> None:

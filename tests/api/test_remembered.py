@@ -12,7 +12,7 @@ import pytest
 from services import make_model
 
 from api import worker
-from api.alike import Remembered
+from api.remembered import Remembered
 from api.served import _serve
 from api.store import Store
 from api.worker import Verdict
