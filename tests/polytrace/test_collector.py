@@ -18,6 +18,7 @@ class Node:
 
 @pytest.fixture(autouse=True)
 def nothing_is_frozen() -> Iterator[None]:
+    gc.unfreeze()  # what a process of the service would keep so, where a test was one
     yield
     gc.unfreeze()
 
