@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.call_axis import MIXED, SAME, Along, Content, Mixed, Place, Same, Total
-from engine.call_step import Rule, Step, joined, plain
+from engine.call_step import Rule, Step, joined, plain, varies
 
 _FACTORS = (("mat1", "mat2"), ("batch1", "batch2"), ("self", "mat2"), ("self", "vec"))
 _ONCE = frozenset({"all", "any", "amax", "amin", "max", "min", "_is_all_true", "_is_any_true"})
@@ -110,10 +110,9 @@ def _sum_with_product(step: Step) -> Place:
     if not isinstance(product, Along):
         return product if isinstance(own, Same) else MIXED
     if isinstance(own, Along):
-        return product.of(Content.OWN) if own.to(own.dim + step.out.ndim - step.first.ndim).is_at(product) else MIXED
-    dim = product.dim - step.out.ndim + step.first.ndim
-    is_one = isinstance(own, Same) and (dim < 0 or step.first.shape[dim] == 1)
-    return product if is_one else MIXED
+        is_beside = own.to(own.dim + step.out.ndim - step.first.ndim).is_at(product)
+        return product.of(Content.OWN) if is_beside and own.content is not Content.COUNT else MIXED
+    return product if isinstance(own, Same) and not varies(step, step.first, product, step.out.ndim) else MIXED
 
 
 SUMS: dict[str, Rule] = {

@@ -223,6 +223,9 @@ def where_largest(x: Tensor, *_: Tensor) -> Tensor:
 
 
 MIXING: dict[str, Function] = {
+    "counted and a product": lambda x, *_: torch.addmm(
+        torch.arange(len(x), dtype=torch.float32)[:, None], x[:, 0], WEIGHT
+    ),
     "mean of all": lambda x, *_: x - x.mean(0),
     "the largest of all": lambda x, *_: torch.where(x.max() > 1e9, 0, x),
     "the first": lambda x, *_: x - x[:1],
