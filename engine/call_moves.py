@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from engine.call_axis import MIXED, SAME, Along, Content, Place, Same, reshaped
-from engine.call_step import Rule, Step, joined, plain, unknown
+from engine.call_step import Rule, Step, joined, plain, unknown, varies
 
 
 def _copied(step: Step) -> Place:
@@ -20,9 +20,7 @@ def _copied_into(step: Step) -> Place:
     place = joined(step, [step.arguments["src"]], step.first.ndim)
     own = step.place(step.first)
     if isinstance(place, Same) and isinstance(own, Along):
-        dim = own.dim - step.first.ndim + step.arguments["src"].ndim
-        is_one = dim < 0 or step.arguments["src"].shape[dim] == 1
-        return own.of(Content.SAME) if is_one else MIXED
+        return MIXED if varies(step, step.arguments["src"], own, step.first.ndim) else own.of(Content.SAME)
     return place
 
 

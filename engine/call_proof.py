@@ -27,8 +27,8 @@ from engine.bits import mark_of
 from engine.call_axis import MIXED, SAME, Along, Content, Mixed, Place, Same, Total, alone
 from engine.call_lookups import is_filling
 from engine.call_rules import may_differ, rule_of
-from engine.call_step import Step, tensors_of
-from engine.recorder import memory_of
+from engine.call_step import Step
+from engine.recorder import memory_of, tensors_of
 from engine.whole_manner import operation_by_operation
 
 _LOOKING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
@@ -51,7 +51,7 @@ class _Ran:
     """An operation that a call has run alone."""
 
     name: str  # with the overload
-    plain: tuple[tuple[str, Any], ...]  # arguments that are no tensors
+    numbers: Mapping[str, Any]  # arguments, without the tensors among them
     shapes: tuple[tuple[int, ...], ...]
     others: tuple[Any, ...]  # results that are no tensors
     strangers: Mapping[int, tuple[int, Tensor]]  # tensors that no operation made, by their place: `mark_of`, and itself
@@ -96,7 +96,7 @@ class Alone(TorchDispatchMode):
         self.ran.append(
             _Ran(
                 name=str(function),
-                plain=_plain(arguments),
+                numbers=_numbers(arguments),
                 shapes=tuple([tuple(one.shape) for one in tensors]),
                 others=tuple([one for one in results if not isinstance(one, Tensor)]),
                 strangers=strangers,
@@ -156,7 +156,7 @@ class Together(TorchDispatchMode):
             return MIXED
         if place is None or memory in self._mixed:
             return MIXED
-        return _plain_place(place) if memory in self._written else place
+        return _rewritten(place) if memory in self._written else place
 
     def is_told(self, tensor: Tensor) -> bool:
         """Whether a tensor, or what shares memory with it, is what the proof may go by: nobody may write there."""
@@ -213,11 +213,11 @@ class Together(TorchDispatchMode):
                 arguments=arguments,
                 out=tensor,
                 alone=shape,
-                numbers=dict(ran.plain),
+                numbers=ran.numbers,
                 calls=self._calls,
                 place=lambda one: before.get(id(one), MIXED),
             )
-            found = self._found(step, ran, function.tags)
+            found = self._found(step, function.tags)
             if any(one is tensor for one in written):
                 self._write(tensor, before[id(tensor)], found)
                 continue
@@ -260,10 +260,10 @@ class Together(TorchDispatchMode):
         if looks and any(not isinstance(self.place(tensor), Same) for tensor in given):
             self.refuse(f"{function} looks at what calls have")
 
-    def _found(self, step: Step, ran: _Ran, tags: Any) -> Place:
+    def _found(self, step: Step, tags: Any) -> Place:
         names = may_differ(step)
-        for (name, value), (_, own) in zip(_plain(step.arguments), ran.plain, strict=True):
-            if name not in names and not _is_same(value, own):
+        for name, value in _numbers(step.arguments).items():
+            if name not in names and not _is_same(value, step.numbers[name]):
                 return MIXED  # a number that follows from how many calls there are
         places = [step.place(tensor) for tensor in step.tensors]
         if any(isinstance(place, Mixed) or (isinstance(place, Total) and step.name != "eq") for place in places):
@@ -321,10 +321,10 @@ class Functions(TorchFunctionMode):
 
 
 def _copied(arguments: Mapping[str, Any], shape: tuple[int, ...] | None) -> _Ran:
-    return _Ran(name=_COPY, plain=_plain(arguments), shapes=(shape or (),), others=(), strangers={})
+    return _Ran(name=_COPY, numbers=_numbers(arguments), shapes=(shape or (),), others=(), strangers={})
 
 
-def _plain_place(place: Place) -> Place:
+def _rewritten(place: Place) -> Place:
     """Of a tensor that was written to."""
     if not isinstance(place, Along):
         return place
@@ -348,9 +348,9 @@ def _written(function: Any) -> Iterator[str]:
             yield argument.name
 
 
-def _plain(arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Arguments that are no tensors; of lists with tensors how many these have."""
-    return tuple([(name, _without_tensors(value)) for name, value in arguments.items()])
+def _numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments without the tensors among them; of lists with tensors how many these have."""
+    return {name: _without_tensors(value) for name, value in arguments.items()}
 
 
 def _without_tensors(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.call_axis import MIXED, SAME, Along, Content, Mixed, Place, Same, Total
+from engine.recorder import tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +43,6 @@ class Step:
 
 
 Rule = Callable[[Step], Place]
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Tensors, also in lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors_of(part)
-    elif isinstance(value, Mapping):
-        yield from tensors_of(list(value.values()))
 
 
 def unknown(step: Step) -> Place:

@@ -108,7 +108,7 @@ class Recorder:
     @property
     def has_side_values(self) -> bool:
         """Whether layers have put tensors into something that later layers are given too."""
-        return any(before != [*map(id, _tensors(value))] for value, before in self._containers.values())
+        return any(before != [*map(id, tensors_of(value))] for value, before in self._containers.values())
 
     def _hook(self, path: str, module: nn.Module) -> Iterator[Any]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,13 +117,13 @@ class Recorder:
             if path and arguments.others():  # what the root gets beside token ids is the engine's own
                 self._record(path, Port.INPUTS, arguments)
             others = (*args[1:], *kwargs.values()) if args else (*list(kwargs.values())[1:],)
-            tensors = [leaf for value in others for leaf in _tensors(value)]
+            tensors = [leaf for value in others for leaf in tensors_of(value)]
             if path.rpartition(".")[0] == self.layers:
                 self.layer_arguments.update(map(id, tensors))
                 self.layer_storages.update(map(memory_of, tensors))
                 for value in others:
                     if isinstance(value, (MutableMapping, list)):
-                        self._containers.setdefault(id(value), (value, [*map(id, _tensors(value))]))
+                        self._containers.setdefault(id(value), (value, [*map(id, tensors_of(value))]))
             if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
                 self.single_argument.add(path)
 
@@ -170,12 +170,13 @@ def memory_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in lists, tuples and mappings, however deep."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for member in value.values():
-            yield from _tensors(member)
+            yield from tensors_of(member)
     elif isinstance(value, (tuple, list)):
         for member in value:
-            yield from _tensors(member)
+            yield from tensors_of(member)

@@ -8,7 +8,7 @@ through both. Families that attend by a formula of their own run it, and are lis
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from engine.manners import attention_of, forward_names, use_attention
 from engine.operations import watch_operations
 from engine.own_formula import FormulaFinder, OwnFormula
 from engine.positions import numbered_modules, numbering
+from engine.recorder import tensors_of
 from engine.shrinking import shrink
 from engine.twin_weights import draw_weights
 
@@ -145,7 +146,7 @@ def _beside_hidden(twin: nn.Module, layers: Any, first: int) -> list[Tensor]:
 
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         others = [*args[1:], *kwargs.values()] if args else list(kwargs.values())[1:]
-        given.extend(value.clone() for value in _tensors_in(others) if value.is_floating_point())
+        given.extend(value.clone() for value in tensors_of(others) if value.is_floating_point())
 
     handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     ids = torch.arange(first, first + NUM_TOKENS)[None]
@@ -156,12 +157,3 @@ def _beside_hidden(twin: nn.Module, layers: Any, first: int) -> list[Tensor]:
         for handle in handles:
             handle.remove()
     return given
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """All of them, however deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for own in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(own)

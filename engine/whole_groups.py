@@ -56,9 +56,9 @@ _log = logging.getLogger(__name__)
 class CallGroups:
     """Of one model. `verdicts` are by structure and likeness, of the settings that the model has."""
 
-    def __init__(self, model: nn.Module, device: torch.device, *, is_fixed: bool) -> None:
+    def __init__(self, model: nn.Module, *, is_fixed: bool) -> None:
         """`is_fixed`: nobody sets anything on the model between calls."""
-        self._model, self._device, self._is_fixed = model, device, is_fixed
+        self._model, self._is_fixed = model, is_fixed
         self.verdicts: OrderedDict[Hashable, Verdict] = OrderedDict()
         self._settings: Hashable = None
         self._is_so: bool | None = None  # whether calls go in the manner of those that may be one; None: nobody called
@@ -119,7 +119,7 @@ class CallGroups:
         """Whether calls of the model go in the manner of those that may be one; the first one tells."""
         if self._is_so is None:
             with suppress(BrokenError):
-                why_not = self._settled(partial(why_not_so, self._model, called, self._device))
+                why_not = self._settled(partial(why_not_so, self._model, called))
                 self._is_so = why_not is None
                 if why_not is not None:
                     _log.info("calls of %s are not merged: %s", type(self._model).__name__, why_not)
@@ -143,7 +143,7 @@ class CallGroups:
         verdict = self.verdicts.get(key.of_calls)
         if verdict is None:
             try:
-                found = self._settled(partial(judge, self._model, called, self._device))
+                found = self._settled(partial(judge, self._model, called))
             except BrokenError:
                 return None
             verdict = Verdict(refusal=found) if isinstance(found, str) else found
@@ -156,7 +156,7 @@ class CallGroups:
             self.verdicts.popitem(last=False)
         if verdict.refusal is not None:
             return None
-        try_up_to(verdict, min(calls, MOST_CALLS), self._model, called, self._device)
+        try_up_to(verdict, min(calls, MOST_CALLS), self._model, called)
         return verdict
 
     def _run_group(self, parts: Sequence[_Part]) -> None:

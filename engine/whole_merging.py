@@ -24,9 +24,9 @@ from engine.arguments import Arguments, Selector
 from engine.bits import mark_of
 from engine.call_axis import Along, Content, Same
 from engine.call_proof import Alone, Together, UnprovenError
-from engine.call_step import tensors_of
 from engine.leaves import first_argument
 from engine.module_state import ModuleState, kept_tensors, settings_of
+from engine.recorder import tensors_of
 from engine.whole_call import Key
 from engine.whole_contents import Called, other, telling
 from engine.whole_manner import call_by_call
@@ -76,7 +76,7 @@ def goes_apart(called: Called) -> bool:
     return bool(tensors) and not has_more and all(tensor.ndim and len(tensor) for tensor in tensors)
 
 
-def why_not_so(model: nn.Module, called: Called, device: torch.device) -> str | None:
+def why_not_so(model: nn.Module, called: Called) -> str | None:
     """Why a model cannot go in the manner of calls that may be one: numbers are not those of the call as it is.
 
     BrokenError where the call as it is raises.
@@ -91,10 +91,10 @@ def why_not_so(model: nn.Module, called: Called, device: torch.device) -> str | 
         if plain:
             raise _Refusal("in this manner a call visits other sites")
 
-    return _carefully(model, device, look)
+    return _carefully(model, look)
 
 
-def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict:
+def judge(model: nn.Module, called: Called) -> Verdict:
     """Looks at a call of this structure, alone and as two. BrokenError where it raises alone."""
     verdict = Verdict()
     called = telling(called)
@@ -105,14 +105,14 @@ def judge(model: nn.Module, called: Called, device: torch.device) -> Verdict:
             raise _Refusal("at no site a call's own rows can be told")
         _try_size(model, called, verdict.rows, 2)
 
-    refusal = _carefully(model, device, look)
+    refusal = _carefully(model, look)
     if refusal is not None:
         return Verdict(refusal=refusal)
     verdict.tried[2] = None
     return verdict
 
 
-def try_up_to(verdict: Verdict, num_calls: int, model: nn.Module, called: Called, device: torch.device) -> None:
+def try_up_to(verdict: Verdict, num_calls: int, model: nn.Module, called: Called) -> None:
     """Tries the number of calls in one that has room for so many, and the one below it, where that was not done yet."""
 
     def look(size: int) -> None:
@@ -125,7 +125,7 @@ def try_up_to(verdict: Verdict, num_calls: int, model: nn.Module, called: Called
     for size in (SIZES[SIZES.index(wanted) - 1], wanted):
         if size not in verdict.tried:
             try:
-                verdict.tried[size] = _carefully(model, device, partial(look, size))
+                verdict.tried[size] = _carefully(model, partial(look, size))
             except BrokenError as error:
                 verdict.tried[size] = told(error)
 
@@ -165,7 +165,7 @@ def _raising_broken() -> Iterator[None]:
         raise BrokenError from error
 
 
-def _carefully(model: nn.Module, device: torch.device, look: Callable[[], None]) -> str | None:
+def _carefully(model: nn.Module, look: Callable[[], None]) -> str | None:
     """Why not, if `look` finds it; the model's buffers, numbers and random numbers are then as they were."""
     before = ModuleState(model)
     kept, settings, chance = _versions(model), settings_of(model), _chance(model)

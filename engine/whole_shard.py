@@ -81,7 +81,7 @@ class WholeShard:
         self._left_open = next(has_parts, None)  # what another call would take the weights from, halfway through
         self._states: dict[RequestId, CallState] = {}
         self._writer = Writer()
-        self.merging = CallGroups(model, device, is_fixed=is_fixed) if merges else None
+        self.merging = CallGroups(model, is_fixed=is_fixed) if merges else None
 
     @torch.inference_mode(False)
     def run(self, plan: Plan) -> ShardResult:
