@@ -57,9 +57,13 @@ def first_of(port: Any) -> Any:
     return port
 
 
-def assert_three_interventions(plain: nn.Module, path: str, call: Call, other: Call) -> None:
-    """A read, an in-place edit and a patch from another call, each with the bits of hooks; and each edit shows."""
-    model = polytrace.load(plain)
+def assert_three_interventions(
+    plain: nn.Module, path: str, call: Call, other: Call, model: Any = None, shows: float = 0.0
+) -> None:
+    """A read, an in-place edit and a patch from another call, each with the bits of hooks; and each edit shows by more
+    than `shows`. `model`: the same, loaded; None: the plain one is.
+    """
+    model = polytrace.load(plain) if model is None else model
     module = model.get_submodule(path)
     seen, base = plain_run(plain, path, call)
 
@@ -76,7 +80,7 @@ def assert_three_interventions(plain: nn.Module, path: str, call: Call, other: C
         first_of(module.output)[..., 0] += 3.0
         result = first_of(model.output).save()
     assert torch.equal(result, wanted)
-    assert not torch.equal(wanted, base)
+    assert (wanted - base).abs().max() > shows
 
     theirs, _ = plain_run(plain, path, other)
     _, wanted = plain_run(plain, path, call, lambda tensor: 0.5 * tensor + 0.5 * theirs)
@@ -88,7 +92,7 @@ def assert_three_interventions(plain: nn.Module, path: str, call: Call, other: C
             _write_first(module, 0.5 * own + 0.5 * given)
             result = first_of(model.output).save()
     assert torch.equal(result, wanted)
-    assert not torch.equal(wanted, base)
+    assert (wanted - base).abs().max() > shows
 
 
 def _write_first(module: Any, value: Any) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 from accelerate import dispatch_model
-from called_by_hand import first_of, plain_run
+from called_by_hand import assert_three_interventions, first_of, plain_run
 from model_kinds import KINDS, ids, seeded, unet
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -84,33 +84,7 @@ def test_a_spread_model_has_the_bits_of_the_same_one_in_plain_transformers(
     plain = spread_by_hand(tmp_path, type(whole), device_map)
     model: Any = polytrace.load(str(tmp_path), device_map=device_map)
     assert plain.get_submodule(path) is not None and next(plain.get_submodule(path).parameters()).is_meta
-    module = model.get_submodule(path)
-    seen, base = plain_run(plain, path, call)
-    with model.trace(**call):
-        read, result = first_of(module.output).save(), first_of(model.output).save()
-    assert torch.equal(read, seen)
-    assert torch.equal(result, base)
-
-    def scale(tensor: Tensor) -> None:
-        tensor[..., 0] += 3.0
-
-    _, wanted = plain_run(plain, path, call, scale)
-    with model.trace(**call):
-        first_of(module.output)[..., 0] += 3.0
-        result = first_of(model.output).save()
-    assert torch.equal(result, wanted)
-    assert (wanted - base).abs().max() > 1e-3, "the edit shows"
-
-    theirs, _ = plain_run(plain, path, other)
-    _, wanted = plain_run(plain, path, call, lambda tensor: 0.5 * tensor + 0.5 * theirs)
-    with model.trace() as tracer:
-        with tracer.invoke(**other):
-            given = module.output
-        with tracer.invoke(**call):
-            module.output = 0.5 * module.output + 0.5 * given
-            result = first_of(model.output).save()
-    assert torch.equal(result, wanted)
-    assert (wanted - base).abs().max() > 1e-3
+    assert_three_interventions(plain, path, call, other, model, shows=1e-3)
     _, wanted = plain_run(plain, path, call, lambda tensor: 2 * tensor)
     own: Any = polytrace.load(plain)  # a module that somebody else has spread
     with own.trace(**call):
