@@ -58,6 +58,10 @@ def test_a_heap_that_others_froze_stays_frozen() -> None:
     with young_only:
         pass
     assert gc.get_freeze_count() > 0
+    gc.unfreeze()
+    with young_only:  # what they gave back is ours again
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_settled_heap_is_left_alone_and_graphs_still_wait_for_the_collector() -> None:
