@@ -32,7 +32,7 @@ _NO_PROGRAM = Program(
     waves=(),
     saves=(),
     trunks=(),
-    kept_bytes=0,
+    trunk_bytes=0,
     live_bytes=0,
 )
 

@@ -121,7 +121,7 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
         if site.port is Port.INPUT:
             begins.setdefault(site.module, site.order)
     stored = dict(named_tensors(model))
-    kept_bytes, why_no_gradients = _tape_bytes(model, layers, manner)
+    tape_bytes, why_no_gradients = _tape_bytes(model, layers, manner)
     layer_orders = [s.order for s in sites if s.module.startswith(layers + ".")]
     return Probe(
         class_name=type(model).__name__,
@@ -135,7 +135,7 @@ def _probe(model: PreTrainedModel, manner: Manner, why_padded: str | None, left:
         vocab_size=config.vocab_size,
         max_tokens=_max_tokens(config) - first_position(model),
         has_kept_rows=has_kept_rows,
-        tape_bytes=kept_bytes,
+        tape_bytes=tape_bytes,
         why_no_gradients=why_no_gradients,
         has_side_values=first.has_side_values,
         has_token_values=not has_encoder(model)

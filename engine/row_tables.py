@@ -150,7 +150,7 @@ class _Kept:
     @property
     def num_bytes(self) -> int:
         """Of stacks."""
-        return sum(table.kept_bytes for seated in self.visits.values() for table in seated.tables)
+        return sum(table.steady_bytes for seated in self.visits.values() for table in seated.tables)
 
 
 class PassTables:
@@ -222,7 +222,7 @@ class Table:
         return []
 
     @property
-    def kept_bytes(self) -> int:
+    def steady_bytes(self) -> int:
         """Of stacks that stay from pass to pass."""
         return sum(stack.nbytes for stack in self._steady.values())
 

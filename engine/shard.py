@@ -166,7 +166,7 @@ class Shard:
     def describe(self, name: str, reports: Iterable[GateReport]) -> ModelDescription:
         """The deployment's description from every shard's gate report; any shard can make it."""
         told = tuple(reports)
-        limits = Limits(max_sequence_tokens=self.probe.max_tokens, kept_bytes=self.config.kv_bytes // 2)
+        limits = Limits(max_sequence_tokens=self.probe.max_tokens, trunk_bytes=self.config.kv_bytes // 2)
         description = describe_model(
             self.probe, told, name=name, stages=self.links.stages, ranks=self.links.ranks, limits=limits
         )

@@ -222,7 +222,7 @@ class Limits:
     max_live_bytes: int = 4 << 30  # the graph's values at one site visit, those that wait for later visits included
     max_result_bytes: int = 1 << 30  # all saves together
     pass_tokens: int = 8192  # rows of a pass at its widest layer; invokes that have more take several
-    kept_bytes: int = 1 << 30  # a shard, of rows that passes leave for later passes of their requests
+    trunk_bytes: int = 1 << 30  # a shard, of rows that passes leave for later passes of their requests
     tape_bytes: int = 4 << 30  # a shard, of what passes keep for gradients
 
 

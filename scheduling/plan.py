@@ -243,7 +243,7 @@ class Program:
     holds: Mapping[NodeId, int] = field(default_factory=dict)
     chain: Chain | None = None  # what follows it, when it is the first step of a generation
     trunks: tuple[Trunk, ...]  # by wave
-    kept_bytes: int  # of all trunks, on the shard that keeps most
+    trunk_bytes: int  # of all trunks, on the shard that keeps most
     tape_bytes: int = 0  # of what its waves keep for their way back, at once, on the shard that keeps most
     live_bytes: int  # of values held at one site visit, at most
     split: int = 0  # of its waves: those that it has because its rows do not fit into fewer

@@ -50,12 +50,12 @@ from scheduling.op_costs import program_flops
 from scheduling.placement import Scale, find_live, find_order, is_token, place, scale_of
 from scheduling.plan import PROLOGUE, Cone, Program, RequestId, SaveSlot, StageWork, ValueFacts, Wave, WaveRows
 from scheduling.residency import stage_works
-from scheduling.shard_bytes import row_bytes, trunk_bytes
+from scheduling.shard_bytes import row_bytes, staying_bytes
 from scheduling.splitting import fits, split
 from scheduling.step_costs import most_rows, step_costs
 from scheduling.steps import Facts, Infer, compile_chain, generates
 from scheduling.tapes import fit, tapes_of
-from scheduling.trunks import TrunkChoice, choose_trunks, kept_bytes, rows_of
+from scheduling.trunks import TrunkChoice, choose_trunks, rows_of, trunk_bytes
 from scheduling.waves import Run, executions, find_runs
 
 _NO_ROWS = WaveRows(widest=0, token_layers=0)
@@ -212,7 +212,7 @@ def _compile(
         saves=saves,
         holds={node: scale.stage(points[node]) for node in sorted(holds)},
         trunks=chosen.trunks,
-        kept_bytes=kept_bytes(chosen.trunks, description, table.levels),
+        trunk_bytes=trunk_bytes(chosen.trunks, description, table.levels),
         tape_bytes=taken_bytes,
         live_bytes=peak_bytes(resolved, [0 if known is None else known.num_bytes for known in columns.facts])[0],
         split=len(forests) - num_unsplit,
@@ -270,7 +270,7 @@ def certify(
         op_flops=steps.op_flops + program_flops(program, table) + image_flops(program, description),
         split=program.split + sum(part.split for part in _parts(program)),
         row_bytes=row_bytes(program, table) + image_bytes(program, description),
-        trunk_bytes=trunk_bytes(program, table),
+        trunk_bytes=staying_bytes(program, table),
         gathered_bytes=steps.gathered_bytes + gathered_bytes(program, table),
         hidden_link_bytes=steps.hidden_link_bytes + hidden_link_bytes(program, table),
         notes=find_notes(program, table) if has_values else (),

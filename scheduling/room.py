@@ -31,7 +31,7 @@ class Room:
         end: Callable[[Job, TooLargeError], None],
     ) -> None:
         """`put_back` has a job begin again, which gives back its room; `end` ends one that is too large."""
-        self.memory = Memory(description.limits.kept_bytes, prefix_bytes)
+        self.memory = Memory(description.limits.trunk_bytes, prefix_bytes)
         self.tapes = Memory(description.limits.tape_bytes, prefix_bytes=0)  # of what passes keep for gradients
         stages = table_of(description).levels.stages
         self.position_bytes = description.key_value_bytes * max(map(stages.count, set(stages)), default=0)

@@ -335,8 +335,8 @@ class Scheduler:
         """The jobs with their trunks: those keep them that the store has room for when they first go."""
         for job, _ in chosen:
             if job.is_keeping is None:
-                is_free = not job.program.kept_bytes or not self._room.is_short
-                job.is_keeping = is_free and self._room.memory.take(job.program.kept_bytes)
+                is_free = not job.program.trunk_bytes or not self._room.is_short
+                job.is_keeping = is_free and self._room.memory.take(job.program.trunk_bytes)
         self._look([job for job, _ in chosen])  # again: what takes room may have been given that of prefixes
         return [(job, job.going(rows)) for job, rows in chosen]
 
@@ -553,4 +553,4 @@ class Scheduler:
             self._ready.remove(job)
         del self._jobs[job.program.request]
         self._free(job, kept)
-        self._room.memory.give(job.program.kept_bytes if job.is_keeping else 0)
+        self._room.memory.give(job.program.trunk_bytes if job.is_keeping else 0)

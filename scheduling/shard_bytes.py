@@ -37,14 +37,14 @@ def row_bytes(program: Program, table: ModelTable) -> int:
     return most
 
 
-def trunk_bytes(program: Program, table: ModelTable) -> int:
-    """Of rows that stay for its later passes: kept trunks, and keys and values of what it generates, all of them."""
+def staying_bytes(program: Program, table: ModelTable) -> int:
+    """Of rows that stay for its later passes and steps: its trunks, and keys and values of all that it generates."""
     if program.chain is None:
-        return program.kept_bytes
+        return program.trunk_bytes
     stages = table.levels.stages
     layers = max(map(stages.count, set(stages)), default=0)
     positions = sum(cache.most for cache in caches_of(program))
-    return program.kept_bytes + positions * table.description.key_value_bytes * layers
+    return program.trunk_bytes + positions * table.description.key_value_bytes * layers
 
 
 @lru_cache(maxsize=64)

@@ -130,7 +130,7 @@ def extended(cone: Cone, trunk: Trunk) -> Cone:
     )
 
 
-def kept_bytes(trunks: Iterable[Trunk], description: ModelDescription, levels: Levels) -> int:
+def trunk_bytes(trunks: Iterable[Trunk], description: ModelDescription, levels: Levels) -> int:
     """What all the trunks take on the shard that keeps most."""
     by_stage = [0] * description.stages
     for trunk in trunks:

@@ -148,7 +148,7 @@ def compile_call(
             waves=tuple(waves),
             saves=saves,
             trunks=(),
-            kept_bytes=0,
+            trunk_bytes=0,
             live_bytes=peak_bytes(resolved, [0 if known is None else known.num_bytes for known in facts])[0],
             constants=request.constants,
             structure=_one_structure(request),

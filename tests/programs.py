@@ -308,12 +308,12 @@ def serve(model: Any, backend: Any, users: Sequence[Program], dtype: torch.dtype
 
 
 @contextmanager
-def few_rows(backend: Any, rows: int, kept_bytes: int | None = None) -> Iterator[None]:
+def few_rows(backend: Any, rows: int, trunk_bytes: int | None = None) -> Iterator[None]:
     """Passes of a backend take so many rows inside; and its shards keep so many bytes of trunks, or as many as ever."""
     description, scheduler = backend.description, backend.scheduler
     limits = replace(description.limits, pass_tokens=rows)
-    if kept_bytes is not None:
-        limits = replace(limits, kept_bytes=kept_bytes)
+    if trunk_bytes is not None:
+        limits = replace(limits, trunk_bytes=trunk_bytes)
     backend.description = replace(description, limits=limits)
     backend.scheduler = Scheduler(backend.description, PassPolicy(budget_tokens=rows))
     try:

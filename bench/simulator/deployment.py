@@ -35,9 +35,9 @@ class SimulatedDeployment:
 
     @cached_property
     def description(self) -> ModelDescription:
-        kept_bytes = Load().store_bytes // 2  # as `engine.shard`: the other half is a pass's own
+        trunk_bytes = Load().store_bytes // 2  # as `engine.shard`: the other half is a pass's own
         name = self.model.rpartition("/")[2]
-        return describe(self.census, name=name, stages=self.stages, ranks=self.ranks, kept_bytes=kept_bytes)
+        return describe(self.census, name=name, stages=self.stages, ranks=self.ranks, trunk_bytes=trunk_bytes)
 
     @cached_property
     def roofline(self) -> Roofline:

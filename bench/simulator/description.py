@@ -23,8 +23,8 @@ from scheduling.policy import PassPolicy, wave_tokens
 _ROW_MULTIPLE = 64  # what a GPU's tiles want (`engine.lanes`)
 
 
-def describe(census: Census, *, name: str, stages: int, ranks: int, kept_bytes: int) -> ModelDescription:
-    """The description of `census.model` on so many shards, each of which has `kept_bytes` for rows that stay.
+def describe(census: Census, *, name: str, stages: int, ranks: int, trunk_bytes: int) -> ModelDescription:
+    """The description of `census.model` on so many shards, each of which has `trunk_bytes` for rows that stay.
 
     ServiceError when it cannot be split so.
     """
@@ -43,7 +43,7 @@ def describe(census: Census, *, name: str, stages: int, ranks: int, kept_bytes: 
         notes=(),
     )
     limits = Limits(
-        max_sequence_tokens=probe.max_tokens, kept_bytes=kept_bytes, pass_tokens=wave_tokens(PassPolicy(), stages)
+        max_sequence_tokens=probe.max_tokens, trunk_bytes=trunk_bytes, pass_tokens=wave_tokens(PassPolicy(), stages)
     )
     found = describe_model(probe, (report,), name=name, stages=stages, ranks=ranks, limits=limits)
     return replace(found, codes=(), sources=())  # no operation inside of a forward is asked for here

@@ -45,7 +45,7 @@ def test_sites_are_described_as_a_loaded_model_describes_them(tmp_path: Path) ->
     """But for gradients, which are not simulated."""
     model_of("llama").save_pretrained(tmp_path)
     backend = LocalBackend(str(tmp_path), threads=1)
-    described = describe(census_of(str(tmp_path)), name="tiny", stages=1, ranks=1, kept_bytes=1 << 30)
+    described = describe(census_of(str(tmp_path)), name="tiny", stages=1, ranks=1, trunk_bytes=1 << 30)
     real = backend.describe()
     backend.close()
     assert len(real.sites) > 50

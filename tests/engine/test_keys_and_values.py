@@ -208,7 +208,7 @@ def test_who_was_put_back_for_want_of_room_has_the_same_keys(tmp_path: Path) -> 
 
     def outcomes(num_pages: int) -> list[Outcome]:
         kept = num_pages * PAGE * backend.scheduler._room.position_bytes
-        limits = replace(backend.description.limits, kept_bytes=kept)
+        limits = replace(backend.description.limits, trunk_bytes=kept)
         backend.scheduler = Counted(replace(backend.description, limits=limits), PassPolicy(prefix_bytes=0))
         return backend.run_together([backend.compile(request) for request in requests])
 

@@ -35,11 +35,11 @@ class Machine:
         self.model: Any = Model(self.backend)
         self.position_bytes = self.backend.scheduler._room.position_bytes
 
-    def use(self, policy: PassPolicy, *, kept_bytes: int | None = None) -> None:
+    def use(self, policy: PassPolicy, *, trunk_bytes: int | None = None) -> None:
         """From now on; nothing is left of before."""
         self.empty()
         description = self.backend.description
-        limits = replace(description.limits, kept_bytes=kept_bytes or description.limits.kept_bytes)
+        limits = replace(description.limits, trunk_bytes=trunk_bytes or description.limits.trunk_bytes)
         self.backend.scheduler = Scheduler(replace(description, limits=limits), policy)
 
     def empty(self) -> None:
@@ -149,7 +149,7 @@ def test_a_small_store_gives_the_bits_of_a_large_one(llama: Machine) -> None:
     llama.use(WHOLE)
     large = llama.serve(users)
     for pages in (40, 18):
-        llama.use(PassPolicy(), kept_bytes=pages * PAGE * llama.position_bytes)
+        llama.use(PassPolicy(), trunk_bytes=pages * PAGE * llama.position_bytes)
         assert llama.serve(users) == large
         assert llama.backend.scheduler._room.memory.taken_bytes == 0
     llama.empty()

@@ -159,7 +159,7 @@ def test_programs_of_several_passes_fork_from_what_was_kept_and_have_their_own_b
         (alone,) = served.serve([program], sharing="off")
         with few_rows(served.backend, rows):
             (kept,) = served.serve([program])
-        with few_rows(served.backend, rows, kept_bytes=0):
+        with few_rows(served.backend, rows, trunk_bytes=0):
             (anew,) = served.serve([program])
         assert kept.has_bits_of(alone), program
         assert anew.has_bits_of(alone), program

@@ -60,7 +60,7 @@ def test_a_sweep_of_several_passes_runs_its_base_once(backend: LocalBackend) -> 
     with few_rows(backend, 60):
         kept, several = sweep(backend)
         assert backend.scheduler._room.memory.taken_bytes == 0, "given back at the end"
-    with few_rows(backend, 60, kept_bytes=0):
+    with few_rows(backend, 60, trunk_bytes=0):
         anew, without = sweep(backend)
     assert len(several.passes) > 5 and len(one.passes) == 1
     assert all(map(same, kept, whole))

@@ -38,9 +38,9 @@ from tests.scheduling.tiny import HIDDEN, VOCAB, tiny_llama
 Tokens = tuple[int, ...]
 
 
-def generating_llama(stages: int = 1, *, kept_bytes: int = 1 << 30) -> ModelDescription:
+def generating_llama(stages: int = 1, *, trunk_bytes: int = 1 << 30) -> ModelDescription:
     """The tiny model with logits to draw from; a position takes `num_layers` bytes of a cache."""
-    limits = Limits(max_sequence_tokens=4096, kept_bytes=kept_bytes)
+    limits = Limits(max_sequence_tokens=4096, trunk_bytes=trunk_bytes)
     description = tiny_llama(stages=stages, limits=limits)
     token = SiteInfo(
         module="",

@@ -195,7 +195,7 @@ def test_what_earlier_passes_left_is_none_of_a_passes_rows() -> None:
 
 
 def test_room_for_caches_is_given_by_tenant_and_nobody_waits_for_ever() -> None:
-    small = generating_llama(kept_bytes=14 * PAGE * LAYERS)
+    small = generating_llama(trunk_bytes=14 * PAGE * LAYERS)
     service = Service(small)
     names = [f"a{number}" for number in range(30)] + ["b0", "b1"]
     for name in names:
@@ -208,4 +208,4 @@ def test_room_for_caches_is_given_by_tenant_and_nobody_waits_for_ever() -> None:
             break
     assert set(order) == set(names)
     assert max(order.index("b0"), order.index("b1")) < 15, "they did not stand behind all thirty"
-    assert service.shards.most_held <= small.limits.kept_bytes
+    assert service.shards.most_held <= small.limits.trunk_bytes

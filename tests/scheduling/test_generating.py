@@ -167,7 +167,7 @@ def test_steps_go_in_groups_that_keep_stages_busy() -> None:
 
 
 def test_a_cache_grows_and_who_finds_no_room_is_put_back_with_the_same_result() -> None:
-    small = generating_llama(kept_bytes=14 * PAGE * LAYERS)
+    small = generating_llama(trunk_bytes=14 * PAGE * LAYERS)
     service = Service(small, prefix_bytes=0)
     service.add(*(generation(small, f"{n}", prompt(20 + 9 * n, n), new=150) for n in range(4)))
     service.run(4)
@@ -175,14 +175,14 @@ def test_a_cache_grows_and_who_finds_no_room_is_put_back_with_the_same_result() 
         assert service.tokens(f"{n}") == expected(prompt(20 + 9 * n, n), 150)
     ended = [plan for plan in service.shards.plans if plan.ended]
     assert len(ended) > 4, "some were put back"
-    assert service.shards.most_held <= small.limits.kept_bytes
+    assert service.shards.most_held <= small.limits.trunk_bytes
     first = list(service.outcomes)
     assert first[0] == "0", "the oldest always goes on"
     service.empty()
 
 
 def test_one_that_does_not_fit_alone_ends_with_numbers_and_others_go_on() -> None:
-    small = generating_llama(kept_bytes=8 * PAGE * LAYERS)
+    small = generating_llama(trunk_bytes=8 * PAGE * LAYERS)
     service = Service(small)
     service.add(
         generation(small, "large", prompt(20, 1), new=500),
@@ -251,7 +251,7 @@ def test_who_leaves_is_forgotten_with_the_next_pass(turns: int, depth: int) -> N
 def test_crowds_in_a_small_store_get_what_each_gets_alone(seed: int, depth: int) -> None:
     """Generations and traces come at random times, some leave; the store has room for few."""
     chosen = random.Random(seed)
-    description = generating_llama(2, kept_bytes=30 * PAGE * LAYERS // 2)
+    description = generating_llama(2, trunk_bytes=30 * PAGE * LAYERS // 2)
     policy = {"budget_tokens": chosen.choice([64, 512]), "tokens_beside_steps": 48, "least_steps": 2}
     service = Service(description, depth, **policy)
     common = prompt(100, 77)
@@ -272,7 +272,7 @@ def test_crowds_in_a_small_store_get_what_each_gets_alone(seed: int, depth: int)
         if turn % 7 == 0 and gone and chosen.random() < 0.5:
             service.scheduler.cancel(RequestId(gone.pop()))
         service.step()
-        assert service.shards.most_held <= description.limits.kept_bytes
+        assert service.shards.most_held <= description.limits.trunk_bytes
         if len(service.outcomes) == len(wanted):
             break
     assert len(service.outcomes) == len(wanted)

@@ -121,7 +121,7 @@ def test_prefixes_are_found_as_far_as_tokens_and_edits_are_equal() -> None:
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    small = generating_llama(kept_bytes=64 * PAGE * LAYERS)
+    small = generating_llama(trunk_bytes=64 * PAGE * LAYERS)
     service = Service(small, prefix_bytes=9 * PAGE * LAYERS)
     texts = [prompt(60, number) for number in range(5)]
     for number in (0, 1, 2, 0, 3):  # three pages each
@@ -133,14 +133,14 @@ def test_the_least_recently_used_goes_first() -> None:
 
 
 def test_prefixes_make_room_for_whoever_needs_it() -> None:
-    small = generating_llama(kept_bytes=10 * PAGE * LAYERS)
+    small = generating_llama(trunk_bytes=10 * PAGE * LAYERS)
     service = Service(small)
     for number in range(3):
         served(service, f"{number}", prompt(40, number))
     assert len(service.scheduler._room.memory.prefixes) == 2
     service.add(generation(small, "large", prompt(200, 9)))
     service.run(4)
-    assert service.shards.most_held <= small.limits.kept_bytes
+    assert service.shards.most_held <= small.limits.trunk_bytes
     assert service.outcomes["large"].error is None
     service.empty()
 

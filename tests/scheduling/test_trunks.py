@@ -168,7 +168,7 @@ def test_the_parts_of_a_sweep_fork_from_one_trunk() -> None:
     anew = sum(wave.rows_anew.token_layers for wave in split.waves)
     assert whole.waves[0].rows.token_layers <= kept_layers < anew
     assert all(wave.rows.widest <= wave.rows_anew.widest for wave in split.waves[1:])
-    assert split.kept_bytes > 0
+    assert split.trunk_bytes > 0
 
 
 def test_bytes_of_trunks_are_those_of_the_stage_that_keeps_most() -> None:
@@ -180,7 +180,7 @@ def test_bytes_of_trunks_are_those_of_the_stage_that_keeps_most() -> None:
         for layer, stage in enumerate(levels.stages):
             by_stage[stage] += trunk.stops[layer] + max(0, trunk.stops[layer] - trunk.outputs[layer])
     assert (description.key_value_bytes, description.hidden_bytes) == (1, 1) and HIDDEN > 1
-    assert program.kept_bytes == max(by_stage) > 0
+    assert program.trunk_bytes == max(by_stage) > 0
 
 
 def test_a_kept_sequence_needs_what_later_waves_need_of_it() -> None:
