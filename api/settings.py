@@ -23,10 +23,10 @@ from cluster.config import DeploymentSpec
 from cluster.mapped_gpus import check_mapped
 from polytrace.device_maps import checked_device_map
 from polytrace.errors import UserError
+from scheduling.policy import BUDGET_TOKENS
 
 T = TypeVar("T")
 
-DEFAULT_BUDGET_TOKENS = 8192
 DEFAULT_RESULT_TTL_S = 7 * 24 * 3600.0
 DEFAULT_DRAIN_S = 30.0
 DEFAULT_QUOTA_BYTES = 16 << 30  # of one owner's constants, kept values and states
@@ -127,7 +127,7 @@ class ServeSettings:
     asks_key: bool = True  # False: whoever reaches it is an operator
     takes_jobs: bool = False  # its own Ray cluster has a job server
     drain_s: float = DEFAULT_DRAIN_S  # longest time to finish what was accepted, when it is told to stop
-    budget_tokens: int = DEFAULT_BUDGET_TOKENS
+    budget_tokens: int = BUDGET_TOKENS
 
 
 def from_environment(name: str, kind: Callable[[str], T], default: T, *, at_least: Any = None) -> T:
@@ -282,7 +282,7 @@ def serve_settings(*, spec: DeploymentSpec | None, key: str | None, **flags: Any
         raise UserError("there is nothing to serve: name a MODEL, or a --store or --database that has deployments")
     if flags.get("drain_s") is None:
         flags["drain_s"] = from_environment("POLYTRACE_DRAIN_SECONDS", float, DEFAULT_DRAIN_S, at_least=0)
-    budget = from_environment("POLYTRACE_BUDGET_TOKENS", int, DEFAULT_BUDGET_TOKENS, at_least=16)
+    budget = from_environment("POLYTRACE_BUDGET_TOKENS", int, BUDGET_TOKENS, at_least=16)
     key = key or from_environment("POLYTRACE_KEY", str, None)
     if not flags.get("asks_key", True):
         if not is_loopback(flags.get("host", "127.0.0.1")):

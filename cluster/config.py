@@ -10,6 +10,7 @@ from enum import Enum, StrEnum
 from pathlib import Path
 
 from polytrace.device_maps import DeviceMap
+from scheduling.policy import BUDGET_TOKENS, MAX_ACTIVE
 
 
 class ShareAcross(StrEnum):
@@ -93,8 +94,8 @@ class ControllerConfig:
     ray_folder: str | None = None  # scratch of the own cluster: a short path; `address_file` tells its address
     url: str | None = None  # of the gateway, made known in the cluster
     takes_jobs: bool = False  # the own cluster has Ray's job server, for `ray job submit`
-    budget_tokens: int = 8192  # most rows in one pass
-    max_active: int = 1024  # requests that a replica has worked out and in memory; the rest waits in the store
+    budget_tokens: int = BUDGET_TOKENS  # most rows in one pass
+    max_active: int = MAX_ACTIVE  # requests that a replica has worked out and in memory; the rest waits in the store
 
 
 def address_file(ray_folder: str) -> Path:

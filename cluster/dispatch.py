@@ -18,7 +18,8 @@ from polytrace.errors import PolytraceError, ServiceError
 from scheduling.fair import FairShares
 from scheduling.loop import Shards, step
 from scheduling.plan import Plan, Program, RequestId, ShardResult
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome, Scheduler
 from scheduling.stopping import Decode
 
 
@@ -39,7 +40,7 @@ class Dispatcher:
         *,
         awake: threading.Event,  # the shards set it when a pass has ended
         recover: Callable[[PolytraceError], None] = give_up,  # makes the shards whole after a loss, or raises
-        max_active: int = 1024,  # programs in memory; the rest waits in the store
+        max_active: int,  # programs in memory; the rest waits in the store
         decode: Decode | None = None,  # the text of tokens; without it requests have no texts to end at
         shares: FairShares | None = None,  # of all replicas of the deployment; None: its own
         shares_across_tenants: bool = False,  # as of `Intake`

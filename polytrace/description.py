@@ -221,6 +221,7 @@ class Limits:
     max_value_bytes: int = 1 << 30  # any one value of the graph
     max_live_bytes: int = 4 << 30  # the graph's values at one site visit, those that wait for later visits included
     max_result_bytes: int = 1 << 30  # all saves together
+    # As `scheduling.policy.BUDGET_TOKENS`, which is in a room above: who serves prompts puts the policy's here.
     pass_tokens: int = 8192  # rows of a pass at its widest layer; invokes that have more take several
     trunk_bytes: int = 1 << 30  # a shard, of rows that passes leave for later passes of their requests
     tape_bytes: int = 4 << 30  # a shard, of what passes keep for gradients

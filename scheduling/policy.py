@@ -14,12 +14,15 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+BUDGET_TOKENS = 8192  # rows of a pass, where nobody says otherwise
+MAX_ACTIVE = 1024  # the same of requests that a replica has worked out and in memory; the rest waits in the store
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPolicy:
     """How large a pass may be."""
 
-    budget_tokens: int = 8192  # rows of all members, each at its widest layer; a wave that alone has more goes alone
+    budget_tokens: int = BUDGET_TOKENS  # of all members, each at its widest layer; a wave that has more goes alone
     least_tokens: int = 256  # no pass is cut below so many rows: each would read all weights for too little
     max_members: int = 256
     tokens_beside_steps: int = 256  # rows of others in a pass of steps, so that no generation waits long for its next
@@ -47,7 +50,7 @@ def step_share(step_rows: int, slots: int, policy: PassPolicy) -> int:
     return max(policy.least_steps, -(-step_rows // max(1, slots)))
 
 
-def wave_tokens(policy: PassPolicy, stages: int) -> int:
+def most_wave_rows(policy: PassPolicy, stages: int) -> int:
     """The most rows of a request's wave: one that has the deployment to itself fills the stages with its own waves."""
     return max(min(policy.least_tokens, policy.budget_tokens), policy.budget_tokens // stages)
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from bench.simulator.books import Books
 from scheduling.fair import FairShares
-from scheduling.policy import PassPolicy, passes_in_flight
+from scheduling.policy import MAX_ACTIVE, PassPolicy, passes_in_flight
 
 Work = TypeVar("Work")
 
@@ -53,7 +53,7 @@ class Policy:
     """How a simulated deployment is run."""
 
     is_fair: bool
-    max_active: int = 1024  # requests in memory, as of `cluster.config`
+    max_active: int = MAX_ACTIVE  # requests in memory, as of `cluster.config`
     pass_policy: PassPolicy = field(default_factory=PassPolicy)
     is_alone: bool = False  # one pass in flight
 

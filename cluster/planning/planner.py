@@ -16,9 +16,9 @@ from engine.census import Census, Kind, StageShare
 from engine.loading import meta_model
 from engine.shipped import known_source
 from polytrace.errors import ServiceError
+from scheduling.policy import BUDGET_TOKENS
 
 _MIN_PASS_ROWS = 2048  # a plan whose passes are smaller is no plan
-_MAX_PASS_ROWS = 8192  # what a service takes by default
 _MORE = 8  # times the nodes that are tried for the nearest plan that works
 
 
@@ -161,7 +161,7 @@ def plan_split(census: Census, machine: Machine, load: Load, stages: int, ranks:
     row_bytes = _row_bytes(census, ranks)
     rooms = [machine.hardware.memory_bytes - load.beside_bytes - share.weight_bytes for share in shares]
     rooms[-1] -= _logits_bytes(census, load)
-    pass_rows = min(_MAX_PASS_ROWS, min(rooms) // row_bytes, load.store_bytes // stored_row_bytes(census, ranks))
+    pass_rows = min(BUDGET_TOKENS, min(rooms) // row_bytes, load.store_bytes // stored_row_bytes(census, ranks))
     if pass_rows < _MIN_PASS_ROWS:
         return None
     shards = tuple(

@@ -28,7 +28,7 @@ from polytrace.graph import Constant, Graph, Invoke, NodeId, Op, Port, Read, Ref
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_result, encode_request
 from scheduling.plan import PassTooLargeError, Plan, RequestId, ShardResult
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
 WHERE = "experiment.py:7"
@@ -285,7 +285,7 @@ def test_what_the_loop_cannot_mend_ends_it(world: World) -> None:
             raise ServiceError("the shards are gone")
 
     dispatcher = Dispatcher(
-        world.store, world.backend.description, Broken(world), PassPolicy(), awake=threading.Event()
+        world.store, world.backend.description, Broken(world), PassPolicy(), awake=threading.Event(), max_active=9
     )
     name = world.submit(read_layer(1))
     with pytest.raises(ServiceError, match="gone"):
@@ -345,7 +345,13 @@ def test_a_request_that_breaks_the_shards_thrice_is_refused_and_its_neighbours_a
     before, poison, after = (world.submit(read_layer(1)) for _ in range(3))
     shards = Breakable(world, poison)
     dispatcher = Dispatcher(
-        world.store, world.backend.description, shards, PassPolicy(), awake=shards.awake, recover=shards.recover
+        world.store,
+        world.backend.description,
+        shards,
+        PassPolicy(),
+        awake=shards.awake,
+        recover=shards.recover,
+        max_active=9,
     )
     statuses = run_until_ended(world, dispatcher, before, poison, after)
     assert [status.state for status in statuses] == [RequestState.DONE, RequestState.FAILED, RequestState.DONE]
@@ -392,7 +398,7 @@ def test_a_stored_sweep_whose_pass_is_too_large_alone_is_worked_out_for_smaller_
     shards = Small(world, most_rows=300)  # 80 prompts of eight tokens are 640 rows
     policy = PassPolicy(least_tokens=64)
     dispatcher = Dispatcher(
-        world.store, world.backend.description, shards, policy, awake=shards.awake, recover=shards.recover
+        world.store, world.backend.description, shards, policy, awake=shards.awake, recover=shards.recover, max_active=9
     )
     sweep, one = run_until_ended(world, dispatcher, *names)
     assert (sweep.state, one.state) == (RequestState.DONE, RequestState.DONE), sweep.error
@@ -418,11 +424,13 @@ def test_a_request_that_breaks_controllers_takes_no_neighbour_along(world: World
     description = world.backend.description
     for _ in range(MAX_ATTEMPTS):  # each a controller, until nothing breaks any more
         shards = Breakable(world, poison)
-        dispatcher = Dispatcher(world.store, description, shards, PassPolicy(), awake=shards.awake)
+        dispatcher = Dispatcher(world.store, description, shards, PassPolicy(), awake=shards.awake, max_active=9)
         with pytest.raises(ServiceError, match="died"):
             dispatcher.run_forever()
         world.store.requeue("m", is_clean=False)
-    dispatcher = Dispatcher(world.store, description, Breakable(world, poison), PassPolicy(), awake=threading.Event())
+    dispatcher = Dispatcher(
+        world.store, description, Breakable(world, poison), PassPolicy(), awake=threading.Event(), max_active=9
+    )
     statuses = run_until_ended(world, dispatcher, before, poison, after)
     assert [status.state for status in statuses] == [RequestState.DONE, RequestState.FAILED, RequestState.DONE]
     assert isinstance(statuses[1].error, ServiceError)

@@ -14,8 +14,8 @@ from polytrace.errors import ServiceError, TooLargeError
 from polytrace.graph import NodeId
 from scheduling.loop import step
 from scheduling.plan import Failure, PassAbandonedError, PassTooLargeError, Plan, Program, RequestId, ShardResult
-from scheduling.policy import passes_in_flight, share_of, step_share, wave_tokens
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.policy import BUDGET_TOKENS, PassPolicy, most_wave_rows, passes_in_flight, share_of, step_share
+from scheduling.scheduler import Outcome, Scheduler
 from tests.scheduling.pipeline import TimedStages, all_fired, run_all
 from tests.scheduling.tiny import VOCAB, Recorder, tiny_llama
 
@@ -97,8 +97,12 @@ def test_a_pass_is_not_cut_below_what_kernels_want_nor_grown_beyond_the_budget()
 
 def test_a_request_is_cut_into_as_many_waves_as_there_are_stages() -> None:
     policy = PassPolicy(budget_tokens=1000, least_tokens=100)
-    assert [wave_tokens(policy, stages) for stages in (1, 2, 4, 20)] == [1000, 500, 250, 100]
-    assert wave_tokens(PassPolicy(budget_tokens=50), 4) == 50
+    assert [most_wave_rows(policy, stages) for stages in (1, 2, 4, 20)] == [1000, 500, 250, 100]
+    assert most_wave_rows(PassPolicy(budget_tokens=50), 4) == 50
+
+
+def test_a_description_has_the_rows_that_a_pass_may_have_unless_somebody_says_otherwise() -> None:
+    assert Limits(max_sequence_tokens=1).pass_tokens == PassPolicy().budget_tokens == BUDGET_TOKENS
 
 
 def test_with_one_stage_passes_are_as_large_as_they_may_be() -> None:
