@@ -15,7 +15,7 @@ EXTENT_BYTES = 64 << 20  # of one object, at most: what a shard holds twice whil
 DIGITS = 20
 
 
-def is_url(place: str) -> bool:
+def is_object_place(place: str) -> bool:
     """Whether it is a place of objects, and no file's path."""
     return "://" in place
 

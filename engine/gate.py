@@ -37,6 +37,7 @@ from engine.operations import is_own_forward
 from engine.points import Pairs
 from engine.probe import Probe, named_tensors
 from engine.proofs import Proof
+from engine.relations import largest_gap
 from engine.reports import GateReport, LeafReport
 from engine.source_sites import Place, pattern_of
 from engine.spans import SpanStore
@@ -54,7 +55,6 @@ from scheduling.plan import PROLOGUE, Grow, PassId, Plan, Segment
 _LENGTHS = (9, 21)  # tokens of A and B
 _LONGER = (100, 300, 1000)  # tokens of A on a GPU
 _WIDE_ROWS = 4  # that are held of what each head adds, which is as wide as all heads' residuals
-_FAMILY = 1e-3  # of the largest logit, between two formulas of one attention
 _ROUNDING = 64.0  # what another order of addition may do to a value, in the dtype's smallest steps
 _SIDE_VALUES = "hand values to later layers beside the hidden states"
 _PADDED = "each prompt runs alone and shares no rows, in the padded layout"
@@ -238,7 +238,7 @@ def _check_family(trial: Trial, seen: _Seen, sequence: list[int], family: Manner
         if place in seen and expected.is_floating_point():
             found, scale = seen[place].float(), max(1.0, float(expected.abs().max()))
             far = float((found - expected[0].float()).abs().max()) / scale
-            if far > max(_FAMILY, 8 * torch.finfo(expected.dtype).eps):
+            if far > largest_gap(expected.dtype):
                 raise WrongMannerError(
                     f"{trial.probe.class_name} has other logits by {own} attention than by {family.attention}: "
                     f"they differ by {far:.2g} of the largest"

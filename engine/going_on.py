@@ -18,6 +18,7 @@ from engine.encoders import has_encoder, of_decoder
 from engine.gate import Trial, root_segment
 from engine.leaves import port_leaves
 from engine.padded import PaddedRunner
+from engine.relations import largest_gap
 from engine.stage import PackedRows, StageRunner, Visit
 from polytrace.errors import ServiceError
 from polytrace.graph import Port
@@ -29,7 +30,6 @@ from scheduling.plan import NOWHERE, PAGE, Grow, RequestId, Segment, TrunkId
 _REQUEST = RequestId("gate")
 _PROMPTS = (5, 11)  # tokens
 _STEPS = 3
-_FAR = 1e-3  # of the largest logit
 _ERRORS = (ServiceError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -98,7 +98,7 @@ def _tried(trial: Trial, careful: _Careful) -> tuple[str | None, int]:
     for theirs, ours in zip(expected, found, strict=True):  # none, where the logits are on another stage
         scale = max(1.0, float(theirs.abs().max()))
         far = max(far, float((ours.float() - theirs.float()).abs().max()) / scale)
-    limit = max([_FAR, *(8 * torch.finfo(own.dtype).eps for own in expected)])
+    limit = max((largest_gap(own.dtype) for own in expected), default=0.0)
     return (None if far <= limit else f"its own cache gives other logits, by {far:.2g} of the largest"), row_bytes
 
 

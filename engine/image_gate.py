@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from engine.image_rows import CALLED
 from engine.manners import attention_of, use_attention
+from engine.relations import largest_gap
 from polytrace.backend import Backend
 from polytrace.description import ImageInfo
 from polytrace.errors import PolytraceError, ServiceError
 from polytrace.images import GRIDS, PIXELS
 from polytrace.model import Model
-
-_TOLERANCE = 1e-3  # of the largest logit, as for models that run each sequence alone
 
 
 def check_images(backend: Backend, model: nn.Module, info: ImageInfo) -> None:
@@ -51,7 +50,7 @@ def check_images(backend: Backend, model: nn.Module, info: ImageInfo) -> None:
     finally:
         use_attention(root, before)
     far = float((found.float() - expected.cpu()).abs().max()) / max(1.0, float(expected.abs().max()))
-    if not far <= max(_TOLERANCE, 8 * torch.finfo(root.dtype).eps):
+    if not far <= largest_gap(root.dtype):
         raise ServiceError(
             f"{name} has other logits in shared passes than alone when a prompt has an image: they differ by {far:.2g} "
             f"of the largest; {CALLED}"

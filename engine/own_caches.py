@@ -73,7 +73,7 @@ class OwnCache:
         return replace(self, value=copy.deepcopy(self.value))
 
 
-class Kept(Protocol):
+class Continuation(Protocol):
     """With what a sequence goes on."""
 
     @property
@@ -86,9 +86,9 @@ class OwnCaches:
 
     take_bytes: Callable[[int], None]
     free_bytes: Callable[[int], None]
-    _held: dict[RequestId, dict[TrunkId, tuple[Kept, int]]] = field(default_factory=dict)
+    _held: dict[RequestId, dict[TrunkId, tuple[Continuation, int]]] = field(default_factory=dict)
 
-    def keep(self, trunk: TrunkId, cache: Kept) -> None:
+    def keep(self, trunk: TrunkId, cache: Continuation) -> None:
         """From now on this is the sequence's; CapacityError when there is no room for it."""
         held = self._held.setdefault(trunk[0], {})
         before = held[trunk][1] if trunk in held else 0
@@ -98,7 +98,7 @@ class OwnCaches:
         self.take_bytes(num_bytes)
         held[trunk] = cache, num_bytes
 
-    def of(self, trunk: TrunkId) -> Kept:
+    def of(self, trunk: TrunkId) -> Continuation:
         """A sequence's, as the last pass left it."""
         return self._held[trunk[0]][trunk][0]
 

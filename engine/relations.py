@@ -3,7 +3,8 @@
 Owns the comparisons that `engine.checking` makes of what a forward showed, and the one tolerance. What is compared is a
 small part of a residual that may be a thousand times larger, so an error is measured beside the part: beyond what
 rounding to the values' own dtype can do, element by element, at most `TOLERANCE` of the part's size may be left. Where
-rounding alone may be as large as half of the part, nothing is shown and that is said. Knows no names and no modules.
+rounding alone may be as large as half of the part, nothing is shown and that is said. And how far logits by two
+formulas of one model may be apart, for gates (`largest_gap`). Knows no names and no modules.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from polytrace.description import Outcome
 TOLERANCE = 1e-3  # of the size (root of the sum of squares) of what is compared, beyond rounding; in every dtype
 _MOST_ROUNDING = 0.5  # of that size: with more, a relation shows nothing
 _TINY = 1e-30
+_FORMULAS = 1e-3  # of the largest logit, between two formulas of one model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,19 +48,23 @@ class Measured:
     told: str | None = None
 
 
+def largest_gap(dtype: torch.dtype) -> float:
+    """How far logits by two formulas of one model may be from each other, of the largest."""
+    return max(_FORMULAS, 8 * torch.finfo(dtype).eps)
+
+
 def rounding_of(tensor: Tensor) -> float:
     """The relative step of its dtype."""
     return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
 
 
-def measured(given: Tensor, expected: Tensor, rounding: Tensor, size: Tensor | None = None) -> Measured:
-    """`rounding`: what each element may differ by; `size`: what errors are measured by, else what is expected."""
+def measured(given: Tensor, expected: Tensor, rounding: Tensor) -> Measured:
+    """`rounding`: what each element may differ by. Errors are measured by what is expected."""
     if given.shape != expected.shape:
         told = f"it is of shape {list(given.shape)} and not {list(expected.shape)}"
         return Measured(outcome=Outcome.FAILS, told=told)
     difference = (given.float() - expected.float()).abs()
-    whole = expected.float() if size is None else size.float()
-    parts = [(difference - rounding).clamp_min(0.0), difference, rounding, whole]
+    parts = [(difference - rounding).clamp_min(0.0), difference, rounding, expected.float()]
     excess, off, hidden, norm = torch.stack([part.norm() for part in parts]).tolist()
     if not all(map(math.isfinite, (excess, off, norm))):
         return Measured(outcome=Outcome.UNCHECKED, told="there are values that are not finite in the trial")

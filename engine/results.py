@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.copies import HostCopy
-from engine.extents import is_url, write_extents
+from engine.extents import is_object_place, write_extents
 from engine.links import as_bytes
 from polytrace.graph import NodeId
 from scheduling.plan import Program, SaveSlot
@@ -98,7 +98,7 @@ class Writer:
 
     def _run(self) -> None:
         while (write := self._queue.get()) is not None:
-            if is_url(write.path):
+            if is_object_place(write.path):
                 self._senders = self._senders or ThreadPoolExecutor(SENDERS, thread_name_prefix="saves")
                 self._senders.submit(self._do, write)
             else:
@@ -131,7 +131,7 @@ def _apart(tensor: Tensor) -> Tensor:
 def _write(write: _Write) -> None:
     tensor = write.copy.wait() if isinstance(write.copy, HostCopy) else write.copy
     left, offset = memoryview(as_bytes(tensor).numpy().data), write.offset
-    if is_url(write.path):
+    if is_object_place(write.path):
         write_extents(write.path, offset, left)
         return
     descriptor = os.open(write.path, os.O_WRONLY)

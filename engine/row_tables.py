@@ -58,7 +58,7 @@ class RowTables:
         self._levels = context.levels
         self._outlines = Outlines(context.sites.__getitem__, is_cpu=context.device.type == "cpu", is_split=is_split)
         self._bound: dict[RequestId, dict[tuple[Part, int], Bound | None]] = {}  # by part and order
-        self._passes: OrderedDict[Key, _Kept] = OrderedDict()
+        self._passes: OrderedDict[Key, _PassKind] = OrderedDict()
 
     def of_pass(self, states: Sequence[RequestState], streams: Streams) -> PassTables:
         """The tables of a pass."""
@@ -68,7 +68,7 @@ class RowTables:
             num_bytes = sum(one.num_bytes for one in self._passes.values())
             while len(self._passes) >= _MAX_PASSES or num_bytes > _MAX_KEPT_BYTES:
                 num_bytes -= self._passes.popitem(last=False)[1].num_bytes
-            kept = self._passes[key] = _Kept(frozenset(state.program.request for state in states))
+            kept = self._passes[key] = _PassKind(frozenset(state.program.request for state in states))
         self._passes.move_to_end(key)
         form = form_of(streams.plan)
         if kept.rows is None or form is None or form != kept.form:
@@ -138,7 +138,7 @@ class Seated:
 
 
 @dataclass(slots=True)
-class _Kept:
+class _PassKind:
     """Of one kind of pass."""
 
     requests: frozenset[RequestId]
@@ -156,7 +156,7 @@ class _Kept:
 class PassTables:
     """The tables of one pass."""
 
-    def __init__(self, tables: RowTables, kept: _Kept, rows: PassRows) -> None:
+    def __init__(self, tables: RowTables, kept: _PassKind, rows: PassRows) -> None:
         self._tables = tables
         self._kept = kept
         self._rows = rows

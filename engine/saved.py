@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from polytrace.errors import ServiceError
 
 
-class Kept:
+class SavedTensor:
     """One tensor that an operation keeps."""
 
     __slots__ = ("__weakref__", "tensor", "version")
@@ -38,7 +38,7 @@ class SavedTensors:
     def __init__(self, coming: Collection[int] = ()) -> None:
         """`coming`: memory of weights that are not there anyway, but come for the forward."""
         self._coming = coming
-        self._by_memory: dict[int, list[weakref.ref[Kept]]] = {}
+        self._by_memory: dict[int, list[weakref.ref[SavedTensor]]] = {}
         self._weights: set[int] = set()
 
     def keeping(self) -> saved_tensors_hooks:
@@ -72,13 +72,13 @@ class SavedTensors:
         for kept in own:
             kept.version = kept.tensor._version
 
-    def _of(self, tensor: Tensor) -> list[Kept]:
+    def _of(self, tensor: Tensor) -> list[SavedTensor]:
         """Those that share a tensor's memory."""
         refs = self._by_memory.get(_memory(tensor), [])
         return [kept for kept in (ref() for ref in refs) if kept is not None]
 
-    def _pack(self, tensor: Tensor) -> Kept:
-        kept = Kept(tensor)
+    def _pack(self, tensor: Tensor) -> SavedTensor:
+        kept = SavedTensor(tensor)
         is_weight = isinstance(tensor._base if tensor._is_view() else tensor, nn.Parameter)
         if is_weight and _memory(tensor) not in self._coming:
             self._weights.add(_memory(tensor))
@@ -88,7 +88,7 @@ class SavedTensors:
             refs.append(weakref.ref(kept))
         return kept
 
-    def _unpack(self, kept: Kept) -> Tensor:
+    def _unpack(self, kept: SavedTensor) -> Tensor:
         if not kept.is_unchanged:
             raise ServiceError("the model changes a tensor in place that its gradient needs, so it has no gradients")
         return kept.tensor

@@ -21,7 +21,7 @@ class SteadyValues:
         """`is_split`: ranks split the model."""
         self._is_split = is_split
         self._known: dict[RequestId, dict[int | None, dict[NodeId, bool]]] = {}  # by part and node
-        self._kept: dict[RequestId, dict[tuple[int | None, int], _Kept | None]] = {}  # by part and wave
+        self._kept: dict[RequestId, dict[tuple[int | None, int], _Steady | None]] = {}  # by part and wave
 
     def asked(self, program: Program, part: int | None) -> Callable[[NodeId], bool]:
         """Tells of a program's values whether they are steady. `part`: which program of its request it is."""
@@ -72,18 +72,18 @@ class SteadyValues:
         """Whether nothing is kept of any request."""
         return not (self._known or self._kept)
 
-    def _keep(self, state: RequestState, prologue: Fragment, part: int | None) -> _Kept:
+    def _keep(self, state: RequestState, prologue: Fragment, part: int | None) -> _Steady:
         is_steady = self.asked(state.program, part)
         values = {node: state.values[node] for node in prologue.nodes if is_steady(node) and node in state.values}
         graph = state.program.graph
         rest = [node for node in prologue.nodes if not is_steady(node)]
         for node in rest:  # what they need, where it is dropped behind the prologue
             if any(is_steady(part) and part not in values for part in operands(graph.nodes[node])):
-                return _Kept({}, prologue)
-        return _Kept(values, Fragment(order=prologue.order, nodes=tuple(rest), drops=prologue.drops))
+                return _Steady({}, prologue)
+        return _Steady(values, Fragment(order=prologue.order, nodes=tuple(rest), drops=prologue.drops))
 
 
-class _Kept:
+class _Steady:
     """Of a prologue."""
 
     def __init__(self, values: dict[NodeId, Any], rest: Fragment) -> None:

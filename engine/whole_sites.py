@@ -149,7 +149,7 @@ class _Twin:
         # one device: what lies on several comes together anyway, and what is known of integers is on the host
         self._device = torch.device("cpu") if looks else home_of(model)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # what a model keeps beside parameters and buffers
-        self._model = twin_of(model, self._unknown)
+        self._model = fake_of(model, self._unknown)
         if isinstance(self._model, PreTrainedModel):  # the experts that a token goes to are values, too
             with suppress(ValueError):
                 self._model.set_experts_implementation("batched_mm")
@@ -204,7 +204,7 @@ def _quiet_torch() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def twin_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+def fake_of(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of a model with other tensors for its parameters and buffers; tied ones stay one.
 
     GraphError for a model that has something that cannot be copied.

@@ -59,12 +59,12 @@ def carried_bytes(program: Program, table: ModelTable) -> int:
     return sent * table.description.ranks
 
 
-def hidden_link_bytes(program: Program, table: ModelTable, *, is_keeping: bool = True) -> int:
+def hidden_link_bytes(program: Program, table: ModelTable) -> int:
     """Bytes of hidden states, and of their gradients, from stage to stage: every rank sends its own copy."""
     stages, found = table.levels.stages, 0
     for wave in program.waves:
         if wave.of is None:
-            found += (wave.rows if is_keeping else wave.rows_anew).link_rows
+            found += wave.rows.link_rows
             continue
         there = program.waves[wave.of]
         first, end = table.levels.acts_from(there.cuts[0]), table.levels.begun(there.until)

@@ -14,7 +14,7 @@ from model_kinds import DIFFUSION, KINDS, images, seeded, unet
 from torch import Tensor, nn
 
 import polytrace
-from engine.whole_sites import CallSites, record, twin_of
+from engine.whole_sites import CallSites, fake_of, record
 from polytrace import methods
 from polytrace.description import SiteInfo
 from polytrace.errors import GraphError, RunError, TooLargeError
@@ -41,7 +41,7 @@ def test_what_a_call_visits_is_found_without_weights(kind: str) -> None:
     tracer = polytrace.load(plain).trace(**call)
     inputs, constants = tracer._invokes[0].inputs, tracer.recording.constants
     assert inputs is not None
-    calls = CallSites(twin_of(plain, lambda tensor: tensor.detach().to("meta")))
+    calls = CallSites(fake_of(plain, lambda tensor: tensor.detach().to("meta")))
     found = calls.of(inputs, constants.tensors)
     really = record(plain, Inputs(args=(), kwargs=call))
 
