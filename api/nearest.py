@@ -26,7 +26,8 @@ from scheduling.fewer import smaller_save, ways
 from scheduling.plan import Program, RequestId
 from scheduling.program import certify
 from scheduling.step_saves import all_slots
-from scheduling.whole import described, taped, work_out
+from scheduling.whole import described, taped
+from scheduling.working_out import work_out
 
 PATIENCE_S = 3.0
 MOST_NODES = 100_000  # each try of which takes a second

@@ -420,7 +420,8 @@ def _verdict(
     from scheduling.plan import RequestId
     from scheduling.program import certify as make_certificate
     from scheduling.step_saves import all_slots
-    from scheduling.whole import described, taped, work_out
+    from scheduling.whole import described, taped
+    from scheduling.working_out import work_out
 
     request = read_request(path, max_nodes=description.limits.max_nodes)
     if large_nodes is not None and len(request.graph.nodes) > large_nodes:

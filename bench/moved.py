@@ -25,8 +25,8 @@ import polytrace
 from bench.cluster import own_cluster
 from bench.plain import TOLERANCE, difference
 from cluster.deployment import Deployment, DeploymentConfig
+from engine.direct import DirectBackend
 from engine.loading import meta_model
-from engine.local import DirectBackend
 from polytrace.model import Model
 
 

@@ -39,15 +39,16 @@ from bench.pictures import Stretch
 from bench.race import ratio
 from cluster.deployment import Deployment, DeploymentConfig
 from cluster.gang import RayShards
+from engine.direct import DirectBackend
 from engine.loading import meta_model
-from engine.local import DirectBackend, LocalBackend
+from engine.local import LocalBackend
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError
 from polytrace.graph import Request
 from polytrace.model import Model
 from scheduling.loop import step
 from scheduling.plan import Phase, Plan, Program, RequestId, ShardResult
-from scheduling.policy import PassPolicy, passes_in_flight, wave_tokens
+from scheduling.policy import PassPolicy, most_wave_rows, passes_in_flight
 from scheduling.scheduler import Scheduler
 
 
@@ -73,7 +74,7 @@ class Contender:
 
     policy: PassPolicy
     depth: int
-    wave_tokens: int  # that requests are worked out for
+    wave_rows: int  # that requests are worked out for
 
 
 @dataclass(slots=True, kw_only=True)
@@ -115,7 +116,7 @@ class Stages:
 
     def compile(self, contender: Contender, requests: list[Request]) -> list[Program]:
         """The requests, worked out for a contender's passes."""
-        limits = dataclasses.replace(self.description.limits, pass_tokens=contender.wave_tokens)
+        limits = dataclasses.replace(self.description.limits, pass_tokens=contender.wave_rows)
         backend = self._backend(dataclasses.replace(self.description, limits=limits))
         return [backend.compile(request) for request in requests]
 
@@ -223,12 +224,12 @@ def contenders(config: OverlapConfig) -> dict[str, Contender]:
     most = config.budget_tokens
     cut = PassPolicy(budget_tokens=most, least_tokens=config.least_tokens)
     whole = PassPolicy(budget_tokens=most, least_tokens=most)  # nothing is cut
-    depth, own = passes_in_flight(config.stages), wave_tokens(cut, config.stages)
+    depth, own = passes_in_flight(config.stages), most_wave_rows(cut, config.stages)
     return {
-        "one pass": Contender(policy=whole, depth=1, wave_tokens=most),
-        "greedy": Contender(policy=whole, depth=depth, wave_tokens=most),
-        "uniform": Contender(policy=cut, depth=depth, wave_tokens=own),
-        "parts": Contender(policy=cut, depth=1, wave_tokens=own),
+        "one pass": Contender(policy=whole, depth=1, wave_rows=most),
+        "greedy": Contender(policy=whole, depth=depth, wave_rows=most),
+        "uniform": Contender(policy=cut, depth=depth, wave_rows=own),
+        "parts": Contender(policy=cut, depth=1, wave_rows=own),
     }
 
 

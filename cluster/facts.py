@@ -1,8 +1,8 @@
 """What was found out of a request's values when it was checked, kept for whoever works it out: as JSON.
 
 A request has one list, a fact or null for each of its nodes; a generation one for each different step, in the order in
-which `scheduling.program.work_out` asks for them, as {"steps": [list, ...]}. A request to a model that is called as it
-is has {"steps": [list], "sites": [list, ...], "tape_bytes": number}: of each invoke the sites that it names, and what
+which `scheduling.working_out` asks for them, as {"steps": [list, ...]}. A request to a model that is called as it is
+has {"steps": [list], "sites": [list, ...], "tape_bytes": number}: of each invoke the sites that it names, and what
 its calls keep for gradients.
 """
 

@@ -25,7 +25,7 @@ from polytrace.errors import CancelledError, PolytraceError, ServiceError, WireE
 from scheduling.plan import Program, RequestId
 from scheduling.program import owned
 from scheduling.step_saves import data_bytes
-from scheduling.whole import work_out
+from scheduling.working_out import work_out
 
 _log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from polytrace.codec import to_json
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError
 from polytrace.tokenizer import decoder_of
-from scheduling.policy import PassPolicy, wave_tokens
+from scheduling.policy import PassPolicy, most_wave_rows
 
 MAX_RESTARTS = 3  # from nothing, within the window below; then it has failed
 RESTART_WINDOW_S = 600.0
@@ -160,7 +160,7 @@ class Replica:
             tells_of_other_tenants=self._spec.share_across is ShareAcross.DEPLOYMENT,
             merges_calls=self._spec.merges_calls,
         )
-        limits = replace(description.limits, pass_tokens=wave_tokens(policy, self._spec.stages))
+        limits = replace(description.limits, pass_tokens=most_wave_rows(policy, self._spec.stages))
         description = replace(description, limits=limits)
         self._agree(description)
         # 2) the loop, again after every loss that has sent its requests elsewhere

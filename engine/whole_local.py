@@ -8,15 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
+from engine.direct import DirectBackend, LocalShards
 from engine.fragments import from_raw
-from engine.local import DirectBackend, LocalShards
 from engine.module_state import ModuleState
 from engine.offload_folder import OffloadFolder
 from engine.ops import DTYPE_NAMES
@@ -24,15 +23,17 @@ from engine.probe import named_tensors
 from engine.shapes import infer
 from engine.whole_places import offloaded_modules
 from engine.whole_shard import WholeShard
-from engine.whole_sites import CallSites, modules_of, parameters_of, record, twin_of
+from engine.whole_sites import CallSites, fake_of, modules_of, parameters_of, record
 from engine.whole_tapes import CallTapes
 from polytrace.description import Limits, ModelDescription, PassLayout, SiteInfo
 from polytrace.given import with_given
 from polytrace.graph import Given, Inputs, Request
 from polytrace.tensors import RawTensor
-from scheduling.plan import Program, RequestId, ValueFacts
-from scheduling.scheduler import PassPolicy
-from scheduling.whole import compile_call, described, inputs_of_all, taped
+from scheduling.plan import Program, RequestId
+from scheduling.policy import PassPolicy
+from scheduling.steps import Facts
+from scheduling.whole import described, inputs_of_all, taped
+from scheduling.working_out import work_out
 
 T = TypeVar("T")
 
@@ -46,7 +47,6 @@ class WholeBackend(DirectBackend):
         *,
         name: str,
         source: str | None = None,
-        policy: PassPolicy | None = None,
         merges: bool = False,
         folder: OffloadFolder | None = None,
     ) -> None:
@@ -60,8 +60,8 @@ class WholeBackend(DirectBackend):
         self.shard = WholeShard(module, description, merges=merges, is_fixed=False)
         self._is_known_source = source is not None
         self._processor: Any = None  # until somebody asks
-        meta = twin_of(module, _on_meta)
-        policy = replace(policy or PassPolicy(), merges_calls=merges)
+        meta = fake_of(module, _on_meta)
+        policy = PassPolicy(merges_calls=merges)
         super().__init__(source or name, LocalShards(self.shard), description, meta, policy)  # type: ignore[arg-type]
 
     def sites_of(self, inputs: Inputs, constants: Mapping[str, RawTensor]) -> tuple[SiteInfo, ...]:
@@ -110,11 +110,10 @@ class WholeBackend(DirectBackend):
         if self._folder is not None:
             self._folder.close()
 
-    def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, tuple[ValueFacts | None, ...]]:
+    def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, Facts]:
         of_invokes = [self.sites_of(one, request.constants) for one in inputs_of_all(request)]
         own = described(self.description, of_invokes)
-        facts = infer(own, request, self._meta)
-        program = compile_call(request_id, request, own, facts)
+        program, facts = work_out(request_id, request, own, lambda whole: infer(own, whole, self._meta))
         really = partial(self._on_model, constants=request.constants)
         return taped(program, self._tapes.num_bytes(program, of_invokes, really), own.limits), facts
 

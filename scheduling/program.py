@@ -1,6 +1,6 @@
-"""Works one request out: where each of its nodes runs, what is carried, in which waves. Done once, at admission.
+"""Works a request of prompts out: where each of its nodes runs, what is carried, in which waves.
 
-The whole story of a compilation is `compile_program`; each of its steps is a file of this folder. Knows nothing of
+The whole story is `_work_out`; each of its steps is a file of this folder. Knows nothing of
 other requests (`scheduling.packing` merges them) nor of files (the caller sets them with `dataclasses.replace`).
 """
 
@@ -53,7 +53,7 @@ from scheduling.residency import stage_works
 from scheduling.shard_bytes import row_bytes, staying_bytes
 from scheduling.splitting import fits, split
 from scheduling.step_costs import most_rows, step_costs
-from scheduling.steps import Facts, Infer, compile_chain, generates
+from scheduling.steps import Facts, Infer, generates, work_out_chain
 from scheduling.tapes import fit, tapes_of
 from scheduling.trunks import TrunkChoice, choose_trunks, rows_of, trunk_bytes
 from scheduling.waves import Run, executions, find_runs
@@ -62,16 +62,16 @@ _NO_ROWS = WaveRows(widest=0, token_layers=0)
 _MAX_LOOKS = 3  # at waves, to split those that are too large; one that still is goes alone
 
 
-def compile_program(request_id: RequestId, request: Request, description: ModelDescription, facts: Facts) -> Program:
+def work_out_program(request_id: RequestId, request: Request, description: ModelDescription, facts: Facts) -> Program:
     """The program of a request, `facts` being what is known of each node's value. Linear in nodes and writes.
 
     Constants stay where the request has them. Raises GraphError with the user's line, and TooLargeError.
     """
     with young_only:
-        return _compile(request_id, request, description, facts)
+        return _work_out(request_id, request, description, facts)
 
 
-def work_out(
+def work_out_prompts(
     request_id: RequestId, request: Request, description: ModelDescription, infer: Infer
 ) -> tuple[Program, Facts]:
     """The program of a request, a generation or not, and what is known of each node's value.
@@ -80,15 +80,15 @@ def work_out(
     """
     if not generates(request):
         facts = infer(request)
-        return compile_program(request_id, request, description, facts), facts
+        return work_out_program(request_id, request, description, facts), facts
 
-    def compile_step(step: Request, facts: Facts, holds: frozenset[NodeId], *, is_first: bool) -> Program:
-        return _compile(request_id, step, description, facts, holds, is_first=is_first)
+    def work_out_step(step: Request, facts: Facts, holds: frozenset[NodeId], *, is_first: bool) -> Program:
+        return _work_out(request_id, step, description, facts, holds, is_first=is_first)
 
     with young_only:
         _check_size(request, description.limits)
         check_steps(request.graph.nodes, table_of(description))
-        program, facts = compile_chain(request, infer, compile_step)
+        program, facts = work_out_chain(request, infer, work_out_step)
     assert program.chain is not None
     if program.chain.data_bytes > description.limits.max_result_bytes:
         told = f"the saves of all steps take {program.chain.data_bytes} bytes"
@@ -115,7 +115,7 @@ def _check_size(request: Request, limits: Limits) -> None:
         )
 
 
-def _compile(
+def _work_out(
     request_id: RequestId,
     request: Request,
     description: ModelDescription,
@@ -247,7 +247,7 @@ def certify(
     has_values: bool = True,
     request_bytes: int = 0,
 ) -> Certificate:
-    """What a compiled program will cost and return; `facts` are those that it was compiled with.
+    """What a program will cost and return; `facts` are those that it was worked out with.
 
     Of a generation as if no sequence ended early. Without values: the totals alone, which admission asks for.
     """

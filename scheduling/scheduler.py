@@ -68,8 +68,7 @@ from scheduling.room import Room
 from scheduling.step_costs import step_costs
 from scheduling.stopping import Decode
 
-__all__ = ["Outcome", "PassPolicy", "Progress", "Scheduler"]
-
+__all__ = ["Outcome", "Progress", "Scheduler"]
 
 _MAX_LOSSES_ALONE = 3  # shards that may die while a request is alone on them: two may be bad luck
 _MAX_REFILLS = 3  # times that a pass is planned again because it has room left

@@ -44,7 +44,7 @@ Facts = tuple[ValueFacts | None, ...]
 Infer = Callable[[Request], Facts]
 
 
-class Compile(Protocol):
+class WorkOutStep(Protocol):
     def __call__(self, step: Request, facts: Facts, holds: frozenset[NodeId], *, is_first: bool) -> Program:
         """The program of one step, whose values of `holds` later steps need."""
 
@@ -259,7 +259,7 @@ def _has_earlier(request: Request, position: NodeId) -> bool:
     return isinstance(node, (Read, Write)) and node.site.port.has_earlier
 
 
-def compile_chain(request: Request, infer: Infer, compile_step: Compile) -> tuple[Program, Facts]:
+def work_out_chain(request: Request, infer: Infer, work_out_step: WorkOutStep) -> tuple[Program, Facts]:
     """The program of a generation, and what is known of its request's nodes.
 
     `infer` is asked for step 0 and then for each distinct part, in their order. Raises GraphError with the user's line,
@@ -291,7 +291,7 @@ def compile_chain(request: Request, infer: Infer, compile_step: Compile) -> tupl
 
     first = cutter.cut(0, known)
     found = infer(first.request)
-    base = compile_step(first.request, found, cutter.held(first), is_first=True)
+    base = work_out_step(first.request, found, cutter.held(first), is_first=True)
     note(0, first, base, found)
 
     chosen: list[tuple[int, CutStep]] = []  # of steps 1 and on: the part, and the step's graph
@@ -305,7 +305,7 @@ def compile_chain(request: Request, infer: Infer, compile_step: Compile) -> tupl
             if key not in programs:
                 programs[key] = len(parts)
                 own = infer(cut.request)
-                parts.append(compile_step(cut.request, own, holds, is_first=False))
+                parts.append(work_out_step(cut.request, own, holds, is_first=False))
                 known_of.append(own)
             part = programs[key]
         chosen.append((part, cut))
@@ -315,7 +315,7 @@ def compile_chain(request: Request, infer: Infer, compile_step: Compile) -> tupl
         cut = cutter.cut(ENDING, known)
         own = infer(cut.request)
         ending = (len(parts), cut)
-        parts.append(compile_step(cut.request, own, frozenset(), is_first=False))
+        parts.append(work_out_step(cut.request, own, frozenset(), is_first=False))
         note(cutter.num_steps, cut, parts[-1], own)
 
     offset = _aligned(_data_bytes(base))

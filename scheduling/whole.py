@@ -12,11 +12,10 @@ from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
 from polytrace.collector import young_only
-from polytrace.description import Limits, ModelDescription, PassLayout, SiteInfo
+from polytrace.description import Limits, ModelDescription, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.given import structure_of
 from polytrace.graph import Inputs, Port, Read, Request, Write
-from scheduling import program
 from scheduling.checks import resolve, table_of
 from scheduling.columns import Columns
 from scheduling.gradients import expand, has_gradients
@@ -25,7 +24,6 @@ from scheduling.placement import find_live, find_order, place, scale_of
 from scheduling.plan import PROLOGUE, Program, RequestId, ValueFacts, Wave, WaveRows
 from scheduling.program import check_writes, lay_out_saves
 from scheduling.residency import stage_works
-from scheduling.steps import Facts, Infer
 from scheduling.waves import executions, find_runs
 
 _NO_ROWS = WaveRows(widest=0, token_layers=0)
@@ -64,16 +62,6 @@ def inputs_of_all(request: Request) -> list[Inputs]:
     return [inputs for inputs in found if inputs is not None]
 
 
-def work_out(
-    request_id: RequestId, request: Request, description: ModelDescription, infer: Infer
-) -> tuple[Program, Facts]:
-    """As `scheduling.program.work_out`, of a request to any model."""
-    if description.layout is not PassLayout.WHOLE:
-        return program.work_out(request_id, request, description, infer)
-    facts = infer(request)
-    return compile_call(request_id, request, description, facts), facts
-
-
 def taped(program: Program, num_bytes: int, limits: Limits) -> Program:
     """The program, whose calls keep so much for gradients. Raises TooLargeError."""
     if num_bytes > limits.tape_bytes:
@@ -84,10 +72,10 @@ def taped(program: Program, num_bytes: int, limits: Limits) -> Program:
     return replace(program, tape_bytes=num_bytes)
 
 
-def compile_call(
+def work_out_call(
     request_id: RequestId, request: Request, description: ModelDescription, facts: tuple[ValueFacts | None, ...]
 ) -> Program:
-    """The program of a request; `description` is that of the request (`described`). Raises as `compile_program`."""
+    """The program of a request; `description` is that of the request (`described`). Raises as `work_out_program`."""
     with young_only:
         # 1) Refuse what does not fit the model.
         graph, limits = request.graph, description.limits

@@ -12,16 +12,15 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from cluster.shipping import Incoming, Outgoing
+from engine.direct import DirectBackend
 from engine.links import Distributed, join_store, open_store
 from engine.loading import ShardConfig, meta_model
-from engine.local import DirectBackend
 from engine.shard import Shard
 from polytrace.errors import PolytraceError, ServiceError
 from polytrace.graph import Graph, Op, Request
 from polytrace.wire import encode_request
 from scheduling.plan import Plan, Program, ShardResult
-from scheduling.policy import passes_in_flight
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy, passes_in_flight
 
 
 def in_processes(function: Callable[..., None], arguments: tuple[Any, ...], number: int) -> None:

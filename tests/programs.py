@@ -18,7 +18,8 @@ from torch import Tensor
 
 from polytrace.certificate import Receipt
 from polytrace.graph import Save
-from scheduling.scheduler import PassPolicy, Scheduler
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Scheduler
 
 Prompt = tuple[int, ...]
 

@@ -13,9 +13,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from engine.direct import DirectBackend
 from engine.links import Distributed, join_store, open_store
 from engine.loading import ShardConfig, meta_model
-from engine.local import DirectBackend
 from engine.shard import Shard
 from polytrace.errors import PolytraceError, ServiceError
 from polytrace.model import Model

@@ -18,7 +18,7 @@ from engine.reports import GateReport, LeafReport
 from engine.splits import Split, Style
 from polytrace.description import Leaf, Limits, ModelDescription, SiteInfo
 from polytrace.graph import Port
-from scheduling.policy import PassPolicy, wave_tokens
+from scheduling.policy import PassPolicy, most_wave_rows
 
 _ROW_MULTIPLE = 64  # what a GPU's tiles want (`engine.lanes`)
 
@@ -43,7 +43,7 @@ def describe(census: Census, *, name: str, stages: int, ranks: int, trunk_bytes:
         notes=(),
     )
     limits = Limits(
-        max_sequence_tokens=probe.max_tokens, trunk_bytes=trunk_bytes, pass_tokens=wave_tokens(PassPolicy(), stages)
+        max_sequence_tokens=probe.max_tokens, trunk_bytes=trunk_bytes, pass_tokens=most_wave_rows(PassPolicy(), stages)
     )
     found = describe_model(probe, (report,), name=name, stages=stages, ranks=ranks, limits=limits)
     return replace(found, codes=(), sources=())  # no operation inside of a forward is asked for here

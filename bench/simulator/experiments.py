@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.census import Census
-from engine.local import DirectBackend
+from engine.direct import DirectBackend
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError
 from polytrace.graph import Request

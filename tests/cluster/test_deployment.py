@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cluster.deployment import Deployment, DeploymentConfig, plan_placement
 from cluster.gang import RayShards
+from engine.direct import DirectBackend
 from engine.loading import meta_model
-from engine.local import DirectBackend
 from polytrace.certificate import Token
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError, ServiceError
@@ -46,7 +46,8 @@ from polytrace.graph import (
 from polytrace.model import Model
 from scheduling.loop import step
 from scheduling.plan import Program
-from scheduling.scheduler import Outcome, PassPolicy, Progress, Scheduler
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome, Progress, Scheduler
 
 LAYER, LATER = "model.layers.1", "model.layers.3"
 NEW_TOKENS = 8

@@ -23,8 +23,8 @@ from polytrace.errors import ServiceError
 from polytrace.graph import Request
 from polytrace.wire import decode_result, result_header
 from scheduling.plan import Program, RequestId, SaveSlot
-from scheduling.program import work_out
 from scheduling.step_saves import all_slots, data_bytes
+from scheduling.working_out import work_out
 
 STEPS = 6
 

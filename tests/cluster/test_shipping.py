@@ -15,7 +15,7 @@ from cluster.shipping import Incoming, Outgoing
 from engine.local import LocalBackend
 from polytrace.errors import ServiceError
 from scheduling.plan import Plan
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy
 
 EVERYONE = PassPolicy(budget_tokens=1 << 20, max_members=1000)
 

@@ -22,7 +22,7 @@ import polytrace
 from engine.local import LocalBackend
 from polytrace.errors import GraphError
 from polytrace.model import Model
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy
 
 IDS = [3, 14, 15, 92, 65, 35]
 OTHER = [35, 89, 79]

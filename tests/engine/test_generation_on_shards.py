@@ -38,7 +38,8 @@ from engine.local import LocalBackend
 from polytrace.errors import RunError
 from polytrace.graph import Carried, Generation, Invoke, Request, Sampling, name_at
 from scheduling.plan import Plan
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome, Scheduler
 
 FAMILY = FAMILIES["llama"]
 FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)

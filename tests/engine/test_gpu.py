@@ -18,7 +18,7 @@ from programs import crowds, difference, few_rows, serve, values_in_order
 
 from engine.local import LocalBackend
 from polytrace.model import Model
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy
 
 pytestmark = pytest.mark.gpu
 

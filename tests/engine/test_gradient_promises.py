@@ -23,7 +23,8 @@ from engine.local import LocalBackend
 from polytrace.errors import CancelledError, RunError, TooLargeError
 from polytrace.model import Model
 from scheduling.loop import step
-from scheduling.scheduler import Outcome, PassPolicy
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome
 
 LLAMA = FAMILIES["llama"]
 EDITED, EARLY, LATE = LLAMA.residual(0), LLAMA.residual(1), LLAMA.residual(2)

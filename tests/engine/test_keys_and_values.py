@@ -25,7 +25,8 @@ from engine.local import LocalBackend
 from polytrace.errors import GraphError
 from polytrace.model import Model
 from scheduling.plan import PAGE
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome, Scheduler
 
 LAYER, STEPS = 1, 4
 PROMPTS = ([5, 9, 23, 4, 61, 7, 11, 12, 40], [8, 2, 30])

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from families import model_of
 
-from engine.local import LocalBackend, LocalShards
+from engine.direct import LocalShards
+from engine.local import LocalBackend
 from engine.shard import Shard
 from polytrace.errors import ServiceError
 from polytrace.model import Model

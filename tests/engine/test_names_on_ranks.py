@@ -17,7 +17,7 @@ from width import wide
 
 from engine.local import LocalBackend
 from polytrace.model import Model
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy
 
 TOLERANCE = 1e-5  # of max(1, max|one process|), float32
 PROMPTS = [[7, 3, 5, 9, 11, 2, 4], [7, 3, 5, 1]]

@@ -21,7 +21,8 @@ from engine.local import LocalBackend
 from engine.memory import told_out_of_memory
 from polytrace.errors import CapacityError, TooLargeError
 from polytrace.model import Model
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome, Scheduler
 
 ABSURD = 1 << 46  # bytes: no machine has them, and the allocator says so
 

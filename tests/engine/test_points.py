@@ -15,7 +15,7 @@ from programs import difference, find, values_in_order
 from engine.local import LocalBackend
 from polytrace.errors import GraphError, RunError, TooLargeError
 from polytrace.model import Model
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy
 
 TOLERANCE = 1e-5  # of max(1, max|plain|), float32
 LONG = tuple(range(1, 41))  # more than a page of keys

@@ -38,7 +38,7 @@ from polytrace.errors import RunError
 from polytrace.graph import Save
 from polytrace.model import Model
 from scheduling.plan import Plan, Segment
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy
 
 FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
 NUM_USERS = 32

@@ -41,7 +41,8 @@ from engine.local import LocalBackend
 from polytrace.errors import CancelledError
 from polytrace.graph import Sharing
 from scheduling.loop import step
-from scheduling.scheduler import Outcome, PassPolicy
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome
 
 FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
 EVERYONE = PassPolicy(budget_tokens=1 << 20, max_members=1000)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from engine.local import LocalBackend
 from polytrace.model import Model
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy
 
 FLOAT32_TOLERANCE = 1e-5  # of max(1, max|plain|)
 EVERYONE = PassPolicy(budget_tokens=1 << 20, max_members=1000)

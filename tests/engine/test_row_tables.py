@@ -23,7 +23,8 @@ from polytrace.graph import Save
 from polytrace.methods.steering import _plan
 from polytrace.model import Model
 from scheduling.plan import Plan
-from scheduling.scheduler import Outcome, PassPolicy
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome
 
 USERS, WIDTH, LAYERS = 6, 32, 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of max(1, max|plain|)

@@ -19,7 +19,8 @@ from bench.cones.models import folder_of
 from engine.local import LocalBackend
 from polytrace.errors import TooLargeError
 from polytrace.model import Model
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome, Scheduler
 
 EVERYONE = PassPolicy(budget_tokens=1 << 20, max_members=1000)
 MOST = 1.5  # times what is held may the certificate say

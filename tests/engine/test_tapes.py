@@ -22,7 +22,7 @@ from width import examples, wide
 
 from engine.local import LocalBackend
 from polytrace.model import Model
-from scheduling.scheduler import PassPolicy
+from scheduling.policy import PassPolicy
 
 TOLERANCE = 1e-5  # of max(1, max|plain|), float32
 PROMPTS = ((5, 6, 7, 8, 9, 11, 12, 40, 3, 4, 22, 50), (3, 4, 9, 17, 8))

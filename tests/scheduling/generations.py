@@ -31,7 +31,7 @@ from polytrace.graph import (
 )
 from polytrace.tensors import RawTensor, num_bytes
 from scheduling.plan import NO_ROWS, Drawn, Plan, Program, RequestId, ShardResult, TrunkId, ValueFacts
-from scheduling.program import work_out
+from scheduling.working_out import work_out
 from tests.scheduling.pipeline import answer_of
 from tests.scheduling.tiny import HIDDEN, VOCAB, tiny_llama
 

@@ -14,7 +14,7 @@ from scheduling.alike import MOST_CALLS, AlikeCalls
 from scheduling.plan import Plan, Program, RequestId, ShardResult, ValueFacts
 from scheduling.policy import PassPolicy
 from scheduling.scheduler import Scheduler
-from scheduling.whole import compile_call, described
+from scheduling.whole import described, work_out_call
 
 LEAF = Leaf(
     selector=(),
@@ -59,7 +59,7 @@ def called(name: str, *numbers: int, tenant: str = "") -> Program:
     request = Request(graph=graph, invokes=invokes, constants={})
     own = described(description(), [(OUTPUT,)] * len(numbers))
     facts = (ValueFacts(shape=(1,), dtype="float32", num_bytes=4), None)
-    return replace(compile_call(RequestId(name), request, own, facts), tenant=tenant)
+    return replace(work_out_call(RequestId(name), request, own, facts), tenant=tenant)
 
 
 class Deployment:

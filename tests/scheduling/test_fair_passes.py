@@ -15,8 +15,9 @@ from polytrace.codec import to_json
 from scheduling.fair import FairShares
 from scheduling.fair_choice import by_tenant
 from scheduling.plan import PAGE, Plan, Program, RequestId
+from scheduling.policy import PassPolicy
 from scheduling.program import owned
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.scheduler import Outcome, Scheduler
 from tests.scheduling.generations import generating_llama, generation
 from tests.scheduling.pipeline import TimedStages, run_all
 from tests.scheduling.test_generating import LAYERS, Service, prompt

@@ -10,7 +10,8 @@ import pytest
 from polytrace.errors import ServiceError
 from scheduling.loop import step
 from scheduling.plan import Program
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome, Scheduler
 from tests.scheduling.generations import DrawingShards, expected, generating_llama, generation
 
 MODEL = generating_llama()

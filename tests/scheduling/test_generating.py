@@ -13,7 +13,8 @@ from polytrace.errors import TooLargeError
 from polytrace.graph import Sharing
 from scheduling.loop import step
 from scheduling.plan import PAGE, PassTooLargeError, Plan, Program, RequestId
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome, Scheduler
 from tests.scheduling.generations import (
     DrawingShards,
     Tokens,

@@ -14,7 +14,8 @@ from polytrace.errors import CancelledError, PolytraceError, RunError, ServiceEr
 from polytrace.graph import NodeId, Read, Save, Write
 from scheduling.loop import step
 from scheduling.plan import Failure, Plan, Program, RequestId, ShardResult
-from scheduling.scheduler import Outcome, PassPolicy, Scheduler
+from scheduling.policy import PassPolicy
+from scheduling.scheduler import Outcome, Scheduler
 from tests.scheduling.tiny import HIDDEN, VOCAB, Recorder, tiny_llama
 
 TINY = tiny_llama(stages=2, ranks=2)

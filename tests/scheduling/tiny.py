@@ -34,7 +34,7 @@ from polytrace.graph import (
 )
 from polytrace.tensors import RawTensor, num_bytes
 from scheduling.plan import Program, RequestId, ValueFacts
-from scheduling.program import certify, compile_program
+from scheduling.program import certify, work_out_program
 
 HIDDEN, VOCAB, WIDE = 8, 32, 24
 
@@ -165,7 +165,7 @@ class Recorder:
         return Request(graph=graph, invokes=self.invokes, constants=self.constants, options=self.options)
 
     def compile(self, request_id: str = "r") -> Program:
-        return compile_program(RequestId(request_id), self.request, self.description, tuple(self.facts))
+        return work_out_program(RequestId(request_id), self.request, self.description, tuple(self.facts))
 
     def certify(self) -> Certificate:
         return certify(self.compile(), tuple(self.facts), self.description)
