@@ -159,7 +159,7 @@ def _programs(backend: WholeBackend, kind: Kind, vectors: Tensor) -> list[Progra
             hidden[:, 0] += vectors[user].cpu()
             output = model.output
             output[output.keys()[0]].save()
-        found.append(backend.compile(tracer.built_request()))
+        found.append(backend.work_out(tracer.built_request()))
     return found
 
 

@@ -71,7 +71,7 @@ def run(config: GradientsConfig) -> dict[str, Any]:
         parts = [list(requests)] if at_once else [[request] for request in requests]
 
         def once() -> None:
-            outcomes = [one for part in parts for one in backend.run_together([backend.compile(r) for r in part])]
+            outcomes = [one for part in parts for one in backend.run_together([backend.work_out(r) for r in part])]
             found[name] = []
             for request, outcome in zip(requests, outcomes, strict=True):
                 if outcome.error is not None:
@@ -190,7 +190,7 @@ def _by_hand(model: Any, prompts: list[list[int]], answers: list[int]) -> Tensor
 def _kept(backend: Any, request: Request) -> tuple[int, int]:
     """Bytes by the certificate, and by how much the process grew while the request ran."""
     certificate = backend.validate(request)
-    program = backend.compile(request)
+    program = backend.work_out(request)
     gc.collect()
     trim()  # else what others have left is used again, and nothing seems to be taken
     before = _memory("VmRSS")

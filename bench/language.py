@@ -79,7 +79,7 @@ def _nodes(model: Any, ids: list[int], config: LanguageConfig) -> dict[str, Any]
             y = y + 0.001
 
     def running(request: Request) -> Callable[[], None]:
-        programs = [backend.compile(request) for _ in range(config.rounds + 1)]  # a program runs once
+        programs = [backend.work_out(request) for _ in range(config.rounds + 1)]  # a program runs once
 
         def once() -> None:
             (outcome,) = backend.run_together([programs.pop()])

@@ -52,7 +52,7 @@ def run(config: MergedConfig) -> dict[str, Any]:
         recorder = Recorder(backend)
         jobs = make_jobs(Model(recorder), recorder, plain, num_users=config.num_users)
         start = time.perf_counter()
-        programs = [backend.compile(job.request) for job in jobs]
+        programs = [backend.work_out(job.request) for job in jobs]
         admission_s = time.perf_counter() - start
         forward = plain_forward(plain, sequences(jobs))
         seconds = race(

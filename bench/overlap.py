@@ -114,11 +114,11 @@ class Stages:
         clients = [_request(model, rng, self.config) for _ in range(self.config.requests)]
         return {"clients": clients, "sweep": [_sweep(model, rng, self.config)]}
 
-    def compile(self, contender: Contender, requests: list[Request]) -> list[Program]:
+    def work_out(self, contender: Contender, requests: list[Request]) -> list[Program]:
         """The requests, worked out for a contender's passes."""
         limits = dataclasses.replace(self.description.limits, pass_tokens=contender.wave_rows)
         backend = self._backend(dataclasses.replace(self.description, limits=limits))
-        return [backend.compile(request) for request in requests]
+        return [backend.work_out(request) for request in requests]
 
     def _backend(self, description: ModelDescription) -> DirectBackend:
         return DirectBackend(self.source, self.shards, description, self._meta)
@@ -156,7 +156,7 @@ class Stages:
         backend = LocalBackend(self.source, threads=1)
         digests = {}
         for number, request in enumerate(requests):
-            fresh = self._with_file(backend.compile(request))
+            fresh = self._with_file(backend.work_out(request))
             (outcome,) = backend.run_together([fresh])
             if outcome.error is not None:
                 raise outcome.error
@@ -239,7 +239,7 @@ def run(config: OverlapConfig) -> dict[str, Any]:
         loads, by_name, rng = stages.loads(), contenders(config), random.Random(config.seed)
         expected = {load: stages.alone(requests) for load, requests in loads.items()}
         turns = [(load, name) for load in loads for name in by_name if (load, name) != ("sweep", "greedy")]
-        programs = {(load, name): stages.compile(by_name[name], loads[load]) for load, name in turns}
+        programs = {(load, name): stages.work_out(by_name[name], loads[load]) for load, name in turns}
         runs: dict[str, dict[str, list[Served]]] = {load: {} for load in loads}
         stages.serve(by_name["uniform"], programs["clients", "uniform"])  # not counted
         for _ in range(config.rounds):
@@ -353,7 +353,7 @@ def draw(path: Path, config: OverlapConfig, told: Callable[[str], None] = print)
     """The picture: the clients' load, in one pass at a time and as the product does it."""
     with running(config) as stages:
         by_name = contenders(config)
-        clients = stages.compile(by_name["uniform"], stages.loads()["clients"])
+        clients = stages.work_out(by_name["uniform"], stages.loads()["clients"])
         stages.serve(by_name["uniform"], clients)  # not drawn
         served = {name: stages.serve(by_name[name], clients) for name in ("one pass", "greedy", "uniform")}
     longest = served["one pass"].seconds

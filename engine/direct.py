@@ -123,16 +123,16 @@ class DirectBackend:
         program, facts = self._worked_out(request)
         return certify(program, facts, self.description)
 
-    def compile(self, request: Request) -> Program:
+    def work_out(self, request: Request) -> Program:
         """The request worked out, ready for the scheduler; GraphError and TooLargeError as at a service's submit."""
         return self._worked_out(request)[0]
 
     def _worked_out(self, request: Request) -> tuple[Program, Facts]:
         """The program, and what is known of the request's nodes."""
         check_stop_texts(request.invokes, self._has_tokenizer)
-        return self._work_out(RequestId(secrets.token_hex(8)), request)
+        return self._program_of(RequestId(secrets.token_hex(8)), request)
 
-    def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, Facts]:
+    def _program_of(self, request_id: RequestId, request: Request) -> tuple[Program, Facts]:
         return work_out(request_id, request, self.description, self._infer)
 
     def _infer(self, request: Request) -> Facts:
@@ -153,11 +153,11 @@ class DirectBackend:
             return self._run(begun, tell, hear, hear_tokens)
 
     def _run(self, request: Request, tell: Tell, hear: Hear, hear_tokens: HearTokens) -> Result:
-        (outcome,) = self.run_together([self.compile(request)], tell, hear, hear_tokens)
+        (outcome,) = self.run_together([self.work_out(request)], tell, hear, hear_tokens)
         while outcome.may_be_cut:
             limits = replace(self.description.limits, pass_tokens=self.scheduler.budget_tokens)
             self.description = replace(self.description, limits=limits)
-            (outcome,) = self.run_together([self.compile(request)], tell, hear, hear_tokens)
+            (outcome,) = self.run_together([self.work_out(request)], tell, hear, hear_tokens)
         if outcome.error is not None:
             raise outcome.error
         if outcome.receipt is None:

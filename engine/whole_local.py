@@ -110,7 +110,7 @@ class WholeBackend(DirectBackend):
         if self._folder is not None:
             self._folder.close()
 
-    def _work_out(self, request_id: RequestId, request: Request) -> tuple[Program, Facts]:
+    def _program_of(self, request_id: RequestId, request: Request) -> tuple[Program, Facts]:
         of_invokes = [self.sites_of(one, request.constants) for one in inputs_of_all(request)]
         own = described(self.description, of_invokes)
         program, facts = work_out(request_id, request, own, lambda whole: infer(own, whole, self._meta))

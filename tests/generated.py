@@ -206,7 +206,7 @@ def record(model: Any, user: User, **options: Any) -> Any:
 def serve(model: Any, backend: Any, users: Sequence[User], **options: Any) -> list[list[Generated]]:
     """How the sequences of all users went on, merged as far as the backend lets them."""
     tracers = [record(model, user, run=False, **options) for user in users]
-    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    outcomes = backend.run_together([backend.work_out(tracer.built_request()) for tracer in tracers])
     for outcome in outcomes:
         if outcome.error is not None:
             raise outcome.error

@@ -125,8 +125,8 @@ class ProcessBackend(DirectBackend):
         super().__init__(source, shards, shards.description, meta_model(source), policy)
         self._folder = folder
 
-    def compile(self, request: Request) -> Program:
-        program = super().compile(request)
+    def work_out(self, request: Request) -> Program:
+        program = super().work_out(request)
         file = self._folder / f"{program.request}.safetensors"
         file.write_bytes(b"".join(encode_request(request)))
         return _with_file(program, str(file))

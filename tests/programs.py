@@ -298,7 +298,7 @@ class Served:
 def serve(model: Any, backend: Any, users: Sequence[Program], dtype: torch.dtype, **options: Any) -> list[Served]:
     """All users at once, merged as far as the backend's pass policy lets them."""
     tracers = [record(model, program, dtype, run=False, **options)[0] for program in users]
-    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    outcomes = backend.run_together([backend.work_out(tracer.built_request()) for tracer in tracers])
     for outcome in outcomes:
         if outcome.error is not None:
             raise outcome.error

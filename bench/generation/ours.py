@@ -32,7 +32,7 @@ class Ours:
 
     def programs(self, users: Sequence[User], *, samples: int = 1, sharing: str = "tenant") -> list[Program]:
         """Each user's request, ready for the scheduler. `samples` of each prompt are drawn, or the likeliest taken."""
-        return [self.backend.compile(self._record(user, samples, sharing)) for user in users]
+        return [self.backend.work_out(self._record(user, samples, sharing)) for user in users]
 
     def merged(self, programs: Sequence[Program]) -> Tokens:
         """New tokens of each, all at once."""

@@ -163,7 +163,7 @@ class NoShards:
 
 def _work_out(name: str, length: int, model: Any, backend: DirectBackend) -> Worked:
     experiment = EXPERIMENTS[name]
-    program = backend.compile(experiment.ask(model, list(range(length))))
+    program = backend.work_out(experiment.ask(model, list(range(length))))
     distinct = list(dict.fromkeys(sequence for invoke in program.invokes for sequence in invoke.sequences))
     return Worked(
         experiment=name,

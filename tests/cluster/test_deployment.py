@@ -68,7 +68,7 @@ class Running:
 
     def programs(self, prompts: list[tuple[int, ...]], scale: float) -> list[Program]:
         compiler = DirectBackend(self.source, self.shards, self.description, meta_model(self.source))
-        return [compiler.compile(request(prompt, scale)) for prompt in prompts]
+        return [compiler.work_out(request(prompt, scale)) for prompt in prompts]
 
     def run(self, programs: list[Program], *, budget_tokens: int) -> tuple[list[Outcome], int]:
         """Outcomes in the programs' order, and the most passes that were in flight at once."""
@@ -345,11 +345,11 @@ def test_a_pass_that_one_shard_has_no_memory_for_is_cut_and_no_process_is_lost(c
             for first in range(16)
         ]
         compiler = DirectBackend(str(tmp_path), running.shards, running.description, meta_model(str(tmp_path)))
-        alone = [running.run([compiler.compile(one)], budget_tokens=4096)[0][0] for one in asked]
+        alone = [running.run([compiler.work_out(one)], budget_tokens=4096)[0][0] for one in asked]
         pids = deployment.process_ids()
         limit_memory(pids[1], more_bytes=5 << 28)  # the self-test takes half of it
         scheduler = Scheduler(running.description, PassPolicy(budget_tokens=4096, least_tokens=4096))
-        programs = [compiler.compile(one) for one in asked]
+        programs = [compiler.work_out(one) for one in asked]
         for program in programs:
             scheduler.add(program)
         outcomes, losses = run_with_recoveries(running, scheduler, len(programs))
@@ -397,8 +397,8 @@ def generation(number: int) -> Request:
 
 def test_generations_go_on_behind_the_loss_of_a_shard_and_no_token_is_told_twice(running: Running) -> None:
     compiler = DirectBackend(running.source, running.shards, running.description, meta_model(running.source))
-    undisturbed, _ = running.run([compiler.compile(generation(number)) for number in range(6)], budget_tokens=4096)
-    programs = [compiler.compile(generation(number)) for number in range(6)]
+    undisturbed, _ = running.run([compiler.work_out(generation(number)) for number in range(6)], budget_tokens=4096)
+    programs = [compiler.work_out(generation(number)) for number in range(6)]
     scheduler = Scheduler(running.description, PassPolicy(budget_tokens=4096))
     for program in programs:
         scheduler.add(program)
@@ -422,7 +422,7 @@ def test_generations_go_on_behind_the_loss_of_a_shard_and_no_token_is_told_twice
         assert len(before.values) == NEW_TOKENS
         for one in after.receipt.generated:
             assert [(token.step, token.id) for token in own if token.sequence == one.sequence] == [*enumerate(one.ids)]
-    running.run([compiler.compile(request((1, 2, 3), 1.0))], budget_tokens=4096)  # of plans that name what is there
+    running.run([compiler.work_out(request((1, 2, 3), 1.0))], budget_tokens=4096)  # of plans that name what is there
 
 
 def gradients(model: Model, seed: int) -> Request:
@@ -442,8 +442,8 @@ def gradients(model: Model, seed: int) -> Request:
 def test_gradients_on_their_way_back_begin_again_behind_the_loss_of_a_shard(running: Running) -> None:
     backend = DirectBackend(running.source, running.shards, running.description, meta_model(running.source))
     model = Model(backend)
-    undisturbed, _ = running.run([backend.compile(gradients(model, seed)) for seed in range(3)], budget_tokens=4096)
-    programs = [backend.compile(gradients(model, seed)) for seed in range(3)]
+    undisturbed, _ = running.run([backend.work_out(gradients(model, seed)) for seed in range(3)], budget_tokens=4096)
+    programs = [backend.work_out(gradients(model, seed)) for seed in range(3)]
     scheduler = Scheduler(running.description, PassPolicy(budget_tokens=4096))
     for program in programs:
         scheduler.add(program)

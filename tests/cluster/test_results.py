@@ -52,7 +52,7 @@ def request_of_steps(model: Any) -> Request:
 
 @pytest.fixture(scope="module")
 def ran(model: Any, request_of_steps: Request) -> tuple[Program, Receipt, tuple[SaveSlot, ...]]:
-    program = model.backend.compile(request_of_steps)
+    program = model.backend.work_out(request_of_steps)
     (outcome,) = model.backend.run_together([program])
     assert outcome.error is None and outcome.receipt is not None, outcome.error
     return program, outcome.receipt, outcome.saves

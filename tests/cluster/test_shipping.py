@@ -40,7 +40,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> list[Plan]:
     backend = LocalBackend(str(folder), threads=1, policy=EVERYONE)
     backend.shards = kept = _Kept(backend.shards)
     users = [user for seed in range(3) for user in crowd("llama", 4, seed)]
-    outcomes = backend.run_together([backend.compile(written(user)) for user in users])
+    outcomes = backend.run_together([backend.work_out(written(user)) for user in users])
     assert all(outcome.error is None for outcome in outcomes)
     return kept.plans
 

@@ -180,11 +180,11 @@ def test_users_of_different_adapters_share_a_pass_and_have_the_bits_that_they_ha
         deployed.model.get_submodule(TARGETS[deployed.family][0].format(1)).output[:, -1] *= 3.0
     programs = [(adapters[0],), (adapters[1],), (), (adapters[0], edited), (adapters[0],)]
     requests = [traced(deployed.model, IDS, *edits, run=False).request for edits in programs]
-    together = deployed.backend.run_together([deployed.backend.compile(request) for request in requests])
+    together = deployed.backend.run_together([deployed.backend.work_out(request) for request in requests])
     assert together[0].receipt.passes[0].requests == len(programs)
     values = [outcome.values["0"] for outcome in together]
     for request, merged in zip(requests, values, strict=True):
-        (alone,) = deployed.backend.run_together([deployed.backend.compile(request)])
+        (alone,) = deployed.backend.run_together([deployed.backend.work_out(request)])
         assert torch.equal(merged, alone.values["0"])
     assert torch.equal(values[0], values[4])
     for value, factors in zip(values, own, strict=False):

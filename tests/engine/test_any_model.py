@@ -272,7 +272,7 @@ def test_calls_go_one_at_a_time_where_values_go_one_way() -> None:
             model.shared.visits[2].output = first + last
             model.output["y"].save()
     backend: Any = model.backend
-    program = backend.compile(tracer.built_request())
+    program = backend.work_out(tracer.built_request())
     assert [turn.invokes for turn in turns_of(program, 0)] == [(0,), (1,), (2,)]
     run = [node for turn in turns_of(program, 0) for fragment in turn.fragments for node in fragment.nodes]
     assert sorted(run) == sorted(node for one in program.waves[0].stages[0].fragments for node in one.nodes)

@@ -166,7 +166,7 @@ def test_equal_prompts_of_several_users_draw_and_force_apart(llama: Family) -> N
     with llama.model.generate([[*prompt]], max_new_tokens=8, eos=None, run=False) as forcing:
         for number in forcing.iter[:3]:
             forcing.token[:] = 40 + number
-    programs = [llama.backend.compile(tracer.built_request()) for tracer in (tracers[3], forcing, *tracers[:3])]
+    programs = [llama.backend.work_out(tracer.built_request()) for tracer in (tracers[3], forcing, *tracers[:3])]
     greedy, forced, *drawn = [list(outcome.receipt.generated) for outcome in llama.backend.run_together(programs)]
     assert [greedy, *drawn] == [alone[3], *alone[:3]]
     assert forced[0].ids[:3] == (40, 41, 42)
@@ -184,7 +184,7 @@ def test_a_generation_whose_logits_say_nothing_fails_alone(llama: Family) -> Non
         for _ in broken.iter[3]:
             llama.model.lm_head.output[:, -1] = float("nan")
     tracers = [broken, *[record(llama.model, user, run=False) for user in users]]
-    first, *others = llama.backend.run_together([llama.backend.compile(one.built_request()) for one in tracers])
+    first, *others = llama.backend.run_together([llama.backend.work_out(one.built_request()) for one in tracers])
     assert first.error is not None
     assert "step 3 of prompt 0: its logits say nothing of the next token" in first.error.message
     assert [list(outcome.receipt.generated) for outcome in others] == alone
@@ -254,7 +254,7 @@ def test_crowds_that_come_and_go_at_any_time_get_what_each_gets_alone(llama: Fam
     users = [some_user(llama.names, chosen, most_tokens=24) for _ in range(24)]
     users = [replace(user, sampling=chosen.choice([Sampling(), *DRAWN])) for user in users]
     alone = [llama.serve([user])[0] for user in users]
-    programs = [backend.compile(record(llama.model, user, run=False).built_request()) for user in users]
+    programs = [backend.work_out(record(llama.model, user, run=False).built_request()) for user in users]
     come = {program.request: chosen.randrange(30) for program in programs}
     leave = {program.request: come[program.request] + chosen.randrange(1, 6) for program in programs[::4]}
     outcomes: dict[str, Outcome] = {}

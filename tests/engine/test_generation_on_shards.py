@@ -58,7 +58,7 @@ class Grid:
     backend: Any
 
     def run(self, *requests: Request) -> list[Outcome]:
-        outcomes: list[Outcome] = self.backend.run_together([self.backend.compile(request) for request in requests])
+        outcomes: list[Outcome] = self.backend.run_together([self.backend.work_out(request) for request in requests])
         return outcomes
 
 
@@ -237,7 +237,7 @@ def test_users_of_one_prompt_see_and_change_their_own_tokens(grid: Grid) -> None
 
 
 def test_what_is_carried_waits_on_the_stage_that_made_it(grid: Grid) -> None:
-    compiled = grid.backend.compile(written(there_and_back()))
+    compiled = grid.backend.work_out(written(there_and_back()))
     homes = {node.stage for part in compiled.chain.parts for node in part.graph.nodes if isinstance(node, Carried)}
     assert homes == set(range(grid.stages))
     moves = {

@@ -85,7 +85,7 @@ def test_points_inside_of_attention_on_a_gpu(on_gpu: OnGpu) -> None:
 
     def run(some: list[Any]) -> list[list[torch.Tensor]]:
         tracers = [record_look(on_gpu.model, family, look, run=False)[0] for look in some]
-        outcomes = on_gpu.backend.run_together([on_gpu.backend.compile(tracer.built_request()) for tracer in tracers])
+        outcomes = on_gpu.backend.run_together([on_gpu.backend.work_out(tracer.built_request()) for tracer in tracers])
         for outcome in outcomes:
             if outcome.error is not None:
                 raise outcome.error

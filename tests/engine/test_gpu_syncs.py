@@ -112,7 +112,7 @@ def test_a_merged_pass_never_waits_and_saves_what_it_saves_without_the_check(
 ) -> None:
     """Saves go to files, constants come from them, as on a cluster."""
     tracers = merged(Model(backend))
-    programs = [backend.compile(tracer.built_request()) for tracer in tracers]
+    programs = [backend.work_out(tracer.built_request()) for tracer in tracers]
     expected = run(
         backend, [dataclasses.replace(p, request=RequestId(f"e{p.request}")) for p in programs], backend.shards
     )
@@ -135,7 +135,7 @@ def test_a_merged_pass_never_waits_and_saves_what_it_saves_without_the_check(
 
 def test_a_sweep_over_several_passes_never_waits(backend: LocalBackend) -> None:
     with few_rows(backend, 60):
-        program = backend.compile(sweep(Model(backend)).built_request())
+        program = backend.work_out(sweep(Model(backend)).built_request())
         (expected,) = run(backend, [dataclasses.replace(program, request=RequestId("e"))], backend.shards)
         strict = Strict(backend.shards)
         (values,) = run(backend, [program], strict)

@@ -82,7 +82,9 @@ class Asked:
 
     def __init__(self, backend: Any, tracers: list[Any]) -> None:
         self.tracers = tracers
-        self.outcomes: list[Outcome] = backend.run_together([backend.compile(each.built_request()) for each in tracers])
+        self.outcomes: list[Outcome] = backend.run_together(
+            [backend.work_out(each.built_request()) for each in tracers]
+        )
 
     def values(self, number: int) -> list[Tensor]:
         assert self.outcomes[number].error is None, self.outcomes[number].error
@@ -152,7 +154,7 @@ def test_a_neighbour_that_is_cancelled_between_there_and_back_changes_nothing(ba
     model = Model(backend)
     tracer = asked(model, MINE)
     alone = Asked(backend, [tracer]).values(0)
-    mine, other = (backend.compile(each.built_request()) for each in (tracer, asked(model, THEIRS, losses=2)))
+    mine, other = (backend.work_out(each.built_request()) for each in (tracer, asked(model, THEIRS, losses=2)))
     scheduler = backend.scheduler
     scheduler.add(mine)
     scheduler.add(other)
@@ -176,7 +178,7 @@ def finish(backend: Any) -> None:
 
 
 def test_a_request_that_is_cancelled_alone_leaves_nothing_behind(local: LocalBackend) -> None:
-    program = local.compile(asked(Model(local), MINE).built_request())
+    program = local.work_out(asked(Model(local), MINE).built_request())
     local.scheduler.add(program)
     local.shards.submit(local.scheduler.next_pass())
     finish(local)

@@ -82,14 +82,14 @@ def test_a_file_whose_images_do_not_fit_its_prompts_is_refused(imaged: Imaged) -
             decode_request(_tampered(sent, change))
     backend = imaged.model.backend
     with pytest.raises(GraphError, match=r"4 tokens 63 in a prompt, and these have \[3\] for 1"):
-        backend.compile(decode_request(_tampered(sent, lack_one)))
+        backend.work_out(decode_request(_tampered(sent, lack_one)))
     for pixels in (torch.zeros(3, 8, 9), torch.zeros(3, 8, 8, dtype=torch.int32)):
         (name,) = sent.constants
         raw = RawTensor(
             dtype=str(pixels.dtype)[6:], shape=tuple(pixels.shape), data=memoryview(pixels.numpy().tobytes())
         )
         with pytest.raises(GraphError, match=r"floats \[images, 3, 8, 8\]"):
-            backend.compile(decode_request(b"".join(encode_request(replace(sent, constants={name: raw})))))
+            backend.work_out(decode_request(b"".join(encode_request(replace(sent, constants={name: raw})))))
 
 
 def test_a_certificate_has_what_images_cost_and_equal_ones_once(imaged: Imaged) -> None:

@@ -102,7 +102,7 @@ def _crowd(model: Any, photos: Tensor) -> list[Any]:
 
 def _run(model: Any, tracers: list[Any]) -> list[Any]:
     backend = model.backend
-    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    outcomes = backend.run_together([backend.work_out(tracer.built_request()) for tracer in tracers])
     assert all(outcome.error is None for outcome in outcomes)
     return outcomes
 

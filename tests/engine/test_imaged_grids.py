@@ -130,10 +130,10 @@ def test_traces_of_images_with_grids_are_those_of_hooks_alone_and_beside_others(
                 model.model.language_model.layers[0].output[:, 4:6] += 1.0
             model.lm_head.output.save()
         tracers.append(tracer)
-    programs = [backend.compile(tracer.built_request()) for tracer in tracers]
+    programs = [backend.work_out(tracer.built_request()) for tracer in tracers]
     merged = [next(iter(outcome.values.values())) for outcome in backend.run_together(programs)]
     for (batch, is_edited), tracer, found in zip(crowd, tracers, merged, strict=True):
-        (alone,) = backend.run_together([backend.compile(tracer.built_request())])
+        (alone,) = backend.run_together([backend.work_out(tracer.built_request())])
         assert torch.equal(found, next(iter(alone.values.values())))
         assert _close(found, _by_hand(gridded, batch, is_edited=is_edited))
     assert not _close(merged[0], merged[1]) and not _close(merged[0], merged[2])

@@ -211,7 +211,7 @@ def test_who_was_put_back_for_want_of_room_has_the_same_keys(tmp_path: Path) -> 
         kept = num_pages * PAGE * backend.scheduler._room.position_bytes
         limits = replace(backend.description.limits, trunk_bytes=kept)
         backend.scheduler = Counted(replace(backend.description, limits=limits), PassPolicy(prefix_bytes=0))
-        return backend.run_together([backend.compile(request) for request in requests])
+        return backend.run_together([backend.work_out(request) for request in requests])
 
     large = outcomes(64)
     assert not put_back

@@ -52,7 +52,7 @@ class Merging:
                     self._assign(module)
                 first_of(self.model.output).save()
             tracers.append(tracer)
-        outcomes = self.backend.run_together([self.backend.compile(one.built_request()) for one in tracers])
+        outcomes = self.backend.run_together([self.backend.work_out(one.built_request()) for one in tracers])
         assert [outcome.error for outcome in outcomes] == [None] * len(calls)
         self.outcomes = outcomes
         return [values_in_order(one, outcome.values) for one, outcome in zip(tracers, outcomes, strict=True)]
@@ -535,7 +535,7 @@ def test_who_breaks_a_call_of_several_fails_alone() -> None:
     good, bad = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 99]])
     with model.trace(bad, run=False) as tracer:  # the first of its structure says nothing of others
         model.output.save()
-    (broken,) = backend.run_together([backend.compile(tracer.built_request())])
+    (broken,) = backend.run_together([backend.work_out(tracer.built_request())])
     assert broken.error is not None
     tracers = []
     for x in (good, bad, good + 1):
@@ -543,7 +543,7 @@ def test_who_breaks_a_call_of_several_fails_alone() -> None:
             model.inner.output.save()
             model.output.save()
         tracers.append(tracer)
-    first, second, third = backend.run_together([backend.compile(one.built_request()) for one in tracers])
+    first, second, third = backend.run_together([backend.work_out(one.built_request()) for one in tracers])
     assert second.error is not None
     assert "index out of range" in str(second.error)
     assert [one.refusal for one in backend.shard.merging.verdicts.values()] == [None]  # type: ignore[union-attr]
@@ -599,7 +599,7 @@ def test_later_waves_of_several_requests_are_one_call_too() -> None:
                 model.vit.layers[0].output[:, 0] = late
                 model.output.logits.save()
         tracers.append(tracer)
-    outcomes = backend.run_together([backend.compile(one.built_request()) for one in tracers])
+    outcomes = backend.run_together([backend.work_out(one.built_request()) for one in tracers])
     for (clean, corrupt), tracer, outcome in zip(pairs, tracers, outcomes, strict=True):
         assert outcome.receipt is not None
         assert [entry.calls_merged for entry in outcome.receipt.passes] == [6, 3]  # what is changed is read before
@@ -626,7 +626,7 @@ def test_calls_of_other_shapes_go_with_their_like_and_gradients_alone() -> None:
         hidden = model.middle.output
         model.output.sum().backward()
         hidden.grad.save()
-    outcomes = backend.run_together([backend.compile(one.built_request()) for one in [*tracers, tracer]])
+    outcomes = backend.run_together([backend.work_out(one.built_request()) for one in [*tracers, tracer]])
     assert [one.error for one in outcomes] == [None] * 6
     assert [one.receipt.passes[0].calls_merged for one in outcomes] == [3, 2, 3, 2, 3, 0]
     with torch.no_grad():
@@ -645,7 +645,7 @@ def test_a_mask_of_ones_is_not_put_beside_one_with_holes() -> None:
         with model.trace(input_ids=call["input_ids"], attention_mask=mask, run=False) as tracer:
             model.output.last_hidden_state.save()
         tracers.append(tracer)
-    outcomes = backend.run_together([backend.compile(one.built_request()) for one in tracers])
+    outcomes = backend.run_together([backend.work_out(one.built_request()) for one in tracers])
     assert [one.receipt.passes[0].calls_merged for one in outcomes] == [2, 0, 2]
     for mask, tracer, outcome in zip(masks, tracers, outcomes, strict=True):
         with torch.no_grad():
@@ -662,7 +662,7 @@ def test_what_is_of_all_calls_together_is_read_alone() -> None:
             with model.trace(**other_call(call, seed), run=False) as tracer:
                 model.output[name].save()
             tracers.append(tracer)
-        outcomes = backend.run_together([backend.compile(one.built_request()) for one in tracers])
+        outcomes = backend.run_together([backend.work_out(one.built_request()) for one in tracers])
         assert [one.receipt.passes[0].calls_merged for one in outcomes] == [num_merged] * 2
         for seed, (tracer, outcome) in enumerate(zip(tracers, outcomes, strict=True)):
             with torch.no_grad():
@@ -755,7 +755,7 @@ def traced_at(model: Any, path: str, **call: Any) -> Any:
 
 
 def outputs(backend: WholeBackend, tracers: Sequence[Any], num_merged: Sequence[int]) -> list[Any]:
-    outcomes = backend.run_together([backend.compile(one.built_request()) for one in tracers])
+    outcomes = backend.run_together([backend.work_out(one.built_request()) for one in tracers])
     assert [one.error for one in outcomes] == [None] * len(tracers)
     assert [one.receipt.passes[0].calls_merged for one in outcomes if one.receipt] == num_merged
     return [values_in_order(one, outcome.values)[0] for one, outcome in zip(tracers, outcomes, strict=True)]

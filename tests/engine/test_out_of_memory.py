@@ -67,7 +67,7 @@ def recorded(backend: LocalBackend, tokens: int, seed: int) -> Any:
 
 
 def run(backend: LocalBackend, tracers: list[Any]) -> list[Outcome]:
-    return backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    return backend.run_together([backend.work_out(tracer.built_request()) for tracer in tracers])
 
 
 def values(tracer: Any, outcome: Outcome) -> list[Tensor]:
@@ -111,10 +111,10 @@ def test_a_sweep_of_several_passes_starts_again_and_gets_its_bits(backend: Local
                     with tracer.invoke([[*range(10), *range(30, 40)]]):
                         layer.output[0][:, token] += clean[number][:, token]
                         model.lm_head.output[:, -1].save()
-        sweep = backend.compile(tracer.built_request())
+        sweep = backend.work_out(tracer.built_request())
         (whole,) = backend.run_together([replace(sweep, request="again")])  # type: ignore[arg-type]
         crowd = [recorded(backend, 9, seed) for seed in range(4)]
-        programs = [backend.compile(one.built_request()) for one in crowd]
+        programs = [backend.work_out(one.built_request()) for one in crowd]
         with little_memory(backend, 64) as rows:
             outcome, *others = backend.run_together([sweep, *programs])
         assert max(rows) > 64 and len(sweep.waves) > 2

@@ -91,10 +91,10 @@ def test_code_outside_of_the_loop_acts_at_the_prompt(loaded: Loaded) -> None:
 def test_requests_that_generate_side_by_side_have_the_bits_that_each_has_alone(loaded: Loaded) -> None:
     recorded = [record(loaded, prompts, run=False)[0] for prompts in ([PROMPTS[0]], PROMPTS[1:], [PROMPTS[2]])]
     backend = loaded.backend
-    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in recorded])
+    outcomes = backend.run_together([backend.work_out(tracer.built_request()) for tracer in recorded])
     for tracer, outcome in zip(recorded, outcomes, strict=True):
         assert outcome.error is None and outcome.receipt is not None
-        (alone,) = backend.run_together([backend.compile(tracer.built_request())])
+        (alone,) = backend.run_together([backend.work_out(tracer.built_request())])
         assert alone.receipt is not None
         assert outcome.receipt.generated == alone.receipt.generated
         assert set(outcome.values) == set(alone.values) and len(alone.values) == STEPS

@@ -36,7 +36,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def _run(model: Any, backend: Any, family: str, own: list[Look], **options: Any) -> list[list[torch.Tensor]]:
     tracers = [record_look(model, FAMILIES[family], look, run=False, **options)[0] for look in own]
-    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    outcomes = backend.run_together([backend.work_out(tracer.built_request()) for tracer in tracers])
     for outcome in outcomes:
         if outcome.error is not None:
             raise outcome.error
@@ -75,8 +75,8 @@ def test_a_sum_has_the_bits_it_has_alone_wherever_the_rows_lie_that_it_is_of(ser
     others = [record((*LONG[:6], 3, 4), changes=True) for _ in range(2)]
     own = [record(LONG[:8], changes=False) for _ in range(2)]
     crowd = [others[0], own[0], others[1]]
-    merged = backend.run_together([backend.compile(tracer.built_request()) for tracer in crowd])
-    (alone,) = backend.run_together([backend.compile(own[1].built_request())])
+    merged = backend.run_together([backend.work_out(tracer.built_request()) for tracer in crowd])
+    (alone,) = backend.run_together([backend.work_out(own[1].built_request())])
     pairs = zip(values_in_order(own[0], merged[1].values), values_in_order(own[1], alone.values), strict=True)
     assert [torch.equal(*pair) for pair in pairs] == [True] * 2 * len(POINTS)
 

@@ -51,7 +51,7 @@ class Machine:
 
     def outcomes(self, users: list[User]) -> list[Outcome]:
         tracers = [record(self.model, user, run=False, logprobs=2) for user in users]
-        return self.backend.run_together([self.backend.compile(tracer.built_request()) for tracer in tracers])
+        return self.backend.run_together([self.backend.work_out(tracer.built_request()) for tracer in tracers])
 
     def user(self, *prompts: tuple[int, ...], new: int = 6, **named: Any) -> User:
         return User(self.family, prompts, new, **named)

@@ -232,7 +232,7 @@ def test_what_fails_or_is_not_finite_leaves_those_unchanged_that_share_its_rows(
         with model.trace(run=False) as failing:
             record_in(failing, model, program, then=fail)
         requests.append(failing.built_request())
-    outcomes = served.backend.run_together([served.backend.compile(request) for request in requests])
+    outcomes = served.backend.run_together([served.backend.work_out(request) for request in requests])
     num_odd = 0
     for request, outcome, poisoned, failed, expected in zip(
         requests[::3], outcomes[::3], outcomes[1::3], outcomes[2::3], undisturbed, strict=True

@@ -65,7 +65,7 @@ class Served:
 
 def run_all(backend: LocalBackend, users: list[Program], sharing: Sharing = Sharing.TENANT) -> list[Outcome]:
     """How all users' requests end, merged."""
-    outcomes = backend.run_together([backend.compile(written(user, sharing)) for user in users])
+    outcomes = backend.run_together([backend.work_out(written(user, sharing)) for user in users])
     for outcome, user in zip(outcomes, users, strict=True):
         assert outcome.error is None, (outcome.error, user)
     return outcomes
@@ -126,7 +126,7 @@ def nothing_is_left(served: Served) -> None:
 
 def test_requests_that_arrive_and_are_cancelled_at_any_time_are_as_alone(served: Served) -> None:
     users, random = crowd(served.family, 24, 100), Random(100)
-    programs = [served.backend.compile(written(user)) for user in users]
+    programs = [served.backend.work_out(written(user)) for user in users]
     unwanted = {program.request for program in programs[::5]}
     scheduler, shards = served.backend.scheduler, served.backend.shards
     outcomes: dict[str, Outcome] = {}

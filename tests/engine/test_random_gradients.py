@@ -45,7 +45,7 @@ def run(backend: Any, users: list[GradientProgram]) -> list[list[Tensor]]:
     """What all save, merged as far as that goes."""
     model = Model(backend)
     tracers = [record(model, program, run=False) for program in users]
-    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    outcomes = backend.run_together([backend.work_out(tracer.built_request()) for tracer in tracers])
     for outcome, program in zip(outcomes, users, strict=True):
         assert outcome.error is None, (outcome.error, program)
     return [values_in_order(tracer, outcome.values) for tracer, outcome in zip(tracers, outcomes, strict=True)]

@@ -51,7 +51,7 @@ class Served:
     def run(self, users: list[Program], **options: Any) -> list[list[Tensor]]:
         """What all save, merged."""
         tracers = [record(self.model, program, run=False, **options) for program in users]
-        outcomes = self.backend.run_together([self.backend.compile(tracer.built_request()) for tracer in tracers])
+        outcomes = self.backend.run_together([self.backend.work_out(tracer.built_request()) for tracer in tracers])
         for outcome, program in zip(outcomes, users, strict=True):
             assert outcome.error is None, (outcome.error, program)
         pairs = zip(tracers, outcomes, strict=True)

@@ -47,7 +47,7 @@ class Served:
         return tracer.built_request()
 
     def run(self, requests: list[Any]) -> list[Outcome]:
-        return self.backend.run_together([self.backend.compile(request) for request in requests])
+        return self.backend.run_together([self.backend.work_out(request) for request in requests])
 
     @property
     def num_rows(self) -> int:

@@ -201,9 +201,9 @@ def test_nan_and_failure_stay_with_their_owner(model: Model) -> None:
         ids = model.lm_head.output[0].argmax(-1) + 1000
         model.model.layers[0].output[0][:] *= 3.0
         model.model.embed_tokens(ids).save()
-    (alone,) = backend.run_together([backend.compile(quiet())])
+    (alone,) = backend.run_together([backend.work_out(quiet())])
     requests = [quiet(), poisonous.built_request(), failing.built_request(), quiet()]
-    first, poisoned, failed, last = backend.run_together([backend.compile(request) for request in requests])
+    first, poisoned, failed, last = backend.run_together([backend.work_out(request) for request in requests])
     assert len({outcome.receipt.passes[0].pass_id for outcome in (first, poisoned, last) if outcome.receipt}) == 1
     (name,) = alone.values
     assert torch.equal(first.values[name], alone.values[name])

@@ -84,7 +84,7 @@ class Deployed:
         """What all looks save, merged."""
         family = FAMILIES[self.family]
         tracers = [record_look(self.model, family, look, run=False, sharing=sharing)[0] for look in own]
-        outcomes = self.backend.run_together([self.backend.compile(tracer.built_request()) for tracer in tracers])
+        outcomes = self.backend.run_together([self.backend.work_out(tracer.built_request()) for tracer in tracers])
         for tracer, outcome in zip(tracers, outcomes, strict=True):
             if outcome.error is not None:
                 raise outcome.error
@@ -279,7 +279,7 @@ def test_a_graph_that_fails_on_one_shard_leaves_its_31_neighbours_unchanged(
     tracers = [record(deployed.model, program, deployed.dtype, run=False)[0] for program in users]
     requests = [*(tracer.built_request() for tracer in tracers[:15]), failing.built_request()]
     requests += [tracer.built_request() for tracer in tracers[15:]]
-    outcomes = deployed.backend.run_together([deployed.backend.compile(request) for request in requests])
+    outcomes = deployed.backend.run_together([deployed.backend.work_out(request) for request in requests])
     failed = outcomes.pop(15)
     assert isinstance(failed.error, RunError)
     assert failed.error.where is not None and failed.error.where.startswith("test_shards.py:")
@@ -296,7 +296,7 @@ def test_random_generations_are_those_of_one_process(deployed: Deployed, seed: i
     users = crowd(deployed.family, 6, seed)
 
     def run(backend: Any, some: Sequence[Any]) -> list[Any]:
-        outcomes = backend.run_together([backend.compile(written(user)) for user in some])
+        outcomes = backend.run_together([backend.work_out(written(user)) for user in some])
         assert all(outcome.error is None for outcome in outcomes), outcomes
         return [(outcome.values, outcome.receipt.generated) for outcome in outcomes]
 

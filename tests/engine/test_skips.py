@@ -141,7 +141,7 @@ def test_a_request_that_fails_before_it_has_skipped_hurts_nobody(tmp_path: Path)
                     hidden = hidden.index_select(1, hidden[0, :, 0].argsort() + 100)
                 layer.skip(hidden)
                 model.lm_head.output.save()
-            return model.backend.compile(tracer.built_request())
+            return model.backend.work_out(tracer.built_request())
 
         ((name, alone),) = model.backend.run_together([skipping(fails=False)])[0].values.items()
         first, failed, last = model.backend.run_together([skipping(fails=fails) for fails in (False, True, False)])

@@ -220,7 +220,7 @@ def test_requests_at_operations_of_one_module_share_a_pass(loaded: dict[str, Loa
         with own.model.trace([5 + number, *IDS], run=False) as tracer:
             case.assign(own.model, halved(case.read(own.model)))
             own.model.lm_head.output.save()
-        programs.append(own.model.backend.compile(tracer.built_request()))
+        programs.append(own.model.backend.work_out(tracer.built_request()))
         with own.model.trace([5 + number, *IDS]):
             case.assign(own.model, halved(case.read(own.model)))
             alone.append(own.model.lm_head.output.save())

@@ -55,7 +55,7 @@ def of_family(model: Any, family: str, prompts: list[list[int]], layers: list[in
 
 
 def check(backend: LocalBackend, tracer: Any) -> None:
-    program = backend.compile(tracer.built_request())
+    program = backend.work_out(tracer.built_request())
     assert backend.validate(tracer.built_request()).tape_bytes == program.tape_bytes
     there, back, last = held_by_pass(backend, program)
     assert 0 < there <= back <= program.tape_bytes <= MOST * back
@@ -105,7 +105,7 @@ def room(backend: LocalBackend, tape_bytes: int) -> Iterator[None]:
 
 
 def run(backend: LocalBackend, tracers: list[Any]) -> list[Outcome]:
-    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    outcomes = backend.run_together([backend.work_out(tracer.built_request()) for tracer in tracers])
     assert [outcome.error for outcome in outcomes] == [None] * len(tracers)
     return outcomes
 
@@ -115,13 +115,13 @@ def test_with_less_memory_layers_run_again_with_the_same_bits_and_with_too_littl
 ) -> None:
     model = Model(local)
     tracer = of_family(model, "llama", ids([120, 100]), [0, 3])
-    program = local.compile(tracer.built_request())
+    program = local.work_out(tracer.built_request())
     (whole,) = run(local, [tracer])
     assert whole.receipt is not None and whole.receipt.tape_bytes == program.tape_bytes
-    held = max(held_by_pass(local, local.compile(tracer.built_request())))
+    held = max(held_by_pass(local, local.work_out(tracer.built_request())))
     assert not any(wave.reruns for wave in program.waves)
     with room(local, program.tape_bytes - 1):
-        again = local.compile(tracer.built_request())
+        again = local.work_out(tracer.built_request())
         assert [wave.reruns for wave in again.waves] == [True, False, False]
         assert again.tape_bytes < 0.7 * program.tape_bytes
         between = held_by_pass(local, again)
@@ -132,7 +132,7 @@ def test_with_less_memory_layers_run_again_with_the_same_bits_and_with_too_littl
         ):
             assert torch.equal(ours, theirs)
     with room(local, again.tape_bytes - 1), pytest.raises(TooLargeError) as refused:
-        local.compile(tracer.built_request())
+        local.work_out(tracer.built_request())
     assert f"{again.tape_bytes:,}" in refused.value.message and f"{again.tape_bytes - 1:,}" in refused.value.message
     assert "224 rows" in refused.value.message, "220, and four that fill up the pass"
 
@@ -141,7 +141,7 @@ def test_requests_wait_for_room_and_the_younger_ones_behind_them(local: LocalBac
     model = Model(local)
     large = [of_family(model, "llama", ids([120, 100], seed), [0]) for seed in (1, 2)]
     small = of_family(model, "llama", ids([20]), [0])
-    one, little = (local.compile(each.built_request()).tape_bytes for each in (large[0], small))
+    one, little = (local.work_out(each.built_request()).tape_bytes for each in (large[0], small))
     with room(local, one + little):
         alone = [run(local, [each])[0] for each in (*large, small)]
         outcomes = run(local, [*large, small])

@@ -50,7 +50,7 @@ def _served(family: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def _merged(backend: LocalBackend, tracers: list[Any]) -> list[list[Tensor]]:
     """What each saves, in order."""
-    outcomes = backend.run_together([backend.compile(tracer.built_request()) for tracer in tracers])
+    outcomes = backend.run_together([backend.work_out(tracer.built_request()) for tracer in tracers])
     for outcome in outcomes:
         assert outcome.error is None, outcome.error
     assert backend.shard._tapes.is_empty  # nothing is kept of requests that have ended
@@ -253,7 +253,7 @@ def test_a_neighbours_trouble_changes_no_bit_of_my_gradient(llama: Any, trouble:
     _, _, model, backend = llama
     (alone,) = _merged(backend, [_of_layer(model, PROMPTS[1])])
     users = [_of_layer(model, (3, 4, 5), trouble), _of_layer(model, PROMPTS[1]), _of_layer(model, (7, 7, 7), trouble)]
-    first, mine, _ = backend.run_together([backend.compile(tracer.built_request()) for tracer in users])
+    first, mine, _ = backend.run_together([backend.work_out(tracer.built_request()) for tracer in users])
     assert mine.error is None
     assert all(map(torch.equal, values_in_order(users[1], mine.values), alone))
     if trouble == "fails":
@@ -275,7 +275,7 @@ def test_layers_that_run_again_keep_less_and_give_the_same_bits(served: Any) -> 
                 loss.backward()
                 hidden.grad.save()
                 middle.grad.save()
-        program = backend.compile(tracer.built_request())
+        program = backend.work_out(tracer.built_request())
         waves = tuple(replace(wave, reruns=reruns and bool(wave.cuts)) for wave in program.waves)
         with _counting(backend) as counted:
             (outcome,) = backend.run_together([replace(program, waves=waves)])

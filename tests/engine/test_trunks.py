@@ -111,7 +111,7 @@ def test_a_request_that_ends_between_its_waves_leaves_nothing(backend: LocalBack
             layers[1].output[0][:, -1] = late
             layers[0].output[0][:, -1] = torch.zeros(32)[beyond] + late
             model.lm_head.output[:, -1].save()
-    (failed,) = backend.run_together([backend.compile(tracer.built_request())])
+    (failed,) = backend.run_together([backend.work_out(tracer.built_request())])
     assert failed.error is not None
     sweep(backend)
     assert backend.shard.store.held_bytes == 0

@@ -39,7 +39,7 @@ def gradient_of(model: Any, path: str, call: dict[str, Any], kind: str) -> Any:
 
 def held_and_told(backend: WholeBackend, tracer: Any) -> tuple[int, int]:
     """Bytes that tapes hold behind the call, with a gradient for each leaf, and those of the certificate."""
-    program = backend.compile(tracer.built_request())
+    program = backend.work_out(tracer.built_request())
     assert backend.validate(tracer.built_request()).tape_bytes == program.tape_bytes
     scheduler = Scheduler(backend.description, PassPolicy())
     scheduler.add(program)
@@ -92,7 +92,7 @@ def test_where_values_decide_the_call_itself_is_measured() -> None:
         hidden.grad.save()
     held, told = held_and_told(backend, tracer)
     assert 0 < held == told
-    program, limits = backend.compile(tracer.built_request()), backend.description.limits
+    program, limits = backend.work_out(tracer.built_request()), backend.description.limits
     assert taped(program, told, replace(limits, tape_bytes=told)).tape_bytes == told
     with pytest.raises(TooLargeError, match=rf"keep {told:,} bytes; the limit is {told - 1:,}: ask for"):
         taped(program, told, replace(limits, tape_bytes=told - 1))
@@ -120,4 +120,4 @@ def test_several_calls_and_losses_are_counted_together() -> None:
     assert one[0] < three[0] <= three[1]
     with model.trace(torch.randn(3, 4), run=False) as tracer:
         model.output["y"].save()
-    assert backend.compile(tracer.built_request()).tape_bytes == 0
+    assert backend.work_out(tracer.built_request()).tape_bytes == 0

@@ -184,10 +184,10 @@ def test_an_edited_request_merged_with_others_has_the_bits_that_it_has_alone(mod
 
     requests = [request(of) for of in edited]
     backend = model.backend
-    together = backend.run_together([backend.compile(each) for each in requests])
+    together = backend.run_together([backend.work_out(each) for each in requests])
     assert together[0].receipt.passes[0].requests == 3
     for each, merged in zip(requests, together, strict=True):
-        (alone,) = backend.run_together([backend.compile(each)])
+        (alone,) = backend.run_together([backend.work_out(each)])
         assert torch.equal(merged.values["0"], alone.values["0"])
 
 

@@ -61,9 +61,9 @@ def test_a_session_merged_with_others_has_the_bits_that_it_has_alone(model: Any)
         model.lm_head.output.save()
     backend = model.backend
     requests = [each.request for each in (sessions[0], neighbour, sessions[1])]
-    first, _, last = backend.run_together([backend.compile(request) for request in requests])
+    first, _, last = backend.run_together([backend.work_out(request) for request in requests])
     assert first.receipt.passes[0].requests == 3
-    (alone,) = backend.run_together([backend.compile(requests[0])])
+    (alone,) = backend.run_together([backend.work_out(requests[0])])
     for name, value in alone.values.items():
         assert torch.equal(first.values[name], value)
         assert torch.equal(last.values[name], value)

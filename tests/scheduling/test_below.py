@@ -32,13 +32,13 @@ def split_llama(ranks: int = 2, blocks: int = 1, copies: int = 1) -> ModelDescri
 
 
 def steps(recorder: Recorder) -> dict[int, Action]:
-    return {node: below.action for node, below in recorder.compile().below.items()}
+    return {node: below.action for node, below in recorder.work_out().below.items()}
 
 
 def test_one_rank_has_nothing_below() -> None:
     recorder = Recorder(tiny_llama(), PROMPT)
     recorder.save(recorder.index(recorder.read(UP), EVERY, EVERY, 5, shape=(1, 6)))
-    assert recorder.compile().below == {}
+    assert recorder.work_out().below == {}
 
 
 def test_a_feature_is_picked_and_the_index_is_into_what_was_picked() -> None:
@@ -46,7 +46,7 @@ def test_a_feature_is_picked_and_the_index_is_into_what_was_picked() -> None:
     read = recorder.read(UP)
     one = recorder.index(read, EVERY, EVERY, -3, shape=(1, 6))
     recorder.save(one)
-    program = recorder.compile()
+    program = recorder.work_out()
     cut = Cut(dim=2, size=WIDE, blocks=1)
     assert program.below[read.node] == Below(action=Action.KEEP, cut=cut, result=cut)
     assert program.below[one.node] == Below(action=Action.PICK, cut=cut, result=None, features=(WIDE - 3,))
@@ -58,7 +58,7 @@ def test_features_are_picked_of_the_columns_that_are_read() -> None:
     read = recorder.read(UP)
     some = recorder.index(read, EVERY, -1, [7, 2, 7], shape=(1, 3))
     recorder.save(some)
-    program = recorder.compile()
+    program = recorder.work_out()
     assert program.narrowed[read.node] == (5,)
     assert program.below[some.node].features == (2, 7)
     assert program.graph.nodes[some.node].args[1] == (EVERY, 0, [1, 0, 1])  # type: ignore[union-attr]
@@ -88,7 +88,7 @@ def test_reductions_over_what_is_split_are_made_of_parts(name: str, rest: tuple[
 def test_what_parts_do_not_give_is_made_of_the_whole(name: str, rest: tuple[Operand, ...]) -> None:
     recorder = Recorder(split_llama(), PROMPT)
     recorder.save(recorder.op(name, recorder.read(UP), *rest))
-    assert recorder.compile().below == {}
+    assert recorder.work_out().below == {}
 
 
 def test_a_softmax_stays_cut_for_who_takes_little_of_it_and_is_whole_for_who_saves_it() -> None:
@@ -99,7 +99,7 @@ def test_a_softmax_stays_cut_for_who_takes_little_of_it_and_is_whole_for_who_sav
         recorder.save(recorder.op("max", soft, -1, shape=(1, 6)))
         if is_saved:
             recorder.save(soft)
-        assert (soft.node in recorder.compile().below) is not is_saved
+        assert (soft.node in recorder.work_out().below) is not is_saved
 
 
 def test_a_whole_operand_is_cut_where_it_has_the_split_dimension() -> None:
@@ -108,7 +108,7 @@ def test_a_whole_operand_is_cut_where_it_has_the_split_dimension() -> None:
     product = recorder.op("mul", read, vector)
     moved = recorder.op("add", column, product, shape=(1, 6, WIDE))
     recorder.save(recorder.op("sum", moved, -1, shape=(1, 6)))
-    below = recorder.compile().below
+    below = recorder.work_out().below
     assert below[product.node].parts == ((1, 0),)
     assert below[moved.node].parts == ()
 
@@ -117,7 +117,7 @@ def test_a_product_with_a_whole_vector_is_made_of_partial_products() -> None:
     recorder = Recorder(split_llama(), PROMPT)
     product = recorder.op("matmul", recorder.read(UP), recorder.constant((WIDE,)), shape=(1, 6))
     recorder.save(product)
-    assert recorder.compile().below[product.node].action is Action.PRODUCT
+    assert recorder.work_out().below[product.node].action is Action.PRODUCT
 
 
 def test_an_edit_goes_back_in_parts_unless_somebody_reads_the_site_behind_it() -> None:
@@ -128,7 +128,7 @@ def test_an_edit_goes_back_in_parts_unless_somebody_reads_the_site_behind_it() -
         if is_read:
             recorder.save(recorder.read(UP))
         recorder.save(recorder.read("model.norm"))
-        assert bool(recorder.compile().below) is not is_read
+        assert bool(recorder.work_out().below) is not is_read
 
 
 def test_features_by_a_list_beside_another_list_are_put_into_the_whole() -> None:
@@ -136,19 +136,19 @@ def test_features_by_a_list_beside_another_list_are_put_into_the_whole() -> None
     changed = recorder.op("setitem", recorder.read(UP), (EVERY, [0, 5], [3, 4]), 0.0)
     recorder.write(UP, changed, in_place=True)
     recorder.save(recorder.read("model.norm"))
-    assert recorder.compile().below == {}
+    assert recorder.work_out().below == {}
 
 
 def test_what_goes_to_another_stage_or_pass_is_whole() -> None:
     recorder = Recorder(split_llama(), PROMPT)
     early = recorder.read(UP)
     recorder.save(recorder.op("sum", recorder.op("mul", early, recorder.read(LATER)), -1, shape=(1, 6)))
-    assert early.node not in recorder.compile().below
+    assert early.node not in recorder.work_out().below
     recorder = Recorder(split_llama(), PROMPT, PROMPT)
     late = recorder.read(LATER)
     recorder.write(UP, recorder.op("mul", late, 2.0), invoke=1)
     recorder.save(recorder.read("model.norm", invoke=1))
-    assert recorder.compile().below == {}
+    assert recorder.work_out().below == {}
 
 
 def test_rows_of_a_split_parameter_and_logits_of_a_called_head_are_picked() -> None:
@@ -167,7 +167,7 @@ def test_rows_of_a_split_parameter_and_logits_of_a_called_head_are_picked() -> N
 def test_copies_of_key_value_heads_are_gathered() -> None:
     recorder = Recorder(split_llama(ranks=4, copies=2), PROMPT)
     recorder.save(recorder.index(recorder.read(UP), EVERY, EVERY, 5, shape=(1, 6)))
-    assert recorder.compile().below == {}
+    assert recorder.work_out().below == {}
 
 
 def test_values_that_nobody_needs_are_not_looked_at() -> None:
@@ -176,4 +176,4 @@ def test_values_that_nobody_needs_are_not_looked_at() -> None:
     recorder.op("sort", read, -1)
     one: Ref = recorder.index(read, EVERY, EVERY, 5, shape=(1, 6))
     recorder.save(one)
-    assert recorder.compile().below[one.node].action is Action.PICK
+    assert recorder.work_out().below[one.node].action is Action.PICK

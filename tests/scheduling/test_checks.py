@@ -17,7 +17,7 @@ SMALL = tiny_llama(limits=Limits(max_sequence_tokens=4, max_request_tokens=6, ma
 
 def refusal(recorder: Recorder) -> UserError:
     with pytest.raises(UserError) as caught:
-        recorder.compile()
+        recorder.work_out()
     return caught.value
 
 
@@ -101,7 +101,7 @@ def test_a_write_may_have_another_dtype() -> None:
     r = recorder()
     r.write("model.layers.0", r.op("to", r.read("model.layers.0"), dtype="float64"))
     r.save(r.read("model.layers.1", Port.OUTPUT))
-    r.compile()
+    r.work_out()
 
 
 def test_nothing_saved_is_refused() -> None:

@@ -157,7 +157,7 @@ def kept_for(*indices: Any) -> tuple[Program, tuple[int, ...]]:
     for index in indices:
         r.save(r.made("getitem", r.read(HEAD), index))
     check(r)
-    program = r.compile()
+    program = r.work_out()
     return program, program.waves[0].kept[0]
 
 
@@ -225,7 +225,7 @@ def test_a_chain_of_indexings_keeps_what_its_end_names() -> None:
     last = r.made("getitem", first, -1)
     r.save(last)
     check(r)
-    program = r.compile()
+    program = r.work_out()
     assert program.waves[0].kept == ((4,),)
     assert program.facts[logits.node].shape == (2, 1, VOCAB)  # type: ignore[union-attr]
     assert program.facts[first.node].shape == (1, VOCAB)  # type: ignore[union-attr]
@@ -272,7 +272,7 @@ def test_a_column_that_is_known_only_in_the_run_keeps_every_column() -> None:
     position = r.op("argmax", r.read("model.embed_tokens"), shape=(), dtype="int64")
     r.save(r.index(r.read(HEAD), ALL, position, shape=(2, VOCAB)))
     r.save(r.index(r.read(LAYER), ALL, slice(position, None), shape=(2, 1, HIDDEN)))
-    assert r.compile().waves[0].kept == ((0, 1, 2, 3, 4),)
+    assert r.work_out().waves[0].kept == ((0, 1, 2, 3, 4),)
     assert not columns_of(r).narrowed
 
 
@@ -280,7 +280,7 @@ def test_a_static_column_beside_a_token_known_in_the_run_is_kept_alone() -> None
     r = Recorder(TINY, PROMPTS)
     token = r.op("argmax", r.read("model.embed_tokens"), shape=(2,), dtype="int64")
     r.save(r.index(r.read(HEAD), ALL, -1, token, shape=(2, 2)))
-    assert r.compile().waves[0].kept == ((4,),)
+    assert r.work_out().waves[0].kept == ((4,),)
 
 
 @pytest.mark.parametrize("use", ["op", "save", "write elsewhere", "write to another invoke", "keyword", "operand"])
@@ -311,14 +311,14 @@ def test_a_use_that_nobody_needs_keeps_nothing_more() -> None:
     logits = r.read(HEAD)
     r.op("softmax", logits, -1)
     r.save(r.index(logits, ALL, -1, shape=(2, VOCAB)))
-    assert r.compile().waves[0].kept == ((4,),)
+    assert r.work_out().waves[0].kept == ((4,),)
 
 
 def test_nothing_is_kept_for_a_prompt_whose_head_nobody_reads() -> None:
     r = Recorder(TINY, PROMPTS, PROMPTS)
     r.save(r.read("model.layers.3", invoke=0))
     r.save(r.index(r.read(HEAD, invoke=1), ALL, -1, shape=(2, VOCAB)))
-    assert r.compile().waves[0].kept == ((), (4,))
+    assert r.work_out().waves[0].kept == ((), (4,))
 
 
 def test_each_wave_keeps_its_own_columns() -> None:
@@ -327,7 +327,7 @@ def test_each_wave_keeps_its_own_columns() -> None:
     r.save(r.read("model.layers.0", invoke=0))
     r.write("model.layers.0", r.op("matmul", row, shape=(2, 5, HIDDEN)), invoke=1)
     r.save(r.index(r.read(HEAD, invoke=1), ALL, -1, shape=(2, VOCAB)))
-    assert [wave.kept for wave in r.compile().waves] == [((1,),), ((4,),)]
+    assert [wave.kept for wave in r.work_out().waves] == [((1,),), ((4,),)]
 
 
 def test_an_index_on_itself_keeps_every_column() -> None:
@@ -335,7 +335,7 @@ def test_an_index_on_itself_keeps_every_column() -> None:
     tokens = r.read(HEAD)
     index: tuple[Operand, ...] = (ALL, -1, Ref(tokens.node))
     r.save(r.index(tokens, *index, shape=(2, 2, 5, VOCAB)))
-    assert r.compile().waves[0].kept == ((0, 1, 2, 3, 4),)
+    assert r.work_out().waves[0].kept == ((0, 1, 2, 3, 4),)
 
 
 # Writes

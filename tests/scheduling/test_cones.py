@@ -26,7 +26,7 @@ def layer(number: int) -> str:
 
 def cones(recorder: Recorder, wave: int = 0) -> dict[int, tuple[Cone, ...]]:
     """The cones of a wave by invoke; something must be saved already."""
-    found = recorder.compile().waves[wave]
+    found = recorder.work_out().waves[wave]
     return dict(zip(found.invokes, found.cones, strict=True))
 
 

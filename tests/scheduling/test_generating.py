@@ -152,7 +152,7 @@ def test_traces_and_cuts_of_prompts_take_turns_beside_steps() -> None:
 def _trace(name: str, tokens: int) -> Program:
     r = Recorder(ONE, [[(len(name) + sum(map(ord, name)) + token) % 32 for token in range(tokens)]])
     r.save(r.read("lm_head"), "logits")
-    return r.compile(name)
+    return r.work_out(name)
 
 
 def test_steps_go_in_groups_that_keep_stages_busy() -> None:

@@ -44,7 +44,7 @@ def test_a_gradient_runs_its_wave_backwards_through_the_stages() -> None:
     r = Recorder(TINY, [[1, 2, 3]])
     early = r.read(layer(0))
     r.save(r.grad(early, r.backward(scalar(r))), "g")
-    program = r.compile()
+    program = r.work_out()
     forward, backward = program.waves
     assert (forward.of, backward.of) == (None, 0)
     inputs = [order_of(f"{layer(number)}.input") for number in (1, 2, 3)]  # where a layer's gradients are added up
@@ -62,7 +62,7 @@ def test_forward_rows_are_all_there_up_to_the_last_layer() -> None:
     early = r.read(layer(0))
     loss = r.op("sum", r.index(r.read("lm_head"), slice(None), -1, shape=(1, VOCAB)), shape=())
     r.save(r.grad(early, r.backward(loss)), "g")
-    program = r.compile()
+    program = r.work_out()
     (cone,) = program.waves[0].cones[0]
     assert cone.needs == (3, 3, 3, 3)
     assert program.waves[0].kept == ((2,),)  # the head runs on what is read
@@ -75,7 +75,7 @@ def test_a_write_takes_the_gradient_and_stops_it() -> None:
     r.write(layer(2), vector)
     b = r.backward(scalar(r))
     r.save(r.grad(vector, b), "v")
-    program = r.compile()
+    program = r.work_out()
     assert turns(program, 1) == [(1, "add", "lm_head.output"), (1, "take", "model.layers.2.output")]
     del early
 
@@ -85,7 +85,7 @@ def test_a_write_between_takes_even_what_nobody_asks_for() -> None:
     early = r.read(layer(0))
     r.write(layer(2), r.constant((1, 3, HIDDEN)))
     r.save(r.grad(early, r.backward(scalar(r))), "g")
-    program = r.compile()
+    program = r.work_out()
     assert turns(program, 1) == [
         (1, "add", "lm_head.output"),
         (1, "take", "model.layers.2.output"),
@@ -102,7 +102,7 @@ def test_in_place_steering_hands_the_gradient_on_to_what_was_read() -> None:
     r.save(r.grad(early, b), "g")
     r.save(r.grad(vector, b), "v")
     r.save(r.grad(here, b), "h")
-    program = r.compile()
+    program = r.work_out()
     assert turns(program, 1) == [
         (1, "add", "lm_head.output"),
         (1, "take", "model.layers.2.output"),
@@ -118,7 +118,7 @@ def test_prompts_that_give_to_others_have_their_gradient_too() -> None:
     r.write(layer(1), clean, invoke=1)
     target = r.read(layer(0), invoke=0)
     r.save(r.grad(target, r.backward(scalar(r, invoke=1))), "g")
-    program = r.compile()
+    program = r.work_out()
     assert [wave.of for wave in program.waves] == [None, None, 1, 0]
     assert turns(program, 2) == [(1, "add", "lm_head.output"), (0, "take", "model.layers.1.output")]
     assert turns(program, 3) == [(1, "add", "model.layers.3.output"), (0, "look", "model.layers.0.output")]
@@ -133,7 +133,7 @@ def test_a_learning_loop_is_one_request() -> None:
         r.write(layer(1), r.op("add", here, vector), invoke=step, in_place=True)
         vector = r.op("sub", vector, r.grad(vector, r.backward(scalar(r, invoke=step))))
     r.save(vector, "v")
-    program = r.compile()
+    program = r.work_out()
     assert [wave.of for wave in program.waves] == [None, 0, None, 2, None, 4]
     assert [wave.invokes for wave in program.waves] == [(0,), (), (1,), (), (2,), ()]
 
@@ -145,7 +145,7 @@ def test_a_gradient_that_is_changed_goes_on_as_that() -> None:
     seen = r.grad(late, b)
     r.set_grad(late, b, r.op("mul", seen, 2.0))
     r.save(r.grad(early, b), "g")
-    program = r.compile()
+    program = r.work_out()
     assert turns(program, 1) == [
         (1, "add", "lm_head.output"),
         (1, "look", "model.layers.2.output"),
@@ -159,7 +159,7 @@ def test_two_losses_run_the_same_wave_backwards_twice() -> None:
     early, logits = r.read(layer(0)), r.read("lm_head")
     for name in ("a", "b"):
         r.save(r.grad(early, r.backward(r.op("sum", logits, shape=()))), name)
-    program = r.compile()
+    program = r.work_out()
     assert [wave.of for wave in program.waves] == [None, 0, 0]
     assert [wave.frees for wave in program.waves] == [(), (), (0,)]
 
@@ -171,7 +171,7 @@ def test_the_gradient_of_a_product_is_worked_out_for_each_operand() -> None:
     b = r.backward(loss)
     r.save(r.grad(scale, b), "s")
     r.save(r.grad(early, b), "e")
-    program = r.compile()
+    program = r.work_out()
     found = [node.operand for node in program.graph.nodes if isinstance(node, OpGrad)]
     assert sorted(found) == [0, 0, 1]  # of the sum, and of both factors
 
@@ -183,7 +183,7 @@ def test_what_the_loss_does_not_depend_on_has_no_gradient() -> None:
     asked = r.grad(late, r.backward(loss))
     r.save(asked, "g")
     with pytest.raises(GraphError, match=r"does not depend on this value") as caught:
-        r.compile()
+        r.work_out()
     assert caught.value.where == f"a.py:{asked.node}"
 
 
@@ -192,7 +192,7 @@ def test_detached_values_stop_gradients() -> None:
     early = r.read(layer(0))
     r.write(layer(2), r.op("detach", r.read(layer(2))))
     r.save(r.grad(early, r.backward(scalar(r))), "g")
-    program = r.compile()
+    program = r.work_out()
     assert turns(program, 1)[1:2] == [(1, "take", "model.layers.2.output")]
     assert (1, "add", "model.layers.2.output") not in turns(program, 1)
     assert Turn.LOOK.value in [turn for _, turn, _ in turns(program, 1)]
@@ -204,7 +204,7 @@ def test_a_parameter_has_no_gradient_here() -> None:
     loss = r.op("sum", weight, shape=())
     r.save(r.grad(weight, r.backward(loss)), "g")
     with pytest.raises(GraphError, match=r"lm_head\.weight would count its uses in this program alone"):
-        r.compile()
+        r.work_out()
 
 
 def test_operands_stand_before_what_uses_them() -> None:
@@ -212,7 +212,7 @@ def test_operands_stand_before_what_uses_them() -> None:
     early = r.read(layer(0))
     b = r.backward(scalar(r))
     r.save(r.op("mul", r.grad(early, b), early), "g")
-    program = r.compile()
+    program = r.work_out()
     for node, event in enumerate(program.graph.nodes):
         assert all(part < NodeId(node) for part in operands(event))
 

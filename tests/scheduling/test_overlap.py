@@ -32,7 +32,7 @@ def asking(name: str, tokens: int, prefix: int = 0, model: ModelDescription = TI
     rng = random.Random(name)
     r = Recorder(model, [[*[1] * prefix, *(rng.randrange(VOCAB) for _ in range(tokens))]])
     r.save(r.read("lm_head"), "logits")
-    return r.compile(name)
+    return r.work_out(name)
 
 
 def sweep(name: str, invokes: int = 12, tokens: int = 30) -> Program:
@@ -42,7 +42,7 @@ def sweep(name: str, invokes: int = 12, tokens: int = 30) -> Program:
     for invoke in range(invokes):
         r.write("model.layers.0", r.op("mul", r.read("model.layers.0", invoke=invoke), 2.0), invoke=invoke)
         r.save(r.read("lm_head", invoke=invoke), f"logits{invoke}")
-    return r.compile(name)
+    return r.work_out(name)
 
 
 def back_and_forth(name: str) -> Program:
@@ -50,7 +50,7 @@ def back_and_forth(name: str) -> Program:
     r = Recorder(TINY, [[1, 2, 3]], [[4, 5, 6]])
     r.write("model.layers.0", r.op("mul", r.read("model.layers.7", invoke=0), 2.0), invoke=1)
     r.save(r.read("lm_head", invoke=1), "logits")
-    return r.compile(name)
+    return r.work_out(name)
 
 
 def scheduler_of(policy: PassPolicy, *programs: Program, model: ModelDescription = TINY) -> Scheduler:

@@ -18,7 +18,7 @@ prompts = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6), 
 
 
 def pack(*recorders: Recorder, wave: int = 0) -> Plan:
-    programs = [recorder.compile(f"r{index}") for index, recorder in enumerate(recorders)]
+    programs = [recorder.work_out(f"r{index}") for index, recorder in enumerate(recorders)]
     return Packer(TINY).pack(PASS, [Going(program=program, wave=wave) for program in programs])
 
 
@@ -139,6 +139,6 @@ def test_a_pass_without_rows_visits_no_stage() -> None:
 
 
 def test_a_plan_names_the_requests_that_shards_must_forget() -> None:
-    program = reading([[1]]).compile()
+    program = reading([[1]]).work_out()
     plan = Packer(TINY).pack(PASS, [Going(program=program, wave=0)], (RequestId("gone"),))
     assert plan.ended == ("gone",)

@@ -45,7 +45,7 @@ def test_a_value_read_early_and_used_late_is_carried_within_one_wave() -> None:
     clean = r.read(layer(0), invoke=0)
     r.write(layer(3), clean, invoke=1)
     r.save(r.read("lm_head", invoke=1))
-    program = r.compile()
+    program = r.work_out()
     (wave,) = program.waves
     assert wave.invokes == (0, 1)
     assert moved(wave.stages[0].leaving) == moved(wave.stages[1].arriving) == [(0, 0, 1)]
@@ -58,7 +58,7 @@ def test_a_value_needed_at_an_earlier_layer_opens_a_second_wave() -> None:
     late = r.read(layer(3), invoke=0)
     r.write(layer(0), late, invoke=1)
     r.save(r.read("lm_head", invoke=1))
-    program = r.compile()
+    program = r.work_out()
     assert [wave.invokes for wave in program.waves] == [(0,), (1,)]
     assert moved(program.waves[1].stages[0].held) == moved(program.waves[1].stages[1].held) == [(0, 1, 0)]
     assert program.waves[1].stages[1].drops == (0,)
@@ -71,7 +71,7 @@ def test_a_value_stays_at_home_until_it_has_gone_to_every_stage_that_needs_it() 
     r.write(layer(0), value, invoke=2)  # an earlier stage, in the next wave
     r.save(r.read(layer(2), invoke=1))
     r.save(r.read(layer(2), invoke=2))
-    first, second = r.compile().waves
+    first, second = r.work_out().waves
     assert moved(first.stages[1].leaving) == [(0, 1, 2)] and first.stages[1].drops == ()
     assert moved(second.stages[1].held) == [(0, 1, 0)] and second.stages[1].drops == (0,)
 
@@ -79,7 +79,7 @@ def test_a_value_stays_at_home_until_it_has_gone_to_every_stage_that_needs_it() 
 def test_an_invoke_runs_only_as_far_as_it_is_needed() -> None:
     r = Recorder(TINY, [[1, 2, 3]])
     r.save(r.read(layer(1)))
-    (wave,) = r.compile().waves
+    (wave,) = r.work_out().waves
     assert wave.until == r.sites[r.nodes[0].site][0].order  # type: ignore[union-attr]
     assert wave.kept == ((),)
 
@@ -91,7 +91,7 @@ def test_writes_of_earlier_waves_are_applied_again_where_a_later_wave_looks() ->
     r.save(r.read(layer(1), invoke=1), "before")
     r.write(layer(2), r.op("add", late, r.read(layer(2), invoke=0)), invoke=1)
     r.save(r.read(layer(3), invoke=1), "after")
-    program = r.compile()
+    program = r.work_out()
     assert len(program.waves) == 2
     for wave in (0, 1):
         assert any(early.node in nodes for nodes in nodes_at(program, wave, 0).values())
@@ -101,14 +101,14 @@ def test_a_write_that_nobody_reads_after_still_fires() -> None:
     r = Recorder(TINY, [[1, 2, 3]])
     write = r.write(layer(3), r.constant((1, 3, HIDDEN)))
     r.save(r.read(layer(0)))
-    assert place_of(r.compile(), write)[:2] == (0, 1)
+    assert place_of(r.work_out(), write)[:2] == (0, 1)
 
 
 def test_nodes_that_no_save_and_no_write_needs_do_not_run() -> None:
     r = Recorder(TINY, [[1, 2, 3]])
     dead = r.op("exp", r.read("lm_head"))
     r.save(r.read(layer(0)))
-    program = r.compile()
+    program = r.work_out()
     assert not any(dead.node in nodes for stage in (0, 1) for nodes in nodes_at(program, 0, stage).values())
     assert program.waves[0].kept == ((),)
 
@@ -117,14 +117,14 @@ def test_a_module_called_on_an_earlier_value_runs_in_its_own_prologue() -> None:
     r = Recorder(TINY, [[1, 2, 3]])
     logits = r.call("lm_head", r.read(layer(0)), shape=(1, 3, VOCAB))
     r.save(logits)
-    assert place_of(r.compile(), logits) == (0, 1, PROLOGUE)
+    assert place_of(r.work_out(), logits) == (0, 1, PROLOGUE)
 
 
 def test_a_module_called_on_a_later_value_runs_in_the_next_wave_without_rows() -> None:
     r = Recorder(TINY, [[1, 2, 3]])
     called = r.call(f"{layer(0)}.mlp", r.read(layer(3)), shape=(1, 3, HIDDEN))
     r.save(called)
-    program = r.compile()
+    program = r.work_out()
     assert place_of(program, called) == (1, 0, PROLOGUE)
     assert program.waves[1].invokes == () and program.waves[1].until == PROLOGUE
 
@@ -134,7 +134,7 @@ def test_a_module_called_at_home_runs_where_its_value_is() -> None:
     hidden = r.read(layer(3))
     called = r.call("lm_head", hidden, shape=(1, 3, VOCAB))
     r.save(called)
-    program = r.compile()
+    program = r.work_out()
     assert place_of(program, called) == place_of(program, hidden)
 
 
@@ -144,7 +144,7 @@ def test_a_parameter_of_a_later_stage_used_early_comes_a_wave_before() -> None:
     row = r.index(weight, 5, shape=(HIDDEN,))
     r.write(layer(0), r.op("expand", row, shape=(1, 3, HIDDEN)))
     r.save(r.read("lm_head"))
-    program = r.compile()
+    program = r.work_out()
     assert place_of(program, weight) == (0, 1, PROLOGUE)
     assert moved(program.waves[1].stages[0].held) == [(row.node, 1, 0)]
 
@@ -154,7 +154,7 @@ def test_a_parameter_is_gathered_in_the_first_wave_that_uses_it() -> None:
     weight = r.parameter("lm_head.weight")
     r.write(layer(0), r.read(layer(3), invoke=0), invoke=1)
     r.save(r.op("matmul", r.read(layer(3), invoke=1), weight, shape=(1, 3, VOCAB)))
-    assert place_of(r.compile(), weight) == (1, 1, PROLOGUE)
+    assert place_of(r.work_out(), weight) == (1, 1, PROLOGUE)
 
 
 def test_a_parameter_of_a_later_stage_used_early_in_a_later_wave_comes_the_wave_before_that() -> None:
@@ -165,7 +165,7 @@ def test_a_parameter_of_a_later_stage_used_early_in_a_later_wave_comes_the_wave_
     grown = r.op("matmul", third, weight, shape=(1, 3, 10 * VOCAB))
     r.write(layer(0), r.op("matmul", grown, shape=(1, 3, HIDDEN)), invoke=2)
     r.save(r.read(layer(0), invoke=2))
-    assert place_of(r.compile(), weight)[0] == 1
+    assert place_of(r.work_out(), weight)[0] == 1
 
 
 def test_what_grows_runs_late() -> None:
@@ -174,7 +174,7 @@ def test_what_grows_runs_late() -> None:
     grown = r.op("expand", small, shape=(1, 3, HIDDEN))
     r.write(layer(3), grown, invoke=1)
     r.save(r.read("lm_head", invoke=1))
-    program = r.compile()
+    program = r.work_out()
     assert place_of(program, grown) == (0, 1, PROLOGUE)
     assert moved(program.waves[0].stages[0].leaving) == [(small.node, 0, 1)]
 
@@ -184,7 +184,7 @@ def test_what_shrinks_runs_early() -> None:
     shrunk = r.op("mean", r.read(layer(0), invoke=0), shape=(HIDDEN,))
     r.write(layer(3), r.op("add", shrunk, r.read(layer(3), invoke=0), shape=(1, 3, HIDDEN)), invoke=1)
     r.save(r.read("lm_head", invoke=1))
-    assert place_of(r.compile(), shrunk)[1] == 0
+    assert place_of(r.work_out(), shrunk)[1] == 0
 
 
 def test_a_grown_value_that_is_saved_stays_where_it_is_made() -> None:
@@ -192,7 +192,7 @@ def test_a_grown_value_that_is_saved_stays_where_it_is_made() -> None:
     grown = r.op("expand", r.op("mean", r.read(layer(0)), shape=(HIDDEN,)), shape=(1, 3, HIDDEN))
     r.save(grown)
     r.write(layer(3), grown, invoke=1)
-    assert place_of(r.compile(), grown)[1] == 0
+    assert place_of(r.work_out(), grown)[1] == 0
 
 
 def test_every_stage_makes_its_own_constants() -> None:
@@ -202,7 +202,7 @@ def test_every_stage_makes_its_own_constants() -> None:
     r.write(layer(0), twice)
     r.write(layer(3), twice)
     r.save(r.read("lm_head"))
-    program = r.compile()
+    program = r.work_out()
     for stage in (0, 1):
         assert nodes_at(program, 0, stage)[PROLOGUE] == (steer.node, twice.node)
         assert program.waves[0].stages[stage].leaving == ()
@@ -211,7 +211,7 @@ def test_every_stage_makes_its_own_constants() -> None:
 def test_a_program_without_prompts_has_no_rows() -> None:
     r = Recorder(TINY)
     r.save(r.op("norm", r.parameter("lm_head.weight"), shape=()))
-    (wave,) = r.compile().waves
+    (wave,) = r.work_out().waves
     assert wave.invokes == () and wave.until == PROLOGUE
 
 
@@ -221,7 +221,7 @@ def test_at_one_site_the_order_of_the_program_rules() -> None:
     write = r.write(layer(1), r.op("mul", before, 2.0))
     after = r.read(layer(1))
     r.save(after)
-    program = r.compile()
+    program = r.work_out()
     (nodes,) = nodes_at(program, 0, 0).values()
     assert [node for node in nodes if node in (before.node, write.node, after.node)] == [0, 2, 3]
 
@@ -233,7 +233,7 @@ def test_a_cycle_is_refused_with_both_lines() -> None:
     with pytest.raises(
         GraphError, match=r"write to model\.layers\.1\.output \(a\.py:2\).*read of .*3\.output \(a\.py:0\)"
     ):
-        r.compile()
+        r.work_out()
 
 
 def test_a_cycle_over_two_prompts_is_refused() -> None:
@@ -242,7 +242,7 @@ def test_a_cycle_over_two_prompts_is_refused() -> None:
     r.write(layer(1), r.read(layer(3), invoke=0), invoke=1)
     r.save(r.read("lm_head"))
     with pytest.raises(GraphError, match="a cycle"):
-        r.compile()
+        r.work_out()
 
 
 def test_saves_lie_without_holes_and_aligned_to_their_elements() -> None:
@@ -250,7 +250,7 @@ def test_saves_lie_without_holes_and_aligned_to_their_elements() -> None:
     hidden = r.read(layer(0))
     for name, dtype in (("a", "bool"), ("b", "bfloat16"), ("c", "float64"), ("d", "float32"), ("e", "uint8")):
         r.save(r.op("to", hidden, shape=(3,), dtype=dtype), name)
-    slots = r.compile().saves
+    slots = r.work_out().saves
     offset = 0
     for slot in slots:
         assert (
@@ -265,7 +265,7 @@ def test_results_larger_than_the_limit_are_refused() -> None:
     r = Recorder(tiny_llama(limits=limits), [[1, 2, 3, 4]])
     r.save(r.read(layer(0)))
     with pytest.raises(TooLargeError, match=r"128 bytes; the limit is 100"):
-        r.compile()
+        r.work_out()
 
 
 def test_a_value_of_unknown_shape_cannot_change_its_stage() -> None:
@@ -275,7 +275,7 @@ def test_a_value_of_unknown_shape_cannot_change_its_stage() -> None:
     r.write(layer(3), r.op("add", unknown, r.read(layer(3)), shape=(1, 3, HIDDEN)), invoke=1)
     r.save(r.read("lm_head", invoke=1))
     with pytest.raises(GraphError, match="not known ahead"):
-        r.compile()
+        r.work_out()
 
 
 def test_a_certificate_notes_reads_that_see_later_lines_and_rows_written_to_padding() -> None:
@@ -348,7 +348,7 @@ def test_ten_thousand_nodes_are_worked_out_in_no_time(capsys: pytest.CaptureFixt
             r.write(layer((invoke * 7) % 100), value, invoke=invoke - 1)
         r.save(value)
     began = time.process_time()
-    program = r.compile()
+    program = r.work_out()
     seconds = time.process_time() - began
     with capsys.disabled():
         per_node = seconds / len(r.nodes) * 1e6

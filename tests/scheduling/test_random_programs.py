@@ -89,7 +89,7 @@ def orders_of(recorder: Recorder) -> dict[NodeId, int]:
 
 def simulate(recorder: Recorder, symbols: Symbols) -> Ran:
     stages = {info.order: info.stage for info in recorder.description.sites}
-    return run(recorder.compile(), recorder.request.graph, orders_of(recorder), stages, symbols)
+    return run(recorder.work_out(), recorder.request.graph, orders_of(recorder), stages, symbols)
 
 
 def has_cycle(semantics: Semantics) -> bool:
@@ -109,10 +109,10 @@ def test_a_planned_run_gives_what_the_order_rules_say(recorder: Recorder) -> Non
     if has_cycle(semantics):
         event("cycle")
         with pytest.raises(GraphError, match="a cycle"):
-            recorder.compile()
+            recorder.work_out()
         return
     ran = simulate(recorder, symbols)
-    event(f"{len(recorder.compile().waves)} waves")
+    event(f"{len(recorder.work_out().waves)} waves")
     for position, node in enumerate(recorder.nodes):
         if isinstance(node, Save):
             assert ran.saved[node.name] == semantics.value(NodeId(position))
@@ -149,14 +149,14 @@ def test_the_number_of_waves_is_what_the_rules_ask_for(recorder: Recorder) -> No
     semantics = Semantics(recorder.request.graph, orders_of(recorder), Symbols())
     assume(not has_cycle(semantics))
     rules = Rules(recorder, semantics)
-    assert len(recorder.compile().waves) == 1 + max(rules.point(node)[0] for node in semantics.needed())
+    assert len(recorder.work_out().waves) == 1 + max(rules.point(node)[0] for node in semantics.needed())
 
 
 @settings(max_examples=60, deadline=None)
 @given(recorded())
 def test_a_certificate_adds_up(recorder: Recorder) -> None:
     assume(not has_cycle(Semantics(recorder.request.graph, orders_of(recorder), Symbols())))
-    program = recorder.compile()
+    program = recorder.work_out()
     certificate = certify(program, tuple(recorder.facts), recorder.description)
     moved = sum(
         known.num_bytes for node, _ in simulate(recorder, Symbols()).moves if (known := program.facts[node]) is not None

@@ -102,20 +102,20 @@ def one_wave(request_id: str, tokens: int = 3) -> Program:
     first = sum(map(ord, request_id))
     r = Recorder(TINY, [[(first + token) % VOCAB for token in range(tokens)]])
     r.save(r.read("lm_head"), "logits")
-    return r.compile(request_id)
+    return r.work_out(request_id)
 
 
 def two_waves(request_id: str) -> Program:
     r = Recorder(TINY, [[1, 2, 3]], [[4, 5, 6]])
     r.write("model.layers.0", r.op("mul", r.read("model.layers.3", invoke=0), 2.0), invoke=1)
     r.save(r.read("lm_head", invoke=1), "logits")
-    return r.compile(request_id)
+    return r.work_out(request_id)
 
 
 def no_rows(request_id: str) -> Program:
     r = Recorder(TINY)
     r.save(r.parameter("lm_head.weight"), "weight")
-    return r.compile(request_id)
+    return r.work_out(request_id)
 
 
 def test_requests_of_a_model_that_cannot_be_packed_go_one_by_one() -> None:
@@ -154,7 +154,7 @@ def test_requests_that_share_their_rows_share_a_pass_beyond_what_they_would_take
     def asking(name: str, last: int) -> Program:
         r = Recorder(TINY, [[*range(1, 13), last]])
         r.save(r.read("lm_head"), "logits")
-        return r.compile(name)
+        return r.work_out(name)
 
     prefixed = [asking(f"p{number}", 20 + number) for number in range(8)]
     scheduler = scheduler_with(*prefixed, budget_tokens=30)

@@ -26,7 +26,7 @@ def cone(program: Program, invoke: int = 0) -> Cone:
 
 def compiled(r: Recorder) -> Program:
     r.save(r.read("lm_head"))
-    return r.compile()
+    return r.work_out()
 
 
 def test_rows_whose_layer_is_given_its_output_do_not_run_it() -> None:
@@ -73,7 +73,7 @@ def test_rows_are_shared_up_to_the_layer_and_with_those_that_skip_it_too() -> No
         skip(r, 2, invoke)
     for invoke in range(3):
         r.save(r.read("lm_head", invoke=invoke))
-    wave = r.compile().waves[0]
+    wave = r.work_out().waves[0]
     assert [one[0].skips for one in wave.cones] == [(), (2,), (2,)]
     # two layers for all three, the third for the first only, the fourth for the first and for the two that are equal
     assert wave.rows.token_layers == 5 * (1 + 1 + 1 + 2)
@@ -93,5 +93,5 @@ def test_a_sequence_with_a_skipped_layer_is_no_trunk() -> None:
     r.write(layer(0), r.op("mul", late, 0.5), invoke=1)
     r.save(r.read("lm_head", invoke=0))
     r.save(r.read("lm_head", invoke=1))
-    program = r.compile()
+    program = r.work_out()
     assert len(program.waves) == 2 and not program.trunks

@@ -53,7 +53,7 @@ def pairs(budget: int) -> Recorder:
 
 @pytest.mark.parametrize("sweep", [nested_prefixes, pairs])
 def test_every_part_fits_and_parts_are_well_filled(sweep: Callable[[int], Recorder]) -> None:
-    whole, split = sweep(10_000).compile(), sweep(BUDGET).compile()
+    whole, split = sweep(10_000).work_out(), sweep(BUDGET).work_out()
     assert len(whole.waves) == 1
     widest = [wave.rows_anew.widest for wave in split.waves]
     assert all(rows <= BUDGET for rows in widest)
@@ -66,6 +66,6 @@ def test_sharing_never_takes_more_passes_than_none(sweep: Callable[[int], Record
     def compiled(sharing: Sharing) -> Program:
         recorder = sweep(BUDGET)
         recorder.options = Options(sharing=sharing)
-        return recorder.compile()
+        return recorder.work_out()
 
     assert len(compiled(Sharing.TENANT).waves) <= len(compiled(Sharing.OFF).waves)

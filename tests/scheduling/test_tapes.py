@@ -34,7 +34,7 @@ def asked(description: ModelDescription, layer: int, *, losses: int = 1, module:
     for number in range(losses):
         loss = r.op("sum", last, shape=())
         r.save(r.grad(early, r.backward(loss)), f"g{number}")
-    return r.compile()
+    return r.work_out()
 
 
 def test_layers_from_the_first_stop_on_count_on_the_shard_that_keeps_most() -> None:
@@ -87,4 +87,4 @@ def test_layers_inside_of_which_a_gradient_stops_are_kept_whole() -> None:
 def test_requests_without_gradients_keep_nothing() -> None:
     r = Recorder(TINY, [PROMPT])
     r.save(r.read("model.layers.1", Port.OUTPUT), "x")
-    assert r.compile().tape_bytes == r.certify().tape_bytes == 0
+    assert r.work_out().tape_bytes == r.certify().tape_bytes == 0

@@ -156,7 +156,7 @@ def sweep(pass_tokens: int, num_layers: int = 4, tokens: int = 6) -> Program:
             patched = recorder.op("setitem", here, (slice(None), position), patch)
             recorder.write(site, patched, invoke=invoke, in_place=True)
             save_last(invoke)
-    return recorder.compile()
+    return recorder.work_out()
 
 
 def test_the_parts_of_a_sweep_fork_from_one_trunk() -> None:

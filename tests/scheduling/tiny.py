@@ -164,11 +164,11 @@ class Recorder:
         graph = Graph(nodes=tuple(self.nodes))
         return Request(graph=graph, invokes=self.invokes, constants=self.constants, options=self.options)
 
-    def compile(self, request_id: str = "r") -> Program:
+    def work_out(self, request_id: str = "r") -> Program:
         return work_out_program(RequestId(request_id), self.request, self.description, tuple(self.facts))
 
     def certify(self) -> Certificate:
-        return certify(self.compile(), tuple(self.facts), self.description)
+        return certify(self.work_out(), tuple(self.facts), self.description)
 
     def read(self, module: str, port: Port = Port.OUTPUT, invoke: int = 0) -> Ref:
         site = Site(module=module, port=port)
