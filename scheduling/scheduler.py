@@ -1,8 +1,8 @@
 """The queue of a deployment: which waves are ready, which pass they are in, how each request ends.
 
-Owns the life of a request between `add` and its one `Outcome`. Who goes into a pass is `scheduling.policy`'s, what the
-pass looks like is `scheduling.packing`'s, what its results say is `scheduling.receipts`', who has room on the shards is
-`scheduling.room`'s.
+Owns the life of a request between `add` and its one `Outcome`. Who goes into a pass, and its plan, are
+`scheduling.filling`'s, what its results say is `scheduling.receipts`', who has room on the shards is
+`scheduling.room`'s, what a request hears of its end is `scheduling.endings`'.
 
 A pass that does not fit into a shard's memory is abandoned, and its members run again in two halves that never merge
 with others again; so whoever is too large for a pass to itself is found out, and nobody else suffers. Passes have at
@@ -29,18 +29,19 @@ from dataclasses import replace
 
 from polytrace.certificate import PassEntry, charge
 from polytrace.description import ModelDescription, PassLayout
-from polytrace.errors import CancelledError, CapacityError, PolytraceError, ServiceError
+from polytrace.errors import CancelledError, PolytraceError, ServiceError
 from scheduling.ahead import Ahead
-from scheduling.alike import MOST_CALLS, AlikeCalls, calls_merged
+from scheduling.alike import AlikeCalls, calls_merged
 from scheduling.caches import caches_of
 from scheduling.checks import table_of
-from scheduling.costs import token_layers
+from scheduling.endings import Endings
 from scheduling.fair import FairShares
-from scheduling.fair_choice import FairChoice, by_tenant
+from scheduling.fair_choice import FairChoice
+from scheduling.filling import Filler
 from scheduling.generating import Generating
 from scheduling.jobs import Flight, Job, Outcome, Progress
 from scheduling.neighbours import entries_of_tenants
-from scheduling.packing import Going, Packer, Taped
+from scheduling.packing import Going, Taped
 from scheduling.plan import (
     Member,
     PassAbandonedError,
@@ -51,27 +52,16 @@ from scheduling.plan import (
     RequestId,
     ShardResult,
 )
-from scheduling.policy import (
-    Choice,
-    FirstComeFirstServed,
-    InTurns,
-    PassPolicy,
-    Patience,
-    passes_in_flight,
-    share_of,
-    step_share,
-)
+from scheduling.policy import PassPolicy
 from scheduling.prefixes import left_by
 from scheduling.receipts import find_error, find_out_of_memory, moved_in, pass_entry, values_of
 from scheduling.refusals import of_ours, rows_held, too_large
 from scheduling.room import Room
-from scheduling.step_costs import step_costs
 from scheduling.stopping import Decode
 
 __all__ = ["Outcome", "Progress", "Scheduler"]
 
 _MAX_LOSSES_ALONE = 3  # shards that may die while a request is alone on them: two may be bad luck
-_MAX_REFILLS = 3  # times that a pass is planned again because it has room left
 
 _log = logging.getLogger(__name__)
 
@@ -93,39 +83,32 @@ class Scheduler:
         of the deployment, this one by its name; None: its own.
         """
         self._table = table_of(description)
-        self._policy = policy
-        is_packed = description.layout is PassLayout.PACKED
+        self._tells_of_other_tenants = policy.tells_of_other_tenants
+        shares = FairShares() if shares is None else shares
+        fair = FairChoice(shares, replica)
+        self._filler = Filler(description, policy, fair, going=self._going, take_ended=self._take_ended)
+        self._endings = Endings(self._table, shares, clock)
+        self._room = Room(description, policy.prefix_bytes, shares, put_back=self._put_back, end=self._end)
         is_merging = description.layout is PassLayout.WHOLE and policy.merges_calls
         self._alike = AlikeCalls() if is_merging else None
-        choice = FirstComeFirstServed if is_packed or is_merging else InTurns
-        self._choice: Choice = choice(min(policy.max_members, MOST_CALLS) if is_merging else policy.max_members)
-        self._depth = passes_in_flight(description.stages)
-        self._packer = Packer(description)
-        self._patience = Patience(policy.max_waits)
-        self._shares = FairShares() if shares is None else shares
-        self._fair = FairChoice(self._shares, replica)
         self._clock = clock
         self._decode = decode
-        self._has_prefixes = is_packed and description.has_forks
+        self._has_prefixes = description.layout is PassLayout.PACKED and description.has_forks
         self._jobs: dict[RequestId, Job] = {}
         self._ready: list[Job] = []  # by turn: those whose next wave may go
         self._flying: dict[PassId, Flight] = {}
         self._ended: list[RequestId] = []  # shards hold values of these; the next plan says to drop them
-        self._outcomes: list[Outcome] = []
-        self._progress: dict[RequestId, Job] = {}  # that got further
-        self._room = Room(description, policy.prefix_bytes, self._shares, put_back=self._put_back, end=self._end)
         self._has_much_left = False  # shards, of generations and gradients that have ended
         self._owners = 0  # of caches
         self._arrivals = 0
         self._passes = 0
         self._has_suspect_in_flight = False
-        self._tried: list[Job] = []  # whom the pass that is planned now is for
         self._telling: tuple[RequestId, ...] = ()  # what it says has ended
 
     @property
     def budget_tokens(self) -> int:
         """Rows that a pass may have: the policy's, or fewer since one did not fit into memory."""
-        return self._policy.budget_tokens
+        return self._filler.budget_tokens
 
     def add(self, program: Program) -> None:
         """Takes a request. Its id must not be one that is still on its way."""
@@ -137,7 +120,7 @@ class Scheduler:
             self._begin(job)
         except Exception as error:  # noqa: BLE001  it is this request's, and not of who adds it or runs beside it
             _log.exception("request %s could not be begun", program.request)
-            self._outcomes.append(Outcome(request=program.request, error=of_ours(error)))
+            self._endings.refuse(program.request, of_ours(error))
             return
         self._jobs[program.request] = job
         insort(self._ready, job, key=lambda ready: ready.turn)
@@ -194,13 +177,17 @@ class Scheduler:
         """
         self._passes += 1
         pass_id = PassId(self._passes)
+        self._telling = ()
+        waiting = self._with_room()
+        self._look(waiting)
+        num_steps = sum(job.num_rows for job in self._jobs.values() if job.is_step)
         try:
-            going, plan = self._fill(pass_id)
+            going, plan = self._filler.fill(pass_id, waiting, num_steps, len(self._flying))
         except Exception as error:  # noqa: BLE001  it is of one of those who were to go
             _log.exception("a pass could not be planned")
             self._part(error)
-            going, plan = [], self._packer.pack(pass_id, [], (*self._telling, *self._take_ended()))
-        self._choice.went([job for job, _ in going])
+            going, plan = [], self._filler.of_nobody(pass_id, (*self._telling, *self._take_ended()))
+        self._filler.went([job for job, _ in going])
         flight = Flight([job for job, one in going if not one.stretches], [job for job, one in going if one.stretches])
         self._flying[pass_id] = flight
         self._has_suspect_in_flight = any(job.is_suspect for job in flight.jobs)
@@ -218,7 +205,7 @@ class Scheduler:
                 if plan.cuts:
                     job.taped[job.wave] = Taped(pass_id, plan.num_stages)
                 job.wave += 1
-            if job.wave < job.num_waves and self._depth > 1 and (one.stretches or job.may_follow()):
+            if job.wave < job.num_waves and self._filler.depth > 1 and (one.stretches or job.may_follow()):
                 self._ready.append(job)
         self._put_in_turn({job for job, _ in going})
         return plan
@@ -233,10 +220,11 @@ class Scheduler:
 
     def _part(self, error: Exception) -> None:
         """After a pass that could not be planned: its requests go alone from now on, and one that was alone ends."""
-        if not self._tried:
+        tried = self._filler.tried
+        if not tried:
             raise error
-        for job in self._tried:
-            if len(self._tried) > 1:
+        for job in tried:
+            if len(tried) > 1:
                 job.party = job.number
             else:
                 self._end(job, of_ours(error))
@@ -246,44 +234,6 @@ class Scheduler:
         self._telling = (*self._ended, *self._room.memory.dropped)
         self._ended, self._room.memory.dropped, self._has_much_left = [], [], False
         return self._telling
-
-    def _fill(self, pass_id: PassId) -> tuple[list[tuple[Job, Going]], Plan]:
-        """Who goes, and their plan: more than the choice foresaw where requests have rows in common."""
-        self._tried, self._telling = [], ()
-        waiting = self._with_room()
-        self._look(waiting)
-        tenants = by_tenant(waiting)
-        in_order = self._fair.ordered(waiting, tenants)
-        ready = self._patience.ordered(in_order)
-        num_steps = sum(job.num_rows for job in self._jobs.values() if job.is_step)
-        others = share_of(sum(job.num_rows for job in ready), self._depth - len(self._flying), self._policy)
-        is_beside_steps = num_steps and not self._fair.is_behind_steps(tenants)
-        budget = min(others, self._policy.tokens_beside_steps) if is_beside_steps else others
-        foreseen, steps = budget, step_share(num_steps, self._depth, self._policy)
-        chosen = self._fair.trimmed(self._choice.choose(ready, steps, foreseen), tenants)
-        self._tried = [job for job, _ in chosen]
-        going = self._going(chosen)
-        ended = self._take_ended()
-        plan = self._packer.pack(pass_id, [one for _, one in going], ended)
-        for _ in range(_MAX_REFILLS):
-            rows = max(plan.layer_rows, default=0)
-            if num_steps or len(chosen) == len(ready) or not 0 < rows * 4 < budget * 3:
-                break
-            foreseen = foreseen * budget // rows
-            more = self._fair.trimmed(self._choice.choose(ready, steps, foreseen), tenants)
-            if len(more) <= len(chosen):
-                break
-            self._tried = [job for job, _ in more]
-            fuller = self._going(more)
-            filled = self._packer.pack(pass_id, [one for _, one in fuller], ended)
-            if max(filled.layer_rows) > budget:
-                break
-            chosen, going, plan = more, fuller, filled
-        self._patience.went(in_order, [job for job, _ in chosen])
-        self._fair.went(chosen, tenants)
-        for job, rows in chosen:
-            job.charged += job.cost(rows)
-        return going, plan
 
     @property
     def _is_idle(self) -> bool:
@@ -344,7 +294,7 @@ class Scheduler:
         flight = self._flying[plan.pass_id]
         together = len(flight.jobs)
         entry = pass_entry(plan, results, self._table, together)
-        told = entries_of_tenants(entry, plan, flight.jobs, is_of_all=self._policy.tells_of_other_tenants)
+        told = entries_of_tenants(entry, plan, flight.jobs, is_of_all=self._tells_of_other_tenants)
         values = values_of(results)
         if self._alike is not None:
             self._alike.learn([job.alike for job in flight.jobs if job.alike is not None], results)
@@ -366,7 +316,7 @@ class Scheduler:
                 self._end(job, error)
                 continue
             step, offset = (0, 0) if member is None else (member.step, member.offset)
-            self._charge(job, charge(0, moved_in(results, job.program.request)))
+            self._endings.charge(job, charge(0, moved_in(results, job.program.request)))
             own = self._with_calls(told[job.tenant], job, flight, results)
             job.account.enter(own, results, job.now, step, offset, values.get(job.program.request, {}))
             if member is not None and job.generating is not None:
@@ -377,7 +327,7 @@ class Scheduler:
                     self._finish(job)
                     continue
                 job.clear()
-            self._progress[job.program.request] = job
+            self._endings.note(job)
             if job.wave < job.num_waves and job not in self._ready:
                 self._ready.append(job)
         self._put_in_turn({job for job, _ in landed})
@@ -387,14 +337,8 @@ class Scheduler:
         if self._alike is None:
             return entry
         own = {other.program.request for other in flight.jobs if other.tenant == job.tenant}
-        seen = None if self._policy.tells_of_other_tenants else own
+        seen = None if self._tells_of_other_tenants else own
         return replace(entry, calls_merged=calls_merged(results, job.program.request, seen))
-
-    def _charge(self, job: Job, cost: float) -> None:
-        """What was measured beyond what was charged before, or below it."""
-        if cost:
-            self._shares.correct(job.tenant, cost)
-            job.charged += cost
 
     def lost(self, plan: Plan, error: PolytraceError) -> None:
         """The pass died with its shards: its members end with `error`, requests between two waves start again."""
@@ -415,7 +359,7 @@ class Scheduler:
         rows = rows_held(plan)
         is_too_large = isinstance(error, PassTooLargeError)
         if is_too_large:
-            self._learn(rows)
+            self._filler.learn(rows)
         for place, (job, member) in enumerate(landed):
             if job.is_cancelled:
                 self._end(job, CancelledError("the request was cancelled"))
@@ -459,11 +403,6 @@ class Scheduler:
         if job not in self._ready:
             self._ready.append(job)
 
-    def _learn(self, rows: int) -> None:
-        """A pass of so many rows did not fit."""
-        most = max(self._policy.least_tokens, min(self._policy.budget_tokens, rows) // 2)
-        self._policy = replace(self._policy, budget_tokens=min(self._policy.budget_tokens, most))
-
     def _forget_values(self, plan: Plan) -> None:
         """Requests between two waves start again: their values are gone."""
         for job in self._ready:
@@ -477,29 +416,14 @@ class Scheduler:
 
     def take_progress(self) -> list[Progress]:
         """How far the requests are that got further since the last call and have not ended."""
-        jobs, self._progress = self._progress, {}
-        told = []
-        for request, job in jobs.items():
-            if request in self._jobs:
-                told.append(replace(job.progress, tokens=job.take_tokens(), saves=job.take_saves()))
-        return told
+        return self._endings.take_progress()
 
     def take_outcomes(self) -> list[Outcome]:
         """The requests that ended since the last call, in that order."""
-        outcomes, self._outcomes = self._outcomes, []
-        return outcomes
+        return self._endings.take_outcomes()
 
     def _finish(self, job: Job) -> None:
-        started = job.added if job.started is None else job.started
-        receipt = job.account.receipt(
-            self._table,
-            is_keeping=job.is_keeping is not False,
-            queue_seconds=started - job.added,
-            run_seconds=self._clock() - started,
-            generating=job.generating,
-            spared=0 if job.ahead is None else job.ahead.spared,
-        )
-        self._charge(job, charge(receipt.token_layers, receipt.moved_bytes) - job.charged)
+        self._endings.finish(job)
         if job.generating is not None and not job.generating.is_ending:
             self._ended.append(job.program.request)  # no plan could say that it was the last
         prefixes = []
@@ -508,15 +432,6 @@ class Scheduler:
             prefixes = list(left_by(job.program, job.generating, num_layers, self._room.position_bytes))
         self._remove(job, {prefix.trunk[0] for prefix in prefixes})
         self._ended += [prefix.trunk[0] for prefix in prefixes if not self._room.memory.keep(prefix)]
-        self._outcomes.append(
-            Outcome(
-                request=job.program.request,
-                receipt=receipt,
-                values=job.account.values,
-                tokens=job.take_tokens(),
-                saves=tuple(job.account.saves),
-            )
-        )
 
     def _end(self, job: Job, error: PolytraceError, *, may_be_cut: bool = False) -> None:
         """Without a result."""
@@ -524,26 +439,7 @@ class Scheduler:
             self._ended.append(job.program.request)
             self._has_much_left |= bool(job.taped)
         self._remove(job)
-        if isinstance(error, (ServiceError, CapacityError)):
-            self._charge(job, -job.charged)  # the fault is not its tenant's
-        self._outcomes.append(
-            Outcome(
-                request=job.program.request,
-                error=error,
-                may_be_cut=may_be_cut,
-                spent_token_layers=self._spent(job),
-                spent_seconds=0.0 if job.started is None else self._clock() - job.started,
-            )
-        )
-
-    def _spent(self, job: Job) -> int:
-        """Rows x layers of a request that ended without a result: of the passes that it was in, with the last one."""
-        if job.started is None:
-            return 0
-        program, rows = job.program, [] if job.generating is None else job.generating.rows_of_steps
-        there = token_layers(program, self._table, is_keeping=job.is_keeping is not False)
-        begun, waves = job.account.num_passes + 1, len(program.waves)
-        return there * min(begun, waves) // max(1, waves) + step_costs(program, rows, self._table).token_layers
+        self._endings.end(job, error, may_be_cut=may_be_cut)
 
     def _remove(self, job: Job, kept: Collection[RequestId] = ()) -> None:
         """`kept`: owners of its caches that stay."""

@@ -116,7 +116,7 @@ def test_a_thousand_waiting_candidates_of_a_hundred_tenants_are_ordered_once_a_p
         scheduler.add(of(f"t{number % 100}", program))
     begun = time.perf_counter()
     waiting = scheduler._with_room()
-    ready = scheduler._fair.ordered(waiting, by_tenant(waiting))
+    ready = scheduler._filler.fair.ordered(waiting, by_tenant(waiting))
     print(f"{(time.perf_counter() - begun) * 1e3:.2f} ms")
     assert len(ready) == 1000
     assert len({job.tenant for job in ready[:100]}) == 100, "everybody's first comes before anybody's second"
