@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from engine.arguments import Selector
+from engine.brought import Brought
 from engine.calls import ModuleCall
 from engine.constants import Constants
 from engine.copies import to_device
 from engine.gradient_port import GradientPort
-from engine.image_positions import PromptPositions, positions_of
 from engine.imaged import plain_tokens
 from engine.links import Links
 from engine.memory import told_out_of_memory
@@ -56,8 +55,6 @@ from polytrace.graph import (
     draw_of,
     name_at,
 )
-from polytrace.images import images_by_digest
-from polytrace.tensors import RawTensor
 from scheduling.absence import without_absent
 from scheduling.checks import ModelTable
 from scheduling.levels import Levels
@@ -91,14 +88,10 @@ class RequestState:
         self.failure: Failure | None = None
         self.fired: list[NodeId] = []  # reads, writes and saves of this pass
         self.gathered_bytes = 0  # received from other ranks in this pass
-        self.loaded_bytes = 0  # of contents that were read in this pass
         self.rows: dict[int, InvokeRows] = {}  # of this pass, by invoke
         self.written: dict[tuple[Selector, int], list[tuple[NodeId, Tensor]]] = {}  # at this visit, by invoke
         self.in_place_until: dict[int, int] = {}  # invoke -> order of its last in-place write in this wave
-        self._constants: dict[str, Tensor] = {}
-        self.images = images_by_digest(program.invokes)  # in its prompts
-        self._prompts = program.invokes if self.images else ()
-        self._positions: dict[tuple[int, int], PromptPositions] = {}  # of these, by invoke and sequence
+        self.brought = Brought(program, context)
         self._slots: dict[NodeId, SaveSlot] = {}
         self._writes: dict[tuple[Site, int], list[NodeId]] | None = None  # see `writes_of`
         self._reach: dict[tuple[int | None, int], dict[int, int]] = {}  # see `begin_wave`, by part and wave
@@ -121,7 +114,7 @@ class RequestState:
         self.member = member
         self.rows = rows
         self.fired = []
-        self.gathered_bytes = self.loaded_bytes = 0
+        self.gathered_bytes = self.brought.loaded_bytes = 0
         self.sink.saved_bytes = 0
         self.drawn, self.stops, self.shapes = [], [], {}
         reach = self._reach.get((member.part, member.wave))
@@ -240,7 +233,7 @@ class RequestState:
                 device=self.context.device,
             )
         elif isinstance(node, Constant):
-            value = self._constant(node.name)
+            value = self.constant(node.name)
         elif isinstance(node, Mask):
             value = self._mask(node.invoke)
         elif isinstance(node, Last):
@@ -338,33 +331,9 @@ class RequestState:
 
         return operand_gradient(node, self.values, again)
 
-    def _constant(self, name: str) -> Tensor:
-        if name not in self._constants:
-            if name in self.program.contents:
-                before = self.context.constants.read_bytes
-                self._constants[name] = self.context.constants.get(self.program.contents[name])
-                self.loaded_bytes += self.context.constants.read_bytes - before
-                return self._constants[name]
-            if self.program.request_file is None:
-                constant = from_raw(self.program.constants[name])
-            else:
-                with safe_open(self.program.request_file, framework="pt") as stored:
-                    constant = stored.get_tensor(name)
-            self._constants[name] = to_device(constant, self.context.device)
-        return self._constants[name]
-
-    def positions(self, invoke: int, place: int) -> PromptPositions:
-        """Of a sequence's tokens, where they follow from images."""
-        if (invoke, place) not in self._positions:
-            model = self.context.runner.model
-            self._positions[invoke, place] = positions_of(model, self._prompts[invoke], place)
-        return self._positions[invoke, place]
-
-    def image(self, name: str) -> Tensor:
-        """The pixels of an image in its prompts, which are not needed again."""
-        pixels = self._constant(name)
-        del self._constants[name]
-        return pixels
+    def constant(self, name: str) -> Tensor:
+        """One that the program names. The caller changes nothing in it."""
+        return self.brought.constant(self.program, name)
 
     def _mask(self, invoke: int) -> Tensor:
         sequences = self.program.invokes[invoke].sequences
@@ -422,15 +391,6 @@ def _find_reach(program: Program, wave: int) -> dict[int, int]:
                 if isinstance(node, Write) and node.in_place:
                     found[node.invoke] = max(found.get(node.invoke, fragment.order), fragment.order)
     return found
-
-
-def from_raw(raw: RawTensor) -> Tensor:
-    """A tensor over the raw bytes, or over a copy where they are read-only. The caller changes nothing in it."""
-    dtype = getattr(torch, raw.dtype)
-    if len(raw.data) == 0:
-        return torch.empty(raw.shape, dtype=dtype)
-    data = bytearray(raw.data) if raw.data.readonly else raw.data
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(raw.shape)
 
 
 def _visited(port: PortValue | GradientPort | None) -> PortValue:

@@ -66,15 +66,15 @@ def positions_of(model: nn.Module, invoke: Invoke, place: int) -> PromptPosition
 
 def positions_of_pass(model: nn.Module, streams: Streams, states: Sequence[RequestState]) -> Tensor | None:
     """`[3, 1, T]`; None where nobody's follow from images."""
-    if not takes_grids(model) or not any(state.images for state in states):
+    if not takes_grids(model) or not any(state.brought.images for state in states):
         return None
     table = [list(streams.positions()) for _ in range(_DIMS)]
     first = streams.layer(0)
     for view in streams.plan.views:
-        state = states[view.member]
-        for place, segment in enumerate(view.segments if state.images else ()):
+        brought = states[view.member].brought
+        for place, segment in enumerate(view.segments if brought.images else ()):
             if segment != NO_ROWS:
-                own = state.positions(view.invoke, place)
+                own = brought.positions(view.invoke, place)
                 for row, position in _rows_of(first, segment):
                     if row < len(table[0]):  # of trunks those alone that rows are born from
                         for dim in range(_DIMS):

@@ -100,13 +100,13 @@ class SeenImages:
 
     def _pixels(self, digest: int) -> tuple[Tensor, tuple[int, ...]]:
         """Pixels and grid, from the first request that can read them; zeros where none can, who have failed then."""
-        owners = [state for state in self._states if digest in state.images]
+        owners = [state for state in self._states if digest in state.brought.images]
         assert owners, "rows of an image run in a pass of a request that has it"
-        image, info = owners[0].images[digest], owners[0].context.table.description.images
+        image, info = owners[0].brought.images[digest], owners[0].context.table.description.images
         assert info is not None
         for state in owners:
             try:
-                pixels = state.image(state.images[digest].constant)
+                pixels = state.brought.image(state.program, state.brought.images[digest].constant)
             except Exception as error:  # the edge between a user's tensor and the shared pass
                 if told_out_of_memory(error) is not None:
                     raise

@@ -277,7 +277,7 @@ class Shard:
             carried_bytes=self.links.bytes.sent - sent_before - hidden_bytes,
             gathered_bytes=self.links.bytes.gathered - gathered_before,
             gathered={state.program.request: state.gathered_bytes for state in states},
-            loaded={state.program.request: state.loaded_bytes for state in states if state.loaded_bytes},
+            loaded={one.program.request: one.brought.loaded_bytes for one in states if one.brought.loaded_bytes},
             seconds=watch.seconds,
             busy_seconds=watch.seconds - watch.seconds_of(Phase.WAITING),
             began=watch.began,

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
+from engine.brought import from_raw
 from engine.direct import DirectBackend, LocalShards
-from engine.fragments import from_raw
 from engine.module_state import ModuleState
 from engine.offload_folder import OffloadFolder
 from engine.ops import DTYPE_NAMES

@@ -113,7 +113,7 @@ class WholeShard:
             saved_bytes={state.program.request: state.sink.saved_bytes for state in states},
             carried_bytes=0,
             gathered_bytes=0,
-            loaded={state.program.request: state.loaded_bytes for state in states if state.loaded_bytes},
+            loaded={one.program.request: one.brought.loaded_bytes for one in states if one.brought.loaded_bytes},
             seconds=watch.seconds,
             busy_seconds=watch.seconds,
             began=watch.began,

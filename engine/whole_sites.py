@@ -25,7 +25,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from transformers import PreTrainedModel
 
 from engine.arguments import Arguments, Selector
-from engine.fragments import from_raw
+from engine.brought import from_raw
 from engine.known_integers import KnownIntegers, PlainLists
 from engine.leaves import first_argument
 from engine.module_state import attribute_tensors, kept_memory, settings_of

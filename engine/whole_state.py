@@ -62,19 +62,19 @@ class CallState(RequestState):
 
     def moment(self) -> Moment:
         """What it has now."""
-        return Moment(dict(self.values), list(self.fired), self.sink.saved_bytes, self.loaded_bytes)
+        return Moment(dict(self.values), list(self.fired), self.sink.saved_bytes, self.brought.loaded_bytes)
 
     def back_to(self, moment: Moment) -> None:
         """As if nothing had happened since then; what was saved is saved again."""
         self.values, self.fired = dict(moment.values), list(moment.fired)
-        self.sink.saved_bytes, self.loaded_bytes = moment.saved_bytes, moment.loaded_bytes
+        self.sink.saved_bytes, self.brought.loaded_bytes = moment.saved_bytes, moment.loaded_bytes
         self.failure = None
 
     def structure(self, invoke: int) -> Inputs:
         """The arguments of a call with dtype and shape in the place of tensors."""
         inputs = self.program.invokes[invoke].inputs
         assert inputs is not None, "the request was checked"
-        return structure_of(inputs, {name: _outline(self._constant(name)) for name in given_names(inputs)})
+        return structure_of(inputs, {name: _outline(self.constant(name)) for name in given_names(inputs)})
 
     def arguments(self, invoke: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a call is given: tensors of its own, so that code of the model may change them in place."""
@@ -91,7 +91,7 @@ class CallState(RequestState):
         return kept.detach().to(self.context.device)
 
     def _given(self, given: Given) -> Tensor:
-        return self._constant(given.name).clone()
+        return self.constant(given.name).clone()
 
     def run_at(self, fragment: Fragment, sides: Mapping[int, Side]) -> None:
         """Runs a fragment at a visit that calls have come to, each with its side of the module, by invoke."""
