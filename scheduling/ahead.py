@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from polytrace.images import num_before_images
 from scheduling.caches import Cache, Caches, SequenceId, drawing_cones
-from scheduling.forest import Kept, Placed, grow
+from scheduling.forest import Placed, Stored, grow
 from scheduling.plan import NOWHERE, PAGE, Cone, Edit, Program, TrunkId
 from scheduling.prefixes import Prefixes, untouched
 from scheduling.trunks import token_layers_of
@@ -40,7 +40,7 @@ class _Prompt:
     limit: int  # positions that may run ahead
     done: int = 0  # positions that are in the cache, or on their way
     found: int = 0  # that a prefix has
-    kept: Kept | None = None  # that it goes on from
+    kept: Stored | None = None  # that it goes on from
 
 
 class Ahead:
@@ -90,7 +90,7 @@ class Ahead:
         """Rows that may run ahead."""
         return sum(max(0, prompt.limit - self._reached(prompt)) for prompt in self._prompts)
 
-    def kept(self) -> Iterator[Kept]:
+    def kept(self) -> Iterator[Stored]:
         """What the next pass forks from."""
         for prompt in self._prompts:
             if prompt.kept is not None:
@@ -139,10 +139,10 @@ class Ahead:
         nowhere = (NOWHERE,) * self._num_layers
         return Cone(edits=(), needs=(stop,) * self._num_layers, head=(), inside=(*nowhere, NOWHERE), behind=nowhere)
 
-    def _kept(self, trunk: TrunkId, tokens: tuple[int, ...], edits: tuple[Edit, ...], domain: object) -> Kept:
+    def _kept(self, trunk: TrunkId, tokens: tuple[int, ...], edits: tuple[Edit, ...], domain: object) -> Stored:
         nowhere = (NOWHERE,) * self._num_layers
         stops = (len(tokens),) * self._num_layers
-        return Kept(trunk=trunk, tokens=tokens, edits=edits, domain=domain, stops=stops, outputs=nowhere)
+        return Stored(trunk=trunk, tokens=tokens, edits=edits, domain=domain, stops=stops, outputs=nowhere)
 
     def _spared(self) -> int:
         """What prefixes spare of the rows that the request would run alone."""

@@ -37,7 +37,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class Stored:
     """One sequence that has its rows in the store. `stops` and `outputs` as in `plan.Trunk`."""
 
     trunk: TrunkId
@@ -59,7 +59,7 @@ class Forest:
     used: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # per trunk: stops and outputs that its forks need
 
 
-def grow(sequences: Sequence[Placed], num_layers: int, trunks: Sequence[Kept] = ()) -> Forest:
+def grow(sequences: Sequence[Placed], num_layers: int, trunks: Sequence[Stored] = ()) -> Forest:
     """The forest of some sequences, and of trunks that they may fork from; deterministic.
 
     Segments of trunks that nobody forks from are left out.
@@ -104,7 +104,7 @@ class _Tree:
         domain: object,
         cone: Cone,
         num_layers: int,
-        kept: Kept | None = None,
+        kept: Stored | None = None,
     ) -> None:
         self.number = number
         self.length = len(tokens)

@@ -15,7 +15,7 @@ from polytrace.description import ModelDescription
 from scheduling.ahead import Ahead, Stretch
 from scheduling.caches import Cache
 from scheduling.checks import table_of
-from scheduling.forest import Forest, Kept, Placed, grow
+from scheduling.forest import Forest, Placed, Stored, grow
 from scheduling.generating import Generating, Row
 from scheduling.plan import (
     NO_ROWS,
@@ -144,7 +144,7 @@ class Packer:
             reruns=any(wave.reruns for wave in waves),
         )
 
-    def _grow(self, placed: list[Placed], kept: list[Kept]) -> Forest:
+    def _grow(self, placed: list[Placed], kept: list[Stored]) -> Forest:
         """Forks from caches share no rows of the pass above these: others may be better off without."""
         forest = grow(placed, self._num_layers, kept)
         others = [found for found in kept if found.trunk[1] >= 0]
@@ -281,11 +281,11 @@ def _trunks_before(one: Going) -> list[TrunkId]:
     return [(one.program.request, place) for place, trunk in enumerate(trunks) if trunk.wave < one.wave]
 
 
-def _found(one: Going) -> Iterable[Kept]:
+def _found(one: Going) -> Iterable[Stored]:
     """The trunks that a wave finds in the store."""
     for trunk_id in _trunks_before(one):
         trunk = one.program.trunks[trunk_id[1]]
-        yield Kept(
+        yield Stored(
             trunk=trunk_id,
             tokens=one.program.invokes[trunk.invoke].sequences[trunk.sequence],
             edits=trunk.edits,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from polytrace.description import ModelDescription
 from polytrace.graph import Invoke
-from scheduling.forest import Forest, Kept, Placed, grow
+from scheduling.forest import Forest, Placed, Stored, grow
 from scheduling.levels import Levels
 from scheduling.plan import NOWHERE, PROLOGUE, Cone, RequestId, Trunk, WaveRows
 from scheduling.waves import Run
@@ -159,9 +159,9 @@ def _candidates(
                 yield _Candidate(run.wave, run.invoke, place, tokens, cone, [0] * num_layers, [NOWHERE] * num_layers)
 
 
-def _as_kept(one: _Candidate, num_layers: int) -> Kept:
+def _as_kept(one: _Candidate, num_layers: int) -> Stored:
     """All of it: how much is kept follows from who forks from it."""
-    return Kept(
+    return Stored(
         trunk=(RequestId(""), 0),
         tokens=one.tokens,
         edits=one.cone.edits,

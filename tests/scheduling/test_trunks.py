@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from polytrace.description import Limits
 from scheduling.checks import table_of
-from scheduling.forest import Forest, Kept, Placed, grow
+from scheduling.forest import Forest, Placed, Stored, grow
 from scheduling.plan import NOWHERE, Edit, Program, RequestId, Segment
 from scheduling.trunks import extended
 from tests.scheduling.forests import LAYERS, placed, variants
@@ -21,8 +21,8 @@ US = "us"
 EVERYTHING = (NOWHERE,) * LAYERS
 
 
-def kept(sequence: Placed, number: int, stops: tuple[int, ...], outputs: tuple[int, ...]) -> Kept:
-    return Kept(
+def kept(sequence: Placed, number: int, stops: tuple[int, ...], outputs: tuple[int, ...]) -> Stored:
+    return Stored(
         trunk=(RequestId("r"), number),
         tokens=sequence.tokens,
         edits=sequence.cone.edits,
