@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from api.results import Results
-from polytrace.logs import MAX_LOG_BYTES
+from polytrace.graph import MAX_LOG_BYTES
 from scheduling.scheduler import Progress
 
 MAX_LOGS_BYTES = 262_144  # of all that a request has logged

@@ -1,7 +1,7 @@
 """What steps of a generation saved, as its events tell it: read from the result file that is being written.
 
-What a pass saved is in the file when the pass has ended. A value beyond `polytrace.logs.MAX_LOG_BYTES` is told with the
-range of its bytes in the result only, which can be asked for when the request is done.
+What a pass saved is in the file when the pass has ended. A value beyond `polytrace.graph.MAX_LOG_BYTES` is told with
+the range of its bytes in the result only, which can be asked for when the request is done.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from api.results import Read, Results
-from polytrace.logs import MAX_LOG_BYTES
+from polytrace.graph import MAX_LOG_BYTES
 from scheduling.plan import RequestId, SaveSlot
 
 

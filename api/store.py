@@ -1,4 +1,6 @@
-"""Where requests and results are kept: one SQLite file and a folder. The gateway and the controller share it.
+"""Where requests and results are kept: one SQLite file or PostgreSQL, and a folder or objects.
+
+The gateway and the controller share it. With SQLite and a folder alone:
 
     store.db                      states, checked facts, and the deployments (`api.catalogue`)
     requests/<id>.safetensors     as received; gone once the request has ended

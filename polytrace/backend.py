@@ -1,4 +1,4 @@
-"""What a `Model` talks to: a service over HTTP (`polytrace.client`) or shards in this process (`engine.local`)."""
+"""What a `Model` talks to: a service (`polytrace.http_backend`) or shards in this process (`engine.local`)."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from polytrace.constants import requires_gradients
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.given import MAX_DEPTH
 from polytrace.graph import DType, Given, Inputs
-from polytrace.leaves import requires_gradients
 from polytrace.literals import dtype_name, scalar
 from polytrace.storage import is_recorded, state_of
 from polytrace.tensors import DTYPES, RawTensor, num_bytes

@@ -70,6 +70,12 @@ class Constants:
         return name
 
 
+def requires_gradients(value: Any) -> bool:
+    """Whether it is a tensor of the user's that torch would give a gradient."""
+    is_kept = hasattr(type(value), "kept_tensor")  # whose attributes are those of a value
+    return not is_kept and bool(getattr(value, "requires_grad", False))
+
+
 def content(value: Any, where: str) -> tuple[str, tuple[int, ...], bytes | bytearray]:
     """Dtype, shape and a copy of the bytes: one that may be shared with a tensor where it is large."""
     if hasattr(value, "untyped_storage"):

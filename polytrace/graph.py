@@ -179,6 +179,7 @@ class Mask:
 
 
 LOG = "log"  # what the names of saves begin with that the user is told while the request runs
+MAX_LOG_BYTES = 16_384  # of one value of these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

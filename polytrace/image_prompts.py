@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from polytrace.constants import Constants
+from polytrace.constants import Constants, requires_gradients
 from polytrace.description import ImageInfo, ModelDescription
 from polytrace.errors import GraphError
 from polytrace.graph import Invoke
 from polytrace.image_checks import APART, are_apart, told_rows, why_none
 from polytrace.images import GRIDS, PIXELS, Image, image_row, inputs_of
-from polytrace.leaves import requires_gradients
 from polytrace.lines import user_line
 
 

@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from polytrace.storage import State
 
 
-def requires_gradients(value: Any) -> bool:
-    """Whether it is a tensor of the user's that torch would give a gradient."""
-    is_kept = hasattr(type(value), "kept_tensor")  # whose attributes are those of a value
-    return not is_kept and bool(getattr(value, "requires_grad", False))
-
-
 @dataclass(slots=True, eq=False)
 class Leaf:
     """One such tensor."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from polytrace.errors import GraphError, TooLargeError
+from polytrace.graph import MAX_LOG_BYTES
 from polytrace.lines import user_line
 from polytrace.storage import is_recorded, state_of
 from polytrace.tensors import itemsize
@@ -17,8 +18,6 @@ from polytrace.values import shape_of
 
 if TYPE_CHECKING:
     from polytrace.tracing import Tracer
-
-MAX_LOG_BYTES = 16_384  # of one value
 
 
 @dataclass(slots=True)

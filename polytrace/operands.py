@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from polytrace.constants import requires_gradients
 from polytrace.errors import GraphError
 from polytrace.grammar import nearest
 from polytrace.graph import Constant, DType, Operand, Ref
-from polytrace.leaves import requires_gradients
 from polytrace.literals import dtype_name, scalar
 from polytrace.storage import is_recorded, state_of
 from polytrace.tensors import VALUE_DTYPES

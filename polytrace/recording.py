@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from polytrace.certificate import ValueShape
 from polytrace.closings import Closings
-from polytrace.constants import Constants
+from polytrace.constants import Constants, requires_gradients
 from polytrace.description import ModelDescription, PassLayout
 from polytrace.edit_steps import encoder_nodes, steps_of_edit
 from polytrace.errors import GraphError
@@ -38,7 +38,6 @@ from polytrace.graph import (
 from polytrace.graph import operands as node_operands
 from polytrace.group_views import GroupViews
 from polytrace.in_place import InPlace
-from polytrace.leaves import requires_gradients
 from polytrace.lines import user_line
 from polytrace.literals import is_basic
 from polytrace.loops import OF_ALL_PROMPTS, Loops

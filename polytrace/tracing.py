@@ -393,7 +393,7 @@ class Tracer(Sending):
         self._invokes.append(self._goes_on(invoke))
         index = len(self._invokes) - 1
         for edit in self._edits:
-            edit.replay(self.recording, index, self.lengths_of(index))
+            self.recording.replay(edit.nodes, edit.constants, index, self.lengths_of(index))
             self.recording.labels.setdefault(edit.label)
         return index
 

@@ -1,7 +1,8 @@
 """A set of edits that later traces start from, as data: the graph of one invoke whose prompts are not there yet.
 
 Owns what such a graph may be, its bytes (those of a request, so the same checks hold), and where sets are kept by name.
-A later trace adds the nodes for each of its invokes (`Recording.replay`); shapes are checked then.
+A later trace adds the nodes for each of its invokes (`Recording.replay`); shapes are checked then. Nothing of recording
+is known here, so a service checks and keeps sets without it.
 """
 
 from __future__ import annotations
@@ -11,16 +12,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from polytrace.contents import with_digest
 from polytrace.errors import GraphError, NotFoundError, WireError
 from polytrace.graph import Call, Graph, Invoke, Node, Request, Save, Write
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_request, encode_request
-
-if TYPE_CHECKING:
-    from polytrace.recording import Recording
 
 _NOBODY = Invoke(sequences=((0,),))  # stands for the prompts of later traces
 
@@ -48,10 +46,6 @@ class EditSet:
                 f"changes in {changed}: read {module}.output, or start this trace without that adapter",
                 where=where,
             )
-
-    def replay(self, recording: Recording, invoke: int, lengths: Sequence[int]) -> None:
-        """Writes the edits for an invoke, at the begin of its program."""
-        recording.replay(self.nodes, self.constants, invoke, lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

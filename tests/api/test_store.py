@@ -22,8 +22,7 @@ from api.status import RequestState
 from api.store import Store
 from cluster.requests import DeploymentState, Finished, Published
 from polytrace.errors import CancelledError, CapacityError, RunError, ServiceError
-from polytrace.graph import NodeId
-from polytrace.logs import MAX_LOG_BYTES
+from polytrace.graph import MAX_LOG_BYTES, NodeId
 from scheduling.plan import RequestId, SaveSlot, ValueFacts
 from scheduling.receipts import Logged
 from scheduling.scheduler import Progress

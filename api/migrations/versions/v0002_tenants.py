@@ -17,7 +17,7 @@ def upgrade() -> None:
         sa.Column("created", sa.Double, nullable=False),
         sa.Column("disabled", sa.Integer, nullable=False, server_default="0"),
         sa.Column("weight", sa.Double, nullable=False, server_default="1"),
-        sa.Column("limits", sa.Text, nullable=False, server_default="{}"),  # JSON of `api.quotas.TenantLimits`
+        sa.Column("limits", sa.Text, nullable=False, server_default="{}"),  # JSON of `api.limits.TenantLimits`
         sa.Column("models", sa.Text),  # JSON list of the deployments that it may use; NULL: all
     )
     op.execute("INSERT INTO tenants (name, created) VALUES ('default', 0)")
