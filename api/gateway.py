@@ -168,7 +168,7 @@ class Gateway:
         self._deployments.ring()
         self._checker.start()
         with contextlib.suppress(AwayError):  # else each is secured when somebody is told of it
-            await to_thread.run_sync(self._store.received.keep_open)
+            await to_thread.run_sync(self._store.received.secure_open)
         with contextlib.suppress(AwayError):  # their room is given back another time
             self._store.contents.give_up_uploads()
         purging = asyncio.create_task(self._contents.purge_forever())
