@@ -12,8 +12,6 @@ from model_kinds import DIFFUSION, KINDS, seeded
 from programs import values_in_order
 from torch import Tensor, nn
 
-from api.deployment_routes import Deploy
-from cluster.config import DeploymentSpec
 from engine.whole_local import WholeBackend
 from polytrace.whole_model import WholeModel
 
@@ -107,12 +105,6 @@ def test_three_interventions_beside_neighbours_are_those_of_hooks_with_the_bits_
         merging.assert_by_hand(one, number, got)
         (alone,) = merging.run([(one, number)])
         assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(alone, got, strict=True))
-
-
-def test_a_service_merges_calls_unless_it_is_asked_not_to() -> None:
-    assert Deploy(source="model").merges_calls
-    assert DeploymentSpec(source="model", name="model").merges_calls
-    assert not Deploy.model_validate({"source": "model", "merges_calls": False}).merges_calls
 
 
 class Plain(nn.Module):
