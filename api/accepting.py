@@ -43,12 +43,12 @@ class Accepting(StoreParts):
         result_ttl_s: float = DEFAULT_RESULT_TTL_S,
         needs: Needs = NOTHING,
         submit: Submit | None = None,
-        is_kept: bool = True,
+        is_durable: bool = True,
     ) -> RequestStatus:
-        """Accepts a request whose file is durable and wakes the controller. `work`: as in `Claimed`.
-        `demand`: what it takes, as certified, which is held against the quotas of `terms`. `submit`: what it is known
-        by when it comes again. Unless it `is_kept` neither its file nor its row need be durable: `received.secure`
-        comes before anybody is told that it was accepted.
+        """Accepts a request whose file has arrived and wakes the controller; unless `is_durable`, `received.secure`
+        comes before anybody is told. `is_durable`: its file is on the disk, and its row is when this returns.
+        `work`: as in `Claimed`. `demand`: what it takes, as certified, which is held against the quotas of `terms`.
+        `submit`: what it is known by when it comes again.
 
         Raises CapacityError when the deployment has `max_open` unfinished requests already, or so many of this tenant,
         or it or the whole service takes none, QuotaError when the tenant has no more, NotFoundError when there is no
@@ -95,11 +95,11 @@ class Accepting(StoreParts):
                 db.execute("INSERT INTO facts (id, json) VALUES (?, ?)", (request, facts))
         except BaseException as error:
             if not (isinstance(error, AwayError) and error.may_be_done):
-                self.received.note_kept(request)
+                self.received.note_durable(request)
             raise
-        if is_kept:
+        if is_durable:
             self._db.settle()
-            self.received.note_kept(request)
+            self.received.note_durable(request)
         self.received.note_accepted(request)
         self.tally.count(figures.ACCEPTED, model, class_of(is_interactive))
         if is_start:

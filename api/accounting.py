@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from api.asking import HERE, Key, Url, quoted
 from api.console import errors
-from api.operations import HERE, Key, Service, Url
+from api.service_calls import Service
 
 
 def validate(
@@ -36,7 +37,7 @@ def validate(
                 raise NotFoundError(f"the service has {', '.join(names) or 'no deployments'}: name one with --model")
             model = names[0]
         with file.open("rb") as body:
-            plain = service.ask("POST", f"/v1/models/{model}/validate", content=body)
+            plain = service.ask("POST", f"/v1/models/{quoted(model)}/validate", content=body)
         certificate = from_json(Certificate, plain)
         print(json.dumps(plain) if as_json else certificate)
         if not certificate.is_admitted:
@@ -95,8 +96,8 @@ def limits(
                 if not number.isdecimal():
                     raise UserError(f"{one!r} is no limit: write token_layers=1000000")
                 wish[what] = int(number)
-            service.ask("PUT", f"/v1/models/{name}/limits", json=wish)
-        told = service.ask("GET", f"/v1/models/{name}/limits")
+            service.ask("PUT", f"/v1/models/{quoted(name)}/limits", json=wish)
+        told = service.ask("GET", f"/v1/models/{quoted(name)}/limits")
         for whose, own in ((f"tenant {told['tenant']}", told["tenants"]), (f"deployment {name}", told["deployments"])):
             known = {what: limit for what, limit in own.items() if limit is not None}
             print(f"{whose}: {', '.join(f'{what} {limit:,}' for what, limit in known.items()) or 'no limits'}")

@@ -129,7 +129,7 @@ class Admission:
         error: PolytraceError | None = None
         if verdict.error is not None:
             error = from_fields(verdict.error)
-        elif (line := next((one for one in terms.lines(verdict.demand) if not one.is_kept), None)) is not None:
+        elif (line := next((one for one in terms.lines(verdict.demand) if not one.is_within), None)) is not None:
             error = TooLargeError(_told(line))
         if error is None:
             return verdict
@@ -147,9 +147,11 @@ class Admission:
         *,
         is_interactive: bool = True,
         submit: Submit | None = None,
-        is_kept: bool = True,
+        is_durable: bool = True,
     ) -> RequestStatus:
-        """Stores a request whose file is durable; `is_kept`: as of `Store.add`, which says what is raised."""
+        """Accepts a request whose file has arrived; unless `is_durable`, `received.secure` comes before anybody is
+        told. Raises what `Store.add` does.
+        """
         assert verdict.facts is not None
         add = partial(
             self._store.add,
@@ -166,10 +168,10 @@ class Admission:
             result_ttl_s=self._settings.result_ttl_s,
             needs=verdict.needs,
             submit=submit,
-            is_kept=is_kept,
+            is_durable=is_durable,
         )
         try:
-            status = await (hop(add) if is_kept else self._bursts.accept(add))
+            status = await (hop(add) if is_durable else self._bursts.accept(add))
             about_call(request=request, accepted=request)
             return status
         except TooLargeError as error:
@@ -237,7 +239,7 @@ class Admission:
         return {
             names[line.what]: line.limit - line.used
             for line in lines
-            if line.what in names and line.limit is not None and not line.is_kept
+            if line.what in names and line.limit is not None and not line.is_within
         }
 
     async def _with_nearest(
@@ -316,7 +318,7 @@ def _has_quotas(terms: Terms) -> bool:
 
 
 def _told(line: LimitLine) -> str:
-    """A limit that is not kept, for people."""
+    """A limit that a request is not within, for people."""
     assert line.limit is not None
     if not line.what.endswith("_bytes"):
         return f"takes {line.needed:,} {MEANINGS[line.what]}, {line.whose} may take {line.limit:,} at once"

@@ -35,7 +35,7 @@ class Answers:
         """
         headers: dict[str, str] = {"X-Request-Id": status.id}
         if status.state.is_final:
-            self._store.received.note_kept(status.id)
+            self._store.received.note_durable(status.id)
         if status.state is RequestState.DONE and isinstance(self._store.results, ObjectResults):
             stored = await to_thread.run_sync(self._store.results.stored, status.id)
             return StoredResultResponse(stored, MEDIA_TYPE, headers)

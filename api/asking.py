@@ -13,8 +13,10 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
+from api.service_calls import Service
+
 Url = Annotated[str, typer.Option(envvar="POLYTRACE_URL", help="Of the service.")]
-UseKey = Annotated[str | None, typer.Option("--key", help="An own key; default: POLYTRACE_KEY.")]
+Key = Annotated[str | None, typer.Option("--key", help="An own key; default: POLYTRACE_KEY.")]
 InStore = Annotated[Path | None, typer.Option(help="Folder of a store of this machine, instead of a service.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 HERE = "http://127.0.0.1:8765"
@@ -23,7 +25,8 @@ HERE = "http://127.0.0.1:8765"
 class Asked(Protocol):
     """Answers calls; raises the errors that it answers with."""
 
-    def ask(self, method: str, path: str, **more: Any) -> Any: ...
+    def ask(self, method: str, path: str, **more: Any) -> Any:
+        """The JSON of an answer; None where it has no body."""
 
 
 def asked(url: str, key: str | None, store: Path | None) -> Asked:
@@ -32,15 +35,17 @@ def asked(url: str, key: str | None, store: Path | None) -> Asked:
         from api.at_the_store import AtTheStore
 
         return AtTheStore(store)
-    from api.operations import Service
-
     return Service(url, key)
 
 
 def quoted(name: str) -> str:
-    """A name as one part of a path."""
+    """A name as one part of a path. UserError for one that cannot be: the path with it would be another one."""
     from urllib.parse import quote
 
+    from polytrace.errors import UserError
+
+    if name in ("", ".", ".."):
+        raise UserError(f"{name!r} is nobody's name")
     return quote(name, safe="")
 
 

@@ -22,7 +22,7 @@ from api.keys import Keys
 from api.opening import database_of
 from api.tenant_routes import TenantRoutes
 from api.tenants import Tenants
-from polytrace.errors import from_fields
+from polytrace.http_calls import check, json_of
 
 
 class AtTheStore:
@@ -39,16 +39,14 @@ class AtTheStore:
         self._app.include_router(router)
 
     def ask(self, method: str, path: str, **more: Any) -> Any:
-        """The answer's JSON. Raises the errors that a service would answer with."""
+        """The JSON of an answer; None where it has no body. Raises the errors that a service would answer with."""
         return asyncio.run(self._ask(method, path, **more))
 
     async def _ask(self, method: str, path: str, **more: Any) -> Any:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(self._app), base_url="http://store") as client:
             answer = await client.request(method, path, **more)
-        body = answer.json() if answer.content else {}
-        if answer.status_code >= 400:
-            raise from_fields({"code": body["code"], "message": body["detail"]})
-        return body
+        check(answer)
+        return json_of(answer) if answer.content else None
 
 
 async def _identify(request: Request) -> None:

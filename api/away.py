@@ -10,6 +10,6 @@ class AwayError(CapacityError):
     asks again asks for what may be done twice.
     """
 
-    def __init__(self, message: str, *, may_be_done: bool = False, where: str | None = None) -> None:
-        super().__init__(message, where=where)
+    def __init__(self, message: str, *, may_be_done: bool = False) -> None:
+        super().__init__(message)
         self.may_be_done = may_be_done

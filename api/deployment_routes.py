@@ -1,6 +1,6 @@
 """The routes of deployments: which there are and what they serve, and, for operators, which there are to be.
 
-How long one stays loaded is `api.model_routes`.
+How long one stays loaded is `api.heat_routes`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from api.operations import Service
+from api.service_calls import Service
 from polytrace.errors import ForbiddenError, KeyRefusedError, PolytraceError
 
 _GIB = 1 << 30

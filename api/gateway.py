@@ -22,18 +22,18 @@ from api.answers import Answers
 from api.away import AwayError
 from api.bodies import LimitedBodies
 from api.callers import check_role
+from api.content_routes import ContentRoutes
 from api.deployment_routes import DeploymentRoutes
 from api.document import describe
 from api.drain_routes import DrainRoutes
 from api.edit_routes import EditRoutes
 from api.event_routes import EventRoutes, cancel_soon
 from api.expiry import Expiry
+from api.heat_routes import HeatRoutes
 from api.idempotency import Returning
-from api.keeping import KeepingRoutes
 from api.key_routes import KeyRoutes
 from api.log_lines import about_call
 from api.metric_routes import MeasuredCalls, MetricRoutes
-from api.model_routes import ModelRoutes
 from api.oidc import Provider
 from api.openai_errors import openai_route
 from api.openai_routes import OpenAIRoutes
@@ -91,7 +91,7 @@ class Gateway:
         self._openai = OpenAIRoutes(
             store, checker, self._deployments, self._waiting, self._streams, self._admission, self._returning
         )
-        self._keeping = KeepingRoutes(store.contents, self._admission, upload_idle_s=settings.upload_idle_s)
+        self._contents = ContentRoutes(store.contents, self._admission, upload_idle_s=settings.upload_idle_s)
 
     def app(self) -> FastAPI:
         app = FastAPI(
@@ -114,8 +114,8 @@ class Gateway:
         self._events.add_to(v1)
         self._edits.add_to(v1)
         UsageRoutes(self._store, self._admission).add_to(v1)
-        ModelRoutes(self._store).add_to(v1)
-        self._keeping.add_to(v1)
+        HeatRoutes(self._store).add_to(v1)
+        self._contents.add_to(v1)
         self._keys.add_to(v1)
         self._tenants.add_to(v1)
         PurgeRoutes(self._store).add_to(v1)
@@ -168,10 +168,10 @@ class Gateway:
         self._deployments.ring()
         self._checker.start()
         with contextlib.suppress(AwayError):  # else each is secured when somebody is told of it
-            await to_thread.run_sync(self._store.received.keep_open)
+            await to_thread.run_sync(self._store.received.secure_open)
         with contextlib.suppress(AwayError):  # their room is given back another time
             self._store.contents.give_up_uploads()
-        purging = asyncio.create_task(self._keeping.purge_forever())
+        purging = asyncio.create_task(self._contents.purge_forever())
         expiring = asyncio.create_task(self._expiry.run_forever())
         noting = asyncio.create_task(self._access.note_forever())
         refusing = asyncio.create_task(self._refusals.write_forever())

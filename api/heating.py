@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from api.database import Database, Transaction
@@ -159,6 +159,3 @@ def _heat_up(db: Transaction, model: str, now: float) -> None:
         "UPDATE deployments SET heat = 'hot', heat_why = '', heat_since = ? WHERE model = ? AND heat <> 'hot'",
         (now, model),
     )
-
-
-NAMES = tuple(field.name for field in fields(Keeping))

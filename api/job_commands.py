@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from api.asking import HERE, AsJson, Url, UseKey, quoted, show, when
+from api.asking import HERE, AsJson, Key, Url, quoted, show, when
 from api.console import errors
+from api.service_calls import Service
 
 jobs = typer.Typer(no_args_is_help=True, help="List, show and cancel requests, and fetch their results.")
 
@@ -25,12 +26,10 @@ def list_(
     limit: Annotated[int, typer.Option(min=1, help="Of the newest.")] = 50,
     as_json: AsJson = False,
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
 ) -> None:
     """List one's requests, the newest first; an operator's list has everyone's."""
     with errors():
-        from api.operations import Service
-
         wish = {"state": state, "model": model, "tenant": tenant, "user": user}
         found = _pages(Service(url, key), {name: value for name, value in wish.items() if value is not None}, limit)
         columns = {
@@ -47,20 +46,16 @@ def list_(
 
 
 @jobs.command("show")
-def show_(job: Job, url: Url = HERE, key: UseKey = None) -> None:
+def show_(job: Job, url: Url = HERE, key: Key = None) -> None:
     """Show all that is known of a request, as JSON."""
     with errors():
-        from api.operations import Service
-
         print(json.dumps(Service(url, key).ask("GET", f"/v1/requests/{quoted(job)}"), indent=2))
 
 
 @jobs.command()
-def cancel(job: Job, url: Url = HERE, key: UseKey = None) -> None:
+def cancel(job: Job, url: Url = HERE, key: Key = None) -> None:
     """Cancel a request that has not ended: one that waits at once, one that runs after its pass."""
     with errors():
-        from api.operations import Service
-
         told = Service(url, key).ask("DELETE", f"/v1/requests/{quoted(job)}")
         is_asked = told["state"] == "running"
         typer.echo(f"{job} is {'running, and asked to end' if is_asked else told['state']}", err=True)
@@ -71,12 +66,10 @@ def result(
     job: Job,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: ID.safetensors.")] = None,
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
 ) -> None:
     """Fetch the result of a request that is done, into a safetensors file."""
     with errors():
-        from api.operations import Service
-
         path = output or Path(f"{job}.safetensors")
         num_bytes = Service(url, key).download(f"/v1/requests/{quoted(job)}/result", path)
         typer.echo(f"{path}: {num_bytes} bytes", err=True)

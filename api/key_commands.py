@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api.asking import HERE, AsJson, InStore, Url, UseKey, asked, quoted, show, when
+from api.asking import HERE, AsJson, InStore, Key, Url, asked, quoted, show, when
 from api.console import errors
 
 keys = typer.Typer(no_args_is_help=True, help="Make, list, revoke and rotate keys.")
@@ -25,7 +25,7 @@ def make(
     label: Annotated[str, typer.Option(help="What it is for.")] = "",
     expires: Annotated[str | None, typer.Option(metavar="TIME", help="How long it is good: 90d, 12h.")] = None,
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
     store: InStore = None,
 ) -> None:
     """Make a key and print it, alone on standard output: it cannot be shown again."""
@@ -44,7 +44,7 @@ def list_(
     user: Annotated[str | None, typer.Option(help="Only of this one.")] = None,
     as_json: AsJson = False,
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
     store: InStore = None,
 ) -> None:
     """List one's keys; an operator's list has everyone's."""
@@ -63,7 +63,7 @@ def list_(
 
 
 @keys.command()
-def revoke(prefix: Prefix, url: Url = HERE, key: UseKey = None, store: InStore = None) -> None:
+def revoke(prefix: Prefix, url: Url = HERE, key: Key = None, store: InStore = None) -> None:
     """Refuse a key from now on."""
     with errors():
         asked(url, key, store).ask("DELETE", f"/v1/keys/{quoted(prefix)}")
@@ -75,7 +75,7 @@ def rotate(
     prefix: Prefix,
     grace: Annotated[str, typer.Option(metavar="TIME", help="How long the old one goes on: 24h.")] = "0s",
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
     store: InStore = None,
 ) -> None:
     """Put a new key in the place of one and print it; the old one is refused from now on, or after --grace."""

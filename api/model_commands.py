@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from api import operations
-from api.asking import AsJson, quoted, show, when
+from api.asking import HERE, AsJson, Key, Url, quoted, show, when
 from api.console import errors
 from api.deployment_flags import DeploymentFlags, takes_deployment
-from api.operations import HERE, Entry, Key, Name, Service, Url, Wait
+from api.operations import Name, Wait
+from api.service_calls import Entry, Service
 
 models = typer.Typer(no_args_is_help=True, help="Deploy, list, load, evict, pin, schedule and remove deployments.")
 

@@ -6,28 +6,21 @@ the following, not the deployment.
 
 from __future__ import annotations
 
-import os
 import time
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from api.asking import HERE, Key, Url, quoted
 from api.console import errors, progress
 from api.deployment_flags import DeploymentFlags, takes_deployment
+from api.service_calls import LOOK_S, Entry, Service
 from cluster.config import DeploymentSpec
 
-Url = Annotated[str, typer.Option(envvar="POLYTRACE_URL", help="Of the service.")]
-Key = Annotated[str | None, typer.Option(help="The service's key; default: POLYTRACE_KEY.")]
 Wait = Annotated[bool, typer.Option(help="Follow it until it is so.")]
 Name = Annotated[str, typer.Argument(help="Name of the deployment.")]
-Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
-
-HERE = "http://127.0.0.1:8765"
-_LOOK_S = 0.5
 
 
 @takes_deployment
@@ -49,9 +42,9 @@ def put(service: Service, spec: DeploymentSpec, *, wait: bool, keeping: Mapping[
     """Deploys it; with `keeping` how long it is to stay loaded."""
     wish = asdict(spec)
     name = wish.pop("name")
-    service.ask("PUT", f"/v1/models/{name}", json=wish)
+    service.ask("PUT", f"/v1/models/{quoted(name)}", json=wish)
     if keeping:
-        service.ask("PATCH", f"/v1/models/{name}/keeping", json=dict(keeping))
+        service.ask("PATCH", f"/v1/models/{quoted(name)}/keeping", json=dict(keeping))
     if wait:
         service.follow(name, f"deploying {name}", lambda entry: entry is not None and bool(entry["is_ready"]))
 
@@ -74,7 +67,7 @@ def drain(
         if name is None:
             _drain_all(service, wait)
             return
-        service.ask("POST", f"/v1/models/{name}/drain")
+        service.ask("POST", f"/v1/models/{quoted(name)}/drain")
         if wait:
             service.follow(name, f"draining {name}", is_drained)
 
@@ -96,7 +89,7 @@ def remove(
     """Let a deployment finish what it has, then end its shards and forget it."""
     with errors():
         service = Service(url, key)
-        service.ask("DELETE", f"/v1/models/{name}", params={"now": now})
+        service.ask("DELETE", f"/v1/models/{quoted(name)}", params={"now": now})
         if wait:
             service.follow(name, f"removing {name}", lambda entry: entry is None)
 
@@ -118,7 +111,7 @@ def resize(
 
     with errors():
         service = Service(url, key)
-        service.ask("PATCH", f"/v1/models/{name}", json={"replicas": replicas})
+        service.ask("PATCH", f"/v1/models/{quoted(name)}", json={"replicas": replicas})
         if wait:
             service.follow(name, f"{name} gets {replicas} replicas", is_so)
 
@@ -161,7 +154,7 @@ def _drain_all(service: Service, wait: bool) -> None:
             if (now := f"{told['running']} requests run and {told['queued']} wait") != line:
                 line = now
                 report(line)
-            time.sleep(_LOOK_S)
+            time.sleep(LOOK_S)
             told = service.ask("GET", "/v1/drain")
         report("the service is drained" if told["queued"] + told["running"] == 0 else "the service is draining")
 
@@ -169,87 +162,3 @@ def _drain_all(service: Service, wait: bool) -> None:
 def first_line(text: str) -> str:
     """Of an error that others made: theirs are long."""
     return text.strip().partition("\n")[0]
-
-
-class Service:
-    """A service from outside. Its problems are raised as the errors that they were."""
-
-    def __init__(self, url: str, key: str | None) -> None:
-        from polytrace.http_calls import make_client
-
-        self._url = url.rstrip("/")
-        self._client = make_client(self._url, key or os.environ.get("POLYTRACE_KEY"))
-        weakref.finalize(self, self._client.close)
-
-    def ask(self, method: str, path: str, **more: Any) -> Any:
-        import httpx
-
-        from polytrace.errors import ServiceError, from_fields
-
-        try:
-            answer = self._client.request(method, path, **more)
-        except httpx.HTTPError as error:
-            raise ServiceError(f"no service answers at {self._url}: {error}") from error
-        body = answer.json() if "json" in answer.headers.get("content-type", "") else {}
-        if answer.status_code >= 400:
-            told = body.get("detail", f"{self._url} answered {answer.status_code}")
-            raise from_fields({"code": body.get("code", ""), "message": told})
-        return body
-
-    def headers(self, path: str) -> dict[str, str]:
-        """What a path's answer has beside its body, by lower-case names."""
-        from polytrace.http_calls import call
-
-        return {name.lower(): value for name, value in call(self._client, self._url, "GET", path).headers.items()}
-
-    def text(self, path: str, **more: Any) -> str:
-        """What a path has as text."""
-        from polytrace.http_calls import call
-
-        return call(self._client, self._url, "GET", path, **more).text
-
-    def download(self, path: str, to: Path) -> int:
-        """Writes a result into a file, which is whole or not there. Its bytes. ConflictError while there is none."""
-        import httpx
-
-        from polytrace.errors import ConflictError, ServiceError
-        from polytrace.http_calls import check
-
-        part = to.with_name(f"{to.name}.part")
-        try:
-            with self._client.stream("GET", path) as answer:
-                check(answer)
-                if answer.status_code == 202:
-                    answer.read()
-                    told = answer.json()
-                    raise ConflictError(f"{told['id']} is {told['state']}: there is no result yet; ask again later")
-                with part.open("wb") as file:
-                    for piece in answer.iter_bytes(4 << 20):
-                        file.write(piece)
-            part.replace(to)
-        except httpx.HTTPError as error:
-            raise ServiceError(f"the result did not come whole from {self._url}: {error}") from error
-        finally:
-            part.unlink(missing_ok=True)
-        return to.stat().st_size
-
-    def deployments(self) -> list[Entry]:
-        return list(self.ask("GET", "/v1/models")["models"])
-
-    def follow(self, name: str, first: str, is_so: Callable[[Entry | None], bool]) -> None:
-        """Shows how a deployment gets on until it is what was asked for. ServiceError when it has failed."""
-        from polytrace.errors import ServiceError
-
-        told = ""
-        with progress(first) as report:
-            while True:
-                entry = next((one for one in self.deployments() if one["name"] == name), None)
-                line = "gone" if entry is None else f"{entry['state']}: {entry['progress']}"
-                if line != told:
-                    told = line
-                    report(line)
-                if is_so(entry):
-                    return
-                if entry is None or entry["state"] == "failed":
-                    raise ServiceError(f"{name} is {line}")
-                time.sleep(_LOOK_S)

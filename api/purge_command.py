@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from api.asking import HERE, Key, Url, quoted
 from api.console import errors
-from api.operations import HERE, Key, Service, Url
+from api.service_calls import Service
 
 
 def purge(
@@ -25,6 +26,6 @@ def purge(
         typer.confirm(f"Everything that {whose} has on {url} goes for good. Go on?", abort=True)
     with errors():
         wish = {"cancel": cancel, "usage": everything} | ({} if user is None else {"user": user})
-        gone = Service(url, key).ask("DELETE", f"/v1/tenants/{tenant}/data", params=wish)
+        gone = Service(url, key).ask("DELETE", f"/v1/tenants/{quoted(tenant)}/data", params=wish)
         told = ", ".join(f"{gone[what]} {what}" for what in ("requests", "contents", "kept", "edits", "usage"))
         print(f"{whose}: {told}; {gone['num_bytes']} bytes of contents and edits")

@@ -26,8 +26,8 @@ class Received:
         self._objects = objects
         self._syncers = syncers
         self._put: set[RequestId] = set()  # that this process has put among the objects and not accepted yet
-        self._unkept: set[RequestId] = set()  # that were accepted here and may not be on the disk yet
-        self._are_open_kept = False  # whether all that this process found are on the disk
+        self._not_durable: set[RequestId] = set()  # that were accepted here and may not be on the disk yet
+        self._are_open_durable = False  # whether all that this process found are on the disk
 
     def path(self, request: RequestId) -> Path:
         """Where the gateway writes a request as it arrives. Unless it is accepted it is swept at the next start."""
@@ -44,11 +44,11 @@ class Received:
 
     def begin(self, request: RequestId) -> None:
         """It is about to be accepted, and may not be on the disk then."""
-        self._unkept.add(request)
+        self._not_durable.add(request)
 
-    def note_kept(self, *requests: RequestId) -> None:
+    def note_durable(self, *requests: RequestId) -> None:
         """They, or their ends, are on the disk, or they were not accepted: `secure` has nothing to do."""
-        self._unkept.difference_update(requests)
+        self._not_durable.difference_update(requests)
 
     def note_accepted(self, request: RequestId) -> None:
         """Its object stays."""
@@ -56,21 +56,21 @@ class Received:
 
     def secure(self, request: RequestId) -> None:
         """The request is on the disk; or its end is."""
-        if request in self._unkept or not self._are_open_kept:
+        if request in self._not_durable or not self._are_open_durable:
             if self._objects is None:  # else it was put there already
                 with contextlib.suppress(FileNotFoundError):
                     self.sync(request)
             self._db.settle()
-            self._unkept.discard(request)
+            self._not_durable.discard(request)
 
-    def keep_open(self) -> None:
+    def secure_open(self) -> None:
         """All requests that wait or run are on the disk: a process before this one may have told nobody of some."""
         if self._objects is None:
             rows = self._db.rows("SELECT id FROM requests WHERE state IN ('queued', 'running')")
             list(self._syncers.map(self._sync_if_there, [RequestId(row[0]) for row in rows]))
             sync(self._folder)
         self._db.settle()
-        self._are_open_kept = True
+        self._are_open_durable = True
 
     def discard(self, request: RequestId) -> None:
         """Drops a received file that was not accepted."""

@@ -35,6 +35,7 @@ from api import figures, usage
 from api.accepting import Accepting
 from api.ending import Ending
 from api.handover import Handover
+from api.results import FileResults
 from api.status import RequestState, RequestStatus, news, statuses
 from api.sweeping import Sweeping
 from api.telling import tell_pass
@@ -75,8 +76,11 @@ class Store(Accepting, Handover, Ending, Sweeping):
         return usage.usage_of(self._db, month, tenant, user)
 
     def result_path(self, request: RequestId) -> Path:
-        """The result, where it is a file; complete when the state says done, and not to be read before."""
-        return self._results / f"{request}.safetensors"
+        """The result's file; complete when the state says done, and not to be read before. Of a store without a place
+        of objects.
+        """
+        assert isinstance(self.results, FileResults)
+        return self.results.path(request)
 
     def bring_events(self, request: RequestId) -> None:
         """The events of a request that has ended are at hand, if it has any, though another machine wrote them."""

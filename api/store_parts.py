@@ -16,7 +16,7 @@ from api.audit import Audit
 from api.catalogue import Catalogue
 from api.clock import SteadyClock
 from api.contents import Contents
-from api.database import open_database
+from api.database import Database, open_database
 from api.doorbell import Doorbell
 from api.draining import Drain
 from api.edits import KeptEdits
@@ -68,7 +68,6 @@ class StoreParts(Catalogue):
         self.events_bell = Doorbell(self.folder / "events.bell")  # rung at every step: it costs the gateway little
         opened = open_database(database or f"sqlite:///{self.folder / 'store.db'}")
         super().__init__(opened, ring_controller=self.controller_bell.ring, ring_gateway=self.gateway_bell.ring)
-        self.database = opened
         self.tenants, self.keys = Tenants(opened, self.now), Keys(opened, self.now)
         self.audit = Audit(opened, self.now)
         self.edits = KeptEdits(opened)
@@ -115,6 +114,11 @@ class StoreParts(Catalogue):
     def request_path(self, request: RequestId) -> Path:
         """A request as it was received."""
         return self.received.path(request)
+
+    @property
+    def database(self) -> Database:
+        """For those who ask more than the store's own methods do."""
+        return self._db
 
     @property
     def _requests(self) -> Path:

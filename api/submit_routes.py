@@ -74,11 +74,11 @@ class SubmitRoutes:
         request_id = self._store.new_id()
         about_call(request=request_id)
         # who waits is told nothing before the end, which is durable; or else what `Answers` secures first
-        is_kept = preferred_wait(request, self._settings.max_wait_s) <= 0 or self._store.objects is not None
+        is_durable = preferred_wait(request, self._settings.max_wait_s) <= 0 or self._store.objects is not None
         try:
             await self._receive(request_id, request, served, terms)
             checked = self._admission.checked(request_id, served, caller, terms)
-            if is_kept:
+            if is_durable:
                 verdict, _ = await asyncio.gather(checked, to_thread.run_sync(self._store.received.sync, request_id))
             else:
                 verdict = await checked
@@ -90,7 +90,7 @@ class SubmitRoutes:
             raise
         expected = self._waiting.expect(request_id)
         try:
-            status = await self._accepted(request_id, served, request, terms, verdict, is_waited_for, is_kept)
+            status = await self._accepted(request_id, served, request, terms, verdict, is_waited_for, is_durable)
             return await self._followed(status, request, expected if status.id == request_id else None)
         finally:
             self._waiting.give_up(request_id, expected)
@@ -132,7 +132,7 @@ class SubmitRoutes:
         terms: Terms,
         verdict: Verdict,
         is_waited_for: bool,
-        is_kept: bool,
+        is_durable: bool,
     ) -> RequestStatus:
         """The request, in the store; or how the one does that was accepted by its key at the same time."""
         caller, key = caller_of(request), key_of(request)
@@ -146,7 +146,7 @@ class SubmitRoutes:
                 verdict,
                 is_interactive=is_waited_for,
                 submit=submit,
-                is_kept=is_kept,
+                is_durable=is_durable,
             )
         except PolytraceError as error:
             if not (isinstance(error, AwayError) and error.may_be_done):  # else a sweep sees whether it was accepted

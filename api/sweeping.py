@@ -48,7 +48,7 @@ class Sweeping(StoreParts):
                 db.executemany(f"DELETE FROM requests WHERE id = ? AND {IS_OVER}", some)
                 db.executemany("DELETE FROM idempotency WHERE request = ?", some)
                 drop_fresh(db, [one for (one,) in some])
-        self.received.note_kept(*old)
+        self.received.note_durable(*old)
         return old
 
     def remove_files(self, requests: Iterable[RequestId]) -> None:

@@ -48,14 +48,12 @@ def tell_ended(tally: Tally, ended: Ended, now: float) -> None:
         tally.count(figures.TOKEN_LAYERS_SAVED, model, by=max(0, end.token_layers_alone - end.token_layers))
 
 
-def tell_end(tally: Tally, model: str, kind: str, error: PolytraceError | None, *, number: int = 1) -> None:
-    """So many requests of a class ended."""
-    if number == 0:
-        return
+def tell_end(tally: Tally, model: str, kind: str, error: PolytraceError | None) -> None:
+    """A request of a class ended."""
     state = "done" if error is None else "cancelled" if isinstance(error, CancelledError) else "failed"
-    tally.count(figures.ENDED, model, state, kind, by=number)
+    tally.count(figures.ENDED, model, state, kind)
     if error is not None:
-        tally.count(figures.ERRORS, model, error.code, by=number)
+        tally.count(figures.ERRORS, model, error.code)
 
 
 def tell_pass(tally: Tally, model: str, told: PassFigures) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api.asking import HERE, AsJson, InStore, Url, UseKey, asked, quoted, show, when
+from api.asking import HERE, AsJson, InStore, Key, Url, asked, quoted, show, when
 from api.console import errors
 
 tenants = typer.Typer(no_args_is_help=True, help="Add, change, list and remove tenants and their users.")
@@ -28,7 +28,7 @@ def add(
     model: Models = None,
     limit: Limits = None,
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
     store: InStore = None,
 ) -> None:
     """Add a tenant. Without --model it may use every deployment."""
@@ -45,7 +45,7 @@ def set_(
     limit: Limits = None,
     disable: Annotated[bool | None, typer.Option("--disable/--enable", help="Whether its keys are refused.")] = None,
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
     store: InStore = None,
 ) -> None:
     """Change what is named; the rest stays."""
@@ -59,7 +59,7 @@ def set_(
 
 
 @tenants.command("list")
-def list_(as_json: AsJson = False, url: Url = HERE, key: UseKey = None, store: InStore = None) -> None:
+def list_(as_json: AsJson = False, url: Url = HERE, key: Key = None, store: InStore = None) -> None:
     """List the tenants."""
     with errors():
         columns = {
@@ -72,14 +72,14 @@ def list_(as_json: AsJson = False, url: Url = HERE, key: UseKey = None, store: I
 
 
 @tenants.command()
-def remove(tenant: Tenant, url: Url = HERE, key: UseKey = None, store: InStore = None) -> None:
+def remove(tenant: Tenant, url: Url = HERE, key: Key = None, store: InStore = None) -> None:
     """Forget a tenant, its users and keys, once nothing of its is stored."""
     with errors():
         asked(url, key, store).ask("DELETE", f"/v1/tenants/{quoted(tenant)}")
 
 
 @tenants.command()
-def users(tenant: Tenant, as_json: AsJson = False, url: Url = HERE, key: UseKey = None, store: InStore = None) -> None:
+def users(tenant: Tenant, as_json: AsJson = False, url: Url = HERE, key: Key = None, store: InStore = None) -> None:
     """List a tenant's users."""
     with errors():
         columns = {
@@ -97,7 +97,7 @@ def user(
     role: Annotated[str | None, typer.Option(help="user, monitor or operator.")] = None,
     disable: Annotated[bool | None, typer.Option("--disable/--enable", help="Whether the keys are refused.")] = None,
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
     store: InStore = None,
 ) -> None:
     """Make a user, or change what is named of one."""
@@ -111,7 +111,7 @@ def audit(
     before: Annotated[int | None, typer.Option(help="Those in front of this number.")] = None,
     as_json: AsJson = False,
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
     store: InStore = None,
 ) -> None:
     """Show what operators did, and users with their keys."""

@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from api.asking import HERE, AsJson, Url, UseKey
+from api.asking import HERE, AsJson, Key, Url
 from api.console import errors
+from api.service_calls import Service
 
 
 def doctor(
@@ -19,12 +20,11 @@ def doctor(
     store: Annotated[Path, typer.Option(help="Folder that a service's store is in, or will be.")] = Path("."),
     as_json: AsJson = False,
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
 ) -> None:
     """Check this machine and a running service; each finding says what to do. Exit code 1 when something fails."""
     with errors():
         from api.doctor import Finding, Grade, machine_findings, service_findings, worst
-        from api.operations import Service
 
         found: list[Finding] = []
         sources = [machine_findings(store)]
@@ -49,14 +49,13 @@ def top(
     every: Annotated[float, typer.Option(min=0.2, help="Seconds that are measured.")] = 2.0,
     as_json: AsJson = False,
     url: Url = HERE,
-    key: UseKey = None,
+    key: Key = None,
 ) -> None:
     """Show queues, rates, users per pass, what sharing saves and who uses most, from /metrics. For operators."""
     with errors():
         from rich.console import Console
         from rich.live import Live
 
-        from api.operations import Service
         from api.top import Sample, Top, rendered
 
         service = Service(url, key)

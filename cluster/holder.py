@@ -9,7 +9,6 @@ A plain class; `cluster.warmth` makes it remote on the nodes. Knows nothing of m
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,7 +44,6 @@ class Holder:
         self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
         for name in ("mlock", "munmap"):
             getattr(self._libc, name).argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        self._libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
         self._mapped: list[tuple[int, int]] = []  # addresses and bytes
 
     def hold(self, paths: Iterable[str]) -> Held:
@@ -59,17 +57,6 @@ class Holder:
         for path, size in sizes.items():
             is_locked &= size == 0 or self._map(path, size)
         return Held(num_bytes=num_bytes, is_locked=is_locked)
-
-    def resident_bytes(self) -> int:
-        """Of what is held: as much as is in memory now."""
-        pages = 0
-        for address, size in self._mapped:
-            number = -(-size // mmap.PAGESIZE)
-            found = (ctypes.c_ubyte * number)()
-            if self._libc.mincore(address, size, found) != 0:
-                raise ServiceError(f"the memory cannot be looked at: {os.strerror(ctypes.get_errno())}")
-            pages += bytes(found).count(1)
-        return pages * mmap.PAGESIZE
 
     def beat(self) -> None:
         """Answers: it is there."""

@@ -89,7 +89,7 @@ class LimitLine:
     whose: str  # "tenant lab" or "deployment tinyworld"
 
     @property
-    def is_kept(self) -> bool:
+    def is_within(self) -> bool:
         return self.limit is None or self.used + self.needed <= self.limit
 
 

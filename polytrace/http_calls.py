@@ -32,7 +32,7 @@ def call(client: httpx.Client, url: str, method: str, path: str, **more: Any) ->
     """The answer, read whole. Raises the service's own error, or ServiceError when nobody answers."""
     try:
         response = client.request(method, path, **more)
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         raise unreachable(url, error) from error
     check(response)
     return response
@@ -63,10 +63,15 @@ def persistently(
 
 def get_json(client: httpx.Client, url: str, path: str) -> Any:
     """The JSON at a path. Raises as `call` does."""
+    return json_of(call(client, url, "GET", path))
+
+
+def json_of(response: httpx.Response) -> Any:
+    """The JSON of an answer. ServiceError when it is none."""
     try:
-        return call(client, url, "GET", path).json()
+        return response.json()
     except ValueError as error:
-        raise ServiceError(f"{url}{path} does not answer as a polytrace service does") from error
+        raise ServiceError(f"{response.request.url} does not answer as a polytrace service does") from error
 
 
 def timeout(wait_s: float) -> httpx.Timeout:

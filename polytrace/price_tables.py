@@ -82,7 +82,7 @@ def _told(line: LimitLine) -> str:
     used = f", {line.used:,} used" if line.used else ""
     if line.limit is None:
         return f"{line.needed:,}; no limit"
-    return f"{line.needed:,} of {line.limit:,}{used} ({line.whose}){'' if line.is_kept else '  <- too much'}"
+    return f"{line.needed:,} of {line.limit:,}{used} ({line.whose}){'' if line.is_within else '  <- too much'}"
 
 
 def _aligned(lines: Iterable[tuple[str, str]]) -> str:

@@ -211,8 +211,8 @@ def test_validate_tells_limits_and_whether_it_would_be_taken(world: World) -> No
     fits, beyond = world.validate(together(2)), world.validate(together(16))
     assert fits.is_admitted and not beyond.is_admitted
     assert {line.what for line in fits.limits} == {"token_layers", "tokens_a_day", "requests_in_flight"}
-    assert all(line.is_kept for line in fits.limits)
-    assert [line.what for line in beyond.limits if not line.is_kept] == ["token_layers"]
+    assert all(line.is_within for line in fits.limits)
+    assert [line.what for line in beyond.limits if not line.is_within] == ["token_layers"]
     assert beyond.refusal == world.refusal(together(16)) and "6 of these 16 prompts would fit" in beyond.refusal
     assert "would be taken now" in str(fits) and "would be refused" in str(beyond)
 

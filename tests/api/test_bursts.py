@@ -35,7 +35,7 @@ def call(store: Store, **how: Any) -> tuple[RequestId, Callable[[], RequestStatu
     """A request, and what accepts it."""
     request = store.new_id()
     store.request_path(request).write_bytes(b"request")
-    given: dict[str, Any] = {"facts": b"[]", "work": 1, "max_open": 1000, "is_kept": False} | how
+    given: dict[str, Any] = {"facts": b"[]", "work": 1, "max_open": 1000, "is_durable": False} | how
     return request, partial(store.add, request, "m", **given)
 
 

@@ -41,7 +41,7 @@ def test_a_service_that_is_not_there_is_one_line() -> None:
     listener.close()
     answer = polytrace("status", f"http://127.0.0.1:{port}")
     assert answer.returncode == 1
-    assert "no service answers" in answer.stderr and "Traceback" not in answer.stderr
+    assert "no answer from http://127.0.0.1" in answer.stderr and "Traceback" not in answer.stderr
     by_variable = polytrace("status", POLYTRACE_URL=f"http://127.0.0.1:{port}")
     assert by_variable.stderr == answer.stderr, "POLYTRACE_URL is --url where that is not given"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from gateways import Agreeable, GatewayService, body, description_of_nothing, wait_until
 from typer.testing import CliRunner
 
-from api import doctor
+from api import doctor, figures
 from api.commands import app
 from api.doctor import Finding, Grade, worst
 from api.identity import LOCAL
@@ -96,8 +95,12 @@ def test_top_tells_what_went_on_meanwhile(service: GatewayService) -> None:
     ids = [RequestId(service.http.post("/v1/models/m/requests", content=body()).json()["id"]) for _ in range(5)]
     assert len(service.store.claim("m", 4)) == 4
 
+    def scrapes() -> float:
+        told = service.store.tally.spreads(figures.HTTP).items()
+        return sum(below[-1] for labels, (_, below) in told if labels[0] == "/metrics")
+
     def work() -> None:
-        time.sleep(0.3)
+        wait_until(lambda: scrapes() > before, 60)  # it has looked once
         service.store.note_pass(
             "m", PassFigures(requests=(RequestId("a"),) * 4, rows=12, seconds=0.1, busy_seconds=(0.1,))
         )
@@ -116,6 +119,7 @@ def test_top_tells_what_went_on_meanwhile(service: GatewayService) -> None:
                 ]
             )
 
+    before = scrapes()
     worker = threading.Thread(target=work)
     worker.start()
     code, (told,) = run("top", "--once", "--every", "4", "--url", service.url, "--key", KEY)

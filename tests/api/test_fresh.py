@@ -31,7 +31,7 @@ def store(tmp_path: Path, database_url: str) -> Iterator[Store]:
 def done(store: Store, data: bytes) -> RequestId:
     request = store.new_id()
     store.request_path(request).write_bytes(b"request")
-    store.add(request, "m", b"[]", work=1, max_open=10, is_kept=False)
+    store.add(request, "m", b"[]", work=1, max_open=10, is_durable=False)
     store.claim("m", 1)
     place = store.place_result(request, room=64, data_bytes=len(data) + 10)
     with place.path.open("r+b") as file:
@@ -90,21 +90,21 @@ def test_a_result_that_is_told_twice_is_there_once(store: Store) -> None:
 def test_a_request_is_kept_when_somebody_is_told_of_it_and_after_its_end_there_is_nothing_to_keep(store: Store) -> None:
     waiting = store.new_id()
     store.request_path(waiting).write_bytes(b"request")
-    store.add(waiting, "m", b"[]", work=1, max_open=10, is_kept=False)
+    store.add(waiting, "m", b"[]", work=1, max_open=10, is_durable=False)
     store.received.secure(waiting)
-    store.received.keep_open()
+    store.received.secure_open()
     assert store.request_path(waiting).read_bytes() == b"request"
     (claimed,) = store.claim("m", 1)
     assert claimed.request == waiting
     store.received.secure(done(store, b"data"))
 
 
-def kept(store: Store, key: str, *, is_kept: bool = True) -> RequestId:
+def kept(store: Store, key: str, *, is_durable: bool = True) -> RequestId:
     """A request that was sent with a key."""
     request = store.new_id()
     store.request_path(request).write_bytes(body())
     submit = submit_of_file(key, "m", store.request_path(request))
-    store.add(request, "m", b"[]", work=1, max_open=10, submit=submit, is_kept=is_kept)
+    store.add(request, "m", b"[]", work=1, max_open=10, submit=submit, is_durable=is_durable)
     return request
 
 
@@ -129,7 +129,7 @@ def test_whoever_finds_a_request_by_its_key_is_told_of_it_once_it_is_on_the_disk
 
 
 def test_a_key_of_a_request_that_a_crash_took_is_free_again(store: Store) -> None:
-    torn, whole = kept(store, "torn", is_kept=False), kept(store, "whole")
+    torn, whole = kept(store, "torn", is_durable=False), kept(store, "whole")
     content = store.request_path(torn).read_bytes()
     for left in (b"", content[:20], content[:-1]):
         store.request_path(torn).write_bytes(left)

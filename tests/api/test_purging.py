@@ -81,10 +81,10 @@ def traces(store: Store, who: Identity) -> list[str]:
 
 
 def files_of(store: Store, request: RequestId) -> list[bool]:
-    files = [store.result_path(request).exists(), store.events.path(request).exists()]
-    if store.objects is not None:
-        files += [bool(store.objects.sizes(f"results/{request}")), bool(store.objects.sizes("events"))]
-    return files
+    is_there = (
+        store.result_path(request).exists() if store.objects is None else store.objects.sizes(f"results/{request}")
+    )
+    return [bool(is_there), store.events.path(request).exists()]
 
 
 def usage(store: Store, who: Identity) -> int:
@@ -100,7 +100,7 @@ def test_all_of_a_tenant_goes_and_nobody_elses(store: Store) -> None:
     gone = purge(store, "lab", None, is_cancelling=False, with_usage=False)
     assert gone == Purged(requests=2, contents=2, kept=2, edits=4, num_bytes=2 * (len(FILE) + 4), usage=0)
     assert traces(store, ADA) == traces(store, BOB) == []
-    assert store.status(mine) is None and not any(files_of(store, mine)[:2])
+    assert store.status(mine) is None and not any(files_of(store, mine))
     assert traces(store, EVE) == before, "a tenant whose name begins the same"
     assert store.status(others) is not None and store.events.path(others).exists()
     assert usage(store, ADA) == 1, "kept for accounting"

@@ -166,9 +166,9 @@ def test_a_sweep_that_is_split_says_into_how_many_passes(model: Model) -> None:
 
 def test_a_limit_is_kept_up_to_its_edge() -> None:
     line = LimitLine(what="tokens_a_day", needed=4, used=6, limit=10, whose="tenant lab")
-    assert line.is_kept
-    assert not LimitLine(what="tokens_a_day", needed=5, used=6, limit=10, whose="tenant lab").is_kept
-    assert LimitLine(what="tokens_a_day", needed=5, limit=None, whose="tenant lab").is_kept
+    assert line.is_within
+    assert not LimitLine(what="tokens_a_day", needed=5, used=6, limit=10, whose="tenant lab").is_within
+    assert LimitLine(what="tokens_a_day", needed=5, limit=None, whose="tenant lab").is_within
 
 
 def test_a_certificate_of_nobodys_is_admitted(model: Model) -> None:

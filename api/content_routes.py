@@ -37,7 +37,7 @@ MAX_ASKED = 10_000
 _log = logging.getLogger(__name__)
 
 
-class KeepingRoutes:
+class ContentRoutes:
     """The routes' state."""
 
     def __init__(self, contents: Contents, admission: Admission, *, upload_idle_s: float) -> None:

@@ -19,7 +19,7 @@ from polytrace.codec import to_json
 from polytrace.errors import UserError
 
 
-class ModelRoutes:
+class HeatRoutes:
     """Has no state of its own."""
 
     def __init__(self, store: Store) -> None:

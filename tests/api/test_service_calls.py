@@ -1,0 +1,123 @@
+"""The commands ask a service by the client's own calls: its problems come whole, and a name is one part of a path."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from api.commands import app
+from api.service_calls import Service
+from polytrace.errors import CapacityError, ServiceError
+
+REFUSAL = {"title": "Graph", "code": "graph", "detail": "layer 96 is not there", "where": "experiment.py:12"}
+
+
+class Refusing:
+    """A service that refuses everything and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.problem: dict[str, str] = REFUSAL
+        self.headers: dict[str, str] = {}
+        self.status = 422
+        self.asked: list[tuple[str, str]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def answer(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                outer.asked.append((self.command, self.path))
+                body = json.dumps(outer.problem).encode() if outer.problem else b"<html>"
+                self.send_response(outer.status)
+                told = {"Content-Type": "application/problem+json", "Content-Length": str(len(body))}
+                for name, value in (told | outer.headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def told(self, *arguments: str) -> str:
+        """What a command says of its refusal."""
+        answer = CliRunner().invoke(app, [*arguments, "--url", self.url])
+        assert answer.exit_code == 1, answer.output
+        return answer.stderr
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def service() -> Iterator[Refusing]:
+    service = Refusing()
+    yield service
+    service.close()
+
+
+@pytest.mark.parametrize("arguments", [("validate", "FILE", "--model", "m"), ("usage",), ("usage", "--csv")])
+def test_a_refusal_names_the_users_own_line(service: Refusing, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "request").write_bytes(b"x")
+    told = service.told(*(str(tmp_path / "request") if one == "FILE" else one for one in arguments))
+    assert told == "polytrace: layer 96 is not there (experiment.py:12)\n"
+
+
+@pytest.mark.parametrize("name", ["a/../b", "m?now=true", "a#b", "%2e%2e"])
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (("drain", "NAME", "--no-wait"), ("POST", "/v1/models/NAME/drain")),
+        (("remove", "NAME", "--no-wait"), ("DELETE", "/v1/models/NAME?now=false")),
+        (("resize", "NAME", "--replicas", "2", "--no-wait"), ("PATCH", "/v1/models/NAME")),
+        (("models", "drain", "NAME", "--no-wait"), ("POST", "/v1/models/NAME/drain")),
+        (("models", "load", "NAME", "--no-wait"), ("POST", "/v1/models/NAME/load")),
+        (("validate", "FILE", "--model", "NAME"), ("POST", "/v1/models/NAME/validate")),
+        (("limits", "NAME"), ("GET", "/v1/models/NAME/limits")),
+        (("purge", "--tenant", "NAME", "--yes"), ("DELETE", "/v1/tenants/NAME/data?cancel=false&usage=false")),
+    ],
+)
+def test_a_name_is_one_part_of_the_path(
+    service: Refusing, arguments: tuple[str, ...], asked: tuple[str, str], name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "request").write_bytes(b"x")
+    service.told(*(one.replace("NAME", name).replace("FILE", str(tmp_path / "request")) for one in arguments))
+    as_part = {"a/../b": "a%2F..%2Fb", "m?now=true": "m%3Fnow%3Dtrue", "a#b": "a%23b", "%2e%2e": "%252e%252e"}[name]
+    assert service.asked == [(asked[0], asked[1].replace("NAME", as_part))]
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_what_would_be_another_path_is_nobodys_name(service: Refusing, name: str) -> None:
+    assert "is nobody's name" in service.told("drain", name, "--no-wait")
+    assert "is nobody's name" in service.told("tenants", "remove", name)
+    assert service.asked == [], "`/v1/models/../drain` is the whole service's"
+
+
+def test_when_to_come_back_and_a_title_come_over(service: Refusing) -> None:
+    service.problem, service.status = {"code": "capacity", "title": "The service is full"}, 503
+    service.headers = {"Retry-After": "7"}
+    with pytest.raises(CapacityError, match="The service is full") as caught:
+        Service(service.url, None).ask("GET", "/v1/models")
+    assert caught.value.retry_after_s == 7.0
+
+
+def test_what_is_no_service_of_ours_is_one_line(service: Refusing) -> None:
+    service.problem, service.status = {}, 200
+    with pytest.raises(ServiceError, match="/v1/models does not answer as a polytrace service does"):
+        Service(service.url, None).deployments()
+    service.headers = {"Content-Encoding": "gzip"}
+    with pytest.raises(ServiceError, match="no answer from"):
+        Service(service.url, None).deployments()
