@@ -238,7 +238,7 @@ def _check_family(trial: Trial, seen: _Seen, sequence: list[int], family: Manner
         if place in seen and expected.is_floating_point():
             found, scale = seen[place].float(), max(1.0, float(expected.abs().max()))
             far = float((found - expected[0].float()).abs().max()) / scale
-            if far > largest_gap(expected.dtype):
+            if not far <= largest_gap(expected.dtype):  # NaN is no small gap
                 raise WrongMannerError(
                     f"{trial.probe.class_name} has other logits by {own} attention than by {family.attention}: "
                     f"they differ by {far:.2g} of the largest"

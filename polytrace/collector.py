@@ -22,14 +22,15 @@ class _YoungOnly:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._depth = 0
-        self._is_ours = False  # whether we froze the heap: what somebody else froze is theirs to unfreeze
+        self._is_ours = True  # False once somebody else is found to have frozen the heap: it is theirs to unfreeze
         self._usual = gc.get_threshold()
 
     def __enter__(self) -> None:
         with self._lock:
             self._depth += 1
             if self._depth == 1:
-                self._is_ours = not gc.get_freeze_count()
+                # for good: the count is a walk over all that is frozen, a tenth of a second in a process of the service
+                self._is_ours = self._is_ours and not gc.get_freeze_count()
                 self._usual = gc.get_threshold()
                 if self._usual[0]:  # zero: it is off
                     gc.set_threshold(max(_MANY, self._usual[0]), *self._usual[1:])
