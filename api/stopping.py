@@ -14,7 +14,7 @@ from api.store import Store
 from cluster.requests import DeploymentState
 
 LOOK_S = 0.1
-_RUNS = (DeploymentState.READY, DeploymentState.RECOVERING, DeploymentState.DRAINING)
+_RUNS = (DeploymentState.READY, DeploymentState.RECOVERING, DeploymentState.DRAINING, DeploymentState.DRAINED)
 QUEUED, RUNNING = RequestState.QUEUED, RequestState.RUNNING
 
 

@@ -54,10 +54,11 @@ def persistently(
         except httpx.TransportError as error:
             if (now := reached()) > best:
                 pauses, best = Pauses(patience_s), now
-            if not pauses.again():
-                raise unreachable(url, error) from error
+            away = unreachable(url, error)
+            if not pauses.again(why=str(away)):
+                raise away from None
         except CapacityError as error:
-            if error.retry_after_s is None or not pauses.again(error.retry_after_s):
+            if error.retry_after_s is None or not pauses.again(error.retry_after_s, why=str(error)):
                 raise
 
 

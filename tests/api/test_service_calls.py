@@ -81,6 +81,7 @@ def test_a_refusal_names_the_users_own_line(service: Refusing, arguments: tuple[
     ("arguments", "asked"),
     [
         (("drain", "NAME", "--no-wait"), ("POST", "/v1/models/NAME/drain")),
+        (("resume", "NAME", "--no-wait"), ("DELETE", "/v1/models/NAME/drain")),
         (("remove", "NAME", "--no-wait"), ("DELETE", "/v1/models/NAME?now=false")),
         (("resize", "NAME", "--replicas", "2", "--no-wait"), ("PATCH", "/v1/models/NAME")),
         (("models", "drain", "NAME", "--no-wait"), ("POST", "/v1/models/NAME/drain")),

@@ -20,6 +20,7 @@ from polytrace.certificate import Certificate, Token, ValueShape
 from polytrace.codec import to_json
 from polytrace.errors import CapacityError, GraphError, KeyRefusedError, NotFoundError, ServiceError, WireError
 from polytrace.http_calls import persistently
+from polytrace.retrying import Pauses
 from polytrace.versions import version_headers
 from polytrace.wire import decode_request, result_header
 
@@ -279,6 +280,24 @@ def test_a_call_that_gets_further_has_patience_again_and_one_that_does_not_gives
     steps = -1000
     with pytest.raises(ServiceError, match="no answer from u: broken"):
         persistently("u", further, patience_s=0.5)
+
+
+def test_whoever_waits_for_a_drained_deployment_is_told_so_in_one_line(
+    service: Service, result_file: Answer, caplog: pytest.LogCaptureFixture
+) -> None:
+    drained = problem(503, "capacity", "tiny is drained")
+    drained.headers["Retry-After"] = "2"
+    service.on("POST", "/v1/models/tiny/requests", drained, drained, result_file)
+    assert trace_once(service)[0].shape == (2, 2)
+    assert len(service.calls()) >= 3 and [one.name for one in caplog.records] == ["polytrace"]
+    assert caplog.messages == ["tiny is drained; trying again for 30 s"]
+
+
+def test_what_is_over_soon_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    pauses = Pauses(patience_s=1.0)
+    while pauses.again(why="the queue is full"):
+        pass
+    assert caplog.messages == []
 
 
 def test_a_trace_that_takes_too_long_is_cancelled(service: Service) -> None:
