@@ -149,7 +149,10 @@ class Keys:
             (form[1],),
         )
         if not form or not rows or not hmac.compare_digest(bytes(rows[0][0]), hash_of(secret)):
-            raise KeyRefusedError("this service does not know the key")
+            raise KeyRefusedError(
+                "this service does not know the key: it is of another store, or not whole; ask your operators for one, "
+                "or make one where the service runs (`polytrace keys make --store STORE`)"
+            )
         _, tenant, user, expires, revoked, role, is_user_out, is_tenant_out, models = rows[0]
         prefix = form[1]
         if revoked is not None:

@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -368,10 +369,35 @@ def test_connecting_says_what_is_wrong(service: Service) -> None:
     service.on("GET", "/v1/models/tiny", answer_json({"name": "tiny", "future": 1}, **version_headers()))
     with pytest.raises(WireError, match="they describe models otherwise"):
         polytrace.connect(service.url, "tiny")
-    with pytest.raises(ServiceError, match=r"no answer from http://127\.0\.0\.1:9"):
+    with pytest.raises(ServiceError, match=r"no answer from http://127\.0\.0\.1:9") as caught:
         polytrace.connect("http://127.0.0.1:9", "tiny")
+    assert len(traceback.format_exception(caught.value)) < 12, "nothing of how httpx found out"
+    with pytest.raises(ServiceError, match=f"that port speaks no TLS: try {service.url}$"):
+        polytrace.connect(service.url.replace("http://", "https://"), "tiny")
+    with pytest.raises(NotFoundError, match=f"the service's URL ends before /v1: {service.url}$"):
+        polytrace.connect(f"{service.url}/v1/", "tiny")
     with pytest.raises(ValueError, match="begins with http://, https:// or ray://"):
         polytrace.connect("tiny")
+
+
+def test_a_refused_key_is_named_with_where_it_came_from_and_a_password_is_not(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.on("GET", "/v1/models", problem(401, "key-refused", "this service does not know the key"))
+    secret = f"pt_0123456789ab_{'s' * 43}"
+
+    def told(key: str | None) -> str:
+        with pytest.raises(KeyRefusedError) as refused:
+            polytrace.models(service.url, key=key)
+        return str(refused.value)
+
+    assert told(None) == f"this service does not know the key ({service.url})"
+    known = f"this service does not know the key (the key pt_0123456789ab... as it was given, at {service.url})"
+    assert told(secret) == known
+    monkeypatch.setenv("POLYTRACE_KEY", secret)
+    assert told(None) == known.replace("as it was given", "from POLYTRACE_KEY")
+    monkeypatch.setenv("POLYTRACE_KEY", "sesame, open")
+    assert told(None) == f"this service does not know the key (the key from POLYTRACE_KEY, at {service.url})"
 
 
 def test_the_only_model_needs_no_name(service: Service) -> None:
