@@ -124,6 +124,7 @@ class Finished:
     left: tuple[Place, ...] = ()  # what stays on the service when there is no error
     generated: tuple[Generated, ...] = ()  # how its sequences went on
     saves: tuple[SaveSlot, ...] = ()  # of a generation: those that came
+    passes: int | None = None  # that it took; None: as many as were told while it ran
     # what it did cost, as measured; of one that failed, until then
     tokens: int | None = None  # of its sequences; None: as certified
     token_layers: int = 0
