@@ -52,6 +52,18 @@ def finish_accepted(
         time.sleep(LOOK_S)
 
 
+def what_is_left(store: Store, place: str | None) -> str:
+    """Of a service that has stopped, in one line; `place` is where it stays, None when the store goes as well."""
+    try:
+        left = sum(sum(counts.values()) for counts in store.open_requests().values())
+    except AwayError as error:
+        return f"stopped; what is left cannot be counted now: {error}"
+    if left == 0:
+        return "stopped; no request is left"
+    where = "go with its store" if place is None else f"are left in {place} and run after its next start"
+    return f"stopped; {left} requests that have not ended {where}"
+
+
 def _left(store: Store) -> tuple[int, int]:
     """Requests that wait and that run on deployments that get on."""
     able = {one.model for one in store.deployments() if one.state in _RUNS}
