@@ -20,9 +20,10 @@ from polytrace.codec import from_json, to_json
 from polytrace.errors import CapacityError, ConflictError, NotFoundError
 
 REFUSALS = {
-    Mode.DRAINING: "is drained: it finishes what it has and takes no new requests until it is deployed again",
-    Mode.REMOVING: "is being removed: it finishes what it has and takes no new requests",
-    Mode.DROPPING: "is being removed and takes no new requests",
+    Mode.DRAINING: "{0} is drained: it finishes what it has and takes no new requests until an operator ends that "
+    "(`polytrace resume {0}`)",
+    Mode.REMOVING: "{0} is being removed: it finishes what it has and takes no new requests",
+    Mode.DROPPING: "{0} is being removed and takes no new requests",
 }
 
 
@@ -48,7 +49,7 @@ class Deployment:
     def is_found(self) -> bool:
         """Whether requests can be sent to it: it runs, or they load it."""
         is_loading = self.mode is Mode.SERVING and self.keeping.on_demand and self.is_described
-        runs = self.state.is_serving or self.state is DeploymentState.DRAINING
+        runs = self.state.is_serving or self.state in (DeploymentState.DRAINING, DeploymentState.DRAINED)
         return runs or (is_loading and self.state is not DeploymentState.FAILED)
 
 
@@ -81,6 +82,10 @@ class Catalogue(Heating):
     def drain(self, model: str) -> Deployment:
         """It takes no new requests from now on. Raises NotFoundError, or ConflictError when it is being removed."""
         return self._change_mode(model, Mode.DRAINING)
+
+    def resume(self, model: str) -> Deployment:
+        """It takes requests again, as it is. Raises NotFoundError, or ConflictError when it is being removed."""
+        return self._change_mode(model, Mode.SERVING)
 
     def remove(self, model: str, *, now: bool) -> Deployment:
         """It takes no new requests and goes, when what it has is finished or `now`. Raises NotFoundError."""
@@ -222,7 +227,7 @@ class Catalogue(Heating):
             row = db.execute("SELECT mode FROM deployments WHERE model = ?", (model,)).fetchone()
             if row is None:
                 raise _unknown(model)
-            if mode is Mode.DRAINING and Mode(row[0]) in (Mode.REMOVING, Mode.DROPPING):
+            if mode in (Mode.DRAINING, Mode.SERVING) and Mode(row[0]) in (Mode.REMOVING, Mode.DROPPING):
                 raise ConflictError(f"{model} is being removed")
             db.execute("UPDATE deployments SET mode = ? WHERE model = ?", (mode.value, model))
         return self._rung(model)
@@ -240,7 +245,7 @@ class Catalogue(Heating):
 def check_taking(model: str, mode: Mode) -> None:
     """Raises CapacityError with the reason when a deployment takes no new requests."""
     if mode in REFUSALS:
-        raise CapacityError(f"{model} {REFUSALS[mode]}")
+        raise CapacityError(REFUSALS[mode].format(model))
 
 
 def _check_same(spec: DeploymentSpec, known: str | None, mode: Mode) -> None:
@@ -253,7 +258,9 @@ def _check_same(spec: DeploymentSpec, known: str | None, mode: Mode) -> None:
         own, asked = asdict(replace(old, replicas=spec.replicas)), asdict(spec)
         others = ", ".join(f"{name} is {own[name]!r}, not {asked[name]!r}" for name in own if own[name] != asked[name])
         told = f"{spec.name} is {old.source} on {old.stages} x {old.ranks} shards ({old.dtype}, {old.device}) already"
-        raise ConflictError(f"{told} ({others}); remove it first, or choose another name")
+        again = f"`polytrace {'resume' if mode is Mode.DRAINING else 'deploy'} {spec.name}` has it serve as it is"
+        told = f"{told} ({others}); {again}; for another one `polytrace remove {spec.name}` first"
+        raise ConflictError(f"{told}, or choose another name")
 
 
 @lru_cache(maxsize=256)  # the controller asks at every ring of its bell

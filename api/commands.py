@@ -102,6 +102,7 @@ def serve(
         from api.otlp import check_url
         from api.settings import serve_settings
         from api.supervisor import Supervisor
+        from engine.folders import check_source
 
         if log_format is not None:
             os.environ["POLYTRACE_LOG_FORMAT"] = log_format  # the processes that it starts read it there
@@ -110,6 +111,8 @@ def serve(
             check_url(otlp)
             os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = otlp
         spec = None if model is None else deployment.spec(model)
+        if spec is not None and address is None:  # another machine's folders are not to be seen from here
+            check_source(spec.source, stages=spec.stages, ranks=spec.ranks)
         settings = serve_settings(
             spec=spec,
             key=key,

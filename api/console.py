@@ -32,7 +32,7 @@ def progress(first: str, *, tells_first: bool = True) -> Iterator[Callable[[str]
                     return
             told = time.monotonic()
             console.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {line}", highlight=False, soft_wrap=True)
-            if line.startswith(("ready", "stopping")):
+            if line.startswith(("ready", "stopping", "stopped")):
                 spinner.stop()
             else:
                 spinner.update(line)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentFlags:
-    """Each field is a flag."""
+    """Each field is a flag, but for `given`."""
 
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the deployment; default: the model's last part.")
@@ -61,13 +61,20 @@ class DeploymentFlags:
         int | None, typer.Option(min=1, help="Of the one shard with --device-map; default: those it names.")
     ] = None
 
-    def spec(self, source: str) -> DeploymentSpec:
-        """The deployment of a model. Raises UserError when it can be none on any cluster."""
+    given: frozenset[str] = frozenset()  # names of the flags that the user wrote
+
+    def spec(self, source: str, known: DeploymentSpec | None = None, *, name: str | None = None) -> DeploymentSpec:
+        """The deployment of a model; what was not given is as in a `known` one. Raises UserError when it can be none on
+        any cluster.
+        """
         from api.settings import deployment_spec
 
+        silent = [_FIELDS.get(flag, flag) for flag in _flags() if flag not in self.given and flag != "name"]
+        kept = {} if known is None else {field: getattr(known, field) for field in silent}
         return deployment_spec(
+            kept=kept,
             source=source,
-            name=self.name,
+            name=name or self.name,
             stages=self.stages,
             ranks=self.ranks,
             replicas=self.replicas,
@@ -84,10 +91,22 @@ class DeploymentFlags:
         )
 
 
+_FIELDS = {  # of a spec, that flags have other names than
+    "random_weights": "random_weights_seed",
+    "offload": "offload_bytes",
+    "merge_calls": "merges_calls",
+}
+
+
+def _flags() -> dict[str, Any]:
+    """Their defaults by name."""
+    return {field.name: field.default for field in fields(DeploymentFlags) if field.name != "given"}
+
+
 def takes_deployment(command: Callable[..., None]) -> Callable[..., None]:
     """The command with a flag for each field in the place of its parameter `deployment`, which gets all of them."""
     hints = get_type_hints(DeploymentFlags, include_extras=True)
-    flags = {field.name: field.default for field in fields(DeploymentFlags)}
+    flags = _flags()
     own = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
@@ -99,9 +118,15 @@ def takes_deployment(command: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(parameter.replace(annotation=own[parameter.name]))
 
+    parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+
     @wraps(command)
-    def run(**given: Any) -> None:
-        command(deployment=DeploymentFlags(**{name: given.pop(name) for name in flags}), **given)
+    def run(context: typer.Context, **values: Any) -> None:
+        sources = {name: context.get_parameter_source(name) for name in flags}
+        given = frozenset(
+            name for name, source in sources.items() if source is not None and "DEFAULT" not in source.name
+        )
+        command(deployment=DeploymentFlags(given=given, **{name: values.pop(name) for name in flags}), **values)
 
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -46,6 +46,7 @@ class DeploymentRoutes:
         router.add_api_route("/models/{name}", self.resize, methods=["PATCH"], status_code=202)
         router.add_api_route("/models/{name}", self.remove, methods=["DELETE"], status_code=202)
         router.add_api_route("/models/{name}/drain", self.drain, methods=["POST"], status_code=202)
+        router.add_api_route("/models/{name}/drain", self.resume, methods=["DELETE"], status_code=202)
         router.add_api_route("/models/{name}/tokenizer", self.tokenizer)
         router.add_api_route("/models/{name}/sites", self.sites, methods=["POST"])
 
@@ -113,30 +114,33 @@ class DeploymentRoutes:
         """Serves a model under this name from now on, or again when it was drained or has failed. For operators."""
         operator_of(request)
         spec = checked_spec(DeploymentSpec(name=name, **wish.model_dump()))
-        return await self._operated(request, name, partial(self._store.want, spec), wish.model_dump())
+        return await self._operated(request, "deploy", name, partial(self._store.want, spec), wish.model_dump())
 
     async def resize(self, name: str, wish: Resize, request: Request) -> dict[str, Any]:
         """Another number of replicas. New ones load while the others serve; one that goes finishes what it has. For
         operators.
         """
         resize = partial(self._store.resize, name, wish.replicas)
-        return await self._operated(request, name, resize, wish.model_dump())
+        return await self._operated(request, "resize", name, resize, wish.model_dump())
 
     async def drain(self, name: str, request: Request) -> dict[str, Any]:
         """Takes no new requests, finishes those that wait and run, and keeps its shards. For operators."""
-        return await self._operated(request, name, partial(self._store.drain, name))
+        return await self._operated(request, "drain", name, partial(self._store.drain, name))
+
+    async def resume(self, name: str, request: Request) -> dict[str, Any]:
+        """Takes requests again when it was drained, with the shards that it has. For operators."""
+        return await self._operated(request, "resume", name, partial(self._store.resume, name))
 
     async def remove(self, name: str, request: Request, now: bool = False) -> dict[str, Any]:
         """Drains it and ends its shards; `now`: at once, and what has not finished is refused. For operators."""
-        return await self._operated(request, name, partial(self._store.remove, name, now=now), {"now": now})
+        return await self._operated(request, "remove", name, partial(self._store.remove, name, now=now), {"now": now})
 
     async def _operated(
-        self, request: Request, name: str, act: Callable[[], Deployment], details: Mapping[str, Any] = {}
+        self, request: Request, word: str, name: str, act: Callable[[], Deployment], details: Mapping[str, Any] = {}
     ) -> dict[str, Any]:
-        """An act of an operator's on a deployment, and that it was done."""
+        """An act of an operator's on a deployment, and that it was done, under its word in the audit log."""
         operator = operator_of(request)
         entry = _entry(await to_thread.run_sync(act))
-        word = {"PUT": "deploy", "PATCH": "resize", "POST": "drain", "DELETE": "remove"}[request.method]
         await to_thread.run_sync(partial(self._store.audit.record, operator, f"models.{word}", name, **details))
         return entry
 

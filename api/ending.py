@@ -122,7 +122,8 @@ class Ending(StoreParts):
                 )
                 row = db.execute(
                     "UPDATE requests SET state = ?1, finished = CASE WHEN created > ?2 THEN created ELSE ?2 END, "
-                    "error = ?3, logs = '[]', token_layers = ?4, moved_bytes = ?5, result_bytes = ?6 "
+                    "error = ?3, logs = '[]', token_layers = ?4, moved_bytes = ?5, result_bytes = ?6, "
+                    "passes_done = coalesce(?8, passes_done), passes = coalesce(?8, passes) "
                     "WHERE id = ?7 AND state = 'running' "
                     f"RETURNING {ABOUT}",
                     (
@@ -133,6 +134,7 @@ class Ending(StoreParts):
                         end.moved_bytes,
                         (end.size or 0) if end.error is None else 0,
                         end.request,
+                        end.passes,
                     ),
                 ).fetchone()
                 if row is not None:

@@ -54,6 +54,7 @@ def list_(
         columns = {
             "key": lambda one: str(one["prefix"]),
             "of": lambda one: f"{one['tenant']}/{one['user']}",
+            "role": lambda one: str(one["role"]),
             "for": lambda one: str(one["label"]),
             "made": lambda one: when(one["created"]),
             "expires": lambda one: "revoked" if one["revoked"] else when(one["expires"]),
@@ -87,7 +88,8 @@ def rotate(
 def _tell(made: dict[str, Any]) -> None:
     """The key for a script, the rest for people."""
     ends = f", until {when(made['expires'])}" if made["expires"] else ""
-    typer.echo(f"{made['prefix']} of {made['tenant']}/{made['user']}{ends}; it is shown only now:", err=True)
+    whose = f"{made['tenant']}/{made['user']}, {made['role']}"
+    typer.echo(f"{made['prefix']} of {whose}{ends}; it is shown only now:", err=True)
     typer.echo(made["secret"])
 
 

@@ -29,7 +29,10 @@ MAX_LABEL = 100
 MAX_KEYS = 1000  # of one user that are still good
 MAX_ENDED = 10_000  # of one user, of those that are remembered
 REMEMBERED_S = 30 * 24 * 3600.0  # after a key's end, for lists and for what a refusal says
-_KEY = "prefix, tenant, user_name, label, created, expires, revoked, last_used"
+_KEY = (  # what `_key` reads
+    "SELECT prefix, keys.tenant, user_name, label, keys.created, expires, revoked, last_used, coalesce(role, 'user') "
+    "FROM keys LEFT JOIN users ON users.tenant = keys.tenant AND users.name = user_name"
+)
 _IS_GOOD = "revoked IS NULL AND (expires IS NULL OR expires > ?)"
 
 
@@ -40,6 +43,7 @@ class Key:
     prefix: str
     tenant: str
     user: str
+    role: Role  # of the user, now
     label: str
     created: float
     expires: float | None
@@ -85,7 +89,8 @@ class Keys:
             known = user_in(db, tenant, user) or add_user(db, tenant, user, role or Role.USER, self.now())
             if role is not None and known.role is not role:
                 raise ConflictError(f"{tenant}/{user} is {known.role.value}, not {role.value}: change the user first")
-            made, secret = self._insert(db, tenant, user, label, self._no_longer_than(db, by, expires))
+            ends = self._no_longer_than(db, by, expires)
+            made, secret = self._insert(db, tenant, user, known.role, label, ends)
             write(db, self.now(), by, "keys.make", made.prefix, {"owner": f"{tenant}/{user}", "expires": made.expires})
         return made, secret
 
@@ -93,18 +98,18 @@ class Keys:
         """All, or those of a tenant or user; the newest first."""
         asked: dict[str, str] = {}
         if tenant is not None:
-            asked["tenant"] = checked_name(tenant, "tenant")
+            asked["keys.tenant"] = checked_name(tenant, "tenant")
         if user is not None:
             asked["user_name"] = checked_name(user, "user")
         where = " AND ".join(f"{column} = ?" for column in asked) or "1 = 1"
-        rows = self._db.rows(f"SELECT {_KEY} FROM keys WHERE {where} ORDER BY created DESC, prefix", [*asked.values()])
+        rows = self._db.rows(f"{_KEY} WHERE {where} ORDER BY keys.created DESC, prefix", [*asked.values()])
         return [_key(row) for row in rows]
 
     def get(self, prefix: str) -> Key:
         """Raises NotFoundError."""
         if not _PREFIX.fullmatch(prefix):
             raise unknown_key(prefix)
-        rows = self._db.rows(f"SELECT {_KEY} FROM keys WHERE prefix = ?", (prefix,))
+        rows = self._db.rows(f"{_KEY} WHERE prefix = ?", (prefix,))
         if not rows:
             raise unknown_key(prefix)
         return _key(rows[0])
@@ -130,7 +135,7 @@ class Keys:
             expires = None if old.expires is None else now + (old.expires - old.created)
             if by.key != prefix:  # a key may be put in its own place again and again, but not another one live longer
                 expires = self._no_longer_than(db, by, expires)
-            made, secret = self._insert(db, old.tenant, old.user, old.label, expires)
+            made, secret = self._insert(db, old.tenant, old.user, old.role, old.label, expires)
             if grace_s > 0:
                 ends = now + grace_s if old.expires is None else min(old.expires, now + grace_s)
                 db.execute("UPDATE keys SET expires = ? WHERE prefix = ?", (ends, prefix))
@@ -149,7 +154,10 @@ class Keys:
             (form[1],),
         )
         if not form or not rows or not hmac.compare_digest(bytes(rows[0][0]), hash_of(secret)):
-            raise KeyRefusedError("this service does not know the key")
+            raise KeyRefusedError(
+                "this service does not know the key: it is of another store, or not whole; ask your operators for one, "
+                "or make one where the service runs (`polytrace keys make --store STORE`)"
+            )
         _, tenant, user, expires, revoked, role, is_user_out, is_tenant_out, models = rows[0]
         prefix = form[1]
         if revoked is not None:
@@ -194,7 +202,9 @@ class Keys:
 
     # --- inside
 
-    def _insert(self, db: Transaction, tenant: str, user: str, label: str, expires: float | None) -> tuple[Key, str]:
+    def _insert(
+        self, db: Transaction, tenant: str, user: str, role: Role, label: str, expires: float | None
+    ) -> tuple[Key, str]:
         now = self.now()
         db.execute(
             "DELETE FROM keys WHERE tenant = ? AND user_name = ? AND coalesce(revoked, expires) < ?",
@@ -219,6 +229,7 @@ class Keys:
             prefix=prefix,
             tenant=tenant,
             user=user,
+            role=role,
             label=label,
             created=now,
             expires=expires,
@@ -266,4 +277,5 @@ def _key(row: Sequence[Any]) -> Key:
         expires=row[5],
         revoked=row[6],
         last_used=row[7],
+        role=Role(row[8]),
     )

@@ -42,7 +42,10 @@ def list_(as_json: AsJson = False, url: Url = HERE, key: Key = None) -> None:
 @takes_deployment
 def deploy(
     model: Annotated[
-        str, typer.Argument(help="A folder with a Hugging Face model, a hub id, or a URL such as s3://BUCKET/MODEL.")
+        str,
+        typer.Argument(
+            help="A folder with a Hugging Face model, a hub id, a URL such as s3://BUCKET/MODEL, or a known deployment."
+        ),
     ],
     deployment: DeploymentFlags,
     on_demand: OnDemand = False,
@@ -57,10 +60,11 @@ def deploy(
     change |= {} if idle is None else {"idle_minutes": idle}
     change |= {} if rests is None else {"rests": rests}
     with errors():
-        operations.put(Service(url, key), deployment.spec(model), wait=wait, keeping=change)
+        operations.put(Service(url, key), deployment, model, wait=wait, keeping=change)
 
 
 models.command()(operations.drain)
+models.command()(operations.resume)
 models.command()(operations.remove)
 models.command()(operations.resize)
 

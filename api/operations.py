@@ -26,27 +26,41 @@ Name = Annotated[str, typer.Argument(help="Name of the deployment.")]
 @takes_deployment
 def deploy(
     model: Annotated[
-        str, typer.Argument(help="A folder with a Hugging Face model, or a hub id; the service reads it.")
+        str,
+        typer.Argument(help="A folder with a Hugging Face model or a hub id, which the service reads, or a known one."),
     ],
     deployment: DeploymentFlags,
     url: Url = HERE,
     key: Key = None,
     wait: Wait = True,
 ) -> None:
-    """Serve another MODEL on a running service, or one again that was drained or has failed."""
+    """Serve another MODEL on a running service, or one again, by its name, that was drained or has failed: what is not
+    said stays as it was.
+    """
     with errors():
-        put(Service(url, key), deployment.spec(model), wait=wait)
+        put(Service(url, key), deployment, model, wait=wait)
 
 
-def put(service: Service, spec: DeploymentSpec, *, wait: bool, keeping: Mapping[str, Any] = {}) -> None:
-    """Deploys it; with `keeping` how long it is to stay loaded."""
+def put(service: Service, flags: DeploymentFlags, model: str, *, wait: bool, keeping: Mapping[str, Any] = {}) -> None:
+    """Deploys a model, or a deployment by its name; with `keeping` how long it is to stay loaded.
+
+    What flags do not say of a deployment that is there stays as it is.
+    """
+    from api.settings import source_and_name
+
+    source, name = source_and_name(model, flags.name)
+    known = _known(service, name)
+    if known is not None and source == name:
+        source = known.source  # it was named, and no folder here
+    spec = flags.spec(source, known if known is not None and known.source == source else None, name=name)
     wish = asdict(spec)
-    name = wish.pop("name")
+    del wish["name"]
     service.ask("PUT", f"/v1/models/{quoted(name)}", json=wish)
     if keeping:
         service.ask("PATCH", f"/v1/models/{quoted(name)}/keeping", json=dict(keeping))
     if wait:
-        service.follow(name, f"deploying {name}", lambda entry: entry is not None and bool(entry["is_ready"]))
+        first = f"deploying {name} on {spec.replicas} x {spec.stages} x {spec.ranks} shards"
+        service.follow(name, first, lambda entry: entry is not None and bool(entry["is_ready"]))
 
 
 def drain(
@@ -55,12 +69,13 @@ def drain(
     key: Key = None,
     wait: Wait = True,
 ) -> None:
-    """Let a deployment, or all, finish what it has and take nothing new; its shards stay. `deploy` makes one serve
-    again, `resume` the service.
-    """
+    """Let a deployment, or all, finish what it has and take nothing new; its shards stay. `resume` ends it."""
 
     def is_drained(entry: Entry | None) -> bool:
-        return entry is None or (entry["mode"] != "serving" and entry["queued"] + entry["running"] == 0)
+        if entry is None or entry["mode"] == "serving":  # somebody has ended it
+            return True
+        is_over = entry["state"] == "drained" or entry["mode"] != "draining"
+        return bool(is_over and entry["queued"] + entry["running"] == 0)
 
     with errors():
         service = Service(url, key)
@@ -72,11 +87,29 @@ def drain(
             service.follow(name, f"draining {name}", is_drained)
 
 
-def resume(url: Url = HERE, key: Key = None) -> None:
-    """Let a drained service take requests again."""
+def resume(
+    name: Annotated[str | None, typer.Argument(help="Of a deployment; without: the whole service.")] = None,
+    url: Url = HERE,
+    key: Key = None,
+    wait: Wait = True,
+) -> None:
+    """Let a drained deployment take requests again, or the service, which says which deployments are still drained."""
+
+    def is_so(entry: Entry | None) -> bool:
+        return entry is not None and entry["state"] not in ("draining", "drained", "failed")
+
     with errors():
-        Service(url, key).ask("DELETE", "/v1/drain")
+        service = Service(url, key)
+        if name is not None:
+            service.ask("DELETE", f"/v1/models/{quoted(name)}/drain")
+            if wait:
+                service.follow(name, f"{name} takes requests again", is_so)
+            return
+        service.ask("DELETE", "/v1/drain")
         print("the service takes requests")
+        for one in service.deployments():
+            if one["mode"] == "draining":
+                print(f"{one['name']} is drained by itself and takes none: `polytrace resume {one['name']}`")
 
 
 def remove(
@@ -143,6 +176,15 @@ def status(
         Console().print(table)
         if told_all.get("is_draining"):
             print("The service is drained or stopping: it finishes what it has and takes no new requests.")
+
+
+def _known(service: Service, name: str) -> DeploymentSpec | None:
+    """What a deployment of this name is, None when there is none."""
+    from cluster.config import DeploymentSpec
+    from polytrace.codec import from_json
+
+    specs = (one["spec"] for one in service.deployments() if one["name"] == name)
+    return next((from_json(DeploymentSpec, spec) for spec in specs if spec is not None), None)
 
 
 def _drain_all(service: Service, wait: bool) -> None:

@@ -25,8 +25,8 @@ from polytrace.codec import from_json
 from polytrace.description import ModelDescription
 from polytrace.errors import CapacityError, NotFoundError
 
-DRAINING = DeploymentState.DRAINING
-_RUNNING = (DeploymentState.READY, DRAINING)  # nothing is in the way of their requests
+DRAINING = (DeploymentState.DRAINING, DeploymentState.DRAINED)
+_RUNNING = (DeploymentState.READY, *DRAINING)  # nothing is in the way of their requests
 RETRY_S = 5.0
 AWAY_S = 0.5  # between two looks while the database is away
 PAUSE_S = 0.05  # between two looks: most rings are about requests, not deployments
@@ -187,6 +187,6 @@ def _first_line(text: str) -> str:
 
 
 def _progress(deployment: Deployment) -> str:
-    if deployment.state.is_serving or deployment.state is DRAINING:
+    if deployment.state.is_serving or deployment.state in DRAINING:
         return "getting ready to check requests"
     return f"{deployment.state.value}: {deployment.progress}"

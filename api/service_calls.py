@@ -5,10 +5,11 @@ Knows no command. What is heavy is imported when something is asked.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
 
 LOOK_S = 0.5  # between two looks at what is followed
+_GOES_ON = "this goes on in the service, also without this command: `polytrace status` shows it"
 
 
 class Service:
@@ -76,11 +78,15 @@ class Service:
         return list(self.ask("GET", "/v1/models")["models"])
 
     def follow(self, name: str, first: str, is_so: Callable[[Entry | None], bool]) -> None:
-        """Shows how a deployment gets on until it is what was asked for. ServiceError when it has failed."""
+        """Shows how a deployment gets on until it is what was asked for. ServiceError when it has failed.
+
+        Whoever has to wait for room, or stops following, is told that the service goes on by itself.
+        """
         from polytrace.errors import ServiceError
 
         told = ""
-        with progress(first) as report:
+        is_waiting = False
+        with progress(first) as report, _telling_who_leaves(report):
             while True:
                 entry = next((one for one in self.deployments() if one["name"] == name), None)
                 line = "gone" if entry is None else f"{entry['state']}: {entry['progress']}"
@@ -89,6 +95,9 @@ class Service:
                     report(line)
                 if is_so(entry):
                     return
+                if entry is not None and not is_waiting and _waits_for_room(entry):
+                    is_waiting = True
+                    report(f"{_GOES_ON}; a shard reserves less when it is deployed with a smaller --cpus")
                 if entry is None or entry["state"] == "failed":
                     raise ServiceError(f"{name} is {line}")
                 time.sleep(LOOK_S)
@@ -97,3 +106,16 @@ class Service:
         from polytrace.http_calls import call
 
         return call(self._client, self._url, method, path, **more)
+
+
+def _waits_for_room(entry: Entry) -> bool:
+    return "waiting" in (entry["state"], *(one["state"] for one in entry["replicas"]))
+
+
+@contextlib.contextmanager
+def _telling_who_leaves(report: Callable[[str], None]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        report(_GOES_ON)
+        raise

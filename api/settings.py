@@ -217,17 +217,28 @@ def quota_bytes() -> int:
 
 
 def deployment_spec(
-    *, source: str, name: str | None = None, device_map: str | None = None, **flags: Any
+    *,
+    source: str,
+    name: str | None = None,
+    device_map: str | None = None,
+    kept: Mapping[str, Any] = {},
+    **flags: Any,
 ) -> DeploymentSpec:
     """A deployment as a command line asks for it: a folder by its full path, a name of its own or the model's, a device
-    map by its name or in a file.
+    map by its name or in a file. `kept` are fields that stay as they are, whatever else is said.
     """
+    source, name = source_and_name(source, name)
+    places = None if device_map is None else read_device_map(device_map)
+    wish = DeploymentSpec(source=source, name=name, device_map=places, **flags)
+    return checked_spec(replace(wish, **kept))
+
+
+def source_and_name(source: str, name: str | None) -> tuple[str, str]:
+    """What is to be served, a folder by its full path, and under which name, when none is said."""
     if Path(source).is_dir():
         source = str(Path(source).resolve())
-        name = name or Path(source).name
-    places = None if device_map is None else read_device_map(device_map)
-    wish = DeploymentSpec(source=source, name=name or source.rpartition("/")[2], device_map=places, **flags)
-    return checked_spec(wish)
+        return source, name or Path(source).name
+    return source, name or source.rpartition("/")[2]
 
 
 def checked_spec(spec: DeploymentSpec) -> DeploymentSpec:

@@ -45,7 +45,7 @@ class RequestStatus:
     started: float | None
     finished: float | None
     error: PolytraceError | None  # when it failed or was cancelled
-    passes_done: int  # of a running request that takes several passes
+    passes_done: int  # of one that runs and takes several, and of one that is done; how far one came that failed
     passes: int  # how many it takes, 0 while that is not known
     logs: tuple[Mapping[str, Any], ...] = ()  # values that it logged while it runs, as `api.logs` writes them
     # what it did cost, once it has ended; 0 before

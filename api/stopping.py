@@ -14,7 +14,7 @@ from api.store import Store
 from cluster.requests import DeploymentState
 
 LOOK_S = 0.1
-_RUNS = (DeploymentState.READY, DeploymentState.RECOVERING, DeploymentState.DRAINING)
+_RUNS = (DeploymentState.READY, DeploymentState.RECOVERING, DeploymentState.DRAINING, DeploymentState.DRAINED)
 QUEUED, RUNNING = RequestState.QUEUED, RequestState.RUNNING
 
 
@@ -50,6 +50,18 @@ def finish_accepted(
                 f"draining: {running} requests run and {waiting} wait; at most {left_s:.0f} s (a second signal: now)"
             )
         time.sleep(LOOK_S)
+
+
+def what_is_left(store: Store, place: str | None) -> str:
+    """Of a service that has stopped, in one line; `place` is where it stays, None when the store goes as well."""
+    try:
+        left = sum(sum(counts.values()) for counts in store.open_requests().values())
+    except AwayError as error:
+        return f"stopped; what is left cannot be counted now: {error}"
+    if left == 0:
+        return "stopped; no request is left"
+    where = "go with its store" if place is None else f"are left in {place} and run after its next start"
+    return f"stopped; {left} requests that have not ended {where}"
 
 
 def _left(store: Store) -> tuple[int, int]:

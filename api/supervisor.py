@@ -33,7 +33,7 @@ from api.opening import places_in
 from api.processes import adopt_orphans, end_descendants
 from api.server import bind
 from api.settings import ServeSettings, gateway_settings, is_ray_token_given, ray_auth_mode
-from api.stopping import finish_accepted
+from api.stopping import finish_accepted, what_is_left
 from api.store import Store
 from cluster.config import ControllerConfig, address_file, jobs_file
 from cluster.requests import DeploymentState
@@ -76,11 +76,14 @@ class Supervisor:
         with self._signals(), self._socket(), self._folders():
             try:
                 on_begun()
+                self._report(self._where_it_keeps())
                 for role in ("gateway", "controller"):
                     self._children[role] = self._start(role)
                 self._watch(on_ready)
             finally:
                 self._end_all()
+            folder = None if self._settings.store is None else str(self._store.folder.resolve())
+            self._report(what_is_left(self._store, None if self._goes else folder or "its database"))
 
     # --- what the children share
 
@@ -278,6 +281,19 @@ class Supervisor:
             child.wait()
         with contextlib.suppress(AwayError):
             self._store.set_all_states(DeploymentState.STOPPED, "the service was stopped")
+
+    def _where_it_keeps(self) -> str:
+        """For people, who look for results and logs, or start it again. URLs are not told: they may have passwords."""
+        told = f"its store is {self._store.folder.resolve()}"
+        places = {"database": self._settings.database, "objects": self._settings.objects}
+        elsewhere = " and ".join(name for name, url in places.items() if url is not None)
+        told += f", its {elsewhere} elsewhere, as it was said" if elsewhere else ""
+        return f"{told}; without --store FOLDER it goes when the service ends" if self._goes else told
+
+    @property
+    def _goes(self) -> bool:
+        """Whether what it keeps goes with it."""
+        return self._settings.store is None and self._settings.database is None
 
     def _log(self, role: str) -> Path:
         return self._store.folder / f"{role}.log"

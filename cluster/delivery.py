@@ -91,6 +91,7 @@ def _finished(end: Done | Finished) -> Finished:
             return Finished(
                 request=end.program.request,
                 error=RunError(told),
+                passes=len(receipt.passes),
                 tokens=receipt.tokens,
                 token_layers=receipt.token_layers,
                 run_seconds=receipt.run_seconds,
@@ -103,6 +104,7 @@ def _finished(end: Done | Finished) -> Finished:
         header=header,
         size=end.program.result_start + end_of(returned),
         left=tuple(places),
+        passes=len(receipt.passes),
         generated=receipt.generated,
         tokens=receipt.tokens,
         token_layers=receipt.token_layers,

@@ -218,8 +218,10 @@ class ReplicaSet:
         if self._wanted.mode is Mode.SERVING:
             return state, told
         done = "drained" if self._wanted.mode is Mode.DRAINING else "removed"
+        if self._num_open == 0 and self._wanted.mode is Mode.DRAINING:
+            return DeploymentState.DRAINED, f"it takes no requests until `polytrace resume {self._name}`"
         if self._num_open == 0:
-            return DeploymentState.DRAINING, done if self._wanted.mode is Mode.DRAINING else f"is {done}"
+            return DeploymentState.DRAINING, "is removed"
         left = f"{done} when {self._num_open} requests are finished"
         return (DeploymentState.DRAINING, left) if state.is_serving else (state, f"{left}; {told}")
 

@@ -29,7 +29,8 @@ class DeploymentState(Enum):
     WAITING = "waiting"  # for room in the cluster; the progress text says for how much, and what is free
     READY = "ready"  # every shard is loaded and self-tested
     RECOVERING = "recovering"  # shards were lost; requests are taken meanwhile, and wait
-    DRAINING = "draining"  # it takes nothing new
+    DRAINING = "draining"  # it takes nothing new, and finishes what it has
+    DRAINED = "drained"  # the same, and has nothing left; its shards stay
     FAILED = "failed"  # it will not come up by itself; the progress text says why
     STOPPED = "stopped"
     WARM = "warm"  # not loaded, its weights are in the memory of nodes; the progress text says why
@@ -123,6 +124,7 @@ class Finished:
     left: tuple[Place, ...] = ()  # what stays on the service when there is no error
     generated: tuple[Generated, ...] = ()  # how its sequences went on
     saves: tuple[SaveSlot, ...] = ()  # of a generation: those that came
+    passes: int | None = None  # that it took; None: as many as were told while it ran
     # what it did cost, as measured; of one that failed, until then
     tokens: int | None = None  # of its sequences; None: as certified
     token_layers: int = 0

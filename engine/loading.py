@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from engine.checkpoint import Needs, check_weights, checkpoint_dtype, lazy_state
 from engine.drawing import random_state
 from engine.experts import use_padded_experts
+from engine.folders import no_folder
 from engine.imaged import imaged_class
 from engine.links import Links
 from engine.offload import offload
@@ -42,7 +42,6 @@ from engine.splits import Split, plan_splits
 from engine.windows import Layout, Window, find_layout, keep_window
 from polytrace.device_maps import DeviceMap
 from polytrace.errors import ServiceError
-from polytrace.grammar import nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,12 +254,7 @@ def _never_warn(input_ids: Any, attention_mask: Any) -> None:
 
 def _unreadable(source: str, error: Exception) -> str:
     """Why there is no model, with the nearest folders where a folder was meant."""
-    folder = Path(source)
-    if (source.count("/") > 1 or source.startswith((".", "/", "~"))) and not folder.exists():
-        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-        close = nearest(str(folder), [str(one) for one in beside if one.is_dir() and one.name != "__pycache__"])
-        return f"there is no folder {source}{close}, and a hub's id is owner/name"
-    return f"cannot read a model configuration from {source}: {error}"
+    return no_folder(source) or f"cannot read a model configuration from {source}: {error}"
 
 
 def _config_and_class(source: str) -> tuple[Any, Any]:

@@ -16,6 +16,11 @@ def key() -> str | None:
     return value or None
 
 
+def is_key(text: str) -> bool:
+    """Whether a key is that of the environment."""
+    return bool(text) and text == os.environ.get(KEY, "").strip()
+
+
 def url() -> str | None:
     """The user's service, None when it is not set or empty."""
     return os.environ.get(URL, "").strip() or None

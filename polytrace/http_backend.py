@@ -63,7 +63,7 @@ class HttpBackend:
 
     def tokenizer_json(self) -> bytes | None:
         try:
-            return self._get(f"{self._base}/tokenizer").content
+            return self.ask("GET", "tokenizer").content
         except NotFoundError:
             return None
 
@@ -198,11 +198,6 @@ class HttpBackend:
 
     def _json(self, path: str) -> Any:
         return get_json(self._client, self._url, path)
-
-    def _get(self, path: str, **more: Any) -> httpx.Response:
-        response = self._client.get(path, **more)
-        check(response)
-        return response
 
     def _call(self, method: str, path: str, parts: Sequence[bytes | memoryview]) -> httpx.Response:
         headers = {"Content-Length": str(sum(len(part) for part in parts))}

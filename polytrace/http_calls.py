@@ -5,19 +5,22 @@ Knows no routes (`http_backend`, `http_keeper`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 
-from polytrace.errors import CapacityError, PolytraceError, ServiceError, from_fields
+from polytrace import environment
+from polytrace.errors import CapacityError, KeyRefusedError, PolytraceError, ServiceError, from_fields
 from polytrace.retrying import PATIENCE_S, Pauses
 
 T = TypeVar("T")
 
 _SLACK_S = 30.0  # an answer may be this much later than it was asked for
 _PART_BYTES = 4 << 20
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "record layer failure")  # what OpenSSL says of plain HTTP
 
 
 def make_client(url: str, key: str | None) -> httpx.Client:
@@ -33,7 +36,7 @@ def call(client: httpx.Client, url: str, method: str, path: str, **more: Any) ->
     try:
         response = client.request(method, path, **more)
     except httpx.RequestError as error:
-        raise unreachable(url, error) from error
+        raise unreachable(url, error) from None
     check(response)
     return response
 
@@ -54,10 +57,11 @@ def persistently(
         except httpx.TransportError as error:
             if (now := reached()) > best:
                 pauses, best = Pauses(patience_s), now
-            if not pauses.again():
-                raise unreachable(url, error) from error
+            away = unreachable(url, error)
+            if not pauses.again(why=str(away)):
+                raise away from None
         except CapacityError as error:
-            if error.retry_after_s is None or not pauses.again(error.retry_after_s):
+            if error.retry_after_s is None or not pauses.again(error.retry_after_s, why=str(error)):
                 raise
 
 
@@ -115,9 +119,34 @@ def _error(response: httpx.Response) -> PolytraceError:
     fields = {"code": problem["code"], "message": str(problem.get("detail") or problem.get("title") or "")}
     where, seconds = problem.get("where"), response.headers.get("Retry-After")
     fields |= {"retry_after_s": seconds} if seconds is not None else {}
+    if problem["code"] == KeyRefusedError.code:
+        fields["message"] += _about_key(response.request)
+    elif response.status_code == 404 and "/v1/v1/" in response.request.url.path:
+        fields["message"] += f"; the service's URL ends before /v1: {_base(response.request.url).removesuffix('/v1')}"
     return from_fields(fields | {"where": where} if isinstance(where, str) else fields)
 
 
+def _about_key(request: httpx.Request) -> str:
+    """Which key was refused, where it came from and whom it was shown. Of one that is no service's own nothing is said:
+    it may be somebody's password.
+    """
+    secret = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    if not secret:
+        return f" ({_base(request.url)})"
+    named = f"{secret[:15]}... " if re.match(r"pt_[0-9a-f]{12}_", secret) else ""
+    origin = f"from {environment.KEY}" if environment.is_key(secret) else "as it was given"
+    return f" (the key {named}{origin}, at {_base(request.url)})"
+
+
+def _base(url: httpx.URL) -> str:
+    """Of a service, from the URL of one of its routes."""
+    return str(url.copy_with(query=None)).partition("/v1/")[0]
+
+
 def unreachable(url: str, error: Exception) -> ServiceError:
-    """What is raised when nobody answers."""
-    return ServiceError(f"no answer from {url}: {error or type(error).__name__}; is `polytrace serve` running there?")
+    """What is raised when nobody answers. To be raised `from None`: what httpx met on its way says nothing more."""
+    told = str(error) or type(error).__name__
+    hint = "is `polytrace serve` running there?"
+    if url.startswith("https://") and any(sign in told for sign in _NO_TLS):
+        hint = f"that port speaks no TLS: try http://{url.removeprefix('https://')}"
+    return ServiceError(f"no answer from {url}: {told}; {hint}")

@@ -49,7 +49,7 @@ def follow(client: httpx.Client, url: str, location: str, deadline: float) -> It
                         return
         except httpx.TransportError as error:
             if time.monotonic() - last_heard > _PATIENCE_S:
-                raise unreachable(url, error) from error
+                raise unreachable(url, error) from None
         if time.monotonic() > deadline:
             raise _late()
         time.sleep(_PAUSE_S)  # the gateway is starting again

@@ -71,7 +71,7 @@ class HttpKeeper:
                 check(response)
                 return decode_content(body(response))
         except httpx.TransportError as error:
-            raise unreachable(self._url, error) from error
+            raise unreachable(self._url, error) from None
 
     def delete(self, name: str, *, is_state: bool) -> None:
         self._call("DELETE", _path(name, is_state))

@@ -13,6 +13,7 @@ import pytest
 from api.limits import TenantLimits
 from api.server import bind
 from api.settings import deployment_spec, from_environment, gateway_settings, ray_auth_mode
+from bench import tinyworld
 from cluster.config import DeploymentSpec
 from polytrace.codec import from_json, to_json
 from polytrace.errors import UserError
@@ -95,6 +96,24 @@ def test_limits_of_tenants_that_have_none_are_a_variable(monkeypatch: pytest.Mon
     monkeypatch.setenv("POLYTRACE_LIMITS", '{"tokens_a_day": -5}')
     with pytest.raises(UserError, match="POLYTRACE_LIMITS"):
         gateway_settings("store")
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "told"),
+    [
+        ("modl", (), "there is no folder {0}/modl, and a hub's id is owner/name; did you mean {0}/model?"),
+        ("model", ("--ranks", "3"), "8 attention heads, which 3 ranks cannot share: use ranks 1, 2, 4, 8"),
+        ("model", ("--stages", "9"), "8 layers, which 9 stages cannot share: use stages 1 to 8"),
+    ],
+)
+def test_a_model_that_cannot_be_served_here_is_told_before_anything_is_started(
+    source: str, flags: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    world = tinyworld.FOLDER.parent
+    store = tmp_path / "store"
+    answer = polytrace("serve", str(world / source), "--name", "m", "--port", "0", "--store", str(store), *flags)
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1, answer.stderr
+    assert told.format(world) in answer.stderr and not store.exists()
 
 
 def test_an_address_that_is_none_is_refused_before_anything_is_started() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import typer
@@ -46,15 +46,25 @@ def test_what_is_named_comes_over_by_http_and_by_flags() -> None:
         assert by_flags(*given.split()) == spec
 
 
-def by_flags(*given: str) -> DeploymentSpec:
-    """As a command that `takes_deployment` reads them."""
+def test_what_is_not_given_stays_as_it_is_of_one_that_is_there() -> None:
+    known = DeploymentSpec(name="x", source="x", **ELSE)
+    assert by_flags(known=known) == known
+    assert by_flags("--stages", "1", "--offload", "0", "--merge-calls", known=known) == replace(
+        known, stages=1, offload_bytes=0, merges_calls=True
+    ), "a default that is written is meant"
+    mapped = DeploymentSpec(name="x", source="x", **MAPPED)
+    assert by_flags("--gpus", "3", known=mapped) == replace(mapped, gpus=3)
+
+
+def by_flags(*given: str, known: DeploymentSpec | None = None) -> DeploymentSpec:
+    """As a command that `takes_deployment` reads them, of one that is there where it is `known`."""
     specs: list[DeploymentSpec] = []
     app = typer.Typer()
 
     @app.command()
     @takes_deployment
     def command(deployment: DeploymentFlags) -> None:
-        specs.append(deployment.spec("x"))
+        specs.append(deployment.spec("x", known))
 
     run = CliRunner().invoke(app, given)
     assert run.exit_code == 0, run.output

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from api.status import RequestState
-from api.stopping import finish_accepted
+from api.stopping import finish_accepted, what_is_left
 from api.store import Store
 from cluster.requests import DeploymentState, Finished
 from polytrace.errors import CapacityError, ConflictError, RunError
@@ -83,6 +83,9 @@ def test_what_a_stop_has_no_time_for_stays_in_the_store(store: Store) -> None:
     finish_accepted(store, 0.3, told.append, goes_on=lambda: True)
     assert "1 that run and 1 that wait stay" in told[-1]
     assert (state(store, running), state(store, waiting)) == (RequestState.RUNNING, RequestState.QUEUED)
+    left = what_is_left(store, "/srv/store")
+    assert left == "stopped; 2 requests that have not ended are left in /srv/store and run after its next start"
+    assert what_is_left(store, None) == "stopped; 2 requests that have not ended go with its store"
     began = time.monotonic()
     finish_accepted(store, 60.0, told.append, goes_on=lambda: False)
     assert time.monotonic() - began < 30, "whoever is in a hurry does not wait"

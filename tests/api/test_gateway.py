@@ -411,6 +411,13 @@ def test_a_drained_deployment_refuses_new_requests_with_the_reason_and_finishes_
     wait_until(lambda: "it finishes what it has" in str(refusal()["detail"]))
     assert service.http.get("/v1/models/m").status_code == 200, "what it serves is still told"
     assert service.state(held["id"]) in (RequestState.QUEUED, RequestState.RUNNING)
+    assert service.http.delete("/v1/models/m/drain").json()["mode"] == "serving"
+    wait_until(lambda: service.http.post("/v1/models/m/requests", content=body(SUCCEED)).status_code == 202)
+    acts = [one["act"] for one in service.http.get("/v1/audit").json()["entries"]]
+    assert acts == ["models.resume", "models.drain"]
+    assert service.http.delete("/v1/models/m").json()["mode"] == "removing"
+    assert "is being removed" in str(problem_of(service.http.delete("/v1/models/m/drain"), 409)["detail"])
+    problem_of(service.http.delete("/v1/models/nosuch/drain"), 404)
     service.close()
 
 

@@ -71,6 +71,8 @@ def test_a_job_is_collected_by_another_process(model: Any, service: Guest, tmp_p
     result = tracer.job.result()
     assert request == tracer.job.id == result.receipt.request == tracer.receipt.request
     assert torch.equal(hidden, expected(model)) and float(total) == hidden.double().sum().item()
+    status = service.http.get(f"/v1/requests/{tracer.job.id}").json()
+    assert status["passes_done"] == status["passes"] == len(result.receipt.passes) == 1
     with pytest.raises(NotFoundError):
         polytrace.job("0" * 32, str(service.http.base_url), key=KEY)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,10 +239,10 @@ def test_the_commands_make_the_first_key_of_a_fresh_store_and_write_it_down(tmp_
         return answer.exit_code, answer.stdout, answer.stderr
 
     code, first, told = polytrace("keys", "make", "--operator", "--label", "ops")
-    assert code == 0 and "shown only now" in told
+    assert code == 0 and "of default/default, operator; it is shown only now" in told
     assert polytrace("tenants", "add", "vision", "--weight", "2", "--model", "tiny", "--limit", "passes=9")[0] == 0
     code, second, told = polytrace("keys", "make", "--tenant", "vision", "--user", "ada", "--expires", "90d")
-    assert code == 0 and "of vision/ada, until 20" in told
+    assert code == 0 and "of vision/ada, user, until 20" in told
     database = open_database(f"sqlite:///{store}/store.db")
     keys = Keys(database)
     assert keys.find(first.strip()).identity.is_operator
@@ -253,6 +254,10 @@ def test_the_commands_make_the_first_key_of_a_fresh_store_and_write_it_down(tmp_
     prefix = second[:15]
     code, shown, _ = polytrace("keys", "list")
     assert code == 0 and prefix in shown and "vision/ada" in shown and second.strip() not in shown
+    of_ada, of_operator = (next(line for line in shown.splitlines() if one[:15] in line) for one in (second, first))
+    assert " user " in of_ada and " operator " in of_operator
+    code, shown, _ = polytrace("keys", "list", "--tenant", "vision", "--json")
+    assert [(one["prefix"], one["role"]) for one in map(json.loads, shown.splitlines())] == [(prefix, "user")]
     code, third, _ = polytrace("keys", "rotate", prefix)
     assert code == 0 and keys.find(third.strip()).identity.user == "ada"
     assert polytrace("keys", "revoke", third[:15])[0] == 0

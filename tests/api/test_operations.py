@@ -86,6 +86,7 @@ def test_another_deployment_loads_while_the_first_one_answers_and_both_give_the_
     assert all_answers(service, "other") == calm
     refused = service.polytrace("deploy", str(model), "--name", "other", "--stages", "4")
     assert refused.returncode == 1 and "on 2 x 1 shards" in refused.stderr
+    assert "`polytrace deploy other` has it serve as it is" in refused.stderr
 
 
 def test_a_deployment_that_does_not_fit_says_what_it_waits_for_and_holds_nobody_up(
@@ -192,14 +193,30 @@ def test_a_drained_deployment_takes_nothing_new_and_serves_again_with_the_shards
     service: Service, model: Path, calm: list[bytes]
 ) -> None:
     others = service.shards("other")
-    ok(service, "drain", "other")
-    assert service.deployment("other")["state"] == "draining"
+
+    def serves_again() -> None:
+        wait_until(lambda: service.is_ready("other"), 30, service)
+        assert all_answers(service, "other") == calm
+        assert service.shards("other") == others and service.deployment("other")["state"] == "ready"
+
+    assert "drained: it takes no requests until `polytrace resume other`" in ok(service, "drain", "other")
+    assert service.deployment("other")["state"] == "drained"
     refused = service.http.post("/v1/models/other/requests", content=body())
-    assert refused.status_code == 503 and "other is drained" in refused.json()["detail"]
+    assert refused.status_code == 503 and "`polytrace resume other`" in refused.json()["detail"]
     assert all_answers(service) == calm
-    ok(service, "deploy", str(model), "--name", "other", "--stages", "2", "--cpus", "0.1")
-    assert all_answers(service, "other") == calm
-    assert service.shards("other") == others
+    told = ok(service, "resume")
+    assert "the service takes requests" in told and "`polytrace resume other`" in told, told
+    assert service.deployment("other")["state"] == "drained"
+    refused = service.polytrace("deploy", str(model), "--name", "other", "--stages", "1")
+    assert refused.returncode == 1 and "`polytrace resume other` has it serve as it is" in refused.stderr
+    assert "ready" in ok(service, "resume", "other")
+    serves_again()
+    assert "drained" not in ok(service, "resume")
+    for again in (("other",), (str(model), "--name", "other")):  # what is not said stays as it was
+        ok(service, "drain", "other")
+        assert "deploying other on 1 x 2 x 1 shards" in ok(service, "deploy", *again)
+        serves_again()
+    assert service.deployment("other")["spec"]["cpus"] == 0.1
 
 
 def test_a_new_controller_brings_everything_back_finishes_what_was_accepted_and_leaves_no_old_shard(

@@ -229,7 +229,9 @@ def test_sigterm_finishes_what_was_accepted_ends_the_service_and_leaves_no_proce
     streaming.join(timeout=60)
     assert len(told) == 100 and told == heard
     assert service.process.wait(timeout=60) == 0, service.words()
-    assert "draining: " in service.words()
+    told = Path(service.log.name).read_text()
+    assert "draining: " in told and f"its store is {service.store.resolve()}\n" in told
+    assert told.rstrip().endswith("stopped; no request is left")
     store = Store(service.store)
     assert {one.state for one in store.statuses(accepted).values()} == {RequestState.DONE}
     store.close()

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from api.commands import app
-from api.service_calls import Service
+from api.service_calls import Entry, Service
 from polytrace.errors import CapacityError, ServiceError
 
 REFUSAL = {"title": "Graph", "code": "graph", "detail": "layer 96 is not there", "where": "experiment.py:12"}
@@ -81,6 +81,7 @@ def test_a_refusal_names_the_users_own_line(service: Refusing, arguments: tuple[
     ("arguments", "asked"),
     [
         (("drain", "NAME", "--no-wait"), ("POST", "/v1/models/NAME/drain")),
+        (("resume", "NAME", "--no-wait"), ("DELETE", "/v1/models/NAME/drain")),
         (("remove", "NAME", "--no-wait"), ("DELETE", "/v1/models/NAME?now=false")),
         (("resize", "NAME", "--replicas", "2", "--no-wait"), ("PATCH", "/v1/models/NAME")),
         (("models", "drain", "NAME", "--no-wait"), ("POST", "/v1/models/NAME/drain")),
@@ -121,3 +122,35 @@ def test_what_is_no_service_of_ours_is_one_line(service: Refusing) -> None:
     service.headers = {"Content-Encoding": "gzip"}
     with pytest.raises(ServiceError, match="no answer from"):
         Service(service.url, None).deployments()
+
+
+class Scripted(Service):
+    """A service whose one deployment is first this, then that."""
+
+    def __init__(self, *entries: Entry) -> None:
+        super().__init__("http://127.0.0.1:9", None)
+        self._entries = list(entries)
+
+    def deployments(self) -> list[Entry]:
+        if not self._entries:
+            raise KeyboardInterrupt
+        return [self._entries.pop(0)]
+
+
+def entry(*replicas: str) -> Entry:
+    progress = f"{replicas.count('ready')} of {len(replicas)} replicas are ready"
+    return {"name": "m", "state": "ready", "progress": progress, "replicas": [{"state": one} for one in replicas]}
+
+
+def test_who_has_to_wait_for_room_or_leaves_is_told_that_the_service_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    waiting, ready = entry("ready", "waiting"), entry("ready", "ready")
+    Scripted(waiting, waiting, ready).follow("m", "m gets 2 replicas", lambda one: one == ready)
+    told = capsys.readouterr().err
+    assert told.count("`polytrace status` shows it") == 1 and "a smaller --cpus" in told and "2 of 2" in told
+    Scripted(entry("starting"), ready).follow("m", "m gets 2 replicas", lambda one: one == ready)
+    assert "status" not in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        Scripted(entry("starting")).follow("m", "m gets 2 replicas", lambda one: one == ready)
+    assert capsys.readouterr().err.rstrip().endswith("`polytrace status` shows it")

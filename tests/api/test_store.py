@@ -70,8 +70,10 @@ def test_a_result_is_there_in_full_when_its_state_says_done(store: Store) -> Non
     with place.path.open("r+b") as file:  # a shard's part
         file.seek(place.start)
         file.write(b"x" * 100)
-    store.finish([Finished(request=request, header=b"h" * 64)])
-    assert state(store, request) is RequestState.DONE
+    store.finish([Finished(request=request, header=b"h" * 64, passes=3)])
+    status = store.status(request)
+    assert status is not None and status.state is RequestState.DONE
+    assert (status.passes_done, status.passes) == (3, 3), "as many as it took"
     assert store.result_path(request).read_bytes() == b"h" * 64 + b"x" * 100
     assert not claimed.path.exists()
 
@@ -315,3 +317,4 @@ def test_logs_are_told_pass_by_pass_within_their_limits_and_gone_when_the_result
     store.finish([Finished(request=request, error=RunError("it failed"))])
     ended = store.status(request)
     assert ended is not None and ended.logs == ()
+    assert (ended.passes_done, ended.passes) == (2, 3), "how far it came"

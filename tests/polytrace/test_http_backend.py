@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,7 @@ from polytrace.certificate import Certificate, Token, ValueShape
 from polytrace.codec import to_json
 from polytrace.errors import CapacityError, GraphError, KeyRefusedError, NotFoundError, ServiceError, WireError
 from polytrace.http_calls import persistently
+from polytrace.retrying import Pauses
 from polytrace.versions import version_headers
 from polytrace.wire import decode_request, result_header
 
@@ -281,6 +283,24 @@ def test_a_call_that_gets_further_has_patience_again_and_one_that_does_not_gives
         persistently("u", further, patience_s=0.5)
 
 
+def test_whoever_waits_for_a_drained_deployment_is_told_so_in_one_line(
+    service: Service, result_file: Answer, caplog: pytest.LogCaptureFixture
+) -> None:
+    drained = problem(503, "capacity", "tiny is drained")
+    drained.headers["Retry-After"] = "2"
+    service.on("POST", "/v1/models/tiny/requests", drained, drained, result_file)
+    assert trace_once(service)[0].shape == (2, 2)
+    assert len(service.calls()) >= 3 and [one.name for one in caplog.records] == ["polytrace"]
+    assert caplog.messages == ["tiny is drained; trying again for 30 s"]
+
+
+def test_what_is_over_soon_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    pauses = Pauses(patience_s=1.0)
+    while pauses.again(why="the queue is full"):
+        pass
+    assert caplog.messages == []
+
+
 def test_a_trace_that_takes_too_long_is_cancelled(service: Service) -> None:
     service.on("POST", "/v1/models/tiny/requests", ACCEPTED)
     service.on("GET", "/v1/requests/r1", answer_json(STATUS))
@@ -349,10 +369,35 @@ def test_connecting_says_what_is_wrong(service: Service) -> None:
     service.on("GET", "/v1/models/tiny", answer_json({"name": "tiny", "future": 1}, **version_headers()))
     with pytest.raises(WireError, match="they describe models otherwise"):
         polytrace.connect(service.url, "tiny")
-    with pytest.raises(ServiceError, match=r"no answer from http://127\.0\.0\.1:9"):
+    with pytest.raises(ServiceError, match=r"no answer from http://127\.0\.0\.1:9") as caught:
         polytrace.connect("http://127.0.0.1:9", "tiny")
+    assert len(traceback.format_exception(caught.value)) < 12, "nothing of how httpx found out"
+    with pytest.raises(ServiceError, match=f"that port speaks no TLS: try {service.url}$"):
+        polytrace.connect(service.url.replace("http://", "https://"), "tiny")
+    with pytest.raises(NotFoundError, match=f"the service's URL ends before /v1: {service.url}$"):
+        polytrace.connect(f"{service.url}/v1/", "tiny")
     with pytest.raises(ValueError, match="begins with http://, https:// or ray://"):
         polytrace.connect("tiny")
+
+
+def test_a_refused_key_is_named_with_where_it_came_from_and_a_password_is_not(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.on("GET", "/v1/models", problem(401, "key-refused", "this service does not know the key"))
+    secret = f"pt_0123456789ab_{'s' * 43}"
+
+    def told(key: str | None) -> str:
+        with pytest.raises(KeyRefusedError) as refused:
+            polytrace.models(service.url, key=key)
+        return str(refused.value)
+
+    assert told(None) == f"this service does not know the key ({service.url})"
+    known = f"this service does not know the key (the key pt_0123456789ab... as it was given, at {service.url})"
+    assert told(secret) == known
+    monkeypatch.setenv("POLYTRACE_KEY", secret)
+    assert told(None) == known.replace("as it was given", "from POLYTRACE_KEY")
+    monkeypatch.setenv("POLYTRACE_KEY", "sesame, open")
+    assert told(None) == f"this service does not know the key (the key from POLYTRACE_KEY, at {service.url})"
 
 
 def test_the_only_model_needs_no_name(service: Service) -> None:

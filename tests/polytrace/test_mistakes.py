@@ -55,7 +55,9 @@ def test_a_number_into_an_array_of_ones_own_is_told_as_the_cause(model: Any) -> 
 
 
 def test_a_folder_that_is_not_there_comes_with_the_nearest() -> None:
-    with pytest.raises(PolytraceError, match=r"there is no folder .*modell; did you mean .*model\?, and a hub's id"):
+    with pytest.raises(
+        PolytraceError, match=r"there is no folder .*modell, and a hub's id is owner/name; did you mean .*model\?$"
+    ):
         polytrace.load(str(tinyworld.FOLDER) + "l")
 
 
