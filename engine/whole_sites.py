@@ -32,6 +32,7 @@ from engine.module_state import attribute_tensors, kept_memory, settings_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.probe import named_tensors
 from engine.recorder import memory_of
+from engine.whole_manner import layer_by_layer
 from engine.whole_places import home_of
 from engine.writes import is_record
 from polytrace.description import Leaf, ModuleInfo, ParameterInfo, Rows, SiteInfo
@@ -239,7 +240,7 @@ def record(model: nn.Module, called: Inputs, max_bytes: int | None = None) -> tu
     handles = [handle for path, module in model.named_modules() for handle in recorder.hooks(path, module)]
     token = _recording.set(recorder)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), layer_by_layer():
             args, kwargs = arguments_of(called)
             model(*args, **kwargs)
     except (GraphError, TooLargeError):
