@@ -30,8 +30,9 @@ from engine.recorder import tensors_of
 from engine.whole_call import Key
 from engine.whole_contents import Called, other, telling
 from engine.whole_manner import call_by_call, layer_by_layer
+from engine.whole_members import leaves_of, own_tensors
 from engine.whole_places import gpus_of, let_go, weights_from_outside
-from engine.whole_sites import leaves_of, overlaps, told
+from engine.whole_sites import overlaps, told
 from engine.writes import with_member
 from polytrace.graph import Port
 from scheduling.alike import MOST_CALLS
@@ -321,7 +322,7 @@ def _run(
     def before(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = first_argument(args, kwargs)
         notes(path, Port.INPUT, first, leaves_of(first)[1])
-        notes(path, Port.INPUTS, None, Arguments(args, kwargs).others())
+        notes(path, Port.INPUTS, None, own_tensors(Arguments(args, kwargs).others()))
 
     def behind(path: str, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         return notes(path, Port.OUTPUT, output, leaves_of(output)[1])
