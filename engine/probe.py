@@ -310,8 +310,11 @@ def _modules(model: PreTrainedModel, layers: str, recorder: Recorder) -> Iterato
     for path, module in model.named_modules():
         is_list = isinstance(module, nn.ModuleList)
         refusal = None
+        is_dict = isinstance(module, nn.ModuleDict)
         if is_list:
             refusal = "it is a list of modules"
+        elif is_dict:
+            refusal = "it is a dict of modules"
         elif path in recorder.attending:
             refusal = "it attends, which needs the rows of a pass"
         elif path not in recorder.single_argument:
@@ -323,6 +326,7 @@ def _modules(model: PreTrainedModel, layers: str, recorder: Recorder) -> Iterato
             is_decoder_layer=path.rpartition(".")[0] == layers,
             first_stage=0,
             call_refusal=refusal,
+            is_dict=is_dict,
         )
 
 

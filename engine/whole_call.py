@@ -6,7 +6,7 @@ Knows nothing of graphs: who waits at a visit says what goes on.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from engine.arguments import Arguments
 from engine.leaves import first_argument
 from engine.lockstep import stop
 from engine.stage import replace_first_argument
+from engine.whole_manner import layer_by_layer
 from engine.whole_places import let_go
 from engine.whole_tape import WholeTape
 from polytrace.graph import Port
@@ -56,9 +57,11 @@ class WholeCall:
             raise Enough
         return after
 
-    def recording(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def recording(self) -> Iterator[None]:
         """How the model is run."""
-        return torch.no_grad() if self.tape is None else self.tape.recording()
+        with layer_by_layer(), torch.no_grad() if self.tape is None else self.tape.recording():
+            yield
 
     def changing(self, tensor: Tensor) -> None:
         """Somebody writes to a tensor in place."""

@@ -1,14 +1,15 @@
 """Runs calls of several requests, and of one, as one call of the module: each at its own rows.
 
-Which bits a call has follows from the call and the model, never from who else is there: one without gradients always
-goes in the manner of calls that may be one, where the model does at all (`engine.whole_merging`). It goes beside others
-where it is proven that it has rows of its own at every site that it reads and writes.
+Which bits a call has follows from the call and the model, never from who else is there or was before: one without
+gradients always goes in the manner of calls that may be one, where calls of its structure do at all
+(`engine.whole_merging`). It goes beside others where it is proven that it has rows of its own at every site that it
+reads and writes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ from scheduling.call_turns import Turn, joined, turns_of
 from scheduling.plan import PROLOGUE, Fragment, Member, RequestId
 
 _MOST_VERDICTS = 256
+_MOST_TOLD = 4096  # structures of which it is known whether their calls go in the manner
 _MOST_CHANGES = 4
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -61,16 +63,17 @@ class CallGroups:
         self._model, self._is_fixed = model, is_fixed
         self.verdicts: OrderedDict[Hashable, Verdict] = OrderedDict()
         self._settings: Hashable = None
-        self._is_so: bool | None = None  # whether calls go in the manner of those that may be one; None: nobody called
-        self._num_changes = 0  # of settings, by calls that were looked at
+        self._goes: OrderedDict[Hashable, bool] = OrderedDict()  # whether calls go in the manner, by structure likewise
+        self._num_changes: Counter[Hashable] = Counter()  # of settings, by calls that were looked at
         self.merged: list[tuple[RequestId, ...]] = []  # calls that went as one since somebody took this, by requests
 
     def run(self, waves: Sequence[tuple[Member, CallState]], alone: Callable[[Turn, CallState], None]) -> None:
         """Runs waves that no gradient is asked of; `alone` runs calls as they are."""
         settings = None if self._is_fixed else settings_of(self._model), torch.get_num_threads()
         if settings != self._settings:  # what was found of others says nothing of these
-            self._settings, self._is_so = settings, None
+            self._settings = settings
             self.verdicts.clear()
+            self._goes.clear()
         waiting = [deque(self._parts(*each)) for each in waves]
         while going := [parts.popleft() for parts in waiting if parts]:
             groups: dict[Hashable, list[_Part]] = {}
@@ -113,25 +116,32 @@ class CallGroups:
             key = _Key(repr(state.structure(turn.invokes[0])), likeness(called), _assigned(turn, state))
         except Exception:  # noqa: BLE001  whatever is wrong with what it is given, it says so when it runs
             return None
-        return key if goes_apart(called) and self._goes_so(called) else None
+        return key if goes_apart(called) and self._goes_so(key, called) else None
 
-    def _goes_so(self, called: Called) -> bool:
-        """Whether calls of the model go in the manner of those that may be one; the first one tells."""
-        if self._is_so is None:
-            with suppress(BrokenError):
-                why_not = self._settled(partial(why_not_so, self._model, called))
-                self._is_so = why_not is None
-                if why_not is not None:
-                    _log.info("calls of %s are not merged: %s", type(self._model).__name__, why_not)
-        return self._is_so is True
+    def _goes_so(self, key: _Key, called: Called) -> bool:
+        """Whether calls of a structure go in the manner of those that may be one; its first one tells."""
+        goes = self._goes.pop(key.of_calls, None)
+        if goes is None:
+            try:
+                why_not = self._settled(key, partial(why_not_so, self._model, called))
+            except BrokenError:
+                return False
+            goes = why_not is None
+            if why_not is not None:
+                told = "calls of %s with arguments of one structure are not merged: %s"
+                _log.info(told, type(self._model).__name__, why_not)
+        self._goes[key.of_calls] = goes
+        if len(self._goes) > _MOST_TOLD:
+            self._goes.popitem(last=False)
+        return goes
 
-    def _settled(self, look: Callable[[], T]) -> T | str:
+    def _settled(self, key: _Key, look: Callable[[], T]) -> T | str:
         """What it finds, or why not, of a model whose calls change its settings each time."""
         try:
             return look()
         except SettledError as error:
-            self._num_changes += 1
-            if self._num_changes < _MOST_CHANGES:
+            self._num_changes[key.of_calls] += 1
+            if self._num_changes[key.of_calls] < _MOST_CHANGES:
                 raise
             return str(error)
 
@@ -143,7 +153,7 @@ class CallGroups:
         verdict = self.verdicts.get(key.of_calls)
         if verdict is None:
             try:
-                found = self._settled(partial(judge, self._model, called))
+                found = self._settled(key, partial(judge, self._model, called))
             except BrokenError:
                 return None
             verdict = Verdict(refusal=found) if isinstance(found, str) else found

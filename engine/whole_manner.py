@@ -45,11 +45,18 @@ _LANES = 64  # elements that a processor takes at once, at most: what is left ov
 
 
 @contextmanager
-def operation_by_operation() -> Iterator[None]:
-    """Inside torch does not take several operations of an encoder's layer in one, which it does or not by who looks,
-    and goes no other ways for a batch of one.
+def layer_by_layer() -> Iterator[None]:
+    """Every call of a model is inside. Torch does not take several operations of `nn.TransformerEncoder` in one there,
+    which it does or not by who looks, and by whether gradients are asked for: with other numbers where a mask pads.
     """
-    with _slow_path, _OneLayout():
+    with _slow_path:
+        yield
+
+
+@contextmanager
+def operation_by_operation() -> Iterator[None]:
+    """Inside torch goes no other ways for a batch of one, either."""
+    with layer_by_layer(), _OneLayout():
         yield
 
 

@@ -1,8 +1,8 @@
 """Whether calls of one structure may be one call, and what each has of every site then.
 
 Calls are put together along the first dimension of their tensors, and run call by call (`engine.whole_manner`). The
-gate looks at every side of every module. A model's first call tries that in that manner it is the call as it is, to
-1e-5 in float32; its calls go so from then on, alone too, and if they are not, as they are. When two of one structure
+gate looks at every side of every module. The first call of a structure tries that in that manner it is the call as it
+is, to 1e-5 in float32; those of its structure go so from then on, alone too, and if they are not, as they are. When two
 first wait, it is proven at which sites a call has rows of its own, which depend on no other call (`engine.call_proof`),
 and tried that these have the bits of alone. Numbers of calls in one are looked at when they are first wanted: one that
 fails is not used, and no bit depends on that.
@@ -11,7 +11,7 @@ fails is not used, and no bit depends on that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
@@ -29,9 +29,10 @@ from engine.module_state import ModuleState, kept_tensors, settings_of
 from engine.recorder import tensors_of
 from engine.whole_call import Key
 from engine.whole_contents import Called, other, telling
-from engine.whole_manner import call_by_call
+from engine.whole_manner import call_by_call, layer_by_layer
+from engine.whole_members import leaves_of, own_tensors
 from engine.whole_places import gpus_of, let_go, weights_from_outside
-from engine.whole_sites import leaves_of, overlaps, told
+from engine.whole_sites import overlaps, told
 from engine.writes import with_member
 from polytrace.graph import Port
 from scheduling.alike import MOST_CALLS
@@ -77,7 +78,7 @@ def goes_apart(called: Called) -> bool:
 
 
 def why_not_so(model: nn.Module, called: Called) -> str | None:
-    """Why a model cannot go in the manner of calls that may be one: numbers are not those of the call as it is.
+    """Why a call cannot go in the manner of those that may be one: numbers are not those of the call as it is.
 
     BrokenError where the call as it is raises.
     """
@@ -290,7 +291,7 @@ def _proving(model: nn.Module, mode: Alone | Together, own: Called) -> Iterator[
 
 
 def _as_it_is(_called: Called) -> AbstractContextManager[None]:
-    return nullcontext()
+    return layer_by_layer()
 
 
 def _call_by_call(_called: Called) -> AbstractContextManager[Any]:
@@ -321,7 +322,7 @@ def _run(
     def before(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = first_argument(args, kwargs)
         notes(path, Port.INPUT, first, leaves_of(first)[1])
-        notes(path, Port.INPUTS, None, Arguments(args, kwargs).others())
+        notes(path, Port.INPUTS, None, own_tensors(Arguments(args, kwargs).others()))
 
     def behind(path: str, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         return notes(path, Port.OUTPUT, output, leaves_of(output)[1])

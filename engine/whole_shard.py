@@ -29,6 +29,7 @@ from engine.results import MemorySink, Writer, sink_for
 from engine.stopwatch import Stopwatch
 from engine.whole_call import Enough, Visits, WholeCall, alone, current, hooked
 from engine.whole_groups import CallGroups
+from engine.whole_manner import layer_by_layer
 from engine.whole_places import home_of, offloaded_modules
 from engine.whole_side import Side
 from engine.whole_sites import told
@@ -272,7 +273,8 @@ class _Runner:
     @contextmanager
     def calling(self) -> Iterator[None]:
         """A module that runs on a request's own value is no visit: no call is going in the thread that asks."""
-        yield
+        with layer_by_layer():
+            yield
 
 
 def _visits_at(state: CallState, tape: WholeTape) -> Visits:

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import fields
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -32,17 +31,17 @@ from engine.module_state import attribute_tensors, kept_memory, settings_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
 from engine.probe import named_tensors
 from engine.recorder import memory_of
+from engine.whole_manner import layer_by_layer
+from engine.whole_members import leaves_of, members_of, own_tensors
 from engine.whole_places import home_of
-from engine.writes import is_record
 from polytrace.description import Leaf, ModuleInfo, ParameterInfo, Rows, SiteInfo
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.given import given_names, structure_of, with_given
-from polytrace.graph import DType, Given, Inputs, Port
+from polytrace.graph import Device, DType, Given, Inputs, Port
 from polytrace.tensors import RawTensor
 
 T = TypeVar("T")
 
-_DEPTH = 4  # keys of a selector at most, as on the wire
 _MAX_SITES = 100_000  # of one call
 _HELD = "it is a parameter of the model itself, or another tensor that it keeps: write `site = value`"
 _OVERLAPS = "several of its elements are one in memory: write `site = value`"
@@ -239,7 +238,7 @@ def record(model: nn.Module, called: Inputs, max_bytes: int | None = None) -> tu
     handles = [handle for path, module in model.named_modules() for handle in recorder.hooks(path, module)]
     token = _recording.set(recorder)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), layer_by_layer():
             args, kwargs = arguments_of(called)
             model(*args, **kwargs)
     except (GraphError, TooLargeError):
@@ -281,9 +280,11 @@ def arguments_of(called: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _of_torch(value: Any) -> Any:
-    """Dtypes as torch has them."""
+    """Dtypes and devices as torch has them."""
     if isinstance(value, DType):
         return TORCH_DTYPES[value.name]
+    if isinstance(value, Device):
+        return torch.device(value.name)
     if isinstance(value, dict):
         return {key: _of_torch(part) for key, part in value.items()}
     return type(value)([_of_torch(part) for part in value]) if isinstance(value, (tuple, list)) else value
@@ -312,22 +313,23 @@ class _Recorder:
             if _recording.get() is not self:
                 return  # of another thread's call
             arguments = Arguments(args, kwargs)
-            self._note(path, Port.INPUT, *leaves_of(first_argument(args, kwargs)), arguments.keyword)
-            self._note(path, Port.INPUTS, "arguments", arguments.others())
+            self._note(path, Port.INPUT, first_argument(args, kwargs), arguments.keyword)
+            self._note(path, Port.INPUTS, arguments)
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             if _recording.get() is self:
-                self._note(path, Port.OUTPUT, *leaves_of(output))
+                self._note(path, Port.OUTPUT, output)
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(after)
 
-    def _note(
-        self, path: str, port: Port, structure: str, leaves: Mapping[Selector, Tensor], keyword: str | None = None
-    ) -> None:
+    def _note(self, path: str, port: Port, value: Any, keyword: str | None = None) -> None:
+        """A side as it fired, also where there is no tensor in it: it counts."""
         visit = self._visits.get((path, port), 0)
         self._visits[path, port] = visit + 1
-        if not leaves:
+        is_call = isinstance(value, Arguments)
+        structure, leaves = ("arguments", own_tensors(value.others())) if is_call else leaves_of(value)
+        if is_call and not leaves:
             return
         if len(self.sites) == _MAX_SITES:
             raise TooLargeError(f"one call visits more than {_MAX_SITES} sites")
@@ -341,6 +343,7 @@ class _Recorder:
                 structure=structure,
                 rows=Rows.ALL,
                 leaves=tuple([self._leaf(selector, tensor) for selector, tensor in leaves.items()]),
+                members=() if is_call else members_of(value),
                 keyword=keyword,
             )
         )
@@ -382,42 +385,18 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def leaves_of(value: Any) -> tuple[str, dict[Selector, Tensor]]:
-    """The structure of what a module takes or gives, and the tensors in it, four levels deep."""
-    if isinstance(value, Tensor):
-        return "tensor", {(): value}
-    leaves = dict(_members(value, ()))
-    if isinstance(value, Mapping) or is_record(value):
-        return "dict", leaves
-    return ("list" if isinstance(value, list) else "tuple") if isinstance(value, (tuple, list)) else "other", leaves
-
-
-def _members(value: Any, way: Selector) -> Iterator[tuple[Selector, Tensor]]:
-    if isinstance(value, Tensor):
-        yield way, value
-    elif len(way) < _DEPTH and isinstance(value, Mapping):
-        for key, member in value.items():
-            if isinstance(key, (str, int)):
-                yield from _members(member, (*way, key))
-    elif len(way) < _DEPTH and is_record(value):
-        for field in fields(value):
-            yield from _members(getattr(value, field.name, None), (*way, field.name))
-    elif len(way) < _DEPTH and isinstance(value, (tuple, list)):
-        for place, member in enumerate(value):
-            yield from _members(member, (*way, place))
-
-
 def modules_of(model: nn.Module) -> Iterator[ModuleInfo]:
     """The tree. A module is called on values as the model itself calls it: with one tensor or with none."""
     for path, module in model.named_modules():
-        is_list = isinstance(module, nn.ModuleList)
+        is_list, is_dict = isinstance(module, nn.ModuleList), isinstance(module, nn.ModuleDict)
         yield ModuleInfo(
             path=path,
             class_name=type(module).__name__,
             is_list=is_list,
             is_decoder_layer=False,
             first_stage=0,
-            call_refusal="it is a list of modules" if is_list else None,
+            call_refusal="it is a list of modules" if is_list else "it is a dict of modules" if is_dict else None,
+            is_dict=is_dict,
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from polytrace.constants import requires_gradients
 from polytrace.errors import GraphError, TooLargeError
 from polytrace.given import MAX_DEPTH
-from polytrace.graph import DType, Given, Inputs
+from polytrace.graph import Device, DType, Given, Inputs
 from polytrace.literals import dtype_name, scalar
 from polytrace.storage import is_recorded, state_of
 from polytrace.tensors import DTYPES, RawTensor, num_bytes
@@ -27,9 +27,11 @@ class Calling:
     has those of the whole program.
     """
 
-    def __init__(self, recording: Recording, where: str) -> None:
+    def __init__(self, recording: Recording, where: str, hint: Callable[[], str]) -> None:
+        """`hint` gives what else is said of an object that is no data."""
         self._recording = recording
         self._where = where
+        self._hint = hint
         self.written: list[tuple[tuple[int | str, ...], Any]] = []  # selectors of `inputs`, and values
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
@@ -60,12 +62,13 @@ class Calling:
             return number
         if not hasattr(value, "__array__") and (dtype := dtype_name(value)) in DTYPES:
             return DType(str(dtype))
+        if isinstance(value, range) or (isinstance(value, slice) and _is_of_integers(value)):
+            return value  # numbers of Python's, which JSON has
+        if (type(value).__module__, type(value).__name__) == ("torch", "device"):
+            return Device(str(value))
         if not hasattr(value, "untyped_storage") and not hasattr(value, "__array__"):
-            raise GraphError(
-                f"{what} is a {type(value).__name__}: a call takes tensors, arrays, numbers and texts; a processor "
-                "makes these of images and sound, `model.processor(...)` where the model came with one",
-                where=where,
-            )
+            takes = "tensors, arrays, numbers, texts, dtypes, devices, slices and ranges of integers"
+            raise GraphError(f"{what} is a {type(value).__name__}: a call takes {takes}{self._hint()}", where=where)
         if requires_gradients(value):
             self.written.append((way, value))
         return Given(self._recording.constants.add(value, where))
@@ -87,3 +90,7 @@ class Calling:
         self.written.append((way, value))
         zeros = RawTensor(dtype=known.dtype, shape=known.shape, data=memoryview(bytes(size)))
         return Given(self._recording.constants.take(zeros))
+
+
+def _is_of_integers(value: slice) -> bool:
+    return all(part is None or type(part) is int for part in (value.start, value.stop, value.step))

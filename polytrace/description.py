@@ -89,6 +89,16 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemberInfo:
+    """What lies in a port of a model that is called as it is, and is no tensor that can be read."""
+
+    selector: tuple[int | str, ...]
+    class_name: str  # "NoneType": it is None
+    names: tuple[str, ...] = ()  # of its places: it is a namedtuple
+    why_not: str | None = None  # "is not looked into": why it has no members; None: it has some, or is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteInfo:
     """One port of one module, at its place in the model's order."""
 
@@ -99,8 +109,9 @@ class SiteInfo:
     stage: int  # the stage whose window owns the module
     structure: str  # "tensor", "tuple", "list", "dict" (ModelOutput too), "arguments" or "other"
     rows: Rows
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[Leaf, ...]  # none: a model that is called as it is has no tensor there in this visit
     keyword: str | None = None  # of an input that is given by keyword: its name
+    members: tuple[MemberInfo, ...] = ()  # beside the leaves
 
     @property
     def layouts(self) -> dict[tuple[int | str, ...], int]:
@@ -120,6 +131,7 @@ class ModuleInfo:
     first_stage: int  # the first stage that has it: a module called on a value runs there
     call_refusal: str | None = None  # why it cannot be called on a value, None when it can
     source: int | None = None  # its place in `ModelDescription.sources`, None when the forward never calls it
+    is_dict: bool = False  # a ModuleDict: its members have names, also where these are numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,25 +1,28 @@
 """The arguments of a call as JSON, on the wire and in a question for the sites of a call.
 
 Numbers, texts and None are themselves. Anything else is an object with one field that says what it is: `t` a tensor by
-its name, `d` a dtype, `l` a list, `u` a tuple, `m` a dict. What comes from outside is checked field by field.
+its name, `d` a dtype, `v` a device, `s` a slice, `r` a range, `l` a list, `u` a tuple, `m` a dict. What comes from
+outside is checked field by field.
 """
 
 from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from polytrace.codec import brief, name_of_float
 from polytrace.errors import WireError
 from polytrace.given import MAX_DEPTH
-from polytrace.graph import DType, Given, Inputs, Invoke
+from polytrace.graph import Device, DType, Given, Inputs, Invoke
 from polytrace.tensors import DTYPES, RawTensor, num_bytes
 
 MAX_ARGUMENTS = 4096  # of one call, those inside of others counted
 MAX_TEXT = 1 << 16
 SHOWN_BYTES = 1 << 16  # of integers whose values a question for sites tells
+_DEVICE = re.compile(r"[a-z]{1,16}(:[0-9]{1,4})?")
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -90,6 +93,10 @@ def _plain(value: Any) -> Any:
         return {"t": value.name}
     if isinstance(value, DType):
         return {"d": value.name}
+    if isinstance(value, Device):
+        return {"v": value.name}
+    if isinstance(value, (slice, range)):
+        return {"s" if isinstance(value, slice) else "r": [value.start, value.stop, value.step]}
     if isinstance(value, Mapping):
         return {"m": {key: _plain(part) for key, part in value.items()}}
     if isinstance(value, (tuple, list)):
@@ -97,6 +104,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"f": name_of_float(value)}
     return value
+
+
+def _are_places(parts: list[Any], has_none: bool) -> bool:
+    """Whether these are the start, stop and step of a slice or a range."""
+    are_plain = all(type(part) is int or (has_none and part is None) for part in parts)
+    return are_plain and (has_none or parts[2] != 0)
 
 
 class _Reader:
@@ -121,6 +134,10 @@ class _Reader:
             return Given(part)
         if kind == "d" and isinstance(part, str) and part in DTYPES:
             return DType(part)
+        if kind == "v" and isinstance(part, str) and _DEVICE.fullmatch(part):
+            return Device(part)
+        if kind in ("s", "r") and isinstance(part, list) and len(part) == 3 and _are_places(part, kind == "s"):
+            return slice(*part) if kind == "s" else range(*part)
         if kind == "f" and isinstance(part, str) and part in _FLOATS:
             return _FLOATS[part]
         if kind == "m":

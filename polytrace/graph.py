@@ -98,6 +98,13 @@ class DType:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """An argument of a call that is a device, as torch names it ("cuda:0"): one of the machine that the model is on."""
+
+    name: str
+
+
 # What an argument of an op may be. Tuples and lists nest; slices hold operands (ints or None, or Refs).
 Operand: TypeAlias = (
     "Ref | DType | bool | int | float | str | slice | EllipsisType | tuple[Operand, ...] | list[Operand] | None"
@@ -364,7 +371,8 @@ class Given:
 class Inputs:
     """What one call of a model is given, where sequences of tokens do not say it (`PassLayout.WHOLE`).
 
-    Plain data: numbers, texts, None, `DType`, `Given`, and lists, tuples and dicts of these.
+    Plain data: numbers, texts, None, slices and ranges of integers, `DType`, `Device`, `Given`, and lists, tuples and
+    dicts of these.
     """
 
     args: tuple[Any, ...]

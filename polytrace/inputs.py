@@ -27,6 +27,7 @@ def inputs_table(table: Table, path: str) -> PortTable | None:
     place: tuple[int | str, ...] = (0, 0) if keyword is None else (1, keyword)
     leaves = {(*place, *selector): leaf for selector, leaf in first.leaves.items()}
     info = replace(first.info, port=Port.INPUTS, structure="arguments") if others is None else others.info
+    info = replace(info, members=tuple([replace(one, selector=(*place, *one.selector)) for one in first.info.members]))
     return PortTable(
         info=info, is_layer_output=False, leaves=leaves | (others.leaves if others is not None else {}), is_call=True
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from polytrace import hints
@@ -19,6 +19,8 @@ from polytrace.image_checks import hint_at_images
 from polytrace.inputs import inputs_table
 from polytrace.lines import user_line
 from polytrace.literals import scalar
+from polytrace.module_dicts import DICT_METHODS, member_of, names_of
+from polytrace.no_tensors import NONE, a_class
 from polytrace.not_values import NotAValue
 from polytrace.points import DIMS, Points, owners, point_table
 from polytrace.ports import OpenPort
@@ -36,6 +38,7 @@ class Module(NotAValue):
 
     _model: Model
     _path: str
+    _visit: int = 0
 
     def __init__(self, model: Model, path: str) -> None:
         self.__dict__.update(_model=model, _path=path)
@@ -105,6 +108,8 @@ class Module(NotAValue):
         if name in table.layer_weights.get(path, ()):
             tracer = self._model._tracer("the weight ", path, name)
             return tracer.wrap(tracer.recording.parameter(table.layer_weights[path][name]))
+        if self._info.is_dict and name in DICT_METHODS:
+            return partial(DICT_METHODS[name], self)
         if name in self._ports or name in self._points:
             return self._port(name).read()
         if (why := table.why_not(path, name) or table.why_no_own_path(join(path, name))) is not None:
@@ -132,6 +137,8 @@ class Module(NotAValue):
 
     def __getitem__(self, index: Any) -> Any:
         members = self._members
+        if self._info.is_dict:
+            return member_of(self, index)
         if isinstance(index, slice):
             return list(members[index])
         number = scalar(index)
@@ -148,7 +155,9 @@ class Module(NotAValue):
             raise NoSuchLayerError(f"there is no {self._path}[{number}]; this model {span}", where=user_line())
         return members[number]
 
-    def __iter__(self) -> Iterator[Module]:
+    def __iter__(self) -> Iterator[Any]:
+        if self._info.is_dict:
+            return iter(names_of(self))
         if not self._is_indexed:
             raise GraphError(
                 f"{self._path or 'the model'} is not a list of modules; it has "
@@ -185,6 +194,7 @@ class Module(NotAValue):
         table = self._table
         own = [*table.children.get(self._path, ()), *table.own_parameters.get(self._path, ()), *self._points]
         own += [*table.aliases.get(self._path, ()), *table.layer_weights.get(self._path, ())]
+        own += DICT_METHODS if self._info.is_dict else ()
         return sorted({*own, *(name for name in dir(type(self)) if not name.startswith("_"))})
 
     def __repr__(self) -> str:
@@ -233,7 +243,7 @@ class Module(NotAValue):
     def _is_indexed(self) -> bool:
         """A ModuleList, or another module whose children are numbers (Sequential)."""
         names = self._table.children.get(self._path, ())
-        return self._info.is_list or (bool(names) and all(name.isdigit() for name in names))
+        return self._info.is_list or (bool(names) and not self._info.is_dict and all(map(str.isdigit, names)))
 
     def _port(self, port: str) -> OpenPort:
         owner = self._points.get(port, self._path)
@@ -257,15 +267,26 @@ class Module(NotAValue):
         self._model._check_called(join(self._path, port))
         if self._info.is_list:
             raise GraphError(f"{path} is a list of modules: index it, as in {path}[0].{port}", where=user_line())
-        told = f"nothing in it gives a {port}" if port in DIMS else "it is not called, or handed no tensors"
+        told = f"nothing in it gives a {port}" if port in DIMS else self._why_no_tensors(port)
         told += hint_at_images(self._path, self._model.description)
         raise GraphError(f"{path} has no {port}: in this model's forward {told}", where=user_line())
+
+    def _why_no_tensors(self, port: str) -> str:
+        """What is known of a side without tensors."""
+        side = Port.OUTPUT.value if port == Port.OUTPUT.value else Port.INPUT.value
+        fired = self._table.visits.get((self._path, side), {}).get(self._visit)
+        whole = None if fired is None else next((one for one in fired.info.members if not one.selector), None)
+        if fired is None:
+            return "it is not called, or handed no tensors"
+        verb = "it gives" if side == Port.OUTPUT.value else "its first argument is"
+        if whole is None or whole.why_not is None:
+            is_none = whole is not None and whole.class_name == NONE
+            return f"{verb} {'None' if is_none else f'a {fired.info.structure} without tensors'}"
+        return f"{verb} {a_class(whole.class_name)}, which {whole.why_not}"
 
 
 class VisitedModule(Module):
     """A module at one of its later calls within a forward. Its children are those that it has at their first."""
-
-    _visit: int
 
     def __init__(self, model: Model, path: str, visit: int) -> None:
         super().__init__(model, path)
@@ -275,7 +296,7 @@ class VisitedModule(Module):
         later = {
             key: visits[self._visit]
             for key, visits in table.visits.items()
-            if key[0] == self._path and len(visits) > self._visit
+            if key[0] == self._path and self._visit in visits and visits[self._visit].leaves
         }
         return super()._find_ports(replace(table, ports=later))
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from polytrace import hints
+from polytrace.description import MemberInfo
 from polytrace.errors import GraphError
 from polytrace.graph import Site
 from polytrace.historic import hidden_of
 from polytrace.inputs import missing_argument
 from polytrace.lines import user_line
 from polytrace.literals import scalar
+from polytrace.no_tensors import NONE, NoTensor, a_class, named
 from polytrace.not_values import NotAValue
 from polytrace.points import DIMS
 from polytrace.saved import SavedMapping, container
@@ -48,6 +50,26 @@ class OpenPort:
         """The selectors of the tensors behind a selector."""
         return [selector for selector in self.table.leaves if selector[: len(prefix)] == prefix]
 
+    def beside(self, selector: tuple[Key, ...]) -> MemberInfo | None:
+        """What is known of what stands there and is no tensor, or has a class of its own."""
+        return next((member for member in self.table.info.members if member.selector == selector), None)
+
+    def told(self, selector: tuple[Key, ...]) -> str:
+        """What stands there, where it is no tensor."""
+        info = self.beside(selector)
+        if info is not None:
+            return a_class(info.class_name)
+        if not selector:
+            return a_class(self.table.info.structure)
+        keys = self.keys(selector)
+        return "no tensor" if not keys else "a list or tuple" if isinstance(keys[0], int) else "a dict"
+
+    def keys(self, prefix: tuple[Key, ...]) -> list[Key]:
+        """Of the members behind a selector, tensors before others."""
+        depth = len(prefix)
+        others = [one.selector for one in self.table.info.members if one.selector[:depth] == prefix]
+        return list(dict.fromkeys(one[depth] for one in (*self.below(prefix), *others) if len(one) > depth))
+
     def read_leaf(self, selector: tuple[Key, ...]) -> Any:
         site, leaf = self.table.leaves[selector]
         if leaf.read_refusal is not None:
@@ -73,8 +95,9 @@ class OpenPort:
             pairs = list(enumerate(value))
         if pairs is None:
             names = ", ".join(str(self.site(selector)) for selector in self.below(prefix))
-            structure = self.table.info.structure
-            raise GraphError(f"{self.site(prefix)} is a {structure}: write one of {names}", where=user_line())
+            told = f"{self.site(prefix)} is {self.told(prefix)}"
+            instead = f": write one of {names}" if names else ", and has no tensor to be written"
+            raise GraphError(f"{told}{instead}", where=user_line())
         for key, member in pairs:
             selector = (*prefix, key)
             if selector in self.table.leaves:
@@ -82,7 +105,7 @@ class OpenPort:
                     self.write_leaf(selector, member)
             elif isinstance(member, (tuple, list, dict)):
                 self.write_members(selector, member)
-            elif member is not None and not isinstance(member, Members):
+            elif member is not None and not isinstance(member, (Members, NoTensor)):
                 raise GraphError(f"{self.site(selector)} has no tensor to be written", where=user_line())
 
     def site(self, selector: tuple[Key, ...]) -> Site:
@@ -100,8 +123,10 @@ class OpenPort:
 
 
 def plain_member(member: Any) -> Any:
-    """A member that is a tuple or dict itself, as `Members.plain` has it."""
-    return member.plain() if isinstance(member, Members) else member
+    """A member that is a tuple or dict itself, as `Members.plain` has it; None for what is no tensor."""
+    if isinstance(member, Members):
+        return member.plain() if member._has_tensors else None
+    return None if isinstance(member, NoTensor) else member
 
 
 class Members(NotAValue):
@@ -118,7 +143,9 @@ class Members(NotAValue):
         members = {key: plain_member(self._member(key)) for key in self.keys()}
         if self._port.table.is_call and not self._prefix:
             return members.get(0, ()), members.get(1, SavedMapping())
-        return container(members)
+        names = self._place_names()
+        info = self._port.beside(self._prefix)
+        return container(members) if info is None or not names else named(info.class_name, names, members)
 
     def save(self) -> Any:
         """Saves every tensor in it; returns the container with these, which after the block are what they are.
@@ -131,9 +158,9 @@ class Members(NotAValue):
         return save(self.plain())
 
     def keys(self) -> list[Key]:
-        """Names or indices of the members that have tensors."""
-        depth = len(self._prefix)
-        return list(dict.fromkeys(selector[depth] for selector in self._port.below(self._prefix)))
+        """Names or indices of the members, those with tensors first."""
+        keys: list[Key] = self._port.keys(self._prefix)
+        return keys
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
@@ -164,10 +191,21 @@ class Members(NotAValue):
         return key in self.keys()
 
     def __dir__(self) -> list[str]:
-        return ["keys", "save", *(key for key in self.keys() if isinstance(key, str))]
+        return ["keys", "save", *self._place_names(), *(key for key in self.keys() if isinstance(key, str))]
 
     def __repr__(self) -> str:
-        return f"<{self._port.site(self._prefix)}: {self._port.table.info.structure} with {self._names()}>"
+        told = self._port.told(self._prefix).partition(" ")[2]
+        return f"<{self._port.site(self._prefix)}: {told} with {self._names()}>"
+
+    @property
+    def _has_tensors(self) -> bool:
+        """Whether there is one in it, however deep."""
+        return bool(self._port.below(self._prefix))
+
+    def _place_names(self) -> tuple[str, ...]:
+        """Of a namedtuple."""
+        info = self._port.beside(self._prefix)
+        return () if info is None else info.names
 
     def _positions(self) -> Sequence[Any]:
         """Every place that is known to exist; between tensors there may be others' (None, caches)."""
@@ -182,6 +220,8 @@ class Members(NotAValue):
         keys, number = self.keys(), scalar(key)
         if key in keys:
             return key  # type: ignore[no-any-return]
+        if isinstance(key, str) and key in (names := self._place_names()):
+            return names.index(key)
         if isinstance(number, int) and not isinstance(number, bool):
             positions = self._positions()
             if -len(positions) <= number < len(positions):
@@ -193,9 +233,7 @@ class Members(NotAValue):
 
     def _refuse_as_value(self) -> NoReturn:
         site = self._port.site(self._prefix)
-        raise GraphError(
-            f"{site} is a {self._port.table.info.structure}, no value{self._instead(...)}", where=user_line()
-        )
+        raise GraphError(f"{site} is {self._port.told(self._prefix)}, no value{self._instead(...)}", where=user_line())
 
     def _instead(self, key: Any) -> str:
         """What to write instead of a key that is not there."""
@@ -213,8 +251,10 @@ class Members(NotAValue):
         selector = (*self._prefix, key)
         if selector in self._port.table.leaves:
             return self._port.read_leaf(selector)
-        is_part = self._port.below(selector) or (self._port.table.is_call and not self._prefix)
-        return Members(self._port, selector) if is_part else None
+        if self._port.keys(selector) or (self._port.table.is_call and not self._prefix):
+            return Members(self._port, selector)
+        info = self._port.beside(selector)
+        return None if info is None or info.class_name == NONE else NoTensor(self._port.site(selector), info)
 
     def _write(self, key: Key, value: Any) -> None:
         selector = (*self._prefix, key)
@@ -224,7 +264,7 @@ class Members(NotAValue):
             self._port.write_members(selector, value)
 
     def _names(self) -> str:
-        return ", ".join(repr(key) for key in self.keys()) or "no tensors"
+        return ", ".join(map(repr, self._place_names() or self.keys())) or "no tensors"
 
 
 def _shown(key: Any) -> str:

@@ -52,8 +52,8 @@ class Table:
     standard: dict[str, str]  # modules that every decoder has, by standard name
     parts: dict[tuple[str, str], PartInfo]  # by decoder layer and standard name
     aliases: Aliases = field(default_factory=dict)
-    # all visits of a port, where a model that is called as it is runs a module several times
-    visits: dict[tuple[str, str], tuple[PortTable, ...]] = field(default_factory=dict)
+    # of a model that is called as it is: all visits of a port by their numbers, also those without tensors
+    visits: dict[tuple[str, str], dict[int, PortTable]] = field(default_factory=dict)
 
     def native(self, path: str, start: str = "") -> str:
         """The path below `start` that one with aliases in it means."""

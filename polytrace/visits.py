@@ -25,11 +25,11 @@ class Visits:
         self._module = module
 
     def __len__(self) -> int:
-        table, path = self._module._table, self._module._path
-        first = self._module._ports.get(Port.OUTPUT.value) or self._module._ports.get(Port.INPUT.value)
-        if first is None:
+        table, path, ports = self._module._table, self._module._path, self._module._ports
+        count = max([len(table.visits.get((path, port.value), ())) for port in (Port.INPUT, Port.OUTPUT)])
+        if not count and not ports.keys() & {Port.INPUT.value, Port.OUTPUT.value}:
             self._module._refuse_port(Port.OUTPUT.value)
-        return max([1, *(len(table.visits.get((path, port.value), ())) for port in (Port.INPUT, Port.OUTPUT))])
+        return max(1, count)
 
     def __getitem__(self, number: Any) -> Any:
         """The module as it is at one of its calls; negative numbers count from the last."""

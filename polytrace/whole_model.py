@@ -70,10 +70,10 @@ class WholeModel(Model):
     ) -> CallTracer:
         """A block whose code is recorded, then run on `forward(*args, **kwargs)`; saved values become tensors.
 
-        Arguments are tensors, arrays, numbers, texts, and tuples, lists and dicts of these. Without any,
-        `tracer.invoke(*args, **kwargs)` gives several calls, between which values may flow. `seed` (of the trace's own
-        random operations, not of the model's dropout), `run`, `peek` and `validate` are as of `Model.trace`; a forward
-        that has arguments of these names is called by `tracer.invoke`.
+        Arguments are tensors, arrays, numbers, texts, dtypes, devices, slices, ranges, and tuples, lists and dicts of
+        these. Without any, `tracer.invoke(*args, **kwargs)` gives several calls, between which values may flow. `seed`
+        (of the trace's own random operations, not of the model's dropout), `run`, `peek` and `validate` are as of
+        `Model.trace`; a forward that has arguments of these names is called by `tracer.invoke`.
         """
         given = (args, kwargs) if args or kwargs else None
         tracer = CallTracer(self, given, options_of(seed, None), run, is_peeking=peek)
@@ -242,7 +242,7 @@ class CallTracer(Tracer):
 
     def _add_invoke(self, prompts: Any, chat: Mapping[str, Any] | None = None, pixel_values: Any = None) -> int:
         args, kwargs = prompts
-        calling = Calling(self.recording, user_line())
+        calling = Calling(self.recording, user_line(), self._hint_at_processor)
         inputs = calling.inputs(args, kwargs)
         try:
             self._tables.append(self.model.table_of(inputs, self.recording.constants.tensors))
@@ -254,6 +254,10 @@ class CallTracer(Tracer):
         for selector, value in calling.written:
             self._begin_with(index, selector, value)
         return index
+
+    def _hint_at_processor(self) -> str:
+        has_one = self.model.backend.processor() is not None
+        return "; `model.processor(...)` makes these of images, sound and text" if has_one else ""
 
     def _begin_with(self, invoke: int, selector: tuple[int | str, ...], value: Any) -> None:
         """A value is written to the argument that it is before anything of the call runs."""
@@ -283,18 +287,18 @@ class CallTracer(Tracer):
 
 def _with_sites(tree: Table, sites: Sequence[SiteInfo]) -> Table:
     """The table of a call: the tree with its sites."""
-    visits: dict[tuple[str, str], list[PortTable]] = {}
+    visits: dict[tuple[str, str], dict[int, PortTable]] = {}
     for info in sites:
         leaves = {
             leaf.selector: (Site(module=info.module, port=info.port, selector=leaf.selector, visit=info.visit), leaf)
             for leaf in info.leaves
         }
         port = PortTable(info=info, is_layer_output=False, leaves=leaves, is_call=info.port is Port.INPUTS)
-        visits.setdefault((info.module, info.port.value), []).append(port)
-    every = [port for own in visits.values() for port in own]
+        visits.setdefault((info.module, info.port.value), {})[info.visit] = port
+    every = [port for own in visits.values() for port in own.values()]
     return replace(
         tree,
-        ports={key: own[0] for key, own in visits.items()},
+        ports={key: own[0] for key, own in visits.items() if 0 in own and own[0].leaves},
         leaves={site: leaf for port in every for site, leaf in port.leaves.values()},
-        visits={key: tuple(own) for key, own in visits.items()},
+        visits=visits,
     )

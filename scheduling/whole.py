@@ -33,7 +33,8 @@ _Key = tuple[str, Port, int]
 def described(description: ModelDescription, of_invokes: Sequence[tuple[SiteInfo, ...]]) -> ModelDescription:
     """The description for one request, given the sites of each of its invokes: all of them in one order."""
     distinct = list({id(sites): sites for sites in of_invokes}.values())
-    placed = dict(zip(map(id, distinct), _in_one_order(distinct), strict=True))
+    with_tensors = [tuple([info for info in sites if info.leaves]) for sites in distinct]
+    placed = dict(zip(map(id, distinct), _in_one_order(with_tensors), strict=True))
     return with_sites(description, [placed[id(sites)] for sites in of_invokes])
 
 

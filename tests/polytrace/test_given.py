@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from polytrace.errors import WireError
 from polytrace.given import given_names, structure_of
 from polytrace.given_json import asked, decode_inputs, encode_inputs, inputs_from_json, inputs_to_json, question
-from polytrace.graph import DType, Given, Graph, Inputs, Invoke, Request
+from polytrace.graph import Device, DType, Given, Graph, Inputs, Invoke, Request
 from polytrace.tensors import RawTensor
 from polytrace.wire import decode_request, encode_request
 
@@ -24,7 +24,9 @@ LEAVES = (
     | st.integers(-(1 << 40), 1 << 40)
     | st.floats(allow_nan=False)
     | st.text(max_size=5)
-    | st.sampled_from([Given("c0"), Given("c1"), DType("float16")])
+    | st.sampled_from([Given("c0"), Given("c1"), DType("float16"), Device("cuda:1"), Device("cpu")])
+    | st.builds(slice, st.none() | st.integers(), st.none() | st.integers(), st.none() | st.integers())
+    | st.builds(range, st.integers(), st.integers(), st.integers(1))
 )
 VALUES = st.recursive(
     LEAVES,
@@ -92,6 +94,13 @@ def test_a_question_tells_values_of_few_integers_and_no_others() -> None:
         [[{"d": "float3"}], {}],
         [[{"x": 1}], {}],
         [[{"l": 3}], {}],
+        [[{"s": [1, 2]}], {}],
+        [[{"s": [1, 2, "3"]}], {}],
+        [[{"s": [1, True, None]}], {}],
+        [[{"r": [1, 2, 0]}], {}],
+        [[{"r": [None, 2, 1]}], {}],
+        [[{"v": "../cpu"}], {}],
+        [[{"v": 0}], {}],
         [[[1]], {}],
         [["x" * (1 << 17)], {}],
         [[0] * 5000, {}],
