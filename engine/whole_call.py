@@ -6,7 +6,7 @@ Knows nothing of graphs: who waits at a visit says what goes on.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from engine.arguments import Arguments
 from engine.leaves import first_argument
 from engine.lockstep import stop
 from engine.stage import replace_first_argument
 from engine.whole_places import let_go
-from engine.whole_tape import WholeTape
+from engine.whole_tape import NoGradientError, WholeTape
 from polytrace.graph import Port
 
 Key = tuple[str, Port, int]  # module, port, visit
@@ -37,6 +38,8 @@ class WholeCall:
     counts: dict[tuple[str, Port], int] = field(default_factory=dict)  # of visits so far
     num_left: int = 0
     tape: WholeTape | None = None  # where its gradient is asked for
+    is_graded: bool = False  # the model has gradients on by itself, at this visit
+    is_changed: bool = False  # somebody has written to it
 
     def __post_init__(self) -> None:
         self.num_left = len(self.visits)
@@ -48,22 +51,62 @@ class WholeCall:
         order = self.visits.get((path, port, number))
         if order is None:
             return value
+        self.is_graded = self.tape is None and torch.is_grad_enabled()
         after = self.come(order, value)
         if self.tape is not None:
+            self.is_changed = self.is_changed or after is not value
             after = self.tape.cut(order, value, after)
         self.num_left -= 1
         if not self.num_left:
             raise Enough
         return after
 
-    def recording(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def recording(self) -> Iterator[None]:
         """How the model is run."""
-        return torch.no_grad() if self.tape is None else self.tape.recording()
+        if self.tape is None:
+            with torch.no_grad():
+                yield
+        else:
+            with self.tape.recording(), _OwnGradients(self, self.tape):
+                yield
 
     def changing(self, tensor: Tensor) -> None:
         """Somebody writes to a tensor in place."""
+        self.is_changed = True
         if self.tape is not None:
             self.tape.saved.protect([tensor])
+
+
+class _OwnGradients(TorchFunctionMode):
+    """A model that takes gradients inside its own forward gets none that lack something: of what comes through a place
+    where the tape is cut or somebody wrote, and gradients of gradients, for which a tape keeps nothing.
+    """
+
+    def __init__(self, call: WholeCall, tape: WholeTape) -> None:
+        super().__init__()
+        self._call, self._tape = call, tape
+
+    def __torch_function__(
+        self,
+        function: Any,
+        _types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _BACKWARDS and _going.get() is self._call:  # not what requests work out at a visit
+            is_cut = self._call.is_changed or bool(self._tape.leaves)
+            if is_cut or kwargs.get("create_graph"):
+                raise NoGradientError(self._tape.first, _OWN_GRADIENTS)
+        return function(*args, **kwargs)
+
+
+_BACKWARDS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+_OWN_GRADIENTS = (
+    "this model takes gradients inside its own forward, which no gradient can be told through: ask for none of what "
+    "comes before it has done so"
+)
 
 
 class Enough(BaseException):

@@ -215,7 +215,7 @@ class CallGroups:
                     order, invokes = one.visits.get(keys[place], (PROLOGUE, {}))
                     if invokes:
                         sides = {
-                            invoke: RowsSide(shared, kept, keys[place], verdict.rows, start + number)
+                            invoke: RowsSide(shared, kept, keys[place], verdict.rows, start + number, call.is_graded)
                             for invoke, number in invokes.items()
                         }
                         one.run_up_to(order, sides)
@@ -243,8 +243,10 @@ class Shared:
 class RowsSide(Side):
     """What one of several calls in one has of a module's side."""
 
-    def __init__(self, shared: Shared, kept: Collection[int], key: Key, rows: Rows, number: int) -> None:
-        super().__init__(shared.had, _nobody, kept)
+    def __init__(
+        self, shared: Shared, kept: Collection[int], key: Key, rows: Rows, number: int, is_graded: bool
+    ) -> None:
+        super().__init__(shared.had, _nobody, kept, is_graded=is_graded)
         self._shared, self._key, self._rows, self._number = shared, key, rows, number
 
     def read(self, selector: Selector) -> Tensor:

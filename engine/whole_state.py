@@ -26,6 +26,10 @@ _NOTHING = (
     "nothing of the loss comes back to here: behind this place the call does not make it of this value, or does so "
     "without gradients (torch.no_grad(), detach())"
 )
+_CUTS = (
+    "here this model takes gradients inside its own forward, which this write would cut: assign (`site = value`) what "
+    "is not made of anything that this call gave"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class Moment:
     fired: list[NodeId]
     saved_bytes: int
     loaded_bytes: int
+    with_past: frozenset[tuple[int, int]]
 
 
 class CallState(RequestState):
@@ -44,6 +49,7 @@ class CallState(RequestState):
     def __init__(self, program: Program, context: ShardContext, sink: ResultSink) -> None:
         super().__init__(program, context, sink)
         self.tapes: dict[int, dict[int, WholeTape]] = {}  # of waves that are run backwards later, by invoke
+        self._with_past: set[tuple[int, int]] = set()  # wave, invoke: who has read what torch knows the past of
 
     def begin_tapes(self, wave: int, own: frozenset[int]) -> None:
         """The calls of a wave are recorded. `own` is the memory of the model's tensors."""
@@ -62,12 +68,14 @@ class CallState(RequestState):
 
     def moment(self) -> Moment:
         """What it has now."""
-        return Moment(dict(self.values), list(self.fired), self.sink.saved_bytes, self.loaded_bytes)
+        past = frozenset(self._with_past)
+        return Moment(dict(self.values), list(self.fired), self.sink.saved_bytes, self.loaded_bytes, past)
 
     def back_to(self, moment: Moment) -> None:
         """As if nothing had happened since then; what was saved is saved again."""
         self.values, self.fired = dict(moment.values), list(moment.fired)
         self.sink.saved_bytes, self.loaded_bytes = moment.saved_bytes, moment.loaded_bytes
+        self._with_past = set(moment.with_past)
         self.failure = None
 
     def structure(self, invoke: int) -> Inputs:
@@ -161,8 +169,12 @@ class CallState(RequestState):
         side = self._sides.get(node.invoke)
         if side is None:
             raise LookupError(f"this call did not come to {node.site}: what it visits depends on its values")
+        assert self.member is not None, "a wave has begun"
+        call = self.member.wave, node.invoke
         if isinstance(node, Read):
             value = side.read(node.site.selector)
+            if side.has_past(node.site.selector):
+                self._with_past.add(call)
             facts = self.program.facts[node_id]
             if facts is not None and (tuple(value.shape), value.dtype) != (facts.shape, TORCH_DTYPES[facts.dtype]):
                 told = f"{node.site} is {value.dtype} {list(value.shape)} in this call"
@@ -170,6 +182,8 @@ class CallState(RequestState):
                 raise LookupError(f"{told}, {planned}: it depends on more than the arguments")
             self.values[node_id] = value.to(self.context.device)
         else:
+            if side.is_graded and (call in self._with_past or (node.in_place and side.has_past(node.site.selector))):
+                raise ValueError(_CUTS)
             side.write(node.site.selector, self.values[node.value.node], in_place=node.in_place)
         self.fired.append(node_id)
 
