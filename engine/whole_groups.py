@@ -210,7 +210,7 @@ class CallGroups:
 
         def come(place: int, value: Any) -> Any:
             shared = Shared(value)
-            with current(None), torch.no_grad(), torch._C.DisableTorchFunction():
+            with current(None), torch.set_grad_enabled(call.is_graded), torch._C.DisableTorchFunction():
                 for start, one in zip(starts, going, strict=False):
                     order, invokes = one.visits.get(keys[place], (PROLOGUE, {}))
                     if invokes:

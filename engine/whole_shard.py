@@ -216,7 +216,8 @@ class WholeShard:
                 for call in (calls[number],)
             }
             port = {turn.invokes[number]: side for number, side in sides.items()}
-            with torch.no_grad():
+            is_graded = bool(sides) and all(side.is_graded for side in sides.values())
+            with torch.set_grad_enabled(is_graded):
                 while pending and pending[0] <= order:
                     due = pending.pop(0)
                     state.run_at(fragments[due], port if due == order else {})

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.fragments import RequestState, ShardContext
@@ -17,7 +18,7 @@ from engine.whole_side import Side
 from engine.whole_sites import arguments_of
 from engine.whole_tape import Ports, WholeTape, cuts_of
 from polytrace.given import given_names, structure_of, with_given
-from polytrace.graph import Given, Inputs, NodeId, Read, SiteGrad, Write
+from polytrace.graph import Call, Given, Inputs, Node, NodeId, Op, Read, SiteGrad, Write, operands
 from polytrace.graph import Turn as GradientTurn
 from polytrace.tensors import RawTensor
 from scheduling.plan import Fragment, Program, Wave
@@ -27,8 +28,9 @@ _NOTHING = (
     "without gradients (torch.no_grad(), detach())"
 )
 _CUTS = (
-    "here this model takes gradients inside its own forward, which this write would cut: assign (`site = value`) what "
-    "is not made of anything that this call gave"
+    "this model takes gradients inside its own forward, which this write would cut: its value comes from what was made "
+    "with them on, by way of a place where they are off or of a call of a module; write what is worked out where they "
+    "are on"
 )
 
 
@@ -40,7 +42,7 @@ class Moment:
     fired: list[NodeId]
     saved_bytes: int
     loaded_bytes: int
-    with_past: frozenset[tuple[int, int]]
+    cut_off: frozenset[NodeId]
 
 
 class CallState(RequestState):
@@ -49,7 +51,7 @@ class CallState(RequestState):
     def __init__(self, program: Program, context: ShardContext, sink: ResultSink) -> None:
         super().__init__(program, context, sink)
         self.tapes: dict[int, dict[int, WholeTape]] = {}  # of waves that are run backwards later, by invoke
-        self._with_past: set[tuple[int, int]] = set()  # wave, invoke: who has read what torch knows the past of
+        self._cut_off: set[NodeId] = set()  # values of what the model had gradients on for, which came without
 
     def begin_tapes(self, wave: int, own: frozenset[int]) -> None:
         """The calls of a wave are recorded. `own` is the memory of the model's tensors."""
@@ -68,14 +70,14 @@ class CallState(RequestState):
 
     def moment(self) -> Moment:
         """What it has now."""
-        past = frozenset(self._with_past)
-        return Moment(dict(self.values), list(self.fired), self.sink.saved_bytes, self.loaded_bytes, past)
+        cut_off = frozenset(self._cut_off)
+        return Moment(dict(self.values), list(self.fired), self.sink.saved_bytes, self.loaded_bytes, cut_off)
 
     def back_to(self, moment: Moment) -> None:
         """As if nothing had happened since then; what was saved is saved again."""
         self.values, self.fired = dict(moment.values), list(moment.fired)
         self.sink.saved_bytes, self.loaded_bytes = moment.saved_bytes, moment.loaded_bytes
-        self._with_past = set(moment.with_past)
+        self._cut_off = set(moment.cut_off)
         self.failure = None
 
     def structure(self, invoke: int) -> Inputs:
@@ -163,18 +165,17 @@ class CallState(RequestState):
             return
         if not isinstance(node, (Read, Write)):
             super()._run_node(node_id, order, port)
+            self._note_past(node_id, node)
             return
         if self.has_failed:
             return
         side = self._sides.get(node.invoke)
         if side is None:
             raise LookupError(f"this call did not come to {node.site}: what it visits depends on its values")
-        assert self.member is not None, "a wave has begun"
-        call = self.member.wave, node.invoke
         if isinstance(node, Read):
             value = side.read(node.site.selector)
-            if side.has_past(node.site.selector):
-                self._with_past.add(call)
+            if side.has_past(node.site.selector) and not value.requires_grad:
+                self._cut_off.add(node_id)
             facts = self.program.facts[node_id]
             if facts is not None and (tuple(value.shape), value.dtype) != (facts.shape, TORCH_DTYPES[facts.dtype]):
                 told = f"{node.site} is {value.dtype} {list(value.shape)} in this call"
@@ -182,10 +183,31 @@ class CallState(RequestState):
                 raise LookupError(f"{told}, {planned}: it depends on more than the arguments")
             self.values[node_id] = value.to(self.context.device)
         else:
-            if side.is_graded and (call in self._with_past or (node.in_place and side.has_past(node.site.selector))):
+            if side.is_graded and self._would_cut(node, side):
                 raise ValueError(_CUTS)
             side.write(node.site.selector, self.values[node.value.node], in_place=node.in_place)
         self.fired.append(node_id)
+
+    def _note_past(self, node_id: NodeId, node: Node) -> None:
+        """Notes a value that lacks the past of what it was made of. What was detached is to have none."""
+        if isinstance(node, Op) and node.name == "detach":
+            return
+        is_without = isinstance(node, Call) or not torch.is_grad_enabled()
+        for part in operands(node):
+            if part in self._cut_off or (is_without and _has_past(self.values.get(part))):
+                self._cut_off.add(node_id)
+
+    def _would_cut(self, node: Write, side: Side) -> bool:
+        """Whether a hook's write would let gradients of the model's own through that this one does not."""
+        is_off = not torch.is_grad_enabled()  # where calls go at each other's pace and another has them off
+        has_past = _has_past(self.values[node.value.node]) or (node.in_place and side.has_past(node.site.selector))
+        return node.value.node in self._cut_off or (is_off and has_past)
+
+
+def _has_past(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_past, value))
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _outline(tensor: Tensor) -> RawTensor:

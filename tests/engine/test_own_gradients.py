@@ -20,13 +20,15 @@ class Energy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.before, self.inner, self.read_out, self.after = (nn.Linear(4, 4) for _ in range(4))
-        self.fixed = nn.Identity()
+        self.fixed, self.aside = nn.Identity(), nn.Linear(4, 4)
 
     def forward(self, x: Tensor, has_hessian: bool = False) -> dict[str, Tensor]:
         x = self.before(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             hidden = x + self.inner(x).tanh() + self.fixed(torch.ones(4))
+            with torch.no_grad():
+                self.aside(hidden)
             energy = self.read_out(hidden).pow(2).sum()
             (forces,) = torch.autograd.grad(energy, x, create_graph=has_hessian)
             if has_hessian:
@@ -53,26 +55,122 @@ def assert_same(ours: dict[str, Any], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], tensor)
 
 
+def twice(output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def doubled(model: Any) -> None:
+    model.inner.output = model.inner.output * 2
+
+
+def doubled_in_place(model: Any) -> None:
+    hidden = model.inner.output
+    hidden *= 2
+
+
+def a_part(model: Any) -> None:
+    model.inner.output[:, 0] = 3.0
+
+
+def detached(model: Any) -> None:
+    model.inner.output = model.inner.output.detach() * 2
+
+
+def both_sides(model: Any) -> None:
+    before = model.before.output
+    before += 1.0
+    after = model.after.output
+    after *= 2.0
+
+
+def from_elsewhere(model: Any) -> None:
+    """What is written has a past, where it is written nothing has."""
+    model.fixed.output = model.inner.output[0]
+    fixed = model.fixed.output
+    fixed *= fixed
+
+
+EDITS: dict[str, tuple[Callable[[Any], None], dict[str, Callable[[Tensor], Tensor]]]] = {
+    "doubled": (doubled, {"inner": twice}),
+    "doubled in place": (doubled_in_place, {"inner": twice}),
+    "a part": (
+        a_part,
+        {"inner": lambda output: output * torch.tensor([0.0, 1.0, 1.0, 1.0]) + torch.tensor([3.0, 0.0, 0.0, 0.0])},
+    ),
+    "detached": (detached, {"inner": lambda output: 2 * output.detach()}),
+    "both sides": (both_sides, {"before": lambda output: output + 1, "after": twice}),
+    "a constant": (lambda model: setattr(model.inner, "output", torch.ones(3, 4)), {"inner": torch.ones_like}),
+}
+
+
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize("edit", EDITS)
+def test_the_models_own_gradient_goes_through_what_is_written(edit: str, merges: bool) -> None:
+    plain: Any = seeded(Energy)
+    model: Any = polytrace.load(plain, merges_calls=merges)
+    x = torch.randn(3, 4)
+    write, hooks = EDITS[edit]
+    with model.trace(x):
+        write(model)
+        inner = model.inner.output.save() if edit != "both sides" else None
+        saved = {name: model.output[name].save() for name in ("forces", "energy")}
+    edited, unedited = by_hand(plain, x, hooks), by_hand(plain, x, {})
+    assert_same(saved, edited)
+    assert (edited["forces"] - unedited["forces"]).abs().max() > 0.01
+    assert inner is None or not inner.requires_grad
+    assert all(parameter.grad is None for parameter in plain.parameters())
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_what_has_a_past_elsewhere_has_it_where_it_is_written(merges: bool) -> None:
+    plain: Any = seeded(Energy)
+    model: Any = polytrace.load(plain, merges_calls=merges)
+    x = torch.randn(3, 4)
+    seen: list[Tensor] = []
+    hooks = {"inner": lambda output: (seen.append(output), output)[1], "fixed": lambda _output: seen[-1][0] ** 2}
+    with model.trace(x):
+        from_elsewhere(model)
+        saved = {name: model.output[name].save() for name in ("forces", "energy")}
+    edited = by_hand(plain, x, hooks)
+    assert_same(saved, edited)
+    assert (edited["forces"] - by_hand(plain, x, {})["forces"]).abs().max() > 0.01
+
+
+def test_calls_give_each_other_values_without_mixing_their_own_gradients() -> None:
+    plain: Any = seeded(Energy)
+    model: Any = polytrace.load(plain)
+    one, two = torch.randn(3, 4), torch.randn(3, 4)
+    inner = [plain.inner(plain.before(x)).detach() for x in (one, two)]
+    with model.trace() as tracer:
+        mine, yours = tracer.invoke(one), tracer.invoke(two)
+        with mine:
+            a = model.inner.output
+        with yours:
+            b = model.inner.output
+            model.read_out.output *= a
+            second = model.output["forces"].save()
+        with mine:
+            model.read_out.output *= b
+            first = model.output["forces"].save()
+    for ours, x, other in ((first, one, inner[1]), (second, two, inner[0])):
+        wanted = by_hand(plain, x, {"read_out": lambda output, other=other: output * other})
+        torch.testing.assert_close(ours, wanted["forces"])
+
+
 @pytest.mark.parametrize("merges", [False, True])
 def test_a_write_that_would_cut_the_models_own_gradient_is_refused(merges: bool) -> None:
-    plain = seeded(Energy)
+    plain: Any = seeded(Energy)
     model: Any = polytrace.load(plain, merges_calls=merges)
-    x, told = torch.randn(3, 4), "takes gradients inside its own forward, which this write would cut"
+    x = torch.randn(3, 4)
 
-    def assigned() -> None:
-        model.inner.output = model.inner.output * 2
+    def by_way_of_a_place_without() -> None:
+        model.read_out.output += model.inner.output + model.aside.output
 
-    def in_place() -> None:
-        hidden = model.inner.output
-        hidden *= 2
+    def by_a_call() -> None:
+        model.inner.output = model.read_out(model.inner.output)
 
-    def a_part() -> None:
-        model.inner.output[:, 0] = 0.0
-
-    def elsewhere() -> None:  # where nothing has gradients
-        model.fixed.output = model.inner.output[0]
-
-    for write in (assigned, in_place, a_part, elsewhere):
+    for write in (by_way_of_a_place_without, by_a_call):
+        told = "takes gradients inside its own forward, which this write would cut"
         with pytest.raises(RunError, match=told) as caught, model.trace(x):
             write()
             model.output["forces"].save()
@@ -80,43 +178,6 @@ def test_a_write_that_would_cut_the_models_own_gradient_is_refused(merges: bool)
     with model.trace(x):
         saved = {name: model.output[name].save() for name in ("forces", "energy")}
     assert_same(saved, by_hand(plain, x, {}))
-
-
-@pytest.mark.parametrize("merges", [False, True])
-def test_what_a_call_has_not_made_is_written_as_hooks_do(merges: bool) -> None:
-    plain = seeded(Energy)
-    model: Any = polytrace.load(plain, merges_calls=merges)
-    x, other = torch.randn(3, 4), torch.randn(3, 4)
-    with torch.enable_grad():
-        clean = plain.inner(plain.before(other)).detach()
-    unedited = by_hand(plain, x, {})
-
-    with model.trace() as tracer:
-        with tracer.invoke(other):
-            given = model.inner.output
-        with tracer.invoke(x):
-            model.inner.output = given  # of another call
-            saved = {name: model.output[name].save() for name in ("forces", "energy")}
-    patched = by_hand(plain, x, {"inner": lambda _output: clean})
-    assert_same(saved, patched)
-    assert (patched["forces"] - unedited["forces"]).abs().max() > 0.01
-
-    with model.trace(x):
-        fixed = model.fixed.output
-        fixed *= 3.0  # nothing is known of its past, and nothing with a past is in it
-        before = model.before.output
-        before += 1.0
-        after = model.after.output
-        after *= 2.0
-        saved = {name: model.output[name].save() for name in ("forces", "energy")}
-    edits = {
-        "fixed": lambda output: 3 * output,
-        "before": lambda output: output + 1,
-        "after": lambda output: 2 * output,
-    }
-    edited = by_hand(plain, x, edits)
-    assert_same(saved, edited)
-    assert (edited["forces"] - unedited["forces"]).abs().max() > 0.01
 
 
 def test_a_gradient_through_the_models_own_is_refused() -> None:
