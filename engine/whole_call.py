@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from engine.arguments import Arguments
 from engine.leaves import first_argument
@@ -21,7 +22,7 @@ from engine.lockstep import stop
 from engine.stage import replace_first_argument
 from engine.whole_manner import layer_by_layer
 from engine.whole_places import let_go
-from engine.whole_tape import WholeTape
+from engine.whole_tape import NoGradientError, WholeTape
 from polytrace.graph import Port
 
 Key = tuple[str, Port, int]  # module, port, visit
@@ -38,6 +39,8 @@ class WholeCall:
     counts: dict[tuple[str, Port], int] = field(default_factory=dict)  # of visits so far
     num_left: int = 0
     tape: WholeTape | None = None  # where its gradient is asked for
+    is_graded: bool = False  # the model has gradients on by itself, at this visit
+    is_changed: bool = False  # somebody has written to it
 
     def __post_init__(self) -> None:
         self.num_left = len(self.visits)
@@ -49,8 +52,10 @@ class WholeCall:
         order = self.visits.get((path, port, number))
         if order is None:
             return value
+        self.is_graded = self.tape is None and torch.is_grad_enabled()
         after = self.come(order, value)
         if self.tape is not None:
+            self.is_changed = self.is_changed or after is not value
             after = self.tape.cut(order, value, after)
         self.num_left -= 1
         if not self.num_left:
@@ -60,13 +65,50 @@ class WholeCall:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """How the model is run."""
-        with layer_by_layer(), torch.no_grad() if self.tape is None else self.tape.recording():
-            yield
+        with layer_by_layer():
+            if self.tape is None:
+                with torch.no_grad():
+                    yield
+            else:
+                with self.tape.recording(), _OwnGradients(self, self.tape):
+                    yield
 
     def changing(self, tensor: Tensor) -> None:
         """Somebody writes to a tensor in place."""
+        self.is_changed = True
         if self.tape is not None:
             self.tape.saved.protect([tensor])
+
+
+class _OwnGradients(TorchFunctionMode):
+    """A model that takes gradients inside its own forward gets none that lack something: of what comes through a place
+    where the tape is cut or somebody wrote, and gradients of gradients, for which a tape keeps nothing.
+    """
+
+    def __init__(self, call: WholeCall, tape: WholeTape) -> None:
+        super().__init__()
+        self._call, self._tape = call, tape
+
+    def __torch_function__(
+        self,
+        function: Any,
+        _types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _BACKWARDS and _going.get() is self._call:  # not what requests work out at a visit
+            is_cut = self._call.is_changed or bool(self._tape.leaves)
+            if is_cut or kwargs.get("create_graph"):
+                raise NoGradientError(self._tape.first, _OWN_GRADIENTS)
+        return function(*args, **kwargs)
+
+
+_BACKWARDS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+_OWN_GRADIENTS = (
+    "this model takes gradients inside its own forward, which no gradient can be told through: ask for none of what "
+    "comes before it has done so"
+)
 
 
 class Enough(BaseException):

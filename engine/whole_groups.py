@@ -220,12 +220,12 @@ class CallGroups:
 
         def come(place: int, value: Any) -> Any:
             shared = Shared(value)
-            with current(None), torch.no_grad(), torch._C.DisableTorchFunction():
+            with current(None), torch.set_grad_enabled(call.is_graded), torch._C.DisableTorchFunction():
                 for start, one in zip(starts, going, strict=False):
                     order, invokes = one.visits.get(keys[place], (PROLOGUE, {}))
                     if invokes:
                         sides = {
-                            invoke: RowsSide(shared, kept, keys[place], verdict.rows, start + number)
+                            invoke: RowsSide(shared, kept, keys[place], verdict.rows, start + number, call.is_graded)
                             for invoke, number in invokes.items()
                         }
                         one.run_up_to(order, sides)
@@ -253,8 +253,10 @@ class Shared:
 class RowsSide(Side):
     """What one of several calls in one has of a module's side."""
 
-    def __init__(self, shared: Shared, kept: Collection[int], key: Key, rows: Rows, number: int) -> None:
-        super().__init__(shared.had, _nobody, kept)
+    def __init__(
+        self, shared: Shared, kept: Collection[int], key: Key, rows: Rows, number: int, is_graded: bool
+    ) -> None:
+        super().__init__(shared.had, _nobody, kept, is_graded=is_graded)
         self._shared, self._key, self._rows, self._number = shared, key, rows, number
 
     def read(self, selector: Selector) -> Tensor:

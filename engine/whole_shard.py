@@ -212,10 +212,13 @@ class WholeShard:
         def meet(order: int, values: Mapping[int, Any]) -> dict[int, Any]:
             """Everything that is due up to a visit, which some calls have come to."""
             sides = {
-                number: Side(value, calls[number].changing, calls[number].kept) for number, value in values.items()
+                number: Side(value, call.changing, call.kept, is_graded=call.is_graded)
+                for number, value in values.items()
+                for call in (calls[number],)
             }
             port = {turn.invokes[number]: side for number, side in sides.items()}
-            with torch.no_grad():
+            is_graded = bool(sides) and all(side.is_graded for side in sides.values())
+            with torch.set_grad_enabled(is_graded):
                 while pending and pending[0] <= order:
                     due = pending.pop(0)
                     state.run_at(fragments[due], port if due == order else {})
@@ -280,9 +283,9 @@ class _Runner:
 def _visits_at(state: CallState, tape: WholeTape) -> Visits:
     """Where a call is visited for its gradient."""
     found: Visits = {}
-    for order, nodes in tape.cuts.items():
-        for node_id in nodes.values():
-            node = state.program.graph.nodes[node_id]
+    for order, cuts in tape.cuts.items():
+        for cut in cuts.values():
+            node = state.program.graph.nodes[cut.node]
             assert isinstance(node, (Read, Write))
             found[node.site.module, node.site.port, node.site.visit] = order
     return found

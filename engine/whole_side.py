@@ -16,11 +16,20 @@ from engine.writes import member_of, with_member
 class Side:
     """What a module takes or gives at one visit, while a request looks at it."""
 
-    def __init__(self, value: Any, changing: Callable[[Tensor], None], kept: Collection[int]) -> None:
-        """`changing` hears of tensors that are about to be written to; `kept` is memory of the model itself."""
+    def __init__(
+        self, value: Any, changing: Callable[[Tensor], None], kept: Collection[int], *, is_graded: bool = False
+    ) -> None:
+        """`changing` hears of tensors that are about to be written to; `kept` is memory of the model itself;
+        `is_graded`: the model has gradients on by itself.
+        """
         self.value = value
+        self.is_graded = is_graded
         self._changing = changing
         self._kept = kept
+
+    def has_past(self, selector: Selector) -> bool:
+        """Whether torch knows what a tensor in it was made of, or differentiates by it."""
+        return self._tensor(selector).requires_grad
 
     def read(self, selector: Selector) -> Tensor:
         """A snapshot of a tensor in it."""

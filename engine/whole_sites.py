@@ -244,6 +244,8 @@ def record(model: nn.Module, called: Inputs, max_bytes: int | None = None) -> tu
     except (GraphError, TooLargeError):
         raise
     except Exception as error:  # whatever code of the model raises
+        if _NO_PAST in str(error):
+            raise GraphError(f"{type(model).__name__} {_NOT_GRADED}: {told(error)}") from error
         why = f"{told(error)}{_misnamed(model, called)}"
         raise GraphError(f"{type(model).__name__} does not take these arguments: {why}") from error
     finally:
@@ -251,6 +253,13 @@ def record(model: nn.Module, called: Inputs, max_bytes: int | None = None) -> tu
         for handle in handles:
             handle.remove()
     return tuple(recorder.sites)
+
+
+_NO_PAST = "does not require grad and does not have a grad_fn"  # torch's
+_NOT_GRADED = (
+    "takes gradients inside its own forward, and a call has them off, as under torch.no_grad(): let the model turn "
+    "them on where it needs them (`with torch.enable_grad():`)"
+)
 
 
 def _misnamed(model: nn.Module, called: Inputs) -> str:

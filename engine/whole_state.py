@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.fragments import RequestState, ShardContext
@@ -17,7 +18,7 @@ from engine.whole_side import Side
 from engine.whole_sites import arguments_of
 from engine.whole_tape import Ports, WholeTape, cuts_of
 from polytrace.given import given_names, structure_of, with_given
-from polytrace.graph import Given, Inputs, NodeId, Read, SiteGrad, Write
+from polytrace.graph import Call, Given, Inputs, Node, NodeId, Op, Read, SiteGrad, Write, operands
 from polytrace.graph import Turn as GradientTurn
 from polytrace.tensors import RawTensor
 from scheduling.plan import Fragment, Program, Wave
@@ -25,6 +26,11 @@ from scheduling.plan import Fragment, Program, Wave
 _NOTHING = (
     "nothing of the loss comes back to here: behind this place the call does not make it of this value, or does so "
     "without gradients (torch.no_grad(), detach())"
+)
+_CUTS = (
+    "this model takes gradients inside its own forward, which this write would cut: its value comes from what was made "
+    "with them on, by way of a place where they are off or of a call of a module; write what is worked out where they "
+    "are on"
 )
 
 
@@ -36,6 +42,7 @@ class Moment:
     fired: list[NodeId]
     saved_bytes: int
     loaded_bytes: int
+    cut_off: frozenset[NodeId]
 
 
 class CallState(RequestState):
@@ -44,6 +51,7 @@ class CallState(RequestState):
     def __init__(self, program: Program, context: ShardContext, sink: ResultSink) -> None:
         super().__init__(program, context, sink)
         self.tapes: dict[int, dict[int, WholeTape]] = {}  # of waves that are run backwards later, by invoke
+        self._cut_off: set[NodeId] = set()  # values of what the model had gradients on for, which came without
 
     def begin_tapes(self, wave: int, own: frozenset[int]) -> None:
         """The calls of a wave are recorded. `own` is the memory of the model's tensors."""
@@ -62,12 +70,14 @@ class CallState(RequestState):
 
     def moment(self) -> Moment:
         """What it has now."""
-        return Moment(dict(self.values), list(self.fired), self.sink.saved_bytes, self.brought.loaded_bytes)
+        saved, loaded = self.sink.saved_bytes, self.brought.loaded_bytes
+        return Moment(dict(self.values), list(self.fired), saved, loaded, frozenset(self._cut_off))
 
     def back_to(self, moment: Moment) -> None:
         """As if nothing had happened since then; what was saved is saved again."""
         self.values, self.fired = dict(moment.values), list(moment.fired)
         self.sink.saved_bytes, self.brought.loaded_bytes = moment.saved_bytes, moment.loaded_bytes
+        self._cut_off = set(moment.cut_off)
         self.failure = None
 
     def structure(self, invoke: int) -> Inputs:
@@ -155,6 +165,7 @@ class CallState(RequestState):
             return
         if not isinstance(node, (Read, Write)):
             super()._run_node(node_id, order, port)
+            self._note_past(node_id, node)
             return
         if self.has_failed:
             return
@@ -163,6 +174,8 @@ class CallState(RequestState):
             raise LookupError(f"this call did not come to {node.site}: what it visits depends on its values")
         if isinstance(node, Read):
             value = side.read(node.site.selector)
+            if side.has_past(node.site.selector) and not value.requires_grad:
+                self._cut_off.add(node_id)
             facts = self.program.facts[node_id]
             if facts is not None and (tuple(value.shape), value.dtype) != (facts.shape, TORCH_DTYPES[facts.dtype]):
                 told = f"{node.site} is {value.dtype} {list(value.shape)} in this call"
@@ -170,8 +183,31 @@ class CallState(RequestState):
                 raise LookupError(f"{told}, {planned}: it depends on more than the arguments")
             self.values[node_id] = value.to(self.context.device)
         else:
+            if side.is_graded and self._would_cut(node, side):
+                raise ValueError(_CUTS)
             side.write(node.site.selector, self.values[node.value.node], in_place=node.in_place)
         self.fired.append(node_id)
+
+    def _note_past(self, node_id: NodeId, node: Node) -> None:
+        """Notes a value that lacks the past of what it was made of. What was detached is to have none."""
+        if isinstance(node, Op) and node.name == "detach":
+            return
+        is_without = isinstance(node, Call) or not torch.is_grad_enabled()
+        for part in operands(node):
+            if part in self._cut_off or (is_without and _has_past(self.values.get(part))):
+                self._cut_off.add(node_id)
+
+    def _would_cut(self, node: Write, side: Side) -> bool:
+        """Whether a hook's write would let gradients of the model's own through that this one does not."""
+        is_off = not torch.is_grad_enabled()  # where calls go at each other's pace and another has them off
+        has_past = _has_past(self.values[node.value.node]) or (node.in_place and side.has_past(node.site.selector))
+        return node.value.node in self._cut_off or (is_off and has_past)
+
+
+def _has_past(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_past, value))
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _outline(tensor: Tensor) -> RawTensor:

@@ -23,8 +23,9 @@ from engine.arguments import Selector
 from engine.recorder import memory_of
 from engine.saved import SavedTensors
 from engine.seams import become, gradient_of, handed_on
-from engine.writes import with_member
-from polytrace.graph import NodeId, SiteGrad, Turn
+from engine.whole_sites import overlaps
+from engine.writes import member_of, with_member
+from polytrace.graph import NodeId, Site, SiteGrad, Turn, Write
 from scheduling.plan import Program
 
 
@@ -103,8 +104,9 @@ class _Joint:
 
     tensor: Tensor | None  # None once the call is over
     edge: GradientEdge | None  # further back; None: nobody is there
-    held: Tensor | None  # the leaf of all who hold it; None where it is the module's own
-    handed: dict[Selector, Tensor | None]  # ways to it -> leaves of what is handed on; None: it is, itself
+    held: Tensor | None  # the leaf of all who hold it; None where they are not cut off
+    # ways to it -> leaves of what is handed on, None: it is, itself; without a past and a gradient: nobody is cut off
+    handed: dict[Selector, Tensor | None]
 
 
 class WholeSeam:
@@ -115,27 +117,36 @@ class WholeSeam:
         self._tape = tape
         self._joints: list[_Joint] = []
 
-    def cut(self, selector: Selector, tensor: Tensor, handed: Tensor, node: NodeId) -> Tensor:
+    @torch.enable_grad()  # also where the model has them off: who holds the tensor behind here has its gradient
+    def cut(self, selector: Selector, tensor: Tensor, handed: Tensor, cut: Cut) -> Tensor:
         """Cuts at a tensor, in whose place `handed` is handed on; returns what is to be handed on now."""
         joint = next((one for one in self._joints if one.tensor is tensor), None)
         if joint is None:
-            joint = self._joint(tensor, node)
+            joint = self._joint(tensor, cut)
             self._joints.append(joint)
         if handed is tensor and joint.held is not None:
             joint.handed[selector] = None
+            return tensor
+        if handed is tensor and not cut.is_of_holders:
+            joint.handed[selector] = blank = tensor.new_zeros(()).expand(tensor.shape)
+            self._tape.blanks.append(blank)
             return tensor
         leaf = joint.handed[selector] = handed.detach().requires_grad_()
         self._tape.leaves.append(leaf)
         return handed_on(leaf)
 
-    def _joint(self, tensor: Tensor, node: NodeId) -> _Joint:
-        _check(tensor, [joint.tensor for joint in self._joints], node)
-        edge = get_gradient_edge(tensor) if tensor.requires_grad and self._earlier else None
-        joint = _Joint(tensor=tensor, edge=edge, held=None, handed={})
-        if memory_of(tensor) not in self._tape.own:
+    def _joint(self, tensor: Tensor, cut: Cut) -> _Joint:
+        if tensor.is_inference():
+            raise NoGradientError(cut.node, f"{_HERE} was made in inference mode, which has no gradients")
+        is_held = cut.is_of_holders and memory_of(tensor) not in self._tape.own
+        if is_held:
+            _check(tensor, [joint.tensor for joint in self._joints if joint.held is not None], cut.node)
+        has_edge = tensor.requires_grad and bool(self._earlier) and not _is_ungraded(tensor)
+        joint = _Joint(tensor=tensor, edge=get_gradient_edge(tensor) if has_edge else None, held=None, handed={})
+        if is_held:
             joint.held = tensor.detach().requires_grad_()
             if not become(tensor, joint.held, self._tape.saved):
-                raise NoGradientError(node, _SEVERAL_VIEWS)
+                raise NoGradientError(cut.node, _SEVERAL_VIEWS)
             self._tape.leaves.append(joint.held)
         return joint
 
@@ -178,11 +189,17 @@ class WholeSeam:
 class WholeTape:
     """One call."""
 
-    cuts: Mapping[int, Mapping[Selector, NodeId]]  # order -> tensors with a turn, each with a read or write of it
+    cuts: Mapping[int, Mapping[Selector, Cut]]  # order -> tensors with a turn
     own: frozenset[int]  # memory of the module's parameters and buffers
     saved: SavedTensors = field(default_factory=SavedTensors)
     seams: dict[int, WholeSeam] = field(default_factory=dict)  # by order, as the call came to them
     leaves: list[Tensor] = field(default_factory=list)  # of all seams so far
+    blanks: list[Tensor] = field(default_factory=list)  # as large as what gradients are only added to, without memory
+
+    @property
+    def first(self) -> NodeId:
+        """A read or write where it is asked for, the first of the call."""
+        return next(iter(self.cuts[min(self.cuts)].values())).node
 
     @property
     def num_bytes(self) -> int:
@@ -191,8 +208,8 @@ class WholeTape:
 
     @property
     def gradient_bytes(self) -> int:
-        """What comes to the leaves on the way back."""
-        return sum(leaf.numel() * leaf.itemsize for leaf in self.leaves)
+        """What comes to the leaves on the way back, and is added elsewhere."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in (*self.leaves, *self.blanks))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -210,48 +227,77 @@ class WholeTape:
         if selectors is None:
             return after
         seam = self.seams[order] = WholeSeam(self)
-        for selector, node in selectors.items():
-            tensor, handed = member_of(before, selector), member_of(after, selector)
+        # holders first: one tensor may be both
+        for selector, cut in sorted(selectors.items(), key=lambda one: not one[1].is_of_holders):
+            tensor, handed = _tensor_at(before, selector), _tensor_at(after, selector)
             if tensor is not None and handed is not None:  # whose turn it is says where there is none
-                goes_on = seam.cut(selector, tensor, handed, node)
+                goes_on = seam.cut(selector, tensor, handed, cut)
                 after = after if goes_on is handed else with_member(after, selector, goes_on)
         return after
 
 
 _HERE = "no gradient can be told here: in this call the tensor"
+_ASSIGN = "write `value = site * 1.0; site = value` and take that of the value, which counts who gets it from there"
 _SEVERAL_VIEWS = (
     f"{_HERE} is one of several parts of another (chunk, split, unbind), which torch lets nobody change alone: "
-    "take the gradient of what it is a part of, or of what is made of it"
+    f"take the gradient of what it is a part of, or {_ASSIGN}"
 )
+_UNGRADED_VIEW = f"{_HERE} is a part of another that has gradients, taken under torch.no_grad(): {_ASSIGN}"
 
 
 def _check(tensor: Tensor, others: Sequence[Tensor | None], node: NodeId) -> None:
-    """NoGradientError for a tensor that cannot be told from others of its port, or is of torch's that have none."""
+    """NoGradientError for a tensor that cannot be told from others of its port, or of which parts are one."""
     if any(other is not None and memory_of(tensor) == memory_of(other) for other in others):
         raise NoGradientError(node, f"{_HERE} shares its memory with another one of this port; take one's alone")
-    if tensor.is_inference():
-        raise NoGradientError(node, f"{_HERE} was made in inference mode, which has no gradients")
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise NoGradientError(node, f"{_HERE} has several elements that are one in memory; take another's")
+    if _is_ungraded(tensor):
+        assert tensor._base is not None, "it is a view"
+        if tensor._base.requires_grad:
+            raise NoGradientError(node, _UNGRADED_VIEW)
+        # nothing is before it, so it may change its past like any other
+        _autograd._set_creation_meta(tensor, _autograd.CreationMeta.DEFAULT)
+    if overlaps(tensor):
+        raise NoGradientError(node, f"{_HERE} has several elements that are one in memory (expand, unfold): {_ASSIGN}")
 
 
-def member_of(value: Any, selector: Selector) -> Tensor | None:
+_autograd: Any = torch._C._autograd
+
+
+def _is_ungraded(tensor: Tensor) -> bool:
+    """Whether it is a view that was made without gradients, though what it is a part of may have some."""
+    return tensor._is_view() and bool(
+        _autograd._get_creation_meta(tensor) == _autograd.CreationMeta.NO_GRAD_MODE  # `is` is never so
+    )
+
+
+def _tensor_at(value: Any, selector: Selector) -> Tensor | None:
     """The tensor at a way into what a module takes or gives; None where there is none."""
     try:
         for key in selector:
-            value = value[key]
-    except (LookupError, TypeError):
+            value = member_of(value, key)
+    except (LookupError, TypeError, AttributeError):
         return None
     return value if isinstance(value, Tensor) else None
 
 
-Cuts = dict[int, dict[int, dict[Selector, NodeId]]]  # invoke -> order -> tensor -> a read or write of it
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """One tensor of a visit that somebody has a turn at."""
+
+    node: NodeId  # a read or write of it
+    is_of_holders: bool  # a turn is about what comes to all who hold it, and not to who got another in its place
+
+
+Cuts = dict[int, dict[int, dict[Selector, Cut]]]  # invoke -> order -> tensor
 
 
 def cuts_of(program: Program, wave: int) -> Cuts:
     """Where the calls of a wave are cut: where anybody has a turn who runs it backwards."""
     found: Cuts = {}
     nodes = program.graph.nodes
+    assigned: dict[tuple[int, Site], int] = {}  # the first that is put in a tensor's place
+    for place, event in enumerate(nodes):
+        if isinstance(event, Write) and not event.in_place:
+            assigned.setdefault((event.invoke, event.site), place)
     for back in program.waves:
         if back.of != wave:
             continue
@@ -261,8 +307,13 @@ def cuts_of(program: Program, wave: int) -> Cuts:
                 if isinstance(node, SiteGrad):
                     at: Any = nodes[node.at]
                     own = found.setdefault(at.invoke, {}).setdefault(fragment.order, {})
-                    if node.turn is not Turn.TAKE or at.site.selector not in own:
-                        own[at.site.selector] = node.at
+                    before = own.get(at.site.selector)
+                    is_behind = assigned.get((at.invoke, at.site), len(nodes)) <= node.at
+                    is_of_holders = not is_behind and node.turn is not Turn.ADD
+                    own[at.site.selector] = Cut(
+                        node=before.node if before is not None and node.turn is Turn.TAKE else node.at,
+                        is_of_holders=is_of_holders or (before is not None and before.is_of_holders),
+                    )
     return found
 
 

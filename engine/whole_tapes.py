@@ -22,11 +22,11 @@ from engine.saved import SavedTensors
 from engine.whole_call import Enough, Visits, WholeCall, current, hooked
 from engine.whole_side import Side
 from engine.whole_sites import CallSites, arguments_of, told
-from engine.whole_tape import NoGradientError, WholeTape, cuts_of
+from engine.whole_tape import Cut, NoGradientError, WholeTape, cuts_of
 from engine.writes import member_of
 from polytrace.description import SiteInfo
 from polytrace.errors import GraphError
-from polytrace.graph import Inputs, NodeId, Read, Write
+from polytrace.graph import Inputs, Read, Write
 from scheduling.plan import Program
 
 _MOST_KNOWN = 256
@@ -97,7 +97,7 @@ class _Recorded:
         program: Program,
         wave: int,
         invoke: int,
-        cuts: dict[int, dict[Selector, NodeId]],
+        cuts: dict[int, dict[Selector, Cut]],
         offloaded: frozenset[str],
     ) -> None:
         nodes = program.graph.nodes
@@ -112,7 +112,7 @@ class _Recorded:
                     if isinstance(node, Write):
                         self._writes.setdefault(fragment.order, []).append(node)
         for order, selectors in cuts.items():
-            for at in map(nodes.__getitem__, selectors.values()):
+            for at in (nodes[cut.node] for cut in selectors.values()):
                 assert isinstance(at, (Read, Write))
                 self._visit(at, order)
 
@@ -122,7 +122,10 @@ class _Recorded:
     @property
     def signature(self) -> Hashable:
         writes = [(order, node.site.selector, node.in_place) for order in self._writes for node in self._writes[order]]
-        return tuple(self._visits.items()), tuple(writes), tuple([(order, *self._cuts[order]) for order in self._cuts])
+        cuts = [
+            (order, tuple((way, cut.is_of_holders) for way, cut in own.items())) for order, own in self._cuts.items()
+        ]
+        return tuple(self._visits.items()), tuple(writes), tuple(cuts)
 
     def run(self, model: nn.Module, called: Inputs) -> int:
         """Bytes that the call keeps."""
