@@ -32,7 +32,7 @@ from polytrace.standard import StandardModel
 from polytrace.storage import is_recorded
 from polytrace.tensors import RawTensor
 from polytrace.tracing import Tracer, open_trace
-from polytrace.tree import PortTable, Table
+from polytrace.tree import PortTable, Table, refuses_ints
 
 _MAX_TABLES = 256  # of calls of one model that are kept
 
@@ -289,7 +289,13 @@ def _with_sites(tree: Table, sites: Sequence[SiteInfo]) -> Table:
             leaf.selector: (Site(module=info.module, port=info.port, selector=leaf.selector, visit=info.visit), leaf)
             for leaf in info.leaves
         }
-        port = PortTable(info=info, is_layer_output=False, leaves=leaves, is_call=info.port is Port.INPUTS)
+        port = PortTable(
+            info=info,
+            is_layer_output=False,
+            leaves=leaves,
+            refuses_ints=refuses_ints(info, tree.modules[info.module]),
+            is_call=info.port is Port.INPUTS,
+        )
         visits.setdefault((info.module, info.port.value), []).append(port)
     every = [port for own in visits.values() for port in own]
     return replace(
