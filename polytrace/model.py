@@ -31,6 +31,7 @@ from polytrace.source_views import Source
 from polytrace.standard import StandardModel
 from polytrace.support import Support, support_of
 from polytrace.tokenizer import load_tokenizer
+from polytrace.tracebacks import edge
 from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import NoSuchNameError, Table, index_description, join
 
@@ -98,6 +99,7 @@ class Model(StandardModel):
             edits_of_traces=(),
         )
 
+    @edge
     def trace(
         self,
         prompts: Any = None,
@@ -163,6 +165,7 @@ class Model(StandardModel):
         tracer.is_blocking = blocking
         return tracer
 
+    @edge
     def generate(
         self,
         prompts: Any = None,
@@ -352,6 +355,7 @@ class Model(StandardModel):
         wishes = Wishes(options=options, to=to, in_flight=in_flight, is_skipping=on_error == "skip")
         return Map(model, dataset, body, prompts, wishes)
 
+    @edge
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it.
 

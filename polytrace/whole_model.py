@@ -31,6 +31,7 @@ from polytrace.scanning import Checking
 from polytrace.standard import StandardModel
 from polytrace.storage import is_recorded
 from polytrace.tensors import RawTensor
+from polytrace.tracebacks import edge
 from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import PortTable, Table, refuses_ints
 
@@ -59,6 +60,7 @@ class WholeModel(Model):
         super().__init__(backend, rename)
         self.__dict__.update(_known=OrderedDict())
 
+    @edge
     def trace(
         self,
         *args: Any,
@@ -184,6 +186,7 @@ class CallTracer(Tracer):
         self._tables: list[Table] = []  # of each invoke
         super().__init__(model, given, options, is_run, is_peeking=is_peeking)
 
+    @edge
     def invoke(self, *args: Any, **kwargs: Any) -> InvokeBlock:
         """`with tracer.invoke(*args, **kwargs)`: one of several calls, between which values may flow."""
         self._check_open()
