@@ -307,6 +307,7 @@ def _takes_other_rows(model: PreTrainedModel, layers: str) -> bool:
 
 
 def _modules(model: PreTrainedModel, layers: str, recorder: Recorder) -> Iterator[ModuleInfo]:
+    known = layers_of(model)
     for path, module in model.named_modules():
         is_list = isinstance(module, nn.ModuleList)
         refusal = None
@@ -324,10 +325,24 @@ def _modules(model: PreTrainedModel, layers: str, recorder: Recorder) -> Iterato
             class_name=type(module).__name__,
             is_list=is_list,
             is_decoder_layer=path.rpartition(".")[0] == layers,
+            is_layer=path in known,
             first_stage=0,
             call_refusal=refusal,
             is_dict=is_dict,
         )
+
+
+def layers_of(model: nn.Module) -> set[str]:
+    """Paths of modules with modules of their own that stand in a list of a transformers model, its layers."""
+    modules = dict(model.named_modules())
+    parts = [path for path, module in modules.items() if isinstance(module, PreTrainedModel)]
+    return {
+        path
+        for path, module in modules.items()
+        if isinstance(modules.get(path.rpartition(".")[0]), nn.ModuleList)
+        and next(module.children(), None) is not None
+        and any(not part or path.startswith(f"{part}.") for part in parts)
+    }
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

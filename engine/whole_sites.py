@@ -29,7 +29,7 @@ from engine.known_integers import KnownIntegers, PlainLists
 from engine.leaves import first_argument
 from engine.module_state import attribute_tensors, kept_memory, settings_of
 from engine.ops import DTYPE_NAMES, TORCH_DTYPES
-from engine.probe import named_tensors
+from engine.probe import layers_of, named_tensors
 from engine.recorder import memory_of
 from engine.whole_manner import layer_by_layer
 from engine.whole_members import leaves_of, members_of, own_tensors
@@ -396,6 +396,7 @@ def overlaps(tensor: Tensor) -> bool:
 
 def modules_of(model: nn.Module) -> Iterator[ModuleInfo]:
     """The tree. A module is called on values as the model itself calls it: with one tensor or with none."""
+    layers = layers_of(model)
     for path, module in model.named_modules():
         is_list, is_dict = isinstance(module, nn.ModuleList), isinstance(module, nn.ModuleDict)
         yield ModuleInfo(
@@ -403,6 +404,7 @@ def modules_of(model: nn.Module) -> Iterator[ModuleInfo]:
             class_name=type(module).__name__,
             is_list=is_list,
             is_decoder_layer=False,
+            is_layer=path in layers,
             first_stage=0,
             call_refusal="it is a list of modules" if is_list else "it is a dict of modules" if is_dict else None,
             is_dict=is_dict,

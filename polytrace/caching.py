@@ -175,7 +175,7 @@ class CacheRequest:
                 continue
             try:
                 state = self._tracer.recording.read(site, self.invoke, leaf.dtype, self.where)
-                state.is_layer_output = table.is_layer_output
+                state.is_layer_output, state.refuses_ints = table.is_layer_output, table.refuses_ints
                 made[selector] = self._part(str(site), self._tracer.wrap(state))
             except GraphError as error:
                 if not self._is_all:

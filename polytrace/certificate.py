@@ -203,7 +203,7 @@ class PassEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What a request did cost and touch."""
+    """What a request did cost and touch. Printed it is one line: `fired`, `passes` and the others have all of it."""
 
     request: str
     model: str
@@ -235,3 +235,18 @@ class Receipt:
     def price(self) -> float:
         """What its tenant was charged, in token-layers."""
         return charge(self.token_layers, self.moved_bytes)
+
+    def __repr__(self) -> str:
+        reads = sum(one.kind == "read" for one in self.fired)
+        told = [_count(len(self.passes), "pass", "passes"), _count(self.tokens, "token")]
+        told.append(f"{self.token_layers:,} token-layers ({self.token_layers_alone:,} alone)")
+        told.append(f"{_count(self.result_bytes, 'byte')} returned, {self.moved_bytes:,} moved")
+        told.append(f"fired: {_count(len({one.site for one in self.fired}), 'site')}")
+        told[-1] += f" ({_count(reads, 'read')}, {_count(len(self.fired) - reads, 'write')})"
+        told += [_count(sum(len(one.ids) for one in self.generated), "new token")] * bool(self.generated)
+        told += [_count(len(self.notes), "note")] * bool(self.notes)
+        return f"<receipt of {self.model}: {', '.join(told)}; {self.run_seconds:.3f} s>"
+
+
+def _count(number: int, one: str, several: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else several or one + 's'}"

@@ -6,6 +6,15 @@ import os
 
 URL = "POLYTRACE_URL"  # the service whose jobs `polytrace.job(id)` finds
 KEY = "POLYTRACE_KEY"  # the key that a service asks for, when `connect(key=...)` is not given
+TRACEBACK = "POLYTRACE_TRACEBACK"  # "full": errors at the end of a trace show polytrace's own frames, too
+
+
+def has_full_tracebacks() -> bool:
+    """Whether errors keep frames that are not the user's."""
+    value = os.environ.get(TRACEBACK, "").strip()
+    if value not in ("", "short", "full"):
+        raise ValueError(f"{TRACEBACK} is {value!r}: it is full or short")
+    return value == "full"
 
 
 def key() -> str | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polytrace.errors import GraphError
+from polytrace.errors import GraphError, PolytraceError
 from polytrace.lines import user_line
 from polytrace.loops import Position
+from polytrace.tracebacks import shorten
 
 if TYPE_CHECKING:
     from polytrace.tracing import Tracer
@@ -38,6 +39,9 @@ class InvokeBlock:
         try:
             if error is None:
                 self._tracer._close()
+        except PolytraceError as failure:
+            shorten(failure)
+            raise
         finally:
             self._tracer._invoke = self._around
             self._swap_positions()

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from polytrace.backend import Backend, Result
 from polytrace.errors import CancelledError, PolytraceError, ServiceError
 from polytrace.graph import Request
+from polytrace.tracebacks import edge
 
 if TYPE_CHECKING:
     pass
@@ -114,6 +115,7 @@ class Job:
         """Returns when it has ended or after so many seconds; how it does then. `on_status` hears every change."""
         return self._running.wait(timeout, on_status)
 
+    @edge
     def result(self, timeout: float | None = None, on_status: Watch | None = None) -> Result:
         """Its saved values and its receipt, once it has ended. The values of its trace become tensors.
 

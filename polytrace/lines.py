@@ -8,7 +8,7 @@ import sysconfig
 from types import CodeType, FrameType
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_HERE = tuple([os.path.join(_ROOT, room, "") for room in ("polytrace", "engine")])  # rooms that run in users' processes
+_HERE = tuple([os.path.join(_ROOT, room, "") for room in ("polytrace", "engine", "scheduling")])  # in users' processes
 _LIBRARIES = tuple(
     folder + os.sep
     for folder in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
@@ -45,11 +45,21 @@ def user_frame() -> FrameType | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        shown = _shown[name] if name in _shown else _shown.setdefault(name, _show(name))
-        if shown:
+        if is_users(name):
             return frame
         frame = frame.f_back
     return None
+
+
+def is_users(name: str) -> bool:
+    """Whether code of a file is the user's own: neither polytrace's nor a library's."""
+    return bool(_shown[name] if name in _shown else _shown.setdefault(name, _show(name)))
+
+
+def user_file(where: str) -> str | None:
+    """The file of a line that `user_line` has told; None where it has not, or of several files."""
+    files = {code.co_filename for code, lines in list(_lines.values()) if where in list(lines.values())}
+    return files.pop() if len(files) == 1 else None
 
 
 def _line(frame: FrameType, shown: str) -> str:

@@ -30,7 +30,8 @@ from polytrace.session import Session
 from polytrace.source_views import Source
 from polytrace.standard import StandardModel
 from polytrace.support import Support, support_of
-from polytrace.tokenizer import load_tokenizer
+from polytrace.tokenizer import ModelTokenizer, load_tokenizer
+from polytrace.tracebacks import edge
 from polytrace.tracing import Tracer, open_trace
 from polytrace.tree import NoSuchNameError, Table, index_description, join
 
@@ -98,6 +99,7 @@ class Model(StandardModel):
             edits_of_traces=(),
         )
 
+    @edge
     def trace(
         self,
         prompts: Any = None,
@@ -163,6 +165,7 @@ class Model(StandardModel):
         tracer.is_blocking = blocking
         return tracer
 
+    @edge
     def generate(
         self,
         prompts: Any = None,
@@ -352,6 +355,7 @@ class Model(StandardModel):
         wishes = Wishes(options=options, to=to, in_flight=in_flight, is_skipping=on_error == "skip")
         return Map(model, dataset, body, prompts, wishes)
 
+    @edge
     def validate(self, tracer: Tracer) -> Certificate:
         """What a trace would cost and return: shapes, bytes, passes. Nothing runs; inside its block or after it.
 
@@ -411,10 +415,10 @@ class Model(StandardModel):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's own `tokenizers.Tokenizer`, None when it came without one."""
+        """The model's own tokenizer (`polytrace.tokenizer.ModelTokenizer`), None when it came without one."""
         if not self._tokenizer:
             data = self.backend.tokenizer_json()
-            self._tokenizer.append(load_tokenizer(data) if data is not None else None)
+            self._tokenizer.append(ModelTokenizer(load_tokenizer(data)) if data is not None else None)
         return self._tokenizer[0]
 
     def render_chat(self, messages: Any, **chat: Any) -> str:

@@ -75,7 +75,7 @@ class OpenPort:
         if leaf.read_refusal is not None:
             raise GraphError(f"{site} cannot be read: {leaf.read_refusal}", where=user_line())
         state = self.tracer.recording.read(site, self.tracer.invoke_index(site), leaf.dtype)
-        state.is_layer_output = self.table.is_layer_output
+        state.is_layer_output, state.refuses_ints = self.table.is_layer_output, self.table.refuses_ints
         state.is_dropout_input = self.table.is_dropout_input
         state.dims = self.table.dims or DIMS.get(site.port.value)
         if leaf.in_place_refusal is not None and state.storage.place is not None:

@@ -74,6 +74,7 @@ class State:
     where: str
     is_layer_output: bool = False  # a decoder layer's `.output`, where a literal index 0 means the hidden states
     is_hidden_states: bool = False  # ... and what that index gave
+    refuses_ints: bool = False  # another layer's `.output`, see `PortTable`
     is_others: bool = False  # `output[1:]` of a decoder layer: nothing, where its output was a tuple once
     is_dropout_input: bool = False  # of a family's attention dropout, see `polytrace.historic`
     dims: tuple[str, ...] | None = None  # names of the dimensions of what was read at a named point

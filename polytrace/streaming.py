@@ -13,7 +13,9 @@ from typing import Any
 
 from polytrace.certificate import Token
 from polytrace.continuations import new_text
+from polytrace.errors import PolytraceError
 from polytrace.graph import Invoke
+from polytrace.tracebacks import shorten
 
 _CUT = "\ufffd"  # how a tokenizer spells bytes that are no character yet
 
@@ -83,6 +85,8 @@ def streamed(run: Callable[[Callable[[Piece], None]], None]) -> Iterator[Piece]:
     try:
         while (piece := heard.get()) is not None:
             if isinstance(piece, BaseException):
+                if isinstance(piece, PolytraceError):
+                    shorten(piece)
                 raise piece
             yield piece
     finally:

@@ -16,7 +16,7 @@ from polytrace.certificate import Receipt, ValueShape
 from polytrace.chat import conversations_in
 from polytrace.collector import young_only
 from polytrace.edits.open_shapes import BY_STEP, opened
-from polytrace.errors import GraphError
+from polytrace.errors import GraphError, PolytraceError
 from polytrace.generation import num_steps
 from polytrace.grammar import nearest
 from polytrace.graph import Constant, Invoke, Mask, Node, NodeId, Options, Parameter, Port, Read, Site
@@ -34,6 +34,7 @@ from polytrace.saving import save_members
 from polytrace.sending import Sending
 from polytrace.storage import State, is_recorded
 from polytrace.tokenizer import token_texts
+from polytrace.tracebacks import edge, shorten
 from polytrace.tree import NoSuchNameError
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Tracer(Sending):
 
     # what a user calls
 
+    @edge
     def invoke(
         self, prompts: Any = None, *, chat: Mapping[str, Any] | None = None, pixel_values: Any = None
     ) -> InvokeBlock:
@@ -263,8 +265,13 @@ class Tracer(Sending):
             self._leave(error)
             with suppress(PricedError):
                 self._end(error)
+        except PolytraceError as failure:
+            shorten(failure)
+            raise
         finally:
             young_only.__exit__(kind, error, traceback)
+        if isinstance(error, PolytraceError):  # of the block, which goes on from here
+            shorten(error)
 
     async def __aenter__(self) -> Self:
         """`async with model.trace(...)`: other tasks go on while it runs."""
@@ -274,11 +281,17 @@ class Tracer(Sending):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._leave(error)
-        finally:
-            young_only.__exit__(kind, error, traceback)
-        with suppress(PricedError):
-            await self._end_async(error)
+            try:
+                self._leave(error)
+            finally:
+                young_only.__exit__(kind, error, traceback)
+            with suppress(PricedError):
+                await self._end_async(error)
+        except PolytraceError as failure:
+            shorten(failure)
+            raise
+        if isinstance(error, PolytraceError):
+            shorten(error)
 
     def _leave(self, error: BaseException | None) -> None:
         """The block ends: nothing is recorded from now on."""

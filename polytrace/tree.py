@@ -31,6 +31,7 @@ class PortTable:
     dims: tuple[str, ...] | None = None  # names of the dimensions of a named point
     is_stream: bool = False  # the residual as a norm takes it: assigned, it is another one for the layer's sum too
     is_dropout_input: bool = False  # of a family's attention dropout: `input[0][0]` means the weights too
+    refuses_ints: bool = False  # another layer's `.output`, one tensor: `[0]` meant the hidden states for years
     is_call: bool = False  # `.inputs`: positional arguments, then those by keyword
 
 
@@ -95,10 +96,11 @@ def index_description(description: ModelDescription) -> Table:
         if port.visit == 0:
             members = {leaf.selector: (_site(port, leaf), leaf) for leaf in port.leaves}
             leaves |= dict(members.values())
-            is_layer_output = (
-                modules[port.module].is_decoder_layer and port.port is Port.OUTPUT and port.structure == "tensor"
+            module = modules[port.module]
+            is_layer_output = module.is_decoder_layer and port.port is Port.OUTPUT and port.structure == "tensor"
+            ports[port.module, port.port.value] = PortTable(
+                info=port, is_layer_output=is_layer_output, leaves=members, refuses_ints=refuses_ints(port, module)
             )
-            ports[port.module, port.port.value] = PortTable(info=port, is_layer_output=is_layer_output, leaves=members)
     points: dict[str, dict[str, PointInfo]] = {}
     for point in description.points:
         points.setdefault(point.module, {})[point.name] = point
@@ -130,6 +132,17 @@ def index_description(description: ModelDescription) -> Table:
         parts={(part.module, part.name): part for part in description.parts},
         aliases=standard_aliases(description, children),
     )
+
+
+def refuses_ints(port: SiteInfo, owner: ModuleInfo) -> bool:
+    """Whether an int on a module's `.output` means two things: the layer gave a tuple for years, whose first member
+    were the hidden states, and gives these alone now, `[sequences, tokens, features]`.
+    """
+    is_one = port.port is Port.OUTPUT and port.structure == "tensor"
+    if not is_one or owner.is_decoder_layer or not owner.is_layer:
+        return False
+    (leaf,) = port.leaves
+    return len(leaf.tail) + (0 if leaf.is_whole else 2) > 2
 
 
 def _site(info: SiteInfo, leaf: Leaf) -> Site:

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from polytrace.recording import Recording
 
 
+_A_TUPLE_ONCE = (
+    "it was a tuple with the hidden states in front for years, and is these alone now, `[sequences, tokens, features]`"
+)
+
+
 @cache
 def results_of(fields: tuple[str, ...]) -> Callable[..., Any]:
     """The named tuple of what an op returns that returns several values, as torch's own."""
@@ -102,6 +107,8 @@ class Recorded:
             number = first_int(index)
             if number is not None:
                 return _hidden_states(state, index, number)
+        if state.refuses_ints:
+            _check_index(index)
         made = state.recording.op("getitem", (self, index), {})
         assert isinstance(made, State)
         made.is_others = state.is_layer_output and isinstance(index, slice) and index == slice(1, None)
@@ -116,6 +123,8 @@ class Recorded:
         state = state_of(self)
         if state.is_dropout_input and first_int(index) is not None:
             historic_arguments(state, (index,))  # raises
+        if state.refuses_ints:
+            _check_index(index)
         number = first_int(index) if state.is_layer_output or state.is_hidden_states else None
         if number is not None:
             _hidden_states(state, index, number)  # raises for all but the literal 0
@@ -129,6 +138,12 @@ class Recorded:
         if state_of(self).is_layer_output:
             raise GraphError(
                 "a decoder layer's output is its hidden states alone here, not a tuple to unpack: write `.output[0]`",
+                where=user_line(),
+            )
+        if state_of(self).refuses_ints:
+            raise GraphError(
+                f"unpacking this layer's output means two things: {_A_TUPLE_ONCE}: write `.output` for these, "
+                "`.output.unbind(0)` for each sequence's",
                 where=user_line(),
             )
         return iter(record("unbind", (self,), {}))
@@ -379,6 +394,19 @@ def _hidden_states(state: State, index: Any, number: int) -> Any:
     raise GraphError(
         f"`{name}[{number}]` means different things on a decoder layer, whose output was a tuple once and is a tensor "
         f"[sequences, tokens, hidden] now: write `{name}[i:i+1]` for sequence i, `{name}[:, -1]` for the last token",
+        where=user_line(),
+    )
+
+
+def _check_index(index: Any) -> None:
+    """Raises GraphError for an int directly on the output of a layer whose model returns what it returns."""
+    number = None if isinstance(index, tuple) else first_int(index)
+    if number is None:
+        return
+    one = {0: "the first sequence", -1: "the last sequence"}.get(number, f"sequence {number}")
+    raise GraphError(
+        f"`output[{number}]` means two things on this layer: {_A_TUPLE_ONCE}: write `.output` for the hidden states, "
+        f"`.output[{number}:{number + 1 or ''}]` for {one}'s",
         where=user_line(),
     )
 

@@ -31,8 +31,9 @@ from polytrace.scanning import Checking
 from polytrace.standard import StandardModel
 from polytrace.storage import is_recorded
 from polytrace.tensors import RawTensor
+from polytrace.tracebacks import edge
 from polytrace.tracing import Tracer, open_trace
-from polytrace.tree import PortTable, Table
+from polytrace.tree import PortTable, Table, refuses_ints
 
 _MAX_TABLES = 256  # of calls of one model that are kept
 
@@ -59,6 +60,7 @@ class WholeModel(Model):
         super().__init__(backend, rename)
         self.__dict__.update(_known=OrderedDict())
 
+    @edge
     def trace(
         self,
         *args: Any,
@@ -184,6 +186,7 @@ class CallTracer(Tracer):
         self._tables: list[Table] = []  # of each invoke
         super().__init__(model, given, options, is_run, is_peeking=is_peeking)
 
+    @edge
     def invoke(self, *args: Any, **kwargs: Any) -> InvokeBlock:
         """`with tracer.invoke(*args, **kwargs)`: one of several calls, between which values may flow."""
         self._check_open()
@@ -293,7 +296,13 @@ def _with_sites(tree: Table, sites: Sequence[SiteInfo]) -> Table:
             leaf.selector: (Site(module=info.module, port=info.port, selector=leaf.selector, visit=info.visit), leaf)
             for leaf in info.leaves
         }
-        port = PortTable(info=info, is_layer_output=False, leaves=leaves, is_call=info.port is Port.INPUTS)
+        port = PortTable(
+            info=info,
+            is_layer_output=False,
+            leaves=leaves,
+            refuses_ints=refuses_ints(info, tree.modules[info.module]),
+            is_call=info.port is Port.INPUTS,
+        )
         visits.setdefault((info.module, info.port.value), {})[info.visit] = port
     every = [port for own in visits.values() for port in own.values()]
     return replace(

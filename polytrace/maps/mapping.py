@@ -32,6 +32,7 @@ from polytrace.maps.running import Running, TopK, running
 from polytrace.maps.together import all_at_once
 from polytrace.maps.working import Worker
 from polytrace.progress import showing_prompts
+from polytrace.tracebacks import edge
 from polytrace.wire import encode_tensors
 
 if TYPE_CHECKING:
@@ -117,13 +118,18 @@ class Map:
         """Every part, with what is combined taken in before it is handed out."""
         with showing_prompts(self._model.description.name) as tell:
             tell(0, self._total)
-            for part in self._made():
+            made = self._made()
+            while (part := self._next(made)) is not None:
                 for name, value in self._running.items():
                     for given in part.contributions(name):
                         value.take(given)
                 self.skipped.update(part.skipped)
                 tell(part.prompts.stop, self._total)
                 yield part
+
+    @edge
+    def _next(self, made: Iterator[Part]) -> Part | None:
+        return next(made, None)
 
     def _made(self) -> Iterator[Part]:
         encoding = Encoding(

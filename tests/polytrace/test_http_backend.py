@@ -324,6 +324,8 @@ def test_a_problem_is_the_error_that_it_was(service: Service, status: int, code:
     with pytest.raises(kind, match=r"12 is too many \(a.py:3\)") as caught:
         trace_once(service)
     assert type(caught.value) is kind
+    frames = {frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)}
+    assert frames == {__file__} and caught.value.__cause__ is None
 
 
 def test_a_failure_while_polling_is_the_run_s_own(service: Service) -> None:
