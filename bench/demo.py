@@ -2,7 +2,7 @@
 
     polytrace demo
 
-Starts tinyworld on 2 stages x 2 ranks as a service of its own, lets eight users with different experiments go at it at
+Starts tinyworld on 2 stages x 2 ranks as a service of its own, lets eight users with four experiments each go at it at
 the same time over HTTP, then does every experiment again with plain Hugging Face in this process and compares. Exit
 status 1 when any value is off by more than `bench.plain.TOLERANCE`. The demo itself is `bench.visits`: this file loads
 neither torch nor transformers, so that help comes at once.
@@ -24,7 +24,7 @@ def command(
     model: Annotated[Path, typer.Option(help="A Llama-shaped model's folder.")] = tinyworld.FOLDER,
     stages: Annotated[int, typer.Option(min=1, help="Blocks of layers.")] = 2,
     ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel slices of each block.")] = 2,
-    turns: Annotated[int, typer.Option(min=1, help="Times that each user repeats its experiment.")] = 4,
+    turns: Annotated[int, typer.Option(min=1, help="Experiments of each user, with other prompts, all at once.")] = 4,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the service's log.")] = Path("out"),
 ) -> None:
     """Eight users with different experiments share a model split over 2 x 2 shards; every number is checked."""

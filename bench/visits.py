@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -18,7 +19,7 @@ from rich.table import Table
 import polytrace
 from bench import pictures
 from bench.experiments import EXPERIMENTS, Experiment, Values, patching
-from bench.experiments.experiment import FACTS
+from bench.experiments.experiment import FACTS, Answer
 from bench.plain import TOLERANCE, Plain, difference
 from bench.service import running_service
 from polytrace.certificate import Receipt
@@ -29,7 +30,7 @@ USERS = ("Ada", "Ben", "Chen", "Dara", "Emre", "Fay", "Goro", "Hana")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """What one user did: one experiment, several times with other prompts."""
+    """What one user did: one experiment, several times with other prompts, all at once."""
 
     user: str
     experiment: Experiment
@@ -54,8 +55,8 @@ def run(folder: Path, *, stages: int, ranks: int, turns: int, out: Path, console
             console.print(
                 f"{NAME} is served by {stages * ranks} shards at {running.url} after {running.start_seconds:.0f} s"
             )
-            # 2) eight users at once, each with a connection of its own
-            status.update(f"{len(EXPERIMENTS)} users, {turns} turns each")
+            # 2) eight users at once, each with several experiments of its kind
+            status.update(f"{len(EXPERIMENTS)} users, {turns} experiments each, all at once")
             start = time.monotonic()
             visits = visit_all(running.url, turns=turns)
             seconds = time.monotonic() - start
@@ -78,23 +79,33 @@ def run(folder: Path, *, stages: int, ranks: int, turns: int, out: Path, console
 
 
 def visit_all(url: str, *, turns: int) -> list[Visit]:
-    """Every user in a thread of its own; all start their first trace at the same moment."""
-    together = threading.Barrier(len(EXPERIMENTS))
+    """Every turn of every user in a thread of its own, with a connection of its own; all start at the same moment."""
+    together = threading.Barrier(len(EXPERIMENTS) * turns)
 
-    def visit(user: str, experiment: Experiment) -> Visit:
-        model = polytrace.connect(url, NAME)
+    def ask(model: Any, experiment: Experiment, turn: int) -> tuple[Answer, str]:
         together.wait()
-        answers = [experiment.ask(model, turn) for turn in range(turns)]
-        return Visit(
-            user=user,
-            experiment=experiment,
-            values=tuple(answer.values for answer in answers),
-            receipts=tuple(receipt for answer in answers for receipt in answer.receipts),
-            findings=tuple(experiment.tell(answer.values, model, turn) for turn, answer in enumerate(answers)),
-        )
+        answer = experiment.ask(model, turn)
+        return answer, experiment.tell(answer.values, model, turn)
 
-    with ThreadPoolExecutor(len(EXPERIMENTS)) as threads:
-        return list(threads.map(visit, USERS, EXPERIMENTS))
+    with ThreadPoolExecutor(len(EXPERIMENTS) * turns) as threads:
+        models = [[polytrace.connect(url, NAME) for _ in range(turns)] for _ in EXPERIMENTS]
+        asked = [
+            [threads.submit(ask, model, experiment, turn) for turn, model in enumerate(own)]
+            for own, experiment in zip(models, EXPERIMENTS, strict=True)
+        ]
+        visits = []
+        for user, experiment, futures in zip(USERS, EXPERIMENTS, asked, strict=True):
+            answers, findings = zip(*(future.result() for future in futures), strict=True)
+            visits.append(
+                Visit(
+                    user=user,
+                    experiment=experiment,
+                    values=tuple(answer.values for answer in answers),
+                    receipts=tuple(receipt for answer in answers for receipt in answer.receipts),
+                    findings=findings,
+                )
+            )
+    return visits
 
 
 def largest_difference(visit: Visit, plain: Plain) -> float:
@@ -126,7 +137,7 @@ def users_table(visits: Sequence[Visit], differences: Sequence[float]) -> Table:
     )
     table.add_column("user\n", no_wrap=True)
     table.add_column("experiment\n", no_wrap=True)
-    for heading in ("passes\n", "users\na pass", "tokens\n", "bytes\nreturned", "bytes\nread"):
+    for heading in ("passes\n", "traces\na pass", "tokens\n", "bytes\nreturned", "bytes\nread"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("off from\nplain", justify="right", no_wrap=True)
     for visit, worst in zip(visits, differences, strict=True):
@@ -152,7 +163,7 @@ def totals_table(visits: Sequence[Visit], differences: Sequence[float], seconds:
     rows = {
         "users": f"{len(visits)}, with {len(receipts)} traces in {seconds:.1f} s",
         "passes": f"{len(passes)}",
-        "users per pass": f"{sum(entry.requests for entry in passes.values()) / len(passes):.1f}",
+        "traces per pass": f"{sum(entry.requests for entry in passes.values()) / len(passes):.1f}",
         "tokens": f"{sum(entry.tokens for entry in passes.values()):,}",
         "bytes returned": f"{size(returned)}, of {size(read)} of activations read: 1 in {read / max(returned, 1):,.0f}",
         "largest difference": f"{max(differences):.1e} from plain Hugging Face; {TOLERANCE:.0e} is allowed",
