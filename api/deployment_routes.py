@@ -188,6 +188,7 @@ def _entry(known: Deployment) -> dict[str, Any]:
         "heat": known.heat.value,
         "keeping": to_json(known.keeping),
         "last_used": known.last_used,
+        "is_described": known.is_described,
     }
 
 

@@ -35,7 +35,7 @@ def deploy(
     wait: Wait = True,
 ) -> None:
     """Serve another MODEL on a running service, or one again, by its name, that was drained or has failed: what is not
-    said stays as it was.
+    said stays as it was, but for random weights, which are said again.
     """
     with errors():
         put(Service(url, key), deployment, model, wait=wait)
@@ -44,23 +44,35 @@ def deploy(
 def put(service: Service, flags: DeploymentFlags, model: str, *, wait: bool, keeping: Mapping[str, Any] = {}) -> None:
     """Deploys a model, or a deployment by its name; with `keeping` how long it is to stay loaded.
 
-    What flags do not say of a deployment that is there stays as it is.
+    What flags do not say of a deployment that is there stays as it is, and is told; but for random weights, which have
+    to be said again (`DeploymentFlags.spec`). Of one that has failed and never served, nothing stays when a source is
+    said: it was a trial.
     """
     from api.settings import source_and_name
 
     source, name = source_and_name(model, flags.name)
-    known = _known(service, name)
-    if known is not None and source == name:
-        source = known.source  # it was named, and no folder here
-    spec = flags.spec(source, known if known is not None and known.source == source else None, name=name)
+    entry = next((one for one in service.deployments() if one["name"] == name), None)
+    known = None if entry is None else _spec_of(entry)
+    if entry is not None and known is not None:
+        has_never_served = entry["state"] == "failed" and not entry.get("is_described")
+        if model == name and (flags.name is None or source == name):
+            _tell_folder(known, source)
+            source = known.source  # it was named
+        elif known.source != source or has_never_served:
+            known = None
+    spec = flags.spec(source, known, name=name)
     wish = asdict(spec)
     del wish["name"]
+    first = f"deploying {name} ({spec.source}) on {spec.replicas} x {spec.stages} x {spec.ranks} shards"
+    if kept := flags.kept(known):
+        first = f"{first}; it keeps {', '.join(kept)}"
     service.ask("PUT", f"/v1/models/{quoted(name)}", json=wish)
     if keeping:
         service.ask("PATCH", f"/v1/models/{quoted(name)}/keeping", json=dict(keeping))
     if wait:
-        first = f"deploying {name} on {spec.replicas} x {spec.stages} x {spec.ranks} shards"
         service.follow(name, first, lambda entry: entry is not None and bool(entry["is_ready"]))
+    else:
+        typer.echo(first, err=True)
 
 
 def drain(
@@ -178,13 +190,19 @@ def status(
             print("The service is drained or stopping: it finishes what it has and takes no new requests.")
 
 
-def _known(service: Service, name: str) -> DeploymentSpec | None:
-    """What a deployment of this name is, None when there is none."""
+def _spec_of(entry: Entry) -> DeploymentSpec | None:
+    """What a deployment is."""
     from cluster.config import DeploymentSpec
     from polytrace.codec import from_json
 
-    specs = (one["spec"] for one in service.deployments() if one["name"] == name)
-    return next((from_json(DeploymentSpec, spec) for spec in specs if spec is not None), None)
+    return None if entry["spec"] is None else from_json(DeploymentSpec, entry["spec"])
+
+
+def _tell_folder(known: DeploymentSpec, source: str) -> None:
+    """To whoever may have meant the folder of a known deployment's name that is here."""
+    if source not in (known.name, known.source):
+        told = f"{known.name} is a deployment here, of {known.source}, and that is meant"
+        typer.echo(f"{told}; the folder: `polytrace deploy ./{known.name} --name OTHER`", err=True)
 
 
 def _drain_all(service: Service, wait: bool) -> None:
