@@ -91,6 +91,7 @@ class ReplicaSet:
     def standing(self, now: float) -> Standing:
         """How it stands among the others."""
         is_busy = any(share.num_requests for _, share in self._replicas)
+        is_drained = self._wanted.mode is Mode.DRAINING and self._num_open == 0  # nobody makes room for it
         if is_busy:
             self._used = now
         self._used = max(self._used, self._shares.last_given)
@@ -104,7 +105,9 @@ class ReplicaSet:
             is_busy=is_busy,
             used=self._used,
             holds=total(replica.holds for replica, _ in self._replicas),
-            lacks=total(replica.lacks for replica, _ in self._replicas if not replica.is_retiring),
+            lacks={}
+            if is_drained
+            else total(replica.lacks for replica, _ in self._replicas if not replica.is_retiring),
         )
 
     @property
@@ -219,7 +222,7 @@ class ReplicaSet:
             return state, told
         done = "drained" if self._wanted.mode is Mode.DRAINING else "removed"
         if self._num_open == 0 and self._wanted.mode is Mode.DRAINING:
-            return DeploymentState.DRAINED, f"it takes no requests until `polytrace resume {self._name}`"
+            return drained(self._name, state, told)
         if self._num_open == 0:
             return DeploymentState.DRAINING, "is removed"
         left = f"{done} when {self._num_open} requests are finished"
@@ -236,6 +239,16 @@ class ReplicaSet:
             return DeploymentState.COLD, why
         is_warm, how = self._warmth.told()
         return (DeploymentState.WARM if is_warm else DeploymentState.COLD), f"{why}; {how}"
+
+
+def drained(name: str, state: DeploymentState, told: str) -> tuple[DeploymentState, str]:
+    """What people are told of a deployment that is drained and has nothing left. One that could not serve again at once
+    says what keeps it.
+    """
+    until = f"until `polytrace resume {name}`"
+    if state in (DeploymentState.READY, DeploymentState.WARM, DeploymentState.COLD):
+        return DeploymentState.DRAINED, f"it takes no requests {until}"
+    return state, f"drained {until}; {told}"
 
 
 def _tell_many(replicas: Sequence[Replica]) -> str:

@@ -30,7 +30,7 @@ class DeploymentState(Enum):
     READY = "ready"  # every shard is loaded and self-tested
     RECOVERING = "recovering"  # shards were lost; requests are taken meanwhile, and wait
     DRAINING = "draining"  # it takes nothing new, and finishes what it has
-    DRAINED = "drained"  # the same, and has nothing left; its shards stay
+    DRAINED = "drained"  # the same, and has nothing left; its shards stay. One that cannot run says why instead
     FAILED = "failed"  # it will not come up by itself; the progress text says why
     STOPPED = "stopped"
     WARM = "warm"  # not loaded, its weights are in the memory of nodes; the progress text says why
