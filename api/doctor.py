@@ -161,7 +161,9 @@ def _deployment(name: str, state: str, mode: str, progress: str) -> Finding:
     if state == "failed":
         return Finding(Grade.FAIL, what, f"failed: {told}", "controller.log has all of it; mend it and deploy it again")
     if mode != "serving":
-        return Finding(Grade.WARN, what, f"is {mode}", f"polytrace deploy makes {name} serve again")
+        is_drained = mode == "draining"
+        step = f"polytrace resume {name} lets it take requests again" if is_drained else "polytrace status follows it"
+        return Finding(Grade.WARN, what, f"is {mode}, {state}: {told}", step)
     if state == "ready":
         return Finding(Grade.OK, what, "ready")
     if state in ("warm", "cold"):

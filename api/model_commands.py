@@ -76,7 +76,7 @@ def load(name: Name, url: Url = HERE, key: Key = None, wait: Wait = True) -> Non
         service = Service(url, key)
         service.ask("POST", f"/v1/models/{quoted(name)}/load")
         if wait:
-            service.follow(name, f"loading {name}", _is_ready)
+            service.follow(name, f"loading {name}", _is_loaded)
 
 
 @models.command()
@@ -103,7 +103,7 @@ def pin(name: Name, url: Url = HERE, key: Key = None, wait: Wait = True) -> None
         service = Service(url, key)
         _keep(service, name, {"is_pinned": True})
         if wait:
-            service.follow(name, f"loading {name}", _is_ready)
+            service.follow(name, f"loading {name}", _is_loaded)
 
 
 @models.command()
@@ -155,7 +155,12 @@ def _keep(service: Service, name: str, change: dict[str, Any]) -> None:
     service.ask("PATCH", f"/v1/models/{quoted(name)}/keeping", json=change)
 
 
-def _is_ready(entry: Entry | None) -> bool:
+def _is_loaded(entry: Entry | None) -> bool:
+    """Raises ServiceError for one that will not say that it is ready, because it is drained."""
+    from polytrace.errors import ServiceError
+
+    if entry is not None and entry["mode"] == "draining":
+        raise ServiceError(f"{entry['name']} is drained: `polytrace resume {entry['name']}`")
     return entry is not None and entry["state"] == "ready"
 
 

@@ -82,13 +82,6 @@ def drain(
     wait: Wait = True,
 ) -> None:
     """Let a deployment, or all, finish what it has and take nothing new; its shards stay. `resume` ends it."""
-
-    def is_drained(entry: Entry | None) -> bool:
-        if entry is None or entry["mode"] == "serving":  # somebody has ended it
-            return True
-        is_over = entry["state"] == "drained" or entry["mode"] != "draining"
-        return bool(is_over and entry["queued"] + entry["running"] == 0)
-
     with errors():
         service = Service(url, key)
         if name is None:
@@ -96,7 +89,7 @@ def drain(
             return
         service.ask("POST", f"/v1/models/{quoted(name)}/drain")
         if wait:
-            service.follow(name, f"draining {name}", is_drained)
+            service.follow(name, f"draining {name}", _is_drained)
 
 
 def resume(
@@ -106,16 +99,14 @@ def resume(
     wait: Wait = True,
 ) -> None:
     """Let a drained deployment take requests again, or the service, which says which deployments are still drained."""
-
-    def is_so(entry: Entry | None) -> bool:
-        return entry is not None and entry["state"] not in ("draining", "drained", "failed")
-
     with errors():
         service = Service(url, key)
         if name is not None:
             service.ask("DELETE", f"/v1/models/{quoted(name)}/drain")
             if wait:
-                service.follow(name, f"{name} takes requests again", is_so)
+                entry = service.follow(name, f"resuming {name}", _is_resumed)
+                if entry is not None and entry["state"] in ("warm", "cold") and not entry["keeping"]["on_demand"]:
+                    print(f"{name} rests, and requests do not load it: `polytrace models load {name}`")
             return
         service.ask("DELETE", "/v1/drain")
         print("the service takes requests")
@@ -188,6 +179,24 @@ def status(
         Console().print(table)
         if told_all.get("is_draining"):
             print("The service is drained or stopping: it finishes what it has and takes no new requests.")
+
+
+def _is_drained(entry: Entry | None) -> bool:
+    """Whether a deployment that is to be drained has nothing left and takes nothing."""
+    if entry is None or entry["mode"] != "draining":  # somebody has ended it, or removes it
+        return entry is None or entry["mode"] == "serving" or _has_nothing(entry)
+    # one that runs says when it is over; another one, that loads or has failed, will not say so
+    runs = entry["state"] in ("ready", "recovering", "draining")
+    return _has_nothing(entry) and (not runs or entry["progress"].startswith("drained"))
+
+
+def _is_resumed(entry: Entry | None) -> bool:
+    """Whether a deployment takes requests: it runs, or they load it, or it rests until its hours or an operator."""
+    return entry is not None and entry["state"] in ("ready", "recovering", "warm", "cold")
+
+
+def _has_nothing(entry: Entry) -> bool:
+    return bool(entry["queued"] + entry["running"] == 0)
 
 
 def _spec_of(entry: Entry) -> DeploymentSpec | None:

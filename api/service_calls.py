@@ -22,6 +22,7 @@ Entry = dict[str, Any]  # a deployment, as `GET /v1/models` tells it
 
 LOOK_S = 0.5  # between two looks at what is followed
 _GOES_ON = "this goes on in the service, also without this command: `polytrace status` shows it"
+_LESS = "a shard reserves less of the CPUs when `polytrace remove {0}` is done and it is deployed with a smaller --cpus"
 
 
 class Service:
@@ -77,8 +78,9 @@ class Service:
     def deployments(self) -> list[Entry]:
         return list(self.ask("GET", "/v1/models")["models"])
 
-    def follow(self, name: str, first: str, is_so: Callable[[Entry | None], bool]) -> None:
-        """Shows how a deployment gets on until it is what was asked for. ServiceError when it has failed.
+    def follow(self, name: str, first: str, is_so: Callable[[Entry | None], bool]) -> Entry | None:
+        """Shows how a deployment gets on until it is what was asked for, which is returned; None: it is gone.
+        ServiceError when it has failed.
 
         Whoever has to wait for room, or stops following, is told that the service goes on by itself.
         """
@@ -94,10 +96,11 @@ class Service:
                     told = line
                     report(line)
                 if is_so(entry):
-                    return
+                    return entry
                 if entry is not None and not is_waiting and _waits_for_room(entry):
                     is_waiting = True
-                    report(f"{_GOES_ON}; a shard reserves less when it is deployed with a smaller --cpus")
+                    less = "" if _waits_for_gpus(entry) else f"; {_LESS.format(name)}"
+                    report(f"{_GOES_ON}{less}")
                 if entry is None or entry["state"] == "failed":
                     raise ServiceError(f"{name} is {line}")
                 time.sleep(LOOK_S)
@@ -110,6 +113,11 @@ class Service:
 
 def _waits_for_room(entry: Entry) -> bool:
     return "waiting" in (entry["state"], *(one["state"] for one in entry["replicas"]))
+
+
+def _waits_for_gpus(entry: Entry) -> bool:
+    told = [one["progress"] for one in (entry, *entry["replicas"]) if one["state"] == "waiting"]
+    return any("GPU" in one for one in told)
 
 
 @contextlib.contextmanager

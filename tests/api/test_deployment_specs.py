@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +107,23 @@ def test_a_trial_that_failed_leaves_nothing_to_the_source_that_is_said_again(
     served = replace(trial, random_weights_seed=None, offload_bytes=1 << 29, device="cpu")
     assert Knowing(served).put("org/m", "--name", "m") == served
     assert "it keeps stages 4, device cpu, offload 0.5 GiB\n" in capsys.readouterr().err, "what nobody said is told"
+
+
+def test_a_known_name_is_the_deployment_whatever_folder_is_here_and_its_source_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = DeploymentSpec(name="gpt2", source="/models/finetuned", stages=4)
+    assert Knowing(known).put("gpt2") == known
+    assert capsys.readouterr().err.startswith("deploying gpt2 (/models/finetuned) on 1 x 4 x 1 shards")
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Knowing(known).put("gpt2") == known, "it has it serve as it is, as the service says"
+    assert "a deployment here, of /models/finetuned, and that is meant" in capsys.readouterr().err
+    of_hub = replace(known, source="gpt2")
+    assert Knowing(of_hub).put("gpt2") == of_hub, "nor is a hub's id another folder in another place"
+    here = str((tmp_path / "gpt2").resolve())
+    assert Knowing(known).put("gpt2", "--name", "gpt2").source == here, "a source with a name is a source"
+    assert Knowing(None).put("gpt2") == DeploymentSpec(name="gpt2", source=here)
 
 
 def by_flags(*given: str, known: DeploymentSpec | None = None) -> DeploymentSpec:

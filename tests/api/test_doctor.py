@@ -58,6 +58,17 @@ def test_a_good_service_is_well_and_a_failed_deployment_is_not(service: GatewayS
     assert grades(found)["ready"] == "fail"
 
 
+def test_a_deployment_that_takes_nothing_is_told_with_what_ends_that() -> None:
+    drained = doctor._deployment("m", "drained", "draining", "it takes no requests")
+    assert drained.grade is Grade.WARN and "polytrace resume m" in drained.next_step
+    waiting = doctor._deployment("m", "waiting", "draining", "drained; no room")
+    assert waiting.told == "is draining, waiting: drained; no room" and "polytrace resume m" in waiting.next_step
+    for mode in ("removing", "dropping"):
+        told = doctor._deployment("m", "draining", mode, "is removed")
+        assert told.grade is Grade.WARN and "resume" not in told.next_step and "deploy" not in told.next_step
+    assert doctor._deployment("m", "failed", "draining", "drained; boom").grade is Grade.FAIL
+
+
 def test_wrong_keys_and_closed_ports_are_told_with_the_next_step(service: GatewayService) -> None:
     code, found = run("doctor", "--url", service.url, "--key", "pt_no-such-key")
     assert code == 1 and grades(found)["key"] == "fail" and "metrics" not in grades(found)

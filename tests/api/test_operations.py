@@ -214,7 +214,7 @@ def test_a_drained_deployment_takes_nothing_new_and_serves_again_with_the_shards
     assert "drained" not in ok(service, "resume")
     for again in (("other",), (str(model), "--name", "other")):  # what is not said stays as it was
         ok(service, "drain", "other")
-        assert "deploying other on 1 x 2 x 1 shards" in ok(service, "deploy", *again)
+        assert ") on 1 x 2 x 1 shards; it keeps stages 2" in ok(service, "deploy", *again)
         serves_again()
     assert service.deployment("other")["spec"]["cpus"] == 0.1
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -26,6 +27,7 @@ class Refusing:
         self.headers: dict[str, str] = {}
         self.status = 422
         self.asked: list[tuple[str, str]] = []
+        self.deployments: list[Entry] = []  # "m", look by look; the last one stays so
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,7 +38,11 @@ class Refusing:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 outer.asked.append((self.command, self.path))
                 body = json.dumps(outer.problem).encode() if outer.problem else b"<html>"
-                self.send_response(outer.status)
+                if outer.deployments:
+                    looks = self.command == "GET"
+                    now = outer.deployments.pop(0) if looks and len(outer.deployments) > 1 else outer.deployments[0]
+                    body = json.dumps({"models": [now]} if looks else {}).encode()
+                self.send_response(200 if outer.deployments else outer.status)
                 told = {"Content-Type": "application/problem+json", "Content-Length": str(len(body))}
                 for name, value in (told | outer.headers).items():
                     self.send_header(name, value)
@@ -49,6 +55,13 @@ class Refusing:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def follows(self, *arguments: str, through: list[dict[str, Any]]) -> tuple[int, str]:
+        """How a command ends, and what it says, that follows a deployment through these states."""
+        plain = {"name": "m", "mode": "serving", "replicas": [], "queued": 0, "running": 0, "progress": "as it is"}
+        self.deployments = [plain | one for one in through]
+        answer = CliRunner().invoke(app, [*arguments, "--url", self.url])
+        return answer.exit_code, answer.output
 
     def told(self, *arguments: str) -> str:
         """What a command says of its refusal."""
@@ -124,6 +137,37 @@ def test_what_is_no_service_of_ours_is_one_line(service: Refusing) -> None:
         Service(service.url, None).deployments()
 
 
+def test_resume_follows_a_deployment_until_it_takes_requests(service: Refusing) -> None:
+    drained = {"state": "drained", "mode": "draining"}
+    code, told = service.follows("resume", "m", through=[drained, {"state": "starting"}, {"state": "ready"}])
+    assert code == 0 and len(service.deployments) == 1 and "resuming m" in told and "takes requests" not in told
+    waiting = {"state": "waiting", "progress": "waits for room for 8 shards of CPU 1, GPU 1 each"}
+    code, told = service.follows("resume", "m", through=[drained, waiting, {"state": "failed", "progress": "boom"}])
+    assert code == 1 and "`polytrace status` shows it" in told and "m is failed: boom" in told
+    cold = {"state": "cold", "keeping": {"on_demand": True}}
+    assert "models load" not in service.follows("resume", "m", through=[cold])[1]
+    code, told = service.follows("resume", "m", through=[cold | {"keeping": {"on_demand": False}}])
+    assert code == 0 and "m rests, and requests do not load it: `polytrace models load m`" in told
+
+
+def test_drain_ends_when_nothing_is_left_also_of_one_that_cannot_run(service: Refusing) -> None:
+    ready, told = {"state": "ready", "mode": "draining"}, {"state": "drained", "mode": "draining"}
+    assert service.follows("drain", "m", through=[ready, told])[0] == 0
+    assert len(service.deployments) == 1, "one that runs says that it is over"
+    for state in ("starting", "waiting", "failed"):
+        code, said = service.follows("drain", "m", through=[{"state": state, "mode": "draining", "progress": "boom"}])
+        assert code == 0 and f"{state}: boom" in said
+    code, said = service.follows("drain", "m", through=[{"state": "failed", "mode": "draining", "queued": 3}])
+    assert code == 1 and "m is failed" in said, "these would wait for ever"
+
+
+def test_what_is_drained_is_not_followed_until_it_is_loaded(service: Refusing) -> None:
+    for arguments in (("models", "load", "m"), ("models", "pin", "m")):
+        code, told = service.follows(*arguments, through=[{"state": "drained", "mode": "draining"}])
+        assert code == 1 and "m is drained: `polytrace resume m`" in told
+    assert service.follows("models", "load", "m", through=[{"state": "starting"}, {"state": "ready"}])[0] == 0
+
+
 class Scripted(Service):
     """A service whose one deployment is first this, then that."""
 
@@ -139,7 +183,8 @@ class Scripted(Service):
 
 def entry(*replicas: str) -> Entry:
     progress = f"{replicas.count('ready')} of {len(replicas)} replicas are ready"
-    return {"name": "m", "state": "ready", "progress": progress, "replicas": [{"state": one} for one in replicas]}
+    each = [{"state": one, "progress": one} for one in replicas]
+    return {"name": "m", "state": "ready", "progress": progress, "replicas": each}
 
 
 def test_who_has_to_wait_for_room_or_leaves_is_told_that_the_service_goes_on(
@@ -148,7 +193,13 @@ def test_who_has_to_wait_for_room_or_leaves_is_told_that_the_service_goes_on(
     waiting, ready = entry("ready", "waiting"), entry("ready", "ready")
     Scripted(waiting, waiting, ready).follow("m", "m gets 2 replicas", lambda one: one == ready)
     told = capsys.readouterr().err
-    assert told.count("`polytrace status` shows it") == 1 and "a smaller --cpus" in told and "2 of 2" in told
+    assert (
+        told.count("`polytrace status` shows it") == 1 and "`polytrace remove m` is done" in told and "2 of 2" in told
+    )
+    gpus = waiting | {"progress": "waits for room for 1 of 2 shards of CPU 1, GPU 1 each", "state": "waiting"}
+    Scripted(gpus, ready).follow("m", "m gets 2 replicas", lambda one: one == ready)
+    told = capsys.readouterr().err
+    assert "`polytrace status` shows it" in told and "--cpus" not in told, "its CPUs are not what it lacks"
     Scripted(entry("starting"), ready).follow("m", "m gets 2 replicas", lambda one: one == ready)
     assert "status" not in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):
