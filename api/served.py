@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +22,17 @@ from api.identity import Identity
 from api.store import Store
 from api.wishes import ChatWish, CompletionWish
 from api.worker import Answer, Composed, Verdict
+from cluster.config import Heat
 from cluster.requests import DeploymentState, Published
 from polytrace.codec import from_json
 from polytrace.description import ModelDescription
-from polytrace.errors import CapacityError, NotFoundError
+from polytrace.errors import CapacityError, NotFoundError, WireError
 
 DRAINING = (DeploymentState.DRAINING, DeploymentState.DRAINED)
 _RUNNING = (DeploymentState.READY, *DRAINING)  # nothing is in the way of their requests
 RETRY_S = 5.0
 AWAY_S = 0.5  # between two looks while the database is away
+ANEW_S = 60.0  # between two loads for the sake of a description
 PAUSE_S = 0.05  # between two looks: most rings are about requests, not deployments
 
 _log = logging.getLogger(__name__)
@@ -74,6 +78,9 @@ class Deployments:
         self.are_loading = False  # some of them, or they rest
         self._known: dict[str, Deployment] = {}
         self._served: dict[str, Served] = {}
+        self._unreadable: dict[str, int] = {}  # of another program's descriptions: the deployments' revisions
+        self._asked_anew: dict[str, float] = {}  # when such a deployment was to be loaded for the last time
+        self._tasks: set[asyncio.Task[None]] = set()
         self._refresh: asyncio.Task[None] | None = None
         self._rung = False
         self._has_looked = False
@@ -102,6 +109,10 @@ class Deployments:
         """
         if name in self._served and caller.may_use(name):
             return self._served[name]
+        if name in self._unreadable and caller.may_use(name):
+            self._describe_anew(self._known[name])
+            told = f"{name} was described by another version of polytrace"
+            raise CapacityError(f"{told}, and is loaded anew first ({_progress(self._known[name])})", retry_after_s=5.0)
         if name in self._known and caller.may_use(name):
             raise CapacityError(f"{name} is not ready ({_progress(self._known[name])})")
         if not self._has_looked:
@@ -149,8 +160,14 @@ class Deployments:
                     for name, one in self._served.items()
                     if name in ready and one.revision == known[name].revision
                 }
+                self._unreadable = {
+                    name: revision
+                    for name, revision in self._unreadable.items()
+                    if name in ready and revision == known[name].revision
+                }
+                lacking = ready - self._served.keys() - self._unreadable.keys()
                 # those that run first: a start of the gateway takes in all that requests may load as well
-                for name in sorted(ready - self._served.keys(), key=lambda name: known[name].state not in _RUNNING):
+                for name in sorted(lacking, key=lambda name: known[name].state not in _RUNNING):
                     await self._take_in(name, known[name].revision)
         finally:
             self._refresh = None
@@ -161,13 +178,32 @@ class Deployments:
             published = await to_thread.run_sync(self._store.published, name)
             if published is None:
                 return
-            served = await to_thread.run_sync(_serve, published, revision)
+            try:
+                served = await to_thread.run_sync(_serve, published, revision)
+            except (WireError, ValueError) as error:
+                _log.warning("%s is loaded anew when it is asked for: %s", name, error, extra={"model": name})
+                self._unreadable[name] = revision
+                return
             await self._checker.warm(name, served.version)
         except Exception:  # noqa: BLE001  the edge of a task: it stays unready, and is tried again
             _log.exception("%s cannot be served yet", name, extra={"model": name})
             asyncio.get_running_loop().call_later(RETRY_S, self.ring)
         else:
             self._served[name] = served
+
+    def _describe_anew(self, known: Deployment) -> None:
+        """Has a deployment loaded of which it is not known what requests are checked against, as when it was new."""
+        now = time.monotonic()
+        if known.heat is Heat.HOT or now - self._asked_anew.get(known.model, -ANEW_S) < ANEW_S:
+            return
+        self._asked_anew[known.model] = now
+        task = asyncio.get_running_loop().create_task(self._heat_up(known.model))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _heat_up(self, name: str) -> None:
+        with contextlib.suppress(AwayError):  # it is asked for again
+            await to_thread.run_sync(self._store.heat_up, name)
 
 
 def _serve(published: Published, revision: int) -> Served:

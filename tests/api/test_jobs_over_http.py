@@ -148,12 +148,13 @@ def test_a_cancelled_job_says_so(model: Any) -> None:
             tracer.job.result()
 
 
-def test_another_version_of_the_wire_is_told_at_connect(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wire", ["1", "2"])  # of "2" are the files, and descriptions were others
+def test_another_version_of_the_wire_is_told_at_connect(wire: str) -> None:
     class Older(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header(PROGRAM_HEADER, "0.0.9")
-            self.send_header(WIRE_HEADER, "1")
+            self.send_header(WIRE_HEADER, wire)
             self.end_headers()
             self.wfile.write(b"{}")
 
@@ -164,7 +165,7 @@ def test_another_version_of_the_wire_is_told_at_connect(tmp_path: Path) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with pytest.raises(
-            WireError, match=r"polytrace 0\.0\.9 with version 1 of the wire.*install polytrace==0\.0\.9"
+            WireError, match=rf"polytrace 0\.0\.9 with version {wire} of the wire.*install polytrace==0\.0\.9"
         ):
             polytrace.connect(f"http://127.0.0.1:{server.server_port}", "tiny")
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from databases import Postgres
+from gateways import description_of_nothing
 
 from api import migrations
 from api.database import Database, open_database
@@ -15,6 +18,8 @@ from api.identity import LOCAL
 from api.status import RequestState
 from api.store import Store
 from cluster.requests import Published
+from polytrace.codec import from_json, to_json
+from polytrace.description import Limits, ModelDescription
 from polytrace.errors import ServiceError, UserError
 from scheduling.plan import RequestId
 
@@ -66,6 +71,19 @@ def test_an_older_store_comes_up_with_all_that_was_in_it(tmp_path: Path, has_edi
     assert store.contents.kept.entry(LOCAL.owner, "s", is_state=True).digest == DIGEST
     assert [known.name for known in store.edits.known("m", LOCAL.owner)] == (["mine"] if has_edits else [])
     store.edits.put("m", LOCAL.owner, "another", b"edit", is_shared=False)
+    store.close()
+
+
+def test_descriptions_of_an_older_store_can_be_read(tmp_path: Path) -> None:
+    folder = old_store(tmp_path / "store")
+    before = to_json(replace(description_of_nothing(), limits=Limits(max_sequence_tokens=8, trunk_bytes=7)))
+    before["limits"]["kept_bytes"] = before["limits"].pop("trunk_bytes")
+    text = json.dumps(before).replace("'", "''")
+    change(folder, f"UPDATE deployments SET source = 'w', dtype = 'auto', description = CAST('{text}' AS BLOB)")
+    store = Store(folder)
+    published = store.published("m")
+    assert published is not None
+    assert from_json(ModelDescription, json.loads(published.description)).limits.trunk_bytes == 7
     store.close()
 
 
