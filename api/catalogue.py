@@ -61,6 +61,8 @@ class Catalogue(Heating):
     def want(self, spec: DeploymentSpec, *, replaces: bool = False) -> Deployment:
         """Deploys a model, or makes one that is drained or has failed serve again. The number of replicas may be new.
 
+        With `replaces`, which is a start of the service, one that is the same stays drained.
+
         Raises ConflictError when the name belongs to a deployment of something else (unless `replaces`, or that has
         failed and never served), or to one that is being removed.
         """
@@ -68,14 +70,23 @@ class Catalogue(Heating):
             row = db.execute(
                 f"SELECT spec, mode, state, {IS_DESCRIBED} FROM deployments WHERE model = ?", (spec.name,)
             ).fetchone()
+            is_same = row is not None and row[0] is not None and _is_same(spec, _spec(row[0]))
+            stays = replaces and is_same and Mode(row[1]) is Mode.DRAINING
             if row is not None and not replaces:
                 has_never_served = row[2] == DeploymentState.FAILED.value and not row[3]
                 _check_same(spec, None if has_never_served else row[0], Mode(row[1]))
             db.execute(
                 "INSERT INTO deployments (model, state, progress, updated, spec) VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT (model) DO UPDATE SET spec = excluded.spec, mode = 'serving', heat = 'hot', "
+                "ON CONFLICT (model) DO UPDATE SET spec = excluded.spec, mode = ?, heat = 'hot', "
                 "revision = deployments.revision + 1",
-                (spec.name, DeploymentState.STARTING.value, "starting", time.time(), json.dumps(to_json(spec))),
+                (
+                    spec.name,
+                    DeploymentState.STARTING.value,
+                    "starting",
+                    time.time(),
+                    json.dumps(to_json(spec)),
+                    (Mode.DRAINING if stays else Mode.SERVING).value,
+                ),
             )
         return self._rung(spec.name)
 
@@ -254,13 +265,18 @@ def _check_same(spec: DeploymentSpec, known: str | None, mode: Mode) -> None:
     if known is None:
         return
     old = _spec(known)
-    if replace(old, replicas=spec.replicas) != spec:
+    if not _is_same(spec, old):
         own, asked = asdict(replace(old, replicas=spec.replicas)), asdict(spec)
         others = ", ".join(f"{name} is {own[name]!r}, not {asked[name]!r}" for name in own if own[name] != asked[name])
         told = f"{spec.name} is {old.source} on {old.stages} x {old.ranks} shards ({old.dtype}, {old.device}) already"
         again = f"`polytrace {'resume' if mode is Mode.DRAINING else 'deploy'} {spec.name}` has it serve as it is"
         told = f"{told} ({others}); {again}; for another one `polytrace remove {spec.name}` first"
         raise ConflictError(f"{told}, or choose another name")
+
+
+def _is_same(spec: DeploymentSpec, known: DeploymentSpec) -> bool:
+    """Whether they are one deployment, of however many replicas."""
+    return replace(known, replicas=spec.replicas) == spec
 
 
 @lru_cache(maxsize=256)  # the controller asks at every ring of its bell

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from api.handover import MAX_ATTEMPTS
 from api.logs import MAX_LOGS_BYTES, logs_since
 from api.status import RequestState
 from api.store import Store
+from cluster.config import DeploymentSpec, Mode
 from cluster.requests import DeploymentState, Finished, Published
 from polytrace.errors import CancelledError, CapacityError, RunError, ServiceError
 from polytrace.graph import MAX_LOG_BYTES, NodeId
@@ -171,6 +173,19 @@ def test_what_a_deployment_published_is_read_back(store: Store) -> None:
     assert [(one.model, one.state, one.progress) for one in store.deployments()] == [
         ("m", DeploymentState.READY, "ready")
     ]
+
+
+def test_a_drain_lasts_over_a_restart_of_the_service_that_names_the_model(store: Store) -> None:
+    spec = DeploymentSpec(name="m", source="none", stages=2, device_map={"a": 0})
+    assert store.want(spec).mode is Mode.SERVING
+    store.drain("m")
+    assert store.want(spec, replaces=True).mode is Mode.DRAINING, "`serve` says what there is, not that it is resumed"
+    assert store.want(replace(spec, replicas=2), replaces=True).mode is Mode.DRAINING
+    assert store.want(replace(spec, stages=1), replaces=True).mode is Mode.SERVING, "something else is deployed"
+    store.drain("m")
+    assert store.want(replace(spec, stages=1)).mode is Mode.SERVING, "so does a deploy"
+    store.remove("m", now=False)
+    assert store.want(replace(spec, stages=1), replaces=True).mode is Mode.SERVING
 
 
 def test_every_ring_wakes_a_controller_that_waits(store: Store, database_url: str) -> None:
