@@ -55,6 +55,9 @@ def machine_findings(store: Path) -> Iterator[Finding]:
 
 def service_findings(service: Service, url: str) -> Iterator[Finding]:
     """Of a running service: nothing more once one says that the others would be noise."""
+    from polytrace.http_calls import told_url
+
+    url = told_url(url)
     try:
         told = service.headers("/healthz")
     except PolytraceError as error:

@@ -29,10 +29,10 @@ class Service:
     """A service from outside. Its problems are raised as the errors that they were."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        from polytrace.http_calls import make_client
+        from polytrace.http_calls import make_client, told_url
 
-        self._url = url.rstrip("/")
-        self._client = make_client(self._url, key or os.environ.get("POLYTRACE_KEY"))
+        self._url = told_url(url.rstrip("/"))
+        self._client = make_client(url.rstrip("/"), key or os.environ.get("POLYTRACE_KEY"))
         weakref.finalize(self, self._client.close)
 
     def ask(self, method: str, path: str, **more: Any) -> Any:

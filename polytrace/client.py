@@ -12,6 +12,7 @@ from polytrace.edits.http_shelf import HttpShelf
 from polytrace.edits.sets import LocalShelf
 from polytrace.errors import GraphError, UserError
 from polytrace.http_backend import HttpBackend, list_models
+from polytrace.http_calls import told_url
 from polytrace.http_jobs import HttpJobs
 from polytrace.jobs import Job
 from polytrace.keywords import check_load_keywords, chosen_device, chosen_dtype, chosen_places
@@ -173,5 +174,5 @@ def gateway_url(url: str) -> str:
 
         return find_gateway().rstrip("/")
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url!r} is no address of a service: it begins with http://, https:// or ray://")
+        raise ValueError(f"{told_url(url)!r} is no address of a service: it begins with http://, https:// or ray://")
     return url.rstrip("/")

@@ -25,7 +25,7 @@ from polytrace.codec import from_json
 from polytrace.description import ModelDescription, SiteInfo
 from polytrace.errors import NotFoundError, ServiceError, UserError, WireError
 from polytrace.graph import Inputs, Request
-from polytrace.http_calls import body, call, check, get_json, make_client, persistently, pieces, timeout
+from polytrace.http_calls import body, call, check, get_json, make_client, persistently, pieces, timeout, told_url
 from polytrace.http_events import follow
 from polytrace.http_jobs import WAIT_S, HttpJob, HttpJobs, result_of
 from polytrace.http_keeper import HttpKeeper
@@ -43,7 +43,7 @@ class HttpBackend:
     """One model of a service. Threads may share it."""
 
     def __init__(self, url: str, name: str | None, *, key: str | None, timeout_s: float) -> None:
-        self._url = url
+        self._url = told_url(url)
         self._timeout_s = timeout_s
         self._client = make_client(url, key)
         weakref.finalize(self, self._client.close)  # notebooks rarely close what they opened
@@ -51,8 +51,8 @@ class HttpBackend:
             self.name = name if name is not None else self._only_name()
             self._base = f"/v1/models/{quote(self.name, safe='')}"
             self._description = self._described()
-            self.keeper = HttpKeeper(self._client, url)
-            self._jobs = HttpJobs(self._client, url)
+            self.keeper = HttpKeeper(self._client, self._url)
+            self._jobs = HttpJobs(self._client, self._url)
             self._sites = HttpSites(lambda asked: self.ask("POST", "sites", json=asked).json())
         except BaseException:
             self._client.close()

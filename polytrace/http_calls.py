@@ -23,6 +23,11 @@ _PART_BYTES = 4 << 20
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "record layer failure")  # what OpenSSL says of plain HTTP
 
 
+def told_url(url: str | httpx.URL) -> str:
+    """For people and logs: without a user's name and password, which a proxy in front of the service may ask for."""
+    return re.sub(r"^([a-z]+://)?[^/?#]*@", r"\1", str(url), flags=re.IGNORECASE)
+
+
 def make_client(url: str, key: str | None) -> httpx.Client:
     """A client of one service. A proxy of the environment is not asked for this machine's own services."""
     host = urlsplit(url).hostname or ""
@@ -75,7 +80,7 @@ def json_of(response: httpx.Response) -> Any:
     try:
         return response.json()
     except ValueError as error:
-        raise ServiceError(f"{response.request.url} does not answer as a polytrace service does") from error
+        raise ServiceError(f"{told_url(response.request.url)} does not answer as a polytrace service does") from error
 
 
 def timeout(wait_s: float) -> httpx.Timeout:
@@ -115,7 +120,9 @@ def _error(response: httpx.Response) -> PolytraceError:
     except ValueError:
         problem = None
     if not isinstance(problem, Mapping) or not isinstance(problem.get("code"), str):
-        return ServiceError(f"{response.request.url} answered {response.status_code} {response.reason_phrase}")
+        return ServiceError(
+            f"{told_url(response.request.url)} answered {response.status_code} {response.reason_phrase}"
+        )
     fields = {"code": problem["code"], "message": str(problem.get("detail") or problem.get("title") or "")}
     where, seconds = problem.get("where"), response.headers.get("Retry-After")
     fields |= {"retry_after_s": seconds} if seconds is not None else {}
@@ -140,12 +147,12 @@ def _about_key(request: httpx.Request) -> str:
 
 def _base(url: httpx.URL) -> str:
     """Of a service, from the URL of one of its routes."""
-    return str(url.copy_with(query=None)).partition("/v1/")[0]
+    return told_url(url.copy_with(query=None)).partition("/v1/")[0]
 
 
 def unreachable(url: str, error: Exception) -> ServiceError:
     """What is raised when nobody answers. To be raised `from None`: what httpx met on its way says nothing more."""
-    told = str(error) or type(error).__name__
+    url, told = told_url(url), str(error) or type(error).__name__
     hint = "is `polytrace serve` running there?"
     if url.startswith("https://") and any(sign in told for sign in _NO_TLS):
         hint = f"that port speaks no TLS: try http://{url.removeprefix('https://')}"

@@ -46,8 +46,10 @@ class Pauses:
 
 
 def _tell(why: str, left_s: float) -> None:
-    """Once in the time that one call is tried for, whatever the numbers in it are by then."""
-    now, reason = time.monotonic(), re.sub(r"\d+", "", why)
+    """Once in the time that one call is tried for, whatever the numbers in it are by then; those of names and addresses
+    are no such numbers.
+    """
+    now, reason = time.monotonic(), re.sub(r"(?<![\w.:-])\d+(?:\.\d+)?(?![\w:-]|\.\w)", "", why)
     for old in [one for one, at in [*_told.items()] if now - at >= PATIENCE_S]:
         _told.pop(old, None)
     if _told.setdefault(reason, now) == now:

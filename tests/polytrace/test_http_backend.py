@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -17,10 +18,12 @@ import pytest
 import torch
 
 import polytrace
+from api.service_calls import Service as ServiceCalls
+from polytrace import retrying
 from polytrace.certificate import Certificate, Token, ValueShape
 from polytrace.codec import to_json
 from polytrace.errors import CapacityError, GraphError, KeyRefusedError, NotFoundError, ServiceError, WireError
-from polytrace.http_calls import persistently
+from polytrace.http_calls import persistently, told_url
 from polytrace.retrying import Pauses
 from polytrace.versions import version_headers
 from polytrace.wire import decode_request, result_header
@@ -294,6 +297,19 @@ def test_whoever_waits_for_a_drained_deployment_is_told_so_in_one_line(
     assert caplog.messages == ["tiny is drained; trying again for 30 s"]
 
 
+def test_the_same_of_another_thing_is_told_and_of_the_same_thing_once(caplog: pytest.LogCaptureFixture) -> None:
+    others = ["llama-8b is drained", "llama-70b is drained", "no answer from http://10.0.0.1:8765"]
+    others += ["no answer from http://10.0.0.2:8765", "no answer from http://10.0.0.2:8766", "v1.5 is drained"]
+    counts = [
+        "the queue of m-2 has 2048 of 2048 requests, for 1.5 s.",
+        "the queue of m-2 has 7 of 9 requests, for 30 s.",
+    ]
+    for why in [*others, *others, *counts]:
+        retrying._tell(why, 30.0)
+    told = [one.partition("; trying")[0] for one in caplog.messages]
+    assert told == [*others, counts[0]]
+
+
 def test_what_is_over_soon_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
     pauses = Pauses(patience_s=1.0)
     while pauses.again(why="the queue is full"):
@@ -380,6 +396,35 @@ def test_connecting_says_what_is_wrong(service: Service) -> None:
         polytrace.connect(f"{service.url}/v1/", "tiny")
     with pytest.raises(ValueError, match="begins with http://, https:// or ray://"):
         polytrace.connect("tiny")
+
+
+def refused_of(call: Callable[[], object]) -> str:
+    with pytest.raises((ServiceError, KeyRefusedError, NotFoundError, ValueError)) as refused:
+        call()
+    return str(refused.value)
+
+
+def test_a_password_in_the_services_url_is_not_written_out(
+    service: Service, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = service.url.replace("://", "://ada:hunter2@")
+    service.on("GET", "/v1/models", problem(401, "key-refused", "unknown"))
+    told = refused_of(lambda: polytrace.models(url, key="k"))
+    assert told.endswith(f"at {service.url})")
+    service.on("GET", "/v1/models", Answer(body=b"<html>", status=502))
+    told += refused_of(lambda: polytrace.models(url))
+    service.on("GET", "/v1/models", Answer(body=b"<html>"))
+    told += refused_of(lambda: polytrace.models(url))
+    service.on("GET", "/v1/models", answer_json({"models": []}))
+    told += refused_of(lambda: polytrace.connect(url))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        away = f"http://ada:hunter2@127.0.0.1:{taken.getsockname()[1]}"
+        told += refused_of(lambda: polytrace.connect(away, "m"))
+        told += refused_of(lambda: ServiceCalls(away, None).deployments())
+    told += refused_of(lambda: polytrace.connect("ftp://ada:hunter2@host", "m"))
+    assert told.count("127.0.0.1") >= 6 and "hunter2" not in told and "ada" not in told
+    assert "hunter2" not in caplog.text and told_url("http://h:1/a@b?c=d@e") == "http://h:1/a@b?c=d@e"
 
 
 def test_a_refused_key_is_named_with_where_it_came_from_and_a_password_is_not(
