@@ -235,7 +235,7 @@ def deployment_spec(
 
 def source_and_name(source: str, name: str | None) -> tuple[str, str]:
     """What is to be served, a folder by its full path, and under which name, when none is said."""
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # no error where this user may not look
         source = str(Path(source).resolve())
         return source, name or Path(source).name
     return source, name or source.rpartition("/")[2]

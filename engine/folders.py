@@ -20,10 +20,9 @@ PLAIN = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 def no_folder(source: str) -> str | None:
     """That a folder was meant and is not there, with the nearest; None where it is there, or may be a hub's id."""
     folder = Path(source)
-    if folder.exists() or not (source.count("/") > 1 or source.startswith((".", "/", "~"))) or "://" in source:
+    if _may_be_there(folder) or not (source.count("/") > 1 or source.startswith((".", "/", "~"))) or "://" in source:
         return None
-    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    close = nearest(str(folder), [str(one) for one in beside if one.is_dir() and one.name != "__pycache__"])
+    close = nearest(str(folder), _folders_in(folder.parent))
     return f"there is no folder {source}, and a hub's id is owner/name{close}"
 
 
@@ -43,6 +42,22 @@ def check_source(source: str, *, stages: int, ranks: int) -> None:
         may = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
         told = f"{source} has {heads} attention heads, which {ranks} ranks cannot share"
         raise ServiceError(f"{told}: use ranks {', '.join(map(str, may))}")
+
+
+def _may_be_there(path: Path) -> bool:
+    """Whether something is there, or this user cannot look: the service may be another one."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """Those beside each other in a folder; none where they cannot be listed."""
+    try:
+        return [str(one) for one in folder.iterdir() if one.is_dir() and one.name != "__pycache__"]
+    except OSError:
+        return []
 
 
 def _config(folder: Path) -> dict[str, Any]:

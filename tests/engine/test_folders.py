@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
+from api.settings import source_and_name
 from engine.census import Census
 from engine.folders import PLAIN, check_source, no_folder
 from engine.loading import meta_model
@@ -39,3 +42,25 @@ def test_what_is_not_known_passes(tmp_path: Path) -> None:
     for source in ("gpt2", "openai-community/gpt2", "s3://bucket/models/x"):
         assert no_folder(source) is None
     assert no_folder(str(tmp_path / "gone")) == f"there is no folder {tmp_path}/gone, and a hub's id is owner/name"
+
+
+def test_a_folder_that_cannot_be_looked_into_is_left_to_the_service() -> None:
+    with tempfile.TemporaryDirectory() as made:
+        closed = Path(made) / "closed"
+        (Path(made) / "listless").mkdir()
+        (closed / "m").mkdir(parents=True)
+        closed.chmod(0o600)
+        Path(made).chmod(0o311)
+        is_root = os.geteuid() == 0
+        try:
+            if is_root:
+                os.seteuid(65534)  # whose rights are looked at
+            check_source(str(closed / "m"), stages=1, ranks=1)
+            assert source_and_name(str(closed / "m"), None) == (str(closed / "m"), "m")
+            with pytest.raises(ServiceError, match="there is no folder"):
+                check_source(f"{made}/nosuch", stages=1, ranks=1)
+        finally:
+            if is_root:
+                os.seteuid(0)
+            Path(made).chmod(0o700)
+            closed.chmod(0o700)
