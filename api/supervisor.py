@@ -76,7 +76,7 @@ class Supervisor:
         with self._signals(), self._socket(), self._folders():
             try:
                 on_begun()
-                self._report(self._where_it_keeps())
+                self._report(where_it_keeps(self._settings, self._store.folder.resolve()))
                 for role in ("gateway", "controller"):
                     self._children[role] = self._start(role)
                 self._watch(on_ready)
@@ -282,14 +282,6 @@ class Supervisor:
         with contextlib.suppress(AwayError):
             self._store.set_all_states(DeploymentState.STOPPED, "the service was stopped")
 
-    def _where_it_keeps(self) -> str:
-        """For people, who look for results and logs, or start it again. URLs are not told: they may have passwords."""
-        told = f"its store is {self._store.folder.resolve()}"
-        places = {"database": self._settings.database, "objects": self._settings.objects}
-        elsewhere = " and ".join(name for name, url in places.items() if url is not None)
-        told += f", its {elsewhere} elsewhere, as it was said" if elsewhere else ""
-        return f"{told}; without --store FOLDER it goes when the service ends" if self._goes else told
-
     @property
     def _goes(self) -> bool:
         """Whether what it keeps goes with it."""
@@ -305,6 +297,15 @@ class Supervisor:
                 if role == "controller" and one.state is DeploymentState.FAILED:
                     return f"{one.model} did not start: {one.progress}"
         return "\n".join(self._log(role).read_text(errors="replace").splitlines()[-20:])
+
+
+def where_it_keeps(settings: ServeSettings, folder: Path) -> str:
+    """For people, who look for results and logs, or start it again. URLs are not told: they may have passwords."""
+    places = {"database": settings.database, "objects": settings.objects}
+    elsewhere = " and ".join(name for name, url in places.items() if url is not None)
+    told = f"its store is {folder}" + (f", its {elsewhere} elsewhere, as it was said" if elsewhere else "")
+    goes = settings.store is None  # what is elsewhere stays
+    return f"{told}; without --store FOLDER that folder goes when the service ends" if goes else told
 
 
 @contextlib.contextmanager
