@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engine.anatomy import find_anatomy
 from engine.arguments import Selector
@@ -38,6 +39,8 @@ from polytrace.sources import split_operation
 # Row counts that no model dimension is likely to have, so that shapes tell rows from features: of the stream, and that
 # the head keeps. Where sequences run alone, forwards may be loops over tokens, and positions few.
 _PROBES = {PassLayout.PACKED: ((1511, 307), (1523, 311)), PassLayout.PADDED: ((37, 37), (43, 43))}
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,16 +336,26 @@ def _modules(model: PreTrainedModel, layers: str, recorder: Recorder) -> Iterato
 
 
 def layers_of(model: nn.Module) -> set[str]:
-    """Paths of modules with modules of their own that stand in a list of a transformers model, its layers."""
+    """Paths of the layers of transformers models: modules in a list that attend, or mix tokens in attention's stead.
+
+    Convolutions and their stages in such lists have never given anything but a tensor.
+    """
     modules = dict(model.named_modules())
     parts = [path for path, module in modules.items() if isinstance(module, PreTrainedModel)]
     return {
         path
         for path, module in modules.items()
         if isinstance(modules.get(path.rpartition(".")[0]), nn.ModuleList)
-        and next(module.children(), None) is not None
         and any(not part or path.startswith(f"{part}.") for part in parts)
+        and _mixes_tokens(module)
     }
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    names = [type(part).__name__.lower() for part in module.modules()]
+    attends = any("attention" in name or "attn" in name for name in names)
+    is_other = isinstance(module, GradientCheckpointingLayer)  # FNet's
+    return attends or (is_other and not any(isinstance(part, _CONVOLUTIONS) for part in module.modules()))
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -128,7 +128,7 @@ class ModuleInfo:
     class_name: str
     is_list: bool  # a ModuleList: indexed, sliced and iterated, never called
     is_decoder_layer: bool  # `.output[0]` on it means the hidden states
-    is_layer: bool = False  # it stands in a list of a transformers model and has modules of its own
+    is_layer: bool = False  # it stands in a list of a transformers model and attends, or mixes tokens in its stead
     first_stage: int  # the first stage that has it: a module called on a value runs there
     call_refusal: str | None = None  # why it cannot be called on a value, None when it can
     source: int | None = None  # its place in `ModelDescription.sources`, None when the forward never calls it

@@ -4,7 +4,7 @@ In-place code makes a new root node of its storage and raises the storage's vers
 follow when they are used next. A storage that was read from a site hands every new root back to the model by a `Write`.
 
 Owns which place of the model a storage is handed back to, and the refusals: a value that is older than another line's
-write, a body of a choice that changes what it did not make, a change that reaches nothing.
+write, a body of a choice that changes what it did not make, a change that reaches nothing, or goes through `.data`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from polytrace.timing import FIRST, When
 if TYPE_CHECKING:
     from polytrace.recording import Recording
 
+DATA_IS_READ_ONLY = (
+    "in-place code through `.data` changes a tensor in torch and leaves its gradients as they were, which no trace "
+    "does: write to the value itself (`value[...] = new`), or to a copy (`value.data.clone()`)"
+)
+
 
 class InPlace:
     """Of one recording."""
@@ -37,6 +42,8 @@ class InPlace:
 
     def edit(self, storage: Storage, way: tuple[Step, ...], part: Operand, where: str) -> None:
         """The part of a storage that `way` leads to gets new content."""
+        if any(step.name == "detach" for step in way):
+            raise GraphError(DATA_IS_READ_ONLY, where=where)
         self.check_fresh(storage, where)
         self.new_root(storage, self._put(storage.node, way, part, where), where)
 

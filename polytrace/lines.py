@@ -13,6 +13,7 @@ _LIBRARIES = tuple(
     folder + os.sep
     for folder in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 )
+_TORCH = tuple([os.path.join(folder, "torch", "") for folder in _LIBRARIES])
 
 _MAX_CODES = 4096
 
@@ -54,6 +55,16 @@ def user_frame() -> FrameType | None:
 def is_users(name: str) -> bool:
     """Whether code of a file is the user's own: neither polytrace's nor a library's."""
     return bool(_shown[name] if name in _shown else _shown.setdefault(name, _show(name)))
+
+
+def is_ours(name: str) -> bool:
+    """Whether it is polytrace's own."""
+    return name.startswith(_HERE)
+
+
+def is_torchs(name: str) -> bool:
+    """Whether it is torch's, through which values of a trace come to us."""
+    return name.startswith(_TORCH)
 
 
 def user_file(where: str) -> str | None:

@@ -66,8 +66,10 @@ class NoTensor(NotAValue):
 
 
 def named(class_name: str, names: Sequence[str], members: Mapping[int | str, Any]) -> tuple[Any, ...]:
-    """A namedtuple of a module's again, with None where there was no tensor."""
+    """A namedtuple of a module's again, with None where there was no tensor. It can be pickled."""
     own = class_name if class_name.isidentifier() and not iskeyword(class_name) else "Members"
     make: Any = namedtuple  # its fields are known when it is made
-    made: tuple[Any, ...] = make(own, names, rename=True)(*[members.get(place) for place in range(len(names))])
+    kind = make(own, names, rename=True)
+    kind.__reduce__ = lambda self: (named, (own, tuple(names), dict(enumerate(self))))  # no module has its class
+    made: tuple[Any, ...] = kind(*[members.get(place) for place in range(len(names))])
     return made

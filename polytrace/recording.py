@@ -256,6 +256,12 @@ class Recording:
         """Another name for the same value."""
         return self._view(base, (), self.node_of(base), base.where)
 
+    def data(self, base: State) -> State:
+        """The same numbers without gradients: in-place code on the value reaches them, none on them is recorded."""
+        where = user_line()
+        node = self.add(Op(name="detach", args=(Ref(self.own_node(base, where)),), where=where))
+        return self._view(base, (Step("detach", ()),), node, where)
+
     # writing
 
     def write_edge(self, site: Site, invoke: int, value: Any, *, in_place: bool = False) -> None:

@@ -21,6 +21,7 @@ from polytrace.composed import composed
 from polytrace.edits.open_shapes import OpenShape
 from polytrace.errors import GraphError
 from polytrace.grammar import unknown_op
+from polytrace.in_place import DATA_IS_READ_ONLY
 from polytrace.lines import user_line
 from polytrace.literals import dtype_name
 from polytrace.ops import BY_TORCH_NAME
@@ -147,11 +148,12 @@ class TensorValue(Recorded, Tensor):  # type: ignore[misc]
 
     @property
     def data(self) -> Any:
-        return self
+        recording = self._state.recording
+        return recording.session.wrap(recording.data(self._state))
 
     @data.setter
     def data(self, value: Any) -> None:
-        self[...] = value
+        raise GraphError(DATA_IS_READ_ONLY, where=user_line())
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]

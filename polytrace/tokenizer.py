@@ -61,7 +61,10 @@ class ModelTokenizer:
         Nothing is padded or cut. Raises GraphError for texts of different lengths as one tensor.
         """
         is_one = isinstance(text, str)
-        texts = [text] if is_one else list(text)
+        try:
+            texts = [text] if is_one else list(text)
+        except TypeError:  # a number, None
+            texts = [text]
         if not all(isinstance(one, str) for one in texts):
             raise GraphError(
                 "model.tokenizer takes a text, or several: write .decode(ids) for tokens", where=user_line()

@@ -136,11 +136,11 @@ def index_description(description: ModelDescription) -> Table:
 
 def refuses_ints(port: SiteInfo, owner: ModuleInfo) -> bool:
     """Whether an int on a module's `.output` means two things: the layer gave a tuple for years, whose first member
-    were the hidden states, and gives these alone now, `[sequences, tokens, features]`.
+    were the hidden states, and gives these alone now, whose first member is the first sequence's.
     """
     is_one = port.port is Port.OUTPUT and port.structure == "tensor"
-    if not is_one or owner.is_decoder_layer or not owner.is_layer:
-        return False
+    if not is_one or not port.leaves or owner.is_decoder_layer or not owner.is_layer:
+        return False  # without leaves: what it gives is of `torch.func` or `torch.vmap`, and nobody's to read
     (leaf,) = port.leaves
     return len(leaf.tail) + (0 if leaf.is_whole else 2) > 2
 

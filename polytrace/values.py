@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 
 _A_TUPLE_ONCE = (
-    "it was a tuple with the hidden states in front for years, and is these alone now, `[sequences, tokens, features]`"
+    "layers that attend gave a tuple with the hidden states in front for years, and this one gives these alone now, "
+    "with sequences in front"
 )
 
 

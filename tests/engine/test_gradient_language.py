@@ -421,6 +421,39 @@ def test_no_grad_is_detached(model: Any, plain: Any) -> None:
     close(grad, seen)
 
 
+def test_data_has_no_gradient(model: Any, plain: Any) -> None:
+    with model.trace(IDS):
+        hidden = layer(model, LAYER)
+        with (hidden.data * hidden + model.lm_head.weight.data.sum()).sum().backward():
+            ours = hidden.grad.save()
+        other = layer(model, LAYER)
+        held = other.data
+        other *= 3
+        changed = held.save()  # the same memory, as in torch
+        with (held * other).sum().backward():
+            behind = other.grad.save()
+    hidden = Run(plain, IDS).given[LAYER].detach()
+    close(ours, hidden)
+    close(changed, 3 * hidden)
+    close(behind, 3 * hidden)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h.data.mul_(2),
+        lambda h: h.data[:, 0].zero_(),
+        lambda h: h.data.__setitem__(0, 1.0),
+        lambda h: h.data.__iadd__(1),
+        lambda h: setattr(h, "data", h * 2),
+    ],
+)
+def test_nothing_is_changed_in_place_through_data(change: Callable[[Any], None], model: Any) -> None:
+    told = r"in-place code through `\.data`.* \(test_gradient_language\.py:\d+\)"
+    with pytest.raises(GraphError, match=told), model.trace(IDS):
+        change(layer(model, LAYER))
+
+
 # --- tensors of one's own, and learning
 
 

@@ -122,6 +122,76 @@ def test_modules_of_ones_own_are_indexed_and_the_model_in_them_is_not() -> None:
         model.body.transformer.h[1].output[0].save()
 
 
+def convnext() -> nn.Module:
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
+    return seeded(lambda: transformers.ConvNextModel(config))
+
+
+def wav2vec2() -> nn.Module:
+    sizes = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "intermediate_size": 16}
+    config = transformers.Wav2Vec2Config(
+        **sizes,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    return seeded(lambda: transformers.Wav2Vec2Model(config))
+
+
+CONVOLUTIONS = {
+    "stages": (convnext, "encoder.stages.0", torch.randn(2, 3, 32, 32)),
+    "layers": (wav2vec2, "feature_extractor.conv_layers.0", torch.randn(2, 400)),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_what_has_always_given_a_tensor_is_indexed(kind: str) -> None:
+    make, path, x = CONVOLUTIONS[kind]
+    plain = make()
+    seen: list[Tensor] = []
+    handle = plain.get_submodule(path).register_forward_hook(lambda _module, _args, output: seen.append(output))
+    with torch.no_grad():
+        plain(x)
+    handle.remove()
+    model = polytrace.load(plain)
+    with model.trace(x):
+        first = model.get_submodule(path).output[0].save()
+    assert torch.equal(first, seen[0][0])
+
+
+def test_beside_convolutions_layers_that_attend_refuse_it() -> None:
+    model = polytrace.load(wav2vec2())
+    with pytest.raises(GraphError, match="means two things"), model.trace(torch.randn(2, 400)):
+        model.encoder.layers[0].output[0].save()
+
+
+class Graded(nn.Module):
+    """A model of transformers inside of `torch.func.grad`, where no tensor is anybody's to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = KINDS["vit"]()[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.func.grad(lambda own: self.vit(own).logits.sum())(x)
+        return found
+
+
+def test_layers_inside_of_torch_func_are_no_obstacle() -> None:
+    plain = Graded().eval()
+    _, layer, call, _ = KINDS["vit"]()
+    x = call["pixel_values"]
+    model = polytrace.load(plain)
+    with model.trace(x):
+        ours = model.output.save()
+    with torch.no_grad():
+        torch.testing.assert_close(ours, plain(x))
+    with pytest.raises(GraphError, match=r"torch\.func"), model.trace(x):
+        model.get_submodule(f"vit.{layer}").output[0].save()
+
+
 def test_clients_of_a_service_know_these_layers() -> None:
     description = polytrace.load(gpt2()).description
     layers = [info.path for info in description.modules if info.is_layer]

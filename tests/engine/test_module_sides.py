@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +88,9 @@ def test_a_namedtuple_has_its_names_and_places(kind: str) -> None:
     assert torch.equal(first, wanted[0])
     assert torch.equal(second, wanted[1])
     assert torch.equal(getattr(whole, names[0]), wanted[0])
+    for again in (pickle.loads(pickle.dumps(whole)), copy.deepcopy(whole)):  # noqa: S301  our own bytes
+        assert again._fields == whole._fields and type(again).__name__ == type(whole).__name__
+        assert torch.equal(again[0], wanted[0]) and torch.equal(again[1], wanted[1])
     assert torch.equal(edited, hooked(plain, change))
     assert (edited - plain(CALL)).abs().max() > 1e-3
 

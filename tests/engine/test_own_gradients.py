@@ -76,6 +76,10 @@ def detached(model: Any) -> None:
     model.inner.output = model.inner.output.detach() * 2
 
 
+def with_data(model: Any) -> None:
+    model.inner.output = model.inner.output + model.inner.output.data * 2
+
+
 def both_sides(model: Any) -> None:
     before = model.before.output
     before += 1.0
@@ -98,6 +102,7 @@ EDITS: dict[str, tuple[Callable[[Any], None], dict[str, Callable[[Tensor], Tenso
         {"inner": lambda output: output * torch.tensor([0.0, 1.0, 1.0, 1.0]) + torch.tensor([3.0, 0.0, 0.0, 0.0])},
     ),
     "detached": (detached, {"inner": lambda output: 2 * output.detach()}),
+    "with data": (with_data, {"inner": lambda output: output + output.data * 2}),
     "both sides": (both_sides, {"before": lambda output: output + 1, "after": twice}),
     "a constant": (lambda model: setattr(model.inner, "output", torch.ones(3, 4)), {"inner": torch.ones_like}),
 }

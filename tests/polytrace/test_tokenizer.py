@@ -51,8 +51,9 @@ def test_tensors_and_arrays_of_a_call(model: Any, theirs: Any) -> None:
         model.tokenizer(TEXTS, return_tensors="pt")
     with pytest.raises(GraphError, match="return_tensors is 'pt' or 'np', not 'tf'"):
         model.tokenizer("a", return_tensors="tf")
-    with pytest.raises(GraphError, match=r"takes a text, or several: write \.decode\(ids\)"):
-        model.tokenizer([1, 2])
+    for tokens in ([1, 2], 3, None, torch.tensor(3), torch.tensor([1, 2])):
+        with pytest.raises(GraphError, match=r"takes a text, or several: write \.decode\(ids\).*test_tokenizer.py:\d+"):
+            model.tokenizer(tokens)
 
 
 def test_what_a_call_gives_is_a_prompt(model: Any) -> None:

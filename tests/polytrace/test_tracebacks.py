@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import linecache
+import os
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -134,12 +136,61 @@ def test_everything_is_there_on_request(model: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("POLYTRACE_TRACEBACK", "short")
     assert "tracing.py" not in frames(raised(lambda: too_short(model)))
     monkeypatch.setenv("POLYTRACE_TRACEBACK", "all")
-    with pytest.raises(ValueError, match="POLYTRACE_TRACEBACK is 'all': it is full or short"):
-        too_short(model)
+    error = raised(lambda: too_short(model))  # the user's error, not one about the choice
+    assert isinstance(error, GraphError) and "tracing.py" in frames(error)
+    assert "POLYTRACE_TRACEBACK is 'all': it is full or short" in error.__notes__
     monkeypatch.delenv("POLYTRACE_TRACEBACK")
     with model.trace([[1, 2, 3]]):  # nothing is left open
         assert model.lm_head.output.shape[1] == 3
         model.lm_head.output.save()
+
+
+def unknown(model: Any) -> None:
+    with model.trace([[1, 2, 3]]):
+        model.not_there.output.save()
+
+
+@pytest.mark.parametrize("fails", [unknown, too_short])
+def test_what_the_user_was_handling_stays(fails: Callable[[Any], None], model: Any) -> None:
+    def handling() -> None:
+        try:
+            {}["x"]
+        except KeyError:
+            fails(model)
+
+    error = raised(handling)
+    assert isinstance(error.__context__, KeyError) and error.__cause__ is None
+    shown = "".join(traceback.format_exception(error))
+    assert shown.count("Traceback") == 2 and "During handling of the above exception" in shown
+    assert raised(lambda: fails(model)).__context__ is None  # nothing of ours is held
+
+
+def test_behind_a_cause_of_the_users_stays_what_they_were_handling() -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ x
+
+    own = polytrace.load(Own())
+
+    def handling() -> None:
+        try:
+            {}["x"]
+        except KeyError:
+            own.trace(torch.ones(2, 3))
+
+    error = raised(handling)
+    assert isinstance(error.__cause__, RuntimeError) and frames(error.__cause__) == ["test_tracebacks.py"]
+    assert isinstance(error.__cause__.__context__, KeyError)
+    assert raised(lambda: own.trace(torch.ones(2, 3))).__cause__.__context__ is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("fails", ["model.not_there.output.save()", "(model.lm_head.output @ torch.ones(3)).save()"])
+def test_the_frame_of_an_installed_package_that_has_the_block_stays(fails: str, model: Any) -> None:
+    file = os.path.join(sysconfig.get_path("purelib"), "labs", "run.py")
+    names: dict[str, Any] = {"torch": torch}
+    exec(compile(f"def helper(model):\n    with model.trace([[1, 2]]):\n        {fails}\n", file, "exec"), names)
+    error = raised(lambda: names["helper"](model))
+    assert set(frames(error)) == {"test_tracebacks.py", "run.py"}
 
 
 def test_a_line_that_cannot_be_read_and_one_of_another_process_add_nothing(backend: Any) -> None:
