@@ -12,7 +12,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -153,12 +153,17 @@ class WholeSeam:
         return joint
 
     def release(self) -> None:
-        """Behind the call: who keeps one of its tensors has it as it is without gradients."""
+        """Behind the call: who keeps one of its tensors has it as it is without gradients. Views stay as they are where
+        torch cannot exchange one (something has a weak reference to it).
+        """
         for joint in self._joints:
             if joint.tensor is not None and joint.held is not None:
                 base = joint.tensor._base if joint.tensor._is_view() else joint.tensor
                 if base is not None and base.grad_fn is not None:
                     base.detach_()
+                if base is not joint.tensor:  # torch detaches no view in place
+                    with suppress(RuntimeError):
+                        torch.utils.swap_tensors(joint.tensor, joint.tensor.detach())
             joint.tensor = None
 
     def gradients(self) -> dict[Selector, WholeGradient]:
