@@ -1,9 +1,10 @@
 """Runs calls of several requests, and of one, as one call of the module: each at its own rows.
 
-Which bits a call has follows from the call and the model, never from who else is there or was before: one without
-gradients always goes in the manner of calls that may be one, where calls of its structure do at all
-(`engine.whole_merging`). It goes beside others where it is proven that it has rows of its own at every site that it
-reads and writes.
+Which bits a call has never follows from who else is there: one without gradients always goes in the manner of calls
+that may be one, where calls of its structure do at all (`engine.whole_merging`). Whether they do is told by the first
+of them, by its own content, and kept (of the last `_MOST_TOLD` structures): where contents differ in that, or the first
+lacked memory, who came first decides for those that come later. A call goes beside others where it is proven that it
+has rows of its own at every site that it reads and writes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from engine.whole_merging import (
     goes_apart,
     judge,
     rows_of,
+    settled,
     together,
     try_up_to,
     why_not_so,
@@ -51,7 +52,7 @@ from scheduling.plan import PROLOGUE, Fragment, Member, RequestId
 _MOST_VERDICTS = 256
 _MOST_TOLD = 4096  # structures of which it is known whether their calls go in the manner
 _MOST_CHANGES = 4
-T = TypeVar("T")
+_CHANGES = "a call changes settings of the model each time"
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +65,8 @@ class CallGroups:
         self.verdicts: OrderedDict[Hashable, Verdict] = OrderedDict()
         self._settings: Hashable = None
         self._goes: OrderedDict[Hashable, bool] = OrderedDict()  # whether calls go in the manner, by structure likewise
-        self._num_changes: Counter[Hashable] = Counter()  # of settings, by calls that were looked at
+        self._changing: set[Hashable] = set()  # structures whose calls change settings each time
+        self._num_changes: Counter[Hashable] = Counter()  # of settings, by calls that were looked at beside others
         self.merged: list[tuple[RequestId, ...]] = []  # calls that went as one since somebody took this, by requests
 
     def run(self, waves: Sequence[tuple[Member, CallState]], alone: Callable[[Turn, CallState], None]) -> None:
@@ -120,10 +122,12 @@ class CallGroups:
 
     def _goes_so(self, key: _Key, called: Called) -> bool:
         """Whether calls of a structure go in the manner of those that may be one; its first one tells."""
+        if key.of_calls in self._changing:
+            return False
         goes = self._goes.pop(key.of_calls, None)
         if goes is None:
             try:
-                why_not = self._settled(key, partial(why_not_so, self._model, called))
+                why_not = self._why_not_so(key.of_calls, called)
             except BrokenError:
                 return False
             goes = why_not is None
@@ -135,15 +139,25 @@ class CallGroups:
             self._goes.popitem(last=False)
         return goes
 
-    def _settled(self, key: _Key, look: Callable[[], T]) -> T | str:
-        """What it finds, or why not, of a model whose calls change its settings each time."""
+    def _why_not_so(self, of_calls: Hashable, called: Called) -> str | None:
+        """Looks again at once where a call changes settings, so that the first of a structure tells for all."""
+        with suppress(SettledError):
+            return why_not_so(self._model, called)
+        for num_calls in range(1, _MOST_CHANGES):
+            with suppress(SettledError), settled(self._model, called, num_calls):
+                return why_not_so(self._model, called)
+        self._changing.add(of_calls)
+        return _CHANGES
+
+    def _judged(self, of_calls: Hashable, called: Called) -> Verdict:
+        """SettledError where a call changes settings, but for one of a model whose calls do so each time."""
         try:
-            return look()
-        except SettledError as error:
-            self._num_changes[key.of_calls] += 1
-            if self._num_changes[key.of_calls] < _MOST_CHANGES:
+            return judge(self._model, called)
+        except SettledError:
+            self._num_changes[of_calls] += 1
+            if self._num_changes[of_calls] < _MOST_CHANGES:
                 raise
-            return str(error)
+            return Verdict(refusal=_CHANGES)
 
     def _verdict(self, parts: Sequence[_Part]) -> Verdict | None:
         """What is known of calls of one key, of which there are so many now; None where they go one by one."""
@@ -153,10 +167,9 @@ class CallGroups:
         verdict = self.verdicts.get(key.of_calls)
         if verdict is None:
             try:
-                found = self._settled(key, partial(judge, self._model, called))
+                verdict = self._judged(key.of_calls, called)
             except BrokenError:
                 return None
-            verdict = Verdict(refusal=found) if isinstance(found, str) else found
             if verdict.refusal is not None:
                 told = "calls of %s with arguments of one structure go one by one: %s"
                 _log.info(told, type(self._model).__name__, verdict.refusal)

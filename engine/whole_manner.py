@@ -13,7 +13,8 @@ import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,9 +49,14 @@ _LANES = 64  # elements that a processor takes at once, at most: what is left ov
 def layer_by_layer() -> Iterator[None]:
     """Every call of a model is inside. Torch does not take several operations of `nn.TransformerEncoder` in one there,
     which it does or not by who looks, and by whether gradients are asked for: with other numbers where a mask pads.
+    What other threads run meanwhile goes as it would, and what somebody sets meanwhile stays.
     """
-    with _slow_path:
-        yield
+    token = _is_inside.set(True)
+    try:
+        with _slow_path:
+            yield
+    finally:
+        _is_inside.reset(token)
 
 
 @contextmanager
@@ -60,26 +66,36 @@ def operation_by_operation() -> Iterator[None]:
         yield
 
 
+_is_inside: ContextVar[bool] = ContextVar("layer_by_layer", default=False)
+
+
+class _FastPath(int):
+    """Torch's switch of its fast path while there are calls: off inside of them, and as it was for everybody else."""
+
+    def __bool__(self) -> bool:
+        return int(self) != 0 and not _is_inside.get()
+
+
 class _SlowPath:
-    """A context without torch's fast path, which is a switch of the process; contexts of several threads overlap."""
+    """A context without the fast path, whose switch is the process's; contexts of several threads overlap."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._depth = 0
-        self._usual = True
 
     def __enter__(self) -> None:
         with self._lock:
             self._depth += 1
-            if self._depth == 1:
-                self._usual = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
+            usual: object = torch.backends.mha.get_fastpath_enabled()
+            if not isinstance(usual, _FastPath):
+                torch.backends.mha.set_fastpath_enabled(cast("bool", _FastPath(bool(usual))))
 
     def __exit__(self, *_raised: object) -> None:
         with self._lock:
             self._depth -= 1
-            if not self._depth:
-                torch.backends.mha.set_fastpath_enabled(self._usual)
+            usual: object = torch.backends.mha.get_fastpath_enabled()
+            if not self._depth and isinstance(usual, _FastPath):  # nobody has set another since
+                torch.backends.mha.set_fastpath_enabled(int(usual) != 0)
 
 
 _slow_path = _SlowPath()

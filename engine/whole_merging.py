@@ -153,7 +153,21 @@ class BrokenError(Exception):
 
 
 class SettledError(BrokenError):
-    """A call has changed settings. Some models do so once: the next call may tell."""
+    """A call has changed settings. Some models do so once: one behind it may tell."""
+
+
+@contextmanager
+def settled(model: nn.Module, called: Called, num_calls: int) -> Iterator[None]:
+    """Inside, a model has what so many calls set on it; then what it had before. BrokenError where one raises."""
+    before = ModuleState(model)
+    try:
+        with _raising_broken():
+            for _ in range(num_calls):
+                _run(model, telling(called), lambda _spot, _tensor: None, manner=_as_it_is)
+        yield
+    finally:
+        let_go(model)
+        before.put()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from engine.whole_places import home_of, offloaded_modules
 from engine.whole_side import Side
 from engine.whole_sites import told
 from engine.whole_state import CallState
-from engine.whole_tape import NoGradientError, Ports, WholeTape, sweep
+from engine.whole_tape import NoGradientError, Ports, WholeTape, nothing_written_runs_again, sweep
 from polytrace.description import ModelDescription
 from polytrace.errors import PolytraceError
 from polytrace.graph import Read, Write
@@ -184,8 +184,12 @@ class WholeShard:
 
         try:
             state.begin_sweep()
-            sweep(state.tapes[of], tuple(fragments), run)
+            tapes = state.tapes[of]
+            with nothing_written_runs_again(self.model, tapes.values()):
+                sweep(tapes, tuple(fragments), run)
             state.end_sweep()
+        except NoGradientError as error:
+            state.fail(error.node, str(error))
         except Exception as error:  # noqa: BLE001  whatever code of the model raises on its way back
             memory = told_out_of_memory(error)
             is_ours = isinstance(error, PolytraceError)
@@ -200,12 +204,15 @@ class WholeShard:
         if PROLOGUE in fragments:
             state.run(fragments.pop(PROLOGUE), None)
         visits = _visits_of(state, fragments)
-        nodes = [state.program.graph.nodes[node] for one in turn.fragments for node in one.nodes]
-        is_in_place = any(isinstance(node, Write) and node.in_place for node in nodes)
+        nodes = [(node, state.program.graph.nodes[node]) for one in turn.fragments for node in one.nodes]
+        writes = [(place, node) for place, node in nodes if isinstance(node, Write)]
+        is_in_place = any(node.in_place for _, node in writes)
         kept = kept_memory(self.model) if is_in_place else frozenset()
         tapes = {invoke: tape for invoke in turn.invokes if (tape := state.tape_of(invoke)) is not None}
         for invoke, tape in tapes.items():
             visits[invoke].update(_visits_at(state, tape))
+            written = {(node.site.module, node.site.port): place for place, node in writes if node.invoke == invoke}
+            tape.written.update(written)
         calls = [WholeCall(visits[invoke], kept=kept, tape=tapes.get(invoke)) for invoke in turn.invokes]
         pending = sorted(fragments)
 

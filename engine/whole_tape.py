@@ -6,17 +6,19 @@ Invariants
 - The module is left as it is: gradients are gathered at the tape's leaves alone, so its weights need not be frozen and
   get none; and a tensor that is the module's own (a parameter, or memory of one) is never made a leaf in place.
 - A tensor that cannot be cut for all who hold it is an error of its request: its gradient would lack something.
+- So is a written module that runs again on the way back (gradient checkpointing): it would run without the write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.arguments import Selector
@@ -25,7 +27,7 @@ from engine.saved import SavedTensors
 from engine.seams import become, gradient_of, handed_on
 from engine.whole_sites import overlaps
 from engine.writes import member_of, with_member
-from polytrace.graph import NodeId, Site, SiteGrad, Turn, Write
+from polytrace.graph import NodeId, Port, Site, SiteGrad, Turn, Write
 from scheduling.plan import Program
 
 
@@ -151,12 +153,17 @@ class WholeSeam:
         return joint
 
     def release(self) -> None:
-        """Behind the call: who keeps one of its tensors has it as it is without gradients."""
+        """Behind the call: who keeps one of its tensors has it as it is without gradients. Views stay as they are where
+        torch cannot exchange one (something has a weak reference to it).
+        """
         for joint in self._joints:
             if joint.tensor is not None and joint.held is not None:
                 base = joint.tensor._base if joint.tensor._is_view() else joint.tensor
                 if base is not None and base.grad_fn is not None:
                     base.detach_()
+                if base is not joint.tensor:  # torch detaches no view in place
+                    with suppress(RuntimeError):
+                        torch.utils.swap_tensors(joint.tensor, joint.tensor.detach())
             joint.tensor = None
 
     def gradients(self) -> dict[Selector, WholeGradient]:
@@ -195,6 +202,8 @@ class WholeTape:
     seams: dict[int, WholeSeam] = field(default_factory=dict)  # by order, as the call came to them
     leaves: list[Tensor] = field(default_factory=list)  # of all seams so far
     blanks: list[Tensor] = field(default_factory=list)  # as large as what gradients are only added to, without memory
+    written: dict[tuple[str, Port], NodeId] = field(default_factory=dict)  # sides of modules -> a write there
+    is_going_back: bool = False
 
     @property
     def first(self) -> NodeId:
@@ -334,4 +343,36 @@ def sweep(tapes: Mapping[int, WholeTape], orders: Sequence[int], run: Callable[[
         with torch.no_grad():
             run(order, ports)
         for invoke, seam in seams.items():
-            seam.go_on(ports[invoke])
+            tapes[invoke].is_going_back = True
+            try:
+                seam.go_on(ports[invoke])
+            finally:
+                tapes[invoke].is_going_back = False
+
+
+_AGAIN = (
+    "no gradient can be told here: {name} runs again on the way back (gradient checkpointing), and would do so without "
+    "what was written: call `model.gradient_checkpointing_disable()`, or write outside of what is checkpointed"
+)
+
+
+@contextmanager
+def nothing_written_runs_again(model: nn.Module, tapes: Collection[WholeTape]) -> Iterator[None]:
+    """The way back of calls goes inside. NoGradientError where a model works out anew, from what it was given, what
+    somebody has written to.
+    """
+
+    def look(key: tuple[str, Port], *_called: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            return  # somebody else's call, in another thread
+        for tape in tapes:
+            if tape.is_going_back and key in tape.written:
+                raise NoGradientError(tape.written[key], _AGAIN.format(name=key[0] or "the model"))
+
+    with ExitStack() as hooks:
+        for key in {key for tape in tapes for key in tape.written}:
+            module = model.get_submodule(key[0])
+            is_behind = key[1] is Port.OUTPUT
+            register = module.register_forward_hook if is_behind else module.register_forward_pre_hook
+            hooks.callback(register(partial(look, key)).remove)
+        yield

@@ -5,12 +5,15 @@ The oracle is plain torch in its default mode, where gradients are on: there it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from model_kinds import seeded
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import polytrace
 
@@ -81,7 +84,7 @@ def test_torchs_encoder_has_one_value_whoever_looks_and_whatever_came_before(*, 
     plain.head(given).mean().backward()
     assert given.grad is not None
     assert torch.equal(gradient, given.grad)
-    assert torch.backends.mha.get_fastpath_enabled()  # it is the user's again
+    assert torch.backends.mha.get_fastpath_enabled() is True  # it is the user's again
 
 
 @pytest.mark.parametrize("path", ["encoder.layers.0.self_attn", "encoder.layers.1", "encoder.layers.0.linear1"])
@@ -161,3 +164,54 @@ def test_whether_calls_go_in_the_manner_is_told_by_their_own_structure(*, is_rou
                 beside = model.output.save()
     assert torch.equal(beside, found[False])
     assert tracer.receipt.passes[0].calls_merged == 2
+
+
+class Setting(nn.Module):
+    """Waits in its forward for what somebody else does meanwhile."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__()
+        self.act, self.encoder = act, encoder()
+
+    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+        if not isinstance(x, FakeTensor):
+            self.act()
+        out: Tensor = self.encoder(x, pad)
+        return out
+
+
+def in_another_thread(act: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(act).result()
+
+
+def test_what_other_threads_run_during_a_call_goes_as_it_did() -> None:
+    plain, seen = encoder(), []
+
+    def theirs() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = plain(CALL, PAD)
+        return out
+
+    wanted = theirs()
+    assert (wanted - plain(CALL, PAD)).abs().max() > 0.1
+    model = polytrace.load(Setting(lambda: seen.append(in_another_thread(theirs))))
+    with model.trace(CALL, PAD):
+        ours = model.output.save()
+    assert seen
+    assert all(torch.equal(one, wanted) for one in seen)
+    assert torch.equal(ours, plain(CALL, PAD))
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+@pytest.mark.parametrize("where", [in_another_thread, lambda act: act()])
+def test_what_is_set_during_a_call_stays(where: Callable[[Callable[[], Any]], Any], *, is_on: bool) -> None:
+    usual = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(not is_on)
+    try:
+        model = polytrace.load(Setting(lambda: where(lambda: torch.backends.mha.set_fastpath_enabled(is_on))))
+        with model.trace(CALL, PAD):
+            model.output.save()
+        assert torch.backends.mha.get_fastpath_enabled() is is_on
+    finally:
+        torch.backends.mha.set_fastpath_enabled(usual)

@@ -12,6 +12,7 @@ from model_kinds import DIFFUSION, KINDS, seeded
 from programs import values_in_order
 from torch import Tensor, nn
 
+from engine.whole_groups import CallGroups
 from engine.whole_local import WholeBackend
 from polytrace.whole_model import WholeModel
 
@@ -440,6 +441,55 @@ def test_a_model_that_sets_something_once_is_merged_when_it_has() -> None:
         for x, ours in zip(calls, outputs(backend, [traced(model, x=x) for x in calls], num_merged), strict=True):
             with torch.no_grad():
                 close(ours, plain(x))
+
+
+class Growing(nn.Module):
+    """Keeps the largest size so far, which is no matter to its numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.cached = nn.Linear(37, 53), nn.Linear(53, 29), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cached = max(self.cached, x.shape[1])
+        out: Tensor = self.last(torch.tanh(self.first(x)))
+        return out
+
+
+class Naming(Growing):
+    """Sets something else at each content."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.cached = float(x.sum())
+        return out
+
+
+class Counting(Growing):
+    """Sets something else at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.cached += 1
+        return out
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+@pytest.mark.parametrize("kind", [Growing, Naming, Counting])
+def test_a_call_that_changes_settings_has_the_same_bits_each_time(kind: type[Growing], *, is_fixed: bool) -> None:
+    plain, x = seeded(kind), torch.randn(1, 3, 37)
+    model, backend = merging_model(plain)
+    backend.shard.merging = CallGroups(plain, is_fixed=is_fixed)
+    found: list[Any] = []
+    for number in range(6):
+        found += outputs(backend, [traced(model, x=x)], [0])
+        outputs(backend, [traced(model, x=torch.randn(1, 3, 37))], [0])
+        if not number:
+            settings = plain.cached
+    assert settings  # what trials have set is taken back, what calls set is not
+    assert all(torch.equal(one, found[0]) for one in found)
+    with torch.no_grad():
+        close(found[0], plain(x))
 
 
 class InPlace(nn.Module):

@@ -321,3 +321,47 @@ def test_a_parameters_repeated_elements_have_gradients() -> None:
         gradient = read.grad.save()
     assert_close(gradient, tensor.grad)
     assert positions.weight.grad is None
+
+
+class Keeping(nn.Module):
+    """Keeps a view that it goes on with."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.part, self.kept = nn.Linear(4, 16), Viewed(view), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.before(x)
+        self.kept = self.part(hidden)
+        made: Tensor = (self.kept**2).mean(-1)
+        return made
+
+
+class Viewed(nn.Module):
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.view = view
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.view(x)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x[:, :8], lambda x: x.view(-1, 8), lambda x: x.t(), lambda x: x.detach()[:, :8]]
+)
+def test_a_view_that_a_model_keeps_has_no_gradients_behind_the_call(view: Callable[[Tensor], Tensor]) -> None:
+    plain, x = seeded(lambda: Keeping(view)), torch.randn(3, 4)
+    model = polytrace.load(plain)
+    with model.trace(x):
+        part = model.part.output
+        model.output.sum().backward()
+        gradient = part.grad.save()
+    kept = plain.kept
+    assert not kept.requires_grad
+    assert kept.grad_fn is None
+    own = plain.part(plain.before(x)).detach().requires_grad_()
+    assert torch.equal(torch.from_numpy(kept.numpy()), own)
+    (own**2).mean(-1).sum().backward()
+    assert own.grad is not None
+    assert own.grad.abs().max() > 1e-2
+    torch.testing.assert_close(gradient, own.grad)
