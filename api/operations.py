@@ -51,7 +51,7 @@ def put(service: Service, flags: DeploymentFlags, model: str, *, wait: bool, kee
     from api.settings import source_and_name
 
     source, name = source_and_name(model, flags.name)
-    entry = next((one for one in service.deployments() if one["name"] == name), None)
+    entry = service.deployment(name)
     known = None if entry is None else _spec_of(entry)
     if entry is not None and known is not None:
         has_never_served = entry["state"] == "failed" and not entry.get("is_described")
@@ -201,7 +201,6 @@ def _has_nothing(entry: Entry) -> bool:
 
 def _spec_of(entry: Entry) -> DeploymentSpec | None:
     """What a deployment is."""
-    from cluster.config import DeploymentSpec
     from polytrace.codec import from_json
 
     return None if entry["spec"] is None else from_json(DeploymentSpec, entry["spec"])

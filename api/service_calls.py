@@ -78,6 +78,10 @@ class Service:
     def deployments(self) -> list[Entry]:
         return list(self.ask("GET", "/v1/models")["models"])
 
+    def deployment(self, name: str) -> Entry | None:
+        """None: there is none of that name."""
+        return next((one for one in self.deployments() if one["name"] == name), None)
+
     def follow(self, name: str, first: str, is_so: Callable[[Entry | None], bool]) -> Entry | None:
         """Shows how a deployment gets on until it is what was asked for, which is returned; None: it is gone.
         ServiceError when it has failed.
@@ -90,7 +94,7 @@ class Service:
         is_waiting = False
         with progress(first) as report, _telling_who_leaves(report):
             while True:
-                entry = next((one for one in self.deployments() if one["name"] == name), None)
+                entry = self.deployment(name)
                 line = "gone" if entry is None else f"{entry['state']}: {entry['progress']}"
                 if line != told:
                     told = line
